@@ -1,11 +1,11 @@
-"""The command line: the words of the Python interface. One file per group of commands.
+"""The command line, in the words of the Python interface. One file per group of commands.
 
 Exit codes, for scripts:
 
     0    done
-    1    refused: a file, a model or a choice does not do, and the message says why; or nobody reads what is printed
+    1    refused: a file, a model or a choice is wrong, and the message says why; or the reader of the output is gone
     2    the command line itself is wrong
-    3    a fault of lorac's own; --traceback shows where
+    3    a fault of lorac; --traceback shows where
     130  interrupted
 """
 
@@ -17,7 +17,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, TextIO
 
 import typer
 
@@ -29,7 +29,7 @@ from lorac.version import VERSION
 
 NAME = "lorac"
 REFUSED, OUR_FAULT, INTERRUPTED = 1, 3, 130
-EPILOG = "Exits with 0, or with 1 (refused), 2 (a wrong command line), 3 (a fault of lorac's own), 130 (interrupted)."
+EPILOG = "Exits with 0, or with 1 (refused), 2 (a wrong command line), 3 (a fault of lorac), 130 (interrupted)."
 _TRACEBACK = "--traceback"
 
 app = typer.Typer(
@@ -40,14 +40,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for group in (models, training, adapters, artifacts):
-    group.register(app)
-for registered in app.registered_commands:
-    assert registered.callback is not None
-    registered.callback = add_import_option(registered.callback)
+    for command in group.COMMANDS:
+        app.command()(add_import_option(command))
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_given: bool) -> None:
+    if is_given:
         print(f"lorac {VERSION}")
         raise typer.Exit
 
@@ -63,7 +61,7 @@ def options(
 
 
 def main() -> None:
-    """Entry point: whatever goes wrong is told in words, and by the exit code.
+    """Run the command line: errors are printed in words, and set the exit code.
 
     Raises:
         SystemExit: always.
@@ -71,19 +69,19 @@ def main() -> None:
     code = _run_app()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # what is left is for nobody: Python must not try again when it ends
+    except BrokenPipeError:  # Python must not flush again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = REFUSED
     raise SystemExit(code)
 
 
 def _run_app() -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     try:
         with _print_warnings():
             app(prog_name=NAME)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else REFUSED
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -91,30 +89,37 @@ def _run_app() -> int:
     except LoracError as error:
         return _print_error(error, format_error(error), REFUSED)
     except Exception as error:
-        what = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
-        return _print_error(error, what, OUR_FAULT)
+        message = f"lorac itself failed: {type(error).__name__}: {error}\n  `lorac {_TRACEBACK} …` shows where"
+        return _print_error(error, message, OUR_FAULT)
     return 0
 
 
 @contextlib.contextmanager
 def _print_warnings() -> Iterator[None]:
-    """A warning of lorac's is shown as its errors are, and not by a line of lorac's own code."""
+    """Print lorac's warnings like its errors, instead of next to a line of lorac's own code."""
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, LoracWarning):
             print(f"lorac.{category.__name__}: {message}", file=sys.stderr)
         else:
-            usual(message, category, *where, **rest)
+            original(message, category, filename, lineno, file, line)
 
-    usual = warnings.showwarning
+    original = warnings.showwarning
     with warnings.catch_warnings():
         warnings.simplefilter("default", LoracWarning)
         warnings.showwarning = show
         yield
 
 
-def _print_error(error: Exception, what: str, code: int) -> int:
+def _print_error(error: Exception, message: str, code: int) -> int:
     if _TRACEBACK in sys.argv[1:]:
         traceback.print_exception(error)
-    print(what, file=sys.stderr)
+    print(message, file=sys.stderr)
     return code

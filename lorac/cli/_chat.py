@@ -1,53 +1,52 @@
-"""A chat in the terminal: lines are turns, and those that begin with a slash are about the chat itself."""
+"""A chat in the terminal: lines are turns, and lines that begin with a slash are commands."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from lorac.cli._generation import TextStreamer, TextWriter
 from lorac.cli._models import parse_choice
 from lorac.cli._output import format_error
-from lorac.errors import LoracError, OptionError, nearest_name
+from lorac.errors import LoracError, OptionError, not_one_of
 
 
 class Chat:
-    """What was said, and by which adapters it goes on.
+    """A conversation.
 
     Args:
-        writer: answers.
+        writer: writes the answers.
     """
 
     def __init__(self, writer: TextWriter) -> None:
         if not getattr(writer.tokenizer, "chat_template", None):
-            raise OptionError(
-                "the tokenizer has no chat template", next_step='--prompt "TEXT" goes on with a text as it is'
-            )
+            raise OptionError("the tokenizer has no chat template", next_step='--prompt "TEXT" continues a text')
         self._writer = writer
-        self._said: list[dict[str, str]] = []
+        self._turns: list[dict[str, str]] = []
         self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
-            "/adapter": ("NAME, none, or A=0.7,B=0.3: who answers from now on", self._swap),
-            "/adapters": ("who there is", lambda _: self._list()),
-            "/new": ("forget what was said", lambda _: self._said.clear()),
+            "/adapter": ("NAME, none, or A=0.7,B=0.3: the adapters for the next answers", self._swap),
+            "/adapters": ("list the adapters", lambda _: self._list()),
+            "/new": ("begin a new conversation", lambda _: self._turns.clear()),
             "/exit": ("end", lambda _: None),
         }
 
     def run(self) -> None:
         """Take turns until the end of the input, or /exit."""
         if sys.stdin.isatty():
-            print("\n".join(f"{name:10s} {told}" for name, (told, _) in self._commands.items()))
-        while (line := self._asked()) != "/exit":
+            print("\n".join(f"{name:10s} {meaning}" for name, (meaning, _) in self._commands.items()))
+        while (line := self._read_line()) != "/exit":
             try:
-                self._taken(line)
+                if line.startswith("/"):
+                    self._run_command(*line.split(maxsplit=1))
+                elif line:
+                    self._answer(line)
             except LoracError as error:
                 print(format_error(error), file=sys.stderr)
 
-    def _asked(self) -> str:
-        """The next line; /exit where there is none."""
-        shown = f"[{self._active}] > " if sys.stdin.isatty() else ""
+    def _read_line(self) -> str:
+        """Return the next line, or /exit at the end of the input."""
         try:
-            return input(shown).strip()
+            return input(f"[{self._active}] > " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return "/exit"
 
@@ -56,42 +55,32 @@ class Chat:
         active = self._writer.compiled.active
         return ", ".join(n if strength == 1 else f"{n}*{strength:g}" for n, strength in active.items()) or "none"
 
-    def _taken(self, line: str) -> None:
-        if line.startswith("/"):
-            self._commanded(*line.split(maxsplit=1))
-        elif line:
-            self._answer(line)
-
-    def _commanded(self, name: str, rest: str = "") -> None:
+    def _run_command(self, name: str, rest: str = "") -> None:
         if name not in self._commands:
-            raise OptionError(
-                f"there is no '{name}'",
-                nearest=nearest_name(name, self._commands),
-                next_step=f"there are {', '.join(self._commands)}",
-            )
+            raise not_one_of("there is no command", name, self._commands)
         self._commands[name][1](rest)
 
     def _swap(self, spec: str) -> None:
         if not spec:
-            raise OptionError("/adapter needs to know which", next_step=f"write {self._commands['/adapter'][0]}")
+            raise OptionError("/adapter needs a name", next_step="write /adapter NAME, none, or A=0.7,B=0.3")
         self._writer.compiled.swap(parse_choice(spec))
         print(f"adapter: {self._active}")
 
     def _list(self) -> None:
-        compiled: Any = self._writer.compiled
+        compiled = self._writer.compiled
         for name in compiled.adapters:
             print(f"{'*' if name in compiled.active else ' '} {name}")
         print(f"{' ' if compiled.active else '*'} none")
 
     def _answer(self, line: str) -> None:
-        """One turn; what was written stays said when it is interrupted, and nothing of a turn that fails."""
-        said = [*self._said, {"role": "user", "content": line}]
-        shown = TextStreamer(self._writer.tokenizer, lambda piece: print(piece, end="", flush=True))
+        """Take one turn: an interrupted answer stays part of the conversation, a failed turn does not."""
+        turns = [*self._turns, {"role": "user", "content": line}]
+        streamer = TextStreamer(self._writer.tokenizer, lambda piece: print(piece, end="", flush=True))
         try:
-            self._writer.write(self._writer.turns(said), shown)
+            self._writer.write(self._writer.encode_turns(turns), streamer)
         except KeyboardInterrupt:
             pass
         finally:
-            if shown.tokens:
+            if streamer.tokens:
                 print()
-        self._said = [*said, {"role": "assistant", "content": shown.text}]
+        self._turns = [*turns, {"role": "assistant", "content": streamer.text}]

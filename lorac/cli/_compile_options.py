@@ -1,15 +1,15 @@
-"""Arguments of ``lorac.compile`` that are no plain text, as the command line spells them: reserve, dynamic shapes."""
+"""Structured arguments of ``lorac.compile`` on the command line: targets, reserve, dynamic shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.export import Dim
 
 from lorac.argument_types import field_types
-from lorac.errors import OptionError, nearest_name
+from lorac.errors import OptionError, not_one_of
 from lorac.frontend.call_binding import bind_by_name
 from lorac.frontend.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.example_inputs import make_example_inputs
@@ -27,29 +27,26 @@ _BOOLEANS = {"yes": True, "no": False}
 
 
 def parse_targets(targets: str) -> str | tuple[str, ...]:
-    """Targets as text: a keyword, or names with commas between them."""
+    """Return targets given as a keyword, or as names separated by commas."""
     return targets if targets in TARGET_KEYWORDS else tuple(filter(None, targets.split(",")))
 
 
 def parse_reserve(specs: Sequence[str]) -> Reserve | None:
-    """The room that ``--reserve`` asks for; None where it is not given.
+    """Return the reserve given by ``--reserve``, or None.
 
     Raises:
-        OptionError: a name or value that a reserve does not have.
+        OptionError: a reserve does not have the name or the value.
     """
-    told = {}
+    found: dict[str, Any] = {}
     for name, value in (_split_pair("--reserve", spec, RESERVE_HELP) for spec in specs):
-        kinds = field_types(Reserve)
-        if name not in kinds:
-            raise OptionError(
-                f"--reserve has no '{name}'", nearest=nearest_name(name, kinds), next_step=f"it has {', '.join(kinds)}"
-            )
-        told[name] = _parse_reserve_value(name, value, kinds[name])
-    return Reserve(**told) if told else None
+        types = field_types(Reserve)
+        if name not in types:
+            raise not_one_of("--reserve has no field", name, types)
+        found[name] = _parse_reserve_value(name, value, types[name])
+    return Reserve(**found) if found else None
 
 
-def _parse_reserve_value(name: str, text: str, kind: Any) -> Any:
-    """What a reserve's field is to be."""
+def _parse_reserve_value(name: str, text: str, kind: object) -> int | str | tuple[str, ...]:
     if kind is int and text.isdecimal():
         return int(text)
     if kind is bool and text in _BOOLEANS:
@@ -60,16 +57,18 @@ def _parse_reserve_value(name: str, text: str, kind: Any) -> Any:
     return parse_targets(text)
 
 
-def parse_dynamic_shapes(specs: Sequence[str], model: nn.Module, example_inputs: Any) -> dict[str, Any] | None:
-    """The ``dynamic_shapes`` that ``--dynamic`` asks for; None where it is not given.
+def parse_dynamic_shapes(
+    specs: Sequence[str], model: nn.Module, example_inputs: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Return the ``dynamic_shapes`` given by ``--dynamic``, or None.
 
     Args:
-        specs: what was given.
-        model: what they are the inputs of; inputs that are not named vary as they do without this.
-        example_inputs: as ``lorac.compile`` takes them, or None.
+        specs: INPUT=AXES; the axes of inputs that are not named are those of the default.
+        model: the model.
+        example_inputs: as in ``lorac.compile``.
 
     Raises:
-        OptionError: an input or an axis that there is not.
+        OptionError: an input or an axis does not exist.
     """
     if not specs:
         return None
@@ -77,11 +76,7 @@ def parse_dynamic_shapes(specs: Sequence[str], model: nn.Module, example_inputs:
     shapes = make_dynamic_shapes(model, inputs, named=False)
     for name, axes in (_split_pair("--dynamic", spec, DYNAMIC_HELP) for spec in specs):
         if name not in inputs:
-            raise OptionError(
-                f"--dynamic names '{name}', which is no input",
-                nearest=nearest_name(name, inputs),
-                next_step=f"the inputs are {', '.join(inputs)}",
-            )
+            raise not_one_of("--dynamic: the model has no input", name, inputs)
         shapes[name] = {_parse_axis(name, axis, inputs[name].dim()): Dim.AUTO for axis in filter(None, axes.split(","))}
     return shapes
 
@@ -92,8 +87,8 @@ def _parse_axis(name: str, text: str, count: int) -> int:
     return int(text)
 
 
-def _split_pair(option: str, spec: str, told: str) -> tuple[str, str]:
+def _split_pair(option: str, spec: str, usage: str) -> tuple[str, str]:
     name, separator, value = spec.partition("=")
     if not separator:
-        raise OptionError(f"{option} takes no '{spec}'", next_step=told)
+        raise OptionError(f"{option} takes no '{spec}'", next_step=usage)
     return name, value

@@ -1,4 +1,4 @@
-"""Text that a compiled model writes: shown while it is written, and timed."""
+"""Text generation: printed while it runs, and timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
@@ -16,47 +16,60 @@ from lorac.errors import InputMismatch, OptionError
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.generation.prompt_cache import PromptCache
 
+if TYPE_CHECKING:
+    from lorac.session.compiled import Compiled
+
+Encoding: TypeAlias = Mapping[str, torch.Tensor]
 _REPLACEMENT_CHARACTER = "\ufffd"
-"""What a tokenizer gives for the bytes of a character that is not whole yet."""
+"""The decoded form of an incomplete character."""
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that commands use."""
+
+    def __call__(self, text: str, *, return_tensors: str) -> Encoding: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+    def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: object) -> Encoding: ...
 
 
 class TextStreamer:
-    """A streamer: of text that has been written, whatever is whole is handed on.
+    """A streamer that passes on text as soon as its characters are complete.
 
     Args:
-        tokenizer: makes text of ids.
-        show: takes a piece of text.
+        tokenizer: decodes token ids.
+        show: receives each piece of text.
 
     Attributes:
-        text: all that was written so far.
-        tokens: how many tokens that is.
+        text: the text so far.
     """
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], object]) -> None:
+    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], object]) -> None:
         self._tokenizer, self._show = tokenizer, show
         self._ids: list[int] | None = None
         self.text = ""
 
     @property
     def tokens(self) -> int:
-        """How many tokens were written so far."""
+        """The number of tokens so far."""
         return len(self._ids or ())
 
     def put(self, value: torch.Tensor) -> None:
-        """The prompt, which comes first, or what was written next."""
+        """Receive the prompt, which comes first, or the next tokens."""
         if self._ids is None:
             self._ids = []
             return
         self._ids += value.flatten().tolist()
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         if not whole.endswith(_REPLACEMENT_CHARACTER):
-            self._hand_on(whole)
+            self._pass_on(whole)
 
     def end(self) -> None:
-        """Nothing more is written: what is still half is handed on as it is."""
-        self._hand_on(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
+        """Pass on the rest, complete or not."""
+        self._pass_on(self._tokenizer.decode(self._ids or [], skip_special_tokens=True))
 
-    def _hand_on(self, whole: str) -> None:
+    def _pass_on(self, whole: str) -> None:
         new, self.text = whole[len(self.text) :], whole
         if new:
             self._show(new)
@@ -64,80 +77,80 @@ class TextStreamer:
 
 @dataclass(frozen=True, kw_only=True)
 class TextWriter:
-    """A model that writes, with the settings of a command line.
+    """A model that writes text, with the settings of a command line.
 
     Attributes:
         compiled: the model.
-        settings: options of ``compiled.generate``.
+        max_new_tokens: the longest answer.
+        settings: further options of ``compiled.generate``.
     """
 
-    compiled: Any
+    compiled: Compiled
+    max_new_tokens: int
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, compiled: Any, new: int, temperature: float | None) -> TextWriter:
-        """A writer with the settings that were given; what was not given is the model's own.
+    def of(cls, compiled: Compiled, new: int, temperature: float | None) -> TextWriter:
+        """Return a writer with the given settings; the others are the model's own.
 
         Raises:
             OptionError: the model has no tokenizer.
         """
         if compiled.tokenizer is None:
             raise OptionError(
-                "there is no tokenizer beside the model",
+                "the model has no tokenizer",
                 next_step="save it into the same folder, or have the function return (model, tokenizer)",
             )
-        settings: dict[str, Any] = {"max_new_tokens": new}
-        keeps = compiled.engine.cache_spec(MAIN_GRAPH)
-        if keeps is not None and not keeps.encodes:
-            settings["prefixes"] = PromptCache()  # so that a turn of a chat does not read again what was said before
+        settings: dict[str, Any] = {}
+        cache = compiled.engine.cache_spec(MAIN_GRAPH)
+        if cache is not None and not cache.encodes:
+            settings["prefixes"] = PromptCache()  # a turn of a chat need not read the turns before it again
         if temperature is not None:
             settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        return cls(compiled=compiled, settings=settings)
+        return cls(compiled=compiled, max_new_tokens=new, settings=settings)
 
     @property
-    def tokenizer(self) -> Any:
-        """The model's."""
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model."""
         return self.compiled.tokenizer
 
-    def encoded(self, text: str) -> Mapping[str, Any]:
-        """A text as the model reads it."""
+    def encode(self, text: str) -> Encoding:
+        """Return a text as inputs of the model."""
         return dict(self.tokenizer(text, return_tensors="pt"))
 
-    def turns(self, said: Sequence[Mapping[str, str]]) -> Mapping[str, Any]:
-        """What was said so far, as the model's chat format has it, up to where it is to answer.
+    def encode_turns(self, turns: Sequence[Mapping[str, str]]) -> Encoding:
+        """Return a conversation as inputs of the model, in its chat format.
 
         Raises:
-            InputMismatch: the format has no way to say it.
+            InputMismatch: the chat template fails.
         """
-        told = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         try:
-            return dict(self.tokenizer.apply_chat_template(list(said), **told))
-        except Exception as error:  # a template is a program of whoever made the model, and raises what it likes
+            return dict(self.tokenizer.apply_chat_template(list(turns), **options))
+        except Exception as error:  # a template is a program of the model's author, and may raise anything
             raise InputMismatch(
                 f"the model's chat template fails: {str(error).strip().partition(chr(10))[0]}",
-                next_step='--prompt "TEXT" goes on with a text as it is',
+                next_step='--prompt "TEXT" continues a text',
             ) from error
 
-    def write(self, inputs: Mapping[str, Any], shown: TextStreamer) -> None:
-        """Go on with a text, no further than the model has positions."""
-        told = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        settings = dict(self.settings)
-        keeps = self.compiled.engine.cache_spec(MAIN_GRAPH)
-        left = None if keeps is None or keeps.encodes else keeps.after(int(told["input_ids"].shape[1]))
-        if left is not None:
-            settings["max_new_tokens"] = min(settings["max_new_tokens"], max(left, 1))
-        self.compiled.generate(**told, **settings, streamer=shown)
+    def write(self, inputs: Encoding, streamer: TextStreamer) -> None:
+        """Continue a text, no further than the model has positions."""
+        known: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        cache = self.compiled.engine.cache_spec(MAIN_GRAPH)
+        left = None if cache is None or cache.encodes else cache.after(int(known["input_ids"].shape[1]))
+        new = self.max_new_tokens if left is None else min(self.max_new_tokens, max(left, 1))
+        self.compiled.generate(**known, **self.settings, max_new_tokens=new, streamer=streamer)
 
 
 def replace_undecodable_text() -> None:
-    """Have what cannot be read of the input, or shown on the output, be replaced: it ends no chat."""
+    """Replace characters that the terminal cannot decode or encode, instead of failing."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 class _TimestampStreamer:
-    """A streamer that notes when something comes."""
+    """A streamer that records when tokens arrive."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
@@ -146,26 +159,26 @@ class _TimestampStreamer:
         self.moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """The last token has been noted."""
+        """Do nothing."""
 
 
-def time_generation(compiled: Any, prompt: int, new: int, rounds: int) -> list[dict[str, Any]]:
-    """Swaps, and writing with each adapter and without: medians over rounds, one row per choice.
+def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int) -> list[dict[str, object]]:
+    """Time swaps and generation with each adapter and without: medians over rounds, one row per choice.
 
     Args:
         compiled: the model.
-        prompt: how many tokens are read.
-        new: how many are written.
-        rounds: how often.
+        prompt: the number of tokens of the prompt.
+        new: the number of new tokens.
+        rounds: the number of rounds.
     """
-    # Ids that every vocabulary has; how long a call takes depends on no id.
+    # Ids that every vocabulary has; the time of a call does not depend on them.
     ids = (torch.arange(prompt) % 64 + 1)[None]
     choices: list[str | None] = [None, *compiled.adapters]
 
     def turn() -> dict[str | None, tuple[float, ...]]:
         return {choice: (compiled.swap(choice).seconds, *_time_tokens(compiled, ids, new)) for choice in choices}
 
-    turn()  # for what is made once
+    turn()  # warms up
     turns = [turn() for _ in range(rounds)]
     medians = {c: [statistics.median(each) for each in zip(*(t[c] for t in turns), strict=True)] for c in choices}
     return [
@@ -181,10 +194,10 @@ def time_generation(compiled: Any, prompt: int, new: int, rounds: int) -> list[d
     ]
 
 
-def _time_tokens(compiled: Any, ids: torch.Tensor, new: int) -> tuple[float, float]:
-    """Seconds to the first token, and for each of the others."""
-    noted, begun = _TimestampStreamer(), time.perf_counter()
-    settings = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
-    compiled.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, streamer=noted)
-    first, last = noted.moments[1], noted.moments[-1]
+def _time_tokens(compiled: Compiled, ids: torch.Tensor, new: int) -> tuple[float, float]:
+    """Return the seconds to the first token, and for each of the others."""
+    streamer, begun = _TimestampStreamer(), time.perf_counter()
+    settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
+    compiled.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, streamer=streamer)
+    first, last = streamer.moments[1], streamer.moments[-1]
     return first - begun, (last - first) / (new - 1)

@@ -1,49 +1,54 @@
-"""Inputs of a model in a file: .npz, .json or .safetensors, one entry per input."""
+"""Inputs of a model in an .npz, .json or .safetensors file, one entry per input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
 from lorac.errors import LoracError, OptionError, nearest_name
 from lorac.storage.strict_json import parse_object, read_json_text
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Array: TypeAlias = "np.ndarray | torch.Tensor"
 INPUTS_HELP = "An .npz, .json or .safetensors file: one array per input of the model."
 InputsOption = Annotated[Path | None, typer.Option("--inputs", "-i", help=INPUTS_HELP)]
 _FILE_HELP = 'numpy.savez(path, name=array, ...) writes one; in JSON it is {"name": [[1, 2], [3, 4]]}'
 
 
-def read_inputs(path: Path) -> dict[str, Any]:
-    """Arrays or tensors by the names of inputs.
+def read_inputs(path: Path) -> dict[str, Array]:
+    """Read arrays or tensors by the names of inputs.
 
     Raises:
-        OptionError: it is of another kind, or damaged.
+        OptionError: the file has another format, or is damaged.
     """
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise OptionError(
-            f"'{path}' is no file of inputs", nearest=nearest_name(path.suffix, _READERS), next_step=INPUTS_HELP
+            f"'{path}' is not a file of inputs", nearest=nearest_name(path.suffix, _READERS), next_step=INPUTS_HELP
         )
     try:
         return dict(reader(path))
     except LoracError:
         raise
-    except Exception as error:  # readers of archives and arrays, fed with garbage, may raise anything
+    except Exception as error:  # a damaged file may make a reader raise anything
         raise OptionError(f"'{path}' cannot be read: {error}", next_step=_FILE_HELP) from error
 
 
-def _read_npz(path: Path) -> Mapping[str, Any]:
+def _read_npz(path: Path) -> Mapping[str, Array]:
     import numpy as np
 
     with np.load(path, allow_pickle=False) as archive:
         return dict(archive)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    """Nested lists: whole numbers become int64, others float32, as torch has them."""
+def _read_json(path: Path) -> Mapping[str, Array]:
+    """Read nested lists: whole numbers become int64, others float32, as in torch."""
     import torch
 
     def refuse(reason: str) -> OptionError:
@@ -52,28 +57,27 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     return {name: torch.tensor(value) for name, value in parse_object(read_json_text(path), refuse).items()}
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
+def _read_safetensors(path: Path) -> Mapping[str, Array]:
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
-_READERS: Mapping[str, Callable[[Path], Mapping[str, Any]]] = {
+_READERS: Mapping[str, Callable[[Path], Mapping[str, Array]]] = {
     ".npz": _read_npz,
     ".json": _read_json,
     ".safetensors": _read_safetensors,
 }
 
 
-def to_arrays(answer: Any) -> dict[str, Any]:
-    """What a model answered, as NumPy arrays by name; outputs that have none by number."""
-    items = (
-        answer.items() if hasattr(answer, "items") else enumerate(answer if isinstance(answer, tuple) else (answer,))
-    )
+def to_arrays(outputs: object) -> dict[str, np.ndarray]:
+    """Return a model's outputs as NumPy arrays, by name or else by number."""
+    values = outputs if isinstance(outputs, tuple) else (outputs,)
+    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(values)
     return {str(name): _to_numpy(value) for name, value in items if hasattr(value, "shape")}
 
 
-def _to_numpy(value: Any) -> Any:
+def _to_numpy(value: object) -> np.ndarray:
     import numpy as np
     import torch
 
@@ -83,6 +87,6 @@ def _to_numpy(value: Any) -> Any:
     return np.asarray(value)
 
 
-def format_inputs(inputs: Mapping[str, Any]) -> str:
-    """Inputs by dtype and shape, for a message."""
+def format_inputs(inputs: Mapping[str, Array]) -> str:
+    """Return the dtypes and shapes of inputs, for a message."""
     return ", ".join(f"{name} {str(a.dtype).removeprefix('torch.')}{list(a.shape)}" for name, a in inputs.items())

@@ -1,35 +1,36 @@
-"""What a compiled folder or an adapter's file holds: the report of ``lorac inspect``."""
+"""The report of ``lorac inspect``: the contents of a compiled folder or of an adapter's file."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.table import Table
+from torch import Tensor
 
 from lorac.cli._output import make_table
+from lorac.ir.interface import Interface
 from lorac.report.terms import format_size
 from lorac.variants.adapter import Adapter
 
-Inspection = Mapping[str, Any]
-_EMPTY_VALUES: tuple[Any, ...] = ((), [], {}, None, "")
-"""Values of hyper-parameters that say nothing."""
+Inspection: TypeAlias = Mapping[str, Any]
+"""The report as data for JSON."""
+_EMPTY_VALUES: tuple[object, ...] = ((), [], {}, None, "")
 
 
 def describe_folder(folder: Path) -> Inspection:
-    """What a compiled folder holds, every file checked against its manifest; nothing of it is run.
+    """Return the contents of a compiled folder, after checking every file against the manifest.
 
     Raises:
-        ArtifactError: it is damaged.
+        ArtifactError: the folder is damaged.
     """
     from lorac.session.targets import find_backend
     from lorac.storage.artifact import open_artifact
 
     manifest = open_artifact(folder)
-    told = manifest.fields
-    sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
+    fields = manifest.fields
+    sizes = {name: entry["bytes"] for name, entry in fields["files"].items()}
     adapters = [
         {
             "name": name,
@@ -37,41 +38,37 @@ def describe_folder(folder: Path) -> Inspection:
             "hyperparameters": _nonempty_settings(entry["hyperparameters"]),
             "bytes": sizes[entry["file"]],
         }
-        for name, entry in told["adapters"].items()
+        for name, entry in fields["adapters"].items()
     ]
     graphs = find_backend(manifest.target).read_interfaces(manifest.program)
-    beside = {PurePosixPath(entry["file"]).parent for entry in told["adapters"].values()}
-    own = sum(nbytes for name, nbytes in sizes.items() if PurePosixPath(name).parent not in beside)
+    adapter_folders = {PurePosixPath(entry["file"]).parent for entry in fields["adapters"].values()}
+    program = sum(nbytes for name, nbytes in sizes.items() if PurePosixPath(name).parent not in adapter_folders)
     return {
         "path": str(folder),
         "target": manifest.target,
         "mode": manifest.mode,
         "active": {name: how["strength"] for name, how in manifest.active.items()},
-        "versions": told["versions"],
-        "graphs": {name: _describe_graph(signature) for name, signature in graphs.items()},
+        "versions": fields["versions"],
+        "graphs": {name: _describe_graph(interface) for name, interface in graphs.items()},
         "adapters": adapters,
         "sites": list(manifest.plans),
         "files": sizes,
-        "memory": {"program": own, "adapters": sum(adapter["bytes"] for adapter in adapters)},
+        "memory": {"program": program, "adapters": sum(adapter["bytes"] for adapter in adapters)},
     }
 
 
-def _describe_graph(signature: Any) -> dict[str, Any]:
-    """How a graph is called."""
-    fixed = [[name, axis] for name, axis in signature.sizes.fixed]
-    types = {name: signature.types.get(name, "") for name in (*signature.inputs, *signature.outputs)}
+def _describe_graph(interface: Interface) -> Inspection:
     return {
-        "inputs": {name: types[name] for name in signature.inputs},
-        "outputs": {name: types[name] for name in signature.outputs},
-        "fixed": fixed,
-        "sizes": list(signature.sizes.notable),
-        "notes": list(signature.notes),
+        "inputs": {name: interface.types.get(name, "") for name in interface.inputs},
+        "outputs": {name: interface.types.get(name, "") for name in interface.outputs},
+        "fixed": [[name, axis] for name, axis in interface.sizes.fixed],
+        "sizes": list(interface.sizes.notable),
+        "notes": list(interface.notes),
     }
 
 
 def describe_adapter_file(adapter: Adapter, path: Path) -> Inspection:
-    """What an adapter's file holds."""
-    settings = {field.name: getattr(adapter.variant, field.name) for field in dataclasses.fields(adapter.variant)}
+    """Return the contents of an adapter's file."""
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()]
     return {
         "path": str(path),
@@ -79,7 +76,7 @@ def describe_adapter_file(adapter: Adapter, path: Path) -> Inspection:
         "method": adapter.variant.name,
         "class": type(adapter.variant).__name__,
         "format": adapter.provenance.get("format"),
-        "hyperparameters": _nonempty_settings(settings),
+        "hyperparameters": _nonempty_settings(adapter.variant.settings),
         "values": adapter.numel(),
         "sites": {
             site: {n: _format_tensor(t) for n, t in tensors.items()} for site, tensors in adapter.tensors.items()
@@ -89,45 +86,46 @@ def describe_adapter_file(adapter: Adapter, path: Path) -> Inspection:
     }
 
 
-def _format_tensor(tensor: Any) -> str:
+def _format_tensor(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
-def _nonempty_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _nonempty_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if value not in _EMPTY_VALUES}
 
 
 # ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def format_contents(held: Inspection) -> Iterator[Table | str]:
-    """The same for people."""
-    yield from _format_folder(held) if "graphs" in held else _format_adapter(held)
-    files = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in held["files"].items())
-    yield f"{format_size(sum(held['files'].values()))} on disk: {files}"
+def format_contents(contents: Inspection) -> Iterator[Table | str]:
+    """Yield the report for people."""
+    yield from _format_folder(contents) if "graphs" in contents else _format_adapter(contents)
+    files = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in contents["files"].items())
+    yield f"{format_size(sum(contents['files'].values()))} on disk: {files}"
 
 
-def _format_folder(held: Inspection) -> Iterator[Table | str]:
-    versions = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
-    active = ", ".join(f"{name}*{strength:g}" for name, strength in held["active"].items()) or "none"
-    yield f"{held['path']}: {held['target']}, {held['mode']}, active: {active} (written by {versions})"
-    for name, graph in held["graphs"].items():
-        rows = [(kind[:-1], own, told) for kind in ("inputs", "outputs") for own, told in graph[kind].items()]
+def _format_folder(contents: Inspection) -> Iterator[Table | str]:
+    versions = ", ".join(f"{name} {version}" for name, version in contents["versions"].items())
+    active = ", ".join(f"{name}*{strength:g}" for name, strength in contents["active"].items()) or "none"
+    yield f"{contents['path']}: {contents['target']}, {contents['mode']}, active: {active} (written by {versions})"
+    for name, graph in contents["graphs"].items():
+        rows = [(kind[:-1], *item) for kind in ("inputs", "outputs") for item in graph[kind].items()]
         yield make_table((name, "name", "dtype and axes"), rows)
-        yield from (f"size fixed by the model's trace: axis {axis} of '{own}'" for own, axis in graph["fixed"])
+        yield from (f"size fixed by the model's trace: axis {axis} of '{input_}'" for input_, axis in graph["fixed"])
         yield from graph["notes"]
-    adapters = held["adapters"]
+    adapters = contents["adapters"]
     each = [(a["name"], a["method"], _format_settings(a["hyperparameters"]), format_size(a["bytes"])) for a in adapters]
     yield make_table(("adapter", "method", "hyper-parameters", "size"), each) if each else "no adapters"
-    memory = {what: format_size(nbytes) for what, nbytes in held["memory"].items()}
-    yield f"{len(held['sites'])} sites; memory: program {memory['program']}, mapped, and adapters {memory['adapters']}"
+    program, adapters_size = (format_size(contents["memory"][part]) for part in ("program", "adapters"))
+    yield f"{len(contents['sites'])} sites; memory: program {program}, mapped, and adapters {adapters_size}"
 
 
-def _format_adapter(held: Inspection) -> Iterator[Table | str]:
-    yield f"{held['name']}: {held['class']}({_format_settings(held['hyperparameters'])}), {held['format']}"
-    yield f"{len(held['sites'])} sites, {len(held['replaced'])} replaced parameters, {held['values']:,} values"
-    rows = [(site, "  ".join(f"{n} {t}" for n, t in tensors.items())) for site, tensors in held["sites"].items()]
-    rows += [(name, f"replaced by {tensor}") for name, tensor in held["replaced"].items()]
+def _format_adapter(contents: Inspection) -> Iterator[Table | str]:
+    settings, sites, replaced = _format_settings(contents["hyperparameters"]), contents["sites"], contents["replaced"]
+    yield f"{contents['name']}: {contents['class']}({settings}), {contents['format']}"
+    yield f"{len(sites)} sites, {len(replaced)} replaced parameters, {contents['values']:,} values"
+    rows = [(site, "  ".join(f"{n} {t}" for n, t in tensors.items())) for site, tensors in sites.items()]
+    rows += [(name, f"replaced by {tensor}") for name, tensor in replaced.items()]
     yield make_table(("site", "tensors"), rows)
 
 
-def _format_settings(settings: Mapping[str, Any]) -> str:
+def _format_settings(settings: Mapping[str, object]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items())

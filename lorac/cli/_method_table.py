@@ -1,4 +1,4 @@
-"""The rows of the table of methods, which needs the passes and the formats."""
+"""The rows of the table of methods, made with the formats' lists of methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorac.variants.base import Variant
 
 
 def method_rows(known: Iterable[type[Variant]]) -> tuple[MethodRow, ...]:
-    """One row per method: its formula, its normal form, its size and its files."""
+    """Return one row per method: its formula, its normal form, its size and its files."""
     classes = tuple(known)
     files = {variant: ["native"] for variant in classes}
     for name, kind in sorted(peft_types().items()):

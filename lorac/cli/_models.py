@@ -1,4 +1,4 @@
-"""Where a command line's MODEL comes from, and how its adapters are spelled."""
+"""The models and adapters that a command line names."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lorac.session.compiled import Compiled
 
 MODEL_HELP = "A folder saved by transformers, or package.module:function returning an nn.Module."
-
-
 COMPILED_HELP = (
     "A folder written by `lorac compile`; or a model: a folder saved by transformers, or package.module:function."
 )
@@ -36,21 +34,21 @@ AdapterOption = Annotated[
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model a command names; raises as ``load_with_tokenizer``."""
+    """Load the model that a command names; raises as ``load_with_tokenizer``."""
     return load_with_tokenizer(spec)[0]
 
 
 def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compiled:
-    """What a command names, compiled, with the tokenizer that lies beside it.
+    """Load a compiled folder, or compile a model for target "eager", with its tokenizer.
 
     Args:
-        spec: a compiled folder, or a model, which is compiled for eager.
-        adapters: files of adapters, as the command line has them.
-        options: what else compiling a model is told.
+        spec: the folder or the model.
+        adapters: the adapters of the command line.
+        options: further arguments of ``lorac.compile``.
 
     Raises:
-        OptionError: files of adapters are given to a folder that holds its own.
-        LoracError: what loading and compiling raise.
+        OptionError: adapters are given to a compiled folder, which holds its own.
+        LoracError: loading or compiling fails.
     """
     import lorac
 
@@ -63,10 +61,10 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compile
             )
         return lorac.load(folder)
     if ":" not in spec and not folder.exists():
-        beside = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
+        folders = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
         raise OptionError(
             f"'{spec}' is neither a compiled folder nor a model",
-            nearest=nearest_name(folder.name, beside),
+            nearest=nearest_name(folder.name, folders),
             next_step=COMPILED_HELP,
         )
     model, tokenizer = load_with_tokenizer(spec)
@@ -75,8 +73,8 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compile
     return compiled
 
 
-def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:
-    """The model a command names, and the tokenizer beside it, or None.
+def load_with_tokenizer(spec: str) -> tuple[nn.Module, object]:
+    """Load the model that a command names, and its tokenizer, or None.
 
     Raises:
         OptionError: neither a transformers folder nor a function that returns one, or loading it fails.
@@ -86,29 +84,28 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, Any]:
         return _load_folder(Path(spec)), load_tokenizer(spec)
     module, separator, function = spec.partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
-        raise OptionError(f"'{spec}' is no model", next_step=MODEL_HELP)
+        raise OptionError(f"'{spec}' is not a model", next_step=MODEL_HELP)
     sys.path.insert(0, os.getcwd())
     try:
-        made = attrgetter(function)(importlib.import_module(module))()
-    except Exception as error:  # it is the user's own code
+        returned = attrgetter(function)(importlib.import_module(module))()
+    except Exception as error:  # user code may raise anything
         raise OptionError(f"'{spec}' cannot be loaded: {_format_exception(error)}", next_step=MODEL_HELP) from error
-    model = made[0] if isinstance(made, tuple) and made else made
+    model, tokenizer = (*returned, None)[:2] if isinstance(returned, tuple) and returned else (returned, None)
     if not isinstance(model, nn.Module):
         raise OptionError(f"'{spec}' returns a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
-    beside = made[1] if isinstance(made, tuple) and len(made) > 1 else None
-    return model.eval(), beside if callable(getattr(beside, "decode", None)) else None
+    return model.eval(), tokenizer if callable(getattr(tokenizer, "decode", None)) else None
 
 
-def load_tokenizer(spec: str) -> Any:
-    """The tokenizer that lies beside a model of a folder; None where there is none, or it cannot be read."""
+def load_tokenizer(spec: str) -> object:
+    """Load the tokenizer in a model's folder; return None where it is missing or cannot be read."""
     from lorac.runtime.generation.tokenizers import read_tokenizer
 
     if not (Path(spec) / "tokenizer_config.json").is_file():
         return None
     try:
         return read_tokenizer(Path(spec))
-    except Exception as error:  # whatever a damaged folder makes transformers raise
-        warn(f"the tokenizer in '{spec}' cannot be loaded, and is left out: {_format_exception(error)}")
+    except Exception as error:  # a damaged folder may make transformers raise anything
+        warn(f"the tokenizer in '{spec}' cannot be loaded: {_format_exception(error)}")
         return None
 
 
@@ -123,7 +120,7 @@ def _format_exception(error: Exception) -> str:
 def _load_folder(folder: Path) -> nn.Module:
     config = folder / CONFIG
     if not config.is_file():
-        raise OptionError(f"'{folder}' holds no {CONFIG}", next_step=MODEL_HELP)
+        raise OptionError(f"'{folder}' has no {CONFIG}", next_step=MODEL_HELP)
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -138,7 +135,7 @@ def _load_folder(folder: Path) -> nn.Module:
     try:
         with suppress_third_party_output(), hide_progress_bars():
             model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
-    except Exception as error:  # whatever a damaged folder makes transformers raise
+    except Exception as error:  # a damaged folder may make transformers raise anything
         raise OptionError(f"'{folder}' cannot be loaded: {_format_exception(error)}", next_step=MODEL_HELP) from error
     if not isinstance(model, nn.Module):
         raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
@@ -146,7 +143,7 @@ def _load_folder(folder: Path) -> nn.Module:
 
 
 def _read_architecture(config: Path) -> str:
-    """The class that a transformers configuration names; "AutoModel" where it names none."""
+    """Return the class that a transformers configuration names; default: "AutoModel"."""
 
     def refuse(reason: str) -> OptionError:
         return OptionError(f"'{config}' {reason}", next_step=MODEL_HELP)
@@ -161,10 +158,10 @@ def _read_architecture(config: Path) -> str:
 
 
 def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
-    """NAME=PATH, or PATH named after its folder.
+    """Return name -> path of adapters given as NAME=PATH, or as PATH, which is named after its folder.
 
     Raises:
-        AdapterError: two of one name.
+        AdapterError: two have one name.
     """
     found: dict[str, str] = {}
     for spec in specs:
@@ -179,8 +176,8 @@ def parse_adapters(specs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def parse_choice(text: str | None) -> Any:
-    """A choice on the command line: ``none``, ``name``, or ``a=0.7,b=0.3``."""
+def parse_choice(text: str | None) -> str | dict[str, float] | None:
+    """Return the choice of adapters in ``none``, ``name``, or ``a=0.7,b=0.3``."""
     if text is None or text == "none":
         return None
     if "=" not in text:
@@ -191,4 +188,6 @@ def parse_choice(text: str | None) -> Any:
             raise ValueError("a name is given twice")
         return dict(parts)
     except ValueError as error:
-        raise ChoiceError(f"'{text}' is no choice of adapters", next_step="write none, NAME, or A=0.7,B=0.3") from error
+        raise ChoiceError(
+            f"'{text}' is not a choice of adapters", next_step="write none, NAME, or A=0.7,B=0.3"
+        ) from error

@@ -1,4 +1,4 @@
-"""What commands print: reports as tables that fit the terminal and are whole where there is none, or as JSON."""
+"""The output of commands: reports as tables that fit the terminal, or as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,11 +18,11 @@ from lorac.errors import LoracError
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 _UNLIMITED_WIDTH = 1_000_000
-"""Columns of what is no terminal: nothing is cut or broken there."""
+"""Columns where the output is not a terminal, so that nothing is cut or wrapped."""
 
 
 def make_table(headers: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """A table; what does not fit its column goes on below, and cells are shown as they are, whatever they hold."""
+    """Return a table; long cells wrap, and markup in them is printed literally."""
     made = Table()
     for header in headers:
         made.add_column(header, overflow="fold")
@@ -35,9 +35,9 @@ def print_report(report: object, *parts: Table | str, as_json: bool) -> None:
     """Print a report.
 
     Args:
-        report: what JSON is to hold: mappings, sequences, dataclasses.
-        parts: the same for people, in order.
-        as_json: which of the two.
+        report: the data for JSON: mappings, sequences, dataclasses.
+        parts: the same data for people, in order.
+        as_json: whether to print JSON.
     """
     if as_json:
         print(json.dumps(report, indent=1, default=_to_json, ensure_ascii=False))
@@ -48,12 +48,12 @@ def print_report(report: object, *parts: Table | str, as_json: bool) -> None:
 
 
 def format_error(error: LoracError) -> str:
-    """An error as it is shown."""
+    """Return the text of an error."""
     return f"lorac.{type(error).__name__}: {error}"
 
 
-def _to_json(value: Any) -> Any:
-    """What JSON has no name for: dataclasses by field, other mappings, sets; anything else as text."""
+def _to_json(value: object) -> object:
+    """Convert dataclasses, other mappings and sets for JSON; anything else becomes text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""``--import``: modules of the user's own, imported before a command runs, so that the methods in them are known.
+"""``--import``: modules of the user, imported before a command runs so that their methods are known.
 
-Every command has it, and none has to say so: ``importing`` adds it to a command's own parameters.
+``add_import_option`` adds the option to the parameters of a command.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,33 +29,33 @@ _PARAMETER = "imported"
 _ImportOption = Annotated[list[str], typer.Option(OPTION, metavar="MODULE", help=_HELP)]
 
 
-def add_import_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command that takes ``--import`` beside what it takes itself."""
-    own = inspect.signature(command, eval_str=True)
+def add_import_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the option ``--import`` added."""
+    signature = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
-    def run(*args: Any, imported: Sequence[str] = (), **kwargs: Any) -> Any:
+    def run(*args: object, imported: Sequence[str] = (), **kwargs: object) -> None:
         for module in imported:
             import_user_module(module)
-        return command(*args, **kwargs)
+        command(*args, **kwargs)
 
     option = inspect.Parameter(_PARAMETER, inspect.Parameter.KEYWORD_ONLY, default=[], annotation=_ImportOption)
-    parameters = [*own.parameters.values(), option]
-    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions take attributes
+    parameters = [*signature.parameters.values(), option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # functions take attributes
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
 
 
 def import_user_module(module: str) -> ModuleType:
-    """Import a module by its name, looked for in the working folder too, or from its file.
+    """Import a module by its name, which may lie in the working folder, or from its file.
 
     Raises:
-        OptionError: there is none, or its own code raises.
+        OptionError: it does not exist, or its code raises.
     """
     file = Path(module)
     is_file = file.suffix == ".py"
     if is_file and not file.is_file():
-        raise OptionError(f"there is no file '{module}' to import", next_step=_NEXT_STEP)
+        raise OptionError(f"the file '{module}' does not exist", next_step=_NEXT_STEP)
     try:
         return _import_file(file) if is_file else _import_by_name(module)
     except LoracError:
@@ -75,14 +75,14 @@ def _import_by_name(module: str) -> ModuleType:
 
 
 def _import_file(file: Path) -> ModuleType:
-    """A file as the module of its name, as if it were imported by that."""
+    """Import a file as the module of its name."""
     name, path = file.stem, file.resolve()
     known = sys.modules.get(name)
     if known is not None:
         if Path(getattr(known, "__file__", None) or "").resolve() == path:
             return known
         raise OptionError(
-            f"'{file}' would be imported as '{name}', which another module is called", next_step="rename the file"
+            f"'{file}' cannot be imported as '{name}': another module has the name", next_step="rename the file"
         )
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

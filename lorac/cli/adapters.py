@@ -26,27 +26,21 @@ FormatOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add this file's commands."""
-    for command in (inspect, convert):
-        app.command()(command)
-
-
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter's file or folder, or a compiled folder.")],
     model: ModelOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Say what a compiled folder or an adapter's file holds; with --model, check the adapter against the model too."""
+    """Print the contents of a compiled folder or an adapter's file; --model checks the adapter against a model."""
     from lorac.formats import load_adapter
 
     with progress("inspect") as report:
         report.step("reading")
         if (path / MANIFEST).is_file():
-            held = describe_folder(path)
+            contents = describe_folder(path)
         else:
-            held = describe_adapter_file(load_adapter(path, load_model(model) if model else None), path)
-    print_report(held, *format_contents(held), as_json=json)
+            contents = describe_adapter_file(load_adapter(path, load_model(model) if model else None), path)
+    print_report(contents, *format_contents(contents), as_json=json)
 
 
 def convert(
@@ -66,3 +60,6 @@ def convert(
         report.step("writing")
         save_adapter(adapter, destination, format=format, model=host)
     print_report({"path": str(destination), "format": format}, f"{destination}: {format}", as_json=json)
+
+
+COMMANDS = (inspect, convert)

@@ -5,45 +5,43 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorac.cli._chat import Chat
 from lorac.cli._generation import TextStreamer, TextWriter, replace_undecodable_text, time_generation
-from lorac.cli._inputs import InputsOption, format_inputs, read_inputs, to_arrays
+from lorac.cli._inputs import Array, InputsOption, format_inputs, read_inputs, to_arrays
 from lorac.cli._models import AdapterOption, CompiledOrModel, load_compiled, parse_choice
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import ChoiceError, LoracError, OptionError
 from lorac.progress import Progress, progress
 from lorac.storage.os_errors import translate_os_errors
 
+if TYPE_CHECKING:
+    from lorac.session.compiled import Compiled
+
 FolderArgument = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
 _CALL_HEADERS = ("adapters", "swap ms", "call ms", "ratio")
 _TEXT_HEADERS = ("adapters", "swap ms", "first token ms", "read tokens/s", "written tokens/s", "ratio")
 
 
-def register(app: typer.Typer) -> None:
-    """Add this file's commands."""
-    for command in (run, swap, bench):
-        app.command()(command)
-
-
 def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     model: CompiledOrModel,
     inputs: InputsOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Go on with this text.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Continue this text.")] = None,
     adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     adapters: Annotated[str, typer.Option(help="none, NAME, or A=0.7,B=0.3; default: the active ones.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How long a text may get.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Draw tokens; 0 takes the best. Default: the model's own way.")
+        float | None, typer.Option(min=0, help="Sample tokens; 0 takes the best. Default: the model's setting.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz file.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Call a compiled model with --inputs, have it go on with a --prompt, or chat with it: /adapter NAME, /adapters."""
+    """Call a compiled model with --inputs, let it continue a --prompt, or chat with it: /adapter NAME, /adapters."""
     _check_run_options(inputs, prompt, out, json)
     with progress("run") as report:
         report.step("loading")
@@ -69,15 +67,15 @@ def _check_run_options(inputs: Path | None, prompt: str | None, out: Path | None
     if inputs is not None and prompt is not None:
         raise typer.BadParameter("--inputs and --prompt are two ways to call a model; give one")
     if out is not None and inputs is None:
-        raise typer.BadParameter("--out writes what a call with --inputs answers")
+        raise typer.BadParameter("--out writes the outputs of a call with --inputs")
     if json and inputs is None and prompt is None:
-        raise typer.BadParameter("--json is for --inputs and --prompt, and not for a chat")
+        raise typer.BadParameter("--json is for --inputs and --prompt, not for a chat")
 
 
 def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:
-    import numpy as np
-
     if out is not None:
+        import numpy as np
+
         with translate_os_errors(out, OptionError, "written"):
             np.savez(out, **outputs)
     rows = [
@@ -90,18 +88,18 @@ def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> Non
         }
         for name, value in outputs.items()
     ]
-    shown = [(*list(row.values())[:3], f"{row['mean']:.6g}", f"{row['std']:.6g}") for row in rows]
-    print_report(rows, make_table(("output", "shape", "dtype", "mean", "std"), shown), as_json=json)
+    cells = [(*list(row.values())[:3], f"{row['mean']:.6g}", f"{row['std']:.6g}") for row in rows]
+    print_report(rows, make_table(("output", "shape", "dtype", "mean", "std"), cells), as_json=json)
 
 
 def _print_continuation(writer: TextWriter, prompt: str, json: bool) -> None:
-    """Go on with a text, showing it as it is written; as JSON at its end."""
-    shown = TextStreamer(
+    """Continue a text: print it as it is written, or as JSON at its end."""
+    streamer = TextStreamer(
         writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True))
     )
-    writer.write(writer.encoded(prompt), shown)
+    writer.write(writer.encode(prompt), streamer)
     if json:
-        print_report({"text": shown.text, "tokens": shown.tokens, "active": writer.compiled.active}, as_json=True)
+        print_report({"text": streamer.text, "tokens": streamer.tokens, "active": writer.compiled.active}, as_json=True)
     else:
         print()
 
@@ -115,7 +113,7 @@ def swap(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Swap adapters in a compiled model and report what it cost."""
+    """Swap adapters in a compiled model and report the cost."""
     with progress("swap") as steps:
         steps.step("loading")
         compiled = _load_artifact(folder)
@@ -139,11 +137,11 @@ def bench(
     inputs: InputsOption = None,
     adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
     rounds: Annotated[int, typer.Option(min=1, help="Calls per choice.")] = 20,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Read before a text is written.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Written in each round.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="The tokens of the prompt, without --inputs.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="The new tokens of each round, without --inputs.")] = 32,
     json: JsonOption = False,
 ) -> None:
-    """Time calls with --inputs, or else writing, with each adapter and without: medians, ratio to no adapter last."""
+    """Time calls with --inputs, or else generation, with each adapter and with none, and print the medians."""
     with progress("bench") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, active=None)
@@ -153,53 +151,41 @@ def bench(
         else:
             rows = _time_calls(compiled, read_inputs(inputs), rounds, report)
     headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
-    shown = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
-    print_report(rows, make_table(headers, shown), as_json=json)
+    cells = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
+    print_report(rows, make_table(headers, cells), as_json=json)
 
 
-def _time_calls(compiled: Any, arrays: dict[str, Any], rounds: int, report: Progress) -> list[dict[str, Any]]:
-    """What a call takes with each choice: medians."""
-    choices: list[Any] = [None, *compiled.adapters]
-    calls: dict[Any, list[float]] = {choice: [] for choice in choices}
-    swaps: dict[Any, list[float]] = {choice: [] for choice in choices}
+def _time_calls(
+    compiled: Compiled, arrays: Mapping[str, Array], rounds: int, report: Progress
+) -> list[dict[str, object]]:
+    """Return the medians of swaps and calls with each choice; an untimed call precedes each timed one."""
+    times: dict[str | None, tuple[list[float], list[float]]] = {c: ([], []) for c in (None, *compiled.adapters)}
     for number in range(rounds):
         report.step(f"round {number + 1} of {rounds}")
-        _time_round(compiled, arrays, calls, swaps)
-    base = statistics.median(calls[None])
+        for choice, (swaps, calls) in times.items():
+            swaps.append(compiled.swap(choice).seconds)
+            _call_program(compiled, arrays)
+            begun = time.perf_counter()
+            compiled(**arrays)
+            calls.append(time.perf_counter() - begun)
+    medians = {choice: (statistics.median(swaps), statistics.median(calls)) for choice, (swaps, calls) in times.items()}
     return [
-        {
-            "adapters": choice or "none",
-            "swap_ms": statistics.median(swaps[choice]) * 1e3,
-            "call_ms": statistics.median(calls[choice]) * 1e3,
-            "ratio": statistics.median(calls[choice]) / base,
-        }
-        for choice in choices
+        {"adapters": choice or "none", "swap_ms": swap * 1e3, "call_ms": call * 1e3, "ratio": call / medians[None][1]}
+        for choice, (swap, call) in medians.items()
     ]
 
 
-def _time_round(
-    compiled: Any, arrays: dict[str, Any], calls: dict[Any, list[float]], swaps: dict[Any, list[float]]
-) -> None:
-    """One swap and one call of each choice, timed behind a call that nobody times."""
-    for choice, times in calls.items():
-        swaps[choice].append(compiled.swap(choice).seconds)
-        _call_program(compiled, arrays)
-        begun = time.perf_counter()
-        compiled(**arrays)
-        times.append(time.perf_counter() - begun)
-
-
-def _load_artifact(folder: Path) -> Any:
+def _load_artifact(folder: Path) -> Compiled:
     import lorac
 
     return lorac.load(folder)
 
 
-def _call_program(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
-    """The answer to a file's arrays; what the program makes of arrays that do not suit it is the file's fault.
+def _call_program(compiled: Compiled, arrays: Mapping[str, Array], **choice: object) -> object:
+    """Call a program with the arrays of a file.
 
     Raises:
-        ChoiceError: it cannot compute with them.
+        ChoiceError: the program cannot compute with them.
     """
     try:
         return compiled(**arrays, **choice)
@@ -210,3 +196,6 @@ def _call_program(compiled: Any, arrays: dict[str, Any], **choice: Any) -> Any:
             f"the program cannot compute with {format_inputs(arrays)}: {type(error).__name__}: {error}",
             next_step="give arrays as the model takes them, with the ids and sizes it was compiled for",
         ) from error
+
+
+COMMANDS = (run, swap, bench)

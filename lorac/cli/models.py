@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +20,8 @@ from lorac.cli._models import (
     parse_choice,
 )
 from lorac.cli._output import JsonOption, make_table, print_report
-from lorac.errors import OptionError
 from lorac.ir.slots.planning import MODES
 from lorac.progress import progress
-from lorac.storage.os_errors import translate_os_errors
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -43,32 +40,26 @@ DtypeOption = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add this file's commands."""
-    for command in (sites, variants, compile, explain):
-        app.command()(command)
-
-
 def sites(
     model: ModelArgument,
-    targets: Annotated[str, typer.Option(help="Only those a pattern names.")] = "",
+    targets: Annotated[str, typer.Option(help="Only sites that match a pattern.")] = "",
     json: JsonOption = False,
 ) -> None:
-    """Print every adaptable place of a model."""
+    """Print every site of a model, the places that adapters can change."""
     from lorac.frontend.model_view import ModelView
     from lorac.ir.patterns import no_match_error, select_sites
 
-    with progress("sites") as report:
-        report.step("loading the model")
+    with progress("sites") as steps:
+        steps.step("loading the model")
         found = ModelView.of(load_model(model)).sites
-    wanted = list(found.values())
+    selected = list(found.values())
     if targets:
-        wanted = select_sites(found, parse_targets(targets), parameters=targets.split(",")) or select_sites(
+        selected = select_sites(found, parse_targets(targets), parameters=targets.split(",")) or select_sites(
             found, targets
         )
-        if not wanted:
+        if not selected:
             raise no_match_error("(command line)", targets, found)
-    told = [
+    report = [
         {
             "site": site.path,
             "kind": str(site.kind),
@@ -77,27 +68,28 @@ def sites(
             "bias": site.bias is not None,
             "shares": list(site.shares),
         }
-        for site in wanted
+        for site in selected
     ]
     rows = [
-        (s.path, s.kind, s.in_features, s.out_features, "yes" if s.bias else "", ", ".join(s.shares)) for s in wanted
+        (s.path, s.kind, s.in_features, s.out_features, "yes" if s.bias else "", ", ".join(s.shares)) for s in selected
     ]
-    print_report(told, make_table(("site", "kind", "in", "out", "bias", "shares its weight with"), rows), as_json=json)
+    print_report(
+        report, make_table(("site", "kind", "in", "out", "bias", "shares its weight with"), rows), as_json=json
+    )
 
 
 def variants(
-    markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/methods.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/methods.md.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Print every adapter method: its formula, its normal form and size on a layer, its paper and its files."""
-    from lorac.analysis.methods import HEADERS, row_cells
-    from lorac.analysis.methods import render_markdown as page
+    from lorac.analysis.methods import HEADERS, render_markdown, row_cells
     from lorac.cli._method_table import method_rows
     from lorac.variants import variants as known
 
     rows = method_rows(known().values())
     if markdown:
-        print(page(rows), end="")
+        print(render_markdown(rows), end="")
         return
     print_report(rows, make_table(HEADERS, map(row_cells, rows)), as_json=json)
 
@@ -126,15 +118,15 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     capabilities: Annotated[str, typer.Option(help="Of the GPUs to build for, as 8.6,8.9,12.0; for tensorrt.")] = "",
     json: JsonOption = False,
 ) -> None:
-    """Compile a model and its adapters, and save the result, with the tokenizer beside the model."""
+    """Compile a model and its adapters, and save the result with the model's tokenizer."""
     import lorac
 
     room, choice = parse_reserve(reserve), active if active == "auto" else parse_choice(active)
     examples = None if inputs is None else read_inputs(inputs)
-    with progress("compile") as report:
-        report.step("loading the model")
+    with progress("compile") as steps:
+        steps.step("loading the model")
         host, tokenizer = load_with_tokenizer(model)
-        report.step("compiling")
+        steps.step("compiling")
         compiled = lorac.compile(
             host,
             parse_adapters(adapter),
@@ -146,17 +138,17 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
             dynamic_shapes=parse_dynamic_shapes(dynamic, host, examples),
             dtype=dtype,
             device=device,
-            # Other targets have no such options, and are told of none that is not asked for.
+            # Other targets have no such options, so only given ones are passed.
             **({"cache": True} if cache else {}),
             **({"weights": weights} if weights else {}),
             **({"target_capabilities": capabilities.split(",")} if capabilities else {}),
         )
-        report.step("saving")
+        steps.step("saving")
         compiled.save(out, tokenizer)
     names = list(compiled.adapters)
-    told = {"folder": str(out), "target": target, "mode": mode, "adapters": names, "active": compiled.active}
+    report = {"folder": str(out), "target": target, "mode": mode, "adapters": names, "active": compiled.active}
     line = f"{out}: {target}, {mode}, adapters {', '.join(names) or 'none'}, active {compiled.active}"
-    print_report(told, line, as_json=json)
+    print_report(report, line, as_json=json)
 
 
 def explain(
@@ -165,19 +157,23 @@ def explain(
     mode: ModeOption = "auto",
     target: Annotated[
         str | None,
-        typer.Option(help="Say besides what this one would not compute, of a model.", autocompletion=_list_targets),
+        typer.Option(help="Also list the ops that this target does not compute.", autocompletion=_list_targets),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Draw it besides, as a page in this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write a page with the picture of the graph.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Say per site what becomes of each adapter, and why not something cheaper."""
+    """Explain how each adapter runs at each site, and why nothing cheaper does."""
     with progress("explain") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, mode=mode, active=None)
-        said = compiled.explain(target)
-    print_report({field.name: getattr(said, field.name) for field in dataclasses.fields(said)}, str(said), as_json=json)
+        explanation = compiled.explain(target)
+    print_report(explanation, str(explanation), as_json=json)
     if html is not None:
-        with translate_os_errors(html, OptionError, "written"):
-            written = compiled.graph.to_html(html)
+        page = compiled.graph.to_html(html)
         if not json:
-            print(f"{written}: the picture")
+            print(f"{page}: the picture")
+
+
+COMMANDS = (sites, variants, compile, explain)

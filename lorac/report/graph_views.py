@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from lorac.errors import Unavailable, nearest_name
+from lorac.errors import OptionError, Unavailable, nearest_name
 from lorac.ir.graph.passes import Skip
 from lorac.report.dump import Dump
 from lorac.report.graphviz import to_dot
@@ -18,6 +18,7 @@ from lorac.report.picture.page import to_html
 from lorac.report.picture.page_data import PictureContext
 from lorac.report.printer import diff_dumps, to_text
 from lorac.report.sections import extract_module
+from lorac.storage.os_errors import translate_os_errors
 
 
 def _no_emission() -> None:
@@ -190,5 +191,7 @@ def _extract_module(dump: Dump, path: str) -> Dump | None:
 
 def _write_page(path: str | Path, views: Mapping[str, GraphView], context: PictureContext) -> Path:
     target = Path(path)
-    target.write_text(to_html({name: view.drawn() for name, view in views.items()}, context), encoding="utf-8")
+    page = to_html({name: view.drawn() for name, view in views.items()}, context)
+    with translate_os_errors(target, OptionError, "written"):
+        target.write_text(page, encoding="utf-8")
     return target

@@ -107,9 +107,9 @@ def test_what_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "wrong_code.py").write_text("1 / 0\n")
     for module, said in (
         ("absent_module", "'absent_module' cannot be imported: ModuleNotFoundError"),
-        ("absent_file.py", "there is no file 'absent_file.py'"),
+        ("absent_file.py", "the file 'absent_file.py' does not exist"),
         ("wrong_code.py", "ZeroDivisionError: division by zero in .*wrong_code.py:1: 1 / 0"),
-        ("json.py", "would be imported as 'json', which another module is called"),
+        ("json.py", "cannot be imported as 'json': another module has the name"),
     ):
         with pytest.raises(OptionError, match=said) as error:
             import_user_module(module)

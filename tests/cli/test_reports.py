@@ -163,13 +163,13 @@ def test_dynamic_shapes():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: parse_reserve(["rnak=3"]), "--reserve has no 'rnak'\n  nearest: rank\n"),
+        (lambda: parse_reserve(["rnak=3"]), "--reserve has no field 'rnak'\n  nearest: rank\n"),
         (lambda: parse_reserve(["rank"]), "--reserve takes no 'rank'"),
         (lambda: parse_reserve(["rank=many"]), "--reserve takes no rank=many\n  give a whole number"),
         (lambda: parse_reserve(["scales=maybe"]), "--reserve takes no scales=maybe\n  give yes or no"),
         (
             lambda: parse_dynamic_shapes(["idx=0"], Tiny(), INPUTS),
-            "--dynamic names 'idx', which is no input\n  nearest: ids\n",
+            "--dynamic: the model has no input 'idx'\n  nearest: ids\n",
         ),
         (lambda: parse_dynamic_shapes(["ids=2"], Tiny(), INPUTS), "'ids' has no axis '2'\n  its axes are 0 to 1"),
         (lambda: parse_dynamic_shapes(["ids=-1"], Tiny(), INPUTS), "'ids' has no axis '-1'"),

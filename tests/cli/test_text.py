@@ -132,8 +132,8 @@ def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
     assert code == 0
     assert out == written(files, "sql", "u:one;a:") + "\n"
     assert "lorac.AdapterNotFound: no adapter is called 'slq'\n  nearest: sql" in err
-    assert "lorac.OptionError: /adapter needs to know which" in err
-    assert "lorac.OptionError: there is no '/adaptr'\n  nearest: /adapter" in err
+    assert "lorac.OptionError: /adapter needs a name" in err
+    assert "lorac.OptionError: there is no command '/adaptr'\n  nearest: /adapter" in err
 
 
 def test_what_was_said_is_forgotten(cli, files):
@@ -224,14 +224,14 @@ def test_bench_times_writing(cli):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["run", "mute", "--prompt", "hello"], 1, "lorac.OptionError: there is no tokenizer beside the model"),
+        (["run", "mute", "--prompt", "hello"], 1, "lorac.OptionError: the model has no tokenizer"),
         (["run", "plain"], 1, "lorac.OptionError: the tokenizer has no chat template"),
         (["run", "model", "--prompt", "hello", "-i", "x.npz"], 2, "give one"),
-        (["run", "model", "--prompt", "hello", "-o", "x.npz"], 2, "--out writes what a call with --inputs answers"),
+        (["run", "model", "--prompt", "hello", "-o", "x.npz"], 2, "--out writes the outputs of a call with --inputs"),
         (["run", "model", "--json"], 2, "not for a chat"),
         (["run", "model", "--prompt", "hello", "--adapters", "sql"], 1, "lorac.AdapterNotFound"),
         (["run", "modle", "--prompt", "hello"], 1, "is neither a compiled folder nor a model\n  nearest: model"),
-        (["run", "sql", "--prompt", "hello"], 1, "sql' is an adapter, and no compiled model"),
+        (["run", "sql", "--prompt", "hello"], 1, "sql' is an adapter, not a compiled model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
