@@ -1,17 +1,17 @@
-"""One choice of adapters per row of a batch.
+"""One choice of adapters per row of a batch: the batch is split, each part runs with its choice, the rows are joined.
 
-What has rows is found in any nesting: in mappings, tuples and lists, and in the attributes of objects, such as the
-caches of decoders, whose layers hold a tensor with one row per sequence. An object that is given is given to each call
-as a copy with the call's rows, and holds afterwards what a single call would have left in it.
+Rows are found in any nesting: in mappings, tuples and lists, and in the attributes of objects, such as the caches of
+decoders, whose layers hold a tensor with one row per sequence. Each call gets a copy of such an object with the call's
+rows, and the original holds afterwards what a single call would have left in it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,14 @@ from lorac.errors import ChoiceError, Unavailable
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.target.engine import AuxOutputs, CallResult
 
+Array = torch.Tensor | np.ndarray[Any, Any]
+Args = tuple[object, ...]
+Kwargs = dict[str, object]
+T = TypeVar("T")
 
-def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Rows of the first input that has any."""
+
+def batch_size(args: Args, kwargs: Mapping[str, object]) -> int:
+    """Return the number of rows of the first input that has rows."""
     for value in (*args, *kwargs.values()):
         if _has_rows(value):
             return int(value.shape[0])
@@ -31,7 +36,7 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     )
 
 
-def check_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], choices: Sequence[ChoiceSpec]) -> None:
+def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[ChoiceSpec]) -> None:
     """Raise ``ChoiceError`` unless there is one choice per row."""
     rows = batch_size(args, kwargs)
     if rows != len(choices):
@@ -42,108 +47,117 @@ def check_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any], choices: Sequen
 
 
 def run_rows(
-    run: Callable[[tuple[Any, ...], dict[str, Any], ChoiceSpec], CallResult],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    run: Callable[[Args, Kwargs, ChoiceSpec], CallResult],
+    args: Args,
+    kwargs: Mapping[str, object],
     choices: Sequence[ChoiceSpec],
 ) -> CallResult:
-    """Run a batch whose rows choose differently, one call per distinct choice, rows put back in order.
+    """Run a batch with one call per distinct choice, and join the outputs in the order of the batch.
 
-    Of an extra output that the adapters of some rows do not give, those rows are NaN (of whole numbers 0).
+    Rows whose adapters do not give an extra output that others give are NaN in it, or 0 if it is of integers.
 
     Args:
-        run: one call.
-        args, kwargs: of all rows.
-        choices: of each row.
+        run: runs one call.
+        args, kwargs: the inputs of all rows.
+        choices: the choice of each row, equal choices spelled alike.
 
     Raises:
         ChoiceError: rows and choices differ in number.
-        Unavailable: an output, or an extra one, has no row per input row, and differs between the calls.
+        Unavailable: an output or extra output has no row per input row and differs between the calls.
     """
     check_rows(args, kwargs, choices)
-    groups: dict[str, list[int]] = {}
-    for row, choice in enumerate(choices):
-        groups.setdefault(repr(choice), []).append(row)
+    groups = group_rows([repr(choice) for choice in choices])
     if len(groups) == 1:
         return run(args, dict(kwargs), choices[0])
-    given = [_RowSelection(rows, len(choices)) for rows in groups.values()]
-    inputs = [(taken.rows_of(args), taken.rows_of(dict(kwargs))) for taken in given]
-    outputs = [run(own, named, choices[taken.rows[0]]) for taken, (own, named) in zip(given, inputs, strict=True)]
-    gathered = _RowMerger(given)
-    answer = CallResult(gathered.whole([found.output for found in outputs]), gathered.extra([f.aux for f in outputs]))
-    gathered.write_back()
-    return answer
+    selections = [_RowSelection(rows, len(choices)) for rows in groups]
+    inputs = [(selection.select(args), selection.select(dict(kwargs))) for selection in selections]
+    results = [run(*own, choices[rows[0]]) for rows, own in zip(groups, inputs, strict=True)]
+    merger = _RowMerger(selections)
+    merged = CallResult(merger.merge([r.output for r in results]), merger.merge_aux([r.aux for r in results]))
+    merger.update_originals()
+    return merged
+
+
+def group_rows(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Return the rows of each key, in the order in which the keys come first."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
 
 
 @dataclass
 class _RowSelection:
-    """What one call gets of the inputs.
+    """The inputs of one call.
 
     Attributes:
-        rows: its rows.
-        total: how many there are.
-        copies: identity of a copy that was made of an object -> the copy and the object, in the order of the inputs.
+        rows: the rows of the call.
+        total: the number of rows of the batch.
+        copies: identity of the copy of an object -> the copy and the original, in the order of the inputs.
     """
 
     rows: list[int]
     total: int
-    copies: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    _made: dict[int, Any] = field(default_factory=dict)
+    copies: dict[int, tuple[object, object]] = field(default_factory=dict)
+    _copy_of: dict[int, object] = field(default_factory=dict)
 
-    def rows_of(self, value: Any) -> Any:
-        """A value with these rows of everything that has one per row of the batch."""
+    def select(self, value: T) -> T:
+        """Return a value with the call's rows of everything that has one row per row of the batch."""
+        result: Any
         if isinstance(value, Mapping):
-            return {key: self.rows_of(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(self.rows_of(item) for item in value)
-        if _has_rows(value):
-            return value[self.rows] if value.shape[0] == self.total else value
-        return value if _object_attributes(value) is None else self._copied(value)
+            result = {key: self.select(item) for key, item in value.items()}
+        elif isinstance(value, tuple | list):
+            result = type(value)(self.select(item) for item in value)
+        elif _has_rows(value):
+            result = value[self.rows] if value.shape[0] == self.total else value
+        else:
+            result = value if _object_attributes(value) is None else self._copy(value)
+        return result
 
-    def _copied(self, value: Any) -> Any:
-        if id(value) in self._made:
-            return self._made[id(value)]
-        made = self._made[id(value)] = copy.copy(value)
-        if made is value:  # such as a member of an enum: there is one of it
+    def _copy(self, value: object) -> object:
+        if id(value) in self._copy_of:
+            return self._copy_of[id(value)]
+        copied = self._copy_of[id(value)] = copy.copy(value)
+        if copied is value:  # such as a member of an enum
             return value
-        self.copies[id(made)] = (made, value)
-        vars(made).update({name: self.rows_of(part) for name, part in vars(value).items()})
-        return made
+        self.copies[id(copied)] = (copied, value)
+        vars(copied).update({name: self.select(part) for name, part in vars(value).items()})
+        return copied
 
 
 class _RowMerger:
-    """The answers of several calls as one.
+    """Joins the results of several calls.
 
     Args:
-        given: what each call got.
+        selections: the inputs of each call.
     """
 
-    def __init__(self, given: Sequence[_RowSelection]) -> None:
-        self._rows = [taken.rows for taken in given]
+    def __init__(self, selections: Sequence[_RowSelection]) -> None:
+        self._selections = selections
+        self._rows = [selection.rows for selection in selections]
         self._order = torch.argsort(torch.tensor([row for rows in self._rows for row in rows]))
-        self._given = given
-        self._known: dict[int, Any] = {}
-        self._held: list[tuple[Any, dict[str, Any]]] = []
+        self._merged: dict[int, object] = {}
+        self._updates: list[tuple[object, dict[str, object]]] = []
 
-    def write_back(self) -> None:
-        """Have the objects that were given hold what the calls left in the copies, answered or not: all or none."""
-        for copies in zip(*(taken.copies.values() for taken in self._given), strict=True):
-            self._object([made for made, _ in copies])
-        for made, held in self._held:
-            vars(made).update(held)
+    def update_originals(self) -> None:
+        """Give the input objects what the calls left in their copies, whether or not they were outputs; all or none."""
+        for copies in zip(*(selection.copies.values() for selection in self._selections), strict=True):
+            self._merge_objects([copied for copied, _ in copies])
+        for original, attributes in self._updates:
+            vars(original).update(attributes)
 
-    def whole(self, parts: Sequence[Any]) -> Any:
-        """One value of those of the calls, rows in the batch's order."""
+    def merge(self, parts: Sequence[Any]) -> Any:
+        """Return one value made of the values of all calls, rows in the order of the batch."""
         first = parts[0]
         if isinstance(first, Mapping):
-            merged = {key: self.whole([part[key] for part in parts]) for key in first}
+            merged = {key: self.merge([part[key] for part in parts]) for key in first}
             return merged if type(first) is dict else type(first)(**merged)
         if isinstance(first, tuple | list):
-            return type(first)(self.whole(items) for items in zip(*parts, strict=True))
-        if self._by_row(parts):
-            return self._stacked(parts)
+            return type(first)(self.merge(items) for items in zip(*parts, strict=True))
+        if all(_has_rows(part) and part.shape[0] == len(rows) for part, rows in zip(parts, self._rows, strict=True)):
+            return self._stack(parts)
         if _object_attributes(first) is not None:
-            return self._object(parts)
+            return self._merge_objects(parts)
         if all(_values_equal(first, part) for part in parts[1:]):
             return first
         raise Unavailable(
@@ -151,58 +165,56 @@ class _RowMerger:
             next_step="call once per choice, or leave out what makes it (labels= make a loss of all rows)",
         )
 
-    def extra(self, parts: Sequence[AuxOutputs]) -> AuxOutputs:
-        """The extra outputs of all calls as those of one."""
-        places = dict.fromkeys((name, path) for part in parts for name, found in part.items() for path in found)
-        whole: dict[str, dict[str, Any]] = {}
+    def merge_aux(self, parts: Sequence[AuxOutputs]) -> AuxOutputs:
+        """Return the extra outputs of all calls, with filled-up rows for calls that lack one."""
+        places = dict.fromkeys((name, path) for part in parts for name, outputs in part.items() for path in outputs)
+        merged: dict[str, dict[str, object]] = {}
         for name, path in places:
-            found = [part.get(name, {}).get(path) for part in parts]
+            found: list[Any] = [part.get(name, {}).get(path) for part in parts]
             some = next(tensor for tensor in found if tensor is not None)
             rows = zip(found, self._rows, strict=True)
             filled = [_missing_rows(some, len(own)) if tensor is None else tensor for tensor, own in rows]
-            whole.setdefault(name, {})[path] = self.whole(filled)
-        return whole
+            merged.setdefault(name, {})[path] = self.merge(filled)
+        return merged
 
-    def _by_row(self, parts: Sequence[Any]) -> bool:
-        return all(_has_rows(part) and part.shape[0] == len(rows) for part, rows in zip(parts, self._rows, strict=True))
+    def _stack(self, parts: Sequence[Array]) -> Array:
+        tensors = [part if isinstance(part, torch.Tensor) else torch.from_numpy(part) for part in parts]
+        stacked = torch.cat(tensors)[self._order]
+        return stacked if isinstance(parts[0], torch.Tensor) else stacked.numpy()
 
-    def _stacked(self, parts: Sequence[Any]) -> Any:
-        as_torch = isinstance(parts[0], torch.Tensor)
-        stacked = torch.cat([part if as_torch else torch.from_numpy(part) for part in parts])[self._order]
-        return stacked if as_torch else stacked.numpy()
-
-    def _object(self, parts: Sequence[Any]) -> Any:
-        """An object of those of the calls: the one that was given where they are its copies, else another such."""
+    def _merge_objects(self, parts: Sequence[object]) -> object:
+        """Return one object: the original if the calls' objects are its copies, else a new one."""
         first = parts[0]
-        if id(first) in self._known:
-            return self._known[id(first)]
-        _, made = self._given[0].copies.get(id(first), (None, None))
-        made = self._known[id(first)] = copy.copy(first) if made is None else made
-        self._held.append((made, {name: self.whole([vars(part)[name] for part in parts]) for name in vars(first)}))
-        return made
+        if id(first) in self._merged:
+            return self._merged[id(first)]
+        _, original = self._selections[0].copies.get(id(first), (None, None))
+        merged = self._merged[id(first)] = copy.copy(first) if original is None else original
+        attributes = {name: self.merge([vars(part)[name] for part in parts]) for name in vars(first)}
+        self._updates.append((merged, attributes))
+        return merged
 
 
-def _missing_rows(tensor: Any, rows: int) -> Any:
-    """Rows such as a tensor's that hold nothing."""
-    shape = (rows, *tensor.shape[1:])
-    if isinstance(tensor, torch.Tensor):
-        return tensor.new_full(shape, math.nan if tensor.is_floating_point() else 0)
-    return np.full(shape, math.nan if np.issubdtype(tensor.dtype, np.floating) else 0, dtype=tensor.dtype)
+def _missing_rows(like: Array, rows: int) -> Array:
+    """Return rows that hold nothing: NaN, or 0 in integers."""
+    shape = (rows, *like.shape[1:])
+    if isinstance(like, torch.Tensor):
+        return like.new_full(shape, math.nan if like.is_floating_point() else 0)
+    return np.full(shape, math.nan if np.issubdtype(like.dtype, np.floating) else 0, dtype=like.dtype)
 
 
-def _has_rows(value: Any) -> bool:
-    return len(getattr(value, "shape", ())) > 0
+def _has_rows(value: object) -> TypeGuard[Array]:
+    return isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 0
 
 
-def _object_attributes(value: Any) -> Mapping[str, Any] | None:
-    """The attributes of an object that holds some; None for what is one thing: a class, a function, a model."""
+def _object_attributes(value: object) -> Mapping[str, object] | None:
+    """Return the attributes of an object that holds some; None for a class, a function or a module."""
     if isinstance(value, type | torch.Tensor | torch.nn.Module) or callable(value):
         return None
-    held = getattr(value, "__dict__", None)
-    return held if isinstance(held, dict) else None
+    attributes = getattr(value, "__dict__", None)
+    return attributes if isinstance(attributes, dict) else None
 
 
-def _values_equal(one: Any, other: Any) -> bool:
+def _values_equal(one: object, other: object) -> bool:
     if one is other:
         return True
     if isinstance(one, torch.Tensor):

@@ -146,7 +146,7 @@ def test_a_service_switches_per_request(served: Served, server: str) -> None:
 
 @pytest.mark.slow
 def test_files_for_a_program_that_is_deployed(served: Served, tmp_path: Path) -> None:
-    from tests.runtime.artefacts import alone
+    from tests.runtime.artifacts import alone
 
     model, fresh = ZOO["tiny_llama"].fresh(), LoraConfig(r=2, target_modules=["q_proj"])
     make_peft(model, tmp_path / "new", fresh, inputs=ZOO["tiny_llama"].inputs(), seed=7, outputs=("logits",))

@@ -11,7 +11,7 @@ import pytest
 
 import lorac
 from tests.refusing import refuses
-from tests.runtime.artefacts import make_compiled
+from tests.runtime.artifacts import make_compiled
 from tests.zoo import ZOO
 
 MODEL = ZOO["plain_mlp"].model

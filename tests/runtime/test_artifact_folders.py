@@ -1,4 +1,4 @@
-"""A folder is taken for an artefact only where every part of it is as it was written, and written all or not at all."""
+"""A folder is taken for an artifact only where every part of it is as it was written, and written all or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import lorac
 from lorac.ir.output_structure import find_output_class
 from lorac.storage import artifact
 from tests.limits import within_budget
-from tests.runtime.artefacts import assert_same_folders, make_compiled
+from tests.runtime.artifacts import assert_same_folders, make_compiled
 
 
 # ── What is wrong with a folder ──────────────────────────────────────────────────────────────────────────────────────
@@ -118,9 +118,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unlisted adapter": (_manifest(lambda m: m["adapters"]["a"].update(file="/etc/hostname")), "does not list"),
     "unknown site": (_manifest(lambda m: m["plans"].update(nowhere=m["plans"]["up"])), "does not fit together"),
-    "op that reads files": (_op("aten.from_file.default"), "no op that an artefact may name"),
-    "function of Python": (_op("operator.methodcaller"), "no op that an artefact may name"),
-    "op of elsewhere": (_op("os.system"), "no op that an artefact may name"),
+    "op that reads files": (_op("aten.from_file.default"), "no op that an artifact may name"),
+    "function of Python": (_op("operator.methodcaller"), "no op that an artifact may name"),
+    "op of elsewhere": (_op("os.system"), "no op that an artifact may name"),
     "op of a number": (_op(3), "does not fit together"),
     "plan of a number": (_manifest(lambda m: m["plans"].update(up=3)), "does not fit together"),
     "reasons of another form": (_manifest(lambda m: m["plans"]["up"].update(reasons=[[1]])), "does not fit together"),
@@ -213,7 +213,7 @@ def test_a_failed_save_leaves_nothing(sound: Path, tmp_path: Path) -> None:
     assert_same_folders(sound, tmp_path / "it")
 
 
-def test_an_artefact_is_replaced_whole_even_by_itself(sound: Path, tmp_path: Path) -> None:
+def test_an_artifact_is_replaced_whole_even_by_itself(sound: Path, tmp_path: Path) -> None:
     compiled = lorac.load(sound)
     compiled.save(tmp_path / "it")
     again = lorac.load(tmp_path / "it")
@@ -261,7 +261,7 @@ def test_what_lorac_did_not_write_is_named_and_kept(name: str, sound: Path, tmp_
     assert foreign.exists()
 
 
-def test_a_damaged_artefact_and_one_of_another_version_are_replaced(sound: Path, tmp_path: Path) -> None:
+def test_a_damaged_artifact_and_one_of_another_version_are_replaced(sound: Path, tmp_path: Path) -> None:
     compiled = lorac.load(sound)
     for harm in (_flip, _cut, _manifest(lambda m: m.update(lorac_artifact=1)), _edited(lambda m: m.pop("seal"), dict)):
         compiled.save(tmp_path / "it")

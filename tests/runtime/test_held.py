@@ -12,7 +12,7 @@ import torch
 
 import lorac
 from lorac.storage import open_file as held
-from tests.runtime.artefacts import assert_same_folders, make_compiled
+from tests.runtime.artifacts import assert_same_folders, make_compiled
 from tests.runtime.switching import X, answer, raw
 
 ENGINES = [(target, mode) for target in ("eager", "onnxruntime") for mode in ("live", "fused")]
@@ -33,7 +33,7 @@ def _removed(folder: Path) -> None:
 
 
 def _replaced(folder: Path) -> None:
-    """By an artefact of the same host and adapters, with other values everywhere."""
+    """By an artifact of the same host and adapters, with other values everywhere."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3))
     lorac.compile(model, [lorac.LoRA(r=1, targets=["0"])], example_inputs=(torch.ones(1, 4),)).save(folder)
 
@@ -77,8 +77,8 @@ def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Pat
         _ = compiled.graph
 
 
-def test_an_artefact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program is held, the adapters are not yet: what is loaded is one artefact, here the new one."""
+def test_an_artifact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program is held, the adapters are not yet: what is loaded is one artifact, here the new one."""
     from lorac.storage import artifact
 
     compiled, _ = make_compiled("plain_mlp", "eager", "live")

@@ -1,4 +1,4 @@
-"""A method of one's own is served where its class is not: its artefact holds what it comes to."""
+"""A method of one's own is served where its class is not: its artifact holds what it comes to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import lorac
 from lorac.formats.native import load_record
-from tests.runtime.artefacts import assert_same_folders, run_python
+from tests.runtime.artifacts import assert_same_folders, run_python
 from tests.runtime.own_methods import MODEL, answers, own_adapters
 from tests.zoo import ZOO
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import lorac
 from lorac.formats.native import load_record
-from tests.runtime.artefacts import assert_same_folders
+from tests.runtime.artifacts import assert_same_folders
 import tests.zoo
 
 # The choices and the calls, of a module in which the classes are not defined.
@@ -77,7 +77,7 @@ for target in sys.argv[2:]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact of each target, and beside it what it answers where the classes are known."""
+    """An artifact of each target, and beside it what it answers where the classes are known."""
     folder = tmp_path_factory.mktemp("own")
     model = ZOO[MODEL].fresh()
     adapters = own_adapters(model)

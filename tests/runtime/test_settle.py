@@ -73,7 +73,7 @@ def test_an_unknown_setting():
         build([], "onnxruntime", settle="later")
 
 
-def test_settling_leaves_an_artefact_as_it_is(fused, expected, tmp_path):
+def test_settling_leaves_an_artifact_as_it_is(fused, expected, tmp_path):
     fused.swap("a")
     fused.save(tmp_path / "saved")
     files = {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()}

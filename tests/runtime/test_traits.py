@@ -8,7 +8,7 @@ from torch import nn
 import lorac
 from lorac.runtime.traits import StoredConfig
 from lorac.testing.eager_checks import assert_close
-from tests.runtime.artefacts import alone
+from tests.runtime.artifacts import alone
 
 
 class Scorer(nn.Module):

@@ -19,7 +19,7 @@ import lorac
 from lorac.testing.eager_checks import assert_close
 from tests.limits import assert_apart
 from tests.parity import assert_parity, named_outputs
-from tests.runtime.artefacts import alone, assert_same_folders, make_adapters, make_compiled, run_python
+from tests.runtime.artifacts import alone, assert_same_folders, make_adapters, make_compiled, run_python
 from tests.zoo import ZOO
 
 CHOICES: tuple[Any, ...] = ("a", None, {"a": 0.7, "b": 0.4})
@@ -39,7 +39,7 @@ CASES = [
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     name, target, mode = request.param
     compiled, late = make_compiled(name, target, mode)
-    folder = tmp_path_factory.mktemp("artefacts") / "it"
+    folder = tmp_path_factory.mktemp("artifacts") / "it"
     compiled.save(folder)
     return name, mode, compiled, late, folder
 
@@ -122,7 +122,7 @@ def test_no_weight_of_the_base_is_there_twice(saved: Any) -> None:
 
 
 def test_the_loaded_takes_further_adapters(saved: Any) -> None:
-    """DoRA needs the base weights; they come from the artefact."""
+    """DoRA needs the base weights; they come from the artifact."""
     name, mode, compiled, late, folder = saved
     if mode == "baked":
         pytest.skip("a baked model takes no adapters")
@@ -154,7 +154,7 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     """In two processes that hash strings differently and work in other folders: this one and a new one."""
     (tmp_path / "tmp").mkdir()
     script = (
-        "from tests.runtime.artefacts import make_compiled\n"
+        "from tests.runtime.artifacts import make_compiled\n"
         f"for t in {TARGETS}: make_compiled('plain_mlp', t, 'live')[0].save({str(tmp_path / 'there')!r} + t)"
     )
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
@@ -206,7 +206,7 @@ def test_to_load_and_call_imports_nothing_that_compiling_takes(saved: Any, tmp_p
     run_python(script)
 
 
-def test_an_eager_artefact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
+def test_an_eager_artifact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
     compiled, late = make_compiled("plain_mlp", "eager", "live")
     compiled.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it", target="onnxruntime")
@@ -254,7 +254,7 @@ def test_trained_tensors_are_saved(tmp_path: Path) -> None:
     assert_parity(lorac.load(tmp_path / "it")(**inputs), y, ZOO["plain_mlp"].model()(**inputs))
 
 
-def test_what_an_artefact_cannot_do_is_said(tmp_path: Path) -> None:
+def test_what_an_artifact_cannot_do_is_said(tmp_path: Path) -> None:
     make_compiled("plain_mlp", "eager", "live")[0].save(tmp_path / "sound")
     with pytest.raises(lorac.BaseNeeded, match=r"export\(\)"):
         lorac.load(tmp_path / "sound").export()

@@ -16,7 +16,7 @@ from lorac.storage.process_folders import (
     remove_abandoned,
     remove_with_owner,
 )
-from tests.runtime.artefacts import run_python
+from tests.runtime.artifacts import run_python
 from tests.storage.writers import start
 
 

@@ -11,7 +11,7 @@ import torch
 
 import lorac
 from lorac.storage.strict_json import parse_object
-from tests.runtime.artefacts import assert_same_folders
+from tests.runtime.artifacts import assert_same_folders
 from tests.runtime.generation.recompute import over
 from tests.runtime.generation.texts import adapted, compiled, padded, prompts
 
