@@ -1,7 +1,7 @@
-"""Progress of anything that takes longer than two seconds, on a terminal; silent elsewhere and for quick work.
+"""Progress bars on a terminal for work that takes longer than two seconds.
 
-Whoever begins something long opens a block; whatever runs inside names its steps with ``step``. A block inside another
-one has no bar of its own: its steps are told in the outer one's.
+``progress`` opens a block, and code inside names its steps with ``step``. A nested block shows its steps in the outer
+block's bar.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from contextvars import ContextVar
 from typing import Any
 
 DELAY_SECONDS = 2.0
-"""How long work stays silent."""
+"""Time before a bar appears."""
 
 
 class Progress:
     """Named steps towards an end; shown once the work has taken ``DELAY_SECONDS``.
 
     Args:
-        title: what is going on.
-        total: number of steps, or None where it is not known.
-        outer: what it is a part of, which then tells its steps.
+        title: name of the work.
+        total: number of steps; None if unknown.
+        outer: the enclosing block, which then shows the steps.
     """
 
     def __init__(self, title: str, total: int | None = None, outer: Progress | None = None) -> None:
@@ -34,7 +34,7 @@ class Progress:
         self._task: Any = None
 
     def step(self, name: str) -> None:
-        """The next step begins."""
+        """Begin the next step."""
         if self._outer is not None:
             self._outer.step(f"{self.title}, {name}")
             return
@@ -57,8 +57,8 @@ class Progress:
 
     def _refresh(self) -> None:
         if self._bar is not None:
-            told = f"{self.title}: {self._step}" if self._step else self.title
-            self._bar.update(self._task, completed=self._done, description=told)
+            text = f"{self.title}: {self._step}" if self._step else self.title
+            self._bar.update(self._task, completed=self._done, description=text)
 
     def _close(self) -> None:
         with self._lock:
@@ -71,7 +71,7 @@ _current: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 @contextmanager
 def progress(title: str, total: int | None = None) -> Iterator[Progress]:
-    """Report the steps of a block; nothing is printed where standard error is no terminal."""
+    """Report the steps of a block; prints nothing if standard error is not a terminal."""
     outer = _current.get()
     if outer is not None:
         yield Progress(title, outer=outer)
@@ -91,7 +91,7 @@ def progress(title: str, total: int | None = None) -> Iterator[Progress]:
 
 
 def step(name: str) -> None:
-    """The next step of whatever block this runs in begins; nothing where it runs in none."""
+    """Begin the next step of the current block, if there is one."""
     report = _current.get()
     if report is not None:
         report.step(name)

@@ -1,4 +1,4 @@
-"""Training from a recipe: one small loop over accelerate, for whoever does not want to write it.
+"""Training from a recipe, by a small loop over accelerate.
 
     recipe = Recipe(adapters={"mine": {"method": "lora", "r": 8}}, data="texts/", max_steps=200)
     compiled = train(model, tokenizer, recipe, out="run")

@@ -39,11 +39,11 @@ class Checkpoint:
     step: int
 
     def adapters(self) -> dict[str, Mapping[str, Any]]:
-        """What a recipe would say of its adapters."""
+        """Return its adapters as a recipe names them."""
         return {file.name.removesuffix(NATIVE): {"path": str(file)} for file in sorted(self.folder.glob(f"*{NATIVE}"))}
 
     def restore(self, optimizer: torch.optim.Optimizer, scheduler: Any, process: int) -> int:
-        """Set all as it was, random states too; gives the number of steps done.
+        """Restore optimizer, scheduler and random states; return the number of steps done.
 
         Raises:
             FormatError: the state cannot be read, or is of another optimizer.
@@ -65,7 +65,7 @@ class Checkpoint:
 
 
 def find_newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint of a run that went furthest."""
+    """Return the newest checkpoint of a run."""
     found = [
         Checkpoint(path, int(number))
         for path in folder.glob(f"{PREFIX}*")

@@ -1,4 +1,4 @@
-"""Which rows train, which are held out, and in what order the former come."""
+"""Training rows in their order, and evaluation rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TrainingData:
         self._batch = partial(texts.collate_rows, padding=int(padding or 0))
 
     def first(self) -> list[Batch]:
-        """What a start sees: the first batches of the run."""
+        """Return the first batches of the run, for initialisers."""
         return [self._batch(self._chosen(batch)) for batch in self._order(0, self.recipe.start_batches)]
 
     def loader(self, first: int, last: int) -> DataLoader[Any]:
@@ -50,7 +50,7 @@ class TrainingData:
         return DataLoader(rows, batch_sampler=list(self._order(first, last)), collate_fn=self._batch, generator=own)
 
     def held_out(self) -> list[Batch]:
-        """The rows that are held out, in batches."""
+        """Return the evaluation rows in batches."""
         size = self.recipe.batch_size
         return [self._batch(self._held_out[begin : begin + size]) for begin in range(0, len(self._held_out), size)]
 

@@ -1,4 +1,4 @@
-"""What the names in a recipe stand for: methods, starts, optimizers and rules, made with the keywords beside them."""
+"""Methods, initialisers, optimizers and rules, made from their names and keywords in a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 def make_adapters(
     given: Mapping[str, Mapping[str, Any]], model: nn.Module, batches: Callable[[], Iterable[Any]]
 ) -> dict[str, Adapter | Variant]:
-    """The adapters of a recipe: files read, methods fresh, or begun by their start.
+    """Make the adapters of a recipe: read from files, fresh, or initialised.
 
     Args:
         given: name -> what the recipe says of it.
@@ -39,7 +39,7 @@ def make_adapters(
 
 
 def make_optimizer(named: NamedSpec, compiled: Any, learning_rate: float) -> torch.optim.Optimizer:
-    """The optimizer of what trains in a compiled model."""
+    """Make the optimizer of the trainable parameters."""
     name, keywords = _split_spec(named, "the optimizer")
     own = {key: cls for key, cls in vars(training).items() if _is_strict_subclass(cls, torch.optim.Optimizer)}
     torchs = {key: cls for key, cls in vars(torch.optim).items() if _is_strict_subclass(cls, torch.optim.Optimizer)}
@@ -56,13 +56,13 @@ def make_optimizer(named: NamedSpec, compiled: Any, learning_rate: float) -> tor
     return made
 
 
-def make_rule(named: NamedSpec, compiled: Any, held: torch.optim.Optimizer) -> Rule:
-    """The rule of a recipe, put on an optimizer."""
+def make_rule(named: NamedSpec, compiled: Any, optimizer: torch.optim.Optimizer) -> Rule:
+    """Attach the rule of a recipe to an optimizer."""
     name, keywords = _split_spec(named, "the rule")
     known = {key: cls for key, cls in vars(training).items() if _is_strict_subclass(cls, Rule)}
     if name not in known:
         raise not_one_of("there is no rule", name, sorted(known))
-    made: Rule = _construct(known[name], name, (compiled, held), keywords)
+    made: Rule = _construct(known[name], name, (compiled, optimizer), keywords)
     return made
 
 
@@ -96,7 +96,7 @@ def _make_adapter(
 
 
 def _split_spec(named: NamedSpec, what: str) -> tuple[str, dict[str, Any]]:
-    """The name and the keywords."""
+    """Split a spec into its name and keywords."""
     if isinstance(named, str):
         return named, {}
     keywords = dict(named)

@@ -1,4 +1,4 @@
-"""The loop: steps of an optimizer over batches, on one process or several, told as they go and kept for going on."""
+"""The training loop: optimizer steps over batches, on one process or several, logged and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train(model: nn.Module, tokenizer: Any, recipe: Recipe, out: str | Path, *, 
     each with ``batch_size`` rows a call.
 
     Args:
-        model: the base, left as it was.
+        model: the base, left unchanged.
         tokenizer: transformers', of the model.
         recipe: what to train, and how.
         out: a folder without a run in it, but for ``resume``.
@@ -68,8 +68,8 @@ def train(model: nn.Module, tokenizer: Any, recipe: Recipe, out: str | Path, *, 
         given = named.make_adapters(recipe.adapters if checkpoint is None else checkpoint.adapters(), model, data.first)
         active = dict.fromkeys(given, 1.0) if recipe.active is None else dict(recipe.active)
         compiled: Any = lorac.compile(model, given, active=active)
-        for told in _TrainingRun(compiled, recipe, accelerator, data, folder).steps(checkpoint):
-            report.step(told)
+        for line in _TrainingRun(compiled, recipe, accelerator, data, folder).steps(checkpoint):
+            report.step(line)
     if accelerator.is_main_process:
         for name, adapter in compiled.adapters.items():
             checkpoints.save_trained_adapter(adapter, folder / name, model)
@@ -151,7 +151,7 @@ class _TrainingRun:
         return loss.detach()
 
     def held_out_loss(self) -> float | None:
-        """The mean over the tokens that count of the rows held out; None where there are none."""
+        """Return the mean loss per counted token of the evaluation rows; None without such rows."""
         batches = self.data.held_out()
         if not batches:
             return None
@@ -195,9 +195,9 @@ class _TrainingLog:
             self.write(step=done, loss=mean, learning_rate=rate, tokens_per_second=sums[1])
         return f"step {done}, loss {loss:.3f}, {speed:.0f} tokens/s"
 
-    def write(self, **told: Any) -> None:
+    def write(self, **values: Any) -> None:
         """Add a line of what is known; losses and speed are counted anew from here."""
-        known = {name: value for name, value in told.items() if value is not None}
+        known = {name: value for name, value in values.items() if value is not None}
         self._begin()
         if len(known) < 2 or not self.accelerator.is_main_process:
             return

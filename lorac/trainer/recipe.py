@@ -1,4 +1,4 @@
-"""What is trained on what, and how: a dataclass, and the YAML file it is read from."""
+"""Recipes: a dataclass of settings, and its YAML file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Recipe:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
-    """A recipe from a YAML file, and what the file says of ``model`` and ``out``, which are the command line's.
+    """Read a recipe from a YAML file; return it with the file's ``model`` and ``out``.
 
     Raises:
         MissingExtra: PyYAML, which comes with transformers, is not installed.

@@ -127,20 +127,21 @@ def _build_rows(lines: TextLines, tokenizer: Any, max_length: int) -> Iterator[T
             yield from ((tokens, tokens) for tokens in cut)
             running = running[whole * max_length :]
             continue
-        asked, said = _split_completion(line, tokenizer, end)
-        tokens, counted = [*asked, *said][:max_length], [*[IGNORED_LABEL] * len(asked), *said][:max_length]
+        prompt, completion = _split_completion(line, tokenizer, end)
+        tokens = [*prompt, *completion][:max_length]
+        counted = [*[IGNORED_LABEL] * len(prompt), *completion][:max_length]
         if any(label != IGNORED_LABEL for label in counted):
             yield tokens, counted
 
 
 def _split_completion(line: Mapping[str, Any], tokenizer: Any, end: list[int]) -> tuple[list[int], list[int]]:
-    """The tokens that are given, and those that are to be learnt."""
+    """Split a row into prompt tokens and completion tokens."""
     if line.keys() >= COMPLETION_KEYS:
         return _tokenize(tokenizer, line["prompt"]), [*_tokenize(tokenizer, line["completion"]), *end]
     *before, _ = line["messages"]
-    asked = _tokenize(tokenizer, tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+    prompt = _tokenize(tokenizer, tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
     whole = _tokenize(tokenizer, tokenizer.apply_chat_template(line["messages"], tokenize=False))
-    return asked, whole[len(asked) :]
+    return prompt, whole[len(prompt) :]
 
 
 def _tokenize(tokenizer: Any, text: str) -> list[int]:

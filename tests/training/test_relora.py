@@ -93,7 +93,7 @@ def test_the_smallest_moments_become_nothing() -> None:
 def test_what_it_does_not_apply_to() -> None:
     compiled = compiled_with(takers()["lora"])
     optimizer = torch.optim.SGD(trained(compiled), lr=0.05)
-    with pytest.raises(lorac.AdapterNotFound, match="goes into 'none', a LoRA or Full, and there is none"):
+    with pytest.raises(lorac.AdapterNotFound, match="'none' must be a LoRA or Full to fold into, and there is none"):
         ReLoRA(compiled, optimizer, into="none", every=2)
     for wrong in ({"every": 0}, {"every": 2, "prune": 1.1}):
         with pytest.raises(lorac.ChoiceError, match="ReLoRA does not take"):
@@ -120,6 +120,6 @@ def test_a_restart_that_cannot_be_is_refused_before_its_step() -> None:
     assert torch.equal(own["lora_A"], before) and rule.restarts == 1
     rule.restarts = 0
     compiled.swap("a")
-    with pytest.raises(lorac.ChoiceError, match="stands beside, and active is") as error:
+    with pytest.raises(lorac.ChoiceError, match="needs both adapters active at strength 1, and active is") as error:
         step(compiled, optimizer, 3)
     assert error.value.next_step == "swap to {'a': 1, 'sum': 1}"

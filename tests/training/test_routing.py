@@ -200,7 +200,7 @@ def test_what_cannot_be_told() -> None:
     x = drawn(2, 4, 6, seed=1)
     compiled(x)
     for experts in (torch.tensor([0, 1, 2]), torch.tensor([[0, 1]]), torch.tensor(1)):
-        with pytest.raises(lorac.ChoiceError, match="say nothing of logits of shape"):
+        with pytest.raises(lorac.ChoiceError, match="do not fit logits of shape"):
             gate_loss(compiled, experts)
     with pytest.raises(lorac.ChoiceError, match="there is no expert 3") as error:
         gate_loss(compiled, torch.tensor([0, 3]))

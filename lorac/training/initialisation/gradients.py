@@ -21,11 +21,11 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class SummedGradients:
-    """What batches gave.
+    """Gradients of weights, summed over batches.
 
     Attributes:
-        sums: path of a site -> ΣG (out, in) over the batches, in the dtype of factors; of a stack (E, out, in).
-        batches: how many there were.
+        sums: path of a site -> ΣG (out, in), in the dtype of factors; for a stack (E, out, in).
+        batches: number of batches.
     """
 
     sums: Mapping[str, Tensor]
@@ -36,13 +36,13 @@ def compute_loss(model: nn.Module, batch: Any) -> Tensor:
     """Return the loss that a model computes itself.
 
     Raises:
-        AdapterError: it answers none.
+        AdapterError: its output has no loss.
     """
     answer = call_model(model, batch)
     loss = answer.get("loss") if isinstance(answer, Mapping) else getattr(answer, "loss", None)
     if not isinstance(loss, Tensor):
         raise AdapterError(
-            f"the model answers a batch with {type(answer).__name__} without a loss",
+            f"the model's output for a batch, {type(answer).__name__}, has no loss",
             next_step="give batches with labels, or a loss: loss=lambda model, batch: …, a scalar",
             code="batches_needed",
         )
@@ -52,12 +52,12 @@ def compute_loss(model: nn.Module, batch: Any) -> Tensor:
 def sum_gradients(
     model: nn.Module, sites: Mapping[str, Site], batches: Iterable[Any], loss: Loss | None = None
 ) -> SummedGradients:
-    """ΣG over batches of the weights of some sites, in training mode, as the paper's code has it.
+    """Sum the gradients of the weights of some sites over batches, in training mode, as the paper's code does.
 
     Args:
-        model: left as it was.
+        model: left unchanged.
         sites: by path.
-        batches: what the model is called with.
+        batches: arguments of the model's calls.
         loss: default: the model's own.
 
     Raises:

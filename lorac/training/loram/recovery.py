@@ -1,4 +1,4 @@
-"""What was trained on a smaller model, for the large one; and the smaller model made used to what it has lost."""
+"""Mapping a LoRA of a smaller model to the large one, and aligning the smaller model after pruning."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def align(
         lr: the largest learning rate.
         warmup: steps that it rises in, at most a tenth of all.
         loss: (model, batch) -> the loss; default: the model's own.
-        each: is told of every step: its number and loss.
+        each: called after every step with its number and loss.
 
     Raises:
         AdapterError: there are none, or none with a loss.

@@ -1,7 +1,7 @@
-"""What of a model can be pruned as one: heads with their keys and values, and hidden units, each over coupled layers.
+"""Prunable units of a model: attention heads and hidden units, each spanning coupled layers.
 
-A unit owns a block of the rows of some layers and of the columns of others. Of grouped attention it is a head of keys
-and values with all heads of queries that read it.
+A unit is a block of rows of some layers and of columns of others. In grouped attention it is a key and value head with
+all query heads that read it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lorac.errors import SiteError
 Tensor = torch.Tensor
 HEADS, HIDDEN = "heads", "hidden"
 _ATTENTION = (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj"))
-"""Names of an attention's layers: those that heads are rows of, and those, of which it has one, they are columns of."""
+"""Names of attention layers: heads are rows of the first, and columns of one of the second."""
 _MLP = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("up_proj",), "down_proj"),
     (("fc1",), "fc2"),
     (("w1", "w3"), "w2"),
 )
-"""Names of a perceptron's layers: those that hidden units are rows of, and the one they are columns of."""
+"""Names of MLP layers: hidden units are rows of the first, and columns of the second."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class UnitGroup:
     Attributes:
         owner: path of the module.
         kind: ``"heads"`` or ``"hidden"``.
-        count: how many units there are.
-        rows: path of a layer -> how many of its rows belong to each unit.
-        columns: path of a layer -> how many of its columns do.
-        shared: how many heads of queries read one of keys and values; 1 of others.
+        count: number of units.
+        rows: path of a layer -> rows per unit.
+        columns: path of a layer -> columns per unit.
+        shared: number of query heads per key and value head; 1 for hidden units.
     """
 
     owner: str
@@ -50,10 +50,10 @@ class UnitGroup:
 
 
 def find_unit_groups(model: nn.Module) -> list[UnitGroup]:
-    """All that can be pruned, in module order.
+    """Find all prunable units, in module order.
 
     Raises:
-        SiteError: there is nothing: no module has layers by the names that are known.
+        SiteError: no module has layers of known names.
     """
     found = [
         group
@@ -64,7 +64,7 @@ def find_unit_groups(model: nn.Module) -> list[UnitGroup]:
         raise SiteError(
             f"{type(model).__name__} has no attention of q_proj, k_proj, v_proj and o_proj, and no perceptron of "
             "gate_proj, up_proj and down_proj, whose heads and units could be pruned",
-            next_step="set single weights to 0 instead, by the function mask beside prune",
+            next_step="set single weights to 0 instead, with mask()",
             code="site_unsupported",
         )
     return found

@@ -17,7 +17,7 @@ from lorac.errors import MissingExtra
 Tensor = torch.Tensor
 _BLOCK = 256
 _FEWEST = 4096
-"""Entries below which a moment stays as it is, as in bitsandbytes' own optimizers."""
+"""Moments with fewer entries stay in float, as in bitsandbytes' own optimizers."""
 _SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 
 

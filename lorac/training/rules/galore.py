@@ -34,10 +34,10 @@ _PROJECTED = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "
 def galore_groups(
     compiled: Any, *, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25, proj_type: str = "std"
 ) -> list[dict[str, Any]]:
-    """Parameter groups for GaLore's optimizers: the weights of ``Full`` adapters projected, what else trains as it is.
+    """Make parameter groups for GaLore's optimizers: weights of ``Full`` adapters projected, other parameters not.
 
     Args:
-        compiled: what ``lorac.compile(..., target="eager")`` returned; as it is, or within DDP.
+        compiled: the result of ``lorac.compile(..., target="eager")``, possibly wrapped in DDP.
         rank: r, of the projected gradients; where a weight has fewer rows or columns, that many.
         update_proj_gap: T, the steps between two projections.
         scale: α, by which the update is multiplied when it is projected back.

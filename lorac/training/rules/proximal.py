@@ -90,7 +90,7 @@ class ProximalGates(Rule):
         self._threshold = xi
 
     def after(self) -> None:
-        """Close what is small."""
+        """Apply the proximal map."""
         for gate in self._gates:
             if gate.grad is not None:
                 gate.copy_(self._map(gate, self._threshold))
@@ -99,7 +99,7 @@ class ProximalGates(Rule):
 def gate_penalty(compiled: Any, weight: float) -> Tensor:
     """``λ₁·Σ|g| / N`` over the N gates of the active SoRA adapters: a scalar to add to the loss.
 
-    The released code has this subgradient beside the proximal map; the paper's method is the map alone, λ₁ = 0.
+    The released code adds this subgradient to the proximal map; the paper's method is the map alone, λ₁ = 0.
 
     Args:
         compiled: what ``lorac.compile(..., target="eager")`` returned.

@@ -1,7 +1,7 @@
-"""ReLoRA: a low-rank update is folded away every so often and begun anew, so that the sum has a higher rank.
+"""ReLoRA: restarts of a low-rank update, whose sum has a higher rank.
 
-Lialin et al., ICLR 2024, arXiv 2307.05695. The base's weights are read-only here: what is folded away goes into
-another adapter, which stands beside the one that trains.
+Lialin et al., ICLR 2024, arXiv 2307.05695. The base's weights are read-only here, so each restart folds the update
+into a second adapter.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Tensor = torch.Tensor
 
 
 class ReLoRA(Rule):
-    """Every so often s·B·A is added to the adapter ``into``, A is drawn anew, B becomes 0, and moments are pruned.
+    """At every restart s·B·A is added to the adapter ``into``, A is drawn again, B becomes 0, and moments are pruned.
 
     Compile with both, active together: ``{"a": lorac.LoRA(r=8), "sum": lorac.LoRA(r=40, alpha=40)}`` with
-    ``active={"a": 1, "sum": 1}``. A LoRA of rank R takes ⌊R/r⌋ restarts, each in rows and columns of its own, and stays
-    a LoRA; a ``lorac.Full`` takes any number. What the model answers does not change at a restart but for rounding.
-    ``fold()`` at the end leaves the whole result in ``into``: swapped, saved and exported as any adapter.
+    ``active={"a": 1, "sum": 1}``. A LoRA of rank R takes ⌊R/r⌋ restarts and stays a LoRA;
+    a ``lorac.Full`` takes any number. A restart changes the model's outputs by rounding only. ``fold()`` at the end
+    leaves the whole result in ``into``.
 
     ``into`` itself does not train: its ``requires_grad`` is turned off.
 
     Args:
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s, of any kind; it holds the factors of the adapter that trains.
-        into: name of the adapter that takes what is folded away.
+        into: name of the adapter that the updates are folded into.
         every: steps between restarts.
-        prune: which share of every moment becomes 0 at a restart, the smallest first: the paper's 0.99; 1: all.
+        prune: share of every moment that becomes 0 at a restart, smallest first; the paper's is 0.99.
         seed: of the new A's; the same in all processes that train together.
 
     Raises:
@@ -161,7 +161,7 @@ class ReLoRA(Rule):
         active = self.compiled.active
         if any(active.get(name) != 1 for name in wanted):
             raise ChoiceError(
-                f"a restart adds what '{self.into}' stands beside, and active is {active}",
+                f"a restart needs both adapters active at strength 1, and active is {active}",
                 next_step=f"swap to {dict.fromkeys(sorted(wanted), 1)}",
             )
 
@@ -173,7 +173,7 @@ def _find_target_adapter(compiled: Any, into: str) -> Any:
     if found is None or not isinstance(found.variant, LoRA | Full):
         there = "there is none" if found is None else f"it is {found.variant.name}"
         raise AdapterNotFound(
-            f"what is folded away goes into '{into}', a LoRA or Full, and {there}",
+            f"'{into}' must be a LoRA or Full to fold into, and {there}",
             next_step="compile with one: {'a': lorac.LoRA(r=8), 'sum': lorac.Full()}",
         )
     return found

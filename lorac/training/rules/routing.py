@@ -26,10 +26,10 @@ def gate_loss(
 
     Args:
         compiled: what ``lorac.compile(..., target="eager", aux=["router"])`` returned, called with gradients recorded.
-        experts: which expert each token, or each row, belongs to: (rows, length) or (rows,), whole numbers.
+        experts: the expert of each token, or of each row: (rows, length) or (rows,), integers.
         weight: the paper's 50.
-        shifted: as of language models: the logits of a token are held against what is said of the next one.
-        ignore: says of a token that it does not count, as padding does not.
+        shifted: compare the logits of a token with the label of the next one, as language models do.
+        ignore: label of tokens that do not count, such as padding.
 
     Raises:
         Unavailable, AdapterNotFound: as a rule; the last call gave no logits of gates.
@@ -49,24 +49,26 @@ def gate_loss(
 
 def _cross_entropy(logits: Tensor, experts: Tensor, shifted: bool, ignore: int) -> Tensor:
     """Of one gate's logits (rows, …, L)."""
-    told = experts.view(*experts.shape, *(1,) * (logits.dim() - 1 - experts.dim())) if experts.dim() else experts
-    if told.dim() != logits.dim() - 1 or any(a not in {1, b} for a, b in zip(told.shape, logits.shape, strict=False)):
+    labels = experts.view(*experts.shape, *(1,) * (logits.dim() - 1 - experts.dim())) if experts.dim() else experts
+    if labels.dim() != logits.dim() - 1 or any(
+        a not in {1, b} for a, b in zip(labels.shape, logits.shape, strict=False)
+    ):
         raise ChoiceError(
-            f"experts of shape {tuple(experts.shape)} say nothing of logits of shape {tuple(logits.shape)}",
+            f"experts of shape {tuple(experts.shape)} do not fit logits of shape {tuple(logits.shape)}",
             next_step="give one expert for each row, or for each token",
         )
-    told = told.expand(logits.shape[:-1]).to(logits.device)
-    counted = told[told != ignore]
+    labels = labels.expand(logits.shape[:-1]).to(logits.device)
+    counted = labels[labels != ignore]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < logits.shape[-1]:
         raise ChoiceError(
             f"there is no expert {int(counted.max())}" if int(counted.max()) > 0 else "an expert is below 0",
             nearest=f"0 to {logits.shape[-1] - 1}",
-            next_step=f"{ignore} says that a token does not count",
+            next_step=f"{ignore} marks a token that does not count",
         )
     if shifted and logits.dim() > 2:
-        logits, told = logits[..., :-1, :], told[..., 1:]
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide.flatten(0, -2), told.flatten(), ignore_index=ignore)
+    return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=ignore)
 
 
 def draw_ordered(logits: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:

@@ -19,30 +19,36 @@ def require_tokenizer(compiled: Any) -> Any:
     """Return the tokenizer of a compiled model.
 
     Raises:
-        Unavailable: it has none.
+        Unavailable: it has no tokenizer.
     """
     tokenizer = getattr(compiled, "tokenizer", None)
     if tokenizer is None:
         raise Unavailable(
-            "the compiled model has no tokenizer, and a transfer is of texts",
-            next_step="set compiled.tokenizer, to the one that goes with the model",
+            "the compiled model has no tokenizer, which a transfer needs",
+            next_step="set compiled.tokenizer to the model's tokenizer",
         )
     return tokenizer
 
 
 @torch.no_grad()
 def continue_prompts(
-    compiled: Any, prompts: Sequence[str], *, adapters: Any = None, rows: int = 8, seed: int | None = None, **told: Any
+    compiled: Any,
+    prompts: Sequence[str],
+    *,
+    adapters: Any = None,
+    rows: int = 8,
+    seed: int | None = None,
+    **options: Any,
 ) -> list[str]:
     """Generate a continuation of each prompt, without the prompt and special tokens.
 
     Args:
         compiled: generates, and has a tokenizer.
         prompts: texts.
-        adapters: the choice that it speaks with; None for the base.
-        rows: how many at a time.
-        seed: what is drawn from, where it samples.
-        **told: as ``generate`` takes it: max_new_tokens, do_sample, …
+        adapters: the choice to generate with; None for the base.
+        rows: prompts per batch.
+        seed: of sampling.
+        **options: options of ``generate``: max_new_tokens, do_sample, …
     """
     tokenizer = require_tokenizer(compiled)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -54,7 +60,7 @@ def continue_prompts(
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
         drawn = None if seed is None else seed + start
         answer = compiled.generate(
-            input_ids=padded, attention_mask=mask, adapters=adapters, seed=drawn, pad_token_id=filler, **told
+            input_ids=padded, attention_mask=mask, adapters=adapters, seed=drawn, pad_token_id=filler, **options
         )
         found += tokenizer.batch_decode(torch.as_tensor(answer)[:, longest:], skip_special_tokens=True)
     return found

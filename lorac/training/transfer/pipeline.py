@@ -110,8 +110,8 @@ def make_prompt_filter(compiled: Any, task: Task, *, adapters: str) -> Accept:
     """Return a filter that accepts prompts for which the discriminator finds yes likelier than no."""
 
     def accept(prompts: Sequence[str]) -> list[bool]:
-        asked = [task.about(prompt) for prompt in prompts]
-        return compare_answers(compiled, asked, task.yes, task.no, adapters=adapters)
+        questions = [task.about(prompt) for prompt in prompts]
+        return compare_answers(compiled, questions, task.yes, task.no, adapters=adapters)
 
     return accept
 
@@ -176,8 +176,8 @@ def synthesise_prompts(
     while len(found) < count and tried < tries:
         prompts = [prompt for prompt in draw(min(rows, tries - tried), seed + tried)]
         tried += len(prompts) or rows
-        asked = [prompt for prompt in prompts if prompt]
-        passed = [prompt for prompt, yes in zip(asked, accept(asked) if asked else (), strict=True) if yes]
+        filled = [prompt for prompt in prompts if prompt]
+        passed = [prompt for prompt, yes in zip(filled, accept(filled) if filled else (), strict=True) if yes]
         found += _select_new(passed, found) if dedupe else passed
     if len(found) < count:
         raise AdapterError(
