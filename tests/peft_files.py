@@ -1,4 +1,4 @@
-"""PEFT checkpoints made by PEFT itself, away from init, and PEFT's own model as their oracle."""
+"""PEFT checkpoints made by PEFT itself, away from their initialisation, with PEFT's model as their oracle."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "VBLORA": {"r": 2, "num_vectors": 6, "vector_length": 2},
     "VERA": {"r": 2},
 }
-"""What makes an adapter of plain_mlp's `up` and `down` small, by PEFT type."""
+"""Settings that make an adapter of plain_mlp's `up` and `down` small, by PEFT type."""
 
 
-def made(folder: Path, kind: str, model: str = "plain_mlp", **settings: Any) -> Path:
+def save_small(folder: Path, kind: str, model: str = "plain_mlp", **settings: Any) -> Path:
     """Save a checkpoint of a PEFT type for a model of the zoo, in float32: by `settings`, then `SMALL`, then PEFT."""
     with quiet():
         config = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**{"target_modules": ["up", "down"], **SMALL[kind], **settings})
@@ -79,7 +79,7 @@ def configure(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def change(folder: Path, tensors: Mapping[str, Tensor | None]) -> None:
+def change_tensors(folder: Path, tensors: Mapping[str, Tensor | None]) -> None:
     """Replace or add tensors of a checkpoint, or remove those given as None; names lack the `base_model.` in front."""
     stored = load_file(folder / WEIGHTS)
     for name, tensor in tensors.items():
@@ -110,7 +110,7 @@ def make_peft(
         model: The base.
         folder: Where adapter_config.json and adapter_model.safetensors go.
         config: The adapter's PEFT config. It is not changed.
-        inputs: What the contribution is measured on.
+        inputs: The inputs that the contribution is measured on.
         seed: Every seed gives other tensors.
         contribution: ‖y_ref − y_base‖ / ‖y_base‖ aimed at as the geometric mean of the outputs;
             each of them is asserted to lie within 5 to 50 %.
@@ -139,7 +139,7 @@ def make_peft(
 
 
 def load_peft(model: nn.Module, folder: Path | str) -> PeftModel:
-    """What PEFT itself makes of a folder, on a copy of `model`, in eval mode."""
+    """Return PEFT's model of a folder, on a copy of `model`, in eval mode."""
     # PeftModel takes any module; its annotation names transformers' only.
     copied: Any = copy.deepcopy(model)
     with quiet():
@@ -148,7 +148,7 @@ def load_peft(model: nn.Module, folder: Path | str) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without PEFT's remarks on what the tests choose on purpose, and without building its extension of BOFT.
+    """Silence PEFT's remarks on what the tests choose on purpose, and do not build its extension of BOFT.
 
     Where it cannot build that CUDA extension, it would try anew at every layer, and warn of it each time.
     """
@@ -159,7 +159,7 @@ def quiet() -> Iterator[None]:
 
 
 def wrap(model: nn.Module, config: PeftConfig, seed: int = 0) -> PeftModel:
-    """PEFT's fresh model of a configuration, on a copy of `model`."""
+    """Return PEFT's fresh model of a configuration, on a copy of `model`."""
     copied: Any = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
@@ -167,7 +167,7 @@ def wrap(model: nn.Module, config: PeftConfig, seed: int = 0) -> PeftModel:
 
 
 def _moves(wrapped: PeftModel, seed: int) -> list[tuple[nn.Parameter, Callable[[float], Tensor]]]:
-    """Every trained tensor as a function of one strength, PEFT's init at 0 and far from it at 1."""
+    """Return every trained tensor as a function of one strength: PEFT's initialisation at 0 and far from it at 1."""
     generator = torch.Generator().manual_seed(seed + 1)
     # PEFT 0.21 trains AdaLoRA's ranknum, a scale's denominator, by mistake, and does not save it.
     trained = [(n, p) for n, p in wrapped.named_parameters() if p.requires_grad and "ranknum" not in n]

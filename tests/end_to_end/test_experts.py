@@ -15,7 +15,7 @@ import lorac
 from lorac.formats import load_adapter, save_adapter
 from lorac.testing import adapter_away, parity
 from lorac.testing.eager_checks import assert_close
-from tests.peft_files import change, load_peft, make_peft
+from tests.peft_files import change_tensors, load_peft, make_peft
 from tests.refusing import refuses
 
 WIDTH, INNER, EXPERTS = 8, 4, 3  # what a row takes is a multiple of 16 bytes: torch's own kernel asks for it
@@ -212,6 +212,6 @@ def test_what_has_no_place_is_refused(tmp_path):
     dropping = lorac.Adapter("a", dataclasses.replace(read.variant, dropout=0.1), read.tensors)
     with refuses("unsupported_field", match=r"PEFT has no dropout at 'gate\.weight'"):
         save_adapter(dropping, tmp_path / "x", model=model)
-    change(tmp_path / "theirs", {"model.experts.lora_A.weight": torch.zeros(5, INNER)})
+    change_tensors(tmp_path / "theirs", {"model.experts.lora_A.weight": torch.zeros(5, INNER)})
     with refuses("shape_mismatch", match=r"the tensors at 'experts\.down_proj', 3 matrices 4 -> 8"):
         load_adapter(tmp_path / "theirs", model)

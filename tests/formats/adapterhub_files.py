@@ -45,7 +45,7 @@ def split(folder):
 
 
 def changed(folder, **fields):
-    """Its configuration, with fields of it, or around it, set anew."""
+    """Set fields of a folder's configuration, or around it."""
     file = folder / "adapter_config.json"
     raw = json.loads(file.read_text())
     for name, value in fields.items():

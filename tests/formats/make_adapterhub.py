@@ -7,7 +7,7 @@ The library pins a transformers of its own; run this where both are found, which
 
 Without arguments it makes the folder anew. With ``add`` it adds what it lacks. With ``read FOLDER ...`` it loads what
 others wrote in that layout, each at ``<model>/<adapter>`` below some place, and leaves the answer with each in
-``answer.safetensors`` beside them.
+``answer.safetensors`` next to them.
 """
 
 import json
@@ -22,7 +22,7 @@ from adapters.heads import CausalLMHead
 from safetensors.torch import load_file, save_file
 
 LEAST, MOST = 0.06, 0.4
-"""How much of what the base answers an adapter changes."""
+"""Return how much of the base's output an adapter changes."""
 HERE = Path(__file__).parent / "adapterhub"
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 EYES = {key: SIZES[key] for key in SIZES if key != "vocab_size"}
@@ -100,15 +100,15 @@ LAYERS = {
     },
     "vit": {"lora": LoRAConfig(r=2, alpha=3, intermediate_lora=True, output_lora=True), "ia3": IA3Config()},
 }
-"""Of layers, whose answers lie beside those of bottlenecks: what one run has made does not change with another's."""
+"""Adapters of layers, whose outputs are stored next to those of bottlenecks, so that no run changes another's."""
 PICKLED = {"normed", "inside"}
 """What the library cannot write as safetensors (a norm under two names), and one that it could."""
 INVERTED = {"inverted"}
-"""Made in the library's own class, which alone undoes an invertible adapter in front of its head."""
+"""Made in the library's own class, the only one that inverts an invertible adapter in front of its head."""
 
 
 def rounded(module, seed, scale):
-    """Values that take two bytes each, far from their start."""
+    """Draw values that take two bytes each, far from their initialisation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module:
@@ -117,14 +117,14 @@ def rounded(module, seed, scale):
 
 
 def moved(parameters, starts, times):
-    """The same values, so many times as far from their start."""
+    """Move values so many times as far from their initialisation."""
     with torch.no_grad():
         for path, parameter in parameters.items():
             parameter.copy_((starts[path] + times * (parameter - starts[path])).half().float())
 
 
 def share(found, base):
-    """How much of what the base answers an adapter changes."""
+    """Return how much of the base's output an adapter changes."""
     return ((found - base).norm() / base.norm()).item()
 
 
@@ -152,7 +152,7 @@ def model_of(name):
 
 
 def flexible(name, plain):
-    """The same model in the library's own class, with a head that is the plain model's."""
+    """Return the model in the library's own class, with the head of the plain model."""
     model = adapters.LlamaAdapterModel.from_pretrained(HERE / name, dtype=torch.float32).eval()
     model.add_prediction_head(CausalLMHead(model, "head"))
     model.heads["head"][-1].weight.data = plain.lm_head.weight.data.clone()
@@ -172,7 +172,7 @@ def make(name):
 
 
 def add(name):
-    """The same of adapters that have no answer yet, on the model that is there."""
+    """Add adapters without a recorded output to the model that is there."""
     file = HERE / name / "expected.safetensors"
     expected = load_file(file)
     for number, (key, config) in enumerate((ADAPTERS[name] | LAYERS[name]).items()):
@@ -182,7 +182,7 @@ def add(name):
 
 
 def record(name, number, key, config, expected):
-    """One adapter, in a folder, and the answer of its model among those that are expected."""
+    """Save one adapter, and the output of its model among those that are expected."""
     folder = HERE / name
     model = flexible(name, model_of(name)) if key in INVERTED else model_of(name)
     adapters.init(model)
@@ -205,7 +205,7 @@ def record(name, number, key, config, expected):
 
 
 def read(folder):
-    """Load an adapter of somebody else's and keep what the model answers with it."""
+    """Load an adapter that others trained and record the model's output with it."""
     name, key = folder.parent.name, folder.name
     model = flexible(name, model_of(name)) if key in INVERTED else model_of(name)
     adapters.init(model)

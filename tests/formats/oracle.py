@@ -1,4 +1,4 @@
-"""An adapter applied by its formula alone, site by site: what a file means without any compiler."""
+"""An adapter applied by its formula alone, site by site: the meaning of a file without any compiler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.zoo import ZOO
 
 
 def applied(model: nn.Module, adapter: Adapter) -> nn.Module:
-    """A copy of `model` with every site's weight W' and every replacement in place."""
+    """Return a copy of `model` with every site's weight W' and every replacement in place."""
     model = copy.deepcopy(model)
     for name, tensor in adapter.replaced.items():
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
@@ -66,7 +66,7 @@ def call(model: nn.Module, inputs: dict[str, Tensor]) -> object:
 
 
 def assert_same(model: nn.Module, adapter: Adapter, oracle: PeftModel, inputs: dict[str, Tensor]) -> None:
-    """The adapter means to lorac what PEFT computes."""
+    """Assert that the adapter means to lorac what PEFT computes."""
     parity.assert_parity(
         call(applied(model, adapter), inputs),
         call(oracle, inputs),
@@ -76,7 +76,7 @@ def assert_same(model: nn.Module, adapter: Adapter, oracle: PeftModel, inputs: d
 
 
 def assert_round_trip(name: str, folder: Path, config: PeftConfig, **options: Any) -> Adapter:
-    """PEFT -> lorac -> PEFT -> lorac, all computing the same; the adapter as first read."""
+    """Assert that PEFT -> lorac -> PEFT -> lorac computes the same throughout; return the adapter as first read."""
     model = ZOO[name].fresh(torch.float64)
     inputs = ZOO[name].inputs(dtype=torch.float64)
     return round_trip(model, inputs, folder, config, **options)
@@ -116,7 +116,7 @@ def assert_close(y: object, y_ref: object) -> None:
 
 
 def assert_equal(one: Adapter, other: Adapter) -> None:
-    """Same method, same tensors bit for bit; targets may be spelt otherwise."""
+    """Assert the same method and the same tensors bit for bit; targets may be written otherwise."""
     assert type(one.variant) is type(other.variant)
     assert set(one.tensors) == set(other.tensors)
     for path, tensors in other.tensors.items():

@@ -36,8 +36,8 @@ def read(folder):
 
 @functools.cache
 def compiled(name, target):
-    held = {split(folder)[1]: read(folder) for folder in WHOLE if split(folder)[0] == name}
-    return lorac.compile(model(name), held, target=target, active=None)
+    adapters = {split(folder)[1]: read(folder) for folder in WHOLE if split(folder)[0] == name}
+    return lorac.compile(model(name), adapters, target=target, active=None)
 
 
 @pytest.mark.parametrize("folder", WHOLE)
@@ -74,14 +74,16 @@ def test_what_is_written_has_the_same_keys_and_fields_and_is_read_again(folder, 
     theirs = load_file(file) if file.exists() else torch.load(FILES / folder / "pytorch_adapter.bin")
     ours = load_file(tmp_path / key / "adapter.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    told, wrote = (json.loads((f / "adapter_config.json").read_text()) for f in (FILES / folder, tmp_path / key))
+    original, written = (json.loads((f / "adapter_config.json").read_text()) for f in (FILES / folder, tmp_path / key))
     ignored = {"model_name", "config"} | ({"model_class"} if name == "vit" else set())
-    assert {k: v for k, v in told.items() if k not in ignored} == {k: v for k, v in wrote.items() if k not in ignored}
-    assert started(told["config"]) == started(wrote["config"])
+    assert {k: v for k, v in original.items() if k not in ignored} == {
+        k: v for k, v in written.items() if k not in ignored
+    }
+    assert started(original["config"]) == started(written["config"])
 
 
 def started(config):
-    """A configuration without what layers' tensors were drawn from, which their values have outlived."""
+    """Return a configuration without the fields about initialisation, which the values have outlived."""
     if config.get("architecture") == "union":
         return {**config, "configs": [started(part) for part in config["configs"]]}
     return {k: v for k, v in config.items() if k != "init_weights" or config.get("architecture") != "lora"}
@@ -128,7 +130,7 @@ def test_it_lives_on_in_an_artefact_which_needs_no_search(tmp_path):
 # ── What is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of a folder, to be spoiled."""
+    """Return a copy of a folder, to be damaged."""
     return Path(shutil.copytree(FILES / "bert" / "houlsby", tmp_path / "houlsby"))
 
 
@@ -179,10 +181,10 @@ def test_a_file_of_fewer_tensors_and_one_of_more(copied):
 
 def test_a_head_beside_it_is_told_of_and_an_interface_refused(copied):
     (copied / "model_head.safetensors").write_bytes(b"")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lorac.load_adapter(copied, model("bert"))
-    assert any("prediction head" in str(warning.message) for warning in told)
+    assert any("prediction head" in str(warning.message) for warning in caught)
     (copied / "adapter_interface.json").write_text("{}")
     refused(copied, lorac.FormatError, "adapter_interface")
 

@@ -19,7 +19,7 @@ from tests.refusing import refuses
 
 @pytest.fixture
 def of_layers(tmp_path):
-    """Copies folders to be spoiled."""
+    """Return a function that copies folders to be damaged."""
     return lambda folder: Path(shutil.copytree(FILES / folder, tmp_path / split(folder)[1]))
 
 
@@ -77,7 +77,7 @@ FRESH = {
         torch.float32,
     ),
 }
-"""What no library wrote, by model: an adapter with its dtype."""
+"""Adapters that no library wrote, by model, each with its dtype."""
 
 
 @pytest.mark.parametrize("name", FRESH)
@@ -86,8 +86,8 @@ def test_a_fresh_adapter_of_layers_goes_there_and_back(name, tmp_path):
     host, (variant, dtype) = model(name), FRESH[name]
     adapter = drawn(lorac.compile(host, {"a": variant}).adapters["a"], dtype)
     lorac.save_adapter(adapter, tmp_path / "a", format="adapterhub", model=host)
-    told = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["config"]
-    assert told["dtype"] == (None if dtype is torch.float32 else "float16")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["config"]
+    assert config["dtype"] == (None if dtype is torch.float32 else "float16")
     again = lorac.load_adapter(tmp_path / "a", host)
     both = lorac.compile(host, {"one": adapter, "other": again}, active=None)
     answers = [main(both(**inputs(name), adapters=key)) for key in ("one", "other", None)]
@@ -97,7 +97,7 @@ def test_a_fresh_adapter_of_layers_goes_there_and_back(name, tmp_path):
 
 
 def drawn(adapter, dtype):
-    """The same with tensors away from their start."""
+    """Return the adapter with tensors away from their initialisation."""
     generator = torch.Generator().manual_seed(3)
     for at in adapter.tensors.values():
         at |= {n: (t + 0.3 * torch.randn(t.shape, generator=generator)).detach().to(dtype) for n, t in at.items()}

@@ -1,4 +1,4 @@
-"""What a file asks for out of all proportion is refused before it is taken, in time and in memory."""
+"""A file that asks for disproportionate time or memory is refused before it gets either."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorac import limits as spending
 from lorac.ir.patterns import match_pattern
 from lorac.storage.strict_json import parse_json
 from tests.limits import within_budget
-from tests.peft_files import CONFIG, WEIGHTS, change, configure, made
+from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -30,7 +30,7 @@ HUGE = (10**7, 2**31 - 1, 2**31, 2**62)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A LoRA as PEFT keeps it."""
+    """Return a LoRA as PEFT saves it."""
     adapter = lorac.compile(MODEL(), {"a": lorac.LoRA(r=2, targets=["up", "down"])}).adapters["a"]
     lorac.save_adapter(adapter, tmp_path / "a", model=MODEL())
     weights = tmp_path / "a" / WEIGHTS
@@ -39,14 +39,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refuse(folder: Path, kinds: type[Exception] | tuple[type[Exception], ...], match: str | None = None) -> None:
-    """Refused with and without the model, in time."""
+    """Assert that a folder is refused with and without the model, in time."""
     for model in (None, MODEL()):
         with within_budget(), pytest.raises(kinds, match=match):
             lorac.load_adapter(folder, model)
 
 
 def pickled(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """The tensors in a .bin file, after a change."""
+    """Move the tensors to a .bin file, after a change."""
     tensors: dict[str, Any] = load_file(folder / WEIGHTS)
     change(tensors)
     (folder / WEIGHTS).unlink()
@@ -127,7 +127,7 @@ def test_bombs(folder: Path, write: Callable[[zipfile.ZipFile], None], match: st
 
 
 def test_a_directory_of_a_million_files_is_not_read(folder: Path) -> None:
-    """The end of the file says how many there are; nothing is made of each before that is known."""
+    """The end of the file states the number; nothing is allocated for each before it is known."""
     content = bytearray(packed(_two_pickles))
     at = content.rfind(b"PK\5\6")
     content[at + 8 : at + 12] = b"\xff\xff\xff\xff"
@@ -138,16 +138,18 @@ def test_a_directory_of_a_million_files_is_not_read(folder: Path) -> None:
 
 
 def test_groups_that_make_a_matrix_of_gigabytes(folder: Path) -> None:
-    """A grouped convolution's factors are one matrix here, which its file holds block by block."""
-    many = 60_000
-    change(folder, {"model.up.lora_A.weight": torch.ones(many, 1, 1), "model.up.lora_B.weight": torch.ones(many, 1, 1)})
-    change(folder, {f"model.down.lora_{x}.weight": None for x in "AB"})
-    configure(folder, r=many, target_modules=["up"])
+    """The factor of a grouped convolution is one matrix in lorac, and blocks in its file."""
+    rank = 60_000
+    change_tensors(
+        folder, {"model.up.lora_A.weight": torch.ones(rank, 1, 1), "model.up.lora_B.weight": torch.ones(rank, 1, 1)}
+    )
+    change_tensors(folder, {f"model.down.lora_{x}.weight": None for x in "AB"})
+    configure(folder, r=rank, target_modules=["up"])
     refuse(folder, lorac.FormatError, "groups as one matrix")
 
 
 def test_names_that_patterns_would_be_matched_against(folder: Path) -> None:
-    change(folder, {"model." + "up." * 1000 + "lora_A.weight": torch.ones(2, 10)})
+    change_tensors(folder, {"model." + "up." * 1000 + "lora_A.weight": torch.ones(2, 10)})
     refuse(folder, lorac.FormatError, "more than 1000")
 
 
@@ -243,7 +245,7 @@ TOLD_BY_TENSORS = {
         ("LOKR", "decompose_factor", {}),
     ],
 )
-def test_hyper_parameters_are_held_against_the_tensors(
+def test_hyper_parameters_are_compared_with_the_tensors(
     kind: str, field: str, settings: dict[str, Any], size: int, peft_files: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = copied(peft_files(kind), tmp_path / "it")
@@ -262,12 +264,12 @@ def test_hyper_parameters_are_held_against_the_tensors(
 
 @pytest.fixture(scope="module")
 def peft_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Makes a checkpoint of a PEFT type, once."""
+    """Return a function that makes a checkpoint of a PEFT type, once."""
     found: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
         if kind not in found:
-            found[kind] = made(tmp_path_factory.mktemp(kind) / "it", kind)
+            found[kind] = save_small(tmp_path_factory.mktemp(kind) / "it", kind)
         return found[kind]
 
     return make
@@ -285,8 +287,8 @@ def test_the_budget_is_a_setting() -> None:
     text = "[" + "0," * 10_000 + "0]"
     with lorac.budget(bytes=1000), refuses("over_budget", match=r"lorac\.budget\(bytes=…\)"):
         parse_json(text, lorac.ArtifactError)
-    with lorac.budget(bytes=1 << 20) as held:
-        assert (held.seconds, held.bytes) == (2.0, 1 << 20)
+    with lorac.budget(bytes=1 << 20) as budget:
+        assert (budget.seconds, budget.bytes) == (2.0, 1 << 20)
         parse_json(text, lorac.ArtifactError)
         with lorac.budget(seconds=9.0) as inner:
             assert (inner.seconds, inner.bytes) == (9.0, 1 << 20)

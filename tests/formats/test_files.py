@@ -1,4 +1,4 @@
-"""Files read with distrust, written deterministically, and moved into place whole."""
+"""Reading files without trusting them, and writing them deterministically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lorac's own files: any method, nothing lost."""
+"""lorac's own format stores every method, without loss."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_any_variant_and_shared_tensors_once(tmp_path: Path, throwaway: type[Var
 
 
 def test_fields_without_a_form_in_json_are_left_out(tmp_path: Path) -> None:
-    """A mask maker chose the positions; it is not needed once they are there."""
+    """A mask function chose the positions; it is not needed once they are stored."""
     model = ZOO["plain_mlp"].model()
     variant = SHiRA(r=1, targets=("up",), mask=struct_mask(3))
     site = find_sites(model)["up"]
@@ -281,7 +281,7 @@ def test_values_of_another_type_than_their_fields(file: Path, field: str, value:
 
 
 def describe_anew(file: Path, changes: dict[str, Any]) -> None:
-    """Change the description, and have its seal agree."""
+    """Change the description, and seal it again."""
     from safetensors import safe_open
 
     from lorac.storage.tensor_file import hash_contents
@@ -293,7 +293,7 @@ def describe_anew(file: Path, changes: dict[str, Any]) -> None:
 
 
 def test_a_description_and_the_tensors_of_another_file(file: Path, tmp_path: Path) -> None:
-    """A file written anew in place, half of it: each half alone is in order."""
+    """A file that is replaced by half: each half alone is intact."""
     from safetensors import safe_open
 
     other = tmp_path / "other.safetensors"

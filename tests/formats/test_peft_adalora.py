@@ -25,7 +25,7 @@ MARKS = {"up": [True, False, True], "head": [False, False, False], "down": [True
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> tuple[nn.Module, PeftModel, Path]:
-    """A base, PEFT's model with all but what MARKS keeps masked, and what PEFT saves of it."""
+    """Return a base, PEFT's model with all but what MARKS keeps masked, and the folder that PEFT saves."""
     model = ZOO["plain_mlp"].fresh(torch.float64)
     masked = wrap(model, AdaLoraConfig(target_modules=list(MARKS), **SMALL["ADALORA"]))
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +84,7 @@ def test_ignored_fields(pruned: tuple[nn.Module, PeftModel, Path]) -> None:
 
 
 def test_peft_reads_what_was_not_trained_by_it(tmp_path: Path) -> None:
-    """PEFT wants a number of training steps to read an adapter at all."""
+    """PEFT needs a number of training steps to read an adapter."""
     assert peft_types()["ADALORA"].fields["total_step"].write(None) == 1
     model = ZOO["plain_mlp"].fresh(torch.float64)
     adapter = lorac.compile(model, {"a": AdaLoRA(r=3, targets=("up", "head"))}).adapters["a"]

@@ -1,4 +1,4 @@
-"""What all sites of a file share: the random A and B of VERA and RANDLORA, the trained vectors of VBLORA."""
+"""Tensors that all sites share: the random A and B of VERA and RANDLORA, the trained vectors of VBLORA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorac.variants.base import Variant
 from lorac.variants.randlora import RandLoRA
 from lorac.variants.vera import VeRA
 from tests import parity
-from tests.peft_files import WEIGHTS, change, configure, load_peft, made
+from tests.peft_files import WEIGHTS, change_tensors, configure, load_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -37,8 +37,8 @@ TRAINED = {"VERA": {"vera_lambda_b", "vera_lambda_d"}, "RANDLORA": {"randlora_la
 )
 def test_the_seed_tells_what_peft_draws(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit: a file without A and B is read as the same file with them."""
-    with_both = load_adapter(made(tmp_path / "f", kind, **settings))
-    folder = made(tmp_path / "g", kind, save_projection=False, **settings)
+    with_both = load_adapter(save_small(tmp_path / "f", kind, **settings))
+    folder = save_small(tmp_path / "g", kind, save_projection=False, **settings)
     assert {name.rpartition(".")[2] for name in load_file(folder / WEIGHTS)} == TRAINED[kind]
     drawn = load_adapter(folder, MODEL())
     for path, tensors in with_both.tensors.items():
@@ -52,28 +52,28 @@ def test_the_seed_tells_what_peft_draws(kind: str, settings: dict[str, Any], tmp
 
 @pytest.mark.parametrize(("kind", "name"), [("VERA", "vera_A"), ("RANDLORA", "randlora_B")])
 def test_copies_at_a_site_are_checked_and_kept_once(kind: str, name: str, tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", kind)
+    folder = save_small(tmp_path / "f", kind)
     shared = load_file(folder / WEIGHTS)[f"base_model.{name}"]
-    change(folder, {f"model.up.{name}": shared.clone()})
+    change_tensors(folder, {f"model.up.{name}": shared.clone()})
     adapter = load_adapter(folder, MODEL())
     assert len({id(tensors[name]) for tensors in adapter.tensors.values()}) == 1
-    change(folder, {f"model.up.{name}": shared + 1})
+    change_tensors(folder, {f"model.up.{name}": shared + 1})
     with refuses("corrupt_file", match="copies of one tensor, and differ"):
         load_adapter(folder, MODEL())
 
 
 def test_randlora_is_saved_with_copies_which_alone_will_do(tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", "RANDLORA")
+    folder = save_small(tmp_path / "f", "RANDLORA")
     before, stored = load_adapter(folder, MODEL()), load_file(folder / WEIGHTS)
     assert len([name for name in stored if name.endswith("randlora_B")]) == 3
-    change(folder, {"randlora_A": None, "randlora_B": None})
+    change_tensors(folder, {"randlora_A": None, "randlora_B": None})
     after = load_adapter(folder, MODEL())
     for name in ("randlora_A", "randlora_B"):
         assert torch.equal(after.tensors["up"][name], before.tensors["up"][name])
 
 
 def test_vera_is_written_without_copies(tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", "VERA")
+    folder = save_small(tmp_path / "f", "VERA")
     adapter = load_adapter(folder, MODEL())
     assert len({id(tensors["vera_A"]) for tensors in adapter.tensors.values()}) == 1
     save_adapter(adapter, tmp_path / "back", model=MODEL())
@@ -90,7 +90,7 @@ def test_vera_is_written_without_copies(tmp_path: Path) -> None:
 )
 @torch.no_grad()
 def test_a_fresh_one_is_loaded_by_peft(variant: Variant, trained: str, tmp_path: Path) -> None:
-    """Trained in lorac from its own start; every layer of another size.
+    """Trained in lorac from its own initialisation; every layer of another size.
 
     RandLoRA also where largest out and largest in are of different sites, and A and B larger than any site asks.
     """
@@ -105,7 +105,7 @@ def test_a_fresh_one_is_loaded_by_peft(variant: Variant, trained: str, tmp_path:
 @torch.no_grad()
 def test_the_chosen_alone_are_written_back_as_logits(tmp_path: Path) -> None:
     model, inputs = MODEL(), ZOO["plain_mlp"].inputs()
-    folder = made(tmp_path / "f", "VBLORA", save_only_topk_weights=True, topk=3)
+    folder = save_small(tmp_path / "f", "VBLORA", save_only_topk_weights=True, topk=3)
     oracle, adapter = load_peft(model, folder), load_adapter(folder)
     assert all(torch.isfinite(tensor).all() for tensor in adapter.parameters())
     save_adapter(adapter, tmp_path / "back", model=model)
@@ -116,7 +116,7 @@ def test_the_chosen_alone_are_written_back_as_logits(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_whole_and_chosen_files_mean_the_same(tmp_path: Path) -> None:
-    model, inputs, folder = MODEL(), ZOO["plain_mlp"].inputs(), made(tmp_path / "f", "VBLORA")
+    model, inputs, folder = MODEL(), ZOO["plain_mlp"].inputs(), save_small(tmp_path / "f", "VBLORA")
     whole = load_adapter(folder, model)
     tensors = load_file(folder / WEIGHTS)
     for name in [name for name in tensors if "logits" in name]:
@@ -132,7 +132,7 @@ def test_whole_and_chosen_files_mean_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"topk": 3}, {"num_vectors": 3}])
 def test_choices_of_another_configuration(tmp_path: Path, changes: dict[str, int]) -> None:
-    folder = made(tmp_path / "f", "VBLORA", save_only_topk_weights=True)
+    folder = save_small(tmp_path / "f", "VBLORA", save_only_topk_weights=True)
     configure(folder, **changes)
     with refuses("shape_mismatch", match=r"do not choose|has num_vectors=3 rows"):
         load_adapter(folder, MODEL())

@@ -37,7 +37,7 @@ from lorac.formats._config_fields import ABSENT, Refused
 from lorac.formats.peft.config import PEFT_TYPES, peft_types
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
-from tests.peft_files import CONFIG, configure, made, make_peft
+from tests.peft_files import CONFIG, configure, make_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -91,7 +91,7 @@ def test_refusals_say_what_to_do(kind: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return made(tmp_path / "f", "LORA")
+    return save_small(tmp_path / "f", "LORA")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import torch
 from lorac.formats import load_adapter, save_adapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.ia3 import IA3
-from tests.peft_files import configure, load_peft, made
+from tests.peft_files import configure, load_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
 
 def test_the_vector_must_be_for_the_configured_side(tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", "IA3")
+    folder = save_small(tmp_path / "f", "IA3")
     for wrong in (["up"], None, ["up", "down"]):
         configure(folder, feedforward_modules=wrong)
         with refuses("shape_mismatch", match="feedforward_modules"):

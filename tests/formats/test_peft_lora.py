@@ -1,4 +1,4 @@
-"""peft_type LORA, in and out, against PEFT's own outputs in float64."""
+"""peft_type LORA, read and written, against PEFT's outputs in float64."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_rank_pattern_keeps_the_order_of_the_file(tmp_path: Path) -> None:
 
 
 class Narrow(nn.Module):
-    """As MobileBERT's head, whose layer fills its embedding up to the hidden size, be that by no feature at all."""
+    """A head like MobileBERT's, whose layer pads its embedding to the hidden size, here by no feature."""
 
     def __init__(self) -> None:
         super().__init__()

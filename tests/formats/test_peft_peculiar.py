@@ -1,4 +1,4 @@
-"""What PEFT does in a way of its own with one type or another, and how lorac takes it."""
+"""Peculiarities of single PEFT types, and how lorac reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.hira import HiRA
 from lorac.variants.lokr import LoKr
 from tests import parity
-from tests.peft_files import change, configure, load_peft, made, quiet, wrap
+from tests.peft_files import change_tensors, configure, load_peft, quiet, save_small, wrap
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -25,13 +25,13 @@ MODEL = ZOO["plain_mlp"].model
 
 def test_fourierft_tells_no_shapes(tmp_path: Path) -> None:
     with pytest.raises(BaseNeeded, match="FOURIERFT does not tell the shapes"):
-        load_adapter(made(tmp_path / "f", "FOURIERFT"))
+        load_adapter(save_small(tmp_path / "f", "FOURIERFT"))
 
 
 @torch.no_grad()
 def test_fourierft_chooses_its_positions_by_a_seed(tmp_path: Path) -> None:
     """A native file holds them; to PEFT no others can be written."""
-    model, inputs, folder = MODEL(), ZOO["plain_mlp"].inputs(), made(tmp_path / "f", "FOURIERFT")
+    model, inputs, folder = MODEL(), ZOO["plain_mlp"].inputs(), save_small(tmp_path / "f", "FOURIERFT")
     adapter = load_adapter(folder, model)
     save_adapter(adapter, tmp_path / "a.safetensors", format="native", model=model)
     native = load_adapter(tmp_path / "a.safetensors")
@@ -45,7 +45,7 @@ def test_fourierft_chooses_its_positions_by_a_seed(tmp_path: Path) -> None:
 
 
 def test_hira_ignores_its_rank_pattern(tmp_path: Path) -> None:
-    adapter = load_adapter(made(tmp_path / "f", "HIRA", rank_pattern={"up": 1}), MODEL())
+    adapter = load_adapter(save_small(tmp_path / "f", "HIRA", rank_pattern={"up": 1}), MODEL())
     tensors = adapter.tensors["up"]
     assert tensors["hira_A"].shape[0] == 2
     adapter.variant = HiRA(r=2, rank_pattern={"up": 1}, targets=("down", "up"))
@@ -71,7 +71,7 @@ def test_hra_of_odd_numbers_and_by_gram_schmidt(tmp_path: Path, r: int, orthonor
 def test_lokr_of_a_conv1d_with_a_whole_w2(tmp_path: Path) -> None:
     """Its rank is too high to factor w2, and PEFT multiplies (l, m) and (k, n, kw) along the wrong axes."""
     model = ZOO["plain_conv"].model()
-    made(tmp_path / "f", "LOKR", "plain_conv", r=8, target_modules=["line"])
+    save_small(tmp_path / "f", "LOKR", "plain_conv", r=8, target_modules=["line"])
     for known in (model, None):
         with refuses("unsupported_field", match="'line' is a Conv1d with a whole lokr_w2"):
             load_adapter(tmp_path / "f", known)
@@ -82,7 +82,7 @@ def test_lokr_of_a_conv1d_with_a_whole_w2(tmp_path: Path) -> None:
 
 
 def test_miss_that_starts_anywhere_has_the_same_form(tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", "MISS")
+    folder = save_small(tmp_path / "f", "MISS")
     before = load_adapter(folder).variant
     configure(folder, init_weights=False)
     assert load_adapter(folder).variant == before
@@ -106,7 +106,7 @@ def test_oft_at_convolutions_is_what_peft_merges(tmp_path: Path) -> None:
 
 
 def test_oft_of_another_series(tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", "OFT")
+    folder = save_small(tmp_path / "f", "OFT")
     for other in (None, "0.17.1", "0.9.0", "none"):
         configure(folder, peft_version=other)
         with refuses("unsupported_field", match=r"before 0\.18"):
@@ -117,7 +117,7 @@ def test_oft_of_another_series(tmp_path: Path) -> None:
 
 
 def test_a_product_of_no_rows_is_refused_in_words(tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", "LOKR", decompose_both=False)
-    change(folder, {"model.up.lokr_w1": torch.ones(0, 2)})
+    folder = save_small(tmp_path / "f", "LOKR", decompose_both=False)
+    change_tensors(folder, {"model.up.lokr_w1": torch.ones(0, 2)})
     with pytest.raises(LoracError):
         load_adapter(folder)

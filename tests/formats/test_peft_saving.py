@@ -1,4 +1,4 @@
-"""What lorac writes for PEFT, and what it refuses to."""
+"""Writing adapters for PEFT, and refusing what PEFT cannot hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.hydra import Hydra
 from lorac.variants.lora import LoRA
 from tests.formats.oracle import assert_equal
-from tests.peft_files import CONFIG, load_peft, made, make_peft
+from tests.peft_files import CONFIG, load_peft, make_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -32,7 +32,7 @@ def test_methods_without_a_peft_type(tmp_path: Path) -> None:
 
 def test_saving_needs_the_layout(tmp_path: Path) -> None:
     read = load_adapter(
-        made(tmp_path / "f", "LORA", "plain_conv", target_modules=["grouped"]), ZOO["plain_conv"].model()
+        save_small(tmp_path / "f", "LORA", "plain_conv", target_modules=["grouped"]), ZOO["plain_conv"].model()
     )
     fresh = Adapter("x", read.variant, read.tensors)
     with pytest.raises(BaseNeeded, match="layout of 'grouped'"):
@@ -43,14 +43,14 @@ def test_saving_needs_the_layout(tmp_path: Path) -> None:
 
 def test_saving_a_grouped_convolution_that_leaves_its_blocks(tmp_path: Path) -> None:
     model = ZOO["plain_conv"].model()
-    read = load_adapter(made(tmp_path / "f", "LORA", "plain_conv", target_modules=["grouped"]), model)
+    read = load_adapter(save_small(tmp_path / "f", "LORA", "plain_conv", target_modules=["grouped"]), model)
     read.tensors["grouped"]["lora_B"] = torch.ones(8, 2)
     with refuses("unsupported_field", match="mixes the groups"):
         save_adapter(read, tmp_path / "x", model=model)
 
 
 def test_saving_what_does_not_fit(tmp_path: Path) -> None:
-    folder, model = made(tmp_path / "f", "LORA"), ZOO["plain_mlp"].model()
+    folder, model = save_small(tmp_path / "f", "LORA"), ZOO["plain_mlp"].model()
     adapter = load_adapter(folder, model)
     adapter.replaced["head.weight"] = model.get_parameter("head.weight").detach() + 1
     with refuses("unsupported_field", match=r"no place for 'head.weight'"):
@@ -97,7 +97,7 @@ def test_targets_are_written_so_that_peft_finds_the_same_sites(tmp_path: Path) -
 def test_a_configuration_and_the_tensors_of_another_saving(tmp_path: Path) -> None:
     """Each is in order alone; a copy that was cut short, or another tool, may bring them together."""
     model = ZOO["plain_mlp"].model()
-    read = load_adapter(made(tmp_path / "f", "LORA"), model)
+    read = load_adapter(save_small(tmp_path / "f", "LORA"), model)
     other = Adapter("x", dataclasses.replace(read.variant, alpha=32), dict(read.tensors), provenance=read.provenance)
     trained = {path: {name: t + 1 for name, t in at.items()} for path, at in read.tensors.items()}
     later = Adapter("x", read.variant, trained, provenance=read.provenance)
@@ -118,7 +118,7 @@ def test_a_configuration_and_the_tensors_of_another_saving(tmp_path: Path) -> No
 
 def test_peft_takes_a_sealed_folder_and_spaces_do_not_matter(tmp_path: Path) -> None:
     model = ZOO["plain_mlp"].model()
-    read = load_adapter(made(tmp_path / "f", "LORA"), model)
+    read = load_adapter(save_small(tmp_path / "f", "LORA"), model)
     save_adapter(read, tmp_path / "x", model=model)
     path = tmp_path / "x" / CONFIG
     path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items()))))

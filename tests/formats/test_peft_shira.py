@@ -1,4 +1,4 @@
-"""peft_type SHIRA, in and out, against PEFT's own outputs in float64."""
+"""peft_type SHIRA, read and written, against PEFT's outputs in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.shira import SHiRA
 from tests import peft_files
 from tests.formats.oracle import assert_equal, assert_round_trip, assert_same
-from tests.peft_files import change, configure
+from tests.peft_files import change_tensors, configure
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -51,7 +51,7 @@ def test_indices_written_as_floats_on_windows(folder: Path) -> None:
     model, inputs = ZOO["plain_mlp"].fresh(torch.float64), ZOO["plain_mlp"].inputs()
     before = load_adapter(folder, model)
     for path in ("up", "down"):
-        change(folder, {f"model.{path}.shira_indices": before.tensors[path]["indices"].float()})
+        change_tensors(folder, {f"model.{path}.shira_indices": before.tensors[path]["indices"].float()})
     assert_equal(load_adapter(folder, model), before)
     assert_same(model, before, peft_files.load_peft(model, folder), inputs)
 
@@ -66,7 +66,7 @@ def test_custom_masks_are_in_the_file(folder: Path) -> None:
 def test_positions_outside_the_weight(folder: Path) -> None:
     indices = load_adapter(folder).tensors["up"]["indices"].clone()
     indices[1, 0] = 10
-    change(folder, {"model.up.shira_indices": indices.int()})
+    change_tensors(folder, {"model.up.shira_indices": indices.int()})
     with refuses("wrong_index", match=r"position \(\d+, 10\) of indices at 'up' lies outside \(14, 10\)"):
         load_adapter(folder, ZOO["plain_mlp"].model())
 
@@ -82,14 +82,14 @@ def test_fractional_and_negative_positions(folder: Path) -> None:
         (one_below, r"position \(-1, \d+\) of indices at 'up' lies outside"),
         (twice, "1 positions of indices at 'up' are given twice"),
     ):
-        change(folder, {"model.up.shira_indices": wrong})
+        change_tensors(folder, {"model.up.shira_indices": wrong})
         for model in (None, ZOO["plain_mlp"].model()):
             with refuses("wrong_index", match=match):
                 load_adapter(folder, model)
 
 
 def test_values_that_do_not_fit(folder: Path) -> None:
-    change(folder, {"model.up.shira_weight": torch.zeros(47)})
+    change_tensors(folder, {"model.up.shira_weight": torch.zeros(47)})
     with refuses("shape_mismatch", match=r"'up' do not belong together: shira_weight \(47,\)"):
         load_adapter(folder)
 

@@ -1,4 +1,4 @@
-"""Adapters that PEFT began with a value of their own: over the base as it was before PEFT took that out of it."""
+"""Adapters whose initialisation PEFT subtracted from the base, over the base as it was before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INITS = ("pissa", "olora", "OLoRA")
 
 
 def made(folder: Path, init: str, name: str = "plain_mlp", **settings: Any) -> tuple[nn.Module, Any, Any]:
-    """A host, PEFT's model of a file that it wrote, and inputs."""
+    """Return a model, PEFT's model of a file that it wrote, and inputs."""
     entry = ZOO[name]
     config = LoraConfig(**{**UP_DOWN, "init_lora_weights": init, **settings})
     oracle = peft_files.make_peft(entry.model(), folder, config, inputs=entry.inputs(), outputs=entry.outputs)
@@ -68,7 +68,7 @@ def decides(tmp_path: Path, init: str, name: str, settings: dict[str, Any]) -> N
 
 
 def test_what_lorac_writes_of_it_peft_reads(tmp_path: Path) -> None:
-    """A plain LoRA of twice the rank, as PEFT's own conversion makes it."""
+    """It is a plain LoRA of twice the rank, as PEFT's conversion makes it."""
     model, oracle, inputs = made(tmp_path / "f", "pissa")
     adapter = load_adapter(tmp_path / "f", model)
     save_adapter(adapter, tmp_path / "g", model=model)
@@ -85,8 +85,8 @@ def test_what_lorac_writes_of_it_peft_reads(tmp_path: Path) -> None:
 def test_what_lorac_begins_peft_reads(tmp_path: Path) -> None:
     model, inputs = ZOO["plain_mlp"].model(), ZOO["plain_mlp"].inputs()
     adapter = PiSSA()(lorac.LoRA(r=2, alpha=3, targets=("up", "down")), model)
-    for own in adapter.tensors.values():
-        own["lora_A"] = own["lora_A"] * 1.3
+    for tensors in adapter.tensors.values():
+        tensors["lora_A"] = tensors["lora_A"] * 1.3
     save_adapter(adapter, tmp_path / "f", model=model)
     compiled = lorac.compile(model, {"a": adapter})
     oracle = peft_files.load_peft(model, tmp_path / "f")
@@ -121,7 +121,7 @@ def test_converted_files_are_plain(tmp_path: Path, init: str) -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
 def test_in_memory_the_base_is_rewritten_already(init: str) -> None:
-    """Of a wrapped model the base beside the adapter is the one that PEFT rewrote: nothing is taken out once more."""
+    """The base of a wrapped model is the one that PEFT rewrote, so that nothing is subtracted again."""
     model, inputs = ZOO["plain_mlp"].model(), ZOO["plain_mlp"].inputs()
     wrapped = peft_files.wrap(model, LoraConfig(**UP_DOWN, init_lora_weights=init))
     move(wrapped)
@@ -130,7 +130,7 @@ def test_in_memory_the_base_is_rewritten_already(init: str) -> None:
 
 @pytest.mark.parametrize("init", INITS)
 def test_needs_the_base(tmp_path: Path, init: str) -> None:
-    folder = peft_files.made(tmp_path / "f", "LORA")
+    folder = peft_files.save_small(tmp_path / "f", "LORA")
     peft_files.configure(folder, init_lora_weights=init)
     with pytest.raises(lorac.BaseNeeded, match=f"was initialised by {init.lower()}"):
         load_adapter(folder)
@@ -140,7 +140,7 @@ def test_needs_the_base(tmp_path: Path, init: str) -> None:
 
 
 def test_refused_where_peft_begins_none_so(tmp_path: Path) -> None:
-    folder = peft_files.made(tmp_path / "f", "LORA", target_modules=["embed"])
+    folder = peft_files.save_small(tmp_path / "f", "LORA", target_modules=["embed"])
     peft_files.configure(folder, init_lora_weights="pissa")
     with refuses("unsupported_field", match="embedding"):
         load_adapter(folder, ZOO["plain_mlp"].model())

@@ -1,4 +1,4 @@
-"""What a bad PEFT file gets: a typed error that names what, where and the nearest valid choice."""
+"""A bad PEFT file raises a typed error that names what, where and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorac.errors import (
 )
 from lorac.formats import load_adapter, save_adapter
 from tests.formats.oracle import assert_equal
-from tests.peft_files import CONFIG, WEIGHTS, change, configure, made, make_peft
+from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, make_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -30,8 +30,8 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Makes a LoRA for a model of the zoo."""
-    return lambda model="plain_mlp", **settings: made(tmp_path / "f", "LORA", model, **settings)
+    """Return a function that saves a LoRA for a model of the zoo."""
+    return lambda model="plain_mlp", **settings: save_small(tmp_path / "f", "LORA", model, **settings)
 
 
 def refuse(kind: type[LoracError], folder: Path, match: str, model: nn.Module | None = None) -> LoracError:
@@ -52,7 +52,7 @@ def both(kind: type[LoracError], folder: Path, match: str, name: str = "plain_ml
 
 def test_leftover_tensors(make: Make) -> None:
     folder = make()
-    change(folder, {"model.up.lora_C.weight": torch.ones(2)})
+    change_tensors(folder, {"model.up.lora_C.weight": torch.ones(2)})
     error = both(FormatError, folder, r"1 tensors: 'base_model.model.up.lora_C.weight'")
     assert error.nearest in ("base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight")
 
@@ -82,22 +82,22 @@ def test_magnitudes_without_dora_and_biases_without_lora_bias(make: Make) -> Non
 
 def test_missing_tensors(make: Make) -> None:
     folder = make()
-    change(folder, {"model.up.lora_B.weight": None})
+    change_tensors(folder, {"model.up.lora_B.weight": None})
     both(AdapterError, folder, r"'up' do not belong together: lora_A.weight \(2, 10\)")
-    change(folder, {"model.up.lora_A.weight": None})
+    change_tensors(folder, {"model.up.lora_A.weight": None})
     load_adapter(folder)  # only the model can tell
     refuse(FormatError, folder, "lacks tensors .* 'up'", ZOO["plain_mlp"].model())
 
 
 def test_missing_magnitude(make: Make) -> None:
     folder = make(use_dora=True)
-    change(folder, {"model.up.lora_magnitude_vector": None})
+    change_tensors(folder, {"model.up.lora_magnitude_vector": None})
     both(AdapterError, folder, "lacks the tensor 'magnitude' at 'up'")
 
 
 def test_missing_saved_module(make: Make) -> None:
     folder = make(target_modules=["up"], modules_to_save=["head"])
-    change(folder, {"model.head.bias": None})
+    change_tensors(folder, {"model.head.bias": None})
     refuse(FormatError, folder, r"lacks tensors .* 'head.bias'", ZOO["plain_mlp"].model())
 
 
@@ -113,7 +113,7 @@ def test_non_finite_tensors(make: Make, value: float) -> None:
     folder = make()
     wrong = torch.ones(14, 2)
     wrong[3, 1] = value
-    change(folder, {"model.up.lora_B.weight": wrong})
+    change_tensors(folder, {"model.up.lora_B.weight": wrong})
     both(AdapterError, folder, r"'base_model.model.up.lora_B.weight' .* holds 1 NaN or infinite of 28")
 
 
@@ -126,7 +126,7 @@ def test_non_finite_tensors(make: Make, value: float) -> None:
 )
 def test_shapes_that_only_the_model_can_tell(make: Make, shapes: dict[str, Any], match: str) -> None:
     folder = make()
-    change(folder, {name: torch.ones(shape) for name, shape in shapes.items()})
+    change_tensors(folder, {name: torch.ones(shape) for name, shape in shapes.items()})
     load_adapter(folder)
     refuse(AdapterError, folder, match, ZOO["plain_mlp"].model())
 
@@ -153,7 +153,7 @@ def test_rank_of_the_tensors_and_of_the_configuration(make: Make) -> None:
 )
 def test_pairs_that_do_not_belong_together(make: Make, a: tuple[int, ...], b: tuple[int, ...]) -> None:
     folder = make()
-    change(folder, {"model.up.lora_A.weight": torch.ones(a), "model.up.lora_B.weight": torch.ones(b)})
+    change_tensors(folder, {"model.up.lora_A.weight": torch.ones(a), "model.up.lora_B.weight": torch.ones(b)})
     both(AdapterError, folder, "'up' do not belong together")
 
 
@@ -164,16 +164,16 @@ def test_kinds_of_sites(make: Make) -> None:
         "model.stem.lora_A.weight": stored["lora_A"].reshape(2, 6, 1, 9),
         "model.stem.lora_B.weight": stored["lora_B"].reshape(10, 2, 1, 1),
     }
-    change(folder, turned)
+    change_tensors(folder, turned)
     match = r"of a conv2d \(10, 6, 1, 9\) for 'stem', which is a conv2d \(10, 6, 3, 3\)"
     refuse(AdapterError, folder, match, ZOO["plain_conv"].model())
-    change(folder, {key: tensor.flatten(1) for key, tensor in turned.items()})
+    change_tensors(folder, {key: tensor.flatten(1) for key, tensor in turned.items()})
     refuse(AdapterError, folder, r"for a linear \(10, 54\)", ZOO["plain_conv"].model())
 
 
 def test_groups(make: Make) -> None:
     folder = make("plain_conv", target_modules=["grouped"])
-    change(folder, {"model.grouped.lora_B.weight": torch.ones(8, 2, 1, 1)})
+    change_tensors(folder, {"model.grouped.lora_B.weight": torch.ones(8, 2, 1, 1)})
     refuse(AdapterError, folder, r"is a conv2d .* in 2 groups", ZOO["plain_conv"].model())
 
 
@@ -217,10 +217,10 @@ def test_sites_that_are_not_targeted(make: Make) -> None:
 
 def test_replacements_the_model_does_not_have(make: Make) -> None:
     folder = make(target_modules=["up"], modules_to_save=["head"])
-    change(folder, {"model.head.scale": torch.ones(3)})
+    change_tensors(folder, {"model.head.scale": torch.ones(3)})
     error = refuse(SiteError, folder, "replaces 'head.scale'", ZOO["plain_mlp"].model())
     assert str(error.nearest).startswith("head.")
-    change(folder, {"model.head.scale": None, "model.head.bias": torch.ones(8)})
+    change_tensors(folder, {"model.head.scale": None, "model.head.bias": torch.ones(8)})
     refuse(AdapterError, folder, r"'head.bias' by shape \(8,\)", ZOO["plain_mlp"].model())
 
 
@@ -256,7 +256,7 @@ def test_copies_of_another_base(make: Make) -> None:
     name = "model.model.embed_tokens.base_layer.weight"
     copy = load_file(folder / WEIGHTS)[f"base_model.{name}"]
     copy[3, 4] += 1e-3
-    change(folder, {name: copy})
+    change_tensors(folder, {name: copy})
     model = ZOO["tiny_llama"].model()
     refuse(AdapterError, folder, "copy of 'model.embed_tokens.weight', and this model's differs", model)
     later = load_adapter(folder)  # nothing to hold it against yet
@@ -274,7 +274,7 @@ def test_copies_of_a_resized_base(make: Make) -> None:
 def test_copies_that_differ_among_themselves(make: Make) -> None:
     folder = make("tiny_bert", target_modules=["query"], bias="all", modules_to_save=["classifier"])
     wrong = torch.full((5,), 3.0)
-    change(folder, {"model.classifier.modules_to_save.bias": wrong})
+    change_tensors(folder, {"model.classifier.modules_to_save.bias": wrong})
     match = "'classifier.modules_to_save.bias' and 'classifier.bias' are copies of one tensor, and differ"
     both(FormatError, folder, match, "tiny_bert")
 

@@ -1,4 +1,4 @@
-"""Rows of an embedding that PEFT trains by themselves, there and back, against PEFT's own outputs."""
+"""Rows of an embedding that PEFT trains by themselves, read and written, against PEFT's outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorac.errors import (
 from lorac.formats import load_adapter, save_adapter
 from tests import parity
 from tests.end_to_end.peft_cases import tie
-from tests.peft_files import change, configure, load_peft, make_peft
+from tests.peft_files import change_tensors, configure, load_peft, make_peft
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -81,8 +81,8 @@ def test_the_other_rows_are_the_models(theirs: Path) -> None:
         load_adapter(theirs)
     model = LLAMA.fresh()
     weight = load_adapter(theirs, model).replaced[f"{EMBEDDED}.weight"]
-    kept = [row for row in range(len(weight)) if row not in ROWS]
-    assert torch.equal(weight[kept], model.get_parameter(f"{EMBEDDED}.weight")[kept])
+    others = [row for row in range(len(weight)) if row not in ROWS]
+    assert torch.equal(weight[others], model.get_parameter(f"{EMBEDDED}.weight")[others])
 
 
 SPOILT: tuple[tuple[str, type[LoracError], dict[str, Any], dict[str, Any]], ...] = (
@@ -118,7 +118,7 @@ def test_what_does_not_belong_together(
     for file in theirs.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     configure(tmp_path, **fields)
-    change(tmp_path, tensors)
+    change_tensors(tmp_path, tensors)
     with pytest.raises(error, match=match):
         load_adapter(tmp_path, LLAMA.model())
 
@@ -127,8 +127,8 @@ def test_what_does_not_belong_together(
 def test_rows_as_a_method_of_their_own(tmp_path: Path) -> None:
     """Fresh it is the base; tied layers are changed together in PEFT, which has no place for one of them alone."""
     free, inputs = LLAMA.fresh(), LLAMA.inputs()
-    own = lorac.TrainableTokens(token_indices=ROWS, targets=("embed_tokens",))
-    fresh = lorac.compile(free, {"a": own})
+    tokens = lorac.TrainableTokens(token_indices=ROWS, targets=("embed_tokens",))
+    fresh = lorac.compile(free, {"a": tokens})
     assert torch.equal(fresh(**inputs).logits, free(**inputs).logits)
     save_adapter(fresh.adapters["a"], tmp_path / "free", model=free)
     tied = LLAMA.fresh()
@@ -136,10 +136,10 @@ def test_rows_as_a_method_of_their_own(tmp_path: Path) -> None:
     with refuses("unsupported_field", match=r"changes 'lm_head' with 'model\.embed_tokens', which it is tied to"):
         save_adapter(fresh.adapters["a"], tmp_path / "tied", model=tied)
     key = "model.lm_head.trainable_tokens_delta"
-    change(tmp_path / "free", {key: torch.zeros(len(ROWS), 64)})
+    change_tensors(tmp_path / "free", {key: torch.zeros(len(ROWS), 64)})
     with refuses("corrupt_file", match=r"other tensors for 'lm_head' than for 'model\.embed_tokens'"):
         load_adapter(tmp_path / "free", tied)
-    change(tmp_path / "free", {key: None})
+    change_tensors(tmp_path / "free", {key: None})
     configure(tmp_path / "free", token_indices=[1, 1, 2, 3, 4, 5])
     with refuses("unsupported_field", match="expected numbers of rows, each once"):
         load_adapter(tmp_path / "free", free)

@@ -1,4 +1,4 @@
-"""Every PEFT type's configuration and tensors: what they become, and what is refused of them."""
+"""Configurations and tensors of every PEFT type: what they become, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lorac.variants.randlora import RandLoRA
 from lorac.variants.vblora import VBLoRA
 from lorac.variants.vera import VeRA
 from tests.parity import assert_parity
-from tests.peft_files import CONFIG, WEIGHTS, change, configure, load_peft, made
+from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, load_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -53,11 +53,11 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy_of(originals: Path, tmp_path: Path) -> Copy:
-    """A small checkpoint of a type, to be spoilt."""
+    """Return a function that copies a small checkpoint of a type, to be damaged."""
 
     def copy_of(kind: str) -> Path:
         if not (originals / kind).exists():
-            made(originals / kind, kind)
+            save_small(originals / kind, kind)
         return Path(shutil.copytree(originals / kind, tmp_path / kind))
 
     return copy_of
@@ -113,7 +113,7 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
 
 @pytest.mark.parametrize(("kind", "settings", "expected"), BECOMES, ids=_id)
 def test_what_the_fields_become(kind: str, settings: dict[str, Any], expected: Variant, tmp_path: Path) -> None:
-    folder = made(tmp_path / "f", kind, **settings)
+    folder = save_small(tmp_path / "f", kind, **settings)
     variant = load_adapter(folder, MODEL()).variant
     assert sorted(variant.targets) == ["down", "up"]
     assert variant == dataclasses.replace(expected, targets=variant.targets)
@@ -186,7 +186,7 @@ def test_wrong_fields(kind: str, name: str, value: object, copy_of: Copy) -> Non
 
 
 @dataclasses.dataclass(frozen=True)
-class Spoilt:
+class Damaged:
     """A checkpoint whose configuration and tensors disagree.
 
     Attributes:
@@ -210,50 +210,50 @@ class Spoilt:
         return "-".join((self.kind, *self.fields, *self.tensors))
 
 
-SPOILT = (
-    Spoilt(
+DAMAGED = (
+    Damaged(
         "BOFT",
         "'down': 2 factors need",
         {"boft_n_butterfly_factor": 2},
         {f"model.{path}.boft_R": torch.zeros(2, n, 2, 2) for path, n in (("up", 5), ("down", 7))},
         error=SiteError,
     ),
-    Spoilt("BOFT", r"'down'|'up'", {"boft_block_size": 14}),
-    Spoilt(
+    Damaged("BOFT", r"'down'|'up'", {"boft_block_size": 14}),
+    Damaged(
         "FOURIERFT", r"fourierft_spectrum at '.*' has shape \(9,\), expected \(8,\)", {"n_frequency": 8}, alone=False
     ),
-    Spoilt(
+    Damaged(
         "HIRA",
         r"'up' do not belong together: hira_A \(2, 10\), hira_B \(14, 3\)",
         tensors={"model.up.hira_B": torch.zeros(14, 3)},
     ),
-    Spoilt("HRA", r"shape \(14, 2\), expected \(14, 3\)", {"r": 3}),
-    Spoilt("LN_TUNING", "LN_TUNING accounts for 2 tensors", {"exclude_modules": ["up"]}, error=FormatError),
-    Spoilt(
+    Damaged("HRA", r"shape \(14, 2\), expected \(14, 3\)", {"r": 3}),
+    Damaged("LN_TUNING", "LN_TUNING accounts for 2 tensors", {"exclude_modules": ["up"]}, error=FormatError),
+    Damaged(
         "LN_TUNING",
         r"lacks tensors.*'up\.weight', 'up\.bias'",
         tensors={"model.up.ln_tuning_layers.weight": None, "model.up.ln_tuning_layers.bias": None},
         error=FormatError,
         alone=False,
     ),
-    Spoilt("LOHA", "'up' do not belong together", tensors={"model.up.hada_w2_b": None}),
-    Spoilt("LOKR", "'up' do not belong together", tensors={"model.up.lokr_w2": torch.zeros(7, 5)}),
-    Spoilt("LOKR", r"lokr_w1 at 'down' has shape \(2, 2\), expected \(3, 2\)", {"decompose_factor": 3}),
-    Spoilt("LOKR", "'down' do not belong together.*\n.*no layer is so divided", {"decompose_factor": 1}),
-    Spoilt("MISS", r"'down' do not belong together: miss_block \(2, 6\)", {"init_weights": "bat"}),
-    Spoilt("MISS", r"shape \(2, 6\), expected \(3, 6\)", {"r": 3}),
-    Spoilt(
+    Damaged("LOHA", "'up' do not belong together", tensors={"model.up.hada_w2_b": None}),
+    Damaged("LOKR", "'up' do not belong together", tensors={"model.up.lokr_w2": torch.zeros(7, 5)}),
+    Damaged("LOKR", r"lokr_w1 at 'down' has shape \(2, 2\), expected \(3, 2\)", {"decompose_factor": 3}),
+    Damaged("LOKR", "'down' do not belong together.*\n.*no layer is so divided", {"decompose_factor": 1}),
+    Damaged("MISS", r"'down' do not belong together: miss_block \(2, 6\)", {"init_weights": "bat"}),
+    Damaged("MISS", r"shape \(2, 6\), expected \(3, 6\)", {"r": 3}),
+    Damaged(
         "MISS",
         r"shape \(2, 5\), expected \(2, 6\)",
         tensors={"model.down.miss_block": torch.zeros(2, 5)},
         alone=False,
     ),
-    Spoilt("OFT", "oft_R at 'down'", {"oft_block_size": 7}, alone=False),
-    Spoilt("RANDLORA", r"randlora_A at 'down' has shape \(2, 1, 14\), expected \(3, 1, 6\)", {"r": 3}, alone=False),
-    Spoilt("VBLORA", "'up' do not belong together", tensors={"model.up.vblora_logits_B": None}),
-    Spoilt("VBLORA", "lacks 'vblora_vector_bank'", tensors={"vblora_vector_bank": None}, error=FormatError),
-    Spoilt("VERA", "lacks 'vera_B', which all its sites share", tensors={"vera_B": None}, error=FormatError),
-    Spoilt(
+    Damaged("OFT", "oft_R at 'down'", {"oft_block_size": 7}, alone=False),
+    Damaged("RANDLORA", r"randlora_A at 'down' has shape \(2, 1, 14\), expected \(3, 1, 6\)", {"r": 3}, alone=False),
+    Damaged("VBLORA", "'up' do not belong together", tensors={"model.up.vblora_logits_B": None}),
+    Damaged("VBLORA", "lacks 'vblora_vector_bank'", tensors={"vblora_vector_bank": None}, error=FormatError),
+    Damaged("VERA", "lacks 'vera_B', which all its sites share", tensors={"vera_B": None}, error=FormatError),
+    Damaged(
         "VERA",
         r"vera_A at 'down' has shape \(2, 5\), expected \(2, 14\)",
         tensors={"vera_A": torch.zeros(2, 5)},
@@ -262,22 +262,22 @@ SPOILT = (
 )
 
 
-@pytest.mark.parametrize("spoilt", SPOILT, ids=lambda spoilt: spoilt.id)
-def test_a_file_that_disagrees_with_itself(spoilt: Spoilt, copy_of: Copy) -> None:
-    folder = copy_of(spoilt.kind)
-    configure(folder, **spoilt.fields)
-    change(folder, spoilt.tensors)
-    for model in (MODEL(), None) if spoilt.alone else (MODEL(),):
-        with pytest.raises(spoilt.error, match=spoilt.match) as error:
+@pytest.mark.parametrize("damaged", DAMAGED, ids=lambda damaged: damaged.id)
+def test_a_file_that_disagrees_with_itself(damaged: Damaged, copy_of: Copy) -> None:
+    folder = copy_of(damaged.kind)
+    configure(folder, **damaged.fields)
+    change_tensors(folder, damaged.tensors)
+    for model in (MODEL(), None) if damaged.alone else (MODEL(),):
+        with pytest.raises(damaged.error, match=damaged.match) as error:
             load_adapter(folder, model)
-        assert type(error.value) is spoilt.error
+        assert type(error.value) is damaged.error
 
 
 @torch.no_grad()
 def test_boft_has_as_many_factors_as_its_file(tmp_path: Path) -> None:
     """Without its CUDA extension PEFT trains one, whatever is configured, and saves the configuration as it was."""
     folder, model, inputs = (
-        made(tmp_path / "two", "BOFT", boft_n_butterfly_factor=2),
+        save_small(tmp_path / "two", "BOFT", boft_n_butterfly_factor=2),
         MODEL(),
         ZOO["plain_mlp"].inputs(),
     )

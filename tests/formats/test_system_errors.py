@@ -1,4 +1,4 @@
-"""What the system refuses is an error of lorac's that has the path: whoever catches LoracError catches it."""
+"""Errors of the system become errors of lorac's with the path, so that LoracError catches them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_file_that_cannot_be_read(file: str, adapter: lorac.Adapter, tmp_path: Path, monkeypatch: Any) -> None:
-    """Without the permission, or gone between the look and the opening."""
+    """Without permission, or removed between the check and the opening."""
     lorac.save_adapter(adapter, tmp_path / "it", model=MODEL())
-    kept = Path.open
+    original = Path.open
 
     def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
         if path.name == file:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return kept(path, *args, **kwargs)
+        return original(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
     with refuses("unreadable", match=f"{file}' cannot be read: Permission denied"):

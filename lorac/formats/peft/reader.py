@@ -17,7 +17,7 @@ from lorac.formats.peft.checks import check_against_config, check_against_model,
 from lorac.formats.peft.config import peft_type_of, read_config, variant_of
 from lorac.formats.peft.keys import PeftFile, read_keys
 from lorac.formats.peft.target_parameters import take_matrices
-from lorac.formats.peft.token_rows import fill_rows, refuse_adapted_rows
+from lorac.formats.peft.token_rows import fill_rows
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, seal_text
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site
@@ -63,7 +63,6 @@ def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapt
         "tied": contents.tied,
     }
     adapter = Adapter(name, variant, replaced=contents.replaced, provenance=provenance)
-    refuse_adapted_rows(file)
     adapter.replaced |= fill_rows(file)
     sites = _read_sites(adapter, file, _complete_shared(adapter, file)) | _add_matrices(adapter, file, matrices)
     if view is None:

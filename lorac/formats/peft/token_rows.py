@@ -41,9 +41,16 @@ def fill_rows(file: PeftFile) -> dict[str, Tensor]:
         BaseNeeded: there is no model.
         SiteError: a module is not in it.
         AdapterError: rows and their numbers, or the weight, do not belong together.
-        FormatError: the configuration names rows that the file lacks.
+        FormatError: the configuration names rows that the file lacks, or those of a layer that the adapter also changes
+            otherwise, which PEFT cannot run.
     """
     rows, name = file.contents.rows, file.name
+    adapted = sorted(rows.keys() & file.contents.sites.keys())
+    if adapted:
+        raise unsupported_error(
+            f"adapter '{name}' trains rows of '{adapted[0]}' and adapts it",
+            next_step="PEFT does not combine them either: exclude_modules the layer",
+        )
     indices: TokenIndices = file.values.get("trainable_token_indices") or {}
     missing = [key for key in indices if key is not None and not any(module.endswith(key) for module in rows)]
     if missing or (indices and not rows):
@@ -70,20 +77,6 @@ def fill_rows(file: PeftFile) -> dict[str, Tensor]:
         tied = [path for path in site.shares if path not in rows]
         weights |= {str(sites[path].weight): weight for path in (module, *tied)}
     return weights
-
-
-def refuse_adapted_rows(file: PeftFile) -> None:
-    """Refuse rows of a layer that the adapter also changes otherwise, which PEFT cannot run.
-
-    Raises:
-        FormatError: naming the first.
-    """
-    both = sorted(file.contents.rows.keys() & file.contents.sites.keys())
-    if both:
-        raise unsupported_error(
-            f"adapter '{file.name}' trains rows of '{both[0]}' and adapts it",
-            next_step="PEFT does not combine them either: exclude_modules the layer",
-        )
 
 
 def _fill_weight(name: str, site: Site, rows: Tensor, indices: tuple[int, ...], view: ModelView) -> Tensor:
