@@ -36,8 +36,8 @@ def formats() -> dict[str, Format]:
     A format of another package that cannot be imported is left out with a warning; lorac's own win over one of the
     same name.
     """
-    own: list[Format] = [module.FORMAT for module in import_modules(importlib.import_module(GROUP))]
-    known = {format.name: format for format in own}
+    built_in: list[Format] = [module.FORMAT for module in import_modules(importlib.import_module(GROUP))]
+    known = {format.name: format for format in built_in}
     for name, entry_point in list_entry_points(GROUP).items():
         if name in known:
             continue
@@ -101,8 +101,7 @@ def save_adapter(
             for convolutions or embeddings and the adapter does not come from a file.
 
     Raises:
-        FormatError: there is no such format, or it has no place for what the adapter is; or the system refuses the
-            file.
+        FormatError: there is no such format, or it cannot hold the adapter; or the system refuses the file.
         BaseNeeded: the format needs the model.
         WrongType: ``adapter`` is not an adapter.
         AdapterError, SiteError: the adapter does not fit the model.
@@ -154,7 +153,7 @@ def _find_format(path: Path) -> Format:
 
 
 def _suggest_path(path: Path) -> str:
-    """Return a next step for a path that is not an adapter: what may have been meant."""
+    """Return a next step for a path that is not an adapter: the path that was probably meant."""
     if path.name == MANIFEST or (path / MANIFEST).is_file():
         return "it is a compiled model: lorac.load(folder) runs it, with its adapters in it"
     # PEFT puts an adapter that is not named 'default' into a folder of its own.

@@ -96,7 +96,7 @@ class XLoraFolder:
         """
         if view is None:
             raise BaseNeeded(
-                f"the files of adapter '{name}' do not tell what of the model its classifier reads",
+                f"the files of adapter '{name}' do not say which output of the model its classifier reads",
                 next_step="pass model=",
             )
         hidden = self._find_hidden_state(name, view)
@@ -116,7 +116,7 @@ class XLoraFolder:
         return adapter
 
     def _find_hidden_state(self, name: str, view: ModelView) -> str:
-        """Return the path of the module whose output the classifier reads, which no file tells."""
+        """Return the path of the module whose output the classifier reads, which no file names."""
         try:
             path, width = find_last_hidden_state(view.module)
         except SiteError as error:

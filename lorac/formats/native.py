@@ -224,7 +224,7 @@ def _check_provenance(what: str, provenance: JsonObject) -> None:
             raise corrupt_error(f"{what} has '{entry}' of another type in its provenance")
     for site, layout in provenance.get(LAYOUT, {}).items():
         if not is_site_json(layout):
-            raise corrupt_error(f"{what} does not tell the layout of '{site}': {short(layout)}")
+            raise corrupt_error(f"{what} has no valid layout of '{site}': {short(layout)}")
 
 
 def build_variant(path: Path, record: JsonObject) -> Variant:

@@ -59,7 +59,7 @@ def test_a_union_is_refused_with_what_it_has_that_lorac_has_not(of_layers):
     changed(copy, configs=[*parts, prefix])
     refused(copy, lorac.FormatError, "architecture 'prefix_tuning', which puts keys and values")
     changed(copy, configs=[parts[0], parts[0]])
-    refused(copy, lorac.SiteError, "is a site of lora and lora")
+    refused(copy, lorac.SiteError, "lora and lora both target")
     changed(copy, configs=[])
     refused(copy, lorac.FormatError, "of a union, and has no configs")
 

@@ -24,7 +24,7 @@ MODEL = ZOO["plain_mlp"].model
 
 
 def test_fourierft_tells_no_shapes(tmp_path: Path) -> None:
-    with pytest.raises(BaseNeeded, match="FOURIERFT does not tell the shapes"):
+    with pytest.raises(BaseNeeded, match="FOURIERFT does not contain the shapes"):
         load_adapter(save_small(tmp_path / "f", "FOURIERFT"))
 
 

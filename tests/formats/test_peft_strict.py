@@ -168,7 +168,7 @@ def test_kinds_of_sites(make: Make) -> None:
     match = r"of a conv2d \(10, 6, 1, 9\) for 'stem', which is a conv2d \(10, 6, 3, 3\)"
     refuse(AdapterError, folder, match, ZOO["plain_conv"].model())
     change_tensors(folder, {key: tensor.flatten(1) for key, tensor in turned.items()})
-    refuse(AdapterError, folder, r"for a linear \(10, 54\)", ZOO["plain_conv"].model())
+    refuse(AdapterError, folder, r"of a linear \(10, 54\)", ZOO["plain_conv"].model())
 
 
 def test_groups(make: Make) -> None:
@@ -191,7 +191,7 @@ def test_another_model(make: Make) -> None:
     folder = make("tiny_llama", target_modules=["q_proj"])
     small = ZOO["tiny_llama"].fresh()
     del small.get_submodule("model.layers")[2]  # type: ignore[operator]
-    error = refuse(SiteError, folder, "'model.layers.2.self_attn.q_proj', which is no module", small)
+    error = refuse(SiteError, folder, "'model.layers.2.self_attn.q_proj', which is not a module", small)
     assert error.nearest == "model.layers.1.self_attn.q_proj"
 
 

@@ -73,7 +73,7 @@ class AdapterHubFormat(Format):
         family = family_of(header.model_type, f"'{folder / CONFIG}'")
         if view is None:
             raise BaseNeeded(
-                f"a file of AdapterHub's names blocks by number, and only the model tells the modules of '{name}'",
+                f"AdapterHub's files name blocks by number, and the modules of adapter '{name}' depend on the model",
                 next_step="load_adapter(path, model)",
             )
         _check_neighbours(folder)
@@ -104,7 +104,7 @@ class AdapterHubFormat(Format):
             )
         if view is None:
             raise BaseNeeded(
-                f"AdapterHub's files name blocks by number, and only the model tells those of adapter '{adapter.name}'",
+                f"AdapterHub's files name blocks by number, and those of adapter '{adapter.name}' depend on the model",
                 next_step="save_adapter(adapter, path, format='adapterhub', model=model)",
             )
         model = view.module

@@ -1,4 +1,4 @@
-"""What acts on layers' weights: ``LoRAConfig``, of which DoRA, VeRA and (IA)³ are settings, and ``MTLLoRAConfig``.
+"""Methods on the weights of layers: ``LoRAConfig``, of which DoRA, VeRA and (IA)³ are settings, and ``MTLLoRAConfig``.
 
 Source: adapters.methods.lora of adapters 1.3.0. At a layer (out, in), s = alpha / r:
 
@@ -61,7 +61,7 @@ TASK_FIELDS: JsonObject = {
 class LoraFields:
     """The fields of ``LoRAConfig`` with its defaults; the last three are those of ``MTLLoRAConfig``.
 
-    How tensors were initialised, and their dtype, which they tell themselves, matter to the library alone.
+    How tensors were initialised, and their dtype, matter to the library alone.
     """
 
     selfattn_lora: bool = True

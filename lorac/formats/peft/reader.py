@@ -53,7 +53,7 @@ def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapt
     _copy_tied_sites(file)
     matrices = take_matrices(file)
     variant = peft_type.refine_variant(variant_of(values, peft_type, path), contents.sites)
-    if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys tell what
+    if values["target_modules"] is None:  # PEFT chose by the architecture, and the keys say what
         variant = dataclasses.replace(variant, targets=tuple(contents.sites))
     provenance = {
         "format": "peft",
@@ -123,7 +123,7 @@ def _site_of_model(file: PeftFile, path: str) -> Site:
     """Return the site of the model at a path, for files that mean nothing without it."""
     if file.view is None:
         raise BaseNeeded(
-            f"a file of peft_type {file.peft_type.peft_type} does not tell the shapes of adapter '{file.name}'",
+            f"a file of peft_type {file.peft_type.peft_type} does not contain the shapes of adapter '{file.name}'",
             next_step="pass model=",
         )
     if path not in file.sites:

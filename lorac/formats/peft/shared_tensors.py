@@ -58,7 +58,7 @@ class SeededType(PeftType[V]):
             return {}
         if not sites:
             raise BaseNeeded(
-                "save_projection=False: the file leaves out what its seed tells, and the model tells how large that is",
+                "save_projection=False: the file lacks the tensors of its seed, and their sizes depend on the model",
                 next_step="load_adapter(path, model)",
             )
         sizes = max(site.out_features for site in sites), max(site.in_features for site in sites)

@@ -47,7 +47,7 @@ def take_matrices(file: PeftFile) -> dict[str, dict[str, Tensor]]:
         return {}
     if file.view is None:
         raise BaseNeeded(
-            f"the file of adapter '{file.name}' has target_parameters, and does not tell which tensors are of which",
+            f"the file of adapter '{file.name}' has target_parameters, and does not say which tensors belong to which",
             next_step="pass model=",
         )
     keys, stored = _assign_keys(_select_named(file.sites, parameters)), file.contents.sites

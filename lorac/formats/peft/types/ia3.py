@@ -24,7 +24,7 @@ SCALE = "ia3_l"
 def write_feedforward(value: str | tuple[str, ...]) -> str | list[str]:
     """Return one pattern: PEFT wants a list to be part of the list of targets, which may be written otherwise.
 
-    An empty list stays one, for null means a choice of PEFT's own.
+    An empty list stays one, since null lets PEFT choose.
     """
     if isinstance(value, str):
         return value

@@ -69,7 +69,7 @@ _EXPECTED = "lora_A is (r, in), lora_B (out, r); a shard of a sharded model is n
 _SPARSE = "sparse"
 """FlyLoRA's initialisation."""
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica", _SPARSE, *FACTOR_RULES)
-"""Initialisations that leave the base alone, or subtract what the base tells. MiCA's frozen B is trained or not."""
+"""Initialisations that leave the base alone, or subtract a value that can be computed again from the base."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that subtract the adapter's first value from the base weights."""
 _CONVERT = (
@@ -82,14 +82,14 @@ _MERGE = "lorac does not build this method; merge the adapter into its base with
 
 
 def read_initialisation(value: object) -> object:
-    """Return an initialisation that leaves the base unchanged, or that the base tells how to undo."""
+    """Return an initialisation that leaves the base unchanged, or that can be undone with the base."""
     if value is None or isinstance(value, bool):
         return value
     name = str(value).lower()
     if name in _KEEPS_BASE:
         return name
     if name.startswith(_REWRITES_BASE):
-        raise ValueError("this initialisation rewrites the base weights by more than the base tells")
+        raise ValueError("this initialisation rewrites the base weights and cannot be undone with the base alone")
     near = nearest_name(name, (*_KEEPS_BASE, *_REWRITES_BASE))
     raise ValueError(f"no such initialisation; nearest is {near}" if near else "no such initialisation")
 
@@ -246,8 +246,8 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA]):
             weight = None if view is None else view.base.weight(view.sites[path])
             if view is None or weight is None or weight.is_meta:
                 raise BaseNeeded(
-                    f"adapter '{adapter.name}' was initialised by {start}, which subtracted from the base what only "
-                    "the base tells",
+                    f"adapter '{adapter.name}' was initialised by {start}, which subtracted from the base a value "
+                    "that is computed from it",
                     next_step="pass model=, the base before PEFT rewrote it",
                 )
             site = view.sites[path]
