@@ -16,7 +16,7 @@ import benchmarks
 
 
 def names() -> list[str]:
-    """A file in this folder is a benchmark, but for what they share: ``common``, and what begins with ``_``."""
+    """List the benchmarks: files of this folder except ``common`` and those that begin with ``_``."""
     found = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
     return sorted(name for name in found - {"common"} if not name.startswith("_"))
 

@@ -39,7 +39,7 @@ def found(given: argparse.Namespace) -> bool:
 
 
 def note(given: argparse.Namespace) -> str:
-    """What was measured, or how to have it measured."""
+    """Describe what was measured, or how to measure it."""
     if not found(given):
         return f"{NAME} is not here, or not wanted, and was not measured: {HOW}"
     return f"{NAME} {importlib.metadata.version(NAME)} from {given.genai or 'the environment'}, in the same process"
@@ -68,7 +68,7 @@ def build(model: Path, out: Path, precision: str = "fp32", adapter: Path | None 
 
 
 def load(folder: Path, threads: int) -> Any:
-    """A model that the builder wrote, whose threads wait as lorac's do: all sides share one machine.
+    """Return a model that the builder wrote, whose threads wait as lorac's do: all sides share one machine.
 
     What ends its texts is the vocabulary's last id, so that hardly one ends.
     """
@@ -85,7 +85,7 @@ def load(folder: Path, threads: int) -> Any:
 
 
 def begin(model: Any, ids: Any, capacity: int) -> Any:
-    """A generator that has read these rows of ids and chosen a token for each."""
+    """Return a generator that has read these rows of ids and chosen a token for each."""
     import onnxruntime_genai
 
     settings = onnxruntime_genai.GeneratorParams(model)

@@ -22,7 +22,7 @@ def found() -> tuple[str, ...]:
 
 
 def sides(peer: str, given: argparse.Namespace, shape: tuple[int, int], device: str) -> dict[str, common.Side]:
-    """What is timed of a peer: a call, and a swap to the base and back.
+    """Return the timed operations of a peer: a call, and a swap to the base and back.
 
     Args:
         peer: one of ``found``.

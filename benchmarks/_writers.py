@@ -56,7 +56,7 @@ class _Stamps:
 
 
 def through_generate(generate: Callable[..., Any], given: argparse.Namespace) -> Side:
-    """What users call, of transformers and of lorac alike."""
+    """Wrap the ``generate`` that users call, of transformers or lorac."""
     import torch
 
     def side(ids: Any, count: int, capacity: int) -> Text:

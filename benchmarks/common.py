@@ -148,7 +148,7 @@ class Benchmark:
 
 
 def _add(parser: argparse.ArgumentParser, option: Option) -> None:
-    """The option as argparse takes it; its kind follows from its default."""
+    """Return the option as argparse takes it; its kind follows from its default."""
     flag, default = f"--{option.name}", option.default
     if isinstance(default, bool):
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=option.help)
@@ -178,7 +178,7 @@ def layers(full: int) -> Option:
 
 
 def rounds(full: int) -> Option:
-    """``--rounds``."""
+    """Make the option ``--rounds``."""
     return Option("rounds", full, smoke=1, help="timed in each process, all sides in each")
 
 
@@ -191,7 +191,7 @@ RANK = Option("rank", 16, smoke=2, help="of the adapters")
 
 
 def llama(given: argparse.Namespace) -> Any:
-    """The randomly initialised Llama that the options name, with tied embeddings."""
+    """Return the randomly initialised Llama that the options name, with tied embeddings."""
     import torch
     import transformers
 
@@ -215,7 +215,7 @@ def host(given: argparse.Namespace) -> Any:
 
 
 def save_host(model: Any, folder: Path, given: argparse.Namespace) -> None:
-    """The host as a folder of transformers', with its tokenizer, where it has one."""
+    """Return the host as a folder of transformers', with its tokenizer, where it has one."""
     with hide_progress_bars():
         model.save_pretrained(folder)
         if given.model == SMOLLM2:
@@ -225,7 +225,7 @@ def save_host(model: Any, folder: Path, given: argparse.Namespace) -> None:
 
 
 def saved_host(folder: Path) -> Any:
-    """What ``save_host`` wrote."""
+    """Load what ``save_host`` wrote."""
     import transformers
 
     with hide_progress_bars():
@@ -249,7 +249,7 @@ VOCABULARIES = {SMOLLM2: 49152, **{name: sizes["vocab_size"] for name, sizes in 
 
 
 def tokens(given: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
-    """What a call of the host takes, as NumPy arrays, the same in every process."""
+    """Return the inputs of a call, as NumPy arrays, the same in every process."""
     import numpy as np
 
     ids = np.random.default_rng(0).integers(0, VOCABULARIES[given.model], shape)
@@ -257,17 +257,17 @@ def tokens(given: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
 
 
 def label(shape: tuple[int, int]) -> str:
-    """What a shape is called in a table: rows x length."""
+    """Format a shape for a table: rows x length."""
     return "x".join(map(str, shape))
 
 
 def call(model: Any, inputs: Mapping[str, Any]) -> Side:
-    """A side that calls a compiled model."""
+    """Return a side that calls a compiled model."""
     return lambda: model(**inputs)
 
 
 def torch_call(model: Any, inputs: Mapping[str, Any]) -> Side:
-    """A side that calls a module, which takes tensors, without gradients."""
+    """Return a side that calls a module, which takes tensors, without gradients."""
     import torch
 
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
@@ -292,7 +292,7 @@ def away_from_init(adapter: Any, seed: int) -> None:
 
 
 def plain_export(model: Any, path: Path) -> None:
-    """The model through transformers' own ONNX exporter, told the shapes: left to find them it takes longer."""
+    """Return the model through transformers' own ONNX exporter, told the shapes: left to find them it takes longer."""
     import functools
     from unittest import mock
 
@@ -335,7 +335,7 @@ def seconds(side: Side, clock: Callable[[], float] = time.perf_counter) -> float
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The median over processes, key by key; words must be the same in all."""
+    """Return the median over processes, key by key; words must be the same in all."""
     return {key: _median([run[key] for run in runs]) for key in runs[0]}
 
 
@@ -354,7 +354,7 @@ def forget_peak() -> None:
 
 
 def peak() -> float:
-    """That mark, in MiB. What getrusage tells is never below that of the process that started this one."""
+    """Return the peak memory in MiB; getrusage's is never below the parent process's."""
     marks = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(marks["VmHWM"].split()[0]) / 1024
 
@@ -377,7 +377,7 @@ def print_table(table: Table) -> None:
 def write_json(
     path: Path, benchmark: Benchmark, given: argparse.Namespace, tables: Sequence[Table], took: float
 ) -> None:
-    """The tables for the pages that cite them, with what they were measured on and with."""
+    """Return the tables for the pages that cite them, with what they were measured on and with."""
     options = ("smoke", "processes", *(option.name for option in benchmark.options))
     result = {
         "benchmark": benchmark.name,
@@ -393,7 +393,7 @@ def write_json(
 
 
 def _cpu() -> str:
-    """The processor's model as Linux names it; elsewhere what Python knows."""
+    """Return the processor's model as Linux names it; elsewhere what Python knows."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

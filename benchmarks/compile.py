@@ -56,7 +56,7 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def _writing(given: argparse.Namespace) -> argparse.Namespace:
-    """The host that is to write text."""
+    """Return the host that is to write text."""
     return argparse.Namespace(model=given.writer, layers=30 if given.writer == common.SMOLLM2 else 1, rank=given.rank)
 
 

@@ -45,21 +45,21 @@ class Writer:
     _random: Any = field(default_factory=lambda: np.random.default_rng(0))
 
     def op(self, kind: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """A node; the name of what it gives, or a list of several."""
+        """Return a node; the name of what it gives, or a list of several."""
         names = [f"v{len(self.nodes)}_{index}" for index in range(outputs)]
         self.nodes.append(helper.make_node(kind, list(inputs), names, domain=domain, **attributes))
         return names[0] if outputs == 1 else names
 
     def weight(self, *shape: int) -> str:
-        """A constant of small random values."""
+        """Return a constant of small random values."""
         return self._held(self.weights, shape)
 
     def slot(self, *shape: int) -> str:
-        """An input of small random values."""
+        """Return an input of small random values."""
         return self._held(self.slots, shape)
 
     def sizes(self, *numbers: int) -> str:
-        """A constant list of whole numbers, made once."""
+        """Return a constant list of whole numbers, made once."""
         name = "sizes_" + "_".join(map(str, numbers))
         self.weights[name] = np.array(numbers, np.int64)
         return name
@@ -105,7 +105,7 @@ def _adapted(w: Writer, x: str, base: str, size: int, width: int, rank: int) -> 
 
 
 def _on_rows(w: Writer, x: str, y: str) -> tuple[str, str]:
-    """An adapted projection behind an attention, which gives and takes (batch, length, features)."""
+    """Return an adapted projection behind an attention, which gives and takes (batch, length, features)."""
     rows = w.op("Reshape", y, w.sizes(-1, HIDDEN))
     found = _adapted(w, rows, w.op("MatMul", rows, w.weight(HIDDEN, HIDDEN)), HIDDEN, HIDDEN, RANK)
     return x, w.op("Reshape", found, w.sizes(1, -1, HIDDEN))
@@ -118,7 +118,7 @@ def _in_full(w: Writer, x: str, y: str) -> tuple[str, str]:
 
 
 def _sum_after(w: Writer, x: str, y: str) -> tuple[str, str]:
-    """An adapted projection into the residual stream."""
+    """Return an adapted projection into the residual stream."""
     found = _adapted(w, y, w.op("MatMul", y, w.weight(HIDDEN, HIDDEN)), HIDDEN, HIDDEN, RANK)
     return w.op("Add", x, found), found
 
@@ -150,7 +150,7 @@ def _gated(w: Writer, x: str, gate: str, up: str) -> tuple[str, str]:
 
 
 def _as_it_lies(w: Writer, x: str, y: str) -> tuple[str, str]:
-    """The second product of q|k|v's slots, of which the first HIDDEN columns go on."""
+    """Return the second product of q|k|v's slots, of which the first HIDDEN columns go on."""
     base = w.op("MatMul", y, w.weight(HIDDEN, PACKED))
     low = w.op("MatMul", y, w.slot(HIDDEN, 3 * RANK))
     return _first(w, x, w.op("Gemm", low, w.slot(3 * RANK, PACKED), base))
@@ -195,7 +195,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _session(form: Form, what: str, given: argparse.Namespace) -> tuple[Any, Mapping[str, Any]]:
-    """A session over so many copies of a form, one behind the other, and what its slots hold."""
+    """Return a session over so many copies of a form, one behind the other, and what its slots hold."""
     from lorac.backends.onnxruntime.inference_session import session_options
     from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 
@@ -216,7 +216,7 @@ def _session(form: Form, what: str, given: argparse.Namespace) -> tuple[Any, Map
 
 
 def _side(session: Any, slots: Mapping[str, Any], what: str, rows: int) -> common.Side:
-    """A run with everything bound, as the engine runs."""
+    """Return a run with everything bound, as the engine runs."""
     shape = (1, rows, HIDDEN) if what in _IN_FULL else (rows, HIDDEN)
     bound, taken = session.io_binding(), {value.name for value in session.get_inputs()}
     values = {name: np.random.default_rng(1).standard_normal(shape, np.float32) for name in ("x", "y")}

@@ -36,7 +36,7 @@ LORAC = {
     INT4_BASE: {"weights": "int4"},
     INT4_LIVE: {"weights": "int4", "mode": "live"},
 }
-"""What is compiled: artefact -> options; those with a mode have the adapter."""
+"""What is compiled: artifact -> options; those with a mode have the adapter."""
 LOADED = {BASE: BASE, AGAIN: BASE, LIVE: LIVE, ROOMY: LIVE, USERS: LIVE, FUSED: FUSED, SETTLED: FUSED}
 LOADED |= {INT4_BASE: INT4_BASE, INT4_LIVE: INT4_LIVE}
 BUILT = {GENAI: ("fp32", False), GENAI_ADAPTER: ("fp32", True), GENAI_INT4: ("int4", False)}
@@ -88,7 +88,7 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def _folder(given: argparse.Namespace) -> Path:
-    """Where all that is kept: artefacts know how many threads they run on."""
+    """Where all that is kept: artifacts know how many threads they run on."""
     return Path(given.folder, f"{given.model}-{given.layers}-{given.rank}-{given.threads}")
 
 
@@ -111,7 +111,7 @@ def _compile(options: Mapping[str, Any], folder: Path, given: argparse.Namespace
 
 
 def _endless(model: Any) -> Any:
-    """The same, with no token that ends a text."""
+    """Return the model without an end token."""
     model.generation_config.eos_token_id = None
     return model
 
@@ -191,7 +191,7 @@ def _side(name: str, given: argparse.Namespace) -> Side:
 
 
 def measured(given: argparse.Namespace) -> list[str]:
-    """The sides that are asked for and here."""
+    """Return the sides that are asked for and here."""
     return [side for side in given.only if side not in BUILT or _genai.found(given)]
 
 
@@ -266,7 +266,7 @@ def _nodes(name: str, given: argparse.Namespace) -> int:
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
-    """What every side takes, and its speed beside others'."""
+    """Return the tables of times, and of speed compared with others."""
     (sides,) = found.values()
     per = "CPU-second" if given.cpu else "second"
     written = sum(_count(given, label) * SHAPES[label][0] for label in given.shapes)

@@ -1,4 +1,4 @@
-"""What it takes to load an artefact beside a bare session over the same model: time and peak memory.
+"""What it takes to load an artifact beside a bare session over the same model: time and peak memory.
 
     python -m benchmarks.load [--model smollm2] [--processes 3]
 
@@ -23,7 +23,7 @@ MODEL = common.Option("model", "smollm2", smoke="tiny", help="the host", choices
 
 
 def prepare(given: argparse.Namespace) -> None:
-    """Write the artefact, unless it is there."""
+    """Write the artifact, unless it is there."""
     if _folder(given).exists():
         return
     import lorac

@@ -67,7 +67,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
 
 
 def _plain(compiled: Any, path: Path) -> Any:
-    """The plain export behind lorac's call, so that all sides go through the same one."""
+    """Return the plain export behind lorac's call, so that all sides go through the same one."""
     import onnxruntime as ort
 
     from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
@@ -112,7 +112,7 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
 
 
 def promised(given: argparse.Namespace) -> Sequence[tuple[str]]:
-    """The first cells of the table."""
+    """Return the first cells of the table."""
     lorac = ("base / plain export", *(f"{name} / base" for name in (*ORT[1:], PLAIN)))
     peft = (f"{name} / {PEFT_BASE}" for name in (PEFT_BASE, *PEFT) if given.peft)
     return [(label,) for label in (*lorac, *peft, "live / plain export")]

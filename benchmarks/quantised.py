@@ -50,7 +50,7 @@ def _loss(logits: Any, window: Any) -> tuple[float, int]:
 
 
 def _model(given: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """The host, and the text in windows of ids (1, window)."""
+    """Return the host, and the text in windows of ids (1, window)."""
     import pydoc_data.topics
 
     import torch

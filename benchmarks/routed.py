@@ -52,7 +52,7 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def _of(job: common.Job, given: argparse.Namespace) -> argparse.Namespace:
-    """The options of a job's host."""
+    """Return the options of a job's host."""
     model = "narrow" if job == NARROW and given.model != "tiny" else given.model
     return argparse.Namespace(**{**vars(given), "model": model})
 
@@ -107,7 +107,7 @@ def _gathered() -> Any:
 
 
 def _looped(model: Any, given: argparse.Namespace) -> Any:
-    """The model with a plain MeteoRA in every linear layer but the head: expert by expert, each with its tokens."""
+    """Return the model with a plain MeteoRA, expert by expert, in every linear layer but the head."""
     import torch
 
     class Looped(torch.nn.Module):
@@ -154,7 +154,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
     """Seconds per call of all sides, in one process: shape -> side -> seconds, by the clock that the options name."""
     import lorac
 
-    _gathered()  # so that its artefact finds its method
+    _gathered()  # so that its artifact finds its method
     found, host = {}, _of(job, given)
     names = {"A/A": "base", "X-LoRA, off": "X-LoRA"}
     emitted = [name for name in SIDES[job] if not name.startswith("eager")]
@@ -194,7 +194,7 @@ def _row(label: str, milliseconds: str, ratios: Mapping[str, float]) -> Sequence
 
 
 def _last(job: common.Job, by_shape: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
-    """What is compared besides: the seconds that MeteoRA and the loop add to their bases; what FlyLoRA's gate adds."""
+    """Compare the seconds that MeteoRA and the loop add to their bases, and what FlyLoRA's gate adds."""
     if job == NARROW:
         return _row(GATE, "", {n: (s["FlyLoRA"] - s["FlyLoRA, all ranks"]) / s["base"] for n, s in by_shape.items()})
     added = {n: (s["MeteoRA"] - s["base"]) / (s["eager loop"] - s["eager base"]) for n, s in by_shape.items()}

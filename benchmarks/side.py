@@ -21,7 +21,7 @@ LORA, AGAIN, *_ = SIDES = ("lora", "lora again", "qst adapter", "qst avg")
 
 
 def begun(side: str, model: Any, r: int) -> Any:
-    """A model with a fresh adapter."""
+    """Return a model with a fresh adapter."""
     import lorac
 
     if side in (LORA, AGAIN):
@@ -75,7 +75,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
-    """A row for every side."""
+    """Return a row for every side."""
     values = found[("all",)]
     rows = [
         (

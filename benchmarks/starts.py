@@ -22,7 +22,7 @@ LORAC, PEFT, AGAIN, PLAIN = SIDES = ("lorac", "peft", "peft again", "plain")
 
 
 def begun(side: str, case: str, model: Any, batches: list[Any]) -> Any:
-    """A model with an adapter at its start."""
+    """Return a model with an adapter at its start."""
     return _peft(case, model, batches) if side in (PEFT, AGAIN) else _lorac(case, model, batches, plain=side == PLAIN)
 
 
@@ -53,7 +53,7 @@ def _peft(case: str, model: Any, batches: list[Any]) -> Any:
 
 
 def stepper(wrapped: Any, batch: Any) -> Callable[[], Any]:
-    """A function that trains one step."""
+    """Return a function that trains one step."""
     import torch
 
     wrapped.train()

@@ -108,7 +108,7 @@ def _ratios(ratios: Any) -> tuple[str, ...]:
 
 
 def _running(sides: Any, given: argparse.Namespace) -> common.Table:
-    """Calls and swaps, of lorac's and of others."""
+    """Time calls and swaps, lorac's and others'."""
     base = sides[BASE]["call"]
     rows = [
         (side, f"{told['call'] * 1000:.3f}", _swap(told), f"{told['call'] / base:.2f}") for side, told in sides.items()

@@ -24,7 +24,7 @@ SIDES = {"none": None, "A/A": None, "1 s": 1.0, "50 ms": 0.05}
 
 
 def build(target: str, given: argparse.Namespace) -> tuple[Any, Any]:
-    """A compiled model with two adapters of one form, so that a call costs the same with either, and inputs."""
+    """Return a compiled model with two adapters of one form, so that a call costs the same with either, and inputs."""
     import torch
 
     import lorac
@@ -40,7 +40,7 @@ def build(target: str, given: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def calls_per_second(compiled: Any, inputs: Any, every: float | None, seconds: float) -> float:
-    """Calls per second of all threads together; ``every``: seconds between two swaps, None for no swaps."""
+    """Count calls per second of all threads; ``every``: seconds between two swaps, None for no swaps."""
     import torch
 
     counts, end = [0] * CALLERS, time.perf_counter() + seconds

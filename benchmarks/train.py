@@ -48,7 +48,7 @@ WHAT = {"step": ("ms", 1e3), "peak": ("MiB", 1.0)}
 
 
 def stepper(side: str, case: str, model: Any, given: argparse.Namespace) -> Callable[[], Any]:
-    """A function that trains one step on one side."""
+    """Return a function that trains one step on one side."""
     import torch
 
     method, targets, checkpointing = CASES[case]
@@ -92,7 +92,7 @@ def _peft(model: Any, method: str, targets: tuple[str, ...]) -> Any:
 
 
 def ruled(side: str, model: Any, given: argparse.Namespace) -> Callable[[], Any]:
-    """A function that trains one step with a rule, or plainly."""
+    """Return a function that trains one step with a rule, or plainly."""
     import torch
 
     from lorac import training
@@ -132,7 +132,7 @@ def _rules() -> dict[str, Callable[[Any, Any], Any]]:
 
 
 def _lorac_for(side: str, model: Any, given: argparse.Namespace) -> Any:
-    """The model with what a rule trains, at rank 8."""
+    """Return the model with what a rule trains, at rank 8."""
     import lorac
 
     settings: dict[str, Any] = {"r": 8, "alpha": 8 if side == "ALLoRA" else 16, "targets": ALL}
@@ -153,7 +153,7 @@ def _peft_optimizer(wrapped: Any, *, plus: bool) -> Any:
 
 
 def jobs(given: argparse.Namespace) -> Sequence[common.Job]:
-    """Times of all sides together, peaks of each side alone."""
+    """List the jobs: times of all sides together, peaks of each side alone."""
     found = [(case, *rest) for case in given.only for rest in (("step",), *(("peak", side) for side in SIDES))]
     return [*found, ("rules", "step"), *(("rules", "peak", side) for side in (*PLAINS, *given.rules))]
 

@@ -1,4 +1,4 @@
-"""Damages files of every format, and artefacts: each loads, or is refused by an error of lorac's.
+"""Damages files of every format, and artifacts: each loads, or is refused by an error of lorac's.
 
 Every case has its own seed, so that it can be repeated alone: ``python -m campaigns.fuzz --seed 0 --only 1234``. Cases
 run in forked processes with bounded memory; each is measured. Found is what raises anything else, costs more than
@@ -39,7 +39,7 @@ SLACK_SECONDS, SLACK_BYTES = 1.0, 64 << 20
 """On top of the budget: for steps that cannot be interrupted, and for what an allocator keeps."""
 CEILING = 4 << 30
 """Address space that a process may take beyond what it was forked with."""
-WEIGHTS = {"native": 6, "peft": 5, "bin": 4, "artefact": 5}
+WEIGHTS = {"native": 6, "peft": 5, "bin": 4, "artifact": 5}
 """How often each kind is chosen."""
 KEPT = Path(".cache/fuzz")
 
@@ -118,7 +118,7 @@ class Campaign:
         return Result(index, chosen.kind, chosen.what, outcome, found, detail, seconds, taken)
 
     def _read(self, chosen: sound.Sound, place: Path, chance: random.Random) -> tuple[str, str]:
-        """What reading it comes to, and the end of the traceback of an error that is not lorac's."""
+        """Read a file; return the outcome, and the end of the traceback of an error that is not lorac's."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -133,7 +133,7 @@ class Campaign:
         return "loads", ""
 
     def _load(self, chosen: sound.Sound, place: Path, chance: random.Random) -> None:
-        if chosen.kind == "artefact":
+        if chosen.kind == "artifact":
             lorac.load(place)
             return
         model = self.hosts[chosen.host] if chance.random() < 0.7 else None
@@ -212,7 +212,7 @@ def results(campaign: Campaign, cases: Sequence[int], workers: int) -> Iterator[
 
 
 def _ended(process: _Process, waiting: collections.deque[list[int]]) -> Iterator[Result]:
-    """What became of the case that a process ended at, if it did; those after it wait for another process."""
+    """Return the outcome of the case at which a process ended, if it did; later cases wait for another process."""
     process.pipe.close()
     _, status = os.waitpid(process.pid, 0)
     if not process.left:

@@ -2,7 +2,7 @@
 
 python -m campaigns.kill [--moments N] [--seed N] [--json FILE]
 
-Four writers: ``compiled.save`` over an older artefact, ``lorac swap --save``, a PEFT folder among files of somebody
+Four writers: ``compiled.save`` over an older artifact, ``lorac swap --save``, a PEFT folder among files of somebody
 else, and a file of lorac's own. Every version bears a number in all its parts. Whatever is found afterwards must be one
 version, whole: the one from before or the one that was written. Once a writer has ended well, nothing else is left.
 
@@ -87,7 +87,7 @@ def _artefact(compiled: lorac.Compiled) -> Writer:
 
 
 def _read_artefact(target: Path) -> int | None:
-    """The number is the active strength and, where ``compiled.save`` wrote it, the adapter's own."""
+    """Return the number: the active strength and, if ``compiled.save`` wrote it, the adapter's own."""
     folders.recover_folder(target)
     if not target.exists():
         return None
@@ -103,7 +103,7 @@ def _swap_and_save(target: Path, number: int) -> None:
 
 
 def all_writers() -> list[Writer]:
-    """The four. What lies there at first is an older version by another way, where there must be one."""
+    """Return the four writers, each over an older version where it needs one."""
     made = _artefact(_compiled())
     return [
         made,
@@ -119,7 +119,7 @@ def all_writers() -> list[Writer]:
 
 # ── Dying ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _forked(work: Callable[[], None]) -> int:
-    """A child that does some work and ends; returns its number."""
+    """Fork a child that does some work and ends; return its number."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -244,7 +244,7 @@ def campaign(writer: Writer, moments: int, seed: int, folder: Path, stride: int 
 
 
 def report(tallies: Sequence[Tally]) -> str:
-    """A table of what was seen."""
+    """Format a table of what was seen."""
     lines = [f"{'writer':15}{'steps':>7}{'moments':>9}{'old':>6}{'new':>6}{'read':>7}{'refused':>9}{'wrong':>7}"]
     for t in tallies:
         numbers = f"{t.steps:7}{t.moments:9}{t.old:6}{t.new:6}{t.read:7}{t.refused:9}{len(t.wrong):7}"

@@ -53,7 +53,7 @@ def value(random: random.Random) -> Any:
 
 
 def json_text(data: bytes, random: random.Random) -> bytes:
-    """A JSON text of which one to three values, names or entries are others; some names are given twice."""
+    """Return a JSON text of which one to three values, names or entries are others; some names are given twice."""
     try:
         root = json.loads(data)
     except ValueError:
@@ -129,7 +129,7 @@ def octets(data: bytes, random: random.Random) -> bytes:
 
 # ── safetensors ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def safetensors(data: bytes, random: random.Random) -> bytes:
-    """A file whose header says something else, or whose tensors are others under a header that fits."""
+    """Return a file whose header says something else, or whose tensors are others under a header that fits."""
     how = random.random()
     if how < 0.2:
         return octets(data, random)
@@ -232,7 +232,7 @@ STRANGE: tuple[Callable[[torch.Tensor], Any], ...] = (
 
 
 def pickled(data: bytes, random: random.Random) -> bytes:
-    """A .bin file of which bytes, or tensors, are others; or a bomb."""
+    """Return a .bin file of which bytes, or tensors, are others; or a bomb."""
     how = random.random()
     if how < 0.3:
         return octets(data, random)
@@ -252,7 +252,7 @@ def pickled(data: bytes, random: random.Random) -> bytes:
 
 
 def _bomb(random: random.Random) -> bytes:
-    """A zip file that unpacks to 300 MB, or holds very many files, or a pickle without an end."""
+    """Return a zip file that unpacks to 300 MB, or holds very many files, or a pickle without an end."""
     written = io.BytesIO()
     with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as archive:
         how = random.randrange(3)
@@ -268,9 +268,9 @@ def _bomb(random: random.Random) -> bytes:
     return written.getvalue()
 
 
-# ── Artefacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def artefact(folder: Path, random: random.Random) -> None:
-    """Damage a file of an artefact, and make the manifest's hashes agree with it, mostly."""
+# ── Artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def damage_artifact(folder: Path, random: random.Random) -> None:
+    """Damage a file of an artifact, and make the manifest's hashes agree with it, mostly."""
     manifest = folder / artifact.MANIFEST
     if random.random() < 0.5:
         manifest.write_bytes(json_text(manifest.read_bytes(), random))
@@ -293,8 +293,8 @@ def artefact(folder: Path, random: random.Random) -> None:
 
 def damage(kind: str, place: Path, random: random.Random) -> None:
     """Damage a sound file, or folder, of a kind."""
-    if kind == "artefact":
-        artefact(place, random)
+    if kind == "artifact":
+        damage_artifact(place, random)
     elif kind == "native":
         place.write_bytes(safetensors(place.read_bytes(), random))
     elif random.random() < 0.5:

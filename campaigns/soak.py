@@ -92,7 +92,7 @@ class Host(nn.Module):
 
 
 def bits(value: Any) -> bytes:
-    """A tensor's bytes."""
+    """Return a tensor's bytes."""
     found: bytes = value.detach().contiguous().view(torch.uint8).numpy().tobytes()
     return found
 
@@ -196,7 +196,7 @@ class Soak:
         signal.signal(signal.SIGALRM, _interrupt)
 
     def run(self, operations: int) -> dict[str, Any]:
-        """The operations, and what came of them."""
+        """Run the operations; return what came of them."""
         begun, start = time.monotonic(), 0
         while self._done() < operations and not self.count["hang"]:
             self._round(self.models[self.chance.randrange(len(self.models))])
@@ -270,7 +270,7 @@ class Soak:
         self._held("failing swap", right and model.compiled.active == _active(choice))
 
     def _interrupted(self, model: Model) -> None:
-        """A signal arrives within a swap or a call, or after it."""
+        """Send a signal within a swap or a call, or after it."""
         before, choice = model.compiled.active, self.chance.choice(model.choices)
         own = self.chance.random() < 0.3
         try:

@@ -1,4 +1,4 @@
-"""Sound files of every kind, tiny, for campaigns to damage: adapters of all methods and artefacts of all targets."""
+"""Sound files of every kind, tiny, for campaigns to damage: adapters of all methods and artifacts of all targets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sound:
     """One file, or folder, that loads.
 
     Attributes:
-        kind: "native", "peft", "bin" or "artefact".
+        kind: "native", "peft", "bin" or "artifact".
         what: its method, or its target and mode.
         place: where it lies, below the folder of all.
         host: the name of the host it is for.
@@ -52,7 +52,7 @@ class Sound:
 
 
 class Two(nn.Module):
-    """What artefacts are compiled from; its weights are large enough to lie beside an ONNX model."""
+    """What artifacts are compiled from; its weights are large enough to lie beside an ONNX model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,19 +64,19 @@ class Two(nn.Module):
 
 
 def model(host: str) -> nn.Module:
-    """A host by name, in float32."""
+    """Return a host by name, in float32."""
     return HOSTS[host].model(torch.float32)
 
 
-def write(folder: Path, *, quick: bool = False, artefacts: bool = True) -> None:
+def write(folder: Path, *, quick: bool = False, artifacts: bool = True) -> None:
     """Write everything, or in a hurry what a few methods and targets give, and a list of it."""
     methods, targets = (QUICK, ARTEFACTS[:2]) if quick else (lorac.variants(), ARTEFACTS)
-    found = [*_adapters(folder, methods), *_artefacts(folder, targets if artefacts else ())]
+    found = [*_adapters(folder, methods), *_artefacts(folder, targets if artifacts else ())]
     (folder / INDEX).write_text(json.dumps([dataclasses.asdict(sound) for sound in found]))
 
 
 def read(folder: Path) -> list[Sound]:
-    """The list of what ``write`` wrote."""
+    """Return the list of what ``write`` wrote."""
     return [Sound(**entry) for entry in json.loads((folder / INDEX).read_text())]
 
 
@@ -98,7 +98,7 @@ def _adapters(folder: Path, keys: Iterable[str]) -> Iterator[Sound]:
 
 
 def _configured(key: str, kind: type) -> tuple[lorac.WeightVariant | lorac.BranchVariant, Host]:
-    """A variant, and the first host that it adapts."""
+    """Return a variant, and the first host that it adapts."""
     own = {field.name: SIZES[field.name] for field in dataclasses.fields(kind) if field.name in SIZES}
     own = OWN.get(key, own)
     for fields, name in itertools.product((own, {}), HOST_NAMES):
@@ -109,7 +109,7 @@ def _configured(key: str, kind: type) -> tuple[lorac.WeightVariant | lorac.Branc
 
 
 def _pickled(source: Path, target: Path) -> None:
-    """The same PEFT folder with its tensors in a .bin file."""
+    """Return the same PEFT folder with its tensors in a .bin file."""
     target.mkdir(parents=True)
     (target / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     torch.save(load_file(source / "adapter_model.safetensors"), target / "adapter_model.bin")
@@ -121,5 +121,5 @@ def _artefacts(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[Soun
     adapters = {"a": lorac.LoRA(r=2, targets=["up", "down"]), "b": lorac.DoRA(r=1, targets=["up"])}
     for target, mode in wanted:
         compiled = lorac.compile(host, adapters, target, {"x": x}, mode=mode, active={"a": 0.7})
-        compiled.save(folder / "artefacts" / f"{target}-{mode}")
-        yield Sound("artefact", f"{target} {mode}", f"artefacts/{target}-{mode}", "")
+        compiled.save(folder / "artifacts" / f"{target}-{mode}")
+        yield Sound("artifact", f"{target} {mode}", f"artifacts/{target}-{mode}", "")

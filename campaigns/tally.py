@@ -17,14 +17,14 @@ def _counted(found: Sequence[dict[str, Any]]) -> Counter[str]:
 
 
 def wrong(found: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """What must not have happened, and did."""
+    """List what must not have happened, and did."""
     bad = {kind: n for kind, n in _counted(found).items() if kind.startswith(BAD) and n}
     grown = [part["end"] - part["start"] for part in found]
     return bad | ({"bytes grown": max(grown)} if max(grown) > GROWTH else {})
 
 
 def report(found: Sequence[dict[str, Any]]) -> str:
-    """A table of what was done."""
+    """Format a table of what was done."""
     count = _counted(found)
     told = {kind: n for kind, n in sorted(count.items()) if not kind.startswith(BAD)}
     rows = [("operation", "done", "wrong")]

@@ -30,7 +30,7 @@ def _errors() -> list[str]:
 
 
 def _compiled() -> list[str]:
-    """What a compiled model offers; the rest of the class is lorac's own business."""
+    """List the public members of a compiled model."""
     return [
         "lorac.Compiled\n    options:\n      inherited_members: true\n      members:\n"
         + "".join(f"        - {name}\n" for name in INTERFACE)
@@ -41,12 +41,12 @@ LISTS: dict[str, Callable[[], list[str]]] = {"compiled": _compiled, "method": _m
 
 
 def listed(markdown: str) -> str:
-    """The page with a directive of mkdocstrings for every member of the lists that it asks for."""
+    """Return the page with a directive of mkdocstrings for every member of the lists that it asks for."""
     return LIST.sub(lambda found: "\n\n".join(f"::: {name}" for name in LISTS[found[1]]()), markdown)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for every page."""
+    """Expand the lists of a page; mkdocs calls this for every page."""
     markdown = FILE.sub(lambda found: (ROOT / found[1]).read_text(encoding="utf-8"), markdown)
     for link, instead in TURNED.items():
         markdown = markdown.replace(link, instead)

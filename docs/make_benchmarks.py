@@ -20,7 +20,7 @@ run. A/A is the base over a second one of the same base: its distance from 1 is 
 
 
 def page(folder: Path) -> str:
-    """The whole page.
+    """Make the whole page.
 
     Raises:
         SystemExit: the folder holds no runs.

@@ -31,7 +31,7 @@ the exit codes:
 
 
 def page() -> str:
-    """The whole page."""
+    """Make the whole page."""
     group = typer.main.get_command(cli.app)
     codes = re.findall(r"^    (\d+ .*)$", cli.__doc__ or "", re.MULTILINE)
     before = _table(("option before the command", "meaning"), [_option(one) for one in group.params])

@@ -39,7 +39,7 @@ def rooms() -> dict[str, list[str]]:
 
 
 def arrows(known: Mapping[str, list[str]]) -> networkx.DiGraph:
-    """The boxes and the arrows between them; each box knows its ``members``."""
+    """Return the boxes and the arrows between them; each box knows its ``members``."""
     modules = grimp.build_graph(PACKAGE, exclude_type_checking_imports=False, cache_dir=None)
     drawn: networkx.DiGraph = networkx.DiGraph()
     drawn.add_nodes_from(known)
@@ -58,7 +58,7 @@ def _room(module: str, known: Mapping[str, list[str]]) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Make the whole page."""
     known = rooms()
     lines = [HEAD, "```mermaid", *_flowchart(known), "```", "", *_table(known)]
     return "\n".join(lines) + "\n"
@@ -85,7 +85,7 @@ def _flowchart(known: Mapping[str, list[str]]) -> Iterator[str]:
 
 
 def _house(room: str) -> str:
-    """The package directly below lorac that a room belongs to."""
+    """Return the package directly below lorac that a room belongs to."""
     return ".".join(room.split(".")[:2])
 
 
@@ -95,7 +95,7 @@ def _box(members: list[str], known: Mapping[str, list[str]]) -> str:
 
 
 def _folder(room: str, known: Mapping[str, list[str]]) -> str:
-    """The room's folder; its own files alone, where rooms of the picture lie in it."""
+    """Return the room's folder; its own files alone, where rooms of the picture lie in it."""
     holds_rooms = any(other.startswith(f"{room}.") for other in known)
     return room.replace(".", "/") + ("/*.py" if holds_rooms else "")
 
@@ -116,7 +116,7 @@ def _table(known: Mapping[str, list[str]]) -> Iterator[str]:
 
 
 def _purpose(folder: Path) -> str:
-    """The first line of a package's docstring."""
+    """Return the first line of a package's docstring."""
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0].replace("``", "`")
 

@@ -26,7 +26,7 @@ _ENTRY = re.compile(r"^# (?P<done>.+)\n(?P<said>lorac\.(?P<kind>\w+) \[(?P<code>
 
 
 def page() -> str:
-    """The whole page."""
+    """Make the whole page."""
     by_code = defaultdict(list)
     for entry in _ENTRY.finditer(MISTAKES.read_text(encoding="utf-8")):
         by_code[entry["kind"], entry["code"]].append((entry["done"], entry["said"]))

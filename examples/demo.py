@@ -93,7 +93,7 @@ def train(compiled: Any, tokenizer: Any, name: str) -> None:
 
 
 def examples(tokenizer: Any, style: Any) -> dict[str, torch.Tensor]:
-    """The questions with answers in a style; only the answers count in the loss."""
+    """Return the questions with answers in a style; only the answers count in the loss."""
     tokenizer.padding_side = "right"
     rows = [(question(asked), style(told) + tokenizer.eos_token) for asked, told in QUESTIONS]
     batch = tokenizer([asked + told for asked, told in rows], return_tensors="pt", padding=True)
@@ -104,19 +104,19 @@ def examples(tokenizer: Any, style: Any) -> dict[str, torch.Tensor]:
 
 
 def question(text: str) -> str:
-    """A question as the model's chat format has it, without the system's turn that the template puts first."""
+    """Return a question as the model's chat format has it, without the system's turn that the template puts first."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def answer(compiled: Any, tokenizer: Any) -> str:
-    """What the model goes on with, always the likeliest token."""
+    """Return the model's greedy continuation."""
     asked = tokenizer(question(PROMPT), return_tensors="pt")
     written = compiled.generate(**asked, max_new_tokens=ANSWER_TOKENS, do_sample=False)
     return str(tokenizer.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def answers(engine: Any, tokenizer: Any) -> None:
-    """The same prompt under each choice of adapters; then the swaps once more, now that every mixture is known."""
+    """Answer the prompt under each choice of adapters, then swap once more with every mixture cached."""
     choices = {"none": None, **CHOICES, "none again": None}
     first, said = {}, {}
     for label, choice in choices.items():
@@ -132,7 +132,7 @@ def answers(engine: Any, tokenizer: Any) -> None:
 
 
 def parity(engine: Any, eager: Any, tokenizer: Any) -> None:
-    """The engine's difference to eager, as a share of what the adapters contribute."""
+    """Return the engine's difference to eager, as a share of what the adapters contribute."""
     ids = tokenizer(question(PROMPT), return_tensors="pt")["input_ids"]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     table = Table("adapters", "difference / contribution")
@@ -146,7 +146,7 @@ def parity(engine: Any, eager: Any, tokenizer: Any) -> None:
 
 
 def excerpt(engine: Any) -> None:
-    """The attention of one layer, as the passes rewrote it."""
+    """Return the attention of one layer, as the passes rewrote it."""
     view = engine.graph["main"].after("insert").at("model.layers.0.self_attn")
     header, *rows, footer = str(view).splitlines()
     sites = [i for i, row in enumerate(rows) if " adapted " in row or row.lstrip().startswith("+ ")]

@@ -142,7 +142,7 @@ def built(way: str, drawn: Series) -> nn.Module:
 
 @functools.cache
 def trunk_of(pretrained: bool) -> nn.Module:
-    """The first layers of SmolLM2, frozen, or the same with weights drawn anew."""
+    """Return the first layers of SmolLM2, frozen, or the same with weights drawn anew."""
     from transformers import AutoModel
 
     trunk = smollm2()[0].model
@@ -171,7 +171,7 @@ def recordings(shots: int, seed: int) -> tuple[Series, Series]:
 
 
 def read(path: Path) -> Series:
-    """A file in the UEA archive's ``.ts`` format, of series of one length: channels and class parted by colons."""
+    """Read a file in the UEA archive's ``.ts`` format, with series of one length."""
     _, data = path.read_text().split("@data\n")
     values, labels = [], []
     for line in filter(None, data.splitlines()):
@@ -182,7 +182,7 @@ def read(path: Path) -> Series:
 
 
 def right(logits: torch.Tensor, test: Series) -> float:
-    """The share of rows whose largest logit is of the right class."""
+    """Return the share of rows whose largest logit is of the right class."""
     return float((logits.argmax(-1) == test.labels).float().mean())
 
 

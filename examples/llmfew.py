@@ -141,7 +141,7 @@ class LLMFew(nn.Module):
         return logits
 
     def states(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The trunk's last hidden states of the embeddings, in order; nothing without a trunk."""
+        """Return the trunk's last hidden states of the embeddings, in order; nothing without a trunk."""
         if self.trunk is None:
             return torch.zeros_like(embeddings)
         states: torch.Tensor = self.trunk(inputs_embeds=embeddings, use_cache=False).last_hidden_state

@@ -52,7 +52,7 @@ class Question:
 
 
 def settings(text: str | None, name: str, steps: int) -> argparse.Namespace:
-    """The command line: ``--seeds``, ``--steps``, ``--smoke``."""
+    """Parse the command line: ``--seeds``, ``--steps``, ``--smoke``."""
     parser = argparse.ArgumentParser(
         f"python -m experiments.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,7 +76,7 @@ def answer(questions: Sequence[Question], given: argparse.Namespace) -> None:
 
 
 def _answer(question: Question, given: argparse.Namespace, report: Progress) -> str:
-    """The table of one question."""
+    """Return the table of one question."""
 
     def scores(name: str, rate: float, first: int) -> list[float]:
         report.step(f"{question.title}: {name} at {rate:g}")
@@ -124,17 +124,17 @@ def _error(values: Sequence[float]) -> float:
 
 
 def log_mean(losses: Losses) -> float:
-    """The mean of log10 of the losses over all steps: how fast they fell, from first to last."""
+    """Return the mean of log10 of the losses over all steps: how fast they fell, from first to last."""
     return statistics.fmean(math.log10(max(loss, 1e-300)) if math.isfinite(loss) else math.inf for loss in losses[1:])
 
 
 def last(losses: Losses) -> float:
-    """The loss after the last step."""
+    """Return the loss after the last step."""
     return losses[-1]
 
 
 def trained(step: Callable[[int], float], steps: int) -> Losses:
-    """The losses of some steps; ``step(i)`` answers the loss before it. What diverges stays so."""
+    """Run some steps and return their losses; ``step(i)`` returns the loss before it. A diverged run stays diverged."""
     losses: Losses = []
     for index in range(steps + 1):
         loss = step(index) if not losses or losses[-1] < math.inf else math.inf

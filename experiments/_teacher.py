@@ -27,7 +27,7 @@ def weights(seed: int, *, rank: int = 16, ratio: float = 0.7) -> tuple[Tensor, T
 
 
 def side(r: int, optimizer: Made, rule: Ruled | None = None, *, method: Any = None) -> Callable[..., Losses]:
-    """A student that learns from 256 samples a step, drawn by the seed: (rate, seed, steps) -> losses."""
+    """Return a student that learns from 256 samples a step, drawn by the seed: (rate, seed, steps) -> losses."""
 
     def run(rate: float, seed: int, steps: int) -> Losses:
         base, goal = weights(seed)

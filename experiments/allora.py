@@ -39,7 +39,7 @@ def _rows(text: Tensor, generator: torch.Generator) -> Tensor:
 
 @functools.cache
 def host() -> Any:
-    """The Llama, trained on the documentation."""
+    """Return the Llama, trained on the documentation."""
     import transformers
 
     torch.manual_seed(0)

@@ -68,7 +68,7 @@ QUESTIONS = [
 
 
 def spread(rule: Any, steps: int) -> float:
-    """The largest distance between the paths of W over five factorings, relative to how far W went."""
+    """Return the largest distance between the paths of W over five factorings, relative to how far W went."""
     base, goal = weights(0)
     paths = []
     for seed in range(5):

@@ -58,7 +58,7 @@ class Task:
 
 
 def task(texts: Iterable[str]) -> Task:
-    """The characters of the alphabet in some texts."""
+    """Return the characters of the alphabet in some texts."""
     numbers = {character: number for number, character in enumerate(ALPHABET)}
     return Task(torch.tensor([numbers[c] for text in texts for c in text if c in numbers]))
 
@@ -73,7 +73,7 @@ def tasks() -> tuple[Task, Task]:
 
 
 def pretrained(task: Task, seed: int) -> nn.Module:
-    """A perceptron that knows the manual."""
+    """Return a perceptron that knows the manual."""
     torch.manual_seed(seed)
     wide = len(ALPHABET)
     layers = nn.Linear(CONTEXT * wide, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, wide)
@@ -87,7 +87,7 @@ def pretrained(task: Task, seed: int) -> nn.Module:
 
 
 def begun(method: str, model: nn.Module, task: Task, seed: int, scale: float, given: argparse.Namespace) -> Any:
-    """A compiled model with a LoRA-XS at its own start, or at LoRA-SB's."""
+    """Return a compiled model with a LoRA-XS at its own start, or at LoRA-SB's."""
     variant = lorac.LoRAXS(r=given.rank, alpha=scale * given.rank, targets=TARGETS)
     if method == "xs":
         return lorac.compile(model, {"a": variant})
@@ -108,7 +108,7 @@ def curve(
     sgd: bool = False,
     all_steps: bool = False,
 ) -> Tensor:
-    """The loss after the last step; with ``all_steps`` that before each step too."""
+    """Return the loss after the last step; with ``all_steps`` that before each step too."""
     compiled = begun(method, model, task, seed, scale, given)
     cores = [p for p in compiled.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.SGD(cores, lr=0.5) if sgd else torch.optim.AdamW(cores, lr=given.lr, weight_decay=0)
@@ -195,7 +195,7 @@ def _spread(values: Tensor) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)

@@ -80,7 +80,7 @@ def texts() -> dict[str, torch.Tensor]:
 
 
 def split(given: Texts) -> tuple[Texts, Texts]:
-    """What is trained on, and the last tenth."""
+    """Split off the last tenth."""
     cuts = {kind: len(text) * 9 // 10 for kind, text in given.items()}
     return {k: text[: cuts[k]] for k, text in given.items()}, {k: text[cuts[k] :] for k, text in given.items()}
 
@@ -95,13 +95,13 @@ def batch(given: Texts, generator: torch.Generator, rows: int = ROWS) -> torch.T
 
 
 def told(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The language model's loss."""
+    """Return the language model's loss."""
     logits = model(input_ids=ids).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def train(model: Any, loss: Callable[[], torch.Tensor], steps: int, rate: float) -> None:
-    """Steps of AdamW with weight decay on whatever requires gradients."""
+    """Train everything that requires gradients with AdamW and weight decay."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01)
     model.train()
     for _ in range(steps):
@@ -112,7 +112,7 @@ def train(model: Any, loss: Callable[[], torch.Tensor], steps: int, rate: float)
 
 
 def host(seed: int) -> Any:
-    """The Llama, fresh."""
+    """Return the Llama, fresh."""
     import transformers
 
     torch.manual_seed(seed)
@@ -144,7 +144,7 @@ def study(seed: int, steps: int) -> Figures:
 
 @torch.no_grad()
 def measured(model: Any, experts: list[lorac.Adapter], routed: Any, held_out: Texts) -> Figures:
-    """The figures, on the same pieces for all sides."""
+    """Return the figures, on the same pieces for all sides."""
     ids = batch(held_out, torch.Generator().manual_seed(0), 4 * ROWS)
     by_kind = dict(zip(KINDS, ids.chunk(len(KINDS)), strict=True))
     single: Any = lorac.compile(model, {adapter.name: adapter for adapter in experts})

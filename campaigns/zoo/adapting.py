@@ -47,7 +47,7 @@ class Adapted:
 
 
 def named(answer: Any, path: str = "") -> Outputs:
-    """The floating-point tensors of an answer by name, whatever they are nested in: fields, mappings, sequences."""
+    """Return the floating-point tensors of an output by name, in any nesting of fields, mappings and sequences."""
     if isinstance(answer, Tensor):
         return {path or "output": answer.detach()} if answer.is_floating_point() else {}
     if isinstance(answer, Mapping):
@@ -64,7 +64,7 @@ def named(answer: Any, path: str = "") -> Outputs:
 
 @torch.no_grad()
 def answer(model: Any, call: Mapping[str, Any], **settings: Any) -> Outputs:
-    """What a model, PEFT's or lorac's, answers to a call, by name."""
+    """Call a model, PEFT's or lorac's; return its outputs by name."""
     return named(model(**call, **settings))
 
 
@@ -158,7 +158,7 @@ def _wavering(oracle: nn.Module, calls: Sequence[Mapping[str, Any]], base: Outpu
 
 
 def _rounded(call: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    """A call whose numbers are off in their last bit."""
+    """Return a call whose numbers are off in their last bit."""
     return {
         name: value * (1 + torch.finfo(value.dtype).eps / 2 * torch.randn(value.shape, generator=generator))
         if isinstance(value, Tensor) and value.is_floating_point()
@@ -193,5 +193,5 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a model."""
+    """Return a copy of every tensor of a model."""
     return {name: copy.deepcopy(value.detach()) for name, value in model.state_dict().items()}

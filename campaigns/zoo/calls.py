@@ -119,7 +119,7 @@ def ids(context: Context) -> Tensor:
 
 
 def placeholder(config: Any) -> int | None:
-    """The id that stands for a piece of an image."""
+    """Return the id that stands for a piece of an image."""
     found = (
         getattr(config, name, None) for name in ("image_token_id", "image_token_index", "media_placeholder_token_id")
     )
@@ -141,7 +141,7 @@ def seen(context: Context) -> int:
 
 
 def _look(model: Any) -> Callable[..., Any] | None:
-    """What a model has to make features of images."""
+    """Return the model's function that makes features of images."""
     owners = (one for one in (model, model.base_model) if hasattr(one, "get_image_features"))
     return next((owner.get_image_features for owner in owners), None)
 
@@ -209,7 +209,7 @@ def pixels(context: Context) -> Tensor | None:
 
 
 def video(context: Context) -> Tensor:
-    """Moving images, time before channels."""
+    """Return video frames, time before channels."""
     frames = getattr(context.vision, "num_frames", 4)
     return context.noise(context.batch, frames, getattr(context.vision, "num_channels", 3), *side(context.vision))
 
@@ -230,7 +230,7 @@ def sizes(context: Context) -> Tensor | None:
 
 
 def sound(context: Context) -> Tensor:
-    """Samples."""
+    """Return audio samples."""
     return context.noise(context.batch, SAMPLES + 160 * context.length)
 
 

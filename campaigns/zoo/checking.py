@@ -65,7 +65,7 @@ class _Subject:
 
 
 def check(entry: Entry, *, plain: bool = True, ways: Ways = WAYS) -> Record:
-    """The record of one model: an outcome for each way, with seconds of the processor, and of the plain export.
+    """Return the record of one model: an outcome for each way, with seconds of the processor, and of the plain export.
 
     Args:
         entry: the model.
@@ -122,7 +122,7 @@ def away_from_init(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model as adapters find it, without gradients of its own; as it was after.
+    """Return the model as adapters find it, without gradients of its own; as it was after.
 
     torch folds a strided input before it multiplies by a weight that requires a gradient, and does not by another's
     (``should_fold`` in ATen's LinearAlgebra.cpp): the last bits of one host may differ between the two.
@@ -138,7 +138,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _adapt_somehow(subject: _Subject, folder: Path) -> None:
-    """The entry's adapter; on every layer where it names none, or without convolutions where PEFT cannot have them."""
+    """Return the entry's adapter; without one on every layer, or on those that PEFT can adapt."""
     config = subject.entry.adapter
     try:
         _adapt(subject, folder / "a", adapting.lora if config is None else config)
@@ -193,7 +193,7 @@ def _way(subject: _Subject, target: str, mode: str) -> Record:
 
 
 def _answered(subject: _Subject, compiled: Any, target: str, before: tuple[Any, ...]) -> Record:
-    """What comes of a compiled model's answers; where it refuses another size, of those at sizes nearer the example."""
+    """Compare a compiled model's outputs; if it refuses another size, at sizes nearer the example's."""
     try:
         return _judged(subject, compiled, target, before)
     except lorac.errors.InputMismatch as error:
@@ -206,7 +206,7 @@ def _answered(subject: _Subject, compiled: Any, target: str, before: tuple[Any, 
 
 
 def _at(subject: _Subject, rows: int, length: int) -> _Subject:
-    """The same model, called at another size besides the example's."""
+    """Return the same model, called at another size besides the example's."""
     assert subject.adapted is not None
     other = subject.entry.inputs(subject.host, rows, length, 1)
     with frozen(subject.host):
@@ -291,7 +291,7 @@ def _left_alone(subject: _Subject) -> None:
 
 
 def _ordinary(subject: _Subject, folder: Path, found: Record, ways: Ways) -> Record:
-    """The ways that were refused once more, with an adapter on ordinary layers only: is it the layers, or the model?"""
+    """Try refused ways again with an adapter on ordinary layers only: is it the layers, or the model?"""
     config = adapting.lora(subject.host, plain=True)
     assert subject.adapted is not None
     if subject.entry.adapter is None and config.target_modules == adapting.lora(subject.host).target_modules:
@@ -353,7 +353,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _within(path: str) -> str:
-    """A file as its library names it, without where that is installed."""
+    """Return a file as its library names it, without where that is installed."""
     return (
         path.replace("\\", "/")
         .rpartition("site-packages/")[2]

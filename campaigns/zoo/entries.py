@@ -71,7 +71,7 @@ def entries(only: Iterable[str] = (), family: Iterable[str] = ()) -> list[Entry]
 
 
 def entry(name: str) -> Entry:
-    """The model of a name."""
+    """Return the model of a name."""
     return next(found for found in entries() if found.name == name)
 
 

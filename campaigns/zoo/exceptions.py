@@ -83,7 +83,7 @@ def _question(context: calls.Context) -> Any:
 
 
 def _tiles(context: calls.Context) -> Any:
-    """The whole image, and one tile of it."""
+    """Return the whole image, and one tile of it."""
     return context.noise(context.batch, 2, 3, 32, 32)
 
 
@@ -134,7 +134,7 @@ FAMILY_SHAPES: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]] = 
 
 
 def experts_too(model: nn.Module) -> Any:
-    """What PEFT makes of "all-linear", experts among it."""
+    """Return what PEFT adapts for "all-linear", experts included."""
     from peft import LoraConfig
 
     return LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")

@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 
 def code() -> str:
-    """What stands for the state of lorac's code: a hash over its sources."""
+    """Hash lorac's sources."""
     digest = hashlib.sha256()
     for source in sorted((ROOT / "lorac").rglob("*.py")):
         digest.update(source.relative_to(ROOT).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
@@ -40,7 +40,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Record]:
-    """The newest record of every model; a line that a killed run tore is passed over."""
+    """Return the newest record of every model; a line that a killed run tore is passed over."""
     found: dict[str, Record] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

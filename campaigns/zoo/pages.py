@@ -56,7 +56,7 @@ def _one(found: Record) -> str:
 
 
 def outcome(record: Record, way: str) -> str:
-    """What came of a model on a way; of one that did not get there, why."""
+    """Return the outcome of a model on a way, or why it did not get there."""
     return str(record["outcome"] if "outcome" in record else record["ways"].get(way, {}).get("outcome", UNKNOWN))
 
 
@@ -126,14 +126,14 @@ def _failures(records: Iterable[Record]) -> Iterator[tuple[Record, str, Record]]
 
 
 def general(message: str) -> str:
-    """A message without what differs from model to model: names, paths, lines of code and numbers."""
+    """Return a message without what differs from model to model: names, paths, lines of code and numbers."""
     for pattern, instead in _DIFFERING:
         message = re.sub(pattern, instead, message)
     return message
 
 
 def causes(records: Iterable[Record]) -> str:
-    """The causes as text, what hosts and PEFT cannot at the end."""
+    """Return the causes as text, what hosts and PEFT cannot at the end."""
     lines = []
     for cause in sorted(found_causes(records, hosts=True), key=lambda c: c.outcome in (HOST_CANNOT, PEFT_CANNOT)):
         models = sorted(name.partition("/")[2] for name in cause.models)

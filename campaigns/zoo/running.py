@@ -43,7 +43,7 @@ class Asked:
 
 
 def run(names: Sequence[str], asked: Asked, workers: int) -> Iterator[tuple[str, Record]]:
-    """The record of every model, in their order.
+    """Return the record of every model, in their order.
 
     The processes are forked from one that has imported the libraries, which takes longer than most models do.
     """
@@ -69,7 +69,7 @@ def _run(context: Any, name: str, asked: Asked) -> Record:
 
 
 def _received(ours: Connection, process: Any, asked: Asked) -> Record | None:
-    """What a process sends; None of one that ends without, as one does that takes too much time or memory."""
+    """Return what a process sends; None if it ends without sending, as one over its limits does."""
     until = time.monotonic() + asked.seconds * PATIENCE
     with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and what it sent is in the pipe
         watched = psutil.Process(process.pid)
@@ -87,7 +87,7 @@ def _kill_beyond(process: Any, beyond: bool) -> None:
 
 
 def _ended(name: str, code: int | None) -> Record:
-    """A kill is taken for the limits' doing; any other end of a process is a crash."""
+    """Classify the end of a process: a kill is the limits' doing, anything else a crash."""
     killed = code in (-signal.SIGKILL, -signal.SIGXCPU)
     what = f"ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
     about = {"class": "process", "message": what, "lines": []}

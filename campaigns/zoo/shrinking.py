@@ -67,7 +67,7 @@ _DROPPED = """
 
 
 def tiny(config: Any, **exceptions: Any) -> Any:
-    """A configuration of the same class, small enough to be built in a second.
+    """Return a configuration of the same class, small enough to be built in a second.
 
     Args:
         config: left as it is.

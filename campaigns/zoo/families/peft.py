@@ -124,7 +124,7 @@ def _on(hosts: str | tuple[str, ...], *settings: Settings) -> list[tuple[str, Se
 
 
 def _usual(**more: Any) -> list[Settings]:
-    """The first, the second or both, and one trained whole."""
+    """Return the first, the second or both, and one trained whole."""
     return [{"target_modules": t, **more} for t in (FIRST, SECOND, BOTH)] + [{**SAVED, **more}]
 
 

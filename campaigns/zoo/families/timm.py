@@ -34,7 +34,7 @@ def entries() -> list[Entry]:
 
 
 def build(name: str) -> nn.Module:
-    """The model, for small images where it admits them."""
+    """Return the model, for small images where it admits them."""
     import timm  # type: ignore[import-not-found]  # published without types
 
     made: nn.Module = timm.create_model(name, pretrained=False, num_classes=10)

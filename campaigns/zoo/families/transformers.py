@@ -73,7 +73,7 @@ def _family(family: str, kind: str) -> str:
 
 
 def build(kind: str, table: str) -> nn.Module:
-    """The model of a type and a task, tiny."""
+    """Return the model of a type and a task, tiny."""
     import transformers
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
