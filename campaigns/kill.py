@@ -76,17 +76,17 @@ def _compiled() -> lorac.Compiled:
     return lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["0", "1"])}, example_inputs=(torch.ones(2, 10),))
 
 
-def _artefact(compiled: lorac.Compiled) -> Writer:
+def _artifact(compiled: lorac.Compiled) -> Writer:
     def write(target: Path, number: int) -> None:
         compiled.swap({"a": float(number)})
         with torch.no_grad():
             compiled.adapters["a"].tensors["0"]["lora_B"].fill_(float(number))
         compiled.save(target)
 
-    return Writer("compiled.save", write, _read_artefact)
+    return Writer("compiled.save", write, _read_artifact)
 
 
-def _read_artefact(target: Path) -> int | None:
+def _read_artifact(target: Path) -> int | None:
     """Return the number: the active strength and, if ``compiled.save`` wrote it, the adapter's own."""
     folders.recover_folder(target)
     if not target.exists():
@@ -104,10 +104,10 @@ def _swap_and_save(target: Path, number: int) -> None:
 
 def all_writers() -> list[Writer]:
     """Return the four writers, each over an older version where it needs one."""
-    made = _artefact(_compiled())
+    made = _artifact(_compiled())
     return [
         made,
-        Writer("swap --save", _swap_and_save, _read_artefact),
+        Writer("swap --save", _swap_and_save, _read_artifact),
         *(
             Writer(
                 kind, lambda t, n, k=kind: writers.write(k, t, n), lambda t, k=kind: writers.read(k, t), kind == "peft"

@@ -71,7 +71,7 @@ def model(host: str) -> nn.Module:
 def write(folder: Path, *, quick: bool = False, artifacts: bool = True) -> None:
     """Write everything, or in a hurry what a few methods and targets give, and a list of it."""
     methods, targets = (QUICK, ARTEFACTS[:2]) if quick else (lorac.variants(), ARTEFACTS)
-    found = [*_adapters(folder, methods), *_artefacts(folder, targets if artifacts else ())]
+    found = [*_adapters(folder, methods), *_artifacts(folder, targets if artifacts else ())]
     (folder / INDEX).write_text(json.dumps([dataclasses.asdict(sound) for sound in found]))
 
 
@@ -115,7 +115,7 @@ def _pickled(source: Path, target: Path) -> None:
     torch.save(load_file(source / "adapter_model.safetensors"), target / "adapter_model.bin")
 
 
-def _artefacts(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[Sound]:
+def _artifacts(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[Sound]:
     torch.manual_seed(0)
     host, x = Two().eval(), torch.randn(3, 24)
     adapters = {"a": lorac.LoRA(r=2, targets=["up", "down"]), "b": lorac.DoRA(r=1, targets=["up"])}

@@ -35,7 +35,7 @@ def test_in_short() -> None:
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> fuzz.Campaign:
     folder = tmp_path_factory.mktemp("fuzz")
-    sound.write(folder, quick=True, artefacts=False)
+    sound.write(folder, quick=True, artifacts=False)
     made = fuzz.Campaign(3, folder)
     made.check()
     return made
