@@ -1,4 +1,4 @@
-"""Models with an encoder beside a decoder, tiny and random, with an adapter of PEFT's: what a cache is held to."""
+"""Models with an encoder next to a decoder, tiny and random, with an adapter of PEFT's: what a cache is held to."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def made(family: str) -> Any:
         for parameter in model.parameters():
             parameter.mul_(6 if parameter.dim() > 1 else 1)
     if family == "whisper":
-        told = {"no_timestamps_token_id": 90, "is_multilingual": False, "max_initial_timestamp_index": 3}
-        for field, value in told.items():
+        settings = {"no_timestamps_token_id": 90, "is_multilingual": False, "max_initial_timestamp_index": 3}
+        for field, value in settings.items():
             setattr(model.generation_config, field, value)
     if family == "t5gemma":
         model.generation_config.decoder_start_token_id = 1
@@ -99,8 +99,8 @@ def adapted(family: str) -> Any:
     """A PeftModel over one, with an adapter away from its init."""
     import peft
 
-    told = peft.LoraConfig(r=4, target_modules=FAMILIES[family][2], init_lora_weights=False)
-    wrapped = peft.get_peft_model(made(family), told).eval()
+    config = peft.LoraConfig(r=4, target_modules=FAMILIES[family][2], init_lora_weights=False)
+    wrapped = peft.get_peft_model(made(family), config).eval()
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:

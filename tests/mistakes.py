@@ -107,8 +107,8 @@ class World:
 
     def quantised(self, **rest: Any) -> Any:
         """The model with its weights quantised."""
-        told = {"target": "onnxruntime", "weights": "int8", "block_size": 16, "self_test": False}
-        return self.again(example_inputs=self.inputs, **told, **rest)
+        options = {"target": "onnxruntime", "weights": "int8", "block_size": 16, "self_test": False}
+        return self.again(example_inputs=self.inputs, **options, **rest)
 
     def captured(self, **rest: Any) -> str:
         """The graph that is captured of the model."""

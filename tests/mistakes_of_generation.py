@@ -14,15 +14,15 @@ from tests.runtime.generation.texts import adapted, compiled, padded, prompts
 LIMIT = 16
 
 
-def hosted(**told: Any) -> Any:
+def hosted(**options: Any) -> Any:
     """Two rows, by the host itself."""
-    return compiled("llama").generate(**{**padded(prompts(0, (5, 3)), "left"), "max_new_tokens": 2, **told})
+    return compiled("llama").generate(**{**padded(prompts(0, (5, 3)), "left"), "max_new_tokens": 2, **options})
 
 
-def cached(**told: Any) -> Any:
+def cached(**options: Any) -> Any:
     """The same over a cache, of a model with few positions."""
     made = over(compiled("llama"), LIMIT)
-    return made.generate(**{**padded(prompts(0, (5, 3)), "left"), "max_new_tokens": 2, **told})
+    return made.generate(**{**padded(prompts(0, (5, 3)), "left"), "max_new_tokens": 2, **options})
 
 
 def _uncached(w: World) -> Any:
@@ -38,8 +38,8 @@ def _says(what: str) -> Any:
     return check
 
 
-def _fused(**told: Any) -> Any:
-    return lorac.compile(adapted("llama"), mode="fused").generate(prompts()[0][None], max_new_tokens=2, **told)
+def _fused(**options: Any) -> Any:
+    return lorac.compile(adapted("llama"), mode="fused").generate(prompts()[0][None], max_new_tokens=2, **options)
 
 
 class _Words:
@@ -122,7 +122,7 @@ GENERATING = [
     Mistake("a choice of nobody's for a row", lambda w: cached(adapters=["default", "sql"]), lambda w, said: cached()),
     Mistake("fewer seeds than prompts", lambda w: cached(do_sample=True, seed=[1])),
     Mistake("a seed as text", lambda w: hosted(do_sample=True, seed="7")),
-    Mistake("a draft beside weights", lambda w: _fused(draft=None), lambda w, said: hosted(draft=None)),
+    Mistake("a draft next to weights", lambda w: _fused(draft=None), lambda w, said: hosted(draft=None)),
     Mistake(
         "what happens inside a program",
         lambda w: cached(output_attentions=True),

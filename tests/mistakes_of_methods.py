@@ -74,7 +74,7 @@ def _trained(w: World, variant: Any, **optimizer: Any) -> tuple[Any, Any]:
 
 
 def _both(w: World, into: Any) -> tuple[Any, Any]:
-    """A LoRA of rank 2 beside what is to take its sum."""
+    """A LoRA of rank 2 next to what is to take its sum."""
     compiled = w.compile({"a": lora(), "sum": into}, active={"a": 1.0, "sum": 1.0})
     return compiled, torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=0.1)
 

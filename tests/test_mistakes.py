@@ -16,7 +16,7 @@ SUGGESTS = re.compile(r"(?<![\w'])[a-z_]+=|\w\(|`lorac |\blorac\.\w")
 
 
 def test_every_mistake_is_answered_and_the_answer_helps(tmp_path):
-    """All in one, so that they share one world wherever tests run; what is wrong with any is told together."""
+    """Check all mistakes in one test, which share one world, and list what is wrong together."""
     world, said, wrong = World(tmp_path), "", []
     for mistake in (*MISTAKES, *FILES, *MORE, *GENERATING, *BEGINNING, *DEVICES):
         error = _made(mistake, world)
@@ -47,7 +47,7 @@ def _problems(mistake, error, world):
     if not isinstance(error, lorac.LoracError):
         yield f"is answered by {error!r}"
     elif not error.next_step:
-        yield "is not told what to do"
+        yield "has no next step"
     elif mistake.right is None and SUGGESTS.search(error.next_step):
         yield f"nobody runs what is suggested: {error.next_step}"
     else:

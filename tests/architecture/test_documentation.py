@@ -143,8 +143,8 @@ def test_what_counts_as_a_citation(text, cited):
 def test_the_table_of_roles():
     section = ARCHITECTURE.read_text(encoding="utf-8").partition("\n### The roles\n")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
-    told = [f"| {role.letter} | `{role.name}` | {role.meaning} | {role.stage.value} |" for role in ROLES.values()]
-    assert rows == told
+    expected = [f"| {role.letter} | `{role.name}` | {role.meaning} | {role.stage.value} |" for role in ROLES.values()]
+    assert rows == expected
 
 
 def test_the_table_of_passes():

@@ -17,7 +17,7 @@ from tests.refusing import refuses
 
 @dataclass(frozen=True, kw_only=True)
 class Sound(lorac.WeightVariant):
-    """W' = W + s·B·A, and, where told to, one fault."""
+    """W' = W + s·B·A, with one fault if asked for."""
 
     r: int = 2
     scale: float = 1.0

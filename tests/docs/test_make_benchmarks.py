@@ -19,8 +19,8 @@ RUN = {
 def test_a_run_is_told_whole(tmp_path):
     (tmp_path / "swap.json").write_text(json.dumps(RUN))
     lines = page(tmp_path).splitlines()
-    told = ["## swap", "**Swaps**", "| what | ratio |", "| --- | --- |", "| a\\|b | 1.02 |", "A/A: live 1.004."]
-    assert [line for line in told if line not in lines] == []
+    expected = ["## swap", "**Swaps**", "| what | ratio |", "| --- | --- |", "| a\\|b | 1.02 |", "A/A: live 1.004."]
+    assert [line for line in expected if line not in lines] == []
     assert lines[-2:] == ["a processor, 2 cores; torch 2.13, lorac 0.1; `smoke=False`, `layers=20`; 61 s.", ""]
 
 

@@ -32,7 +32,7 @@ from tests.end_to_end.peft_cases import Case, build, tie
 
 
 def _of(config: type[PeftConfig], **defaults: Any) -> Callable[..., Case]:
-    """A builder of cases of one type; what it is given beside names are settings of PEFT or attributes of `Case`."""
+    """A builder of cases of one type; what it is given next to names are settings of PEFT or attributes of `Case`."""
 
     def case(name: str, model: str, *targets: str, **settings: Any) -> Case:
         return build(config, name, model, **{"target_modules": list(targets), **defaults, **settings})

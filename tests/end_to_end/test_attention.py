@@ -166,8 +166,8 @@ def test_onnxruntime(call, mode, tmp_path):
     if mode == "baked":
         return
     assert_close(own, base)
-    emitted.save(tmp_path / "artefact")
-    loaded = lorac.load(tmp_path / "artefact")
+    emitted.save(tmp_path / "artifact")
+    loaded = lorac.load(tmp_path / "artifact")
     assert torch.equal(loaded(*inputs), emitted(*inputs))
     loaded.swap(None)
     assert torch.equal(loaded(*inputs), own)

@@ -121,8 +121,8 @@ def products(compiled: Any) -> list[onnx.NodeProto]:
 def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder) -> None:
     own = model(MADE[how])
     kind = type(own.site.weight if how.startswith("torchao") else own.site)
-    told = {"target": "onnxruntime", "example_inputs": (X,), "accuracy_level": 1}
-    compiled = lorac.compile(own, {"a": lorac.LoRA(r=2, targets=["site"])}, active=None, **told)
+    options = {"target": "onnxruntime", "example_inputs": (X,), "accuracy_level": 1}
+    compiled = lorac.compile(own, {"a": lorac.LoRA(r=2, targets=["site"])}, active=None, **options)
     assert not [w for w in recwarn if issubclass(w.category, LoracWarning)]
     assert_close(compiled(X), own(X))
     assert len(products(compiled)) == 1, "what came in float stays in float"
@@ -141,7 +141,7 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
     assert type(own.site.weight if how.startswith("torchao") else own.site) is kind, "the host is as it was"
     assert compiled.sites["site"].packed == kind.__name__
     with refuses("not_mergeable", match=f"into the {kind.__name__} weight of 'site'"):
-        lorac.compile(own, {"a": lorac.LoRA(r=2, targets=["site"])}, mode="fused", **told)
+        lorac.compile(own, {"a": lorac.LoRA(r=2, targets=["site"])}, mode="fused", **options)
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
@@ -152,10 +152,10 @@ def test_codes_of_another_kind_are_dequantised_with_a_warning(
     library = SimpleNamespace(dequantize_4bit=lambda data, state: state.whole)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", library)
     own = model(lambda layer: in_bitsandbytes(layer, Linear4bit))
-    told = {"target": "onnxruntime", "example_inputs": (X,), "self_test": False}
+    options = {"target": "onnxruntime", "example_inputs": (X,), "self_test": False}
     says = "held as float32\n.*weights='int8'" if weights is None else "quantised anew, as int8"
     with pytest.warns(LoracWarning, match=f"1 weights came as Linear4bit, .*: they are {says}"):
-        compiled = lorac.compile(own, weights=weights, **told)
+        compiled = lorac.compile(own, weights=weights, **options)
     assert len(products(compiled)) == (0 if weights is None else 2)
     if weights is None:
         assert_close(compiled(X), own(X))
@@ -236,8 +236,8 @@ def test_a_side_network_of_a_model_in_4_bits_starts_as_it_and_runs_over_its_code
     own = nn.ModuleDict({"blocks": nn.Sequential(in_table(), in_table()), "norm": nn.LayerNorm(128)})
     host = Chained(own["blocks"], own["norm"])
     x, other = torch.randn(2, 5, 128), torch.randn(3, 5, 128)
-    told = {"example_inputs": (x,)}
-    compiled = lorac.compile(host, {"side": lorac.QST.of(host, heads=2, r=8)}, **told)
+    options = {"example_inputs": (x,)}
+    compiled = lorac.compile(host, {"side": lorac.QST.of(host, heads=2, r=8)}, **options)
     assert torch.equal(compiled(x), host(x))
     optimizer = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=3e-2, weight_decay=0.1)
     goal, losses = torch.randn(2, 5, 128), []
@@ -248,7 +248,7 @@ def test_a_side_network_of_a_model_in_4_bits_starts_as_it_and_runs_over_its_code
         optimizer.step()
     assert losses[-1] < losses[0]
     with torch.no_grad():
-        emitted = lorac.compile(host, {"side": compiled.adapters["side"]}, target="onnxruntime", **told)
+        emitted = lorac.compile(host, {"side": compiled.adapters["side"]}, target="onnxruntime", **options)
         found, _ = read_model_files(emitted.engine.files, "main")
         assert [node.op_type for node in found.graph.node].count("MatMulBnb4") == 4
         assert_close(emitted(other), compiled(other))

@@ -143,13 +143,13 @@ def test_trains_as_peft_does(how, tmp_path):
             assert_close(tensor.grad, wanted.reshape(tensor.shape))
 
 
-def test_an_adapter_is_stored_and_an_artefact_kept(tmp_path):
+def test_an_adapter_is_stored_and_an_artifact_kept(tmp_path):
     model, x = made("parametrized")
     adapter = lorac.testing.adapter_away(lorac.DoRA(r=2, targets=("head",)), model, x, name="a", seed=1)
     compiled = lorac.compile(model, {"a": adapter}, target="onnxruntime", example_inputs=(x,))
-    compiled.save(tmp_path / "artefact")
+    compiled.save(tmp_path / "artifact")
     with torch.no_grad():
-        assert torch.equal(lorac.load(tmp_path / "artefact")(x), compiled(x))
+        assert torch.equal(lorac.load(tmp_path / "artifact")(x), compiled(x))
         lorac.save_adapter(compiled.adapters["a"], tmp_path / "a", model=model)
         again = lorac.compile(model, {"a": tmp_path / "a"}, target="onnxruntime", example_inputs=(x,))
         assert torch.equal(again(x), compiled(x))

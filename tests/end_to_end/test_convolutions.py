@@ -56,7 +56,7 @@ def merged(model, adapter):
 @pytest.mark.filterwarnings(EVEN)
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 @torch.no_grad()
-def test_beside_the_kernel_is_as_within_it(padding):
+def test_next_to_the_kernel_is_as_within_it(padding):
     for axes, mode in itertools.product((1, 2, 3), MODES):
         model, x = made(axes, padding, mode)
         adapter = adapter_of(model, x)
@@ -81,8 +81,8 @@ def test_onnxruntime_pads_as_eager(axes, mode, tmp_path):
     emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime", example_inputs=(x,))
     for inputs in (x, torch.cat([x, -2 * x])):
         parity.assert_parity(emitted(inputs), eager(inputs), model(inputs), own_base=emitted(inputs, adapters=None))
-    emitted.save(tmp_path / "artefact")
-    assert torch.equal(lorac.load(tmp_path / "artefact")(x), emitted(x))
+    emitted.save(tmp_path / "artifact")
+    assert torch.equal(lorac.load(tmp_path / "artifact")(x), emitted(x))
 
 
 CONFIGS = {
@@ -135,7 +135,7 @@ def test_pefts_lora_does_not_dilate(tmp_path):
     """Under "same" it runs, and computes what is no change of the kernel: refused, there and back."""
     model, x = made(2, "same", kernel=(3, 3), dilation=2)
     make_peft(model, tmp_path / "theirs", CONFIGS["lora"], inputs={"x": x})
-    with refuses("site_unsupported", match="'site' is a dilated convolution, beside which PEFT's lora_A"):
+    with refuses("site_unsupported", match="'site' is a dilated convolution, and PEFT's lora_A"):
         lorac.load_adapter(tmp_path / "theirs", model)
     adapter = adapter_of(model, x)
     with refuses("site_unsupported", match="dilated convolution"):

@@ -156,8 +156,8 @@ def test_layers_adapted_by_their_weights_names(tmp_path):
     for mode in ("live", "fused"):
         parity.assert_parity(lorac.compile(model, {"a": read}, mode=mode)(ids), expected, base)
     save_adapter(read, tmp_path / "ours", model=model)
-    told = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert told["target_parameters"] == ["attn.in_proj_weight"]
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config["target_parameters"] == ["attn.in_proj_weight"]
     parity.assert_parity(load_peft(model, tmp_path / "ours")(ids=ids), expected, base)
 
 
@@ -188,8 +188,8 @@ def test_experts_train_and_mix(tmp_path):
             model, {"a": a, "b": b}, active={"a": 0.5, "b": 0.7}, target="onnxruntime", example_inputs=(x,)
         )
         parity.assert_parity(emitted(x), expected, model(x))
-        emitted.save(tmp_path / "artefact")
-        loaded = lorac.load(tmp_path / "artefact")
+        emitted.save(tmp_path / "artifact")
+        loaded = lorac.load(tmp_path / "artifact")
         assert torch.equal(loaded(x), emitted(x))
     compiled.train()
     compiled(x).square().sum().backward()

@@ -82,17 +82,17 @@ def test_a_size_that_the_trace_fixed_is_a_constant_and_another_one_refused(tmp_p
     session = compiled.engine.graphs["main"].session
     assert next(value.shape for value in session.get_inputs() if value.name == "x") == [2, 6]
     _refuses_another_batch(compiled, host)
-    compiled.save(tmp_path / "artefact")
-    _refuses_another_batch(lorac.load(tmp_path / "artefact"), host)
+    compiled.save(tmp_path / "artifact")
+    _refuses_another_batch(lorac.load(tmp_path / "artifact"), host)
 
 
 def test_a_stored_eager_program_refuses_it_too_and_so_does_what_is_built_from_it(tmp_path: Path):
     host, compiled = _compiled(_rows, _x(2), target="eager")
     assert_close(compiled(_x(3)), host(_x(3)))  # the host itself takes any size
     with _one_warning(FIXED):
-        compiled.save(tmp_path / "artefact")
+        compiled.save(tmp_path / "artifact")
     for target in ("eager", "onnxruntime"):
-        _refuses_another_batch(lorac.load(tmp_path / "artefact", target=target), host)
+        _refuses_another_batch(lorac.load(tmp_path / "artifact", target=target), host)
 
 
 @pytest.mark.parametrize("shapes", [{"x": None}, {"x": {0: Dim.STATIC}}, {"x": {0: 2}}, ({},)])
@@ -176,11 +176,11 @@ def test_who_wants_the_program_as_it_is_gets_it():
     assert_close(compiled(_x(1)), 2 * host(_x(1)).detach())
 
 
-def test_an_eager_program_is_held_against_the_host_when_it_is_made(tmp_path: Path):
+def test_an_eager_program_is_compared_with_the_host_when_it_is_made(tmp_path: Path):
     _, compiled = _compiled(_otherwise, _x(2), target="eager")
     with refuses("capture_differs"):
-        compiled.save(tmp_path / "artefact")
-    assert not (tmp_path / "artefact").exists()
+        compiled.save(tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
 
 
 def test_outputs_that_are_infinite_where_the_hosts_are_do_not_differ():
@@ -189,11 +189,11 @@ def test_outputs_that_are_infinite_where_the_hosts_are_do_not_differ():
     assert_close(compiled(_x(3)).exp(), host(_x(3)).detach().exp())
 
 
-def test_a_bfloat16_host_is_held_against_in_its_own_dtype(tmp_path: Path):
+def test_a_bfloat16_host_is_compared_in_its_own_dtype(tmp_path: Path):
     host = Host(lambda host, x, other: torch.tanh(host.linear(x)).cumsum(0)).bfloat16()
     compiled = lorac.compile(host, {}, example_inputs=(_x(2).bfloat16(),))
-    compiled.save(tmp_path / "artefact")
-    assert_close(lorac.load(tmp_path / "artefact")(_x(3).bfloat16()), host(_x(3).bfloat16()))
+    compiled.save(tmp_path / "artifact")
+    assert_close(lorac.load(tmp_path / "artifact")(_x(3).bfloat16()), host(_x(3).bfloat16()))
 
 
 # ── What no program can show ─────────────────────────────────────────────────────────────────────────────────────────
@@ -219,8 +219,8 @@ def test_a_stochastic_host_is_named_and_nobody_blamed(forward: Forward, text: st
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
     assert "the model is stochastic" in str(compiled.explain())
     assert compiled(_x(3)).shape == (3, 5)
-    compiled.save(tmp_path / "artefact")
-    assert "the model is stochastic" in str(lorac.load(tmp_path / "artefact").explain())
+    compiled.save(tmp_path / "artifact")
+    assert "the model is stochastic" in str(lorac.load(tmp_path / "artifact").explain())
 
 
 def test_numbers_that_are_drawn_and_not_used_are_no_matter():

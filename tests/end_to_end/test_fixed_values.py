@@ -1,4 +1,4 @@
-"""Arguments whose values decide which way a model goes: constants of its program, and calls are held against them."""
+"""Arguments whose values decide which way a model goes: constants of its program, and calls are compared with them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def host() -> Cropping:
 @pytest.fixture(scope="module")
 def compiled(host: Cropping, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Compiled, saved and loaded again: what is asked of it goes through everything."""
-    folder = tmp_path_factory.mktemp("fixed") / "artefact"
+    folder = tmp_path_factory.mktemp("fixed") / "artifact"
     adapter = lorac.LoRA(r=2, targets=["linear"])
     with pytest.warns(lorac.LoracWarning, match=r"axis 0 of 'x', at 2(.|\n)*for row, size in zip\(y, sizes"):
         made = lorac.compile(host, {"a": adapter}, target="onnxruntime", example_inputs={"x": X, **GIVEN}, active=None)

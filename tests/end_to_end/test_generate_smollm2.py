@@ -65,8 +65,8 @@ def reference(host: Any, name: str, folder: Path, ids: Tensor, new: int) -> Refe
         host, folder / name, CONFIGS[name], inputs={"input_ids": ids[:2]}, outputs=("logits",), contribution=0.15
     )
     with torch.no_grad():
-        told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
-        found = oracle.generate(input_ids=ids, **told, return_dict_in_generate=True, output_logits=True)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
+        found = oracle.generate(input_ids=ids, **options, return_dict_in_generate=True, output_logits=True)
         base = torch.cat([host(input_ids=row[None]).logits[:, LENGTH - 1 : -1] for row in found.sequences])
     return Reference(found.sequences[:, LENGTH:], torch.stack(found.logits, 1), base)
 
@@ -96,10 +96,10 @@ def compare(compiled: Any, name: str, ids: Tensor, wanted: Reference) -> None:
     ratios = []
     for row in range(rows):
         text = torch.cat([ids[row], wanted.tokens[row, :-1]])[None]
-        told, base = wanted.logits[row, None], wanted.base[row, None]
+        expected, base = wanted.logits[row, None], wanted.base[row, None]
         own = None if compiled.mode == "baked" else {"logits": read(compiled, None, text, new)}
         answer = {"logits": read(compiled, compiled.active if own is None else name, text, new)}
-        ratios.append(parity.assert_parity(answer, {"logits": told}, {"logits": base}, own_base=own)["logits"])
+        ratios.append(parity.assert_parity(answer, {"logits": expected}, {"logits": base}, own_base=own)["logits"])
     where = f"{compiled.engine.target} {compiled.mode} {name}"
     print(f"{where}: {held} of {wanted.tokens.numel()} tokens held, the others behind near ties; {max(ratios):.1e}")
 

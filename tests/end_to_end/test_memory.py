@@ -92,9 +92,9 @@ def _measured(script: str, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_the_host_leaves_no_trace(mode: str, tmp_path: Path) -> None:
-    compiled = _measured(_COMPILE, "minilm", mode, str(tmp_path / "artefact"))
+    compiled = _measured(_COMPILE, "minilm", mode, str(tmp_path / "artifact"))
     plain = _measured(_PLAIN, "minilm", mode, str(tmp_path))
-    loaded = _measured(_LOAD, "minilm", mode, str(tmp_path / "artefact"))
+    loaded = _measured(_LOAD, "minilm", mode, str(tmp_path / "artifact"))
     print(f"{mode}: compiled {compiled}, plain {plain}, loaded {loaded}")
     assert not compiled["host"], "the host is still alive"
     allowed = RATIO * (plain["rss"] + compiled["adapters"]) + compiled["buffers"]

@@ -92,9 +92,9 @@ def test_arguments_of_any_name(tmp_path):
     inputs = {"X": x, "Mask_2": mask, "lower": mask}
     emitted = lorac.compile(model, {"a": adapter}, target="onnxruntime", example_inputs=inputs)
     expected = lorac.compile(model, {"a": adapter})(**inputs)
-    emitted.save(tmp_path / "artefact")
+    emitted.save(tmp_path / "artifact")
     twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    for compiled in (emitted, lorac.load(tmp_path / "artefact")):
+    for compiled in (emitted, lorac.load(tmp_path / "artifact")):
         assert_alike(compiled(**inputs), expected)
         assert_alike(compiled(x, Mask_2=mask, lower=mask), expected)
         assert compiled(**twice)[0].shape == (6, 5)

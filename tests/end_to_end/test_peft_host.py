@@ -106,7 +106,7 @@ def test_a_model_that_does_not_trace_is_named_with_its_line(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 def test_an_adapter_on_layers_that_the_graph_never_calls(mode: str, tmp_path: Path) -> None:
-    """Eager captures nothing, so it is told when the graph is: at compile() for ONNX Runtime, at export() after it."""
+    """Eager captures nothing: ONNX Runtime warns at compile(), eager at export()."""
     model = Forked().eval()
     settings = {"example_inputs": INPUTS, "mode": mode}
     adapter = lorac.LoRA(r=2, targets=["spare"])

@@ -1,4 +1,4 @@
-"""``weights="int8"`` and ``"int4"``: adapters beside quantised weights, what is stored, and what is refused."""
+"""``weights="int8"`` and ``"int4"``: adapters next to quantised weights, what is stored, and what is refused."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @torch.no_grad()
-def test_adapters_run_beside_what_the_weights_come_to(made: Made) -> None:
+def test_adapters_run_next_to_what_the_weights_come_to(made: Made) -> None:
     """LoRA and DoRA, whose scale is of the weight that the session computes with; other sizes, mixtures, and undo."""
     bits = made.compiled(ids=ids())
     for batch, length in ((2, 5), (3, 7), (1, 1)):
@@ -130,12 +130,12 @@ def test_the_self_test_compares_with_what_the_weights_come_to(made: Made) -> Non
 
 
 def test_it_says_what_stays_as_it_is(made: Made) -> None:
-    told = str(made.compiled.explain())
+    text = str(made.compiled.explain())
     options = made.compiled.engine.options
     kind = "symmetric" if options.symmetric else "asymmetric"
-    assert f"weights: 3 held as {options.weights}, {kind}, in blocks of {options.block_size}: " in told
-    assert "weights that stay as they are, read by Conv: conv.weight" in told
-    assert f"weights that stay as they are, rows shorter than a block of {options.block_size}: short" in told
+    assert f"weights: 3 held as {options.weights}, {kind}, in blocks of {options.block_size}: " in text
+    assert "weights that stay as they are, read by Conv: conv.weight" in text
+    assert f"weights that stay as they are, rows shorter than a block of {options.block_size}: short" in text
 
 
 def test_no_file_has_a_weight_in_float(made: Made) -> None:
@@ -182,7 +182,7 @@ print(json.dumps(answers))
 
 
 @pytest.mark.parametrize("made", ["int4, asymmetric"], indirect=True)
-def test_an_artefact_answers_in_a_new_process(made: Made, tmp_path: Path) -> None:
+def test_an_artifact_answers_in_a_new_process(made: Made, tmp_path: Path) -> None:
     """Adapters too, among them one that is prepared there from the quantised weights; and plain ONNX Runtime."""
     made.compiled.save(tmp_path / "compiled")
     given = ids(3, 4)
@@ -201,8 +201,8 @@ def test_what_is_baked_is_merged_in_float_first() -> None:
     adapter = lorac.compile(model, {"a": lorac.LoRA(r=3, targets=TARGETS)}).adapters["a"]
     for tensor in adapter.parameters():
         tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
-    told = {"target": "onnxruntime", "weights": "int4", "accuracy_level": 1, "example_inputs": inputs}
-    baked = lorac.compile(model, {"a": adapter}, mode="baked", **told)
+    options = {"target": "onnxruntime", "weights": "int4", "accuracy_level": 1, "example_inputs": inputs}
+    baked = lorac.compile(model, {"a": adapter}, mode="baked", **options)
     held, codec = Reader().eval(), Codec(4, 32, True)
     merged = lorac.compile(model, {"a": adapter}, mode="baked").host
     held.load_state_dict(merged.state_dict())
@@ -247,11 +247,11 @@ def test_nothing_is_merged_into_a_quantised_weight(adapter: Any, mode: str, says
 
 def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
     model = nn.Sequential(nn.Linear(64, 48, dtype=torch.float64)).eval()
-    told = {"target": "onnxruntime", "example_inputs": (torch.ones(2, 64, dtype=torch.float64),)}
+    options = {"target": "onnxruntime", "example_inputs": (torch.ones(2, 64, dtype=torch.float64),)}
     with pytest.raises(
         Unavailable, match=r"no weight of the model can be held as int4: '0\.weight' is of double numbers"
     ):
-        lorac.compile(model, weights="int4", **told)
+        lorac.compile(model, weights="int4", **options)
 
 
 def test_each_component_has_a_base_of_its_own() -> None:

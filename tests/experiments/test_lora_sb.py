@@ -1,4 +1,4 @@
-"""LoRA-SB beside LoRA-XS: what the tables decide, and that the command runs."""
+"""LoRA-SB next to LoRA-XS: what the tables decide, and that the command runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from experiments import lora_sb
 
 def test_what_separates_is_told_from_what_does_not() -> None:
     xs = torch.tensor([[2.0, 2.0], [2.1, 2.0], [2.2, 2.1]])
-    told = lora_sb.verdict(xs, xs - torch.tensor([[0.5, 0.9], [0.5, -0.5], [0.6, 0.1]]))
-    assert told == "LoRA-SB is below at 2 of 2 steps, by more than two standard errors at 1; at 1 they do not separate"
+    text = lora_sb.verdict(xs, xs - torch.tensor([[0.5, 0.9], [0.5, -0.5], [0.6, 0.1]]))
+    assert text == "LoRA-SB is below at 2 of 2 steps, by more than two standard errors at 1; at 1 they do not separate"
     assert lora_sb.verdict(xs, xs - 0.5).endswith("by more than two standard errors at 2")
     assert lora_sb.spread([torch.tensor([2.0, 4.0]), torch.tensor([3.0, 4.5])]) == 0.25
 

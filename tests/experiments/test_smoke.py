@@ -1,4 +1,4 @@
-"""Every experiment runs, tiny, on the path of the full run; and what separates is told from what does not."""
+"""Every experiment runs, tiny, on the path of the full run; and differences are told from noise."""
 
 from __future__ import annotations
 

@@ -60,10 +60,10 @@ def test_it_learns_tells_and_saves_what_peft_reads(recipe, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     recipe = dataclasses.replace(recipe, max_steps=30, lr_scheduler_type="constant", save_steps=None)
     compiled = train(model, letters(), recipe, out)
-    told = log_of(out)
-    assert told[-1]["held_out_loss"] < told[0]["held_out_loss"] - 0.1
-    assert [line["step"] for line in told[1:-1]] == list(range(2, 31, 2))
-    assert all(line["tokens_per_second"] > 0 and line["learning_rate"] == 1e-2 for line in told[1:-1])
+    log = log_of(out)
+    assert log[-1]["held_out_loss"] < log[0]["held_out_loss"] - 0.1
+    assert [line["step"] for line in log[1:-1]] == list(range(2, 31, 2))
+    assert all(line["tokens_per_second"] > 0 and line["learning_rate"] == 1e-2 for line in log[1:-1])
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(out.glob("checkpoint-*"))
 
@@ -122,8 +122,8 @@ def test_a_start_sees_the_runs_first_batches(recipe, tmp_path):
     compiled = train(ENTRY.fresh(), letters(), dataclasses.replace(recipe, adapters={"mine": begun}), tmp_path / "run")
     assert compiled.adapters["mine"].variant.name == "residual"
     of_data = dataclasses.replace(recipe, adapters={"mine": {**LORA, "start": "LoRAGA", "r": 2}}, start_batches=2)
-    told = train(ENTRY.fresh(), letters(), of_data, tmp_path / "other")
-    assert "mine" in told.adapters
+    other = train(ENTRY.fresh(), letters(), of_data, tmp_path / "other")
+    assert "mine" in other.adapters
 
 
 WRONG = {
@@ -141,9 +141,9 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_not_there_is_named_with_what_is_nearest(recipe, tmp_path, case):
     changes, what, nearest = WRONG[case]
-    with pytest.raises(lorac.OptionError, match=what) as told:
+    with pytest.raises(lorac.OptionError, match=what) as caught:
         train(ENTRY.fresh(), letters(), dataclasses.replace(recipe, **changes), tmp_path / "run")
-    assert told.value.nearest == nearest
+    assert caught.value.nearest == nearest
     assert not (tmp_path / "run").exists()
 
 

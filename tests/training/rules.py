@@ -31,7 +31,7 @@ def tensor(values: Any) -> Tensor:
 
 
 def pair(a: Tensor, b: Tensor, *, scale: float = 1.0, **optimizer: Any) -> tuple[Any, Tensor, Tensor, Any]:
-    """``linear`` with s·B·A beside it in training mode: compiled, A, B, and SGD over both."""
+    """``linear`` with s·B·A next to it in training mode: compiled, A, B, and SGD over both."""
     variant = lorac.LoRA(r=len(a), alpha=scale * len(a), targets=("site",))
     adapter = lorac.Adapter("a", variant, {"site": {"lora_A": a, "lora_B": b}})
     compiled: Any = lorac.compile(linear(a.shape[1], len(b)), {"a": adapter})

@@ -123,8 +123,8 @@ def test_what_is_loaded_into_another_method_is_told(trained: tuple[Any, Path], t
     save_file(lacking, file)
     with refuses("corrupt_file", match="lacks the tensor"):
         lorac.load_adapter(tmp_path)
-    told = json.loads(bytes(own[record].tolist()))
-    text = json.dumps({**told, "record": {**told["record"], "variant": "verra"}})
+    fields = json.loads(bytes(own[record].tolist()))
+    text = json.dumps({**fields, "record": {**fields["record"], "variant": "verra"}})
     save_file({**own, record: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}, file)
     with pytest.raises(lorac.UnknownMethod, match="'verra'"):
         lorac.load_adapter(tmp_path)

@@ -94,8 +94,8 @@ def test_adamw_by_its_listing() -> None:
     a, b = drawn(R, N, seed=1), drawn(M, R, seed=2)
     rate, decay = 0.05, 0.1
     compiled, own_a, own_b, _ = pair(a, b, scale=S)
-    beside, alone = (torch.nn.Parameter(drawn(3, seed=8)) for _ in range(2))
-    optimizer = torch.optim.SGD([*trained(compiled), beside], lr=rate, weight_decay=decay)
+    unpaired, alone = (torch.nn.Parameter(drawn(3, seed=8)) for _ in range(2))
+    optimizer = torch.optim.SGD([*trained(compiled), unpaired], lr=rate, weight_decay=decay)
     plain = torch.optim.AdamW([alone], lr=rate, weight_decay=decay)
     LoRAPro(compiled, optimizer, full=True, damping=0.0)
     mean = square = torch.zeros(M, N).double()
@@ -103,7 +103,7 @@ def test_adamw_by_its_listing() -> None:
         optimizer.zero_grad()
         gradient = drawn(M, N, seed=10 + t)
         backward(compiled, gradient)
-        beside.grad, alone.grad = (drawn(3, seed=20 + t) for _ in range(2))
+        unpaired.grad, alone.grad = (drawn(3, seed=20 + t) for _ in range(2))
         optimizer.step()
         plain.step()
         best = gradient - (torch.eye(M) - projector(b)).double() @ gradient @ (torch.eye(N) - projector(a.t())).double()
@@ -113,7 +113,7 @@ def test_adamw_by_its_listing() -> None:
         a, b = a - rate * (grad_a + decay * a), b - rate * (grad_b + decay * b)
         assert_close(own_a.detach(), a)
         assert_close(own_b.detach(), b)
-    assert_close(beside.detach(), alone.detach())
+    assert_close(unpaired.detach(), alone.detach())
 
 
 def test_the_state_is_of_the_weights_size_in_the_full_form_alone() -> None:

@@ -155,7 +155,7 @@ def test_a_step_runs_at_its_rank() -> None:
     assert_close(compiled.train()(x).detach(), whole)
 
 
-def test_other_methods_beside_it_stay_whole() -> None:
+def test_other_methods_next_to_it_stay_whole() -> None:
     nested_one, lora = started()[0].adapters["a"], lorac.LoRA(r=2, alpha=2, targets=("site",))
     compiled = lorac.compile(linear(9, 8), {"a": nested_one, "b": lora}, active={"a": 0.5, "b": 2}).train()
     (a, b), own = compiled.adapters["a"].tensors["site"].values(), compiled.adapters["b"].tensors["site"]

@@ -114,8 +114,8 @@ def test_the_gates_loss_by_its_definition() -> None:
     gates = {path: own["moe_gate"] for path, own in compiled.adapters["m"].tensors.items()}
     up = compiled.host.up
     z = torch.cat([(x @ gates["up"].t())[:, :-1], (F.linear(x, up.weight, up.bias).tanh() @ gates["down"].t())[:, :-1]])
-    told = torch.cat([experts[:, 1:], experts[:, 1:]])
-    expected = -z.log_softmax(-1).gather(-1, told.clamp_min(0)[..., None])[..., 0][told != -100].mean()
+    labels = torch.cat([experts[:, 1:], experts[:, 1:]])
+    expected = -z.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0][labels != -100].mean()
     assert_close(found, 3 * expected)
     found.backward()
     assert all(gate.grad.any() for gate in gates.values())

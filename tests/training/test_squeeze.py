@@ -125,7 +125,7 @@ def test_one_training_goes_down_its_ranks() -> None:
     assert torch.equal(exported(drawn(3, 9, seed=1)), compiled(drawn(3, 9, seed=1)))
 
 
-def test_rules_beside_it_are_put_on_anew() -> None:
+def test_rules_next_to_it_are_put_on_anew() -> None:
     compiled, optimizer = trainable(bias=False)
     Squeeze(compiled, optimizer, stages=((8, 1), (4, 9)))
     other = LoRAPro(compiled, optimizer)

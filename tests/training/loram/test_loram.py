@@ -236,10 +236,10 @@ def test_aligning(masked: bool) -> None:
     """The loss falls, the head and what is masked stay, and the large model is untouched."""
     model = llama()
     smaller = loram.mask(model) if masked else loram.prune(model)
-    head, told = smaller.model.lm_head.weight.clone(), []
+    head, losses = smaller.model.lm_head.weight.clone(), []
     before = [parameter.clone() for parameter in model.parameters()]
-    loram.align(smaller, [batch()] * 30, steps=30, lr=3e-3, each=lambda step, loss: told.append(loss))
-    assert len(told) == 30 and told[-1] < 0.8 * told[0]
+    loram.align(smaller, [batch()] * 30, steps=30, lr=3e-3, each=lambda step, loss: losses.append(loss))
+    assert len(losses) == 30 and losses[-1] < 0.8 * losses[0]
     assert torch.equal(smaller.model.lm_head.weight, head)
     assert all(not smaller.model.get_parameter(name)[mask == 0].any() for name, mask in smaller.masks.items())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

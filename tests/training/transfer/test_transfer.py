@@ -94,9 +94,9 @@ def test_continuations_do_not_depend_on_who_is_beside() -> None:
         torch.nn.init.normal_(tensor, std=0.5, generator=torch.Generator().manual_seed(1))
     prompts = ["abc", "a", "hello there"]
     for adapters in (None, "a"):
-        told = {"adapters": adapters, "max_new_tokens": 5, "do_sample": False}
-        alone = [transfer.continue_prompts(compiled, [prompt], **told)[0] for prompt in prompts]
-        assert transfer.continue_prompts(compiled, prompts, **told) == alone
+        options = {"adapters": adapters, "max_new_tokens": 5, "do_sample": False}
+        alone = [transfer.continue_prompts(compiled, [prompt], **options)[0] for prompt in prompts]
+        assert transfer.continue_prompts(compiled, prompts, **options) == alone
     with_it = transfer.answer_prompts(compiled, prompts, adapters="a", max_new_tokens=5)
     assert [answer for _, answer in with_it] == alone
     assert alone != transfer.continue_prompts(compiled, prompts, max_new_tokens=5, do_sample=False)

@@ -1,4 +1,4 @@
-"""Each start that PEFT has, beside PEFT's own: the same factors, the same rest of the base, the same ranks."""
+"""Each start that PEFT has, next to PEFT's own: the same factors, the same rest of the base, the same ranks."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_corda(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fall_off(model: nn.Module) -> None:
-    """Make what lies along later axes ever smaller, so that components are told apart by any decomposition."""
+    """Make what lies along later axes ever smaller, so that components differ by any decomposition."""
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(0.7 ** torch.arange(len(parameter))[:, None])
