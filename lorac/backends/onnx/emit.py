@@ -24,6 +24,7 @@ from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program
 from lorac.ir.graph.symbolic_shapes import rename_symbols
+from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 SITE_METADATA = "lorac.site"
@@ -57,6 +58,7 @@ def list_unsupported_ops(program: Program, dialect: OnnxDialect) -> tuple[str, .
     return tuple(dict.fromkeys(found))
 
 
+@tracing()  # onnxscript's rules are objects of the process, and keep notes while they match
 def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None) -> ir.Model:
     """The model, whatever ops are in it."""
     model = export(graph.exported, TRANSLATIONS)

@@ -1,0 +1,87 @@
+"""Eight threads compile eight models and add adapters to them at once: each result is the one that it is alone."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import lorac
+
+THREADS = 8
+
+
+class Promoted(nn.Module):
+    """Two layers of a width of its own, with dtypes that torch promotes between them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, width), nn.LayerNorm(width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        y = self.norm(self.up(x))
+        return self.down(y * (y > 0)) + torch.arange(4)
+
+
+class Cut(nn.Module):
+    """A convolution whose output is cut and put together again."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.down = nn.Conv1d(6, width, 3, padding=1), nn.Linear(width, 4)
+
+    def forward(self, x):
+        first, last = self.conv(x.transpose(-1, -2)).transpose(-1, -2).split([2, 3], dim=1)
+        return self.down(torch.cat([last, first], dim=1).tanh())
+
+
+def made(index):
+    """A model, an input, and adapters with values everywhere, of which none is low-rank before it is reduced."""
+    torch.manual_seed(index)
+    host, x = (Promoted if index % 2 else Cut)(5 + index).eval(), torch.randn(2, 5, 6)
+    variants = {
+        "first": lorac.LoRA(r=1 + index % 3, targets=["down"]),
+        "second": lorac.DoRA(r=2, targets=["down"]),
+        "third": lorac.MiSS(r=2, targets=["down"]),
+    }
+    compiled = lorac.compile(host, variants)
+    with torch.no_grad():
+        for adapter in compiled.adapters.values():
+            for tensor in adapter.tensors["down"].values():
+                tensor.normal_()
+    return host, x, dict(compiled.adapters)
+
+
+def work(model, target):
+    """What a model answers while adapters come."""
+    host, x, adapters = model
+    compiled = lorac.compile(
+        host,
+        {"first": adapters["first"]},
+        target=target,
+        example_inputs=(x,),
+        reserve=lorac.Reserve(targets=["down"], rank=8, adapters=3, scales=True),
+    )
+    with torch.no_grad():
+        answers = [compiled(x)]
+        for name in ("second", "third"):
+            compiled.add_adapter(adapters[name], name=name)
+            answers.append(compiled(x, adapters={"first": 0.5, name: 1.0}))
+        return [*answers, compiled(x, adapters=None)]
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_eight_threads_compile_and_add_at_once(target):
+    models = [made(index) for index in range(THREADS)]
+    alone = [work(model, target) for model in models]
+    begin = threading.Barrier(THREADS)
+
+    def begin_together(model):
+        begin.wait(60)
+        return work(model, target)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        together = list(pool.map(begin_together, models))
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
