@@ -67,6 +67,16 @@ ROWS = {
             "live / plain export",
         ]
     ],
+    "revisions": [
+        [
+            "compile, live, self-test included",
+            "compile with a cache",
+            "a call of 1x16 with the adapter",
+            "a swap and the next call, minus a call",
+            "a training step in eager mode",
+            "a generated token",
+        ]
+    ],
     "routed": [
         [
             "base / base",
