@@ -13,13 +13,13 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass, Replacemen
 
 from lorac.backends.onnx.claims import check_claims, list_unclaimed_ops
 from lorac.backends.onnx.cleanup_rules import default_rules, exact_no_op_rules
-from lorac.backends.onnx.exporter import export
+from lorac.backends.onnx.export.exporter import export
+from lorac.backends.onnx.export.translations import TRANSLATIONS, drop_split_counts
 from lorac.backends.onnx.gates import GATES
 from lorac.backends.onnx.initializers import ConcatenatedTensor, concatenate_weights
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.onnx.passes import OnnxDialect, PassObserver, run_passes
 from lorac.backends.onnx.pattern_pass import make_rewrite_pass
-from lorac.backends.onnx.translations import TRANSLATIONS, drop_split_counts
 from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.program import Program

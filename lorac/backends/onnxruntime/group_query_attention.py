@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from lorac.backends.onnx.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
+from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
 from lorac.backends.onnx.passes import OnnxPass, module_around
 from lorac.errors import Unavailable
 from lorac.ir.graph.passes import PassResult, Skip

@@ -12,10 +12,10 @@ from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import lorac
-from lorac.backends.onnx import exporter, torchlib, type_promotion
+from lorac.backends.onnx.export import exporter, torchlib, type_promotion
+from lorac.backends.onnx.export.opsets import op
+from lorac.backends.onnx.export.translations import TRANSLATIONS
 from lorac.backends.onnx.model_files import MODEL_FILE
-from lorac.backends.onnx.opsets import op
-from lorac.backends.onnx.translations import TRANSLATIONS
 from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses
 

@@ -10,8 +10,8 @@ from torch import fx
 from torch.onnx._internal.exporter import _core, _dispatching
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from lorac.backends.onnx import exporter, torchlib
-from lorac.backends.onnx.opsets import op, record_with
+from lorac.backends.onnx.export import exporter, torchlib
+from lorac.backends.onnx.export.opsets import op, record_with
 
 aten = torch.ops.aten
 

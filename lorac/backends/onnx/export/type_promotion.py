@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument
 
-from lorac.backends.onnx.torchlib import (
+from lorac.backends.onnx.export.torchlib import (
     TypePromotionSnapshot,
     TypePromotionTable,
     find_compatible_op_overload,

@@ -43,7 +43,7 @@ from torch.onnx._internal.fx.passes.type_promotion import (
     get_type_promotion_rule,
 )
 
-from lorac.backends.onnx.opsets import RecordingOpset, current_recorder, rebind
+from lorac.backends.onnx.export.opsets import RecordingOpset, current_recorder, rebind
 
 __all__ = [
     "OPSET",

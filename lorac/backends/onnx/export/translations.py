@@ -9,8 +9,8 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
-from lorac.backends.onnx.attention import attention, cached_attention
-from lorac.backends.onnx.opsets import op
+from lorac.backends.onnx.export.attention import attention, cached_attention
+from lorac.backends.onnx.export.opsets import op
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph import ops
 

@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.node import Argument
 
-from lorac.backends.onnx.opsets import record_with
-from lorac.backends.onnx.torchlib import (
+from lorac.backends.onnx.export.opsets import record_with
+from lorac.backends.onnx.export.torchlib import (
     OPSET,
     TENSOR_OPSET,
     TORCHLIB_OPSET,

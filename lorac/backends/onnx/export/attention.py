@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx import defs
 from onnxscript.values import Opset
 
-from lorac.backends.onnx.opsets import RecordedOp, op
+from lorac.backends.onnx.export.opsets import RecordedOp, op
 
 LORAC_DOMAIN = "lorac"
 CACHED_ATTENTION_OP = "CachedAttention"

@@ -7,7 +7,7 @@ import pytest
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
-from tests.emission.nodes import CASES, node_lines
+from tests.backends.onnx.nodes import CASES, node_lines
 from tests.goldens import check
 from tests.zoo import ZOO
 

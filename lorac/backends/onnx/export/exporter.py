@@ -57,7 +57,7 @@ def _export_with_torch(program: ExportedProgram, translations: Translations) -> 
 
 
 def _translate(program: ExportedProgram, translations: Translations) -> ir.Model:
-    from lorac.backends.onnx import graph_translation, torchlib, type_promotion
+    from lorac.backends.onnx.export import graph_translation, torchlib, type_promotion
 
     try:
         if torchlib.is_translated(program, translations):
