@@ -1,1 +1,1 @@
-"""What lies on disk: plans and programs as JSON, tensors in files, folders that change in one step."""
+"""Files and folders: plans and programs as JSON, tensors, and changes of a folder in one step."""

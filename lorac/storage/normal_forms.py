@@ -1,10 +1,10 @@
-"""Adapters in their normal forms in a file, so that whoever serves them needs no formula.
+"""Adapters in their normal forms in a file, so that serving them needs no formula.
 
     <site path>/<letter>           a tensor of a change (``lorac.ir.algebra.changes.to_outputs``)
     <site path>/params/<name>      a parameter of a branch, whose formula is in the program
 
-The metadata entry "forms" says as JSON of which form each is, and what else there is to know of them. A tensor that
-sites have in common is in the file once, and one tensor again when it is read.
+The metadata entry "forms" is JSON with the form of each change and the rest of the description. A tensor that sites
+share is stored once, and is one tensor again when it is read.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def write_normal_forms(path: Path, prepared: PreparedAdapter) -> None:
     for site, term in prepared.branches.items():
         branches[site] = branch_to_json(term.slot)
         tensors |= {_parameter(site, name): part for name, part in zip(term.slot.params, term.params, strict=True)}
-    told = {
+    description = {
         "changes": changes,
         "branches": branches,
         "truncatable": prepared.truncatable,
         "reasons": [[reason.adapter, reason.site, reason.why] for reason in prepared.reasons],
     }
-    TensorFile.write(path, tensors, notes={_ENTRY: dump_json(told)})
+    TensorFile.write(path, tensors, notes={_ENTRY: dump_json(description)})
 
 
 def read_normal_forms(held: OpenFile) -> PreparedAdapter:
-    """An adapter's normal forms, in memory of their own.
+    """Read an adapter's normal forms into memory.
 
     Raises:
-        ArtifactError: the file has no such description.
+        ArtifactError: the file has no valid description.
     """
 
     def damaged(reason: str) -> ArtifactError:
@@ -61,13 +61,13 @@ def read_normal_forms(held: OpenFile) -> PreparedAdapter:
         )
 
     file = TensorFile(held)
-    told = parse_object(file.notes.get(_ENTRY, ""), damaged)
-    tensors = file.kept()
+    entries = parse_object(file.notes.get(_ENTRY, ""), damaged)
+    tensors = file.load_all()
     return PreparedAdapter(
-        changes={site: _change(site, stored, tensors) for site, stored in told["changes"].items()},
-        branches={site: _branch(site, stored, tensors) for site, stored in told["branches"].items()},
-        truncatable=told["truncatable"],
-        reasons=tuple(Reason(*reason) for reason in told["reasons"]),
+        changes={site: _change(site, stored, tensors) for site, stored in entries["changes"].items()},
+        branches={site: _branch(site, stored, tensors) for site, stored in entries["branches"].items()},
+        truncatable=entries["truncatable"],
+        reasons=tuple(Reason(*reason) for reason in entries["reasons"]),
     )
 
 

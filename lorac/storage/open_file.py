@@ -1,10 +1,8 @@
-"""Files that are opened once and held: what was checked is what is read, whatever becomes of their names meanwhile.
+"""Files that are opened once and stay open, so that what was checked is what is read.
 
-A path is a question that may be answered otherwise the next time: a folder is replaced or removed, and half of what
-was read comes from elsewhere. A held file is opened once, its hash is taken of what was opened, and whoever reads it
-later reads that. Nothing is copied into memory for it; on disk a file that is held stays until it is let go.
-
-Held is the file, not its bytes: a program that writes into it in place is seen by all that read it. lorac never does.
+A path may lead to another file the next time it is opened, when a folder has been replaced or removed. An open file is
+hashed and read through one handle. It is not copied into memory, and stays on disk until the handle is closed. A
+program that writes into the file in place changes it for every reader; lorac never does.
 """
 
 from __future__ import annotations
@@ -24,19 +22,19 @@ from pathlib import Path
 from lorac.errors import ArtifactError, LoracError
 
 _PIECE, _CHUNK = 1 << 25, 1 << 20
-"""Bytes that are hashed by one thread, and that are read at a time."""
+"""Bytes that one thread hashes, and bytes that are read at a time."""
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
-"""A link at the path is not followed, and a pipe there is not waited for."""
+"""Flags that neither follow a link at the path nor wait for a pipe."""
 
 
 class OpenFile:
     """A file, open for as long as this object lives.
 
     Args:
-        where: its path when it was opened; later only named in messages.
+        where: the path at which it is opened; later only used in messages.
 
     Raises:
-        OSError: it is not there, is a link, or is no file.
+        OSError: the file is missing, is a link, or is not a regular file.
     """
 
     def __init__(self, where: Path) -> None:
@@ -45,74 +43,78 @@ class OpenFile:
         self._mapping: weakref.ref[mmap.mmap] | None = None
         weakref.finalize(self, os.close, self._handle)
         if not stat.S_ISREG(os.fstat(self._handle).st_mode):
-            raise OSError(f"'{where}' is no file")
+            raise OSError(f"'{where}' is not a regular file")
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Size in bytes."""
         return os.fstat(self._handle).st_size
 
     @property
     def is_linked(self) -> bool:
-        """Whether it has a name yet, whichever that is."""
+        """Whether the file still has a name."""
         return os.fstat(self._handle).st_nlink > 0
 
     @property
     def path(self) -> Path:
-        """A path at which this very file is opened, for libraries that take no open file.
+        """Path of this file, for libraries that take no open file.
 
-        On Linux it leads through the process' own table of open files and stays right whatever becomes of the name.
-        Elsewhere it is the file's own, for as long as it leads to the file.
+        On Linux it leads through the process' table of open files, and stays valid when the name changes. Elsewhere it
+        is the file's own path, as long as that leads to the file.
 
         Raises:
-            ArtifactError: elsewhere: it was removed, or another file took its place.
+            ArtifactError: on other systems, the file was removed or replaced.
         """
-        if _tells_open_files():
+        if _has_handle_paths():
             return Path(f"/proc/self/fd/{self._handle}")
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self._handle), os.lstat(self.where)):
                 return self.where
         raise ArtifactError(
             f"'{self.where}' was removed or replaced since it was opened",
-            next_step="load the artefact again, or compile again from the model",
+            next_step="load the artifact again, or compile again from the model",
         )
 
     @contextlib.contextmanager
     def named(self) -> Iterator[Path]:
-        """``path`` for the block; errors that speak of it speak of the file by the name it was opened by."""
+        """Give ``path`` to the block; errors that mention it mention the path at which the file was opened."""
         path = self.path
         try:
             yield path
         except LoracError as error:
-            told = [text and text.replace(str(path), str(self.where)) for text in _texts(error)]
-            LoracError.__init__(error, str(told[0]), nearest=told[1], next_step=told[2])
+            what, nearest, step = (
+                text and text.replace(str(path), str(self.where))
+                for text in (error.what, error.nearest, error.next_step)
+            )
+            code = error.code if error.code in error.codes else None
+            LoracError.__init__(error, str(what), nearest=nearest, next_step=step, code=code)
             raise
 
     def read(self) -> bytes:
-        """All of it."""
+        """Read all bytes."""
         return self.path.read_bytes()
 
     def mapped(self) -> mmap.mmap:
-        """Its bytes where they lie, once for all that use them, and let go with the last of these.
+        """Map all bytes, once for all users; the mapping ends with the last of them.
 
-        What is written there is this process' own. An empty file has none to map.
+        Writes to the mapping stay in this process. An empty file cannot be mapped.
         """
-        known = None if self._mapping is None else self._mapping()
-        if known is None:
-            known = mmap.mmap(self._handle, 0, access=mmap.ACCESS_COPY)
-            self._mapping = weakref.ref(known)
-        return known
+        mapping = None if self._mapping is None else self._mapping()
+        if mapping is None:
+            mapping = mmap.mmap(self._handle, 0, access=mmap.ACCESS_COPY)
+            self._mapping = weakref.ref(mapping)
+        return mapping
 
     def mapped_part(self, offset: int, size: int) -> memoryview:
-        """Some of its bytes where they lie. What is written there is the caller's own, and reaches no file."""
+        """Map some of the bytes. Writes to the mapping stay with the caller."""
         begin = offset - offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(self._handle, offset - begin + size, access=mmap.ACCESS_COPY, offset=begin)
         return memoryview(mapped)[offset - begin :]
 
     def digest(self) -> str:
-        """The hash of its bytes, 16 bytes as text: blake2b over the blake2b hashes (64 bytes) of its pieces of 32 MiB.
+        """Return a hash of the bytes, 16 bytes as text: blake2b over the blake2b hashes of its pieces of 32 MiB.
 
-        Pieces are hashed at the same time, by as many threads as there are cores.
+        As many threads as there are cores hash pieces at the same time.
         """
         starts = range(0, self.size, _PIECE)
         threads = min(len(starts), os.cpu_count() or 1)
@@ -134,23 +136,19 @@ class OpenFile:
         return digest.digest()
 
     def copy_to(self, place: Path) -> None:
-        """Write its bytes to another path, whose folder is made."""
+        """Copy the bytes to another path, whose folder is created."""
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.path, place)
 
 
 def open_files(folder: Path, names: Iterable[str]) -> dict[str, OpenFile]:
-    """Files of a folder by name, from the folder on, with slashes."""
+    """Open files of a folder by name, relative to the folder and with slashes."""
     return {name: OpenFile(folder / name) for name in names}
 
 
-def _texts(error: LoracError) -> tuple[str | None, ...]:
-    return error.what, error.nearest, error.next_step
-
-
 @functools.cache
-def _tells_open_files() -> bool:
-    """Whether open files have paths that lead to them, and not to whatever has their name now: Linux with /proc."""
+def _has_handle_paths() -> bool:
+    """Whether the system has paths that lead to open files: Linux with /proc."""
     with contextlib.suppress(OSError), open(os.devnull, "rb") as file:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(f"/proc/self/fd/{file.fileno()}"))
     return False

@@ -1,4 +1,4 @@
-"""What the system refuses, as an error of lorac's: missing files, permissions, full disks."""
+"""Errors of the operating system as lorac's: missing files, permissions, full disks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lorac.errors import LoracError
 def translate_os_errors(
     path: str | os.PathLike[str], kind: type[LoracError], what: str, code: str | None = None
 ) -> Iterator[None]:
-    """Turn the system's errors inside the block into one of lorac's that has the path and the system's reason.
+    """Turn an ``OSError`` inside the block into one of lorac's errors, with the path and the system's reason.
 
     Args:
-        path: what is read or written, for errors that name no file of their own.
+        path: the file that is read or written, for errors that name none.
         kind: the error to raise, with `code`.
         what: "read" or "written".
     """

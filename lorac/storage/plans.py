@@ -1,4 +1,4 @@
-"""The parts of a compiled program as JSON and back: plans, choices, and the structure of the host's output."""
+"""Plans, choices and slots as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorac.ir.slots.roles import ROLES
 
 # ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def plan_to_json(plan: SitePlan) -> dict[str, Any]:
-    """A plan without its site, which the skeleton knows."""
+    """Return a plan as JSON, without its site, which the skeleton describes."""
     return {
         "room": dict(plan.room),
         "ranks": plan.ranks,
@@ -28,15 +28,15 @@ def plan_to_json(plan: SitePlan) -> dict[str, Any]:
 
 
 def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
-    """The plan of a site.
+    """Return the plan of a site.
 
     Raises:
-        ArtifactError: it has room for a role that is not in the table.
+        ArtifactError: it has room for an unknown role.
     """
     unknown = [role for role in stored["room"] if role not in ROLES]
     if unknown:
         raise ArtifactError(
-            f"the plan of '{site.path}' has room for '{unknown[0]}', which is no role of a slot",
+            f"the plan of '{site.path}' has room for '{unknown[0]}', which is not a role of a slot",
             nearest=nearest_name(unknown[0], ROLES),
             next_step="save it again with this lorac",
         )
@@ -46,7 +46,7 @@ def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
 
 
 def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
-    """Room for a branch, without its formula."""
+    """Return a branch's slot as JSON, without its formula."""
     return {
         "key": branch.key,
         "params": {name: list(shape) for name, shape in branch.params.items()},
@@ -58,10 +58,10 @@ def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
 
 
 def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
-    """Room for a branch at a site. Its formula is in the program; here something only holds the place."""
+    """Return a branch's slot at a site. Its formula is part of the program, so calling it here is refused."""
     return BranchSlot(
         key=stored["key"],
-        formula=Formula(_emitted(path), "a stored program", path),
+        formula=Formula(_missing_formula(path), "a stored program", path),
         params={name: tuple(shape) for name, shape in stored["params"].items()},
         emits=tuple(stored["emits"]),
         reads=tuple(stored["reads"]),
@@ -70,7 +70,7 @@ def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
     )
 
 
-def _emitted(path: str) -> Callable[..., torch.Tensor]:
+def _missing_formula(path: str) -> Callable[..., torch.Tensor]:
     def formula(*_: Any) -> torch.Tensor:
         raise Unavailable(
             f"the branch at '{path}' is part of a stored program and has no formula any more",
@@ -82,23 +82,21 @@ def _emitted(path: str) -> Callable[..., torch.Tensor]:
 
 # ── Choices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def choice_to_json(choice: Choice) -> dict[str, Any]:
-    """Name -> strength and rank."""
+    """Return strength and rank of each adapter, by name."""
     return {name: {"strength": how.strength, "rank": how.rank} for name, how in choice}
 
 
 def choice_from_json(stored: Mapping[str, Any]) -> dict[str, Active] | None:
-    """What ``swap`` takes."""
+    """Return a choice in the form that ``swap`` takes."""
     return {name: Active(how["strength"], how["rank"]) for name, how in stored.items()} or None
 
 
-# ── The output's structure ───────────────────────────────────────────────────────────────────────────────────────────
-
-
+# ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def slot_to_json(slot: SlotInput) -> dict[str, Any]:
-    """A slot input as JSON."""
+    """Return a slot input as JSON."""
     return {**vars(slot), "members": list(slot.members), "sizes": list(slot.sizes)}
 
 
 def slot_from_json(stored: Mapping[str, Any]) -> SlotInput:
-    """The inverse of ``slot_to_json``."""
+    """Return the slot input that ``slot_to_json`` wrote."""
     return SlotInput(**{**stored, "members": tuple(stored["members"]), "sizes": tuple(stored["sizes"])})

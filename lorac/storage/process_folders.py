@@ -1,7 +1,7 @@
-"""Folders that belong to a process: their names say which, so that what a killed one left behind can be told and swept.
+"""Folders that belong to a process, by which later processes recognise and remove those of a killed one.
 
-A name is ``<mark>lorac-<host>-<process>-<start>-<random>``. Numbers of processes are used again, and a folder may be
-shared between machines: only where this host knows for certain that the process has ended is its folder abandoned.
+Their names are ``<mark>lorac-<host>-<process>-<start>-<random>``. Process ids are reused, and machines may share a
+folder. So a folder counts as abandoned only where this host knows that the process has ended.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pathlib import Path
 
 _NAME = re.compile(r"lorac-([0-9a-f]{8})-(\d+)-(\d+)-\w{8}", re.ASCII)
 _UNKNOWN = "0"
-"""The start of a process where the system does not tell."""
+"""Start of a process on systems that do not report it."""
 
 
 def make_process_folder(parent: Path, mark: str) -> Path:
-    """An empty folder of this process's, whose name begins with ``mark``; for its user alone."""
+    """Create an empty folder for this process, whose name begins with ``mark``; only its user may read it."""
     process = os.getpid()
     prefix = f"{mark}lorac-{_host()}-{process}-{_started(process)}-"
     return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
 
 
 def find_process_folders(parent: Path, mark: str) -> Iterator[Path]:
-    """The folders that ``new_folder`` made there with that mark, in whatever process."""
+    """Yield the folders with that mark, of any process."""
     for path in sorted(parent.iterdir()):
         if path.name.startswith(mark) and _NAME.fullmatch(path.name, len(mark)) and not path.is_symlink():
             yield path
@@ -44,14 +44,14 @@ def remove_abandoned(parent: Path, mark: str) -> None:
 
 
 def make_temporary_folder() -> Path:
-    """An empty folder for temporary files; those that killed processes left are removed first."""
+    """Create an empty folder for temporary files, and remove those of killed processes."""
     parent = Path(tempfile.gettempdir())
     remove_abandoned(parent, "")
     return make_process_folder(parent, "")
 
 
 def remove_with_owner(owner: object, folder: Path) -> None:
-    """Remove a folder once an object is let go or this process ends; a forked child leaves it alone."""
+    """Remove a folder when an object is collected or this process ends; a forked child does not remove it."""
     weakref.finalize(owner, _remove, folder, os.getpid())
 
 
@@ -72,9 +72,9 @@ def _host() -> str:
 
 
 def _started(process: int) -> str | None:
-    """When a process began, as the system counts; None once it has ended."""
+    """Return the start time of a process in the system's units; None if it has ended."""
     if Path("/proc/self/stat").is_file():
-        return _told_by_linux(process)
+        return _read_linux_start(process)
     if sys.platform == "win32":  # there, sending signal 0 ends a process
         return _UNKNOWN
     try:
@@ -86,11 +86,11 @@ def _started(process: int) -> str | None:
     return _UNKNOWN
 
 
-def _told_by_linux(process: int) -> str | None:
+def _read_linux_start(process: int) -> str | None:
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # the command before it may hold anything
+    fields = text.rpartition(")")[2].split()  # the command before it may contain anything
     state, start = fields[0], fields[19]
     return None if state in "ZX" else start

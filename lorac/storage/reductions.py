@@ -1,7 +1,7 @@
-"""Reductions as JSON and back: whoever prepares adapters of structures that were met before needs no tracing for it.
+"""Reductions as JSON, so that adapters of known structures are prepared without tracing.
 
-To trace a formula takes torch's compiler, whose import alone takes longer than to load an artefact. What was traced is
-a small graph of ops, stored as programs are (``lorac.storage.program``). What training needs besides is left out.
+Tracing a formula needs torch's compiler, whose import takes longer than loading an artifact. A trace is a small graph
+of ops, stored in the form of programs (``lorac.storage.program``). What only training needs is left out.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lorac.storage.program import call_to_json, graph_from_json, operand_to_json
 _FORMS = frozenset({LOW_RANK, SPARSE, DENSE, BRANCH})
 _NAMES = ("params", "outputs", "shared", "reasons")
 _ROOM, _SLACK = 16, 1 << 16
-"""How many times the values that it reads a reduction may ask for by number, and how many besides."""
+"""Limits of sizes in a reduction: so many times the values that it reads, and so many more."""
 
 
 def reduction_to_json(reduction: Reduction) -> dict[str, Any] | None:
-    """A reduction; None where it holds a constant, or what else has no plain form."""
+    """Return a reduction as JSON; None for one with a constant or another value that has no JSON form."""
     try:
         nodes = [_node(node) for node in reduction.graph.graph.nodes if reduction.form != BRANCH]
     except Unavailable:
         return None
     names = {name: list(getattr(reduction, name)) for name in _NAMES}
-    told = {"form": reduction.form, "rank": reduction.rank, "reads_weight": reduction.reads_weight}
-    return {**told, **names, "common": sorted(reduction.common), "nodes": nodes}
+    entries = {"form": reduction.form, "rank": reduction.rank, "reads_weight": reduction.reads_weight}
+    return {**entries, **names, "common": sorted(reduction.common), "nodes": nodes}
 
 
 def _node(node: fx.Node) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def _node(node: fx.Node) -> dict[str, Any]:
 
 
 def reduction_from_json(stored: Mapping[str, Any]) -> Reduction:
-    """The inverse of ``reduction_to_json``.
+    """Return the reduction that ``reduction_to_json`` wrote.
 
     Raises:
-        ArtifactError: it is of no known form, or calls what is no op that an artefact may name.
+        ArtifactError: its form is unknown, or it calls something other than an op that artifacts may name.
     """
     if stored["form"] not in _FORMS:
-        raise ArtifactError(f"a stored reduction has the form {stored['form']!r}, which there is not")
+        raise ArtifactError(f"a stored reduction has the unknown form {stored['form']!r}")
     graph = graph_from_json(stored["nodes"])[0] if stored["form"] != BRANCH else fx.Graph()
     names: dict[str, Any] = {name: tuple(map(str, stored[name])) for name in _NAMES}
     return Reduction(
@@ -67,24 +67,24 @@ def reduction_from_json(stored: Mapping[str, Any]) -> Reduction:
 
 
 def check_sizes(reduction: Reduction, weight: tuple[int, int], tensors: Iterable[Tensor]) -> None:
-    """Refuse a reduction that names sizes beyond all measure of what it reads, before it makes anything of them.
+    """Refuse a reduction with sizes far beyond those of the values that it reads, before it allocates anything.
 
     Args:
-        reduction: as it was read.
+        reduction: as read.
         weight: shape (out, in) of W.
         tensors: one example per parameter; only shapes are read.
 
     Raises:
-        ArtifactError: it does.
+        ArtifactError: a size is too large.
     """
     most = _ROOM * (math.prod(weight) + sum(tensor.numel() for tensor in tensors)) + _SLACK
     for node in reduction.graph.graph.nodes:
         operands = (*node.args, *node.kwargs.values())
         named = [item for item in operands if isinstance(item, list | tuple)]
-        if not node.all_input_nodes:  # it makes something of numbers alone
+        if not node.all_input_nodes:  # a call that allocates by numbers alone
             named.append([item for item in operands if type(item) is int])
         if any(_product(sizes) > most for sizes in named):
-            raise ArtifactError(f"a stored reduction asks {node.target} for sizes that are beyond all measure")
+            raise ArtifactError(f"a stored reduction asks {node.target} for sizes that are far too large")
 
 
 def _product(sizes: Iterable[Any]) -> int:

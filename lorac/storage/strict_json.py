@@ -1,7 +1,7 @@
-"""JSON without the liberties that Python's parser takes, for files of others and for our own.
+"""JSON without the extensions that Python's parser accepts, for files of lorac and of others.
 
-A name given twice has two meanings, NaN and ``1e400`` are no numbers of JSON, an integer of a thousand digits fits no
-tensor, and a thousand brackets exhaust whoever walks the value afterwards. What is refused when read is never written.
+Refused are names given twice, NaN and infinity, integers of more than 64 bits, and deep nesting, which exhausts whoever
+walks the value later. What is refused in a file is never written either.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lorac.errors import LoracError
 from lorac.limits import check_time, claim_memory
 
 MAX_DEPTH = 100
-"""Values that may lie in one another; a model's skeleton, the deepest thing written, has a few dozen."""
+"""Depth of nesting; a model's skeleton, the deepest value that lorac writes, has a few dozen levels."""
 _BITS = 64
 _PER_VALUE = 64
-"""Bytes that a value takes at most once it is parsed, but for its text; every comma and bracket may begin one."""
+"""Most bytes of a parsed value besides its text; every comma and bracket may begin one."""
 
 
 def read_json_text(path: Path) -> bytes:
-    """The bytes of a file of JSON, unless they are more than what a file may take in memory.
+    """Read a file of JSON, unless it is larger than files may be in memory.
 
     Raises:
         FormatError: it is too large.
@@ -35,15 +35,15 @@ def read_json_text(path: Path) -> bytes:
 
 
 def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Any:
-    """The value that a text says.
+    """Parse a JSON text.
 
     Args:
         text: JSON; bytes are UTF-8.
-        refuse: (what is wrong, a phrase that begins with a verb) -> the error to raise.
+        refuse: makes the error from a phrase that begins with a verb.
 
     Raises:
-        LoracError: ``refuse``'s, where the text is not JSON, gives a name twice, holds a number that is not finite, an
-            integer of more than 64 bits or half of a character, or is nested deeper than ``MAX_DEPTH``.
+        LoracError: made by ``refuse``, if the text is not JSON, or has a name twice, a number that is not finite, an
+            integer of more than 64 bits, half of a surrogate pair, or more than ``MAX_DEPTH`` levels.
         FormatError: its values would take more memory, or time, than a file may.
     """
     try:
@@ -70,10 +70,10 @@ def parse_object(text: bytes | str, refuse: Callable[[str], LoracError]) -> dict
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON in ASCII, names in their order; without ``indent`` as short as it can be.
+    """Return a value as JSON in ASCII, with names in their order; without ``indent`` as short as possible.
 
     Raises:
-        ValueError: it holds what ``parse_json`` would refuse.
+        ValueError: ``parse_json`` would refuse the text.
     """
     _check(value)
     return json.dumps(value, indent=indent, separators=None if indent else (",", ":"), allow_nan=False)
@@ -89,7 +89,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any) -> None:
-    """Hold every part of a value against what JSON can say to everyone; level by level, so that depth costs nothing."""
+    """Check every part of a value, level by level, so that depth needs no recursion."""
     level = [value]
     for _ in range(MAX_DEPTH):
         for index, item in enumerate(level):
@@ -113,4 +113,4 @@ def _check_one(value: Any) -> None:
     if isinstance(value, int) and value.bit_length() > _BITS:
         raise ValueError(f"it holds an integer of {value.bit_length()} bits, more than {_BITS}")
     if isinstance(value, str):
-        value.encode("utf-8")  # half of a surrogate pair is no text: it could be neither printed nor written
+        value.encode("utf-8")  # half of a surrogate pair could neither be printed nor written

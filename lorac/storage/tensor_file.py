@@ -1,7 +1,7 @@
-"""Tensors in one file: written so that equal input gives equal bytes, read back mapped and one at a time.
+"""Tensors in one safetensors file: equal input gives equal bytes, and each tensor is mapped when it is read.
 
-safetensors: https://github.com/huggingface/safetensors#format. The writer is lorac's own because the library writes
-several metadata entries in random order, and copies all tensors before it writes the first.
+Format: https://github.com/huggingface/safetensors#format. The library's writer is not used, since it writes metadata
+entries in random order, and copies all tensors before it writes the first.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; a function of names, values and metadata alone.
+    """Write a safetensors file, whose bytes depend on names, values and metadata alone.
 
     As in the library, larger element types come first, so that every tensor is aligned.
     """
@@ -67,25 +67,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's values as bytes in row-major order."""
-    # A tensor of one element counts as contiguous whatever its strides are.
+    """Return a tensor's values as bytes in row-major order."""
+    # A tensor of one element counts as contiguous with any strides.
     flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
     values: Any = flat.view(torch.uint8).numpy()
     return memoryview(values)
 
 
-_MATRIX = 2
-
-
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where the values of a tensor lie in another file of the same program.
+    """The place of a tensor's values in another file of the same program.
 
     Attributes:
-        file: its name, with slashes.
+        file: the file's name, with slashes.
         offset: the first byte.
-        by_columns: whether they are those of a matrix column by column.
-        row: bytes from one row of it to the next, where it is a part of a wider one; 0 where its rows lie side by side.
+        by_columns: whether a matrix is stored column by column.
+        row: bytes from one row to the next in a part of a wider matrix; 0 for adjacent rows.
     """
 
     file: str
@@ -96,7 +93,7 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class _ExternalTensor:
-    """A tensor in another file: as ``Place`` says, laid out as it is there."""
+    """A tensor in another file, in the layout of that file (``TensorLocation``)."""
 
     file: OpenFile
     offset: int
@@ -106,25 +103,25 @@ class _ExternalTensor:
 
     @property
     def span(self) -> int:
-        """Bytes from its first to its last; what of them belongs to others is theirs."""
+        """Bytes from the first to the last, those of other tensors between rows included."""
         if not self.row:
-            return _bytes(self.dtype, self.shape)
-        return (self.shape[0] - 1) * self.row + _bytes(self.dtype, self.shape[1:])
+            return _size_of(self.dtype, self.shape)
+        return (self.shape[0] - 1) * self.row + _size_of(self.dtype, self.shape[1:])
 
     @property
-    def possible(self) -> bool:
-        """Whether its numbers are some, the file has room for it, and its rows do not overlap."""
+    def is_valid(self) -> bool:
+        """Whether its numbers are natural, the file is long enough, and its rows do not overlap."""
         if not all(type(number) is int and number >= 0 for number in (self.offset, self.row, *self.shape)):
             return False
-        apart = not self.row or (
-            len(self.shape) == _MATRIX
-            and self.row >= _bytes(self.dtype, self.shape[1:])
+        separate = not self.row or (
+            len(self.shape) == 2
+            and self.row >= _size_of(self.dtype, self.shape[1:])
             and self.row % self.dtype.itemsize == 0
         )
-        return apart and all(self.shape) and 0 < self.span <= self.file.size - self.offset
+        return separate and all(self.shape) and 0 < self.span <= self.file.size - self.offset
 
     def read(self) -> Tensor:
-        """It, mapped where it lies."""
+        """Map the tensor."""
         flat = torch.frombuffer(self.file.mapped_part(self.offset, self.span), dtype=self.dtype)
         if not self.row:
             return flat.reshape(self.shape)
@@ -132,20 +129,20 @@ class _ExternalTensor:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Tensors of a held file by name, mapped when asked for and let go with the last answer: nothing stays in memory.
+    """Tensors of an open file by name; each is mapped when it is read, and nothing stays in memory.
 
-    Tensors written under several names are in the file once, some lie in it column by column, and what another file of
-    the program holds anyway lies there alone; its metadata says which.
+    The metadata lists tensors with several names, which are stored once, matrices that are stored column by column, and
+    tensors that are stored in another file of the program.
 
     Args:
         file: the file.
-        files: those of the program, by name, where some tensors may lie in them.
+        files: the files of the program by name, in which some tensors may be stored.
 
     Attributes:
-        notes: what else its metadata says.
+        notes: the other entries of its metadata.
 
     Raises:
-        ArtifactError: its metadata speaks of a place that is none.
+        ArtifactError: its metadata names an impossible place.
     """
 
     def __init__(self, file: OpenFile, files: Mapping[str, OpenFile] | None = None) -> None:
@@ -154,28 +151,29 @@ class TensorFile(Mapping[str, Tensor]):
         with safe_open(file.path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             self.notes: Mapping[str, str] = {name: text for name, text in metadata.items() if name not in known}
-            told = {key: parse_json(metadata[key], self._damaged) for key in known if key in metadata}
-            self._alias: dict[str, str] = told.get(_ALIAS, {})
-            self._transposed = frozenset(told.get(_TRANSPOSED, ()))
-            self._elsewhere = {name: self._placed(name, entry) for name, entry in told.get(_ELSEWHERE, {}).items()}
-            self._names = frozenset({*opened.keys(), *self._alias, *self._elsewhere})
+            entries = {key: parse_json(metadata[key], self._damaged) for key in known if key in metadata}
+            self._alias: dict[str, str] = entries.get(_ALIAS, {})
+            self._transposed = frozenset(entries.get(_TRANSPOSED, ()))
+            external = entries.get(_ELSEWHERE, {})
+            self._external = {name: self._locate(name, entry) for name, entry in external.items()}
+            self._names = frozenset({*opened.keys(), *self._alias, *self._external})
         self._begin, self._header = self._read_header()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         stored = self._alias.get(name, name)
-        found = self._elsewhere[stored].read() if stored in self._elsewhere else self._tensor(self._header[stored])
+        found = self._external[stored].read() if stored in self._external else self._tensor(self._header[stored])
         return found.t() if stored in self._transposed else found
 
-    def _placed(self, name: str, entry: Any) -> _ExternalTensor:
-        """What the metadata says of a tensor in another file, once it is found to be possible."""
+    def _locate(self, name: str, entry: Any) -> _ExternalTensor:
+        """Return a tensor in another file, after a check of the metadata's entry."""
         try:
             file, offset, row = self.files[entry["file"]], entry["offset"], entry.get("row", 0)
             found = _ExternalTensor(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), row)
         except (LookupError, TypeError, AttributeError):
             found = None
-        if found is not None and found.possible:
+        if found is not None and found.is_valid:
             return found
         raise self._damaged(f"says that '{name}' lies where no file of the program has room for it")
 
@@ -188,20 +186,20 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def kept(self) -> dict[str, Tensor]:
-        """All of them in memory of their own; what was written under several names is one tensor again."""
-        own = {name: self[name].clone() for name in self if name not in self._alias}
-        return {name: own[self._alias.get(name, name)] for name in self}
+    def load_all(self) -> dict[str, Tensor]:
+        """Copy all tensors into memory; those with several names are one tensor again."""
+        copies = {name: self[name].clone() for name in self if name not in self._alias}
+        return {name: copies[self._alias.get(name, name)] for name in self}
 
     def _read_header(self) -> tuple[int, Mapping[str, Any]]:
-        """Where the tensors begin, and what the file says of each; the library has held it against the file's size."""
+        """Return where tensors begin, and the entry of each; the library has checked them against the file's size."""
         with self.file.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: Mapping[str, Any] = parse_json(file.read(length).decode(), self._damaged)
         return 8 + length, header
 
     def _tensor(self, entry: Mapping[str, Any]) -> Tensor:
-        """One tensor where it lies; all of a file's share one mapping of it."""
+        """Map one tensor; all tensors of a file share one mapping."""
         begin, end = entry["data_offsets"]
         dtype = DTYPES[entry["dtype"]]
         if begin == end:
@@ -220,16 +218,16 @@ class TensorFile(Mapping[str, Tensor]):
         notes: Mapping[str, str] | None = None,
         elsewhere: Mapping[str, TensorLocation] | None = None,
     ) -> None:
-        """Write a file; what shares its memory with an earlier tensor is written once.
+        """Write a file; tensors that share memory are written once.
 
         Args:
             path: the file.
             tensors: by name.
-            transposed: matrices to write column by column, for a reader that wants their transposes contiguous.
-            notes: what else the metadata shall say, by entry.
-            elsewhere: those that another file of the program holds.
+            transposed: matrices to write column by column, for a reader that needs contiguous transposes.
+            notes: further entries of the metadata.
+            elsewhere: tensors that another file of the program holds.
         """
-        first: dict[Any, str] = {}
+        first: dict[object, str] = {}
         alias = {}
         for name, tensor in tensors.items():
             view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -237,30 +235,30 @@ class TensorFile(Mapping[str, Tensor]):
             if known != name:
                 alias[name] = known
         places = {name: place for name, place in (elsewhere or {}).items() if name not in alias}
-        there = {name for name, place in places.items() if place.by_columns}
-        columns = sorted(({*transposed} - alias.keys() - places.keys()) | there)
+        external_columns = {name for name, place in places.items() if place.by_columns}
+        columns = sorted(({*transposed} - alias.keys() - places.keys()) | external_columns)
         laid_out = {n: t.detach().t() if n in columns else t.detach() for n, t in tensors.items() if n not in alias}
         written = {name: tensor for name, tensor in laid_out.items() if name not in places}
-        told = {
+        entries = {
             _ALIAS: dict(sorted(alias.items())),
             _TRANSPOSED: columns,
-            _ELSEWHERE: {name: _told(laid_out[name], place) for name, place in sorted(places.items())},
+            _ELSEWHERE: {name: _location_to_json(laid_out[name], place) for name, place in sorted(places.items())},
         }
-        write_safetensors(path, written, {**(notes or {}), **{key: dump_json(value) for key, value in told.items()}})
+        write_safetensors(path, written, {**(notes or {}), **{key: dump_json(value) for key, value in entries.items()}})
 
 
-def _told(tensor: Tensor, place: TensorLocation) -> dict[str, Any]:
+def _location_to_json(tensor: Tensor, place: TensorLocation) -> dict[str, object]:
     shape = list(tensor.shape)
-    told = {"file": place.file, "offset": place.offset, "dtype": _NAMES[tensor.dtype], "shape": shape}
-    return {**told, "row": place.row} if place.row else told
+    entry = {"file": place.file, "offset": place.offset, "dtype": _NAMES[tensor.dtype], "shape": shape}
+    return {**entry, "row": place.row} if place.row else entry
 
 
-def _bytes(dtype: torch.dtype, shape: Collection[int]) -> int:
+def _size_of(dtype: torch.dtype, shape: Collection[int]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
 def make_file_base_reader(file: Mapping[str, Tensor], device: Any = None) -> BaseReader:
-    """A reader of base weights in a file."""
+    """Make a reader of base weights in a file."""
 
     def tensor(name: str) -> Tensor:
         if name not in file:
@@ -278,16 +276,16 @@ def make_file_base_reader(file: Mapping[str, Tensor], device: Any = None) -> Bas
 
 
 def find_transposed_weights(plans: Iterable[SitePlan]) -> list[str]:
-    """Names of the stored weights whose slot holds their transpose, so that a file of them is best laid out alike."""
+    """Return the names of stored weights whose slots hold their transpose, in which layout a file should store them."""
     linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
     return [str(site.weight) for site in linear if not site.transposed]
 
 
 def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """A hash over a description and the tensors it belongs to, so that neither is ever taken with another's.
+    """Hash a description together with its tensors, so that neither is combined with another.
 
     Args:
-        text: what describes them.
+        text: the description.
         tensors: by name; their order does not matter.
 
     Returns:

@@ -57,7 +57,7 @@ def _everything(compiled: lorac.Compiled, late: lorac.Adapter, elsewhere: Path) 
     return found
 
 
-@pytest.mark.skipif(not held._tells_open_files(), reason="open files have no paths here")
+@pytest.mark.skipif(not held._has_handle_paths(), reason="open files have no paths here")
 @pytest.mark.parametrize("gone", [_removed, _replaced])
 def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Path], None], tmp_path: Path) -> None:
     source, late = saved
@@ -107,7 +107,7 @@ def test_an_artifact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeyp
 def test_a_program_whose_folder_vanished(told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody empties the temporary directory. What is held is saved whole; what is not is refused, typed."""
     compiled, _ = make_compiled("plain_mlp", "onnxruntime", "live")
-    if told and not held._tells_open_files():
+    if told and not held._has_handle_paths():
         pytest.skip("open files have no paths here")
     compiled.save(tmp_path / "it")
     shutil.copytree(tmp_path / "it", tmp_path / "before")
@@ -116,7 +116,7 @@ def test_a_program_whose_folder_vanished(told: bool, tmp_path: Path, monkeypatch
         compiled.save(tmp_path / "it")
         assert raw(answer(lorac.load(tmp_path / "it"), X)) == raw(answer(compiled, X))
     else:
-        monkeypatch.setattr(held, "_tells_open_files", lambda: False)
+        monkeypatch.setattr(held, "_has_handle_paths", lambda: False)
         with pytest.raises(lorac.ArtifactError, match="removed or replaced since it was opened"):
             compiled.save(tmp_path / "it")
     assert_same_folders(tmp_path / "it", tmp_path / "before")

@@ -16,7 +16,7 @@ from lorac.storage import atomic_folders as folders
 from lorac.storage.atomic_folders import list_foreign, read_consistently, recover_folder, replace_atomically
 from tests.refusing import refuses
 
-CHANGES = ("os.rename", "os.replace", "os.link", "lorac.storage.atomic_folders._exchanged")
+CHANGES = ("os.rename", "os.replace", "os.link", "lorac.storage.atomic_folders._exchange_in_one_step")
 
 
 def fill(folder: Path, files: dict[str, str]) -> Path:
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, str]:
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways in which folders change places."""
     if not request.param:
-        monkeypatch.setattr(folders, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(folders, "_exchange_in_one_step", lambda one, other: False)
     return bool(request.param)
 
 
@@ -138,7 +138,7 @@ def test_what_came_or_changed_while_folders_were_exchanged_is_brought_over(
 ) -> None:
     """Another program writes into the folder in the last moment before it is displaced."""
     fill(target, {"a": "old", "log": "1", "replaced": "1", "readme": "mine"})
-    honest = folders._exchanged
+    honest = folders._exchange_in_one_step
 
     def late(one: Path, other: Path) -> bool:
         fill(other, {"log": "1 2", "more/late": "mine", "new": "mine"})
@@ -146,7 +146,7 @@ def test_what_came_or_changed_while_folders_were_exchanged_is_brought_over(
         os.replace(other / "aside", other / "replaced")
         return honest(one, other)
 
-    monkeypatch.setattr(folders, "_exchanged", late)
+    monkeypatch.setattr(folders, "_exchange_in_one_step", late)
     with replace_atomically(target) as staged:
         fill(staged, {"a": "new"})
     assert contents(target) == {

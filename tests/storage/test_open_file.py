@@ -20,7 +20,7 @@ from lorac.storage.open_file import OpenFile, open_files
 from lorac.storage.tensor_file import TensorFile, TensorLocation, raw_bytes, write_safetensors
 from tests.refusing import refuses
 
-linux = pytest.mark.skipif(not held._tells_open_files(), reason="open files have no paths here")
+linux = pytest.mark.skipif(not held._has_handle_paths(), reason="open files have no paths here")
 
 
 def _removed(path: Path) -> None:
@@ -90,7 +90,7 @@ def _mappings(path: Path) -> int:
 def test_without_paths_of_open_files_another_file_is_refused(
     gone: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held, "_tells_open_files", lambda: False)
+    monkeypatch.setattr(held, "_has_handle_paths", lambda: False)
     path = tmp_path / "folder" / "file"
     path.parent.mkdir()
     path.write_bytes(b"mine")
@@ -147,7 +147,7 @@ def test_a_tensor_that_is_a_part_of_another_files(begin: int, tmp_path: Path) ->
     TensorFile.write(tmp_path / "file", {"a": wanted}, elsewhere={"a": place})
     files = open_files(tmp_path, ["file", "other"])
     assert torch.equal(TensorFile(files["file"], files)["a"], wanted)
-    assert torch.equal(TensorFile(files["file"], files).kept()["a"], wanted)
+    assert torch.equal(TensorFile(files["file"], files).load_all()["a"], wanted)
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,10 @@ def test_temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_forked_child_leaves_its_parents_folder(tmp_path: Path) -> None:
     script = """
 import os, sys
-from lorac.storage.process_folders import remove_with, temporary_folder
+from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
 class Owner: pass
-owner, folder = Owner(), temporary_folder()
-remove_with(owner, folder)
+owner, folder = Owner(), make_temporary_folder()
+remove_with_owner(owner, folder)
 if os.fork() == 0:
     if sys.argv[1:]: del owner
     sys.exit(0)

@@ -94,7 +94,7 @@ def test_sizes_beyond_measure_are_refused_before_they_are_made(op: str, args: li
     nodes = [{"input": "w"}, {"input": "b"}, {"name": "big", "op": op, "args": args, "kwargs": {}}]
     told = {"form": "dense", "rank": 0, "reads_weight": False, "common": [], "params": [], "shared": [], "reasons": []}
     reduction = reduction_from_json({**told, "outputs": ["weight"], "nodes": [*nodes, {"output": [{"node": "big"}]}]})
-    with pytest.raises(lorac.ArtifactError, match="beyond all measure"):
+    with pytest.raises(lorac.ArtifactError, match="far too large"):
         check_sizes(reduction, (6, 12), [])
 
 
@@ -102,7 +102,7 @@ def test_a_reduction_names_no_other_ops() -> None:
     told: dict[str, Any] = {"form": "dense", "rank": 0, "reads_weight": False}
     told |= {key: [] for key in ("common", "params", "shared", "reasons", "outputs")}
     call = {"name": "x", "op": "aten.from_file.default", "args": ["/etc/passwd"], "kwargs": {}}
-    with pytest.raises(lorac.ArtifactError, match="no op that an artefact may name"):
+    with pytest.raises(lorac.ArtifactError, match="not an op that an artifact may name"):
         reduction_from_json({**told, "nodes": [call]})
     with pytest.raises(lorac.ArtifactError, match="'magic'"):
         reduction_from_json({**told, "form": "magic", "nodes": []})

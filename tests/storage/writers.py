@@ -86,14 +86,14 @@ def write_until(kind: str, target: Path, number: int, exchange: bool, moment: in
 
     for name in _CHANGES:
         setattr(os, name, dying(getattr(os, name)))
-    folders._exchanged = dying(folders._exchanged) if exchange else (lambda one, other: False)
+    folders._exchange_in_one_step = dying(folders._exchange_in_one_step) if exchange else (lambda one, other: False)
     write(kind, target, number)
 
 
 def write_on(kind: str, target: Path, first: int, step: int, exchange: bool = True) -> None:
     """Write versions for ever."""
     if not exchange:
-        folders._exchanged = lambda one, other: False
+        folders._exchange_in_one_step = lambda one, other: False
     number = first
     while True:
         write(kind, target, number)

@@ -1,1 +1,1 @@
-"""Captured computations: programs of graphs, their signatures, edits, checks and reference meaning."""
+"""Captured computations: programs of graphs, with their edits, checks and reference interpreter."""

@@ -1,9 +1,9 @@
-"""Attention as one op, and the same with the keys and values of what came before in a cache.
+"""Attention as one op, and cached attention, whose earlier keys and values are in a cache.
 
-``attention`` is what a layer computes of a whole text. ``cached_attention`` computes it of the tokens that are new:
-each row of a batch has so many tokens in the cache and brings so many, padded on the right. ``positions`` are those of
-a whole text, and ``rows`` picks tokens of each row. All are defined here by what they compute; a target says how it
-runs them.
+``attention`` is what a layer computes of a whole sequence. ``cached_attention`` computes it of new tokens: each row of
+a batch has a number of tokens in the cache and brings a number of new ones, padded on the right. ``positions`` are
+those of a whole sequence, and ``rows`` selects tokens of each row. The ops are defined here by what they compute; a
+target decides how it runs them.
 """
 
 from __future__ import annotations
@@ -17,44 +17,44 @@ from torch import Tensor
 from lorac.ir.slots.attention import BranchAttention, require_causal
 
 IDS, DECODER_IDS, LOGITS_TO_KEEP = "input_ids", "decoder_input_ids", "logits_to_keep"
-"""What a graph that keeps a cache is given: token ids, a decoder's beside those of its encoder, and the places of the
-tokens whose logits are wanted."""
+"""Inputs of a graph with a cache: token ids, those of a decoder next to an encoder, and the indices of the tokens whose
+logits are returned."""
 PAST_LENGTHS, NEW_LENGTHS = "past_lengths", "new_lengths"
-"""Inputs: how many tokens each row holds, and how many it brings."""
+"""Inputs: numbers of tokens in the cache, and of new tokens, for each row."""
 WITHOUT_CACHE = "compile with cache=False; target='eager' generates with the model's own cache"
-"""What to do with a model that no cache fits."""
+"""Next step for a model that a cache cannot serve."""
 
 _PAST_PREFIX, PRESENT_PREFIX, _ENCODER_PREFIX = "past_key_values.", "present.", "memory."
-"""What names of caches begin with: as inputs, and as outputs; and those of what an encoder made for its decoder."""
+"""Prefixes of names: caches as inputs and as outputs, and outputs of an encoder for its decoder."""
 
 
 def find_token_input(names: Container[str]) -> str:
-    """The input with the tokens of the text that grows, of those that a graph has."""
+    """Return the name of the input with the tokens of the growing sequence."""
     return DECODER_IDS if DECODER_IDS in names else IDS
 
 
 def past_names(layer: int) -> tuple[str, str]:
-    """The inputs of a layer's keys and values."""
+    """Return the names of the inputs for a layer's keys and values."""
     return f"{_PAST_PREFIX}{layer}.key", f"{_PAST_PREFIX}{layer}.value"
 
 
 def is_past_input(name: str) -> bool:
-    """Whether an input is a layer's keys or values."""
+    """Whether an input holds a layer's keys or values."""
     return name.startswith(_PAST_PREFIX)
 
 
-def encoder_output_name(what: str) -> str:
-    """The output of an encoder, and the input of its decoder, for a value that the one makes for the other."""
-    return f"{_ENCODER_PREFIX}{what}"
+def encoder_output_name(value: str) -> str:
+    """Return the name of an encoder's output that its decoder reads as an input."""
+    return f"{_ENCODER_PREFIX}{value}"
 
 
 def is_encoder_output(name: str) -> bool:
-    """Whether an input is what an encoder made."""
+    """Whether an input is an encoder's output."""
     return name.startswith(_ENCODER_PREFIX)
 
 
 def present_name(past: str) -> str:
-    """The output for an input of keys or values, with what is new in it."""
+    """Return the name of the output for an input of keys or values."""
     return f"{PRESENT_PREFIX}{past.removeprefix(_PAST_PREFIX)}"
 
 
@@ -72,25 +72,25 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     softcap: float,
     module: str,
 ) -> Tensor:
-    """Attention of a whole text.
+    """Compute attention over a whole sequence.
 
     Args:
         q: queries (batch, heads, length, size).
-        k, v: keys and values (batch, heads of keys, other length, size); so many heads of q share one of theirs.
+        k, v: keys and values (batch, heads of keys, other length, size); several heads of q may share one of theirs.
         bias: added to the scores; broadcast to (batch, heads, length, other length).
-        seen: of booleans: which scores count; broadcast likewise.
-        sinks: (heads,): a score of each head's own that takes its share and gives nothing.
-        scale: what the scores are multiplied by.
-        causal: whether a token sees none that come after it.
-        window: how many tokens it sees at the most, itself among them; 0 for all.
-        softcap: what the scores are bounded by, softly; 0 for nothing.
+        seen: booleans, which scores count; broadcast likewise.
+        sinks: (heads,): a further score of each head, whose share of the softmax has no value.
+        scale: factor of the scores.
+        causal: whether a token sees no later ones.
+        window: the most tokens that a token sees, itself included; 0 for all.
+        softcap: soft bound of the scores; 0 for none.
         module: path of the module that attends.
 
     Returns:
         (batch, length, heads, size)
     """
-    places = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
-    masks = [seen, _visible_keys(places[0][None], places[1], causal, window) if causal or window else None]
+    queries, keys = torch.arange(q.shape[2], device=q.device), torch.arange(k.shape[2], device=q.device)
+    masks = [seen, _visible_keys(queries[None], keys, causal, window) if causal or window else None]
     return attend_with_masks(q, k, v, masks, bias, sinks, scale, softcap)
 
 
@@ -116,19 +116,19 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
     softcap: float,
     module: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal attention of new tokens to themselves and to those in a cache.
+    """Compute causal attention from new tokens to themselves and to those in a cache.
 
     Args:
-        q, k, v: of the new tokens, as ``attention``'s; padded on the right to one length.
+        q, k, v: of the new tokens, as in ``attention``; padded on the right to one length.
         past_k, past_v: the cache (batch, heads of keys, capacity, size), each row filled from its beginning.
-        past: (batch,): how many tokens each row has in the cache.
-        new: (batch,): how many it brings. ``past + new`` is at most the capacity.
-        places: (batch, length): the positions of the new tokens, ``past`` and on.
-        distances: (heads, capacity): what is added to the score of a key so many tokens before the query.
-        sinks, scale, window, softcap, module: as ``attention``'s.
+        past: (batch,): number of tokens of each row in the cache.
+        new: (batch,): number of new tokens. ``past + new`` is at most the capacity.
+        places: (batch, length): the positions of the new tokens, from ``past`` on.
+        distances: (heads, capacity): bias of the score of a key so many tokens before the query.
+        sinks, scale, window, softcap, module: as in ``attention``.
 
     Returns:
-        (batch, length, heads, size), of no meaning where padding is; and the cache with the new tokens in it.
+        (batch, length, heads, size), with arbitrary values at padding; and the cache with the new tokens in it.
     """
     held_k, held_v = past_k.clone(), past_v.clone()
     for row, (begin, count) in enumerate(zip(past.tolist(), new.tolist(), strict=True)):
@@ -151,7 +151,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *_: Any) 
 
 @torch.library.custom_op("lorac::positions", mutates_args=())
 def positions(ids: Tensor) -> Tensor:
-    """Positions from 0 on for ids (batch, length): (batch, length)."""
+    """Return positions from 0 on for ids (batch, length): (batch, length)."""
     return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).clone()
 
 
@@ -162,7 +162,7 @@ def _(ids: Tensor) -> Tensor:
 
 @torch.library.custom_op("lorac::mask", mutates_args=())
 def mask(ids: Tensor) -> Tensor:
-    """A token that stands for a causal mask while a model is traced; none is left of those that ``attention`` knows."""
+    """Stand for a causal mask while a model is traced; ``attention`` replaces those that it reads."""
     return ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
 
 
@@ -173,7 +173,7 @@ def _(ids: Tensor) -> Tensor:
 
 @torch.library.custom_op("lorac::rows", mutates_args=())
 def rows(x: Tensor, places: Tensor) -> Tensor:
-    """x (batch, length, features) at places (batch, k) of each row: (batch, k, features)."""
+    """Select from x (batch, length, features) the tokens at places (batch, k) of each row: (batch, k, features)."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], places]
 
 
@@ -185,31 +185,30 @@ def _(x: Tensor, places: Tensor) -> Tensor:
 ATTENTION, CACHED_ATTENTION = attention._opoverload, cached_attention._opoverload
 POSITIONS, MASK, ROWS = positions._opoverload, mask._opoverload, rows._opoverload
 CAUSAL_OPERAND = 7
-"""Which operand of an attention says that it is to a text that grows."""
-
+"""The operand of an attention that is true for a growing sequence."""
 
 _BRANCH_SEPARATOR = ":"
-"""In what the operand ``module`` says where a branch attends: the site's path, and which of its attentions it is."""
+"""Separates, in the operand ``module`` of a branch's attention, the site's path from the attention's number."""
 
 
 def is_branch_attention(module: str) -> bool:
-    """Whether an attention is a branch's, by its operand ``module``."""
+    """Whether an attention belongs to a branch, by its operand ``module``."""
     return _BRANCH_SEPARATOR in module
 
 
 @final
 class IncrementalAttention(BranchAttention):
-    """What branches attend by in a program whose text grows: the op, in whose place a cache is put as in a host's."""
+    """Attention of branches in a program with a cache: the op, which gets a cache as the model's own does."""
 
     def positions(self, x: Tensor) -> Tensor:
-        """As ``Attention`` says."""
+        """Return positions from 0 on, which the pass ``cache`` replaces."""
         found: Tensor = torch.ops.lorac.positions(x[..., 0])
         return found
 
     def attend(
         self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
     ) -> Tensor:
-        """As ``Attention`` says; padding is none of the program's."""
+        """Attend with the op; programs with a cache have no padding mask."""
         require_causal(place, causal)
         assert _BRANCH_SEPARATOR in place
         y: Tensor = torch.ops.lorac.attention(q, k, v, None, None, None, scale, causal, 0, 0.0, place)
@@ -217,7 +216,7 @@ class IncrementalAttention(BranchAttention):
 
 
 def _visible_keys(queries: Tensor, keys: Tensor, causal: bool, window: int) -> Tensor:
-    """Which keys (length,) each query (batch or 1, length) sees, by their places: (batch or 1, 1, queries, keys)."""
+    """Return which keys (length,) each query (batch or 1, length) sees: (batch or 1, 1, queries, keys)."""
     ahead = keys[None, None, :] - queries[:, :, None]
     seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
     return (seen & (ahead > -window) if window else seen)[:, None]
@@ -233,7 +232,7 @@ def attend_with_masks(
     scale: float,
     softcap: float,
 ) -> Tensor:
-    """What ``attention`` computes, by several masks of which all have to admit a score."""
+    """Compute ``attention`` with several masks, all of which must admit a score."""
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = q @ k.transpose(2, 3) * scale
@@ -245,7 +244,7 @@ def attend_with_masks(
         if seen is not None:
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        alone = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
-        scores = torch.cat([scores, alone], dim=-1)
+        extra = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, extra], dim=-1)
     shares = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     return (shares[..., : k.shape[2]] @ v).transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""What goes into the slot inputs of a lowered program: one tensor per input, from the slots of its site or pack."""
+"""The tensors that feed a lowered program: those of its slot inputs, of its caches, and a call's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 def collect_slot_tensors(
     inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], slots: Mapping[str, SiteSlots]
 ) -> dict[str, Tensor]:
-    """Slot input -> tensor. Idle branches get zeros of their shape."""
+    """Return the tensor of each slot input. Idle branches get zeros."""
     tensors: dict[str, Tensor] = {}
     by_site: dict[str, dict[str, Tensor]] = {}
     for name, slot in inputs.items():
@@ -36,38 +36,37 @@ def collect_slot_tensors(
 
 
 def select_reached_plans(inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan]) -> dict[str, SitePlan]:
-    """The plans of the sites that have slot inputs: those that the program reaches."""
+    """Return the plans of the sites that have slot inputs, which are those that the program reaches."""
     reached = {path for slot in inputs.values() for path in (slot.site, *slot.members)}
     return {path: plan for path, plan in plans.items() if path in reached}
 
 
 def fuse_slot_tensors(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
-    """What a slot of a pack holds of the slots of its sites, some of which may have none (``SlotRole.join``)."""
-    packing = ROLES[slot.role].join
-    assert packing is not None
+    """Build the tensor of a fused projection's slot from its members' slots, some of which may be missing."""
+    join = ROLES[slot.role].join
+    assert join is not None
     parts = [slots[member].tensors.get(slot.role) if member in slots else None for member in slot.members]
-    return packing(parts, slot.sizes)
+    return join(parts, slot.sizes)
 
 
 def convert_input(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
-    """What a call gives for an input, as the contiguous tensor that the program takes: the host's looseness, kept.
+    """Convert a call's value for an input to the contiguous tensor that the program takes.
 
-    Integers may be of any width, and floating-point values of any precision: they are cast, as the target computes in
-    a precision of its own.
+    Integers of any width and floating-point values of any precision are cast, as the target computes in its own.
 
     Args:
-        name: the input's.
-        value: a tensor, an array or what makes one.
-        dtype: the program's; None for one that torch has no name for.
+        name: the input's name.
+        value: a tensor, an array or a sequence of numbers.
+        dtype: the program's dtype; None if torch has no name for it.
 
     Raises:
-        ChoiceError: it is of another kind.
+        ChoiceError: the value is of another kind.
     """
     try:
         tensor = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ChoiceError(
-            f"input '{name}' is no array of numbers: {error}",
+            f"input '{name}' is not an array of numbers: {error}",
             next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
         ) from error
     if dtype is None or tensor.dtype == dtype:
@@ -81,43 +80,43 @@ def convert_input(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
 
 
 def make_idle_tensor(plan: SitePlan, role: str) -> Tensor:
-    """What an idle branch slot holds: strength and parameters of zero."""
+    """Make the tensor of an idle branch's slot: a strength or a parameter of zeros."""
     return torch.zeros(plan.branch_shapes()[role], dtype=factor_dtype(plan.site.dtype))
 
 
 CacheInputShape = tuple[tuple[int | None, ...], torch.dtype]
 """Sizes of an input, None where they vary, and its dtype."""
-_SOME = 3
-"""How long what was encoded is where any length will do."""
+_ENCODED_LENGTH = 3
+"""Length of made-up encoder outputs."""
 
 
 def make_empty_cache(
     shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor, memory: Mapping[str, CacheInputShape] | None = None
 ) -> dict[str, Tensor]:
-    """What the inputs of a cache hold where nothing came before, for as many tokens as a call brings.
+    """Make the inputs of an empty cache with room for a call's tokens.
 
     Args:
-        shapes: input of a layer's keys or values -> heads, size of each head, dtype.
-        ids: the call's token ids (batch, length), all of them new.
-        memory: inputs that hold what an encoder made, of which some numbers are made up here.
+        shapes: input for a layer's keys or values -> heads, size of each head, dtype.
+        ids: the call's token ids (batch, length), all new.
+        memory: inputs for encoder outputs, which are filled with made-up numbers.
     """
     batch, length = ids.shape
     counts = {
         name: torch.full((batch,), count, dtype=torch.int32)
         for name, count in {PAST_LENGTHS: 0, NEW_LENGTHS: length}.items()
     }
-    held = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
-    return counts | held | {name: _made_up(batch, *shape) for name, shape in (memory or {}).items()}
+    caches = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
+    return counts | caches | {name: _make_encoder_output(batch, *shape) for name, shape in (memory or {}).items()}
 
 
-def _made_up(rows: int, sizes: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
-    shape = (rows, *(_SOME if size is None else size for size in sizes[1:]))
+def _make_encoder_output(rows: int, sizes: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+    shape = (rows, *(_ENCODED_LENGTH if size is None else size for size in sizes[1:]))
     numbers = torch.arange(torch.Size(shape).numel()).cos().reshape(shape)
     return numbers.to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
 
 
 def encoder_output_shapes(graph: Graph) -> dict[str, CacheInputShape]:
-    """The inputs of a graph that hold what an encoder made."""
+    """Return shape and dtype of the inputs for encoder outputs."""
     values = {
         name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if is_encoder_output(name)
     }
@@ -128,13 +127,13 @@ def encoder_output_shapes(graph: Graph) -> dict[str, CacheInputShape]:
 
 
 def cache_input_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
-    """What ``empty_cache`` asks of a graph."""
+    """Return heads, head size and dtype of the inputs for keys and values (``make_empty_cache``)."""
     values = {name: graph.node(node).meta["val"] for name, node in graph.cache_inputs.items() if is_past_input(name)}
     return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 
 def group_aux_outputs(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The extra outputs of the branches that are on, by name and site (``record_emitted``)."""
+    """Group the extra outputs of active branches by name and site."""
     aux: dict[str, dict[str, Any]] = {}
     emitted: dict[str, dict[str, list[Any]]] = {}
     for key, value in extra.items():

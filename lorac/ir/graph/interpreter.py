@@ -1,8 +1,8 @@
-"""The reference interpreter: runs a graph at any level, op by op. It is compared with the host, and backends with it.
+"""The reference interpreter, which runs a graph at any level, op by op.
 
-At level host every ``lorac`` op computes what the layer computes; at level adapted an ``adapted`` op is ``run_site``
-over its slots; below that there is only aten. Where several answers are allowed, one is chosen: top-k and sort give
-ties to the lowest index, as every lowering must.
+It is compared with the model, and backends are compared with it. At level host every ``lorac`` op computes what the
+layer computes; at level adapted an ``adapted`` op is ``run_site`` over its slots; below that there is only aten. Where
+several answers are allowed, one is chosen: top-k and sort break ties by the lowest index, as every lowering must.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
 from lorac.ir.graph.attention_ops import find_token_input
 from lorac.ir.graph.edit import SLOTS_KEYWORD
 from lorac.ir.graph.feeds import cache_input_shapes, encoder_output_shapes, make_empty_cache
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, find_written_operands
 from lorac.ir.sizes import AxisSizes
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
 TOLERANCE = 1e-3
-"""What two computations of one thing may differ by (``distance``). In float32 rounding leaves 1e-6 to 1e-5; what is
-computed wrongly is off by far more."""
+"""Largest ``relative_error`` between two computations of one value. In float32 rounding leaves 1e-6 to 1e-5; a wrong
+result is off by far more."""
 _ROUNDINGS = 8
-"""The same in precisions where one rounding is more than that: so many of them."""
+"""The same as a number of roundings, for precisions in which one rounding exceeds the tolerance."""
 
 
 @dataclass(frozen=True)
 class InterpreterResult:
-    """What a graph computes.
+    """The result of a graph.
 
     Attributes:
-        output: the host's own output object.
-        extra: further outputs by name (``aux``).
+        output: the model's output object.
+        extra: extra outputs by name (``aux``).
     """
 
     output: Any
@@ -53,12 +53,12 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
 
     Args:
         graph: at any level.
-        inputs: what the host is called with, by name.
+        inputs: arguments of the model, by name.
         slots: slot input -> tensor (``lorac.ir.graph.feeds.collect_slot_tensors``); needed from level adapted on.
 
     Raises:
-        KeyError: a slot input is not filled.
-        ChoiceError: an argument the graph was not captured with, or a missing one.
+        KeyError: a slot input has no tensor.
+        ChoiceError: an argument is unknown or missing.
     """
     interface = graph.interface
     output, extra = interface.build_output(run_graph(graph, interface.check((), inputs), slots))
@@ -72,21 +72,22 @@ def run_graph(
     slots: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> list[Any]:
-    """As ``interpret``, for inputs by the names the program has for them; the outputs as a flat list.
+    """Run a graph over inputs by the program's names, and return its outputs in order.
 
     Args:
-        graph, inputs, slots: as ``interpret``'s.
-        weights: the parameters and buffers to compute with, by name; default: the graph's own.
+        graph, inputs, slots: as for ``interpret``.
+        weights: parameters and buffers by name; by default the graph's own.
     """
-    held = graph.exported.state_dict if weights is None else weights
-    given = {**_nothing_before(graph, inputs), **inputs, **_by_node(graph, slots or {})}
-    values = _Interpreter(graph).run(*_flat(graph, given, held))
+    tensors = graph.exported.state_dict if weights is None else weights
+    slot_nodes = {slot.node: slots[name] for name, slot in graph.slots.items()} if slots else {}
+    given = {**_make_missing_caches(graph, inputs), **inputs, **slot_nodes}
+    values = _Interpreter(graph).run(*_flatten_inputs(graph, given, tensors))
     specs = graph.exported.graph_signature.output_specs
     return [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
 
 
 def read_example_inputs(graph: Graph, names: Sequence[str]) -> dict[str, Tensor]:
-    """The inputs the program was captured with, by name."""
+    """Return the inputs of the captured call, by name."""
     args, kwargs = graph.exported.example_inputs or ((), {})
     given = {name: value for name, value in kwargs.items() if name != SLOTS_KEYWORD and name not in graph.slots}
     if set(names) <= given.keys():
@@ -96,7 +97,7 @@ def read_example_inputs(graph: Graph, names: Sequence[str]) -> dict[str, Tensor]
 
 
 def resize_inputs(inputs: Mapping[str, Tensor], chosen: AxisSizes) -> dict[str, Tensor]:
-    """Inputs of other sizes, made of these by repeating or cutting them, so that ids stay ids and masks masks."""
+    """Repeat or cut inputs to other sizes, so that ids stay ids, and masks stay masks."""
     changed = dict(inputs)
     for (name, axis), size in chosen.items():
         value = changed[name]
@@ -106,9 +107,9 @@ def resize_inputs(inputs: Mapping[str, Tensor], chosen: AxisSizes) -> dict[str, 
 
 
 def relative_error(y: Tensor, ref: Tensor) -> float:
-    """‖y − ref‖ / ‖ref‖; infinite where shapes differ, or where one is infinite or no number and the other is not.
+    """Return ‖y − ref‖ / ‖ref‖; infinity for different shapes, infinities or NaNs.
 
-    Integers are not compared: where rounding decides between two, either is right.
+    Integers are not compared: where rounding decides between two of them, either is right.
     """
     if y.shape != ref.shape:
         return math.inf
@@ -117,26 +118,26 @@ def relative_error(y: Tensor, ref: Tensor) -> float:
     finite = torch.isfinite(ref)
     if not torch.equal(torch.nan_to_num(y[~finite]), torch.nan_to_num(ref[~finite])):
         return math.inf
-    found, wanted = y[finite].double(), ref[finite].double()
-    error, norm = (float(torch.linalg.vector_norm(value)) for value in (found - wanted, wanted))
+    computed, expected = y[finite].double(), ref[finite].double()
+    error, norm = (float(torch.linalg.vector_norm(value)) for value in (computed - expected, expected))
     return error / norm if error and norm else math.inf if error else 0.0
 
 
 def differs_beyond_rounding(y: Tensor, ref: Tensor) -> bool:
-    """Whether two computations of one thing differ by more than rounding. Written so that a NaN differs too."""
+    """Whether two computations of one value differ by more than rounding; a NaN differs from every number."""
     rounding = torch.finfo(ref.dtype).eps if ref.is_floating_point() else 0.0
     return not relative_error(y, ref) <= max(TOLERANCE, _ROUNDINGS * rounding)
 
 
 class _Interpreter(fx.Interpreter):
-    """fx's interpreter, with the meaning of adapted ops and one answer for ties."""
+    """An interpreter that also runs adapted ops, and breaks ties in one way."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph.exported.graph_module)
         self._program = graph
 
     def run_node(self, n: fx.Node) -> Any:
-        """As fx's own, without noting for tracers and tracebacks which node runs: that takes longer than small ops."""
+        """Run a node without fx's record of it for tracebacks, which takes longer than small ops."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
 
@@ -144,7 +145,7 @@ class _Interpreter(fx.Interpreter):
         if target is ops.adapted:
             call = AdaptedCall(*args)
             return compute_adapted(self._program.plan_of(call.site), call, self._program.sites, {})
-        return _MEANINGS.get(target, target)(*args, **kwargs)
+        return _FUNCTIONS.get(target, target)(*args, **kwargs)
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
@@ -157,38 +158,33 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
     return values, indices
 
 
-_MEANINGS: Mapping[Any, Callable[..., Any]] = {aten.topk.default: _topk, aten.sort.default: _sort, **ops.OP_FUNCTIONS}
-"""Ops that torch answers with any of several equal elements, and what they are here; and lorac's own, which are called
-as what they are: torch's way to an op that is written in Python takes longer than a small product."""
+_FUNCTIONS: Mapping[object, Callable[..., Any]] = {
+    aten.topk.default: _topk,
+    aten.sort.default: _sort,
+    **ops.OP_FUNCTIONS,
+}
+"""Op -> its function, for ops whose ties torch breaks in any way, and for lorac's own."""
 
 
-def _nothing_before(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Empty caches for a graph that keeps some, where the call has none of its own."""
+def _make_missing_caches(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Make empty caches where the graph has some and the call brings none."""
     if not graph.cache_inputs:
         return {}
-    made = make_empty_cache(cache_input_shapes(graph), inputs[find_token_input(inputs)], encoder_output_shapes(graph))
-    return {node: inputs.get(name, made.get(name)) for name, node in graph.cache_inputs.items()}
+    empty = make_empty_cache(cache_input_shapes(graph), inputs[find_token_input(inputs)], encoder_output_shapes(graph))
+    return {node: inputs.get(name, empty.get(name)) for name, node in graph.cache_inputs.items()}
 
 
-def _by_node(graph: Graph, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {slot.node: slots[name] for name, slot in graph.slots.items()}
-
-
-def _flat(graph: Graph, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[Any]:
-    """The program's inputs in order: parameters, buffers, constants, the host's own inputs, slots."""
+def _flatten_inputs(graph: Graph, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[Any]:
+    """Return the program's inputs in order: parameters, buffers, constants, the caller's inputs, slots."""
     program, flat = graph.exported, []
-    # A model that writes into its buffers is captured with the ops that do: not into the host's, which these are.
-    own = torch.clone if any(map(_writes, graph.fx.nodes)) else lambda held: held
+    # The ops of a model that writes into its buffers must not write into the model's own.
+    writes = any(find_written_operands(node) for node in graph.fx.nodes)
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             flat.append(given[getattr(spec.arg, "name", "")])
         elif spec.kind is InputKind.PARAMETER:
             flat.append(weights[str(spec.target)])
         else:
-            held = {**program.constants, **weights}[str(spec.target)]
-            flat.append(own(held) if isinstance(held, Tensor) else held)
+            value = {**program.constants, **weights}[str(spec.target)]
+            flat.append(value.clone() if writes and isinstance(value, Tensor) else value)
     return flat
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

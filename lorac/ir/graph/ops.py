@@ -1,7 +1,7 @@
-"""The ops that mark sites in a captured graph: one node per call of a site, until a pass expands or lowers it.
+"""Ops that mark sites in a captured graph: one node for each call of a site, until a pass expands or lowers it.
 
-Each op computes what the host's layer computes, so a graph that still holds them runs as it is. Their last argument is
-the site: its module path.
+Each op computes what the model's layer computes, so a graph with them runs as it is. Their last operand is the module
+path of the site. A kind of layer is one function here with its fake, and the aten op that it lowers to.
 """
 
 from __future__ import annotations
@@ -12,27 +12,43 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._library.custom_ops import CustomOpDef
 
 aten = torch.ops.aten
+Operands = tuple[Any, ...]
 _CONVOLUTIONS: dict[int, Any] = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
+_LOWERINGS: dict[object, Callable[[Operands], tuple[Any, Operands]]] = {}
+OP_FUNCTIONS: dict[object, Callable[..., Tensor]] = {}
+"""Op -> its function, which runs without torch's dispatcher: that takes longer than a small product."""
 
 
-@torch.library.custom_op("lorac::linear", mutates_args=())
+def _site_op(lower: Callable[[Operands], tuple[Any, Operands]]) -> Callable[[Callable[..., Tensor]], CustomOpDef]:
+    """Register a function as the op of a kind of layer; ``lower`` returns the aten op and its operands."""
+
+    def register(function: Callable[..., Tensor]) -> CustomOpDef:
+        op = torch.library.custom_op(f"lorac::{function.__name__}", function, mutates_args=())
+        _LOWERINGS[op._opoverload], OP_FUNCTIONS[op._opoverload] = lower, function
+        return op
+
+    return register
+
+
+@_site_op(lambda args: (aten.linear.default, args[:3]))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
-    """``x @ weight.T + bias``."""
+    """Compute ``x @ weight.T + bias``."""
     return F.linear(x, weight, bias)
 
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, site: str) -> Tensor:
-    inner, wanted = x.shape[-1], weight.shape[1]
-    torch._check(inner == wanted, lambda: f"{site}: the input's last size is {inner}, the weight takes {wanted}")
+    inner, expected = x.shape[-1], weight.shape[1]
+    torch._check(inner == expected, lambda: f"{site}: the input's last size is {inner}, the weight takes {expected}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op("lorac::embedding", mutates_args=())
+@_site_op(lambda args: (aten.embedding.default, (args[1], args[0], args[2])))
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
-    """Rows of ``weight``; ``padding_idx`` is -1 where the module has none (it only matters to gradients)."""
+    """Look up rows of ``weight``; ``padding_idx``, -1 for none, only matters to gradients."""
     return F.embedding(ids, weight, padding_idx if padding_idx >= 0 else None)
 
 
@@ -43,7 +59,7 @@ def _(ids: Tensor, weight: Tensor, padding_idx: int, site: str) -> Tensor:
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
-@torch.library.custom_op("lorac::conv", mutates_args=())
+@_site_op(lambda args: (_CONVOLUTIONS[args[1].meta["val"].dim()], args[:7]))
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -54,8 +70,9 @@ def conv(
     groups: int,
     site: str,
 ) -> Tensor:
-    """A 1-, 2- or 3-d convolution, by the rank of ``weight``."""
-    return _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+    """Convolve in 1, 2 or 3 dimensions, by the rank of ``weight``."""
+    result: Tensor = _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+    return result
 
 
 @conv.register_fake
@@ -69,12 +86,13 @@ def _(
     groups: int,
     site: str,
 ) -> Tensor:
-    return _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+    result: Tensor = _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
+    return result
 
 
-@torch.library.custom_op("lorac::block", mutates_args=())
+@_site_op(lambda args: (aten.clone.default, (args[1],)))
 def block(x: Tensor, y: Tensor, site: str) -> Tensor:
-    """A marker at a block's exit: ``y``, with the block's input at hand for an adapter that needs it."""
+    """Return the output ``y`` of a block; its input is at hand for adapters that need it."""
     return y.clone()
 
 
@@ -83,12 +101,13 @@ def _(x: Tensor, y: Tensor, site: str) -> Tensor:
     return torch.empty_like(y)
 
 
+SITE_OPS = frozenset(_LOWERINGS)
 LINEAR, EMBEDDING, BLOCK = linear._opoverload, embedding._opoverload, block._opoverload
 
 
 @torch.library.custom_op("lorac::matmul", mutates_args=())
 def matmul(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (..., K) times a matrix (K, N)."""
+    """Multiply x (..., K) by a matrix (K, N)."""
     return torch.matmul(x, matrix)
 
 
@@ -98,12 +117,15 @@ def _(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 MATMUL = matmul._opoverload
+OP_FUNCTIONS[MATMUL] = torch.matmul
+SPLIT = aten.split_with_sizes.default
+"""The op that splits the output of a fused projection into those of its sites."""
 
 
-@torch.library.custom_op("lorac::noted", mutates_args=())
+@torch.library.custom_op("lorac::marker", mutates_args=())
 def marker(values: list[Tensor]) -> Tensor:
-    """While a model is traced: stands for what these values were at this place in the program."""
-    raise AssertionError("notes are gone before anything runs")  # pragma: no cover
+    """Record values at their place in a program while a model is traced."""
+    raise AssertionError("markers are removed before anything runs")  # pragma: no cover
 
 
 @marker.register_fake
@@ -111,19 +133,19 @@ def _(values: list[Tensor]) -> Tensor:
     return torch.empty(())
 
 
-@torch.library.custom_op("lorac::again", mutates_args=())
+@torch.library.custom_op("lorac::repeated_layer", mutates_args=())
 def repeated_layer(
     given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: str, first: str
 ) -> list[Tensor]:
-    """While a model is traced: what the layer at ``path`` answers, which computes what the one at ``first`` did.
+    """Stand for the layer at ``path``, which computes the same as the one at ``first``, while a model is traced.
 
     Args:
-        given: what it is called with.
-        answered: what the first answered, whose sizes are this one's.
-        notes: of what the first was called with, and of what it answered.
+        given: the layer's inputs.
+        answered: the first layer's outputs, which have the sizes of this one's.
+        notes: markers of the first layer's inputs and outputs.
         path, first: the paths of both.
     """
-    raise AssertionError("the nodes of the first are put in its place before anything runs")  # pragma: no cover
+    raise AssertionError("the nodes of the first layer replace this op before anything runs")  # pragma: no cover
 
 
 @repeated_layer.register_fake
@@ -132,82 +154,61 @@ def _(given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: st
 
 
 MARKER, REPEATED_LAYER = marker._opoverload, repeated_layer._opoverload
-SPLIT = aten.split_with_sizes.default
-"""What cuts the output of a pack into those of its sites."""
-SITE_OPS = frozenset(op._opoverload for op in (linear, embedding, conv, block))
-OP_FUNCTIONS: Mapping[Any, Callable[..., Tensor]] = {
-    op._opoverload: op._init_fn for op in (linear, embedding, conv, block, matmul)
-}
-"""Ops that run -> what they compute, to be called without torch's dispatcher."""
 
 
-def adapted(op: Any, host_args: tuple[Any, ...], slots: dict[str, Tensor], site: str) -> Tensor:
-    """A call of a touched site, at level adapted: the host's op and operands, and the tensors in the site's slots.
+def adapted(op: Any, host_args: Operands, slots: dict[str, Tensor], site: str) -> Tensor:
+    """Mark a call of a touched site at level adapted: the model's op and operands, and the tensors in its slots.
 
-    Its meaning is ``lorac.ir.slots.execution.run_site``; the ``expand`` pass puts that in its place: this is never
-    executed.
+    It computes ``lorac.ir.slots.execution.run_site``, by which the ``expand`` pass replaces it.
     """
     raise AssertionError("an adapted op is expanded before anything runs")  # pragma: no cover
 
 
 SITE_CALLS = SITE_OPS | {adapted}
-"""The ops that are a call of a site, adapted or not; the last argument of each is the site's path."""
+"""The ops that call a site, adapted or not; the last operand of each is the site's path."""
 
 
 def site_of(node: fx.Node) -> str:
-    """Module path of the site that ``node``, a call of one of ``CALLS``, stands for."""
+    """Return the path of the site that a node calls."""
     return str(node.args[-1])
 
 
-def operands_of(node: fx.Node) -> tuple[Any, ...]:
-    """What the host's layer is called with: the arguments of a call of one of ``OPS``, without the site's path."""
+def operands_of(node: fx.Node) -> Operands:
+    """Return the operands of the model's layer: those of a site's op without the path."""
     return node.args[:-1]
 
 
-def _lower_conv(args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    return _CONVOLUTIONS[args[1].meta["val"].dim()], args[:7]
-
-
-_LOWERINGS: dict[Any, Callable[[tuple[Any, ...]], tuple[Any, tuple[Any, ...]]]] = {
-    linear._opoverload: lambda args: (aten.linear.default, args[:3]),
-    embedding._opoverload: lambda args: (aten.embedding.default, (args[1], args[0], args[2])),
-    conv._opoverload: _lower_conv,
-    block._opoverload: lambda args: (aten.clone.default, (args[1],)),
-}
-
-
 def lower_sites(module: fx.GraphModule) -> bool:
-    """Turn every site's op into the aten op it stands for, in place; say whether anything changed.
+    """Replace each site's op by its aten op, in place; return whether anything changed.
 
-    Nodes keep their identity, name and meta, so an ExportedProgram's signature stays valid. The module's code does not
-    follow its graph: it takes long to write, and programs are read and run node by node.
+    Nodes keep their identity, name and meta, so that an ExportedProgram's signature stays valid. The module's code is
+    not updated: generating it takes long, and programs are read and run node by node.
     """
     changed = False
     for node in module.graph.nodes:
-        if node.op == "call_function" and (lowering := _LOWERINGS.get(node.target)) is not None:
-            node.target, node.args = lowering(node.args)
+        if node.op == "call_function" and (lower := _LOWERINGS.get(node.target)) is not None:
+            node.target, node.args = lower(node.args)
             changed = True
     if changed:
         module.graph.lint()
     return changed
 
 
-def make_call_key(op: Any, given: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Equal for calls whose values are described alike: tensors by dtype, device, sizes and strides.
+def make_call_key(op: Any, operands: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return a key that is equal for calls on tensors of equal dtypes, devices, sizes and strides.
 
     Args:
-        op: what is called.
-        given, named: what it is called with; tensors without values. A string that an op of lorac's own is given names
-            a module, which changes nothing that is computed.
+        op: the op.
+        operands, named: the call; tensors need no values. A string in a call of one of lorac's ops names a module, and
+            does not count.
     """
-    own = getattr(op, "namespace", None) == "lorac"
-    told = [value for value in given if not (own and isinstance(value, str))]
-    return (op, _described(told), *named.items())
+    ours = getattr(op, "namespace", None) == "lorac"
+    return (op, _make_key([value for value in operands if not (ours and isinstance(value, str))]), *named.items())
 
 
-def _described(value: Any) -> Any:
+def _make_key(value: Any) -> tuple[Any, ...]:
     if isinstance(value, Tensor):
-        return (value.dtype, value.device, *map(_described, (value.shape, value.stride())))
+        return (value.dtype, value.device, *map(_make_key, (value.shape, value.stride())))
     if isinstance(value, list | tuple):
-        return tuple(map(_described, value))
+        return tuple(map(_make_key, value))
     return (value.node.expr,) if isinstance(value, torch.SymInt) else (type(value), value)

@@ -1,4 +1,4 @@
-"""What a pass is, and what it says about what it did."""
+"""The base class of passes, and the result of one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lorac.ir.graph.graph import Graph, Level
 
 @dataclass(frozen=True)
 class Skip:
-    """Something a pass left as it was.
+    """Something that a pass did not change.
 
     Attributes:
-        where: a site's path, a node's name, or the graph's where all of it was left.
-        why: the reason, to be read after "left alone: ".
+        where: a site's path, a node's name, or the graph's name for all of it.
+        why: the reason, as it reads after "left alone: ".
     """
 
     where: str
@@ -24,12 +24,12 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did to a graph.
+    """The result of one pass.
 
     Attributes:
-        changed: whether the graph is another than before.
-        skipped: what the pass is for, but left as it was.
-        notes: what a caller of the program should know about it, each in a sentence.
+        changed: whether the pass changed the graph.
+        skipped: what the pass could have changed, and did not.
+        notes: sentences for whoever calls the program.
     """
 
     changed: bool
@@ -41,13 +41,13 @@ class PassResult:
 class Pass(ABC):
     """One rewrite of a graph; its options are the dataclass's fields.
 
-    A pass that stays on its level may run twice: the second run changes nothing and says so. One that leaves its level
-    runs once, since the graph is no longer at the level it reads.
+    A pass that keeps its level may run twice: the second run changes nothing and reports that. A pass that leaves its
+    level runs once, since the graph is no longer at the level that it reads.
 
     Attributes:
-        name: what pipelines, dumps and messages call it.
-        reads: the level of the graphs it takes. The runner (``lorac.passes.pipelines``) sees to it.
-        leaves: the level it brings them to. The runner sets it, so that a pass cannot claim one and leave another.
+        name: in pipelines, dumps and messages.
+        reads: the level of the graphs that it takes, checked by the runner (``lorac.passes.pipelines``).
+        leaves: the level to which it brings them, set by the runner.
     """
 
     name: ClassVar[str]
@@ -56,4 +56,4 @@ class Pass(ABC):
 
     @abstractmethod
     def apply(self, graph: Graph) -> PassResult:
-        """Edit a graph of level ``reads`` in place; ``level`` itself is the runner's to set."""
+        """Edit a graph of level ``reads`` in place, but for its ``level``."""

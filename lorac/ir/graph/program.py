@@ -1,4 +1,4 @@
-"""Program: what is compiled. Named graphs with their call signatures, over one set of weights, sites and slots."""
+"""Program: the named graphs that are compiled together, over one set of weights, sites and slots."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Program:
     """One or more graphs that are swapped together.
 
     Attributes:
-        graphs: name -> graph; of a single model ``"main"``, and of its encoder, where that is run apart, another.
+        graphs: name -> graph: ``"main"`` for a single model, and another name for its encoder if that runs by itself.
     """
 
     graphs: Mapping[str, Graph]
 
     @property
     def slots(self) -> dict[str, SlotInput]:
-        """The slot inputs of all graphs by public name.
+        """Slot inputs of all graphs by public name.
 
         A site that two graphs call, such as a shared embedding, has the same slots in both.
         """

@@ -17,17 +17,17 @@ _SYMBOL = re.compile(r"[su]\d+")
 
 
 def rename_symbols(text: str, names: Mapping[str, str]) -> str:
-    """A size as text, such as ``2*s77``, with its symbols replaced by their names."""
+    """Replace the symbols in a size as text, such as ``2*s77``, by their names."""
     return _SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
 
 
 def set_types(graph: Graph) -> None:
     """Describe dtypes and sizes of a graph's inputs and outputs in its interface."""
     inputs, outputs = graph.interface.inputs, graph.interface.outputs
-    given = {node.name: node for node in graph.placeholders() if node.name in inputs}
-    answered: Any = graph.fx.output_node().args[0]
-    named = zip(outputs, list(answered)[-len(outputs) :], strict=True) if outputs else ()
-    nodes = {**given, **{name: node for name, node in named if isinstance(node, torch.fx.Node)}}
+    placeholders = {node.name: node for node in graph.placeholders() if node.name in inputs}
+    results: Any = graph.fx.output_node().args[0]
+    named = zip(outputs, list(results)[-len(outputs) :], strict=True) if outputs else ()
+    nodes = {**placeholders, **{name: node for name, node in named if isinstance(node, torch.fx.Node)}}
     values = {name: node.meta.get("val") for name, node in nodes.items()}
     types = {name: _describe_type(value, graph.axes) for name, value in values.items() if isinstance(value, Tensor)}
     graph.interface = replace(graph.interface, types=types)
@@ -39,8 +39,8 @@ def _describe_type(value: Tensor, names: Mapping[str, str]) -> str:
 
 
 def constant_size(size: int | torch.SymInt) -> int | None:
-    """A size of a traced value that does not vary; None where it does.
+    """Return a size of a traced value that does not vary; None for one that varies.
 
-    torch keeps the symbol of an axis that was to vary and that the trace fixed, as one that stands for a number.
+    torch keeps the symbol of an axis that the trace fixed, and lets it stand for a number.
     """
     return size if isinstance(size, int) else size.node.maybe_as_int()

@@ -1,4 +1,4 @@
-"""The verifier: the rules of each level, checked between all passes."""
+"""The verifier, which checks the rules of each level between all passes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def verify(graph: Graph, after: str) -> None:
         after: the pass that ran last, for the message.
 
     Raises:
-        CompileError: what rule is broken, at which node, after which pass.
+        CompileError: naming the rule, the node and the pass.
     """
-    _known_operands(graph, after)
+    _check_order(graph, after)
     for node in graph.find(*_FORBIDDEN[graph.level]):
         raise _failed(after, node, f"{node.target} does not belong at level {graph.level.name.lower()}")
     for node in graph.fx.nodes:
         if node.op == "call_function" and "val" not in node.meta:
             raise _failed(after, node, "has no type")
-    _slots(graph, after)
-    _no_writes(graph, after)
+    _check_slots(graph, after)
+    _check_writes(graph, after)
 
 
-def _known_operands(graph: Graph, after: str) -> None:
+def _check_order(graph: Graph, after: str) -> None:
     seen: set[fx.Node] = set()
     for node in graph.fx.nodes:
         unknown = next((operand for operand in node.all_input_nodes if operand not in seen), None)
@@ -45,22 +45,22 @@ def _known_operands(graph: Graph, after: str) -> None:
         seen.add(node)
 
 
-def _slots(graph: Graph, after: str) -> None:
-    """Every slot is an input of the graph, and something of what it feeds reaches an output (invariant 8)."""
+def _check_slots(graph: Graph, after: str) -> None:
+    """Check that every slot is an input of the graph, and that an output depends on it (invariant 8)."""
     placeholders = {node.name: node for node in graph.placeholders()}
     live = graph.reaching_outputs()
     for slot in graph.slots.values():
         node = placeholders.get(slot.node)
         if node is None:
             raise CompileError(
-                f"after '{after}': slot '{slot.name}' is no input of the graph any more", code="verification_failed"
+                f"after '{after}': slot '{slot.name}' is not an input of the graph any more", code="verification_failed"
             )
         if node not in live:
             raise _failed(after, node, f"slot '{slot.name}' reaches no output")
 
 
-def _no_writes(graph: Graph, after: str) -> None:
-    """Base weights are read-only: no op may write to a parameter."""
+def _check_writes(graph: Graph, after: str) -> None:
+    """Check that no op writes to a parameter, since base weights are read-only."""
     parameters = set(graph.exported.graph_signature.inputs_to_parameters)
     for node in graph.fx.nodes:
         written = next((value for value in find_written_operands(node) if value.name in parameters), None)

@@ -85,7 +85,7 @@ def test_a_slot_that_is_no_input_any_more() -> None:
     node = graph.node(slot.node)
     node.replace_all_uses_with(_parameter(graph))
     graph.fx.erase_node(node)
-    _refused(graph, name, "is no input of the graph any more")
+    _refused(graph, name, "is not an input of the graph any more")
 
 
 def test_a_slot_that_nothing_reads() -> None:
