@@ -58,7 +58,7 @@ def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Any:
 
 
 def parse_object(text: bytes | str, refuse: Callable[[str], LoracError]) -> dict[str, Any]:
-    """A JSON object; otherwise as ``parse_json``.
+    """Parse a JSON object (``parse_json``).
 
     Raises:
         LoracError: ``refuse``'s, also where it is no object.
