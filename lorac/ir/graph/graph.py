@@ -113,8 +113,6 @@ class Graph:
         """Add extra outputs behind the present ones, by name."""
         from lorac.ir.graph.edit import add_outputs  # it imports sympy, which a process that only loads never needs
 
-        from lorac.ir.graph.edit import add_outputs  # it imports torch's compiler, which no loaded program needs
-
         add_outputs(self.exported, nodes)
         self.interface = self.interface.with_outputs(nodes)
 
