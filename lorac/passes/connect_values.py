@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from lorac.errors import SiteError
-from lorac.frontend.capture.attention_interface import list_derived_arguments
+from lorac.frontend.capture.decoder_families import find_sequence
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import VALUE_PREFIX, AdaptedCall, add_operands, select_attention
-from lorac.ir.graph.attention_ops import find_token_input
 from lorac.ir.graph.edit import inline, insert_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult, Skip
@@ -135,11 +134,11 @@ class _ValueSources:
     def _make_mask(self, argument: str) -> fx.Node | None:
         """Make the mask of a growing sequence, which was captured without one: no token is padding."""
         inputs = {node.name: node for node in self.graph.placeholders()}
-        text = find_token_input(inputs)
-        if argument != list_derived_arguments(text)[0] or isinstance(select_attention(self.graph), FullAttention):
+        sequence = find_sequence(inputs)
+        if argument != sequence.mask or isinstance(select_attention(self.graph), FullAttention):
             return None
         first = next(node for node in self.graph.fx.nodes if node.op != "placeholder")
-        return insert_call(self.graph.exported, first, torch.ops.aten.ones_like.default, inputs[text])
+        return insert_call(self.graph.exported, first, torch.ops.aten.ones_like.default, inputs[sequence.ids])
 
 
 def _input_of(call: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from lorac.errors import Unavailable
-from lorac.frontend.capture.position_ids import is_token_numbering
+from lorac.frontend.capture.decoder_families import is_token_numbering
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import copy_provenance, insert_call
 from lorac.ir.graph.graph import Graph

@@ -146,7 +146,7 @@ def test_a_program_goes_the_examples_way_and_refuses_calls_that_go_another(maske
     host, adapter = Deciding().eval(), lorac.LoRA(r=2, targets=["linear"])
     way = {False: torch.ones(3, 5), True: torch.ones(3, 5).tril()}
     call = {"x": X[:, :5], "mask": way[masked][:2]}
-    with pytest.warns(lorac.LoracWarning, match=r"goes the example's way and refuses .*: if mask\.bool\(\)\.all\(\)"):
+    with pytest.warns(lorac.LoracWarning, match=r"takes the example's branches, at .*: if mask\.bool\(\)\.all\(\)"):
         compiled = lorac.compile(host, {"a": adapter}, target="onnxruntime", example_inputs=call, active=None)
     x = torch.randn(3, 5, 6)
     assert_close(compiled(x, way[masked]), host(x, way[masked]).detach())

@@ -1,1 +1,1 @@
-"""From a host to a graph: its sites marked, its attention marked where it is to keep a cache, one trace."""
+"""From a host to a graph: its sites and its attention become ops, and one trace records them."""

@@ -1,8 +1,8 @@
-"""A model with an encoder becomes two graphs: what depends on the encoder's inputs alone, and what reads the text.
+"""A model with an encoder becomes two graphs: one that depends on the encoder's inputs alone, and the decoder.
 
-The first is run once for a text: it makes what the second reads of it for every token, the keys and values of the
-attentions to what was encoded above all. Both are copies of one capture: what belongs to neither, such as constants,
-each computes for itself.
+The first runs once per sequence. It computes what the second reads for every token, above all the keys and values of
+its cross-attentions. Both are copies of one capture; nodes that belong to neither, such as constants, are computed in
+both.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from lorac.errors import Unavailable
-from lorac.ir.graph import attention_ops as attending
-from lorac.ir.graph import ops
+from lorac.ir.graph import attention_ops, ops
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name, find_token_input
 from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_call, set_outputs
 from lorac.ir.graph.graph import Graph
@@ -32,40 +31,40 @@ _ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.
 
 
 def drop_zero_biases(graph: fx.Graph) -> None:
-    """Biases of attentions that are zeros throughout are none, in place."""
+    """Remove biases of attentions that are zeros throughout, in place."""
     for node in graph.nodes:
-        bias = node.args[3] if node.target is attending.ATTENTION else None
+        bias = node.args[3] if node.target is attention_ops.ATTENTION else None
         if isinstance(bias, fx.Node) and bias.target in _ZEROS:
             node.update_arg(3, None)
 
 
 def check_attention_cacheable(program: ExportedProgram, host: str) -> None:
-    """Refuse attention of a text that no cache can stand for.
+    """Refuse attention that no cache can stand for.
 
     Args:
         program: as captured.
-        host: what its model is called.
+        host: class name of its model.
 
     Raises:
         Unavailable: naming the module.
     """
-    sides = _GraphHalves.of(program)
+    halves = _GraphHalves.of(program)
     for node in program.graph.nodes:
-        if node.target is not attending.ATTENTION:
+        if node.target is not attention_ops.ATTENTION:
             continue
-        why = sides.unfit(node)
-        if why is not None:
-            raise Unavailable(f"{host} keeps no cache: '{node.args[-1]}' {why}", next_step=WITHOUT_CACHE)
+        problem = halves.find_problem(node)
+        if problem is not None:
+            raise Unavailable(f"{host} keeps no cache: '{node.args[-1]}' {problem}", next_step=WITHOUT_CACHE)
 
 
 @dataclass(frozen=True)
 class _GraphHalves:
-    """Which values depend on the text that grows, and which on an encoder's inputs alone.
+    """The nodes that depend on the growing sequence, and those that depend on an encoder's inputs alone.
 
     Attributes:
-        text: nodes that depend on the text.
-        encoded: nodes that depend on other inputs, and not on the text.
-        ids: the text.
+        text: nodes that depend on the sequence.
+        encoded: nodes that depend on other inputs, and not on the sequence.
+        ids: the input with the sequence's token ids.
     """
 
     text: frozenset[fx.Node]
@@ -75,20 +74,20 @@ class _GraphHalves:
     @classmethod
     def of(cls, program: ExportedProgram) -> _GraphHalves:
         nodes = list(program.graph.nodes)
-        given = _inputs(program)
+        given = _user_inputs(program)
         ids = given[find_token_input(given)]
-        text = _fed(nodes, [ids, *(node for name, node in given.items() if name == LOGITS_TO_KEEP)])
-        others = _fed(nodes, [node for node in given.values() if node not in text])
+        text = _find_dependents(nodes, [ids, *(node for name, node in given.items() if name == LOGITS_TO_KEEP)])
+        others = _find_dependents(nodes, [node for node in given.values() if node not in text])
         return cls(frozenset(text), frozenset(others - text), ids)
 
     def crossing(self) -> list[fx.Node]:
-        """What the text's side reads of the other, in order."""
+        """Return the encoder's values that the decoder reads, in order."""
         read = (operand for node in self.text for operand in node.all_input_nodes if operand in self.encoded)
         found = {operand for operand in read if isinstance(operand.meta.get("val"), torch.Tensor)}
         return [node for node in self.ids.graph.nodes if node in found]
 
-    def unfit(self, node: fx.Node) -> str | None:
-        """Why no cache can stand for an attention; None where one can."""
+    def find_problem(self, node: fx.Node) -> str | None:
+        """Return why no cache can stand for an attention; None where one can."""
         operands: Any = node.args
         _, key, value, _, seen, _, _, causal, *_ = operands
         if node in self.encoded:
@@ -102,14 +101,16 @@ class _GraphHalves:
         return None if causal else "sees what comes later"
 
 
-def _inputs(program: ExportedProgram) -> dict[str, fx.Node]:
-    """The inputs that a program is called with."""
-    own = {getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
-    return {node.name: node for node in program.graph.nodes if node.op == "placeholder" and node.name in own}
+def _user_inputs(program: ExportedProgram) -> dict[str, fx.Node]:
+    """Return the inputs that a program is called with."""
+    own_names = {
+        getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
+    }
+    return {node.name: node for node in program.graph.nodes if node.op == "placeholder" and node.name in own_names}
 
 
-def _fed(nodes: Iterable[fx.Node], first: Sequence[fx.Node]) -> set[fx.Node]:
-    """What is computed of some values; a size of one is none of them."""
+def _find_dependents(nodes: Iterable[fx.Node], first: Sequence[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that are computed from some values; sizes of the values do not count."""
     found = set(first)
     for node in nodes:
         sized = isinstance(node.meta.get("val"), torch.SymInt | int)
@@ -120,142 +121,146 @@ def _fed(nodes: Iterable[fx.Node], first: Sequence[fx.Node]) -> set[fx.Node]:
 
 # ── Two graphs of one ────────────────────────────────────────────────────────────────────────────────────────────────
 def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
-    """The graph of a decoder under the name of both, and that of its encoder; the graph alone where there is none.
+    """Split a graph with an encoder into the decoder's graph, which keeps the name, and the encoder's.
 
     Args:
-        graph: at level host; left as it was where it becomes two.
-        encoder: the name of the second.
+        graph: at level host; left unchanged if it is split.
+        encoder: name of the encoder's graph.
+
+    Returns:
+        The decoder's graph and the encoder's; a graph without an encoder alone.
 
     Raises:
-        Unavailable: the decoder reads nothing that was encoded, what is no matter of rows, or sizes it is not told.
+        Unavailable: the decoder reads nothing of its encoder, values of all rows at once, or sizes that no input has.
     """
-    sides = _GraphHalves.of(graph.exported)
-    if not sides.encoded:
+    halves = _GraphHalves.of(graph.exported)
+    if not halves.encoded:
         return (graph,)
-    crossing = {node.name: name for node, name in _named(sides).items()}
-    rows = str(sides.ids.meta["val"].shape[0])
-    by_row = [node.meta["val"].dim() and str(node.meta["val"].shape[0]) == rows for node in sides.crossing()]
+    crossing = {node.name: name for node, name in _name_crossing(halves).items()}
+    rows = str(halves.ids.meta["val"].shape[0])
+    by_row = [node.meta["val"].dim() and str(node.meta["val"].shape[0]) == rows for node in halves.crossing()]
     if not crossing or not all(by_row):
         what = "something of all rows at once" if crossing else "nothing"
         raise Unavailable(f"the decoder of graph '{graph.name}' reads {what} of its encoder", next_step=WITHOUT_CACHE)
-    first, second = _decoder(graph, sides, crossing), _encoder(graph, sides, crossing)
-    own = [_own_sites(graph.sites, half.exported) for half in (second, first)]
-    second.plans, first.plans = _divided(graph.plans, *own)
-    second.sites, first.sites = _divided(graph.sites, *own)
+    first, second = _decoder(graph, halves, crossing), _encoder(graph, halves, crossing)
+    paths = [_find_own_sites(graph.sites, half.exported) for half in (second, first)]
+    second.plans, first.plans = _divide(graph.plans, *paths)
+    second.sites, first.sites = _divide(graph.sites, *paths)
     second.name = encoder
     return first, second
 
 
-def _named(sides: _GraphHalves) -> dict[fx.Node, str]:
-    """What crosses, and what it is called: keys and values by their layer, the rest by what it is."""
+def _name_crossing(halves: _GraphHalves) -> dict[fx.Node, str]:
+    """Return the values that cross with their names: keys and values by layer, others by node."""
     names: dict[fx.Node, str] = {}
-    attentions = (node for node in sides.ids.graph.nodes if node in sides.text and node.target is attending.ATTENTION)
-    crossing, layer = sides.crossing(), 0
+    nodes = (node for node in halves.ids.graph.nodes if node in halves.text)
+    attentions = (node for node in nodes if node.target is attention_ops.ATTENTION)
+    crossing, layer = halves.crossing(), 0
     for node in attentions:
-        own: Any = {"key": node.args[1], "value": node.args[2], "mask": node.args[4]}
-        found = {what: value for what, value in own.items() if value in crossing and value not in names}
+        operands: Any = {"key": node.args[1], "value": node.args[2], "mask": node.args[4]}
+        found = {what: value for what, value in operands.items() if value in crossing and value not in names}
         names |= {value: encoder_output_name(f"{layer}.{what}") for what, value in found.items()}
-        layer += own["key"] in crossing
+        layer += operands["key"] in crossing
     return {node: names.get(node) or encoder_output_name(node.name) for node in crossing}
 
 
-def _encoder(graph: Graph, sides: _GraphHalves, crossing: Mapping[str, str]) -> Graph:
-    """The half that is run once. It answers what the host does of it too."""
-    made, nodes = _copy(graph)
-    answered, _ = _answers(graph, sides)
-    own = {name: nodes[node.name] for node, name in answered if node in sides.encoded}
-    set_outputs(made.exported, own | {name: nodes[node] for node, name in crossing.items()})
-    made.longest = None
-    made.interface = dataclasses.replace(made.interface, constants={}, rows=None, notes=())
-    signature = made.exported.module_call_graph[0].signature
+def _encoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) -> Graph:
+    """Return the half that runs once. It also returns the parts of the host's output that it computes."""
+    half, nodes = _copy(graph)
+    outputs, _ = _list_outputs(graph, halves)
+    own_outputs = {name: nodes[node.name] for node, name in outputs if node in halves.encoded}
+    set_outputs(half.exported, own_outputs | {name: nodes[node] for node, name in crossing.items()})
+    half.longest = None
+    half.interface = dataclasses.replace(half.interface, constants={}, rows=None, notes=())
+    signature = half.exported.module_call_graph[0].signature
     assert signature is not None
-    return _cleared(made, {node.name for node in sides.text}, OutputStructure(signature.out_spec))
+    return _remove_other_half(half, {node.name for node in halves.text}, OutputStructure(signature.out_spec))
 
 
-def _decoder(graph: Graph, sides: _GraphHalves, crossing: Mapping[str, str]) -> Graph:
-    """The half that reads the text. What crosses is an input."""
-    made, nodes = _copy(graph)
-    answered, structure = _answers(graph, sides)
-    set_outputs(made.exported, {name: nodes[node.name] for node, name in answered if node not in sides.encoded})
+def _decoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) -> Graph:
+    """Return the half that reads the sequence. The values that cross are its inputs."""
+    half, nodes = _copy(graph)
+    outputs, structure = _list_outputs(graph, halves)
+    set_outputs(half.exported, {name: nodes[node.name] for node, name in outputs if node not in halves.encoded})
     values = {name: nodes[node].meta["val"] for node, name in crossing.items()}
-    memory = add_inputs(made.exported, {name: (value.shape, value.dtype) for name, value in values.items()})
-    made.cache_inputs = {name: node.name for name, node in memory.items()}
+    encoder_outputs = add_inputs(half.exported, {name: (value.shape, value.dtype) for name, value in values.items()})
+    half.cache_inputs = {name: node.name for name, node in encoder_outputs.items()}
     for node, name in crossing.items():
-        nodes[node].replace_all_uses_with(memory[name])
-    return _cleared(made, {node.name for node in sides.encoded}, structure)
+        nodes[node].replace_all_uses_with(encoder_outputs[name])
+    return _remove_other_half(half, {node.name for node in halves.encoded}, structure)
 
 
 def _copy(graph: Graph) -> tuple[Graph, dict[str, fx.Node]]:
-    """A graph to be edited apart from another, and its nodes by name."""
+    """Return a copy of a graph that can be edited, and its nodes by name."""
     program = copy_program(graph.exported)
-    made = dataclasses.replace(graph, exported=program, slots={}, projections={}, axes=dict(graph.axes))
-    return made, {node.name: node for node in program.graph.nodes}
+    half = dataclasses.replace(graph, exported=program, slots={}, projections={}, axes=dict(graph.axes))
+    return half, {node.name: node for node in program.graph.nodes}
 
 
-def _answers(graph: Graph, sides: _GraphHalves) -> tuple[list[tuple[fx.Node, str]], OutputStructure]:
-    """What the host answers, each with its name; and the structure of it in which the encoder's is left open."""
+def _list_outputs(graph: Graph, halves: _GraphHalves) -> tuple[list[tuple[fx.Node, str]], OutputStructure]:
+    """Return the host's output tensors with their names, and its output structure with the encoder's part left open."""
     structure = graph.interface.structure
     assert structure is not None
     leaves = [leaf for leaf in range(structure.spec.num_leaves) if leaf not in structure.constants]
-    names = name_outputs(structure.spec, _inputs(graph.exported))
+    names = name_outputs(structure.spec, _user_inputs(graph.exported))
     output: Any = next(iter(reversed(graph.fx.nodes))).args[0]
-    answered = dict(zip(leaves, output, strict=True))
-    elsewhere = dict.fromkeys(leaf for leaf, node in answered.items() if node in sides.encoded)
+    outputs = dict(zip(leaves, output, strict=True))
+    elsewhere = dict.fromkeys(leaf for leaf, node in outputs.items() if node in halves.encoded)
     return (
-        [(node, names[leaf]) for leaf, node in answered.items()],
+        [(node, names[leaf]) for leaf, node in outputs.items()],
         dataclasses.replace(structure, constants={**structure.constants, **elsewhere}),
     )
 
 
-def _cleared(graph: Graph, other: Collection[str], structure: OutputStructure) -> Graph:
-    """A half without the other's nodes; sizes that were read there are read of inputs that are left."""
-    program, inputs = graph.exported, _inputs(graph.exported)
+def _remove_other_half(graph: Graph, other: Collection[str], structure: OutputStructure) -> Graph:
+    """Remove the other half's nodes; sizes that were read there are read from the remaining inputs."""
+    program, inputs = graph.exported, _user_inputs(graph.exported)
     left = [node for name, node in inputs.items() if name not in other]
-    _erase(program, other)
+    _erase_unused(program, other)
     for node in list(program.graph.nodes):
         operands: Any = node.args
         if node.target is aten.sym_size.int and operands[0].name in other:
-            node.replace_all_uses_with(_size(graph, node, left))
-    _erase(program, other)
+            node.replace_all_uses_with(_read_size(graph, node, left))
+    _erase_unused(program, other)
     drop_inputs(program, {name for name in inputs if name in other})
-    graph.interface = graph.interface.restrict(_inputs(program), structure)
+    graph.interface = graph.interface.restrict(_user_inputs(program), structure)
     return graph
 
 
-def _erase(program: ExportedProgram, other: Collection[str]) -> None:
-    """Take out nodes that nothing reads, and checks of the other half or of dtypes, which no half changes."""
+def _erase_unused(program: ExportedProgram, other: Collection[str]) -> None:
+    """Remove unused nodes of the other half, and checks of dtypes, which hold in both halves."""
     for node in reversed(list(program.graph.nodes)):
-        idle = node.op == "call_function" and not node.users
-        if idle and (node.name in other or node.target in {aten.sym_size.int, aten._assert_tensor_metadata.default}):
+        unused = node.op == "call_function" and not node.users
+        if unused and (node.name in other or node.target in {aten.sym_size.int, aten._assert_tensor_metadata.default}):
             program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
 
 
-def _size(graph: Graph, node: fx.Node, left: Sequence[fx.Node]) -> Any:
-    """A size that varies, read of an input."""
+def _read_size(graph: Graph, node: fx.Node, left: Sequence[fx.Node]) -> Any:
+    """Return a size that varies, read from an input."""
     program, size = graph.exported, str(node.meta["val"])
     if size.isdecimal():
         return int(size)
     first = next(n for n in program.graph.nodes if n.op != "placeholder")
-    for held in left:
-        axes = [axis for axis, own in enumerate(held.meta["val"].shape) if str(own) == size]
+    for source in left:
+        axes = [axis for axis, axis_size in enumerate(source.meta["val"].shape) if str(axis_size) == size]
         if axes:
-            return insert_call(program, first, aten.sym_size.int, held, axes[0])
+            return insert_call(program, first, aten.sym_size.int, source, axes[0])
     raise Unavailable(
         f"the two halves of graph '{graph.name}' share a size that neither is told: {graph.axes.get(size, size)}",
         next_step=WITHOUT_CACHE,
     )
 
 
-def _divided(whole: Mapping[str, T], encoder: Collection[str], decoder: Collection[str]) -> tuple[dict[str, T], ...]:
-    """What is told of sites, for each half's own; of those that are nobody's, for the decoder's if it has any."""
-    first, second = ({path: whole[path] for path in whole if path in own} for own in (encoder, decoder))
-    idle = {path: told for path, told in whole.items() if path not in encoder and path not in decoder}
-    return (first, second | idle) if second or not first else (first | idle, second)
+def _divide(whole: Mapping[str, T], encoder: Collection[str], decoder: Collection[str]) -> tuple[dict[str, T], ...]:
+    """Divide a mapping by site between the halves; entries of sites in neither go to the decoder if it has any."""
+    first, second = ({path: whole[path] for path in whole if path in paths} for paths in (encoder, decoder))
+    unowned = {path: value for path, value in whole.items() if path not in encoder and path not in decoder}
+    return (first, second | unowned) if second or not first else (first | unowned, second)
 
 
-def _own_sites(sites: Mapping[str, Site], program: ExportedProgram) -> set[str]:
-    """Paths of the sites that a program calls, or whose weights it reads itself."""
+def _find_own_sites(sites: Mapping[str, Site], program: ExportedProgram) -> set[str]:
+    """Return the paths of the sites that a program calls, or whose weights it reads directly."""
     stored = {getattr(s.arg, "name", ""): str(s.target) for s in program.graph_signature.input_specs}
     called = {ops.site_of(node) for node in program.graph.nodes if node.target in ops.SITE_CALLS}
     read = {stored[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.users}

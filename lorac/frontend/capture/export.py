@@ -1,8 +1,8 @@
 """Capture: a host model becomes an ExportedProgram in which every call of a site is one ``lorac`` node.
 
-The host is never touched. ``structural_copy`` makes a second tree of modules over the same storage; ``mark`` gives the
-sites of that copy a forward that calls the site's op; ``export`` traces it. Hugging Face models go through
-``transformers.exporters``, which patches what does not trace, all others through ``torch.export`` directly.
+The host is never touched. ``copy_structure`` makes a second tree of modules over the same storage; ``mark_sites`` gives
+its sites a forward that calls their op; torch.export traces it. Hugging Face models go through
+``transformers.exporters``, which patches code that does not trace, all others through ``torch.export`` directly.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureError
-from lorac.frontend.call_arguments import CallArguments
 from lorac.frontend.call_binding import Inputs, bind_by_name
 from lorac.frontend.capture.attention_interface import (
     capture_attention,
     check_attention_captured,
     derive_decoder_arguments,
-    freeze_dynamic_rotary,
-    get_longest_sequence,
     make_decoder_inputs,
     make_decoder_shapes,
 )
+from lorac.frontend.capture.call_arguments import CallArguments
+from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_longest_sequence
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, drop_zero_biases
 from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
@@ -40,13 +39,13 @@ from lorac.frontend.capture.position_ids import make_positions_per_row
 from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
 from lorac.frontend.capture.site_ops import mark_sites
 from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
+from lorac.frontend.capture.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.dynamic_shapes import make_dynamic_shapes, repeat_unit_axes, repeat_unit_axes_of_inputs
 from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.hugging_face import TRACE_CONFIG, is_hugging_face, set_config_fields
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
-from lorac.frontend.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.edit import has_site_checks, keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
@@ -69,18 +68,20 @@ def export_model(
     blocks: Collection[str] = (),
     prefix: str = "",
 ) -> ExportedProgram:
-    """Capture ``model`` in eval mode, each call of a site one ``lorac`` node whose last argument is the site's path.
+    """Capture a model in eval mode as an exported program.
+
+    Each call of a site is one ``lorac`` node, whose last argument is the site's path.
 
     Args:
-        model: the host; left as it was.
-        example_inputs: what forward is called with; None makes them (``default_inputs``).
-        dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for text.
-        blocks: paths of modules whose exits are marked too.
-        prefix: what the paths of its modules and tensors begin with, where it is one component of several.
+        model: the host; left unchanged.
+        example_inputs: the inputs that forward is called with; None makes them (``make_example_inputs``).
+        dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for sequences.
+        blocks: paths of modules whose exits become ops too.
+        prefix: prefix of the paths of modules and tensors, where the model is one component of several.
 
     Raises:
         ExampleInputsNeeded: there are no inputs and none can be made.
-        CaptureError: the model does not trace; the message names the line that does not.
+        CaptureError: the model does not trace; the message names the line.
     """
     return _export_guarded(model, example_inputs, dynamic_shapes, blocks, prefix)[0]
 
@@ -93,12 +94,12 @@ def _export_guarded(
     prefix: str,
     grows: bool = False,
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
-    """As ``export``, with what the trace takes for granted and where, and what it was given."""
-    given = make_example_inputs(model) if example_inputs is None else example_inputs
+    """Capture a model as ``export_model`` does; also return the guards of the trace and the arguments of the call."""
+    example = make_example_inputs(model) if example_inputs is None else example_inputs
     failures: list[CaptureError] = []
-    for arguments in CallArguments.of(model, _named(model, given)).ways(model):
+    for arguments in CallArguments.of(model, _bind_inputs(model, example)).iter_alternatives(model):
         try:
-            return _export_arguments(arguments, model, given, dynamic_shapes, blocks, prefix, grows)
+            return _export_arguments(arguments, model, example, dynamic_shapes, blocks, prefix, grows)
         except CaptureError as error:
             failures.append(error)
         if not isinstance(failures[-1].__cause__, _ValuesNeeded):
@@ -109,15 +110,15 @@ def _export_guarded(
 def _export_arguments(
     arguments: CallArguments,
     model: nn.Module,
-    given: Any,
+    example: Any,
     dynamic_shapes: Any,
     blocks: Collection[str],
     prefix: str,
     grows: bool,
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
-    named = bool(arguments.fixed) or isinstance(given, Mapping) or is_hugging_face(model)
-    inputs = arguments.inputs if named else given
-    with isolate_tracing(model), _no_cache_of_shapes(), contextlib.ExitStack() as stack:
+    named = bool(arguments.fixed) or isinstance(example, Mapping) or is_hugging_face(model)
+    inputs = arguments.inputs if named else example
+    with isolate_tracing(model), _disable_shape_cache(), contextlib.ExitStack() as stack:
         host = _make_marked_copy(model, blocks, prefix, arguments)
         if grows:
             host.forward = derive_decoder_arguments(host.forward)
@@ -127,7 +128,10 @@ def _export_arguments(
             attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
         else:
             attempts = [
-                (repeat_unit_axes_of_inputs(model, inputs, dynamic_shapes), _without(model, dynamic_shapes, arguments))
+                (
+                    repeat_unit_axes_of_inputs(model, inputs, dynamic_shapes),
+                    _without_constants(model, dynamic_shapes, arguments),
+                )
             ]
         program, guards = _first_trace(host, attempts)
     expand_repeated_layers(program, prefix)
@@ -145,9 +149,9 @@ def _export_arguments(
     return qualify_names(program, prefix), guards, arguments
 
 
-def _named(model: nn.Module, given: Any) -> dict[str, Any]:
+def _bind_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
     try:
-        return bind_by_name(model, given)
+        return bind_by_name(model, example)
     except TypeError as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be called with its example inputs: {error}",
@@ -156,8 +160,8 @@ def _named(model: nn.Module, given: Any) -> dict[str, Any]:
         ) from error
 
 
-def _without(model: nn.Module, dynamic_shapes: Any, arguments: CallArguments) -> Any:
-    """Dynamic shapes, in order or by name, without those of constants."""
+def _without_constants(model: nn.Module, dynamic_shapes: Any, arguments: CallArguments) -> Any:
+    """Return dynamic shapes, in order or by name, without those of constants."""
     if not arguments.fixed:
         return dynamic_shapes
     shapes = bind_by_name(model, dynamic_shapes)
@@ -165,7 +169,7 @@ def _without(model: nn.Module, dynamic_shapes: Any, arguments: CallArguments) ->
 
 
 def _refuse_objects(program: ExportedProgram) -> None:
-    """A program may hold tensors alone: a generator of the model's own, say, draws where no target does."""
+    """Refuse objects other than tensors, such as a generator of the model's own, which no program can hold."""
     objects = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.CUSTOM_OBJ]
     for spec in objects:
         held = program.constants[str(spec.target)]
@@ -178,7 +182,7 @@ def _refuse_objects(program: ExportedProgram) -> None:
 
 @contextlib.contextmanager
 def isolate_tracing(model: nn.Module) -> Iterator[None]:
-    """Where a copy of a model is traced or run: alone, in silence, by the ordinary way through it, without traces."""
+    """Trace or run a copy of a model inside the block, without gradients, output or effects on random states."""
     with (
         tracing(),
         suppress_third_party_output(),
@@ -190,7 +194,7 @@ def isolate_tracing(model: nn.Module) -> Iterator[None]:
 
 
 def _make_marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, arguments: CallArguments) -> nn.Module:
-    """A structural copy to trace, its sites and blocks marked, that is given some of its arguments already."""
+    """Return a structural copy to trace, with its sites and blocks as ops and its constant arguments bound."""
     host = copy_structure(model, share_buffers=True).eval()
     alike = find_layer_groups(host)
     mark_sites(host, blocks, prefix)
@@ -202,11 +206,11 @@ def _make_marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, ar
 
 
 class _WeightCast(Exception):
-    """A forward casts its own weights, which are constants of a program."""
+    """Signals that a forward casts its own weights, which are constants of a program."""
 
 
 def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """A module that its own forward brings to a dtype or a device (``to``, ``float``): there it must be already."""
+    """Return a module that its own forward converts (``to``, ``float``); its tensors must have the dtype already."""
     for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
         wanted = change(tensor).dtype
         if wanted != tensor.dtype:
@@ -215,7 +219,7 @@ def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse:
 
 
 def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[ExportedProgram, list[TraceGuard]]:
-    """The trace of the first attempt that succeeds; other shapes are tried only where it was the shapes that failed."""
+    """Return the trace of the first attempt that succeeds; others are tried only after failures about shapes."""
     for inputs, shapes in attempts:
         guards: list[TraceGuard] = []
         try:
@@ -224,7 +228,7 @@ def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[
             cause = error
         if not _is_about_shapes(cause):
             break
-    raise _failure(host, guards, cause) from cause
+    raise _trace_error(host, guards, cause) from cause
 
 
 def capture_graph(  # noqa: PLR0913  (what a graph is made of)
@@ -239,35 +243,38 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     prefix: str = "",
     grows: bool = False,
 ) -> Graph:
-    """A model as a graph at level host; what it may raise, ``export`` says.
+    """Capture a model as a graph at level host; raises as ``export_model`` does.
 
     Args:
         name: the graph's name.
-        model, inputs, dynamic_shapes, blocks, prefix: as ``export`` takes them.
-        sites, plans: the host's, of which the graph keeps those of this model.
-        grows: whether its text is to grow: attention is marked, and inputs are those of ``text_inputs``.
+        model, inputs, dynamic_shapes, blocks, prefix: as ``export_model`` takes them.
+        sites, plans: the host's; the graph keeps the plans of this model.
+        grows: whether its sequence is to grow over a cache: attention becomes ops, and inputs are those of
+            ``make_decoder_inputs``.
     """
     if grows:
-        inputs = make_decoder_inputs(model, _named(model, make_example_inputs(model) if inputs is None else inputs))
+        inputs = make_decoder_inputs(
+            model, _bind_inputs(model, make_example_inputs(model) if inputs is None else inputs)
+        )
         dynamic_shapes = make_decoder_shapes(model, inputs)
     exported, guards, arguments = _export_guarded(model, inputs, dynamic_shapes, blocks, prefix, grows)
     named = arguments.inputs
     shapes = make_dynamic_shapes(model, named) if dynamic_shapes is None else bind_by_name(model, dynamic_shapes)
-    own = {
+    signature = {
         path: plan for path, plan in plans.items() if path.startswith(prefix) and plan.site.kind is not SiteKind.ONCE
     }
-    own |= select_once_plans(plans, own)
+    signature |= select_once_plans(plans, signature)
     sizes = collect_constraints(exported, collect_dynamic_axes(named, shapes), guards)
-    axes = name_axes(exported, {program_input_name(argument): told for argument, told in shapes.items()})
+    axes = name_axes(exported, {program_input_name(argument): shape for argument, shape in shapes.items()})
     interface = describe_interface(exported, model, arguments, sizes, keep_tensor_outputs(exported))
-    graph = Graph(name, exported, sites, own, interface, axes=axes)
+    graph = Graph(name, exported, sites, signature, interface, axes=axes)
     graph.longest = get_longest_sequence(model) if grows else None
     set_types(graph)
     return graph
 
 
 def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard]) -> ExportedProgram:
-    """One torch.export of a marked copy; ``guards`` gets what it takes for granted, also where it fails."""
+    """Run torch.export on a marked copy; ``guards`` gets the guards of the trace, also if it fails."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     forward = host.forward
     host.forward = record_guards(forward, guards)
@@ -280,7 +287,7 @@ def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard]) 
 
 
 def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
-    """Through transformers' exporter, without caches. It changes its arguments: the copy's, not the host's."""
+    """Trace through transformers' exporter, without caches. It changes its arguments: the copy, not the host."""
     from transformers.exporters.configs import DynamoConfig
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
@@ -324,60 +331,60 @@ _MODELS = ".".join(_A_MODELS_MODULE[:2]) + "."
 
 
 def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[Any, Any]]:
-    """The inputs and default shapes to try: named dims, then dims that torch may narrow or fix.
+    """Yield the inputs and default shapes to try: first named dims, then dims that torch may narrow or fix.
 
     Args:
-        model, inputs: as ``export``'s.
-        widen: whether one row may become two, which constants that speak of it would contradict.
+        model, inputs: as ``export_model`` takes them.
+        widen: whether one row may become two, which constants per row would contradict.
     """
     named = isinstance(inputs, Mapping)
-    given = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
+    example = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
     for names in (True, False):
-        shapes = make_dynamic_shapes(model, given, named=names)
-        values = {name: repeat_unit_axes(value, shapes[name]) if widen else value for name, value in given.items()}
+        shapes = make_dynamic_shapes(model, example, named=names)
+        values = {name: repeat_unit_axes(value, shapes[name]) if widen else value for name, value in example.items()}
         yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))
 
 
-def _no_cache_of_shapes() -> contextlib.AbstractContextManager[None]:
-    """Have each op's shapes computed: keeping symbolic ones to look them up again takes longer than that."""
+def _disable_shape_cache() -> contextlib.AbstractContextManager[None]:
+    """Compute each op's shapes anew, since caching symbolic shapes takes longer than that."""
     from torch._dynamo import config
 
     return config.patch(fake_tensor_cache_enabled=False)
 
 
 class _ValuesNeeded(Exception):
-    """Stands in for torch's error of a step that depends on the values of tensors.
+    """Replaces torch's error about a step that depends on the values of tensors.
 
-    torch.export prints the whole graph so far before it passes that one on, and has no switch for it.
+    torch.export prints the whole graph before it passes that error on, and has no switch for it.
     """
 
 
 def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
-    """A forward as torch.export is to see it: its answer in containers, and some of its arguments given already."""
-    fixed = arguments.traced
+    """Wrap a forward for torch.export: its output in containers, and its constant arguments bound."""
+    constants = arguments.trace_constants
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            with arguments.traced_with():
-                return replace_dataclasses(forward(*args, **fixed, **kwargs))
+            with arguments.apply_in_trace():
+                return replace_dataclasses(forward(*args, **constants, **kwargs))
         except GuardOnDataDependentSymNode as error:
             raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
 
-    if fixed:
-        own = inspect.signature(forward)
-        left = [parameter for name, parameter in own.parameters.items() if name not in fixed]
-        call.__signature__ = own.replace(parameters=left)  # type: ignore[attr-defined]  # functions take attributes
+    if constants:
+        signature = inspect.signature(forward)
+        remaining = [parameter for name, parameter in signature.parameters.items() if name not in constants]
+        call.__signature__ = signature.replace(parameters=remaining)  # type: ignore[attr-defined]  # functions take attributes
     return call
 
 
 # ── The errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def _is_about_shapes(error: BaseException) -> bool:
-    """Whether the model traced, but not for every size the shapes promise."""
+    """Return whether the model traced, but not for every size that the shapes promise."""
     return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in iter_error_causes(error))
 
 
-def _failure(host: nn.Module, guards: Sequence[TraceGuard], error: Exception) -> CaptureError:
+def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception) -> CaptureError:
     line = find_failing_model_line(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = (

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from lorac.frontend.call_arguments import CallArguments
 from lorac.frontend.call_binding import list_fixed_arguments, list_positional_arguments
+from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.ir.graph import ops
 from lorac.ir.interface import Interface, program_input_name
 from lorac.ir.multimodal_positions import POSITION_IDS

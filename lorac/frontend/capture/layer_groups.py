@@ -1,8 +1,8 @@
-"""Layers of one list that are the same but for their tensors, found by comparing what they are made of.
+"""Groups of equal layers in one list, found by comparing their modules.
 
-Two layers are alike where their modules have the same classes and attributes, and tensors of the same sizes, tied in
-the same way. An attribute may also be the layer's own number, as transformers' ``layer_idx`` is: then what a layer
-computes is the other's as long as nothing reads it, which whoever relies on it has to watch.
+Two layers are equal if their modules have the same classes and attributes, and tensors of the same sizes, tied in the
+same way. An attribute may also be the layer's own index, as transformers' ``layer_idx`` is: then the layers compute the
+same as long as nothing reads it, which the caller has to watch.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FEWEST = 2
+_MIN_LAYERS = 2
 IndexAttributes = frozenset[tuple[str, str]]
-"""Attributes that hold a layer's number: (path of the module within the layer, name)."""
-_OWN = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
-"""What every module keeps of itself, compared by its meaning."""
+"""Attributes that hold a layer's index: (path of the module within the layer, name)."""
+_MODULE_ATTRIBUTES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
+"""Attributes of every module, which are compared separately."""
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one list that are alike.
+    """Layers of one list that are equal but for their tensors.
 
     Attributes:
-        paths: where they are, in order.
-        numbered: attributes that hold their number in the list.
+        paths: their paths, in order.
+        numbered: attributes that hold their index in the list.
     """
 
     paths: tuple[str, ...]
@@ -37,31 +37,31 @@ class LayerGroup:
 
 
 def find_layer_groups(model: nn.Module) -> list[LayerGroup]:
-    """The layers of every list of a model, told apart by what they are; those that no other is like are left out."""
+    """Return the groups of equal layers in every list of a model; layers without an equal are left out."""
     shared = _shared_tensors(model)
     found: list[LayerGroup] = []
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= _FEWEST:
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) >= _MIN_LAYERS:
             found += _find_groups_in(path, module, shared)
     return found
 
 
-def _find_groups_in(path: str, held: nn.Module, shared: frozenset[int]) -> Iterator[LayerGroup]:
+def _find_groups_in(path: str, container: nn.Module, shared: frozenset[int]) -> Iterator[LayerGroup]:
     groups: list[_OpenGroup] = []
-    for number, (name, layer) in enumerate(held.named_children()):
+    for number, (name, layer) in enumerate(container.named_children()):
         if next(layer.children(), None) is None or any(id(tensor) in shared for tensor in _tensors(layer).values()):
             continue
         inner = f"{path}.{name}".removeprefix(".")
         if not any(group.takes(inner, layer, number) for group in groups):
             groups.append(_OpenGroup(layer, number, [inner]))
     for group in groups:
-        if len(group.paths) >= _FEWEST:
+        if len(group.paths) >= _MIN_LAYERS:
             yield LayerGroup(tuple(group.paths), frozenset(group.numbered))
 
 
 @dataclass
 class _OpenGroup:
-    """Layers found to be alike so far: the first, its number, the paths of all, what holds their numbers."""
+    """Layers found to be equal so far: the first, its index, the paths of all, attributes that hold their index."""
 
     layer: nn.Module
     number: int
@@ -69,7 +69,7 @@ class _OpenGroup:
     numbered: set[tuple[str, str]] = field(default_factory=set)
 
     def takes(self, path: str, layer: nn.Module, number: int) -> bool:
-        """Take a layer in, if it is alike; say whether it is."""
+        """Add a layer if it is equal; return whether it is."""
         found = _numbered_alike(self.layer, layer, self.number, number)
         if found is not None:
             self.paths.append(path)
@@ -78,7 +78,7 @@ class _OpenGroup:
 
 
 def _shared_tensors(model: nn.Module) -> frozenset[int]:
-    """Tensors that more than one child of a list, or something outside of it, holds."""
+    """Return the ids of tensors that more than one module holds."""
     holders: dict[int, set[str]] = {}
     for path, tensor in _tensors(model).items():
         holders.setdefault(id(tensor), set()).add(path.rpartition(".")[0])
@@ -91,7 +91,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) -> set[tuple[str, str]] | None:
-    """The attributes that hold the numbers of two layers that are alike; None where they are not."""
+    """Return the attributes that hold the indices of two equal layers; None where the layers differ."""
     pairs = _pairs(one, other)
     if pairs is None:
         return None
@@ -105,14 +105,14 @@ def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) 
 
 
 def _attributes(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[tuple[str, str, Any, Any]]:
-    """Path and name of every attribute of two layers' modules, and its value in both."""
+    """Yield path and name of every attribute of two layers' modules, with both values."""
     for path, (mine, theirs) in pairs.items():
-        for name in vars(mine).keys() - _OWN:
+        for name in vars(mine).keys() - _MODULE_ATTRIBUTES:
             yield path, name, vars(mine)[name], vars(theirs)[name]
 
 
 def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]] | None:
-    """The modules of two layers by path; None where they differ in classes, tensors or names."""
+    """Return the modules of two layers by path; None where they differ in classes, tensors or names."""
     mine, theirs = dict(one.named_modules()), dict(other.named_modules())
     if list(mine) != list(theirs):
         return None
@@ -123,19 +123,19 @@ def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Mo
 def _same_kind(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is not type(other) or one.training != other.training or vars(one).keys() != vars(other).keys():
         return False
-    held = ((one._parameters, other._parameters), (one._buffers, other._buffers))
-    return all(a.keys() == b.keys() and all(_same_size(a[name], b[name]) for name in a) for a, b in held)
+    tensors = ((one._parameters, other._parameters), (one._buffers, other._buffers))
+    return all(a.keys() == b.keys() and all(_same_size(a[name], b[name]) for name in a) for a, b in tensors)
 
 
 def _same_size(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
-    told = ((t.shape, t.dtype, t.device, t.requires_grad, type(t), t.layout) for t in (one, other))
-    return len(set(told)) == 1 and (one.layout is not torch.strided or one.stride() == other.stride())
+    properties = ((t.shape, t.dtype, t.device, t.requires_grad, type(t), t.layout) for t in (one, other))
+    return len(set(properties)) == 1 and (one.layout is not torch.strided or one.stride() == other.stride())
 
 
 def _same(one: Any, other: Any, mine: nn.Module, theirs: nn.Module) -> bool:
-    """Whether two attributes of modules say the same; what cannot be told is taken to differ."""
+    """Return whether two attributes of modules are equal; values that cannot be compared count as different."""
     if one is other:
         return True
     if type(one) is not type(other):
@@ -149,7 +149,7 @@ def _same(one: Any, other: Any, mine: nn.Module, theirs: nn.Module) -> bool:
 
 
 def _parts(value: Any, layer: nn.Module) -> Mapping[Any, Any] | None:
-    """What a value is made of, by name or place; None where it is not made of others."""
+    """Return the parts of a value by name or position; None for a value without parts."""
     if isinstance(value, types.MethodType):
         return {"function": value.__func__, "of": _place(value.__self__, layer)}
     if isinstance(value, functools.partial):
@@ -160,9 +160,9 @@ def _parts(value: Any, layer: nn.Module) -> Mapping[Any, Any] | None:
 
 
 _PLAIN = (int, float, complex, str, bytes, set, frozenset, torch.Size, torch.dtype, torch.device)
-"""Values that say all that they are by comparing."""
+"""Classes of values that are equal if ``==`` says so."""
 
 
 def _place(module: object, layer: nn.Module) -> object:
-    """A module's path within a layer; itself where it is not of it."""
+    """Return a module's path within a layer; the object itself if it is not part of the layer."""
     return next((path for path, found in layer.named_modules() if found is module), module)

@@ -1,4 +1,4 @@
-"""The sites of a copy to be traced: each calls its op, so that a capture has one node for every call of one."""
+"""Ops for sites: each site of a copy calls its op, so that a capture has one node per call of a site."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lorac.ir.slots.program_values import first_tensor, replace_first_tensor
 
 
 def mark_sites(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> list[str]:
-    """Make every site of ``model`` (a structural copy) call its op, in place; return the paths of the sites.
+    """Make every site of a structural copy call its op, in place; return the paths of the sites.
 
     Args:
         model: the copy.
-        blocks: paths of modules whose exits are marked too.
-        prefix: what the sites' paths begin with, where the model is one component of several.
+        blocks: paths of modules whose exits become ops too.
+        prefix: prefix of the sites' paths, where the model is one component of several.
 
     Raises:
         CaptureError: ``blocks`` names no module of the model.
@@ -53,7 +53,7 @@ def mark_sites(model: nn.Module, blocks: Collection[str] = (), prefix: str = "")
 
 
 def _site_forward(module: nn.Module, path: str) -> Forward | None:
-    """The forward that calls the op of this site; None where the module is no site."""
+    """Return the forward that calls the op of a site; None where the module is not a site."""
     if isinstance(module, nn.Linear):
         return lambda input: torch.ops.lorac.linear(input, module.weight, module.bias, path)
     if isinstance(module, nn.Embedding) and module.max_norm is None:  # max_norm writes into the weight
@@ -68,7 +68,7 @@ def _site_forward(module: nn.Module, path: str) -> Forward | None:
 
 
 def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forward:
-    """A convolution's forward; what its op cannot pad is padded before it."""
+    """Return a convolution's forward; padding that its op cannot do comes before it."""
     conv = read_conv_geometry(module)
     stride, padding, dilation = list(conv.stride), list(conv.padding), list(conv.dilation)
 
@@ -81,10 +81,10 @@ def _conv_forward(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, path: str) -> Forwa
 
 
 def _override(module: Any, forward: Forward) -> None:
-    """Replace a layer's own forward, where that is known.
+    """Replace a layer's own forward, if it is known.
 
-    Also below a subclass whose forward calls ``super().forward`` (a scaled or offset embedding), and below a wrapper on
-    the instance (accelerate's hooks).
+    A subclass whose forward calls ``super().forward`` (a scaled or offset embedding) keeps its forward, and the wrapper
+    of accelerate's hooks stays on the instance.
     """
     if "_old_forward" in vars(module):
         module._old_forward = forward
@@ -96,7 +96,7 @@ def _override(module: Any, forward: Forward) -> None:
 
 
 def _block_forward(original: Forward, path: str) -> Forward:
-    """A block's forward with the first tensor of its output marked; the kind of output stays."""
+    """Return a block's forward with the first tensor of its output as an op; the kind of output stays."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)

@@ -14,9 +14,10 @@ from torch.export.graph_signature import InputKind
 from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.value_ranges import ValueRanges
 
+from lorac.frontend.capture.trace_guards import TraceGuard, find_fixing_line
 from lorac.frontend.dynamic_shapes import list_dynamic_axes
-from lorac.frontend.trace_guards import TraceGuard, find_fixing_line
 from lorac.ir.graph.edit import find_fake_mode
 from lorac.ir.graph.symbolic_shapes import constant_size
 from lorac.ir.sizes import Axis, SizeConstraints, find_axes
@@ -26,7 +27,7 @@ _SYMBOL = re.compile(r"[su]\d+")
 
 
 def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, Any]) -> dict[str, str]:
-    """torch's symbol for a size -> its name: the ``Dim``'s, batch for a first axis, else input and axis.
+    """Return torch's symbol for a size -> its name: the ``Dim``'s, batch for a first axis, else input and axis.
 
     Args:
         program: as captured.
@@ -38,19 +39,19 @@ def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, Any]) -> di
         if not _SYMBOL.fullmatch(symbol) or symbol in names:
             continue
         axes = dynamic_shapes.get(name)
-        told = getattr(axes.get(axis), "__name__", None) if isinstance(axes, Mapping) else None
-        usual = _BATCH if axis == 0 and _BATCH not in names.values() else f"{name}.{axis}"
-        names[symbol] = told if told is not None and told not in names.values() else usual
+        given_name = getattr(axes.get(axis), "__name__", None) if isinstance(axes, Mapping) else None
+        default_name = _BATCH if axis == 0 and _BATCH not in names.values() else f"{name}.{axis}"
+        names[symbol] = given_name if given_name is not None and given_name not in names.values() else default_name
     return names
 
 
 def _symbol_of(size: int | torch.SymInt) -> str:
-    """torch's symbol for a size that was to vary, also where that stands for a number by now."""
+    """Return torch's symbol for a size that was to vary, also where the trace has fixed it."""
     return str(size) if isinstance(size, int) else str(size.node._expr)
 
 
 def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
-    """The examples of the caller's tensors, by input."""
+    """Return the example tensors of a program's inputs by name."""
     given = {getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.name in given}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -58,92 +59,94 @@ def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
 
 # ── What a trace found ───────────────────────────────────────────────────────────────────────────────────────────────
 def collect_dynamic_axes(value: Any, axes: Any, name: str = "") -> list[Axis]:
-    """The axes that dynamic shapes want to vary, by the names that torch gives to inputs.
+    """Return the axes that dynamic shapes leave free, by torch's names of inputs.
 
     Args:
         value: inputs by name; inside, tensors in dicts, lists and tuples.
         axes: their dynamic shapes, nested alike.
-        name: of the input that the value is, or is part of: the names of parts are joined by ``_``.
+        name: of the input that the value is, or is part of; names of parts are joined by ``_``.
     """
     if isinstance(value, Tensor):
         return [(name, axis) for axis in list_dynamic_axes(axes)]
     nested = value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in {list, tuple} else ()
-    own = axes if isinstance(axes, Mapping) else dict(enumerate(axes or ()))
+    nested_axes = axes if isinstance(axes, Mapping) else dict(enumerate(axes or ()))
     return [
         axis
         for key, inner in nested
-        for axis in collect_dynamic_axes(inner, own.get(key), f"{name}_{key}".strip("_").lower())
+        for axis in collect_dynamic_axes(inner, nested_axes.get(key), f"{name}_{key}".strip("_").lower())
     ]
 
 
 def collect_constraints(
-    program: ExportedProgram, asked: Collection[Axis], guards: Sequence[TraceGuard] = ()
+    program: ExportedProgram, requested: Collection[Axis], guards: Sequence[TraceGuard] = ()
 ) -> SizeConstraints:
-    """The sizes that a program was captured for, and what torch found and assumed about them.
+    """Return the sizes that a program was captured for, and the conditions that torch found and assumed about them.
 
     Args:
         program: as captured.
-        asked: the axes that were to vary.
-        guards: what its trace took for granted, and at which lines of the model.
+        requested: the axes that were to vary.
+        guards: the guards of its trace, with the lines of the model that asked for them.
     """
     inputs = _inputs(program)
     shapes = {name: tuple(constant_size(size) for size in value.shape) for name, value in inputs.items()}
-    fixed = tuple((name, axis) for name, axis in asked if name in shapes and shapes[name][axis] is not None)
+    fixed = tuple((name, axis) for name, axis in requested if name in shapes and shapes[name][axis] is not None)
     found_at = {(name, axis): find_fixing_line(guards, _symbol_of(inputs[name].shape[axis])) for name, axis in fixed}
     lines = {axis: line for axis, line in found_at.items() if line is not None}
     environment = find_fake_mode(program).shape_env if inputs else None
-    places, found = _places(inputs)
+    locations, found = _locate_symbols(inputs)
     if environment is not None:
-        found += [environment.replace(guard.expr).xreplace(places) for guard in environment.guards]
+        found += [environment.replace(guard.expr).xreplace(locations) for guard in environment.guards]
     for size, bounds in program.range_constraints.items():
-        found += _bounds(places[size], bounds) if size in places else []
+        found += _bounds(locations[size], bounds) if size in locations else []
     varying = {(name, axis) for name, axis, _ in _varying_sizes(inputs)}
-    texts = {PythonPrinter().doprint(condition): condition for condition in found if condition.free_symbols}
-    known = {text: c for text, c in texts.items() if (axes := find_axes(text)) is not None and axes <= varying}
-    # An empty batch takes a way of its own through most models, and no trace shows it.
+    conditions = {PythonPrinter().doprint(condition): condition for condition in found if condition.free_symbols}
+    known = {text: c for text, c in conditions.items() if (axes := find_axes(text)) is not None and axes <= varying}
+    # An empty batch takes a separate path through most models, which no trace shows.
     least = tuple(f"{name}[{axis}] >= 1" for name, axis in sorted(varying))
-    assumed = tuple(text for text, condition in known.items() if _small(condition))
+    assumed = tuple(text for text, condition in known.items() if _excludes_small_sizes(condition))
     return SizeConstraints(shapes, (*least, *(text for text in known if text not in assumed)), assumed, fixed, lines)
 
 
-def _places(inputs: Mapping[str, Tensor]) -> tuple[dict[Any, Any], list[Any]]:
-    """torch's symbol -> the first axis that it is the size of; and what makes other axes follow from those."""
+def _locate_symbols(inputs: Mapping[str, Tensor]) -> tuple[dict[sympy.Expr, sympy.Expr], list[sympy.Basic]]:
+    """Return torch's symbol -> the first axis of that size, and the conditions that relate other axes to those."""
     sizes = [(_symbol(name, axis), size.node.expr) for name, axis, size in _varying_sizes(inputs)]
-    places: dict[Any, Any] = {}
+    locations: dict[sympy.Expr, sympy.Expr] = {}
     for axis, size in sizes:
         if size.is_Symbol:
-            places.setdefault(size, axis)
-    found: list[Any] = []
+            locations.setdefault(size, axis)
+    found: list[sympy.Basic] = []
     for axis, size in sizes:
-        unknown = size.free_symbols - places.keys()
-        if len(unknown) == 1:  # of a derived Dim, such as 2*d: d is the size of no axis itself
+        unknown = size.free_symbols - locations.keys()
+        if len(unknown) == 1:  # a derived Dim, such as 2*d, where d is not the size of an axis
             (symbol,) = unknown
             factor = size.coeff(symbol)
-            rest = sympy.expand(size - factor * symbol).xreplace(places)
-            places[symbol] = FloorDiv(axis - rest, factor)
+            rest = sympy.expand(size - factor * symbol).xreplace(locations)
+            locations[symbol] = FloorDiv(axis - rest, factor)
             found.append(sympy.Eq(Mod(axis - rest, factor), 0))
-        elif not unknown and places.get(size) != axis:
-            found.append(sympy.Eq(axis, size.xreplace(places)))
-    return places, found
+        elif not unknown and locations.get(size) != axis:
+            found.append(sympy.Eq(axis, size.xreplace(locations)))
+    return locations, found
 
 
-def _varying_sizes(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, Any]]:
+def _varying_sizes(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, torch.SymInt]]:
     for name, value in inputs.items():
-        yield from ((name, axis, size) for axis, size in enumerate(value.shape) if constant_size(size) is None)
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt) and constant_size(size) is None:
+                yield name, axis, size
 
 
 def _symbol(name: str, axis: int) -> sympy.Symbol:
     return sympy.Symbol(f"{name}[{axis}]", integer=True, positive=True)
 
 
-def _bounds(size: Any, bounds: Any) -> list[Any]:
-    """What the range of a size says. torch takes none for smaller than 2, whatever range is asked for."""
+def _bounds(size: sympy.Expr, bounds: ValueRanges[sympy.Expr]) -> list[sympy.Basic]:
+    """Return the conditions of a size's range. torch admits none smaller than 2, whatever the range says."""
     found = [sympy.Ge(size, max(2, int(bounds.lower)))]
     return found if bounds.upper in (int_oo, sympy.oo) else [*found, sympy.Le(size, int(bounds.upper))]
 
 
-def _small(condition: Any) -> bool:
-    """Whether a condition may only keep a size from being 0, 1 or equal to another, which torch does too often."""
+def _excludes_small_sizes(condition: sympy.Basic) -> bool:
+    """Return whether a condition may only exclude sizes of 0, 1 or equal to another, which torch does too often."""
     if isinstance(condition, sympy.Ne):
         return True
     if isinstance(condition, sympy.StrictLessThan | sympy.StrictGreaterThan):

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
-from lorac.frontend.trace_guards import iter_error_causes
+from lorac.frontend.capture.trace_guards import iter_error_causes
 from lorac.ir.graph.edit import copy_graph, find_fake_mode, find_source_line
 from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output

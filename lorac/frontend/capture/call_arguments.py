@@ -1,12 +1,13 @@
-"""Arguments of a call that a program holds as constants: what is no tensor, and tensors that forward reads as numbers.
+"""Arguments of an example call: inputs of the program, and constants that it holds.
 
-A trace follows Python, so whatever Python decides by is decided for good: a number, a text, a list of sizes. Such an
-argument is no input of the program but part of what it is, and a call that says otherwise is refused.
+A trace follows Python, so a value that Python code branches on is fixed: a number, a text, a list of sizes. Such an
+argument is not an input of the program but a part of it, and a call with another value is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureError, short
 from lorac.frontend.call_binding import Inputs
+from lorac.frontend.capture.trace_guards import find_running_model_line
+from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.model_runner import ModelRunner
-from lorac.frontend.multimodal_positions import find_multimodal_positions
-from lorac.frontend.trace_guards import find_running_model_line
 from lorac.ir.fixed_arguments import to_json_value
-from lorac.ir.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
+from lorac.ir.multimodal_positions import GRID_SUFFIX, POSITION_IDS, ROPE_METHOD, MultimodalPositions
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class CallArguments:
     """The arguments of an example call, each by name.
 
     Attributes:
-        inputs: what become inputs of a program.
-        fixed: what become constants of it, as the caller gave them.
-        read: those of the constants that are tensors for the caller -> the numbers that forward reads in their place.
-        positions: what makes the positions among the inputs, where the caller gave none.
-        truths: the line of the model that decides by a truth that it computes -> what it found, time by time.
+        inputs: the inputs of a program.
+        fixed: its constants, as the caller gave them.
+        read: the constants that are tensors for the caller -> the numbers that forward uses instead of them.
+        positions: computes the positions among the inputs, where the caller gave none.
+        truths: line of the model that branches on a computed tensor -> the truth values found there, in order.
     """
 
     inputs: dict[str, Any]
@@ -47,37 +48,37 @@ class CallArguments:
     truths: Mapping[str, list[bool]] = field(default_factory=dict)
 
     @property
-    def traced(self) -> dict[str, Any]:
+    def trace_constants(self) -> dict[str, Any]:
         """The constants as forward is given them in a trace."""
         return self.fixed | self.read
 
     @property
     def notes(self) -> list[str]:
-        """What whoever calls the program should know about it."""
-        held = "the program holds {}, and calls that say otherwise are refused"
+        """Sentences about the constants for whoever calls the program."""
+        consequence = "the program holds {}, and calls with other values are refused"
         read = [
-            f"forward reads '{name}' as numbers: {held.format(short(to_json_value(v)))}"
+            f"forward reads '{name}' as numbers: {consequence.format(short(to_json_value(v)))}"
             for name, v in self.read.items()
         ]
-        goes = "forward decides by values that it computes: the program goes the example's way and refuses other calls"
-        return read + ([f"{goes}, at {', at '.join(self.truths)}"] if self.truths else [])
+        branching = "forward branches on values that it computes, and the program takes the example's branches"
+        return read + ([f"{branching}, at {', at '.join(self.truths)}"] if self.truths else [])
 
-    def ways(self, model: nn.Module) -> Iterator[CallArguments]:
-        """These, and then the same with more that is constant: sizes of images, and which way the model goes."""
+    def iter_alternatives(self, model: nn.Module) -> Iterator[CallArguments]:
+        """Yield these arguments, then the same with more constants: image sizes, then branches that forward takes."""
         yield self
         named = {name: value for name, value in self.inputs.items() if name.endswith(GRID_SUFFIX)}
         sizes = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-        left = {name: value for name, value in self.inputs.items() if name not in sizes}
+        remaining = {name: value for name, value in self.inputs.items() if name not in sizes}
         if sizes:
-            yield replace(self, inputs=left, fixed=self.fixed | sizes, read=self.read | sizes)
+            yield replace(self, inputs=remaining, fixed=self.fixed | sizes, read=self.read | sizes)
         truths = _record_truths(model, {**self.inputs, **self.fixed})
         if truths:
             yield replace(self, truths=truths)
 
     @contextlib.contextmanager
-    def traced_with(self) -> Iterator[None]:
-        """Around a traced forward: constants are computed, and truths are what they were."""
-        constants = any(isinstance(value, Tensor) for value in self.traced.values())
+    def apply_in_trace(self) -> Iterator[None]:
+        """Run a traced forward inside the block: constants are computed, and truth values are replayed."""
+        constants = any(isinstance(value, Tensor) for value in self.trace_constants.values())
         with (
             _ConstantEvaluation() if constants else contextlib.nullcontext(),
             _TruthReplay(self.truths) if self.truths else contextlib.nullcontext(),
@@ -86,17 +87,17 @@ class CallArguments:
 
     @classmethod
     def of(cls, model: nn.Module, named: Inputs) -> CallArguments:
-        """An example call's arguments, told apart.
+        """Sort the arguments of an example call into inputs and constants.
 
         Raises:
-            CaptureError: an argument that is no tensor, and nothing that later calls can be held against.
+            CaptureError: an argument is not a tensor and cannot be compared with that of later calls.
         """
         read = _find_numeric_tensors(model, named)
         fixed = {name: value for name, value in named.items() if name in read or not _holds_tensors(name, value)}
         for name, value in fixed.items():
             if name not in read and not _survives_json(value):
                 raise CaptureError(
-                    f"the argument '{name}' holds {short(value)}, which no program can take or hold",
+                    f"the argument '{name}' holds {short(value)}, which a program can neither take nor hold",
                     next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
                     code="capture_failed",
                 )
@@ -107,7 +108,7 @@ class CallArguments:
 
 
 class _ConstantEvaluation(TorchFunctionMode):
-    """Computes what is made of constants alone, instead of tracing it, so that numbers can be read off it."""
+    """Computes the results of constants instead of tracing them, so that Python can read numbers from them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
@@ -122,7 +123,7 @@ class _ConstantEvaluation(TorchFunctionMode):
 
 
 def _record_truths(model: nn.Module, named: Inputs) -> dict[str, list[bool]]:
-    """The truths of tensors by which a model decides in Python, by the line that does; none of one that fails."""
+    """Return the truth values that a model's Python branches on, by line; none if the run fails."""
     recording = _TruthRecorder()
     with contextlib.suppress(Exception), recording:
         ModelRunner(model).run((), dict(named), 0)
@@ -130,7 +131,7 @@ def _record_truths(model: nn.Module, named: Inputs) -> dict[str, list[bool]]:
 
 
 class _TruthRecorder(TorchFunctionMode):
-    """Notes what every line finds that reads a truth."""
+    """Records the truth values that each line reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,10 +146,10 @@ class _TruthRecorder(TorchFunctionMode):
 
 
 class _TruthReplay(TorchFunctionMode):
-    """Gives every line of a trace the truths that it found before, and has the program check them.
+    """Gives each line of a trace the truth values recorded before, and makes the program check them.
 
     Args:
-        truths: line -> what it found, time by time.
+        truths: line -> its truth values, in order.
     """
 
     def __init__(self, truths: Mapping[str, list[bool]]) -> None:
@@ -168,7 +169,7 @@ _MAKERS = frozenset({torch.arange, torch.full, torch.linspace, torch.ones, torch
 
 
 def _survives_json(value: Any) -> bool:
-    """Whether an argument is the same after it was stored."""
+    """Return whether an argument is equal after it was stored."""
     try:
         return bool(json.loads(json.dumps(value)) == to_json_value(value))
     except (TypeError, ValueError):
@@ -176,31 +177,49 @@ def _survives_json(value: Any) -> bool:
 
 
 def _holds_tensors(name: str, value: Any) -> bool:
-    """Whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples.
+    """Return whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples.
 
     Raises:
-        CaptureError: it holds tensors and other things.
+        CaptureError: it holds tensors and other values.
     """
     leaves = pytree.tree_leaves(value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]
     if tensors and others:
         raise CaptureError(
-            f"the argument '{name}' holds tensors beside {short(others[0])}: inputs and constants of a program in one",
-            next_step="give them as arguments of their own; target='eager' takes them together",
+            f"the argument '{name}' holds tensors and {short(others[0])}: inputs and constants of a program in one",
+            next_step="give them as separate arguments; target='eager' takes them together",
             code="capture_failed",
         )
     return bool(tensors)
 
 
 def _find_numeric_tensors(model: nn.Module, named: Inputs) -> dict[str, Any]:
-    """Tensors that a model of transformers reads as numbers, the sizes of images for one, as its exporter has them."""
+    """Return tensors that a transformers model reads as numbers, such as sizes of images, as its exporter has them."""
     if not is_hugging_face(model):
         return {}
     from transformers.exporters.utils import precompute_export_inputs
 
     prepared = dict(named)
-    with contextlib.suppress(Exception):  # what it makes of arguments that are no model's own
+    with contextlib.suppress(Exception):  # it may fail on arguments that the model does not have
         precompute_export_inputs(model, prepared)
     tensors = [name for name, value in named.items() if isinstance(value, Tensor)]
     return {name: prepared[name] for name in tensors if not isinstance(prepared[name], Tensor)}
+
+
+def find_multimodal_positions(model: nn.Module) -> MultimodalPositions | None:
+    """Return what computes a model's positions; None where forward takes none, or the model has no method for them."""
+    if not is_hugging_face(model) or POSITION_IDS not in inspect.signature(model.forward).parameters:
+        return None
+    owner = next((one for one in (model, model.base_model) if hasattr(one, ROPE_METHOD)), None)
+    return None if owner is None else MultimodalPositions(_without_weights(owner))
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    copied = copy_structure(model, share_buffers=True)
+    for module in copied.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else nn.Parameter(parameter.to("meta"), False)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to("meta")
+    return copied

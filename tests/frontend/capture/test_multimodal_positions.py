@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import lorac
-from lorac.frontend.multimodal_positions import find_multimodal_positions
+from lorac.frontend.capture.call_arguments import find_multimodal_positions
 from lorac.testing.eager_checks import assert_close
 
 

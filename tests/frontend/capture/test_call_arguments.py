@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorac.frontend.call_arguments import CallArguments
+from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.ir.fixed_arguments import to_json_value
 from tests.refusing import refuses
 
