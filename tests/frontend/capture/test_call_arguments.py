@@ -20,7 +20,7 @@ def test_what_holds_no_tensor_is_a_constant():
     named = {"x": X, "pair": [X, {"y": X}], "sizes": [(2, 4), (1, 3)], "flag": True, "mode": "spatial"}
     found = CallArguments.of(nn.Linear(3, 2), named)
     assert found.inputs.keys() == {"x", "pair"}
-    assert found.traced == {"sizes": [(2, 4), (1, 3)], "flag": True, "mode": "spatial"}
+    assert found.trace_constants == {"sizes": [(2, 4), (1, 3)], "flag": True, "mode": "spatial"}
 
 
 @pytest.mark.parametrize("value", [np.zeros(3), [1, X], {"a": X, "b": "text"}, torch.float32, {1: 2}, float("nan")])

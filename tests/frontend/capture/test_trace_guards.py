@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lorac.frontend.trace_guards import TraceGuard, record_guards
+from lorac.frontend.capture.trace_guards import TraceGuard, record_guards
 
 LOGGER = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
