@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, zeros
@@ -29,8 +28,8 @@ class AdaLoRA(InputDropout, WeightVariant):
     alpha: float = 8
     rank_pattern: Mapping[str, Sequence[bool]] = field(default_factory=dict)
 
-    name: ClassVar[str] = "adalora"
-    paper: ClassVar[str] = "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv 2303.10512"
+    name = "adalora"
+    paper = "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, arXiv 2303.10512"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 
@@ -40,11 +39,9 @@ class AdapterTune(BranchVariant):
     every: int = 1
     init: str = "zero"
 
-    name: ClassVar[str] = "adaptertune"
-    paper: ClassVar[str] = (
-        "AdapterTune: Zero-Initialized Low-Rank Adapters for Frozen Vision Transformers, arXiv 2603.14706"
-    )
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
+    name = "adaptertune"
+    paper = "AdapterTune: Zero-Initialized Low-Rank Adapters for Frozen Vision Transformers, arXiv 2603.14706"
+    kinds = frozenset({SiteKind.BLOCK})
 
     def for_model(self, view: ModelView, inputs: object = None) -> AdapterTune:
         if self.targets != "all-blocks":

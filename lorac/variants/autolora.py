@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +42,8 @@ class AutoLoRA(RoutedVariant):
     base: bool = True
     cross: bool = True
 
-    name: ClassVar[str] = "autolora"
-    paper: ClassVar[str] = "AutoLoRA: Automatic LoRA Retrieval and Fine-Grained Gated Fusion, arXiv 2508.02107"
+    name = "autolora"
+    paper = "AutoLoRA: Automatic LoRA Retrieval and Fine-Grained Gated Fusion, arXiv 2508.02107"
 
     @property
     def routes(self) -> int:

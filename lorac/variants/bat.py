@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -28,9 +27,9 @@ class BAT(WeightVariant):
 
     r: int = 64
 
-    name: ClassVar[str] = "bat"
-    paper: ClassVar[str] = "Bone: Block Affine Transformation as PEFT Methods for LLMs, arXiv 2409.15371v1"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+    name = "bat"
+    paper = "Bone: Block Affine Transformation as PEFT Methods for LLMs, arXiv 2409.15371v1"
+    kinds = frozenset({SiteKind.LINEAR})
 
     def check(self, site: Site) -> None:
         super().check(site)

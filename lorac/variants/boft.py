@@ -6,7 +6,6 @@ Liu et al. 2023, arXiv 2311.06243.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.errors import OptionError, SiteError
 from lorac.variants._rotations import cayley
@@ -31,9 +30,9 @@ class BOFT(WeightVariant):
     block_num: int = 0
     n_butterfly_factor: int = 1
 
-    name: ClassVar[str] = "boft"
-    paper: ClassVar[str] = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243"
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
+    name = "boft"
+    paper = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243"
+    kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -125,10 +125,10 @@ class Bottleneck(BranchVariant):
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
 
-    name: ClassVar[str] = "bottleneck"
-    paper: ClassVar[str] = "Parameter-Efficient Transfer Learning for NLP, arXiv 1902.00751"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK, SiteKind.LINEAR, SiteKind.EMBEDDING})
-    identity_at_init: ClassVar[bool] = False
+    name = "bottleneck"
+    paper = "Parameter-Efficient Transfer Learning for NLP, arXiv 1902.00751"
+    kinds = frozenset({SiteKind.BLOCK, SiteKind.LINEAR, SiteKind.EMBEDDING})
+    identity_at_init = False
     patterned: ClassVar[Mapping[str, str]] = {"reduction_pattern": "reduction_factor"}
 
     @staticmethod

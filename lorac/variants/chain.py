@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 from lorac.errors import ChoiceError, CompileError, OptionError
 from lorac.ir.patterns import select_sites
@@ -30,7 +30,7 @@ class Chain(WeightVariant):
 
     parts: tuple[WeightVariant, ...]
 
-    name: ClassVar[str] = "chain"
+    name = "chain"
 
     def __post_init__(self) -> None:
         for part in self.parts if isinstance(self.parts, list | tuple) else ():

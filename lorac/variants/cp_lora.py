@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -49,11 +48,9 @@ class CPLoRA(LowRankFields, WeightVariant):
 
     dora: bool = False
 
-    name: ClassVar[str] = "cp_lora"
-    paper: ClassVar[str] = (
-        "LoRA-based methods on Unet for transfer learning in Subarachnoid Hematoma Segmentation, arXiv 2508.01772"
-    )
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
+    name = "cp_lora"
+    paper = "LoRA-based methods on Unet for transfer learning in Subarachnoid Hematoma Segmentation, arXiv 2508.01772"
+    kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         lengths = {"cp_in": site.in_features}

@@ -6,7 +6,6 @@ Liu et al. 2024, arXiv 2402.09353; the norm is per output feature, as in the pap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import row_norms
@@ -17,8 +16,8 @@ from lorac.variants.low_rank import RankStabilizedFields, peft_factor_specs, res
 class DoRA(RankStabilizedFields, WeightVariant):
     """``W' = (m/n) ∘ (W + s·B·A)`` with n the row norms (out,) of W + s·B·A, constant in the backward pass."""
 
-    name: ClassVar[str] = "dora"
-    paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353"
+    name = "dora"
+    paper = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return peft_factor_specs(site, self.r) | {"magnitude": ParamSpec((site.out_features,), row_norms)}

@@ -6,7 +6,6 @@ Valipour et al. 2022, arXiv 2210.07558.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
@@ -22,12 +21,12 @@ class DyLoRA(LowRankFields, WeightVariant):
         alpha: the scale at rank b is alpha/b.
     """
 
-    name: ClassVar[str] = "dylora"
-    paper: ClassVar[str] = (
+    name = "dylora"
+    paper = (
         "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation, "
         "arXiv 2210.07558"
     )
-    truncatable: ClassVar[float | None] = 1.0
+    truncatable = 1.0
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,14 +58,14 @@ class FlexMoRE(BranchVariant):
     activation: str = ""
     hidden: int = 0
 
-    name: ClassVar[str] = "flexmore"
-    paper: ClassVar[str] = (
+    name = "flexmore"
+    paper = (
         "FlexMoRE: A Flexible Mixture of Rank-heterogeneous Experts for Efficient Federatedly-trained Large Language "
         "Models, arXiv 2602.08818"
     )
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
-    identity_at_init: ClassVar[bool] = False
-    emits: ClassVar[tuple[str, ...]] = ("router",)
+    kinds = frozenset({SiteKind.BLOCK})
+    identity_at_init = False
+    emits = ("router",)
 
     def starts_as_base(self, site: Site) -> bool:
         # Low-rank experts start as the model's own MLP; with shares that sum to 1 the mixture is that MLP.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +45,8 @@ class FlyLoRA(RoutedVariant):
     absolute: bool = False
     detach_router: bool = False
 
-    name: ClassVar[str] = "flylora"
-    paper: ClassVar[str] = "FlyLoRA: Implicit Rank-Wise Mixture-of-Experts, arXiv 2510.08396"
+    name = "flylora"
+    paper = "FlyLoRA: Implicit Rank-Wise Mixture-of-Experts, arXiv 2510.08396"
 
     @property
     def chooses(self) -> bool:

@@ -34,9 +34,9 @@ class FourierFT(WeightVariant):
     random_loc_seed: int = 777
     n_frequency_pattern: Mapping[str, int] = field(default_factory=dict)
 
-    name: ClassVar[str] = "fourierft"
-    paper: ClassVar[str] = "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv 2405.03003"
-    identity_at_init: ClassVar[bool] = False
+    name = "fourierft"
+    paper = "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, arXiv 2405.03003"
+    identity_at_init = False
     patterned: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
 
     def check(self, site: Site) -> None:

@@ -6,7 +6,6 @@ Optimizers for whole weights (``lorac.training.GaLoreAdamW``) train this method.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 
@@ -18,8 +17,8 @@ class Full(WeightVariant):
     The base stays as it is, so the result is swapped and mixed like any adapter; it takes as much memory as W.
     """
 
-    name: ClassVar[str] = "full"
-    paper: ClassVar[str] = "full fine-tuning"
+    name = "full"
+    paper = "full fine-tuning"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {"weight": ParamSpec((site.out_features, site.in_features), lambda context: context.weight().clone())}

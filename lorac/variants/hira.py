@@ -25,8 +25,8 @@ class HiRA(InputDropout, WeightVariant):
     r: int = 32
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
-    name: ClassVar[str] = "hira"
-    paper: ClassVar[str] = "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation, OpenReview TwJrTz9cRS"
+    name = "hira"
+    paper = "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation, OpenReview TwJrTz9cRS"
     patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

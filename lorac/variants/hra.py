@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -38,12 +37,12 @@ class HRA(WeightVariant):
     r: int = 8
     apply_GS: bool = False
 
-    name: ClassVar[str] = "hra"
-    paper: ClassVar[str] = (
+    name = "hra"
+    paper = (
         "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, "
         "arXiv 2405.17484"
     )
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
+    kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     @property
     def identity_at_init(self) -> bool:  # type: ignore[override]  # it depends on the rank

@@ -6,7 +6,6 @@ Kim et al. 2023, arXiv 2309.06922.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 
@@ -32,9 +31,9 @@ class Hydra(BranchVariant):
     dropout: float = 0.0
     branch_bias: bool = False
 
-    name: ClassVar[str] = "hydra"
-    paper: ClassVar[str] = "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning, arXiv 2309.06922"
-    dropout_place: ClassVar[Dropout] = Dropout.RANK
+    name = "hydra"
+    paper = "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning, arXiv 2309.06922"
+    dropout_place = Dropout.RANK
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         out = site.out_features

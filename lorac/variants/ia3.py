@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.ir.patterns import match_pattern
 from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
@@ -29,11 +28,9 @@ class IA3(WeightVariant):
 
     feedforward: str | tuple[str, ...] = ()
 
-    name: ClassVar[str] = "ia3"
-    paper: ClassVar[str] = (
-        "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638"
-    )
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
+    name = "ia3"
+    paper = "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638"
+    kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def scales_input(self, path: str) -> bool:
         """Return whether the module at ``path`` is a feedforward module; PEFT compares endings, not whole names."""

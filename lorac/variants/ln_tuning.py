@@ -6,7 +6,6 @@ Zhao et al. 2023, arXiv 2312.11420.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.ir.patterns import is_named
 from lorac.variants.base import ParamSpec, Site, SiteKind, Variant
@@ -22,11 +21,9 @@ class LNTuning(Variant):
 
     targets: str | tuple[str, ...] = r"(.*\.)?(\w*[nN]orm\w*|ln_\w+)"
 
-    name: ClassVar[str] = "ln_tuning"
-    paper: ClassVar[str] = (
-        "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, arXiv 2312.11420"
-    )
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset(SiteKind) - {SiteKind.ONCE}
+    name = "ln_tuning"
+    paper = "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, arXiv 2312.11420"
+    kinds = frozenset(SiteKind) - {SiteKind.ONCE}
 
     def replaces_module(self, path: str) -> bool:
         return is_named(self.targets, path) and not (self.exclude and is_named(self.exclude, path))

@@ -7,7 +7,6 @@ as in PEFT's LOHA.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.variants._conv_kernels import expand_groups, kernel_columns, tucker_kernel, uniform_core
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
@@ -27,8 +26,8 @@ class LoHa(ScaledRank, WeightVariant):
 
     effective_conv2d: bool = False
 
-    name: ClassVar[str] = "loha"
-    paper: ClassVar[str] = "FedPara: Low-Rank Hadamard Product, arXiv 2108.06098; LyCORIS, arXiv 2309.14859"
+    name = "loha"
+    paper = "FedPara: Low-Rank Hadamard Product, arXiv 2108.06098; LyCORIS, arXiv 2309.14859"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         out, r = site.out_features, self.r

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -35,8 +34,8 @@ class LoKr(ScaledRank, WeightVariant):
     decompose_factor: int = -1
     effective_conv2d: bool = False
 
-    name: ClassVar[str] = "lokr"
-    paper: ClassVar[str] = "LyCORIS: Navigating Text-To-Image Customization, arXiv 2309.14859"
+    name = "lokr"
+    paper = "LyCORIS: Navigating Text-To-Image Customization, arXiv 2309.14859"
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -41,8 +40,8 @@ class LoLDU(WeightVariant):
     train_sigma: bool = False
     init: str = "lu"
 
-    name: ClassVar[str] = "loldu"
-    paper: ClassVar[str] = (
+    name = "loldu"
+    paper = (
         "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning, "
         "arXiv 2410.13618"
     )

@@ -6,7 +6,6 @@ Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
@@ -23,9 +22,9 @@ class LoRA(RankStabilizedFields, WeightVariant):
 
     lora_bias: bool = False
 
-    name: ClassVar[str] = "lora"
-    paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS | {SiteKind.MATRIX}
+    name = "lora"
+    paper = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
+    kinds = MATRIX_KINDS | {SiteKind.MATRIX}
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         specs = peft_factor_specs(site, self.r)

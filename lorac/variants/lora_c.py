@@ -8,7 +8,6 @@ convolution. ``DoRA`` there is convDoRA.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -34,9 +33,9 @@ class LoRAC(LowRankFields, WeightVariant):
 
     dora: bool = False
 
-    name: ClassVar[str] = "lora_c"
-    paper: ClassVar[str] = "LoRA-C: Parameter-Efficient Fine-Tuning of Robust CNN for IoT Devices, arXiv 2410.16954"
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS - {SiteKind.EMBEDDING}
+    name = "lora_c"
+    paper = "LoRA-C: Parameter-Efficient Fine-Tuning of Robust CNN for IoT Devices, arXiv 2410.16954"
+    kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -63,9 +62,9 @@ class LoRAXS(InputDropout, WeightVariant):
     r: int = 32
     alpha: float = 32
 
-    name: ClassVar[str] = "loraxs"
-    paper: ClassVar[str] = "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604"
-    identity_at_init: ClassVar[bool] = False
+    name = "loraxs"
+    paper = "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters, arXiv 2405.17604"
+    identity_at_init = False
 
     @classmethod
     def from_update(

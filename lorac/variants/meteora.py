@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch.nn.functional as F
 
@@ -44,8 +43,8 @@ class MeteoRA(RoutedVariant):
     dropout: float = 0.0
     train_experts: bool = False
 
-    name: ClassVar[str] = "meteora"
-    paper: ClassVar[str] = "MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models, arXiv 2405.13053"
+    name = "meteora"
+    paper = "MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models, arXiv 2405.13053"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         role = Role.TRAINABLE if self.train_experts else Role.FROZEN

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -31,9 +30,9 @@ class MiSS(InputDropout, WeightVariant):
     mini: bool = False
     mini_r: int = 1
 
-    name: ClassVar[str] = "miss"
-    paper: ClassVar[str] = "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing, arXiv 2409.15371"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+    name = "miss"
+    paper = "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing, arXiv 2409.15371"
+    kinds = frozenset({SiteKind.LINEAR})
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.errors import SiteError, not_one_of
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
@@ -36,9 +35,9 @@ class MPS(LowRankFields, WeightVariant):
     dims: tuple[int, ...] | None = None
     rank_leg: str = "first"
 
-    name: ClassVar[str] = "mps"
-    paper: ClassVar[str] = "Artificial Entanglement in the Fine-Tuning of Large Language Models, arXiv 2601.06788"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+    name = "mps"
+    paper = "Artificial Entanglement in the Fine-Tuning of Large Language Models, arXiv 2601.06788"
+    kinds = frozenset({SiteKind.LINEAR})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -54,8 +53,8 @@ class OFT(WeightVariant):
     coft: bool = False
     eps: float = 6e-5
 
-    name: ClassVar[str] = "oft"
-    paper: ClassVar[str] = (
+    name = "oft"
+    paper = (
         "Controlling Text-to-Image Diffusion by Orthogonal Finetuning, arXiv 2306.07280; "
         "Orthogonal Finetuning Made Scalable, arXiv 2506.19847"
     )

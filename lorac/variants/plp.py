@@ -6,7 +6,6 @@ Break-for-Make, 2024, arXiv 2403.19456: the content learns half of the down fact
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -53,10 +52,8 @@ class PLP(WeightVariant):
     basis: str = "rows"
     identity_init: bool = False
 
-    name: ClassVar[str] = "plp"
-    paper: ClassVar[str] = (
-        "Break-for-Make: Modular Low-Rank Adaptations for Composable Content-Style Customization, arXiv 2403.19456"
-    )
+    name = "plp"
+    paper = "Break-for-Make: Modular Low-Rank Adaptations for Composable Content-Style Customization, arXiv 2403.19456"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +69,9 @@ class QST(BranchVariant):
     own_first: bool = True
     eps: float = 1e-6
 
-    name: ClassVar[str] = "qst"
-    paper: ClassVar[str] = "Quantized Side Tuning, arXiv 2401.07159"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})
+    name = "qst"
+    paper = "Quantized Side Tuning, arXiv 2401.07159"
+    kinds = frozenset({SiteKind.BLOCK})
 
     @property
     def mixes_tokens(self) -> bool:  # type: ignore[override]  # it depends on causal

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -72,8 +71,8 @@ class RandLoRA(InputDropout, WeightVariant):
     sparse: bool = False
     very_sparse: bool = False
 
-    name: ClassVar[str] = "randlora"
-    paper: ClassVar[str] = "RandLoRA: Full-rank parameter-efficient fine-tuning of large models, arXiv 2502.00987"
+    name = "randlora"
+    paper = "RandLoRA: Full-rank parameter-efficient fine-tuning of large models, arXiv 2502.00987"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         small, large = sorted((site.out_features, site.in_features))

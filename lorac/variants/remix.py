@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +46,8 @@ class ReMix(RoutedVariant):
     top_k: int = 4
     dropout: float = 0.0
 
-    name: ClassVar[str] = "remix"
-    paper: ClassVar[str] = "ReMix: Reinforcement Routing for Mixtures of LoRAs, arXiv 2603.10160"
+    name = "remix"
+    paper = "ReMix: Reinforcement Routing for Mixtures of LoRAs, arXiv 2603.10160"
 
     @property
     def chooses(self) -> bool:

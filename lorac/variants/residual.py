@@ -29,8 +29,8 @@ class Residual(WeightVariant):
     r: int = 8
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
-    name: ClassVar[str] = "residual"
-    dropout_place: ClassVar[Dropout] = Dropout.INPUT
+    name = "residual"
+    dropout_place = Dropout.INPUT
     patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
 
     @classmethod

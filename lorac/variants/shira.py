@@ -6,7 +6,6 @@ Bhardwaj et al., NeurIPS 2024, arXiv 2406.13175.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -41,8 +40,8 @@ class SHiRA(WeightVariant):
     ratio: float | None = None
     mask: str | MaskMaker = "random"
 
-    name: ClassVar[str] = "shira"
-    paper: ClassVar[str] = "Sparse High Rank Adapters, arXiv 2406.13175"
+    name = "shira"
+    paper = "Sparse High Rank Adapters, arXiv 2406.13175"
 
     def entries(self, site: Site) -> int:
         """Return the number K of trained values at ``site``."""

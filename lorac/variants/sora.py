@@ -6,7 +6,6 @@ Ding et al., EMNLP 2023, arXiv 2311.11696.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
@@ -23,8 +22,8 @@ class SoRA(LowRankFields, WeightVariant):
 
     alpha: float = 16
 
-    name: ClassVar[str] = "sora"
-    paper: ClassVar[str] = "Sparse Low-rank Adaptation of Pre-trained Language Models, arXiv 2311.11696"
+    name = "sora"
+    paper = "Sparse Low-rank Adaptation of Pre-trained Language Models, arXiv 2311.11696"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return factor_specs(site, self.r) | {"gate": ParamSpec((self.r,), normal(1.0), decay=False)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 
@@ -21,7 +21,6 @@ from lorac.variants.base import (
     Params,
     ParamSpec,
     Site,
-    SiteKind,
     Tensor,
     Variant,
     WeightVariant,
@@ -47,8 +46,8 @@ class Split(InputDropout, WeightVariant):
     among: tuple[str, ...] | Mapping[str, int] = ("q", "k", "v")
     groups: int = 1
 
-    name: ClassVar[str] = "split"
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS
+    name = "split"
+    kinds = MATRIX_KINDS
 
     def __post_init__(self) -> None:
         super().__post_init__()

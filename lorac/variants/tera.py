@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -56,8 +55,8 @@ class TeRA(InputDropout, WeightVariant):
     zero_mode: int = -1
     seed: int = 0
 
-    name: ClassVar[str] = "tera"
-    paper: ClassVar[str] = "TeRA: Vector-based Random Tensor Network for High-Rank Adaptation, arXiv 2509.03234"
+    name = "tera"
+    paper = "TeRA: Vector-based Random Tensor Network for High-Rank Adaptation, arXiv 2509.03234"
 
     def check(self, site: Site) -> None:
         super().check(site)

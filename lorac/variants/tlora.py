@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -59,12 +58,12 @@ class TLoRA(WeightVariant):
     index_order: str = "big"
     dims: tuple[tuple[int, ...], ...] = ()
 
-    name: ClassVar[str] = "tlora"
-    paper: ClassVar[str] = (
+    name = "tlora"
+    paper = (
         "Transformed Low-rank Adaptation via Tensor Decomposition and Its Applications to Text-to-image Models, "
         "arXiv 2501.08727"
     )
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.LINEAR})
+    kinds = frozenset({SiteKind.LINEAR})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,6 @@ PEFT's TRAINABLE_TOKENS (https://huggingface.co/docs/peft/package_reference/trai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -23,8 +22,8 @@ class TrainableTokens(WeightVariant):
 
     token_indices: tuple[int, ...]
 
-    name: ClassVar[str] = "trainable_tokens"
-    kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.EMBEDDING, SiteKind.LINEAR})
+    name = "trainable_tokens"
+    kinds = frozenset({SiteKind.EMBEDDING, SiteKind.LINEAR})
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         count, dim = len(self.token_indices), 1 if site.kind is SiteKind.EMBEDDING else 0

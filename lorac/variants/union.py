@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 from lorac.errors import OptionError, SiteError
 from lorac.frontend.model_view import ModelView
@@ -31,11 +30,9 @@ class Union(Variant):
     targets: str | tuple[str, ...] = ()
     parts: tuple[WeightVariant | BranchVariant, ...]
 
-    name: ClassVar[str] = "union"
-    paper: ClassVar[str] = (
-        "Adapters: A Unified Library for Parameter-Efficient and Modular Transfer Learning, arXiv 2311.11077"
-    )
-    kinds: ClassVar[frozenset[SiteKind]] = MATRIX_KINDS | {SiteKind.BLOCK, SiteKind.MATRIX}
+    name = "union"
+    paper = "Adapters: A Unified Library for Parameter-Efficient and Modular Transfer Learning, arXiv 2311.11077"
+    kinds = MATRIX_KINDS | {SiteKind.BLOCK, SiteKind.MATRIX}
 
     def __post_init__(self) -> None:
         super().__post_init__()

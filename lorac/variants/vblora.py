@@ -6,7 +6,6 @@ Li et al. 2024, arXiv 2405.15179; shapes and start values as in PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -39,9 +38,9 @@ class VBLoRA(InputDropout, WeightVariant):
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 
-    name: ClassVar[str] = "vblora"
-    paper: ClassVar[str] = "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, arXiv 2405.15179"
-    identity_at_init: ClassVar[bool] = False
+    name = "vblora"
+    paper = "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, arXiv 2405.15179"
+    identity_at_init = False
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -48,8 +47,8 @@ class VeRA(InputDropout, WeightVariant):
     d_initial: float = 0.1
     projection_prng_key: int = 0
 
-    name: ClassVar[str] = "vera"
-    paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation, arXiv 2310.11454"
+    name = "vera"
+    paper = "VeRA: Vector-based Random Matrix Adaptation, arXiv 2310.11454"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +76,8 @@ class XLoRA(RoutedVariant):
     global_scaling_weight: float = 1.0
     use_trainable_adapters: bool = False
 
-    name: ClassVar[str] = "x_lora"
-    paper: ClassVar[str] = "X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148"
+    name = "x_lora"
+    paper = "X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148"
 
     def for_model(self, view: ModelView, inputs: object = None) -> XLoRA:
         """Return this variant, after a check of the width that the classifier reads.
