@@ -1,4 +1,4 @@
-"""The public conformance kit: everything a variant or a backend must satisfy, without writing a test.
+"""The public conformance kit: the checks that every variant and backend must pass.
 
     import pytest
     from lorac.testing import conformance
@@ -7,7 +7,7 @@
     def test_my_variant(check):
         check()
 
-A check is a callable that raises ``AssertionError``; any runner will do. Backends pass their name in ``targets=``.
+A check is a callable that raises ``AssertionError``, for any test runner. Backends pass their name in ``targets=``.
 """
 
 from lorac.testing.case import Case, Oracle

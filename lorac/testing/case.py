@@ -1,4 +1,4 @@
-"""One variant on one host: the adapters, compiled models and references that its checks share."""
+"""A variant on a host, with the adapters, compiled models and references that its checks share."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ Tensor = torch.Tensor
 class Oracle:
     """A method's equations in NumPy float64, written from its paper, without looking at the variant.
 
-    ``p`` has one array per parameter, ``variant`` is the configuration at the site. Give those that the method has. Of
-    one that reads program values, ``p.values`` has these by name; ``p.site`` is the site's path, and ``p.passing`` the
-    name of the pass that is asked for, where it is one that the method has to itself, and else empty.
+    ``p`` has one array per parameter, and ``variant`` is the configuration at the site. Give the functions that the
+    method has. ``p.values`` has program values by name, ``p.site`` is the site's path, and ``p.passing`` the name of
+    the adapter's own pass, or empty.
 
     Attributes:
         weight: (W (out, in), p, variant) -> W'.
         bias: (b (out,), W, p, variant) -> b'; zeros stand for a missing bias.
-        branch: (x, y, p, variant) -> y', y the site's unadapted output.
-        once: (p, variant) -> what the method computes once per call, by name, read as ``own:<name>``.
+        branch: (x, y, p, variant) -> y', where y is the site's unadapted output.
+        once: (p, variant) -> the results of the method's ``once``, read as ``own:<name>``.
         count: (out, in, variant) -> number of trained values at one site.
     """
 
@@ -66,7 +66,7 @@ class Oracle:
 
     @staticmethod
     def of(module: ModuleType) -> Oracle:
-        """The functions of these names that a module has."""
+        """Return the oracle of a module's functions with these names."""
         names = [field.name for field in dataclasses.fields(Oracle)]
         return Oracle(**{name: vars(module)[name] for name in names if name in vars(module)})
 
@@ -76,7 +76,7 @@ class Case:
 
     Args:
         variant: the configuration to test.
-        host: where.
+        host: the host.
         oracle: the method's equations, or None.
     """
 
@@ -85,9 +85,9 @@ class Case:
 
     @cached_property
     def variant(self) -> Variant:
-        """The configuration at the host's sites; where it is not admitted as it was given."""
+        """The configuration for the host's sites; an unsupported one only with their paths as targets."""
         admitted = self.host.admits(self.given)
-        return self.host.settled(self.given) if admitted else dataclasses.replace(self.given, targets=self.host.paths)
+        return self.host.fit(self.given) if admitted else dataclasses.replace(self.given, targets=self.host.paths)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -101,17 +101,17 @@ class Case:
 
     @cached_property
     def a(self) -> Adapter:
-        """An adapter away from its init."""
+        """An adapter away from its start values."""
         return adapter_away(self.variant, self.model, self.x, name="a", seed=1)
 
     @cached_property
     def b(self) -> Adapter:
-        """Another one."""
+        """Another such adapter."""
         return adapter_away(self.variant, self.model, self.x, name="b", seed=2)
 
     @property
     def x(self) -> Tensor:
-        """The input used where one is enough."""
+        """The input of checks that need only one."""
         return self.host.inputs(self.host.batches[0])
 
     @cached_property
@@ -121,7 +121,7 @@ class Case:
 
     @cached_property
     def mergeable(self) -> bool:
-        """Whether the method has a weight form here; one that edits weights always has."""
+        """Whether the method has a weight form here, as every method that edits weights does."""
         return not any(self.live.plans[path].branches for path in self.host.paths)
 
     @cached_property
@@ -130,11 +130,11 @@ class Case:
         return copy.deepcopy(self.model).float()
 
     def compiled(self, *adapters: Adapter, **options: Any) -> Compiled:
-        """A float64 model compiled with these adapters."""
+        """Compile the float64 model with these adapters."""
         return compile(self.model, {adapter.name: adapter for adapter in adapters}, **options)
 
     def inputs(self, batch: tuple[int, ...]) -> Tensor:
-        """An input with these batch dimensions; for none, the row of ``x`` whose contribution is nearest the aim."""
+        """Return an input with these batch dimensions; for none, the row of ``x`` nearest to the aim's contribution."""
         if batch:
             return self.host.inputs(batch)
         with torch.no_grad():
@@ -144,116 +144,112 @@ class Case:
 
     @torch.no_grad()
     def base(self, x: Tensor) -> Tensor:
-        """What the host answers."""
+        """Return the host's output."""
         return self.model(x)
 
     @torch.no_grad()
     def references(self, x: Tensor) -> dict[str, Tensor]:
-        """What adapter a must answer, by every way to say it: the oracle's, or without one the formula's own."""
-        read = self._passed(self.model, x, self._before(self.model, x), acts=False)[1]
-        return self._answers(self.site, self.model, x, self.base(x), read)
+        """Return the expected output of adapter a by each function of the oracle, or by the formula without one."""
+        values = self._run_pass(self.model, x, self._initial_values(self.model, x), acts=False)[1]
+        return self._expected(self.site, self.model, x, self.base(x), values)
 
     @torch.no_grad()
     def reference(self, model: nn.Module, x: Tensor) -> Tensor:
-        """What a model of several sites must answer with adapter a, by one way to say it at each of them.
+        """Return the expected output of a model of several sites with adapter a.
 
         Args:
             model: the host, in float64.
             x: its input.
         """
-        return self._passed(model, x, self._before(model, x))[0]
+        return self._run_pass(model, x, self._initial_values(model, x))[0]
 
-    def _read(self, path: str) -> list[str]:
-        """Names of the program values that the method reads at a site, and once."""
+    def _value_names(self, path: str) -> list[str]:
+        """Return the names of the program values that the method reads at a site and in ``once``."""
         site = self.host.sites[path]
         variant = self.variant.at(site)
         if not isinstance(variant, BranchVariant):
             return []
         return [*variant.reads(site), *(variant.reads_once() if variant.has_once else ())]
 
-    def _before(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-        """The program values that are there when a call of a model begins, by name."""
-        names = list(dict.fromkeys(name for path in self.host.paths for name in self._read(path)))
-        sites = find_sites(model)
-        found = {
-            name: _weight(sites[of], model) for name in names for kind, of in [parse_value_name(name)] if kind == WEIGHT
-        }
-        bases = [of for kind, of in map(parse_value_name, names) if kind == BASE]
-        seen = self._passed(model, x, found, acts=False)[1] if bases else {}
-        found |= {f"{BASE}:{of}": seen[of] for of in bases}
+    def _initial_values(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """Return the program values that are known when a call of a model begins, by name."""
+        names = list(dict.fromkeys(name for path in self.host.paths for name in self._value_names(path)))
+        parsed, sites = {name: parse_value_name(name) for name in names}, find_sites(model)
+        values = {name: _weight(sites[path], model) for name, (kind, path) in parsed.items() if kind == WEIGHT}
+        bases = [path for kind, path in parsed.values() if kind == BASE]
+        outputs = self._run_pass(model, x, values, acts=False)[1] if bases else {}
+        values |= {f"{BASE}:{path}": outputs[path] for path in bases}
         for passing, paths in modules_by_pass(names).items():
-            seen = self._passed(model, x, found, passing=passing)[1]
-            found |= {pass_value_name(passing, of): seen[of] for of in paths}
-        return found
+            outputs = self._run_pass(model, x, values, passing=passing)[1]
+            values |= {pass_value_name(passing, path): outputs[path] for path in paths}
+        return values
 
-    def _passed(
+    def _run_pass(
         self, model: nn.Module, x: Tensor, known: Mapping[str, Tensor], *, passing: str = "", acts: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a model answers in a pass, and what of its modules is read there.
+        """Run a model and return its output, and the program values with those read in this pass.
 
         Args:
             model: the host, in float64.
             x: its input.
-            known: values that are there from the start.
-            passing: which pass it is, where it is one that the method has to itself.
-            acts: whether adapter a does.
+            known: the values that are known from the start.
+            passing: the name of an adapter's own pass.
+            acts: whether adapter a is on.
         """
-        seen = dict(known)
+        values = dict(known)
 
-        def answer(site: Site) -> Callable[..., Tensor]:
-            return lambda _, given, y: next(iter(self._answers(site, model, given[0], y, seen, passing).values()))
+        def adapt(site: Site) -> Callable[..., Tensor]:
+            return lambda _, args, y: next(iter(self._expected(site, model, args[0], y, values, passing).values()))
 
-        def note(path: str, given: Tensor, y: Tensor) -> None:
-            seen.update({f"{IN}:{path}": given, path: y})
+        def record(path: str) -> Callable[..., None]:
+            return lambda _, args, y: values.update({f"{IN}:{path}": args[0], path: y})
 
         adapted = self.host.sites if acts and self.a else {}  # the adapter is made before anything is hooked
-        hooks = [model.get_submodule(p).register_forward_hook(answer(site)) for p, site in adapted.items()]
-        parsed = [parse_value_name(name) for path in self.host.paths for name in self._read(path)]
-        for path in dict.fromkeys(of for kind, of in parsed if kind in {OUTPUT, IN, BASE, PASS}):
-            hooks.append(
-                model.get_submodule(path).register_forward_hook(lambda _, given, y, path=path: note(path, given[0], y))
-            )
+        parsed = [parse_value_name(name) for path in self.host.paths for name in self._value_names(path)]
+        read = dict.fromkeys(path for kind, path in parsed if kind in {OUTPUT, IN, BASE, PASS})
+        functions = [(path, adapt(site)) for path, site in adapted.items()] + [(path, record(path)) for path in read]
+        hooks = [model.get_submodule(path).register_forward_hook(function) for path, function in functions]
         try:
-            return model(x), seen
+            return model(x), values
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _answers(
-        self, site: Site, model: nn.Module, x: Tensor, y: Tensor, seen: Mapping[str, Tensor], passing: str = ""
+    def _expected(
+        self, site: Site, model: nn.Module, x: Tensor, y: Tensor, values: Mapping[str, Tensor], passing: str = ""
     ) -> dict[str, Tensor]:
-        """What adapter a must answer at a site, by every way to say it.
+        """Return the expected output of adapter a at a site, by each function of the oracle or by the formula.
 
         Args:
             site: the site.
             model: the host, in float64.
             x: the site's input.
-            y: what the host's site answers.
-            seen: program values by name, all that are there.
-            passing: the name of the pass, as of ``_passed``.
+            y: the site's output in the host.
+            values: the known program values by name.
+            passing: the name of an adapter's own pass.
         """
-        read = {name: seen[name] for name in self._read(site.path) if name in seen}
+        read = {name: values[name] for name in self._value_names(site.path) if name in values}
         if self.oracle is None:
             return {"formula": self._formula(site, model, x, y, read, passing)}
-        found = {}
-        values = {name: _array(value) for name, value in read.items()}
+        expected = {}
+        arrays = {name: _array(value) for name, value in read.items()}
         tensors = {name: _array(t) for name, t in self.a.tensors[site.path].items()}
-        about = {"values": values, "site": site.path, "passing": passing}
-        p = SimpleNamespace(**{**about, **tensors})  # a method's own tensor may be called as one of those
+        # A method's own tensor goes before these names.
+        p = SimpleNamespace(**{"values": arrays, "site": site.path, "passing": passing, **tensors})
         variant = self.variant.at(site)
         if self.oracle.once is not None and not passing:
-            values |= {f"{OWN}:{name}": value for name, value in self.oracle.once(p, variant).items()}
+            arrays |= {f"{OWN}:{name}": value for name, value in self.oracle.once(p, variant).items()}
         if self.oracle.weight is not None:
             weight, bias = _array(_weight(site, model)), _array(_bias(site, model))
             new_weight = self.oracle.weight(weight, p, variant)
             if self.oracle.bias is not None:
                 bias = self.oracle.bias(bias, weight, p, variant)
             assert self.host.apply is not None
-            found["weight"] = torch.from_numpy(self.host.apply(_array(x), new_weight, bias))
+            expected["weight"] = torch.from_numpy(self.host.apply(_array(x), new_weight, bias))
         if self.oracle.branch is not None:
-            found["branch"] = torch.from_numpy(self.oracle.branch(_array(x), _array(y), p, variant))
-        assert found, "the oracle has neither weight() nor branch()"
-        return found
+            expected["branch"] = torch.from_numpy(self.oracle.branch(_array(x), _array(y), p, variant))
+        assert expected, "the oracle has neither weight() nor branch()"
+        return expected
 
     @property
     def weight(self) -> Tensor:
@@ -262,7 +258,7 @@ class Case:
 
     @property
     def bias(self) -> Tensor:
-        """b (out,), zeros where there is none."""
+        """b (out,), zeros without a bias."""
         return _bias(self.site, self.model)
 
     def _formula(
@@ -272,10 +268,10 @@ class Case:
         p = SimpleNamespace(**self.a.tensors[site.path])
         if isinstance(variant, BranchVariant):
             values = {program_value_name("", name): value for name, value in read.items()}
-            around = FormulaContext(site, values=values, passing=passing).within(y.dtype)
-            own = variant.once(p, around) if variant.has_once and not passing else {}
+            context = FormulaContext(site, values=values, passing=passing).within(y.dtype)
+            own = variant.once(p, context) if variant.has_once and not passing else {}
             values |= {program_value_name("", f"{OWN}:{name}"): value for name, value in own.items()}
-            return variant.branch(x, y, p, around)
+            return variant.branch(x, y, p, context)
         assert isinstance(variant, WeightVariant)
         assert self.host.apply is not None
         weight, bias = variant.weight(_weight(site, model), p), variant.new_bias(_bias(site, model), p)
@@ -288,11 +284,11 @@ def _weight(site: Site, model: nn.Module) -> Tensor:
 
 
 def _bias(site: Site, model: nn.Module) -> Tensor:
-    found = read_bias(site, model)
-    return torch.zeros(site.out_features, dtype=torch.float64) if found is None else found
+    bias = read_bias(site, model)
+    return torch.zeros(site.out_features, dtype=torch.float64) if bias is None else bias
 
 
 def _array(tensor: Tensor) -> Array:
-    """A tensor as an array, floating point in float64."""
+    """Convert a tensor to an array, floating point in float64."""
     wide = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
     return wide.numpy()

@@ -1,4 +1,4 @@
-"""What every variant must satisfy, whoever wrote it: one list of checks, run by any test runner."""
+"""The list of checks that every variant must pass, for any test runner."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Check:
     """One named check; calling it raises ``AssertionError`` where the variant fails.
 
     Attributes:
-        name: method, configuration, host and what is checked.
-        run: does it.
+        name: method, configuration, host and property.
+        run: runs the check.
     """
 
     name: str
@@ -43,23 +43,23 @@ def conformance(
     hosts: Mapping[str, Host] = HOSTS,
     **fields: Any,
 ) -> list[Check]:
-    """Every check of a variant, on every host.
+    """Return every check of a variant, on every host.
 
         @pytest.mark.parametrize("check", lorac.testing.conformance(MyVariant, my_oracle), ids=str)
         def test_my_variant(check):
             check()
 
-    On each host that the variant's ``check`` admits: formula = oracle, live = fused = baked, strength and mixture,
-    identity at init, training moves what it should and nothing else, undo and swap bit for bit, save and load, every
-    tensor matters, parameter count, strange numbers refused, every algebra rule dispensable, and the targets equal to
-    eager. On the others: a typed refusal.
+    On each host that the variant's ``check`` accepts: formula = oracle, live = fused = baked, strength and mixture,
+    identity at init, training changes trainable tensors only, undo and swap bit for bit, save and load, influence of
+    every tensor, parameter count, invalid values refused, algebra rules dispensable, and the targets equal to eager. On
+    other hosts: a typed error.
 
     Args:
         variant: the class (tested with ranks 1 and 3 and every switch turned once), or one configured instance.
-        oracle: the equations in NumPy float64, written independently of the variant, or a module that holds them
-            (see ``Oracle``). Without one the formula itself is the reference of what is derived from it.
+        oracle: the equations in NumPy float64, written independently of the variant, or a module with them (see
+            ``Oracle``). Without one the formula itself is the reference.
         targets: targets to compare with eager, for the first configuration.
-        hosts: models to try.
+        hosts: the hosts.
         **fields: hyper-parameters to set.
     """
     equations = Oracle.of(oracle) if isinstance(oracle, ModuleType) else oracle
@@ -76,7 +76,7 @@ def conformance(
 
 def _eager_checks(host: Host, admitted: bool) -> dict[str, Callable[[Case], None]]:
     if not admitted:
-        return {} if host.several else {"refused": checks.refused}
+        return {} if host.several else {"refused": checks.check_refused}
     return dict(several.CHECKS if host.several else checks.CHECKS)
 
 

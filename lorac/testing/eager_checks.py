@@ -1,4 +1,4 @@
-"""The checks in eager float64, the deciding comparison. Each takes a ``Case`` and asserts one promise."""
+"""The checks in eager float64, which decide. Each asserts one property of a ``Case``."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ ROUNDING = {
     torch.float16: 2 * torch.finfo(torch.float16).eps,
     torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
 }
-"""How far two computations of one thing may be apart, relative to its size.
+"""The largest relative difference between two computations of the same value.
 
-Roundings are independent and so add up as the root of their number: 64 of the last bit are 4096 of them, more than
-follow one another in any model of a test. In float64 there is room for an inverse or a decomposition besides. Half
-precision is for single layers, which compute in float32 and round twice: a product and a sum.
+Independent roundings add up as the root of their number: 64 units in the last place are 4096 of them, more than any
+test's model has in sequence. In float64 there is also room for an inverse or a decomposition. Half precision is for
+single layers, which compute in float32 and round twice: a product and a sum.
 """
 
 
-def formula(case: Case) -> None:
-    """Live answers what the oracle says, for 0 to 2 batch dimensions, with and without gradients recorded."""
+def check_formula(case: Case) -> None:
+    """Check that live equals the oracle, for 0 to 2 batch dimensions, with and without gradients."""
     for batch in case.host.batches:
         x = case.inputs(batch)
         for reference in case.references(x).values():
@@ -51,8 +51,8 @@ def formula(case: Case) -> None:
             assert_parity(case.live(x), reference, case.base(x))
 
 
-def modes(case: Case) -> None:
-    """Fused and baked answer what live does; a method without a weight form refuses both."""
+def check_modes(case: Case) -> None:
+    """Check that fused and baked equal live; a method without a weight form refuses both."""
     needs_weight = isinstance(case.variant, WeightVariant) or (case.oracle is not None and case.oracle.weight)
     assert case.mergeable or not needs_weight, "a method with a weight form stayed a branch"
     for mode in ("fused", "baked"):
@@ -65,8 +65,8 @@ def modes(case: Case) -> None:
             assert_parity(_call(compiled, x), _call(case.live, x), case.base(x))
 
 
-def strength(case: Case) -> None:
-    """Strength t means y + t·(y' − y), and a mixture is the sum of such terms, live and fused."""
+def check_strength(case: Case) -> None:
+    """Check that strength t gives y + t·(y' − y), and a mixture the sum of such terms, live and fused."""
     base = case.base(case.x)
     moved = {adapter.name: _call(case.compiled(adapter), case.x) - base for adapter in (case.a, case.b)}
     for mode in ("live", "fused") if case.mergeable else ("live",):
@@ -77,20 +77,20 @@ def strength(case: Case) -> None:
             assert_parity(compiled(case.x, adapters=choice), expected, base)
 
 
-def identity_at_init(case: Case) -> None:
-    """A fresh adapter changes nothing, where the method promises that; else something."""
+def check_identity_at_init(case: Case) -> None:
+    """Check that a fresh adapter changes nothing if the method promises that, and else something."""
     base = case.base(case.x)
     fresh = _call(compile(case.model, {"a": case.variant}), case.x)
     if case.variant.at(case.site).starts_as_base(case.site):
         assert_close(fresh, base)
     else:
-        assert not torch.equal(fresh, base), "it is said not to start as the base, yet a fresh adapter changes nothing"
+        assert not torch.equal(fresh, base), "a fresh adapter changes nothing, though the method says that it does"
 
 
-def training(case: Case) -> None:
-    """Steps with weight decay change every trainable tensor and no other byte.
+def check_training(case: Case) -> None:
+    """Check that steps with weight decay change every trainable tensor and nothing else.
 
-    What the output gives no gradient must get one from what the method emits, as a router that learns from its draws.
+    A tensor without a gradient from the output must get one from an extra output, as a router that learns from draws.
     """
     host = {name: t.clone() for name, t in case.model.state_dict().items()}
     compiled: Any = case.compiled(case.a, aux=getattr(case.variant.at(case.site), "emits", ()))
@@ -98,35 +98,35 @@ def training(case: Case) -> None:
     adapter = compiled.adapters["a"]
     named = {f"{path}.{key}": t for path, at in adapter.tensors.items() for key, t in at.items()}
     specs = case.variant.at(case.site).specs(case.site)
-    trained = {key for key in named if specs[key.rpartition(".")[2]].role is Role.TRAINABLE}
-    optimised = [p for p in compiled.parameters() if p.requires_grad]
-    assert {id(p) for p in optimised} == {id(named[key]) for key in trained}, "other tensors train than the specs say"
+    trainable = {key for key in named if specs[key.rpartition(".")[2]].role is Role.TRAINABLE}
+    parameters = [p for p in compiled.parameters() if p.requires_grad]
+    assert {id(p) for p in parameters} == {id(named[key]) for key in trainable}, "other tensors train than in the specs"
     before = {key: t.detach().clone() for key, t in named.items()}
-    kept = {name: t.clone() for name, t in compiled.host.state_dict().items()}
-    _train(compiled, case.x, optimised, named, trained)
+    base = {name: t.clone() for name, t in compiled.host.state_dict().items()}
+    _train(compiled, case.x, parameters, named, trainable)
     for key, tensor in named.items():
         same = torch.equal(before[key], tensor)
-        assert same != (key in trained), f"{key} {'did not train' if same else 'is frozen and changed'}"
+        assert same != (key in trainable), f"{key} {'did not train' if same else 'is frozen and changed'}"
     for name, tensor in case.model.state_dict().items():
         assert torch.equal(tensor, host[name]), f"training changed the host's {name}"
     for name, tensor in compiled.host.state_dict().items():
-        assert torch.equal(tensor, kept[name]), f"training changed the base's {name}"
+        assert torch.equal(tensor, base[name]), f"training changed the base's {name}"
 
 
-def undo(case: Case) -> None:
-    """Swapped to none, every mode answers the host's own bits, and fused weights are the base's."""
+def check_undo(case: Case) -> None:
+    """Check that without an adapter every mode gives the host's output bit for bit, with the base's weights."""
     base = case.base(case.x)
     for mode in ("live", "fused") if case.mergeable else ("live",):
         compiled: Any = case.compiled(case.a, mode=mode)
         assert not torch.equal(_call(compiled, case.x), base), "the adapter does nothing"
         compiled.swap(None)
-        assert torch.equal(_call(compiled, case.x), base), f"{mode}: swapped to none, the answer is not the base's"
+        assert torch.equal(_call(compiled, case.x), base), f"{mode}: without an adapter the output is not the base's"
         for name, tensor in case.model.state_dict().items():
             assert torch.equal(compiled.host.state_dict()[name], tensor), f"{mode}: {name} is not the base's"
 
 
-def swapping(case: Case) -> None:
-    """After any history the bits are those of a fresh compile with the same choice and nothing else registered."""
+def check_swapping(case: Case) -> None:
+    """Check that after any swaps the output equals that of a fresh compile with the same choice, bit for bit."""
     adapters = {"a": case.a, "b": case.b}
 
     def fresh(mode: str, choice: Any) -> Tensor:
@@ -138,11 +138,11 @@ def swapping(case: Case) -> None:
         expected = {str(choice): fresh(mode, choice) for choice in ("a", "b", MIX, None)}
         for choice in ("a", "b", MIX, "a", None, MIX, "b"):
             compiled.swap(choice)
-            assert torch.equal(_call(compiled, case.x), expected[str(choice)]), f"{mode}: {choice} after a history"
+            assert torch.equal(_call(compiled, case.x), expected[str(choice)]), f"{mode}: {choice} after other choices"
 
 
-def saving(case: Case) -> None:
-    """Saved and loaded, the adapter is the same: method, tensors, answers; saved again, the same bytes."""
+def check_saving(case: Case) -> None:
+    """Check that a saved and loaded adapter is the same, and gives the same file when saved again."""
     with tempfile.TemporaryDirectory() as folder:
         first, second = Path(folder, "first.safetensors"), Path(folder, "second.safetensors")
         save_adapter(case.a, first, format="native", model=case.model)
@@ -155,10 +155,10 @@ def saving(case: Case) -> None:
     assert torch.equal(_call(case.compiled(loaded), case.x), _call(case.live, case.x))
 
 
-def influence(case: Case) -> None:
-    """Every tensor moves the output: none is stored for nothing.
+def check_influence(case: Case) -> None:
+    """Check that every tensor influences the output.
 
-    What is only compared, as a router's bias, moves nothing until an order changes; it is shaken harder then.
+    A tensor that is only compared, such as a router's bias, needs more noise until an order changes.
     """
     y = _call(case.live, case.x)
     moved = torch.linalg.vector_norm(y - case.base(case.x))
@@ -170,26 +170,26 @@ def influence(case: Case) -> None:
 
     for key, tensor in case.a.tensors[case.host.path].items():
         floats = tensor.is_floating_point()
-        changes = (_shaken(tensor, size) for size in (0.5, 5.0)) if floats else iter([tensor.flip(-1)])
+        changes = (_add_noise(tensor, size) for size in (0.5, 5.0)) if floats else iter([tensor.flip(-1)])
         assert any(moves(key, changed) for changed in changes), f"{key} has no influence on the output"
 
 
-def count(case: Case) -> None:
-    """The adapter holds exactly the tensors its specs say, and as many values as the oracle counts."""
+def check_count(case: Case) -> None:
+    """Check that the adapter has exactly the tensors of its specs, and as many values as the oracle counts."""
     specs = case.variant.at(case.site).specs(case.site)
     tensors = case.a.tensors[case.host.path]
     assert list(tensors) == list(specs)
     for name, spec in specs.items():
         assert spec.admits(tuple(tensors[name].shape)), f"{name} is {tuple(tensors[name].shape)}, not {spec.shape}"
-        assert spec.role is not Role.INDEX or tensors[name].dtype == torch.int64, f"{name} is no index tensor"
+        assert spec.role is not Role.INDEX or tensors[name].dtype == torch.int64, f"{name} is not an index tensor"
     if case.oracle is not None and case.oracle.count is not None:
         trained = sum(tensors[name].numel() for name, spec in specs.items() if spec.role is Role.TRAINABLE)
         expected = case.oracle.count(case.site.out_features, case.site.in_features, case.variant)
         assert trained == expected, f"{trained} trained values, the oracle counts {expected}"
 
 
-def strange(case: Case) -> None:
-    """Numbers that are none, or of another kind than the method takes, are refused by a typed error."""
+def check_invalid_values(case: Case) -> None:
+    """Check that NaN, and tensors of another kind than the method takes, are refused by a typed error."""
     path = case.host.path
     specs = case.variant.at(case.site).specs(case.site)
     for name, tensor in case.a.tensors[path].items():
@@ -207,8 +207,8 @@ def strange(case: Case) -> None:
             assert_raises(LoracError, lambda wrong=wrong: compile(case.model, {"a": wrong}))  # type: ignore[misc]  # likewise
 
 
-def rules(case: Case) -> None:
-    """With every rule of the algebra taken away the result is the same, only slower."""
+def check_rules(case: Case) -> None:
+    """Check that the result is the same without the rules of the algebra."""
     if not case.mergeable:
         return
     base = make_base_reader(case.model)
@@ -222,43 +222,43 @@ def rules(case: Case) -> None:
         assert_close(given[1], plain[1])
 
 
-def untouched(case: Case) -> None:
-    """Compiling leaves the host as it was: bytes, flags, mode, hooks, and the process's random state."""
+def check_host_unchanged(case: Case) -> None:
+    """Check that compiling changes nothing of the host, nor the process's random state."""
     model = case.host.model()
     model.train()
     next(model.parameters()).requires_grad_(False)
-    before, state = _traits(model), torch.get_rng_state()
+    before, state = _describe_model(model), torch.get_rng_state()
     compile(model, {"a": case.variant})
-    assert _traits(model) == before, "compile changed the host"
+    assert _describe_model(model) == before, "compile changed the host"
     assert torch.equal(torch.get_rng_state(), state), "compile drew from the process's random state"
     for name, tensor in case.host.model().state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), f"compile changed the host's {name}"
 
 
-def refused(case: Case) -> None:
-    """On a kind of site the method is not defined on, or where what it reads is not, compile raises a typed error."""
+def check_refused(case: Case) -> None:
+    """Check that compile raises a typed error for an unsupported site, or a value that does not exist."""
     assert_raises((SiteError, AdapterError), lambda: compile(case.model, {"a": case.variant}))
 
 
 CHECKS: Mapping[str, Callable[[Case], None]] = {
-    check.__name__: check
+    check.__name__.removeprefix("check_"): check
     for check in (
-        formula,
-        modes,
-        strength,
-        identity_at_init,
-        training,
-        undo,
-        swapping,
-        saving,
-        influence,
-        count,
-        strange,
-        rules,
-        untouched,
+        check_formula,
+        check_modes,
+        check_strength,
+        check_identity_at_init,
+        check_training,
+        check_undo,
+        check_swapping,
+        check_saving,
+        check_influence,
+        check_count,
+        check_invalid_values,
+        check_rules,
+        check_host_unchanged,
     )
 }
-"""Every check on a site of a kind that the variant admits."""
+"""The checks at a site of a kind that the variant supports."""
 
 
 def assert_raises(error: type[Exception] | tuple[type[Exception], ...], call: Callable[[], object]) -> None:
@@ -272,9 +272,9 @@ def assert_raises(error: type[Exception] | tuple[type[Exception], ...], call: Ca
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Assert that two tensors are one but for rounding (``ROUNDING``), relative to the size of ``expected``.
+    """Assert that two tensors are equal up to ``ROUNDING``, relative to the norm of ``expected``.
 
-    Shapes and dtypes are the same. An ``expected`` of zeros admits nothing else.
+    Shapes and dtypes must be equal. For an ``expected`` of zeros nothing else is accepted.
     """
     assert found.shape == expected.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
     assert found.dtype == expected.dtype, f"{found.dtype}, not {expected.dtype}"
@@ -289,37 +289,37 @@ def _call(compiled: Compiled, x: Tensor, *choice: Any) -> Tensor:
 
 
 def _train(
-    compiled: Any, x: Tensor, optimised: list[nn.Parameter], named: Mapping[str, Tensor], trained: set[str]
+    compiled: Any, x: Tensor, parameters: list[nn.Parameter], named: Mapping[str, Tensor], trainable: set[str]
 ) -> None:
-    optimiser = torch.optim.AdamW(optimised, lr=1e-2, weight_decay=0.1)
+    optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     target = torch.zeros_like(_call(compiled, x))
     for _ in range(2):
         optimiser.zero_grad()
         torch.nn.functional.mse_loss(compiled(x), target).backward()
-        _told_by_what_is_emitted(compiled, [named[key] for key in trained if named[key].grad is None])
-        for key in trained:
+        _add_emitted_gradients(compiled, [named[key] for key in trainable if named[key].grad is None])
+        for key in trainable:
             gradient = named[key].grad
             # Weight decay alone would change it too.
             assert gradient is not None and bool(gradient.any()), f"{key} gets no gradient"
         optimiser.step()
 
 
-def _told_by_what_is_emitted(compiled: Any, silent: list[Tensor]) -> None:
-    """Gradients of the sum of what was emitted, for tensors that the output gave none."""
+def _add_emitted_gradients(compiled: Any, missing: list[Tensor]) -> None:
+    """Add gradients of the sum of extra outputs to tensors without one."""
     emitted = [value for by_site in compiled.aux.values() for value in by_site.values() if value.requires_grad]
-    if silent and emitted:
-        gradients = torch.autograd.grad(sum(value.sum() for value in emitted), silent, allow_unused=True)
-        for tensor, gradient in zip(silent, gradients, strict=True):
+    if missing and emitted:
+        gradients = torch.autograd.grad(sum(value.sum() for value in emitted), missing, allow_unused=True)
+        for tensor, gradient in zip(missing, gradients, strict=True):
             tensor.grad = gradient
 
 
-def _shaken(tensor: Tensor, size: float) -> Tensor:
+def _add_noise(tensor: Tensor, size: float) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
     return tensor + size * typical_size(tensor) * noise
 
 
-def _traits(model: nn.Module) -> Any:
+def _describe_model(model: nn.Module) -> Any:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: (m.training, len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()}
     return flags, modes

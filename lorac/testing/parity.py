@@ -1,7 +1,7 @@
-"""The deciding measure: error against the adapter's own contribution, never against the base.
+"""The deciding measure: the error relative to the adapter's contribution, not to the base's output.
 
-‖y − y_ref‖₂ / ‖y_ref − y_base‖₂ per output, for adapters that move the output by 5 to 50 %: a wrong
-scale, a missing term or a swapped tensor cannot hide behind the base.
+‖y − y_ref‖₂ / ‖y_ref − y_base‖₂ per output, for adapters that change the output by 5 to 50 %, so that a wrong scale, a
+missing term or a swapped tensor cannot hide behind the base.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CONTRIBUTION = (0.05, 0.50)
 
 
 def named_outputs(output: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """A model's floating-point outputs by name, in float64; caches and nested tuples left out.
+    """Return a model's floating-point outputs by name, in float64, without caches and nested tuples.
 
-    A lone tensor is called 'output', a tuple's are called '0', '1', ...
+    A single tensor is called 'output', those of a tuple '0', '1', ...
     """
     if isinstance(output, Tensor | np.ndarray):
         output = {"output": output}
@@ -41,7 +41,7 @@ def named_outputs(output: Any, names: Sequence[str] | None = None) -> dict[str, 
 
 
 def contribution(y_ref: Any, y_base: Any, names: Sequence[str] | None = None) -> dict[str, float]:
-    """‖y_ref − y_base‖ / ‖y_base‖ per output."""
+    """Return ‖y_ref − y_base‖ / ‖y_base‖ per output."""
     ref, base = named_outputs(y_ref, names), named_outputs(y_base, names)
     return {name: _norm(ref[name] - base[name]) / _norm(base[name]) for name in ref}
 
@@ -55,19 +55,16 @@ def assert_parity(
     own_base: Any = None,
     names: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Assert that every output of `y` is that of `y_ref` by the deciding measure.
-
-    Returns the ratios by output.
+    """Assert that every output of `y` equals that of `y_ref` by the deciding measure, and return the ratios by output.
 
     Args:
-        y: What is tested.
-        y_ref: The reference with the adapter.
-        y_base: The reference without it.
-        limit: 1e-9 for a float64 reference, otherwise 1e-4, if not given.
-        own_base: What the tested side answers without an adapter. Where that already differs from
-            `y_base` (another runtime rounds differently), 4 times its ratio is allowed and
-            printed. Never in float64.
-        names: The outputs to compare; all of them if not given.
+        y: the output under test.
+        y_ref: the reference with the adapter.
+        y_base: the reference without it.
+        limit: default: 1e-9 for a float64 reference, else 1e-4.
+        own_base: the tested side's output without an adapter. If it differs from `y_base` (another runtime rounds
+            differently), 4 times its ratio is allowed and printed; never in float64.
+        names: the outputs to compare; default: all.
     """
     exact = any(value.dtype == torch.float64 for value in _list_tensors(y_ref))
     limit = (FLOAT64 if exact else FLOAT32) if limit is None else limit
@@ -78,7 +75,7 @@ def assert_parity(
     ratios = {}
     for name, share in contribution(y_ref, y_base, names).items():
         assert CONTRIBUTION[0] <= share <= CONTRIBUTION[1], (
-            f"{name}: the adapter moves the output by {share:.1%}, so the test decides nothing"
+            f"{name}: the adapter changes the output by {share:.1%}, so the test decides nothing"
         )
         assert got[name].shape == ref[name].shape, f"{name}: {got[name].shape}, {ref[name].shape}"
         moved = _norm(ref[name] - base[name])

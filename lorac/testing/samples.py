@@ -1,4 +1,4 @@
-"""Configurations to test a variant in, and adapters away from their init."""
+"""Configurations of a variant to test, and adapters away from their start values."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lorac.variants.params import Role
 
 Tensor = torch.Tensor
 AIM = 0.2
-"""Share of the base's output that a sampled adapter contributes."""
+"""The contribution of a sampled adapter relative to the base's output."""
 _SCALES = {"alpha": 5.0, "scale": 0.7}
-"""Values for fields that are factors by their name: away from 1 and from any rank, so that a lost factor shows."""
+"""Values for scale fields that differ from 1 and from all ranks, so that a missing factor shows."""
 _FALLING = [2.0**-n for n in range(6)]
 _COMMON = frozenset(dataclass_fields(Variant))  # type: ignore[type-abstract]  # its fields alone are read
 
 
 def samples(variant: type[Variant] | Variant, **fields: Any) -> list[Variant]:
-    """Configurations to test: ranks 3 and 1 (unequal where there are several), every switch turned once.
+    """Return configurations to test: ranks 3 and 1 (unequal if there are several), and every switch flipped once.
 
     Args:
-        variant: a class; of an instance nothing is varied.
+        variant: a class, or an instance that is the only configuration.
         **fields: hyper-parameters to set in all of them.
 
     Raises:
@@ -43,7 +43,7 @@ def samples(variant: type[Variant] | Variant, **fields: Any) -> list[Variant]:
     if missing:
         raise OptionError(
             f"{variant.name} has no default for {', '.join(missing)}",
-            next_step="give the fields to conformance(), or a configured instance",
+            next_step="give these fields to conformance(), or a configured instance",
         )
     ranks = [f.name for f in own if f.name == "r" or f.name.startswith("r_")]
     fixed = {**{f.name: _SCALES[f.name] for f in own if f.name in _SCALES}, **fields}
@@ -55,7 +55,7 @@ def samples(variant: type[Variant] | Variant, **fields: Any) -> list[Variant]:
 
 
 def describe_sample(variant: Variant) -> str:
-    """A configuration in a few words: the method and what differs from its defaults."""
+    """Describe a configuration by the method and the fields that differ from their defaults."""
     changed = [
         f"{f.name}={getattr(variant, f.name):g}" if not isinstance(f.default, bool) else f.name
         for f in dataclasses.fields(variant)
@@ -65,16 +65,16 @@ def describe_sample(variant: Variant) -> str:
 
 
 def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: str, seed: int) -> Adapter:
-    """An adapter whose every trained or frozen tensor is far from its init and unlike every other.
+    """Return an adapter whose trained and frozen tensors are far from their start values and from each other.
 
-    Its strength is searched so that it contributes a fifth of the base's output.
+    It contributes a fifth of the base's output.
 
     Args:
-        variant: the method, targets included.
+        variant: the method, with its targets.
         model: the host, float64.
-        inputs: what the contribution is measured on.
+        inputs: the inputs on which the contribution is measured.
         name: the adapter's name.
-        seed: every seed gives other tensors.
+        seed: the seed of its tensors.
     """
     compiled = compile(model, {name: variant})
     adapter = compiled.adapters[name]
@@ -90,14 +90,14 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
             return next(iter(contribution(compiled(inputs), base).values()))
 
         _search_strength(share)
-    # One copy per tensor, so that what the sites share stays shared.
+    # One copy per tensor, so that shared tensors stay shared.
     copies = {id(t): t.detach().clone() for t in adapter.parameters()}
     tensors = {path: {key: copies[id(t)] for key, t in at.items()} for path, at in adapter.tensors.items()}
     return Adapter(name, adapter.variant, tensors)
 
 
 def _movable_tensors(adapter: Adapter, sites: Mapping[str, Site]) -> list[Tensor]:
-    """The distinct tensors that a file could hold any value of: all but buffers and indices."""
+    """Return the distinct tensors that may have any values: all but buffers and indices."""
     found: dict[int, Tensor] = {}
     for path, tensors in adapter.tensors.items():
         specs = adapter.variant.at(sites[path]).specs(sites[path])
@@ -106,7 +106,7 @@ def _movable_tensors(adapter: Adapter, sites: Mapping[str, Site]) -> list[Tensor
 
 
 def typical_size(tensor: Tensor) -> float:
-    """The size of a change that is far for ``tensor``: its deviation, or where it is constant, a typical init's."""
+    """Return the size of a large change of a tensor: its deviation, or for a constant one that of a usual init."""
     deviation = float(tensor.double().std(correction=0)) if tensor.numel() > 1 else 0.0
     return deviation or 0.3 * float(tensor.double().abs().mean()) or max(tensor.shape[-1:] or (1,)) ** -0.5
 
@@ -118,24 +118,24 @@ def _interpolator(tensor: Tensor, generator: torch.Generator) -> Callable[[float
 
 
 def _search_strength(share: Callable[[float], float]) -> None:
-    """Leave the adapter at a strength whose contribution is near the aim.
+    """Set the adapter to a strength with a contribution near the aim.
 
-    What begins farther from the base than that is left as far from its beginning as the window admits.
+    An adapter that starts farther from the base keeps the largest strength within the limits.
     """
     low, high = 0.0, 0.05
     if share(low) > AIM:
         assert any(CONTRIBUTION[0] <= share(strength) <= CONTRIBUTION[1] for strength in _FALLING), (
-            f"it begins far from the base, and no strength contributes {CONTRIBUTION[1]:.0%} or less"
+            f"it starts far from the base, and no strength contributes {CONTRIBUTION[1]:.0%} or less"
         )
         return
     while share(high) < AIM:
         low, high = high, 2 * high
-        assert high < 1e4, "the adapter hardly moves the output, whatever its strength"
+        assert high < 1e4, "the adapter hardly changes the output at any strength"
     for _ in range(60):
         middle = (low + high) / 2
         found = share(middle)
         if abs(found - AIM) <= 0.1 * AIM:
             return
         low, high = (middle, high) if found < AIM else (low, middle)
-    # A method that jumps (a router) may have no such strength; what counts is the window.
+    # A method that jumps (a router) may have no such strength; the limits decide.
     assert CONTRIBUTION[0] <= found <= CONTRIBUTION[1], f"found no strength that contributes {AIM:.0%}"

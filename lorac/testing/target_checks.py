@@ -1,4 +1,4 @@
-"""The checks of a target against eager, in float32. Each takes a ``Case`` and the target's name."""
+"""The checks of a target against eager, in float32."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lorac.testing.parity import assert_parity
 Tensor = torch.Tensor
 
 
-def live(case: Case, target: str) -> None:
-    """Live equals eager for base, adapters and mixture, at other batch sizes too; a swap equals a fresh compile."""
+def check_live(case: Case, target: str) -> None:
+    """Check that live equals eager for several choices and batch sizes, and a swap equals a fresh compile."""
     x, other = _inputs(case)
     eager = compile(case.model32, {"a": case.a, "b": case.b}, mode="live")
     compiled = _compile(case, target, "a", "b", mode="live", active=None)
@@ -34,11 +34,11 @@ def live(case: Case, target: str) -> None:
     assert torch.equal(_call(compiled, x), _call(fresh, x)), "a swap is not a fresh compile, bit for bit"
     for model in (compiled, fresh):
         model.swap(None)
-        assert torch.equal(_call(model, x), own[id(x)]), "swapped to none, the bits are not the base's"
+        assert torch.equal(_call(model, x), own[id(x)]), "without an adapter the bits are not the base's"
 
 
-def merged(case: Case, target: str) -> None:
-    """Fused and baked equal eager, fused swaps undo bit for bit; without a weight form both are refused."""
+def check_merged(case: Case, target: str) -> None:
+    """Check that fused and baked equal eager and fused swaps are exact; without a weight form both are refused."""
     if not case.mergeable:
         for mode in ("fused", "baked"):
             assert_raises(CompileError, lambda mode=mode: _compile(case, target, "a", mode=mode))  # type: ignore[misc]  # the default binds the loop's value
@@ -52,19 +52,19 @@ def merged(case: Case, target: str) -> None:
         answer = _call(fused, x)
         assert_parity(answer, reference, _base(case, x), own_base=own)
         fused.swap(None)
-        assert torch.equal(_call(fused, x), own), "swapped to none, the bits are not the base's"
+        assert torch.equal(_call(fused, x), own), "without an adapter the bits are not the base's"
     fused.swap("a")
     assert torch.equal(_call(fused, x), answer), "swapped again, the bits differ"
     baked = _compile(case, target, "a", mode="baked")
     assert_parity(_call(baked, x), reference, _base(case, x), own_base=own)
 
 
-CHECKS: Mapping[str, Callable[[Case, str], None]] = {"live": live, "merged": merged}
+CHECKS: Mapping[str, Callable[[Case, str], None]] = {"live": check_live, "merged": check_merged}
 """Every check of a target."""
 
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor]:
-    """The usual input, and its rows but one: another batch size."""
+    """Return the usual input, and all its rows but one as another batch size."""
     x = case.x.float() if case.x.is_floating_point() else case.x
     return x, x[:-1]
 

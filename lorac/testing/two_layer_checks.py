@@ -1,7 +1,6 @@
-"""The checks on models of two layers of unequal sizes, in every precision. Each takes a ``Case``.
+"""The checks on models with two layers of unequal sizes, in every precision.
 
-A model of one layer cannot show what a layer makes of what an adapted layer answered, nor what of a tensor that layers
-share each of them takes.
+In these the second layer reads an adapted layer's output, and each layer uses its part of a shared tensor.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ Tensor = torch.Tensor
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def sizes(case: Case) -> None:
-    """Live and fused answer what the oracle says at both layers, for several batches, gradients recorded or not."""
+def check_sizes(case: Case) -> None:
+    """Check that live and fused equal the oracle at both layers, for several batches, with and without gradients."""
     models = [case.compiled(case.a, mode=mode) for mode in (("live", "fused") if case.mergeable else ("live",))]
     for batch, compiled in itertools.product(case.host.batches, models):
         x = case.host.inputs(batch)
@@ -37,21 +36,21 @@ def sizes(case: Case) -> None:
             assert_parity(compiled(x), reference, base)
 
 
-def requiring_gradients(case: Case) -> None:
-    """Swapped to none, the answer is the host's to the last bit, whether or not the host's weights need gradients."""
-    given = [case.host.inputs(batch) for batch in case.host.batches]
-    turned = [x.transpose(0, 1) for x in given if x.dim() - len(case.host.sizes) > 1]
-    for needed in (True, False):
-        model = copy.deepcopy(case.model).requires_grad_(needed)
+def check_requiring_gradients(case: Case) -> None:
+    """Check that without an adapter the output is the host's bit for bit, with and without required gradients."""
+    inputs = [case.host.inputs(batch) for batch in case.host.batches]
+    transposed = [x.transpose(0, 1) for x in inputs if x.dim() - len(case.host.sizes) > 1]
+    for required in (True, False):
+        model = copy.deepcopy(case.model).requires_grad_(required)
         compiled = compile(model, {"a": case.a}, active=None)
-        for x in (*given, *turned):
-            assert torch.equal(compiled(x), model(x)), "swapped to none, the answer is not the host's"
+        for x in (*inputs, *transposed):
+            assert torch.equal(compiled(x), model(x)), "without an adapter the output is not the host's"
 
 
-def half(case: Case) -> None:
-    """In half precision it is as near to the oracle as the base is to its own, trains, and answers in its dtype.
+def check_half(case: Case) -> None:
+    """Check that half precision is as accurate as the base, trains, and keeps its dtype.
 
-    What a method draws in training is no other's answer: where two calls differ, neither is compared.
+    A training call with random numbers is not compared.
     """
     for dtype in _HALF:
         model = copy.deepcopy(case.model).to(dtype)
@@ -72,53 +71,53 @@ def half(case: Case) -> None:
 
 
 def _assert_as_near(answer: Tensor, reference: Tensor, base: Tensor, own: Tensor) -> None:
-    """Assert that an answer in half precision is as near to the oracle's as the base in it is to the exact base."""
-    if torch.equal(own.float(), base):  # it looks up, and rounds nothing: the adapted sum is rounded once
+    """Assert that an output in half precision is as near to the oracle's as the base's is to the exact base."""
+    if torch.equal(own.float(), base):  # a lookup rounds nothing, and the adapted sum is rounded once
         assert_close(answer, reference.to(answer.dtype))
     else:
         assert_parity(answer, reference, base, own_base=own)
 
 
-CHECKS: Mapping[str, Callable[[Case], None]] = {c.__name__: c for c in (sizes, requiring_gradients, half)}
+CHECKS: Mapping[str, Callable[[Case], None]] = {
+    check.__name__.removeprefix("check_"): check for check in (check_sizes, check_requiring_gradients, check_half)
+}
 """Every check of a host of several sites."""
 
 
-def other_sizes(case: Case, target: str) -> None:
-    """A half-precision host, given inputs of its own dtype, answers as in eager, also for other batches and lengths.
+def check_other_sizes(case: Case, target: str) -> None:
+    """Check that a half-precision host equals eager, also for other batches and lengths.
 
-    What the target does not compute in, it says once.
+    A target that computes in another dtype must warn once.
     """
     first, *others = case.host.batches
     inputs = [case.host.inputs(batch) for batch in (first, *(b for b in others if len(b) == len(first)))]
     wide = copy.deepcopy(case.model).half().float()
     eager = compile(wide, {"a": case.a})
-    compiled = _told_once(case, target, _like(inputs[0], torch.float16))
+    compiled = _compile_and_count_warnings(case, target, _cast_like(inputs[0], torch.float16))
     for x in inputs:
-        halved = _like(x, torch.float16)
+        halved = _cast_like(x, torch.float16)
         with torch.no_grad():
-            exact = _like(halved, torch.float32)
+            exact = _cast_like(halved, torch.float32)
             reference, base = eager(exact), wide(exact)
             own, answer = compiled(halved, adapters=None), compiled(halved)
         assert_parity(answer, reference, base, own_base=own)
 
 
-TARGET_CHECKS: Mapping[str, Callable[[Case, str], None]] = {"other_sizes": other_sizes}
+TARGET_CHECKS: Mapping[str, Callable[[Case, str], None]] = {"other_sizes": check_other_sizes}
 """Every check of a target on a host of several sites."""
 
 
-def _told_once(case: Case, target: str, example: Tensor) -> Compiled:
+def _compile_and_count_warnings(case: Case, target: str, example: Tensor) -> Compiled:
     shapes = ({axis: Dim.AUTO for axis in range(example.dim() - len(case.host.sizes))},)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = copy.deepcopy(case.model).half()
         compiled = compile(model, {"a": case.a}, target, (example,), dynamic_shapes=shapes)
-    said = [str(warning.message) for warning in told if warning.category is LoracWarning]
+    messages = [str(warning.message) for warning in caught if warning.category is LoracWarning]
     casts = compiled.explain().casts
-    assert len(said) == len(casts) <= 1, (
-        f"it computes in another dtype {len(casts)} times and says so {len(said)} times"
-    )
+    assert len(messages) == len(casts) <= 1, f"{len(casts)} casts to another dtype, and {len(messages)} warnings"
     return compiled
 
 
-def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x

@@ -20,7 +20,7 @@ HOSTS = {host.name: host for host in (*SQUARE, *OBLONG)}
 @pytest.mark.parametrize("host", ["far", "volume", "oblong"])
 def test_every_geometry(method, host):
     case = Case(method(r=3, alpha=5), HOSTS[host])
-    checks.modes(case)
+    checks.check_modes(case)
     checks.identity_at_init(case)
 
 

@@ -33,7 +33,7 @@ def outer(p):
 @torch.no_grad()
 def test_every_geometry(host):
     case = Case(lorac.CPLoRA(r=2, alpha=5, dora=True), host)
-    checks.modes(case)
+    checks.check_modes(case)
     checks.identity_at_init(case)
     p, module = case.a.tensors["site"], case.model.site
     kernel = module.weight + 2.5 * outer(p)

@@ -34,8 +34,8 @@ def site_of(module):
 @pytest.mark.parametrize("host", SQUARE, ids=lambda host: host.name)
 def test_every_geometry(host):
     case = Case(lorac.LoRAC(r=2, alpha=5, dora=True), host, Oracle.of(oracle))
-    checks.formula(case)
-    checks.modes(case)
+    checks.check_formula(case)
+    checks.check_modes(case)
     checks.identity_at_init(case)
 
 
@@ -44,7 +44,7 @@ def test_every_geometry(host):
 def test_groups(host, dora):
     """B·A is read into the kernel as it is stored, (O, I/g, k, k), so that it merges."""
     case = Case(lorac.LoRAC(r=2, alpha=5, dora=dora), host)
-    checks.modes(case)
+    checks.check_modes(case)
     checks.identity_at_init(case)
     p, module = case.a.tensors["site"], case.model.site
     kernel = module.weight + 2.5 * (p["lora_B"] @ p["lora_A"]).reshape(module.weight.shape)
@@ -139,7 +139,7 @@ def test_a_linear_layer_has_a_lora():
 
 
 def test_the_rank_may_exceed_the_channels():
-    checks.modes(Case(lorac.LoRAC(r=16, alpha=5), SQUARE[0]))
+    checks.check_modes(Case(lorac.LoRAC(r=16, alpha=5), SQUARE[0]))
 
 
 MV_DECODER = SimpleNamespace(out=32, inputs=352, convolutions=6)
