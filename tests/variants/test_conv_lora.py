@@ -21,7 +21,7 @@ HOSTS = {host.name: host for host in (*SQUARE, *OBLONG)}
 def test_every_geometry(method, host):
     case = Case(method(r=3, alpha=5), HOSTS[host])
     checks.check_modes(case)
-    checks.identity_at_init(case)
+    checks.check_identity_at_init(case)
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 4])

@@ -34,7 +34,7 @@ def outer(p):
 def test_every_geometry(host):
     case = Case(lorac.CPLoRA(r=2, alpha=5, dora=True), host)
     checks.check_modes(case)
-    checks.identity_at_init(case)
+    checks.check_identity_at_init(case)
     p, module = case.a.tensors["site"], case.model.site
     kernel = module.weight + 2.5 * outer(p)
     kernel = kernel * (p["magnitude"] / kernel.flatten(1).norm(dim=1)).view(-1, *(1,) * (kernel.ndim - 1))

@@ -36,7 +36,7 @@ def test_every_geometry(host):
     case = Case(lorac.LoRAC(r=2, alpha=5, dora=True), host, Oracle.of(oracle))
     checks.check_formula(case)
     checks.check_modes(case)
-    checks.identity_at_init(case)
+    checks.check_identity_at_init(case)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -45,7 +45,7 @@ def test_groups(host, dora):
     """B·A is read into the kernel as it is stored, (O, I/g, k, k), so that it merges."""
     case = Case(lorac.LoRAC(r=2, alpha=5, dora=dora), host)
     checks.check_modes(case)
-    checks.identity_at_init(case)
+    checks.check_identity_at_init(case)
     p, module = case.a.tensors["site"], case.model.site
     kernel = module.weight + 2.5 * (p["lora_B"] @ p["lora_A"]).reshape(module.weight.shape)
     if dora:
