@@ -285,15 +285,15 @@ class Interface:
 
     def restrict(self, inputs: Collection[str], structure: OutputStructure) -> Interface:
         """Return the interface of a part of the program, which has some of the inputs and another output."""
-        kept = tuple(name for name in self.inputs if name in inputs)
+        names = tuple(name for name in self.inputs if name in inputs)
         return replace(
             self,
-            inputs=kept,
-            outputs=structure.tensor_names(kept),
+            inputs=names,
+            outputs=structure.tensor_names(names),
             structure=structure,
-            id_counts={name: count for name, count in self.id_counts.items() if name in kept},
-            aliases={argument: name for argument, name in self.aliases.items() if name in kept},
-            sizes=self.sizes.restrict(kept),
+            id_counts={name: count for name, count in self.id_counts.items() if name in names},
+            aliases={argument: name for argument, name in self.aliases.items() if name in names},
+            sizes=self.sizes.restrict(names),
         )
 
     # --- storage -----------------------------------------------------------------------------------------------

@@ -93,9 +93,9 @@ def _check_branches(graph: Graph) -> None:
         if mixing is not None:
             raise Unavailable(
                 f"{mixing.formula.method} at '{path}' mixes tokens by itself, and the program's cache has no place for "
-                "what it makes of those that came before",
+                "what it computes from earlier tokens",
                 next_step="compile with target='eager', which generates without a cache while such an adapter is on, "
-                "or with cache=False, to run the program on whole texts",
+                "or with cache=False, to run the program on whole sequences",
             )
 
 

@@ -38,7 +38,7 @@ _FREE_ZEROS, _ZERO_SHARE = 1 << 16, 1 / 8
 """Zeros in a B for each computed row: as many cost less than the saved ops. More may be this share of the weights."""
 _COMMON_ROLES = (WEIGHT, BIAS)
 """Roles for which all fused sites have a slot, or none: next to a slot, the base's values would need another one."""
-_TOO_WIDE = "its pair may be so wide that the zeros beside it in a pack cost more than the pack saves"
+_TOO_WIDE = "its pair may be so wide that the zeros in a fused B would cost more than fusing saves"
 
 
 @final
@@ -81,7 +81,7 @@ class FuseProjections(Pass):
         """Return why a site cannot be fused; None where it can."""
         site, plan = graph.sites.get(path), graph.plans.get(path)
         if site is None or site.kind is not SiteKind.LINEAR:
-            return "it is no linear layer"
+            return "it is not a linear layer"
         if plan is not None and (why := self._find_slot_obstacle(plan)) is not None:
             return why
         if any(parse_value_name(name)[1] == path for name in list_read_values(graph.plans.values())):
@@ -107,7 +107,7 @@ def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) ->
         return "its weight is not as the model stores it"
     tensor = graph.exported.state_dict.get(str(site.weight))
     if type(tensor) not in {torch.Tensor, torch.nn.Parameter}:
-        return f"its weight is held as {type(tensor).__name__}"
+        return f"its weight is a {type(tensor).__name__}"
     if site.shares or any(user not in calls for user in weight.users):
         return "its weight is read elsewhere too"
     return "its input is written to" if any(map(_writes_to_input, calls)) else None
@@ -148,7 +148,7 @@ def _always_together(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) ->
 def _why_single(path: str, groups: Sequence[Sequence[str]]) -> str:
     """Return why a site that may be fused is not."""
     if all(len(group) == 1 for group in groups if path in group):
-        return "no other site of its module that may be packed with it reads its input"
+        return "no other site of its module that may be fused with it reads its input"
     return "its calls do not all read an input together with the same sites"
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from lorac.ir.algebra.changes import Change, SparseSum, from_outputs, to_outputs
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
 from lorac.storage.open_file import OpenFile
 from lorac.storage.plans import branch_from_json, branch_to_json
-from lorac.storage.strict_json import dump_json, parse_object
+from lorac.storage.strict_json import JsonObject, dump_json, parse_object
 from lorac.storage.tensor_file import TensorFile
 
 Tensor = torch.Tensor
@@ -48,7 +47,7 @@ def write_normal_forms(path: Path, prepared: PreparedAdapter) -> None:
     TensorFile.write(path, tensors, notes={_ENTRY: dump_json(description)})
 
 
-def read_normal_forms(held: OpenFile) -> PreparedAdapter:
+def read_normal_forms(opened: OpenFile) -> PreparedAdapter:
     """Read an adapter's normal forms into memory.
 
     Raises:
@@ -57,10 +56,10 @@ def read_normal_forms(held: OpenFile) -> PreparedAdapter:
 
     def damaged(reason: str) -> ArtifactError:
         return ArtifactError(
-            f"the description in '{held.where}' {reason}", next_step="copy the whole folder again, or save it anew"
+            f"the description in '{opened.where}' {reason}", next_step="copy the whole folder again, or save it anew"
         )
 
-    file = TensorFile(held)
+    file = TensorFile(opened)
     entries = parse_object(file.notes.get(_ENTRY, ""), damaged)
     tensors = file.load_all()
     return PreparedAdapter(
@@ -71,11 +70,11 @@ def read_normal_forms(held: OpenFile) -> PreparedAdapter:
     )
 
 
-def _change(site: str, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:
+def _change(site: str, stored: JsonObject, tensors: Mapping[str, Tensor]) -> Change:
     return from_outputs(stored["form"], {letter: tensors[_letter(site, letter)] for letter in stored["letters"]}, None)
 
 
-def _branch(site: str, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BranchTerm:
+def _branch(site: str, stored: JsonObject, tensors: Mapping[str, Tensor]) -> BranchTerm:
     slot = branch_from_json(site, stored)
     return BranchTerm(slot, tuple(tensors[_parameter(site, name)] for name in slot.params))
 

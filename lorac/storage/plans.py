@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from lorac.ir.sites import Site
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.plans import BranchSlot, RankPolicy, Reason, SitePlan
 from lorac.ir.slots.roles import ROLES
+from lorac.storage.strict_json import JsonObject
 
 
 # ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def plan_to_json(plan: SitePlan) -> dict[str, Any]:
+def plan_to_json(plan: SitePlan) -> JsonObject:
     """Return a plan as JSON, without its site, which the skeleton describes."""
     return {
         "room": dict(plan.room),
@@ -27,7 +28,7 @@ def plan_to_json(plan: SitePlan) -> dict[str, Any]:
     }
 
 
-def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
+def plan_from_json(site: Site, stored: JsonObject) -> SitePlan:
     """Return the plan of a site.
 
     Raises:
@@ -45,7 +46,7 @@ def plan_from_json(site: Site, stored: Mapping[str, Any]) -> SitePlan:
     return SitePlan(site, stored["room"], branches, reasons, ranks=RankPolicy(stored["ranks"]))
 
 
-def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
+def branch_to_json(branch: BranchSlot) -> JsonObject:
     """Return a branch's slot as JSON, without its formula."""
     return {
         "key": branch.key,
@@ -57,7 +58,7 @@ def branch_to_json(branch: BranchSlot) -> dict[str, Any]:
     }
 
 
-def branch_from_json(path: str, stored: Mapping[str, Any]) -> BranchSlot:
+def branch_from_json(path: str, stored: JsonObject) -> BranchSlot:
     """Return a branch's slot at a site. Its formula is part of the program, so calling it here is refused."""
     return BranchSlot(
         key=stored["key"],
@@ -81,22 +82,22 @@ def _missing_formula(path: str) -> Callable[..., torch.Tensor]:
 
 
 # ── Choices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def choice_to_json(choice: Choice) -> dict[str, Any]:
+def choice_to_json(choice: Choice) -> JsonObject:
     """Return strength and rank of each adapter, by name."""
     return {name: {"strength": how.strength, "rank": how.rank} for name, how in choice}
 
 
-def choice_from_json(stored: Mapping[str, Any]) -> dict[str, Active] | None:
+def choice_from_json(stored: JsonObject) -> dict[str, Active] | None:
     """Return a choice in the form that ``swap`` takes."""
     return {name: Active(how["strength"], how["rank"]) for name, how in stored.items()} or None
 
 
 # ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def slot_to_json(slot: SlotInput) -> dict[str, Any]:
+def slot_to_json(slot: SlotInput) -> JsonObject:
     """Return a slot input as JSON."""
     return {**vars(slot), "members": list(slot.members), "sizes": list(slot.sizes)}
 
 
-def slot_from_json(stored: Mapping[str, Any]) -> SlotInput:
+def slot_from_json(stored: JsonObject) -> SlotInput:
     """Return the slot input that ``slot_to_json`` wrote."""
     return SlotInput(**{**stored, "members": tuple(stored["members"]), "sizes": tuple(stored["sizes"])})

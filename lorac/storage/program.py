@@ -20,10 +20,11 @@ from torch.export.graph_signature import InputKind
 
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.graph import ops
+from lorac.storage.strict_json import Json, JsonObject
 
 Tensor = torch.Tensor
 _NAMESPACES = frozenset({"aten", "prims", ops.LINEAR.namespace})
-_FUNCTIONS: dict[str, Any] = {"operator": operator, "math": math, "torch": torch}
+_FUNCTIONS: JsonObject = {"operator": operator, "math": math, "torch": torch}
 _FUNCTION_NAMES = frozenset(
     {"getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge"}
     | {"and_", "or_", "not_", "ceil", "floor", "trunc", "sym_float", "sym_int", "sym_max", "sym_min", "sym_not"}
@@ -35,14 +36,14 @@ _NAMED: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory
 _NODE = "node"
 
 
-def program_to_json(program: ExportedProgram) -> dict[str, Any]:
+def program_to_json(program: ExportedProgram) -> JsonObject:
     """Return a program's nodes as JSON. Inputs that are not the caller's have the name of their tensor.
 
     Raises:
         Unavailable: the program has a nested graph, or a value without a JSON form.
     """
     signature = {getattr(spec.arg, "name", ""): spec for spec in program.graph_signature.input_specs}
-    nodes: list[dict[str, Any]] = []
+    nodes: list[JsonObject] = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = signature[node.name]
@@ -61,7 +62,7 @@ def _unstorable(what: str) -> Unavailable:
     return Unavailable(f"{what} cannot be stored", next_step="compile for target='onnxruntime' and save that")
 
 
-def call_to_json(node: fx.Node) -> dict[str, Any]:
+def call_to_json(node: fx.Node) -> JsonObject:
     """Return a node that calls an op as JSON."""
     kwargs = {key: operand_to_json(value) for key, value in node.kwargs.items()}
     return {"name": node.name, "op": _op_name(node.target), "args": operand_to_json(node.args), "kwargs": kwargs}
@@ -87,7 +88,7 @@ class StoredProgram(nn.Module):
         dynamic: dynamic axes of the caller's inputs.
     """
 
-    def __init__(self, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, stored: JsonObject, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         graph, self.inputs = graph_from_json(stored["nodes"])
         callers = {entry["input"]: entry for entry in stored["nodes"] if "shape" in entry}
@@ -116,7 +117,7 @@ class StoredProgram(nn.Module):
         return forward
 
 
-def graph_from_json(nodes: Sequence[Mapping[str, Any]]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:
+def graph_from_json(nodes: Sequence[JsonObject]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:
     """Return a graph of stored nodes, and pairs of an input and the name of its tensor, or None for the caller's.
 
     Raises:
@@ -152,7 +153,7 @@ def _example_to_json(node: fx.Node) -> dict[str, object]:
     }
 
 
-def _make_example(entry: Mapping[str, Any]) -> Tensor:
+def _make_example(entry: JsonObject) -> Tensor:
     """Make a value for an input: ones are valid as ids and as a mask, noise as anything else."""
     dtype = _operand_from_json({"dtype": entry["dtype"]}, {})
     if not dtype.is_floating_point:
@@ -160,7 +161,7 @@ def _make_example(entry: Mapping[str, Any]) -> Tensor:
     return torch.randn(entry["shape"], generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def operand_to_json(value: Any) -> Any:
+def operand_to_json(value: object) -> Json:
     """Return an operand as JSON."""
     if isinstance(value, fx.Node):
         return {_NODE: value.name}
@@ -178,7 +179,7 @@ def operand_to_json(value: Any) -> Any:
     raise _unstorable(f"a captured program with an operand of type {type(value).__name__}")
 
 
-def _operand_from_json(stored: Any, known: Mapping[str, fx.Node]) -> Any:
+def _operand_from_json(stored: Json, known: Mapping[str, fx.Node]) -> Any:
     if isinstance(stored, list):
         return [_operand_from_json(item, known) for item in stored]
     if not isinstance(stored, dict):

@@ -7,7 +7,7 @@ of ops, stored in the form of programs (``lorac.storage.program``). What only tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.algebra.reduction import BRANCH, DENSE, LOW_RANK, SPARSE, Reduction
 from lorac.storage.program import call_to_json, graph_from_json, operand_to_json
+from lorac.storage.strict_json import JsonObject
 
 _FORMS = frozenset({LOW_RANK, SPARSE, DENSE, BRANCH})
 _NAMES = ("params", "outputs", "shared", "reasons")
@@ -22,7 +23,7 @@ _ROOM, _SLACK = 16, 1 << 16
 """Limits of sizes in a reduction: so many times the values that it reads, and so many more."""
 
 
-def reduction_to_json(reduction: Reduction) -> dict[str, Any] | None:
+def reduction_to_json(reduction: Reduction) -> JsonObject | None:
     """Return a reduction as JSON; None for one with a constant or another value that has no JSON form."""
     try:
         nodes = [_node(node) for node in reduction.graph.graph.nodes if reduction.form != BRANCH]
@@ -33,7 +34,7 @@ def reduction_to_json(reduction: Reduction) -> dict[str, Any] | None:
     return {**entries, **names, "common": sorted(reduction.common), "nodes": nodes}
 
 
-def _node(node: fx.Node) -> dict[str, Any]:
+def _node(node: fx.Node) -> JsonObject:
     if node.op == "placeholder":
         return {"input": node.name}
     if node.op == "output":
@@ -46,7 +47,7 @@ def _node(node: fx.Node) -> dict[str, Any]:
     )
 
 
-def reduction_from_json(stored: Mapping[str, Any]) -> Reduction:
+def reduction_from_json(stored: JsonObject) -> Reduction:
     """Return the reduction that ``reduction_to_json`` wrote.
 
     Raises:
@@ -55,7 +56,7 @@ def reduction_from_json(stored: Mapping[str, Any]) -> Reduction:
     if stored["form"] not in _FORMS:
         raise ArtifactError(f"a stored reduction has the unknown form {stored['form']!r}")
     graph = graph_from_json(stored["nodes"])[0] if stored["form"] != BRANCH else fx.Graph()
-    names: dict[str, Any] = {name: tuple(map(str, stored[name])) for name in _NAMES}
+    names: JsonObject = {name: tuple(map(str, stored[name])) for name in _NAMES}
     return Reduction(
         form=stored["form"],
         graph=fx.GraphModule(nn.Module(), graph),

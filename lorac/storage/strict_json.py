@@ -18,6 +18,9 @@ from lorac.limits import check_time, claim_memory
 
 MAX_DEPTH = 100
 """Depth of nesting; a model's skeleton, the deepest value that lorac writes, has a few dozen levels."""
+Json = Any
+"""A value of JSON; whoever reads it checks what it is."""
+JsonObject = dict[str, Json]
 _BITS = 64
 _PER_VALUE = 64
 """Most bytes of a parsed value besides its text; every comma and bracket may begin one."""
@@ -34,7 +37,7 @@ def read_json_text(path: Path) -> bytes:
         return file.read()
 
 
-def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Any:
+def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Json:
     """Parse a JSON text.
 
     Args:
@@ -57,11 +60,11 @@ def parse_json(text: bytes | str, refuse: Callable[[str], LoracError]) -> Any:
     return value
 
 
-def parse_object(text: bytes | str, refuse: Callable[[str], LoracError]) -> dict[str, Any]:
+def parse_object(text: bytes | str, refuse: Callable[[str], LoracError]) -> JsonObject:
     """Parse a JSON object (``parse_json``).
 
     Raises:
-        LoracError: ``refuse``'s, also where it is no object.
+        LoracError: made by ``refuse``, also for a value that is not an object.
     """
     value = parse_json(text, refuse)
     if not isinstance(value, dict):
@@ -69,7 +72,7 @@ def parse_object(text: bytes | str, refuse: Callable[[str], LoracError]) -> dict
     return value
 
 
-def dump_json(value: Any, indent: int | None = None) -> str:
+def dump_json(value: Json, indent: int | None = None) -> str:
     """Return a value as JSON in ASCII, with names in their order; without ``indent`` as short as possible.
 
     Raises:
@@ -79,8 +82,8 @@ def dump_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, separators=None if indent else (",", ":"), allow_nan=False)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value: dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
+    value: JsonObject = {}
     for name, item in pairs:
         if name in value:
             raise ValueError(f"'{name}' is given twice")
@@ -88,7 +91,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check(value: Any) -> None:
+def _check(value: Json) -> None:
     """Check every part of a value, level by level, so that depth needs no recursion."""
     level = [value]
     for _ in range(MAX_DEPTH):
@@ -101,13 +104,13 @@ def _check(value: Any) -> None:
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} values")
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def _parts(value: Json) -> Iterable[Json]:
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
     return value if isinstance(value, list | tuple) else ()
 
 
-def _check_one(value: Any) -> None:
+def _check_one(value: Json) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is not a finite number")
     if isinstance(value, int) and value.bit_length() > _BITS:

@@ -20,7 +20,7 @@ from lorac.errors import ArtifactError, BaseNeeded
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.open_file import OpenFile
-from lorac.storage.strict_json import dump_json, parse_json
+from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json
 
 Tensor = torch.Tensor
 DTYPES = {
@@ -51,7 +51,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     As in the library, larger element types come first, so that every tensor is aligned.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
+    header: JsonObject = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
     end = 0
     for name in names:
         tensor, begin = tensors[name], end
@@ -166,7 +166,7 @@ class TensorFile(Mapping[str, Tensor]):
         found = self._external[stored].read() if stored in self._external else self._tensor(self._header[stored])
         return found.t() if stored in self._transposed else found
 
-    def _locate(self, name: str, entry: Any) -> _ExternalTensor:
+    def _locate(self, name: str, entry: Json) -> _ExternalTensor:
         """Return a tensor in another file, after a check of the metadata's entry."""
         try:
             file, offset, row = self.files[entry["file"]], entry["offset"], entry.get("row", 0)
@@ -191,14 +191,14 @@ class TensorFile(Mapping[str, Tensor]):
         copies = {name: self[name].clone() for name in self if name not in self._alias}
         return {name: copies[self._alias.get(name, name)] for name in self}
 
-    def _read_header(self) -> tuple[int, Mapping[str, Any]]:
+    def _read_header(self) -> tuple[int, JsonObject]:
         """Return where tensors begin, and the entry of each; the library has checked them against the file's size."""
         with self.file.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: Mapping[str, Any] = parse_json(file.read(length).decode(), self._damaged)
+            header: JsonObject = parse_json(file.read(length).decode(), self._damaged)
         return 8 + length, header
 
-    def _tensor(self, entry: Mapping[str, Any]) -> Tensor:
+    def _tensor(self, entry: JsonObject) -> Tensor:
         """Map one tensor; all tensors of a file share one mapping."""
         begin, end = entry["data_offsets"]
         dtype = DTYPES[entry["dtype"]]

@@ -116,7 +116,7 @@ def test_sites_of_one_input_are_packed_adapted_or_not() -> None:
     assert _packs(graph) == [(f"{block}.query", f"{block}.key") for block in BLOCKS]
     assert [skip.where for skip in outcome.skipped] == [f"{block}.out" for block in BLOCKS]
     assert {skip.why for skip in outcome.skipped} == {
-        "no other site of its module that may be packed with it reads its input"
+        "no other site of its module that may be fused with it reads its input"
     }
     assert _run(graph) == PassResult(changed=False, skipped=outcome.skipped), "a second run finds nothing more"
 

@@ -248,5 +248,5 @@ def test_what_the_passes_left_alone_is_told() -> None:
     options = {"target": "onnxruntime", "self_test": False, "example_inputs": (torch.randn(2, 5, 10),)}
     graph = lorac.compile(Stack(), adapters=adapters, active=None, **options).graph["main"]
     alone = {skip.where: skip.why for skip in graph.skipped["fuse_projections"]}
-    assert alone["body.layers.0.out"] == "no other site of its module that may be packed with it reads its input"
+    assert alone["body.layers.0.out"] == "no other site of its module that may be fused with it reads its input"
     assert graph.after("insert").skipped == graph.skipped

@@ -76,7 +76,7 @@ def _tensors(change: Any) -> list[torch.Tensor]:
 def test_a_method_of_ones_own_is_reduced_by_its_own_formula(
     name: str, own: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An artefact does not answer for it, nor for one that it is part of."""
+    """An artifact does not answer for it, nor for one that it is part of."""
     host, adapter = _host(), _adapter(name)
     monkeypatch.setattr(own, "__module__", "mine")
     assert Preparer(find_sites(host), make_base_reader(host)).stored_reductions([adapter]) == {}

@@ -41,14 +41,14 @@ class AdaptedCall:
     """
 
     op: Any
-    host: tuple[Any, ...]
+    host: ops.Operands
     operands: Mapping[str, Any]
     site: str
 
     @classmethod
     def of(cls, node: fx.Node) -> AdaptedCall:
         """Return the operands of an ``adapted`` node."""
-        arguments: tuple[Any, ...] = node.args
+        arguments: ops.Operands = node.args
         return cls(*arguments)
 
     @classmethod
@@ -67,7 +67,7 @@ class AdaptedCall:
         return [operand for operand in self.host if isinstance(operand, fx.Node | Tensor)]
 
     @property
-    def unadapted(self) -> tuple[Any, ...]:
+    def unadapted(self) -> ops.Operands:
         """Operands of ``op`` in a call of the site without its adapters."""
         return (*self.host, self.site)
 
@@ -80,7 +80,7 @@ class AdaptedCall:
         call.meta["custom"] = {SLOTS_KEYWORD: self.site}
         return call
 
-    def _arguments(self) -> tuple[Any, ...]:
+    def _arguments(self) -> ops.Operands:
         return self.op, self.host, dict(self.operands), self.site
 
 

@@ -201,7 +201,7 @@ def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
 
 
 def _as_tensor(program: ExportedProgram, value: fx.Node, before: fx.Node) -> fx.Node:
-    """Return a size as a tensor; a tensor is returned as it is."""
+    """Return a size as a tensor; a tensor is returned unchanged."""
     if isinstance(value.meta["val"], torch.Tensor):
         return value
     with program.graph.inserting_before(before):
@@ -222,9 +222,9 @@ def drop_unused_state(program: ExportedProgram) -> list[str]:
         program.graph.erase_node(node)
         signature.input_specs.remove(spec)
         dropped.append(str(spec.target))
-    kept = {spec.target for spec in signature.input_specs}
+    remaining = {spec.target for spec in signature.input_specs}
     for name in dropped:
-        if name not in kept:
+        if name not in remaining:
             program.state_dict.pop(name, None)
             program.constants.pop(name, None)
     return dropped
@@ -239,9 +239,9 @@ def qualify_names(program: ExportedProgram, prefix: str) -> ExportedProgram:
     """
     if not prefix:
         return program
-    for held in (program.state_dict, program.constants):
-        for name in list(held):
-            held[f"{prefix}{name}"] = held.pop(name)
+    for tensors in (program.state_dict, program.constants):
+        for name in list(tensors):
+            tensors[f"{prefix}{name}"] = tensors.pop(name)
     for spec in (*program.graph_signature.input_specs, *program.graph_signature.output_specs):
         if spec.target is not None:
             spec.target = f"{prefix}{spec.target}"
@@ -272,8 +272,9 @@ def inline(
     places = [n for n in traced.graph.nodes if n.op == "placeholder"]
     environment: dict[fx.Node, Any] = dict(zip(places, operands, strict=True))
     sizes = _renamed(places, operands)
-    held = [inner for inner in traced.graph.nodes if inner.op == "get_attr"]
-    environment |= {inner: add_constant(program, getattr(traced, str(inner.target))) for inner in held}
+    for inner in traced.graph.nodes:
+        if inner.op == "get_attr":
+            environment[inner] = add_constant(program, getattr(traced, str(inner.target)))
     computed = [inner for inner in traced.graph.nodes if inner.op not in {"placeholder", "get_attr", "output"}]
     with program.graph.inserting_before(node):
         for inner in computed:
@@ -371,8 +372,8 @@ def has_site_checks(program: ExportedProgram) -> bool:
     """Whether a check in a captured program reads a site's output, which adapters change."""
     reads: set[fx.Node] = set()
     for node in program.graph.nodes:
-        own = getattr(node.target, "namespace", "") == SLOTS_KEYWORD
-        if own or any(operand in reads for operand in node.all_input_nodes):
+        is_site = getattr(node.target, "namespace", "") == SLOTS_KEYWORD
+        if is_site or any(operand in reads for operand in node.all_input_nodes):
             reads.add(node)
     return any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads)
 

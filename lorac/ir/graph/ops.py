@@ -1,6 +1,6 @@
 """Ops that mark sites in a captured graph: one node for each call of a site, until a pass expands or lowers it.
 
-Each op computes what the model's layer computes, so a graph with them runs as it is. Their last operand is the module
+Each op computes what the model's layer computes, so a graph with them runs unchanged. Their last operand is the module
 path of the site. A kind of layer is one function here with its fake, and the aten op that it lowers to.
 """
 
@@ -16,13 +16,15 @@ from torch._library.custom_ops import CustomOpDef
 
 aten = torch.ops.aten
 Operands = tuple[Any, ...]
+Lowering = Callable[[Operands], tuple[Any, Operands]]
+"""Return the aten op of a site's op, and its operands."""
 _CONVOLUTIONS: dict[int, Any] = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
-_LOWERINGS: dict[object, Callable[[Operands], tuple[Any, Operands]]] = {}
+_LOWERINGS: dict[object, Lowering] = {}
 OP_FUNCTIONS: dict[object, Callable[..., Tensor]] = {}
 """Op -> its function, which runs without torch's dispatcher: that takes longer than a small product."""
 
 
-def _site_op(lower: Callable[[Operands], tuple[Any, Operands]]) -> Callable[[Callable[..., Tensor]], CustomOpDef]:
+def _site_op(lower: Lowering) -> Callable[[Callable[..., Tensor]], CustomOpDef]:
     """Register a function as the op of a kind of layer; ``lower`` returns the aten op and its operands."""
 
     def register(function: Callable[..., Tensor]) -> CustomOpDef:
@@ -194,7 +196,7 @@ def lower_sites(module: fx.GraphModule) -> bool:
     return changed
 
 
-def make_call_key(op: Any, operands: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+def make_call_key(op: object, operands: Sequence[object], named: Mapping[str, object]) -> Operands:
     """Return a key that is equal for calls on tensors of equal dtypes, devices, sizes and strides.
 
     Args:
@@ -206,7 +208,7 @@ def make_call_key(op: Any, operands: Sequence[Any], named: Mapping[str, Any]) ->
     return (op, _make_key([value for value in operands if not (ours and isinstance(value, str))]), *named.items())
 
 
-def _make_key(value: Any) -> tuple[Any, ...]:
+def _make_key(value: object) -> Operands:
     if isinstance(value, Tensor):
         return (value.dtype, value.device, *map(_make_key, (value.shape, value.stride())))
     if isinstance(value, list | tuple):
