@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def choice_to_json(choice: Choice) -> JsonObject:
     return {name: {"strength": how.strength, "rank": how.rank} for name, how in choice}
 
 
-def choice_from_json(stored: JsonObject) -> dict[str, Active] | None:
+def choice_from_json(stored: Mapping[str, JsonObject]) -> dict[str, Active] | None:
     """Return a choice in the form that ``swap`` takes."""
     return {name: Active(how["strength"], how["rank"]) for name, how in stored.items()} or None
 
