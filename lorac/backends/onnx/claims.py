@@ -1,4 +1,4 @@
-"""What a target claims to compute, held against an emitted program before anything is written or built."""
+"""The ops that a target claims, compared with an emitted program before anything is written or built."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lorac.source_lines import format_location, is_user_code
 from lorac.target.dialect import AnyDialect
 
 _SCOPES, _STACK_TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
-"""Where torch's exporter notes the module and the lines that a node comes from."""
+"""Keys under which torch's exporter notes the modules and the source lines of a node."""
 _CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
-"""What torch notes as the module of what no module asks for."""
+"""The module that torch notes for a node that belongs to none."""
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
@@ -26,7 +26,7 @@ def check_claims(model: ir.Model, dialect: AnyDialect) -> None:
     """Refuse a program with an op that the target does not claim.
 
     Raises:
-        Unavailable: naming every such op, and the module of the host and the line that ask for it.
+        Unavailable: naming every such op, with the module and the line of the model that call it.
     """
     found = list_unclaimed_ops(model, dialect)
     if found:
@@ -37,7 +37,7 @@ def check_claims(model: ir.Model, dialect: AnyDialect) -> None:
 
 
 def list_unclaimed_ops(model: ir.Model, dialect: AnyDialect) -> list[str]:
-    """The ops of a program that the target does not claim, each with who asks for it, in order and once."""
+    """Return the ops of a program that the target does not claim, each once, with the module and line that call it."""
     claims = dialect.claims
     if claims is None:
         return []
@@ -54,7 +54,7 @@ def _op_key(node: ir.Node) -> tuple[str, str]:
 
 @functools.cache
 def _is_function(domain: str, op: str) -> bool:
-    """Whether ONNX itself says an op in terms of others, which a target that lacks it then runs."""
+    """Return whether ONNX defines an op by others, which a target runs in its place."""
     try:
         schema: Any = onnx.defs.get_schema(op, domain=domain)  # typed without the two that are asked for
     except onnx.defs.SchemaError:
@@ -63,28 +63,28 @@ def _is_function(domain: str, op: str) -> bool:
 
 
 def describe_origin(metadata: Mapping[str, str]) -> str:
-    """Where in the host an op comes from, as far as its metadata tells."""
+    """Describe the module and the line of the model that call an op, as far as its metadata has them."""
     modules, line = modules_of(metadata) or (), _line(metadata)
     named = f", which '{modules[-1]}' asks for" if modules else ""
     return named + (", line {1} of {0}".format(*line) if line else "")
 
 
 def modules_of(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The modules around a node, outermost first; None where its metadata tells of none."""
+    """Return the modules around a node, outermost first; None if its metadata has none."""
     scopes = re.findall(r"'([^']*)'", metadata.get(_SCOPES, ""))
     # The last scope is the node itself.
     return tuple(scope for scope in scopes[:-1] if scope and scope != _NO_MODULE) if scopes else None
 
 
 def classes_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Path of each module around a node, the model's own too, -> name of its class."""
+    """Return path -> class name of the modules around a node, the model itself included."""
     scopes, kinds = (re.findall(r"'([^']*)'", metadata.get(key, "")) for key in (_SCOPES, _CLASS_HIERARCHY))
     # The last of both is the node itself.
     return {path: kind.rpartition(".")[2] for path, kind in zip(scopes[:-1], kinds[:-1], strict=False)}
 
 
 def source_of(metadata: Mapping[str, str]) -> str:
-    """``file:line`` of the model's line that asks for a node; empty where its metadata tells of none."""
+    """Return ``file:line`` of the model's line that calls a node; empty if its metadata has none."""
     line = _line(metadata)
     return format_location(*line) if line else ""
 

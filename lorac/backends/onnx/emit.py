@@ -1,6 +1,6 @@
-"""From a lowered graph to an ONNX model, in the taste of a dialect: one emitter for all targets that read ONNX.
+"""From a lowered graph to an ONNX model in a dialect: one emitter for all targets that read ONNX.
 
-Slots stay true inputs. Inputs, outputs and axes bear the model's own names.
+Slots stay true inputs. Inputs, outputs and axes have the model's own names.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 SITE_METADATA = "lorac.site"
-"""Says of an input whose slot it is: the path of a site, or those of all of a pack, with commas."""
+"""Key of the metadata of a slot input: the path of its site, or those of a fused projection with commas."""
 
 
 def emit(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None) -> ir.Model:
-    """The graph as a model whose slot inputs bear their public names.
+    """Return a graph as a model whose slot inputs have their public names.
 
     Args:
         graph: at level target.
-        dialect: what the target can run, and how it likes it written.
+        dialect: what the target can run, and the rewrites it wants.
         observe: called with the name and the result of each of the dialect's passes.
 
     Raises:
-        Unavailable: an op has no ONNX, or the target does not claim it; named with the module that asks for it.
+        Unavailable: an op has no translation, or the target does not claim it; with the module that calls it.
     """
     model = _build_model(graph, dialect, observe)
     check_claims(model, dialect)
@@ -48,19 +48,19 @@ def emit(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None
 
 
 def list_unsupported_ops(program: Program, dialect: OnnxDialect) -> tuple[str, ...]:
-    """What the target does not compute of a program, each op with the module and the line that ask for it."""
+    """List the ops that the target does not compute of a program, each with the module and the line that call it."""
     found: list[str] = []
     for graph in program.graphs.values():
         try:
             found += list_unclaimed_ops(_build_model(graph, dialect), dialect)
-        except Unavailable as error:  # torch's exporter stops at the first op that has no ONNX
+        except Unavailable as error:  # the first op without a translation ends the emission
             found.append(error.what)
     return tuple(dict.fromkeys(found))
 
 
 @tracing()  # onnxscript's rules are objects of the process, and keep notes while they match
 def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None) -> ir.Model:
-    """The model, whatever ops are in it."""
+    """Return the model, whether or not the target claims its ops."""
     model = export(graph.exported, TRANSLATIONS)
     drop_split_counts(model)
     _name_slots(graph, model)
@@ -81,25 +81,25 @@ def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | Non
 
 
 class _FoldConstants(FoldConstantsPass):
-    """onnxscript's own, but that a joined weight whose axes are exchanged stays what is laid out once it is written."""
+    """onnxscript's pass; but a transposed concatenation of weights stays lazy until it is written."""
 
     def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:
-        """As theirs."""
-        turned = None if is_function else _transposed_concatenation(node)
-        if turned is None or node.graph is None:
+        """Fold a node as onnxscript does, or replace the transposition of concatenated weights."""
+        tensor = None if is_function else _transposed_concatenation(node)
+        if tensor is None or node.graph is None:
             return super().process_node(node, is_function)
-        made = ir.val(node.outputs[0].name, const_value=turned, shape=turned.shape, dtype=turned.dtype)
-        node.graph.register_initializer(made)
-        return Replacement([made], [])
+        value = ir.val(node.outputs[0].name, const_value=tensor, shape=tensor.shape, dtype=tensor.dtype)
+        node.graph.register_initializer(value)
+        return Replacement([value], [])
 
 
 def _transposed_concatenation(node: ir.Node) -> ConcatenatedTensor | None:
-    """What a node makes of a joined weight that nothing else reads, if it exchanges the axes of a matrix."""
+    """Return the result of a node that transposes a concatenated weight, if nothing else reads the weight."""
     if node.op_type != "Transpose" or node.attributes.get_ints("perm") != (1, 0):
         return None
     read = node.inputs[0]
-    held = read.const_value if read is not None and len(read.uses()) == 1 else None
-    return held.turned if isinstance(held, ConcatenatedTensor) else None
+    tensor = read.const_value if read is not None and len(read.uses()) == 1 else None
+    return tensor.transposed if isinstance(tensor, ConcatenatedTensor) else None
 
 
 _SIMPLIFY = ir.passes.Sequential(
@@ -121,31 +121,31 @@ _CLEAN_UP = ir.passes.Sequential(
 
 def _name_slots(graph: Graph, model: ir.Model) -> None:
     by_node = {slot.node: slot for slot in graph.slots.values()}
-    kept = {node: name for name, node in graph.cache_inputs.items()}
+    caches = {node: name for name, node in graph.cache_inputs.items()}
     for value in model.graph.inputs:
         slot = by_node.get(value.name or "")
         if slot is not None:
             value.name = slot.name
             value.metadata_props[SITE_METADATA] = ", ".join(slot.members or (slot.site,))
-        value.name = kept.get(value.name or "", value.name)
+        value.name = caches.get(value.name or "", value.name)
 
 
 def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
-    """The model's names for its outputs; another value that bears one of them already steps aside."""
-    given = {value: value.name for value in model.graph.inputs}
-    # An output that is an input, or another output too, becomes a value of its own, which takes the other's name.
+    """Give outputs the model's names; another value of the same name gets a new one."""
+    inputs = {value: value.name for value in model.graph.inputs}
+    # The pass gives an output that is also an input or another output a value of its own, and renames the other.
     common_passes.OutputFixPass()(model)
     wanted = dict(zip(model.graph.outputs, names, strict=True))
     taken = set(wanted.values())
     others = (value for node in model.graph.all_nodes() for value in node.outputs if value not in wanted)
     for value in [value for value in others if value.name in taken]:
         value.name = f"{value.name}_value"
-    for value, name in {**wanted, **given}.items():
+    for value, name in {**wanted, **inputs}.items():
         value.name = name
 
 
 def _name_axes(model: ir.Model, graph: Graph) -> None:
-    """The model's names for sizes that vary, in place of torch's symbols."""
+    """Name dynamic sizes as the model does, in place of torch's symbols."""
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:
         if value.shape is not None:
@@ -157,6 +157,6 @@ def _rename_dimension(dim: int | ir.SymbolicDim, graph: Graph) -> int | str | No
         return dim
     if dim.value is None:
         return None
-    # A size that was to vary and that the trace fixed comes as a symbol called "2".
+    # A dynamic size that the trace fixed is a symbol called "2".
     text = rename_symbols(str(dim.value), graph.axes)
     return int(text) if text.isdecimal() else text

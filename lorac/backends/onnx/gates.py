@@ -1,14 +1,13 @@
-"""Branches that are off leave no trace: each goes into an ``If`` on its strength, or behind a ``Where``.
+"""Gates of branches: an ``If`` on a branch's strength, or a ``Where``, so that an idle branch changes nothing.
 
-What only branches need and is computed before them all, a pass of the base and what adapters compute once per call,
-goes into one ``If`` of its own, which runs where one of those branches does. What some of them need that have
-nothing in common with the others, a pass that an adapter has to itself, goes into one more.
+``run_site`` emits ``y + t·(y' − base)`` per branch, the product cast to the dtype of y. In an ``If``, everything that
+only y' needs moves into the first graph. The second graph passes y on where t is 0, so that an idle branch is not
+computed and its zeros cannot turn into NaN. A ``Where`` computes the branch and drops the result, for targets that run
+no conditional graphs.
 
-What a branch keeps in a cache, where it attends to a text that grows, it neither reads nor writes while it is off.
-
-``run_site`` emits ``y + t·(y' − base)`` per branch, the product cast to the dtype of y. As an ``If``, everything that
-only y' needs moves into its first graph; where t is 0 the second passes y on, so an idle branch is neither computed nor
-can its zeros turn into NaN. A ``Where`` computes it and drops the result, for targets that run no conditional graphs.
+Nodes that only branches need, such as a pass of the base or values that adapters compute once per call, move into one
+``If`` of their own, which runs if one of the branches does. Nodes that only some branches need, such as a pass in which
+one adapter acts alone, move into another one. An idle branch neither reads nor writes its cache.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
     """Move the branches of a model into ``If`` nodes, in place.
 
     Args:
-        model: as emitted; its slot inputs bear their public names.
+        model: its slot inputs have their public names.
         slots: the slot inputs by public name.
     """
     ends = _find_branch_ends(model, slots)
     calls = Counter(strength for strength, _ in ends)
     gates = []
     for strength, add in ends:
-        # What several calls of one site emit is that of the last: it stays outside, for none of them is that alone.
+        # An extra output of a site that is called several times is the last call's, and stays outside of all gates.
         emitted = _emitted_outputs(model.graph, slots[str(strength.name)]) if calls[strength] == 1 else []
         gates.append(_move_into_if(model.graph, strength, add, emitted))
     _gate_shared_nodes(model.graph, gates, slots)
 
 
 def gate_by_where(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
-    """Put the sums that branches end in behind ``Where`` nodes, in place; arguments as ``gate_by_if``'s."""
+    """Put the sums at the end of branches behind ``Where`` nodes, in place; arguments as for ``gate_by_if``."""
     for strength, add in _find_branch_ends(model, slots):
         _insert_where(model.graph, strength, add)
 
 
 def leave_ungated(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
-    """Nothing: what is off stays a product with 0."""
+    """Leave a model alone: a branch that is off is multiplied by 0."""
 
 
 GATES: Mapping[BranchGate, Callable[[ir.Model, Mapping[str, SlotInput]], None]] = {
@@ -57,11 +56,11 @@ GATES: Mapping[BranchGate, Callable[[ir.Model, Mapping[str, SlotInput]], None]] 
     BranchGate.IF: gate_by_if,
     BranchGate.WHERE: gate_by_where,
 }
-"""Form of gates -> what puts them into a model."""
+"""Form of gates -> the function that puts them into a model."""
 
 
 def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Value, ir.Node]]:
-    """The strength of every branch, and the sum that the branch ends in."""
+    """Return the strength of every branch, with the sum at the branch's end."""
     strengths = {name for name, slot in slots.items() if is_strength(slot.role)}
     return [
         (value, add)
@@ -73,13 +72,13 @@ def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[t
 
 
 def _emitted_outputs(graph: ir.Graph, strength: SlotInput) -> list[ir.Value]:
-    """The extra outputs that a branch gives, by the slot of its strength."""
+    """Return the extra outputs of a branch, which the slot of its strength identifies."""
     branch = slot_name(strength.site, strength.role.rpartition(".")[0])
     return [value for value in graph.outputs if str(value.name).partition(":")[2] == branch]
 
 
 def _walk_sums(scaled: ir.Value) -> Iterator[ir.Node]:
-    """What reads a branch's scaled change, in whatever dtype."""
+    """Yield the nodes that read a branch's scaled change, in whatever dtype."""
     for node in scaled.consumers():
         if node.op_type == "Cast":
             yield from _walk_sums(node.outputs[0])
@@ -88,7 +87,7 @@ def _walk_sums(scaled: ir.Value) -> Iterator[ir.Node]:
 
 
 def _base_operand(strength: ir.Value, add: ir.Node) -> ir.Value:
-    """The operand of a branch's sum that holds without the branch."""
+    """Return the operand of a branch's sum that does not depend on the branch."""
     return next(v for v in add.inputs if v is not None and not _depends_on(v, strength))
 
 
@@ -105,7 +104,7 @@ def _insert_where(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
 
 
 def _move_into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Sequence[ir.Value]) -> ir.Node:
-    """Move a branch, and what it alone computes of its extra outputs, into an ``If``, which is returned."""
+    """Move a branch into an ``If``, with the extra outputs that only it computes, and return the ``If``."""
     passed = _base_operand(strength, add)
     kept = _find_cache_updates(graph, add, passed)
     cone = _branch_nodes(add, passed, [*emitted, *kept])
@@ -133,7 +132,7 @@ def _move_into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Se
 
 
 def _find_cache_updates(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict[ir.Value, ir.Value]:
-    """What a branch that ends in a sum adds to a cache -> what that held."""
+    """Return each cache output that a branch writes -> the cache input that it extends."""
     pasts = {present_name(str(value.name)): value for value in graph.inputs if is_past_input(str(value.name))}
     presents = [value for value in graph.outputs if value.name in pasts]
     if not presents:
@@ -143,7 +142,7 @@ def _find_cache_updates(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict
 
 
 def _identity_nodes(value: ir.Value, like: ir.Value) -> list[ir.Node]:
-    """A node that passes a value on, in the place of another."""
+    """Return a node that passes a value on in the place of another."""
     passed_on = ir.val(f"{like.name}_off", type=like.type, shape=like.shape)
     return [ir.Node("", "Identity", [value], outputs=[passed_on])]
 
@@ -151,7 +150,7 @@ def _identity_nodes(value: ir.Value, like: ir.Value) -> list[ir.Node]:
 def _fill_branches(
     gate: ir.Node, name: str, on: Sequence[ir.Value], nodes: Sequence[ir.Node], idle: Sequence[Sequence[ir.Node]]
 ) -> None:
-    """Give a gate its two graphs: ``nodes``, which compute ``on``; and for each of these those that stand for it."""
+    """Give a gate its two graphs: ``nodes`` compute the values ``on``, and ``idle`` the values in their place."""
     off = [several[-1].outputs[0] for several in idle]
     for branch, outputs, body in (
         ("then_branch", list(on), list(nodes)),
@@ -162,11 +161,11 @@ def _fill_branches(
 
 # ── What branches share ──────────────────────────────────────────────────────────────────────────────────────────────
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "MatMulBnb4", "Einsum", "FusedMatMul"})
-"""Ops that make it worth while to leave out what has one."""
+"""Ops that are worth a gate."""
 
 
 def _gate_shared_nodes(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collection[str]) -> None:
-    """Move what only gated branches need, and what none of them changes, into an ``If`` that runs where one does."""
+    """Move nodes that only gated branches need into an ``If`` that runs if one of the branches does."""
     within = {id(gate.attributes["then_branch"].as_graph()): gate for gate in gates}
     shared = _nodes_only_for_gates(graph, gates, within)
     if not any(node.op_type in _PRODUCTS for node in shared):
@@ -184,7 +183,7 @@ def _gate_shared_nodes(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collect
 
 
 def _annotate_sizes(nodes: Sequence[ir.Node]) -> None:
-    """Say of sizes that nodes join, of which the exporter tells nothing, what they are: a row of whole numbers."""
+    """Annotate concatenated sizes, which the exporter leaves untyped, as one-dimensional."""
     for node in nodes:
         value = node.outputs[0]
         if node.op_type != "Concat" or value.shape is not None:
@@ -195,7 +194,7 @@ def _annotate_sizes(nodes: Sequence[ir.Node]) -> None:
 
 
 def _gates_reading(shared: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> dict[ir.Node, frozenset[ir.Node]]:
-    """Node -> the gates whose branches need it, be it through others of the nodes."""
+    """Return node -> the gates whose branches need it, directly or through other nodes."""
     found: dict[ir.Node, frozenset[ir.Node]] = {}
     for node in reversed(shared):
         users = {user for output in node.outputs for user in output.consumers()}
@@ -205,10 +204,10 @@ def _gates_reading(shared: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> 
 
 
 def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, frozenset[ir.Node]]) -> list[list[ir.Node]]:
-    """The nodes, each list in order and none reading a later one: what all gates need first, then what few do.
+    """Split nodes into lists in order, of which none reads a later one: for all gates first, then for some of them.
 
-    Gates that need one thing belong together, and so do all sets of gates that overlap, but those that overlap with
-    every other. A part without a product is not worth a gate of its own.
+    Gates that need one node belong together, and so do sets of gates that overlap, except those that overlap with every
+    other set. A list without a product is not worth a gate.
     """
     sets = list(dict.fromkeys(readers.values()))
     narrow = [own for own in sets if any(own.isdisjoint(other) for other in sets)]
@@ -224,7 +223,7 @@ def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, froze
 
 
 def _hoist_switches(graph: ir.Graph, gates: Sequence[ir.Node]) -> None:
-    """Have the switches of gates be there before the first of them."""
+    """Move the switches of gates before the first gate."""
     switches = dict.fromkeys(value for gate in gates if (value := gate.inputs[0]) is not None)
     casts = [cast for value in switches if (cast := value.producer()) is not None]
     for cast in casts:
@@ -233,9 +232,9 @@ def _hoist_switches(graph: ir.Graph, gates: Sequence[ir.Node]) -> None:
 
 
 def _duplicate_layouts(shared: Sequence[ir.Node], within: Mapping[int, ir.Node], slots: Collection[str]) -> None:
-    """Have each branch lay slots out for itself, a transposition for one, as it would if nothing else read them.
+    """Give each branch its own copies of ops that lay out slots, such as transpositions.
 
-    Products take such ops into themselves where they stand beside them.
+    Products fuse with such ops if they are in the same graph.
     """
     stored: set[ir.Node] = set()
     for node in shared:
@@ -248,7 +247,7 @@ def _duplicate_layouts(shared: Sequence[ir.Node], within: Mapping[int, ir.Node],
 
 
 def _copy_layouts_for(user: ir.Node, stored: Collection[ir.Node]) -> None:
-    """Give a node copies of its own of the nodes among ``stored`` that it reads."""
+    """Give a node its own copies of the ``stored`` nodes that it reads."""
     for index, value in enumerate(user.inputs):
         node = None if value is None else value.producer()
         if value is None or node is None or node not in stored or node.graph is user.graph:
@@ -263,7 +262,7 @@ def _copy_layouts_for(user: ir.Node, stored: Collection[ir.Node]) -> None:
 
 
 def _nodes_only_for_gates(graph: ir.Graph, gates: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> list[ir.Node]:
-    """Nodes that only gated branches read, in order; what reads a branch's result is none of them."""
+    """Return the nodes that only gated branches read and that read no gate, in order."""
     behind: set[ir.Node] = set(gates)
     for node in graph:
         if any(value is not None and value.producer() in behind for value in node.inputs):
@@ -280,7 +279,7 @@ def _nodes_only_for_gates(graph: ir.Graph, gates: Sequence[ir.Node], within: Map
 def _move_into_shared_if(
     graph: ir.Graph, shared: Sequence[ir.Node], needed: Sequence[ir.Value], readers: Sequence[ir.Node]
 ) -> None:
-    """Compute ``needed`` by the nodes ``shared`` where one of the gates that read them is on."""
+    """Compute ``needed`` by the nodes ``shared`` only if one of the gates that read them is on."""
     switches = [value for value in dict.fromkeys(gate.inputs[0] for gate in readers) if value is not None]
     first = next(node for node in graph if node in set(readers))
     made: list[ir.Node] = []
@@ -302,12 +301,12 @@ def _move_into_shared_if(
 
 
 def _unshaped_result(value: ir.Value) -> ir.Value:
-    """What a gate gives of a value: of no shape to plan memory by, for what is idle has another."""
+    """Return the result of a gate for a value, without sizes, since an idle gate returns other sizes."""
     return ir.val(f"{value.name}_gated", type=value.type, shape=_unknown_shape(value))
 
 
 def _placeholder_nodes(value: ir.Value) -> list[ir.Node]:
-    """Nodes the last of which gives a tensor of a value's type and number of axes that holds nothing of use."""
+    """Return nodes for a placeholder tensor of a value's type and rank; the last returns it."""
     assert value.type is not None
     axes = len(_unknown_shape(value))
     shape = ir.tensor([1] * axes, dtype=ir.DataType.INT64, name=f"{value.name}_ones")
@@ -319,16 +318,16 @@ def _placeholder_nodes(value: ir.Value) -> list[ir.Node]:
 
 
 def _unknown_shape(value: ir.Value) -> ir.Shape:
-    """As many axes as a value has, of any size."""
+    """Return a shape of a value's rank without sizes."""
     assert value.shape is not None
     return ir.Shape([None] * len(value.shape))
 
 
 # ── What one branch needs ────────────────────────────────────────────────────────────────────────────────────────────
 def _branch_nodes(add: ir.Node, passed: ir.Value, emitted: Sequence[ir.Value]) -> set[ir.Node]:
-    """The nodes that nothing but ``add`` and extra outputs need, those behind ``passed`` excepted.
+    """Return the nodes that only ``add`` and extra outputs need, except those that ``passed`` needs.
 
-    An extra output that others read, or compute, stays outside with what it needs.
+    An extra output that other nodes read, or compute, stays outside with the nodes it needs.
     """
     spared = set(_ancestors(passed))
     roots = {node for value in emitted if (node := value.producer()) is not None and node not in spared}
@@ -349,7 +348,7 @@ def _branch_nodes(add: ir.Node, passed: ir.Value, emitted: Sequence[ir.Value]) -
 
 
 def _feeds_only(node: ir.Node, cone: set[ir.Node], emitted: Collection[ir.Value] = ()) -> bool:
-    """Whether nothing outside the cone reads what a node computes, but for extra outputs."""
+    """Return whether only nodes of the branch, and extra outputs, read a node."""
     users = {user for output in node.outputs for user in output.consumers()}
     return users <= cone and not any(output.is_graph_output() and output not in emitted for output in node.outputs)
 

@@ -1,7 +1,6 @@
-"""legalize: what torch's ONNX exporter would decompose becomes what it has a translation for.
+"""legalize: replace ops that torch's ONNX exporter would decompose by ops that it has translations for.
 
-The exporter decomposes what it has no translation for by tracing the whole graph anew, and products for every shape
-once more; without anything to decompose (``exporter``) a compile takes half the time.
+The exporter traces the whole graph anew to decompose an op. A compile takes half the time if there is none.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _MATRIX = 2
 class Legalize(Pass):
     """expanded -> target: products with a matrix become lorac's own op, and aliases of ops the ops themselves.
 
-    What the model checks of values, for which ONNX has no op, becomes an output of its own, which whoever calls the
-    program looks at. What it takes for granted of sizes that follow from values is left out, and a note says so.
+    ONNX has no op for the model's checks of values: each becomes an output, which the caller of the program looks at.
+    Checks of sizes that follow from values are left out, with a note.
     """
 
     name: ClassVar[str] = "legalize"
@@ -38,7 +37,7 @@ class Legalize(Pass):
     leaves: ClassVar[Level] = Level.TARGET
 
     def apply(self, graph: Graph) -> PassResult:
-        """Replace what torch's exporter would have to decompose."""
+        """Replace the ops that torch's exporter would decompose."""
         checks = list(graph.find(*_CHECKS))
         if checks:
             _output_checks(graph, checks)
@@ -47,7 +46,7 @@ class Legalize(Pass):
 
 
 def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
-    """Have a graph answer what its checks find, one output for each line of the model that checks."""
+    """Turn checks into outputs of the graph, one for each line of the model that checks."""
     lines: dict[str, dict[fx.Node, None]] = {}
     for node in checks:
         condition = _checked_tensor(node)
@@ -70,7 +69,7 @@ def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
 
 
 def _checked_tensor(check: fx.Node) -> fx.Node | None:
-    """The tensor of truths that a check wants true; None where it speaks of numbers."""
+    """Return the boolean tensor that a check asserts; None if it asserts something of numbers."""
     node = check.args[0]
     if check.target in _TENSOR_CHECKS and isinstance(node, fx.Node):
         return node
@@ -81,12 +80,12 @@ def _checked_tensor(check: fx.Node) -> fx.Node | None:
 
 
 def _is_truth_check(check: fx.Node) -> bool:
-    """Whether a check says no more than that a truth read as a number is 0 or 1."""
+    """Return whether a check only asserts that a boolean read as a number is 0 or 1."""
     return _truth_read_as_number(check) is not None
 
 
 def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
-    """The truth that a check reads as a number."""
+    """Return the boolean that a check reads as a number."""
     node: Any = check.args[0]
     for targets in (
         (operator.eq, operator.ge, operator.le),
@@ -100,7 +99,7 @@ def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
 
 
 def _legalize_node(graph: Graph, node: fx.Node) -> bool:
-    """Replace one op, where it is to be; say whether it was."""
+    """Replace an op if it has to be, and return whether it was."""
     if node.target in _PRODUCTS:
         return _legalize_product(node)
     if node.target in _CASTS:
@@ -127,7 +126,7 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
 
 
 def _example_value(node: Any) -> Any:
-    """The example of what a node computes; an op's operands are typed as anything an argument may be."""
+    """Return the example of a node's value."""
     return node.meta["val"]
 
 
@@ -140,7 +139,7 @@ def _legalize_product(node: fx.Node) -> bool:
 
 
 def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
-    """A copy to another dtype; to the same one, or another device, nothing, but for outputs, which keep their name."""
+    """Replace a cast by a copy to its dtype, or drop it if it changes nothing; outputs keep their names."""
     x, dtype = node.args[0], node.meta["val"].dtype
     assert isinstance(x, fx.Node)
     if x.meta["val"].dtype == dtype and all(user.op != "output" for user in node.users):
@@ -152,7 +151,7 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
 
 
 def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
-    """``other - alpha·x`` as ``other + (-alpha)·x``: the exporter promotes dtypes only of ops whose tensor is first."""
+    """Write ``other - alpha·x`` as ``other + (-alpha)·x``, since dtypes are promoted only if the tensor is first."""
     x, other, alpha = (*node.args, 1)[:3]
     assert isinstance(x, fx.Node)
     with graph.fx.inserting_before(node):
@@ -164,7 +163,7 @@ def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
 
 
 def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
-    """A squeeze becomes one of each axis that is of size 1: ONNX has none that leaves another axis as it is."""
+    """Squeeze each axis of size 1 by itself: ONNX has no squeeze that leaves other axes alone."""
     x, dims = node.args
     sizes = _example_value(x).shape
     axes = [axis % len(sizes) for axis in (dims if isinstance(dims, list | tuple) else [dims])]  # type: ignore[operator]  # numbers
@@ -185,14 +184,14 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
 
 
 def _keeps_shape(node: fx.Node) -> bool:
-    """Whether a view has its operand's own shape, and is no output, which keeps its name."""
+    """Return whether a view keeps its operand's shape and is not an output, whose name must stay."""
     old, new = _example_value(node.args[0]).shape, _example_value(node).shape
     same = len(old) == len(new) and all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
     return same and all(user.op != "output" for user in node.users)
 
 
 def _writes_private_tensor(node: fx.Node) -> bool:
-    """Whether an op writes in place to a new tensor that only it reads: then it may as well make another."""
+    """Return whether an op writes in place to a new tensor that nothing else reads, so that it may return another."""
     if not _returns_tensor(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]  # an op
         return False
     written = node.args[0]
@@ -205,7 +204,7 @@ def _writes_private_tensor(node: fx.Node) -> bool:
 
 
 def _returns_tensor(node: fx.Node, *, writes: bool | None) -> bool:
-    """Whether an op returns one tensor: its written operand (True), or a new one (None)."""
+    """Return whether an op returns one tensor: the operand it writes (True), or a new one (None)."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or len(schema.returns) != 1:
         return False
@@ -246,4 +245,4 @@ _ALIASES: dict[Any, Any] = {
     aten.max.other: aten.maximum.default,
     aten.min.other: aten.minimum.default,
 }
-"""Op that torch's exporter has no translation for -> the op of the same meaning that it has one for."""
+"""Op without a translation -> the op of the same meaning that has one."""

@@ -1,7 +1,7 @@
-"""An emitted program as rows of text: what the target runs, after all its rewrites, for a person to read.
+"""An emitted program as rows of text: what the target runs after all its rewrites.
 
-Which module and line a node comes from is what torch's exporter noted on it. A node that a rewrite added without such a
-note counts to the module that reads it, where that is beside it.
+The module and the line of a node are read from its metadata. A node that a rewrite added without metadata belongs to
+the module that reads it, if that module is next to it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lorac.target.engine import ProgramFiles
 
 LEVEL = "emitted"
 _MAX_SHOWN_ELEMENTS = 16
-"""Elements up to which a constant is shown instead of its name."""
+"""Number of elements up to which the values of a constant are shown instead of its name."""
 
 
 def dump_model(files: ProgramFiles, graph: str, slots: Mapping[str, SlotInput]) -> Dump:
-    """The rows of one graph's emitted model; its weights are not read.
+    """Return the rows of one graph's emitted model; its weights are not read.
 
     Args:
-        files: the program, held.
+        files: of the program.
         graph: which of its graphs.
         slots: its slot inputs by public name.
     """
@@ -93,10 +93,10 @@ class _ModelDumper:
 
 
 def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
-    """Node by node, the modules around it, outermost first.
+    """Return the modules around each node, outermost first.
 
-    A node without a note is where the first that reads it is, if one of its neighbours is there too, and else in what
-    its neighbours are both in: a module's nodes stay together.
+    A node without metadata belongs to the module of its first reader if one of its neighbours does too, else to the
+    modules that both neighbours belong to: a module's nodes stay together.
     """
     told = [modules_of(_metadata(node)) for node in graph.node]
     after = [*_fill_gaps(told[::-1])[::-1], ()][1:]
@@ -118,7 +118,7 @@ def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
 
 
 def _fill_gaps(told: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]:
-    """Each item, or the last before it that there is."""
+    """Replace each None by the last item before it."""
     found: list[tuple[str, ...]] = []
     for item in told:
         found.append(item if item is not None else found[-1] if found else ())
@@ -130,7 +130,7 @@ def _metadata(node: onnx.NodeProto) -> dict[str, str]:
 
 
 def _walk_subgraph_inputs(node: onnx.NodeProto) -> Iterator[str]:
-    """What the nodes of a node's own graphs read."""
+    """Yield the names that the nodes of a node's own graphs read."""
     for attribute in node.attribute:
         for inner in attribute.g.node:
             yield from inner.input
@@ -149,7 +149,7 @@ def _format_attributes(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _format_constant(tensor: onnx.TensorProto) -> str:
-    """A small constant by its values, a weight by its name and shape."""
+    """Format a small constant as its values, a weight as its name and shape."""
     count = 1
     for size in tensor.dims:
         count *= size
@@ -160,12 +160,12 @@ def _format_constant(tensor: onnx.TensorProto) -> str:
 
 
 def _is_model_weight(name: str) -> bool:
-    """Whether a constant is a weight of the model's, under its name, and none that a rewrite made."""
+    """Return whether a constant is a weight of the model, and not one that a rewrite made."""
     return "." in name
 
 
 def _format_type(value: onnx.ValueInfoProto) -> str:
-    """``f32[b, s, 64]``, with the names that the model gives to its sizes; empty where it gives none."""
+    """Format a type as ``f32[b, s, 64]``, with the model's names for its sizes; empty if it is not known."""
     kind = value.type.tensor_type
     if not kind.elem_type:
         return ""
@@ -175,6 +175,6 @@ def _format_type(value: onnx.ValueInfoProto) -> str:
 
 
 def _format_dimension(name: str) -> str:
-    """A size that varies, by its name; one that belongs to a site without the path to it."""
+    """Format a dynamic size as its name, without the path of its site."""
     site, separator, what = name.rpartition(":")
     return slot_label(site, what) if separator else name

@@ -1,10 +1,9 @@
-"""Emitted programs on disk: each graph's model with its weights beside it; how they are called, and read back.
+"""Emitted programs on disk: the files of each graph's model and of its weights, and how they are read.
 
-The files are held once they are written or checked (``lorac.storage.open_file``): a library is handed what they hold,
-never
-their paths, by which it might meet others. The only graph of a single model lies in the folder itself, the graphs of
-several in a folder each. A model is read as the message that its file holds: the library that edits models, which
-``writing`` uses, takes longer to import than a session to start.
+The files stay open once they are written or checked (``lorac.storage.open_file``): a library gets their contents, never
+their paths, which may name other files by then. The only graph of a single model lies in the program's folder, each of
+several graphs in a folder of its own. A model is read as a protobuf message: onnx_ir, which ``initializers`` uses,
+takes longer to import than a session takes to start.
 """
 
 from __future__ import annotations
@@ -27,38 +26,38 @@ from lorac.storage.open_file import OpenFile
 Array = npt.NDArray[Any]
 MODEL_FILE, WEIGHTS_FILE, BASE_FILE = "model.onnx", "model.onnx.data", "base.safetensors"
 MAX_LENGTH_KEY = "lorac.longest"
-"""Under what a model says, of a program that keeps a cache, the longest text that its positions admit."""
+"""Metadata key for the longest sequence that the positions of a program with a cache admit."""
 _NATURAL_NUMBER = re.compile(r"[0-9]{1,18}")
 _TENSORLESS_MESSAGES = frozenset({"onnx.ValueInfoProto", "onnx.StringStringEntryProto", "onnx.OperatorSetIdProto"})
-"""Messages that are many and hold no tensor."""
+"""Frequent messages without tensors."""
 
 
 def graph_folder(folder: Path, graph: str) -> Path:
-    """The folder of a graph."""
+    """Return the folder of a graph."""
     return folder if graph == MAIN_GRAPH else folder / "graphs" / graph
 
 
 def graph_file(graph: str, leaf: str) -> str:
-    """The name of a graph's file, from the program's folder on, with slashes."""
+    """Return the path of a graph's file below the program's folder, with slashes."""
     return (graph_folder(Path(), graph) / leaf).as_posix()
 
 
 def list_program_files(graphs: Iterable[str]) -> list[str]:
-    """Names of all the files that a program may have: not every one has large weights, or needs its base's."""
+    """Return the paths of all files that a program may have; some have no large weights, or no base weights."""
     return [BASE_FILE, *(graph_file(graph, leaf) for graph in graphs for leaf in (MODEL_FILE, WEIGHTS_FILE))]
 
 
 def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.ModelProto, dict[str, Array]]:
-    """A model, and by name the weights that lie beside it, mapped where they lie; not one is copied.
+    """Return a model, and name -> its weights in the other file, mapped and not copied.
 
-    Weights of nested graphs are in the model itself then: none can be handed over from outside.
+    Weights of nested graphs are copied into the model, since no runtime takes them from outside.
 
     Raises:
         ArtifactError: as ``check_locations``; or a constant of a node lies in a file.
     """
     model = _load_checked(files, graph)
-    held = files.get(graph_file(graph, WEIGHTS_FILE))
-    data = memoryview(held.mapped() if held is not None and held.size else b"")
+    file = files.get(graph_file(graph, WEIGHTS_FILE))
+    data = memoryview(file.mapped() if file is not None and file.size else b"")
     where = files[graph_file(graph, MODEL_FILE)].where
     weights = {
         tensor.name: _read_weight(tensor, data, where) for tensor in filter(_is_external, model.graph.initializer)
@@ -73,13 +72,13 @@ def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.Mo
 
 
 def _check_node_tensors(model: onnx.ModelProto, where: Path) -> None:
-    """Files are read for initializers alone: what a node's attribute says of one is nobody's to open."""
+    """Refuse a model with a tensor in a file that is not an initializer, since no file is opened for it."""
     parts = (model.graph.node, model.graph.sparse_initializer, model.functions, model.training_info)
     tensors = (tensor for part in parts for message in part for tensor in _walk_tensors(message))
     for tensor in filter(_is_external, tensors):
         raise ArtifactError(
-            f"'{where}' keeps a constant of a node in the file '{_external_data(tensor).get('location')}'",
-            next_step="do not use this artefact: lorac does not write such models",
+            f"'{where}' stores a constant of a node in the file '{_external_data(tensor).get('location')}'",
+            next_step="do not use this artifact: lorac does not write such models",
         )
 
 
@@ -98,12 +97,12 @@ def _read_weight(tensor: onnx.TensorProto, data: memoryview, model: Path) -> Arr
             data, dtype, math.prod(tensor.dims), int(_external_data(tensor).get("offset", "0"))
         )
     except ValueError as error:
-        raise ArtifactError(f"'{model}' keeps the weight '{tensor.name}' where its file has none") from error
+        raise ArtifactError(f"'{model}' stores the weight '{tensor.name}' beyond the end of its file") from error
     return values.reshape(tuple(tensor.dims))
 
 
 def walk_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graphs in a graph's nodes, however deep."""
+    """Yield the graphs in a graph's nodes, however deep."""
     attributes = (attribute for node in graph.node for attribute in node.attribute)
     for inner in (graph for a in attributes for graph in (*((a.g,) if a.HasField("g") else ()), *a.graphs)):
         yield inner
@@ -111,28 +110,30 @@ def walk_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def check_locations(files: Mapping[str, OpenFile], graph: str) -> None:
-    """A model names the files its tensors lie in: none but the one beside it is read, and no byte beyond its end.
+    """Check that a model's tensors lie in its own file of weights, and not beyond the file's end.
 
-    Tensors are looked for wherever ONNX allows them: initializers, dense or sparse, of the graph and of graphs in
-    nodes, constants and other attributes, functions.
+    Tensors are looked for wherever ONNX allows them: in dense and sparse initializers of the graph and of nested
+    graphs, in constants and other attributes, and in functions.
 
     Args:
-        files: the program, held.
+        files: of the program.
         graph: which of its graphs.
 
     Raises:
-        ArtifactError: it is no model, or names another file or another place in it.
+        ArtifactError: the file is not a model, or names another file or a place beyond its end.
     """
     _load_checked(files, graph)
 
 
 def _load_checked(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelProto:
-    held, beside = files[graph_file(graph, MODEL_FILE)], files.get(graph_file(graph, WEIGHTS_FILE))
-    path, size = held.where, 0 if beside is None else beside.size
+    file, weights = files[graph_file(graph, MODEL_FILE)], files.get(graph_file(graph, WEIGHTS_FILE))
+    path, size = file.where, 0 if weights is None else weights.size
     try:
-        model = onnx.load_from_string(held.read())
+        model = onnx.load_from_string(file.read())
     except DecodeError as error:
-        raise ArtifactError(f"'{path}' is no ONNX model: {error}", next_step="copy the whole folder again") from error
+        raise ArtifactError(
+            f"'{path}' is not an ONNX model: {error}", next_step="copy the whole folder again"
+        ) from error
     for tensor in _walk_tensors(model):
         if _is_external(tensor):
             _check_location(path, tensor, size)
@@ -140,16 +141,15 @@ def _load_checked(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelProto:
 
 
 def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:
-    given = [(entry.key, entry.value) for entry in tensor.external_data]
-    told = dict(given)
-    if told.get("location") != WEIGHTS_FILE or len(told) < len(given):
+    entries = _external_data(tensor)
+    if entries.get("location") != WEIGHTS_FILE or len(entries) < len(tensor.external_data):
         raise ArtifactError(
-            f"'{path}' keeps the weight '{tensor.name}' in '{told.get('location')}', not in '{WEIGHTS_FILE}'",
-            next_step="do not use this artefact: lorac does not write such models",
+            f"'{path}' stores the weight '{tensor.name}' in '{entries.get('location')}', not in '{WEIGHTS_FILE}'",
+            next_step="do not use this artifact: lorac does not write such models",
         )
-    numbers = {key: told.get(key, "0") for key in ("offset", "length")}
-    whole = all(_NATURAL_NUMBER.fullmatch(number) for number in numbers.values())
-    if not whole or sum(map(int, numbers.values())) > size:
+    numbers = {key: entries.get(key, "0") for key in ("offset", "length")}
+    are_natural = all(_NATURAL_NUMBER.fullmatch(number) for number in numbers.values())
+    if not are_natural or sum(map(int, numbers.values())) > size:
         raise ArtifactError(
             f"'{path}' says that the weight '{tensor.name}' has {short(numbers['length'])} bytes from "
             f"{short(numbers['offset'])} on in '{WEIGHTS_FILE}', which has {size}",
@@ -157,19 +157,19 @@ def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:
         )
 
 
-def _walk_tensors(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every tensor in a message, however deep: whatever field it lies in."""
-    waiting = [message]
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, onnx.TensorProto):
-            yield here
+def _walk_tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Yield every tensor in a message, in whatever field and however deep."""
+    pending = [message]
+    while pending:
+        current = pending.pop()
+        if isinstance(current, onnx.TensorProto):
+            yield current
             continue
-        waiting.extend(_child_messages(here))
+        pending.extend(_child_messages(current))
 
 
 def _child_messages(message: Message) -> Iterator[Message]:
-    """The messages in a message's own fields that may hold tensors."""
+    """Yield the messages in a message's fields that may have tensors."""
     for field, value in message.ListFields():
         if field.message_type is not None and field.message_type.full_name not in _TENSORLESS_MESSAGES:
             yield from [value] if isinstance(value, Message) else value

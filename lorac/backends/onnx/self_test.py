@@ -1,9 +1,9 @@
 """The self-test after emission: no slot was folded, copied, exchanged or bypassed (invariant 8).
 
-Statically, on the model as it was written: every slot is a true input from which a path leads to an output, and no
-constant holds what a slot holds. Dynamically, in a few runs however many slots there are: with all slots full of seeded
-noise the session answers as the captured program does, at another batch and length too, and with the old tensors back
-it answers the old bits. Of a program that draws random numbers nothing can be said by runs.
+Statically, every slot is a true input from which a path leads to an output, and no constant has the value of a slot.
+Dynamically, in a few runs for any number of slots: with seeded noise in all slots the session returns what the captured
+program does, at another batch and length too, and with the first contents back it returns the same bits as before. Runs
+tell nothing of a program that draws random numbers.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ Tensor = torch.Tensor
 _NOISE_RANK = 3
 _SAMPLE_ROWS = 8
 _MIN_ELEMENTS = 4
-"""Tensors of fewer values are equal by chance."""
+"""Tensors with fewer elements may be equal by chance."""
 _MAX_AMPLIFICATION, _MAX_DISTANCE = 8, 0.02
-"""How many times as far as one rounding of what goes in moves it may an answer be off, and how far at the most: a slot
-that is dropped or exchanged moves it by more."""
+"""Limits of an output's error: as a multiple of its change by one rounding of the inputs, and absolutely. A slot that
+is dropped or exchanged changes it by more."""
 
 
 class EmittedEngine(Protocol):
-    """An engine over emitted models, as far as it is tried here.
+    """What the self-test needs of an engine over emitted models.
 
     Attributes:
         mode, files, base: as ``lorac.target.engine.Engine``'s.
@@ -65,33 +65,33 @@ class EmittedEngine(Protocol):
 
     @property
     def plans(self) -> Mapping[str, SitePlan]:
-        """Slots of the sites that the program reaches."""
+        """Return the slots of the sites that the program reaches."""
 
     @property
     def slots(self) -> Mapping[str, SlotInput]:
-        """Slot inputs of all graphs by public name."""
+        """Return the slot inputs of all graphs by public name."""
 
     @property
     def buffers(self) -> Mapping[str, FusedBuffer]:
-        """Fused mode: the weights that the program reads, by site path."""
+        """Return the weights that the program reads in fused mode, by site path."""
 
     @property
     def memory(self) -> Mapping[str, Tensor]:
-        """Fused mode: slot -> the memory that its weight is written to."""
+        """Return slot -> the memory of its weight in fused mode."""
 
     @property
     def fused(self) -> bool:
-        """Whether weights are written in place."""
+        """Return whether weights are written in place."""
 
     def write(self, snapshot: ComposedWeights) -> int:
-        """Make the weights hold a snapshot."""
+        """Write the weights of a snapshot."""
 
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """A graph's outputs for tensors in its slots and inputs by name."""
+        """Return a graph's outputs for tensors in its slots and inputs by name."""
 
 
 ConstantTransform = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Tensors by name -> the same as the emitted program computes with them: quantised, say."""
+"""Tensors by name -> the tensors that the emitted program computes with, such as quantised ones."""
 
 
 def run_self_test(
@@ -102,8 +102,8 @@ def run_self_test(
     Args:
         engine: as built.
         program: the lowered program, with its weights.
-        snapshot: what the slots hold at first; what a baked engine holds.
-        computed: what constants of the program come to in the emitted one.
+        snapshot: the first contents of the slots; the constants of a baked engine.
+        computed: maps constants of the program to those of the emitted one.
 
     Raises:
         CompileError: naming the slots.
@@ -122,19 +122,19 @@ def run_self_test(
 
 # ── What the slots hold ──────────────────────────────────────────────────────────────────────────────────────────────
 class _SlotContents(ABC):
-    """What the slots of an engine can hold."""
+    """Contents to try in the slots of an engine."""
 
     @abstractmethod
     def idle(self, name: str) -> Tensor:
-        """What a slot holds where nothing is active."""
+        """Return the content of a slot while no adapter is active."""
 
     @abstractmethod
     def old(self) -> Mapping[str, Tensor]:
-        """What the slots hold at first."""
+        """Return the contents that the slots have at first."""
 
     @abstractmethod
     def noise(self) -> Mapping[str, Tensor]:
-        """Seeded noise for every slot."""
+        """Return seeded noise for every slot."""
 
     @abstractmethod
     def leave(self) -> None:
@@ -142,12 +142,7 @@ class _SlotContents(ABC):
 
 
 class _BoundContents(_SlotContents):
-    """Slots that are bound call by call: any tensors may be tried.
-
-    Args:
-        engine: as built.
-        snapshot: what the slots hold at first.
-    """
+    """Slots that are bound at each call, so that any tensors may be tried."""
 
     def __init__(self, engine: EmittedEngine, snapshot: ComposedWeights) -> None:
         self.engine = engine
@@ -165,14 +160,14 @@ class _BoundContents(_SlotContents):
         return self._named(draw_noise(self.engine.plans, self._slots, self.engine.base))
 
     def leave(self) -> None:
-        """Nothing was written."""
+        """Leave the engine alone: nothing was written."""
 
     def _named(self, slots: Mapping[str, SiteSlots]) -> dict[str, Tensor]:
         return collect_slot_tensors(self.engine.slots, self.engine.plans, slots)
 
 
 class _WrittenContents(_SlotContents):
-    """Weights in the engine's own memory, which are tried there: a second copy of them all would be large."""
+    """Weights that are written into the engine's memory, since a second copy of all of them would be large."""
 
     def __init__(self, engine: EmittedEngine, snapshot: ComposedWeights) -> None:
         self.engine, self._snapshot = engine, snapshot
@@ -198,7 +193,7 @@ class _WrittenContents(_SlotContents):
         return drawn
 
     def _readable(self) -> Mapping[str, Tensor]:
-        """The memory itself where the CPU reads it; what is elsewhere, copied."""
+        """Return the memory itself if the CPU can read it, else a copy."""
         return {name: tensor.cpu() for name, tensor in self.engine.memory.items()}
 
     def leave(self) -> None:
@@ -206,7 +201,7 @@ class _WrittenContents(_SlotContents):
 
 
 def _distinctive_contents(tensors: Mapping[str, Tensor], idle: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Slots whose content is telling: not the base's own, and not the same value throughout."""
+    """Return the contents that no constant has by chance: not those of the base, and not one value throughout."""
     return {
         name: tensor
         for name, tensor in tensors.items()
@@ -219,14 +214,14 @@ def _distinctive_contents(tensors: Mapping[str, Tensor], idle: Callable[[str], T
 
 # ── Dynamically ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class _ProgramComparison:
-    """The emitted program beside the captured one.
+    """Compares a graph of an emitted program with the captured one.
 
     Args:
-        engine: the emitted program.
+        engine: runs the emitted program.
         program: the captured one.
         name: which of its graphs.
-        contents: what the slots can hold.
-        computed: what constants come to in the emitted one.
+        contents: to try in the slots.
+        computed: maps constants of the program to those of the emitted one.
     """
 
     def __init__(
@@ -242,7 +237,7 @@ class _ProgramComparison:
         self.others = None if other is None else resize_inputs(self.inputs, other)
 
     def check(self) -> None:
-        """All runs; a program that draws random numbers is not blamed for answering differently."""
+        """Run all comparisons; a program that draws random numbers may answer differently."""
         try:
             self._compare(list(self.graph.slots))
         except CompileError as error:
@@ -250,7 +245,7 @@ class _ProgramComparison:
                 raise
 
     def _compare(self, slots: Sequence[str]) -> None:
-        """All runs; where one with noise fails, find the slots."""
+        """Run all comparisons, and find the slots if one with noise fails."""
         contents = self.contents
         if self.engine.mode == "baked":
             baked = self.computed(contents.old())
@@ -268,13 +263,13 @@ class _ProgramComparison:
             raise self_test_failure(slots, "keep traces of what was in them: the old tensors give other bits")
 
     def _check_sizes(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare at another batch and length, where there is one."""
+        """Compare at another batch and length, if the program admits one."""
         if self.others is None:
             return
         example, self.inputs = self.inputs, self.others
         try:
             wrong = self._differs(tensors)
-        except Exception:  # the program has no answer there, so the host has none
+        except Exception:  # the model does not run there either
             return
         finally:
             self.inputs = example
@@ -287,12 +282,12 @@ class _ProgramComparison:
             )
 
     def _draws(self) -> bool:
-        """Whether the captured program answers by random numbers."""
+        """Return whether the captured program draws random numbers."""
         one, other = (self._wanted(self.inputs, self.contents.old()) for _ in range(2))
         return any(differs_beyond_rounding(a, b) for a, b in zip(one, other, strict=True))
 
     def _wanted(self, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the captured program answers."""
+        """Return the outputs of the captured program."""
         return run_graph(self.graph, inputs, tensors, self.weights)
 
     def _run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -307,7 +302,7 @@ class _ProgramComparison:
             return True
         if not any(differs_beyond_rounding(y, ref) for y, ref in zip(found, expected, strict=True)):
             return False
-        # Noise in the weights of a deep network may blow roundings up, which are then as large without any emission.
+        # Noise in the weights of a deep network may amplify roundings, with and without emission.
         moved = self._wanted(_perturb(self.inputs), _perturb(tensors))
         return any(
             differs_beyond_rounding(y, ref)
@@ -316,10 +311,10 @@ class _ProgramComparison:
         )
 
     def _diagnosed(self, noise: Mapping[str, Tensor]) -> CompileError:
-        """The error naming the slots.
+        """Return the error that names the slots.
 
-        A slot that changes nothing is bypassed. What was exchanged shows where all slots of one shape hold the same
-        and one of them something else: only then do the programs differ.
+        A slot that changes nothing is bypassed. Slots are exchanged if the programs differ only when one slot differs
+        from the others of its shape.
         """
         mute = [name for name in noise if not self._matters(name, noise)]
         if mute:
@@ -342,12 +337,12 @@ class _ProgramComparison:
 
 
 def _tensors_of_graph(tensors: Mapping[str, Tensor], graph: Graph) -> dict[str, Tensor]:
-    """Of the tensors of all slots those of one graph's."""
+    """Select the tensors of one graph's slots."""
     return {name: tensors[name] for name in graph.slots if name in tensors}
 
 
 def _perturb(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of numbers, each moved by about one rounding, to either side."""
+    """Move every floating-point number up or down by about one rounding."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(tensor: Tensor) -> Tensor:
@@ -364,7 +359,7 @@ def _change_values(tensor: Tensor) -> Tensor:
 
 
 def _share_by_shape(noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensor in all slots of one shape."""
+    """Give all slots of one shape the same tensor."""
     first: dict[object, Tensor] = {}
     return {name: first.setdefault((tensor.dtype, tensor.shape), tensor) for name, tensor in noise.items()}
 
@@ -372,7 +367,7 @@ def _share_by_shape(noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def draw_noise(
     plans: Mapping[str, SitePlan], idle: Mapping[str, SiteSlots], base: BaseReader, seed: int = 0
 ) -> dict[str, SiteSlots]:
-    """Seeded noise for every slot of every site, of about a third of what the site answers."""
+    """Draw seeded noise for every slot of every site, about a third as large as the site's output."""
     generator = torch.Generator().manual_seed(seed)
     return {
         path: _draw_site_noise(plan, idle[path], _noise_scale(plan, base), generator) for path, plan in plans.items()
@@ -392,7 +387,7 @@ def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, genera
 
 
 def _draw_branch_noise(site: Site, branch: BranchSlot, generator: torch.Generator) -> BranchFill:
-    """A branch's strength and parameters, in the dtype of their slots."""
+    """Draw a branch's strength and parameters, in the dtype of their slots."""
     dtype = factor_dtype(site.dtype)
     drawn = (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in branch.params.values())
     strength = torch.rand(1, generator=generator) + 0.5
@@ -400,7 +395,7 @@ def _draw_branch_noise(site: Site, branch: BranchSlot, generator: torch.Generato
 
 
 def _noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
-    """What noise in a site's slots is measured by; values of its weight are typical in its first rows."""
+    """Return the scale of noise for a site's slots, read from the first rows of its weight."""
     rank = max(min(plan.rank, _NOISE_RANK), plan.least_rank)
     if plan.site.weight is None or not rank:
         return NoiseScale(plan.site, 1.0, rank)

@@ -1,4 +1,4 @@
-"""Checks of an emitted model as it lies there: every slot is a true input, and no constant holds what a slot holds."""
+"""Static checks of an emitted model: every slot is a true input, and no constant has the value of a slot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tensor = torch.Tensor
 
 
 def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection[str]) -> None:
-    """Every slot is an input and reaches an output; of the known slots no other is an input."""
+    """Check that every slot is an input and reaches an output, and that no other known slot is an input."""
     inputs = {str(value.name): value for value in model.graph.inputs}
     folded = [s for s in slots if s not in inputs]
     if folded:
@@ -29,7 +29,7 @@ def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection
 
 
 def check_slot_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> None:
-    """No constant of the model holds what a slot holds, as it is or transposed."""
+    """Check that no constant of the model has the value of a slot, or its transpose."""
     by_size: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, tensor in contents.items():
         by_size[tensor.numel()].append((name, tensor))
@@ -51,13 +51,13 @@ _FLOATING = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.Data
 
 
 def _as_torch(constant: ir.TensorProtocol) -> Tensor:
-    """A constant's values; NumPy has no bfloat16, so that these come in float32."""
+    """Return a constant's values; bfloat16, which NumPy lacks, as float32."""
     values = constant.numpy()
     return torch.from_numpy(values.astype("f4") if constant.dtype == ir.DataType.BFLOAT16 else values.copy())
 
 
 def _live_values(model: ir.Model) -> set[int]:
-    """Values from which a path leads to an output; what a nested graph reads, its node reads."""
+    """Return the ids of values from which a path leads to an output; a node reads what its graphs read."""
     live: set[int] = set()
     todo = [value for value in model.graph.outputs]
     while todo:
@@ -81,7 +81,7 @@ def _nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
 
 def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for value in model.graph.initializers.values():
-        if value.const_value is not None and not value.is_graph_input():  # that of an input may be another
+        if value.const_value is not None and not value.is_graph_input():  # an input may be given another value
             yield value.const_value
     for node in model.graph.all_nodes():
         if node.op_type == "Constant" and "value" in node.attributes:
@@ -89,7 +89,7 @@ def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 
 
 def holds_same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same values in the same order, whatever their shapes."""
+    """Return whether two tensors have the same values in the same order, whatever their shapes."""
     if one.numel() != other.numel():
         return False
     dtype = torch.promote_types(one.dtype, other.dtype)
@@ -97,7 +97,7 @@ def holds_same_values(one: Tensor, other: Tensor) -> bool:
 
 
 def self_test_failure(slots: Sequence[str], what: str) -> CompileError:
-    """The error that names the slots and says what they do that they should not."""
+    """Return the error for slots with a defect, which ``what`` describes."""
     listed = ", ".join(f"'{slot}'" for slot in slots[:4]) + (f" and {len(slots) - 4} more" if len(slots) > 4 else "")
     return CompileError(
         f"after emission {len(slots)} slots {what}: {listed}",

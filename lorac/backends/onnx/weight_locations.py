@@ -1,4 +1,4 @@
-"""Base weights that emitted models hold anyway: they are found there, so that no file holds them a second time."""
+"""Where emitted models already hold base weights, so that no file holds them a second time."""
 
 from __future__ import annotations
 
@@ -17,35 +17,33 @@ from lorac.target.engine import ProgramFiles
 Tensor = torch.Tensor
 _MATRIX = 2
 _PREFIX_BYTES = 64
-"""Bytes by which candidates are told apart before all their bytes are compared."""
+"""Number of first bytes by which candidates are found before all their bytes are compared."""
 
 
 def locate_weights(
     files: ProgramFiles, graphs: Iterable[str], tensors: Mapping[str, Tensor], joined: Collection[tuple[int, ...]] = ()
 ) -> dict[str, TensorLocation]:
-    """Where emitted models hold these tensors, as they are or transposed; those that none holds are left out.
+    """Return name -> where emitted models hold a tensor or its transpose, for the tensors that they hold.
 
     Args:
-        files: the program, held.
+        files: of the program.
         graphs: its graphs.
         tensors: by name.
-        joined: how many outputs each of several layers has, whose weights a model may hold as one, side by side.
+        joined: numbers of outputs of layers whose weights a model may hold side by side in one matrix.
     """
-    held = _index_weights(files, graphs, joined)
-    found = {}
+    index = _index_weights(files, graphs, joined)
+    locations = {}
     for name, tensor in tensors.items():
-        places = (
-            _find_tensor(held, tensor, by_columns) for by_columns in ((False, True) if tensor.dim() == 2 else (False,))
-        )
-        place = next((place for place in places if place is not None), None)
-        if place is not None:
-            found[name] = place
-    return found
+        layouts = (False, True) if tensor.dim() == _MATRIX else (False,)
+        location = next(filter(None, (_find_tensor(index, tensor, by_columns) for by_columns in layouts)), None)
+        if location is not None:
+            locations[name] = location
+    return locations
 
 
 @dataclass(frozen=True)
 class _WeightLocation:
-    """A weight in a file: where it is, and its bytes, as a matrix a row of them per row."""
+    """A weight in a file, with its bytes: one row, or a row for each row of a matrix."""
 
     file: str
     offset: int
@@ -54,23 +52,23 @@ class _WeightLocation:
 
 
 _WeightIndex = Mapping[tuple[int, bytes], list[_WeightLocation]]
-"""Size and first bytes -> the weights that are like that."""
+"""Size and first bytes -> weights."""
 
 
 def _index_weights(files: ProgramFiles, graphs: Iterable[str], joined: Collection[tuple[int, ...]]) -> _WeightIndex:
-    held: dict[tuple[int, bytes], list[_WeightLocation]] = defaultdict(list)
-    for there in (there for graph in graphs for there in _walk_weights(files, graph, joined)):
-        held[there.values.size, _first_bytes(there.values)].append(there)
-    return held
+    index: dict[tuple[int, bytes], list[_WeightLocation]] = defaultdict(list)
+    for weight in (weight for graph in graphs for weight in _walk_weights(files, graph, joined)):
+        index[weight.values.size, _first_bytes(weight.values)].append(weight)
+    return index
 
 
 def _first_bytes(values: Array) -> bytes:
-    """The first of some bytes; those of a part of a matrix do not lie side by side, and are not all copied for that."""
+    """Return the first bytes, without a copy of a matrix whose rows are not contiguous."""
     return bytes(values[: 1 if values.ndim > 1 else _PREFIX_BYTES].reshape(-1)[:_PREFIX_BYTES].tobytes())
 
 
 def _walk_weights(files: ProgramFiles, graph: str, joined: Collection[tuple[int, ...]]) -> Iterator[_WeightLocation]:
-    """The weights beside a graph's model, and those that they may be made of."""
+    """Yield the weights of a graph, and the weights that they may be concatenations of."""
     model, weights = read_model_files(files, graph)
     for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
         offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
@@ -80,7 +78,7 @@ def _walk_weights(files: ProgramFiles, graph: str, joined: Collection[tuple[int,
 def _split_weight(
     file: str, offset: int, weight: Array, joined: Collection[tuple[int, ...]]
 ) -> Iterator[_WeightLocation]:
-    """A weight, and the weights that it may be made of."""
+    """Yield a weight, and the weights that it may be a concatenation of."""
     yield _WeightLocation(file, offset, 0, weight.reshape(-1).view("u1"))
     for sizes in joined:
         if weight.ndim not in (1, _MATRIX) or weight.shape[-1] != sum(sizes):
@@ -91,12 +89,12 @@ def _split_weight(
             yield _WeightLocation(file, offset + begin, row.shape[1] if len(row) > 1 else 0, row[:, begin:end])
 
 
-def _find_tensor(held: _WeightIndex, tensor: Tensor, by_columns: bool) -> TensorLocation | None:
-    laid_out = tensor.t() if by_columns else tensor
-    begin = bytes(raw_bytes(laid_out[:1].flatten()[:_PREFIX_BYTES]))[:_PREFIX_BYTES] if tensor.dim() else b""
-    candidates = held.get((tensor.nbytes, begin), ())
+def _find_tensor(index: _WeightIndex, tensor: Tensor, by_columns: bool) -> TensorLocation | None:
+    matrix = tensor.t() if by_columns else tensor
+    prefix = bytes(raw_bytes(matrix[:1].flatten()[:_PREFIX_BYTES]))[:_PREFIX_BYTES] if tensor.dim() else b""
+    candidates = index.get((tensor.nbytes, prefix), ())
     if not candidates:
         return None
-    values = np.asarray(raw_bytes(laid_out))
-    same = (there for there in candidates if np.array_equal(there.values, values.reshape(there.values.shape)))
-    return next((TensorLocation(there.file, there.offset, by_columns, there.row) for there in same), None)
+    values = np.asarray(raw_bytes(matrix))
+    equal = (weight for weight in candidates if np.array_equal(weight.values, values.reshape(weight.values.shape)))
+    return next((TensorLocation(weight.file, weight.offset, by_columns, weight.row) for weight in equal), None)

@@ -63,11 +63,11 @@ def test_joined_weights_are_laid_out_once_for_all_that_hold_them():
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 def test_turned_joined_weights_lie_in_order(dtype):
     parts = [np.arange(6 * rows).reshape(rows, 6).astype(dtype) for rows in (3, 5)]
-    turned = writing.ConcatenatedTensor([ir.Tensor(part) for part in parts]).turned
+    turned = writing.ConcatenatedTensor([ir.Tensor(part) for part in parts]).transposed
     assert turned.shape.numpy() == (6, 8)
     assert turned.numpy().flags.c_contiguous
     np.testing.assert_array_equal(turned.numpy(), np.concatenate(parts).T)
-    np.testing.assert_array_equal(turned.turned.numpy(), np.concatenate(parts))
+    np.testing.assert_array_equal(turned.transposed.numpy(), np.concatenate(parts))
 
 
 class _Pair(nn.Module):

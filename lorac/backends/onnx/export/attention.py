@@ -1,21 +1,20 @@
-"""Attention in few ops of plain ONNX: the products with their softmax; to a cache, for which ONNX has none, as one.
+"""Attention in few ops of ONNX: the products with their softmax. Attention to a cache is one op of lorac's.
 
-torch's exporter writes the key's transposition as three ops and looks for NaN after each softmax, which its finite mask
-never makes. Attention to a cache is an op of lorac's own in an emitted program, in whose place a target puts its own:
-no target claims it, so that a program in which one is left is refused.
+torch's exporter writes the key's transposition as three ops and looks for NaN after each softmax, which a finite mask
+never makes. ONNX has no op for attention to a cache: each target replaces lorac's by its own, and a program in which
+one is left is refused, since no target claims it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import onnx_ir as ir
 from onnx import defs
 from onnxscript.values import Opset
 
-from lorac.backends.onnx.export.opsets import RecordedOp, op
+from lorac.backends.onnx.export.opsets import Outputs, RecordedOp, op
 
 LORAC_DOMAIN = "lorac"
 CACHED_ATTENTION_OP = "CachedAttention"
@@ -37,54 +36,62 @@ _ATTRIBUTES = {
 
 
 def attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    attn_mask: ir.Value | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Any:
-    """``aten.scaled_dot_product_attention`` outside training: a row that attends to nothing answers 0, as in torch."""
-    rank, scale = len(query.shape), 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+) -> Outputs:
+    """Write ``aten.scaled_dot_product_attention`` outside training; as in torch, a row without keys gets 0."""
+    assert query.shape is not None
+    assert query.dtype is not None
+    rank, scale = len(query.shape), 1 / math.sqrt(_size(query, -1)) if scale is None else scale
     if enable_gqa:
-        key, value = (_repeat_heads(kept, query.shape[1]) for kept in (key, value))
+        key, value = (_repeat_heads(operand, _size(query, 1)) for operand in (key, value))
     if is_causal:
         attn_mask = op.GreaterOrEqual(op.Unsqueeze(_positions(query), [1]), _positions(key))
     transposed = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
     scores = op.MatMul(op.Mul(query, _scalar(scale, query)), transposed)
     if attn_mask is None:
         return op.MatMul(op.Softmax(scores, axis=-1), value)
-    zero, lowest = _scalar(0.0, query), _scalar(query.dtype.min, query)
+    zero, lowest = _scalar(0.0, query), _scalar(float(query.dtype.min), query)
     if is_causal or attn_mask.dtype == ir.DataType.BOOL:
         hidden = op.Where(attn_mask, zero, lowest)
         attends = op.Cast(op.ReduceMax(op.Cast(attn_mask, to=ir.DataType.INT32), [-1]), to=ir.DataType.BOOL)
     else:
         hidden = attn_mask
         attends = op.Greater(op.ReduceMax(attn_mask, [-1]), _scalar(-math.inf, query))
-    answered = op.MatMul(op.Softmax(op.Add(scores, hidden), axis=-1), value)
-    return answered if is_causal else op.Where(attends, answered, zero)
+    attended = op.MatMul(op.Softmax(op.Add(scores, hidden), axis=-1), value)
+    return attended if is_causal else op.Where(attends, attended, zero)
 
 
-def _scalar(number: float, like: Any) -> Any:
+def _size(value: ir.Value, axis: int) -> int:
+    assert value.shape is not None
+    size = value.shape[axis]
+    assert isinstance(size, int)
+    return size
+
+
+def _scalar(number: float, like: ir.Value) -> ir.Value:
     return op.Constant(value=ir.tensor(number, dtype=like.dtype))
 
 
-def _positions(rows: Any) -> Any:
+def _positions(rows: ir.Value) -> ir.Value:
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     return op.Range(zero, op.Squeeze(op.Shape(rows, start=-2, end=-1)), one)
 
 
-def _repeat_heads(kept: Any, heads: int) -> Any:
-    """Every head of (batch, kept heads, length, size) as often as ``heads`` queries share it."""
-    _, shared, _, size = kept.shape
-    repeated = op.Expand(op.Unsqueeze(kept, [2]), [1, 1, heads // shared, 1, 1])
-    return op.Reshape(repeated, [0, heads, -1, size])
+def _repeat_heads(operand: ir.Value, heads: int) -> ir.Value:
+    """Repeat every head of (batch, key heads, length, size) for all of the ``heads`` queries that share it."""
+    repeated = op.Expand(op.Unsqueeze(operand, [2]), [1, 1, heads // _size(operand, 1), 1, 1])
+    return op.Reshape(repeated, [0, heads, -1, _size(operand, 3)])
 
 
-def cached_attention(*operands: Any) -> Any:
-    """``lorac::cached_attention`` as that op; the module's path every node bears anyway."""
+def cached_attention(*operands: object) -> Outputs:
+    """Write ``lorac::cached_attention`` as an op of lorac's; its module's path is in every node's metadata anyway."""
     *tensors, scale, window, softcap, _ = operands
     return _cached_attention_op()(*tensors, scale=scale, window=window, softcap=softcap)
 

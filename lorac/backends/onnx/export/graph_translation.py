@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.node import Argument
 
-from lorac.backends.onnx.export.opsets import record_with
+from lorac.backends.onnx.export.opsets import Outputs, record_with
 from lorac.backends.onnx.export.torchlib import (
     OPSET,
     TENSOR_OPSET,
@@ -44,7 +44,6 @@ _ASSERTIONS = frozenset(
     }
 )
 """Ops that only raise; no node reads them."""
-Values = ir.Value | Sequence[ir.Value]
 
 
 class TranslationFailed(Exception):
@@ -116,10 +115,10 @@ class _GraphTranslator:
         own: Mapping[Target, Translation],
     ) -> None:
         self.target, self.model, self.functions, self.own = target, model, functions, own
-        self.values: dict[str, Values] = {}
+        self.values: dict[str, Outputs] = {}
         self.recorder = Recorder()  # type: ignore[abstract]  # torch's is an evaluator of onnxscript's older kind
 
-    def run(self, graph: fx.Graph) -> dict[str, Values]:
+    def run(self, graph: fx.Graph) -> dict[str, Outputs]:
         """Translate all nodes, and return name -> value."""
         with record_with(self.recorder):
             for node in graph.nodes:
@@ -174,7 +173,7 @@ class _GraphTranslator:
             made.metadata_props.update(metadata)
         self.target.extend(nodes)
 
-    def _keep_outputs(self, node: fx.Node, outputs: Values) -> None:
+    def _keep_outputs(self, node: fx.Node, outputs: Outputs) -> None:
         self.values[node.name] = outputs
         if isinstance(outputs, Sequence):
             names, examples = [f"{node.name}__{i}" for i in range(len(outputs))], node.meta["val"]
@@ -199,7 +198,7 @@ class _GraphTranslator:
         return from_torch_dtype(operand) if isinstance(operand, torch.dtype) else operand
 
 
-def _as_sequence(value: Values) -> Sequence[ir.Value]:
+def _as_sequence(value: Outputs) -> Sequence[ir.Value]:
     return value if isinstance(value, Sequence) else (value,)
 
 
@@ -244,7 +243,7 @@ def _qualified_name(kind: type) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def _set_interface(program: ExportedProgram, graph: ir.Graph, values: Mapping[str, Values]) -> None:
+def _set_interface(program: ExportedProgram, graph: ir.Graph, values: Mapping[str, Outputs]) -> None:
     """Make a program's own inputs and outputs those of the graph; weights become initializers, under their names."""
     graph.inputs.clear()
     graph.outputs.clear()

@@ -20,14 +20,15 @@ import onnx_ir as ir
 from onnxscript import opset18
 from onnxscript.values import Op, Opset
 
+Outputs = ir.Value | Sequence[ir.Value]
+"""What an op returns: its only output as it is, or several."""
+
 
 class NodeRecorder(Protocol):
     """Writes nodes down."""
 
-    def record(
-        self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> ir.Value | Sequence[ir.Value]:
-        """Write a node and return its outputs; a single one as it is."""
+    def record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
+        """Write a node and return its outputs."""
 
 
 _recorder: ContextVar[NodeRecorder | None] = ContextVar("recorder", default=None)
@@ -60,13 +61,13 @@ class RecordedOp:
     def __init__(self, opset: RecordingOpset | Opset, name: str, schema: onnx.defs.OpSchema) -> None:
         self.opset, self.name, self.schema = opset, name, schema
 
-    def __call__(self, *args: object, **kwargs: object) -> ir.Value | Sequence[ir.Value]:
+    def __call__(self, *args: object, **kwargs: object) -> Outputs:
         """Record the op, and return its outputs."""
         recorder = _recorder.get()
         if recorder is not None:
             return recorder.record(self.schema, args, kwargs)
         opset = self.opset.original if isinstance(self.opset, RecordingOpset) else self.opset
-        outputs: ir.Value | Sequence[ir.Value] = Op(opset, self.name, self.schema)(*args, **kwargs)
+        outputs: Outputs = Op(opset, self.name, self.schema)(*args, **kwargs)
         return outputs
 
 

@@ -43,7 +43,7 @@ from torch.onnx._internal.fx.passes.type_promotion import (
     get_type_promotion_rule,
 )
 
-from lorac.backends.onnx.export.opsets import RecordingOpset, current_recorder, rebind
+from lorac.backends.onnx.export.opsets import Outputs, RecordingOpset, current_recorder, rebind
 
 __all__ = [
     "OPSET",
@@ -73,7 +73,6 @@ _LIBRARIES = ("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.ex
 
 Target = Callable[..., object]
 """What an fx node calls: an op's overload or a function of Python's."""
-Outputs = ir.Value | Sequence[ir.Value]
 Translation = Callable[..., Outputs]
 
 
@@ -84,7 +83,7 @@ class Recorder(_building.OpRecorder):
         super().__init__(TENSOR_OPSET, {})  # type: ignore[arg-type]  # stands for an Opset
 
     def record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
-        """Write a node and return its outputs; a single one as it is."""
+        """Write a node and return its outputs."""
         signature = _read_signature(schema)
         inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
         count = _building._determine_output_number(signature, attributes)
