@@ -129,5 +129,5 @@ def test_a_place_told_twice(tmp_path: Path) -> None:
 
 def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / MODEL_FILE).write_bytes(b"\xff" * 100)
-    with pytest.raises(lorac.ArtifactError, match="is no ONNX model"):
+    with pytest.raises(lorac.ArtifactError, match="is not an ONNX model"):
         check(tmp_path)

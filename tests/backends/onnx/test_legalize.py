@@ -46,5 +46,5 @@ def test_a_model_that_checks_values_is_emitted(check):
     if check is not _none_negative:  # of truths a program keeps track, of numbers it does not
         assert "what the model checks of its inputs' values by itself, a program does not" in str(compiled.explain())
         return
-    with pytest.raises(lorac.InputMismatch, match=r"as the model checks at .*test_checks\.py:\d+: "):
+    with pytest.raises(lorac.InputMismatch, match=r"as the model checks at .*test_legalize\.py:\d+: "):
         compiled(x, ids - 2)
