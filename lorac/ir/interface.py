@@ -349,14 +349,12 @@ class Interface:
 
 
 def _as_requested(output: object, kwargs: Inputs) -> object:
-    """Return an output as a tuple where the call's ``return_dict`` asks for one."""
     if isinstance(output, Mapping) and kwargs.get(RETURN_DICT, True) is False:
         return tuple(value for value in output.values() if value is not None)
     return output
 
 
 def _advise_other_value(name: str) -> str:
-    """Say how to get another value of an argument that the program holds."""
     if name in CAPTURE_CONFIG:
         return "a program keeps no cache, target='eager' runs the model with its own"
     if name in OUTPUT_SWITCHES:

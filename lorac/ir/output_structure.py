@@ -190,7 +190,6 @@ def name_outputs(spec: pytree.TreeSpec, inputs: Collection[str]) -> tuple[str, .
 
 
 def _leaf_keys(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
-    """Yield the keys and indices that lead to each leaf."""
     if spec.is_leaf():
         yield ()
         return
@@ -230,7 +229,6 @@ def _spec_to_json(spec: pytree.TreeSpec) -> object:
 
 
 def _class_of(spec: pytree.TreeSpec) -> tuple[str, list[str]]:
-    """Return the import path of a container's class, and all its fields."""
     if spec.type is _StoredOutputClass:
         return spec.context[0].path, list(spec.context[0].fields)
     fields = dataclasses.fields(spec.type) if dataclasses.is_dataclass(spec.type) else ()

@@ -110,8 +110,6 @@ def find_token_node(graph: Graph) -> fx.Node:
 
 
 def _attention_function(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
-    """Return an attention as a function of its tensor operands, in torch's ops."""
-
     def function(*values: torch.Tensor) -> tuple[torch.Tensor]:
         given = dict(zip(node.all_input_nodes, values, strict=True))
         operands: list[Any] = [given.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
@@ -159,7 +157,6 @@ def _offset_positions(graph: Graph, ids: fx.Node, past: fx.Node) -> fx.Node:
 
 
 def _clamp_positions(graph: Graph, positions: fx.Node, count: int) -> None:
-    """Clamp the positions of padding tokens to the last entry of the tables."""
     clamped = insert_call(graph.exported, positions.next, aten.clamp.default, positions, None, count - 1)
     positions.replace_all_uses_with(clamped, delete_user_cb=lambda user: user is not clamped)
 
@@ -173,7 +170,6 @@ def _cached_head_size(node: fx.Node) -> int:
 def _insert_cached(
     graph: Graph, known: KnownCalls, node: fx.Node, cache: tuple[fx.Node, ...], distances: fx.Node | None
 ) -> list[fx.Node]:
-    """Replace an attention by cached attention, and return the new keys and values."""
     q, k, v, _, _, sinks, scale, _, window, softcap, module = node.args
     size = _cached_head_size(node)
     padded = (_pad_heads(graph, node, operand, size) for operand in (q, k, v))
@@ -198,7 +194,6 @@ def _pad_heads(graph: Graph, before: fx.Node, value: object, size: int) -> objec
 
 
 def _select_tokens_per_row(graph: Graph) -> None:
-    """Let each row select its own tokens for the logits."""
     indices = next((node for node in graph.placeholders() if node.name == LOGITS_TO_KEEP), None)
     if indices is None:
         return

@@ -127,7 +127,6 @@ class _ValueSources:
         return None
 
     def _find_input(self, argument: str) -> fx.Node | None:
-        """Return the input for an argument of forward."""
         name = program_input_name(argument)
         return self.graph.node(name) if name in self.graph.interface.inputs else self._make_mask(argument)
 
@@ -142,14 +141,12 @@ class _ValueSources:
 
 
 def _input_of(call: fx.Node) -> fx.Node:
-    """Return the input of a site's call."""
     x = AdaptedCall.of(call).x if call.target is ops.adapted else call.args[0]
     assert isinstance(x, fx.Node)
     return x
 
 
 def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
-    """Find the values that each reader reads, and add them to its operands."""
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.find(*ops.SITE_CALLS):

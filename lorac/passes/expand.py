@@ -98,7 +98,6 @@ def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> f
 
 
 def _same_type(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two values are known to have the same shape and dtype."""
     a, b = node.meta["val"], other.meta["val"]
     return bool(a.dtype == b.dtype and [str(size) for size in a.shape] == [str(size) for size in b.shape])
 

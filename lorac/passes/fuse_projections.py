@@ -78,7 +78,6 @@ class FuseProjections(Pass):
         return PassResult(bool(fused), tuple(Skip(path, why) for path, why in single.items()))
 
     def _find_obstacle(self, graph: Graph, path: str, calls: Sequence[fx.Node]) -> str | None:
-        """Return why a site cannot be fused; None where it can."""
         site, plan = graph.sites.get(path), graph.plans.get(path)
         if site is None or site.kind is not SiteKind.LINEAR:
             return "it is not a linear layer"
@@ -146,7 +145,6 @@ def _always_together(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) ->
 
 
 def _why_single(path: str, groups: Sequence[Sequence[str]]) -> str:
-    """Return why a site that may be fused is not."""
     if all(len(group) == 1 for group in groups if path in group):
         return "no other site of its module that may be fused with it reads its input"
     return "its calls do not all read an input together with the same sites"
@@ -181,7 +179,6 @@ def _describe_fusion(graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
 
 
 def _is_too_wide(graph: Graph, projection: FusedProjection) -> bool:
-    """Whether the block-diagonal B may hold too many zeros."""
     ranks = [graph.plans[path].rank if path in graph.plans else 0 for path in projection.sites]
     site = projection.plan.site
     zeros = sum(ranks) * site.out_features - sum(rank * n for rank, n in zip(ranks, projection.sizes, strict=True))
@@ -191,7 +188,6 @@ def _is_too_wide(graph: Graph, projection: FusedProjection) -> bool:
 def _replace_calls(
     graph: Graph, projection: FusedProjection, calls: Mapping[str, Sequence[fx.Node]], known: KnownCalls
 ) -> None:
-    """Replace the calls of each input by one call and a split."""
     by_input: dict[object, list[fx.Node]] = {}
     for call in (call for path in projection.sites for call in calls[path]):
         by_input.setdefault(call.args[0], []).append(call)

@@ -84,7 +84,6 @@ def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Nod
 
 
 def _slot_inputs(graph: Graph, plan: SitePlan) -> Iterator[tuple[str, Sequence[int | torch.SymInt], torch.dtype]]:
-    """Yield role, shape and dtype of a site's slots, in slot layout."""
     site = plan.site
     rank: int | torch.SymInt = plan.rank
     if plan.rank and plan.ranks is not RankPolicy.FIXED:
@@ -121,14 +120,12 @@ def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -
 
 
 def _stored_weight(graph: Graph, site: Site, slot: fx.Node, before: fx.Node) -> fx.Node:
-    """Convert the weight in a slot to the layout in which its module stores it."""
     if site.kind in {SiteKind.PARAMETER, SiteKind.MATRIX}:
         return slot
     return inline(graph.exported, before, lambda weight: (layout_of(site).stored(weight),), [slot])[1][0]
 
 
 def _find_inputs(graph: Graph, fqn: str | None) -> list[str]:
-    """Return the names of the nodes that hold a parameter or buffer."""
     signature = graph.exported.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return [name for name, target in stored.items() if target == fqn]

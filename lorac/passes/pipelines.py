@@ -95,7 +95,6 @@ def _run(step: Pass, graph: Graph) -> PassResult:
 
 
 def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileError:
-    """Return the error for a pass whose level the graph does not have."""
     what = f"the pass '{step.name}' reads level {step.reads.name.lower()}, but graph '{graph.name}' is at"
     known = list({other.name: other for other in (*lowering_passes(), *passes)}.values())
     next_step = _before(step, graph, known) if graph.level < step.reads else _too_late(step, known)
@@ -103,7 +102,6 @@ def _wrong_level(step: Pass, graph: Graph, passes: Sequence[Pass]) -> CompileErr
 
 
 def _before(step: Pass, graph: Graph, known: Sequence[Pass]) -> str:
-    """Say which passes lead from the graph's level to the one that a pass reads."""
     missing = [p.name for p in known if graph.level <= p.reads < p.leaves <= step.reads]
     if not missing:
         return f"no pass of the pipeline leads from level {_name(graph)} to that"
@@ -111,7 +109,6 @@ def _before(step: Pass, graph: Graph, known: Sequence[Pass]) -> str:
 
 
 def _too_late(step: Pass, known: Sequence[Pass]) -> str:
-    """Say which pass took the graph past the level that a pass reads."""
     past = [p.name for p in known if p.reads <= step.reads < p.leaves]
     if step.name in past:
         return "it has run already; capture the host again to run it anew"

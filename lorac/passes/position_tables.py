@@ -45,7 +45,6 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
 
 
 def _stored_tensors(graph: Graph) -> dict[fx.Node, torch.Tensor]:
-    """Return the program's own tensors by placeholder."""
     program = graph.exported
     tensors = {**program.constants, **program.state_dict}
     named = {
@@ -86,7 +85,6 @@ def _is_token_value(node: fx.Node) -> bool:
 
 
 def _is_lookup(node: fx.Node) -> bool:
-    """Whether a node takes rows of a table."""
     operands: Any = node.args
     return node.target is aten.embedding.default or (node.target is aten.index.Tensor and len(operands[1]) == 1)
 

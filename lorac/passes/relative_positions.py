@@ -83,7 +83,6 @@ class RelativePositions:
         return list(parts)
 
     def _repeat(self, attention: fx.Node, parts: list[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        """Repeat the computation with other numberings."""
         for node in (node for node in parts if node not in copies):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: copies.get(operand, operand))
             try:

@@ -72,7 +72,6 @@ class Replay:
         return copies
 
     def _find_needed(self, nodes: Iterable[fx.Node], isolated: IsolatedPass) -> set[fx.Node]:
-        """Return the nodes and all that they depend on in a pass."""
         needed: set[fx.Node] = set()
         pending = list(nodes)
         while pending:
@@ -83,7 +82,6 @@ class Replay:
         return needed
 
     def _operands(self, node: fx.Node, isolated: IsolatedPass) -> Sequence[fx.Node]:
-        """Return the nodes of the model on which a node depends in a pass."""
         if node.target is not ops.adapted:
             return node.all_input_nodes
         call, index = AdaptedCall.of(node), self._find_branch(node, isolated)

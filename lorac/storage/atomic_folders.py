@@ -100,7 +100,6 @@ def _make_folder(folder: Path) -> None:
 
 
 def _install(staged: Path, target: Path, owned: OwnedFiles) -> None:
-    """Move staged content into place; it is on disk already."""
     if staged.is_dir() and target.is_dir():
         _take_over(staged, target, owned)
     else:
@@ -175,7 +174,6 @@ def _is_folder(path: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk."""
     if path.is_symlink() or not (path.is_file() or (path.is_dir() and sys.platform != "win32")):
         return
     handle = os.open(path, os.O_RDONLY)

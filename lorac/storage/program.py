@@ -102,8 +102,6 @@ class StoredProgram(nn.Module):
         self.forward = self._with_signature()
 
     def _with_signature(self) -> Callable[..., tuple[Any, ...]]:
-        """Make a forward with named arguments, as torch.export requires."""
-
         def forward(**given: Tensor) -> tuple[Any, ...]:
             values = (
                 given[name] if tensor is None else getattr(self, _buffer_name(tensor)) for name, tensor in self.inputs
@@ -140,7 +138,6 @@ def graph_from_json(nodes: Sequence[JsonObject]) -> tuple[fx.Graph, list[tuple[s
 
 
 def _example_to_json(node: fx.Node) -> dict[str, object]:
-    """Return shape, dtype and dynamic axes of a caller's input."""
     from lorac.ir.graph.symbolic_shapes import constant_size
 
     value = node.meta["val"]
@@ -223,5 +220,4 @@ def _find_op(name: str) -> Callable[..., Any]:
 
 
 def _buffer_name(name: str) -> str:
-    """Return the name of the buffer for a tensor."""
     return "held_" + name.replace(".", "/")

@@ -167,7 +167,6 @@ class TensorFile(Mapping[str, Tensor]):
         return found.t() if stored in self._transposed else found
 
     def _locate(self, name: str, entry: Json) -> _ExternalTensor:
-        """Return a tensor in another file, after a check of the metadata's entry."""
         try:
             file, offset, row = self.files[entry["file"]], entry["offset"], entry.get("row", 0)
             found = _ExternalTensor(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]), row)

@@ -62,7 +62,6 @@ def describe_interface(
 
 
 def _find_aliases(host: nn.Module, inputs: Collection[str]) -> dict[str, str]:
-    """Return the arguments of forward whose inputs have another name."""
     arguments = inspect.signature(host.forward).parameters
     named = ((name, program_input_name(name)) for name in arguments)
     return {name: known for name, known in named if known in inputs and known not in arguments}

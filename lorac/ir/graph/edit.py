@@ -46,7 +46,6 @@ KnownCalls = dict[object, Any]
 
 
 def _call_signature(program: ExportedProgram) -> ModuleCallSignature:
-    """Return how the whole program is called."""
     signature = program._module_call_graph[0].signature
     assert signature is not None
     return signature
@@ -294,8 +293,6 @@ def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str
 
 
 def _resized(value: Any, sizes: Mapping[str, Any]) -> Any:
-    """Return the example of a node's value with other sizes."""
-
     def at(tensor: Any) -> Any:
         changed = isinstance(tensor, torch.Tensor) and any(str(size) in sizes for size in tensor.shape)
         return tensor.new_empty([sizes.get(str(size), size) for size in tensor.shape]) if changed else tensor

@@ -167,7 +167,6 @@ _FUNCTIONS: Mapping[object, Callable[..., Any]] = {
 
 
 def _make_missing_caches(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Make empty caches where the graph has some and the call brings none."""
     if not graph.cache_inputs:
         return {}
     empty = make_empty_cache(cache_input_shapes(graph), inputs[find_token_input(inputs)], encoder_output_shapes(graph))
