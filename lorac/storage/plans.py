@@ -1,8 +1,8 @@
-"""Plans, choices and slots as JSON."""
+"""Plans, choices, and the interface and slots of graphs as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from lorac.errors import ArtifactError, Unavailable, nearest_name
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.graph.graph import SlotInput
+from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.plans import BranchSlot, RankPolicy, Reason, SitePlan
@@ -92,12 +93,21 @@ def choice_from_json(stored: Mapping[str, JsonObject]) -> dict[str, Active] | No
     return {name: Active(how["strength"], how["rank"]) for name, how in stored.items()} or None
 
 
-# ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def slot_to_json(slot: SlotInput) -> JsonObject:
-    """Return a slot input as JSON."""
-    return {**vars(slot), "members": list(slot.members), "sizes": list(slot.sizes)}
+# ── Graphs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def graph_to_json(interface: Interface, slots: Iterable[SlotInput]) -> JsonObject:
+    """Return a graph's interface and slot inputs as JSON."""
+    entries = [{**vars(slot), "members": list(slot.members), "sizes": list(slot.sizes)} for slot in slots]
+    return {"signature": interface.to_json(), "slots": entries}
 
 
-def slot_from_json(stored: JsonObject) -> SlotInput:
-    """Return the slot input that ``slot_to_json`` wrote."""
-    return SlotInput(**{**stored, "members": tuple(stored["members"]), "sizes": tuple(stored["sizes"])})
+def graph_from_json(stored: JsonObject) -> tuple[Interface, dict[str, SlotInput]]:
+    """Return the interface and the slot inputs, by name, that ``graph_to_json`` wrote.
+
+    Raises:
+        ArtifactError: the interface contradicts itself.
+    """
+    slots = [
+        SlotInput(**{**entry, "members": tuple(entry["members"]), "sizes": tuple(entry["sizes"])})
+        for entry in stored["slots"]
+    ]
+    return Interface.from_json(stored["signature"]), {slot.name: slot for slot in slots}

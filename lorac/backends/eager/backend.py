@@ -20,11 +20,10 @@ from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.copying import copy_structure
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.program import Program
-from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.tracing import tracing
-from lorac.storage.plans import slot_from_json, slot_to_json
+from lorac.storage.plans import graph_from_json, graph_to_json
 from lorac.storage.program import StoredProgram, collect_tensors, program_to_json
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.backend import Backend, BuildRequest, StoredState, TargetOptions
@@ -76,7 +75,7 @@ class EagerBackend(Backend[EagerOptions]):
         if isinstance(engine, StoredProgramEngine):
             for name, held in engine.files.items():
                 held.copy_to(folder / name)
-            return {"graphs": {name: _describe_graph(p.signature, p.slots) for name, p in engine.parts.items()}}
+            return {"graphs": {name: graph_to_json(p.interface, p.slots.values()) for name, p in engine.parts.items()}}
         assert request is not None
         assert request.program is not None
         program = request.program
@@ -87,7 +86,7 @@ class EagerBackend(Backend[EagerOptions]):
         for graph in program.graphs.values():
             tensors |= collect_tensors(graph.exported)
         TensorFile.write(folder / _WEIGHTS, tensors)
-        return {"graphs": {name: _describe_graph(g.interface, g.slots) for name, g in program.graphs.items()}}
+        return {"graphs": {name: graph_to_json(g.interface, g.slots.values()) for name, g in program.graphs.items()}}
 
     def restore(
         self,
@@ -133,21 +132,12 @@ def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans
         exported = torch.export.export(part.program, (), part.program.examples, dynamic_shapes=shapes)
     own = {slot.site for slot in part.slots.values()}
     planned = {path: plan for path, plan in plans.items() if path in own}
-    return Graph(name, exported, sites, planned, part.signature, level=Level.EXPANDED, slots=dict(part.slots))
-
-
-def _describe_graph(signature: Interface, slots: Mapping[str, Any]) -> dict[str, Any]:
-    return {"signature": signature.to_json(), "slots": [slot_to_json(slot) for slot in slots.values()]}
+    return Graph(name, exported, sites, planned, part.interface, level=Level.EXPANDED, slots=dict(part.slots))
 
 
 def _load_graphs(stored: StoredState, files: ProgramFiles, file: TensorFile) -> dict[str, StoredGraph]:
     entries: Any = stored["graphs"]
     nodes = json.loads(files[_PROGRAM].read())
     return {
-        name: StoredGraph(
-            StoredProgram(nodes[name], file),
-            Interface.from_json(entry["signature"]),
-            {slot.name: slot for slot in map(slot_from_json, entry["slots"])},
-        )
-        for name, entry in entries.items()
+        name: StoredGraph(StoredProgram(nodes[name], file), *graph_from_json(entry)) for name, entry in entries.items()
     }

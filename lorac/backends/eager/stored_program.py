@@ -28,7 +28,7 @@ class StoredGraph:
     """One graph of the program: its nodes, how it is called, and its slot inputs by public name."""
 
     program: StoredProgram
-    signature: Interface
+    interface: Interface
     slots: Mapping[str, SlotInput]
 
 
@@ -63,7 +63,7 @@ class StoredProgramEngine(Engine[SlotTensors]):
     ) -> None:
         self.parts = parts
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.interfaces = {name: part.signature for name, part in parts.items()}
+        self.interfaces = {name: part.interface for name, part in parts.items()}
         self.plans = select_reached_plans(self.slots, plans)
         self.base, self.mode, self.files, self.device = base, mode, files, device
         self.buffers, memory = make_fused_buffers(self.plans, base) if self.fused else ({}, {})
@@ -100,5 +100,5 @@ class StoredProgramEngine(Engine[SlotTensors]):
                 values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
             return values
 
-        output, extra = part.signature.run(args, kwargs, run)
+        output, extra = part.interface.run(args, kwargs, run)
         return CallResult(output, group_aux_outputs(extra, content))

@@ -20,7 +20,7 @@ from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step
-from lorac.storage.plans import slot_from_json, slot_to_json
+from lorac.storage.plans import graph_from_json, graph_to_json
 from lorac.storage.process_folders import make_temporary_folder, remove_with_owner
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.backend import Backend, BuildRequest, OptionsT, StoredState
@@ -181,11 +181,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         for name, file in engine.files.items():
             file.copy_to(folder / name)
         graphs = {
-            name: {
-                "signature": graph.interface.to_json(),
-                "slots": [slot_to_json(slot) for slot in graph.slots.values()],
-                **self.graph_to_json(graph),
-            }
+            name: {**graph_to_json(graph.interface, graph.slots.values()), **self.graph_to_json(graph)}
             for name, graph in engine.graphs.items()
         }
         return {"graphs": graphs, "options": dataclasses.asdict(engine.options)}
@@ -207,8 +203,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         options = self.restore_options(known["options"], plans, device)
         graphs = {}
         for name, entry in known["graphs"].items():
-            slots = {slot.name: slot for slot in map(slot_from_json, entry["slots"])}
-            interface = Interface.from_json(entry["signature"])
+            interface, slots = graph_from_json(entry)
             graphs[name] = self.load_graph(name, files, interface, slots, entry, options)
         own = {name: files[name] for name in self.list_files(graphs) if name in files}
         base = self.base_reader(own) or make_file_base_reader({})
