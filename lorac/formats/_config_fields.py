@@ -6,10 +6,11 @@ A table maps the name of every field to one of four kinds; a name that no table 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lorac.argument_types import field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
@@ -30,7 +31,7 @@ def _identity(value: object) -> object:
 
 
 @dataclass(frozen=True)
-class Field:
+class Field(ABC):
     """One field of a configuration.
 
     Attributes:
@@ -49,7 +50,10 @@ class Field:
     preserved: bool = False
     next_step: str | None = None
 
-    use: ClassVar[str]
+    @property
+    @abstractmethod
+    def use(self) -> str:
+        """What the field is to lorac, for the documentation."""
 
     def parse(self, value: object, name: str, path: Path) -> object:
         """Return a value of the file as lorac has it.

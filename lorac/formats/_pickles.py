@@ -45,10 +45,7 @@ def load_pickle(path: Path, refuse: Refuse) -> object:
         with path.open("rb") as file:
             claim_memory(_count_members(file) * _PER_MEMBER, "its directory")
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if len({member.filename for member in members}) < len(members):
-                raise refuse("two of its members have one name")
-            claim_memory(sum(member.file_size for member in members) - size, "it is packed")
+            _check_sizes(archive, size, refuse)
             _check_names(_read_member(archive, refuse), refuse)
     except (LoracError, OSError):
         raise
@@ -75,6 +72,14 @@ def _count_members(file: BinaryIO) -> int:
     count = int.from_bytes(tail[at + 10 : at + 12], "little")
     long = tail[max(0, at - _END_64) : at]
     return int.from_bytes(long[32:40], "little") if long.startswith(b"PK\6\6") else count
+
+
+def _check_sizes(archive: zipfile.ZipFile, size: int, refuse: Refuse) -> None:
+    """Refuse members of one name, or that unpack to much more than the size of the file."""
+    members = archive.infolist()
+    if len({member.filename for member in members}) < len(members):
+        raise refuse("two of its members have one name")
+    claim_memory(sum(member.file_size for member in members) - size, "it is packed")
 
 
 def _read_member(archive: zipfile.ZipFile, refuse: Refuse) -> bytes:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import lorac
 from lorac.formats.peft import types
 from lorac.formats.peft.config import peft_types
+from lorac.testing.eager_checks import assert_close
 from tests.peft_files import CONFIG, WEIGHTS
 
 SOURCE = '''
@@ -68,7 +69,7 @@ def test_a_type_is_one_file(gate_type, folder):
     model, x = torch.nn.Sequential(torch.nn.Linear(4, 6)), torch.randn(3, 4)
     compiled = lorac.compile(model, [folder])
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x) * torch.arange(1.0, 7))
+        assert_close(compiled(x), model(x) * torch.arange(1.0, 7))
     save_file({"base_model.model.0.gate": torch.ones(5)}, folder / WEIGHTS)
     with pytest.raises(lorac.AdapterError, match="has shape"):
         lorac.load_adapter(folder, model)
