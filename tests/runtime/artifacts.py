@@ -1,4 +1,4 @@
-"""Compiled models to save, and what one does with folders and processes."""
+"""Compiled models to save, and helpers for folders and processes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def assert_same_folders(one: Path, two: Path) -> None:
 
 
 def alone(model: Path, inputs: dict[str, Tensor], adapter: Path | None = None) -> dict[str, Tensor]:
-    """What ONNX Runtime by itself answers, given the model's own inputs and nothing else."""
+    """Return what ONNX Runtime alone answers to the model's own inputs."""
     settings, options = ort.SessionOptions(), ort.RunOptions()
     settings.log_severity_level = 3
     session = ort.InferenceSession(model, settings)

@@ -17,17 +17,17 @@ from lorac.session import compiled
 
 _INTERRUPTED = (switchable_model.__file__.rpartition("/")[0], compiled.__file__, pool.__file__)
 _PYTHONS = (contextlib.__file__, threading.__file__)
-"""What of Python's own the runtime may hold things with."""
+"""Modules of Python's own whose lines hold locks for the runtime."""
 
 
 class Interrupted(BaseException):
-    """What is raised between two lines, as KeyboardInterrupt is."""
+    """The exception that is raised between two lines, like KeyboardInterrupt."""
 
 
 def interrupted(work: Callable[[], object], stride: int = 1) -> Iterator[None]:
     """Run a piece of work, interrupted before its first line, and ``stride`` lines later each time, until it ends.
 
-    Yields after each run. What it calls outside the runtime is not interrupted within.
+    Yields after each run. Code outside the runtime is not interrupted.
     """
     for moment in itertools.count(1, stride):
         ended = _run(work, moment)
@@ -42,10 +42,10 @@ def _is_ours(frame: FrameType | None) -> bool:
 
 
 def _line(frame: FrameType) -> str:
-    """The line that comes next.
+    """Return the next line.
 
-    A tracer may raise where a ``with`` is left, before it lets go of anything, and at a ``try`` within it, for which
-    Python has no more than a place without an instruction. Signals are not let in there.
+    A tracer may raise where a ``with`` is left, before it releases anything, and at a ``try`` inside it, which has no
+    instruction of its own. Signals are not handled there.
     """
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
 

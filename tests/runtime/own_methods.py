@@ -98,7 +98,7 @@ CHOICES: tuple[Any, ...] = (
 
 
 def answers(compiled: Any) -> list[Tensor]:
-    """What a compiled model answers with each choice, swapped to and back."""
+    """Return the outputs of a compiled model with each choice, swapped to and back."""
     inputs, found = ZOO[MODEL].inputs(seed=1, batch=3), []
     for choice in CHOICES:
         compiled.swap(choice)

@@ -55,7 +55,7 @@ def fresh(adapters: Any, target: str, mode: str, choice: Any, **rest: Any) -> lo
 
 
 def answer(compiled: lorac.Compiled, x: torch.Tensor = X, **choice: Any) -> torch.Tensor:
-    """What a compiled model answers."""
+    """Return the output of a compiled model."""
     with torch.no_grad():
         return compiled(tokens=x, **choice)
 

@@ -178,9 +178,11 @@ def test_it_is_saved_and_loaded(compiled, tmp_path):
     ids=str,
 )
 def test_calls_it_cannot_answer_are_refused(compiled, given, error, text):
-    told = {"input_ids": IDS} | {name: None if value is None else torch.tensor(value) for name, value in given.items()}
+    inputs = {"input_ids": IDS} | {
+        name: None if value is None else torch.tensor(value) for name, value in given.items()
+    }
     with pytest.raises(error, match=text):
-        compiled(**told)
+        compiled(**{"input_ids": IDS, **inputs})
 
 
 def test_a_program_without_a_cache_makes_none(host):

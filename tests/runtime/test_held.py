@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.storage import open_file as held
+from lorac.storage import open_file
 from tests.runtime.artifacts import assert_same_folders, make_compiled
 from tests.runtime.switching import X, answer, raw
 
@@ -39,7 +39,7 @@ def _replaced(folder: Path) -> None:
 
 
 def _everything(compiled: lorac.Compiled, late: lorac.Adapter, elsewhere: Path) -> list[bytes]:
-    """What a model answers to all that reads base weights, the program or adapters again."""
+    """Return the answers of everything that reads base weights, the program or adapters again."""
     found = [raw(answer(compiled, X))]
     for choice in CHOICES:
         compiled.swap(choice)
@@ -57,7 +57,7 @@ def _everything(compiled: lorac.Compiled, late: lorac.Adapter, elsewhere: Path) 
     return found
 
 
-@pytest.mark.skipif(not held._has_handle_paths(), reason="open files have no paths here")
+@pytest.mark.skipif(not open_file._has_handle_paths(), reason="open files have no paths here")
 @pytest.mark.parametrize("gone", [_removed, _replaced])
 def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Path], None], tmp_path: Path) -> None:
     source, late = saved
@@ -103,20 +103,20 @@ def test_an_artifact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeyp
     assert raw(answer(loaded, X)) != raw(answer(before, X))
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["held", "by name"])
-def test_a_program_whose_folder_vanished(told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_paths", [True, False], ids=["held", "by name"])
+def test_a_program_whose_folder_vanished(has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody empties the temporary directory. What is held is saved whole; what is not is refused, typed."""
     compiled, _ = make_compiled("plain_mlp", "onnxruntime", "live")
-    if told and not held._has_handle_paths():
+    if has_paths and not open_file._has_handle_paths():
         pytest.skip("open files have no paths here")
     compiled.save(tmp_path / "it")
     shutil.copytree(tmp_path / "it", tmp_path / "before")
     shutil.rmtree(compiled.engine.folder)  # type: ignore[attr-defined]
-    if told:
+    if has_paths:
         compiled.save(tmp_path / "it")
         assert raw(answer(lorac.load(tmp_path / "it"), X)) == raw(answer(compiled, X))
     else:
-        monkeypatch.setattr(held, "_has_handle_paths", lambda: False)
+        monkeypatch.setattr(open_file, "_has_handle_paths", lambda: False)
         with pytest.raises(lorac.ArtifactError, match="removed or replaced since it was opened"):
             compiled.save(tmp_path / "it")
     assert_same_folders(tmp_path / "it", tmp_path / "before")

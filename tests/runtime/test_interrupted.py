@@ -1,4 +1,4 @@
-"""Whatever is interrupted or fails half-way has happened or has not: adding, removing and swapping (invariant 7)."""
+"""An interrupted or failing swap, add or remove happens whole or not at all (invariant 7)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.runtime.switching import MIXTURE, adapter, answer, build, pair, raw
 ENGINES = [(target, mode) for target in ("eager", "onnxruntime") for mode in ("live", "fused")]
 Expected = dict[str, bytes]
 every = pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
-"""How many lines lie between two interrupts."""
+"""Number of lines between two interrupts."""
 
 
 @pytest.fixture(scope="module", params=ENGINES, ids="-".join)
@@ -35,7 +35,7 @@ def compiled(request: pytest.FixtureRequest) -> lorac.Compiled:
 
 @pytest.fixture(scope="module")
 def expected(compiled: lorac.Compiled) -> Expected:
-    """What every choice answers; "c" is "a" under another name."""
+    """The output of every choice; "c" is "a" under another name."""
     found = {}
     for spec in ("a", "b", MIXTURE, None):
         compiled.swap(spec)
@@ -50,7 +50,7 @@ def _names(compiled: lorac.Compiled) -> list[str]:
 
 
 def _answers_in_time(compiled: lorac.Compiled) -> bytes:
-    """What another thread is answered: a lock that was left held would stop it for ever."""
+    """Return the answer in another thread, which would wait for ever for a lock that was not released."""
     found: list[bytes] = []
     asking = threading.Thread(target=lambda: found.append(raw(answer(compiled))), daemon=True)
     asking.start()

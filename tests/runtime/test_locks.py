@@ -12,7 +12,7 @@ from lorac.runtime.locks import ReadWriteLock
 
 
 class Interrupted(Exception):
-    """What the signal's handler raises."""
+    """The exception that the signal handler raises."""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

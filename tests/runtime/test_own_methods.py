@@ -81,9 +81,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     model = ZOO[MODEL].fresh()
     adapters = own_adapters(model)
-    told: dict[str, Any] = {"active": None, "example_inputs": ZOO[MODEL].inputs(), "self_test": False}
+    options: dict[str, Any] = {"active": None, "example_inputs": ZOO[MODEL].inputs(), "self_test": False}
     for target in TARGETS:
-        compiled = lorac.compile(model, adapters, target=target, **told)
+        compiled = lorac.compile(model, adapters, target=target, **options)
         compiled.save(folder / target)
         served = compiled if target == "onnxruntime" else lorac.load(folder / target)
         torch.save(answers(served), folder / f"{target}.pt")

@@ -15,7 +15,7 @@ def fused():
 
 @pytest.fixture(scope="module")
 def expected():
-    """What fresh compiles answer, settled and bound, by choice."""
+    """The outputs of fresh compilations, settled and bound, by choice."""
     compiled = {key(c): fresh(pair("lora", "shira"), "onnxruntime", "fused", c) for c in CHOICES}
     bound = {name: raw(answer(model)) for name, model in compiled.items()}
     for choice in CHOICES:

@@ -45,7 +45,7 @@ def test_any_number_of_swaps(methods, target, dtype, swaps, mode):
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_inactive_adapters_change_no_bit(target):
-    """Of larger rank and on more sites, given to compile or added later."""
+    """Adapters of larger rank and on more sites, given to compile or added later."""
     small, large = adapter("lora_small", "a"), adapter("lora_large", "b")
     alone = answer(fresh([small], target, "live", "a"))
     both = build([small, large], target)
@@ -58,7 +58,7 @@ def test_inactive_adapters_change_no_bit(target):
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_inactive_adapters_change_no_bit_of_what_was_reserved(target, mode):
-    """Whatever the method, where the reserve is the same."""
+    """The method does not matter if the reserve is the same."""
     small, large = adapter("lora_small", "a"), adapter("dora_large", "b")
     alone = build([small], target, mode, reserve=ROOM, active="a")
     expected = answer(alone)

@@ -24,7 +24,7 @@ def compiled(request):
 
 @pytest.fixture
 def expected(compiled):
-    """What every choice answers."""
+    """The output of every choice."""
     found = {}
     for choice in CHOICES:
         compiled.swap(choice)
@@ -108,7 +108,7 @@ def test_adapters_that_come_and_go(compiled, expected):
 
 
 def test_adding_from_several_threads(compiled):
-    """Of several adapters with one name exactly one is added."""
+    """Exactly one of several adapters with the same name is added."""
     added, refused = [], []
 
     def add() -> None:

@@ -1,4 +1,4 @@
-"""What is saved runs elsewhere, to the bit where the engine is the same, and nothing in it is taken on trust."""
+"""A saved model runs elsewhere, bit-identically on the same engine, and nothing in it is trusted."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _assert_alone(found: dict[str, Tensor], wanted: Any) -> None:
 
 
 def test_no_weight_of_the_base_is_there_twice(saved: Any) -> None:
-    """What the program holds anyway lies in its own files alone, and of a baked one nothing is kept."""
+    """Weights of the program are stored once, in its own files; a baked program stores no base weights."""
     _, mode, compiled, _, folder = saved
     if compiled.engine.target != "onnxruntime":
         pytest.skip("needs ONNX Runtime")
@@ -181,7 +181,7 @@ def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> Non
 
 
 def test_to_load_and_call_imports_nothing_that_compiling_takes(saved: Any, tmp_path: Path) -> None:
-    """Of a transformers model too, whose output still answers by name, by place and as a mapping."""
+    """The output of a transformers model still answers by name, by position and as a mapping."""
     name, _, compiled, _, folder = saved
     if name != "tiny_llama":
         pytest.skip("the other programs load alike")

@@ -1,4 +1,4 @@
-"""What a compiled model says of itself: what it is, and what there is to ask of it, on every target."""
+"""How a compiled model presents itself on every target: its summary and its attributes."""
 
 import pytest
 from torch import nn
@@ -10,13 +10,13 @@ from tests.mistakes import Tiny, example, lora
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Of target eager: a module."""
+    """A compiled model of target "eager", which is a module."""
     return lorac.compile(Tiny(), {"sql": lora(), "style": lorac.DoRA(r=3, targets=["out_proj"])}, active={"sql": 0.5})
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """What is no module: a compiled model that runs a program."""
+    """A compiled model that runs a program, and is not a module."""
     folder = tmp_path_factory.mktemp("stored") / "compiled"
     lorac.compile(Tiny(), {"sql": lora()}, example_inputs=example()).save(folder)
     return lorac.load(folder)

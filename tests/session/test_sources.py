@@ -1,4 +1,4 @@
-"""What people hand in: PEFT's objects are taken, and what cannot be meant is answered by the line to write."""
+"""Models and adapters as users give them: PEFT's objects are accepted, mistakes are refused with what to write."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ def test_what_of_peft_is_no_base_is_refused() -> None:
 
 def test_a_configuration_of_pefts_is_a_fresh_method() -> None:
     config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, target_modules=["up", "down"], use_rslora=True)
-    asked = lorac.LoRA(r=4, alpha=6, dropout=0.1, targets=("down", "up"), rslora=True)
-    compiled = lorac.compile(MLP.model(), {"a": config, "b": asked})
-    assert compiled.adapters["a"].variant == asked
+    expected = lorac.LoRA(r=4, alpha=6, dropout=0.1, targets=("down", "up"), rslora=True)
+    compiled = lorac.compile(MLP.model(), {"a": config, "b": expected})
+    assert compiled.adapters["a"].variant == expected
     assert compiled.adapters["a"].sites == ("up", "down")
     compiled.add_adapter(LoraConfig(r=2, target_modules="(.*)?up"), "more")
     assert compiled.adapters["more"].variant == lorac.LoRA(r=2, targets="(.*)?up")
@@ -232,13 +232,13 @@ def test_devices_and_dtypes_by_name() -> None:
 
 
 def test_each_target_of_a_list_must_name_something() -> None:
-    for asked in (
+    for expected in (
         {"adapters": {"a": lorac.LoRA(targets=["up", "dwn"])}},
         {"adapters": LoraConfig(target_modules=["up", "dwn"])},
         {"reserve": lorac.Reserve(targets=["up", "dwn"], rank=2)},
     ):
         with refuses("site_not_found", match=r"targets 'dwn', which matches no site\n  nearest: down \(1 sites"):
-            lorac.compile(MLP.model(), **asked)  # type: ignore[arg-type]  # a dict of different things
+            lorac.compile(MLP.model(), **expected)  # type: ignore[arg-type]  # a dict of different things
     # A name that is there and excluded, or saved whole, is no misspelling.
     variant = lorac.LoRA(targets=["up", "down", "head"], exclude=["down"], modules_to_save=["head"])
     assert lorac.compile(MLP.model(), {"a": variant}).adapters["a"].sites == ("up",)
