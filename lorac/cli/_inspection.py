@@ -40,18 +40,18 @@ def describe_folder(folder: Path) -> Inspection:
         }
         for name, entry in fields["adapters"].items()
     ]
-    graphs = find_backend(manifest.target).read_interfaces(manifest.program)
+    graphs = find_backend(fields["target"]).read_interfaces(fields["program"])
     adapter_folders = {PurePosixPath(entry["file"]).parent for entry in fields["adapters"].values()}
     program = sum(nbytes for name, nbytes in sizes.items() if PurePosixPath(name).parent not in adapter_folders)
     return {
         "path": str(folder),
-        "target": manifest.target,
-        "mode": manifest.mode,
-        "active": {name: how["strength"] for name, how in manifest.active.items()},
+        "target": fields["target"],
+        "mode": fields["mode"],
+        "active": {name: how["strength"] for name, how in fields["active"].items()},
         "versions": fields["versions"],
         "graphs": {name: _describe_graph(interface) for name, interface in graphs.items()},
         "adapters": adapters,
-        "sites": list(manifest.plans),
+        "sites": list(fields["plans"]),
         "files": sizes,
         "memory": {"program": program, "adapters": sum(adapter["bytes"] for adapter in adapters)},
     }

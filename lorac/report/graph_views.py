@@ -5,7 +5,6 @@ The adapters at the sites are looked up when a graph is printed, so that they ar
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -129,12 +128,6 @@ class GraphView:
         """Return stage -> the graph after it, the emitted program last."""
         found = self._emission()
         return dict(self._dumps) if found is None else {**self._dumps, EMITTED: found}
-
-    def steps(self) -> Iterator[tuple[str, str]]:
-        """Yield each pass and what it changed."""
-        notes = self._context().notes
-        for before, after in itertools.pairwise(self._dumps):
-            yield after, diff_dumps(self._dumps[before], self._dumps[after], notes)
 
     def __str__(self) -> str:
         return to_text(self.dump, self._context().notes)

@@ -375,11 +375,19 @@ class SwitchableModel(ABC):
                 next_step="compile with mode='live' or 'fused' to swap",
             )
 
-    def write_choice(self, path: Path, adapters: ChoiceSpec, graph: str) -> None:
-        """Write what a choice puts into a graph's slots, as a file of the engine's own kind."""
+    def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
+        """Write a choice as an ``.onnx_adapter`` file, for programs that run without lorac.
+
+        ``save`` writes such a file for each adapter. This method writes one for a mixture, or for an adapter that was
+        added later.
+
+        Raises:
+            AdapterNotFound, ChoiceError, NeedsRecompile: as for ``swap``, or there is no such component.
+            Unavailable: the target has no such files, or the choice does not fit into one.
+        """
         self.refuse_baked()
         with self._swap_lock:
-            self._states.save(parse_choice(adapters, self.pool), graph, path)
+            self._states.save(parse_choice(adapters, self.pool), component, Path(path))
 
     @property
     def tokenizer(self) -> Any:

@@ -9,9 +9,9 @@ from torch import nn
 
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.ir.slots.planning import Reserve
-from lorac.session.compiled import Compiled, compile_request
+from lorac.session.compiled import Compiled, build_compiled
 from lorac.session.request.compile_request import CompileRequest
-from lorac.session.request.sources import AdapterSource
+from lorac.session.request.sources import AdapterSource, read_model
 
 
 def compile(  # noqa: PLR0913, PLR0917  (the public interface)
@@ -54,7 +54,8 @@ def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     Raises:
         LoracError: a subclass, see ``lorac.errors``.
     """
+    source = read_model(model)
     request = CompileRequest.read(
-        model, adapters, target, example_inputs, mode, active, reserve, dynamic_shapes, dtype, device, **options
+        adapters, target, example_inputs, mode, active, reserve, dynamic_shapes, dtype, device, **options
     )
-    return compile_request(request)
+    return build_compiled(source, request)

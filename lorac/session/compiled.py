@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorac.report.explain import Explanation
     from lorac.report.graph_views import GraphViews
     from lorac.session.request.compile_request import CompileRequest
+    from lorac.session.request.sources import ModelSource
 
 
 class Compiled(SwitchableModel):
@@ -161,10 +162,12 @@ class Compiled(SwitchableModel):
             BaseNeeded: the model is gone.
         """
         from lorac.session.request.compile_request import CompileRequest
+        from lorac.session.request.sources import read_model
 
         model, moved = self.session.host.original()
         given = {"active": dict(self.choice) or None, **self.session.examples, **moved, **options}
-        return compile_request(CompileRequest.read(model, dict(self.adapters), target, mode=mode, **given))
+        request = CompileRequest.read(dict(self.adapters), target, mode=mode, **given)
+        return build_compiled(read_model(model), request)
 
     def save(self, folder: str | Path, tokenizer: object = None) -> None:
         """Write a folder from which ``lorac.load(folder)`` makes the compiled model again, anywhere.
@@ -182,18 +185,6 @@ class Compiled(SwitchableModel):
 
         with self._swap_lock:
             save(self.session, self, folder, self._tokenizer if tokenizer is None else tokenizer)
-
-    def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
-        """Write a choice as an ``.onnx_adapter`` file, for programs that run without lorac.
-
-        ``save`` writes such a file for each adapter. This method writes one for a mixture, or for an adapter that was
-        added later.
-
-        Raises:
-            AdapterNotFound, ChoiceError, NeedsRecompile: as for ``swap``, or there is no such component.
-            Unavailable: the target has no such files, or the choice does not fit into one.
-        """
-        self.write_choice(Path(path), adapters, component)
 
     def __repr__(self) -> str:
         return describe_compiled(self, len(self.sites))
@@ -328,13 +319,13 @@ class Component:
         return f"<component {self._name} of {self._compiled!r}>"
 
 
-def compile_request(request: CompileRequest) -> Compiled:
-    """Compile what a request asks for."""
+def build_compiled(source: ModelSource, request: CompileRequest) -> Compiled:
+    """Compile a model as a request asks for: open a session, build its engine, and activate the first choice."""
     from lorac.session.building import build_engine
     from lorac.session.opening import open_session, resolve_active
 
-    session = open_session(request)
-    choice = resolve_active(request.active, session)
+    session = open_session(source, request)
+    choice = resolve_active(session, source, request)
     return make_compiled(session, build_engine(session, choice), choice)
 
 

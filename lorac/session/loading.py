@@ -57,7 +57,7 @@ def _load_folder(folder: Path, target: str | None, device: torch.device | None) 
     _refuse_other_contents(folder)
     try:
         manifest = open_artifact(folder)
-        compiled = _load_manifest(manifest, target or manifest.target, device)
+        compiled = _load_manifest(manifest, target or manifest.fields["target"], device)
         compiled.tokenizer = TokenizerFiles.among(manifest.files)
         return compiled
     except LoracError:
@@ -89,29 +89,32 @@ def _refuse_other_contents(folder: Path) -> None:
 
 def _load_manifest(manifest: Manifest, target: str, device: torch.device | None) -> Compiled:
     session = _open_stored(manifest)
-    if target != manifest.target:
+    if target != manifest.fields["target"]:
         return _compile_stored(manifest, session, target, device)
     if device is not None and not session.backend.dialect.emits:
         check_device(device)
-    engine = session.backend.restore(manifest.program, manifest.files, session.plans, manifest.mode, device)
-    return make_compiled(session, engine, parse_choice(choice_from_json(manifest.active), session.pool))
+    engine = session.backend.restore(
+        manifest.fields["program"], manifest.files, session.plans, manifest.fields["mode"], device
+    )
+    return make_compiled(session, engine, parse_choice(choice_from_json(manifest.fields["active"]), session.pool))
 
 
 def _open_stored(manifest: Manifest) -> Session:
     """Open a session for an artifact: its model is a skeleton with the base weights of the touched sites."""
-    backend = find_backend(manifest.target)
+    backend = find_backend(manifest.fields["target"])
     base = backend.read_base_weights(manifest.files)
-    host = HostModel.stored(manifest.host, base or {})
+    host = HostModel.stored(manifest.fields["host"], base or {})
     _module = host.module  # a reference, so that the skeleton is made only once
-    session = Session.over(host, backend, backend.parse_options({}), manifest.mode)
+    session = Session.over(host, backend, backend.parse_options({}), manifest.fields["mode"])
     session.read_base_from(base)
-    session.preparer.stored = manifest.reductions
-    session.traits = traits_from_json(manifest.components)
+    session.preparer.stored = manifest.fields["reductions"]
+    session.traits = traits_from_json(manifest.fields["components"])
     for name, record, forms in manifest.adapters():
         restore_adapter(session, name, record, forms)
     view = session.view
     session.plans = {
-        path: plan_from_json(_planned_site(path, manifest, view), plan) for path, plan in manifest.plans.items()
+        path: plan_from_json(_planned_site(path, manifest, view), plan)
+        for path, plan in manifest.fields["plans"].items()
     }
     return session
 
@@ -124,9 +127,9 @@ def _compile_stored(manifest: Manifest, session: Session, target: str, device: t
     options, _ = resolve_placement(backend, backend.parse_options({}), device)
     dtypes = (plan.site.dtype for plan in session.plans.values())
     check_stored_dtypes(backend.dialect_for(options), dtypes, str(manifest.folder))
-    program = session.backend.restore_program(manifest.program, manifest.files, session.sites, session.plans)
+    program = session.backend.restore_program(manifest.fields["program"], manifest.files, session.sites, session.plans)
     session = dataclasses.replace(session, backend=backend, options=options)
-    choice = parse_choice(choice_from_json(manifest.active), session.pool)
+    choice = parse_choice(choice_from_json(manifest.fields["active"]), session.pool)
     return make_compiled(session, build_engine(session, choice, program), choice)
 
 
@@ -136,7 +139,7 @@ def _planned_site(path: str, manifest: Manifest, view: ModelView) -> Site:
         return view.sites[path]
     if path in view.callable_paths:
         return make_module_site(path, view)
-    for reader, plan in manifest.plans.items():
+    for reader, plan in manifest.fields["plans"].items():
         if any(branch["once"] == path for branch in plan["branches"]):
             return make_once_site(path, _planned_site(reader, manifest, view).dtype)
     return view.make_parameter_site(path)

@@ -1,47 +1,50 @@
-"""Open a session for a request: copy the model where that is needed, load the adapters, plan the sites."""
+"""Open a session: copy the model if that is needed, load the adapters, plan the sites."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lorac.errors import ChoiceError
-from lorac.frontend.parametrized_weights import materialize_weights
-from lorac.frontend.quantised_weights import dequantise_weights
+from lorac.frontend.components import Components
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.ir.slots.planning import plan_sites
 from lorac.runtime.traits import collect_traits
 from lorac.session.adapter_loading import make_adapter
 from lorac.session.host_model import HostModel
 from lorac.session.request.compile_request import CompileRequest
-from lorac.session.request.precision import cast_model
+from lorac.session.request.placement import resolve_placement
+from lorac.session.request.precision import prepare_model
+from lorac.session.request.sources import ModelSource
 from lorac.session.session import Session
 
 
-def open_session(request: CompileRequest) -> Session:
-    """Return a session with the request's model and adapters, its sites planned."""
-    dialect = request.backend.dialect_for(request.options)
-    model = materialize_weights(request.model)
-    if dialect.emits:  # an emitted program cannot call the kernels of quantisation libraries
-        model = dequantise_weights(model)
-    model, precision = cast_model(model, dialect, request.dtype, request.model_device)
-    precision.warn(dialect.name)
-    host = HostModel(model, request.given, {"dtype": request.dtype, "device": request.device})
-    session = Session.over(host, request.backend, request.options, "live" if request.mode == "auto" else request.mode)
+def open_session(source: ModelSource, request: CompileRequest) -> Session:
+    """Return a session with the model and its adapters, its sites planned."""
+    module = Components(source.model) if isinstance(source.model, Mapping) else source.model
+    options, model_device = resolve_placement(request.backend, request.options, request.device, module)
+    dialect = request.backend.dialect_for(options)
+    model, precision = prepare_model(module, dialect, request.dtype, model_device)
+    host = HostModel(model, source.model, {"dtype": request.dtype, "device": request.device})
+    session = Session.over(host, request.backend, options, "live" if request.mode == "auto" else request.mode)
     examples = request.example_inputs if request.dtype is None else precision.fit(request.example_inputs)
     session.examples = {"example_inputs": examples, "dynamic_shapes": request.dynamic_shapes}
     session.precision, session.traits = precision, collect_traits(model)
     session.quantise_sites()
-    for name, source in request.sources:
-        adapter = make_adapter(session, source, name)
+    names = {name for name, _ in request.sources}
+    for name, given in (*(named for named in source.adapters if named[0] not in names), *request.sources):
+        adapter = make_adapter(session, given, name)
         session.pool.add(adapter, session.pool.prepare(adapter))
     session.plans = plan_sites(session.sites, session.pool, request.mode, request.reserve, dialect.ranks_at)
     return session
 
 
-def resolve_active(active: ChoiceSpec, session: Session) -> Choice:
-    """Return the choice that is active first; ``"auto"``: the only adapter, or none if there are several.
+def resolve_active(session: Session, source: ModelSource, request: CompileRequest) -> Choice:
+    """Return the choice that is active first: the given one, that of a PeftModel, the only adapter, or none.
 
     Raises:
         AdapterNotFound, ChoiceError: the choice makes no sense, or mode "baked" needs one.
     """
+    active: ChoiceSpec = request.active if request.active != "auto" or request.sources else source.active
     names = list(session.pool)
     if active != "auto":
         return parse_choice(active, names)

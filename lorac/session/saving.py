@@ -102,7 +102,7 @@ def _save_portable(model: SwitchableModel, name: str, stem: Path) -> dict[str, s
     files = {graph: f"{stem.name}{'' if graph == MAIN_GRAPH else f'.{graph}'}.onnx_adapter" for graph in graphs}
     try:
         for graph, file in files.items():
-            model.write_choice(stem.with_name(file), name, graph)
+            model.save_choice(stem.with_name(file), name, graph)
     except Unavailable as error:
         warn(f"adapter '{name}' is saved for lorac alone: {error.what}")
         return {}

@@ -58,7 +58,7 @@ _FIELDS: dict[str, type] = {
     "files": dict,
     _SEAL: str,
 }
-"""The fields of a manifest and their types."""
+"""The fields of a manifest and their types. Plans are by site path, reductions by structure, components by graph."""
 
 
 # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,28 +134,13 @@ class Manifest:
 
     Attributes:
         folder: the artifact.
-        fields: all fields.
+        fields: the manifest's fields (``_FIELDS``).
         files: the program's files by name, held open.
-        target, mode: as compiled.
-        plans: site path -> its plan as JSON.
-        reductions: the reductions of the adapters' formulas, by structure, as JSON.
-        active: the active choice as JSON.
-        host: the model's skeleton.
-        program: what the target stored besides its files.
-        components: graph name -> the traits of its model as JSON.
     """
 
     folder: Path
     fields: Mapping[str, Any]
     files: Mapping[str, OpenFile]
-    target: str
-    mode: str
-    plans: Mapping[str, Any]
-    reductions: Mapping[str, Any]
-    active: Mapping[str, Any]
-    host: Mapping[str, Any]
-    program: Mapping[str, Any]
-    components: Mapping[str, Any]
 
     def adapters(self) -> Iterator[tuple[str, OpenFile, OpenFile | None]]:
         """Yield each adapter's name, its record, and its normal forms if the artifact has them.
@@ -205,19 +190,7 @@ def _open_all(folder: Path) -> Manifest:
     for path in folder.rglob("*"):
         if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
             raise ArtifactError(f"'{path}' is not in the artifact's manifest", next_step="remove it, or save again")
-    return Manifest(
-        folder=folder,
-        fields=fields,
-        files={name: file for name, file in checked.items() if name not in portable},
-        target=fields["target"],
-        mode=fields["mode"],
-        plans=fields["plans"],
-        reductions=fields["reductions"],
-        active=fields["active"],
-        host=fields["host"],
-        program=fields["program"],
-        components=fields["components"],
-    )
+    return Manifest(folder, fields, {name: file for name, file in checked.items() if name not in portable})
 
 
 def _read_fields(folder: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def read(kind: str, target: Path) -> int | None:
     if not target.exists():
         return None
     if kind == "artifact":
-        return int(artifact.open_artifact(target).mode)
+        return int(artifact.open_artifact(target).fields["mode"])
     adapter = load_adapter(target)
     assert isinstance(adapter.variant, LoRA)
     numbers = {float(value) for tensor in adapter.tensors["up"].values() for value in tensor.unique()}

@@ -1,25 +1,20 @@
-"""``CompileRequest``: what compile() was asked for."""
+"""``CompileRequest``: what compile() was asked for, apart from the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lorac.argument_types import check_type
 from lorac.frontend.call_binding import convert_to_tensors
-from lorac.frontend.components import Components
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.ir.slots.planning import Reserve
-from lorac.session.request.placement import parse_device, resolve_placement
+from lorac.session.request.placement import parse_device
 from lorac.session.request.precision import parse_dtype
-from lorac.session.request.sources import NamedSource, read_model, read_sources
+from lorac.session.request.sources import NamedSource, read_sources
 from lorac.session.targets import find_backend
 from lorac.target.backend import Backend, TargetOptions
-
-ModelArgument = nn.Module | Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,23 +22,14 @@ class CompileRequest:
     """The arguments of compile(), checked and converted. Nothing is computed yet.
 
     Attributes:
-        given: the model or models as the caller gave them; of a PeftModel its base.
-        model: the same as one module.
         sources: the adapters' names, if given, and sources.
         backend: the target's backend.
         options: the target's options.
-        mode: as given.
-        active: as given; of a PeftModel what was active in it.
-        reserve: as given.
+        mode, active, reserve, dynamic_shapes: as given.
         example_inputs: as given, arrays as tensors.
-        dynamic_shapes: as given.
-        dtype: the dtype asked for; None: the model's.
-        device: the device asked for; None: the model's.
-        model_device: the device to which the model is copied before it is compiled; None: it stays.
+        dtype, device: the ones asked for; None: the model's.
     """
 
-    given: ModelArgument
-    model: nn.Module
     sources: tuple[NamedSource, ...]
     backend: Backend[TargetOptions]
     options: TargetOptions
@@ -54,12 +40,10 @@ class CompileRequest:
     dynamic_shapes: object
     dtype: torch.dtype | None
     device: torch.device | None
-    model_device: torch.device | None
 
     @classmethod
     def read(  # noqa: PLR0913, PLR0917  (the arguments of the public interface)
         cls,
-        model: object,
         adapters: object,
         target: str,
         example_inputs: object = None,
@@ -78,26 +62,17 @@ class CompileRequest:
         """
         if reserve is not None:
             check_type(reserve, Reserve, "reserve=", next_step="give lorac.Reserve(targets=..., rank=...)")
-        source = read_model(model)
-        module = Components(source.model) if isinstance(source.model, Mapping) else source.model
         parsed_device = parse_device(device)
         backend = find_backend(target)
-        target_options, model_device = resolve_placement(backend, backend.parse_options(options), parsed_device, module)
-        parsed_dtype = parse_dtype(dtype)
-        named = read_sources(adapters)
-        names = {name for name, _ in named}
         return cls(
-            given=source.model,
-            model=module,
-            sources=(*(of_model for of_model in source.adapters if of_model[0] not in names), *named),
+            sources=tuple(read_sources(adapters)),
             backend=backend,
-            options=target_options,
+            options=backend.parse_options(options),
             mode=mode,
-            active=source.active if active == "auto" and not named else active,
+            active=active,
             reserve=reserve,
             example_inputs=convert_to_tensors(example_inputs),
             dynamic_shapes=dynamic_shapes,
-            dtype=parsed_dtype,
+            dtype=parse_dtype(dtype),
             device=parsed_device,
-            model_device=model_device,
         )

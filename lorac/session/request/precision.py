@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from lorac.errors import OptionError, Unavailable, nearest_name, warn
 from lorac.frontend.copying import copy_structure
+from lorac.frontend.parametrized_weights import materialize_weights
+from lorac.frontend.quantised_weights import dequantise_weights
 from lorac.target.dialect import AnyDialect
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -67,10 +69,10 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return _FLOATING_DTYPES[name]
 
 
-def cast_model(
+def prepare_model(
     model: nn.Module, dialect: AnyDialect, dtype: torch.dtype | None, device: torch.device | None
 ) -> tuple[nn.Module, Precision]:
-    """Return the model as a target computes it: the model itself, or a copy in another dtype or on another device.
+    """Return the model as a target computes it: itself, or a copy with other weights, of another dtype or device.
 
     Args:
         model: left as it was.
@@ -78,12 +80,16 @@ def cast_model(
         dtype: the dtype asked for; None: the model's own.
         device: the device of the copy; None: the model's own.
     """
+    model = materialize_weights(model)
+    if dialect.emits:  # an emitted program cannot call the kernels of quantisation libraries
+        model = dequantise_weights(model)
     tensors = itertools.chain(model.parameters(), model.buffers())
     own = sorted({tensor.dtype for tensor in tensors if tensor.is_floating_point()}, key=str)
     lacking = [asked for asked in (own if dtype is None else [dtype]) if asked not in dialect.dtypes]
     cast = dialect.dtypes[0] if lacking else dtype
     inputs = {} if dtype is None or cast is None else {before: cast for before in own if before != cast}
     precision = Precision(cast, tuple((asked, dialect.dtypes[0]) for asked in lacking), inputs)
+    precision.warn(dialect.name)
     if device is None and (cast is None or own == [cast]):
         return model, precision
     if device is None and dtype is None:

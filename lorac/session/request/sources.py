@@ -45,12 +45,15 @@ def read_model(given: object) -> ModelSource:
     Raises:
         CompileError: it is not a model, is compiled already, or has PEFT's layers outside a PeftModel.
     """
-    if isinstance(given, Mapping):
-        models = {name: _require_module(model, f"model '{name}'") for name, model in given.items()}
-        for model in models.values():
-            refuse_peft_layers(model)
-        return ModelSource(models)
-    model = _require_module(given, "the model")
+    if not isinstance(given, Mapping):
+        return _read_single(_require_module(given, "the model"))
+    models = {name: _require_module(model, f"model '{name}'") for name, model in given.items()}
+    for model in models.values():
+        refuse_peft_layers(model)
+    return ModelSource(models)
+
+
+def _read_single(model: nn.Module) -> ModelSource:
     unwrapped = unwrap_model(model)
     if unwrapped is None:
         return ModelSource(model)
