@@ -315,16 +315,15 @@ class Interface:
         }
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, object]) -> Interface:
+    def from_json(cls, stored: Mapping[str, Any]) -> Interface:
         """Return the interface that ``to_json`` wrote.
 
         Raises:
             ArtifactError: its parts contradict one another.
         """
-        entries: dict[str, Any] = dict(stored)
-        names: dict[str, Any] = {name: tuple(entries[entry]) for entry, name in _STORED_NAMES.items()}
-        mappings: dict[str, Any] = {name: entries[entry] for entry, name in _STORED_MAPPINGS.items()}
-        structure, fixed, required = structure_from_json(entries["output"]), entries["fixed"], entries["told"]
+        names: dict[str, Any] = {name: tuple(stored[entry]) for entry, name in _STORED_NAMES.items()}
+        mappings: dict[str, Any] = {name: stored[entry] for entry, name in _STORED_MAPPINGS.items()}
+        structure, fixed, required = structure_from_json(stored["output"]), stored["fixed"], stored["told"]
         count = len(names["outputs"]) - len(names["extra_outputs"])
         known = mappings["id_counts"].keys() | set(mappings["aliases"].values()) <= set(names["inputs"])
         integers = all(type(size) is int for size in mappings["id_counts"].values())
@@ -342,9 +341,9 @@ class Interface:
             structure=structure,
             constants={name: value for name, value in fixed.items() if name in required},
             defaults={name: value for name, value in fixed.items() if name not in required},
-            sizes=SizeConstraints.from_json(entries["sizes"]),
-            rows=None if entries["rows"] is None else RowLayout.from_json(entries["rows"]),
-            checks=entries["checks"],
+            sizes=SizeConstraints.from_json(stored["sizes"]),
+            rows=None if stored["rows"] is None else RowLayout.from_json(stored["rows"]),
+            checks=stored["checks"],
         )
 
 

@@ -94,12 +94,12 @@ class OutputStructure:
 
 _Call = tuple[RowLayout, int]
 """The rows of a program, and the number of rows of a call."""
-_Tree = tuple[pytree.TreeSpec, Iterator[Any]]
+_Tree = tuple[pytree.TreeSpec, Iterator[object]]
 """An output's structure, and its leaves."""
 
 
 def _join(
-    spec: pytree.TreeSpec, parts: Sequence[Iterator[Any]], call: _Call, path: str
+    spec: pytree.TreeSpec, parts: Sequence[Iterator[object]], call: _Call, path: str
 ) -> tuple[list[object], pytree.TreeSpec]:
     """Return the leaves of several outputs as those of one, and its structure."""
     rows, total = call

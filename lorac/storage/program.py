@@ -101,8 +101,8 @@ class StoredProgram(nn.Module):
             self.register_buffer(_buffer_name(name), tensors[name])
         self.forward = self._with_signature()
 
-    def _with_signature(self) -> Callable[..., tuple[Any, ...]]:
-        def forward(**given: Tensor) -> tuple[Any, ...]:
+    def _with_signature(self) -> Callable[..., tuple[Tensor, ...]]:
+        def forward(**given: Tensor) -> tuple[Tensor, ...]:
             values = (
                 given[name] if tensor is None else getattr(self, _buffer_name(tensor)) for name, tensor in self.inputs
             )

@@ -81,7 +81,9 @@ def add_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0
     return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int
 
 
-def add_inputs(program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[Any], torch.dtype]]) -> dict[str, fx.Node]:
+def add_inputs(
+    program: ExportedProgram, inputs: Mapping[str, tuple[Sequence[int | torch.SymInt], torch.dtype]]
+) -> dict[str, fx.Node]:
     """Add tensor inputs, by public name, behind the program's own.
 
     Args:
@@ -145,7 +147,7 @@ def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
         program._example_inputs = (program._example_inputs[0], _without(program._example_inputs[1], names))
 
 
-def _without(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+def _without(given: Mapping[str, object], names: Collection[str]) -> dict[str, object]:
     return {name: value for name, value in given.items() if name not in names}
 
 
@@ -285,17 +287,18 @@ def inline(
     return traced, list(fx.map_arg(results, lambda n: environment[n]))
 
 
-def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str, Any]:
+def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str, int | torch.SymInt]:
     """Return the sizes of a trace, such as ranks, that differ where it is reused -> the sizes there."""
     pairs = [(place.meta["val"], operand.meta["val"]) for place, operand in zip(places, operands, strict=True)]
     shapes = [(a.shape, b.shape) for a, b in pairs if isinstance(a, torch.Tensor)]
     return {str(old): new for a, b in shapes for old, new in zip(a, b, strict=True) if str(old) != str(new)}
 
 
-def _resized(value: Any, sizes: Mapping[str, Any]) -> Any:
-    def at(tensor: Any) -> Any:
-        changed = isinstance(tensor, torch.Tensor) and any(str(size) in sizes for size in tensor.shape)
-        return tensor.new_empty([sizes.get(str(size), size) for size in tensor.shape]) if changed else tensor
+def _resized(value: object, sizes: Mapping[str, int | torch.SymInt]) -> object:
+    def at(tensor: object) -> object:
+        if not isinstance(tensor, torch.Tensor) or not any(str(size) in sizes for size in tensor.shape):
+            return tensor
+        return tensor.new_empty([sizes.get(str(size), size) for size in tensor.shape])
 
     return pytree.tree_map(at, value) if sizes else value
 

@@ -49,7 +49,7 @@ def fuse_slot_tensors(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor
     return join(parts, slot.sizes)
 
 
-def convert_input(name: str, value: Any, dtype: torch.dtype | None) -> Tensor:
+def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor:
     """Convert a call's value for an input to the contiguous tensor that the program takes.
 
     Integers of any width and floating-point values of any precision are cast, as the target computes in its own.

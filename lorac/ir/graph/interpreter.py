@@ -43,7 +43,7 @@ class InterpreterResult:
         extra: extra outputs by name (``aux``).
     """
 
-    output: Any
+    output: object
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -173,9 +173,9 @@ def _make_missing_caches(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, T
     return {node: inputs.get(name, empty.get(name)) for name, node in graph.cache_inputs.items()}
 
 
-def _flatten_inputs(graph: Graph, given: Mapping[str, Any], weights: Mapping[str, Tensor]) -> list[Any]:
+def _flatten_inputs(graph: Graph, given: Mapping[str, object], weights: Mapping[str, Tensor]) -> list[object]:
     """Return the program's inputs in order: parameters, buffers, constants, the caller's inputs, slots."""
-    program, flat = graph.exported, []
+    program, flat = graph.exported, list[object]()
     # The ops of a model that writes into its buffers must not write into the model's own.
     writes = any(find_written_operands(node) for node in graph.fx.nodes)
     for spec in program.graph_signature.input_specs:
