@@ -1,1 +1,1 @@
-"""What a model is: its sites, its layers, what of it is kept when it is gone."""
+"""From a model to graphs: its sites and tensors, example inputs, copies and skeletons, and its capture."""

@@ -1,11 +1,11 @@
-"""Running a host to see what it answers: on a copy, with the random state of the process kept."""
+"""Runs of a model on a copy, with the random state of the process preserved."""
 
 from __future__ import annotations
 
 import functools
 import pickle
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,10 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class ModelRun:
-    """One run of a host.
+    """One run of a model.
 
     Attributes:
-        output: what it answered.
+        output: its output.
         drew: whether it drew random numbers.
     """
 
@@ -36,10 +37,10 @@ class ModelRun:
 
 
 class WeightWritten(Exception):
-    """A host was about to write into one of its weights.
+    """A model was about to write into one of its weights.
 
     Args:
-        name: the weight's.
+        name: the weight's name.
     """
 
     def __init__(self, name: str) -> None:
@@ -48,10 +49,10 @@ class WeightWritten(Exception):
 
 
 class ModelRunner:
-    """A copy of a host, in eval mode, that is run in its place: buffers of its own over the host's weights.
+    """Runs a copy of a model, in eval mode, with buffers of its own over the model's weights.
 
     Args:
-        host: left as it was, even where its forward writes.
+        host: the model; left unchanged, even if its forward writes.
     """
 
     def __init__(self, host: nn.Module) -> None:
@@ -59,46 +60,53 @@ class ModelRunner:
         self._copy = copy_structure(host).eval()
         set_config_fields(self._copy)
         self._weights = {
-            place: name
+            address: name
             for name, tensor in _iter_shared_tensors(self._copy)
-            if (place := _get_storage_address(tensor)) is not None
+            if (address := _get_storage_address(tensor)) is not None
         }
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int) -> ModelRun:
-        """One forward; what earlier ones left in the copy's buffers and attributes is still there.
+        """Run forward once. Changes of earlier runs to the copy's buffers and attributes persist.
 
         Args:
             args, kwargs: as forward takes them.
-            seed: what random numbers are drawn from.
+            seed: seed of random numbers.
 
         Raises:
-            WritesWeight: forward writes into a weight, which was not done.
+            WeightWritten: forward would write into a weight; the write is not executed.
         """
-        watch = _WeightWriteDetector(self._weights)
+        detector = _WeightWriteDetector(self._weights)
         with torch.no_grad(), seed_random_numbers(self._copy, seed) as drew:
             try:
-                output = self._guarded(watch, args, kwargs)
+                output = self._call(detector, args, kwargs)
             finally:
-                watch.tell()  # also where the model caught the error and went on, or raised one of its own for it
+                detector.raise_if_refused()  # also if the model has caught the error, or raised another one for it
             return ModelRun(output, drew())
 
-    def _guarded(self, watch: _WeightWriteDetector, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        with watch:
+    def _call(self, detector: _WeightWriteDetector, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with detector:
             return self._copy(*args, **kwargs)
 
     def changed(self) -> list[str]:
-        """The buffers that runs have changed."""
-        own = dict(self._copy.named_buffers())
-        return [name for name, buffer in self._buffers.items() if name not in own or not _same(own[name], buffer)]
+        """Return the names of the buffers that runs have changed."""
+        current = dict(self._copy.named_buffers())
+        return [
+            name
+            for name, buffer in self._buffers.items()
+            if name not in current or not _is_equal(current[name], buffer)
+        ]
 
 
 @contextmanager
 def seed_random_numbers(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]:
-    """Random numbers are drawn from a seed inside the block, and leave no trace; gives whether any were drawn so far.
+    """Draw random numbers from a seed inside the block, and restore all states after it.
 
     Args:
-        model: as ``random_state_kept``'s.
-        seed: what all but the model's own generators draw from.
+        model: as ``preserve_random_state`` takes it.
+        seed: seed of all generators but the model's own.
+
+    Yields:
+        A function that returns whether any number was drawn so far.
     """
     devices = _devices(model)
     with preserve_random_state(model):
@@ -110,7 +118,7 @@ def seed_random_numbers(model: nn.Module, seed: int) -> Iterator[Callable[[], bo
 
 
 def _get_random_states(devices: Collection[torch.device]) -> list[bytes]:
-    """The random states of torch, NumPy and Python, to compare with."""
+    """Return the random states of torch, NumPy and Python for comparison."""
     drawn = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
     others = (pickle.dumps(np.random.get_state()), pickle.dumps(random.getstate()))
     return [*(state.numpy().tobytes() for state in drawn), *others]
@@ -118,10 +126,10 @@ def _get_random_states(devices: Collection[torch.device]) -> list[bytes]:
 
 @contextmanager
 def preserve_random_state(model: nn.Module) -> Iterator[None]:
-    """Drawing random numbers inside the block, by torch, NumPy, Python or generators of the model, leaves no trace.
+    """Restore the random states of torch, NumPy, Python and the model's own generators after the block.
 
     Args:
-        model: the devices that it lies on are those whose states are kept.
+        model: its devices are those whose states are restored.
     """
     generators = [value for module in model.modules() for value in vars(module).values() if _is_generator(value)]
     states = [generator.get_state() for generator in generators]
@@ -137,10 +145,10 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
 
 
 class _WeightWriteDetector(TorchDispatchMode):
-    """Refuses ops that write into weights before they do.
+    """Refuses ops that would write into weights.
 
     Args:
-        weights: where a weight lies -> its name.
+        weights: storage address of a weight -> its name.
     """
 
     def __init__(self, weights: Mapping[int, str]) -> None:
@@ -148,65 +156,65 @@ class _WeightWriteDetector(TorchDispatchMode):
         self._weights = weights
         self._name: str | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         given = kwargs or {}
-        if not _find_written_arguments(func):  # of most ops nothing is to be looked at
+        if not _find_written_arguments(func):  # most ops write nothing
             return func(*args, **given)
-        places = (_get_storage_address(tensor) or 0 for tensor in _find_written_tensors(func, args, given))
-        names = [self._weights[place] for place in places if place in self._weights]
+        addresses = (_get_storage_address(tensor) or 0 for tensor in _find_written_tensors(func, args, given))
+        names = [self._weights[address] for address in addresses if address in self._weights]
         if names:
             self._name = self._name or names[0]
-            self.tell()
+            self.raise_if_refused()
         return func(*args, **given)
 
-    def tell(self) -> None:
+    def raise_if_refused(self) -> None:
         """Raise ``WeightWritten`` if an op was refused."""
         if self._name is not None:
             raise WeightWritten(self._name)
 
 
-def _find_written_tensors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that a call of an op writes into."""
-    places = _find_written_arguments(func)
-    values = [kwargs[name] if name in kwargs else args[i] for i, name in places if name in kwargs or i < len(args)]
+def _find_written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+    """Return the tensors that a call of an op writes into."""
+    addresses = _find_written_arguments(func)
+    values = [kwargs[name] if name in kwargs else args[i] for i, name in addresses if name in kwargs or i < len(args)]
     flat = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
     return [value for value in flat if isinstance(value, Tensor)]
 
 
 @functools.lru_cache(maxsize=4096)
-def _find_written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """Positions and names of the arguments that an op writes into."""
+def _find_written_arguments(func: OpOverload) -> tuple[tuple[int, str], ...]:
+    """Return positions and names of the arguments that an op writes into."""
     arguments = enumerate(func._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _iter_shared_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a copy shares with its host: parameters, and tensors that are plain attributes."""
+    """Yield the tensors that a copy shares with its model: parameters, and tensors that are plain attributes."""
     yield from model.named_parameters()
     for path, module in model.named_modules():
-        held = ((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
-        yield from ((f"{path}.{name}" if path else name, value) for name, value in held)
+        tensors = ((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
+        yield from ((f"{path}.{name}" if path else name, value) for name, value in tensors)
 
 
 def _get_storage_address(tensor: Tensor) -> int | None:
-    """Where a tensor's storage lies; None where it has none, as on the meta device."""
+    """Return the address of a tensor's storage; None for one without storage, as on the meta device."""
     try:
         return tensor.untyped_storage().data_ptr() or None
-    except (NotImplementedError, RuntimeError):  # a subclass that holds its values elsewhere
+    except (NotImplementedError, RuntimeError):  # a subclass without a storage
         return None
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _is_equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _devices(model: nn.Module) -> list[torch.device]:
-    """The devices other than the CPU that draw random numbers for a model."""
+    """Return the devices other than the CPU that draw random numbers for a model."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters() if parameter.is_cuda))
 
 
 def _is_generator(value: object) -> bool:
-    return torch.Generator in type(value).__mro__  # torch has isinstance run Python code for each value asked of
+    return torch.Generator in type(value).__mro__  # torch makes isinstance run Python code
 
 
 FUSED_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)

@@ -1,7 +1,7 @@
-"""Which modules a pattern names: PEFT's rules, with a bound on the time a pattern from a file may take.
+"""Which sites a pattern names: PEFT's rules, with a bound on the time that a pattern from a file may take.
 
-Compiling cannot be interrupted, so a pattern is measured first: its length, and how often it could have to write out
-what it repeats. All patterns of one file together share that file's time (``lorac.limits``).
+Compiling a pattern cannot be interrupted, so its length and its repetitions are measured first. All patterns of one
+file share that file's time (``lorac.limits``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
 
 import regex
 
@@ -19,39 +18,38 @@ from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
 from lorac.limits import check_time
 
 TIMEOUT_SECONDS = 0.1
-"""Longest a single pattern may take on one module path, in the thread's own time; an honest one takes microseconds."""
+"""Longest processor time of a pattern on one module path; ordinary patterns take microseconds."""
 MAX_PATTERN_LENGTH = 10_000
-"""Characters of a pattern: compiling so many takes a twentieth of a second."""
+"""Most characters of a pattern, which compile in a twentieth of a second."""
 MAX_PATTERN_REPEATS = 10_000
-"""What the numbers in braces of a pattern may come to when they are multiplied, as they are where they nest."""
+"""Largest product of the numbers in braces of a pattern, which multiply where they nest."""
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 _DIGITS = 18
-"""Digits of a number in braces that are looked at: more are too many anyway."""
+"""Digits of a number in braces that are read; longer numbers are too large anyway."""
 _LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 TARGET_KEYWORDS = {
     "all-linear": "linear layers, but for output layers",
     "all-conv": "convolutions",
     "all-blocks": "elements of lists and sequences that hold a linear layer",
 }
-"""What ``targets`` may be besides names and a regular expression, and what each means."""
+"""Values of ``targets`` besides names and a regular expression -> their meaning."""
 _HEADS = ("lm_head", "embed_out", "output_layer")
-"""Output layers by name, for models that do not say which module is theirs (``get_output_embeddings``)."""
+"""Names of output layers, for models without ``get_output_embeddings``."""
 
 
 def match_pattern(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] | None:
-    """``pattern`` against the whole of ``path`` (or its beginning).
+    """Match ``pattern`` against the whole of ``path`` (or its beginning).
 
     Raises:
-        FormatError: it is too long, repeats too much, or matching did not end within ``TIMEOUT_SECONDS``.
-        FormatError: the pattern is not a regular expression.
-        FormatError: the patterns of the file that is read take too long together.
+        FormatError: it is not a regular expression, is too long or repeats too much, or matching takes longer than
+            ``TIMEOUT_SECONDS`` or than the file's time.
     """
-    compiled = _compiled(pattern)
-    match: Callable[..., Any] = compiled.fullmatch if full else compiled.match
+    compiled = _compile(pattern)
+    match = compiled.fullmatch if full else compiled.match
     try:
         start = time.thread_time()
         found = match(path, timeout=TIMEOUT_SECONDS)
-        # The engine looks at its clock now and then only: a match may end in time for it and yet be too slow.
+        # The engine checks its clock rarely, so that a match may take longer without a timeout.
         if time.thread_time() - start > TIMEOUT_SECONDS:
             raise TimeoutError
     except TimeoutError:
@@ -65,26 +63,27 @@ def match_pattern(pattern: str, path: str, *, full: bool = True) -> regex.Match[
 
 
 @functools.lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    """A pattern made ready; one that could take long is refused before the engine sees it."""
-    if len(pattern) > MAX_PATTERN_LENGTH or _repeats(pattern) > MAX_PATTERN_REPEATS:
+def _compile(pattern: str) -> regex.Pattern[str]:
+    """Compile a pattern; one that could take long is refused before the engine sees it."""
+    repeats = _count_repeats(pattern)
+    if len(pattern) > MAX_PATTERN_LENGTH or repeats > MAX_PATTERN_REPEATS:
         raise FormatError(
             f"pattern {short(pattern)} would take too long to compile: it has {len(pattern)} characters, of at most "
-            f"{MAX_PATTERN_LENGTH}, and repeats up to {_repeats(pattern)} times, of at most {MAX_PATTERN_REPEATS}",
+            f"{MAX_PATTERN_LENGTH}, and repeats up to {repeats} times, of at most {MAX_PATTERN_REPEATS}",
             next_step="write the module names out, as a list",
             code="pattern_too_slow",
         )
     try:
         return regex.compile(pattern, cache_pattern=False)
-    except Exception as error:  # a parser fed with garbage may raise anything, be it for want of stack
+    except Exception as error:  # the parser may raise anything on invalid input, even for lack of stack
         raise FormatError(
             f"pattern {short(pattern)} is not a regular expression: {error}",
             next_step="write the module names out, as a list",
         ) from None
 
 
-def _repeats(pattern: str) -> int:
-    """The numbers in braces multiplied, each at least 1; it stops where that is too much."""
+def _count_repeats(pattern: str) -> int:
+    """Multiply the numbers in braces, each at least 1, until the product is too large."""
     product = 1
     for found in _REPEAT.finditer(pattern):
         product *= max([1, *(int(number[:_DIGITS]) for number in found.groups() if number)])
@@ -93,8 +92,8 @@ def _repeats(pattern: str) -> int:
     return product
 
 
-def find_first_pattern(patterns: Mapping[str, Any] | Iterable[str], path: str) -> str | None:
-    """The first pattern that ends ``path`` (PEFT's rule for rank_pattern and alpha_pattern), or None."""
+def find_first_pattern(patterns: Iterable[str], path: str) -> str | None:
+    """Return the first pattern that ends ``path`` (PEFT's rule for rank_pattern and alpha_pattern), or None."""
     for pattern in patterns:
         if match_pattern(rf"(.*\.)?({pattern})$", path, full=False):
             return pattern
@@ -102,19 +101,19 @@ def find_first_pattern(patterns: Mapping[str, Any] | Iterable[str], path: str) -
 
 
 def is_named(patterns: str | Iterable[str], path: str) -> bool:
-    """Whether ``path`` is named: by one regular expression, or by a list of paths and suffixes."""
+    """Return whether ``path`` is named by one regular expression, or by a list of paths and suffixes."""
     if isinstance(patterns, str):
         return match_pattern(patterns, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in patterns)
 
 
 def is_inside_saved_module(modules: Iterable[str], path: str) -> bool:
-    """Whether ``path`` is, or lies inside, one of the ``modules_to_save``."""
+    """Return whether ``path`` is one of the ``modules_to_save``, or inside one."""
     return any(match_pattern(rf"(^|.*\.){name}($|\..*)", path) for name in modules)
 
 
 def find_layer_index(path: str, patterns: Iterable[str]) -> int | None:
-    """The layer number in ``path``: the first number after the name of a list of layers."""
+    """Return the layer index in ``path``: the first number after the name of a list of layers."""
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns] or [_LAYER]
     for expression in expressions:
         found = match_pattern(expression, path, full=False)
@@ -124,7 +123,7 @@ def find_layer_index(path: str, patterns: Iterable[str]) -> int | None:
 
 
 def find_outermost_blocks(sites: Mapping[str, Site]) -> set[str]:
-    """Paths of the blocks that lie in no other block: not an expert, or a layer's part, inside a layer."""
+    """Return the paths of blocks that are in no other block, unlike an expert or a part of a layer."""
     blocks = {path for path, site in sites.items() if site.kind is SiteKind.BLOCK and not site.named}
     return {path for path in blocks if not any(path.startswith(f"{other}.") for other in blocks)}
 
@@ -140,47 +139,47 @@ def select_sites(
     saved: Iterable[str] = (),
     heads: Iterable[str] = (),
 ) -> list[Site]:
-    """The sites that ``targets`` names, by PEFT's rules.
+    """Return the sites that ``targets`` names, by PEFT's rules.
 
     Args:
         sites: all sites of the model.
         targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer),
-            ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). What is named by its module
-            or by the module that reads its weight is named.
-        parameters: PEFT's target_parameters: names of weights, which name their sites. They alone name the matrices
-            that modules multiply by themselves.
+            ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). A site is named by its
+            module or by the module that reads its weight.
+        parameters: PEFT's target_parameters: names of weights, which name their sites. Only they name the matrices that
+            modules multiply by themselves.
         exclude, layers, layers_pattern, saved: PEFT's exclude_modules, layers_to_transform, layers_pattern,
             modules_to_save.
         heads: paths of output layers, which ``"all-linear"`` leaves out.
     """
     chosen_layers, saved, parameters = set(layers), tuple(saved), tuple(parameters)
-    named = _naming(sites, targets, set(heads))
-    picked = []
+    named = _make_namer(sites, targets, set(heads))
+    selected = []
     for path, site in sites.items():
         check_time()
         if is_named(parameters, str(site.weight)):
-            picked.append(site)
+            selected.append(site)
             continue
-        given = named(path, site) if site.kind is not SiteKind.MATRIX else None
-        if given is None or (exclude and is_named(exclude, path)) or is_inside_saved_module(saved, path):
+        named_as = named(path, site) if site.kind is not SiteKind.MATRIX else None
+        if named_as is None or (exclude and is_named(exclude, path)) or is_inside_saved_module(saved, path):
             continue
         # A path that is given in full is meant, whatever its layer (PEFT).
-        whole = not isinstance(targets, str) and given in targets
-        if whole or not chosen_layers or _layer_of(site, layers_pattern) in chosen_layers:
-            picked.append(site)
-    return picked
+        in_full = not isinstance(targets, str) and named_as in targets
+        if in_full or not chosen_layers or _layer_of(site, layers_pattern) in chosen_layers:
+            selected.append(site)
+    return selected
 
 
 def _layer_of(site: Site, layers_pattern: Iterable[str]) -> int | None:
     return site.number if site.kind is SiteKind.BLOCK else find_layer_index(site.path, layers_pattern)
 
 
-def _naming(
+def _make_namer(
     sites: Mapping[str, Site], targets: str | Iterable[str], heads: Collection[str]
 ) -> Callable[[str, Site], str | None]:
-    """(path, site) -> the path by which ``targets`` names the site, or None."""
+    """Return a function (path, site) -> the path by which ``targets`` names the site, or None."""
     blocks = find_outermost_blocks(sites) if targets == "all-blocks" else set()
-    every: dict[Any, Callable[[str, Site], bool]] = {
+    every: dict[str, Callable[[str, Site], bool]] = {
         "all-linear": lambda path, site: _is_linear(path, site, heads),
         "all-conv": lambda _, site: site.kind in CONVOLUTION_KINDS.values(),
         "all-blocks": lambda path, _: path in blocks,
@@ -192,7 +191,7 @@ def _naming(
 
 
 def _list_site_paths(path: str, site: Site) -> tuple[str, ...]:
-    """The paths by which ``targets`` may name a site: its own, and that of the module which reads its weight."""
+    """Return the paths by which ``targets`` may name a site: its own, and that of the module that reads its weight."""
     return (path, site.within) if site.kind is SiteKind.LINEAR and site.within else (path,)
 
 
@@ -203,13 +202,13 @@ def _is_linear(path: str, site: Site, heads: Collection[str]) -> bool:
 def check_targets_match(
     adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site], others: Iterable[str] = ()
 ) -> None:
-    """Refuse a list of targets one of which names nothing, be it that others of it do.
+    """Refuse a list of targets of which one names nothing.
 
     Args:
-        adapter: whose they are, for the message.
-        targets: names; what is one text is no list.
+        adapter: the adapter's name, for the message.
+        targets: a list of names; a regular expression is not checked.
         sites: all sites of the model.
-        others: paths that a name may be of as well.
+        others: further paths that a name may match.
 
     Raises:
         SiteError: naming the first such target.
@@ -223,32 +222,32 @@ def check_targets_match(
 
 
 def no_match_error(adapter: str, targets: str | Iterable[str], sites: Mapping[str, Site]) -> SiteError:
-    """The error for an adapter whose targets name no site, with the nearest name that exists."""
+    """Return the error for an adapter whose targets name no site, with the nearest name that exists."""
     if isinstance(targets, str):
         return (
             _no_such_kind_error(adapter, targets, sites)
             if targets in TARGET_KEYWORDS
             else _no_full_match_error(adapter, targets, sites)
         )
-    wanted = sorted(targets)
+    names = sorted(targets)
     return SiteError(
-        f"adapter '{adapter}' targets '{', '.join(wanted)}', which matches no site",
-        nearest=_nearest(wanted[0], sites) if wanted else None,
+        f"adapter '{adapter}' targets '{', '.join(names)}', which matches no site",
+        nearest=_describe_nearest(names[0], sites) if names else None,
         next_step="`lorac sites MODEL` prints them all",
         code="site_not_found",
     )
 
 
 def _no_full_match_error(adapter: str, pattern: str, sites: Mapping[str, Site]) -> SiteError:
-    """The error for one text that matches no path: a name that is meant as the end of paths is written as a list."""
+    """Return the error for a regular expression that matches no path; a suffix is to be given in a list."""
     name = (
         pattern
         if any(is_named((pattern,), path) for path in sites)
-        else nearest_name(_last(pattern), map(_last, sites))
+        else nearest_name(_last_part(pattern), map(_last_part, sites))
     )
-    near = (
-        None if name is None else f"targets=['{name}'] or targets=r'(.*\\.)?{re.escape(name)}', {_counted(name, sites)}"
-    )
+    near = None
+    if name is not None:
+        near = f"targets=['{name}'] or targets=r'(.*\\.)?{re.escape(name)}', {_describe_sites(name, sites)}"
     return SiteError(
         f"adapter '{adapter}' targets '{pattern}', one regular expression, which matches the whole path of no site",
         nearest=near,
@@ -257,23 +256,23 @@ def _no_full_match_error(adapter: str, pattern: str, sites: Mapping[str, Site]) 
     )
 
 
-def _nearest(wanted: str, sites: Mapping[str, Site]) -> str | None:
-    """The last part of a path that is most like a target's, and what it names."""
-    name = nearest_name(_last(wanted), map(_last, sites))
-    return None if name is None else f"{name} ({_counted(name, sites)})"
+def _describe_nearest(names: str, sites: Mapping[str, Site]) -> str | None:
+    """Return the last part of a path that is most similar to a target's, and a description of its sites."""
+    name = nearest_name(_last_part(names), map(_last_part, sites))
+    return None if name is None else f"{name} ({_describe_sites(name, sites)})"
 
 
-def _counted(name: str, sites: Mapping[str, Site]) -> str:
+def _describe_sites(name: str, sites: Mapping[str, Site]) -> str:
     found = [site for path, site in sites.items() if is_named((name,), path)]
     return f"{len(found)} sites, {found[0].kind} {found[0].in_features} -> {found[0].out_features}"
 
 
-def _last(path: str) -> str:
+def _last_part(path: str) -> str:
     return path.rpartition(".")[2]
 
 
 def _no_such_kind_error(adapter: str, keyword: str, sites: Mapping[str, Site]) -> SiteError:
-    """The error for a keyword that finds nothing, with those that would."""
+    """Return the error for a keyword that finds nothing, with the keywords that find sites."""
     others = {word: len(select_sites(sites, word)) for word in TARGET_KEYWORDS}
     found = [f"{word} ({count} sites)" for word, count in others.items() if count]
     return SiteError(

@@ -56,5 +56,5 @@ def test_the_axis_that_grows_with_the_rows():
 def test_rows_are_stored_and_what_are_none_is_no_artefact():
     rows = RowLayout(2, {"x": 0}, {"features": LIST_AXIS, "logits": 0})
     assert RowLayout.from_json(rows.to_json()) == rows
-    with pytest.raises(lorac.ArtifactError, match="are no rows"):
+    with pytest.raises(lorac.ArtifactError, match="is not a layout of rows"):
         RowLayout.from_json({**rows.to_json(), "count": 0})

@@ -172,9 +172,9 @@ def _refuse_objects(program: ExportedProgram) -> None:
     """Refuse objects other than tensors, such as a generator of the model's own, which no program can hold."""
     objects = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.CUSTOM_OBJ]
     for spec in objects:
-        held = program.constants[str(spec.target)]
+        value = program.constants[str(spec.target)]
         raise CaptureError(
-            f"forward uses a {type(held).__name__} of the model's own, which no program can hold",
+            f"forward uses a {type(value).__name__} of the model, which a program cannot hold",
             next_step="target='eager' runs the model itself",
             code="capture_failed",
         )
@@ -302,7 +302,7 @@ def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> Exporte
 
 @contextlib.contextmanager
 def _patch_imported_models_only() -> Iterator[None]:
-    """Have transformers' exporter patch imported models only, in this context.
+    """Make transformers' exporter patch imported models only, in this context.
 
     It imports every model that it has a patch for, which takes most of a second. Unnecessary once it looks these models
     up among those that are imported.
@@ -398,7 +398,7 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
         if line is None:
             step = "give dynamic_shapes= by the names of the inputs, as torch.export takes them"
     elif isinstance(error, _WeightCast):
-        step = "call the model once before compiling: then it is cast already; target='eager' runs it as it is"
+        step = "call the model once before compiling: then its weights are cast; target='eager' runs it without that"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "target='eager' runs the model itself"
     return CaptureError(

@@ -1,7 +1,7 @@
-"""Lines of a model that a trace stumbles over, or that fix a size: what torch raises, and what it logs meanwhile.
+"""The lines of a model that add guards to its trace or make it fail.
 
-Tracing runs the model's own Python, so its frames are in every traceback. Of what the model asks about sizes torch
-keeps the answers alone, but it logs each while the line runs that asks.
+Tracing runs the model's own Python, so its frames are in every traceback. torch keeps only the results of comparisons
+of sizes, but it logs each guard while the line that needs it runs.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _ADDED = re.compile(r"(\S.*) \[guard added\]")
 _ENTERED = "_call_impl"
-"""Of torch, what calls a module's forward: whatever is further out is no line of the model."""
+"""torch's function that calls a module's forward; frames outside of it are not the model's."""
 
 
 @dataclass(frozen=True)
 class TraceGuard:
-    """What a trace takes for granted from some line on.
+    """A condition that a trace assumes from some line on.
 
     Attributes:
-        condition: as torch writes it, ``Eq(s27, 7)`` for one.
-        line: ``file:line: code`` of the innermost line of the model that asked.
+        condition: as torch writes it, such as ``Eq(s27, 7)``.
+        line: ``file:line: code`` of the innermost line of the model that needs it.
     """
 
     condition: str
@@ -52,9 +52,9 @@ def record_guards(forward: Callable[P, T], found: list[TraceGuard]) -> Callable[
         mode = detect_fake_mode([*args, *kwargs.values()])
         if mode is None or mode.shape_env is None:
             return forward(*args, **kwargs)
-        shared, own = mode.shape_env.log, logging.Logger(__name__, logging.INFO)
-        own.addHandler(_GuardHandler(found))
-        mode.shape_env.log = own
+        shared, private = mode.shape_env.log, logging.Logger(__name__, logging.INFO)
+        private.addHandler(_GuardHandler(found))
+        mode.shape_env.log = private
         try:
             return forward(*args, **kwargs)
         finally:
@@ -76,7 +76,7 @@ class _GuardHandler(logging.Handler):
 
 
 def find_running_model_line() -> str | None:
-    """The innermost line of a model that is running."""
+    """Return the innermost line of a model that is running, or None."""
     frame: FrameType | None = sys._getframe(1)
     found = None
     while frame is not None:
@@ -89,22 +89,22 @@ def find_running_model_line() -> str | None:
 
 
 def find_fixing_line(guards: Sequence[TraceGuard], symbol: str) -> str | None:
-    """The line that fixed a size, by torch's symbol for it."""
-    named = re.compile(rf"\b{re.escape(symbol)}\b")
-    equal = [guard for guard in guards if guard.condition.startswith("Eq(") and named.search(guard.condition)]
-    alone = [guard for guard in equal if guard.condition.startswith(f"Eq({symbol}, ")]
-    return next((guard.line for guard in (*alone, *equal)), None)
+    """Return the line that fixed a size, given torch's symbol for the size."""
+    pattern = re.compile(rf"\b{re.escape(symbol)}\b")
+    equal = [guard for guard in guards if guard.condition.startswith("Eq(") and pattern.search(guard.condition)]
+    exact = [guard for guard in equal if guard.condition.startswith(f"Eq({symbol}, ")]
+    return next((guard.line for guard in (*exact, *equal)), None)
 
 
 def iter_error_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it came of."""
+    """Yield an error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def find_failing_model_line(error: BaseException) -> str | None:
-    """``file:line: code`` of the innermost line of the model in an error of torch.export; None where there is none."""
+    """Return ``file:line: code`` of the innermost line of the model in an error of torch.export, or None."""
     for e in iter_error_causes(error):
         frames = traceback.extract_tb(e.__traceback__)
         entered = next((i for i, frame in enumerate(frames) if frame.name == _ENTERED), len(frames))
