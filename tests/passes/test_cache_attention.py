@@ -1,4 +1,4 @@
-"""The cache pass: a text that comes in parts, rows by parts of their own, is answered as a whole one is."""
+"""The cache pass: a sequence in parts, different for each row, gets the answer of the whole sequence."""
 
 import pytest
 import torch
@@ -42,15 +42,15 @@ def test_parts_are_answered_as_the_whole(name):
     graph = grown(model)
     ids = torch.randint(3, VOCABULARY, (2, 10))
     whole = model(ids).logits
-    held = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(graph).items()}
+    caches = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(graph).items()}
     past = torch.zeros(2, dtype=torch.int32)
     for counts in COUNTS:
         new = torch.tensor(counts, dtype=torch.int32)
         places = torch.tensor([[max(count - 1, 0), 0] for count in counts])
-        given = {IDS: parts(ids, past, counts), LOGITS_TO_KEEP: places, PAST_LENGTHS: past, NEW_LENGTHS: new, **held}
+        given = {IDS: parts(ids, past, counts), LOGITS_TO_KEEP: places, PAST_LENGTHS: past, NEW_LENGTHS: new, **caches}
         logits, *presents = run_graph(graph, given)
         named = dict(zip(graph.interface.extra_outputs, presents, strict=True))
-        held = {name: named[present_name(name)] for name in held}
+        caches = {name: named[present_name(name)] for name in caches}
         for row, count in enumerate(counts):
             if count:
                 assert_close(logits[row], whole[row, past[row] + places[row]])
@@ -70,7 +70,7 @@ def test_a_table_of_the_models_own_bounds_the_text():
 
 @torch.no_grad()
 def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
-    """Whatever longer text the model has read before."""
+    """The model may have read a longer sequence before."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     kinds = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
@@ -84,13 +84,13 @@ def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
     ids = torch.randint(3, VOCABULARY, (1, 12))
     whole = model(ids).logits
     model(torch.randint(3, VOCABULARY, (1, 40)))
-    held = model.model.rotary_emb.inv_freq.clone()
+    frequencies = model.model.rotary_emb.inv_freq.clone()
     graph = grown(model)
     assert graph.longest == 12
-    assert torch.equal(model.model.rotary_emb.inv_freq, held)
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
     caches = {n: torch.zeros(1, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(graph).items()}
-    told = {PAST_LENGTHS: torch.zeros(1, dtype=torch.int32), NEW_LENGTHS: torch.tensor([12], dtype=torch.int32)}
-    logits = run_graph(graph, {IDS: ids, LOGITS_TO_KEEP: torch.arange(12)[None], **told, **caches})[0]
+    lengths = {PAST_LENGTHS: torch.zeros(1, dtype=torch.int32), NEW_LENGTHS: torch.tensor([12], dtype=torch.int32)}
+    logits = run_graph(graph, {IDS: ids, LOGITS_TO_KEEP: torch.arange(12)[None], **lengths, **caches})[0]
     assert_close(logits, whole)
 
 

@@ -1,4 +1,4 @@
-"""Two graphs of one: what a decoder reads of its encoder is made once, and its text may come in parts."""
+"""A graph split in two: encoder outputs are computed once, and the decoder's sequence may come in parts."""
 
 import functools
 
@@ -41,7 +41,7 @@ def _encoded(encoder, inputs):
 @pytest.mark.parametrize("family", ["bart", "t5"])
 @torch.no_grad()
 def test_parts_are_answered_as_the_whole(family):
-    """Rows that are padded on the left and on the right by themselves, and bring ragged parts of the text."""
+    """Rows with padding on the left and on the right, and with ragged parts of the sequence."""
     model = made(family)
     decoder, encoder = _halves(family)
     left, right = batches(family)
@@ -49,7 +49,7 @@ def test_parts_are_answered_as_the_whole(family):
         inputs = {name: value[1:3] for name, value in batch.items()}
         whole = model(**inputs, decoder_input_ids=TEXT).logits
         memory = _encoded(encoder, inputs)
-        held = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(decoder).items()}
+        caches = {n: torch.zeros(2, heads, 12, size) for n, (heads, size, _) in cache_input_shapes(decoder).items()}
         past = torch.zeros(2, dtype=torch.int32)
         for counts in COUNTS:
             given = {
@@ -57,9 +57,9 @@ def test_parts_are_answered_as_the_whole(family):
                 PAST_LENGTHS: past,
                 NEW_LENGTHS: torch.tensor(counts).int(),
             }
-            logits, *presents = run_graph(decoder, {**given, **held, **memory})
+            logits, *presents = run_graph(decoder, {**given, **caches, **memory})
             named = dict(zip(decoder.interface.extra_outputs, presents, strict=True))
-            held = {name: named[present_name(name)] for name in held}
+            caches = {name: named[present_name(name)] for name in caches}
             for row, count in enumerate(counts):
                 assert_close(logits[row, :count], whole[row, past[row] : past[row] + count]) if count else None
             past = past + torch.tensor(counts)
@@ -96,8 +96,8 @@ def test_positions_cut_from_a_list():
     model.generation_config.update(decoder_start_token_id=1, pad_token_id=0, eos_token_id=2)
     compiled = lorac.compile(model, target="onnxruntime", cache=True, example_inputs=example)
     assert compiled.engine.cache_spec("main").limit == 64
-    told = {**batches("bart")[1], "max_new_tokens": 8, "num_beams": 2}
-    assert torch.equal(compiled.generate(**told), model.generate(**told))
+    options = {**batches("bart")[1], "max_new_tokens": 8, "num_beams": 2}
+    assert torch.equal(compiled.generate(**options), model.generate(**options))
 
 
 def test_an_encoder_that_attends_by_itself_is_refused_by_name():
@@ -115,7 +115,7 @@ def test_an_encoder_that_attends_by_itself_is_refused_by_name():
 
 
 class _Mixing(nn.Module):
-    """Its decoder attends to both texts at once."""
+    """A model whose decoder attends to both sequences at once."""
 
     def __init__(self) -> None:
         super().__init__()

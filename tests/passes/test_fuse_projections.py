@@ -226,14 +226,14 @@ def test_pairs_that_are_too_wide_stay_apart(rank: int, packed: bool) -> None:
     outcome = _run(graph)
     assert outcome.changed is packed
     assert len(outcome.skipped) == (0 if packed else 3)
-    assert all("cost more than the pack saves" in skip.why for skip in outcome.skipped)
+    assert all("cost more than fusing saves" in skip.why for skip in outcome.skipped)
 
 
 # ── What they compute ────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @torch.no_grad()
 def test_every_level_answers_as_eager_does(dtype: torch.dtype) -> None:
-    """The reference interpreter over packs, with every mixture of ranks, at another batch and length."""
+    """The reference interpreter over fused projections, with every mixture of ranks, at another batch and length."""
     host = _host(dtype)
     compiled = lorac.compile(host, _adapters(host), active=None)
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
@@ -311,14 +311,14 @@ def test_no_base_weight_is_on_disk_twice(emitted: Mapping[str, Any]) -> None:
     """Those of packed sites are parts of one in the program's file, and are read there, to the bit."""
     host, live = emitted["host"], emitted["live"]
     data = live.engine.files[WEIGHTS_FILE].read()
-    kept = live.engine.files[BASE_FILE].read()
+    stored = live.engine.files[BASE_FILE].read()
     for path in ("layers.0.q", "layers.1.v"):
         weight = host.get_submodule(path).weight.detach()
         assert torch.equal(live.engine.base.weight(live.sites[path]), weight)
         column = weight.t()[0].contiguous().numpy().tobytes()
         assert data.count(column) == 1
-        assert np.ascontiguousarray(weight.numpy()).tobytes() not in kept
-        assert np.ascontiguousarray(weight.t().numpy()).tobytes() not in kept
+        assert np.ascontiguousarray(weight.numpy()).tobytes() not in stored
+        assert np.ascontiguousarray(weight.t().numpy()).tobytes() not in stored
 
 
 def test_each_site_is_explained_by_itself(emitted: Mapping[str, Any]) -> None:

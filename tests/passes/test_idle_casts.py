@@ -35,10 +35,10 @@ def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> 
 def test_it_says_which_casts_it_left() -> None:
     it = capture("tiny_llama")
     outcomes = dict(run_pipeline(it.graph, [*lowering_passes(), IdleCasts()]))
-    kept = {node.name: node.meta["val"].dtype for node in it.graph.find(torch.ops.aten.to.dtype)}
-    assert kept
+    dtypes = {node.name: node.meta["val"].dtype for node in it.graph.find(torch.ops.aten.to.dtype)}
+    assert dtypes
     assert {skip.where: skip.why for skip in outcomes["idle-casts"].skipped} == {
-        name: f"it casts to {dtype}" for name, dtype in kept.items()
+        name: f"it casts to {dtype}" for name, dtype in dtypes.items()
     }
 
 

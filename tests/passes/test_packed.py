@@ -1,4 +1,4 @@
-"""A base whose weight is quantised: adapters run beside it, and nothing is merged into it."""
+"""A base with a quantised weight: adapters run next to it, and nothing is merged into it."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.refusing import refuses
 
 
 class Rounded(torch.Tensor):
-    """A float weight held as int8 and one scale a row."""
+    """A float weight stored as int8 with one scale for each row."""
 
     @staticmethod
     def __new__(cls, whole, scale):

@@ -183,7 +183,7 @@ def test_plans_say_why_a_weight_is_bound() -> None:
     plans = _mixed().plans
     assert plans["body.layers.0.query"].reasons == ()
     assert plans["body.layers.0.out"].reasons == (
-        Reason("patch", "body.layers.0.out", "is sparse, which only a merged weight holds"),
+        Reason("patch", "body.layers.0.out", "is sparse and so needs a merged weight"),
     )
 
 

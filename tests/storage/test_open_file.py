@@ -1,4 +1,4 @@
-"""A held file is the one that was opened, whatever becomes of its name."""
+"""An open file stays the one that was opened, whatever happens to its name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 
 from lorac.errors import ArtifactError, FormatError
-from lorac.storage import open_file as held
+from lorac.storage import open_file
 from lorac.storage.open_file import OpenFile, open_files
 from lorac.storage.tensor_file import TensorFile, TensorLocation, raw_bytes, write_safetensors
 from tests.refusing import refuses
 
-linux = pytest.mark.skipif(not held._has_handle_paths(), reason="open files have no paths here")
+linux = pytest.mark.skipif(not open_file._has_handle_paths(), reason="open files have no paths here")
 
 
 def _removed(path: Path) -> None:
@@ -90,7 +90,7 @@ def _mappings(path: Path) -> int:
 def test_without_paths_of_open_files_another_file_is_refused(
     gone: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held, "_has_handle_paths", lambda: False)
+    monkeypatch.setattr(open_file, "_has_handle_paths", lambda: False)
     path = tmp_path / "folder" / "file"
     path.parent.mkdir()
     path.write_bytes(b"mine")
@@ -128,8 +128,8 @@ def test_a_file_is_let_go_with_its_object(tmp_path: Path) -> None:
 
 
 def test_a_hash_over_pieces_tells_every_byte_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "_PIECE", 4)
-    monkeypatch.setattr(held, "_CHUNK", 3)
+    monkeypatch.setattr(open_file, "_PIECE", 4)
+    monkeypatch.setattr(open_file, "_CHUNK", 3)
     found = set()
     for content in (b"", b"mine", b"mine and", b"and mine", b"mine andx", b"mine an\0"):
         (tmp_path / "file").write_bytes(content)
@@ -179,9 +179,9 @@ def test_a_tensor_that_another_file_holds(change: dict[str, Any], tmp_path: Path
     found["a"].zero_()  # the reader's own memory
     assert torch.equal(found["a"], wanted)
     with safe_open(tmp_path / "file", framework="pt") as opened:
-        metadata, kept = opened.metadata(), {"b": opened.get_tensor("b")}
-    told = json.loads(metadata["elsewhere"])
-    told["a"] |= change
-    write_safetensors(tmp_path / "damaged", kept, {**metadata, "elsewhere": json.dumps(told)})
+        metadata, stored = opened.metadata(), {"b": opened.get_tensor("b")}
+    entries = json.loads(metadata["elsewhere"])
+    entries["a"] |= change
+    write_safetensors(tmp_path / "damaged", stored, {**metadata, "elsewhere": json.dumps(entries)})
     with pytest.raises(ArtifactError, match="no file of the program has room"):
         TensorFile(open_files(tmp_path, ["damaged"])["damaged"], files)

@@ -71,7 +71,7 @@ def test_temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert set(tmp_path.iterdir()) == {folder, tmp_path / "lorac-mine"}
 
     class Owner:
-        """What a folder is kept for."""
+        """An owner of a folder."""
 
     owner = Owner()
     remove_with_owner(owner, folder)

@@ -67,8 +67,8 @@ def test_what_was_stored_prepares_the_same(name: str, monkeypatch: pytest.Monkey
 
 
 def _tensors(change: Any) -> list[torch.Tensor]:
-    held = [value for name, value in sorted(vars(change).items())]
-    parts = [part for value in held for part in (value.values() if isinstance(value, Mapping) else (value,))]
+    tensors = [value for name, value in sorted(vars(change).items())]
+    parts = [part for value in tensors for part in (value.values() if isinstance(value, Mapping) else (value,))]
     return [part for part in parts if isinstance(part, torch.Tensor)]
 
 
@@ -92,17 +92,25 @@ def test_a_method_of_ones_own_is_reduced_by_its_own_formula(
 )
 def test_sizes_beyond_measure_are_refused_before_they_are_made(op: str, args: list[Any]) -> None:
     nodes = [{"input": "w"}, {"input": "b"}, {"name": "big", "op": op, "args": args, "kwargs": {}}]
-    told = {"form": "dense", "rank": 0, "reads_weight": False, "common": [], "params": [], "shared": [], "reasons": []}
-    reduction = reduction_from_json({**told, "outputs": ["weight"], "nodes": [*nodes, {"output": [{"node": "big"}]}]})
+    stored = {
+        "form": "dense",
+        "rank": 0,
+        "reads_weight": False,
+        "common": [],
+        "params": [],
+        "shared": [],
+        "reasons": [],
+    }
+    reduction = reduction_from_json({**stored, "outputs": ["weight"], "nodes": [*nodes, {"output": [{"node": "big"}]}]})
     with pytest.raises(lorac.ArtifactError, match="far too large"):
         check_sizes(reduction, (6, 12), [])
 
 
 def test_a_reduction_names_no_other_ops() -> None:
-    told: dict[str, Any] = {"form": "dense", "rank": 0, "reads_weight": False}
-    told |= {key: [] for key in ("common", "params", "shared", "reasons", "outputs")}
+    stored: dict[str, Any] = {"form": "dense", "rank": 0, "reads_weight": False}
+    stored |= {key: [] for key in ("common", "params", "shared", "reasons", "outputs")}
     call = {"name": "x", "op": "aten.from_file.default", "args": ["/etc/passwd"], "kwargs": {}}
     with pytest.raises(lorac.ArtifactError, match="not an op that an artifact may name"):
-        reduction_from_json({**told, "nodes": [call]})
+        reduction_from_json({**stored, "nodes": [call]})
     with pytest.raises(lorac.ArtifactError, match="'magic'"):
-        reduction_from_json({**told, "form": "magic", "nodes": []})
+        reduction_from_json({**stored, "form": "magic", "nodes": []})

@@ -1,4 +1,4 @@
-"""What lorac writes to disk, told apart by a number that every part of it bears; and processes that die over it."""
+"""Writers of numbered content, and processes that die while they write it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ ABSENT = "transformers.models.of_nobody.modeling_of_nobody"
 
 
 class Asked:
-    """A finder of modules that finds none, and notes what it was asked for."""
+    """An import finder that finds nothing, and records the names."""
 
     def __init__(self):
         self.names = []
