@@ -102,7 +102,9 @@ GENERATING = [
         lambda w, said: cached(draft=None),
     ),
     Mistake(
-        "texts kept in a dict", lambda w: cached(prefixes={}), lambda w, said: cached(prefixes=lorac.PromptCache())
+        "texts kept in a dict",
+        lambda w: cached(prompt_cache={}),
+        lambda w, said: cached(prompt_cache=lorac.PromptCache()),
     ),
     Mistake("the prompts twice", lambda w: cached(inputs=torch.ones(2, 5).long())),
     Mistake("a mask as ids", lambda w: cached(input_ids=torch.ones(2, 5).bool()), lambda w, said: cached()),
@@ -131,9 +133,11 @@ GENERATING = [
     Mistake(
         "another library's cache",
         lambda w: cached(cache=object()),
-        lambda w, said: cached(prefixes=lorac.PromptCache()),
+        lambda w, said: cached(prompt_cache=lorac.PromptCache()),
     ),
-    Mistake("prefixes of the host's", lambda w: hosted(prefixes=lorac.PromptCache()), _says("target='onnxruntime'")),
+    Mistake(
+        "prefixes of the host's", lambda w: hosted(prompt_cache=lorac.PromptCache()), _says("target='onnxruntime'")
+    ),
     Mistake("a budget as text", lambda w: lorac.PromptCache("1 GB")),
     Mistake(
         "a stream of rows that choose their own adapters",

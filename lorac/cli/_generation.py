@@ -104,7 +104,7 @@ class TextWriter:
         settings: dict[str, Any] = {}
         cache = compiled.engine.cache_spec(MAIN_GRAPH)
         if cache is not None and not cache.encodes:
-            settings["prefixes"] = PromptCache()  # a turn of a chat need not read the turns before it again
+            settings["prompt_cache"] = PromptCache()  # a turn of a chat need not read the turns before it again
         if temperature is not None:
             settings |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         return cls(compiled=compiled, max_new_tokens=new, settings=settings)

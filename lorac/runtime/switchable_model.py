@@ -393,7 +393,7 @@ class SwitchableModel(ABC):
     def tokenizer(self) -> Any:
         """The tokenizer that was set, or the artifact's; None if there is neither."""
         if isinstance(self._tokenizer, TokenizerFiles):
-            self._tokenizer = self._tokenizer.loaded()
+            self._tokenizer = self._tokenizer.load()
         return self._tokenizer
 
     @tokenizer.setter

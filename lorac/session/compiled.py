@@ -27,6 +27,7 @@ from lorac.target.engine import Engine
 if TYPE_CHECKING:
     from lorac.report.explain import Explanation
     from lorac.report.graph_views import GraphViews
+    from lorac.runtime.generation.prompt_cache import PromptCache
     from lorac.session.request.compile_request import CompileRequest
     from lorac.session.request.sources import ModelSource
 
@@ -70,7 +71,7 @@ class Compiled(SwitchableModel):
         adapters: Any = UNSET,
         seed: int | Sequence[int] | None = None,
         draft: ChoiceSpec = UNSET,
-        prefixes: object = None,
+        prompt_cache: PromptCache | None = None,
         component: str = MAIN_GRAPH,
         **options: Any,
     ) -> Any:
@@ -86,7 +87,7 @@ class Compiled(SwitchableModel):
                 it was. Default: torch's own generator.
             draft: a choice of adapters that proposes tokens ahead, which are then verified together: None for the
                 base, or an adapter cut to a lower rank. The result is that of the call's own choice. Default: none.
-            prefixes: a ``lorac.PromptCache`` that keeps prompts between calls, on targets with a cache.
+            prompt_cache: a ``lorac.PromptCache`` that keeps prompts between calls, on targets with a cache.
             component: which of several models.
             **options: ``input_ids``, ``attention_mask`` and whatever else transformers' ``generate`` takes.
 
@@ -100,7 +101,7 @@ class Compiled(SwitchableModel):
         from lorac.runtime.generation.generate import generate
 
         given = options if inputs is None else {"inputs": inputs, **options}
-        return generate(self, component, given, adapters=adapters, seed=seed, draft=draft, prefixes=prefixes)
+        return generate(self, component, given, adapters=adapters, seed=seed, draft=draft, prompt_cache=prompt_cache)
 
     def add_adapter(self, source: object, name: str | None = None) -> str:
         """Add an adapter at run time, without a rebuild, and return its name. A failure leaves no trace.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lorac
+from lorac.backends.onnx import self_test
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.errors import Unavailable
@@ -25,7 +25,6 @@ from tests.parity import assert_parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses
 
-building = importlib.import_module("lorac.backends.onnxruntime.build")  # its package has a function of that name
 WIDTH, IDS = 64, 48
 TARGETS = ["embed", "up", "down", "head"]
 
@@ -93,7 +92,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     peft = {n: make_peft(base, place / n, config, inputs={"ids": ids()}) for n, config in configs.items()}
     tested: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(building, "self_test", lambda *args: tested.append(args))
+        patch.setattr(self_test, "run_self_test", lambda *args: tested.append(args))
         compiled = lorac.compile(
             Reader().eval(),
             {n: place / n for n in configs},
@@ -123,10 +122,10 @@ def test_adapters_run_next_to_what_the_weights_come_to(made: Made) -> None:
 
 def test_the_self_test_compares_with_what_the_weights_come_to(made: Made) -> None:
     engine, program, snapshot, computed = made.tested[0]
-    building.self_test(engine, program, snapshot, computed)
+    self_test.run_self_test(engine, program, snapshot, computed)
     if engine.options.weights == "int4":  # int8 is nearer than a lost slot would be far
         with refuses("self_test_failed"):
-            building.self_test(engine, program, snapshot)
+            self_test.run_self_test(engine, program, snapshot)
 
 
 def test_it_says_what_stays_as_it_is(made: Made) -> None:

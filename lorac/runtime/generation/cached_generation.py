@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,12 @@ from lorac.runtime.generation.prompts import Prompts
 from lorac.runtime.generation.request import GenerateRequest
 from lorac.runtime.traits import ModelTraits
 from lorac.target.engine import BoundProgram, Engine
-from lorac.target.kv_cache import KeyValueCache
+from lorac.target.kv_cache import CacheSpec, KeyValueCache
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+    Output = torch.Tensor | ModelOutput
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,100 +35,107 @@ class CachedGeneration:
     """One run of some rows over a cache.
 
     Attributes:
-        engine, graph, traits: what runs.
-        prompts: the rows; None where they begin with what begins every text of the model.
-        asked, told: options and inputs; the second as transformers takes them.
-        seeds: one for the run, or one for each row where tokens are drawn one after the other.
-        prefixes: texts kept between calls, if any are.
+        engine: runs the program.
+        graph: the graph that decodes.
+        cache_spec: the limits of its cache.
+        traits: the model's configuration.
+        prompts: the rows; None where they begin with the model's own start tokens.
+        request: the options as the caller gave them.
+        options: options and inputs as transformers takes them.
+        seeds: one for the run, or one for each row that is sampled by itself.
+        prompt_cache: prompts that earlier calls computed.
     """
 
-    engine: Engine
+    engine: Engine[Any]
     graph: str
+    cache_spec: CacheSpec
     traits: ModelTraits
     prompts: Prompts | None
-    asked: GenerateRequest
-    told: Mapping[str, Any]
+    request: GenerateRequest
+    options: Mapping[str, object]
     seeds: int | list[int] | None
-    prefixes: PromptCache | None
+    prompt_cache: PromptCache | None
 
-    def __call__(self, bound: BoundProgram, state: ChoiceState, other: BoundProgram | None) -> Any:
-        """What the rows go on with.
+    def __call__(self, bound: BoundProgram, state: ChoiceState, draft: BoundProgram | None) -> Output:
+        """Generate.
 
         Args:
-            bound, state: the adapters.
-            other: those that guess ahead, if any do.
+            bound, state: the choice of adapters.
+            draft: the choice that drafts tokens.
 
         Raises:
-            InputMismatch: ids that are none of the model's; a cache that does not hold the beginning of each row.
+            InputMismatch: an id is not one of the model's, or a cache does not hold the beginning of each row.
         """
         self._check_ids()
-        generators = [torch.Generator().manual_seed(seed) for seed in self._each()]
-        main = self._driver(bound, generators if self.asked.drawn else [])
-        guess = None if other is None else self._driver(other, [])
-        extra: dict[str, Any] = (
-            {} if guess is None else {"assistant_model": DraftModel(guess, lambda work: work(guess))}
-        )
+        by_row = self.request.samples_rows
+        generators = [torch.Generator().manual_seed(seed) for seed in self._seed_list()]
+        driver = self._make_driver(bound, generators if by_row else [])
+        extra: dict[str, object] = {}
+        if draft is not None:
+            drafting = self._make_driver(draft, [])
+            extra["assistant_model"] = DraftModel(drafting, lambda work: work(drafting))
         key: CacheKey = (self.graph, state.choice, state.versions.versions)
-        if self.told.get("cache") is not None and self.prompts is not None:
-            _check_cache(self.told["cache"], self.prompts, self.engine)
-        elif self.prefixes is not None and self.prompts is not None:
-            found = self.prefixes.found(self.engine, key, self.prompts.tokens())
-            extra |= {} if found is None else {"cache": DecodingState(found)}
-        with _seeded(None if self.asked.drawn else generators):
-            answer = main.generate(**{**self.told, **extra})
-        if main.text is not None and not isinstance(answer, torch.Tensor):
-            self._note(main.text, answer)
-        if self.prefixes is not None and main.text is not None:
-            self._keep(self.prefixes, key, main.text.cache, answer)
-        return answer
+        if self.prompts is not None:
+            cache = self.options.get("cache")
+            if cache is not None:
+                _check_cache(cache, self.prompts, self.engine)
+            elif self.prompt_cache is not None:
+                known = self.prompt_cache.find(self.engine, key, self.prompts.tokens())
+                extra |= {} if known is None else {"cache": DecodingState(known)}
+        with _seed_torch(None if by_row else generators):
+            output: Output = driver.generate(**{**self.options, **extra})
+        if driver.state is not None and not isinstance(output, torch.Tensor):
+            self._describe_cache(driver.state, output)
+        if self.prompt_cache is not None and driver.state is not None:
+            self._keep(self.prompt_cache, key, driver.state.cache, output)
+        return output
 
-    def _each(self) -> list[int]:
+    def _seed_list(self) -> list[int]:
         return [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
 
-    def _driver(self, bound: BoundProgram, generators: list[torch.Generator]) -> GenerationDriver:
-        keeps = self.engine.cache_spec(self.graph)
-        assert keeps is not None
-        encode = functools.partial(bound.encode, self.graph) if keeps.encodes else None
-        run = DecodingProgram(
-            extend=functools.partial(bound.decode, self.graph),
-            make=functools.partial(self.engine.new_cache, self.graph),
-            keeps=keeps,
-            encode=encode,
+    def _make_driver(self, bound: BoundProgram, generators: list[torch.Generator]) -> GenerationDriver:
+        encodes = self.cache_spec.encodes
+        program = DecodingProgram(
+            decode=functools.partial(bound.decode, self.graph),
+            new_cache=functools.partial(self.engine.new_cache, self.graph),
+            cache_spec=self.cache_spec,
+            encode=functools.partial(bound.encode, self.graph) if encodes else None,
             generators=generators,
         )
-        made = driver_class(self.traits.rules) if keeps.encodes else DecoderDriver
-        return made(run, {**self.traits.settings, "vocab_size": keeps.vocabulary}, self.traits.generation or {})
+        driver = driver_class(self.traits.rules) if encodes else DecoderDriver
+        settings = {**self.traits.settings, "vocab_size": self.cache_spec.vocabulary}
+        return driver(program, settings, self.traits.generation or {})
 
     def _check_ids(self) -> None:
-        """Raise ``InputMismatch`` where an id is none of the model's."""
-        keeps = self.engine.cache_spec(self.graph)
-        if self.prompts is None or keeps is None:
+        """Raise ``InputMismatch`` where an id is not one of the model's."""
+        if self.prompts is None:
             return
-        ids = self.prompts.ids
+        ids, vocabulary = self.prompts.ids, self.cache_spec.vocabulary
         for found in (int(ids.min()), int(ids.max())):
-            if not 0 <= found < keeps.vocabulary:
+            if not 0 <= found < vocabulary:
                 raise InputMismatch(
-                    f"{'decoder_input_ids' if keeps.encodes else 'input_ids'} holds {found}, which is no token",
-                    next_step=f"the model's go from 0 to {keeps.vocabulary - 1}",
+                    f"{'decoder_input_ids' if self.cache_spec.encodes else 'input_ids'} holds {found}, "
+                    "which is not a token id",
+                    next_step=f"the model's ids go from 0 to {vocabulary - 1}",
                 )
 
-    def _note(self, text: DecodingState, answer: Any) -> None:
-        """Have a cache that an answer brings say what it holds; of beams it has the rows as these were last."""
-        text.engine = weakref.ref(self.engine)
-        prompts = self.prompts if self.asked.beams == 1 else None
-        text.rows = None if prompts is None else _cached_tokens(prompts, answer, text.cache, beams=1)
+    def _describe_cache(self, state: DecodingState, output: Output) -> None:
+        """Note in a cache that an output holds which tokens it has; of beams it holds the rows that were last."""
+        state.engine = weakref.ref(self.engine)
+        prompts = self.prompts if self.request.beams == 1 else None
+        state.rows = None if prompts is None else _cached_tokens(prompts, output, state.cache, beams=1)
 
-    def _keep(self, prefixes: PromptCache, key: CacheKey, cache: KeyValueCache, answer: Any) -> None:
-        """Keep what a run left in its cache; in one of its own where the caller has that."""
-        returned = self.told.get("cache") is not None or not isinstance(answer, torch.Tensor)
-        held = cache.copy() if returned else cache
+    def _keep(self, prompt_cache: PromptCache, key: CacheKey, cache: KeyValueCache, output: Output) -> None:
+        """Keep the sequences of a run; copy the cache where the caller has it too."""
+        shared = self.options.get("cache") is not None or not isinstance(output, torch.Tensor)
+        own = cache.copy() if shared else cache
         assert self.prompts is not None
-        prefixes.keep(self.engine, key, _cached_tokens(self.prompts, answer, held, beams=self.asked.beams), held)
+        prompt_cache.add(self.engine, key, _cached_tokens(self.prompts, output, own, beams=self.request.beams), own)
 
 
 @contextlib.contextmanager
-def _seeded(generators: list[torch.Generator] | None) -> Iterator[None]:
-    """Have torch's own random numbers, inside the block, come from a seed; they go on after it as if there was none."""
+def _seed_torch(generators: list[torch.Generator] | None) -> Iterator[None]:
+    """Seed torch's generator inside the block; afterwards it goes on as if the block had not been."""
     if not generators:
         yield
         return
@@ -132,40 +144,41 @@ def _seeded(generators: list[torch.Generator] | None) -> Iterator[None]:
         yield
 
 
-def _check_cache(given: Any, prompts: Prompts, engine: Engine) -> None:
-    """Raise ``InputMismatch`` where a cache that a call brings does not hold the beginning of each of its rows."""
-    if not isinstance(given, DecodingState):
+def _check_cache(cache: object, prompts: Prompts, engine: Engine[Any]) -> None:
+    """Raise ``InputMismatch`` where the cache of a call does not hold the beginning of each of its rows."""
+    if not isinstance(cache, DecodingState):
         raise InputMismatch(
-            f"cache= is no cache of this model, but of the class {type(given).__name__}",
-            next_step="give the cache of an answer of generate(return_dict_in_generate=True), or prefixes=",
+            f"cache= takes a cache of this model, and this is a {type(cache).__name__}",
+            next_step="give the cache of an answer of generate(return_dict_in_generate=True), or prompt_cache=",
         )
-    held, counts = given.cache.lengths, prompts.counts
-    if len(held) != len(counts) or any(length >= count for length, count in zip(held, counts, strict=True)):
+    lengths, counts = cache.cache.lengths, prompts.counts
+    if len(lengths) != len(counts) or any(length >= count for length, count in zip(lengths, counts, strict=True)):
         raise InputMismatch(
-            f"the cache holds {_join_numbers(held)} tokens of its rows, and the prompts have {_join_numbers(counts)}",
-            next_step="give the whole texts, each longer than what the cache holds of it",
+            f"the cache holds {_join_numbers(lengths)} tokens of its rows, and the prompts have "
+            f"{_join_numbers(counts)}",
+            next_step="give the whole sequences, each longer than what the cache holds of it",
         )
-    if given.engine is not None and given.engine() is not engine:
+    if cache.engine is not None and cache.engine() is not engine:
         raise InputMismatch(
-            "the cache holds what another model computed", next_step="go on with it by the model that answered with it"
+            "the cache holds what another model computed", next_step="give it to the model that returned it"
         )
-    pairs = zip(given.rows or (), prompts.tokens(), strict=False)
-    other = next((row for row, (held, own) in enumerate(pairs) if not torch.equal(own[: len(held)], held)), None)
+    pairs = zip(cache.rows or (), prompts.tokens(), strict=False)
+    other = next((i for i, (cached, row) in enumerate(pairs) if not torch.equal(row[: len(cached)], cached)), None)
     if other is not None:
         raise InputMismatch(
-            f"row {other} does not begin with what the cache holds of it",
-            next_step="give the whole texts, as the answer has them",
+            f"row {other} does not begin with the tokens that the cache holds of it",
+            next_step="give the whole sequences, as the answer has them",
         )
 
 
-def _cached_tokens(prompts: Prompts, answer: Any, held: KeyValueCache, *, beams: int) -> list[torch.Tensor]:
-    """The tokens of each row that a cache holds after a run; of beams, which it has as they were last, the prompts."""
-    sequences = answer if isinstance(answer, torch.Tensor) else answer["sequences"]
+def _cached_tokens(prompts: Prompts, output: Output, cache: KeyValueCache, *, beams: int) -> list[torch.Tensor]:
+    """Return the tokens of each row that a cache holds after a run; with beams it is cropped to the prompts."""
+    sequences = output if isinstance(output, torch.Tensor) else output["sequences"]
     if beams > 1:
-        held.select(range(0, len(held.lengths), beams))
-        held.crop(prompts.counts)
+        cache.select(range(0, len(cache.lengths), beams))
+        cache.crop(prompts.counts)
     rows = prompts.tokens(None if beams > 1 else sequences)
-    return [row[:length] for row, length in zip(rows, held.lengths, strict=True)]
+    return [row[:length] for row, length in zip(rows, cache.lengths, strict=True)]
 
 
 def _join_numbers(numbers: Iterable[int]) -> str:

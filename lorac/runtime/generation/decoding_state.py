@@ -1,4 +1,4 @@
-"""Rows of a batch as a target's cache holds them and as transformers' generation asks for them."""
+"""The sequences of a batch as a target's cache holds them, in the form that transformers' generation asks for."""
 
 from __future__ import annotations
 
@@ -9,129 +9,132 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorac.target.engine import Engine
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 
-ExtendCache = Callable[[KeyValueCache, DecodeStep], Tensor]
+DecodeTokens = Callable[[KeyValueCache, DecodeStep], Tensor]
 """``BoundProgram.decode`` of one graph."""
 _INITIAL_ROOM = 1024
-"""Room for new tokens of a row at first, where it may get more."""
+"""Room for new tokens that a cache is allocated with, where a row may get more."""
 
 
 class DecodingState:
-    """Rows that grow. What a row holds is what was fed of it; whoever feeds it again says all of it, or what is new.
+    """Rows that grow. A row holds the tokens that were fed; feeding it again takes the whole row or its new tokens.
 
     Args:
         cache: holds the rows.
-        piece: how many tokens of a row are computed at a time; None: all.
+        chunk_size: how many tokens of a row are computed at a time; None: all.
 
     Attributes:
-        ceiling: the longest that a row may become.
-        rows: the tokens of each row, once a call that answers with them has ended.
-        engine: what computed them.
+        max_length: the most tokens that a row may come to have.
+        rows: the tokens of each row, once a call that returns them has ended.
+        engine: the engine that computed them.
     """
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: KeyValueCache, piece: int | None = None) -> None:
-        self.cache, self.piece = cache, piece
-        self.ceiling = cache.capacity
+    def __init__(self, cache: KeyValueCache, chunk_size: int | None = None) -> None:
+        self.cache, self.chunk_size = cache, chunk_size
+        self.max_length = cache.capacity
         self.rows: Sequence[Tensor] | None = None
-        self.engine: weakref.ref[Any] | None = None
+        self.engine: weakref.ref[Engine[Any]] | None = None
 
     @staticmethod
-    def room(longest: int, new: int) -> int:
-        """The capacity to begin with, for rows of a length that may get some new tokens."""
-        return longest + min(new, _INITIAL_ROOM)
+    def initial_capacity(length: int, new: int) -> int:
+        """Return the capacity to begin with, for rows of a length that may get new tokens."""
+        return length + min(new, _INITIAL_ROOM)
 
-    def feed(self, extend: ExtendCache, ids: Tensor, mask: Tensor | None, keep: int) -> Tensor:
-        """Add what is new of the rows; returns the logits of each row's last ``keep`` tokens (rows, keep, vocabulary).
+    def feed(self, decode: DecodeTokens, ids: Tensor, mask: Tensor | None, keep: int) -> Tensor:
+        """Add the new tokens of the rows; a call that fails adds none.
 
         Args:
-            extend: computes.
+            decode: computes.
             ids: token ids (rows, length), padded on the left: the whole rows, or their last columns.
-            mask: (rows, length of the whole rows), 1 where there is text; None where all is.
-            keep: of how many tokens logits are asked for.
+            mask: (rows, length of the whole rows), 1 for tokens; None where nothing is padding.
+            keep: the number of tokens of each row whose logits are returned.
+
+        Returns:
+            Logits of each row's last ``keep`` tokens (rows, keep, vocabulary).
         """
-        new = self._new(ids, mask)
+        new = self._new_tokens(ids, mask)
         counts = [row.shape[0] for row in new]
         tokens = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
-        held = self.cache.lengths
+        lengths = self.cache.lengths
         try:
-            return self._added(extend, tokens, counts, keep)
+            return self._decode_chunks(decode, tokens, counts, keep)
         except BaseException:
-            self.cache.crop(held)
+            self.cache.crop(lengths)
             raise
 
-    def step(self, extend: ExtendCache, tokens: Tensor, going: Sequence[int]) -> Tensor:
-        """One more token for the rows that go on; returns their logits (rows, vocabulary), zeros for the others.
+    def step(self, decode: DecodeTokens, tokens: Tensor, unfinished: Sequence[int]) -> Tensor:
+        """Add one token to each unfinished row; return logits (rows, vocabulary), zeros for the finished rows.
 
         Args:
-            extend: computes.
+            decode: computes.
             tokens: (rows,).
-            going: 1 for a row that goes on, 0 for one that brings nothing.
+            unfinished: 1 for a row that gets its token, 0 for one that is finished.
         """
-        self._grow(going)
-        logits = extend(
-            self.cache, DecodeStep(ids=tokens[:, None], counts=going, wanted=torch.zeros_like(tokens[:, None]))
-        )
-        logits = logits[:, 0]
-        if all(going):
+        self._grow(unfinished)
+        last = torch.zeros_like(tokens[:, None])
+        logits = decode(self.cache, DecodeStep(ids=tokens[:, None], counts=unfinished, wanted=last))[:, 0]
+        if all(unfinished):
             return logits
-        return torch.where(torch.tensor(going, dtype=torch.bool)[:, None], logits, logits.new_zeros(()))
+        return torch.where(torch.tensor(unfinished, dtype=torch.bool)[:, None], logits, logits.new_zeros(()))
 
-    # --- what transformers asks of a cache -------------------------------------------------------------------------
+    # --- what transformers asks of a cache ---------------------------------------------------------------------------
 
     def get_seq_length(self) -> int:
-        """How many tokens the first row holds."""
+        """Return the number of tokens of the first row."""
         return self.cache.lengths[0]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of every row; as transformers has it, their number is given negative."""
+        """Remove the last tokens of every row; transformers gives their number as a negative one."""
         if tokens_to_remove:
             self.cache.crop([length - abs(tokens_to_remove) for length in self.cache.lengths])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let the rows be these of the present ones."""
+        """Replace the rows by these of them."""
         self.select(beam_idx.tolist())
 
     def activate_past_recording(self) -> None:
-        """What is cropped can always be fed again."""
+        """Do nothing: tokens that were removed can always be fed again."""
 
     def select(self, rows: Sequence[int]) -> None:
-        """As ``Cache.select``; does nothing where that is what the rows are."""
+        """Replace the rows by these of them, unless they are the same."""
         if list(rows) != list(range(len(self.cache.lengths))):
             self.cache.select(rows)
 
-    # --- growing ---------------------------------------------------------------------------------------------------
+    # --- growing -----------------------------------------------------------------------------------------------------
 
-    def _new(self, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """The tokens of each row that the cache does not hold."""
-        held, width = self.cache.lengths, ids.shape[1]
+    def _new_tokens(self, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """Return the tokens of each row that the cache does not hold."""
+        lengths, width = self.cache.lengths, ids.shape[1]
         if mask is None:
-            return [row[length:] for row, length in zip(ids, held, strict=True)]
-        text = mask.bool()
-        before = [int(row.sum()) for row in text[:, : text.shape[1] - width]]
-        shown = [row[own] for row, own in zip(ids, text[:, -width:], strict=True)]
-        return [row[length - early :] for row, length, early in zip(shown, held, before, strict=True)]
+            return [row[length:] for row, length in zip(ids, lengths, strict=True)]
+        is_token = mask.bool()
+        before = [int(row.sum()) for row in is_token[:, : is_token.shape[1] - width]]
+        given = [row[own] for row, own in zip(ids, is_token[:, -width:], strict=True)]
+        return [row[length - early :] for row, length, early in zip(given, lengths, before, strict=True)]
 
-    def _added(self, extend: ExtendCache, tokens: Tensor, counts: list[int], keep: int) -> Tensor:
-        """All of the new tokens; those before each row's last piece are computed piece by piece."""
+    def _decode_chunks(self, decode: DecodeTokens, tokens: Tensor, counts: list[int], keep: int) -> Tensor:
+        """Add all new tokens; those before each row's last chunk are computed chunk by chunk."""
         self._grow(counts)
-        last = max(self.piece or max(counts), keep)
+        size = self.chunk_size or 1
+        last = max(self.chunk_size or max(counts), keep)
         early = [max(count - last, 0) for count in counts]
-        for start in range(0, max(early), self.piece or 1):
-            ids = tokens[:, start : start + (self.piece or 1)]
-            brings = [min(max(count - start, 0), ids.shape[1]) for count in early]
-            extend(self.cache, DecodeStep(ids=ids, counts=brings, wanted=torch.zeros_like(ids[:, :1])))
+        for start in range(0, max(early), size):
+            ids = tokens[:, start : start + size]
+            chunk = [min(max(count - start, 0), ids.shape[1]) for count in early]
+            decode(self.cache, DecodeStep(ids=ids, counts=chunk, wanted=torch.zeros_like(ids[:, :1])))
         rest = [count - done for count, done in zip(counts, early, strict=True)]
         left = [row[done:count] for row, done, count in zip(tokens, early, counts, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(left, batch_first=True)
         wanted = torch.tensor(rest)[:, None] - keep + torch.arange(keep)
-        return extend(self.cache, DecodeStep(ids=ids, counts=rest, wanted=wanted.clamp(min=0)))
+        return decode(self.cache, DecodeStep(ids=ids, counts=rest, wanted=wanted.clamp(min=0)))
 
     def _grow(self, counts: Sequence[int]) -> None:
-        """Have room for some more tokens of each row."""
+        """Make room for new tokens of each row."""
         needed = max(length + count for length, count in zip(self.cache.lengths, counts, strict=True))
         if needed > self.cache.capacity:
-            self.cache.grow(max(needed, min(2 * self.cache.capacity, self.ceiling)))
+            self.cache.grow(max(needed, min(2 * self.cache.capacity, self.max_length)))

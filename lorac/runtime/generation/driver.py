@@ -1,11 +1,11 @@
-"""``GenerationDriver`` and ``DecoderDriver``: a program that keeps a cache, as transformers generates from it.
+"""Drivers: transformers' generation over a program that keeps a cache.
 
-It is no model: what transformers' mixin asks of one is answered from what was told of the host, and where it would call
-a model, tokens are added to a cache. So options, logits processors, stopping criteria, streamers, beams and assistants
-are transformers' own. The loop for one token after the other is written here, since it has to know which rows are done,
-draws each row from a seed of its own, and costs less per token.
+A driver takes the place of a model: it answers what transformers' mixin asks of one from the model's configuration, and
+adds tokens to a cache where a model would be called. So options, logits processors, stopping criteria, streamers, beams
+and assistants are transformers' own. The loop that decodes one token after the other is written here: it knows which
+rows are finished, samples each row from a seed of its own, and costs less per token.
 
-This module imports transformers, so it is imported by the first call of ``generate``.
+This module imports transformers, so the first call of ``generate`` imports it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -22,8 +22,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lorac.errors import InputMismatch
-from lorac.runtime.generation.decoding_state import DecodingState, ExtendCache
+from lorac.runtime.generation.decoding_state import DecodeTokens, DecodingState
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+    from transformers.utils import ModelOutput
 
 CONFIG_FIELDS = (
     "bos_token_id",
@@ -34,59 +39,58 @@ CONFIG_FIELDS = (
     "pad_token_id",
     "vocab_size",
 )
-"""What transformers asks of a model's configuration when it generates."""
+"""The fields of a model's configuration that transformers reads when it generates."""
 _StepOutput: Any = CausalLMOutputWithPast
-"""It is annotated with caches of transformers' own, and takes any."""
+"""Its annotations name transformers' caches; it accepts any."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecodingProgram:
-    """What a driver runs.
+    """The program that a driver runs.
 
     Attributes:
-        extend: adds tokens to the rows of a cache, with the adapters of the call.
-        make: (rows, capacity) -> an empty cache.
-        encode: has an encoder run for the rows of a cache, of inputs by name; None where there is none.
-        keeps: what such a cache can hold.
-        generators: whom tokens are drawn by, each for as many rows beside each other; none: torch's own.
+        decode: adds tokens to the rows of a cache, with the adapters of the call.
+        new_cache: (rows, capacity) -> an empty cache.
+        cache_spec: the limits of such a cache.
+        encode: runs the encoder for the rows of a cache on inputs by name; None for a program without an encoder.
+        generators: where samples come from, each for as many neighbouring rows; empty: torch's own generator.
     """
 
-    extend: ExtendCache
-    make: Callable[[int, int], KeyValueCache]
-    keeps: CacheSpec
-    encode: Callable[[KeyValueCache, Mapping[str, Any]], None] | None = None
+    decode: DecodeTokens
+    new_cache: Callable[[int, int], KeyValueCache]
+    cache_spec: CacheSpec
+    encode: Callable[[KeyValueCache, Mapping[str, object]], None] | None = None
     generators: Sequence[torch.Generator] = ()
 
 
 class GenerationDriver(GenerationMixin, ABC):
-    """Generates from one program with one choice of adapters; one call uses it. What is begun with, each kind says.
+    """Generates from one program with one choice of adapters, for one call.
 
     Args:
-        run: what computes.
-        config: the host's configuration, by name.
+        program: the program.
+        config: the model's configuration, by name.
         generation: its generation configuration, by name.
 
     Attributes:
-        text: the rows, once there are some.
+        state: the rows, once there are some.
     """
 
     main_input_name = "input_ids"
     base_model_prefix = ""
     device = torch.device("cpu")
     dtype = torch.float32
-    hf_device_map: Mapping[str, Any] = {}
+    hf_device_map: Mapping[str, str] = {}
     _is_stateful = False
     mask_name = "attention_mask"
-    answers: Any = GenerateDecoderOnlyOutput
-    """It is annotated with caches of transformers' own, and takes any."""
+    output_class: Callable[..., ModelOutput] = GenerateDecoderOnlyOutput
 
-    def __init__(self, run: DecodingProgram, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-        self.run = run
+    def __init__(self, program: DecodingProgram, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+        self.program = program
         self.config = PreTrainedConfig(**{name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None})
         self.generation_config = GenerationConfig(**generation)
-        self.text: DecodingState | None = None
+        self.state: DecodingState | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
         return self.forward(*args, **kwargs)
 
     def forward(
@@ -97,174 +101,179 @@ class GenerationDriver(GenerationMixin, ABC):
         logits_to_keep: int = 1,
         use_cache: bool = True,
         return_dict: bool = True,
-    ) -> Any:
-        """Add what is new of some rows to a cache, or to one of its own; as a model of transformers' answers."""
+    ) -> ModelOutput:
+        """Add the new tokens of rows to a cache, or to a new one; return logits as transformers' models do."""
         if cache is None:
             rows, length = input_ids.shape if attention_mask is None else attention_mask.shape
-            cache = DecodingState(self.run.make(rows, DecodingState.room(length, length)))
+            cache = DecodingState(self.program.new_cache(rows, DecodingState.initial_capacity(length, length)))
         keep = logits_to_keep or input_ids.shape[1]
-        return _StepOutput(logits=cache.feed(self.run.extend, input_ids, attention_mask, keep), cache=cache)
+        return _StepOutput(logits=cache.feed(self.program.decode, input_ids, attention_mask, keep), cache=cache)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: DecodingState | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The whole rows: what is new of them, the cache tells."""
+    ) -> dict[str, object]:
+        """Return the whole rows; the cache knows which of their tokens are new."""
         keep, mask = kwargs.get("logits_to_keep", 1), {"attention_mask": attention_mask, **kwargs}.get(self.mask_name)
         return {"input_ids": input_ids, "attention_mask": mask, "cache": cache, "logits_to_keep": keep}
 
     def is_remote_code(self) -> bool:
-        """Nothing that came with a model runs here."""
+        """Return False: no code that came with a model runs here."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
-        """The program has none to choose from."""
+        """Return nothing: the program has one implementation of its experts."""
         return {}
 
-    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+    def _valid_auto_compile_criteria(self, *args: object, **kwargs: object) -> bool:
         return False
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, rows: int, longest: int
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        mode: object,
+        rows: int,
+        longest: int,
     ) -> bool:
-        """Have a cache for rows that may become one token longer than ``longest`` columns.
+        """Allocate a cache for rows that may become one token longer than ``longest`` columns.
 
         Raises:
-            InputMismatch: that is longer than the model's positions go.
+            InputMismatch: the model has no positions for that many.
         """
-        mask, keeps = model_kwargs.get(self.mask_name), self.run.keeps
-        width = self._width(model_kwargs, generation_config)
+        mask, spec = model_kwargs.get(self.mask_name), self.program.cache_spec
+        width = self._prompt_width(model_kwargs, generation_config)
         count = width if mask is None else int(mask.sum(1).max())
-        new, left = longest + 1 - width, keeps.after(count)
+        new, left = longest + 1 - width, spec.after(count)
         if left is not None and new > left:
             fewer = f"max_new_tokens={left} or less, or a shorter prompt"
             raise InputMismatch(
-                f"{count} tokens and {new} new ones are more than the model has positions for: {keeps.limit}",
-                next_step=f"give {fewer if left > 0 else f'a prompt of {keeps.limit} tokens or less'}",
+                f"{count} tokens and {new} new ones are more than the model has positions for: {spec.limit}",
+                next_step=f"give {fewer if left > 0 else f'a prompt of {spec.limit} tokens or less'}",
             )
         if model_kwargs.get("cache") is None:
-            model_kwargs["cache"] = self._begun(rows, DecodingState.room(count, new))
-        self.text = model_kwargs["cache"]
-        self.text.ceiling = max(count + new, self.text.cache.capacity)
-        self.text.piece = generation_config.prefill_chunk_size
+            model_kwargs["cache"] = self._new_state(rows, DecodingState.initial_capacity(count, new))
+        self.state = state = model_kwargs["cache"]
+        state.max_length = max(count + new, state.cache.capacity)
+        state.chunk_size = generation_config.prefill_chunk_size
         generation_config.use_cache = True
         return True
 
-    def _handed_on(self, text: DecodingState) -> DecodingState | None:
-        """What of the rows an answer has."""
-        return text
+    def _returned_cache(self, state: DecodingState) -> DecodingState | None:
+        """Return the cache that an output holds."""
+        return state
 
     @abstractmethod
-    def _begun(self, rows: int, capacity: int) -> DecodingState:
-        """Rows that hold nothing yet."""
+    def _new_state(self, rows: int, capacity: int) -> DecodingState:
+        """Return rows that hold no tokens yet."""
 
     @abstractmethod
-    def _width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
-        """Columns of the prompts."""
+    def _prompt_width(self, model_kwargs: Mapping[str, Any], generation_config: GenerationConfig) -> int:
+        """Return the number of columns of the prompts."""
 
     def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
-    ) -> Any:
-        """The prompts, each computed once, however many beams or sequences it is to have."""
-        text, mask = model_kwargs["cache"], model_kwargs.get(self.mask_name)
-        each = input_ids.shape[0] // len(text.cache.lengths)
-        logits = text.feed(self.run.extend, input_ids[::each], mask if mask is None else mask[::each], 1)
-        text.select([row for row in range(logits.shape[0]) for _ in range(each)])
-        return _StepOutput(logits=logits.repeat_interleave(each, 0), cache=text)
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> ModelOutput:
+        """Compute each prompt once, however many beams or sequences it has."""
+        state, mask = model_kwargs["cache"], model_kwargs.get(self.mask_name)
+        copies = input_ids.shape[0] // len(state.cache.lengths)
+        logits = state.feed(self.program.decode, input_ids[::copies], mask if mask is None else mask[::copies], 1)
+        state.select([row for row in range(logits.shape[0]) for _ in range(copies)])
+        return _StepOutput(logits=logits.repeat_interleave(copies, 0), cache=state)
 
     def _sample(
         self,
         input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         synced_gpus: bool = False,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
-    ) -> Any:
-        """One token after the other, the likeliest or a drawn one; to the bit what transformers' own loop gives.
+    ) -> Tensor | ModelOutput:
+        """Decode token by token, greedily or by sampling; the sequences equal those of transformers' loop to the bit.
 
-        A row that is done brings nothing more, and what is said of its later scores is zeros, where the criterion that
-        ends it is an end token: only then transformers has padding follow.
+        A finished row gets no further tokens, and its later scores are zeros, if an end token finished it: only then
+        does transformers pad the row.
         """
-        told = _StepRecord(generation_config, self.answers)
-        ends = any(getattr(criterion, "eos_token_id", None) is not None for criterion in stopping_criteria)
-        pad, text = generation_config._pad_token_tensor, model_kwargs["cache"]
+        record = _StepRecord(generation_config, self.output_class)
+        pads = any(getattr(criterion, "eos_token_id", None) is not None for criterion in stopping_criteria)
+        pad, state = generation_config._pad_token_tensor, model_kwargs["cache"]
         logits = self._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
-        going = torch.ones(input_ids.shape[0], dtype=torch.long)
-        every = going.tolist()
+        unfinished = torch.ones(input_ids.shape[0], dtype=torch.long)
+        all_rows = unfinished.tolist()
         while True:
             logits = logits.to(torch.float32)
             scores = logits_processor(input_ids, logits)
-            told.add(scores, logits)
-            tokens = self._drawn(scores) if generation_config.do_sample else scores.argmax(-1)
-            if ends:
-                tokens = tokens * going + pad * (1 - going)
+            record.add(scores, logits)
+            tokens = self._draw(scores) if generation_config.do_sample else scores.argmax(-1)
+            if pads:
+                tokens = tokens * unfinished + pad * (1 - unfinished)
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            going = going & ~stopping_criteria(input_ids, told.scores)
+            unfinished = unfinished & ~stopping_criteria(input_ids, record.scores)
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            if not going.any():
+            if not unfinished.any():
                 break
-            logits = text.step(self.run.extend, tokens, going.tolist() if ends else every)
+            logits = state.step(self.program.decode, tokens, unfinished.tolist() if pads else all_rows)
         if streamer is not None:
             streamer.end()
-        return told.answer(input_ids, self._handed_on(text))
+        return record.build_output(input_ids, self._returned_cache(state))
 
-    def _drawn(self, scores: Tensor) -> Tensor:
-        """A token for each row."""
-        chances = torch.nn.functional.softmax(scores, dim=-1)
-        if not self.run.generators:
-            return torch.multinomial(chances, num_samples=1).squeeze(1)
-        parts = zip(chances.chunk(len(self.run.generators)), self.run.generators, strict=True)
-        return torch.cat([torch.multinomial(part, 1, generator=own) for part, own in parts]).squeeze(1)
+    def _draw(self, scores: Tensor) -> Tensor:
+        """Draw a token for each row."""
+        probabilities = torch.nn.functional.softmax(scores, dim=-1)
+        generators = self.program.generators
+        if not generators:
+            return torch.multinomial(probabilities, num_samples=1).squeeze(1)
+        parts = zip(probabilities.chunk(len(generators)), generators, strict=True)
+        return torch.cat([torch.multinomial(part, 1, generator=generator) for part, generator in parts]).squeeze(1)
 
 
 @final
 class DecoderDriver(GenerationDriver):
-    """As ``GenerationDriver``, of a program that reads nothing but the text.
+    """Generates from a program whose only input is the sequence."""
 
-    Args:
-        run, config, generation: as ``GenerationDriver``'s.
-    """
+    def _new_state(self, rows: int, capacity: int) -> DecodingState:
+        return DecodingState(self.program.new_cache(rows, capacity))
 
-    def _begun(self, rows: int, capacity: int) -> DecodingState:
-        return DecodingState(self.run.make(rows, capacity))
-
-    def _width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
-        """Where all columns are text, transformers notes only their number."""
+    def _prompt_width(self, model_kwargs: Mapping[str, Any], generation_config: GenerationConfig) -> int:
+        """Return the mask's width; transformers notes only the width where nothing is padding."""
         mask = model_kwargs.get(self.mask_name)
         return int(generation_config._mask_length if mask is None else mask.shape[1])
 
 
 @dataclass
 class _StepRecord:
-    """What is told of each step beside its tokens.
+    """The scores and logits of each step, as far as the caller asked for them.
 
     Attributes:
-        config: says what is wanted.
-        answers: what an answer with all of it is.
-        scores, logits: of each step, as far as they are wanted.
+        config: says what the caller asked for.
+        output_class: the class of an output that holds them.
     """
 
-    config: Any
-    answers: Any
+    config: GenerationConfig
+    output_class: Callable[..., ModelOutput]
     scores: tuple[Tensor, ...] | None = field(init=False)
     logits: tuple[Tensor, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        wanted = self.config.return_dict_in_generate
-        self.scores = () if wanted and self.config.output_scores else None
-        self.logits = () if wanted and self.config.output_logits else None
+        as_object = self.config.return_dict_in_generate
+        self.scores = () if as_object and self.config.output_scores else None
+        self.logits = () if as_object and self.config.output_logits else None
 
     def add(self, scores: Tensor, logits: Tensor) -> None:
-        """What one step gave."""
+        """Add one step."""
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
 
-    def answer(self, sequences: Tensor, text: DecodingState | None) -> Any:
-        """As transformers answers."""
+    def build_output(self, sequences: Tensor, cache: DecodingState | None) -> Tensor | ModelOutput:
+        """Return the sequences, or transformers' output object."""
         if not self.config.return_dict_in_generate:
             return sequences
-        return self.answers(sequences=sequences, scores=self.scores, logits=self.logits, cache=text)
+        return self.output_class(sequences=sequences, scores=self.scores, logits=self.logits, cache=cache)

@@ -1,4 +1,4 @@
-"""Generation where the host itself runs: its own ``generate``, with a choice of adapters."""
+"""Generation where the model itself runs: its own ``generate``, with a choice of adapters."""
 
 from __future__ import annotations
 
@@ -7,106 +7,107 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lorac.errors import Unavailable
 from lorac.frontend.model_runner import preserve_random_state
+from lorac.ir.slots.plans import BranchSlot
 from lorac.ir.slots.program_values import BASE, INPUT, PASS, parse_value_name
 from lorac.runtime.choice_states import ChoiceState
 from lorac.runtime.generation.draft_model import DraftModel
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK
 from lorac.target.engine import BoundProgram
 
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EagerGeneration:
-    """One run of some rows by the host itself.
+    """One run of some rows by the model itself.
 
     Attributes:
-        graph: which host.
-        told: options and inputs, as transformers takes them.
+        graph: which of several models.
+        options: options and inputs as transformers takes them.
         seeds: one for the run, alone or in a list.
     """
 
     graph: str
-    told: Mapping[str, Any]
+    options: Mapping[str, object]
     seeds: int | list[int] | None
 
-    def __call__(self, bound: BoundProgram, state: ChoiceState, other: BoundProgram | None) -> Any:
-        """What the rows go on with.
+    def __call__(
+        self, bound: BoundProgram, state: ChoiceState, draft: BoundProgram | None
+    ) -> torch.Tensor | ModelOutput:
+        """Generate.
 
         Args:
-            bound, state: the adapters.
-            other: those that guess ahead, if any do.
+            bound, state: the choice of adapters.
+            draft: the choice that drafts tokens.
         """
         seed = self.seeds[0] if isinstance(self.seeds, list) else self.seeds
-        own = {"use_cache": False} if _needs_full_sequence(state) else {}
+        branches = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
+        extra: dict[str, object] = {"use_cache": False} if _needs_full_sequence(branches) else {}
 
-        def generate(host: Any) -> Any:
-            guess = (
-                {}
-                if other is None
-                else {"assistant_model": DraftModel(host, functools.partial(other.run_with_model, self.graph))}
-            )
-            with _seeded(host, seed), _pass_mask(host, told=_reads_mask(state)):
-                return host.generate(**{**self.told, **own, **guess})
+        def generate(model: Any) -> torch.Tensor | ModelOutput:
+            if draft is not None:
+                extra["assistant_model"] = DraftModel(model, functools.partial(draft.run_with_model, self.graph))
+            with _seed_torch(model, seed), _pass_mask(model) if _reads_mask(branches) else contextlib.nullcontext():
+                return model.generate(**{**self.options, **extra})
 
         return bound.run_with_model(self.graph, generate)
 
 
-def refuse_prompt_cache(prefixes: object, why: str) -> None:
-    """Raise ``Unavailable`` where texts are to be kept between calls: what a host's cache holds is its own business."""
-    if prefixes is not None:
+def refuse_prompt_cache(prompt_cache: object, why: str) -> None:
+    """Raise ``Unavailable`` where prompts are to be kept between calls and the cache belongs to the model."""
+    if prompt_cache is not None:
         raise Unavailable(
             why,
-            next_step="leave prefixes= out; for target='onnxruntime' with cache=True decoders without an encoder "
-            "keep them",
+            next_step="leave prompt_cache= out; target='onnxruntime' with cache=True has it for decoders without an "
+            "encoder",
         )
 
 
 @contextlib.contextmanager
-def _seeded(host: nn.Module, seed: int | None) -> Iterator[None]:
-    """Have random numbers, inside the block, come from a seed; they go on after it as if there was none."""
+def _seed_torch(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """Seed torch's generators inside the block; afterwards they go on as if the block had not been."""
     if seed is None:
         yield
         return
-    with preserve_random_state(host):
+    with preserve_random_state(model):
         torch.manual_seed(seed)
         yield
 
 
 @contextlib.contextmanager
-def _pass_mask(host: nn.Module, *, told: bool) -> Iterator[None]:
-    """Have each call of this thread, inside the block, get a mask: transformers leaves one out where all is text."""
+def _pass_mask(model: nn.Module) -> Iterator[None]:
+    """Give each call of this thread a mask inside the block; transformers omits it where nothing is padding."""
+    thread = threading.get_ident()
 
-    def whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def add_mask(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
         if threading.get_ident() != thread or kwargs.get(MASK) is not None or kwargs.get(IDS) is None:
             return None
         rows, new = kwargs[IDS].shape[:2]
         cache = kwargs.get(CACHE)
-        held = 0 if cache is None else cache.get_seq_length()
-        return args, {**kwargs, MASK: kwargs[IDS].new_ones(rows, held + new)}
+        past = 0 if cache is None else cache.get_seq_length()
+        return args, {**kwargs, MASK: kwargs[IDS].new_ones(rows, past + new)}
 
-    thread = threading.get_ident()
-    # In front of the engine's own, which keeps what the call was given.
-    handle = host.register_forward_pre_hook(whole, prepend=True, with_kwargs=True) if told else None
+    # Before the engine's own hook, which keeps the arguments of the call.
+    handle = model.register_forward_pre_hook(add_mask, prepend=True, with_kwargs=True)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        handle.remove()
 
 
-def _reads_mask(state: ChoiceState) -> bool:
-    """Whether a branch reads which tokens are text."""
-    slots = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
-    return any(parse_value_name(name) == (INPUT, MASK) for slot in slots for name in slot.reads)
+def _reads_mask(branches: list[BranchSlot]) -> bool:
+    """Return whether a branch reads the attention mask."""
+    return any(parse_value_name(name) == (INPUT, MASK) for slot in branches for name in slot.reads)
 
 
-def _needs_full_sequence(state: ChoiceState) -> bool:
-    """Whether a branch attends by itself, or in a pass before the call's own: no cache holds what these attend to."""
-    slots = [term.slot for composed in state.snapshot.composed.values() for _, term in composed.branches]
-    return any(slot.mixes or any(parse_value_name(name)[0] in {BASE, PASS} for name in slot.reads) for slot in slots)
+def _needs_full_sequence(branches: list[BranchSlot]) -> bool:
+    """Return whether a branch attends by itself, or reads a pass before the call's own: no cache holds their keys."""
+    return any(slot.mixes or any(parse_value_name(name)[0] in {BASE, PASS} for name in slot.reads) for slot in branches)

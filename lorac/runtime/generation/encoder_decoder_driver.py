@@ -1,10 +1,10 @@
-"""``EncoderDecoderDriver``: a program with an encoder beside a decoder, as transformers generates from it over a cache.
+"""The driver of programs with an encoder.
 
-transformers runs an encoder once for a call, and hands on what it answers. Here what it makes is kept beside the rows
-of the cache, so that transformers has nothing to hand on; and it is run when there is a cache, once for the rows of a
-batch, however many beams each is to have.
+transformers runs an encoder once per call and passes its output on. Here the encoder's outputs lie next to the rows of
+the cache, and transformers has nothing to pass on. The encoder runs when the cache is allocated, once for the rows of a
+batch, however many beams each row has.
 
-As ``driver``, this module is imported by the first call of ``generate``.
+The first call of ``generate`` imports this module, as it does ``driver``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -28,81 +28,89 @@ from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver
 from lorac.runtime.generation.prompts import main_input
 from lorac.runtime.traits import CustomGeneration
 
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
 DECODER_MASK = "decoder_attention_mask"
-"""What transformers calls the mask of a decoder's text."""
+"""transformers' name for the mask of a decoder's tokens."""
 
 
 @final
 class EncoderDecoderDriver(GenerationDriver):
-    """As ``GenerationDriver``, with an encoder.
+    """Generates from a program with an encoder.
 
-    Args:
-        run, config, generation: as ``GenerationDriver``'s.
+    Attributes:
+        rules: the model's own way of generating; None for transformers' common one.
     """
 
     mask_name = DECODER_MASK
-    answers: Any = GenerateEncoderDecoderOutput
-
+    output_class: Callable[..., ModelOutput] = GenerateEncoderDecoderOutput
     rules: CustomGeneration | None = None
 
-    def __init__(self, run: DecodingProgram, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-        super().__init__(run, config, generation)
+    def __init__(self, program: DecodingProgram, config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+        super().__init__(program, config, generation)
         if self.rules is not None:
             _add_attributes(self, self.rules, config, generation)
-        self.main_input_name = main_input(run.keeps.encodes)
-        self._inputs: dict[str, Any] = {}
+        self.main_input_name = main_input(program.cache_spec.encodes)
+        self._encoder_inputs: dict[str, object] = {}
         self._columns = 0
 
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        """What a call gives was looked at before."""
+    def _validate_model_kwargs(self, model_kwargs: dict[str, object]) -> None:
+        """Do nothing: the options were checked before."""
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], model_input_name: str | None, generation_config: Any
-    ) -> dict[str, Any]:
-        """Note what the encoder is to read; the answer that transformers hands on is empty."""
+        self,
+        inputs_tensor: Tensor,
+        model_kwargs: dict[str, object],
+        model_input_name: str | None,
+        generation_config: GenerationConfig,
+    ) -> dict[str, object]:
+        """Note the encoder's inputs; the output that transformers passes on is empty."""
         given = {**model_kwargs, self.main_input_name: inputs_tensor}
-        self._inputs = {name: given[name] for name in self.run.keeps.encodes if given.get(name) is not None}
-        rows = inputs_tensor.shape[0]
-        return {**model_kwargs, "encoder_outputs": BaseModelOutput(last_hidden_state=torch.empty(rows, 0, 0))}
+        encodes = self.program.cache_spec.encodes
+        self._encoder_inputs = {name: given[name] for name in encodes if given.get(name) is not None}
+        empty = torch.empty(inputs_tensor.shape[0], 0, 0)
+        return {**model_kwargs, "encoder_outputs": BaseModelOutput(last_hidden_state=empty)}
 
-    def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, object]]:
+        prepared: tuple[Tensor, dict[str, object]]
         prepared = super()._prepare_decoder_input_ids_for_generation(*args, **kwargs)  # type: ignore[misc]  # of a model
         self._columns = prepared[0].shape[1]
         return prepared
 
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        answer: Any = super()._beam_search(*args, **kwargs)  # type: ignore[misc]  # of a model
-        if self.rules is None or isinstance(answer, Tensor):
-            return answer
-        return type(answer)(**{name: value for name, value in answer.items() if name != "cache"})
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
+        output: Tensor | ModelOutput = super()._beam_search(*args, **kwargs)  # type: ignore[misc]  # of a model
+        if self.rules is None or isinstance(output, Tensor):
+            return output
+        return type(output)(**{name: value for name, value in output.items() if name != "cache"})
 
-    def _handed_on(self, text: DecodingState) -> DecodingState | None:
-        """Rules of a model's own look into a cache, which they would not know."""
-        return None if self.rules is not None else text
+    def _returned_cache(self, state: DecodingState) -> DecodingState | None:
+        """Return no cache to a model's own rules, which look into it and would not know it."""
+        return None if self.rules is not None else state
 
-    def _begun(self, rows: int, capacity: int) -> DecodingState:
-        cache = self.run.make(rows, capacity)
-        assert self.run.encode is not None
-        self.run.encode(cache, self._inputs)
+    def _new_state(self, rows: int, capacity: int) -> DecodingState:
+        cache = self.program.new_cache(rows, capacity)
+        assert self.program.encode is not None
+        self.program.encode(cache, self._encoder_inputs)
         return DecodingState(cache)
 
-    def _width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
+    def _prompt_width(self, model_kwargs: Mapping[str, object], generation_config: GenerationConfig) -> int:
         return self._columns
 
 
-# ── Rules of a model's own ───────────────────────────────────────────────────────────────────────────────────────────
+# ── A model's own rules ──────────────────────────────────────────────────────────────────────────────────────────────
 _ALLOWED_CLASSES = re.compile(r"transformers\.models\.\w+\.generation_\w+:[A-Za-z]\w*", re.ASCII)
-"""Classes that an artefact may name: those with which transformers' own models generate, and no model."""
+"""Classes that an artifact may name: the generation mixins of transformers' own models."""
 
 
 def load_rules_class(rules: CustomGeneration) -> type:
-    """The class that brings a way of generating.
+    """Return the class that implements a way of generating.
 
     Raises:
-        Unavailable: it is none of transformers' that can be had without its model.
+        Unavailable: transformers has no such class apart from the model.
     """
     module, _, name = rules.path.partition(":")
-    found: Any = None
+    found: object = None
     if _ALLOWED_CLASSES.fullmatch(rules.path):
         try:
             found = vars(importlib.import_module(module)).get(name)
@@ -117,7 +125,7 @@ def load_rules_class(rules: CustomGeneration) -> type:
 
 
 def driver_class(rules: CustomGeneration | None) -> type[EncoderDecoderDriver]:
-    """The class of drivers that generate by some rules."""
+    """Return the class of drivers that generate by some rules."""
     if rules is None:
         return EncoderDecoderDriver
     return type(EncoderDecoderDriver.__name__, (EncoderDecoderDriver, load_rules_class(rules)), {"rules": rules})
@@ -126,20 +134,19 @@ def driver_class(rules: CustomGeneration | None) -> type[EncoderDecoderDriver]:
 def _add_attributes(
     driver: EncoderDecoderDriver, rules: CustomGeneration, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> None:
-    """Give a driver what rules ask of a model: all of its configurations, and attributes of its modules."""
-    for held, told in ((driver.config, config), (driver.generation_config, generation)):
-        vars(held).update({name: value for name, value in told.items() if not hasattr(held, name)})
+    """Give a driver the attributes that rules read of a model: its whole configuration, and sizes of its modules."""
+    for target, values in ((driver.config, config), (driver.generation_config, generation)):
+        vars(target).update({name: value for name, value in values.items() if not hasattr(target, name)})
     vars(driver.config)["model_type"] = config.get("model_type", "")
     modules = SimpleNamespace()
     for path, value in rules.asks.items():
         *above, last = path.split(".")
         setattr(functools.reduce(_child_namespace, above, modules), last, value)
-    # What an artefact names takes the place of nothing that a driver has.
-    vars(driver).update({name: held for name, held in vars(modules).items() if not hasattr(driver, name)})
+    # An attribute that an artifact names replaces none of the driver's own.
+    vars(driver).update({name: value for name, value in vars(modules).items() if not hasattr(driver, name)})
 
 
-def _child_namespace(held: Any, name: str) -> Any:
-    """What stands for a module, made where there is nothing yet."""
-    if not hasattr(held, name):
-        setattr(held, name, SimpleNamespace())
-    return getattr(held, name)
+def _child_namespace(parent: SimpleNamespace, name: str) -> SimpleNamespace:
+    """Return what stands for a module, made where it is missing."""
+    child: SimpleNamespace = vars(parent).setdefault(name, SimpleNamespace())
+    return child

@@ -1,123 +1,121 @@
-"""Prefixes: texts that were computed before, kept between calls: what begins as one of them costs only the rest."""
+"""The prompt cache: keys and values of earlier sequences, which prompts that begin alike use again."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from lorac.argument_types import check_type
 from lorac.target.kv_cache import KeyValueCache
 
-CacheKey = tuple[Any, ...]
-"""A choice of adapters, and how often their tensors were written: keys and values depend on both."""
+CacheKey = tuple[Hashable, ...]
+"""A choice of adapters and the versions of their tensors: keys and values depend on both."""
 
 
 @dataclass(frozen=True, eq=False)
 class _CachedPrompts:
-    """One call's texts.
+    """The sequences of one call.
 
     Attributes:
-        engine: what they were computed with.
-        key: with which adapters.
+        engine: computed them.
+        key: the choice of adapters.
         rows: the tokens of each.
         cache: holds them.
     """
 
-    engine: weakref.ref[Any]
+    engine: weakref.ref[object]
     key: CacheKey
     rows: Sequence[Tensor]
     cache: KeyValueCache
 
-    def best(self, row: Tensor) -> tuple[int, int]:
-        """How many tokens of a row these texts begin with, but for its last, and which of them does."""
-        return max(
-            (min(_common_prefix_length(own, row), row.shape[0] - 1), -place) for place, own in enumerate(self.rows)
-        )
+    def best_match(self, row: Tensor) -> tuple[int, int]:
+        """Return how many tokens of a row, without its last, a sequence begins with, and the negated index of that."""
+        return max((min(_common_prefix_length(own, row), row.shape[0] - 1), -i) for i, own in enumerate(self.rows))
 
 
 class PromptCache:
-    """Texts kept between calls of ``compiled.generate(prefixes=...)``; those that were used longest ago go first.
+    """Sequences kept between calls of ``compiled.generate(prompt_cache=...)``; the least recently used go first.
 
-    A call begins with what it finds of its prompts, and leaves its own texts. What one choice of adapters computed
-    serves no other, since keys and values depend on it, and of an adapter that was trained since nothing is found.
+    A call begins with what the cache holds of its prompts, and adds its own sequences. Sequences of one choice of
+    adapters serve no other, since keys and values depend on it; those of an adapter that was trained since serve none.
 
     Args:
-        bytes: how much the caches of all kept texts may take.
+        bytes: the most that all sequences may take.
     """
 
     def __init__(self, bytes: int = 1 << 30) -> None:
         check_type(bytes, int, "the budget of lorac.PromptCache", next_step="give a number of bytes")
         self.bytes = bytes
         self._lock = threading.Lock()
-        self._kept: list[_CachedPrompts] = []
+        self._entries: list[_CachedPrompts] = []
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     @property
     def used(self) -> int:
-        """The bytes that the kept texts take."""
-        return sum(kept.cache.nbytes for kept in self._kept)
+        """The bytes that the sequences take."""
+        return sum(entry.cache.nbytes for entry in self._entries)
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Forget all sequences."""
         with self._lock:
-            self._kept = []
+            self._entries = []
 
-    def found(self, engine: Any, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
-        """A cache of one's own that holds what is known of some rows, of each but its last token; None for nothing.
+    def find(self, engine: object, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
+        """Return a copy of what is known of some rows, without the last token of each; None for nothing.
 
         Args:
-            engine: what computes.
-            key: with which adapters.
-            rows: the tokens of each.
+            engine: computes the rest.
+            key: the choice of adapters.
+            rows: the tokens of each row.
         """
         with self._lock:
-            chosen = max(self._of(engine, key), key=lambda kept: sum(kept.best(row)[0] for row in rows), default=None)
-            if chosen is None:
+            entries = self._entries_of(engine, key)
+            best = max(entries, key=lambda entry: sum(entry.best_match(row)[0] for row in rows), default=None)
+            if best is None:
                 return None
-            begun = [chosen.best(row) for row in rows]
-            if not any(length for length, _ in begun):
+            matches = [best.best_match(row) for row in rows]
+            if not any(length for length, _ in matches):
                 return None
-            self._kept = [*(kept for kept in self._kept if kept is not chosen), chosen]
-            cache = chosen.cache.copy()
-        cache.select([-place for _, place in begun])
-        cache.crop([length for length, _ in begun])
+            self._entries = [*(entry for entry in self._entries if entry is not best), best]
+            cache = best.cache.copy()
+        cache.select([-index for _, index in matches])
+        cache.crop([length for length, _ in matches])
         return cache
 
-    def keep(self, engine: Any, key: CacheKey, rows: Sequence[Tensor], cache: KeyValueCache) -> None:
-        """Keep texts; those that they begin as, and what the budget does not admit, are forgotten.
+    def add(self, engine: object, key: CacheKey, rows: Sequence[Tensor], cache: KeyValueCache) -> None:
+        """Keep sequences; forget those that are a beginning of them, and the oldest beyond the budget.
 
         Args:
-            engine: what computed them.
-            key: with which adapters.
-            rows: the tokens of each.
-            cache: holds them, and nobody else uses it.
+            engine: computed them.
+            key: the choice of adapters.
+            rows: the tokens of each row.
+            cache: holds them; nothing else may use it.
         """
         new = _CachedPrompts(weakref.ref(engine), key, [row.clone() for row in rows], cache)
         with self._lock:
-            passed = [kept for kept in self._of(engine, key) if _is_covered(kept, new)]
-            alive = [kept for kept in self._kept if kept not in passed and kept.engine() is not None]
-            self._kept = [*alive, new]
-            while self._kept and self.used > self.bytes:
-                del self._kept[0]
+            covered = [entry for entry in self._entries_of(engine, key) if _is_covered(entry, new)]
+            alive = [entry for entry in self._entries if entry not in covered and entry.engine() is not None]
+            self._entries = [*alive, new]
+            while self._entries and self.used > self.bytes:
+                del self._entries[0]
 
-    def _of(self, engine: Any, key: CacheKey) -> list[_CachedPrompts]:
-        return [kept for kept in self._kept if kept.engine() is engine and kept.key == key]
+    def _entries_of(self, engine: object, key: CacheKey) -> list[_CachedPrompts]:
+        return [entry for entry in self._entries if entry.engine() is engine and entry.key == key]
 
 
 def _common_prefix_length(one: Tensor, other: Tensor) -> int:
-    """How many tokens two texts begin with both."""
+    """Return how many tokens two sequences have in common at their beginning."""
     length = min(one.shape[0], other.shape[0])
     differ = (one[:length] != other[:length]).nonzero()
     return int(differ[0, 0]) if differ.shape[0] else length
 
 
 def _is_covered(old: _CachedPrompts, new: _CachedPrompts) -> bool:
-    """Whether every text of the one begins some text of the other."""
+    """Return whether every sequence of the old entry is a beginning of one of the new."""
     return all(any(_common_prefix_length(row, longer) == row.shape[0] for longer in new.rows) for row in old.rows)

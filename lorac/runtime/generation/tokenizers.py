@@ -1,4 +1,4 @@
-"""Tokenizers: the model's own, as it was given or as an artefact holds it, loaded when it is first asked for."""
+"""Tokenizers: the model's own, as it was given or as an artifact holds it, loaded on first use."""
 
 from __future__ import annotations
 
@@ -6,42 +6,46 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lorac.errors import ArtifactError, MissingExtra, WrongType, short
 from lorac.storage.open_file import OpenFile
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TOKENIZER_FOLDER = "tokenizer"
-"""Where an artefact has its files."""
+"""The folder of an artifact that holds its files."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as an artefact holds it.
+    """A tokenizer as an artifact holds it.
 
     Attributes:
-        files: its files by name, held.
+        files: its files by name, open.
     """
 
     files: Mapping[str, OpenFile]
 
     @classmethod
     def among(cls, files: Mapping[str, OpenFile]) -> TokenizerFiles | None:
-        """Those of an artefact's files that are the tokenizer's; None where there are none."""
-        own = {name: file for name, file in files.items() if name.startswith(f"{TOKENIZER_FOLDER}/")}
-        return cls({name.removeprefix(f"{TOKENIZER_FOLDER}/"): file for name, file in own.items()}) if own else None
+        """Return the tokenizer among an artifact's files, or None."""
+        prefix = f"{TOKENIZER_FOLDER}/"
+        own = {name.removeprefix(prefix): file for name, file in files.items() if name.startswith(prefix)}
+        return cls(own) if own else None
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the files into a folder, as they are."""
+        """Write the files into a folder, unchanged."""
         for name, file in self.files.items():
             file.copy_to(folder / name)
 
-    def loaded(self) -> Any:
-        """The tokenizer, of a class of transformers' own: nothing that the files name is run.
+    def load(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer as a class of transformers' own; no code that the files name is run.
 
         Raises:
             MissingExtra: transformers is not installed.
-            ArtifactError: the files are no tokenizer that it knows.
+            ArtifactError: transformers cannot read the files.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder))
@@ -49,20 +53,20 @@ class TokenizerFiles:
                 return read_tokenizer(Path(folder))
             except MissingExtra:
                 raise
-            except Exception as error:  # whatever files that anybody may have written make transformers raise
+            except Exception as error:  # transformers raises anything for files that anybody may have written
                 reason = str(error).strip().partition("\n")[0]
                 raise ArtifactError(
-                    f"the artefact's tokenizer cannot be loaded: {reason}",
+                    f"the artifact's tokenizer cannot be loaded: {reason}",
                     next_step="load it elsewhere, and give it: compiled.tokenizer = ...",
                 ) from error
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, of a class of transformers' own.
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a folder, of a class of transformers' own.
 
     Raises:
         MissingExtra: transformers is not installed.
-        Exception: the files are none that it reads.
+        Exception: transformers cannot read the files.
     """
     try:
         from transformers import AutoTokenizer
@@ -71,11 +75,11 @@ def read_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def tokenizer_writer(tokenizer: Any) -> Callable[[Path], object] | None:
-    """What writes a tokenizer into a folder; None where there is none.
+def tokenizer_writer(tokenizer: object) -> Callable[[Path], object] | None:
+    """Return the function that writes a tokenizer into a folder; None without a tokenizer.
 
     Raises:
-        WrongType: it has no such method.
+        WrongType: the tokenizer has no such method.
     """
     if tokenizer is None:
         return None
@@ -83,6 +87,6 @@ def tokenizer_writer(tokenizer: Any) -> Callable[[Path], object] | None:
     if not callable(write):
         raise WrongType(
             f"the tokenizer is {short(tokenizer)}, which cannot be saved",
-            next_step="give one of transformers', or anything with save_pretrained(folder)",
+            next_step="give one of transformers, or anything with save_pretrained(folder)",
         )
     return write

@@ -106,9 +106,9 @@ def test_beams_prefixes_and_drafts_have_the_side_networks_keys_follow() -> None:
     for more in ({"num_beams": 3, "num_return_sequences": 2}, {"draft": None}, {"prefill_chunk_size": 2}):
         found = compiled.generate(row, adapters="adapter", **ASKED, **more)
         assert torch.equal(found, eager.generate(row, adapters="adapter", **ASKED, **more))
-    prefixes = lorac.PromptCache()
+    cache = lorac.PromptCache()
     for name, length in (("adapter", 4), ("adapter", 5), ("masked", 5)):
-        found = compiled.generate(IDS[1:, :length], adapters=name, prefixes=prefixes, **ASKED)
+        found = compiled.generate(IDS[1:, :length], adapters=name, prompt_cache=cache, **ASKED)
         assert torch.equal(found, compiled.generate(IDS[1:, :length], adapters=name, **ASKED))
 
 

@@ -57,60 +57,60 @@ def _longer(sequences: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_conversation_computes_only_what_is_new(model: Any) -> None:
-    prefixes = lorac.PromptCache()
-    first = model.generate(prompts()[0][None], **GREEDY, prefixes=prefixes)
+    cache = lorac.PromptCache()
+    first = model.generate(prompts()[0][None], **GREEDY, prompt_cache=cache)
     assert first.shape[1] == LENGTHS[0] + NEW
     told = _longer(first)
     expected = model.generate(told, **GREEDY)
     model.engine.fed.clear()
-    assert torch.equal(model.generate(told, **GREEDY, prefixes=prefixes), expected)
+    assert torch.equal(model.generate(told, **GREEDY, prompt_cache=cache), expected)
     # The last token that was made was never computed with; the three of the next turn come with it.
     assert model.engine.fed[0] == [4]
-    assert len(prefixes) == 1
+    assert len(cache) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "seed": 1}])
 def test_rows_begin_as_the_longest_text_that_is_known(options: dict[str, Any], model: Any) -> None:
-    prefixes = lorac.PromptCache()
+    cache = lorac.PromptCache()
     options = {**GREEDY, **options}
-    model.generate(**padded(prompts(), "left"), **options, prefixes=prefixes)
+    model.generate(**padded(prompts(), "left"), **options, prompt_cache=cache)
     ends = prompts(1, (2, 2, 2, 2))
     rows = [torch.cat([row, end]) for row, end in zip(prompts()[::-1], ends, strict=True)]
     expected = model.generate(**padded(rows, "left"), **options)
     model.engine.fed.clear()
-    assert torch.equal(model.generate(**padded(rows, "left"), **options, prefixes=prefixes), expected)
+    assert torch.equal(model.generate(**padded(rows, "left"), **options, prompt_cache=cache), expected)
     assert max(model.engine.fed[0]) == 2
 
 
 def test_what_one_choice_computed_serves_no_other(model: Any) -> None:
-    prefixes, row = lorac.PromptCache(), prompts()[0][None]
-    first = model.generate(row, **GREEDY, prefixes=prefixes)
+    cache, row = lorac.PromptCache(), prompts()[0][None]
+    first = model.generate(row, **GREEDY, prompt_cache=cache)
     model.engine.fed.clear()
-    base = model.generate(row, **GREEDY, prefixes=prefixes, adapters=None)
+    base = model.generate(row, **GREEDY, prompt_cache=cache, adapters=None)
     assert model.engine.fed[0] == [LENGTHS[0]]
     assert not torch.equal(base, first)
-    assert len(prefixes) == 2
+    assert len(cache) == 2
     model.engine.fed.clear()
-    model.generate(row, **GREEDY, prefixes=prefixes, adapters={"default": 0.5})  # of the same tensors
+    model.generate(row, **GREEDY, prompt_cache=cache, adapters={"default": 0.5})  # of the same tensors
     assert model.engine.fed[0] == [LENGTHS[0]]
     tensor = next(iter(model.adapters["default"].parameters()))
     with torch.no_grad():
         tensor.mul_(1.0)  # written, as a step of a training does
     model.engine.fed.clear()
-    model.generate(row, **GREEDY, prefixes=prefixes)
+    model.generate(row, **GREEDY, prompt_cache=cache)
     assert model.engine.fed[0] == [LENGTHS[0]]
 
 
 def test_prefixes_stay_within_their_budget(model: Any) -> None:
     one = lorac.PromptCache()
-    model.generate(prompts()[0][None], **GREEDY, prefixes=one)
+    model.generate(prompts()[0][None], **GREEDY, prompt_cache=one)
     few = lorac.PromptCache(bytes=2 * one.used)
     for seed in range(4):
-        model.generate(prompts(seed)[0][None], **GREEDY, prefixes=few)
+        model.generate(prompts(seed)[0][None], **GREEDY, prompt_cache=few)
         assert few.used <= few.bytes
     assert len(few) == 2
     model.engine.fed.clear()
-    model.generate(prompts(3)[0][None], **GREEDY, prefixes=few)
+    model.generate(prompts(3)[0][None], **GREEDY, prompt_cache=few)
     assert model.engine.fed[0] == [1]
     few.clear()
     assert few.used == 0

@@ -206,7 +206,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         lorac.InputMismatch,
         "decoder_input_ids holds",
     ),
-    "prefixes": ({"input_ids": IDS, "prefixes": lorac.PromptCache()}, lorac.Unavailable, "no beginning of another"),
+    "prompt_cache": (
+        {"input_ids": IDS, "prompt_cache": lorac.PromptCache()},
+        lorac.Unavailable,
+        "no beginning of another",
+    ),
     "encoded before": ({"input_ids": IDS, "encoder_outputs": 1}, lorac.errors.OptionError, "encoder_outputs"),
     "choices": ({"input_ids": IDS, "adapters": ["one", None]}, lorac.ChoiceError, "2 choices of adapters for 1 rows"),
 }

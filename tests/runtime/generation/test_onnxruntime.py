@@ -51,10 +51,10 @@ def test_one_program_generates_as_peft_does(family: str, tmp_path: Path) -> None
     for place, row in enumerate(mixed):
         assert torch.equal(row, (base if place % 2 else expected)[place])
     assert torch.equal(made.generate(**batch, **GREEDY, draft=None), expected)
-    prefixes = lorac.PromptCache()
+    cache = lorac.PromptCache()
     for _ in range(2):
-        assert torch.equal(made.generate(**batch, **GREEDY, prefixes=prefixes), expected)
-    assert 0 < prefixes.used <= prefixes.bytes
+        assert torch.equal(made.generate(**batch, **GREEDY, prompt_cache=cache), expected)
+    assert 0 < cache.used <= cache.bytes
     made.save(tmp_path / "text", tokenizer=words())
     loaded = lorac.load(tmp_path / "text")
     assert torch.equal(loaded.generate(**batch, **GREEDY), expected)
@@ -92,10 +92,10 @@ def small() -> Any:
 
 def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
     """One row is known up to its last token, and the other brings more than there are positions left in the first."""
-    rows, prefixes = prompts(0, (60, 40)), lorac.PromptCache()
-    small.generate(rows[0][None], **GREEDY | {"max_new_tokens": 2}, prefixes=prefixes, eos_token_id=None)
+    rows, cache = prompts(0, (60, 40)), lorac.PromptCache()
+    small.generate(rows[0][None], **GREEDY | {"max_new_tokens": 2}, prompt_cache=cache, eos_token_id=None)
     told = {**padded(rows, "right"), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(small.generate(**told, prefixes=prefixes), small.generate(**told))
+    assert torch.equal(small.generate(**told, prompt_cache=cache), small.generate(**told))
 
 
 def test_a_row_without_a_token_beside_others(small: Any) -> None:
