@@ -153,7 +153,7 @@ def test_codes_of_another_kind_are_dequantised_with_a_warning(
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", library)
     own = model(lambda layer: in_bitsandbytes(layer, Linear4bit))
     options = {"target": "onnxruntime", "example_inputs": (X,), "self_test": False}
-    says = "held as float32\n.*weights='int8'" if weights is None else "quantised anew, as int8"
+    says = "stored as float32\n.*weights='int8'" if weights is None else "quantised anew, as int8"
     with pytest.warns(LoracWarning, match=f"1 weights came as Linear4bit, .*: they are {says}"):
         compiled = lorac.compile(own, weights=weights, **options)
     assert len(products(compiled)) == (0 if weights is None else 2)
@@ -226,7 +226,7 @@ def test_codes_of_a_table_are_the_products_own(
     again = torch.randn(3, 128)
     for rows in (x, again):
         assert_close(compiled(rows), own(rows))
-    assert "weights: 2 held as nf4, in blocks of 64" in str(compiled.explain())
+    assert "weights: 2 stored as nf4, in blocks of 64" in str(compiled.explain())
     compiled.save(tmp_path)
     assert_close(lorac.load(tmp_path)(again), own(again))
 

@@ -132,7 +132,7 @@ def test_it_says_what_stays_as_it_is(made: Made) -> None:
     text = str(made.compiled.explain())
     options = made.compiled.engine.options
     kind = "symmetric" if options.symmetric else "asymmetric"
-    assert f"weights: 3 held as {options.weights}, {kind}, in blocks of {options.block_size}: " in text
+    assert f"weights: 3 stored as {options.weights}, {kind}, in blocks of {options.block_size}: " in text
     assert "weights that stay as they are, read by Conv: conv.weight" in text
     assert f"weights that stay as they are, rows shorter than a block of {options.block_size}: short" in text
 
@@ -248,7 +248,7 @@ def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
     model = nn.Sequential(nn.Linear(64, 48, dtype=torch.float64)).eval()
     options = {"target": "onnxruntime", "example_inputs": (torch.ones(2, 64, dtype=torch.float64),)}
     with pytest.raises(
-        Unavailable, match=r"no weight of the model can be held as int4: '0\.weight' is of double numbers"
+        Unavailable, match=r"no weight of the model can be stored as int4: '0\.weight' is of double numbers"
     ):
         lorac.compile(model, weights="int4", **options)
 

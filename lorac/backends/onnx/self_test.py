@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import onnx_ir as ir
 import torch
 
+from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import MODEL_FILE, graph_file
 from lorac.backends.onnx.slot_checks import (
     check_slot_constants,
@@ -24,7 +24,7 @@ from lorac.backends.onnx.slot_checks import (
 )
 from lorac.errors import CompileError
 from lorac.ir.graph.feeds import collect_slot_tensors
-from lorac.ir.graph.graph import Graph, SlotInput
+from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import (
     differs_beyond_rounding,
     read_example_inputs,
@@ -34,13 +34,11 @@ from lorac.ir.graph.interpreter import (
 )
 from lorac.ir.graph.program import Program
 from lorac.ir.sites import BaseReader, Site, factor_dtype
-from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.role import NoiseScale, SlotSpec
 from lorac.ir.slots.roles import ROLES
-from lorac.target.engine import ProgramFiles
 
 Tensor = torch.Tensor
 _NOISE_RANK = 3
@@ -52,50 +50,12 @@ _MAX_AMPLIFICATION, _MAX_DISTANCE = 8, 0.02
 is dropped or exchanged changes it by more."""
 
 
-class EmittedEngine(Protocol):
-    """What the self-test needs of an engine over emitted models.
-
-    Attributes:
-        mode, files, base: as ``lorac.target.engine.Engine``'s.
-    """
-
-    mode: str
-    files: ProgramFiles
-    base: BaseReader
-
-    @property
-    def plans(self) -> Mapping[str, SitePlan]:
-        """Return the slots of the sites that the program reaches."""
-
-    @property
-    def slots(self) -> Mapping[str, SlotInput]:
-        """Return the slot inputs of all graphs by public name."""
-
-    @property
-    def buffers(self) -> Mapping[str, FusedBuffer]:
-        """Return the weights that the program reads in fused mode, by site path."""
-
-    @property
-    def memory(self) -> Mapping[str, Tensor]:
-        """Return slot -> the memory of its weight in fused mode."""
-
-    @property
-    def fused(self) -> bool:
-        """Return whether weights are written in place."""
-
-    def write(self, snapshot: ComposedWeights) -> int:
-        """Write the weights of a snapshot."""
-
-    def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return a graph's outputs for tensors in its slots and inputs by name."""
-
-
 ConstantTransform = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Tensors by name -> the tensors that the emitted program computes with, such as quantised ones."""
 
 
 def run_self_test(
-    engine: EmittedEngine, program: Program, snapshot: ComposedWeights, computed: ConstantTransform = dict
+    engine: AnyOnnxEngine, program: Program, snapshot: ComposedWeights, computed: ConstantTransform = dict
 ) -> None:
     """Check an engine against the program it was emitted from.
 
@@ -144,7 +104,7 @@ class _SlotContents(ABC):
 class _BoundContents(_SlotContents):
     """Slots that are bound at each call, so that any tensors may be tried."""
 
-    def __init__(self, engine: EmittedEngine, snapshot: ComposedWeights) -> None:
+    def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
         self.engine = engine
         self._slots = fill_slots(engine.plans, ComposedWeights(()), engine.base)
         self._idle = self._named(self._slots)
@@ -169,7 +129,7 @@ class _BoundContents(_SlotContents):
 class _WrittenContents(_SlotContents):
     """Weights that are written into the engine's memory, since a second copy of all of them would be large."""
 
-    def __init__(self, engine: EmittedEngine, snapshot: ComposedWeights) -> None:
+    def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
         self.engine, self._snapshot = engine, snapshot
 
     def idle(self, name: str) -> Tensor:
@@ -225,7 +185,7 @@ class _ProgramComparison:
     """
 
     def __init__(
-        self, engine: EmittedEngine, program: Program, name: str, contents: _SlotContents, computed: ConstantTransform
+        self, engine: AnyOnnxEngine, program: Program, name: str, contents: _SlotContents, computed: ConstantTransform
     ) -> None:
         self.engine, self.graph, self.contents, self.computed = engine, program.graphs[name], contents, computed
         held = self.graph.exported.constants  # tables that passes made of weights are quantised as those are

@@ -114,7 +114,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             return
         reasons = {f"'{name}' is {why}" for report in reports for name, why in report.floats.items()}
         raise Unavailable(
-            f"no weight of the model can be held as {options.weights}: {min(reasons, default='it has no matrices')}",
+            f"no weight of the model can be stored as {options.weights}: {min(reasons, default='it has no matrices')}",
             next_step="leave weights= out; dtype='float32' has a model of another precision quantised",
         )
 
@@ -201,7 +201,7 @@ def _prequantised_matrices(model: nn.Module, options: OnnxRuntimeOptions) -> tup
             found.append(PrequantisedMatrix(origin.codes.dequantised().numpy(), codec.take(origin.codes)))
     if refused:
         kinds = ", ".join(dict.fromkeys(refused.values()))
-        instead = f"quantised anew, as {options.weights}" if options.weights else "held as float32"
+        instead = f"quantised anew, as {options.weights}" if options.weights else "stored as float32"
         warn(
             f"{len(refused)} weights came as {kinds}, whose codes ONNX Runtime's products do not take: "
             f"they are {instead}",

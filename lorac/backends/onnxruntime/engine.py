@@ -20,7 +20,6 @@ from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_fr
 from lorac.backends.onnxruntime.kv_cache import (
     CacheLayout,
     OrtCache,
-    check_encoder_rows,
     full_sequence_step,
     run_decode_step,
     split_padding,
@@ -123,7 +122,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotValues:
         """Return values over the tensors; a tensor that lies where sessions read it is not copied."""
-        return SlotValues({name: self.device_memory.held(tensor) for name, tensor in tensors.items()}, tensors)
+        return SlotValues({name: self.device_memory.to_value(tensor) for name, tensor in tensors.items()}, tensors)
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
         """Allocate weights in the memory that sessions read."""
@@ -210,10 +209,10 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         for name, tensor in inputs.items():
             binding.bind_ortvalue_input(name, as_ort_value(tensor))
         binding.clear_binding_outputs()
-        device = self.device_memory.answers(inputs.values())
+        device = self.device_memory.output_device(inputs.values())
         for name in loaded.outputs:
             binding.bind_output(name, *device)
-        self.device_memory.settled()
+        self.device_memory.synchronize()
         session.run_with_iobinding(binding)
         outputs = [as_tensor(value) for value in binding.get_outputs()]
         binding.clear_binding_outputs()
@@ -223,7 +222,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         """Return copies of a graph's outputs; without a past, a graph that keeps a cache reads an empty one."""
         cache = self.graphs[graph].cache
         if cache is not None and PAST_LENGTHS not in inputs:
-            inputs = {**make_empty_cache(cache.shapes, inputs[cache.text], cache.memory), **inputs}
+            inputs = {**make_empty_cache(cache.shapes, inputs[cache.token_input], cache.encoder_outputs), **inputs}
         return super().outputs(graph, tensors, inputs)
 
     def _serving(self, graph: str, values: SlotValues) -> tuple[ort.InferenceSession, SlotValues]:
@@ -236,7 +235,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
     def cache_spec(self, graph: str) -> CacheSpec | None:
         """Return what the session's cache can hold."""
         layout = self.graphs[check_component(graph, self.graphs)].cache
-        return None if layout is None else layout.keeps
+        return None if layout is None else layout.spec
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
         """Allocate buffers that the session reads and writes."""
@@ -263,10 +262,8 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         encoder = self.graphs[name]
         outputs = self.run_graph(name, content, convert_inputs(encoder, encoder.interface.check((), inputs)))
         named = dict(zip(encoder.outputs, outputs, strict=True))
-        memory = {output: value for output, value in named.items() if is_encoder_output(output)}
-        check_encoder_rows(memory, len(cache.lengths))
-        cache.remember(memory)
-        return {output: value for output, value in named.items() if output not in memory}
+        cache.set_encoder_outputs({name: value for name, value in named.items() if is_encoder_output(name)})
+        return {name: value for name, value in named.items() if not is_encoder_output(name)}
 
     def _call_whole(
         self,
@@ -278,10 +275,10 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         kwargs: Mapping[str, object],
     ) -> CallResult:
         """Call a graph that keeps a cache with whole sequences: over a cache of this call alone."""
-        text, interface, encoder_inputs = layout.text, loaded.interface, dict[str, object]()
-        if layout.keeps.encodes:
+        text, interface, encoder_inputs = layout.token_input, loaded.interface, dict[str, object]()
+        if layout.spec.encodes:
             named = interface.name_arguments(args, kwargs)
-            encoder_inputs = {name: named.pop(name) for name in layout.keeps.encodes if name in named}
+            encoder_inputs = {name: named.pop(name) for name in layout.spec.encodes if name in named}
             args, kwargs = (), named
         given, counts = split_padding(args, kwargs, text)
         ids = convert_input(text, given[text], loaded.dtypes[text])
@@ -290,7 +287,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         positions = {LOGITS_TO_KEEP: step.wanted} if LOGITS_TO_KEEP in loaded.dtypes else {}
         interface.check((), {**given, **positions})
         cache = self.new_cache(graph, *ids.shape)
-        encoded = self._encode(content, graph, cache, encoder_inputs) if layout.keeps.encodes else {}
+        encoded = self._encode(content, graph, cache, encoder_inputs) if layout.spec.encodes else {}
         logits = self.decode(content, graph, cache, step)
         logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
         as_numpy = isinstance(given[text], np.ndarray)

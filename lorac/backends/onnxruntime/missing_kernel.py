@@ -1,6 +1,6 @@
-"""An op that ONNX Runtime has no kernel for in the program's dtype: named with the module and the line that ask for it.
+"""The error for an op without a kernel in the program's dtype, which names the module and the line that use the op.
 
-Which dtypes an op has kernels for is known to the session alone, and it says so only when it is made.
+Only a session knows in which dtypes an op has kernels, and says so only when it is created.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _NAMES = {
 
 
 def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailable:
-    """The error for a session that was not made for lack of a kernel.
+    """Return the error for a session that could not be created for lack of a kernel.
 
     Args:
-        model: what it was to be made of.
-        error: the session's, which names an op and, where it is the model's own, a node.
+        model: the session's model.
+        error: the session's error, which names an op and, if the model has it, a node.
     """
     found = _MISSING.search(str(error))
     op, name = found.groups() if found else ("an op", "")
-    given = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
-    dtype = next((known for kind, known in _NAMES.items() if kind in given), "its dtype")
+    dtypes = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
+    dtype = next((known for kind, known in _NAMES.items() if kind in dtypes), "its dtype")
     node = next(_candidate_nodes(model, op, name), None)
-    asked = "" if node is None else describe_origin({entry.key: entry.value for entry in node.metadata_props})
+    origin = "" if node is None else describe_origin({entry.key: entry.value for entry in node.metadata_props})
     inner = "" if node is None or node.op_type == op else f" (part of {node.op_type})"
     return Unavailable(
-        f"onnxruntime has no kernel for {op}{inner} in {dtype}{asked}",
+        f"onnxruntime has no kernel for {op}{inner} in {dtype}{origin}",
         next_step="dtype='float32' computes in float32; target='eager' computes in the model's own dtype",
     )
 
 
 def _candidate_nodes(model: onnx.ModelProto, op: str, name: str) -> Iterator[NodeProto]:
-    """The nodes that may be meant, the likeliest first: by name, by op, by an op that stands for others."""
+    """Yield the nodes that may be meant, the likeliest first: by name, by op, by an op that is a function of others."""
     nodes = list(_nodes(model.graph))
     yield from (node for node in nodes if name and node.name == name)
     yield from (node for node in nodes if node.op_type == op)
@@ -52,7 +52,7 @@ def _candidate_nodes(model: onnx.ModelProto, op: str, name: str) -> Iterator[Nod
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[NodeProto]:
-    """The nodes of a graph and of those nested in it."""
+    """Yield the nodes of a graph and of its subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -60,7 +60,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[NodeProto]:
 
 
 def _function_body_ops(node: NodeProto) -> set[str]:
-    """The ops that ONNX itself says an op by, for float64 operands; none where it has no other ops for it."""
+    """Return the ops of an op's function body for float64 operands; none for an op without one."""
     try:
         schema: Any = onnx.defs.get_schema(node.op_type, domain=node.domain)  # typed without its functions
     except onnx.defs.SchemaError:

@@ -1,4 +1,4 @@
-"""What the onnxruntime target can be told."""
+"""Options of the onnxruntime target."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from lorac.errors import OptionError, nearest_name, not_one_of, short
 from lorac.target.backend import TargetOptions
 
 MAX_THREADS = 1024
-"""More than any machine has cores for one operator; each takes memory of its own."""
-
+"""More threads than a machine has cores for one operator; each takes memory of its own."""
 
 _PROVIDERS = {"cpu": CPU, "cuda": CUDA}
-"""Kind of device -> the provider that it is run by where none is asked for."""
+"""Type of device -> its default provider."""
 _SETTLE_TIMES = ("asked", "background")
 _WEIGHT_BITS = {"int8": 8, "int4": 4}
-"""What weights may be held as -> bits of a value."""
+"""Storage of quantised weights -> bits of a value."""
 FLOAT32_LEVEL = 1
 """The accuracy level of products that round nothing."""
 _ACCURACY_LEVELS = (0, FLOAT32_LEVEL, 2, 3, 4)
 _QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level")
-"""Options that say how weights are quantised, and nothing where none are."""
+"""Options that say how weights are quantised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +33,20 @@ class OnnxRuntimeOptions(TargetOptions):
     Attributes:
         threads: threads of one operator, 0 for ONNX Runtime's own choice.
         spinning: how threads wait for the next operator. None: busily for some microseconds, and only within a call,
-            which is as long as small operators take to follow one another; True: busily for as long as ONNX Runtime
-            has it, between calls too, which slows down everything else on the machine; False: asleep, which is best
+            which is as long as small operators take to follow one another; True: busily for as long as ONNX Runtime's
+            default, between calls too, which slows down everything else on the machine; False: asleep, which is best
             where other processes want the cores.
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
         cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers. Calls then
             take ``input_ids`` and an ``attention_mask`` that pads rows on the right; logits of padding are 0.
         providers: execution providers, best first; default: those of the device.
-        device: where sessions run, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, as ``compile`` is told by its own ``device``;
+        device: where sessions run, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``;
             default: where the first of the providers runs.
         weights: ``"int8"`` or ``"int4"``: weights of linear layers, output layers and embeddings are quantised, by
-            rounding to the nearest, and adapters run beside them in float. ``explain()`` says which stay float, and
-            why. The base is what the quantised weights come to, also for methods that read W; in mode ``"baked"`` the
-            adapters are merged in float first.
-        block_size: so many values of a row share a scale: 16, 32, 64, 128 or 256.
+            rounding to the nearest, and adapters run next to them in float. ``explain()`` says which stay float, and
+            why. The base is the dequantised weights, also for methods that read W; in mode ``"baked"`` the adapters
+            are merged in float first.
+        block_size: the number of values of a row that share a scale: 16, 32, 64, 128 or 256.
         symmetric: zero is in the middle of each block's range; False gives each block a zero point of its own, which
             is nearer to the weights, and a little larger and slower.
         accuracy_level: what products compute in, at least: 1 float32, 2 float16, 3 bfloat16; 4 rounds what they read
@@ -68,29 +67,29 @@ class OnnxRuntimeOptions(TargetOptions):
 
     @property
     def codec(self) -> Codec | None:
-        """How weights are quantised; None where they are not."""
+        """The codec of quantised weights, or None."""
         return None if self.weights is None else Codec(_WEIGHT_BITS[self.weights], self.block_size, self.symmetric)
 
     @property
     def place(self) -> torch.device:
-        """Where sessions run."""
+        """The device that sessions run on."""
         if self.device is not None:
             return torch.device(self.device)
         return torch.device("cpu" if self.providers is None else device_type_of(self.providers[0]))
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The providers that a session is made with, best first; what none of them takes is the CPU's."""
+        """The providers of a session, best first; the CPU computes the ops that none of them takes."""
         own = (_PROVIDERS[self.place.type],) if self.providers is None else self.providers
         return tuple(dict.fromkeys((*own, CPU)))
 
     @property
     def uses_cache(self) -> bool:
-        """Whether the program keeps a cache."""
+        """Whether the program keeps a cache of keys and values."""
         return self.cache
 
     def check(self) -> None:
-        """There are two times at which weights settle, and as many threads as a machine may have."""
+        """Raise ``OptionError`` for a value that makes no sense."""
         self._check_weights()
         self._check_device()
         if self.settle not in _SETTLE_TIMES:
@@ -102,12 +101,12 @@ class OnnxRuntimeOptions(TargetOptions):
             )
 
     def _check_device(self) -> None:
-        """Raise ``OptionError`` for devices and providers that there are none of, or that contradict each other."""
+        """Raise ``OptionError`` for devices and providers that do not exist or contradict each other."""
         known = known_providers()
         strange = [provider for provider in self.providers or () if provider not in known]
         if strange or self.providers == ():
             raise OptionError(
-                f"ONNX Runtime has no provider {strange[0]!r}" if strange else "there is no provider to run on",
+                f"ONNX Runtime has no provider {strange[0]!r}" if strange else "providers= is empty",
                 nearest=nearest_name(strange[0], known) if strange else None,
                 next_step="leave providers= out to run on device=",
             )
@@ -123,9 +122,9 @@ class OnnxRuntimeOptions(TargetOptions):
             )
 
     def _check_weights(self) -> None:
-        """Raise ``OptionError`` where weights cannot be quantised so, or are not to be quantised at all."""
+        """Raise ``OptionError`` for a way of quantising that does not exist."""
         if self.weights is not None and self.weights not in _WEIGHT_BITS:
-            raise not_one_of("weights cannot be held as", self.weights, tuple(_WEIGHT_BITS))
+            raise not_one_of("weights cannot be stored as", self.weights, tuple(_WEIGHT_BITS))
         for name, known in (("block_size", BLOCK_SIZES), ("accuracy_level", _ACCURACY_LEVELS)):
             if getattr(self, name) not in known:
                 raise OptionError(
@@ -134,7 +133,7 @@ class OnnxRuntimeOptions(TargetOptions):
                 )
 
     def check_quantisation(self) -> None:
-        """Raise ``OptionError`` where it is said how weights are quantised, of a model of which none are."""
+        """Raise ``OptionError`` for options about quantised weights where no weight is quantised."""
         given = {spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default}
         idle = [name for name in _QUANTISATION_OPTIONS if name in given]
         if self.weights is None and idle:

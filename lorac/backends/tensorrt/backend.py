@@ -176,7 +176,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
 
 
 BACKEND = TensorRT()
-library.trt()  # a missing library is reported when the target is asked for, and not at the first build
+library.trt()  # a missing library is reported when the target is chosen, and not at the first build
 
 
 def _check_plan_origin(plan: GraphPlan) -> None:

@@ -49,7 +49,7 @@ class PlanFacts:
 
 
 def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts:
-    """Build a graph's plan, or find it in the folder of kept plans; write it next to the graph's model.
+    """Build a graph's plan, or find it in the plan cache; write it next to the graph's model.
 
     Raises:
         Unavailable: the library does not take an op, or builds no plan.
@@ -79,7 +79,7 @@ def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts
 def _cached_plan(
     build: Callable[[], memoryview], emitted: EmittedProgram[TensorRTOptions], name: str, facts: PlanFacts
 ) -> bytes | memoryview:
-    """Return a plan from the folder of kept plans; build it where no folder was given or the folder lacks it."""
+    """Return a plan from the plan cache; build it without a cache or if the cache lacks it."""
     options = emitted.request.options
     if options.plan_cache is None:
         return build()

@@ -1,4 +1,4 @@
-"""Compute capabilities: which GPUs a plan is built for, which the library knows, and which one is here."""
+"""Compute capabilities: those that a plan is built for, that the library knows, and this machine's."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _MARK = "SM"
 
 
 def local_capability() -> str | None:
-    """The compute capability of this machine's GPU, such as ``"8.9"``; None where there is none that torch can use."""
+    """Return the compute capability of this machine's GPU, such as ``"8.9"``; None without a GPU that torch can use."""
     return capability_of(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
 def capability_of(device: torch.device) -> str:
-    """The compute capability of a GPU, as ``"8.9"``."""
+    """Return the compute capability of a GPU, such as ``"8.9"``."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}"
 
 
 def known_capabilities() -> tuple[str, ...]:
-    """The capabilities that the library builds for by name; empty where it builds for the GPU that is here alone."""
+    """List the capabilities that the library builds for; empty if it builds only for this machine's GPU."""
     if not library.is_rtx():
         return ()
     numbers = (name.removeprefix(_MARK) for name in library.trt().ComputeCapability.__members__)
@@ -32,10 +32,10 @@ def known_capabilities() -> tuple[str, ...]:
 
 
 def check_capabilities(wanted: Sequence[str]) -> None:
-    """Refuse capabilities that the library does not know.
+    """Check that the library knows capabilities.
 
     Raises:
-        OptionError: with the list of those that it knows.
+        OptionError: with the list of the known ones.
     """
     listed = known_capabilities()
     strange = [name for name in wanted if name not in listed]
@@ -54,7 +54,7 @@ def check_capabilities(wanted: Sequence[str]) -> None:
 
 
 def choose_capabilities(wanted: Sequence[str]) -> tuple[str, ...]:
-    """The capabilities to build for: those asked for, else the local GPU's; empty: the library's own default."""
+    """Return the requested capabilities, else the local GPU's; empty: the library's default."""
     if wanted:
         return tuple(wanted)
     here = local_capability()
@@ -62,5 +62,5 @@ def choose_capabilities(wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def capability_member(capability: str) -> object:
-    """The library's own name for a capability."""
+    """Return the library's own name for a capability."""
     return library.trt().ComputeCapability.__members__[_MARK + capability.replace(".", "")]

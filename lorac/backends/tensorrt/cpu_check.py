@@ -1,9 +1,9 @@
-"""The self-test without a GPU: the very file that the parser is handed, run by ONNX Runtime on the CPU (invariant 8).
+"""The self-test without a GPU: the file for the parser, run by ONNX Runtime on the CPU (invariant 8).
 
-What it says of a file holds for the plan as far as the library computes what ONNX says. Half precision is computed in
-float32, in the file and in the program that it was emitted from alike: how the library rounds is not tested by it,
-that no slot is lost is, and rounding decides no router's choice. Answers come in half precision again, for a file holds
-its numbers rounded, a scale of attention for instance, where torch has them whole.
+Its result holds for the plan as far as the library follows ONNX. Half precision is computed in float32, in the file and
+in the program that it was emitted from: the test is about lost slots and not about the library's rounding, and rounding
+decides no router's choice. Outputs are half precision again, since a file holds its constants rounded, an attention's
+scale for instance, and torch does not.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from google.protobuf.message import Message
 from torch import fx
 
 from lorac.backends.onnx.backend import OnnxBackend
@@ -34,10 +35,11 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.target.engine import ProgramFiles
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 _HALF = (torch.float16, torch.bfloat16)
 _HALF_TYPES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _DTYPE_ATTRIBUTES = ("to", "dtype")
-"""Attributes of ops that say what they answer in."""
+"""Attributes of ops that name the dtype of their output."""
 
 
 def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: EmittedProgram[TensorRTOptions]) -> None:
@@ -113,7 +115,7 @@ class CpuProgram(OnnxEngine[CpuGraph, TensorRTOptions, CpuSlots]):
 
 # ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
-    """A session over a model, or where that computes in half precision over the same in float32."""
+    """Create a session over a model, with half precision computed in float32."""
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = 1
     settings.log_severity_level = 3
@@ -121,24 +123,26 @@ def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
     if not _widen_model(model):
         path = str(files[graph_file(graph, MODEL_FILE)].where)
         return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-    held = {name: _widen_array(array) for name, array in weights.items()}
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in held.values()]
-    settings.add_external_initializers(list(held), values)
+    arrays = {name: _widen_array(array) for name, array in weights.items()}
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+    settings.add_external_initializers(list(arrays), values)
     session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    session.lorac_constants = held  # read where they lie for as long as the session lives
+    session.lorac_constants = arrays  # the session reads them for as long as it lives
     return session
 
 
 def _widen_model(model: onnx.ModelProto) -> bool:
-    """Have a model compute in float32 what it computes in half precision; says whether there was any."""
+    """Have a model compute half precision in float32; return whether it changed."""
     changed = False
     for graph in (model.graph, *walk_subgraphs(model.graph)):
         for value in (*graph.input, *graph.output, *graph.value_info):
             changed |= _widen_field(value.type.tensor_type, "elem_type")
         for tensor in (*graph.initializer, *_constants(graph)):
             changed |= _widen_tensor(tensor)
-        told = (attribute for node in graph.node for attribute in node.attribute if attribute.name in _DTYPE_ATTRIBUTES)
-        for attribute in told:
+        attributes = (
+            attribute for node in graph.node for attribute in node.attribute if attribute.name in _DTYPE_ATTRIBUTES
+        )
+        for attribute in attributes:
             changed |= _widen_field(attribute, "i")
     return changed
 
@@ -148,7 +152,7 @@ def _constants(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from (attribute.t for attribute in attributes if attribute.type == onnx.AttributeProto.TENSOR)
 
 
-def _widen_field(message: Any, field: str) -> bool:
+def _widen_field(message: Message, field: str) -> bool:
     if getattr(message, field) not in _HALF_TYPES:
         return False
     setattr(message, field, onnx.TensorProto.FLOAT)
@@ -156,7 +160,7 @@ def _widen_field(message: Any, field: str) -> bool:
 
 
 def _widen_tensor(tensor: onnx.TensorProto) -> bool:
-    """A tensor in the model itself; of one that lies beside it, which is handed over, what is said."""
+    """Widen a tensor in the model; of an external one, which is handed over, only its dtype."""
     if tensor.data_type not in _HALF_TYPES:
         return False
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -172,7 +176,7 @@ def _widen_array(array: Array) -> Array:
 
 # ── The program ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def widen_graph(graph: Graph) -> Graph:
-    """A graph that computes in float32 what this one computes in half precision; itself, where there is nothing."""
+    """Return a graph that computes half precision in float32; the same graph if it has none."""
     module = graph.exported.graph_module
     if not any(_is_half(node.meta.get("val")) for node in module.graph.nodes):
         return graph
@@ -181,7 +185,7 @@ def widen_graph(graph: Graph) -> Graph:
     for node, original in zip(whole.nodes, module.graph.nodes, strict=True):
         node.name = original.name
         if node.op == "call_function":
-            node.args, node.kwargs = (fx.node.map_aggregate(told, _widen_dtype) for told in (node.args, node.kwargs))
+            node.args, node.kwargs = (fx.node.map_aggregate(given, _widen_dtype) for given in (node.args, node.kwargs))
     with whole.inserting_after(given[-1]):
         for node in given:
             _widen_input(whole, node)
@@ -192,14 +196,14 @@ def widen_graph(graph: Graph) -> Graph:
 
 
 def _widen_input(graph: fx.Graph, node: fx.Node) -> None:
-    """Have everything that reads an input of half precision read it in float32."""
+    """Have the readers of a half-precision input read it in float32."""
     if _is_half(node.meta.get("val")):
         cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
         node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
 
 
 def _restore_output_dtypes(graph: fx.Graph) -> None:
-    """Have a graph answer in the dtypes that it has been answering in."""
+    """Cast a graph's outputs to their original dtypes."""
     last = graph.output_node()
 
     def cast(node: fx.Node) -> fx.Node:
@@ -213,14 +217,15 @@ def _restore_output_dtypes(graph: fx.Graph) -> None:
 
 
 def _output_dtypes(graph: Graph) -> list[torch.dtype | None]:
-    """The dtypes of what a graph answers, its own outputs last."""
-    answers: Any = graph.fx.output_node().args[0]
-    values = (node.meta.get("val") if isinstance(node, fx.Node) else None for node in answers)
+    """Return the dtypes of a graph's outputs, the model's own last."""
+    (outputs,) = graph.fx.output_node().args
+    assert isinstance(outputs, list | tuple)
+    values = (node.meta.get("val") if isinstance(node, fx.Node) else None for node in outputs)
     return [value.dtype if isinstance(value, Tensor) else None for value in values]
 
 
-def _widen_dtype(told: Any) -> Any:
-    return torch.float32 if isinstance(told, torch.dtype) and told in _HALF else told
+def _widen_dtype(value: T) -> T | torch.dtype:
+    return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
 
 
 def _widen_value(tensor: Tensor) -> Tensor:

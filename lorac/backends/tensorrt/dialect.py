@@ -1,7 +1,7 @@
-"""What TensorRT computes, and how it likes it written.
+"""The ops that TensorRT computes, and the form in which it takes programs.
 
-Its parser of ONNX looks at the names of ops and not at their domains, so that ``made.up::Add`` would pass for an
-addition. What it takes is therefore listed here, and held against a program before that is parsed.
+Its ONNX parser looks at the names of ops and not at their domains, so that ``made.up::Add`` would pass for an addition.
+So the ops that it takes are listed here, and a program is checked against the list before it is parsed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Split Sqrt Squeeze Sub Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile Top
 Upsample Where Xor
 """
 CLAIMS: ClaimedOps = frozenset(("", op) for op in _OPS.split())
-"""The ops of ONNX's own domain that the parser has a translation for: of TensorRT for RTX 1.7, the longest list there
-is. A library whose parser knows fewer is asked too before it parses (``network``)."""
+"""The ops of ONNX's own domain that the parser of TensorRT for RTX 1.7 translates, the longest list of all releases. A
+library whose parser translates fewer is asked before it parses (``network``)."""
 
 _FROM_ONE = (SiteKind.LINEAR, SiteKind.EMBEDDING)
 _FIXED = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)
@@ -45,7 +45,7 @@ DIALECT: OnnxDialect = Dialect(
     # Sizes of 0 are not promised by the library, and a convolution's channels have to be constants.
     ranks=dict.fromkeys(_FROM_ONE, RankPolicy.FROM_ONE) | dict.fromkeys(_FIXED, RankPolicy.FIXED),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    # Where ranks of a pack's parts lie is told by numbers, whose values would need profiles of their own.
+    # The ranks of a fused projection's parts are inputs whose values would need profiles of their own.
     fuses_projections=False,
     functions=False,
 )

@@ -1,4 +1,4 @@
-"""Which of NVIDIA's libraries builds and runs plans, the dtypes they share with torch, and what they say.
+"""NVIDIA's libraries that build and run plans, the dtypes that they share with torch, and their error messages.
 
 ``tensorrt`` (10 and 11) serves where it is installed and there is a GPU. Everywhere else ``tensorrt_rtx`` does, which
 has the same interface and builds without one.
@@ -13,11 +13,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorac.errors import MissingExtra, Unavailable, short, warn
+
+if TYPE_CHECKING:
+    import tensorrt
 
 _NVIDIA, _RTX = "tensorrt", "tensorrt_rtx"
 _DTYPES = {
@@ -31,13 +34,13 @@ _DTYPES = {
     "UINT8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""TensorRT's name -> torch's dtype: those that both have."""
+"""TensorRT's name -> torch's dtype, for those that both have."""
 
 
 # ── The library ──────────────────────────────────────────────────────────────────────────────────────────────────────
 @functools.cache
 def trt() -> Any:
-    """The library, imported when it is first asked for.
+    """Return the library, imported on first use.
 
     Raises:
         MissingExtra: neither can be imported.
@@ -52,23 +55,23 @@ def trt() -> Any:
 
 
 def version() -> str:
-    """The library's version."""
+    """Return the library's version."""
     return str(trt().__version__)
 
 
 def name_and_version() -> str:
-    """The library's name and version: what a plan was made by, and can be run by."""
+    """Return the library's name and version: a plan runs in the one that made it."""
     return f"{trt().__name__} {version()}"
 
 
 def is_rtx() -> bool:
-    """Whether it is TensorRT for RTX, which builds without a GPU and compiles kernels where a plan is loaded."""
+    """Return whether it is TensorRT for RTX, which builds without a GPU and compiles kernels where a plan is loaded."""
     return str(trt().__name__) == _RTX
 
 
 # ── Dtypes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def torch_dtype(dtype: Any) -> torch.dtype:
-    """Torch's dtype for one of TensorRT's.
+def torch_dtype(dtype: tensorrt.DataType) -> torch.dtype:
+    """Return torch's dtype for one of TensorRT's.
 
     Raises:
         Unavailable: torch has none, as for numbers of 4 bits.
@@ -82,8 +85,8 @@ def torch_dtype(dtype: Any) -> torch.dtype:
     return found
 
 
-def trt_dtype(dtype: torch.dtype) -> Any:
-    """TensorRT's dtype for one of torch's.
+def trt_dtype(dtype: torch.dtype) -> tensorrt.DataType:
+    """Return TensorRT's dtype for one of torch's.
 
     Raises:
         Unavailable: TensorRT does not compute in it.
@@ -96,22 +99,27 @@ def trt_dtype(dtype: torch.dtype) -> Any:
     )
 
 
-# ── What it says ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(eq=False)
 class BuildMessages:
-    """The errors that TensorRT tells of while a block of ``listening`` runs."""
+    """The errors that TensorRT reports while a block of ``collect_errors`` runs.
+
+    Attributes:
+        errors: the messages.
+        read: whether an error of lorac's quotes them.
+    """
 
     errors: list[str] = field(default_factory=list)
-    asked: bool = False
+    read: bool = False
 
     def why(self) -> str:
-        """What it told first, for the message of a typed error: what follows is mostly its consequence."""
-        self.asked = True
+        """Return the first message, of which later ones are mostly consequences, for the text of an error."""
+        self.read = True
         return short(self.errors[0]) if self.errors else "TensorRT gives no reason"
 
 
 class _ThreadListeners(threading.local):
-    """The blocks of this thread, the innermost last."""
+    """The blocks of a thread, the innermost last."""
 
     def __init__(self) -> None:
         self.blocks: list[BuildMessages] = []
@@ -119,32 +127,32 @@ class _ThreadListeners(threading.local):
 
 _LISTENERS = _ThreadListeners()
 _ALL_LISTENERS: set[BuildMessages] = set()
-"""Those of all threads: TensorRT's own threads have none, and tell everyone."""
+"""The blocks of all threads, to which TensorRT's own threads report."""
 _LOG = logging.getLogger("lorac.tensorrt")
 
 
 @contextlib.contextmanager
 def collect_errors() -> Iterator[BuildMessages]:
-    """Collect the errors that TensorRT tells of inside the block.
+    """Collect the errors that TensorRT reports inside the block.
 
-    Whoever finds that a call failed raises a typed error with ``BuildMessages.why``. Errors that nobody asked for when
-    the block ends in peace become a ``LoracWarning``.
+    Code that finds that a call failed raises an error with ``BuildMessages.why``. Errors that are unread when the block
+    ends normally become a ``LoracWarning``.
     """
-    said = BuildMessages()
-    _LISTENERS.blocks.append(said)
-    _ALL_LISTENERS.add(said)
+    messages = BuildMessages()
+    _LISTENERS.blocks.append(messages)
+    _ALL_LISTENERS.add(messages)
     try:
-        yield said
+        yield messages
     finally:
-        _LISTENERS.blocks.remove(said)
-        _ALL_LISTENERS.discard(said)
-    if said.errors and not said.asked:
-        warn(f"TensorRT goes on after an error: {said.why()}")
+        _LISTENERS.blocks.remove(messages)
+        _ALL_LISTENERS.discard(messages)
+    if messages.errors and not messages.read:
+        warn(f"TensorRT goes on after an error: {messages.why()}")
 
 
 @functools.cache
-def logger() -> Any:
-    """The one logger that all of TensorRT's objects get: it prints nothing, and tells errors to ``listening``.
+def logger() -> tensorrt.ILogger:
+    """Return the logger of all of TensorRT's objects: it prints nothing, and reports errors to ``collect_errors``.
 
     TensorRT keeps the first logger of a process for good.
     """
@@ -155,7 +163,7 @@ def logger() -> Any:
         def __init__(self) -> None:
             base.__init__(self)
 
-        def log(self, severity: Any, text: str) -> None:
+        def log(self, severity: tensorrt.ILogger.Severity, text: str) -> None:
             if severity in failures:
                 _record_error(text)
 
@@ -163,7 +171,7 @@ def logger() -> Any:
 
 
 def _record_error(text: str) -> None:
-    """Tell the innermost block of this thread, or where it has none every block; it may not raise inside TensorRT."""
+    """Report an error to this thread's innermost block, or else to every block; never raise inside TensorRT."""
     _LOG.debug("%s", text)
-    for said in _LISTENERS.blocks[-1:] or tuple(_ALL_LISTENERS):
-        said.errors.append(text)
+    for messages in _LISTENERS.blocks[-1:] or tuple(_ALL_LISTENERS):
+        messages.errors.append(text)

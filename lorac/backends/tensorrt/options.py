@@ -1,4 +1,4 @@
-"""What the tensorrt target can be told."""
+"""Options of the tensorrt target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorac.errors import OptionError, short
 from lorac.target.backend import TargetOptions
 
 ProfileShapes = Sequence[int] | Sequence[Sequence[int]]
-"""(least, usual, most): each a size, or the sizes of all axes."""
+"""(min, opt, max), each a size or the sizes of all axes."""
 OPTIMIZATION_LEVELS = range(6)
 _PROFILE_POINTS = ("min", "opt", "max")
 
@@ -38,7 +38,7 @@ class TensorRTOptions(TargetOptions):
             TensorRT for RTX the kernels that it compiles on a GPU too. None: neither.
         refit: merged weights are constants of the plan, which TensorRT replaces in place, and no inputs; in mode
             ``"fused"`` alone, and built only where there is a GPU.
-        device: the GPU that plans run on, ``"cuda"`` or ``"cuda:1"``, as ``compile`` is told by its own ``device``.
+        device: the GPU that plans run on, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``.
     """
 
     profiles: Mapping[str, ProfileShapes] = field(default_factory=dict)
@@ -54,10 +54,10 @@ class TensorRTOptions(TargetOptions):
     device: str | None = None
 
     def check(self) -> None:
-        """Capabilities are known to the library, sizes are in order, and numbers are in their range."""
+        """Raise ``OptionError`` for unknown capabilities, sizes out of order, and numbers out of range."""
         check_capabilities(self.target_capabilities)
-        for name, told in self.profiles.items():
-            _check_profile(name, told)
+        for name, shapes in self.profiles.items():
+            _check_profile(name, shapes)
         level = self.builder_optimization_level
         if level is not None and level not in OPTIMIZATION_LEVELS:
             raise OptionError(
@@ -70,12 +70,12 @@ class TensorRTOptions(TargetOptions):
             )
 
 
-def _check_profile(name: str, told: ProfileShapes) -> None:
-    """A profile is three sizes or three shapes, of which none is smaller than the one before it."""
-    rows = [(size,) if isinstance(size, int) else tuple(size) for size in told]
+def _check_profile(name: str, shapes: ProfileShapes) -> None:
+    """Raise ``OptionError`` unless a profile is three sizes or shapes in rising order."""
+    rows = [(size,) if isinstance(size, int) else tuple(size) for size in shapes]
     three = len(rows) == len(_PROFILE_POINTS) and len({len(row) for row in rows}) == 1
     if not three or any(least < 1 for least in rows[0]) or any(list(axis) != sorted(axis) for axis in zip(*rows)):  # noqa: B905  (they are of one length by now)
         raise OptionError(
-            f"profiles= has {short(told)} for '{name}'",
+            f"profiles= has {short(shapes)} for '{name}'",
             next_step=f"give ({', '.join(_PROFILE_POINTS)}), each a size from 1 on or a shape of them, in rising order",
         )

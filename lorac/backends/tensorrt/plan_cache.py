@@ -1,8 +1,8 @@
-"""Plans that were built before, in a folder: found by what they were built from, and checked before they are used.
+"""Built plans in a folder, found by their inputs and checked before they are used.
 
-A plan lies in a file of its own whose name has the key and the hash of its contents. It is written aside and moved
-into place in one step; one that is damaged is not used, and one that was not used for longest is removed first where
-the folder becomes too large. Nothing else in the folder is touched.
+Each plan has a file of its own, whose name holds the key and the hash of the contents. It is written to another file
+and moved into place in one step. A damaged plan is not used; where the folder becomes too large, the least recently
+used plans are removed. Nothing else in the folder is touched.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from lorac.storage.open_file import OpenFile
 from lorac.storage.os_errors import translate_os_errors
 
 PLAN, KERNELS = "plan", "kernels"
-"""What files of the folder hold."""
+"""Endings of the folder's files."""
 _NAME = re.compile(rf"[0-9a-f]{{32}}-[0-9a-f]{{32}}\.(?:{PLAN}|{KERNELS})")
 DEFAULT_LIMIT = 8 << 30
-"""Bytes that plans may take together, unless a cache is told otherwise."""
+"""The default of the bytes that all plans may take together."""
 
 
-def plan_key(program: Iterable[OpenFile], capabilities: Sequence[str], **told_to: object) -> str:
-    """The key of a plan: equal where the same would be built.
+def plan_key(program: Iterable[OpenFile], capabilities: Sequence[str], **settings: object) -> str:
+    """Return the key of a plan, equal for equal plans.
 
     Args:
         program: the emitted model and its weights.
-        capabilities: what it is built for; empty: for the GPU that is here, which is then part of the key.
-        told_to: what the library is told besides, such as profiles and flags: values that ``repr`` tells apart.
+        capabilities: compute capabilities; empty: for this machine's GPU, which is then part of the key.
+        settings: other settings of the library, such as profiles and flags, distinguished by ``repr``.
 
     Returns:
         32 hexadecimal digits.
     """
     facts = {
-        "program": sorted((held.where.name, held.digest()) for held in program),
+        "program": sorted((file.where.name, file.digest()) for file in program),
         "library": library.name_and_version(),
         "capabilities": sorted(capabilities),
         "gpus": [] if capabilities and library.is_rtx() else current_gpu(),
-        "told": {name: repr(_ordered(value)) for name, value in told_to.items()},
+        "settings": {name: repr(_ordered(value)) for name, value in settings.items()},
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def current_gpu() -> list[str]:
-    """The GPU that work goes to now, by its name and compute capability; none where there is none."""
+    """Return the current GPU's name and compute capability; empty on a machine without one."""
     if not torch.cuda.is_available():
         return []
     major, minor = torch.cuda.get_device_capability()
@@ -61,7 +61,7 @@ def current_gpu() -> list[str]:
 
 
 def _ordered(value: object) -> object:
-    """A value whose ``repr`` does not depend on the order in which mappings were filled."""
+    """Return a value whose ``repr`` does not depend on the order of mappings."""
     if isinstance(value, Mapping):
         return sorted((repr(key), repr(_ordered(part))) for key, part in value.items())
     if isinstance(value, list | tuple):
@@ -74,15 +74,15 @@ class PlanCache:
     """Plans in a folder.
 
     Attributes:
-        folder: where they lie; made when it is first written to.
-        limit: bytes that they may take together.
+        folder: the folder, made on the first write.
+        limit: the bytes that all plans may take together.
     """
 
     folder: Path
     limit: int = DEFAULT_LIMIT
 
     def plan(self, key: str, build: Callable[[], bytes | memoryview]) -> bytes | memoryview:
-        """The plan for a key: from the folder, or built and written there.
+        """Return the plan for a key from the folder, or build and write it.
 
         Raises:
             FormatError: the folder cannot be written to.
@@ -95,7 +95,7 @@ class PlanCache:
         return made
 
     def read(self, key: str, kind: str = PLAN) -> bytes | None:
-        """What lies there for a key, checked against its hash; None where there is nothing, or nothing whole."""
+        """Return the contents for a key, checked against their hash, or None."""
         for path in self._of(key, kind):
             content = _read(path)
             if content is not None and path.name == _file_name(key, content, kind):
@@ -104,7 +104,7 @@ class PlanCache:
         return None
 
     def write(self, key: str, content: bytes | memoryview, kind: str = PLAN) -> None:
-        """Write what is then found for a key, in the place of what was.
+        """Write the contents for a key, in the place of earlier ones.
 
         Raises:
             FormatError: the folder cannot be written to.
@@ -118,7 +118,7 @@ class PlanCache:
             self._bound(path)
 
     def kernels(self, key: str) -> KernelCache:
-        """Where the kernels of a plan on the GPU that is here are kept."""
+        """Return the cache of a plan's kernels on this machine's GPU."""
         here = hashlib.blake2b(json.dumps([key, current_gpu()]).encode(), digest_size=16).hexdigest()
         return KernelCache(self, here)
 
@@ -126,13 +126,13 @@ class PlanCache:
         return [path for path in self._files() if path.name.startswith(f"{key}-") and path.suffix == f".{kind}"]
 
     def _files(self) -> list[Path]:
-        """Files of the folder that are the cache's."""
+        """Return the files of the folder that belong to the cache."""
         with contextlib.suppress(OSError):
             return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
         return []
 
     def _bound(self, newest: Path) -> None:
-        """Remove those that were not used for longest, until the others are small enough; never the newest."""
+        """Remove the least recently used files until the rest is small enough, but never the newest."""
         found = []
         for path in self._files():
             with contextlib.suppress(OSError):
@@ -145,13 +145,13 @@ class PlanCache:
 
 
 def _touch(path: Path) -> None:
-    """Make a file the one that was used last; in a folder that may only be read nothing grows old."""
+    """Mark a file as used now, unless the folder is read-only."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
 
 def _read(path: Path) -> bytes | None:
-    """A file's bytes; None where another process removed it."""
+    """Return a file's bytes; None if another process removed it."""
     try:
         return path.read_bytes()
     except OSError:
@@ -164,15 +164,15 @@ def _file_name(key: str, content: bytes | memoryview, kind: str) -> str:
 
 @dataclass(frozen=True)
 class KernelCache:
-    """One entry of a cache that is written again and again."""
+    """The compiled kernels of one plan, which are written again and again."""
 
     cache: PlanCache
     key: str
 
     def read(self) -> bytes | None:
-        """What was written last."""
+        """Return what was written last."""
         return self.cache.read(self.key, KERNELS)
 
     def write(self, content: bytes | memoryview) -> None:
-        """Write it in the place of what was there."""
+        """Write the kernels in the place of earlier ones."""
         self.cache.write(self.key, content, KERNELS)

@@ -1,8 +1,7 @@
-"""One plan on one GPU: torch's tensors are its memory, torch's current stream is where it runs.
+"""One plan on one GPU, in memory of torch's tensors, on torch's current stream.
 
-It may be called from any thread. A context serves one call at a time, so there are several, made when all that there
-are serve. What a call reads is what it is given: nothing of it is kept, and nothing is copied that lies on the GPU
-already.
+It may be called from any thread. A context serves one call at a time, so there are several; a new one is made when all
+are in use. A call reads its tensors where they lie: nothing is kept, and tensors on the GPU are not copied.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -31,144 +30,149 @@ from lorac.backends.tensorrt.device.stream_queue import StreamQueue
 from lorac.backends.tensorrt.plan_cache import KernelCache
 from lorac.errors import ArtifactError, Unavailable
 
+if TYPE_CHECKING:
+    import tensorrt
+
 Tensor = torch.Tensor
 MAX_CONTEXTS = 4
-"""How many calls are queued at the same time; each context takes the memory that the plan computes in."""
+"""The most calls that are queued at the same time; each context has its own memory for intermediate values."""
 
 
 # ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 class ContextPool:
-    """Calls of an engine with any slots, from any thread.
+    """A pool of contexts that serves calls of an engine, with any slots, from any thread.
 
     Args:
-        ports: what the engine takes and gives.
-        device: where its tensors lie.
-        lane: makes a context.
-        graphs: CUDA graphs to run; None to run without.
+        io: inputs and outputs of the engine.
+        device: the GPU.
+        execution: makes a context.
+        graphs: CUDA graphs of calls; None to run without.
     """
 
     def __init__(
         self,
-        ports: IOTensors,
+        io: IOTensors,
         device: torch.device,
-        lane: Callable[[], ExecutionSlot],
+        execution: Callable[[], ExecutionSlot],
         graphs: CudaGraphCache | None = None,
     ) -> None:
-        self.ports, self.device, self._lane, self._graphs = ports, device, lane, graphs
+        self.io, self.device, self._new_execution, self._graphs = io, device, execution, graphs
         self._layouts = TensorLayouts(device)
-        self._lanes: list[ExecutionSlot] = []
+        self._executions: list[ExecutionSlot] = []
         self._idle: list[ExecutionSlot] = []
         self._count = 0
         self._changed = threading.Condition()
 
     def hold(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> DeviceSlots:
-        """Slots of a choice of adapters, laid out once: on the GPU, contiguous and aligned.
+        """Return the slots of a choice of adapters on the GPU, contiguous and aligned; done once per choice.
 
         Args:
-            tensors: slot input -> tensor; those that the engine has no input for are left out.
-            fixed: they are written in place, and calls read what is written (``DeviceSlots``).
+            tensors: slot input -> tensor; those without an input of the engine are left out.
+            fixed: whether they are written in place (``DeviceSlots``).
 
         Raises:
-            Unavailable: they are fixed, and the engine cannot read them where they lie.
+            Unavailable: the engine cannot read fixed tensors where they lie.
         """
-        ports = self.ports.inputs
-        held = {name: self._layouts.laid_out(tensor, ports[name]) for name, tensor in tensors.items() if name in ports}
-        copied = [name for name, tensor in held.items() if tensor.data_ptr() != tensors[name].data_ptr()]
+        io = self.io.inputs
+        laid_out = {name: self._layouts.lay_out(tensor, io[name]) for name, tensor in tensors.items() if name in io}
+        copied = [name for name, tensor in laid_out.items() if tensor.data_ptr() != tensors[name].data_ptr()]
         if fixed and copied:
             raise Unavailable(
                 f"'{copied[0]}' cannot be read where it lies: on {tensors[copied[0]].device}, as "
-                f"{tensors[copied[0]].dtype}; the plan takes {ports[copied[0]].dtype} on {self.device}",
+                f"{tensors[copied[0]].dtype}; the plan takes {io[copied[0]].dtype} on {self.device}",
                 next_step="this is a bug of lorac's, not of your model",
             )
-        return DeviceSlots(held, fixed=fixed)
+        return DeviceSlots(laid_out, fixed=fixed)
 
     def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One call.
+        """Run one call.
 
         Args:
-            inputs: the model's inputs, by name; those that the engine has no input for are left out.
-            slots: what ``hold`` gave; other tensors are laid out for this call alone.
+            inputs: the model's inputs, by name; those without an input of the engine are left out.
+            slots: returned by ``hold``; other tensors are laid out for this call alone.
 
         Returns:
-            The outputs by name: on the CPU where all inputs are, else on the GPU, where torch's current stream has
-            them.
+            The outputs by name: on the CPU if all inputs are, else on the GPU, ready for torch's current stream.
 
         Raises:
             InputMismatch: an input is missing, or of a size that the plan was not built for.
             Unavailable: TensorRT fails.
         """
-        held = slots if isinstance(slots, DeviceSlots) else self.hold(slots)
-        given = {name: self._given(name, tensor) for name, tensor in inputs.items() if name in self.ports.inputs}
-        captured = None if self._graphs is None else self._graphs.serving(given, held)
+        laid_out = slots if isinstance(slots, DeviceSlots) else self.hold(slots)
+        given = {name: self._read_input(name, tensor) for name, tensor in inputs.items() if name in self.io.inputs}
+        captured = None if self._graphs is None else self._graphs.find(given, laid_out)
         if captured is not None:
-            found = captured.run(given, held)
+            found = captured.run(given, laid_out)
         else:
-            with self._one() as lane:
-                found = lane.run(given, held)
+            with self._reserve() as execution:
+                found = execution.run(given, laid_out)
         from_cpu = bool(inputs) and all(tensor.device.type == "cpu" for tensor in inputs.values())
         return {name: tensor.cpu() for name, tensor in found.items()} if from_cpu else found
 
     def finish(self) -> None:
-        """Wait for all that was queued: before memory is written that calls read."""
-        for lane in self.lanes():
-            lane.track.finish()
+        """Wait for all queued calls, before memory that they read is written to."""
+        for execution in self.executions():
+            execution.streams.finish()
 
-    def lanes(self) -> list[ExecutionSlot]:
-        """All contexts that there are."""
+    def executions(self) -> list[ExecutionSlot]:
+        """Return all contexts."""
         with self._changed:
-            pooled = list(self._lanes)
-        return pooled if self._graphs is None else pooled + self._graphs.lanes()
+            pooled = list(self._executions)
+        return pooled if self._graphs is None else pooled + self._graphs.executions()
 
-    def _given(self, name: str, tensor: Tensor) -> Tensor:
-        """An input where the engine reads it; unlike a slot's, its copy is never used again: it may be written to."""
-        port = self.ports.inputs[name]
-        return tensor.detach() if is_readable(tensor, port, self.device) else copy_to_engine(tensor, port, self.device)
+    def _read_input(self, name: str, tensor: Tensor) -> Tensor:
+        """Return an input where the engine reads it; a copy is used once, since the caller may write to the input."""
+        io_tensor = self.io.inputs[name]
+        return (
+            tensor.detach()
+            if is_readable(tensor, io_tensor, self.device)
+            else copy_to_engine(tensor, io_tensor, self.device)
+        )
 
     @contextlib.contextmanager
-    def _one(self) -> Iterator[ExecutionSlot]:
-        """A context that nobody else uses inside the block."""
-        lane = self._taken()
+    def _reserve(self) -> Iterator[ExecutionSlot]:
+        """Reserve a context for the block."""
+        execution = self._take()
         try:
-            yield lane
+            yield execution
         finally:
             with self._changed:
-                self._idle.append(lane)
+                self._idle.append(execution)
                 self._changed.notify()
 
-    def _taken(self) -> ExecutionSlot:
+    def _take(self) -> ExecutionSlot:
         with self._changed:
             self._changed.wait_for(lambda: self._idle or self._count < MAX_CONTEXTS)
             if self._idle:
                 return self._idle.pop()
             self._count += 1
         try:
-            made = self._lane()
+            made = self._new_execution()
         except BaseException:
             with self._changed:
                 self._count -= 1
                 self._changed.notify()
             raise
         with self._changed:
-            self._lanes.append(made)
+            self._executions.append(made)
         return made
 
 
 # ── On a GPU ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class PlanRunner:
-    """A plan, loaded on a GPU.
+    """Runs a plan on a GPU.
 
     Args:
-        plan: what TensorRT built.
+        plan: the plan.
         device: the GPU.
-        capabilities: the compute capabilities that it was built for; empty where that is not known.
-        made_by: as ``library.told`` said where it was built; None where that is not known.
-        cuda_graphs: calls are CUDA graphs, one for each set of shapes.
-        kernels: where TensorRT for RTX keeps the kernels that it compiled for this plan on this GPU.
+        capabilities: the compute capabilities that it was built for; empty if unknown.
+        made_by: the library's name and version where it was built; None if unknown.
+        cuda_graphs: whether calls are CUDA graphs, one for each set of shapes.
+        kernels: the kernels that TensorRT for RTX compiled for this plan on this GPU.
 
     Raises:
-        ArtifactError: it is no plan, or one of another version.
-        Unavailable: torch has no CUDA, there is no GPU, or it is of another compute capability; TensorRT's own reason
-            where it does not load.
+        ArtifactError: the bytes are not a plan, or one of another version.
+        Unavailable: torch has no CUDA, or the machine no GPU of these capabilities; or TensorRT does not load it.
     """
 
     def __init__(
@@ -186,30 +190,30 @@ class PlanRunner:
         self.device = resolve_cuda_device(device)
         check_capability(capability_of(self.device), capabilities, torch.cuda.get_device_name(self.device))
         with torch.cuda.device(self.device):
-            self.engine: Any = _deserialize_plan(plan, self.device)
+            self.engine: tensorrt.ICudaEngine = _deserialize_plan(plan, self.device)
             self._config = _RuntimeConfig(self.engine, kernels) if library.is_rtx() else None
-        self.ports, self._making = IOTensors.of(self.engine), threading.Lock()
-        graphs = CudaGraphCache(self.ports, self._lane, record_on_cuda) if cuda_graphs else None
-        self._calls = ContextPool(self.ports, self.device, self._lane, graphs)
+        self.io, self._making = IOTensors.of(self.engine), threading.Lock()
+        graphs = CudaGraphCache(self.io, self._new_execution, record_on_cuda) if cuda_graphs else None
+        self._calls = ContextPool(self.io, self.device, self._new_execution, graphs)
 
     def hold(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> DeviceSlots:
-        """As ``ContextPool.hold``."""
+        """Lay out slots (``ContextPool.hold``)."""
         with torch.cuda.device(self.device):
             return self._calls.hold(tensors, fixed=fixed)
 
     def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As ``ContextPool.call``."""
+        """Run one call (``ContextPool.call``)."""
         with torch.cuda.device(self.device):
             found = self._calls.call(inputs, slots)
             if self._config is not None:
-                self._config.keep(sum(lane.met for lane in self._calls.lanes()))
+                self._config.store(sum(execution.shape_changes for execution in self._calls.executions()))
         return found
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Write inside the block what calls read in place: those that were queued have passed, and later ones wait.
+        """Allow writes to memory that calls read inside the block: queued calls have ended, and the writes end with it.
 
-        The caller keeps new calls away meanwhile.
+        The caller keeps new calls away.
         """
         self._calls.finish()
         with torch.cuda.device(self.device):
@@ -218,62 +222,62 @@ class PlanRunner:
             finally:
                 torch.cuda.current_stream().synchronize()
 
-    def _lane(self) -> ExecutionSlot:
-        """A new context. It and what it is told are this device's, whichever is the caller's."""
-        with self._making, torch.cuda.device(self.device), library.collect_errors() as said:
+    def _new_execution(self) -> ExecutionSlot:
+        """Make a new context on this device, whichever device is the caller's current one."""
+        with self._making, torch.cuda.device(self.device), library.collect_errors() as messages:
             config = () if self._config is None else (self._config.config,)
             context = self.engine.create_execution_context(*config)
             if context is None:
                 raise Unavailable(
-                    f"TensorRT has no memory to run the plan in: {said.why()}",
+                    f"TensorRT has no memory to run the plan in: {messages.why()}",
                     next_step="free some of the GPU's memory, or compile for smaller sizes",
                 )
-            return ExecutionSlot(context, self.ports, self.device, StreamQueue(self.device))
+            return ExecutionSlot(context, self.io, self.device, StreamQueue(self.device))
 
 
 class _RuntimeConfig:
-    """How TensorRT for RTX compiles a plan's kernels where it runs, and where those are kept.
+    """The settings with which TensorRT for RTX compiles a plan's kernels, and their cache.
 
-    Kernels for the sizes of a call are compiled before its first run, never while later ones run: a kernel that took
-    another's place would round differently, and what a swap gives would depend on what was called before (invariant 1).
+    Kernels for the sizes of a call are compiled before its first run, and never while later calls run: a kernel that
+    replaced another would round differently, and results would depend on earlier calls (invariant 1).
 
     Args:
         engine: TensorRT's.
-        kept: where the kernels are kept; None to compile them anew in every process.
+        kernels: the cache of kernels; None to compile them in every process.
     """
 
-    def __init__(self, engine: Any, kept: KernelCache | None) -> None:
+    def __init__(self, engine: tensorrt.ICudaEngine, kernels: KernelCache | None) -> None:
         self.config = engine.create_runtime_config()
         strategies = library.trt().DynamicShapesKernelSpecializationStrategy
         self.config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self._cache = self.config.create_runtime_cache()
-        self._kept, self._next, self._lock = kept, 1, threading.Lock()
-        found = None if kept is None else kept.read()
-        with library.collect_errors() as said:
-            if found is not None and not self._cache.deserialize(found):
-                said.why()  # made by another driver: what it holds is compiled anew, and written over it
+        self._kernels, self._next, self._lock = kernels, 1, threading.Lock()
+        stored = None if kernels is None else kernels.read()
+        with library.collect_errors() as messages:
+            if stored is not None and not self._cache.deserialize(stored):
+                messages.why()  # made by another driver: the kernels are compiled again, and replace the stored ones
         self.config.set_runtime_cache(self._cache)
 
-    def keep(self, met: int) -> None:
-        """Write down what was compiled, each time that the number of shapes has doubled."""
-        if self._kept is None or met < self._next or not self._lock.acquire(blocking=False):
+    def store(self, shapes: int) -> None:
+        """Store the compiled kernels each time that the number of shapes has doubled."""
+        if self._kernels is None or shapes < self._next or not self._lock.acquire(blocking=False):
             return
         try:
-            self._next = 2 * met
-            self._kept.write(memoryview(self._cache.serialize()))
+            self._next = 2 * shapes
+            self._kernels.write(memoryview(self._cache.serialize()))
         finally:
             self._lock.release()
 
 
 def _deserialize_plan(plan: bytes | memoryview, device: torch.device) -> CudaEngine:
-    """The engine of a plan on the current device."""
-    with library.collect_errors() as said:
+    """Load the engine of a plan on the current device."""
+    with library.collect_errors() as messages:
         runtime = library.trt().Runtime(library.logger())
-        engine: Any = runtime.deserialize_cuda_engine(plan)
+        engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise ArtifactError(
                 f"{library.name_and_version()} does not load the plan on {torch.cuda.get_device_name(device)}: "
-                f"{said.why()}",
+                f"{messages.why()}",
                 next_step="compile again from the model on this machine",
             )
     if engine.streamable_weights_size > 0:

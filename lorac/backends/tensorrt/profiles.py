@@ -1,7 +1,7 @@
-"""The sizes that a plan is built for: of every input and axis the least, the usual and the most.
+"""The sizes that a plan is built for: a minimum, a usual size and a maximum for every axis of every input.
 
-Sizes of the model's inputs come from the example and from ``profiles=``, and meet what the trace of the model needs of
-them; ranks of slots lie between the least that the dialect admits and the room that was planned.
+Sizes of the model's inputs come from the example and from ``profiles=``, and satisfy the conditions of the captured
+program. Ranks of slots lie between the dialect's minimum and the planned room.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +25,16 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan
 
 DEFAULT_MAX_ROWS = 8
-"""Rows of a batch that a plan is built for, unless the example has more or ``profiles=`` says otherwise."""
+"""The default maximum of a batch, unless the example has more rows."""
 DEFAULT_MAX_LENGTH = 512
-"""The same of tokens of a text."""
+"""The default maximum length of a sequence of tokens."""
 _GROWTH = 2
-"""How many times the example's size other axes may have."""
+"""The default maximum of other axes, as a multiple of the example's size."""
 
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Sizes of one axis: the least, the usual for which kernels are chosen, the most."""
+    """Sizes of one axis: the minimum, the usual size for which kernels are chosen, and the maximum."""
 
     least: int
     usual: int
@@ -55,16 +54,16 @@ def compute_ranges(
     snapshot: ComposedWeights,
     slots: Mapping[str, SlotInput],
 ) -> dict[str, tuple[SizeRange, ...]]:
-    """What every input of a graph is built for.
+    """Return the sizes that every input of a graph is built for.
 
     Args:
         graph: as lowered.
-        profiles: what was asked for.
-        snapshot: what is active at first, whose ranks are the usual ones.
+        profiles: the option.
+        snapshot: the choice that is active at first, whose ranks are the usual ones.
         slots: the slots that are inputs.
 
     Raises:
-        OptionError: sizes were asked for that the model does not take.
+        OptionError: the model does not take the sizes.
     """
     ranges = _input_ranges(graph, profiles)
     for name, slot in slots.items():
@@ -75,7 +74,7 @@ def compute_ranges(
 
 
 def check_profile_names(profiles: Mapping[str, ProfileShapes], interfaces: Iterable[Interface]) -> None:
-    """Refuse profiles of what no graph has.
+    """Refuse profiles for inputs or axes that no graph has.
 
     Raises:
         OptionError: naming the nearest input or axis.
@@ -90,13 +89,13 @@ def check_profile_names(profiles: Mapping[str, ProfileShapes], interfaces: Itera
             )
 
 
-def check_sizes(ranges: SizeRanges, inputs: Mapping[str, Any], names: Mapping[Axis, str]) -> None:
-    """Refuse inputs of sizes that a plan was not built for.
+def check_sizes(ranges: SizeRanges, inputs: Mapping[str, torch.Tensor], names: Mapping[Axis, str]) -> None:
+    """Refuse inputs with sizes that a plan was not built for.
 
     Args:
-        ranges: what it was built for.
+        ranges: the plan's.
         inputs: of a call, by name.
-        names: what axes are called.
+        names: of the axes.
 
     Raises:
         InputMismatch: with the ``profiles=`` that admits them.
@@ -107,34 +106,36 @@ def check_sizes(ranges: SizeRanges, inputs: Mapping[str, Any], names: Mapping[Ax
         if size in range_:
             continue
         least, most = min(size, range_.least), max(size, range_.most)
-        asked = f"profiles={{'{names.get((name, axis), name)}': ({least}, {range_.usual}, {most})}}"
+        profiles = f"profiles={{'{names.get((name, axis), name)}': ({least}, {range_.usual}, {most})}}"
         raise InputMismatch(
             f"input '{name}' has size {size} on axis {axis}; the plan is for {range_.least} to {range_.most}",
-            next_step=f"compile with {asked}",
+            next_step=f"compile with {profiles}",
         )
 
 
 # ── Inputs of the model ──────────────────────────────────────────────────────────────────────────────────────────────
 def axis_names(interface: Interface) -> dict[Axis, str]:
-    """What the axes that vary are called: (input, axis) -> name."""
+    """Return the names of the axes that vary: (input, axis) -> name."""
     varying = [(name, i) for name, shape in interface.sizes.shapes.items() for i, size in enumerate(shape) if not size]
-    told = {name: interface.types[name].partition("[")[2].removesuffix("]").split(", ") for name, _ in varying}
-    return {(name, axis): told[name][axis] for name, axis in varying}
+    types = {name: interface.types[name].partition("[")[2].removesuffix("]").split(", ") for name, _ in varying}
+    return {(name, axis): types[name][axis] for name, axis in varying}
 
 
 def _input_ranges(graph: Graph, profiles: Mapping[str, ProfileShapes]) -> dict[str, tuple[SizeRange, ...]]:
-    """Ranges of the model's inputs; what is not asked for lies around the example's sizes."""
+    """Return the ranges of the model's inputs; axes without a profile get sizes around the example's."""
     interface = graph.interface
     examples, names, sizes = read_example_inputs(graph, interface.inputs), axis_names(interface), interface.sizes
-    asked = _requested_ranges(examples, names, profiles)
-    usual = {axis: asked[axis].usual if axis in asked else examples[axis[0]].shape[axis[1]] for axis in names}
+    requested = _requested_ranges(examples, names, profiles)
+    usual = {axis: requested[axis].usual if axis in requested else examples[axis[0]].shape[axis[1]] for axis in names}
     _check_conditions(sizes, usual, "opt")
     least = _extreme_sizes(
-        sizes, usual | {axis: range_.least for axis, range_ in asked.items()}, names, asked, _smaller_sizes
+        sizes, usual | {axis: range_.least for axis, range_ in requested.items()}, names, requested, _smaller_sizes
     )
     _check_conditions(sizes, least, "min")
     larger = functools.partial(_larger_sizes, examples)
-    most = _extreme_sizes(sizes, usual | {axis: range_.most for axis, range_ in asked.items()}, names, asked, larger)
+    most = _extreme_sizes(
+        sizes, usual | {axis: range_.most for axis, range_ in requested.items()}, names, requested, larger
+    )
     _check_conditions(sizes, most, "max")
     found = {axis: SizeRange(least[axis], usual[axis], most[axis]) for axis in names}
     return {
@@ -146,7 +147,7 @@ def _input_ranges(graph: Graph, profiles: Mapping[str, ProfileShapes]) -> dict[s
 def _requested_ranges(
     examples: Mapping[str, torch.Tensor], names: Mapping[Axis, str], profiles: Mapping[str, ProfileShapes]
 ) -> dict[Axis, SizeRange]:
-    """The ranges that ``profiles=`` gives, axis by axis."""
+    """Return the ranges of ``profiles=``, axis by axis."""
     found = {axis: SizeRange(*profiles[name]) for axis, name in names.items() if name in profiles}
     for name in [name for name in examples if name in profiles]:
         rows = [tuple(row) for row in profiles[name]]  # type: ignore[arg-type]  # shapes
@@ -154,9 +155,9 @@ def _requested_ranges(
         shape = examples[name].shape
         fixed = [i for i, size in enumerate(shape) if (name, i) not in names]
         if len(axes) != len(shape) or any(axes[i] != SizeRange(shape[i], shape[i], shape[i]) for i in fixed):
-            told = ", ".join(str(size) if i in fixed else names[name, i] for i, size in enumerate(shape))
+            expected = ", ".join(str(size) if i in fixed else names[name, i] for i, size in enumerate(shape))
             raise OptionError(
-                f"profiles= has {short(profiles[name])} for '{name}', whose shape is [{told}]",
+                f"profiles= has {short(profiles[name])} for '{name}', whose shape is [{expected}]",
                 next_step="give shapes with as many axes, and the sizes that do not vary as they are; dynamic_shapes= "
                 "says which sizes may vary",
             )
@@ -168,13 +169,13 @@ def _extreme_sizes(
     sizes: SizeConstraints,
     start: AxisSizes,
     names: Mapping[Axis, str],
-    asked: Mapping[Axis, SizeRange],
+    requested: Mapping[Axis, SizeRange],
     tries: Callable[[Axis, int], Iterator[int]],
 ) -> dict[Axis, int]:
-    """Sizes at one end: of each name, the first tried that the model takes together with those of the others."""
+    """Return sizes at one end: for each name the first candidate that the model takes with the others' sizes."""
     found = dict(start)
-    for name in dict.fromkeys(name for axis, name in names.items() if axis not in asked):
-        axes = [axis for axis, other in names.items() if other == name and axis not in asked]
+    for name in dict.fromkeys(name for axis, name in names.items() if axis not in requested):
+        axes = [axis for axis, other in names.items() if other == name and axis not in requested]
         candidates = (found | dict.fromkeys(axes, size) for size in tries(axes[0], start[axes[0]]))
         found = next((tried for tried in candidates if sizes.admits(tried)), found)
     return found
@@ -211,7 +212,7 @@ def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> 
 
 # ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _slot_range(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> SizeRange:
-    """A size that varies is a rank."""
+    """Return the range of a slot's axis; a size that varies is a rank."""
     number = constant_size(size)
     if number is not None:
         return SizeRange(number, number, number)

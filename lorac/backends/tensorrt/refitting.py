@@ -1,13 +1,13 @@
-"""Weights of a plan replaced in place, where they are constants of the plan and no inputs.
+"""Replacing weights that are constants of a plan, in place.
 
-Only those that were marked when it was built can be, and only on a GPU. Whatever a choice of adapters leaves alone is
-written from the base again, so that nothing of the choice before stays.
+Only weights that were marked when the plan was built can be replaced, and only on a GPU. Weights that a choice of
+adapters leaves alone are written from the base again, so that nothing of the previous choice stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,18 +15,21 @@ from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.interfaces import CudaEngine, Refitter
 from lorac.errors import OptionError, Unavailable, nearest_name
 
+if TYPE_CHECKING:
+    import tensorrt
+
 Tensor = torch.Tensor
 _INSTEAD = "compile with mode='fused' alone: merged weights are then inputs of the plan"
 
 
-def mark_refittable(network: Any, names: Iterable[str], known: Collection[str]) -> int:
-    """Mark weights of a network, so that the plan built of it lets them be replaced and no others.
+def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str], known: Collection[str]) -> int:
+    """Mark the weights of a network that can be replaced in its plan; all others cannot.
 
-    The plan is then built with ``flag()`` and one profile: TensorRT takes no more with it.
+    The plan is then built with ``refit_flag()`` and one profile, the most that TensorRT takes with it.
 
     Args:
         network: TensorRT's, parsed.
-        names: of the weights, as the emitted model has them.
+        names: the weights' names in the emitted model.
         known: names of all its weights.
 
     Returns:
@@ -34,7 +37,7 @@ def mark_refittable(network: Any, names: Iterable[str], known: Collection[str]) 
 
     Raises:
         OptionError: a weight is not in the model.
-        Unavailable: it is, and TensorRT does not let it be replaced, as where it computed with it when it parsed.
+        Unavailable: TensorRT does not let a weight be replaced, for instance if the parser folded it.
     """
     wanted = list(names)
     for name in wanted:
@@ -48,14 +51,14 @@ def mark_refittable(network: Any, names: Iterable[str], known: Collection[str]) 
     return len(wanted)
 
 
-def _mark_weight(network: Any, name: str) -> None:
-    with library.collect_errors() as said:
+def _mark_weight(network: tensorrt.INetworkDefinition, name: str) -> None:
+    with library.collect_errors() as messages:
         if not network.mark_weights_refittable(name):
-            raise Unavailable(f"TensorRT does not let '{name}' be replaced: {said.why()}", next_step=_INSTEAD)
+            raise Unavailable(f"TensorRT does not let '{name}' be replaced: {messages.why()}", next_step=_INSTEAD)
 
 
-def refit_flag() -> Any:
-    """The builder's flag for plans of which the marked weights can be replaced."""
+def refit_flag() -> tensorrt.BuilderFlag:
+    """Return the builder's flag for plans whose marked weights can be replaced."""
     return library.trt().BuilderFlag.REFIT_INDIVIDUAL
 
 
@@ -64,35 +67,35 @@ class WeightRefitter:
 
     Args:
         engine: TensorRT's.
-        memory: weight -> the GPU's memory that holds what it is to be: as a choice has it, else as the base has it.
+        memory: weight -> the GPU memory with its value for the active choice.
         refitter: TensorRT's, made for the engine.
 
     Raises:
-        Unavailable: the plan lets none be replaced, or not of these dtypes and sizes.
+        Unavailable: the plan's weights cannot be replaced, or have other dtypes or sizes.
     """
 
     def __init__(self, engine: CudaEngine, memory: Mapping[str, Tensor], refitter: Refitter | None = None) -> None:
         if not engine.refittable:
             raise Unavailable(
-                "no weight of the plan can be replaced: it was not built for that",
+                "no weight of the plan can be replaced, since it was not built for that",
                 next_step=_INSTEAD,
             )
         self.memory = memory
         self._refitter = _create_refitter(engine) if refitter is None else refitter
-        # Looking for NaN costs more than writing, and lorac refuses adapters that have any where they come in.
+        # Looking for NaN costs more than writing, and lorac refuses adapters with NaN when they are added.
         self._refitter.weights_validation = False
-        self._touched: frozenset[str] = frozenset()
+        self._changed: frozenset[str] = frozenset()
         for name, tensor in memory.items():
             self._check(name, tensor)
 
-    def write(self, touched: Collection[str]) -> int:
-        """Write what the memory holds, into the weights that the choice before touched or this one does.
+    def write(self, changed: Collection[str]) -> int:
+        """Write the weights that the previous or the active choice changes.
 
-        The caller keeps calls away, and has waited for those that were queued (``Running.writing``). Where it fails,
-        some may be written: the next call writes all of them again.
+        The caller keeps calls away, and has waited for queued ones (``PlanRunner.writing``). A failed write may be
+        partial; the next one writes all of the weights again.
 
         Args:
-            touched: the weights that are not the base's now.
+            changed: the weights that differ from the base's.
 
         Returns:
             Bytes written.
@@ -100,40 +103,40 @@ class WeightRefitter:
         Raises:
             Unavailable: TensorRT fails.
         """
-        self._touched |= frozenset(touched)
-        with library.collect_errors() as said:
-            written = self._set_all(self._touched, said)
+        self._changed |= frozenset(changed)
+        with library.collect_errors() as messages:
+            written = self._set_all(self._changed, messages)
             if written and not self._refitter.refit_cuda_engine():
-                raise _refit_error("TensorRT does not replace the weights", said)
+                raise _refit_error("TensorRT does not replace the weights", messages)
         for name in written:
             self._refitter.unset_named_weights(name)
-        self._touched = frozenset(touched)
+        self._changed = frozenset(changed)
         return sum(self.memory[name].nbytes for name in written)
 
-    def _set_all(self, names: Collection[str], said: library.BuildMessages) -> set[str]:
-        """Say what weights are to be, with those that the builder joined with them: all have to be written together."""
+    def _set_all(self, names: Collection[str], messages: library.BuildMessages) -> set[str]:
+        """Set weights together with those that the builder combined with them; return all of them."""
         for name in sorted(names):
-            self._set(name, said)
+            self._set(name, messages)
         partners = self._refitter.get_missing_weights()
         for name in sorted(partners):
-            self._set(name, said)
+            self._set(name, messages)
         return {*names, *partners}
 
-    def _set(self, name: str, said: library.BuildMessages) -> None:
+    def _set(self, name: str, messages: library.BuildMessages) -> None:
         tensor = self.memory.get(name)
         if tensor is None:
             raise Unavailable(
-                f"the plan joined '{name}' with weights that are to be replaced, and it was not kept",
+                f"the plan combines '{name}' with weights to be replaced, and its value was not kept",
                 next_step=_INSTEAD,
             )
         trt = library.trt()
         weights = trt.Weights(library.trt_dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
         place = trt.TensorLocation.DEVICE if tensor.is_cuda else trt.TensorLocation.HOST
         if not self._refitter.set_named_weights(name, weights, place):
-            raise _refit_error(f"TensorRT does not take '{name}'", said)
+            raise _refit_error(f"TensorRT does not take '{name}'", messages)
 
     def _check(self, name: str, tensor: Tensor) -> None:
-        """A weight of another dtype or size would be refused at the first swap; it is where it was compiled."""
+        """Refuse a weight of another dtype or size now, rather than at the first swap."""
         built = self._refitter.get_weights_prototype(name)
         wanted = (library.trt_dtype(tensor.dtype), tensor.numel())
         if (built.dtype, built.size) != wanted or not tensor.is_contiguous():
@@ -145,13 +148,13 @@ class WeightRefitter:
 
 
 def _create_refitter(engine: CudaEngine) -> Refitter:
-    with library.collect_errors() as said:
+    with library.collect_errors() as messages:
         try:
             made: Refitter = library.trt().Refitter(engine, library.logger())
-        except TypeError as error:  # how the bindings tell of a constructor that gives nothing
-            raise _refit_error("TensorRT lets no weight of the plan be replaced", said) from error
+        except TypeError as error:  # what the bindings raise where a constructor returns nothing
+            raise _refit_error("TensorRT lets no weight of the plan be replaced", messages) from error
     return made
 
 
-def _refit_error(what: str, said: library.BuildMessages) -> Unavailable:
-    return Unavailable(f"{what}: {said.why()}", next_step=_INSTEAD)
+def _refit_error(what: str, messages: library.BuildMessages) -> Unavailable:
+    return Unavailable(f"{what}: {messages.why()}", next_step=_INSTEAD)

@@ -25,7 +25,7 @@ from lorac.target.engine import BoundProgram, Engine
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     Output = torch.Tensor | ModelOutput
 

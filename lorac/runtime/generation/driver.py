@@ -28,7 +28,7 @@ from lorac.target.kv_cache import CacheSpec, KeyValueCache
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
 CONFIG_FIELDS = (
     "bos_token_id",
@@ -176,7 +176,7 @@ class GenerationDriver(GenerationMixin, ABC):
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         is_first_iteration: bool = True,
-    ) -> ModelOutput:
+    ) -> Any:
         """Compute each prompt once, however many beams or sequences it has."""
         state, mask = model_kwargs["cache"], model_kwargs.get(self.mask_name)
         copies = input_ids.shape[0] // len(state.cache.lengths)
@@ -186,14 +186,14 @@ class GenerationDriver(GenerationMixin, ABC):
 
     def _sample(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
+        generation_config: Any,
         synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
-    ) -> Tensor | ModelOutput:
+    ) -> Any:
         """Decode token by token, greedily or by sampling; the sequences equal those of transformers' loop to the bit.
 
         A finished row gets no further tokens, and its later scores are zeros, if an end token finished it: only then
@@ -240,7 +240,7 @@ class DecoderDriver(GenerationDriver):
     def _new_state(self, rows: int, capacity: int) -> DecodingState:
         return DecodingState(self.program.new_cache(rows, capacity))
 
-    def _prompt_width(self, model_kwargs: Mapping[str, Any], generation_config: GenerationConfig) -> int:
+    def _prompt_width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
         """Return the mask's width; transformers notes only the width where nothing is padding."""
         mask = model_kwargs.get(self.mask_name)
         return int(generation_config._mask_length if mask is None else mask.shape[1])

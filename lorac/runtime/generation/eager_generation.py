@@ -22,7 +22,7 @@ from lorac.runtime.generation.prompts import CACHE, IDS, MASK
 from lorac.target.engine import BoundProgram
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,7 +87,7 @@ def _pass_mask(model: nn.Module) -> Iterator[None]:
     """Give each call of this thread a mask inside the block; transformers omits it where nothing is padding."""
     thread = threading.get_ident()
 
-    def add_mask(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[object, ...] | None:
+    def add_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if threading.get_ident() != thread or kwargs.get(MASK) is not None or kwargs.get(IDS) is None:
             return None
         rows, new = kwargs[IDS].shape[:2]

@@ -29,7 +29,7 @@ from lorac.runtime.generation.prompts import main_input
 from lorac.runtime.traits import CustomGeneration
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
 DECODER_MASK = "decoder_attention_mask"
 """transformers' name for the mask of a decoder's tokens."""
@@ -72,14 +72,13 @@ class EncoderDecoderDriver(GenerationDriver):
         empty = torch.empty(inputs_tensor.shape[0], 0, 0)
         return {**model_kwargs, "encoder_outputs": BaseModelOutput(last_hidden_state=empty)}
 
-    def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, object]]:
-        prepared: tuple[Tensor, dict[str, object]]
+    def _prepare_decoder_input_ids_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_decoder_input_ids_for_generation(*args, **kwargs)  # type: ignore[misc]  # of a model
         self._columns = prepared[0].shape[1]
         return prepared
 
-    def _beam_search(self, *args: Any, **kwargs: Any) -> Tensor | ModelOutput:
-        output: Tensor | ModelOutput = super()._beam_search(*args, **kwargs)  # type: ignore[misc]  # of a model
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = super()._beam_search(*args, **kwargs)  # type: ignore[misc]  # of a model
         if self.rules is None or isinstance(output, Tensor):
             return output
         return type(output)(**{name: value for name, value in output.items() if name != "cache"})

@@ -15,7 +15,7 @@ from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
 from lorac.frontend.components import check_component, list_components
 from lorac.ir.graph.attention_ops import DECODER_IDS
-from lorac.ir.slots.choice import UNSET, Choice, parse_choice
+from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, parse_choice
 from lorac.runtime.batching import OutputMerger, batch_size, check_rows, group_rows, select_rows
 from lorac.runtime.generation.eager_generation import EagerGeneration, refuse_prompt_cache
 from lorac.runtime.generation.prompt_cache import PromptCache
@@ -24,7 +24,7 @@ from lorac.runtime.generation.request import GenerateRequest, translate_errors
 from lorac.runtime.traits import ModelTraits
 
 if TYPE_CHECKING:
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     from lorac.runtime.choice_states import ChoiceState
     from lorac.runtime.switchable_model import SwitchableModel
@@ -42,9 +42,9 @@ def generate(
     graph: str,
     options: Mapping[str, object],
     *,
-    adapters: object,
+    adapters: Any,
     seed: object,
-    draft: object,
+    draft: ChoiceSpec,
     prompt_cache: PromptCache | None,
 ) -> Output:
     """Continue sequences with a compiled model; see ``Compiled.generate``.
@@ -166,7 +166,7 @@ class _GenerateCall:
     token_inputs: tuple[str, str] = (IDS, MASK)
     as_numpy: bool = False
 
-    def generate(self, adapters: object, seed: object, draft: object, prompt_cache: PromptCache | None) -> Output:
+    def generate(self, adapters: Any, seed: object, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
         """Run the rows, those of one kind together, and join the outputs in the order of the batch."""
         rows = batch_size((), self.request.options)
         seeds, choices = _parse_seeds(seed, rows), self._parse_choices(adapters, rows)
@@ -219,7 +219,7 @@ class _GenerateCall:
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    def _run(self, adapters: object, seeds: Seeds, draft: object, prompt_cache: PromptCache | None) -> Output:
+    def _run(self, adapters: ChoiceSpec, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
         """Generate for all rows with one choice of adapters, as one call (invariant 7)."""
         options, prompts = dict(self.request.options), self.prompts
         if prompts is not None:
@@ -259,7 +259,7 @@ class _GenerateCall:
             prompt_cache=prompt_cache,
         )
 
-    def _bind(self, adapters: object, draft: object, run: Run) -> Output:
+    def _bind(self, adapters: ChoiceSpec, draft: ChoiceSpec, run: Run) -> Output:
         """Run with a choice of adapters and, where there is a draft, with that choice too."""
         model = self.model
 

@@ -123,10 +123,12 @@ class Prompts:
 
 def _token_batch(value: object, name: str) -> Tensor:
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    is_batch = isinstance(tensor, Tensor) and tensor.dim() == 2
-    if is_batch and (name == MASK or not (tensor.is_floating_point() or tensor.dtype == torch.bool)):
-        return tensor
-    shown = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, Tensor) else short(value)
+    shown = short(value)
+    if isinstance(tensor, Tensor):
+        is_float = tensor.is_floating_point() or tensor.dtype == torch.bool
+        if tensor.dim() == 2 and (name == MASK or not is_float):
+            return tensor
+        shown = f"{tuple(tensor.shape)} of {tensor.dtype}"
     raise WrongType(
         f"{name}= is not a batch of tokens: {shown}",
         next_step="give (rows, length), such as a tokenizer makes with return_tensors='pt'",

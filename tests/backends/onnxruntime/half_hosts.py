@@ -1,4 +1,4 @@
-"""Models in half precision with adapters of three kinds, and what they are held against."""
+"""Models in half precision with adapters of three kinds, and their references."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ("tiny_bert", "tiny_llama", "tiny_vit")
 
 
 def adapters(name: str) -> dict[str, lorac.Adapter]:
-    """A LoRA, a DoRA and a router over a model, away from their init."""
+    """Return a LoRA, a DoRA and a router over a model, away from their init."""
     first, *_, last = ZOO[name].targets
     methods = {
         "lora": lorac.LoRA(r=3, alpha=6, targets=[first, last]),
@@ -31,7 +31,7 @@ def adapters(name: str) -> dict[str, lorac.Adapter]:
 
 
 class Reference:
-    """The same weights and adapters in float32, whose weights half precision has rounded already.
+    """The same weights and adapters in float32, with weights that half precision has rounded already.
 
     Args:
         name: of the zoo.
@@ -54,10 +54,10 @@ class Reference:
             return self.eager(**self.inputs(torch.float32), adapters=choice)
 
     def of(self, adapter: str) -> Any:
-        """What the model answers with an adapter, as strong as it is tried."""
+        """Return the model's outputs with an adapter, at the strength of the test."""
         return self._of(self.choices[adapter])
 
     def inputs(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """Inputs that half precision has rounded already."""
+        """Return inputs that half precision has rounded already."""
         given = self.entry.inputs(dtype=self.dtype)
         return {n: v.to(dtype) if dtype and v.is_floating_point() else v for n, v in given.items()}

@@ -1,4 +1,4 @@
-"""The memory that sessions read: tensors where they lie, and copies of them in memory of ONNX Runtime's own.
+"""The memory that sessions read: tensors where they lie, and copies of them in ONNX Runtime's own memory.
 
 The second is how a GPU is reached that this torch has no build for. ONNX Runtime has such memory on the CPU too, where
 it is tried: what is bound, exchanged and written is the same there to the bit.
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 
 
 class Net(nn.Module):
-    """Two layers, the second with weights that a bias goes with."""
+    """Two layers, the second with a bias next to its weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 def adapters() -> dict[str, lorac.Adapter]:
-    """One per form, away from their init."""
+    """Return one adapter per form, away from their init."""
     methods = {
         "lora": lorac.LoRA(r=2, targets=["up", "down"]),
         "sparse": lorac.SHiRA(r=1, targets=["up"]),
@@ -58,7 +58,7 @@ def adapters() -> dict[str, lorac.Adapter]:
 
 
 def compiled(mode: str, memory: type | None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model whose values lie in such memory."""
+    """Return a model whose values lie in such memory."""
     if memory is not None:
         monkeypatch.setattr(engine, "memory_at", memory)
     made = lorac.compile(Net(), adapters(), "onnxruntime", (torch.ones(3, 6),), mode=mode, active=None)
@@ -80,14 +80,14 @@ def test_a_program_over_copies_answers_the_same_bits(mode: str, monkeypatch: pyt
 def test_what_two_bindings_share_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled("live", OrtDeviceMemory, monkeypatch)
     memory, tensor = made.engine.device_memory, torch.randn(3, 4)
-    assert memory.held(tensor) is memory.held(tensor) is not memory.held(tensor.clone())
+    assert memory.to_value(tensor) is memory.to_value(tensor) is not memory.to_value(tensor.clone())
 
 
 def test_only_what_was_written_is_brought_over(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled("fused", OrtDeviceMemory, monkeypatch)
     made.swap("lora")
     brought: list[int] = []
-    of_values = type(made.engine.device_memory.held(torch.ones(1)))
+    of_values = type(made.engine.device_memory.to_value(torch.ones(1)))
     as_ever = of_values.update_inplace
 
     def update(value: Any, given: Any) -> None:
@@ -105,7 +105,7 @@ def test_only_what_was_written_is_brought_over(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("shape", [(3, 4), (), (4, 0)])
 def test_values_of_any_dtype_and_shape_come_and_go(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = (torch.randn(shape) > 0) if dtype == torch.bool else (torch.randn(shape) * 10).to(dtype)
-    there = OrtDeviceMemory(CPU).held(tensor)
+    there = OrtDeviceMemory(CPU).to_value(tensor)
     for value in (as_ort_value(tensor), there):
         assert torch.equal(as_tensor(value), tensor) and as_tensor(value).dtype == dtype
     if tensor.numel():
@@ -115,6 +115,6 @@ def test_values_of_any_dtype_and_shape_come_and_go(dtype: torch.dtype, shape: tu
 
 def test_what_the_cpu_runs_is_read_where_it_lies() -> None:
     memory, tensor = memory_at(CPU), torch.randn(3, 4)
-    assert memory.held(tensor).data_ptr() == tensor.data_ptr()
-    turned = memory.held(tensor.t())
+    assert memory.to_value(tensor).data_ptr() == tensor.data_ptr()
+    turned = memory.to_value(tensor.t())
     assert np.array_equal(turned.numpy(), tensor.t()) and memory.answers([tensor]) == ("cpu", 0)

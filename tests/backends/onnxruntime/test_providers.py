@@ -1,4 +1,4 @@
-"""Devices and providers: what is asked for runs, or what it lacks is named, before anything is compiled."""
+"""Devices and providers: options run, or what the machine lacks is named before anything is compiled."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def compiled(**options: Any) -> lorac.Compiled:
-    """It with a LoRA."""
+    """Return a compiled layer with a LoRA."""
     example = (torch.ones(3, 6),)
     return lorac.compile(Net(), {"a": lorac.LoRA(r=2, targets=["up"])}, "onnxruntime", example, **options)
 

@@ -1,4 +1,4 @@
-"""Engines of the tensorrt target as tests look at them: hosts of two layers, adapters of five methods, and plans."""
+"""Engines of the tensorrt target for tests: models of two layers, adapters of five methods, and plans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGE = 4096
 
 
 def quietly(**told: Any) -> lorac.Compiled:
-    """``lorac.compile`` for tensorrt, without the warning that there is no GPU."""
+    """Compile for tensorrt, without the warning that there is no GPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{NO_GPU}", category=lorac.LoracWarning)
         return lorac.compile(**{"target": "tensorrt", "target_capabilities": THREE, **told})
@@ -41,7 +41,7 @@ def quietly(**told: Any) -> lorac.Compiled:
 
 # ── Hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _llama() -> nn.Module:
-    """Two layers of SmolLM2's widths."""
+    """Return two layers of SmolLM2's widths."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -91,7 +91,7 @@ ROUTED = {"resnet": ("fc",), "t5": ("decoder.block.0.layer.0.SelfAttention.q",)}
 
 @functools.cache
 def host(name: str) -> nn.Module:
-    """A host, the same for all tests."""
+    """Return a model, the same for all tests."""
     torch.manual_seed(0)
     return HOSTS[name]().eval()
 
@@ -102,7 +102,7 @@ def _found(name: str, wanted: tuple[str, ...]) -> list[str]:
 
 
 def variants(name: str) -> dict[str, Any]:
-    """Method -> a variant for a host; the rank of "one" is the least there is."""
+    """Return method -> a variant for a model; "one" has the least rank."""
     targets, routed = _found(name, TARGETS[name]), _found(name, ROUTED.get(name, TARGETS[name]))
     return {
         "lora": lorac.LoRA(r=4, targets=targets),
@@ -116,7 +116,7 @@ def variants(name: str) -> dict[str, Any]:
 
 @functools.cache
 def adapters(name: str) -> Mapping[str, lorac.Adapter]:
-    """An adapter of each method, away from its init."""
+    """Return an adapter of each method, away from its init."""
     eager = lorac.compile(host(name), variants(name), active=None, example_inputs=EXAMPLES.get(name), self_test=False)
     for number, adapter in enumerate(eager.adapters.values()):
         away(adapter, number)
@@ -135,7 +135,7 @@ def away(adapter: lorac.Adapter, seed: int) -> None:
 # ── What was built ───────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Built:
-    """A compiled model, and what the self-test looked at.
+    """A compiled model, and the engine and program of its self-test.
 
     Attributes:
         compiled: the model.
@@ -163,7 +163,7 @@ class Built:
         return self.engine.graphs["main"].file.read()
 
     def answers(self, choice: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """What the emitted file answers on the example inputs, and what the reference interpreter does."""
+        """Return the outputs of the emitted file on the example inputs, and those of the reference interpreter."""
         graph = widen_graph(self.program.graphs["main"])
         inputs, constants = read_example_inputs(graph, graph.interface.inputs), graph.exported.state_dict
         weights = {name: w.float() if w.is_floating_point() else w for name, w in constants.items()}
@@ -172,7 +172,7 @@ class Built:
         return self.tried.outputs("main", given, inputs), run_graph(graph, inputs, held, weights)
 
     def _held(self, choice: Any) -> Mapping[str, Tensor]:
-        """What slots hold for a choice."""
+        """Return the slots' tensors for a choice."""
         if self.engine.constant:
             return self.constants
         self.compiled.swap(choice)
@@ -183,7 +183,7 @@ class Built:
 
 
 def seen(**told: Any) -> Built:
-    """As ``quietly``, with what the self-test looked at and what the network was."""
+    """Compile as ``quietly`` does, and record the self-test and the network."""
     programs: list[Program] = []
     tested: list[tuple[CpuProgram, Mapping[str, Tensor]]] = []
     networks: list[Any] = []
@@ -219,7 +219,7 @@ def _inputs(parsed: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 @functools.cache
 def built(name: str, mode: str, dtype: str, methods: tuple[str, ...]) -> Built:
-    """A host with adapters of some methods, nothing active unless baked."""
+    """Compile a model with adapters of some methods, none of them active unless baked."""
     own = adapters(name)
     return seen(
         model=host(name),
@@ -232,11 +232,11 @@ def built(name: str, mode: str, dtype: str, methods: tuple[str, ...]) -> Built:
 
 
 def weights_of(engine: TrtEngine) -> Mapping[str, Any]:
-    """The large floating-point weights of graph ``main``'s model, by name."""
+    """Return the large floating-point weights of graph ``main``'s model, by name."""
     _, beside = read_model_files(engine.files, "main")
     return {name: array for name, array in beside.items() if array.dtype.kind not in "iub" and array.size >= LARGE}
 
 
 def model_of(engine: TrtEngine) -> onnx.ModelProto:
-    """The emitted model of graph ``main``, without its weights."""
+    """Return the emitted model of graph ``main``, without its weights."""
     return onnx.load_from_string(engine.files[graph_file("main", MODEL_FILE)].read())

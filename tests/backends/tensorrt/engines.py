@@ -1,4 +1,4 @@
-"""An engine's questions answered by a parsed network, and a refitter that notes what it is given: no GPU, no engine."""
+"""An engine whose properties come from a parsed network, and a refitter that records its calls: no GPU, no engine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Tensor = torch.Tensor
 
 
 def allocator() -> Any:
-    """An output's, of two columns in float16."""
+    """Return the allocator of an output of two columns in float16."""
     return output_allocator(IOTensor(torch.float16, (-1, 2)), CPU)
 
 
 class OfNetwork:
-    """What an engine says of its inputs and outputs, said by the network of ``tiny`` before it is built."""
+    """The inputs and outputs of an engine, read from the network of ``tiny`` before it is built."""
 
     num_io_tensors = 4
     refittable = True
@@ -58,7 +58,7 @@ class OfNetwork:
 
 
 class Weights:
-    """A refitter: what an engine of some weights holds, and which of them the builder joined.
+    """A refitter that records the weights of an engine and their partners.
 
     Args:
         built: what the engine was built with.

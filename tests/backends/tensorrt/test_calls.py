@@ -1,4 +1,4 @@
-"""What a call and a swap do with plans, where the plan's place is taken by the file that it was built of.
+"""Calls and swaps with plans, each replaced by the file from which it was built.
 
 No plan runs without a GPU. So ``Running`` is stood in for by ONNX Runtime over the emitted model, which answers with
 the numbers that the plan is to answer with; everything before it is the target's own.
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 class Standing:
-    """A loaded plan, computed by ONNX Runtime on the CPU; notes what it is asked.
+    """A loaded plan, computed by ONNX Runtime on the CPU; counts its calls.
 
     Args:
         found: the engine whose plan it is.
@@ -64,7 +64,7 @@ class Standing:
 
 
 def made(mode: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any, Standing]:
-    """The model for eager and for TensorRT with the same adapters, and what stands in for the plan."""
+    """Return the model for eager and for TensorRT with the same adapters, and the stand-in for the plan."""
     torch.manual_seed(0)
     model = Net().eval()
     variants = {"a": lorac.LoRA(r=2, targets=["left"]), "b": lorac.LoRA(r=3, targets=["left", "right"])}

@@ -1,4 +1,4 @@
-"""CUDA graphs of a plan: one for each set of shapes, with buffers that a call and a swap are copied into."""
+"""CUDA graphs of a plan: one for each set of shapes, with buffers for inputs and slots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 
 class Recorded:
-    """In the place of CUDA: what was captured is done again by doing it again."""
+    """Replaces CUDA: captured work is replayed by doing it again."""
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0
@@ -39,9 +39,9 @@ class Recorded:
 
 
 def _calls(*, depends: bool = False) -> tuple[ContextPool, Lanes, Recorded]:
-    ports, recorded = tiny.ports(sizes_depend_on_values=depends), Recorded()
-    lanes = Lanes(ports)
-    return ContextPool(ports, CPU, lanes, CudaGraphCache(ports, lanes, recorded)), lanes, recorded
+    io, recorded = tiny.io(sizes_depend_on_values=depends), Recorded()
+    executions = Lanes(io)
+    return ContextPool(io, CPU, executions, CudaGraphCache(io, executions, recorded)), executions, recorded
 
 
 def _x(rows: int = 2, seed: int = 0) -> Tensor:
@@ -49,11 +49,11 @@ def _x(rows: int = 2, seed: int = 0) -> Tensor:
 
 
 def test_one_is_captured_for_each_set_of_shapes() -> None:
-    calls, lanes, recorded = _calls()
+    calls, executions, recorded = _calls()
     for rows, rank in ((1, 1), (2, 1), (1, RANK), (2, 1), (1, 1)):
         slots, x = tiny.drawn(rows, rank), _x(rows)
         assert torch.equal(calls.call({"x": x}, calls.hold(slots))["y"], tiny.computed(x, **slots))
-    assert (recorded.captured, recorded.replayed, len(lanes.made)) == (3, 5, 3)
+    assert (recorded.captured, recorded.replayed, len(executions.made)) == (3, 5, 3)
 
 
 def test_an_answer_is_not_written_over_by_the_next_call() -> None:
@@ -65,7 +65,7 @@ def test_an_answer_is_not_written_over_by_the_next_call() -> None:
 
 
 def test_slots_are_copied_at_a_swap_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, lanes, _ = _calls()
+    calls, executions, _ = _calls()
     one, other, x = calls.hold(tiny.drawn(1)), calls.hold(tiny.drawn(2)), _x()
     calls.call({"x": x}, one)
     copied: list[tuple[int, ...]] = []
@@ -81,10 +81,10 @@ def test_slots_are_copied_at_a_swap_alone(monkeypatch: pytest.MonkeyPatch) -> No
     found = calls.call({"x": x}, other)["y"]
     assert copied[1:] == [tuple(x.shape), *(tuple(tensor.shape) for tensor in other.values())]
     assert torch.equal(found, tiny.computed(x, **tiny.drawn(2)))
-    assert ("set_tensor_address", "a") in lanes.made[0].calls
-    lanes.made[0].calls.clear()
+    assert ("set_tensor_address", "a") in executions.made[0].calls
+    executions.made[0].calls.clear()
     calls.call({"x": x}, one)
-    assert lanes.made[0].calls == [("execute_async_v3", 7)], "what was captured stays where it is"
+    assert executions.made[0].calls == [("execute_async_v3", 7)], "what was captured stays where it is"
 
 
 def test_a_thousand_swaps_leave_no_trace() -> None:
@@ -109,8 +109,8 @@ def test_memory_that_is_written_in_place_is_read_where_it_lies() -> None:
     assert recorded.captured == 2, "another memory is another graph"
 
 
-def _why_not(calls: ContextPool, lanes: Lanes, recorded: Recorded, why: str) -> None:
-    lanes.capturable = why != "it allocates while it runs"
+def _why_not(calls: ContextPool, executions: Lanes, recorded: Recorded, why: str) -> None:
+    executions.capturable = why != "it allocates while it runs"
     recorded.fails = why.startswith("operation")
     x, held = _x(), [calls.hold(tiny.drawn(seed)) for seed in (1, 2)]
     with pytest.warns(lorac.LoracWarning, match=why) as caught:
@@ -130,8 +130,8 @@ def test_neither_can_sizes_that_depend_on_values() -> None:
 
 
 def test_a_size_that_the_plan_was_not_built_for_is_no_reason_to_run_without() -> None:
-    calls, lanes, recorded = _calls()
-    lanes.refuses["set_input_shape"] = lambda name, shape: name == "x" and shape[0] > 2
+    calls, executions, recorded = _calls()
+    executions.refuses["set_input_shape"] = lambda name, shape: name == "x" and shape[0] > 2
     with pytest.raises(lorac.InputMismatch):
         calls.call({"x": _x(3)}, calls.hold(tiny.drawn(1)))
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
@@ -139,19 +139,21 @@ def test_a_size_that_the_plan_was_not_built_for_is_no_reason_to_run_without() ->
 
 
 def test_numbers_that_shapes_are_computed_from_are_part_of_what_a_graph_is_for() -> None:
-    ports = IOTensors({"sizes": IOTensor(torch.int64, (2,), on_host=True)}, {})
-    graphs = CudaGraphCache(ports, Lanes(ports), Recorded())
+    io = IOTensors({"sizes": IOTensor(torch.int64, (2,), on_host=True)}, {})
+    graphs = CudaGraphCache(io, Lanes(io), Recorded())
     keys = {graphs._key({"sizes": torch.tensor(numbers)}, DeviceSlots({})) for numbers in ([2, 3], [3, 2], [2, 3])}
     assert len(keys) == 2
 
 
 def test_the_one_that_was_not_used_for_longest_is_given_up() -> None:
-    calls, lanes, recorded = _calls()
+    calls, executions, recorded = _calls()
     slots = calls.hold(tiny.drawn(1))
     for rows in range(1, capturing.MAX_GRAPHS + 2):
         calls.call({"x": _x(rows)}, slots)
         calls.call({"x": _x(1)}, slots)
-    assert [lane.track.finished for lane in lanes.lanes] == [0, 1] + [0] * (capturing.MAX_GRAPHS - 1)  # type: ignore[attr-defined]
+    assert [execution.streams.finished for execution in executions.executions] == [0, 1] + [0] * (
+        capturing.MAX_GRAPHS - 1
+    )  # type: ignore[attr-defined]
     calls.call({"x": _x(1)}, slots)
     assert recorded.captured == capturing.MAX_GRAPHS + 1
     calls.call({"x": _x(2)}, slots)
@@ -159,10 +161,10 @@ def test_the_one_that_was_not_used_for_longest_is_given_up() -> None:
 
 
 def test_who_writes_waits_for_graphs_too() -> None:
-    calls, lanes, _ = _calls()
+    calls, executions, _ = _calls()
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
     calls.finish()
-    assert [lane.track.finished for lane in lanes.lanes] == [1]  # type: ignore[attr-defined]
+    assert [execution.streams.finished for execution in executions.executions] == [1]  # type: ignore[attr-defined]
 
 
 def test_slots_that_are_let_go_are_not_taken_for_others() -> None:

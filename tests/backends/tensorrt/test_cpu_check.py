@@ -1,4 +1,4 @@
-"""The self-test of files that no plan can be run of here: what is lost in one is found, in half precision too."""
+"""The self-test of emitted files on the CPU finds lost slots, in half precision too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything but calling works where there is no GPU: compiling, telling, swapping, adding, saving, loading."""
+"""Everything but calling works without a GPU: compiling, explaining, swapping, adding, saving, loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a target would not compute is told of a model before anything is built: every op, its module and line."""
+"""Ops that a target would not compute are listed before anything is built, each with its module and line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Bits(nn.Module):
-    """A layer behind whose result numbers are taken bit by bit."""
+    """A layer followed by bitwise ops."""
 
     def __init__(self) -> None:
         super().__init__()

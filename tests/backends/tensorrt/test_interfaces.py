@@ -1,4 +1,4 @@
-"""What lorac calls of TensorRT is there in the library that is installed, and takes what lorac gives.
+"""The installed library has the methods of TensorRT that lorac calls, with these parameters.
 
 A context, an engine and a refitter are made on a GPU alone. So that neither the types that lorac is checked with nor
 what stands in for them in tests can be another than the library's, both are held against its classes.
@@ -33,13 +33,13 @@ def _methods(of: type) -> dict[str, Any]:
     return {name: found for name, found in vars(of).items() if inspect.isfunction(found) and name[0] != "_"}
 
 
-def _taken(method: Any) -> list[str]:
-    """Names of a method's parameters, without itself."""
+def _take(method: Any) -> list[str]:
+    """Return the names of a method's parameters, without ``self``."""
     return list(inspect.signature(method).parameters)[1:]
 
 
 def _overloads(method: Any) -> list[list[str]]:
-    """Names of the parameters of each way to call a method of the bindings, as its documentation has them."""
+    """Return the parameter names of each overload of a method of the bindings, from its documentation."""
     text = str(method.__doc__)
     lines = re.findall(rf"{method.__name__}\(self: [\w.]+(?:, (.*))?\) ->", text)
     assert lines, text
@@ -54,7 +54,7 @@ def test_a_method_is_the_librarys(of: type, name: str) -> None:
     if name in ONLY_RTX and not library.is_rtx():
         pytest.skip("TensorRT for RTX alone has it")
     real = getattr(getattr(library.trt(), CLASSES[of]), name)
-    assert _taken(_methods(of)[name]) in _overloads(real)
+    assert _take(_methods(of)[name]) in _overloads(real)
 
 
 @pytest.mark.parametrize("of", CLASSES, ids=lambda of: of.__name__)
@@ -66,8 +66,8 @@ def test_an_attribute_is_the_librarys(of: type) -> None:
 @pytest.mark.parametrize("of", CLASSES, ids=lambda of: of.__name__)
 def test_a_stand_in_has_the_same_methods(of: type) -> None:
     wanted, found = _methods(of), _methods(STAND_INS[of])
-    assert {name: _taken(method) for name, method in found.items()}.items() >= {
-        name: _taken(method) for name, method in wanted.items()
+    assert {name: _take(method) for name, method in found.items()}.items() >= {
+        name: _take(method) for name, method in wanted.items()
     }.items()
 
 

@@ -1,4 +1,4 @@
-"""The one module that hides TensorRT: which library serves, dtypes, and errors instead of output."""
+"""The module that hides TensorRT: which library serves, dtypes, and errors in place of output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.backends.tensorrt import tiny
 
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
-    """The library is looked for again, and what was found before comes back."""
+    """Look for the library again, and restore the first result afterwards."""
     found = library.trt
     library.trt.cache_clear()
     yield
@@ -65,9 +65,9 @@ def test_a_dtype_that_tensorrt_lacks() -> None:
 
 def test_its_errors_are_told_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     network, _ = tiny.parsed()
-    with library.collect_errors() as said:
+    with library.collect_errors() as messages:
         assert not network.mark_weights_refittable("nobody")
-        assert "no weights named nobody" in said.why()
+        assert "no weights named nobody" in messages.why()
     assert capfd.readouterr() == ("", "")
 
 
@@ -91,9 +91,9 @@ def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
     heard = []
 
     def elsewhere() -> None:
-        with library.collect_errors() as said:
+        with library.collect_errors() as messages:
             network.mark_weights_refittable("nobody")
-            heard.append(said.why())
+            heard.append(messages.why())
 
     with library.collect_errors() as here:
         thread = threading.Thread(target=elsewhere)
@@ -105,11 +105,11 @@ def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
 
 def test_a_thread_of_tensorrts_own_tells_everyone() -> None:
     network, _ = tiny.parsed()
-    with library.collect_errors() as said:
+    with library.collect_errors() as messages:
         thread = threading.Thread(target=network.mark_weights_refittable, args=("nobody",))
         thread.start()
         thread.join()
-        assert "nobody" in said.why()
+        assert "nobody" in messages.why()
 
 
 def test_there_is_no_reason_where_none_was_given() -> None:

@@ -1,4 +1,4 @@
-"""What TensorRT's parser takes: lorac's list beside the library's own, ops of one's own, inputs that are not inputs."""
+"""The ops that TensorRT's parser takes, compared with lorac's list; foreign ops; inputs that became constants."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_input_with_a_value_becomes_a_constant_and_is_found(tmp_path):
 
 
 def _written(folder: Path, nodes: list[onnx.NodeProto], held: str = "") -> Path:
-    """A model of x (rows, 4) with these nodes, one of whose inputs has a value."""
+    """Write a model of x (rows, 4) with these nodes, one of whose inputs has a value."""
     given = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 4]) for name in ("x", *filter(None, [held]))
     ]

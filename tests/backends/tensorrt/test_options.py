@@ -1,4 +1,4 @@
-"""What the target can be told: capabilities, profiles and numbers, and what is said of those that make no sense."""
+"""Options of the target: capabilities, profiles and numbers, and the errors of bad ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.backends.tensorrt.building import quietly
 
 
 class Reads(nn.Module):
-    """Ids of texts, each with a picture whose sides vary."""
+    """Reads ids of sequences, each with a picture whose sides vary."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plans that were built before: found by what they were built from, checked, and bounded."""
+"""The cache of plans: found by their inputs, checked, and bounded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of a plan: what a context is told, what a swap tells it, and what is refused where nothing can run."""
+"""Calls of a plan: the shapes and addresses that calls and swaps set, and errors where no plan runs."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ without_cuda = pytest.mark.skipif(HERE is None, reason="what is refused where th
 
 
 def _calls(*, depends: bool = False) -> tuple[ContextPool, Lanes]:
-    ports = tiny.ports(sizes_depend_on_values=depends)
-    lanes = Lanes(ports)
-    return ContextPool(ports, CPU, lanes), lanes
+    io = tiny.io(sizes_depend_on_values=depends)
+    executions = Lanes(io)
+    return ContextPool(io, CPU, executions), executions
 
 
 def _x(rows: int = 2, seed: int = 0) -> Tensor:
     return tiny.placed(torch.randn(rows, IN, generator=torch.Generator().manual_seed(seed)))
 
 
-def _log(lanes: Lanes) -> list[tuple[object, ...]]:
-    """What the one context was called with since this was asked last."""
-    (context,) = lanes.made
+def _log(executions: Lanes) -> list[tuple[object, ...]]:
+    """Return the calls of the one context since the last ``_log``."""
+    (context,) = executions.made
     noted = list(context.calls)
     context.calls.clear()
     return noted
@@ -52,41 +52,41 @@ def test_it_computes_what_it_is_given() -> None:
 
 
 def test_a_first_call_tells_shapes_and_addresses_and_then_computes_the_outputs_sizes() -> None:
-    calls, lanes = _calls()
+    calls, executions = _calls()
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
     told = [(method, name) for name in "abx" for method in ("set_input_shape", "set_tensor_address")]
-    assert _log(lanes) == [*told, ("infer_shapes",), ("set_tensor_address", "y"), ("execute_async_v3", 7)]
+    assert _log(executions) == [*told, ("infer_shapes",), ("set_tensor_address", "y"), ("execute_async_v3", 7)]
 
 
 def test_the_same_again_tells_where_the_output_goes_alone() -> None:
-    calls, lanes = _calls()
+    calls, executions = _calls()
     x, slots = _x(), calls.hold(tiny.drawn(1))
     kept = calls.call({"x": x}, slots)
-    _log(lanes)
+    _log(executions)
     calls.call({"x": x}, slots)
-    assert _log(lanes) == [("set_tensor_address", "y"), ("execute_async_v3", 7)]
+    assert _log(executions) == [("set_tensor_address", "y"), ("execute_async_v3", 7)]
     assert kept.keys() == {"y"}
 
 
 def test_a_swap_tells_the_slots_addresses_alone() -> None:
-    calls, lanes = _calls()
+    calls, executions = _calls()
     x, one, other = _x(), calls.hold(tiny.drawn(1)), calls.hold(tiny.drawn(2))
     kept = [calls.call({"x": x}, one)]
-    _log(lanes)
+    _log(executions)
     kept.append(calls.call({"x": x}, other))
     addresses = [("set_tensor_address", name) for name in "aby"]
-    assert _log(lanes) == [*addresses, ("execute_async_v3", 7)]
+    assert _log(executions) == [*addresses, ("execute_async_v3", 7)]
     assert torch.equal(kept[1]["y"], tiny.computed(x, **tiny.drawn(2)))
 
 
 def test_a_swap_to_another_rank_tells_shapes_too() -> None:
-    calls, lanes = _calls()
+    calls, executions = _calls()
     x, one, other = _x(), calls.hold(tiny.drawn(1, 1)), calls.hold(tiny.drawn(2, RANK))
     calls.call({"x": x}, one)
-    _log(lanes)
+    _log(executions)
     assert torch.equal(calls.call({"x": x}, other)["y"], tiny.computed(x, **tiny.drawn(2, RANK)))
     told = [(method, name) for name in "ab" for method in ("set_input_shape", "set_tensor_address")]
-    assert [*told, ("infer_shapes",)] == _log(lanes)[:5]
+    assert [*told, ("infer_shapes",)] == _log(executions)[:5]
 
 
 def test_new_shapes_are_counted() -> None:
@@ -94,7 +94,7 @@ def test_new_shapes_are_counted() -> None:
     calls, _ = _calls()
     for rank in (1, 2, 2, 1):
         calls.call({"x": _x()}, calls.hold(tiny.drawn(rank, rank)))
-    assert [lane.met for lane in calls.lanes()] == [3]
+    assert [execution.shape_changes for execution in calls.executions()] == [3]
 
 
 def test_a_thousand_swaps_leave_no_trace() -> None:
@@ -118,10 +118,10 @@ def test_slots_that_were_let_go_are_not_taken_for_others() -> None:
 @pytest.mark.parametrize("method", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
 @pytest.mark.parametrize("order", [("before", "after"), ("after", "before")])
 def test_a_call_that_fails_leaves_the_binding_before(method: str, order: tuple[str, ...]) -> None:
-    calls, lanes = _calls()
+    calls, executions = _calls()
     x, before, after = _x(), calls.hold(tiny.drawn(1, 1)), calls.hold(tiny.drawn(2, RANK))
     found = calls.call({"x": x}, before)["y"]
-    (context,) = lanes.made
+    (context,) = executions.made
     context.refuses = {method: lambda name, *_: name in {"b", 7}}
     with pytest.raises(lorac.LoracError, match="TensorRT gives no reason"):
         calls.call({"x": x}, after)
@@ -132,10 +132,8 @@ def test_a_call_that_fails_leaves_the_binding_before(method: str, order: tuple[s
 
 
 def test_a_size_that_the_plan_was_not_built_for() -> None:
-    ports = tiny.ports()
-    calls = ContextPool(
-        ports, CPU, Lanes(ports, {"set_input_shape": lambda name, shape: name == "x" and shape[0] > ROWS})
-    )
+    io = tiny.io()
+    calls = ContextPool(io, CPU, Lanes(io, {"set_input_shape": lambda name, shape: name == "x" and shape[0] > ROWS}))
     with pytest.raises(lorac.InputMismatch, match=r"does not take 'x' of shape \(6, 6\)"):
         calls.call({"x": _x(ROWS + 1)}, calls.hold(tiny.drawn(1)))
 
@@ -164,7 +162,7 @@ def test_an_allocator_gives_no_empty_memory() -> None:
     made = engines.allocator()
     assert made.reallocate_output_async("y", 0, 0, 256, 0) != 0
     made.notify_shape("y", (0, 2))
-    assert made.taken().shape == (0, 2) and made.taken().dtype == torch.float16
+    assert made.output().shape == (0, 2) and made.output().dtype == torch.float16
 
 
 # --- slots and inputs -------------------------------------------------------------------------------------------------
@@ -212,8 +210,8 @@ def test_memory_that_would_have_to_be_copied_is_not_written_in_place() -> None:
 
 
 def test_numbers_that_shapes_are_computed_from_stay_on_the_host() -> None:
-    port = IOTensor(torch.int64, (2,), on_host=True)
-    assert copy_to_engine(torch.tensor([3, 4], dtype=torch.int32), port, torch.device("meta")).tolist() == [3, 4]
+    io_tensor = IOTensor(torch.int64, (2,), on_host=True)
+    assert copy_to_engine(torch.tensor([3, 4], dtype=torch.int32), io_tensor, torch.device("meta")).tolist() == [3, 4]
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
@@ -236,24 +234,24 @@ def _in_threads(calls: ContextPool, held: list[DeviceSlots], wanted: list[Tensor
 
 def test_eight_threads_with_choices_of_their_own() -> None:
     """The contexts raise where two calls are in one at a time."""
-    calls, lanes = _calls()
+    calls, executions = _calls()
     x, slots = _x(), [tiny.drawn(seed, 1 + seed % RANK) for seed in range(8)]
     wanted = [tiny.computed(x, **one) for one in slots]
     assert _in_threads(calls, [calls.hold(one) for one in slots], wanted, x) == []
-    assert 1 <= len(lanes.made) <= running.MAX_CONTEXTS
+    assert 1 <= len(executions.made) <= running.MAX_CONTEXTS
 
 
 def test_a_context_that_cannot_be_made_keeps_no_place() -> None:
-    ports, left = tiny.ports(), [3 * running.MAX_CONTEXTS]
-    lanes = Lanes(ports)
+    io, left = tiny.io(), [3 * running.MAX_CONTEXTS]
+    executions = Lanes(io)
 
-    def lane() -> object:
+    def execution() -> object:
         left[0] -= 1
         if left[0] >= 0:
             raise lorac.Unavailable("no memory")
-        return lanes()
+        return executions()
 
-    calls = ContextPool(ports, CPU, lane)  # type: ignore[arg-type]
+    calls = ContextPool(io, CPU, execution)  # type: ignore[arg-type]
     for _ in range(3 * running.MAX_CONTEXTS):
         with pytest.raises(lorac.Unavailable, match="no memory"):
             calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
@@ -261,15 +259,15 @@ def test_a_context_that_cannot_be_made_keeps_no_place() -> None:
 
 
 def test_who_writes_waits_for_what_was_queued() -> None:
-    calls, lanes = _calls()
+    calls, executions = _calls()
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
     calls.finish()
-    assert [lane.track.finished for lane in lanes.lanes] == [1]  # type: ignore[attr-defined]
+    assert [execution.streams.finished for execution in executions.executions] == [1]  # type: ignore[attr-defined]
 
 
 # --- what an engine says ----------------------------------------------------------------------------------------------
 def test_ports_are_what_the_library_says() -> None:
-    assert IOTensors.of(engines.OfNetwork()) == tiny.ports()
+    assert IOTensors.of(engines.OfNetwork()) == tiny.io()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is built for TensorRT: inputs, names and weights of plans, and values of the file that the parser was handed."""
+"""Plans for TensorRT: inputs, names and weights of plans, and outputs of the parsed file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _named(case: tuple[str, str, str, tuple[str, ...]]) -> str:
 
 @pytest.fixture(scope="module", params=[pytest.param(case, marks=marks, id=_named(case)) for case, marks in CASES])
 def found(request: pytest.FixtureRequest) -> Built:
-    """What was built of a case, once for all tests of it, which come one after another."""
+    """Return a built case, once for all its tests, which follow one another."""
     make = built if request.param in FAST else built.__wrapped__  # of all that take long none is kept
     return make(*request.param)
 
@@ -94,7 +94,7 @@ def test_names_and_weights_are_in_the_plan(found):
 
 
 def _laid_out(array: Any) -> list[Any]:
-    """A weight in the ways in which a plan may have it: a matrix by rows or by columns, a kernel's channels last."""
+    """Yield the layouts in which a plan may store a weight: by rows, by columns, or with a kernel's channels last."""
     if array.ndim != KERNEL:
         return [array, array.T]
     missing = -array.shape[1] % CHANNELS if array.itemsize == 2 else 0
@@ -124,7 +124,7 @@ def test_the_file_that_the_parser_was_handed_answers_as_the_program(found):
 
 
 def _assert_selected(found: Built) -> None:
-    """A router that is off leaves the base's bits whatever its parameters hold, by a selection."""
+    """Check that a router that is off leaves the base's bits whatever its parameters are."""
     ops = {node.op_type for node in model_of(found.engine).graph.node}
     assert "Where" in ops and "If" not in ops
     graph = found.program.graphs["main"]

@@ -1,4 +1,4 @@
-"""Weights that are replaced in a plan: which are marked, and that nothing of a choice before stays."""
+"""Weights that are replaced in a plan: which are marked, and that nothing of the previous choice stays."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _refitting(joined: dict[str, str] | None = None) -> tuple[WeightRefitter, en
 
 
 def _choose(memory: dict[str, Tensor], adapted: Mapping[str, float]) -> None:
-    """What an engine of lorac's has its memory hold for a choice: the adapted weights, and the others from the base."""
+    """Write a choice as an engine does: the adapted weights, and the others from the base."""
     for name, base in _base().items():
         memory[name].copy_(base + adapted.get(name, 0))
 

@@ -1,4 +1,4 @@
-"""A network of one layer with a pair beside it, parsed and built by the real library, and what stands in for a GPU.
+"""A network of one layer with a pair of slots, parsed and built by the real library, and a replacement for a GPU.
 
 A plan runs on a GPU alone. ``Memory`` stands in for the one object that only a GPU makes, a context of an engine: it
 has the methods that lorac calls, notes the calls, and computes from memory at the addresses that it was told. That it
@@ -34,14 +34,14 @@ CPU = torch.device("cpu")
 # --- the network ------------------------------------------------------------------------------------------------------
 @functools.cache
 def weights() -> dict[str, Tensor]:
-    """W (in, out) and b (out), as the model has them."""
+    """Return W (in, out) and b (out) of the model."""
     drawn = torch.Generator().manual_seed(7)
     return {WEIGHT: torch.randn(IN, OUT, generator=drawn), BIAS: torch.randn(OUT, generator=drawn)}
 
 
 @functools.cache
 def model() -> onnx.ModelProto:
-    """``y = x·W + b + (x·a)·b``, as ONNX."""
+    """Return ``y = x·W + b + (x·a)·b`` as ONNX."""
     steps = (
         ("MatMul", "x", WEIGHT, "p"),
         ("Add", "p", BIAS, "q"),
@@ -57,7 +57,7 @@ def model() -> onnx.ModelProto:
 
 
 def parsed() -> tuple[Any, Any]:
-    """The network, and the builder that made it, which it needs."""
+    """Return the network and the builder, which it needs."""
     trt = library.trt()
     builder = trt.Builder(library.logger())
     network = builder.create_network(0)
@@ -68,12 +68,12 @@ def parsed() -> tuple[Any, Any]:
 
 @functools.cache
 def plan() -> bytes:
-    """It, built for two capabilities, as the library for RTX does without a GPU."""
+    """Return the plan for two capabilities; the library for RTX builds it without a GPU."""
     return built(("SM86", "SM120"))
 
 
 def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittable: Sequence[str] = ()) -> bytes:
-    """It, built.
+    """Build the network.
 
     Args:
         capabilities: members of ``ComputeCapability``; none: the library's default.
@@ -100,20 +100,20 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
     return bytes(builder.build_serialized_network(network, config))
 
 
-def ports(*, sizes_depend_on_values: bool = False) -> IOTensors:
-    """What an engine of it takes and gives."""
+def io(*, sizes_depend_on_values: bool = False) -> IOTensors:
+    """Return the inputs and outputs of an engine of the network."""
     kind = torch.float32
     inputs = {"x": IOTensor(kind, (-1, IN)), "a": IOTensor(kind, (IN, -1)), "b": IOTensor(kind, (-1, OUT))}
     return IOTensors(inputs, {"y": IOTensor(kind, (-1, -1 if sizes_depend_on_values else OUT))})
 
 
 def computed(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Its output."""
+    """Return the network's output."""
     return x @ weights()[WEIGHT] + weights()[BIAS] + (x @ a) @ b
 
 
 def drawn(seed: int, rank: int = 2) -> dict[str, Tensor]:
-    """What an adapter puts into its slots."""
+    """Return slot tensors of an adapter."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "a": placed(torch.randn(IN, rank, generator=generator)),
@@ -122,21 +122,21 @@ def drawn(seed: int, rank: int = 2) -> dict[str, Tensor]:
 
 
 def placed(tensor: Tensor) -> Tensor:
-    """A copy where TensorRT can read it: the CPU's memory comes in multiples of 64 bytes, a GPU's of 512."""
+    """Return a copy that TensorRT can read: CPU memory is aligned to 64 bytes, a GPU's to 512."""
     return allocate(tensor.shape, IOTensor(tensor.dtype, ()), CPU).copy_(tensor)
 
 
 # --- in the place of a GPU --------------------------------------------------------------------------------------------
 class Memory:
-    """A context of the network: computes from the CPU's memory, at the addresses that it was told.
+    """A context of the network that computes from the CPU's memory at the addresses that it was given.
 
     Attributes:
         calls: what was called, with the name of the tensor where there is one.
         refuses: name of a method -> whether it refuses a call with these arguments.
     """
 
-    def __init__(self, ports: IOTensors) -> None:
-        self.ports = ports
+    def __init__(self, io: IOTensors) -> None:
+        self.io = io
         self.calls: list[tuple[object, ...]] = []
         self.refuses: dict[str, Callable[..., bool]] = {}
         self.capturable = True
@@ -159,12 +159,12 @@ class Memory:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         assert name == "y"
-        columns = self.ports.outputs["y"].shape[1]
+        columns = self.io.outputs["y"].shape[1]
         return (self._shapes["x"][0], columns)
 
     def infer_shapes(self) -> list[str]:
         self._noted("infer_shapes")
-        return [name for name in self.ports.inputs if name not in self._shapes]
+        return [name for name in self.io.inputs if name not in self._shapes]
 
     def set_output_allocator(self, name: str, output_allocator: object) -> bool:
         self._allocators[name] = output_allocator
@@ -186,7 +186,7 @@ class Memory:
         return self.capturable
 
     def _noted(self, method: str, *given: Any) -> bool:
-        """Note a call; whether it is refused."""
+        """Record a call; return whether it is accepted."""
         self.calls.append((method, *given[:1]))
         return method in self.refuses and self.refuses[method](*given)
 
@@ -205,17 +205,17 @@ class Memory:
 
 
 class Still:
-    """In the place of streams: work is done when it is queued. Counts who waited, and what was handed over."""
+    """Replaces streams: work is done when it is queued. Counts waits and retained outputs."""
 
     def __init__(self) -> None:
         self.finished = 0
         self.handed: list[Tensor] = []
 
     @contextlib.contextmanager
-    def turn(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> Iterator[int]:
+    def acquire(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> Iterator[int]:
         yield 7
 
-    def hand_over(self, outputs: Iterable[Tensor]) -> None:
+    def retain_outputs(self, outputs: Iterable[Tensor]) -> None:
         self.handed = list(outputs)
 
     def finish(self) -> None:
@@ -223,17 +223,17 @@ class Still:
 
 
 class Lanes:
-    """Makes contexts, and keeps those that it made."""
+    """Makes contexts, and records them."""
 
-    def __init__(self, ports: IOTensors, refuses: Mapping[str, Callable[..., bool]] | None = None) -> None:
-        self.ports, self.refuses = ports, dict(refuses or {})
+    def __init__(self, io: IOTensors, refuses: Mapping[str, Callable[..., bool]] | None = None) -> None:
+        self.io, self.refuses = io, dict(refuses or {})
         self.made: list[Memory] = []
-        self.lanes: list[ExecutionSlot] = []
+        self.executions: list[ExecutionSlot] = []
         self.capturable = True
 
     def __call__(self) -> ExecutionSlot:
-        context = Memory(self.ports)
+        context = Memory(self.io)
         context.refuses, context.capturable = self.refuses, self.capturable
         self.made.append(context)
-        self.lanes.append(ExecutionSlot(context, self.ports, CPU, Still()))
-        return self.lanes[-1]
+        self.executions.append(ExecutionSlot(context, self.io, CPU, Still()))
+        return self.executions[-1]

@@ -1,6 +1,6 @@
-"""A target that keeps a cache by its contract and computes every text anew: slow, exact, and so an oracle of drivers.
+"""A target whose cache holds tokens, and which computes every sequence again: slow and exact, an oracle for drivers.
 
-It stands over a compiled model of target eager, whose choices of adapters it takes as they are.
+It wraps a compiled model of target eager, and uses its choices of adapters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 
 class Tokens(KeyValueCache):
-    """Rows as their tokens."""
+    """A cache that holds the tokens of its rows."""
 
     def __init__(self, rows: Sequence[Tensor], capacity: int) -> None:
         self.rows, self.capacity = list(rows), capacity
@@ -48,14 +48,14 @@ class Tokens(KeyValueCache):
 
 
 class Recomputing(Engine):
-    """Runs an eager engine's host on whole texts.
+    """Runs an eager engine's model on whole sequences.
 
     Args:
         inner: the engine.
-        limit, vocabulary: of its host.
+        limit, vocabulary: the model's.
 
     Attributes:
-        kept: what it says its caches can hold; None for an engine that has none.
+        spec: the limits of its caches; None for an engine without caches.
         fed: (rows, tokens of each) of every call.
     """
 
@@ -64,7 +64,7 @@ class Recomputing(Engine):
 
     def __init__(self, inner: Any, limit: int | None, vocabulary: int) -> None:
         self.inner, self.mode, self.buffers = inner, inner.mode, inner.buffers
-        self.kept: CacheSpec | None = CacheSpec(limit=limit, vocabulary=vocabulary)
+        self.spec: CacheSpec | None = CacheSpec(limit=limit, vocabulary=vocabulary)
         self.fed: list[list[int]] = []
 
     @property
@@ -72,10 +72,10 @@ class Recomputing(Engine):
         return self.inner.fused
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
-        return self.kept
+        return self.spec
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
-        if self.kept is None:
+        if self.spec is None:
             return Engine.new_cache(self, graph, rows, capacity)
         return Tokens([torch.empty(0, dtype=torch.long)] * rows, capacity)
 
@@ -84,10 +84,10 @@ class Recomputing(Engine):
 
     @property
     def written_program(self) -> BoundProgram[Any]:
-        return BoundProgram(self, self.inner.written.content)
+        return BoundProgram(self, self.inner.written_program.content)
 
-    def hold(self, snapshot: ComposedWeights) -> None:
-        self.inner.hold(snapshot)
+    def record_written(self, snapshot: ComposedWeights) -> None:
+        self.inner.record_written(snapshot)
 
     def activate(self, content: Any) -> None:
         self.inner.activate(content)
@@ -95,27 +95,27 @@ class Recomputing(Engine):
     def call(self, content: Any, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallResult:
         return self.inner.call(content, graph, args, kwargs)
 
-    def extend(self, content: Any, graph: str, cache: KeyValueCache, extension: DecodeStep) -> Tensor:
+    def decode(self, content: Any, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
         assert isinstance(cache, Tokens)
-        counts = list(extension.counts)
+        counts = list(step.counts)
         self.fed.append(counts)
-        new = [torch.cat([row, ids[:n]]) for row, ids, n in zip(cache.rows, extension.ids, counts, strict=True)]
+        new = [torch.cat([row, ids[:n]]) for row, ids, n in zip(cache.rows, step.ids, counts, strict=True)]
         assert max(map(len, new)) <= cache.capacity
         whole = torch.nn.utils.rnn.pad_sequence(
             [row if len(row) else row.new_zeros(1) for row in new], batch_first=True
         )
         with torch.no_grad():
             logits = self.inner.call(content, graph, (), {"input_ids": whole, "use_cache": False}).output.logits
-        places = torch.tensor(cache.lengths)[:, None] + extension.wanted
+        places = torch.tensor(cache.lengths)[:, None] + step.wanted
         picked = logits.gather(1, places.clamp(max=whole.shape[1] - 1)[:, :, None].expand(-1, -1, logits.shape[2]))
         cache.rows = new
-        # What a row brings nothing for is nobody's business: it must do no harm.
+        # The logits of a row without new tokens may be anything, and must not be used.
         idle = torch.tensor(counts) == 0
         return picked.masked_fill(idle[:, None, None], float("nan"))
 
 
 def over(compiled: Any, limit: int | None = None) -> lorac.Compiled:
-    """A compiled model over the same engine, adapters and host, that generates by the contract of caches."""
+    """Return a compiled model over the same engine and adapters that generates over such caches."""
     engine = Recomputing(compiled.engine, limit, compiled.host.config.vocab_size)
     made = lorac.Compiled(compiled.session, engine)
     if compiled.mode == "baked":

@@ -1,4 +1,4 @@
-"""What an artefact keeps for generation: the configuration, and the tokenizer as files that are held."""
+"""The parts of an artifact for generation: the configuration, and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.runtime.generation.texts import adapted, compiled, padded, prompts
 
 
 def words() -> Any:
-    """A tokenizer whose words are the model's ids, with a template for chats."""
+    """Return a tokenizer whose words are the model's ids, with a chat template."""
     import tokenizers
     import transformers
 

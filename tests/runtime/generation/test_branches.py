@@ -1,4 +1,4 @@
-"""Branches that attend, in texts that grow: keys and values are kept beside the host's, in eager and over a cache."""
+"""Branches that attend, in growing sequences: their keys and values are cached, in eager and over a cache."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ def growing(target: str, **options: Any) -> Any:
 @functools.cache
 @torch.no_grad()
 def alone(choice: str | None, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row's new tokens and their logits, each by a pass over the whole text."""
+    """Return a row's new tokens and their logits, each from a pass over the whole sequence."""
     ids, found = IDS[row : row + 1, :5][LEFT[row : row + 1].bool()][None], []
     for _ in range(ASKED["max_new_tokens"]):
         told = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
@@ -148,7 +148,7 @@ def test_what_mixes_tokens_by_itself_is_refused_over_a_cache() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Meanders(lorac.BranchVariant):
-    """Every token gets something of the one before it."""
+    """Adds to every token a part of the one before it."""
 
     name: ClassVar[str] = "meanders"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({SiteKind.BLOCK})

@@ -1,4 +1,4 @@
-"""Over a cache only what is needed is computed, and what cannot be is refused before anything is."""
+"""Over a cache only new tokens are computed, and impossible calls are refused before anything is."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_cache_of_another_text_or_model_is_refused(model: Any) -> None:
 
 # ── One call ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class _Swapping:
-    """A criterion that has another thread swap once, after the first token."""
+    """A criterion that lets another thread swap once, after the first token."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.swapped = model, threading.Event()

@@ -1,4 +1,4 @@
-"""Where the host runs it generates by itself: whatever kind it is of, and whatever its adapters read."""
+"""Where the model itself runs, it generates by itself, whatever its kind and its adapters."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_components_generate_by_their_names() -> None:
 
 
 class _Counting(torch.nn.Module):
-    """A model that is none of transformers', with a way of its own to go on."""
+    """A model that is not one of transformers', with its own ``generate``."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,12 +29,12 @@ def _made(model: Any, mode: str = "live", **options: Any) -> Any:
 
 
 def _telling(tokens: torch.Tensor) -> bool:
-    """Whether rows differ, and tokens within them: else they would be the same whatever was wrong."""
+    """Return whether rows differ, and tokens within them: else they would agree whatever was wrong."""
     return len(tokens.unique(dim=0)) > 1 and len(tokens.unique()) > 2
 
 
 def _same(compiled: Any, peft: Any, family: str, asked: list[dict[str, Any]]) -> bool:
-    """Whether a program gives PEFT's tokens, with the adapter and without."""
+    """Return whether a program gives PEFT's tokens, with the adapter and without."""
     for batch in batches(family):
         for options in asked:
             torch.manual_seed(3)
@@ -138,7 +138,7 @@ def test_a_swap_meanwhile_acts_on_the_next_call(compiled: Any) -> None:
             thread.join()
 
         def end(self) -> None:
-            """Nothing is left to do."""
+            """Do nothing."""
 
     try:
         answer = program.generate(**batch, **GREEDY, streamer=Swapping())
@@ -157,12 +157,12 @@ def test_the_encoder_runs_once_and_beams_share_what_it_made(compiled: Any, monke
     monkeypatch.setattr(engine, "encode", lambda *told: (caches.append(told[2]), encode(*told)))
     program.generate(**batches("bart")[1], **GREEDY, num_beams=3)
     (cache,) = caches
-    held = dict(cache.memory)
+    held = dict(cache.encoder_outputs)
     assert {value.shape[0] for value in held.values()} == {12}
     cache.select([1, 0, 2, 3, 5, 5, *range(6, 12)])
-    assert all(cache.memory[name] is value for name, value in held.items())
+    assert all(cache.encoder_outputs[name] is value for name, value in held.items())
     cache.select([3, 0])
-    assert torch.equal(cache.memory["memory.0.key"], held["memory.0.key"][[3, 0]])
+    assert torch.equal(cache.encoder_outputs["memory.0.key"], held["memory.0.key"][[3, 0]])
 
 
 def test_a_prompt_for_the_decoder_and_guesses_ahead(compiled: Any) -> None:
@@ -192,8 +192,8 @@ def test_a_plain_call_answers_as_the_host_does(compiled: Any) -> None:
 
 IDS = torch.tensor([[3, 4, 5]])
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "nothing to encode": ({}, lorac.InputMismatch, "nothing to encode"),
-    "no batch": ({"input_ids": [[3, 4]]}, lorac.errors.WrongType, "input_ids= is no batch"),
+    "nothing to encode": ({}, lorac.InputMismatch, "gives the encoder no input"),
+    "no batch": ({"input_ids": [[3, 4]]}, lorac.errors.WrongType, "input_ids= is not a batch"),
     "no rows": ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, lorac.InputMismatch, "is empty"),
     "an empty row": ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, lorac.InputMismatch, "is empty"),
     "no token": ({"input_ids": IDS + VOCABULARY}, lorac.ChoiceError, "holds the id"),
@@ -209,7 +209,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "prompt_cache": (
         {"input_ids": IDS, "prompt_cache": lorac.PromptCache()},
         lorac.Unavailable,
-        "no beginning of another",
+        "begins no other",
     ),
     "encoded before": ({"input_ids": IDS, "encoder_outputs": 1}, lorac.errors.OptionError, "encoder_outputs"),
     "choices": ({"input_ids": IDS, "adapters": ["one", None]}, lorac.ChoiceError, "2 choices of adapters for 1 rows"),
@@ -275,12 +275,11 @@ def test_what_an_artefact_tells_of_rules_takes_no_place() -> None:
     from lorac.target.kv_cache import CacheSpec
 
     whisper = "transformers.models.whisper.generation_whisper:WhisperGenerationMixin"
-    keeps = CacheSpec(limit=None, vocabulary=VOCABULARY, encodes=("input_features",))
-    run = DecodingProgram(extend=lambda *_: IDS, make=lambda *_: None, keeps=keeps)  # type: ignore[arg-type, return-value]  # not run
-    made_ = driver_class(CustomGeneration(whisper, {"run.extend": 1, "generate.x": 2, "model.conv.stride": [2]}))(
-        run, {}, {}
-    )
-    assert made_.run is run
+    spec = CacheSpec(limit=None, vocabulary=VOCABULARY, encodes=("input_features",))
+    program = DecodingProgram(decode=lambda *_: IDS, new_cache=lambda *_: None, cache_spec=spec)  # type: ignore[arg-type, return-value]  # not run
+    rules = CustomGeneration(whisper, {"program.decode": 1, "generate.x": 2, "model.conv.stride": [2]})
+    made_ = driver_class(rules)(program, {}, {})
+    assert made_.program is program
     assert callable(made_.generate)
     assert made_.model.conv.stride == [2]
     for path in ("os:system", "transformers.models.whisper.modeling_whisper:WhisperForConditionalGeneration", "x"):

@@ -1,4 +1,4 @@
-"""Generation equals that of transformers and PEFT: by the host itself, and by the contract of caches."""
+"""Generation equals that of transformers and PEFT, by the model itself and over the cache contract."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_beams_tell_the_same(model: Any) -> None:
 
 
 class _Collected:
-    """A streamer that keeps what it is given."""
+    """A streamer that collects its tokens."""
 
     def __init__(self) -> None:
         self.put_in: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Over ONNX Runtime's caches: the tokens of PEFT, whatever the family, the mode and what is asked for."""
+"""Over ONNX Runtime's caches: the tokens of PEFT, for every family, mode and option."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_positions_end() -> None:
 
 @pytest.fixture(scope="module")
 def small() -> Any:
-    """A model with few positions, and its table of angles."""
+    """Return a model with few positions, and its table of angles."""
     import transformers
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tiny causal models with an adapter of PEFT's, and prompts for them: what generation is held against."""
+"""Tiny causal models with an adapter of PEFT's, and prompts for them: the references of generation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 @functools.cache
 def adapted(family: str) -> Any:
-    """A PeftModel with an adapter away from its init; in float64, so that no two ways of computing choose otherwise."""
+    """Return a PeftModel with an adapter away from its init, in float64, so that every computation chooses alike."""
     import peft
     import transformers
 
@@ -55,7 +55,7 @@ def adapted(family: str) -> Any:
 
 @functools.cache
 def compiled(family: str) -> Any:
-    """The same for target eager; what it is tested with leaves it as it is."""
+    """Compile it for target eager; tests leave it unchanged."""
     return lorac.compile(adapted(family))
 
 
@@ -63,13 +63,13 @@ LENGTHS = (9, 4, 7, 1)
 
 
 def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
-    """Rows of tokens that are neither padding nor an end."""
+    """Return rows of tokens that are neither padding nor an end."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 96, (length,), generator=generator) for length in lengths]
 
 
 def padded(rows: list[Tensor], side: str) -> dict[str, Tensor]:
-    """Rows as a batch, padded on a side."""
+    """Return rows as a batch, padded on a side."""
     masks = [torch.ones_like(row) for row in rows]
     made = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_side=side) for part in (rows, masks)]
     return {"input_ids": made[0], "attention_mask": made[1]}

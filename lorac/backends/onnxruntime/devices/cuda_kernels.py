@@ -1,8 +1,8 @@
-"""Which ops ONNX Runtime computes on CUDA in half precision.
+"""The ops that ONNX Runtime computes on CUDA in half precision.
 
-The list is what onnxruntime-gpu 1.31 registers for ONNX's opset 20 and its own domain. It is written down, since the
-library's own (``get_all_opkernel_def``) ends the process where it cannot load one of its providers: on a machine
-without TensorRT, say. A kernel that a newer release adds is not made use of; one that it drops, its session names.
+The list is what onnxruntime-gpu 1.31 registers for ONNX's opset 20 and its own domain. It is written down here, since
+the library's own list (``get_all_opkernel_def``) ends the process where a provider cannot be loaded, for instance on a
+machine without TensorRT. A kernel that a newer release adds is not used; one that it drops is named by its session.
 """
 
 from __future__ import annotations

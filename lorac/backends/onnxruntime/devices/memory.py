@@ -1,8 +1,8 @@
 """The memory that sessions read and write: the machine's own, or a GPU's.
 
-A value that already lies where its session reads it is handed over as it lies there, never copied. What a choice of
-adapters binds is brought to a GPU once, and stays there for as long as the choice may be active again; what a call
-brings is bound as it came, and answered where it came from.
+A value in memory that its session reads is never copied. Tensors of a choice of adapters are copied to a GPU once, and
+stay there for as long as the choice may become active again. Inputs of a call are bound where they lie, and its outputs
+are returned on their device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FusedWeights = tuple[dict[str, FusedBuffer], dict[str, Tensor]]
 
 
 def as_ort_value(tensor: Tensor) -> ort.OrtValue:
-    """An OrtValue over a contiguous tensor's own memory, wherever that is."""
+    """Return an OrtValue over a contiguous tensor's own memory, on any device."""
     if tensor.dtype == torch.bfloat16 or tensor.device.type != "cpu":  # for which NumPy has nothing
         return ort.OrtValue.from_dlpack(tensor.detach())
     value = ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
@@ -33,14 +33,14 @@ def as_ort_value(tensor: Tensor) -> ort.OrtValue:
 
 
 def as_tensor(value: ort.OrtValue) -> Tensor:
-    """A tensor over an OrtValue's own memory, which it keeps."""
+    """Return a tensor over an OrtValue's own memory, which it keeps alive."""
     if value.device_name() == "cpu" and value.data_type() != "tensor(bfloat16)":
         return torch.from_numpy(value.numpy())
     return torch.utils.dlpack.from_dlpack(value)
 
 
 class Memory(ABC):
-    """Where an engine's values lie.
+    """The memory of an engine's values.
 
     Args:
         place: the device.
@@ -51,30 +51,30 @@ class Memory(ABC):
         self._here = WeakTensorKeyDictionary()
 
     @abstractmethod
-    def held(self, tensor: Tensor) -> ort.OrtValue:
-        """What a slot's tensor comes to in this memory; bindings that hold one tensor share it."""
+    def to_value(self, tensor: Tensor) -> ort.OrtValue:
+        """Return a slot's tensor in this memory; bindings of one tensor share the value."""
 
     @abstractmethod
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
-        """Memory for weights that are written in place."""
+        """Allocate weights that are written in place."""
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
-        """Have sessions read what was written into the memory of weights."""
-        self.settled()
+        """Make written weights visible to sessions."""
+        self.synchronize()
 
-    def settled(self) -> None:  # noqa: B027  (only a GPU that torch writes to is to be waited for)
-        """Wait for what torch was asked to do in this memory: sessions run in an order of their own."""
+    def synchronize(self) -> None:  # noqa: B027  (only on a GPU that torch writes to there is something to wait for)
+        """Wait for torch's work in this memory, since sessions run on streams of their own."""
 
-    def answers(self, given: Iterable[Tensor]) -> tuple[str, int]:
-        """The kind and the number of the device that a call is to be answered on: where its inputs are."""
-        index = next((tensor.device.index for tensor in given if tensor.device.type != "cpu"), None)
+    def output_device(self, inputs: Iterable[Tensor]) -> tuple[str, int]:
+        """Return the type and index of the device for the outputs of a call: that of its inputs."""
+        index = next((tensor.device.index for tensor in inputs if tensor.device.type != "cpu"), None)
         return ("cpu", 0) if index is None else (self.place.type, index)
 
 
 class HostMemory(Memory):
-    """The machine's own."""
+    """The memory of the CPU."""
 
-    def held(self, tensor: Tensor) -> ort.OrtValue:
+    def to_value(self, tensor: Tensor) -> ort.OrtValue:
         if tensor.is_contiguous():
             return as_ort_value(tensor.detach())
         if tensor not in self._here:
@@ -86,9 +86,9 @@ class HostMemory(Memory):
 
 
 class _CopyingMemory(Memory):
-    """Memory that tensors of the CPU are copied into: again where torch counts them as written since."""
+    """Memory that tensors of the CPU are copied to, and copied again after torch wrote to them."""
 
-    def held(self, tensor: Tensor) -> ort.OrtValue:
+    def to_value(self, tensor: Tensor) -> ort.OrtValue:
         written = 0 if tensor.is_inference() else tensor._version
         if tensor not in self._here:
             self._here[tensor] = self._copied(tensor.detach()), written
@@ -100,19 +100,19 @@ class _CopyingMemory(Memory):
 
     @abstractmethod
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
-        """A copy of a tensor here."""
+        """Return a copy of a tensor in this memory."""
 
 
 class TorchDeviceMemory(_CopyingMemory):
-    """A GPU's, as torch has it: weights are written there, and what is given there is read where it lies."""
+    """A GPU's memory that torch uses too: weights are written there, and tensors on the GPU are read where they lie."""
 
-    def held(self, tensor: Tensor) -> ort.OrtValue:
-        return super().held(tensor) if tensor.device.type == "cpu" else as_ort_value(tensor.detach().contiguous())
+    def to_value(self, tensor: Tensor) -> ort.OrtValue:
+        return super().to_value(tensor) if tensor.device.type == "cpu" else as_ort_value(tensor.detach().contiguous())
 
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
         return make_fused_buffers(plans, base_on_device(base, self.place))
 
-    def settled(self) -> None:
+    def synchronize(self) -> None:
         torch.cuda.current_stream(self.place).synchronize()
 
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
@@ -121,14 +121,14 @@ class TorchDeviceMemory(_CopyingMemory):
 
 
 class OrtDeviceMemory(_CopyingMemory):
-    """A GPU's, as ONNX Runtime alone has it: this torch was built without CUDA, and weights are merged on the CPU."""
+    """A GPU's memory that ONNX Runtime alone uses: torch was built without CUDA, so weights are merged on the CPU."""
 
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
         return make_fused_buffers(plans, base)
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
         for tensor in memory.values():
-            self.held(tensor)
+            self.to_value(tensor)
 
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
         there = empty_at(self.place, tensor)
@@ -138,13 +138,13 @@ class OrtDeviceMemory(_CopyingMemory):
 
 
 def memory_at(place: torch.device) -> Memory:
-    """The memory of a device."""
+    """Return the memory of a device."""
     if place.type == "cpu":
         return HostMemory(place)
     return TorchDeviceMemory(place) if torch.cuda.is_available() else OrtDeviceMemory(place)
 
 
 def empty_at(place: torch.device, like: Tensor) -> ort.OrtValue:
-    """An OrtValue of a tensor's shape and dtype on a device, in memory of ONNX Runtime's, of no content yet."""
+    """Return an uninitialised OrtValue of a tensor's shape and dtype, in memory of ONNX Runtime's."""
     kind = as_ort_value(torch.empty(1, dtype=like.dtype)).element_type()
     return ort.OrtValue.ortvalue_from_shape_and_type(list(like.shape), kind, place.type, place.index or 0)

@@ -1,7 +1,7 @@
-"""Execution providers: which of them run on a device, and what a machine lacks for them.
+"""Execution providers: which ones run on a device, and what a machine lacks for them.
 
-ONNX Runtime falls back to the CPU where a provider cannot be made, and says so in its log alone. So what is lacking is
-looked for before anything is compiled, and a session is asked for its providers once it stands.
+Where a provider cannot be created, ONNX Runtime falls back to the CPU, and reports it only in its log. So the libraries
+that a provider needs are looked for before anything is compiled, and a session's providers are checked once it exists.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lorac.errors import Unavailable
 
 CPU, CUDA, RTX = "CPUExecutionProvider", "CUDAExecutionProvider", "NvTensorRTRTXExecutionProvider"
 ON_GPU = (CUDA, RTX, "TensorrtExecutionProvider")
-"""Providers that run on a GPU of NVIDIA's; all others are the machine's own."""
+"""Providers that run on an NVIDIA GPU; all others run on the CPU."""
 _EXACT = {"use_tf32": "0", "enable_skip_layer_norm_strict_mode": "1"}
-"""Has CUDA compute as torch does unless it is told otherwise: float32 in float32, and norms of half precision in it."""
+"""Settings with which CUDA computes as torch does by default: products and half-precision norms in float32."""
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
-"""Has a session remember which provider computes what."""
+"""The setting with which a session records which provider computes each op."""
 _PLUGINS = {RTX: ("onnxruntime_ep_nv_tensorrt_rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13")}
-"""Providers that come as a library of their own -> the module that names it, and the package that has it."""
+"""Providers in a library of their own -> the module that names the library, and its package."""
 _LIBRARY_NAMES = {CUDA: "cuda", "TensorrtExecutionProvider": "tensorrt"}
-"""Providers that lie beside ONNX Runtime -> what their library is called after."""
+"""Providers next to ONNX Runtime's own library -> the ending of their library's name."""
 _DRIVER = "libcuda.so.1"
 _DRIVER_LIBRARIES = (_DRIVER, "libnvidia-ml.so.1")
 _MISSING_LIBRARY = re.compile(r"(\S+\.so[.\d]*): cannot open shared object file")
@@ -39,24 +39,24 @@ _CPU_ADVICE = "device='cpu' runs it on the CPU"
 
 
 def device_type_of(provider: str) -> str:
-    """The kind of device that a provider runs on."""
+    """Return the type of device that a provider runs on."""
     return "cuda" if provider in ON_GPU else "cpu"
 
 
 def known_providers() -> list[str]:
-    """Providers that can be asked for, whether or not this machine has what they need."""
+    """List the providers that options may name, whether or not this machine can run them."""
     return list(dict.fromkeys([*ort.get_all_providers(), *_PLUGINS]))
 
 
 def check_providers(providers: Collection[str], place: torch.device) -> None:
-    """Refuse providers that this machine cannot make, naming what it lacks.
+    """Check that this machine can create providers.
 
     Args:
-        providers: what a session is asked for.
+        providers: the providers of a session.
         place: the device that it runs on.
 
     Raises:
-        Unavailable: this ONNX Runtime has no such provider, a library is missing, there is no driver, or no such GPU.
+        Unavailable: this ONNX Runtime lacks a provider, or this machine a library, the driver or the GPU.
     """
     for provider in providers:
         if provider in _PLUGINS:
@@ -72,24 +72,24 @@ def check_providers(providers: Collection[str], place: torch.device) -> None:
 def start_session(
     model: bytes, settings: ort.SessionOptions, providers: Sequence[str], place: torch.device
 ) -> ort.InferenceSession:
-    """A session that runs on the providers it is asked for, or none.
+    """Start a session on all of the given providers.
 
     Args:
-        model: what it is made of.
+        model: the serialised model.
         settings: ONNX Runtime's.
         providers: best first.
         place: the device that they run on.
 
     Raises:
-        Unavailable: it would run without one of them.
+        Unavailable: the session would run without one of them.
     """
-    told = [(name, _provider_options(name, place)) for name in providers]
+    configured = [(name, _provider_options(name, place)) for name in providers]
     if place.type != "cpu":
         settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     plugins = _PLUGINS.keys() & set(providers)
     if plugins:
-        _add_providers(settings, told, place)
-    session = ort.InferenceSession(model, settings, providers=None if plugins else told)
+        _add_providers(settings, configured, place)
+    session = ort.InferenceSession(model, settings, providers=None if plugins else configured)
     left_out = [provider for provider in providers if provider not in session.get_providers()]
     if left_out:
         raise Unavailable(
@@ -100,24 +100,24 @@ def start_session(
 
 
 def _add_providers(
-    settings: ort.SessionOptions, told: Sequence[tuple[str, dict[str, str]]], place: torch.device
+    settings: ort.SessionOptions, configured: Sequence[tuple[str, dict[str, str]]], place: torch.device
 ) -> None:
-    """Have a session's settings name its providers: those of a library of its own go by their devices alone."""
-    for name, asked in told:
+    """Add providers to a session's settings; those in a library of their own are named by their devices."""
+    for name, options in configured:
         if name in _PLUGINS:
             settings.add_provider_for_devices(_devices(name, place), {})
         elif name != CPU:
-            settings.add_provider(name, asked)
+            settings.add_provider(name, options)
 
 
 def _provider_options(provider: str, place: torch.device) -> dict[str, str]:
-    """What a provider is asked for."""
+    """Return the options of a provider."""
     exact = _EXACT if provider == CUDA else {}
     return {**exact, "device_id": str(place.index)} if provider in ON_GPU and place.index else exact
 
 
 def ops_on_cpu(session: ort.InferenceSession) -> dict[str, int]:
-    """Op -> how often a session that runs on a GPU has the CPU compute it; none where it runs on the CPU anyway."""
+    """Return op -> how often the CPU computes it in a session on a GPU; empty for a session on the CPU."""
     if not set(session.get_providers()) & set(ON_GPU):
         return {}
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU]
@@ -138,7 +138,7 @@ def _not_built(provider: str) -> Unavailable:
 
 
 def _load_provider(provider: str) -> None:
-    """Load what a provider's library needs, or say which of it is missing."""
+    """Load a provider's library, or name the library that it lacks."""
     _preload()
     if sys.platform != "linux":
         return
@@ -152,7 +152,7 @@ def _load_provider(provider: str) -> None:
 
 @functools.cache
 def _preload() -> None:
-    """Load CUDA and cuDNN where pip put them, which no loader looks at; what it says of them is said again."""
+    """Load CUDA and cuDNN from pip's folders, where no loader looks; missing ones are reported later."""
     import contextlib
     import io
 
@@ -164,7 +164,7 @@ def _unloadable(provider: str, error: Exception) -> Unavailable:
     found = _MISSING_LIBRARY.search(str(error))
     if found and found.group(1) in _DRIVER_LIBRARIES:
         return Unavailable(
-            f"{provider} needs {found.group(1)}, which is of NVIDIA's driver, and this machine has none",
+            f"{provider} needs {found.group(1)}, a part of NVIDIA's driver, and this machine has no driver",
             next_step=f"install the GPU's driver, or hand it into the container (docker run --gpus all); {_CPU_ADVICE}",
         )
     lacking = (
@@ -178,7 +178,7 @@ def _unloadable(provider: str, error: Exception) -> Unavailable:
 
 
 def _check_gpu(index: int) -> None:
-    """Refuse a GPU that the driver does not show."""
+    """Refuse a GPU that the driver does not list."""
     if sys.platform != "linux":
         return
     count = ctypes.c_int()
@@ -198,14 +198,14 @@ def _check_gpu(index: int) -> None:
 
 # ── Providers that come as libraries of their own ────────────────────────────────────────────────────────────────────
 def _devices(provider: str, place: torch.device) -> list[ort.OrtEpDevice]:
-    """The device of a provider that comes as a library of its own, as a session is told of it."""
+    """Return the device of a provider in a library of its own."""
     found = [device for device in ort.get_ep_devices() if device.ep_name == provider]
     return found[place.index or 0 :][:1]
 
 
 @functools.cache
 def _register(provider: str) -> None:
-    """Have ONNX Runtime know a provider's library.
+    """Register a provider's library with ONNX Runtime.
 
     Raises:
         Unavailable: its package is not installed, or a library that it needs is missing.

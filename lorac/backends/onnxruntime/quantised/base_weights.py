@@ -1,8 +1,7 @@
-"""The base of a quantised program: what its products are taken with, for adapters that are made or mixed of weights.
+"""The base weights of a quantised program, for adapters that are made from weights.
 
-Every method changes the weight that the program computes with, so W is what the quantised bytes come to, in float32: as
-PEFT's methods read a quantised layer. The program's own bytes are all that is kept of it; no file has the weights that
-the model had.
+Every method changes the weight that the program computes with. So W is the dequantised weight in float32, as PEFT's
+methods read a quantised layer. Only the program's own bytes are stored; no file has the model's original weights.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _METADATA_KEY = "quantised"
-"""The entry of a file's metadata that says which of its tensors are parts of quantised ones."""
+"""The entry of a file's metadata that lists the quantised tensors whose parts the file holds."""
 _COMPARED_FIRST = 8
-"""Values by which rows are told apart before all of them are compared."""
+"""The number of values of a row that are compared first."""
 
 
 # ── Which tensors a program holds quantised ──────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, eq=False)
 class QuantisedTensor:
-    """A tensor that a program holds quantised: some rows of a matrix of it.
+    """A tensor that a program stores quantised: some rows of one of its matrices.
 
     Attributes:
         encoded: the rows.
         transposed: whether the tensor is their transpose.
-        graph: whose matrix it is.
-        begin: the first of them in the matrix.
-        names: part of ``encoded`` -> the graph's constant that holds it, of the whole matrix.
+        graph: the graph with the matrix.
+        begin: the first of the rows in the matrix.
+        names: part of ``encoded`` -> the graph's constant with that part of the whole matrix.
     """
 
     encoded: EncodedMatrix
@@ -53,41 +52,41 @@ class QuantisedTensor:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def decode(self) -> Tensor:
-        """What the program computes with in the tensor's place."""
+        """Return the dequantised tensor, with which the program computes."""
         matrix = torch.from_numpy(np.ascontiguousarray(self.encoded.decode()))
         return matrix.t() if self.transposed else matrix
 
 
 def find_quantised(
-    outcomes: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]
+    reports: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]
 ) -> dict[str, QuantisedTensor]:
-    """Which tensors programs hold quantised, whole or joined with others, as they are or transposed.
+    """Find the tensors that programs store quantised, whole or as a part of a fused matrix, transposed or not.
 
-    They are told by their values: where two tensors are equal, so is what they come to.
+    They are recognised by their values: equal tensors have equal codes.
 
     Args:
-        outcomes: graph -> what became of its weights.
+        reports: graph -> the report of its quantisation.
         tensors: by name.
     """
-    held = [(graph, quantised) for graph, outcome in outcomes.items() for quantised in outcome.quantised.values()]
-    found = {name: _find_tensor(held, tensor) for name, tensor in tensors.items()}
+    known = [(graph, quantised) for graph, report in reports.items() for quantised in report.quantised.values()]
+    found = {name: _find_tensor(known, tensor) for name, tensor in tensors.items()}
     return {name: piece for name, piece in found.items() if piece is not None}
 
 
-def replace_quantised(outcomes: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as programs compute with them: those that they hold quantised as what they come to."""
+def replace_quantised(reports: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with which programs compute: dequantised where the programs store them quantised."""
     computed, made = dict(tensors), dict[object, Tensor]()
-    for name, piece in find_quantised(outcomes, tensors).items():
+    for name, piece in find_quantised(reports, tensors).items():
         tensor = tensors[name]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied ones are one tensor again
         computed[name] = made[key] if key in made else made.setdefault(key, piece.decode())
     return computed
 
 
-def _find_tensor(held: list[tuple[str, QuantisedProduct]], tensor: Tensor) -> QuantisedTensor | None:
+def _find_tensor(known: list[tuple[str, QuantisedProduct]], tensor: Tensor) -> QuantisedTensor | None:
     if tensor.dim() != 2 or tensor.dtype != torch.float32 or not tensor.numel():
         return None
-    for transposed, (graph, quantised) in itertools.product((False, True), held):
+    for transposed, (graph, quantised) in itertools.product((False, True), known):
         rows = (tensor.t() if transposed else tensor).detach().cpu().numpy()
         begin = _first_row(quantised, rows)
         if begin is not None:
@@ -96,7 +95,7 @@ def _find_tensor(held: list[tuple[str, QuantisedProduct]], tensor: Tensor) -> Qu
 
 
 def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
-    """The row of a quantised matrix that a matrix begins at; None where it is no part of it."""
+    """Return the row of a quantised matrix at which a matrix begins, or None."""
     count, columns = quantised.encoded.shape
     if columns != rows.shape[1] or count < len(rows):
         return None
@@ -108,7 +107,7 @@ def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
 
 # ── On disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def tensors_and_notes(pieces: Mapping[str, QuantisedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Pieces as tensors for a file, and what its metadata is to say of them."""
+    """Return quantised tensors as parts for a file, and the file's metadata about them."""
     tensors, notes = dict[str, Tensor](), {}
     for name, piece in pieces.items():
         codec = piece.encoded.codec
@@ -127,13 +126,7 @@ def tensors_and_notes(pieces: Mapping[str, QuantisedTensor]) -> tuple[dict[str, 
 def locate_parts(
     files: ProgramFiles, graphs: Iterable[str], pieces: Mapping[str, QuantisedTensor]
 ) -> dict[str, TensorLocation]:
-    """Where programs hold the parts of pieces, by the names that ``told`` gives these.
-
-    Args:
-        files: the program, held.
-        graphs: its graphs.
-        pieces: of its weights.
-    """
+    """Return where programs store the parts of quantised tensors, by the names of ``tensors_and_notes``."""
     there: dict[tuple[str, str], tuple[str, int]] = {}
     for graph in graphs:
         model, weights = read_model_files(files, graph)
@@ -143,60 +136,60 @@ def locate_parts(
     found = {}
     for name, piece in pieces.items():
         constants = {part: (piece.graph, constant) for part, constant in piece.names.items()}
-        held = {part: there[constant] for part, constant in constants.items() if constant in there}
-        for part, (file, offset) in held.items():
+        stored = {part: there[constant] for part, constant in constants.items() if constant in there}
+        for part, (file, offset) in stored.items():
             row = piece.encoded.parts()[part][:1].nbytes
             found[f"{name}:{part}"] = TensorLocation(file, offset + piece.begin * row, False)
     return found
 
 
 def dequantised_weights(file: TensorFile) -> Mapping[str, Tensor]:
-    """A file's base weights, those that are quantised as what they come to; each is made when it is asked for.
+    """Return a file's base weights; quantised ones are dequantised on access.
 
     Raises:
-        ArtifactError: what the file says of a quantised one does not fit its tensors.
+        ArtifactError: the metadata of a quantised tensor does not fit its parts.
     """
     return DequantisedWeights(file) if _METADATA_KEY in file.notes else file
 
 
 class DequantisedWeights(Mapping[str, Tensor]):
-    """Base weights of a file that holds quantised ones.
+    """Base weights of a file with quantised tensors.
 
     Args:
         file: the file.
 
     Raises:
-        ArtifactError: what the file says of a quantised one does not fit its tensors.
+        ArtifactError: the metadata of a quantised tensor does not fit its parts.
     """
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file
-        self._told: Mapping[str, Any] = parse_json(file.notes[_METADATA_KEY], self._damaged)
-        self._parts = {f"{name}:{part}" for name in self._told for part in ("packed", "scales", "zeros")}
-        for name in self._told:
+        self._metadata: Mapping[str, Any] = parse_json(file.notes[_METADATA_KEY], self._damaged)
+        self._parts = {f"{name}:{part}" for name in self._metadata for part in ("packed", "scales", "zeros")}
+        for name in self._metadata:
             self._check(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._piece(name).decode() if name in self._told else self._file[name]
+        return self._piece(name).decode() if name in self._metadata else self._file[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted({*self._told, *self._file} - self._parts))
+        return iter(sorted({*self._metadata, *self._file} - self._parts))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._told or (name in self._file and name not in self._parts)
+        return name in self._metadata or (name in self._file and name not in self._parts)
 
     def _piece(self, name: str) -> QuantisedTensor:
-        entry = self._told[name]
+        entry = self._metadata[name]
         codec = Codec(entry["bits"], entry["block"], entry["symmetric"], entry.get("table", ""))
         parts = ("packed", "scales") if codec.symmetric else ("packed", "scales", "zeros")
         arrays = {part: self._file[f"{name}:{part}"].numpy() for part in parts}
         return QuantisedTensor(EncodedMatrix(codec, entry["columns"], **arrays), entry["transposed"])
 
     def _check(self, name: str) -> None:
-        """Whether the parts of a quantised tensor have the shapes of parts of one."""
+        """Check that the parts of a quantised tensor have consistent shapes."""
         try:
             encoded = self._piece(name).encoded
             rows, blocks = encoded.scales.shape
@@ -208,7 +201,7 @@ class DequantisedWeights(Mapping[str, Tensor]):
         except (LookupError, TypeError, ValueError, ZeroDivisionError):
             fits = False
         if not fits:
-            raise self._damaged(f"says of '{name}' what its parts are not")
+            raise self._damaged(f"describes '{name}' otherwise than its parts")
 
     def _damaged(self, reason: str) -> ArtifactError:
         return ArtifactError(

@@ -1,9 +1,9 @@
-"""Matrices in 8 or 4 bits: each row in blocks, each block with a scale, and a zero point where it is asymmetric.
+"""Matrices in 8 or 4 bits: rows in blocks, each block with a scale and, if asymmetric, a zero point.
 
-A value is (q − z)·s with q of 0 to 2^bits − 1, rounded to the nearest; z is 2^(bits − 1) where a block has none of its
-own. The bytes are those that ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read, and its own kernel
-writes them: equal matrices give equal bytes. What came as places in a table of levels (NF4) is level[q]·s, in the bytes
-of ``MatMulBnb4``, which are bitsandbytes' own.
+A value is (q − z)·s with q of 0 to 2^bits − 1, rounded to the nearest; z is 2^(bits − 1) in a symmetric block. Bytes
+are those that ONNX Runtime's ``MatMulNBits`` and ``GatherBlockQuantized`` read, and its own kernel writes them: equal
+matrices give equal bytes. Indices into a table of levels (NF4) stand for level[q]·s, in the bytes of ``MatMulBnb4``,
+which are bitsandbytes' own.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lorac.frontend.quantised_weights import QUANTISATION_LEVELS, QuantisedMatri
 
 Array = npt.NDArray[Any]
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""How many values may share a scale."""
+"""The numbers of values that may share a scale."""
 ACCURACY_ATTRIBUTE = "accuracy_level"
-"""The attribute of a quantised product that says in what it is computed."""
+"""The attribute of a quantised product that says in which precision it computes."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How matrices are quantised.
+    """A way of quantising matrices.
 
     Attributes:
         bits: 8 or 4.
-        block: how many values of a row share a scale.
+        block: the number of values of a row that share a scale.
         symmetric: zero is in the middle of every block's range; else each block has a zero point.
         table: whose levels the numbers are places of (``lorac.frontend.quantised_weights.QUANTISATION_LEVELS``); empty
         where they are numbers.
@@ -43,16 +43,16 @@ class Codec:
 
     @property
     def name(self) -> str:
-        """What such weights are called: ``int4``."""
+        """The name of such weights: ``int4``."""
         return self.table or f"int{self.bits}"
 
     def why_not(self, columns: int) -> str | None:
-        """Why rows of so many values stay as they are; None where they can be quantised."""
+        """Return why rows of so many values cannot be quantised, or None."""
         return f"rows shorter than a block of {self.block}" if columns < self.block else None
 
     @classmethod
     def of(cls, codes: QuantisedMatrix, block: int) -> Codec | None:
-        """The codec whose blocks hold given codes as they are; None where none does.
+        """Return the codec that stores given codes unchanged, or None.
 
         Args:
             codes: of a matrix that came quantised.
@@ -64,7 +64,7 @@ class Codec:
         return cls(codes.bits, size, codes.zero is None, codes.table) if fits and columns >= size else None
 
     def take(self, codes: QuantisedMatrix) -> EncodedMatrix:
-        """Codes as they are; what fills up the last block of a row counts as 0."""
+        """Return codes unchanged, each row filled up with zeros to whole blocks."""
         rows, columns = codes.whole.shape
         blocks, middle = -(-columns // self.block), 1 << self.bits - 1
         repeated = blocks // codes.scale.shape[1]
@@ -78,7 +78,7 @@ class Codec:
         return EncodedMatrix(self, columns, packed, scales, None if self.symmetric else self._packed(zeros))
 
     def _packed(self, whole: Array) -> Array:
-        """Numbers along the last axis packed into bytes, of 4 bits two in each."""
+        """Pack numbers along the last axis into bytes, two of 4 bits into each."""
         if self.bits == 8:
             return whole
         even = np.pad(whole, ((0, 0), (0, whole.shape[1] % 2)))
@@ -86,7 +86,7 @@ class Codec:
         return low | high << 4
 
     def encode(self, matrix: Array) -> EncodedMatrix:
-        """A float32 matrix (rows, columns); the last block of a row is filled up with zeros."""
+        """Quantise a float32 matrix (rows, columns), each row filled up with zeros to whole blocks."""
         from onnxruntime.capi import _pybind_state as library
 
         rows, columns = matrix.shape
@@ -108,7 +108,7 @@ class EncodedMatrix:
 
     Attributes:
         codec: how it was quantised.
-        columns: how many values a row has.
+        columns: the number of values of a row.
         packed: (rows, blocks, bytes of a block); of 4 bits the even values are in the lower halves of bytes, and in the
             upper ones where they are of a table.
         scales: (rows, blocks), float32.
@@ -128,21 +128,21 @@ class EncodedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its parts."""
+        """The bytes of all its parts."""
         return sum(int(part.nbytes) for part in self.parts().values())
 
     def parts(self) -> dict[str, Array]:
-        """Its arrays by name."""
+        """Return its arrays by name."""
         found = {"packed": self.packed, "scales": self.scales, "zeros": self.zeros}
         return {name: part for name, part in found.items() if part is not None}
 
     def rows(self, begin: int, count: int) -> EncodedMatrix:
-        """Some rows of it, where they lie."""
+        """Return a view of some rows."""
         cut = {name: part[begin : begin + count] for name, part in self.parts().items()}
         return EncodedMatrix(self.codec, self.columns, **cut)
 
     def decode(self) -> Array:
-        """The float32 matrix (rows, columns) that products are taken with."""
+        """Return the dequantised float32 matrix (rows, columns)."""
         rows, blocks, _ = self.packed.shape
         values = self._spread(self.packed)
         if self.codec.table:
@@ -156,7 +156,7 @@ class EncodedMatrix:
         return values.reshape(rows, -1)[:, : self.columns]
 
     def _spread(self, packed: Array) -> Array:
-        """Packed numbers as float32, one after the other along the last axis."""
+        """Unpack numbers to float32 along the last axis."""
         if self.codec.bits == 8:
             return packed.astype(np.float32)
         spread = np.empty((*packed.shape[:-1], packed.shape[-1], 2), np.float32)
@@ -166,7 +166,7 @@ class EncodedMatrix:
 
 
 def stack_rows(parts: Sequence[EncodedMatrix]) -> EncodedMatrix:
-    """Matrices of one width and codec under one another."""
+    """Stack matrices of one width and codec."""
     if len(parts) == 1:
         return parts[0]
     stacked = {name: np.concatenate([part.parts()[name] for part in parts]) for name in parts[0].parts()}

@@ -1,9 +1,8 @@
-"""Products with constant matrices, and lookups in constant tables, on quantised ones: a rewrite of an emitted program.
+"""A pass that quantises the constant matrices of an emitted program, and the products and lookups that read them.
 
-Whatever emission, fusions and packing left is looked at: a constant matrix is quantised where each of its readers is a
-product from the right (``MatMul``, ``Gemm``) or a lookup of rows (``Gather``), and all of them read it along the same
-axis. So a table that is tied to an output layer is stored once: both ops read the same bytes. What a slot holds is no
-constant, and stays as it is.
+A constant matrix is quantised where each of its readers is a product from the right (``MatMul``, ``Gemm``) or a lookup
+of rows (``Gather``), and all of them read it along the same axis. So a table that is tied to an output layer is stored
+once: both ops read the same bytes. Slots are not constants, and stay float.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from lorac.report.terms import format_size
 
 _DOMAIN = "com.microsoft"
 _QUANT_TYPES = {NF4: 1}
-"""What ``MatMulBnb4`` calls a table."""
+"""Table of levels -> its number in ``MatMulBnb4``."""
 _FLOAT_BYTES, _SHOWN_NAMES = 4, 3
-"""Bytes of a float32; how many names a line shows."""
+"""Bytes of a float32; the number of names that a note lists."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -37,10 +36,10 @@ class QuantisedProduct:
     """A matrix of a program that was quantised.
 
     Attributes:
-        encoded: what stands for it, (out, in) of products and (ids, width) of lookups.
-        by_columns: whether the program held its transpose.
-        source: what the program held.
-        names: part of ``encoded`` -> the constant that holds it now.
+        encoded: its codes, (out, in) for products and (ids, width) for lookups.
+        by_columns: whether the program had its transpose.
+        source: the constant that the program had.
+        names: part of ``encoded`` -> the constant with that part.
     """
 
     encoded: EncodedMatrix
@@ -49,9 +48,9 @@ class QuantisedProduct:
     names: Mapping[str, str]
 
     def original(self) -> Array:
-        """The matrix as it was, in the layout of ``encoded``."""
-        held: Array = self.source.numpy()
-        return held.T if self.by_columns else held
+        """Return the original matrix in the layout of ``encoded``."""
+        matrix: Array = self.source.numpy()
+        return matrix.T if self.by_columns else matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +58,15 @@ class PrequantisedMatrix:
     """A matrix (out, in) that came quantised.
 
     Attributes:
-        matrix: what it comes to.
-        encoded: its codes, as programs hold them.
+        matrix: the dequantised matrix.
+        encoded: its codes as programs store them.
     """
 
     matrix: Array
     encoded: EncodedMatrix
 
     def is_at(self, begin: int, matrix: Array) -> bool:
-        """Whether it is the rows of a matrix from one on."""
+        """Return whether the rows of a larger matrix from ``begin`` on are this matrix."""
         rows = matrix[begin : begin + len(self.matrix)]
         return (
             rows.shape == self.matrix.shape
@@ -103,7 +102,7 @@ def _describe_quantised(quantised: Iterable[QuantisedProduct]) -> Iterator[str]:
         before = sum(math.prod(one.shape) * _FLOAT_BYTES for one in alike)
         kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
         yield (
-            f"weights: {len(alike)} held as {codec.name}, {kind}in blocks of {codec.block}: "
+            f"weights: {len(alike)} stored as {codec.name}, {kind}in blocks of {codec.block}: "
             f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
         )
 
@@ -120,9 +119,9 @@ class QuantiseWeights(OnnxPass):
     """Quantise the constant matrices of a program whose slots are filled or baked.
 
     Attributes:
-        codec: how; None: only those that came quantised.
+        codec: the codec; None: only matrices that came quantised are.
         accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
-        prequantised: matrices that came quantised; their codes are used as they are, also where several were joined.
+        prequantised: matrices that came quantised; their codes are used unchanged, also where several were fused.
     """
 
     name: ClassVar[str] = "quantise-weights"
@@ -150,7 +149,7 @@ class QuantiseWeights(OnnxPass):
         return QuantisationReport.of(quantised, floats)
 
     def _encode(self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> EncodedMatrix | str:
-        """Return a constant quantised, or why it stays as it is."""
+        """Return the codes of a constant, or why it stays float."""
         if constant.dtype is not ir.DataType.FLOAT:
             return f"of {str(constant.dtype).lower()} numbers"
         if len(constant.shape) > 2:
@@ -174,7 +173,7 @@ class _MatrixReader:
 
     Attributes:
         node: the node.
-        by_columns: whether what it reads row by row are the columns of the constant.
+        by_columns: whether the rows that it reads are columns of the constant.
     """
 
     node: ir.Node
@@ -186,7 +185,7 @@ class _MatrixReader:
 
 
 def _find_readers(value: ir.Value, transposed: bool = False) -> list[_MatrixReader] | str:
-    """The products and lookups that read a constant, also through transpositions; or why it has to stay."""
+    """Return the products and lookups that read a constant, also through transpositions, or why it stays float."""
     found: list[_MatrixReader] = []
     if value.is_graph_output():
         return "an output of the program"
@@ -210,7 +209,7 @@ def _classify_reader(node: ir.Node, index: int, transposed: bool) -> list[_Matri
 
 
 def _multiplies_rows(node: ir.Node) -> bool:
-    """Whether a node is a plain product of rows with its second input."""
+    """Return whether a node is a plain product of rows with its second input."""
     if node.op_type == "Gemm":
         plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
         return plain and not node.attributes.get_int("transA", 0)
@@ -219,7 +218,7 @@ def _multiplies_rows(node: ir.Node) -> bool:
 
 
 def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedMatrix | None:
-    """The codes of a matrix that came quantised, or was joined of such; None where it, or a part of it, did not."""
+    """Return the codes of a matrix that came quantised, or was fused from such; None if a part of it did not."""
     parts: list[EncodedMatrix] = []
     begin = 0
     while begin < len(matrix):
@@ -232,38 +231,38 @@ def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedM
 
 
 def _display_name(value: ir.Value) -> str:
-    """What a constant is called: what emission folded bears the name of the module that reads it."""
+    """Return a constant's name, or the path of the module that reads it where emission folded the constant."""
     modules = next((modules_of(node.metadata_props) for node, _ in value.uses()), None)
     return str(value.name) if "." in str(value.name) or not modules else modules[-1]
 
 
 # ── What is put in its place ─────────────────────────────────────────────────────────────────────────────────────────
 def _replace(
-    model: ir.Model, value: ir.Value, reads: list[_MatrixReader], encoded: EncodedMatrix, accuracy_level: int
+    model: ir.Model, value: ir.Value, readers: list[_MatrixReader], encoded: EncodedMatrix, accuracy_level: int
 ) -> dict[str, str]:
-    """Have quantised ops read a matrix; returns the names of the constants that hold its parts."""
+    """Replace the readers of a matrix by quantised ops; return the names of the constants with its parts."""
     name, codec = str(value.name), encoded.codec
     names = {"packed": f"{name}_Q{codec.bits}", "scales": f"{name}_scales", "zeros": f"{name}_zero_points"}
-    packed, tables = encoded.packed, [read for read in reads if read.looks_up]
+    packed, tables = encoded.packed, [reader for reader in readers if reader.looks_up]
     flat = packed.reshape(len(packed), -1)
-    alone = len(tables) == len(reads)
+    alone = len(tables) == len(readers)
     stored = _constant(model, names["packed"], packed.reshape(-1) if codec.table else flat if alone else packed)
     scales = _constant(model, names["scales"], encoded.scales.reshape(-1) if codec.table else encoded.scales)
     zeros = None if encoded.zeros is None else _constant(model, names["zeros"], encoded.zeros)
     looked_up = stored if alone or not tables else _as_table(model, stored)
-    for read in reads:
-        if read.looks_up:
-            made = list(_lookup(model, read.node, encoded, [looked_up, scales, zeros]))
+    for reader in readers:
+        if reader.looks_up:
+            nodes = _make_lookup(model, reader.node, encoded, [looked_up, scales, zeros])
         else:
-            made = list(_product(read.node, encoded, [stored, scales, zeros], accuracy_level))
-        _replace_node(read.node, made)
+            nodes = _make_product(reader.node, encoded, [stored, scales, zeros], accuracy_level)
+        _replace_node(reader.node, list(nodes))
     return {part: names[part] for part in encoded.parts()}
 
 
-def _product(
+def _make_product(
     node: ir.Node, encoded: EncodedMatrix, parts: list[ir.Value | None], accuracy_level: int
 ) -> Iterator[ir.Node]:
-    """``MatMulNBits``, or ``MatMulBnb4`` of a table; what a ``Gemm`` adds comes after it, where it takes no bias."""
+    """Make a ``MatMulNBits``, or a ``MatMulBnb4`` for a table; a ``Gemm``'s sum follows where the op takes no bias."""
     rows, columns = encoded.shape
     codec = encoded.codec
     settings = {"K": columns, "N": rows, "block_size": codec.block}
@@ -280,8 +279,10 @@ def _product(
         yield ir.Node("", "Add", [product.outputs[0], added])
 
 
-def _lookup(model: ir.Model, node: ir.Node, encoded: EncodedMatrix, parts: list[ir.Value | None]) -> Iterator[ir.Node]:
-    """``GatherBlockQuantized``; what fills up the last block of a row is cut off."""
+def _make_lookup(
+    model: ir.Model, node: ir.Node, encoded: EncodedMatrix, parts: list[ir.Value | None]
+) -> Iterator[ir.Node]:
+    """Make a ``GatherBlockQuantized``; cut off the zeros that fill up the last block of a row."""
     table, *others = parts
     codec = encoded.codec
     settings = {"bits": codec.bits, "block_size": codec.block, "gather_axis": 0, "quantize_axis": 1}
@@ -294,7 +295,7 @@ def _lookup(model: ir.Model, node: ir.Node, encoded: EncodedMatrix, parts: list[
 
 
 def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
-    """The bytes of a product's matrix, a row each: the two ops want other shapes, and the bytes are stored once."""
+    """Return the bytes of a product's matrix in the shape that lookups read; the bytes are stored once."""
     rows = packed.shape[0] if packed.shape is not None else 0
     shape = _constant(model, f"shape_{rows}_-1", np.array([rows, -1], np.int64))
     reshape = ir.Node("", "Reshape", [packed, shape], name=f"{packed.name}_rows")
@@ -304,7 +305,7 @@ def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
 
 
 def _replace_node(node: ir.Node, made: list[ir.Node]) -> None:
-    """Put nodes in the place of one, the last of which answers what it answered."""
+    """Replace a node by others, the last of which computes its output."""
     graph, old, new = node.graph, node.outputs[0], made[-1].outputs[0]
     assert graph is not None
     for one in made:

@@ -1,7 +1,7 @@
-"""CUDA graphs of an engine: a call is one launch, with inputs and slots copied to where it was captured.
+"""CUDA graphs of an engine: a call is one launch, with inputs and slots copied to the captured buffers.
 
-A graph has the addresses and shapes in it that it was captured with, and is valid for as long as its context is not
-told others. So every set of shapes, ranks of slots among them, has a context, buffers and a graph of its own.
+A graph contains the addresses and shapes with which it was captured, and is valid until its context is given others. So
+every set of shapes, ranks of slots included, has a context, buffers and a graph of its own.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lorac.errors import LoracError, Unavailable, warn
 Tensor = torch.Tensor
 GraphKey = tuple[object, ...]
 QueueWork = Callable[[int], None]
-"""What queues an engine's work on a stream, by its handle."""
+"""Queues an engine's work on a stream, given by its handle."""
 Record = Callable[[QueueWork], Callable[[], None]]
-"""(work) -> what does that work again, on the stream that is then current."""
+"""(work) -> a function that repeats the work on the current stream."""
 MAX_GRAPHS = 8
-"""How many sets of shapes have a graph at a time: each takes the memory of a context."""
+"""The most graphs at a time; each has the memory of a context."""
 _CAPTURING = threading.Lock()
 """Torch captures one graph at a time in a process."""
 
@@ -35,59 +35,61 @@ class CapturedCall:
     """One graph, with the buffers that it reads and writes.
 
     Args:
-        lane: a context that nobody else uses.
-        inputs: a call's inputs, of the shapes that the graph is for.
-        slots: its slots; those that are fixed are read where they lie.
+        execution: a context for this graph alone.
+        inputs: a call's inputs, of the graph's shapes.
+        slots: its slots; fixed ones are read where they lie.
         record: captures work.
 
     Raises:
         Unavailable, RuntimeError: the plan cannot be captured.
-        InputMismatch: it does not take these sizes.
+        InputMismatch: the plan does not take these sizes.
     """
 
-    def __init__(self, lane: ExecutionSlot, inputs: Mapping[str, Tensor], slots: DeviceSlots, record: Record) -> None:
-        self.lane, self._lock = lane, threading.Lock()
+    def __init__(
+        self, execution: ExecutionSlot, inputs: Mapping[str, Tensor], slots: DeviceSlots, record: Record
+    ) -> None:
+        self.execution, self._lock = execution, threading.Lock()
         self._holds: weakref.ref[DeviceSlots] | None = weakref.ref(slots)
-        with lane.track.turn(inputs.values(), slots) as stream:
+        with execution.streams.acquire(inputs.values(), slots) as stream:
             self.inputs = self._copied(inputs)
             self.slots = slots if slots.fixed else DeviceSlots(self._copied(slots))
-            lane.point(self.inputs, self.slots)
-            found = lane.outputs()
+            execution.bind(self.inputs, self.slots)
+            found = execution.outputs()
             self.outputs = {name: made for name, made in found.items() if made is not None}
-            if len(self.outputs) < len(found) or any(port.on_host for port in lane.ports.outputs.values()):
+            if len(self.outputs) < len(found) or any(io_tensor.on_host for io_tensor in execution.io.outputs.values()):
                 raise RuntimeError("sizes of its outputs depend on values, or are outputs")
-            # What new shapes leave to be done is done by the first run, and may be what cannot be captured.
-            lane.queue(stream)
-            if is_rtx() and not lane.context.is_stream_capturable(stream):
+            # The first run with new shapes does work that may not be capturable.
+            execution.queue(stream)
+            if is_rtx() and not execution.context.is_stream_capturable(stream):
                 raise RuntimeError("it allocates while it runs")
-            self._replay = record(lane.queue)
+            self._replay = record(execution.queue)
 
     def run(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> dict[str, Tensor]:
-        """One call."""
-        with self._lock, self.lane.track.turn(inputs.values(), slots):
+        """Run one call."""
+        with self._lock, self.execution.streams.acquire(inputs.values(), slots):
             for name, tensor in inputs.items():
                 self.inputs[name].copy_(tensor)
             self._hold(slots)
             self._replay()
             given = {name: tensor.clone() for name, tensor in self.outputs.items()}
-        self.lane.track.hand_over(given.values())
+        self.execution.streams.retain_outputs(given.values())
         return given
 
     def drop(self) -> None:
-        """Wait for what was queued, before it is let go."""
+        """Wait for queued work before the graph is dropped."""
         with self._lock:
-            self.lane.track.finish()
+            self.execution.streams.finish()
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        ports = self.lane.ports.inputs
+        io = self.execution.io.inputs
         return {
-            name: copy_to_engine(tensor, ports[name], self.lane.device)
+            name: copy_to_engine(tensor, io[name], self.execution.device)
             for name, tensor in tensors.items()
-            if name in ports
+            if name in io
         }
 
     def _hold(self, slots: DeviceSlots) -> None:
-        """Copy a choice's slots into the buffers, where they hold another's."""
+        """Copy a choice's slots into the buffers, unless they are there already."""
         if self.slots is slots or (self._holds is not None and self._holds() is slots):
             return
         self._holds = None
@@ -97,22 +99,22 @@ class CapturedCall:
 
 
 class CudaGraphCache:
-    """The graphs of one engine by shapes, those that were used last.
+    """The most recently used graphs of one engine, by shapes.
 
     Args:
-        ports: what the engine takes and gives.
-        lane: makes a context for a new one.
+        io: what the engine takes and gives.
+        execution: makes a context for a new one.
         record: captures work.
     """
 
-    def __init__(self, ports: IOTensors, lane: Callable[[], ExecutionSlot], record: Record) -> None:
-        self.ports, self._lane, self._record = ports, lane, record
+    def __init__(self, io: IOTensors, execution: Callable[[], ExecutionSlot], record: Record) -> None:
+        self.io, self._new_execution, self._record = io, execution, record
         self._known: OrderedDict[GraphKey, CapturedCall] = OrderedDict()
         self._lock = threading.Lock()
         self._refused = False
 
-    def serving(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> CapturedCall | None:
-        """The graph for a call, captured where there is none yet; None where the plan cannot be: warned of once.
+    def find(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> CapturedCall | None:
+        """Return the graph for a call, captured on first use; warn once and return None if the plan cannot be captured.
 
         Raises:
             InputMismatch: the plan does not take these sizes.
@@ -127,15 +129,15 @@ class CudaGraphCache:
             found = self._used(key)
             return self._capture(key, inputs, slots) if found is None else found
 
-    def lanes(self) -> list[ExecutionSlot]:
-        """Their contexts."""
+    def executions(self) -> list[ExecutionSlot]:
+        """Return the contexts of all graphs."""
         with self._lock:
-            return [graph.lane for graph in self._known.values()]
+            return [graph.execution for graph in self._known.values()]
 
     def _key(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> GraphKey:
-        """What a graph is for: all shapes, the numbers that shapes are computed from, and memory that is fixed."""
+        """Return a graph's key: shapes, values that shapes are computed from, and addresses of fixed memory."""
         sizes = tuple((name, tuple(tensor.shape)) for given in (inputs, slots) for name, tensor in given.items())
-        numbers = tuple(tuple(t.flatten().tolist()) for name, t in inputs.items() if self.ports.inputs[name].on_host)
+        numbers = tuple(tuple(t.flatten().tolist()) for name, t in inputs.items() if self.io.inputs[name].on_host)
         return (sizes, numbers, tuple(tensor.data_ptr() for tensor in slots.values()) if slots.fixed else ())
 
     def _used(self, key: GraphKey) -> CapturedCall | None:
@@ -147,7 +149,7 @@ class CudaGraphCache:
 
     def _capture(self, key: GraphKey, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> CapturedCall | None:
         try:
-            made = CapturedCall(self._lane(), inputs, slots, self._record)
+            made = CapturedCall(self._new_execution(), inputs, slots, self._record)
         except (Unavailable, RuntimeError) as error:
             self._refused = True
             warn(
@@ -166,7 +168,7 @@ class CudaGraphCache:
 def record_on_cuda(work: QueueWork) -> Callable[[], None]:
     """Capture work into a CUDA graph, on the stream that is current.
 
-    Other threads may go on meanwhile: what they do is not captured, and may allocate.
+    Work of other threads is not captured meanwhile, and may allocate memory.
 
     Raises:
         RuntimeError: CUDA cannot capture it.

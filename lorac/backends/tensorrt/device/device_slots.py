@@ -1,4 +1,4 @@
-"""Tensors as an engine reads them: in its memory, contiguous and aligned, in its dtype."""
+"""Tensors as an engine reads them: on its device, contiguous and aligned, in its dtype."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lorac.backends.tensorrt.device.io_tensors import IOTensor
 
 Tensor = torch.Tensor
 ALIGNMENT = 256
-"""Bytes that an address has to be a multiple of (``IExecutionContext::setTensorAddress``)."""
+"""Addresses are multiples of this many bytes (``IExecutionContext::setTensorAddress``)."""
 
 
 class DeviceSlots(Mapping[str, Tensor]):
-    """What a choice of adapters puts into an engine's slot inputs, laid out once and read by many calls.
+    """The slot tensors of a choice of adapters, laid out once and read by many calls.
 
     Args:
         tensors: slot input -> tensor, laid out.
-        fixed: they stay where they are for good, and what is written into them is what calls read. A CUDA graph then
-            reads them there, and nothing is copied for it.
+        fixed: whether they keep their addresses, and calls read what is written into them. A CUDA graph reads them
+            there, and copies nothing.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> None:
@@ -37,8 +37,8 @@ class DeviceSlots(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def read_on(self, stream: torch.cuda.Stream) -> None:
-        """Have a stream wait for them, and their memory wait for the stream when it is let go; once per stream."""
+    def wait_on(self, stream: torch.cuda.Stream) -> None:
+        """Have a stream wait for the tensors, and keep their memory until the stream has read it; once per stream."""
         if stream.cuda_stream in self._passed:
             return
         if self._ready is not None:
@@ -49,59 +49,59 @@ class DeviceSlots(Mapping[str, Tensor]):
 
 
 class TensorLayouts:
-    """Tensors laid out for an engine; of one tensor there is one copy, whoever asks.
+    """Copies of tensors laid out for an engine, at most one of each.
 
     Args:
-        device: whose memory.
+        device: the engine's.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._copies = WeakTensorKeyDictionary()
 
-    def laid_out(self, tensor: Tensor, port: IOTensor) -> Tensor:
-        """The tensor as the engine reads it: itself where it lies so, else a copy."""
-        if is_readable(tensor, port, self.device):
+    def lay_out(self, tensor: Tensor, io_tensor: IOTensor) -> Tensor:
+        """Return the tensor if the engine can read it where it lies, else a copy."""
+        if is_readable(tensor, io_tensor, self.device):
             return tensor.detach()
         known = self._copies.get(tensor)
-        if known is None or known.dtype != port.dtype:
-            known = self._copies[tensor] = copy_to_engine(tensor, port, self.device)
+        if known is None or known.dtype != io_tensor.dtype:
+            known = self._copies[tensor] = copy_to_engine(tensor, io_tensor, self.device)
         return known
 
 
-def is_readable(tensor: Tensor, port: IOTensor, device: torch.device) -> bool:
-    """Whether the engine can read a tensor where it lies."""
-    there = tensor.device == (torch.device("cpu") if port.on_host else device)
-    aligned = port.on_host or not tensor.data_ptr() % ALIGNMENT
-    return there and aligned and tensor.dtype == port.dtype and tensor.is_contiguous()
+def is_readable(tensor: Tensor, io_tensor: IOTensor, device: torch.device) -> bool:
+    """Return whether the engine can read a tensor where it lies."""
+    there = tensor.device == (torch.device("cpu") if io_tensor.on_host else device)
+    aligned = io_tensor.on_host or not tensor.data_ptr() % ALIGNMENT
+    return there and aligned and tensor.dtype == io_tensor.dtype and tensor.is_contiguous()
 
 
-def copy_to_engine(tensor: Tensor, port: IOTensor, device: torch.device) -> Tensor:
-    """A new tensor that the engine can read."""
-    return allocate(tensor.shape, port, device).copy_(tensor.detach())
+def copy_to_engine(tensor: Tensor, io_tensor: IOTensor, device: torch.device) -> Tensor:
+    """Return a copy that the engine can read."""
+    return allocate(tensor.shape, io_tensor, device).copy_(tensor.detach())
 
 
-def allocate(shape: Sequence[int], port: IOTensor, device: torch.device) -> Tensor:
-    """A tensor that an engine can read or write, of any content.
+def allocate(shape: Sequence[int], io_tensor: IOTensor, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor that an engine can read or write.
 
-    What torch's allocator gives is aligned; what one gives that took its place need not be.
+    torch's allocator aligns tensors; a custom one need not.
     """
-    place = torch.device("cpu") if port.on_host else device
-    made = torch.empty(tuple(shape), dtype=port.dtype, device=place)
-    if port.on_host or not made.data_ptr() % ALIGNMENT:
+    place = torch.device("cpu") if io_tensor.on_host else device
+    made = torch.empty(tuple(shape), dtype=io_tensor.dtype, device=place)
+    if io_tensor.on_host or not made.data_ptr() % ALIGNMENT:
         return made
     whole = torch.empty(made.nbytes + ALIGNMENT, dtype=torch.uint8, device=place)
     start = -whole.data_ptr() % ALIGNMENT
-    return whole[start : start + made.nbytes].view(port.dtype).view(made.shape)
+    return whole[start : start + made.nbytes].view(io_tensor.dtype).view(made.shape)
 
 
 def keep_alive_for(tensor: Tensor, stream: torch.cuda.Stream) -> None:
-    """Have a tensor's memory not be used again before a stream has passed the work that was queued by then."""
+    """Keep a tensor's memory until a stream has done the work that is queued on it now."""
     if tensor.is_cuda:
         tensor.record_stream(stream)
 
 
 def _ready_event(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
-    """What tells that tensors are made, on the stream that makes them; None where there is none to wait for."""
+    """Return the event after which tensors are ready, or None if none of them is on a GPU."""
     devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
     return torch.cuda.current_stream(devices.pop()).record_event() if devices else None

@@ -1,4 +1,4 @@
-"""One context of an engine: what it was told last, and a call with it."""
+"""One context of an engine, with its last shapes and addresses, and a call with it."""
 
 from __future__ import annotations
 
@@ -20,55 +20,53 @@ Tensor = torch.Tensor
 
 
 class StreamOrder(Protocol):
-    """The streams that a context's work goes to, one call after the other."""
+    """The order of a context's calls on CUDA streams."""
 
-    def turn(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> AbstractContextManager[int]:
-        """The handle of the stream to queue a call on, which is current inside the block.
+    def acquire(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> AbstractContextManager[int]:
+        """Return the handle of the stream for a call, which is current inside the block.
 
-        The caller's stream waits for what was queued when the block ends.
+        After the block, the caller's stream waits for the work that was queued in it.
 
         Args:
-            inputs: tensors that the call reads; their memory stays until it has passed.
-            slots: the same.
+            inputs, slots: tensors that the call reads; their memory is not reused before it ends.
         """
 
-    def hand_over(self, outputs: Iterable[Tensor]) -> None:
-        """Have the memory of outputs, made inside a turn, stay for as long as the caller's stream reads it."""
+    def retain_outputs(self, outputs: Iterable[Tensor]) -> None:
+        """Keep the memory of outputs, made inside the block, for as long as the caller's stream reads it."""
 
     def finish(self) -> None:
-        """Wait for what was queued."""
+        """Wait for queued work."""
 
 
 class ExecutionSlot:
     """A context, for one call at a time.
 
-    What it was told last is noted by addresses and shapes, and only once TensorRT took it. A call tells it what
-    differs: a swap sets the slots' addresses and nothing else, and a call that fails half-way leaves nothing behind
-    that another one would take for its own.
+    Shapes and addresses are recorded once TensorRT has accepted them, and a call sets those that differ. So a swap sets
+    the slots' addresses and nothing else, and a call that fails half-way leaves no state that a later one would reuse.
 
     Args:
         context: TensorRT's.
-        ports: what its engine takes and gives.
+        io: what its engine takes and gives.
         device: where its tensors lie.
-        track: the streams that its work goes to.
+        streams: the streams that its work goes to.
 
     Attributes:
-        met: how many times it was told shapes that differ from those before.
+        shape_changes: how often its shapes changed.
     """
 
-    def __init__(self, context: ExecutionContext, ports: IOTensors, device: torch.device, track: StreamOrder) -> None:
-        self.context, self.ports, self.device, self.track = context, ports, device, track
-        self.met = 0
+    def __init__(self, context: ExecutionContext, io: IOTensors, device: torch.device, streams: StreamOrder) -> None:
+        self.context, self.io, self.device, self.streams = context, io, device, streams
+        self.shape_changes = 0
         self._new_shapes = True
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._slots: weakref.ref[DeviceSlots] | None = None
-        # An empty tensor has no address, and TensorRT takes none for an input that was forgotten.
+        # An empty tensor has no address, and TensorRT takes a missing address for a missing input.
         self._nothing = allocate((ALIGNMENT,), IOTensor(torch.uint8, ()), device)
-        self._growing: dict[str, Any] = {}
+        self._allocators: dict[str, Any] = {}
 
-    def point(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> None:
-        """Tell the context where a call's inputs and slots lie, as far as it does not know.
+    def bind(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> None:
+        """Set the addresses and shapes of a call's inputs and slots that differ from the context's.
 
         Raises:
             InputMismatch: a size that the plan was not built for.
@@ -76,17 +74,17 @@ class ExecutionSlot:
         """
         if self._slots is None or self._slots() is not slots:
             self._slots = None
-            self._tell(slots.items())
+            self._bind(slots.items())
             self._slots = weakref.ref(slots)
-        self._tell(inputs.items())
-        if self._new_shapes or any(port.on_host for port in self.ports.inputs.values()):
+        self._bind(inputs.items())
+        if self._new_shapes or any(io_tensor.on_host for io_tensor in self.io.inputs.values()):
             self._infer()
-        self.met += self._new_shapes
+        self.shape_changes += self._new_shapes
         self._new_shapes = False
 
     def outputs(self) -> dict[str, Tensor | None]:
-        """Memory for every output, told to the context; None for one that is allocated while it is computed."""
-        return {name: self._output(name, port) for name, port in self.ports.outputs.items()}
+        """Allocate memory for every output; None for one that is allocated while it is computed."""
+        return {name: self._output(name, io_tensor) for name, io_tensor in self.io.outputs.items()}
 
     def queue(self, stream: int) -> None:
         """Queue the work on a stream, by its handle.
@@ -94,65 +92,65 @@ class ExecutionSlot:
         Raises:
             Unavailable: TensorRT cannot.
         """
-        with collect_errors() as said:
+        with collect_errors() as messages:
             if not self.context.execute_async_v3(stream):
                 raise Unavailable(
-                    f"TensorRT cannot run the plan: {said.why()}",
+                    f"TensorRT cannot run the plan: {messages.why()}",
                     next_step="where the GPU's memory is full, free some of it or give smaller batches",
                 )
 
     def run(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> dict[str, Tensor]:
-        """One call: the outputs by name, computed once the caller's stream has passed."""
-        with self.track.turn(inputs.values(), slots) as stream:
-            self.point(inputs, slots)
+        """Run one call; the outputs are ready for the caller's stream."""
+        with self.streams.acquire(inputs.values(), slots) as stream:
+            self.bind(inputs, slots)
             found = self.outputs()
             self.queue(stream)
-            given = {name: self._growing[name].taken() if made is None else made for name, made in found.items()}
-        self.track.hand_over(given.values())
-        if any(port.on_host for port in self.ports.outputs.values()):
-            self.track.finish()
+            given = {name: self._allocators[name].output() if made is None else made for name, made in found.items()}
+        self.streams.retain_outputs(given.values())
+        if any(io_tensor.on_host for io_tensor in self.io.outputs.values()):
+            self.streams.finish()
         return given
 
-    def _tell(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _bind(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
-            if name in self.ports.inputs:
-                self._tell_shape(name, tuple(tensor.shape))
-                self._tell_address(name, tensor.data_ptr())
+            if name in self.io.inputs:
+                self._set_shape(name, tuple(tensor.shape))
+                self._set_address(name, tensor.data_ptr())
 
-    def _tell_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if self._shapes.get(name) == shape:
             return
         self._shapes.pop(name, None)
         self._new_shapes = True
-        with collect_errors() as said:
+        with collect_errors() as messages:
             if not self.context.set_input_shape(name, shape):
                 raise InputMismatch(
-                    f"TensorRT does not take '{name}' of shape {shape}: {said.why()}",
-                    next_step=f"the plan was built for shapes like {self.ports.inputs[name].shape}; compile with "
+                    f"TensorRT does not take '{name}' of shape {shape}: {messages.why()}",
+                    next_step=f"the plan was built for shapes like {self.io.inputs[name].shape}; compile with "
                     "dynamic_shapes= and example_inputs= that admit this one",
                 )
         self._shapes[name] = shape
 
-    def _tell_address(self, name: str, address: int) -> None:
+    def _set_address(self, name: str, address: int) -> None:
         address = address or self._nothing.data_ptr()
         if self._addresses.get(name) == address:
             return
         self._addresses.pop(name, None)
-        with collect_errors() as said:
+        with collect_errors() as messages:
             if not self.context.set_tensor_address(name, address):
                 raise Unavailable(
-                    f"TensorRT does not take the memory of '{name}': {said.why()}",
+                    f"TensorRT does not take the memory of '{name}': {messages.why()}",
                     next_step="this is a bug of lorac's, not of your model",
                 )
         self._addresses[name] = address
 
     def _infer(self) -> None:
-        with collect_errors() as said:
+        with collect_errors() as messages:
             try:
                 lacking = self.context.infer_shapes()
             except RuntimeError as error:
                 raise InputMismatch(
-                    f"TensorRT finds no sizes for the outputs: {said.why() if said.errors else error}",
+                    f"TensorRT finds no sizes for the outputs: {messages.why() if messages.errors else error}",
                     next_step="give inputs whose sizes go together, as the model takes them",
                 ) from error
             if lacking:
@@ -161,12 +159,12 @@ class ExecutionSlot:
                     next_step="give every input that the program takes",
                 )
 
-    def _output(self, name: str, port: IOTensor) -> Tensor | None:
+    def _output(self, name: str, io_tensor: IOTensor) -> Tensor | None:
         shape = tuple(self.context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
-            self._growing[name] = output_allocator(port, self.device)
-            self.context.set_output_allocator(name, self._growing[name])
+            self._allocators[name] = output_allocator(io_tensor, self.device)
+            self.context.set_output_allocator(name, self._allocators[name])
             return None
-        made = allocate(shape, port, self.device)
-        self._tell_address(name, made.data_ptr())
+        made = allocate(shape, io_tensor, self.device)
+        self._set_address(name, made.data_ptr())
         return made

@@ -1,4 +1,4 @@
-"""What an engine takes and gives: names, dtypes and sizes of its inputs and outputs."""
+"""Names, dtypes and sizes of an engine's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class IOTensor:
     Attributes:
         dtype: its dtype.
         shape: its sizes, -1 where they vary.
-        on_host: it is read or written in the host's memory: numbers that shapes are computed from.
+        on_host: whether it lies in the host's memory, as values do that shapes are computed from.
     """
 
     dtype: torch.dtype
@@ -28,18 +28,20 @@ class IOTensor:
 
 @dataclass(frozen=True)
 class IOTensors:
-    """All of an engine's, by name."""
+    """The inputs and outputs of an engine, by name."""
 
     inputs: Mapping[str, IOTensor]
     outputs: Mapping[str, IOTensor]
 
     @classmethod
     def of(cls, engine: CudaEngine) -> IOTensors:
-        """As an engine says."""
+        """Return those of an engine."""
         inputs, outputs = dict[str, IOTensor](), dict[str, IOTensor]()
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             on_host = engine.get_tensor_location(name) == trt().TensorLocation.HOST
-            port = IOTensor(torch_dtype(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name)), on_host)
+            io_tensor = IOTensor(
+                torch_dtype(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name)), on_host
+            )
             side = inputs if engine.get_tensor_mode(name) == trt().TensorIOMode.INPUT else outputs
-            side[name] = port
+            side[name] = io_tensor
         return cls(inputs, outputs)

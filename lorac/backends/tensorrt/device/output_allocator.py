@@ -15,22 +15,22 @@ from lorac.backends.tensorrt.library import trt
 Tensor = torch.Tensor
 
 
-def output_allocator(port: IOTensor, device: torch.device) -> Any:
-    """An allocator for one output; once the work was queued, ``taken`` is the output.
+def output_allocator(io_tensor: IOTensor, device: torch.device) -> Any:
+    """Return an allocator for one output, whose ``output()`` returns the output once the work was queued.
 
-    Its memory is torch's, of the stream that is current while the work is queued, and new in every call.
+    The memory is torch's, of the stream that is current while the work is queued, and new in every call.
     """
-    return _allocator_class()(port, device)
+    return _allocator_class()(io_tensor, device)
 
 
 @functools.cache
 def _allocator_class() -> Any:
     base = trt().IOutputAllocator
 
-    class Growing(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
-        def __init__(self, port: IOTensor, device: torch.device) -> None:
+    class Allocator(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
+        def __init__(self, io_tensor: IOTensor, device: torch.device) -> None:
             base.__init__(self)
-            self.port, self.device = port, device
+            self.io_tensor, self.device = io_tensor, device
             self.memory: Tensor | None = None
             self.shape: tuple[int, ...] | None = None
 
@@ -49,12 +49,12 @@ def _allocator_class() -> Any:
             try:
                 self.memory = allocate((max(int(size), 1),), IOTensor(torch.uint8, ()), self.device)
             except torch.OutOfMemoryError:
-                return 0  # no exception may pass through TensorRT, which takes 0 for a refusal
+                return 0  # no exception may pass through TensorRT, which takes 0 for a failure
             return self.memory.data_ptr()
 
-        def taken(self) -> Tensor:
+        def output(self) -> Tensor:
             assert self.memory is not None and self.shape is not None
-            size = math.prod(self.shape) * self.port.dtype.itemsize
-            return self.memory[:size].view(self.port.dtype).view(self.shape)
+            size = math.prod(self.shape) * self.io_tensor.dtype.itemsize
+            return self.memory[:size].view(self.io_tensor.dtype).view(self.shape)
 
-    return Growing
+    return Allocator

@@ -1,4 +1,4 @@
-"""What a plan needs to run, and typed errors that say which of it is missing."""
+"""The requirements of a plan, and the errors that name a missing one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CPU_ADVICE = f"{_SAVE_ADVICE}; target='onnxruntime' and target='eager' run on t
 
 
 def missing_requirement() -> str | None:
-    """Why no plan runs on this machine, in one line; None where one may."""
+    """Return why no plan runs on this machine, in one line, or None."""
     if torch.version.cuda is None:
         return f"a plan of TensorRT runs on a GPU by CUDA, and torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
@@ -24,7 +24,7 @@ def missing_requirement() -> str | None:
 
 
 def check_requirements() -> None:
-    """Refuse to run where there is no CUDA.
+    """Check that plans can run on this machine.
 
     Raises:
         Unavailable: torch was built without CUDA, or finds no driver or GPU.
@@ -35,17 +35,17 @@ def check_requirements() -> None:
 
 
 def warn_missing_requirement() -> None:
-    """Warn where no plan runs."""
+    """Warn where plans cannot run."""
     why = missing_requirement()
     if why is not None:
         warn(f"the program is built and cannot run here: {why}", next_step=_SAVE_ADVICE)
 
 
 def resolve_cuda_device(device: str | torch.device) -> torch.device:
-    """The device with its number, of those that are here.
+    """Return a device of this machine with its index.
 
     Raises:
-        Unavailable: it is no GPU, or there are fewer.
+        Unavailable: it is not a GPU, or the machine has fewer.
     """
     wanted = torch.device(device)
     if wanted.type != "cuda":
@@ -59,16 +59,16 @@ def resolve_cuda_device(device: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def plan_device(asked: str | torch.device | None) -> torch.device:
-    """Where a program's plans run, with its number; the CPU's memory as long as there is no GPU.
+def plan_device(device: str | torch.device | None) -> torch.device:
+    """Return the device of a program's plans with its index; the CPU on a machine without a GPU.
 
     Args:
-        asked: the device asked for; None: the current GPU.
+        device: the option; None: the current GPU.
 
     Raises:
-        Unavailable: it is no GPU, or there are fewer.
+        Unavailable: it is not a GPU, or the machine has fewer.
     """
-    wanted = torch.device("cuda" if asked is None else asked)
+    wanted = torch.device("cuda" if device is None else device)
     return (
         torch.device("cpu")
         if wanted.type == "cuda" and missing_requirement() is not None
@@ -77,15 +77,15 @@ def plan_device(asked: str | torch.device | None) -> torch.device:
 
 
 def check_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
-    """Refuse a GPU that a plan was not built for.
+    """Check that a plan was built for a GPU.
 
     Args:
         found: the GPU's compute capability.
-        built_for: the plan's; empty where it is not known.
+        built_for: the plan's capabilities; empty if unknown.
         gpu: the GPU's name.
 
     Raises:
-        Unavailable: it is none of them.
+        Unavailable: the plan was built for others.
     """
     if not built_for or found in built_for:
         return
@@ -100,13 +100,13 @@ def check_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
 
 
 def check_library(made_by: str | None) -> None:
-    """Refuse a plan that another library, or another version, made.
+    """Check that this library and version made a plan.
 
     Args:
-        made_by: as ``library.told`` said where it was built; None where that is not known.
+        made_by: name and version of the library that made it; None if unknown.
 
     Raises:
-        ArtifactError: it is not the one that is here.
+        ArtifactError: another one made it.
     """
     if made_by is None or made_by == library.name_and_version():
         return
@@ -119,16 +119,16 @@ def check_library(made_by: str | None) -> None:
 
 
 def check_plan(plan: bytes | memoryview) -> None:
-    """Refuse what is no plan of the library's, as far as its header tells; where it cannot tell, nothing is refused.
+    """Check that bytes are a plan, as far as the library can tell from their header.
 
     Raises:
-        ArtifactError: it is none.
+        ArtifactError: they are not.
     """
     if not library.is_rtx():
-        return  # TensorRT itself tells only where it loads
+        return  # TensorRT itself reports it only when it loads the plan
     trt = library.trt()
-    with library.collect_errors() as said:
+    with library.collect_errors() as messages:
         _, found = trt.Runtime(library.logger()).get_engine_validity(plan)
-        said.why()  # that no driver is here, or no GPU that fits, has errors of its own
+        messages.why()  # a missing driver or GPU has errors of its own
     if found & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE):
-        raise ArtifactError(f"these {len(plan)} bytes are no plan of {library.name_and_version()}")
+        raise ArtifactError(f"these {len(plan)} bytes are not a plan of {library.name_and_version()}")

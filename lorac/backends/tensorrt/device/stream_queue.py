@@ -1,4 +1,4 @@
-"""The CUDA streams that a context's work is queued on, one after the other."""
+"""The CUDA streams on which a context's work is queued, one call after the other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Tensor = torch.Tensor
 
 
 class StreamQueue:
-    """Where a context's work goes: the caller's stream, or one of its own where the caller is on the default stream.
+    """The stream of a context's work: the caller's, or its own where the caller is on the default stream.
 
-    On the default stream TensorRT waits for the whole device in every call. A context has one memory for what it
-    computes, so what is queued with it on one stream waits for what was queued on another.
+    On the default stream TensorRT waits for the whole device in every call. A context has one memory for intermediate
+    values, so work on one stream waits for earlier work on another.
 
     Args:
         device: a GPU.
@@ -28,8 +28,8 @@ class StreamQueue:
         self._last: torch.cuda.Event | None = None
 
     @contextlib.contextmanager
-    def turn(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> Iterator[int]:
-        """As ``Turns``."""
+    def acquire(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> Iterator[int]:
+        """Order a call (``StreamOrder.acquire``)."""
         caller = torch.cuda.current_stream(self.device)
         stream = self._own if caller == torch.cuda.default_stream(self.device) else caller
         self._begin(stream, caller, inputs, slots)
@@ -43,22 +43,22 @@ class StreamQueue:
     def _begin(
         self, stream: torch.cuda.Stream, caller: torch.cuda.Stream, inputs: Iterable[Tensor], slots: DeviceSlots
     ) -> None:
-        """Have a stream wait for all that a call on it reads and writes, and memory for the stream."""
+        """Have a stream wait for the tensors of a call, and keep their memory for the stream."""
         if stream != caller:
             stream.wait_stream(caller)
         if self._last is not None:
             stream.wait_event(self._last)
-        slots.read_on(stream)
+        slots.wait_on(stream)
         for tensor in inputs:
             keep_alive_for(tensor, stream)
 
-    def hand_over(self, outputs: Iterable[Tensor]) -> None:
-        """As ``Turns``."""
+    def retain_outputs(self, outputs: Iterable[Tensor]) -> None:
+        """Keep outputs (``StreamOrder.retain_outputs``)."""
         caller = torch.cuda.current_stream(self.device)
         for tensor in outputs:
             keep_alive_for(tensor, caller)
 
     def finish(self) -> None:
-        """As ``Turns``."""
+        """Wait for queued work."""
         if self._last is not None:
             self._last.synchronize()

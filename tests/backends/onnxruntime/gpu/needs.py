@@ -1,4 +1,4 @@
-"""What the tests of this folder need, and what of it is missing here, in one line."""
+"""The requirements of the tests of this folder; a missing one is named in one line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def _lacking() -> str | None:
 
 
 def marks() -> list[pytest.MarkDecorator]:
-    """The marks of a module whose tests need a GPU."""
+    """Return the marks of a module whose tests need a GPU."""
     why = _lacking()
     return [pytest.mark.gpu, pytest.mark.skipif(why is not None, reason=str(why))]

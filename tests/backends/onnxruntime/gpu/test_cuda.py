@@ -1,4 +1,4 @@
-"""ONNX Runtime on CUDA, by the public interface: parity in every precision, swaps, memory, threads, artefacts."""
+"""ONNX Runtime on CUDA, by the public interface: parity in every precision, swaps, memory, threads, artifacts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def reference(host: str, dtype: torch.dtype) -> Reference:
 
 
 def compiled(host: str, dtype: torch.dtype = torch.float32, mode: str = "live", **options: Any) -> Any:
-    """A model on the GPU, with adapters that its mode takes."""
+    """Return a model on the GPU, with adapters that its mode takes."""
     held = reference(host, dtype)
     adapters = {n: a for n, a in held.adapters.items() if mode == "live" or n in MERGEABLE}
     given: dict[str, Any] = {"active": None, "device": "cuda", "example_inputs": held.inputs(), **options}
@@ -42,7 +42,7 @@ def compiled(host: str, dtype: torch.dtype = torch.float32, mode: str = "live", 
 
 
 def choices(host: str, mode: str) -> list[Any]:
-    """What is swapped to: none, each adapter, a mixture."""
+    """Return choices to swap to: none, each adapter, a mixture."""
     own = reference(host, torch.float32).choices
     taken = [own[name] for name in own if mode == "live" or name in MERGEABLE]
     return [None, *taken, {name: strength / 2 for one in taken for name, strength in one.items()}]

@@ -1,4 +1,4 @@
-"""Models and adapters that the tests on a GPU share: two adapters of one model, on different layers, of other ranks."""
+"""Models and adapters of the tests on a GPU: two adapters of one model, on different layers, of different ranks."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SHARE = 0.2
 
 
 def inputs(host: str, seed: int = 0, device: str = "cpu") -> Inputs:
-    """A call's, of the sizes of the example."""
+    """Return the inputs of a call, of the example's sizes."""
     return {name: tensor.to(device) for name, tensor in ZOO[host].inputs(seed).items()}
 
 
 @functools.cache
 def adapters(host: str) -> Mapping[str, lorac.Adapter]:
-    """Two, away from their init: of rank 3 on half of the targets, and of rank 1 on the others."""
+    """Return two adapters away from their init: of rank 3 on half of the targets, and of rank 1 on the others."""
     entry = ZOO[host]
     parts = {ONE: entry.targets[::2], OTHER: entry.targets[1::2]}
     variants = {
@@ -40,7 +40,7 @@ def adapters(host: str) -> Mapping[str, lorac.Adapter]:
 
 @torch.no_grad()
 def _moved(host: str, name: str, variant: lorac.LoRA) -> lorac.Adapter:
-    """An adapter of noise, so strong that it decides something."""
+    """Return an adapter of noise, strong enough to change decisions."""
     model, entry = ZOO[host].model(), ZOO[host]
     compiled = lorac.compile(model, {name: variant})
     generator = torch.Generator().manual_seed(len(name))
@@ -56,7 +56,7 @@ def _moved(host: str, name: str, variant: lorac.LoRA) -> lorac.Adapter:
 
 
 def compiled(host: str, mode: str, active: Choice = None, **options: Any) -> lorac.Compiled:
-    """The model with both adapters, for TensorRT."""
+    """Compile the model with both adapters for TensorRT."""
     return lorac.compile(
         ZOO[host].model(),
         adapters(host),
@@ -70,7 +70,7 @@ def compiled(host: str, mode: str, active: Choice = None, **options: Any) -> lor
 
 
 def first(host: str, answer: object) -> Tensor:
-    """The output that adapters change."""
+    """Return the output that adapters change."""
     found = answer[ZOO[host].outputs[0]]  # type: ignore[index]
     assert isinstance(found, Tensor)
     return found

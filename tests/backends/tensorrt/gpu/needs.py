@@ -1,4 +1,4 @@
-"""What the tests of this folder need, and what of it is missing here, in one line."""
+"""The requirements of the tests of this folder; a missing one is named in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorac.backends.tensorrt.device.requirements import missing_requirement
 
 
 def lacking_for_tensorrt() -> str | None:
-    """Why TensorRT runs nothing here; None where it does."""
+    """Return why TensorRT does not run here, or None."""
     why = missing_requirement()
     if why is not None:
         return why
@@ -26,5 +26,5 @@ def lacking_for_tensorrt() -> str | None:
 
 
 def needing(why: str | None) -> list[pytest.MarkDecorator]:
-    """The marks of a module whose tests need what is missing."""
+    """Return the marks of a module whose tests have a requirement."""
     return [pytest.mark.gpu, pytest.mark.skipif(why is not None, reason=str(why))]

@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 
 def _here() -> list[str]:
-    """The GPU's capability, where the library is told of capabilities."""
+    """Return the GPU's capability, where the library takes capabilities."""
     return [f"SM{capability_of(torch.device('cuda')).replace('.', '')}"] if library.is_rtx() else []
 
 
@@ -62,7 +62,7 @@ def test_what_comes_from_the_cpu_goes_back_there() -> None:
 
 
 def test_ports_are_the_networks() -> None:
-    assert PlanRunner(_plan()).ports == tiny.ports()
+    assert PlanRunner(_plan()).io == tiny.io()
 
 
 def test_a_thousand_swaps_leave_no_trace() -> None:
