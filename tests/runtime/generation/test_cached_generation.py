@@ -134,7 +134,7 @@ def test_a_cache_of_another_text_or_model_is_refused(model: Any) -> None:
     told = _longer(answer.sequences)
     other = told.clone()
     other[0, 3] = 3 if told[0, 3] != 3 else 4
-    with pytest.raises(lorac.InputMismatch, match="row 0 does not begin with what the cache holds of it"):
+    with pytest.raises(lorac.InputMismatch, match="row 0 does not begin with the tokens that the cache holds of it"):
         model.generate(other, **GREEDY, cache=answer.cache)
     with pytest.raises(lorac.InputMismatch, match="what another model computed"):
         over(compiled("llama")).generate(told, **GREEDY, cache=answer.cache)
@@ -192,7 +192,7 @@ def test_what_fails_half_way_leaves_a_cache_as_it_was(model: Any, monkeypatch: p
     answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
     told = torch.cat([answer.sequences, torch.randint(3, 96, (1, 9))], 1)
     expected, held = model.generate(told, **GREEDY), answer.cache.cache.lengths
-    honest, calls = type(model.engine).extend, iter([True, False])
+    honest, calls = type(model.engine).decode, iter([True, False])
 
     def failing(*given: Any) -> Any:
         if not next(calls, False):
@@ -200,7 +200,7 @@ def test_what_fails_half_way_leaves_a_cache_as_it_was(model: Any, monkeypatch: p
         return honest(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(model.engine), "extend", failing)
+        patch.setattr(type(model.engine), "decode", failing)
         with pytest.raises(MemoryError):
             model.generate(told, **GREEDY, cache=answer.cache, prefill_chunk_size=4)
     assert answer.cache.cache.lengths == held

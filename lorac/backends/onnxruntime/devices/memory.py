@@ -54,9 +54,9 @@ class Memory(ABC):
     def to_value(self, tensor: Tensor) -> ort.OrtValue:
         """Return a slot's tensor in this memory; bindings of one tensor share the value."""
 
-    @abstractmethod
     def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
         """Allocate weights that are written in place."""
+        return make_fused_buffers(plans, base)
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
         """Make written weights visible to sessions."""
@@ -80,9 +80,6 @@ class HostMemory(Memory):
         if tensor not in self._here:
             self._here[tensor] = tensor.detach().contiguous()
         return as_ort_value(self._here[tensor])
-
-    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
-        return make_fused_buffers(plans, base)
 
 
 class _CopyingMemory(Memory):
@@ -122,9 +119,6 @@ class TorchDeviceMemory(_CopyingMemory):
 
 class OrtDeviceMemory(_CopyingMemory):
     """A GPU's memory that ONNX Runtime alone uses: torch was built without CUDA, so weights are merged on the CPU."""
-
-    def fused(self, plans: Mapping[str, SitePlan], base: BaseReader) -> FusedWeights:
-        return make_fused_buffers(plans, base)
 
     def written(self, memory: Mapping[str, Tensor]) -> None:
         for tensor in memory.values():
