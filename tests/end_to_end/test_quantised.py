@@ -236,7 +236,7 @@ def test_rounded_activations_pass_the_self_test_and_an_adapter_can_be_added(tmp_
     ("adapter", "mode", "says"),
     [
         (lorac.LoRA(r=2, targets=["up"]), "fused", "nothing can be merged into the int4 weight of 'up'"),
-        (lorac.SHiRA(r=1, targets=["up"]), "auto", "and 'a' is sparse, which only a merged weight holds"),
+        (lorac.SHiRA(r=1, targets=["up"]), "auto", "and 'a' is sparse and so needs a merged weight"),
     ],
 )
 def test_nothing_is_merged_into_a_quantised_weight(adapter: Any, mode: str, says: str) -> None:

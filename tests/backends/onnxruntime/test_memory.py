@@ -117,4 +117,4 @@ def test_what_the_cpu_runs_is_read_where_it_lies() -> None:
     memory, tensor = memory_at(CPU), torch.randn(3, 4)
     assert memory.to_value(tensor).data_ptr() == tensor.data_ptr()
     turned = memory.to_value(tensor.t())
-    assert np.array_equal(turned.numpy(), tensor.t()) and memory.answers([tensor]) == ("cpu", 0)
+    assert np.array_equal(turned.numpy(), tensor.t()) and memory.output_device([tensor]) == ("cpu", 0)

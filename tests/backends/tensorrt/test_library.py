@@ -12,6 +12,7 @@ import torch
 
 import lorac
 from lorac.backends.tensorrt import library
+from lorac.errors import MissingExtra
 from tests.backends.tensorrt import tiny
 
 
@@ -44,7 +45,7 @@ def test_with_a_gpu_nvidias_own_comes_first(asked_anew: None, monkeypatch: pytes
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib, "import_module", imported)
-    with pytest.raises(lorac.MissingExtra, match=r"pip install 'lorac\[tensorrt\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'lorac\[tensorrt\]'"):
         library.trt()
     assert asked == ["tensorrt", "tensorrt_rtx"]
 

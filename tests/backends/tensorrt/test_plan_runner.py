@@ -297,7 +297,7 @@ def test_a_device_that_is_no_gpu() -> None:
 @pytest.mark.parametrize("harm", [lambda _: b"", lambda _: b"no plan" * 100, lambda p: p[:40], lambda p: b"x" + p[1:]])
 def test_what_is_no_plan(harm: Callable[[bytes], bytes]) -> None:
     damage = harm(tiny.plan())
-    with pytest.raises(lorac.ArtifactError, match=rf"these {len(damage)} bytes are no plan of"):
+    with pytest.raises(lorac.ArtifactError, match=rf"these {len(damage)} bytes are not a plan of"):
         PlanRunner(damage)
 
 

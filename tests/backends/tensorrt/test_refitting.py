@@ -88,7 +88,7 @@ def test_weights_that_the_builder_joined_are_written_together() -> None:
 def test_a_joined_weight_that_was_not_kept() -> None:
     memory = {ONE: _base()[ONE]}
     refits = WeightRefitter(engines.OfNetwork(), memory, engines.Weights(_base(), {ONE: THIRD}))
-    with pytest.raises(lorac.Unavailable, match="joined 'third' with weights that are to be replaced"):
+    with pytest.raises(lorac.Unavailable, match="combines 'third' with weights to be replaced"):
         refits.write([ONE])
 
 
