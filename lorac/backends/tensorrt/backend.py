@@ -13,7 +13,7 @@ from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import graph_file, list_program_files
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import local_capability
-from lorac.backends.tensorrt.device.requirements import check_capability, check_library, warn_missing_requirement
+from lorac.backends.tensorrt.device.requirements import check_capability, check_library
 from lorac.backends.tensorrt.engine import PLAN_FILE, GraphPlan, TrtEngine
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import SizeRange, check_profile_names
@@ -21,9 +21,8 @@ from lorac.errors import OptionError, Unavailable
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
-from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step
-from lorac.target.backend import BuildRequest, StoredState
+from lorac.target.backend import BuildRequest
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
@@ -117,12 +116,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
     def test(self, engine: AnyOnnxEngine, emitted: Emitted) -> None:
         """Do nothing: the files were tested before plans were built from them."""
 
-    def build(self, request: BuildRequest[TensorRTOptions]) -> AnyOnnxEngine:
-        """Build an engine; warn where it cannot run on this machine."""
-        engine = super().build(request)
-        warn_missing_requirement()
-        return engine
-
     # --- storing and restoring -----------------------------------------------------------------------------------
 
     def graph_to_json(self, graph: GraphPlan) -> dict[str, object]:
@@ -160,19 +153,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         )
         _check_plan_origin(plan)
         return plan
-
-    def restore(
-        self,
-        stored: StoredState,
-        files: ProgramFiles,
-        plans: Mapping[str, SitePlan],
-        mode: str,
-        device: str | torch.device | None,
-    ) -> AnyOnnxEngine:
-        """Load an engine; warn where it cannot run on this machine."""
-        engine = super().restore(stored, files, plans, mode, device)
-        warn_missing_requirement()
-        return engine
 
 
 BACKEND = TensorRT()

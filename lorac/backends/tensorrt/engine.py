@@ -15,7 +15,12 @@ import torch
 
 from lorac.backends.onnx.engine import OnnxEngine
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
-from lorac.backends.tensorrt.device.requirements import check_requirements, missing_requirement, plan_device
+from lorac.backends.tensorrt.device.requirements import (
+    check_requirements,
+    missing_requirement,
+    plan_device,
+    warn_missing_requirement,
+)
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import PlanRunner
@@ -74,7 +79,7 @@ class SlotTensors:
 
 
 class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
-    """Runs a program, one plan per graph.
+    """Runs a program, one plan per graph; warns where it cannot run on this machine.
 
     Args:
         graphs, plans, base, mode, files, options: as ``OnnxEngine``'s.
@@ -101,6 +106,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         self._runners: dict[str, PlanRunner] = {}
         self._refitters: dict[str, WeightRefitter] = {}
         self._loading = threading.Lock()
+        warn_missing_requirement()
 
     # --- the engine's contract -----------------------------------------------------------------------------------
 
