@@ -69,7 +69,7 @@ def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts
         parsed = parse_model(folder / MODEL_FILE)
         check_inputs(parsed, facts.dtypes, facts.ranges)
         if options.refit:
-            mark_refittable(parsed.network, graph.slots, graph.slots)
+            mark_refittable(parsed.network, graph.slots)
         return _build_plan(parsed, name, _builder_config(parsed, facts.ranges, options, facts.capabilities))
 
     (folder / PLAN_FILE).write_bytes(_cached_plan(build, emitted, name, facts))

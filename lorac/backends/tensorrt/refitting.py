@@ -13,7 +13,7 @@ import torch
 
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.interfaces import CudaEngine, Refitter
-from lorac.errors import OptionError, Unavailable, nearest_name
+from lorac.errors import Unavailable
 
 if TYPE_CHECKING:
     import tensorrt
@@ -22,39 +22,18 @@ Tensor = torch.Tensor
 _INSTEAD = "compile with mode='fused' alone: merged weights are then inputs of the plan"
 
 
-def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str], known: Collection[str]) -> int:
+def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str]) -> None:
     """Mark the weights of a network that can be replaced in its plan; all others cannot.
 
     The plan is then built with ``refit_flag()`` and one profile, the most that TensorRT takes with it.
 
-    Args:
-        network: TensorRT's, parsed.
-        names: the weights' names in the emitted model.
-        known: names of all its weights.
-
-    Returns:
-        How many were marked.
-
     Raises:
-        OptionError: a weight is not in the model.
         Unavailable: TensorRT does not let a weight be replaced, for instance if the parser folded it.
     """
-    wanted = list(names)
-    for name in wanted:
-        if name not in known:
-            raise OptionError(
-                f"the program has no weight '{name}' to replace",
-                nearest=nearest_name(name, known),
-                next_step="this is a bug of lorac's, not of your model",
-            )
-        _mark_weight(network, name)
-    return len(wanted)
-
-
-def _mark_weight(network: tensorrt.INetworkDefinition, name: str) -> None:
-    with library.collect_errors() as messages:
-        if not network.mark_weights_refittable(name):
-            raise Unavailable(f"TensorRT does not let '{name}' be replaced: {messages.why()}", next_step=_INSTEAD)
+    for name in names:
+        with library.collect_errors() as messages:
+            if not network.mark_weights_refittable(name):
+                raise Unavailable(f"TensorRT does not let '{name}' be replaced: {messages.why()}", next_step=_INSTEAD)
 
 
 def refit_flag() -> tensorrt.BuilderFlag:

@@ -165,7 +165,7 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
     marked: list[set[str]] = []
     real = build.mark_refittable
     monkeypatch.setattr(
-        build, "mark_refittable", lambda network, names, known: marked.append(set(names)) or real(network, names, known)
+        build, "mark_refittable", lambda network, names: marked.append(set(names)) or real(network, names)
     )
     monkeypatch.setattr(build, "refit_flag", lambda: build.library.trt().BuilderFlag.STRICT_NANS)
     torch.manual_seed(0)

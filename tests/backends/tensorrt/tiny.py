@@ -82,7 +82,7 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
     """
     trt = library.trt()
     network, builder = parsed()
-    mark_refittable(network, refittable, weights())
+    mark_refittable(network, refittable)
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     for name, sizes in {"x": ((1, IN), (2, IN), (ROWS, IN)), "a": ((IN, 1), (IN, 2), (IN, RANK))}.items():
         profile.set_shape(name, *sizes)
