@@ -14,6 +14,7 @@ import lorac
 from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interpreter import run_graph
 from lorac.ir.interface import Interface
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.sites import Site
@@ -60,6 +61,12 @@ def graph_of(name: str, exported: ExportedProgram, sites: Mapping[str, Site], pl
     inputs, structure = tuple(map(str, exported.graph_signature.user_inputs)), OutputStructure(signature.out_spec)
     outputs = structure.tensor_names(inputs)
     return Graph(name, exported, sites, plans, Interface(inputs=inputs, outputs=outputs, structure=structure))
+
+
+@torch.no_grad()
+def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tensor] | None = None) -> Any:
+    """The model's output object, as the reference interpreter computes it."""
+    return graph.interface.build_output(run_graph(graph, graph.interface.check((), inputs), slots))[0]
 
 
 def captured_stack(adapters: dict[str, Any] | None = None, *, first_differs: bool = False) -> Graph:

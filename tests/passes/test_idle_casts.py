@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lorac.ir.graph.interpreter import interpret
 from lorac.ir.graph.passes import Pass
 from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.testing.eager_checks import assert_close
-from tests.captured import capture
+from tests.captured import capture, interpret
 from tests.passes.idle_casts import IdleCasts
 from tests.refusing import refuses
 
@@ -21,12 +20,12 @@ from tests.refusing import refuses
 @pytest.mark.parametrize("passes", [[*FIRST, IdleCasts(), LAST], [*FIRST, LAST, IdleCasts()]], ids=["inside", "behind"])
 def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> None:
     it, seen = capture("plain_mlp"), []
-    before = interpret(it.graph, it.inputs).output
+    before = interpret(it.graph, it.inputs)
     outcomes = dict(run_pipeline(it.graph, passes, lambda name, graph: seen.append(name)))
     assert outcomes["idle-casts"].changed
     assert "idle-casts" in seen
     expected = it.compiled(**it.inputs)
-    assert_close(interpret(it.graph, it.inputs, it.slots()).output, expected)
+    assert_close(interpret(it.graph, it.inputs, it.slots()), expected)
     assert not torch.equal(before, expected)
     (again,) = run_pipeline(it.graph, [IdleCasts()])
     assert not again[1].changed

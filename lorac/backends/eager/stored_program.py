@@ -82,9 +82,6 @@ class StoredProgramEngine(Engine[SlotTensors]):
     def record_written(self, snapshot: ComposedWeights) -> None:
         """Nothing: the program reads the buffers, whatever they hold."""
 
-    def activate(self, content: SlotTensors) -> None:
-        """Nothing: every call names its binding."""
-
     @torch.no_grad()
     def call(
         self, content: SlotTensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]

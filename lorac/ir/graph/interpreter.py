@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,37 +33,6 @@ _ROUNDINGS = 8
 """The same as a number of roundings, for precisions in which one rounding exceeds the tolerance."""
 
 
-@dataclass(frozen=True)
-class InterpreterResult:
-    """The result of a graph.
-
-    Attributes:
-        output: the model's output object.
-        extra: extra outputs by name (``aux``).
-    """
-
-    output: object
-    extra: Mapping[str, object] = field(default_factory=dict)
-
-
-@torch.no_grad()
-def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tensor] | None = None) -> InterpreterResult:
-    """Run a graph.
-
-    Args:
-        graph: at any level.
-        inputs: arguments of the model, by name.
-        slots: slot input -> tensor (``lorac.ir.graph.feeds.collect_slot_tensors``); needed from level adapted on.
-
-    Raises:
-        KeyError: a slot input has no tensor.
-        ChoiceError: an argument is unknown or missing.
-    """
-    interface = graph.interface
-    output, extra = interface.build_output(run_graph(graph, interface.check((), inputs), slots))
-    return InterpreterResult(output, extra)
-
-
 @torch.no_grad()
 def run_graph(
     graph: Graph,
@@ -72,11 +40,16 @@ def run_graph(
     slots: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> list[Any]:
-    """Run a graph over inputs by the program's names, and return its outputs in order.
+    """Run a graph, and return its outputs in order.
 
     Args:
-        graph, inputs, slots: as for ``interpret``.
+        graph: at any level.
+        inputs: by the program's names (``Interface.check``).
+        slots: slot input -> tensor (``lorac.ir.graph.feeds.collect_slot_tensors``); needed from level adapted on.
         weights: parameters and buffers by name; by default the graph's own.
+
+    Raises:
+        KeyError: an input or a slot input has no tensor.
     """
     tensors = graph.exported.state_dict if weights is None else weights
     slot_nodes = {slot.node: slots[name] for name, slot in graph.slots.items()} if slots else {}

@@ -12,7 +12,6 @@ import torch
 from lorac.ir.graph.graph import Graph
 
 Tensor = torch.Tensor
-BATCH = "batch"
 _SYMBOL = re.compile(r"[su]\d+")
 
 

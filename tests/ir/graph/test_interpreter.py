@@ -10,9 +10,8 @@ import lorac
 from lorac.errors import ChoiceError
 from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.interpreter import interpret
 from lorac.testing.eager_checks import ROUNDING
-from tests.captured import Stack, capture, filled, graph_of, lower
+from tests.captured import Stack, capture, filled, graph_of, interpret, lower
 from tests.parity import assert_parity, named_outputs
 
 EXACT = ROUNDING[torch.float64]
@@ -36,8 +35,8 @@ def test_every_level_answers_as_eager(name: str) -> None:
     def look(stage: str, graph: Graph) -> None:
         expected = adapted if graph.slots else base
         answer = interpret(graph, it.inputs, it.slots() if graph.slots else None)
-        assert type(answer.output) is type(expected)
-        assert _distance(answer.output, expected) <= EXACT, stage
+        assert type(answer) is type(expected)
+        assert _distance(answer, expected) <= EXACT, stage
         seen.append(graph.level.name)
 
     lower(it.graph, look)
@@ -50,7 +49,7 @@ def test_bound_weights() -> None:
     with torch.no_grad():
         expected = it.compiled(**it.inputs)
     assert all(name.endswith(":weight") for name in it.graph.slots)
-    assert _distance(interpret(it.graph, it.inputs, it.slots()).output, expected) <= EXACT
+    assert _distance(interpret(it.graph, it.inputs, it.slots()), expected) <= EXACT
 
 
 def test_onnxruntime_answers_as_the_interpreter() -> None:
@@ -64,8 +63,8 @@ def test_onnxruntime_answers_as_the_interpreter() -> None:
     eager.swap({"style": 0.7, "patch": 0.4})
     graph = graph_of("main", export_model(model, inputs), eager.sites, eager.plans)
     lower(graph)
-    y_ref = interpret(graph, inputs, filled(eager, graph)).output
-    y_base = interpret(graph_of("main", export_model(model, inputs), {}, {}), inputs).output
+    y_ref = interpret(graph, inputs, filled(eager, graph))
+    y_base = interpret(graph_of("main", export_model(model, inputs), {}, {}), inputs)
     ort = eager.export(target="onnxruntime", example_inputs=inputs)
     assert_parity(ort(**inputs), y_ref, y_base, own_base=ort(**inputs, adapters=None))
 
@@ -74,11 +73,11 @@ def test_every_slot_matters() -> None:
     it = capture("tiny_llama")
     lower(it.graph)
     filled = it.slots()
-    before = interpret(it.graph, it.inputs, filled).output
+    before = interpret(it.graph, it.inputs, filled)
     for name, tensor in filled.items():
         if not tensor.is_floating_point():
             continue
-        other = interpret(it.graph, it.inputs, {**filled, name: tensor + 1}).output
+        other = interpret(it.graph, it.inputs, {**filled, name: tensor + 1})
         assert _distance(other, before) > 0, name
 
 
@@ -104,6 +103,6 @@ def test_ties_go_to_the_lowest_index() -> None:
     x = torch.zeros(2, 40)
     x[1, 30:] = 1
     graph = graph_of("main", export_model(_Ties(), (x,), ({0: torch.export.Dim("batch")},)), {}, {})
-    top, order = interpret(graph, {"x": x}).output
+    top, order = interpret(graph, {"x": x})
     assert top.tolist() == [[0, 1, 2], [30, 31, 32]]
     assert order.tolist() == [list(range(40)), [*range(30, 40), *range(30)]]
