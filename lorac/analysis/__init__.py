@@ -1,1 +1,1 @@
-"""One file per report about a compiled model."""
+"""Measures of adapters, and the table of methods."""

@@ -1,7 +1,7 @@
-"""Entanglement entropies of a matrix: how an update, or a map of attention, spreads over the digits of its indices.
+"""Entanglement entropies of a matrix: the spread of an update or attention map over the digits of its indices.
 
 Chen et al. 2026, arXiv 2601.06788. A matrix (out, in) is flattened into the state of a chain of sites, of which the
-first together count the outputs and the others the inputs; every cut of the chain has an entropy.
+first sites count the outputs and the others the inputs. Every cut of the chain has an entropy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ORDERS = ("row_major", "interleaved")
 
 
 def prime_sites(size: int) -> tuple[int, ...]:
-    """The prime factors of a size ≥ 1, largest first: the sites of a dimension of which nothing else is said."""
+    """Return the prime factors of a size ≥ 1, largest first: the default sites of a dimension."""
     found, divisor = [], 2
     while size > 1:
         while size % divisor == 0:
@@ -35,10 +35,10 @@ def internal_entropy(
     in_dims: Sequence[int] | None = None,
     order: str = "row_major",
 ) -> Tensor:
-    """S(l) = −Σ w·ln w in nats at every cut, w = σ²/Σσ²: the internal entropy of arXiv 2601.06788.
+    """Return S(l) = −Σ w·ln w in nats at every cut, w = σ²/Σσ²: the internal entropy of arXiv 2601.06788.
 
-    σ are the singular values of M reshaped to (the first l sites, all others). The scale of M does not matter. Of a
-    softmax attention (heads, T, T) the same function is the paper's external entropy, one row per head.
+    σ are the singular values of M reshaped to (the first l sites, all others). The scale of M does not matter. For a
+    softmax attention (heads, T, T) the function is the paper's external entropy, with one row per head.
 
     Args:
         M: (…, out, in), computed in float64. One singular value decomposition per cut, the largest that of M itself.
@@ -78,7 +78,7 @@ def internal_entropy(
 
 
 def rank_bound(rank: int, out_dims: Sequence[int], in_dims: Sequence[int], order: str = "row_major") -> Tensor:
-    """The largest S(l) in nats that a matrix of a rank can have at every cut, (L − 1,).
+    """Return the largest S(l) in nats of matrices of a rank at every cut, (L − 1,).
 
     A cut inside the outputs, P rows before and P' after it, has at most min(P, rank·P') singular values; so has one
     inside the inputs, from the other end. For 2ⁿ x 2ⁿ in sites of 2 that is ln 2·min(l, n − l + log₂ rank) up to the
@@ -109,7 +109,7 @@ def rank_bound(rank: int, out_dims: Sequence[int], in_dims: Sequence[int], order
 
 
 def random_entropy(rows: int, columns: int) -> float:
-    """What S of a Gaussian matrix comes to as it grows, in nats: ln m − m/(2n) for m ≤ n (Page)."""
+    """Return the limit of S in nats of large Gaussian matrices: ln m − m/(2n) for m ≤ n (Page)."""
     small, large = sorted((rows, columns))
     return math.log(small) - small / (2 * large)
 
@@ -120,7 +120,7 @@ def _resolve_dims(size: int, dims: Sequence[int] | None, side: str) -> tuple[int
         raise AdapterError(
             f"{side}_dims {' x '.join(map(str, found))} make {math.prod(found)}; the matrix has {size}",
             nearest=" x ".join(map(str, prime_sites(size))),
-            next_step="give factors of it, or none for its primes",
+            next_step="give factors of it, or None for its primes",
             code="shape_mismatch",
         )
     return found
@@ -139,19 +139,19 @@ def _is_interleaved(out_dims: Sequence[int], in_dims: Sequence[int], order: str)
 
 
 def _cumulative_products(dims: Sequence[int]) -> list[int]:
-    """Of the first 1, 2, … of them."""
+    """Return the products of the first 1, 2, … sizes."""
     return list(itertools.accumulate(dims, lambda product, dim: product * dim))
 
 
 def _left_sizes(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> list[int]:
-    """The size of what is left of every cut."""
+    """Return the size of the left part at every cut."""
     paired = order == "interleaved"
     sites = [p * q for p, q in zip(out_dims, in_dims, strict=True)] if paired else [*out_dims, *in_dims]
     return _cumulative_products(sites)[:-1]
 
 
 def _entropy(values: Tensor) -> Tensor:
-    """S (…) of singular values (…, k)."""
+    """Return S (…) of singular values (…, k)."""
     weights = values.square()
     weights = weights / weights.sum(-1, keepdim=True)
     return torch.special.entr(weights).sum(-1)

@@ -1,4 +1,4 @@
-"""The table of all methods: what each is, and what it comes to on one layer. Everything is read off the code."""
+"""The table of all methods, read from the code: formula, normal form and size on one layer, paper, files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorac.variants.base import BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec, Role
 
 WIDTH = 768
-"""d of the d x d layer that forms and counts are given for."""
+"""The width of the layer that normal forms and counts refer to."""
 _FORMULA = re.compile(r"``(.+?)``", re.DOTALL)
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5}(?:v\d+)?)")
 _POINT = ConvGeometry(WIDTH, (1, 1), (1, 1), (0, 0), (1, 1))
@@ -32,10 +32,10 @@ _SITES = tuple(
         (SiteKind.BLOCK, None, None, None),
     )
 )
-"""Where a method is looked at: the first of these that it adapts."""
+"""Examples of sites; each method is described at the first that it adapts."""
 
 Reduce = Callable[[Variant, Site, Mapping[str, torch.Tensor]], Reduction]
-"""(variant, site, one tensor per parameter, of which only shape and dtype count) -> its normal form."""
+"""(variant, site, one tensor per parameter, used only for its shape and dtype) -> the normal form."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class MethodRow:
     """One method.
 
     Attributes:
-        name: how files and lists call it.
-        title: its class.
-        formula: the first formula of its docstring; empty where it has none.
-        adapts: kinds of sites it is defined on.
-        form: its normal form on a d x d layer at default hyper-parameters, with its rank; empty where the defaults
-            fit no such layer.
+        name: its name in files and lists.
+        title: the name of its class.
+        formula: the first formula of its docstring, or empty.
+        adapts: the kinds of sites that it adapts.
+        form: its normal form on the example layer at default hyper-parameters, with its rank; empty where the defaults
+            do not fit the layer.
         merges: whether it can be merged into the weights.
-        shared: names of the tensors that all sites have in common.
-        own, common: trained values of that layer, and those that all layers share.
+        shared: names of the tensors that all sites share.
+        own, common: numbers of trained values of that layer, and of those that all layers share.
         paper: title and arXiv number.
-        files: formats that hold it.
+        files: formats that can store it.
     """
 
     name: str
@@ -70,7 +70,7 @@ class MethodRow:
 
     @property
     def trained(self) -> str:
-        """The number of trained values in words."""
+        """The numbers of trained values, as text."""
         found = [f"{self.own:,}"] if self.own else []
         return " + ".join([*found, f"{self.common:,} shared"] if self.common else found)
 
@@ -93,18 +93,18 @@ HEADERS = (
 def describe_methods(
     known: Iterable[type[Variant]], reduce: Reduce, files: Mapping[type[Variant], Sequence[str]]
 ) -> tuple[MethodRow, ...]:
-    """One row per method, in the order given.
+    """Return one row per method, in the given order.
 
     Args:
         known: the methods.
-        reduce: brings a term to its normal form.
-        files: method -> formats that hold it.
+        reduce: reduces a term to its normal form.
+        files: method -> formats that can store it.
     """
     return tuple(_describe_method(variant, reduce, tuple(files.get(variant, ()))) for variant in known)
 
 
 def row_cells(row: MethodRow) -> tuple[str, ...]:
-    """A row's texts, one per column of ``HEADERS``."""
+    """Return the texts of a row, one per column of ``HEADERS``."""
     adapts, shared, files = (", ".join(words) for words in (row.adapts, row.shared, row.files))
     merges = "yes" if row.merges else "no"
     texts = (row.name, row.title, row.formula, adapts, row.form, merges, shared, row.trained, row.paper, files)
@@ -112,7 +112,7 @@ def row_cells(row: MethodRow) -> tuple[str, ...]:
 
 
 def render_markdown(rows: Sequence[MethodRow]) -> str:
-    """The table as a page."""
+    """Return the table as a Markdown page."""
     return "\n".join(_markdown_lines(rows)) + "\n"
 
 
@@ -122,14 +122,14 @@ def _markdown_lines(rows: Sequence[MethodRow]) -> Iterator[str]:
     yield "Made by `make docs` from the code; `make check` fails where the two differ."
     yield ""
     yield f"Normal form and number of trained values are those of one layer {WIDTH} x {WIDTH} at default"
-    yield "hyper-parameters; of methods on blocks, those of a block of that width. A low-rank form runs beside the"
-    yield "weight and is swapped by rebinding; it may carry, besides its pair,"
+    yield "hyper-parameters; for methods on blocks, those of a block of that width. A low-rank form runs next to the"
+    yield "weight and is swapped by rebinding; in addition to its two factors it may have"
     yield ""
     yield from (f"- {role.name}: {role.meaning}" for role in ROLES.values() if role.optional)
     yield ""
-    yield "Sparse and dense forms run as a merged weight, a branch is a subgraph of its own, and what replaces"
-    yield "parameters whole has no form beside them. The files are lorac's own format (`native`), which holds every"
-    yield "method, and PEFT's types."
+    yield "Sparse and dense forms run as a merged weight, and a branch is a subgraph. Methods of the form `replace`"
+    yield "replace whole parameters. The files are lorac's own format (`native`), which stores every method, and PEFT's"
+    yield "types."
     yield ""
     yield f"| {' | '.join(HEADERS)} |"
     yield "|" + " --- |" * len(HEADERS)
@@ -162,7 +162,7 @@ def _describe_method(variant: type[Variant], reduce: Reduce, files: tuple[str, .
 
 
 def _find_example_site(variant: type[Variant]) -> tuple[Variant, Site] | None:
-    """A method at its defaults and a layer that it adapts; None where it has no defaults or adapts none."""
+    """Return a method at its defaults and a site that it adapts, or None where there are no such."""
     fields = dataclasses.fields(variant)
     if any(f.default is f.default_factory is dataclasses.MISSING for f in fields):
         return None
@@ -177,7 +177,7 @@ def _find_example_site(variant: type[Variant]) -> tuple[Variant, Site] | None:
 
 
 def _describe_form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec], reduce: Reduce) -> tuple[str, bool]:
-    """The normal form in words, and whether it merges."""
+    """Return the normal form as text, and whether it merges."""
     if not isinstance(variant, WeightVariant | BranchVariant):
         return "replace", True
     tensors = {

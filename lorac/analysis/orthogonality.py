@@ -1,4 +1,4 @@
-"""How far two adapters keep out of each other's way: SHiRA's two measures of the orthogonality of their updates.
+"""The orthogonality of two adapters' updates, by SHiRA's two measures.
 
 Bhardwaj et al. 2024, arXiv 2406.13175.
 """
@@ -24,8 +24,8 @@ class Orthogonality:
     """The product A₁ᵀ·A₂ (in, in) of two updates of one weight (out, in), in two numbers.
 
     Attributes:
-        magnitude: AWOM, its Frobenius norm; 0: they write to orthogonal outputs.
-        ratio: AWOR, the share of its entries that are exactly 0; 1: orthogonal, 0: every entry meets.
+        magnitude: AWOM, its Frobenius norm; 0 where the updates write to orthogonal outputs.
+        ratio: AWOR, the share of its entries that are exactly 0; 1 where the updates are orthogonal.
     """
 
     magnitude: float
@@ -33,13 +33,13 @@ class Orthogonality:
 
 
 def orthogonality(first: Tensor, second: Tensor) -> Orthogonality:
-    """AWOM and AWOR of two updates, computed in float64. Source: SHiRA, arXiv 2406.13175.
+    """Return AWOM and AWOR of two updates, computed in float64. Source: SHiRA, arXiv 2406.13175.
 
     Args:
         first, second: updates ΔW (out, in) of one weight.
 
     Raises:
-        AdapterError: they are no two matrices of one shape.
+        AdapterError: the updates are not two matrices of one shape.
     """
     if first.ndim != 2 or first.shape != second.shape:
         raise AdapterError(
@@ -48,26 +48,26 @@ def orthogonality(first: Tensor, second: Tensor) -> Orthogonality:
             code="shape_mismatch",
         )
     product = first.detach().double().t() @ second.detach().double()
-    met = int(product.count_nonzero())
-    return Orthogonality(float(torch.linalg.vector_norm(product)), 1 - met / product.numel())
+    nonzero = int(product.count_nonzero())
+    return Orthogonality(float(torch.linalg.vector_norm(product)), 1 - nonzero / product.numel())
 
 
 def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> dict[str, Orthogonality]:
-    """AWOM and AWOR of two adapters, at every site that both adapt.
+    """Return AWOM and AWOR of two adapters, at every site that both adapt.
 
     Args:
-        first, second: adapters of any two methods that edit weights, or whose branches come to the same.
-        model: the base; read only.
+        first, second: adapters whose methods edit weights, or have branches that are equivalent to that.
+        model: the base model, which stays unchanged.
 
     Raises:
         CompileError: a method has no update of the weight.
-        SiteError: no site is adapted by both.
+        SiteError: the adapters have no site in common.
     """
     common = [path for path in first.tensors if path in second.tensors]
     if not common:
         raise SiteError(
             f"'{first.name}' and '{second.name}' adapt no site in common",
-            next_step="adapters that share no site are orthogonal as they are",
+            next_step="adapters without a common site are orthogonal",
             code="site_not_found",
         )
     view = ModelView.of(model)

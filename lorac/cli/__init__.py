@@ -34,7 +34,7 @@ _TRACEBACK = "--traceback"
 
 app = typer.Typer(
     name=NAME,
-    help="The compiler for adapters: one graph from a model and its adapters, swapped while it runs.",
+    help="Compile a model and its adapters into one program, and swap the adapters while it runs.",
     epilog=EPILOG,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -57,7 +57,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print lorac's version.")
     ] = False,
 ) -> None:
-    """The compiler for adapters: one graph from a model and its adapters, swapped while it runs."""
+    """Compile a model and its adapters into one program, and swap the adapters while it runs."""
 
 
 def main() -> None:

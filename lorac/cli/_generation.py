@@ -14,6 +14,7 @@ import torch
 
 from lorac.errors import InputMismatch, OptionError
 from lorac.frontend.components import MAIN_GRAPH
+from lorac.progress import step
 from lorac.runtime.generation.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
@@ -162,8 +163,23 @@ class _TimestampStreamer:
         """Do nothing."""
 
 
+def time_choices(
+    compiled: Compiled, rounds: int, measure: Callable[[], tuple[float, ...]]
+) -> dict[str | None, list[float]]:
+    """Return the medians of each choice of one adapter or none: of a swap to it in seconds, and of what is measured.
+
+    One more round runs first, to warm up.
+    """
+    times: dict[str | None, list[tuple[float, ...]]] = {choice: [] for choice in (None, *compiled.adapters)}
+    for number in range(rounds + 1):
+        step(f"round {number} of {rounds}")
+        for choice, found in times.items():
+            found.append((compiled.swap(choice).seconds, *measure()))
+    return {c: [statistics.median(column) for column in zip(*found[1:], strict=True)] for c, found in times.items()}
+
+
 def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int) -> list[dict[str, object]]:
-    """Time swaps and generation with each adapter and without: medians over rounds, one row per choice.
+    """Time swaps and generation with each adapter and with none, one row of medians per choice.
 
     Args:
         compiled: the model.
@@ -173,14 +189,7 @@ def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int) -> l
     """
     # Ids that every vocabulary has; the time of a call does not depend on them.
     ids = (torch.arange(prompt) % 64 + 1)[None]
-    choices: list[str | None] = [None, *compiled.adapters]
-
-    def turn() -> dict[str | None, tuple[float, ...]]:
-        return {choice: (compiled.swap(choice).seconds, *_time_tokens(compiled, ids, new)) for choice in choices}
-
-    turn()  # warms up
-    turns = [turn() for _ in range(rounds)]
-    medians = {c: [statistics.median(each) for each in zip(*(t[c] for t in turns), strict=True)] for c in choices}
+    medians = time_choices(compiled, rounds, lambda: _time_tokens(compiled, ids, new))
     return [
         {
             "adapters": choice or "none",

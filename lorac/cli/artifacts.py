@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorac.cli._chat import Chat
-from lorac.cli._generation import TextStreamer, TextWriter, replace_undecodable_text, time_generation
+from lorac.cli._generation import TextStreamer, TextWriter, replace_undecodable_text, time_choices, time_generation
 from lorac.cli._inputs import Array, InputsOption, format_inputs, read_inputs, to_arrays
 from lorac.cli._models import AdapterOption, CompiledOrModel, load_compiled, parse_choice
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import ChoiceError, LoracError, OptionError
-from lorac.progress import Progress, progress
+from lorac.progress import progress
 from lorac.storage.os_errors import translate_os_errors
 
 if TYPE_CHECKING:
@@ -146,29 +145,24 @@ def bench(
         report.step("loading")
         compiled = load_compiled(model, adapter, active=None)
         if inputs is None:
-            report.step("writing")
             rows = time_generation(compiled, prompt_tokens, new_tokens, rounds)
         else:
-            rows = _time_calls(compiled, read_inputs(inputs), rounds, report)
+            rows = _time_calls(compiled, read_inputs(inputs), rounds)
     headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
     cells = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
     print_report(rows, make_table(headers, cells), as_json=json)
 
 
-def _time_calls(
-    compiled: Compiled, arrays: Mapping[str, Array], rounds: int, report: Progress
-) -> list[dict[str, object]]:
-    """Return the medians of swaps and calls with each choice; an untimed call precedes each timed one."""
-    times: dict[str | None, tuple[list[float], list[float]]] = {c: ([], []) for c in (None, *compiled.adapters)}
-    for number in range(rounds):
-        report.step(f"round {number + 1} of {rounds}")
-        for choice, (swaps, calls) in times.items():
-            swaps.append(compiled.swap(choice).seconds)
-            _call_program(compiled, arrays)
-            begun = time.perf_counter()
-            compiled(**arrays)
-            calls.append(time.perf_counter() - begun)
-    medians = {choice: (statistics.median(swaps), statistics.median(calls)) for choice, (swaps, calls) in times.items()}
+def _time_calls(compiled: Compiled, arrays: Mapping[str, Array], rounds: int) -> list[dict[str, object]]:
+    """Time swaps and calls with each adapter and with none; an untimed call precedes each timed one."""
+
+    def measure() -> tuple[float]:
+        _call_program(compiled, arrays)
+        begun = time.perf_counter()
+        compiled(**arrays)
+        return (time.perf_counter() - begun,)
+
+    medians = time_choices(compiled, rounds, measure)
     return [
         {"adapters": choice or "none", "swap_ms": swap * 1e3, "call_ms": call * 1e3, "ratio": call / medians[None][1]}
         for choice, (swap, call) in medians.items()

@@ -1,1 +1,1 @@
-"""What a person sees of a program: rows, printed text, drawings."""
+"""Reports on programs for people: rows, printed text, explanations, pictures."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,63 +13,18 @@ import torch
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.interface import Interface
-from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
 from lorac.ir.sizes import shorten_condition
 from lorac.ir.slots.choice import describe_choice
-from lorac.ir.slots.plans import Reason, SitePlan
+from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import ROLES
 from lorac.report.dump import short_dtype
-from lorac.report.terms import (
-    BAKED,
-    BOUND,
-    FUSED,
-    LEFT_OUT,
-    LIVE,
-    UNUSED,
-    TermDescription,
-    describe_terms,
-    describe_variant,
-    format_reason,
-    format_size,
-)
+from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant, format_reason, format_size
 
-_Row = TypeVar("_Row", "TermRow", "AdapterRow")
+_Row = TypeVar("_Row", TermRow, "AdapterRow")
 _FOLD_LIMIT = 3
 """Lines that differ only in their adapters become one where there are more than these."""
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
-
-
-@dataclass(frozen=True)
-class TermRow:
-    """One adapter at one site.
-
-    Attributes:
-        site: path of the site.
-        kind: kind of the site.
-        shape: (in, out).
-        adapter: the adapter's name.
-        form: its normal form, with rank or count.
-        state: how the active choice runs it, or would run it where it is off (``lorac.report.terms.STATES``).
-        strength: in the active choice; 0: off.
-        slots: the slots of the site that it fills: roles, or parameters of a branch.
-        dtype: dtype of its computation.
-        nbytes: size of its tensors.
-        swap: the cost of switching to it.
-        reasons: why it has no cheaper form or place.
-    """
-
-    site: str
-    kind: str
-    shape: tuple[int, int]
-    adapter: str
-    form: str
-    state: str
-    strength: float
-    slots: tuple[str, ...]
-    dtype: str
-    nbytes: int
-    swap: str
-    reasons: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +75,8 @@ class Explanation:
         bare: paths of sites without slots.
         casts: (dtype of the model or the request, dtype of the computation), where the target lacks the first.
         programs: the limits of each graph that runs as a program.
-        asked: another target to compare with; empty: none.
-        lacking: the ops that this target does not compute, each with its module and source line.
+        other_target: another target to compare with; empty: none.
+        unsupported_ops: the ops that the other target does not compute, each with its module and source line.
     """
 
     target: str
@@ -134,8 +88,8 @@ class Explanation:
     bare: tuple[str, ...]
     casts: tuple[tuple[str, str], ...]
     programs: tuple[ProgramRow, ...] = ()
-    asked: str = ""
-    lacking: tuple[str, ...] = ()
+    other_target: str = ""
+    unsupported_ops: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(_explanation_lines(self)) + "\n"
@@ -144,20 +98,19 @@ class Explanation:
 def explain(
     compiled: Any,
     casts: Iterable[tuple[torch.dtype, torch.dtype]] = (),
-    asked: str = "",
-    lacking: tuple[str, ...] = (),
+    other_target: str = "",
+    unsupported_ops: tuple[str, ...] = (),
 ) -> Explanation:
     """Return the explanation of a compiled model in its present state.
 
     Args:
         compiled: the model, a ``SwitchableModel``.
-        casts, asked, lacking: as in ``Explanation``.
+        casts, other_target, unsupported_ops: as in ``Explanation``.
     """
     plans: Mapping[str, SitePlan] = compiled.plans
     terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
     unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
-    rows = tuple(_term_row(term, plans[path].site) for path, found in terms.items() for term in found)
-    rows = tuple(_mark_unused(row) if row.site in unused else row for row in rows)
+    rows = tuple(_mark_unused(row) if row.site in unused else row for found in terms.values() for row in found)
     adaptable = [path for path, s in compiled.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
     return Explanation(
         target=compiled.engine.target,
@@ -169,8 +122,8 @@ def explain(
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
         casts=tuple((short_dtype(a), short_dtype(b)) for a, b in casts),
         programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
-        asked=asked,
-        lacking=lacking,
+        other_target=other_target,
+        unsupported_ops=unsupported_ops,
     )
 
 
@@ -189,50 +142,6 @@ def _program_row(name: str, interface: Interface) -> ProgramRow:
     )
 
 
-def _term_row(term: TermDescription, site: Site) -> TermRow:
-    cheapest = term.state in (BAKED, LEFT_OUT) or (term.form == "low-rank" and term.state == LIVE)
-    return TermRow(
-        site=term.site,
-        kind=str(site.kind),
-        shape=(site.in_features, site.out_features),
-        adapter=term.adapter,
-        form=" ".join(part for part in (term.form, term.size) if part),
-        state=term.state,
-        strength=term.strength,
-        slots=term.slots,
-        dtype=_compute_dtype(term, site),
-        nbytes=term.nbytes,
-        swap=_swap_cost(term, site),
-        reasons=() if cheapest else _term_reasons(term),
-    )
-
-
-def _term_reasons(term: TermDescription) -> tuple[Reason, ...]:
-    """Return the reasons of a term; a branch without any has the reason of all branches."""
-    if term.reasons or term.unfusable is None:
-        return tuple(dict.fromkeys(term.reasons))
-    return (Reason(term.adapter, term.site, term.unfusable),)
-
-
-def _compute_dtype(term: TermDescription, site: Site) -> str:
-    floating = [part.dtype for part in term.parts if part.dtype.is_floating_point]
-    return short_dtype(floating[0] if floating and term.state == LIVE else site.dtype)
-
-
-def _swap_cost(term: TermDescription, site: Site) -> str:
-    """Return the cost of switching to the adapter alone at a site, by its form (docs/architecture.md, invariant 7)."""
-    weight = math.prod(site.kernel) * torch.empty(0, dtype=site.dtype).element_size()
-    if term.state in (BAKED, LEFT_OUT):
-        return "none: constants of the program"
-    if term.state == BOUND:
-        return f"once {format_size(weight)} for its merged weight, then rebinding"
-    if term.state == FUSED and term.form == "sparse":
-        return f"restore and write of {format_size(next(p.nbytes for p in term.parts if p.name == 'values'))}"
-    if term.state == FUSED:
-        return f"one pass over {format_size(weight)}"
-    return "rebinding, no copy"
-
-
 def _adapter_row(name: str, adapter: Any, rows: Sequence[TermRow], strengths: Mapping[str, float]) -> AdapterRow:
     own = [row for row in rows if row.adapter == name]
     states = Counter(row.state for row in own)
@@ -247,9 +156,9 @@ def _explanation_lines(report: Explanation) -> Iterator[str]:
         yield f"computed in {after}: {report.target} has no kernels for {before}"
     for program in report.programs:
         yield from (f"{program.graph}{': ' if program.graph else ''}{line}" for line in _program_lines(program))
-    if report.asked and not report.lacking:
-        yield f"{report.asked} claims every op of the program"
-    yield from (f"{report.asked} does not compute {op}" for op in report.lacking)
+    if report.other_target and not report.unsupported_ops:
+        yield f"{report.other_target} claims every op of the program"
+    yield from (f"{report.other_target} does not compute {op}" for op in report.unsupported_ops)
     for row, names in _fold_rows(report.adapters, lambda row: replace(row, name="")):
         states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
         each = f"{format_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"

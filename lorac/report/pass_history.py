@@ -1,4 +1,4 @@
-"""What the passes did to each graph, as text: neither graphs nor weights are held."""
+"""The stages of each graph as text, without the graphs and weights themselves."""
 
 from __future__ import annotations
 

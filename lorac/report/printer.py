@@ -22,7 +22,7 @@ from lorac.report.sections import (
     spell_reference,
     spell_row,
 )
-from lorac.report.terms import TermDescription
+from lorac.report.terms import TermRow
 
 _TYPE_COLUMN, _SOURCE_COLUMN = 80, 22
 """The widest column of operands that is aligned, and the width of the column of types."""
@@ -40,7 +40,7 @@ class AdapterNotes:
     """
 
     adapters: Mapping[str, str] = field(default_factory=dict)
-    terms: Mapping[str, Sequence[TermDescription]] = field(default_factory=dict)
+    terms: Mapping[str, Sequence[TermRow]] = field(default_factory=dict)
     trainable: Mapping[str, int] | None = None
     calls: Mapping[str, int] = field(default_factory=dict)
 
@@ -170,14 +170,13 @@ def _format_repeats(others: Sequence[str]) -> str:
     return f"… x {len(others)}   {span}"
 
 
-def format_term(term: TermDescription) -> PrintedLine:
+def format_term(term: TermRow) -> PrintedLine:
     """Return ``+ style  low-rank r=8  A[8, 64]! B[96, 8]!``, with a note on merging it into the weight."""
     mark = "" if term.state == "baked" else "!"
     parts = " ".join(f"{p.name}{list(p.shape)}{mark}" for p in term.parts)
-    form = " ".join(part for part in (term.form, term.size) if part)
     strength = "" if term.strength == 1 else "  off" if not term.strength else f"  x {term.strength:g}"
     note = f"not fusable: {term.unfusable}" if term.unfusable else "fusable" if term.state == "live" else term.state
-    return PrintedLine(f"     + {term.adapter}  {form}  {parts}{strength}", "", note, "term")
+    return PrintedLine(f"     + {term.adapter}  {term.form}  {parts}{strength}", "", note, "term")
 
 
 def _align_line(row: PrintedLine, column: int) -> str:

@@ -53,7 +53,7 @@ def build_sections(dump: Dump) -> Section:
 
 
 def nest_rows(around: Iterable[Sequence[str]]) -> Section:
-    """Return rows as a tree, given the calls around each; a call that is left and entered again is a new section."""
+    """Return rows as a tree by the calls around each; a call that is left and entered again is a new section."""
     root = Section("")
     here = root
     for index, calls in enumerate(around):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum
+from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.sites import Site
 from lorac.ir.slots.choice import choice_strengths
 from lorac.ir.slots.composition import ComposedSite, ComposedWeights, place_change
 from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, Reason, SitePlan
 from lorac.ir.slots.roles import ROLES, tensors_by_role
+from lorac.report.dump import short_dtype
 
 LIVE, BOUND, FUSED, BAKED, LEFT_OUT, UNUSED = "live", "bound", "fused", "baked", "left out", "unused"
 STATES = {
@@ -26,7 +28,9 @@ STATES = {
     LEFT_OUT: "baked without it",
     UNUSED: "no output of the program depends on the site",
 }
-"""How the active choice runs a term. For a term that is off: how a swap to its adapter alone would run it."""
+"""The ways in which the active choice runs a term, or in which a swap to its adapter alone would run it."""
+
+_REBINDING = "rebinding, no copy"
 
 
 class DescribedMethod(Protocol):
@@ -49,44 +53,47 @@ class TermTensor:
 
 
 @dataclass(frozen=True)
-class TermDescription:
+class TermRow:
     """One adapter at one site.
 
     Attributes:
-        adapter: its name.
         site: path of the site.
-        form: ``"low-rank"``, ``"sparse"``, ``"dense"`` or ``"branch"``.
-        size: ``r=8`` or ``k=400 (1 %)``; empty where the shapes are enough.
+        kind: kind of the site.
+        shape: (in, out).
+        adapter: the adapter's name.
+        form: its normal form, with rank or count: ``"low-rank r=8"``, ``"sparse k=400 (1 %)"``.
         parts: its tensors.
-        state: how the active choice runs it, one of ``STATES``.
-        strength: its strength in the active choice, 0 where it is off.
-        slots: names of the slots that it fills: roles, or parameters of a branch.
+        state: how the active choice runs it, or would run it where it is off (``STATES``).
+        strength: in the active choice; 0: off.
+        slots: the slots of the site that it fills: roles, or parameters of a branch.
+        dtype: dtype of its computation.
+        nbytes: size of its tensors.
+        swap: the cost of switching to it.
         reasons: why it has no cheaper form, then why it has no cheaper place.
         unfusable: why it cannot be merged into the weight, or None.
         flops: its multiplications and additions per token while it is active.
     """
 
-    adapter: str
     site: str
+    kind: str
+    shape: tuple[int, int]
+    adapter: str
     form: str
-    size: str
     parts: tuple[TermTensor, ...]
     state: str
     strength: float
     slots: tuple[str, ...]
+    dtype: str
+    nbytes: int
+    swap: str
     reasons: tuple[Reason, ...]
     unfusable: str | None
     flops: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(part.nbytes for part in self.parts)
-
 
 def describe_terms(
     prepared: Mapping[str, PreparedAdapter], plans: Mapping[str, SitePlan], *, mode: str, snapshot: ComposedWeights
-) -> dict[str, tuple[TermDescription, ...]]:
+) -> dict[str, tuple[TermRow, ...]]:
     """Return the terms of each site that has some, sorted by adapter.
 
     Args:
@@ -95,21 +102,22 @@ def describe_terms(
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         snapshot: the active choice, and the slots that it fills.
     """
-    found: dict[str, list[TermDescription]] = {path: [] for path in plans}
+    found: dict[str, list[TermRow]] = {path: [] for path in plans}
     strengths = choice_strengths(snapshot.choice)
     for name in sorted(prepared):
         adapter, strength = prepared[name], strengths.get(name, 0.0)
-        forms: dict[str, tuple[Reason, ...]] = {}
+        reasons: dict[str, list[Reason]] = {}
         for reason in adapter.reasons:
-            forms[reason.site] = (*forms.get(reason.site, ()), reason)
-        changes = {path: change for path, change in adapter.changes.items() if path in plans}
-        for path, change in changes.items():
-            here = snapshot.composed[path] if strength else place_change(plans[path], change, (name,))
-            term = _describe_change_term(name, plans[path].site, change, here, mode, strength)
-            found[path].append(replace(term, reasons=(*forms.get(path, ()), *here.reasons)))
-        branches = {path: branch for path, branch in adapter.branches.items() if path in plans}
-        for path, branch in branches.items():
-            found[path].append(_describe_branch_term(name, path, branch, strength, forms.get(path, ())))
+            reasons.setdefault(reason.site, []).append(reason)
+        for path, change in adapter.changes.items():
+            if path in plans:
+                filled = snapshot.composed[path] if strength else place_change(plans[path], change, (name,))
+                why = [*reasons.get(path, ()), *filled.reasons]
+                found[path].append(_describe_change_term(name, plans[path].site, change, filled, mode, strength, why))
+        for path, branch in adapter.branches.items():
+            if path in plans:
+                why = reasons.get(path, [])
+                found[path].append(_describe_branch_term(name, plans[path].site, branch, strength, why))
     return {path: tuple(terms) for path, terms in found.items() if terms}
 
 
@@ -139,62 +147,104 @@ def format_size(nbytes: float) -> str:
 
 
 def _describe_change_term(
-    name: str, site: Site, change: Change, here: ComposedSite, mode: str, strength: float
-) -> TermDescription:
-    form, size, parts = _describe_change(change, site)
-    state = _term_state(here, mode, strength)
-    flops = _count_low_rank_flops(change, site) if state == LIVE and isinstance(change, LowRank) else 0
-    slots = () if mode == BAKED else _filled_roles(change, here)
-    return TermDescription(
-        name, site.path, form, size, parts, state, strength, slots, (), _unfusable_reason(site, change), flops
+    name: str, site: Site, change: Change, filled: ComposedSite, mode: str, strength: float, reasons: list[Reason]
+) -> TermRow:
+    form, parts = _describe_change(change, site)
+    state, is_low_rank = _term_state(filled, mode, strength), isinstance(change, LowRank)
+    floating = [part.dtype for part in parts if part.dtype.is_floating_point]
+    is_cheapest = state in (BAKED, LEFT_OUT) or (is_low_rank and state == LIVE)
+    return TermRow(
+        site=site.path,
+        kind=str(site.kind),
+        shape=(site.in_features, site.out_features),
+        adapter=name,
+        form=form,
+        parts=parts,
+        state=state,
+        strength=strength,
+        slots=() if mode == BAKED else _filled_roles(change, filled),
+        dtype=short_dtype(floating[0] if floating and state == LIVE else site.dtype),
+        nbytes=sum(part.nbytes for part in parts),
+        swap=_swap_cost(site, change, state),
+        reasons=() if is_cheapest else tuple(dict.fromkeys(reasons)),
+        unfusable=_unfusable_reason(site, change),
+        flops=_count_low_rank_flops(change, site) if isinstance(change, LowRank) and state == LIVE else 0,
     )
 
 
-def _term_state(here: ComposedSite, mode: str, strength: float) -> str:
+def _describe_branch_term(name: str, site: Site, branch: BranchTerm, strength: float, reasons: list[Reason]) -> TermRow:
+    parts = _describe_tensors(zip(branch.slot.params, branch.params, strict=True))
+    floating = [part.dtype for part in parts if part.dtype.is_floating_point]
+    unfusable = "y' is not affine in x"
+    return TermRow(
+        site=site.path,
+        kind=str(site.kind),
+        shape=(site.in_features, site.out_features),
+        adapter=name,
+        form=BRANCH,
+        parts=parts,
+        state=LIVE,
+        strength=strength,
+        slots=tuple(branch.slot.params),
+        dtype=short_dtype(floating[0] if floating else site.dtype),
+        nbytes=sum(part.nbytes for part in parts),
+        swap=_REBINDING,
+        reasons=tuple(dict.fromkeys(reasons)) or (Reason(name, site.path, unfusable),),
+        unfusable=unfusable,
+        flops=count_branch_flops(branch.slot),
+    )
+
+
+def _swap_cost(site: Site, change: Change, state: str) -> str:
+    """Return the cost of switching to the adapter alone at a site, by its form (docs/architecture.md, invariant 7)."""
+    weight = format_size(math.prod(site.kernel) * site.dtype.itemsize)
+    if state in (BAKED, LEFT_OUT):
+        return "none: constants of the program"
+    if state == BOUND:
+        return f"once {weight} for its merged weight, then rebinding"
+    if state == FUSED and isinstance(change, Sparse | SparseSum):
+        return f"restore and write of {format_size(sum(term.values.nbytes for term in _sparse_terms(change)))}"
+    return f"one pass over {weight}" if state == FUSED else _REBINDING
+
+
+def _term_state(filled: ComposedSite, mode: str, strength: float) -> str:
     if mode == BAKED:
         return BAKED if strength else LEFT_OUT
     if mode == FUSED:
         return FUSED
-    return BOUND if operands.WEIGHT in here.roles else LIVE
+    return BOUND if operands.WEIGHT in filled.roles else LIVE
 
 
-def _filled_roles(change: Change, here: ComposedSite) -> tuple[str, ...]:
+def _filled_roles(change: Change, filled: ComposedSite) -> tuple[str, ...]:
     """Return the filled slots to which a change contributes."""
     roles = {operands.WEIGHT}
-    if isinstance(change, LowRank) and operands.WEIGHT not in here.roles:
+    if isinstance(change, LowRank) and operands.WEIGHT not in filled.roles:
         roles = set(tensors_by_role(change))
     roles |= {operands.BIAS} if change.e is not None else set()
-    return tuple(role for role in here.roles if role in roles)
+    return tuple(role for role in filled.roles if role in roles)
 
 
-def _describe_branch_term(
-    name: str, path: str, branch: BranchTerm, strength: float, reasons: tuple[Reason, ...]
-) -> TermDescription:
-    parts = tuple(_describe_tensor(n, t) for n, t in zip(branch.slot.params, branch.params, strict=True))
-    slots, flops, unfusable = tuple(branch.slot.params), count_branch_flops(branch.slot), "y' is not affine in x"
-    return TermDescription(name, path, "branch", "", parts, LIVE, strength, slots, reasons, unfusable, flops)
-
-
-def _describe_change(change: Change, site: Site) -> tuple[str, str, tuple[TermTensor, ...]]:
+def _describe_change(change: Change, site: Site) -> tuple[str, tuple[TermTensor, ...]]:
+    """Return the form of a change, with rank or count, and its tensors."""
     shift = [] if change.e is None else [(ROLES[operands.BIAS].letter, change.e)]
     if isinstance(change, LowRank):
         found = [(ROLES[name].letter, ROLES[name].seen(part)) for name, part in tensors_by_role(change).items()]
-        return "low-rank", f"r={change.rank}", _describe_tensors([*found, *shift])
+        return f"low-rank r={change.rank}", _describe_tensors([*found, *shift])
     if isinstance(change, Dense):
-        return "dense", "", _describe_tensors([(f"{ROLES[operands.WEIGHT].letter}'", change.weight), *shift])
-    terms = (change,) if isinstance(change, Sparse) else tuple(term for _, term in change.terms)
+        return "dense", _describe_tensors([(f"{ROLES[operands.WEIGHT].letter}'", change.weight), *shift])
+    terms = _sparse_terms(change)
     count = sum(term.values.numel() for term in terms)
     share = count / max(1, site.out_features * site.in_features)
     rows = [(n, torch.cat([getattr(term, n) for term in terms])) for n in ("rows", "cols", "values")]
-    return "sparse", f"k={count} ({share:.2%})", _describe_tensors([*rows, *shift])
+    return f"sparse k={count} ({share:.2%})", _describe_tensors([*rows, *shift])
+
+
+def _sparse_terms(change: Sparse | SparseSum) -> tuple[Sparse, ...]:
+    return (change,) if isinstance(change, Sparse) else tuple(term for _, term in change.terms)
 
 
 def _describe_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[TermTensor, ...]:
-    return tuple(_describe_tensor(name, tensor) for name, tensor in tensors)
-
-
-def _describe_tensor(name: str, tensor: torch.Tensor) -> TermTensor:
-    return TermTensor(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+    return tuple(TermTensor(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes) for name, tensor in tensors)
 
 
 def _unfusable_reason(site: Site, change: Change) -> str | None:

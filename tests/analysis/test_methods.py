@@ -1,4 +1,4 @@
-"""The table of methods: read off the code, so that a method is a row of it without an edit."""
+"""The table of methods, read from the code: a new method is a row without an edit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILT_IN = {v.name: v for v in lorac.variants().values() if v.__module__.startsw
 
 @dataclass(frozen=True, kw_only=True)
 class Tabled(lorac.WeightVariant):
-    """``W' = W + |s|·B·A``, of which A is shared."""
+    """``W' = W + |s|·B·A``, with A shared."""
 
     r: int
 
@@ -37,7 +37,7 @@ class Tabled(lorac.WeightVariant):
 
 @dataclass(frozen=True, kw_only=True)
 class TabledByDefault(Tabled):
-    """Tabled, and no formula here."""
+    """Tabled, without a formula."""
 
     r: int = 2
 

@@ -1,4 +1,4 @@
-"""SHiRA's two measures of how far two adapters keep apart: worked by hand, and on adapters of several methods."""
+"""SHiRA's two measures of orthogonality: worked by hand, and on adapters of several methods."""
 
 import math
 

@@ -22,7 +22,7 @@ ENTRY = ZOO["tiny_llama"]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A model's folder, two adapters' folders, inputs, and an eager artefact of them."""
+    """The folders of a model and two adapters, inputs, and an eager artifact of them."""
     folder = tmp_path_factory.mktemp("cli")
     ENTRY.model().save_pretrained(folder / "model")
     words().save_pretrained(folder / "model")
@@ -40,7 +40,7 @@ def files(tmp_path_factory):
 
 
 def write_odd(folder):
-    """What a user may have lying about: modules and folders that are no models, inputs that do not suit one."""
+    """Write modules and folders that are not models, and inputs that do not fit the model."""
     (folder / "own.py").write_text(
         "number = 3\ndef obj(): return None\ndef raises(): raise RuntimeError('mine')\ndef empty(): return ()\n"
     )
@@ -59,7 +59,7 @@ def write_odd(folder):
 
 @pytest.fixture
 def cli(files, monkeypatch, capsys):
-    """(words) -> (exit code, what was printed, what was complained of), run in the files' folder."""
+    """(words) -> (exit code, output, errors), run in the files' folder."""
     monkeypatch.chdir(files.folder)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -230,7 +230,7 @@ def test_compile_for_onnxruntime(cli, files):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_wrong_is_said_and_exits_with_1(cli, files, words, message):
+def test_a_refusal_is_printed_and_exits_with_1(cli, files, words, message):
     code, out, err = cli(*words)
     assert (code, out) == (1, "")
     assert message in err
@@ -247,7 +247,7 @@ def test_a_wrong_command_line_exits_with_2(cli, words, message):
     assert message in err
 
 
-def test_a_fault_of_ours_exits_with_3_and_shows_where_when_asked(cli, monkeypatch):
+def test_a_fault_of_lorac_exits_with_3_and_traceback_shows_where(cli, monkeypatch):
     def fail(*args):
         raise ZeroDivisionError("ours")
 
@@ -273,8 +273,8 @@ def test_an_interrupt_exits_with_130(cli, monkeypatch):
     assert "Traceback" not in err
 
 
-def test_a_reader_that_went_away_gets_no_traceback():
-    """As ``lorac variants --markdown | head -0``: what was printed meets a closed pipe when Python ends."""
+def test_a_closed_pipe_causes_no_traceback():
+    """As ``lorac variants --markdown | head -0``: the output meets a closed pipe when Python ends."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", "from lorac.cli import main; main()", "variants", "--markdown"]
@@ -283,7 +283,7 @@ def test_a_reader_that_went_away_gets_no_traceback():
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_exit_codes_are_said(cli):
+def test_exit_codes_are_documented(cli):
     import lorac.cli
 
     _, out, _ = cli("--help")

@@ -1,4 +1,4 @@
-"""``--import``: methods of one's own on the command line."""
+"""``--import``: methods of the user on the command line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RECORD = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A method's file, and an adapter's as it is written where the method is known."""
+    """The file of a method, and the file of an adapter of it."""
     folder = tmp_path_factory.mktemp("method")
     (folder / "shifted_method.py").write_text(METHOD)
     save_file({"tensors/0/s": torch.ones(6)}, folder / "mine.safetensors", {"lorac": json.dumps(RECORD)})
@@ -68,7 +68,7 @@ def _lorac(*words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return ended.value.code, out, err
 
 
-def test_a_file_of_a_method_of_ones_own_needs_its_class(
+def test_an_adapter_of_a_users_method_needs_its_class(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
@@ -100,18 +100,18 @@ def test_every_command_takes_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         assert "--import" in out
 
 
-def test_what_cannot_be_imported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_cannot_be_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "json.py").write_text("")
     (tmp_path / "wrong_code.py").write_text("1 / 0\n")
-    for module, said in (
+    for module, message in (
         ("absent_module", "'absent_module' cannot be imported: ModuleNotFoundError"),
         ("absent_file.py", "the file 'absent_file.py' does not exist"),
         ("wrong_code.py", "ZeroDivisionError: division by zero in .*wrong_code.py:1: 1 / 0"),
         ("json.py", "cannot be imported as 'json': another module has the name"),
     ):
-        with pytest.raises(OptionError, match=said) as error:
+        with pytest.raises(OptionError, match=message) as error:
             import_user_module(module)
         assert error.value.next_step
     assert "wrong_code" not in sys.modules

@@ -1,4 +1,4 @@
-"""What the command line prints: tables, JSON, its version, completion; and how it spells what is no plain text."""
+"""The output of the command line: tables, JSON, its version, completion; and its structured options."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def cli(folder, monkeypatch, capsys):
-    """(words) -> what was printed, run in the folder; nothing may be complained of."""
+    """(words) -> output, run in the folder without errors."""
     monkeypatch.chdir(folder)
 
     def call(*words):
@@ -80,43 +80,43 @@ REPORTS = [
 
 
 @pytest.mark.parametrize("words", REPORTS, ids=" ".join)
-def test_every_report_is_json_when_asked(cli, words):
+def test_every_report_is_also_json(cli, words):
     assert json.loads(cli(*words, "--json"))
 
 
-def test_what_a_compiled_folder_holds(cli, folder):
-    told = json.loads(cli("inspect", "compiled", "--json"))
-    assert (told["target"], told["mode"], told["active"]) == ("eager", "live", {"sql": 1.0})
-    main_graph = told["graphs"]["main"]
+def test_inspecting_a_compiled_folder(cli, folder):
+    found = json.loads(cli("inspect", "compiled", "--json"))
+    assert (found["target"], found["mode"], found["active"]) == ("eager", "live", {"sql": 1.0})
+    main_graph = found["graphs"]["main"]
     axis = main_graph["inputs"]["ids"].removeprefix("int64[batch, ").removesuffix("]")
     assert not axis.isdecimal(), "the length was to vary"
     assert main_graph["inputs"] == {"ids": f"int64[batch, {axis}]", "mask": f"float64[batch, {axis}]"}
     assert main_graph["outputs"] == {"output": f"float64[batch, 6, {axis}]"}
-    (adapter,) = told["adapters"]
+    (adapter,) = found["adapters"]
     assert (adapter["name"], adapter["method"], adapter["hyperparameters"]["r"]) == ("sql", "lora", 2)
-    assert len(told["sites"]) == 4, "those of --reserve too"
+    assert len(found["sites"]) == 4, "those of --reserve too"
     written = {path.relative_to(folder / "compiled").as_posix() for path in (folder / "compiled").rglob("*.*")}
-    assert written == {*told["files"], "manifest.json"}
-    files = told["files"]
+    assert written == {*found["files"], "manifest.json"}
+    files = found["files"]
     program = sum(nbytes for name, nbytes in files.items() if not name.startswith("adapters/"))
-    assert told["memory"] == {"program": program, "adapters": adapter["bytes"]}
+    assert found["memory"] == {"program": program, "adapters": adapter["bytes"]}
     for part in ("eager, live, active: sql*1", "mask", "hyper-parameters", "4 sites; memory: program", "on disk"):
         assert part in cli("inspect", "compiled")
 
 
-def test_room_that_was_reserved_on_the_command_line(folder):
+def test_reserving_on_the_command_line(folder):
     compiled = lorac.load(folder / "compiled")
     compiled.add_adapter(lora(r=12, targets=["q_proj", "out_proj"]), "late")
     assert compiled.swap({"sql": 1.0, "late": 1.0}).sites == 4
 
 
 @pytest.mark.parametrize("suffix", ["npz", "json", "safetensors"])
-def test_inputs_of_every_format_are_answered_alike(cli, suffix):
+def test_inputs_of_every_format_give_the_same_outputs(cli, suffix):
     rows = [json.loads(cli("run", "compiled", "-i", f"in.{kind}", "--json")) for kind in ("npz", suffix)]
     assert rows[0] == rows[1]
 
 
-def test_a_table_is_whole_where_there_is_no_terminal_and_fits_one(monkeypatch, capsys):
+def test_a_table_fits_the_terminal_and_is_not_cut_without_one(monkeypatch, capsys):
     path = "model.layers.11.attention.projection_of_queries." * 4
     made = make_table(("site", "kind"), [(path, "linear [in]")])
     monkeypatch.setenv("COLUMNS", "60")
@@ -129,7 +129,7 @@ def test_a_table_is_whole_where_there_is_no_terminal_and_fits_one(monkeypatch, c
     assert path in "".join(line[1:].partition("│")[0].strip() for line in lines if line.startswith("│"))
 
 
-def test_a_warning_is_told_in_words(folder, monkeypatch, capsys):
+def test_a_warning_is_printed_in_words(folder, monkeypatch, capsys):
     def loaded(path):
         warn("it computes in float32", next_step="dtype='float32' asks for that")
         return lorac.load(folder / "compiled")
@@ -138,16 +138,16 @@ def test_a_warning_is_told_in_words(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lorac", "swap", "compiled", "sql"])
     with pytest.raises(SystemExit):
         main()
-    said = "lorac.LoracWarning: it computes in float32\n  dtype='float32' asks for that\n"
-    assert capsys.readouterr().err == said
+    expected = "lorac.LoracWarning: it computes in float32\n  dtype='float32' asks for that\n"
+    assert capsys.readouterr().err == expected
 
 
 # --- spelling --------------------------------------------------------------------------------------------------------
 
 
 def test_a_reserve():
-    told = parse_reserve(["rank=64", "targets=all-linear", "adapters=8", "scales=yes"])
-    assert told == lorac.Reserve(targets="all-linear", rank=64, adapters=8, scales=True)
+    found = parse_reserve(["rank=64", "targets=all-linear", "adapters=8", "scales=yes"])
+    assert found == lorac.Reserve(targets="all-linear", rank=64, adapters=8, scales=True)
     assert parse_reserve(["targets=a,b"]) == lorac.Reserve(targets=("a", "b"))
     assert parse_reserve([]) is None
 
@@ -161,7 +161,7 @@ def test_dynamic_shapes():
 
 
 @pytest.mark.parametrize(
-    ("call", "said"),
+    ("call", "message"),
     [
         (lambda: parse_reserve(["rnak=3"]), "--reserve has no field 'rnak'\n  nearest: rank\n"),
         (lambda: parse_reserve(["rank"]), "--reserve takes no 'rank'"),
@@ -175,10 +175,10 @@ def test_dynamic_shapes():
         (lambda: parse_dynamic_shapes(["ids=-1"], Tiny(), INPUTS), "'ids' has no axis '-1'"),
     ],
 )
-def test_what_is_spelt_wrongly_is_said(call, said):
+def test_misspelt_options_are_refused(call, message):
     with pytest.raises(lorac.OptionError) as raised:
         call()
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_inputs_that_cannot_be_read(tmp_path):

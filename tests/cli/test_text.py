@@ -1,4 +1,4 @@
-"""Text on the command line: a prompt gone on with, a chat, and how fast it is written; transformers is the oracle."""
+"""Text on the command line: a prompt, a chat, and timings; transformers is the oracle."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def cli(files, monkeypatch, capsys):
-    """(words, typed) -> (exit code, what was printed, what was complained of), run in the files' folder."""
+    """(words, typed) -> (exit code, output, errors), run in the files' folder."""
     monkeypatch.chdir(files.folder)
 
     def call(*words, typed=""):
@@ -57,21 +57,21 @@ def cli(files, monkeypatch, capsys):
 
 
 def written(files, adapter, text, **settings):
-    """What transformers itself goes on with."""
+    """The continuation by transformers."""
     ids = torch.tensor([[ord(letter) for letter in text]])
-    told = {"max_new_tokens": NEW, "attention_mask": torch.ones_like(ids), **settings}
-    answer = files.oracles[adapter].generate(input_ids=ids, **told)
+    options = {"max_new_tokens": NEW, "attention_mask": torch.ones_like(ids), **settings}
+    answer = files.oracles[adapter].generate(input_ids=ids, **options)
     return letters().decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def chat(files, *parts):
-    """What is printed of turns (adapter, line), as transformers answers them, and of the texts between them."""
-    said, printed = "", ""
+    """The output of turns (adapter, line), as transformers answers them, and of the texts between them."""
+    turns, printed = "", ""
     for part in parts:
         if isinstance(part, tuple):
-            said += f"u:{part[1]};a:"
-            answer = written(files, part[0], said)
-            said += f"{answer};"
+            turns += f"u:{part[1]};a:"
+            answer = written(files, part[0], turns)
+            turns += f"{answer};"
         printed += part if isinstance(part, str) else f"{answer}\n"
     return printed
 
@@ -80,7 +80,7 @@ BOTH = ("-a", "sql", "-a", "style", "--max-new-tokens", str(NEW))
 
 
 @pytest.mark.parametrize("adapter", ["sql", "style", None])
-def test_a_prompt_is_gone_on_with(cli, files, adapter):
+def test_a_prompt_is_continued(cli, files, adapter):
     code, out, err = cli("run", "model", *BOTH, "--adapters", adapter or "none", "--prompt", "hello")
     assert (code, err) == (0, "")
     assert out == written(files, adapter, "hello") + "\n"
@@ -92,7 +92,7 @@ def test_a_prompt_as_json(cli, files):
     assert json.loads(out) == {"text": written(files, "sql", "hello"), "tokens": NEW, "active": {"sql": 1.0}}
 
 
-def test_tokens_are_drawn_where_a_temperature_is_given(cli, files):
+def test_a_temperature_samples_tokens(cli, files):
     torch.manual_seed(3)
     code, out, _ = cli("run", "model", *BOTH, "--adapters", "none", "--prompt", "hello", "--temperature", "5")
     assert code == 0
@@ -100,7 +100,7 @@ def test_tokens_are_drawn_where_a_temperature_is_given(cli, files):
     assert out == written(files, None, "hello", do_sample=True, temperature=5.0) + "\n"
 
 
-def test_a_chat_goes_on_with_another_adapter(cli, files):
+def test_a_chat_continues_with_another_adapter(cli, files):
     typed = "one\n/adapters\n/adapter style\n\ntwo\n/adapter none\nthree\n/exit\nnever read\n"
     code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed=typed)
     assert (code, err) == (0, "")
@@ -112,7 +112,7 @@ def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, mon
     code, out, err = cli("compile", "model", "-a", "sql", "-a", "style", "--active", "none", "--cache", "-o", "cached")
     assert (code, err) == (0, "")
     find, found = lorac.PromptCache.found, []
-    monkeypatch.setattr(lorac.PromptCache, "found", lambda *told: found.append(find(*told)) or found[-1])
+    monkeypatch.setattr(lorac.PromptCache, "found", lambda *args: found.append(find(*args)) or found[-1])
     typed = "one\n/adapter style\ntwo\n/adapter sql\nthree"
     code, out, err = cli("run", "cached", "--max-new-tokens", str(NEW), "--adapters", "sql", typed=typed)
     assert (code, err) == (0, "")
@@ -126,7 +126,7 @@ def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, mon
     assert "lorac.OptionError: 'cached' is compiled, and holds adapters of its own" in err
 
 
-def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
+def test_errors_in_a_chat_do_not_end_it(cli, files):
     typed = "/adapter slq\n/adapter\n/adaptr sql\none\n"
     code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed=typed)
     assert code == 0
@@ -136,19 +136,19 @@ def test_what_goes_wrong_in_a_chat_does_not_end_it(cli, files):
     assert "lorac.OptionError: there is no command '/adaptr'\n  nearest: /adapter" in err
 
 
-def test_what_was_said_is_forgotten(cli, files):
+def test_a_new_conversation_forgets_the_old_one(cli, files):
     code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed="one\n/new\none\n")
     assert (code, err) == (0, "")
     assert out == f"{written(files, 'sql', 'u:one;a:')}\n" * 2
 
 
-def test_bytes_that_are_no_text_do_not_end_a_chat(cli, files):
+def test_undecodable_bytes_do_not_end_a_chat(cli, files):
     code, out, err = cli("run", "model", *BOTH, "--adapters", "none", typed=b"o\xffne\n/new\none\n")
     assert (code, err) == (0, "")
     assert out.endswith(f"{written(files, None, 'u:one;a:')}\n")
 
 
-def test_a_format_that_fails_is_told_and_ends_no_chat(cli, files, tmp_path):
+def test_a_failing_chat_template_is_reported_and_does_not_end_a_chat(cli, files, tmp_path):
     model = ENTRY.fresh()
     model.save_pretrained(tmp_path)
     letters(
@@ -177,7 +177,7 @@ def test_a_text_ends_where_positions_do(cli, files, tmp_path):
     assert "give a prompt of 16 tokens or less" in err
 
 
-def test_an_answer_that_is_interrupted_stays_said(cli, files, monkeypatch):
+def test_an_interrupted_answer_stays_in_the_conversation(cli, files, monkeypatch):
     put, stop = TextStreamer.put, iter([False] * 4 + [True] + [False] * 20)
 
     def interrupted(self, value):
@@ -208,7 +208,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
     assert (shown.text, shown.tokens) == ("aé€\ufffd", 7)
 
 
-def test_bench_times_writing(cli):
+def test_bench_times_generation(cli):
     words = ("--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2")
     code, out, err = cli("bench", "model", "-a", "sql", *words, "--json")
     assert (code, err) == (0, "")
@@ -235,7 +235,7 @@ def test_bench_times_writing(cli):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_wrong_is_said(cli, words, code, message):
+def test_refusals(cli, words, code, message):
     found, out, err = cli(*words)
     assert (found, out) == (code, "")
     assert message in " ".join(err.replace("│", " ").split()) or message in err

@@ -14,7 +14,7 @@ def test_the_page():
     assert done.output == render_markdown(method_rows(lorac.variants().values()))
 
 
-def test_brackets_are_no_markup():
+def test_brackets_are_not_markup():
     done = CliRunner().invoke(app, ["variants"], env={"COLUMNS": "400"})
     assert done.exit_code == 0
     assert "W'[o,i,u,v]" in done.output

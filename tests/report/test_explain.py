@@ -1,4 +1,4 @@
-"""explain: what became of each adapter at each site, what it costs, and why not something cheaper."""
+"""explain: how each adapter runs at each site, its cost, and why nothing cheaper does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 import lorac
 from lorac.ir.slots.plans import Reason
-from lorac.report.explain import Explanation, TermRow
+from lorac.report.explain import Explanation
+from lorac.report.terms import TermRow
 from tests import goldens
 from tests.captured import Stack
 
@@ -44,7 +45,7 @@ def test_live() -> None:
     assert (style.strength, style.reasons, style.swap) == (1.0, (), "rebinding, no copy")
     patch = _row(report, "out", "patch")
     assert (patch.state, patch.slots, patch.strength) == ("bound", ("weight",), 0.5)
-    why = Reason("patch", "body.layers.0.out", "is sparse, which only a merged weight holds")
+    why = Reason("patch", "body.layers.0.out", "is sparse and so needs a merged weight")
     assert patch.reasons == (why,)
     assert "560 B" in patch.swap, "14 x 10 numbers of 4 bytes, once"
     assert _row(report, "key", "task").strength == 0
@@ -68,7 +69,7 @@ def test_fused() -> None:
     assert patch.swap.startswith("restore and write of"), "sparse to sparse costs what both hold, not the weight"
 
 
-def test_what_cannot_add_up_is_bound_only_together() -> None:
+def test_changes_without_a_common_low_rank_form_are_bound_only_together() -> None:
     """Outputs and inputs are scaled: alone each runs next to the weight, their sum through a merged weight."""
     scales = lorac.IA3(targets=["query"], feedforward=["query"])
     compiled = _compiled({"style": ADAPTERS["style"], "scales": scales}, active={"style": 1.0, "scales": 1.0})
@@ -83,7 +84,7 @@ def test_what_cannot_add_up_is_bound_only_together() -> None:
     assert (off.state, off.slots, off.strength) == ("live", ("d",), 0)
 
 
-def test_a_low_rank_term_shares_the_fate_of_what_it_is_mixed_with() -> None:
+def test_a_low_rank_term_is_bound_in_a_mixture_with_bound_terms() -> None:
     compiled = _compiled({"task": ADAPTERS["task"], "patch": lorac.SHiRA(r=1, targets=["key"])})
     compiled.swap({"task": 1.0, "patch": 0.5})
     row = _row(compiled.explain(), "key", "task")
@@ -93,14 +94,14 @@ def test_a_low_rank_term_shares_the_fate_of_what_it_is_mixed_with() -> None:
     assert _row(compiled.explain(), "key", "task").state == "live"
 
 
-def test_what_was_added_later_says_what_the_site_lacks() -> None:
+def test_a_term_added_later_names_the_missing_slots() -> None:
     compiled = _compiled({"task": ADAPTERS["task"]}, reserve=lorac.Reserve(rank=2, weights=True))
     compiled.add_adapter(lorac.LoRA(r=5, targets=["key"]), name="wide")
     compiled.add_adapter(lorac.SHiRA(r=1, targets=["key"]), name="patch")
     report = compiled.explain()
     wide, patch = (_row(report, "key", name) for name in ("wide", "patch"))
     assert [str(reason) for reason in wide.reasons] == ["the site holds rank 4, not 5"]
-    assert [str(reason) for reason in patch.reasons] == ["'patch' is sparse, which only a merged weight holds"]
+    assert [str(reason) for reason in patch.reasons] == ["'patch' is sparse and so needs a merged weight"]
     assert wide.state == patch.state == "bound"
 
 
@@ -117,7 +118,7 @@ def test_the_letters_shown_are_explained() -> None:
     assert [part.split()[0] for part in legend.removeprefix("slots: ").split(", ")] == ["A", "B", "c", "W"]
 
 
-def test_what_a_baked_program_was_built_without() -> None:
+def test_an_adapter_left_out_of_a_baked_program() -> None:
     report = _compiled({name: ADAPTERS[name] for name in ("style", "task")}, mode="baked", active="style").explain()
     states = {row.adapter: (row.state, row.strength, row.slots) for row in report.terms}
     assert states == {"style": ("baked", 1.0, ()), "task": ("left out", 0.0, ())}
@@ -136,7 +137,7 @@ def test_reserved_sites() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_onnxruntime_computes_in_float32_is_said(dtype: torch.dtype) -> None:
+def test_casts_of_onnxruntime_to_float32_are_reported(dtype: torch.dtype) -> None:
     model, inputs = Stack().to(dtype), (torch.randn(2, 5, 10, dtype=dtype),)
     short, name = {torch.bfloat16: ("bf16", "bfloat16"), torch.float16: ("f16", "float16")}[dtype]
     eager = lorac.compile(model, adapters={"task": ADAPTERS["task"]}, example_inputs=inputs).explain()
@@ -144,7 +145,7 @@ def test_what_onnxruntime_computes_in_float32_is_said(dtype: torch.dtype) -> Non
     assert _row(eager, "key", "task").dtype == "f32", "factors are held in float32 over half precision"
     wide = (inputs[0].float(),)
     options = {"example_inputs": wide, "target": "onnxruntime"}
-    with pytest.warns(lorac.LoracWarning, match=f"no kernels for {name}: it computes in float32") as warned:
+    with pytest.warns(lorac.LoracWarning, match=f"no kernels for {name}: it computes and answers in float32") as warned:
         report = lorac.compile(model, adapters={"task": ADAPTERS["task"]}, **options).explain()
     assert len(warned) == 1 and warned[0].filename == __file__
     assert report.casts == ((short, "f32"),)

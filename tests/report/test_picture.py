@@ -1,4 +1,4 @@
-"""The page: what is drawn and folded, where it lies, what boxes say, and that names are shown and never run."""
+"""The page: boxes and their places, details, search, and names that are shown and never run."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_a_site_without_a_call_of_its_own_is_marked_on_the_module_that_reads_it(
 
 
 def test_loose_operations_are_together_where_they_depend_on_the_same_modules() -> None:
-    """x -> a -> neg -> add <- exp <- b <- x: neg and exp are boxes of their own; what nobody reads is none."""
+    """x -> a -> neg -> add <- exp <- b <- x: neg and exp are separate boxes; unread rows are not drawn."""
     rows = (
         Row("in", "x", "", type="t"),
         Row("value", "a", "linear \x00", (0,), "t", modules=("a",), site="a"),
@@ -344,7 +344,7 @@ class Frames(HTMLParser):
 
 
 def draw(text: str, path: Path, *clicks: str) -> Frames:
-    """Where boxes lie once some buttons were clicked."""
+    """The places of the boxes after clicks on some buttons."""
     script = "".join(f"document.getElementById('do-{name}').click();" for name in clicks)
     path.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
     frames = Frames()

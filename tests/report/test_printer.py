@@ -1,4 +1,4 @@
-"""The printed graph at every level: golden texts, determinism, what is shown and what is not."""
+"""The printed graph at every level: golden texts, determinism, contents."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_printing_all_is_printing_each(compiled: lorac.Compiled) -> None:
 
 
 def test_equal_models_print_equal_text(compiled: lorac.Compiled) -> None:
-    """Whatever the weights are: only shapes are shown."""
+    """Only shapes of the weights are printed."""
     model = ZOO["tiny_llama"].fresh()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -114,7 +114,7 @@ def test_footer_counts(compiled: lorac.Compiled) -> None:
     assert sum(t.numel() for t in compiled.parameters() if t.requires_grad) == trainable
 
 
-def test_modes_are_told_apart() -> None:
+def test_modes_print_differently() -> None:
     fused = lorac.compile(ZOO["tiny_llama"].fresh(), adapters={"a": lorac.DoRA(r=2, targets=["q_proj"])}, mode="fused")
     text = str(fused.graph["main"].after("insert"))
     assert re.search(r"\+ a  low-rank r=2 .* fused$", text, re.M)
@@ -243,7 +243,7 @@ def test_a_block_that_is_left_and_entered_again_is_printed_both_times() -> None:
     assert [diff_dumps(Dump("main", "host", ()), found).count(op) for op in (" = sin", " = cos")] == [1, 1]
 
 
-def test_what_the_passes_left_alone_is_told() -> None:
+def test_skips_of_passes_are_recorded() -> None:
     adapters = {"style": lorac.DoRA(r=3, targets=["query"]), "task": lorac.LoRA(r=2, targets=["query", "out"])}
     options = {"target": "onnxruntime", "self_test": False, "example_inputs": (torch.randn(2, 5, 10),)}
     graph = lorac.compile(Stack(), adapters=adapters, active=None, **options).graph["main"]

@@ -1,4 +1,4 @@
-"""Structure: repeated blocks, the graph of values."""
+"""The structure of dumps: repeated blocks, the graph of values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.captured import capture, captured_stack, lower
 
 
 def _runs(graph: Graph) -> list[tuple[str, int]]:
-    """(first path, how many alike) of the outermost blocks."""
+    """(first path, length) of the runs of outermost blocks."""
     lower(graph)
     found = dump(graph)
     body, root = SectionPrinter(found, AdapterNotes()), build_sections(found)
@@ -28,7 +28,7 @@ def test_identical_layers_are_one_run() -> None:
     assert _runs(captured_stack(everywhere)) == [("body.layers.0", 3)]
 
 
-def test_a_layer_that_differs_stands_alone() -> None:
+def test_a_layer_that_differs_is_a_run_of_its_own() -> None:
     def of(layer: int) -> list[tuple[str, int]]:
         return _runs(captured_stack({"one": lorac.LoRA(r=2, targets=["query"], layers=[layer])}))
 
@@ -36,7 +36,7 @@ def test_a_layer_that_differs_stands_alone() -> None:
     assert of(0) == [("body.layers.0", 1), ("body.layers.1", 2)]
 
 
-def test_a_first_layer_that_computes_more_is_not_alike() -> None:
+def test_a_first_layer_that_computes_more_differs() -> None:
     """As in T5, whose first layer computes the position bias that the others read."""
     assert _runs(captured_stack(first_differs=True)) == [("body.layers.0", 1), ("body.layers.1", 2)]
 
@@ -63,7 +63,7 @@ def test_values_form_an_acyclic_graph_from_inputs_to_outputs() -> None:
     assert all(nx.has_path(flow, i, end) for i in adapted)
 
 
-def test_narrowing_keeps_only_what_lies_inside() -> None:
+def test_extracting_a_module_keeps_only_its_inside() -> None:
     found = dump(captured_stack())
     inside = extract_module(found, "body.layers.1")
     assert set(inside.sites) == {f"body.layers.1.{leaf}" for leaf in ("query", "key", "out")}

@@ -96,9 +96,8 @@ def _adapter_list(context: PictureContext) -> str:
 def _adapter_item(name: str, context: PictureContext) -> str:
     (row,) = (row for row in context.explanation.adapters if row.name == name)
     terms = [term for term in context.explanation.terms if term.adapter == name]
-    described = [t for terms in context.notes.terms.values() for t in terms if t.adapter == name]
     states = ", ".join(f"{count} {state}" for state, count in sorted(Counter(t.state for t in terms).items()))
-    flops = sum(term.flops * context.notes.calls.get(term.site, 1) for term in described)
+    flops = sum(term.flops * context.notes.calls.get(term.site, 1) for term in terms)
     facts = (
         ", ".join(dict.fromkeys(term.form for term in terms)),
         states or "no site",

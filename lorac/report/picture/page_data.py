@@ -15,14 +15,14 @@ from typing import TypeAlias
 
 from lorac.ir.slots.roles import ROLES
 from lorac.report.dump import Dump
-from lorac.report.explain import Explanation, TermRow
+from lorac.report.explain import Explanation
 from lorac.report.picture.boxes import Box
 from lorac.report.printer import AdapterNotes, SectionPrinter
 from lorac.report.sections import Section, build_sections
-from lorac.report.terms import STATES, TermDescription, format_reason, format_size
+from lorac.report.terms import STATES, TermRow, format_reason, format_size
 
 ADAPTER_COLORS = 7
-"""Colors of the page, given to adapters in turn."""
+"""The number of colors of the page, which adapters take in turn."""
 _MAX_SOURCE_LINES = 6
 
 Record: TypeAlias = dict[str, object]
@@ -50,14 +50,14 @@ class PictureContext:
 
 def describe_sites(context: PictureContext) -> dict[str, Record]:
     """Return the records of the sites that have adapters or reserved slots, by site path."""
-    described = {(t.site, t.adapter): t for terms in context.notes.terms.values() for t in terms}
-    terms: dict[str, list[Record]] = {}
-    found: dict[str, Record] = {}
+    by_site: dict[str, list[TermRow]] = {}
     for row in context.explanation.terms:
-        inputs, outputs = row.shape
-        here = terms.setdefault(row.site, [])
-        found[row.site] = {"kind": row.kind, "shape": f"{inputs} → {outputs}", "terms": here}
-        here.append(_describe_term(row, described[row.site, row.adapter], context))
+        by_site.setdefault(row.site, []).append(row)
+    found: dict[str, Record] = {}
+    for path, rows in by_site.items():
+        inputs, outputs = rows[0].shape
+        terms = [_describe_term(row, context) for row in rows]
+        found[path] = {"kind": rows[0].kind, "shape": f"{inputs} → {outputs}", "terms": terms}
     reserved: Record = {
         "kind": "",
         "shape": "",
@@ -67,9 +67,9 @@ def describe_sites(context: PictureContext) -> dict[str, Record]:
     return found | dict.fromkeys(context.explanation.reserved, reserved)
 
 
-def _describe_term(row: TermRow, term: TermDescription, context: PictureContext) -> Record:
+def _describe_term(row: TermRow, context: PictureContext) -> Record:
     why = [format_reason(reason, (row.adapter,)) for reason in row.reasons]
-    says_more = term.unfusable is not None and term.unfusable not in why
+    says_more = row.unfusable is not None and row.unfusable not in why
     return {
         "adapter": row.adapter,
         "color": context.color(row.adapter),
@@ -79,13 +79,13 @@ def _describe_term(row: TermRow, term: TermDescription, context: PictureContext)
         "means": STATES[row.state],
         "strength": row.strength,
         "why": why,
-        "tensors": " ".join(f"{part.name}{list(part.shape)}" for part in term.parts),
+        "tensors": " ".join(f"{part.name}{list(part.shape)}" for part in row.parts),
         "slots": [f"{ROLES[slot].letter} {ROLES[slot].meaning}" if slot in ROLES else slot for slot in row.slots],
         "dtype": row.dtype,
         "size": format_size(row.nbytes),
-        "flops": f"{term.flops:,}".replace(",", " ") if term.flops else "",
+        "flops": f"{row.flops:,}".replace(",", " ") if row.flops else "",
         "swap": row.swap,
-        "merged": f"cannot be merged: {term.unfusable}" if says_more else "",
+        "merged": f"cannot be merged: {row.unfusable}" if says_more else "",
     }
 
 

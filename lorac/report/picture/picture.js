@@ -300,8 +300,14 @@ function openTo(g, depth) {
 }
 // Open as many levels as stay lower than the picture may be.
 function openAsFits(g) {
-  let depth = Math.max(...data.graphs[g].boxes.map((_, n) => outer(g, n).length)) + 1;
-  do openTo(g, depth); while (layOut(g, 0).height > MAX_HEIGHT && depth-- > 1);
+  const deepest = Math.max(...data.graphs[g].boxes.map((_, n) => outer(g, n).length)) + 1;
+  let depth = 1;
+  while (depth < deepest) {
+    openTo(g, depth + 1);
+    if (layOut(g, 0).height > MAX_HEIGHT) break;
+    depth++;
+  }
+  openTo(g, depth);
 }
 function openAll(open) {
   data.graphs.forEach((_, g) => {
