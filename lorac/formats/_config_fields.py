@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorac.argument_types import field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._errors import unsupported_error
 from lorac.ir.patterns import TARGET_KEYWORDS
 
+T = TypeVar("T")
 JsonObject = Mapping[str, Any]
 """A JSON object, or the values read from one."""
 ALL_LINEAR = "all-linear"
@@ -184,10 +185,7 @@ def read_number(value: object) -> float:
 
 def read_names(value: object) -> tuple[str, ...]:
     """Return a list of names; one name counts as a list, and null as an empty one."""
-    names = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError("expected a list of names")
-    return tuple(names)
+    return _read_list(value, str, "names")
 
 
 def read_pattern(value: object) -> str | tuple[str, ...]:
@@ -205,10 +203,14 @@ def read_targets(value: object) -> str | tuple[str, ...] | None:
 
 def read_layers(value: object) -> tuple[int, ...]:
     """Return a list of layer numbers; one number counts as a list, and null as an empty one."""
-    numbers = [value] if isinstance(value, int) and not isinstance(value, bool) else [] if value is None else value
-    if not isinstance(numbers, list) or any(not isinstance(n, int) or isinstance(n, bool) for n in numbers):
-        raise ValueError("expected a list of layer numbers")
-    return tuple(numbers)
+    return _read_list(value, int, "layer numbers")
+
+
+def _read_list(value: object, item_type: type[T], what: str) -> tuple[T, ...]:
+    items = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(item) is not item_type for item in items):
+        raise ValueError(f"expected a list of {what}")
+    return tuple(items)
 
 
 def read_rows(value: object) -> tuple[int, ...]:

@@ -80,7 +80,6 @@ def read_weights(folder: Path, config: str, weights: str, pickled: str) -> tuple
     """Return the tensors and metadata of a folder: of its safetensors file, or else of its pickle.
 
     Args:
-        folder: the folder.
         config: the name of its configuration, for the error.
         weights: the name of the safetensors file.
         pickled: the name of the pickle.

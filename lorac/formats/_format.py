@@ -46,7 +46,6 @@ class Format(ABC):
         """Write a file or folder; a format that does not override this is read only.
 
         Args:
-            adapter: the adapter.
             path: where to write, which does not exist yet.
             view: the base of the adapter, if it is given.
             target: the path to which ``path`` is moved afterwards.

@@ -94,7 +94,6 @@ def save_adapter(
     folder that exists already keeps the files that are not the adapter's.
 
     Args:
-        adapter: the adapter.
         path: the folder ("peft") or file ("native").
         format: one of ``formats()``.
         model: the base; its hash is recorded with the adapter. It is needed where the format has a layout of its own

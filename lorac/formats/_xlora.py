@@ -84,8 +84,6 @@ class XLoraFolder:
         """Return the adapter, checked.
 
         Args:
-            name: the name of the adapter.
-            view: the base.
             places: where an expert may lie within the folder, in order, with ``{name}``, and ``{path}`` for the path
                 in the configuration, which is tried by itself first.
 
@@ -172,8 +170,6 @@ def split_xlora(
     """Split an X-LoRA in the tensors of its classifier, by key, and its experts as LoRAs, by number.
 
     Args:
-        adapter: the X-LoRA.
-        view: the base.
         keys: key of the weight of each layer, in order.
 
     Raises:

@@ -112,9 +112,6 @@ def assemble_adapter(
     """Return the adapter of a record and its tensors.
 
     Args:
-        path: the file that they are from.
-        record: as ``parse_record`` returns it.
-        variant: the method that it describes.
         stored: its tensors, by the keys of this format (``tensor_key``).
         name: the name of the adapter; None for the recorded one.
     """

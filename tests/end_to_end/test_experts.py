@@ -213,5 +213,5 @@ def test_what_has_no_place_is_refused(tmp_path):
     with refuses("unsupported_field", match=r"PEFT has no dropout at 'gate\.weight'"):
         save_adapter(dropping, tmp_path / "x", model=model)
     change_tensors(tmp_path / "theirs", {"model.experts.lora_A.weight": torch.zeros(5, INNER)})
-    with refuses("shape_mismatch", match=r"the tensors at 'experts\.down_proj', 3 matrices 4 -> 8"):
+    with refuses("shape_mismatch", match="of 3 matrices 4 -> 8"):
         load_adapter(tmp_path / "theirs", model)

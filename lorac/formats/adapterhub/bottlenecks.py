@@ -172,8 +172,6 @@ def write_bottlenecks(adapter: Adapter, variant: Bottleneck, layout: ModelLayout
 
     Args:
         adapter: with the tensors of bottlenecks alone.
-        variant: its method.
-        layout: the model.
 
     Raises:
         FormatError: no fields place bottlenecks so, or one computes with other residuals than the model's.

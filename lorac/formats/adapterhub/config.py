@@ -38,8 +38,6 @@ def read_config(raw: JsonObject, file: Path, *, invertible: bool) -> tuple[Confi
     """Return the header of a file and its configurations.
 
     Args:
-        raw: the content of the file.
-        file: its path, for messages.
         invertible: whether the tensors include an invertible adapter's.
 
     Raises:

@@ -46,7 +46,6 @@ def assign_tensors(
     """Return site path -> name -> tensor, with every key used and every tensor present.
 
     Args:
-        adapter: the name of the adapter, for messages.
         name: its name in the keys.
         patterns: all that the configuration promises.
         tensors: those of the file, by ``modernise_key``.
@@ -79,10 +78,7 @@ def name_tensors(name: str, prefix: str, patterns: Iterable[KeyPattern], tensors
     """Return key -> tensor: the inverse of ``assign_tensors``.
 
     Args:
-        name: the name of the adapter.
         prefix: that of the base model, in a class with a head.
-        patterns: as ``assign_tensors`` takes them.
-        tensors: by site path and name.
     """
     named: dict[str, Tensor] = {}
     for pattern in patterns:

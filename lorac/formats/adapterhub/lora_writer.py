@@ -49,7 +49,6 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
 
     Args:
         adapter: with the tensors of layers alone.
-        layout: the model.
 
     Raises:
         FormatError: the library has no such method, or does not put one where the adapter has it.

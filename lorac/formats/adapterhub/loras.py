@@ -122,8 +122,6 @@ def read_loras(config: JsonObject, header: ConfigHeader, *, tasks: bool = False)
     """Return a configuration, read.
 
     Args:
-        config: its fields.
-        header: the entries around it.
         tasks: whether it is ``MTLLoRAConfig``.
 
     Raises:

@@ -24,11 +24,6 @@ from lorac.variants.base import Variant
 def check_against_config(adapter: Adapter, file: PeftFile, sites: Mapping[str, Site]) -> None:
     """Check that every site of a file is one that its configuration targets.
 
-    Args:
-        adapter: the adapter of the file.
-        file: the file.
-        sites: the sites as the file tells them.
-
     Raises:
         FormatError: there are no sites, or one is not targeted, so that PEFT would ignore its tensors in silence.
     """
@@ -41,12 +36,6 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
     """Check that sites, shapes, saved modules and copies of the base are those of the model.
 
     Embeddings saved whole become replacements where they are not the base's own.
-
-    Args:
-        adapter: the adapter of the file.
-        file: the file.
-        sites: the sites as the file tells them.
-        view: the base.
 
     Raises:
         SiteError, AdapterError: as ``check_adapter``.
@@ -91,8 +80,6 @@ def select_targets(variant: Variant, sites: Mapping[str, Site], view: ModelView 
     """Return the paths of the sites that PEFT would adapt.
 
     Args:
-        variant: the method with its targets.
-        sites: the sites to select from.
         view: names its output layer, which "all-linear" leaves out.
     """
     targets = variant.targets

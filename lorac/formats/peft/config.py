@@ -108,7 +108,6 @@ def write_config(variant: Variant, peft_type: AnyPeftType, given: JsonObject, or
 
     Args:
         variant: the method and its hyper-parameters.
-        peft_type: its PEFT type.
         given: fields that the variant alone does not determine; those that the type lacks are left out.
         original: the configuration from which the variant was read, whose inconsequential fields are kept.
     """

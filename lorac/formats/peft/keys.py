@@ -100,8 +100,6 @@ def read_keys(
 
     Args:
         tensors: by key, as in the file.
-        peft_type: the PEFT type.
-        values: the configuration, read.
         view: the base; without it embeddings are known by PEFT's two names for them only.
 
     Raises:

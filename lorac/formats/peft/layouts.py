@@ -23,11 +23,9 @@ def read_factors(
     In a file A of a convolution is a kernel (r, in, …), and B is (out, r / groups, 1, …).
 
     Args:
-        path: the path of the module.
         stored: the tensors in the file, by suffix.
         matrices: suffixes at a linear layer or convolution.
         embedding: suffixes at an embedding.
-        expected: the next step of the error.
 
     Raises:
         AdapterError: they do not belong together, or to no kind of site.

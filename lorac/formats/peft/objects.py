@@ -104,10 +104,7 @@ class UnwrappedModel:
 
 
 def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
-    """Return the parts of a ``PeftModel``; None for a model that PEFT has not touched.
-
-    Args:
-        model: the model, which is not changed.
+    """Return the parts of a ``PeftModel``, which is not changed; None for a model that PEFT has not touched.
 
     Raises:
         CompileError: PEFT's layers are in a model that is not a ``PeftModel``, or adapters are merged into the base.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -22,21 +21,6 @@ from lorac.variants.base import Variant
 
 Tensors = Mapping[str, Tensor]
 V = TypeVar("V", bound=Variant)
-
-
-@dataclass(frozen=True)
-class ExpertFolders:
-    """The contents of a folder whose own file holds no tensors of modules.
-
-    Attributes:
-        tensors: the tensors of the file, by key.
-        experts: name -> an adapter in a folder of its own within.
-        field: the configuration field that holds the paths of those folders.
-    """
-
-    tensors: Tensors
-    experts: Mapping[str, Adapter]
-    field: str
 
 
 class PeftType(ABC, Generic[V]):
@@ -88,8 +72,6 @@ class PeftType(ABC, Generic[V]):
         """Return a site as its tensors in a file tell it, and the parameters as matrices.
 
         Args:
-            variant: the method that the configuration describes.
-            path: the path of the module.
             stored: the tensors by suffix, and the shared ones by name.
 
         Raises:
@@ -150,7 +132,6 @@ class PeftType(ABC, Generic[V]):
         """Return the shared tensors that a file left out because a seed gives them; empty where it holds them.
 
         Args:
-            values: the configuration.
             sites: those of the model that the file names.
         """
         return {}
@@ -173,8 +154,8 @@ class PeftType(ABC, Generic[V]):
         """Return the adapter of a type whose file holds no tensors of modules; None for all others."""
         return None
 
-    def write_folder(self, adapter: Adapter, view: ModelView | None) -> ExpertFolders | None:
-        """Return the contents of a folder of such a type; None for all others."""
+    def write_folder(self, adapter: Adapter, view: ModelView | None) -> tuple[Tensors, Mapping[str, Adapter]] | None:
+        """Return the tensors of the file of such a type, and its experts by name; None for all others."""
         return None
 
     def tied_tensors(self, embedding: Tensors) -> dict[str, Tensor]:

@@ -30,8 +30,6 @@ def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapt
     """Return the adapter of a PEFT folder.
 
     Args:
-        folder: the folder.
-        view: the base, if it is given.
         name: the name of the adapter; None for that of the folder.
 
     Raises:

@@ -39,7 +39,6 @@ class SeededType(PeftType[V]):
         """Return the shared tensors in PEFT's values.
 
         Args:
-            values: the configuration.
             out_features: the largest of the sites.
             in_features: the largest of the sites.
         """

@@ -67,10 +67,8 @@ def write_matrices(
     """Return the tensors of an adapter's matrices as a file has them, by key without PEFT's prefix.
 
     Args:
-        adapter: the adapter.
         matrices: paths of the matrices (``matrix_paths``).
         sites: the sites of the model, or without one those of the adapter.
-        view: the base.
 
     Raises:
         BaseNeeded: there are matrices, and no model.

@@ -44,9 +44,7 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, target:
     """Write adapter_config.json and adapter_model.safetensors into a new folder.
 
     Args:
-        adapter: the adapter.
         folder: the folder, which does not exist yet.
-        view: the base, if it is given.
         target: the path to which the folder is moved afterwards.
 
     Raises:
@@ -62,9 +60,10 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, target:
         known = remembered_sites(adapter) if view is None else view.sites
         _FolderWriter(adapter, peft_type, view, known).write(folder)
         return
-    given = {contents.field: {name: str(target / name) for name in contents.experts}}
-    _write_files(adapter, peft_type, given, contents.tensors, folder, view)
-    for name, expert in contents.experts.items():
+    tensors, experts = contents
+    paths = {name: str(target / name) for name in experts}
+    _write_files(adapter, peft_type, {"adapters": paths}, tensors, folder, view)
+    for name, expert in experts.items():
         write_folder(expert, folder / name, view, target / name)
 
 

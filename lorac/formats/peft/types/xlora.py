@@ -7,6 +7,7 @@ the experts lie in folders of their own, as ``adapters`` says. PEFT reads all of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from lorac.formats._config_fields import Applied, JsonObject, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
 from lorac.formats.peft.fields import WITHOUT_FAN
-from lorac.formats.peft.peft_type import ExpertFolders, PeftType, Tensors, mismatched_shapes
+from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site
 from lorac.variants.adapter import Adapter
@@ -51,7 +52,7 @@ class XloraType(PeftType[XLoRA]):
         fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
         return XLoraFolder(folder, values["adapters"], fields, tensors, keys).read(name, view, ("{path}", "{name}"))
 
-    def write_folder(self, adapter: Adapter, view: ModelView | None) -> ExpertFolders:
+    def write_folder(self, adapter: Adapter, view: ModelView | None) -> tuple[Tensors, Mapping[str, Adapter]]:
         """Return the whole classifier, and the experts by their numbers, as PEFT activates them.
 
         Raises:
@@ -65,8 +66,7 @@ class XloraType(PeftType[XLoRA]):
                 f"the classifier of adapter '{adapter.name}' has nothing between its layers, and PEFT's has ReLUs",
                 next_step="use format='native'",
             )
-        tensors, experts = split_xlora(adapter, view, _layer_keys(variant.depth, variant.dropout_p))
-        return ExpertFolders(tensors, experts, "adapters")
+        return split_xlora(adapter, view, _layer_keys(variant.depth, variant.dropout_p))
 
 
 def _layer_keys(depth: int, dropout: float) -> list[str]:
