@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -58,7 +57,7 @@ def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _make_slot(
-    variant: BranchVariant, function: Callable[..., Any], tensors: Mapping[str, Tensor], once: str, path: str
+    variant: BranchVariant, function: Callable[..., object], tensors: Mapping[str, Tensor], once: str, path: str
 ) -> BranchSlot:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     key = f"{variant.name}{describe_structure(variant)}{sorted(shapes.items())}{once}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 FactorPair = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
 
@@ -118,6 +119,6 @@ def compute_product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, s, vh @ right.mT
 
 
-def _differing_patterns(values: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _differing_patterns(values: Mapping[str, T], path: str) -> dict[str, T]:
     """Return the values that differ from that at ``path``, by patterns that match one whole path each."""
     return {f"^{re.escape(key)}": value for key, value in values.items() if value != values[path]}

@@ -50,7 +50,7 @@ class Preparer:
 
     def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[AlgebraRule] = RULES) -> None:
         self.sites, self.base, self.rules = sites, base, tuple(rules)
-        self.stored: Mapping[str, Any] = {}
+        self.stored: Mapping[str, dict[str, Any]] = {}
         self._from_artifact: dict[str, Reduction] = {}
         self._shared_results: MutableMapping[Tensor, dict[tuple[int, str], tuple[object, Tensor]]] = (
             WeakTensorKeyDictionary()
@@ -131,9 +131,9 @@ class Preparer:
             self._from_artifact[text] = found
         return found
 
-    def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, Any]:
+    def stored_reductions(self, adapters: Iterable[Adapter]) -> dict[str, object]:
         """Return the reductions of adapters as JSON by structure, without those of methods from other packages."""
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         built_in = [adapter for adapter in adapters if not class_modules(adapter.variant)]
         for adapter, path in ((one, path) for one in built_in for path in one.tensors):
             site, tensors = self.sites[path], adapter.tensors[path]

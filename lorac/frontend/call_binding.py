@@ -18,7 +18,7 @@ Inputs = Mapping[str, Any]
 """Argument of forward -> its value: a tensor, tensors in dicts, lists and tuples, or anything else."""
 
 
-def convert_to_tensors(inputs: Any) -> Any:
+def convert_to_tensors(inputs: object) -> object:
     """Return example inputs with NumPy arrays as tensors; a single tensor or array becomes a tuple of one."""
     if isinstance(inputs, Tensor | np.ndarray):
         return (_convert(inputs),)
@@ -35,7 +35,7 @@ def _convert(value: Any) -> Any:
     return torch.from_numpy(value.copy()) if numbers else value
 
 
-def bind_by_name(model: nn.Module, inputs: Any) -> dict[str, Any]:
+def bind_by_name(model: nn.Module, inputs: object) -> dict[str, Any]:
     """Return inputs by the names of forward's arguments, without those that are None."""
     return {name: value for name, value in bind_arguments(model, inputs).items() if value is not None}
 
@@ -65,10 +65,12 @@ def list_positional_arguments(model: nn.Module, inputs: Collection[str]) -> tupl
     return tuple(names)
 
 
-def list_fixed_arguments(model: nn.Module) -> dict[str, Any]:
+def list_fixed_arguments(model: nn.Module) -> dict[str, object]:
     """Return forward's arguments that are not tensors, with the values a capture gives them: their defaults."""
     parameters = inspect.signature(model.forward).parameters
-    found = {name: p.default for name, p in parameters.items() if isinstance(p.default, bool | int | float | str)}
+    found: dict[str, object] = {
+        name: p.default for name, p in parameters.items() if isinstance(p.default, bool | int | float | str)
+    }
     if is_hugging_face(model):  # there None means the value in the configuration
         found |= {name: getattr(model.config, name) for name in OUTPUT_SWITCHES if hasattr(model.config, name)}
         found |= CAPTURE_CONFIG

@@ -27,7 +27,7 @@ _BATCH, _PACKED = "batch", "packed"
 """Sizes: the number of rows, and that of items that lie one after another for all rows."""
 
 
-def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, Any]:
+def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, object]:
     """Return dynamic shapes for the batch of every tensor and for the length of sequences and sounds.
 
     Rows of token ids are the batch. An input with several items for each of them, such as the patches of all images one
@@ -43,7 +43,7 @@ def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True)
     dims = _NamedDims(named, _position_limit(model))
     batch = sequences.rows if sequences.rows is not None else tensors[0].shape[0] if tensors else None
 
-    def axes(name: str, value: object) -> dict[int, Any] | None:
+    def axes(name: str, value: object) -> dict[int, object] | None:
         if not isinstance(value, Tensor):
             return None
         along = sequences.axes(name, value)
@@ -60,7 +60,7 @@ def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True)
     return {name: pytree.tree_map(functools.partial(axes, name), value) for name, value in inputs.items()}
 
 
-class _NamedDims(dict[str, Any]):
+class _NamedDims(dict[str, object]):
     """``Dim``s by name, made on first use.
 
     Args:
@@ -71,7 +71,7 @@ class _NamedDims(dict[str, Any]):
     def __init__(self, named: bool, limit: int | None) -> None:
         self._named, self._limit = named, limit
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> object:
         limit = None if name == _BATCH else self._limit
         # Strided windows over samples restrict their number; a number of patches per row restricts the patches'.
         named = self._named and name not in {"samples", _PACKED}
@@ -134,7 +134,7 @@ def _position_limit(model: nn.Module) -> int | None:
     return limit if any(tensor.dim() == _TABLE and tensor.is_floating_point() for tensor in tensors) else None
 
 
-def list_dynamic_axes(axes: Any) -> list[int]:
+def list_dynamic_axes(axes: object) -> list[int]:
     """Return the axes of a tensor that its dynamic shapes leave free.
 
     Args:
@@ -161,7 +161,7 @@ def repeat_unit_axes(value: Any, axes: Any) -> Any:
     return value.repeat([2 if axis in unit else 1 for axis in range(value.dim())]) if unit else value
 
 
-def repeat_unit_axes_of_inputs(model: nn.Module, inputs: Any, dynamic_shapes: Any) -> Any:
+def repeat_unit_axes_of_inputs(model: nn.Module, inputs: object, dynamic_shapes: object) -> object:
     """Return inputs, in order or by name, after ``repeat_unit_axes`` for each of them."""
     shapes = bind_arguments(model, dynamic_shapes)
     values = {name: repeat_unit_axes(value, shapes.get(name)) for name, value in bind_arguments(model, inputs).items()}

@@ -37,12 +37,12 @@ class RowLayout:
     axes: Mapping[str, int]
     outputs: Mapping[str, int] = field(default_factory=dict)
 
-    def total(self, given: Mapping[str, Any]) -> int:
+    def total(self, given: Mapping[str, object]) -> int:
         """Return the number of rows of a call."""
         first, axis = next(iter(self.axes.items()))
         return count_along(given[first], axis) if first in given else self.count
 
-    def split(self, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def split(self, given: Mapping[str, object]) -> list[dict[str, Any]]:
         """Split a call into calls of ``count`` rows each.
 
         Raises:
@@ -52,7 +52,7 @@ class RowLayout:
         starts = range(0, total, self.count)
         return [self.taken(given, [min(start + i, total - 1) for i in range(self.count)]) for start in starts]
 
-    def taken(self, given: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    def taken(self, given: Mapping[str, object], rows: Sequence[int]) -> dict[str, Any]:
         """Return the arguments of the given rows of a call, in that order."""
         total = self.total(given)
         return {
@@ -86,7 +86,7 @@ class RowLayout:
         """Return the number of items of ``total`` rows, where the program's own rows have ``size`` items."""
         return total * (size // self.count)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the layout as JSON."""
         return {"count": self.count, "axes": dict(self.axes), "outputs": dict(self.outputs)}
 
@@ -104,14 +104,14 @@ class RowLayout:
         return cls(count, axes, outputs)
 
 
-def count_along(value: Any, axis: int) -> int:
+def count_along(value: object, axis: int) -> int:
     """Return the length of a tensor, an array or a list along an axis; 0 where it has no such axis."""
     if isinstance(value, Tensor | np.ndarray):
         return int(value.shape[axis]) if value.ndim > axis else 0
     return len(value) if isinstance(value, list | tuple) and axis == 0 else 0
 
 
-def _taken(name: str, value: Any, axis: int, rows: Sequence[int], total: int) -> Any:
+def _taken(name: str, value: object, axis: int, rows: Sequence[int], total: int) -> object:
     each, odd = divmod(count_along(value, axis), total)
     if odd or not each:
         raise InputMismatch(
@@ -122,4 +122,7 @@ def _taken(name: str, value: Any, axis: int, rows: Sequence[int], total: int) ->
     places = [row * each + i for row in rows for i in range(each)]
     if isinstance(value, Tensor):
         return value.index_select(axis, torch.tensor(places, device=value.device))
-    return value.take(places, axis) if isinstance(value, np.ndarray) else [value[place] for place in places]
+    if isinstance(value, np.ndarray):
+        return value.take(places, axis)
+    assert isinstance(value, list | tuple)
+    return [value[place] for place in places]

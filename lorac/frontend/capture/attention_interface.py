@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ def make_decoder_inputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
     return {**others, sequence.ids: ids, **wanted}
 
 
-def make_decoder_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def make_decoder_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, object]:
     """Return the dynamic shapes of ``make_decoder_inputs``."""
     shapes = make_dynamic_shapes(model, {name: value for name, value in inputs.items() if name != LOGITS_TO_KEEP})
     return shapes | {name: {0: Dim("kept")} for name in inputs if name == LOGITS_TO_KEEP}
@@ -193,7 +193,7 @@ def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[None]:
 
     interface = _AttentionInterface({id(module): path for path, module in host.named_modules()})
     set_config_fields(host, {"_attn_implementation_internal": _INTERFACE})
-    registries: list[tuple[dict[str, Any], Callable[..., Any]]] = [
+    registries: list[tuple[dict[str, Any], Forward]] = [
         (ALL_ATTENTION_FUNCTIONS._global_mapping, interface.attend),
         (ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, interface.mask),
     ]
@@ -228,7 +228,7 @@ def check_attention_captured(program: ExportedProgram, host: nn.Module) -> None:
         raise _attends_by_itself(host, stack[-1][0] if stack else "")
 
 
-def _find_window(mask: Callable[..., Any]) -> int | None:
+def _find_window(mask: Forward) -> int | None:
     """Return how many tokens a causal mask of transformers lets each token see, 0 for all; None for other masks."""
     from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 

@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +40,14 @@ class CallArguments:
         truths: line of the model that branches on a computed tensor -> the truth values found there, in order.
     """
 
-    inputs: dict[str, Any]
-    fixed: dict[str, Any] = field(default_factory=dict)
-    read: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, object]
+    fixed: dict[str, object] = field(default_factory=dict)
+    read: dict[str, object] = field(default_factory=dict)
     positions: MultimodalPositions | None = None
     truths: Mapping[str, list[bool]] = field(default_factory=dict)
 
     @property
-    def trace_constants(self) -> dict[str, Any]:
+    def trace_constants(self) -> dict[str, object]:
         """The constants as forward is given them in a trace."""
         return self.fixed | self.read
 
@@ -110,7 +109,7 @@ class CallArguments:
 class _ConstantEvaluation(TorchFunctionMode):
     """Computes the results of constants instead of tracing them, so that Python can read numbers from them."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         given = kwargs or {}
         leaves = pytree.tree_leaves((args, given))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -137,7 +136,7 @@ class _TruthRecorder(TorchFunctionMode):
         super().__init__()
         self.found: dict[str, list[bool]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         answer = func(*args, **(kwargs or {}))
         line = find_running_model_line() if func is Tensor.__bool__ else None
         if line is not None:
@@ -156,7 +155,7 @@ class _TruthReplay(TorchFunctionMode):
         super().__init__()
         self._left = {line: list(found) for line, found in truths.items()}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         line = find_running_model_line() if func is Tensor.__bool__ else None
         if line is None or not self._left.get(line):
             return func(*args, **(kwargs or {}))
@@ -168,7 +167,7 @@ class _TruthReplay(TorchFunctionMode):
 _MAKERS = frozenset({torch.arange, torch.full, torch.linspace, torch.ones, torch.tensor, torch.zeros})
 
 
-def _survives_json(value: Any) -> bool:
+def _survives_json(value: object) -> bool:
     """Return whether an argument is equal after it was stored."""
     try:
         return bool(json.loads(json.dumps(value)) == to_json_value(value))
@@ -176,7 +175,7 @@ def _survives_json(value: Any) -> bool:
         return False
 
 
-def _holds_tensors(name: str, value: Any) -> bool:
+def _holds_tensors(name: str, value: object) -> bool:
     """Return whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples.
 
     Raises:
@@ -194,7 +193,7 @@ def _holds_tensors(name: str, value: Any) -> bool:
     return bool(tensors)
 
 
-def _find_numeric_tensors(model: nn.Module, named: Inputs) -> dict[str, Any]:
+def _find_numeric_tensors(model: nn.Module, named: Inputs) -> dict[str, object]:
     """Return tensors that a transformers model reads as numbers, such as sizes of images, as its exporter has them."""
     if not is_hugging_face(model):
         return {}

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from lorac.frontend.capture.attention_interface import (
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_longest_sequence
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, drop_zero_biases
+from lorac.frontend.capture.hugging_face_export import trace_hugging_face
 from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.position_ids import make_positions_per_row
@@ -43,7 +42,7 @@ from lorac.frontend.capture.trace_guards import TraceGuard, find_failing_model_l
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.dynamic_shapes import make_dynamic_shapes, repeat_unit_axes, repeat_unit_axes_of_inputs
 from lorac.frontend.example_inputs import make_example_inputs
-from lorac.frontend.hugging_face import TRACE_CONFIG, is_hugging_face, set_config_fields
+from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
@@ -62,8 +61,8 @@ from lorac.third_party_output import suppress_third_party_output
 # ── The export ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def export_model(
     model: nn.Module,
-    example_inputs: tuple[Any, ...] | Inputs | None = None,
-    dynamic_shapes: Any = None,
+    example_inputs: Sequence[object] | Inputs | None = None,
+    dynamic_shapes: object = None,
     *,
     blocks: Collection[str] = (),
     prefix: str = "",
@@ -88,8 +87,8 @@ def export_model(
 
 def _export_guarded(
     model: nn.Module,
-    example_inputs: Any,
-    dynamic_shapes: Any,
+    example_inputs: object,
+    dynamic_shapes: object,
     blocks: Collection[str],
     prefix: str,
     grows: bool = False,
@@ -110,8 +109,8 @@ def _export_guarded(
 def _export_arguments(
     arguments: CallArguments,
     model: nn.Module,
-    example: Any,
-    dynamic_shapes: Any,
+    example: object,
+    dynamic_shapes: object,
     blocks: Collection[str],
     prefix: str,
     grows: bool,
@@ -125,7 +124,7 @@ def _export_arguments(
             freeze_dynamic_rotary(host)
             stack.enter_context(capture_attention(host, arguments.inputs))
         if dynamic_shapes is None:
-            attempts: Iterable[tuple[Any, Any]] = _attempts(model, inputs, widen=not arguments.read)
+            attempts: Iterable[tuple[object, object]] = _attempts(model, inputs, widen=not arguments.read)
         else:
             attempts = [
                 (
@@ -149,7 +148,7 @@ def _export_arguments(
     return qualify_names(program, prefix), guards, arguments
 
 
-def _bind_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
+def _bind_inputs(model: nn.Module, example: object) -> dict[str, Any]:
     try:
         return bind_by_name(model, example)
     except TypeError as error:
@@ -160,7 +159,7 @@ def _bind_inputs(model: nn.Module, example: Any) -> dict[str, Any]:
         ) from error
 
 
-def _without_constants(model: nn.Module, dynamic_shapes: Any, arguments: CallArguments) -> Any:
+def _without_constants(model: nn.Module, dynamic_shapes: object, arguments: CallArguments) -> object:
     """Return dynamic shapes, in order or by name, without those of constants."""
     if not arguments.fixed:
         return dynamic_shapes
@@ -218,7 +217,9 @@ def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse:
     return module
 
 
-def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[ExportedProgram, list[TraceGuard]]:
+def _first_trace(
+    host: nn.Module, attempts: Iterable[tuple[object, object]]
+) -> tuple[ExportedProgram, list[TraceGuard]]:
     """Return the trace of the first attempt that succeeds; others are tried only after failures about shapes."""
     for inputs, shapes in attempts:
         guards: list[TraceGuard] = []
@@ -234,8 +235,8 @@ def _first_trace(host: nn.Module, attempts: Iterable[tuple[Any, Any]]) -> tuple[
 def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     name: str,
     model: nn.Module,
-    inputs: Any,
-    dynamic_shapes: Any,
+    inputs: object,
+    dynamic_shapes: object,
     *,
     sites: Mapping[str, Site],
     plans: Mapping[str, SitePlan],
@@ -280,57 +281,13 @@ def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard]) 
     host.forward = record_guards(forward, guards)
     try:
         if is_hugging_face(host):
-            return _trace_hugging_face(host, inputs, shapes)
+            return trace_hugging_face(host, inputs, shapes)
         return torch.export.export(host, args, kwargs, dynamic_shapes=shapes)
     finally:
         host.forward = forward
 
 
-def _trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
-    """Trace through transformers' exporter, without caches. It changes its arguments: the copy, not the host."""
-    from transformers.exporters.configs import DynamoConfig
-    from transformers.exporters.exporter_dynamo import DynamoExporter
-
-    # tested_versions: else it says at every export that torch is newer than the one they tested with
-    exporter: Any = type("Exporter", (DynamoExporter,), {"tested_versions": {}})()
-    set_config_fields(host, TRACE_CONFIG)
-    program: ExportedProgram
-    with _patch_imported_models_only():
-        program, _ = exporter.export_program(host, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
-    return program
-
-
-@contextlib.contextmanager
-def _patch_imported_models_only() -> Iterator[None]:
-    """Make transformers' exporter patch imported models only, in this context.
-
-    It imports every model that it has a patch for, which takes most of a second. Unnecessary once it looks these models
-    up among those that are imported.
-    """
-    from transformers.exporters import utils
-
-    import_anything = utils.import_dotted_path
-
-    def import_if_loaded(path: str, missing_ok: bool = False) -> object:
-        module = ".".join(path.split(".")[: len(_A_MODELS_MODULE)])
-        absent = _own_trace.get() and path.startswith(_MODELS) and module not in sys.modules
-        return None if absent and missing_ok else import_anything(path, missing_ok)
-
-    utils.import_dotted_path = import_if_loaded
-    token = _own_trace.set(True)
-    try:
-        yield
-    finally:
-        _own_trace.reset(token)
-        utils.import_dotted_path = import_anything
-
-
-_own_trace: ContextVar[bool] = ContextVar("own_trace", default=False)
-_A_MODELS_MODULE = ("transformers", "models", "model", "module")
-_MODELS = ".".join(_A_MODELS_MODULE[:2]) + "."
-
-
-def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[Any, Any]]:
+def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[object, object]]:
     """Yield the inputs and default shapes to try: first named dims, then dims that torch may narrow or fix.
 
     Args:

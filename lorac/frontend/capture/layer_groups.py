@@ -11,7 +11,6 @@ import functools
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,7 @@ def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) 
     return numbered
 
 
-def _attributes(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[tuple[str, str, Any, Any]]:
+def _attributes(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[tuple[str, str, object, object]]:
     """Yield path and name of every attribute of two layers' modules, with both values."""
     for path, (mine, theirs) in pairs.items():
         for name in vars(mine).keys() - _MODULE_ATTRIBUTES:
@@ -134,7 +133,7 @@ def _same_size(one: Tensor | None, other: Tensor | None) -> bool:
     return len(set(properties)) == 1 and (one.layout is not torch.strided or one.stride() == other.stride())
 
 
-def _same(one: Any, other: Any, mine: nn.Module, theirs: nn.Module) -> bool:
+def _same(one: object, other: object, mine: nn.Module, theirs: nn.Module) -> bool:
     """Return whether two attributes of modules are equal; values that cannot be compared count as different."""
     if one is other:
         return True
@@ -143,12 +142,12 @@ def _same(one: Any, other: Any, mine: nn.Module, theirs: nn.Module) -> bool:
     parts, others = _parts(one, mine), _parts(other, theirs)
     if parts is not None and others is not None:
         return parts.keys() == others.keys() and all(_same(parts[key], others[key], mine, theirs) for key in parts)
-    if isinstance(one, Tensor):
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
         return _same_size(one, other) and torch.equal(one, other)
     return isinstance(one, _PLAIN) and bool(one == other)
 
 
-def _parts(value: Any, layer: nn.Module) -> Mapping[Any, Any] | None:
+def _parts(value: object, layer: nn.Module) -> Mapping[object, object] | None:
     """Return the parts of a value by name or position; None for a value without parts."""
     if isinstance(value, types.MethodType):
         return {"function": value.__func__, "of": _place(value.__self__, layer)}

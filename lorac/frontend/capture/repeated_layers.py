@@ -68,7 +68,7 @@ def _repeat(layer: nn.Module, path: str, group: _GroupTrace, state: _LayerState)
     forward = layer.forward
 
     @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         if get_proxy_mode() is None or not state.is_unchanged or _is_in_region():
             return forward(*args, **kwargs)
         arguments = _FlatValues.of((args, kwargs))
@@ -180,7 +180,7 @@ class _GroupTrace:
 
         return read
 
-    def trace(self, forward: Forward, path: str, arguments: _FlatValues, state: _LayerState) -> Any:
+    def trace(self, forward: Forward, path: str, arguments: _FlatValues, state: _LayerState) -> object:
         """Trace a call; others may repeat it unless something shows that another layer would compute differently."""
         graph: fx.Graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]  # there is one
         argument_marker, unchanged = ops.marker(arguments.tensors), state.watch_changes()
@@ -257,7 +257,7 @@ class _TracedLayer:
         pairs = zip(arguments.leaves, self.arguments.leaves, strict=True)
         return all(one is other or _alike(one, other, flows=id(one) in stream) for one, other in pairs)
 
-    def repeat(self, arguments: _FlatValues, path: str) -> Any:
+    def repeat(self, arguments: _FlatValues, path: str) -> object:
         """Return the outputs of the layer at a path: those of this one, by a node that is called in its place."""
         passed = {id(old): new for old, new in zip(self.arguments.leaves, arguments.leaves, strict=True)}
         found = ops.repeated_layer(arguments.tensors, self.results, self.markers, path, self.path)

@@ -98,7 +98,7 @@ def _override(module: Any, forward: Forward) -> None:
 def _block_forward(original: Forward, path: str) -> Forward:
     """Return a block's forward with the first tensor of its output as an op; the kind of output stays."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         output = original(*args, **kwargs)
         x = first_tensor((args, kwargs))
         return replace_first_tensor(output, lambda y: torch.ops.lorac.block(x, y, path))

@@ -26,7 +26,7 @@ _BATCH = "batch"
 _SYMBOL = re.compile(r"[su]\d+")
 
 
-def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, Any]) -> dict[str, str]:
+def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) -> dict[str, str]:
     """Return torch's symbol for a size -> its name: the ``Dim``'s, batch for a first axis, else input and axis.
 
     Args:
