@@ -58,11 +58,11 @@ class Oracle:
         count: (out, in, variant) -> number of trained values at one site.
     """
 
-    weight: Callable[[Array, SimpleNamespace, Any], Array] | None = None
-    bias: Callable[[Array, Array, SimpleNamespace, Any], Array] | None = None
-    branch: Callable[[Array, Array, SimpleNamespace, Any], Array] | None = None
-    count: Callable[[int, int, Any], int] | None = None
-    once: Callable[[SimpleNamespace, Any], dict[str, Array]] | None = None
+    weight: Callable[..., Array] | None = None
+    bias: Callable[..., Array] | None = None
+    branch: Callable[..., Array] | None = None
+    count: Callable[..., int] | None = None
+    once: Callable[..., dict[str, Array]] | None = None
 
     @staticmethod
     def of(module: ModuleType) -> Oracle:

@@ -7,7 +7,6 @@ missing term or a swapped tensor cannot hide behind the base.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ FLOAT32 = 1e-4
 CONTRIBUTION = (0.05, 0.50)
 
 
-def named_outputs(output: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+def named_outputs(output: object, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Return a model's floating-point outputs by name, in float64, without caches and nested tuples.
 
     A single tensor is called 'output', those of a tuple '0', '1', ...
@@ -29,30 +28,27 @@ def named_outputs(output: Any, names: Sequence[str] | None = None) -> dict[str, 
         output = {str(index): value for index, value in enumerate(output)}
     elif not isinstance(output, Mapping):
         raise TypeError(f"no outputs to compare in a {type(output).__name__}")
-    tensors = {
-        name: torch.as_tensor(value).detach()
-        for name, value in output.items()
-        if isinstance(value, Tensor | np.ndarray)
-    }
+    arrays = {name: value for name, value in output.items() if isinstance(value, Tensor | np.ndarray)}
+    tensors = {name: torch.as_tensor(value).detach() for name, value in arrays.items()}
     chosen = tensors if names is None else {name: tensors[name] for name in names}
     found = {name: value.double().cpu() for name, value in chosen.items() if value.is_floating_point()}
     assert found, f"no floating-point output among {sorted(tensors)}"
     return found
 
 
-def contribution(y_ref: Any, y_base: Any, names: Sequence[str] | None = None) -> dict[str, float]:
+def contribution(y_ref: object, y_base: object, names: Sequence[str] | None = None) -> dict[str, float]:
     """Return ‖y_ref − y_base‖ / ‖y_base‖ per output."""
     ref, base = named_outputs(y_ref, names), named_outputs(y_base, names)
     return {name: _norm(ref[name] - base[name]) / _norm(base[name]) for name in ref}
 
 
 def assert_parity(
-    y: Any,
-    y_ref: Any,
-    y_base: Any,
+    y: object,
+    y_ref: object,
+    y_base: object,
     limit: float | None = None,
     *,
-    own_base: Any = None,
+    own_base: object = None,
     names: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Assert that every output of `y` equals that of `y_ref` by the deciding measure, and return the ratios by output.
@@ -66,7 +62,9 @@ def assert_parity(
             differently), 4 times its ratio is allowed and printed; never in float64.
         names: the outputs to compare; default: all.
     """
-    exact = any(value.dtype == torch.float64 for value in _list_tensors(y_ref))
+    values = y_ref.values() if isinstance(y_ref, Mapping) else y_ref if isinstance(y_ref, Sequence) else [y_ref]
+    arrays = (value for value in values if isinstance(value, Tensor | np.ndarray))
+    exact = any(torch.as_tensor(value).dtype == torch.float64 for value in arrays)
     limit = (FLOAT64 if exact else FLOAT32) if limit is None else limit
     got, ref, base = (named_outputs(output, names) for output in (y, y_ref, y_base))
     own = None if own_base is None or exact else named_outputs(own_base, names)
@@ -89,13 +87,6 @@ def assert_parity(
         assert ratio <= allowed, f"{name}: off by {ratio:.2e} of the contribution > {allowed:.2e}"
         ratios[name] = ratio
     return ratios
-
-
-def _list_tensors(output: Any) -> list[Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output
-    if isinstance(output, Tensor | np.ndarray):
-        values = [output]
-    return [torch.as_tensor(v) for v in values if isinstance(v, Tensor | np.ndarray)]
 
 
 def _norm(value: Tensor) -> float:

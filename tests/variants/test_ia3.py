@@ -64,7 +64,7 @@ def test_a_convolution_scales_channels_through_its_weight():
     case = Case(SCALED, HOSTS["conv"])
     assert case.a.tensors["site"]["ia3_l"].shape == (1, 3)
     assert case.live.plans["site"].bound
-    assert "changes its input" in case.live.plans["site"].reasons[0].why
+    assert "changes the site's input" in case.live.plans["site"].reasons[0].why
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -303,13 +303,3 @@ RULES: tuple[AlgebraRule, ...] = (
     AlgebraRule("joined", (aten.view.default,), match_joined_blocks),
 )
 """Every rule, tried in this order at each node. ``reduction`` takes another list, so that tests can leave rules out."""
-
-
-def rules_without(name: str) -> tuple[AlgebraRule, ...]:
-    """Return the table without one rule."""
-    return tuple(rule for rule in RULES if rule.name != name)
-
-
-def rule_names() -> Mapping[str, str]:
-    """Return rule name -> the identity it uses."""
-    return {rule.name: (rule.build.__doc__ or "").strip() for rule in RULES}
