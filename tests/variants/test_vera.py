@@ -8,7 +8,7 @@ from peft import VeraConfig, get_peft_model
 from torch import nn
 
 import lorac
-from lorac.backends.onnxruntime import build as building
+from lorac.backends.onnx import build as building
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
