@@ -77,6 +77,16 @@ AddNoise = Callable[[Tensor, NoiseScale, torch.Generator], None]
 """Changes a slot's neutral tensor by noise, in place."""
 
 
+def fill_ones(role: SlotRole, slot: SlotSpec) -> Tensor:
+    """Return the neutral tensor of a scale."""
+    return torch.ones(role.shape(slot), dtype=role.dtype(slot.site))
+
+
+def add_small_noise(tensor: Tensor, scale: NoiseScale, generator: torch.Generator) -> None:
+    """Add Gaussian noise of deviation 0.1 to scales, transforms and biases."""
+    tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SlotRole:
     """One kind of slot.
@@ -89,8 +99,8 @@ class SlotRole:
         apply: (layout, value, tensor) -> the value after it. It is linear in the tensor: applied to the tensor's
             difference from neutral it gives the difference that the tensor makes.
         shape: slot -> its shape.
-        start: (this role, slot) -> its neutral tensor, for a slot without an active adapter.
-        noise: fills it in the self-test.
+        start: (this role, slot) -> its neutral tensor, for a slot without an active adapter; default: ones.
+        noise: changes it in the self-test; default: small Gaussian noise.
         flops: (site, a change's tensor) -> its multiplications and additions per token.
         into_slot: converts a change's tensor to slot layout.
         sized: the size of a change's tensor along something other than the rank, such as that of blocks; else 1.
@@ -112,8 +122,8 @@ class SlotRole:
     stage: Stage
     apply: Callable[[SiteLayout, Tensor, Tensor], Tensor]
     shape: Callable[[SlotSpec], Shape]
-    start: Callable[[SlotRole, SlotSpec], Tensor]
-    noise: AddNoise
+    start: Callable[[SlotRole, SlotSpec], Tensor] = fill_ones
+    noise: AddNoise = add_small_noise
     flops: Callable[[Site, Tensor], int] = lambda _, part: part.numel()
     into_slot: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
     sized: Callable[[Tensor], int] = lambda _: 1

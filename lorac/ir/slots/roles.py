@@ -31,8 +31,6 @@ Tensor = torch.Tensor
 # ── Columns of the table ─────────────────────────────────────────────────────────────────────────────────────────────
 _SHARE = 0.3
 """The noise of a pair relative to its site's output, and the noise of a weight's rows and columns."""
-_SPREAD = 0.1
-"""The noise of scales, transforms and biases."""
 
 
 def _per_output(slot: SlotSpec) -> Shape:
@@ -65,10 +63,6 @@ def _zeros(role: SlotRole, slot: SlotSpec) -> Tensor:
     return torch.zeros(role.shape(slot), dtype=role.dtype(slot.site))
 
 
-def _ones(role: SlotRole, slot: SlotSpec) -> Tensor:
-    return torch.ones(role.shape(slot), dtype=role.dtype(slot.site))
-
-
 def _identity(role: SlotRole, slot: SlotSpec) -> Tensor:
     return identity_blocks(slot.site.in_features, int(slot.size), role.dtype(slot.site)).contiguous()
 
@@ -88,10 +82,6 @@ def _gaussian_noise(deviation: Callable[[NoiseScale], float]) -> AddNoise:
         tensor.add_(deviation(scale) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
 
     return add_noise
-
-
-def _small_spread(_: NoiseScale) -> float:
-    return _SPREAD
 
 
 def _spread_of_a(scale: NoiseScale) -> float:
@@ -200,8 +190,6 @@ _TABLE = (
         stage=Stage.OUTPUT,
         apply=lambda layout, y, c: y * layout.per_output(c).to(y.dtype),
         shape=_per_output,
-        start=_ones,
-        noise=_gaussian_noise(_small_spread),
         reserve="scales",
         join=_join_scales,
     ),
@@ -212,8 +200,6 @@ _TABLE = (
         stage=Stage.INPUT,
         apply=lambda layout, x, d: (x * layout.per_input(d)).to(x.dtype),
         shape=_per_input,
-        start=_ones,
-        noise=_gaussian_noise(_small_spread),
         unfused_reason="its input is scaled before the product",
     ),
     SlotRole(
@@ -224,7 +210,6 @@ _TABLE = (
         apply=lambda layout, x, t: layout.through(x.to(t.dtype), t).to(x.dtype),
         shape=_blocks,
         start=_identity,
-        noise=_gaussian_noise(_small_spread),
         flops=_count_product_flops,
         sized=lambda t: t.shape[-1],
         unit="input transforms in blocks of {}",
@@ -237,8 +222,6 @@ _TABLE = (
         stage=Stage.BETWEEN,
         apply=lambda layout, u, g: u * layout.per_rank(g),
         shape=_per_rank,
-        start=_ones,
-        noise=_gaussian_noise(_small_spread),
         unit="rank {}",
         rank_axis=0,
         unfused_reason="its A is shared by sites already",
@@ -250,8 +233,6 @@ _TABLE = (
         stage=Stage.AFTER,
         apply=lambda layout, u, h: u * layout.per_output(h),
         shape=_per_output,
-        start=_ones,
-        noise=_gaussian_noise(_small_spread),
         join=_join_scales,
     ),
     SlotRole(
@@ -277,7 +258,6 @@ _TABLE = (
         apply=lambda layout, y, bias: y + layout.per_output(bias).to(y.dtype),
         shape=_per_output,
         start=_base_bias,
-        noise=_gaussian_noise(_small_spread),
         of_base=True,
         reserve="scales",
         join=_join_columns,
