@@ -23,8 +23,8 @@ from lorac.frontend.module_sites import make_module_site
 from lorac.ir.sites import Site, SiteKind
 from lorac.testing.models import (
     Block,
-    BlockStack,
     GatedMLP,
+    LayerStack,
     LayerWithFront,
     OneBlock,
     OneSite,
@@ -219,7 +219,7 @@ _HOSTS = (
     Host("attention", _LINEAR, _attention, (5, _WIDTH), _apply_attention, ((4,), ()), path="site.out_proj"),
     Host("block", _BLOCK, lambda: OneBlock(Block(7, 5)), (7,), path="blocks.0"),
     Host("gated", _BLOCK, _single(lambda: GatedMLP(6, 10)), (6,)),
-    Host("stack", _BLOCK, lambda: BlockStack(8, 5, 5), (5, 8), batches=((6,), (2, 3), ()), path="norm"),
+    Host("stack", _BLOCK, lambda: LayerStack(8, 5, 5), (5, 8), batches=((6,), (2, 3), ()), path="norm"),
     Host("two_linear", _LINEAR, lambda: TwoLayers(nn.Linear(12, 18), nn.Linear(18, 6)), (12,), _apply_linear, **_PAIR),
     Host(
         "two_conv",
@@ -256,7 +256,7 @@ _HOSTS = (
     ),
     Host("two_gated", _BLOCK, lambda: TwoMLPs(GatedMLP(6, 10), GatedMLP(9, 10)), (6,), read=True, **_PAIR),
     Host(
-        "two_stack", _BLOCK, lambda: BlockStack(8, 5, 3), (5, 8), None, ((6,), (2,)), path="norm", read=True, deep=True
+        "two_stack", _BLOCK, lambda: LayerStack(8, 5, 3), (5, 8), None, ((6,), (2,)), path="norm", read=True, deep=True
     ),
 )
 HOSTS: Mapping[str, Host] = {host.name: host for host in _HOSTS}

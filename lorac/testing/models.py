@@ -139,7 +139,7 @@ class TwoMLPs(nn.Module):
         return h + self.second(h)
 
 
-class BlockStack(nn.Module):
+class LayerStack(nn.Module):
     """A model of blocks, at ``blocks``, followed by a norm at ``norm``."""
 
     def __init__(self, width: int, *hidden: int) -> None:
