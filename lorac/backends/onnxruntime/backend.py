@@ -125,6 +125,9 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
 
         tensors = emitted.base_tensors()
         quantised = find_quantised(_quantisation_reports(emitted), tensors)
+        if not quantised:
+            write_base_weights(emitted, tensors)
+            return
         parts, notes = tensors_and_notes(quantised)
         floats = {name: tensor for name, tensor in tensors.items() if name not in quantised}
         locations = locate_parts(emitted.open_files(), emitted.program.graphs, quantised)

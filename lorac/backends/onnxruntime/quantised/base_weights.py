@@ -70,16 +70,16 @@ def find_quantised(
     """
     known = [(graph, quantised) for graph, report in reports.items() for quantised in report.quantised.values()]
     found = {name: _find_tensor(known, tensor) for name, tensor in tensors.items()}
-    return {name: piece for name, piece in found.items() if piece is not None}
+    return {name: stored_tensor for name, stored_tensor in found.items() if stored_tensor is not None}
 
 
 def replace_quantised(reports: Mapping[str, QuantisationReport], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with which programs compute: dequantised where the programs store them quantised."""
     computed, made = dict(tensors), dict[object, Tensor]()
-    for name, piece in find_quantised(reports, tensors).items():
+    for name, stored_tensor in find_quantised(reports, tensors).items():
         tensor = tensors[name]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied ones are one tensor again
-        computed[name] = made[key] if key in made else made.setdefault(key, piece.decode())
+        computed[name] = made[key] if key in made else made.setdefault(key, stored_tensor.decode())
     return computed
 
 
@@ -106,25 +106,25 @@ def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
 
 
 # ── On disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def tensors_and_notes(pieces: Mapping[str, QuantisedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors_and_notes(quantised_tensors: Mapping[str, QuantisedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return quantised tensors as parts for a file, and the file's metadata about them."""
     tensors, notes = dict[str, Tensor](), {}
-    for name, piece in pieces.items():
-        codec = piece.encoded.codec
-        tensors |= {f"{name}:{part}": torch.from_numpy(array) for part, array in piece.encoded.parts().items()}
+    for name, stored_tensor in quantised_tensors.items():
+        codec = stored_tensor.encoded.codec
+        tensors |= {f"{name}:{part}": torch.from_numpy(array) for part, array in stored_tensor.encoded.parts().items()}
         notes[name] = {
             "bits": codec.bits,
             "block": codec.block,
             "symmetric": codec.symmetric,
             **({"table": codec.table} if codec.table else {}),
-            "columns": piece.encoded.columns,
-            "transposed": piece.transposed,
+            "columns": stored_tensor.encoded.columns,
+            "transposed": stored_tensor.transposed,
         }
     return tensors, {_METADATA_KEY: dump_json(notes)} if notes else {}
 
 
 def locate_parts(
-    files: ProgramFiles, graphs: Iterable[str], pieces: Mapping[str, QuantisedTensor]
+    files: ProgramFiles, graphs: Iterable[str], quantised_tensors: Mapping[str, QuantisedTensor]
 ) -> dict[str, TensorLocation]:
     """Return where programs store the parts of quantised tensors, by the names of ``tensors_and_notes``."""
     there: dict[tuple[str, str], tuple[str, int]] = {}
@@ -134,12 +134,12 @@ def locate_parts(
             offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
             there[graph, tensor.name] = (graph_file(graph, WEIGHTS_FILE), offset)
     found = {}
-    for name, piece in pieces.items():
-        constants = {part: (piece.graph, constant) for part, constant in piece.names.items()}
+    for name, stored_tensor in quantised_tensors.items():
+        constants = {part: (stored_tensor.graph, constant) for part, constant in stored_tensor.names.items()}
         stored = {part: there[constant] for part, constant in constants.items() if constant in there}
         for part, (file, offset) in stored.items():
-            row = piece.encoded.parts()[part][:1].nbytes
-            found[f"{name}:{part}"] = TensorLocation(file, offset + piece.begin * row, False)
+            row = stored_tensor.encoded.parts()[part][:1].nbytes
+            found[f"{name}:{part}"] = TensorLocation(file, offset + stored_tensor.begin * row, False)
     return found
 
 
@@ -170,7 +170,7 @@ class DequantisedWeights(Mapping[str, Tensor]):
             self._check(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._piece(name).decode() if name in self._metadata else self._file[name]
+        return self._read(name).decode() if name in self._metadata else self._file[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted({*self._metadata, *self._file} - self._parts))
@@ -181,7 +181,7 @@ class DequantisedWeights(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._metadata or (name in self._file and name not in self._parts)
 
-    def _piece(self, name: str) -> QuantisedTensor:
+    def _read(self, name: str) -> QuantisedTensor:
         entry = self._metadata[name]
         codec = Codec(entry["bits"], entry["block"], entry["symmetric"], entry.get("table", ""))
         parts = ("packed", "scales") if codec.symmetric else ("packed", "scales", "zeros")
@@ -191,7 +191,7 @@ class DequantisedWeights(Mapping[str, Tensor]):
     def _check(self, name: str) -> None:
         """Check that the parts of a quantised tensor have consistent shapes."""
         try:
-            encoded = self._piece(name).encoded
+            encoded = self._read(name).encoded
             rows, blocks = encoded.scales.shape
             codec, columns = encoded.codec, encoded.columns
             fits = codec.bits in {4, 8} and blocks == -(-columns // codec.block)
