@@ -322,8 +322,7 @@ class Component:
 
 def build_compiled(source: ModelSource, request: CompileRequest) -> Compiled:
     """Compile a model as a request asks for: open a session, build its engine, and activate the first choice."""
-    from lorac.session.building import build_engine
-    from lorac.session.opening import open_session, resolve_active
+    from lorac.session.building import build_engine, open_session, resolve_active
 
     session = open_session(source, request)
     choice = resolve_active(session, source, request)

@@ -20,7 +20,7 @@ from lorac.testing.parity import assert_parity
 from lorac.testing.samples import adapter_away
 from tests.backends import throw_away
 
-WIDE = "no kernels for float16: it computes and answers in float32"
+WIDE = "no kernels for float16: it computes in float32, and its outputs are in float32"
 
 
 class Net(nn.Module):

@@ -48,8 +48,9 @@ def resolve_placement(
         check_device(device)
         return options, device
     own = _model_device(model)
-    asked = device if device is not None or own.type == "cpu" else own
-    return backend.place_options(options, asked), None if own.type == "cpu" else _CPU
+    if own.type == "cpu":
+        return backend.place_options(options, device), None
+    return backend.place_options(options, device or own), _CPU
 
 
 def check_device(device: torch.device | None) -> None:

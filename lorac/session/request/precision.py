@@ -46,7 +46,7 @@ class Precision:
             return
         lacking, computed = ", ".join(_dtype_name(before) for before, _ in self.lost), _dtype_name(self.lost[0][1])
         warn(
-            f"{target} has no kernels for {lacking}: it computes and answers in {computed}",
+            f"{target} has no kernels for {lacking}: it computes in {computed}, and its outputs are in {computed}",
             next_step=f"dtype='{computed}' asks for that; compiled.explain() says it too",
         )
 
@@ -85,10 +85,10 @@ def prepare_model(
         model = dequantise_weights(model)
     tensors = itertools.chain(model.parameters(), model.buffers())
     own = sorted({tensor.dtype for tensor in tensors if tensor.is_floating_point()}, key=str)
-    lacking = [asked for asked in (own if dtype is None else [dtype]) if asked not in dialect.dtypes]
+    lacking = [needed for needed in (own if dtype is None else [dtype]) if needed not in dialect.dtypes]
     cast = dialect.dtypes[0] if lacking else dtype
     inputs = {} if dtype is None or cast is None else {before: cast for before in own if before != cast}
-    precision = Precision(cast, tuple((asked, dialect.dtypes[0]) for asked in lacking), inputs)
+    precision = Precision(cast, tuple((needed, dialect.dtypes[0]) for needed in lacking), inputs)
     precision.warn(dialect.name)
     if device is None and (cast is None or own == [cast]):
         return model, precision
