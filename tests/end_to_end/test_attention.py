@@ -240,7 +240,7 @@ def test_what_has_no_place_is_refused():
     model, _ = made("apart")
     with refuses("site_unsupported", match="has a bias for 'attn', and its module 'attn' has none"):
         lorac.compile(model, {"a": lorac.LoRA(r=1, lora_bias=True, targets=("attn",))})
-    with refuses("site_unsupported", match="meteora reads a layer's input and output, and 'attn' has neither"):
+    with refuses("site_unsupported", match="meteora reads a layer's input and output; 'attn' has neither"):
         lorac.compile(model, {"a": lorac.MeteoRA(r=2, targets=("attn",))})
     other = Attending("apart", kdim=6)
     with refuses("site_unsupported", match="'attn', a MultiheadAttention that is not a site as built here"):
