@@ -109,15 +109,15 @@ def describe_terms(
         reasons: dict[str, list[Reason]] = {}
         for reason in adapter.reasons:
             reasons.setdefault(reason.site, []).append(reason)
-        for path, change in adapter.changes.items():
-            if path in plans:
-                filled = snapshot.composed[path] if strength else place_change(plans[path], change, (name,))
-                why = [*reasons.get(path, ()), *filled.reasons]
-                found[path].append(_describe_change_term(name, plans[path].site, change, filled, mode, strength, why))
-        for path, branch in adapter.branches.items():
-            if path in plans:
-                why = reasons.get(path, [])
-                found[path].append(_describe_branch_term(name, plans[path].site, branch, strength, why))
+        changes = {path: change for path, change in adapter.changes.items() if path in plans}
+        for path, change in changes.items():
+            filled = snapshot.composed[path] if strength else place_change(plans[path], change, (name,))
+            why = [*reasons.get(path, ()), *filled.reasons]
+            found[path].append(_describe_change_term(name, plans[path].site, change, filled, mode, strength, why))
+        branches = {path: branch for path, branch in adapter.branches.items() if path in plans}
+        for path, branch in branches.items():
+            why = reasons.get(path, [])
+            found[path].append(_describe_branch_term(name, plans[path].site, branch, strength, why))
     return {path: tuple(terms) for path, terms in found.items() if terms}
 
 

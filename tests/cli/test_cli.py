@@ -174,7 +174,7 @@ def test_compile_for_onnxruntime(cli, files):
             ["compile", "model", "-a", "sql", "-o", "x", "--target", "eager", "--mode", "l"],
             "lorac.OptionError: there",
         ),
-        (["compile", "model", "-o", "x", "--dtype", "flaot16"], "lorac.OptionError: dtype= takes no 'flaot16'"),
+        (["compile", "model", "-o", "x", "--dtype", "flaot16"], "lorac.OptionError: dtype= cannot be 'flaot16'"),
         (
             ["compile", "model", "-a", "sql", "-o", "x", "--active", "slq"],
             "lorac.AdapterNotFound: no adapter is called",

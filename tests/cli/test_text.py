@@ -111,8 +111,8 @@ def test_a_chat_continues_with_another_adapter(cli, files):
 def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, monkeypatch):
     code, out, err = cli("compile", "model", "-a", "sql", "-a", "style", "--active", "none", "--cache", "-o", "cached")
     assert (code, err) == (0, "")
-    find, found = lorac.PromptCache.found, []
-    monkeypatch.setattr(lorac.PromptCache, "found", lambda *args: found.append(find(*args)) or found[-1])
+    find, found = lorac.PromptCache.find, []
+    monkeypatch.setattr(lorac.PromptCache, "find", lambda *args: found.append(find(*args)) or found[-1])
     typed = "one\n/adapter style\ntwo\n/adapter sql\nthree"
     code, out, err = cli("run", "cached", "--max-new-tokens", str(NEW), "--adapters", "sql", typed=typed)
     assert (code, err) == (0, "")
