@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnx.backend import OnnxBackend
+from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import OnnxEngine
 from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnx.model_files import read_model_files

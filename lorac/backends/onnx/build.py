@@ -27,7 +27,7 @@ from lorac.target.backend import BuildRequest, OptionsT
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.backends.onnx.backend import AnyOnnxBackend
+    from lorac.backends.onnx.base_backend import AnyOnnxBackend
 
 Tensor = torch.Tensor
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorac.backends.onnx.backend import OnnxBackend
+from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE
 from lorac.backends.onnxruntime.devices.providers import check_providers

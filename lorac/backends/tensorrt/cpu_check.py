@@ -22,7 +22,7 @@ import torch
 from google.protobuf.message import Message
 from torch import fx
 
-from lorac.backends.onnx.backend import OnnxBackend
+from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.build import EmittedProgram
 from lorac.backends.onnx.engine import OnnxEngine
 from lorac.backends.onnx.model_files import MODEL_FILE, Array, graph_file, read_model_files, walk_subgraphs
