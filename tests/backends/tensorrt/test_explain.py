@@ -39,13 +39,13 @@ def test_every_op_is_named_with_its_module_and_line():
     eager = lorac.compile(Holds().eval(), {"a": lorac.LoRA(r=1, targets=["site"])}, example_inputs=(X,))
     stages = eager.graph["main"].stages
     report = eager.explain(target="tensorrt")
-    first, second = report.lacking
+    first, second = report.unsupported_ops
     assert first.startswith("BitwiseAnd, which 'inner' asks for, line ") and "test_explain.py" in first
     assert (
         second.startswith("BitwiseXor, which 'inner' asks for, line ") and first.split(",")[-1] != second.split(",")[-1]
     )
     assert f"tensorrt does not compute {first}" in str(report)
-    assert eager.explain().lacking == () and eager.graph["main"].stages == stages
+    assert eager.explain().unsupported_ops == () and eager.graph["main"].stages == stages
     with pytest.raises(lorac.Unavailable, match=r"BitwiseAnd, .*; nor BitwiseXor, "):
         eager.export(target="tensorrt")
     assert "onnxruntime claims every op of the program" in str(eager.explain(target="onnxruntime"))
@@ -54,7 +54,7 @@ def test_every_op_is_named_with_its_module_and_line():
 def test_what_has_let_go_of_its_model_is_not_asked():
     model = nn.Sequential(nn.Linear(4, 4)).eval()
     built = quietly(model=model, adapters={}, example_inputs=(X,))
-    with pytest.raises(lorac.Unavailable, match="this program has let go of its own"):
+    with pytest.raises(lorac.Unavailable, match="this program no longer holds"):
         built.explain(target="onnxruntime")
     with pytest.raises(lorac.OptionError, match="there is no target 'tensort'"):
         lorac.compile(model, {}, example_inputs=(X,)).explain(target="tensort")
