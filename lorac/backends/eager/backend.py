@@ -1,4 +1,4 @@
-"""The eager target: what it builds, and how it is stored: as nodes and tensors, since a module needs pickle."""
+"""The eager target; its programs are stored as nodes and tensors, since a module would need pickle."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class EagerOptions(TargetOptions):
     """Options of the eager target: those that all have."""
 
     def check(self) -> None:
-        """Nothing: any name may be asked for here."""
+        """Accept any extra output; the engine checks their names."""
 
 
 class EagerBackend(Backend[EagerOptions]):
-    """Runs the host's own code; computes in any dtype, and trains."""
+    """The target that runs the model's own code, in any dtype, and trains."""
 
     dialect: AnyDialect = Dialect(
         name="eager",
@@ -53,10 +53,10 @@ class EagerBackend(Backend[EagerOptions]):
     options = EagerOptions
 
     def build(self, request: BuildRequest[EagerOptions]) -> EagerEngine:
-        """An engine over a structural copy of the host."""
+        """Build an engine over a structural copy of the model."""
         module = copy_structure(request.model)
         match_linear_rounding(request.model, module)
-        disable_fast_path(request.model, module, request.plans, lambda: engine.filled().touched)
+        disable_fast_path(request.model, module, request.plans, lambda: engine.current_slots().touched)
         engine = EagerEngine(
             module,
             request.plans,
@@ -73,8 +73,8 @@ class EagerBackend(Backend[EagerOptions]):
     def store(self, engine: Engine, folder: Path, request: BuildRequest[EagerOptions] | None) -> StoredState:
         """Write the program and its weights, the base weights of planned sites among them."""
         if isinstance(engine, StoredProgramEngine):
-            for name, held in engine.files.items():
-                held.copy_to(folder / name)
+            for name, file in engine.files.items():
+                file.copy_to(folder / name)
             return {"graphs": {name: graph_to_json(p.interface, p.slots.values()) for name, p in engine.parts.items()}}
         assert request is not None
         assert request.program is not None
@@ -96,29 +96,29 @@ class EagerBackend(Backend[EagerOptions]):
         mode: str,
         device: str | torch.device | None,
     ) -> StoredProgramEngine:
-        """An engine that runs the stored program; it answers, and does not train."""
-        place = None if device is None else torch.device(device)
-        if place is not None and place.type != "cpu" and mode == "fused":
+        """Return an engine that runs the stored program and does not train."""
+        target_device = None if device is None else torch.device(device)
+        if target_device is not None and target_device.type != "cpu" and mode == "fused":
             raise Unavailable(
-                "a fused eager artefact runs on the CPU only",
+                "a fused eager artifact runs on the CPU only",
                 next_step="save it in live mode, or load it with target='onnxruntime'",
             )
         file = self.read_base_weights(files)
         parts = _load_graphs(stored, files, file)
         for part in parts.values():
-            part.program.to(place)
+            part.program.to(target_device)
         base = make_file_base_reader(file)
-        kept = {name: files[name] for name in (_PROGRAM, _WEIGHTS)}
-        return StoredProgramEngine(parts=parts, plans=plans, base=base, mode=mode, files=kept, device=place)
+        own = {name: files[name] for name in (_PROGRAM, _WEIGHTS)}
+        return StoredProgramEngine(parts=parts, plans=plans, base=base, mode=mode, files=own, device=target_device)
 
     def read_base_weights(self, files: ProgramFiles) -> TensorFile:
-        """The base weights, which lie beside those of the program."""
+        """Return the base weights, which are in the file of the program's weights."""
         return TensorFile(files[_WEIGHTS])
 
     def restore_program(
         self, stored: StoredState, files: ProgramFiles, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
-        """The stored program as graphs again, at level expanded."""
+        """Return the stored program as graphs at level expanded."""
         parts = _load_graphs(stored, files, self.read_base_weights(files))
         return Program({name: _export_graph(name, part, sites, plans) for name, part in parts.items()})
 

@@ -1,7 +1,7 @@
-"""Keys and values of branches beside those of the host, in the cache that transformers hands from call to call.
+"""Keys and values of branches in the cache that transformers passes from call to call.
 
-They are layers of that cache, behind the host's, so that whatever selects, repeats or crops its rows has them follow.
-This module imports transformers, so it is imported where a call brings such a cache.
+They are layers of that cache behind the model's own, so that they follow whatever selects, repeats or crops its rows.
+This module imports transformers, so it is imported only for a call with such a cache.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from lorac.errors import Unavailable
 from lorac.ir.slots.attention import BranchAttention, compute_attention, require_causal
 
-_NEXT_STEP = "call generate, which begins with an empty dynamic one of its own, or give the whole text and no cache"
+_NEXT_STEP = "call generate, which starts with an empty DynamicCache, or give the whole sequence and no cache"
 
 
 @final
 class _BranchCacheLayer(DynamicLayer):
-    """What one attention of a branch keeps.
+    """The keys and values of one attention of a branch.
 
     Args:
-        place: which attention.
+        place: identifies the attention.
     """
 
     def __init__(self, place: str) -> None:
@@ -33,44 +33,44 @@ class _BranchCacheLayer(DynamicLayer):
 
 @final
 class CachedBranchAttention(BranchAttention):
-    """What the branches of a call attend by that goes on with a cache.
+    """The attention of branches in a call with a cache.
 
     Args:
-        cache: the host's, before the call adds to it.
+        cache: of the call, before the model adds to it.
     """
 
     def __init__(self, cache: Cache) -> None:
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        self._cache, self._held = own, int(own.get_seq_length())
+        self._cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        self._length = int(self._cache.get_seq_length())
 
     def positions(self, x: Tensor) -> Tensor:
-        """As ``Attention`` says."""
-        return torch.arange(self._held, self._held + x.shape[-2], device=x.device)
+        """Return the positions of the tokens of x, behind those in the cache."""
+        return torch.arange(self._length, self._length + x.shape[-2], device=x.device)
 
     def attend(
         self, place: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, scale: float
     ) -> Tensor:
-        """As ``Attention`` says."""
+        """Attend to the keys and values in the cache and to new ones, which are added to it."""
         require_causal(place, causal)
         keys, values = self._layer(place).update(k, v)
-        return compute_attention(q, keys, values, causal=True, mask=mask, scale=scale, first=self._held)
+        return compute_attention(q, keys, values, causal=True, mask=mask, scale=scale, first=self._length)
 
     def _layer(self, place: str) -> _BranchCacheLayer:
-        """What an attention keeps in the cache, of as many tokens as the host's keep.
+        """Return the cache layer of an attention, which has as many tokens as the model's layers.
 
         Raises:
             Unavailable: the cache takes no more layers, or was filled without this branch.
         """
         if not isinstance(self._cache, DynamicCache):
             raise Unavailable(
-                f"a {type(self._cache).__name__} keeps nothing of what '{place}' attends to", next_step=_NEXT_STEP
+                f"a {type(self._cache).__name__} cannot hold the keys and values of the branch at '{place}'",
+                next_step=_NEXT_STEP,
             )
         found = [layer for layer in self._cache.layers if isinstance(layer, _BranchCacheLayer) and layer.place == place]
         layer = found[0] if found else _BranchCacheLayer(place)
-        if layer.get_seq_length() != self._held:
+        if layer.get_seq_length() != self._length:
             raise Unavailable(
-                f"the cache holds {self._held} tokens, and of these the branch at '{place}' kept "
-                f"{layer.get_seq_length()}",
+                f"the cache has {self._length} tokens, and the branch at '{place}' has {layer.get_seq_length()}",
                 next_step=_NEXT_STEP,
             )
         if not found:

@@ -1,7 +1,7 @@
-"""What the branches of a call see around them: what they read, what is computed once, what their randomness begins by.
+"""Contexts of branches: the values they read, values that are computed once per call, and seeds.
 
-A pass that an adapter has to itself (``lorac.ir.slots.program_values``) is a call of its own, which knows for which
-call it is: its branches are that call's, and so are its randomness and the values that are there from the start.
+A pass in which one adapter acts alone (``lorac.ir.slots.program_values``) is a call of its own that belongs to another
+call: it has that call's branches, randomness and first values.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _STORED_KINDS = (WEIGHT, PARAM)
 
 @final
 class BranchRunner:
-    """What a host's branches see of its calls.
+    """Runs the branches of a model's calls.
 
     Args:
-        module: the host copy.
-        plans: what each site has.
-        sites: every site of the host.
+        module: the copy of the model that runs.
+        plans: the slots of each site.
+        sites: every site of the model.
         terms: terms from the adapters' own tensors, for training.
     """
 
@@ -53,16 +53,16 @@ class BranchRunner:
         self, module: nn.Module, plans: Mapping[str, SitePlan], sites: Mapping[str, Site], terms: TrainingTerms
     ) -> None:
         self.module, self.plans, self.sites, self.terms = module, plans, sites, terms
-        self._draws = SeedHistory()
+        self._seeds = SeedHistory()
 
     def live_terms(self, path: str, call: ForwardCall) -> Sequence[LiveTerm] | None:
-        """The terms from the adapters' own tensors where the call computes them, else None."""
-        return self.terms.at(path, call.filled.choice) if call.computes_terms else None
+        """Return the terms from the adapters' tensors if the call computes them, else None."""
+        return self.terms.at(path, call.active.choice) if call.computes_terms else None
 
     def ctx(
         self, plan: SitePlan, call: ForwardCall, training: bool, emitted: dict[str, list[Tensor]] | None = None
     ) -> FormulaContext:
-        """What the branches at a site are handed."""
+        """Return the context of the branches at a site."""
         return FormulaContext(
             plan.site,
             training=training,
@@ -74,12 +74,12 @@ class BranchRunner:
         )
 
     def compute_once(self, path: str, call: ForwardCall, run: Callable[[ForwardCall], None]) -> None:
-        """Have a call know what its adapters compute once, those of one structure, by passes of their own before that.
+        """Compute the values that adapters of one structure compute once per call, after the passes they need.
 
         Args:
-            path: of the site that stands for them.
+            path: of the site that stands for these adapters.
             call: gets the values.
-            run: has the host run a pass, with what the call was given and without gradients.
+            run: runs a pass of the model with the call's arguments and without gradients.
         """
         plan = self.plans[path]
         for i, (slot, fill) in enumerate(self._branches(path, call)):
@@ -95,14 +95,14 @@ class BranchRunner:
                 compute_once_values(slot, fill.params, self.ctx(plan, call, self.module.training), owner)
             )
 
-    def alone(self, path: str, passing: AdapterPass, x: Tensor, y: Tensor, ctx: FormulaContext) -> Tensor:
-        """What a site that an adapter adapts answers in a pass of that adapter's own.
+    def run_alone(self, path: str, passing: AdapterPass, x: Tensor, y: Tensor, ctx: FormulaContext) -> Tensor:
+        """Return the output of a site in a pass in which one adapter acts alone.
 
         Args:
-            path: the site's.
+            path: of the site.
             passing: the pass.
-            x, y: the site's input there, and what the base makes of it.
-            ctx: handed to the branch.
+            x, y: the site's input and its base output.
+            ctx: the branch's context.
         """
         branch = self._of_adapter(path, passing)
         assert branch is not None
@@ -110,9 +110,9 @@ class BranchRunner:
         return run_branch_alone(slot, fill.params, x, y, ctx)
 
     def _pass(self, passing: AdapterPass, read: Sequence[str]) -> ForwardCall:
-        """A pass in which an adapter acts alone, and that gives what modules at these paths answer."""
+        """Return a pass in which an adapter acts alone, which records the outputs of modules at these paths."""
         call, branches = passing.call, dict[str, BranchSlot]()
-        for path in call.filled.touched:
+        for path in call.active.touched:
             found = None if self.plans[path].site.kind is SiteKind.ONCE else self._of_adapter(path, passing)
             branches |= {} if found is None else {path: found[0]}
         names = {name for slot in branches.values() for name in slot.reads if parse_value_name(name)[0] in {OUTPUT, IN}}
@@ -120,34 +120,34 @@ class BranchRunner:
         return ForwardCall(filled, values=dict(call.values), attention=call.attention, passing=passing)
 
     def _of_adapter(self, path: str, passing: AdapterPass) -> FilledBranch | None:
-        """The branch at a site of the adapter that a pass is of."""
+        """Return the branch at a site of the adapter that a pass belongs to."""
         branches = self._branches(path, passing.call)
         index = find_branch([slot for slot, _ in branches], passing.owner)
         return None if index is None else branches[index]
 
     def _branches(self, path: str, call: ForwardCall) -> list[FilledBranch]:
-        """The branches of a call at a site, in their order."""
+        """Return the branches of a call at a site, in order."""
         terms = self.live_terms(path, call)
         if terms is not None:
             return [term.branch for term in terms if term.branch is not None]
-        filled = zip(self.plans[path].branches, call.filled.slots[path].branches, strict=True)
+        filled = zip(self.plans[path].branches, call.active.slots[path].branches, strict=True)
         return [(slot, fill) for slot, fill in filled if fill is not None]
 
     def _values(self, plan: SitePlan, call: ForwardCall) -> Mapping[str, Tensor]:
-        """What the plan's branches may read now."""
+        """Return the values that the plan's branches may read now."""
         if not plan.branches:
             return {}
         parsed = [(name, *parse_value_name(name)) for name in list_read_values([plan])]
-        held = {
+        names = {
             name: str(self.sites[of].weight) if kind == WEIGHT else of
             for name, kind, of in parsed
             if kind in _STORED_KINDS
         }
-        stored = {name: read_stored_tensor(self.module, fqn) for name, fqn in held.items()}
+        stored = {name: read_stored_tensor(self.module, fqn) for name, fqn in names.items()}
         return {**call.values, **present_weights(stored, self.sites)}
 
     def _seed(self, call: ForwardCall) -> int:
-        """The seed of a call's randomness, the same for all its sites."""
+        """Return the seed of a call's randomness, which all its sites share."""
         if call.seed is None:
-            call.seed = self._draws.seed(call.began)
+            call.seed = self._seeds.seed(call.fingerprint)
         return call.seed

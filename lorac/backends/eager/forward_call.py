@@ -1,4 +1,4 @@
-"""What one choice of adapters puts at the sites of a host, and what a call of the host carries from site to site."""
+"""The slots that a choice of adapters fills, and the state of one call of the model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from lorac.ir.slots.program_values import BASE, INPUT, OWN, parse_value_name
 
 @dataclass(frozen=True, eq=False)
 class ActiveSlots:
-    """What one choice puts at the sites it touches.
+    """The slots that a choice fills.
 
     Attributes:
         choice: the choice, from which training computes its terms.
-        slots: site path -> slots; absent where nothing is active.
-        read: names of the values that branches which are on read, as the program calls them.
-        branches: whether any are on.
+        slots: site path -> slots, for the sites where an adapter is active.
+        touched: paths of these sites; in fused mode too, where the weights hold their contents.
+        read: the program's names of the values that active branches read.
+        branches: whether a branch is active.
     """
 
     choice: Choice = ()
@@ -35,15 +36,15 @@ class ActiveSlots:
     branches: bool = False
 
     @property
-    def begins(self) -> bool:
-        """Whether something of what branches ask for is known when a call begins, by what it is given."""
+    def needs_preparation(self) -> bool:
+        """Return whether values that branches read are computed before a call, from its arguments."""
         return self.branches or any(parse_value_name(name)[0] in {BASE, INPUT, OWN} for name in self.read)
 
     def base_pass(self, scope: str) -> ActiveSlots:
-        """What fills the slots of a pass of the base that gives what is read of it: nothing.
+        """Return the slots of a pass of the base, all empty, with the values that branches read of it.
 
         Args:
-            scope: what the paths of the component that is called begin with; what is read of another is not there.
+            scope: prefix of the paths of the component that is called; values of other components are left out.
         """
         read = (path for kind, path in map(parse_value_name, self.read) if kind == BASE)
         return ActiveSlots(read=frozenset(path for path in read if path.startswith(scope)))
@@ -54,12 +55,12 @@ NO_ADAPTERS = ActiveSlots()
 
 @dataclass(frozen=True, eq=False)
 class AdapterPass:
-    """A pass before a call's own, in which one adapter's branches act alone.
+    """A pass before a call, in which the branches of one adapter act alone.
 
     Attributes:
-        name: what the adapter calls the pass.
-        owner: what stands before the names of its own values (``lorac.ir.slots.program_values.owner_prefix``).
-        call: for which call it is.
+        name: the adapter's name of the pass.
+        owner: prefix of the names of the adapter's own values (``lorac.ir.slots.program_values.owner_prefix``).
+        call: the call that it precedes.
     """
 
     name: str
@@ -69,18 +70,24 @@ class AdapterPass:
 
 @dataclass(eq=False)
 class ForwardCall:
-    """One call of the host: what fills its slots, the program values read so far, and the extra outputs given.
+    """The state of one call of the model.
 
-    ``computes_terms`` is settled at the call's start: a reentrant checkpoint turns gradients off within it. ``seed`` is
-    that of its randomness, once a branch asked for it, and the same when a checkpoint recomputes; ``began`` tells its
-    beginning from those of other calls. ``attention`` is what its branches attend by, once it has begun. ``passing``
-    says which pass it is, where it is one that an adapter has to itself.
+    Attributes:
+        active: the filled slots.
+        computes_terms: whether terms are computed from the adapters' tensors; decided at the call's start, since a
+            reentrant checkpoint turns gradients off within it.
+        seed: of the call's randomness, once a branch draws, and the same when a checkpoint recomputes the call.
+        fingerprint: tells the call's arguments and random state from those of other calls.
+        values: program values read so far.
+        aux: extra outputs so far.
+        attention: of the call's branches.
+        passing: the adapter's pass that this call is, if it is one.
     """
 
-    filled: ActiveSlots
+    active: ActiveSlots
     computes_terms: bool = False
     seed: int | None = None
-    began: int = 0
+    fingerprint: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     attention: BranchAttention = field(default_factory=FullAttention)
@@ -88,7 +95,7 @@ class ForwardCall:
 
 
 def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> ActiveSlots:
-    """What a choice puts at the sites it touches; the names of what is read are but for whose own values they are."""
+    """Return the slots that a choice fills; names of values read have no owner yet."""
     touched = frozenset(snapshot.composed)
     terms = [term for composed in snapshot.composed.values() for _, term in composed.branches]
     read = frozenset(name for term in terms for name in term.slot.reads)
@@ -96,20 +103,19 @@ def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots
 
 
 def check_no_cache(attention: BranchAttention) -> None:
-    """Raise ``Unavailable`` where a call that goes on with a cache needs a pass before its own, which would fill it."""
+    """Refuse a call with a cache that needs a pass before it, since that pass would fill the cache."""
     if not isinstance(attention, FullAttention):
         raise Unavailable(
-            "an adapter that is on reads a pass of the model before this call's own, and the call brings a cache, "
-            "which that pass would fill too",
-            next_step="give the whole text and no cache, as generate does by itself; a program of "
-            "target='onnxruntime' with cache=True keeps a cache for each pass",
+            "an active adapter needs a pass of the model before this call, which would fill the call's cache too",
+            next_step="give the whole sequence and no cache, as generate does; with target='onnxruntime' and "
+            "cache=True each pass has a cache of its own",
         )
 
 
-def choose_attention(given: Iterable[object]) -> BranchAttention:
-    """What the branches of a call attend by: where text grows, a cache of transformers is among its arguments."""
+def choose_attention(arguments: Iterable[object]) -> BranchAttention:
+    """Return how the branches of a call attend: to its cache, if a cache of transformers is among the arguments."""
     library: Any = sys.modules.get("transformers.cache_utils")
-    cache = next((value for value in given if library is not None and isinstance(value, library.Cache)), None)
+    cache = next((value for value in arguments if library is not None and isinstance(value, library.Cache)), None)
     if cache is None:
         return FullAttention()
     from lorac.backends.eager.branch_cache import CachedBranchAttention

@@ -1,4 +1,4 @@
-"""Fused mode in eager: touched weights get memory of their own, which a swap writes."""
+"""Fused mode in eager: touched weights have memory of their own, which a swap writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorac.ir.slots.plans import SitePlan
 
 
 def allocate_buffers(module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader) -> dict[str, FusedBuffer]:
-    """Give every bound weight of ``module`` its own parameter, holding the base at first."""
+    """Give every bound weight of a module its own parameter, with the base's values at first."""
     return {path: _allocate_buffer(module, plan, base) for path, plan in plans.items() if plan.bound}
 
 
@@ -47,10 +47,10 @@ def _allocate_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> Fus
 
 
 def adds_bias(module: nn.Module, site: Site) -> bool:
-    """Whether a bias must be added to what the module answers, since its own forward knows none (an embedding)."""
+    """Return whether a bias must be added to a module's output, since its forward has none, as an embedding's."""
     return _bias_name(site) not in module._parameters
 
 
 def _bias_name(site: Site) -> str:
-    """What the bias is called in the module that holds the weight."""
+    """Return the name of the bias in the module that has the weight."""
     return "bias" if site.bias is None else site.bias.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Products as the host computes them, to the last bit, though no weight of the copy needs a gradient.
+"""Products as the model computes them, to the last bit, though no weight of the copy needs a gradient.
 
 torch multiplies an input that does not lie in one piece by a matrix in one of two ways, which round differently: as
 one product over all tokens where the weight needs a gradient, so that the backward pass stays small, else batch by
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 
 def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:
-    """Have the linear layers of ``copy`` multiply as those of ``host`` do, whose weights may need gradients."""
+    """Make the linear layers of ``copy`` multiply as those of ``host`` do, whose weights may need gradients."""
     needing = {name for name, parameter in host.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     for path, module in copy.named_modules():
         if type(module).forward is nn.Linear.forward and f"{path}.weight" in needing and _keeps_class_forward(module):
@@ -26,7 +26,7 @@ def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:
 
 
 def _keeps_class_forward(module: nn.Module) -> bool:
-    """Whether nothing was put before the layer's own forward (as accelerate's hooks are)."""
+    """Return whether a layer has no forward of its own, such as accelerate's hooks set."""
     return "forward" not in vars(module)
 
 
@@ -41,6 +41,6 @@ def _forward(module: Any, input: Tensor) -> Tensor:
 
 
 def _is_foldable(x: Tensor) -> bool:
-    """Whether all axes but the last are one by their strides, which an axis of size 1 may have any of."""
+    """Return whether all axes but the last can be folded into one by their strides; axes of size 1 have any stride."""
     strides = x.stride()
     return all(strides[i] == strides[i + 1] * x.shape[i + 1] for i in range(x.dim() - 2))

@@ -1,7 +1,7 @@
-"""The randomness of calls that train: a seed for each, which a call that a checkpoint makes again has again.
+"""Seeds of calls that train: one for each call, and the same one when a checkpoint recomputes the call.
 
-Torch's own random state is left alone, so that a host draws what it would without adapters. A checkpoint around a whole
-call restores that state before it makes the call again, with the same tensors: by these the call is known.
+torch's own random state is left alone, so that a model draws what it would without adapters. A checkpoint around a
+whole call restores that state and passes the same tensors, which together identify the call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorac.errors import Unavailable
 
 _MAX_SEED = (1 << 63) - 1
 _MAX_CALLS = 256
-"""How many calls are known; no training step has more of which one is made again."""
+"""Number of calls that are remembered, more than any training step recomputes."""
 
 
 @final
@@ -26,36 +26,36 @@ class SeedHistory:
 
     def __init__(self) -> None:
         self._calls = itertools.count()
-        self._given: list[tuple[int, int]] = []
+        self._seeds: list[tuple[int, int]] = []
 
-    def seed(self, began: int) -> int:
-        """The seed of a call that began so (``beginning``): a new one, or within a backward pass the earlier call's.
+    def seed(self, fingerprint: int) -> int:
+        """Return a new seed, or within a backward pass the seed of the earlier call with the same fingerprint.
 
         Raises:
-            Unavailable: it is made again, and no call is known that began so.
+            Unavailable: a call is recomputed, and no earlier call has the fingerprint.
         """
         if not is_in_backward():
-            given = hash((torch.initial_seed(), next(self._calls))) & _MAX_SEED
-            self._given = [*self._given[1 - _MAX_CALLS :], (began, given)]
-            return given
-        # The last comes first in a backward pass, and is done with after it.
-        place = next((i for i in reversed(range(len(self._given))) if self._given[i][0] == began), None)
-        if place is None:
+            seed = hash((torch.initial_seed(), next(self._calls))) & _MAX_SEED
+            self._seeds = [*self._seeds[1 - _MAX_CALLS :], (fingerprint, seed)]
+            return seed
+        # A backward pass recomputes the last call first, and each call once.
+        index = next((i for i in reversed(range(len(self._seeds))) if self._seeds[i][0] == fingerprint), None)
+        if index is None:
             raise Unavailable(
-                "a call that draws random numbers is made again by a checkpoint around it, and no call is known that "
-                "began with these tensors and this state of torch's random numbers",
-                next_step="have torch.utils.checkpoint keep the random state, which it does by itself, or checkpoint "
-                "the model's layers, not the whole of it",
+                "a checkpoint recomputes a call that draws random numbers, and no earlier call had these tensors and "
+                "this random state of torch",
+                next_step="have torch.utils.checkpoint preserve the random state, which is its default, or checkpoint "
+                "the model's layers instead of the whole model",
             )
-        return self._given.pop(place)[1]
+        return self._seeds.pop(index)[1]
 
 
-def hash_call(given: Iterable[object]) -> int:
-    """What tells a call's beginning from another's: the state of torch's random numbers, and the tensors given."""
-    tensors = tuple((value.data_ptr(), tuple(value.shape)) for value in given if isinstance(value, Tensor))
+def hash_call(arguments: Iterable[object]) -> int:
+    """Return a fingerprint of a call: of torch's random state and of the tensors among the arguments."""
+    tensors = tuple((value.data_ptr(), tuple(value.shape)) for value in arguments if isinstance(value, Tensor))
     return hash((torch.get_rng_state().numpy().tobytes(), tensors))
 
 
 def is_in_backward() -> bool:
-    """Whether gradients are being computed: what is called then, a checkpoint makes again."""
+    """Return whether a backward pass is running, in which only a checkpoint calls the model."""
     return bool(torch._C._current_graph_task_id() != -1)

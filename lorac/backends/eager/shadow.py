@@ -1,4 +1,4 @@
-"""A module over other tensors, for one call: what replaces a weight that a module reads in its own forward."""
+"""A module over other tensors for one call, which replaces weights that a module reads in its own forward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def shadow(module: nn.Module, replaced: Mapping[str, Tensor]) -> nn.Module:
-    """A module over the same attributes, with its class's own forward and other tensors in some places.
+    """Return a module with the same attributes but its class's own forward and some other tensors.
 
     Args:
         module: whose attributes it shares.

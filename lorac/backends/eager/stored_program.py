@@ -1,4 +1,4 @@
-"""A stored program run in PyTorch: what ``lorac.load`` gives for an eager artefact. It answers, and does not train."""
+"""A stored program run in PyTorch, as ``lorac.load`` returns it for an eager artifact. It does not train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class StoredGraph:
-    """One graph of the program: its nodes, how it is called, and its slot inputs by public name."""
+    """One graph of the program, with its interface and its slot inputs by public name."""
 
     program: StoredProgram
     interface: Interface
@@ -33,19 +33,19 @@ class StoredGraph:
 
 
 SlotTensors = Mapping[str, Tensor]
-"""What one choice puts into every slot input, by name."""
+"""Slot input -> its tensor."""
 
 
 class StoredProgramEngine(Engine[SlotTensors]):
     """Runs a program whose slots are inputs.
 
     Args:
-        parts: graph name -> its part of the program.
+        parts: graph name -> the graph.
         plans: slots of every site.
         base: reads base weights.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         files: the stored program.
-        device: where the program runs; the adapters stay where they are, what a choice puts into slots goes there.
+        device: where the program runs, and tensors of slots are moved to; the adapters stay where they are.
     """
 
     target = "eager"
@@ -70,30 +70,30 @@ class StoredProgramEngine(Engine[SlotTensors]):
         self._memory = memory
 
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotTensors]:
-        """The slots' tensors by input."""
+        """Bind the slots' tensors by input."""
         tensors = collect_slot_tensors(self.slots, self.plans, slots)
         return BoundProgram(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
 
     @property
     def written_program(self) -> BoundProgram[SlotTensors]:
-        """The buffers that weights are written to."""
+        """Return the program over the buffers that weights are written to."""
         return BoundProgram(self, self._memory)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
-        """Nothing: the program reads the buffers, whatever they hold."""
+        """Leave the program alone: it reads the buffers."""
 
     @torch.no_grad()
     def call(
         self, content: SlotTensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> CallResult:
-        """One call of a graph with what fills its slots."""
+        """Call a graph with tensors in its slots."""
         part = self.parts[check_component(graph, self.parts)]
         filled = {slot.node: content[name] for name, slot in part.slots.items()}
 
-        def run(given: dict[str, Any]) -> list[Any]:
-            inputs = {name: torch.as_tensor(value) for name, value in given.items()}
+        def run(arguments: dict[str, Any]) -> list[Any]:
+            inputs = {name: torch.as_tensor(value) for name, value in arguments.items()}
             values: list[Any] = list(part.program(**inputs, **filled))
-            if given and all(isinstance(value, np.ndarray) for value in given.values()):
+            if arguments and all(isinstance(value, np.ndarray) for value in arguments.values()):
                 values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
             return values
 

@@ -79,7 +79,7 @@ class ALLoRA(Rule):
 
     def _see(self, pair: Pair, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Wait for the gradient of a site's output, where the adapter is on."""
-        how = dict(self.compiled.engine.filled().choice).get(pair.term.adapter)
+        how = dict(self.compiled.engine.current_slots().choice).get(pair.term.adapter)
         if how is not None and output.requires_grad and torch.is_grad_enabled():
             output.register_hook(functools.partial(self._gather, pair, args[0].detach(), how.strength))
 

@@ -123,7 +123,7 @@ def test_a_side_network_that_is_off_neither_runs_nor_writes_into_its_cache() -> 
 def test_a_cache_that_knows_nothing_of_the_side_network_is_refused() -> None:
     compiled, row = growing("eager"), IDS[:1, :5]
     filled = compiled(input_ids=row, use_cache=True, adapters=None).cache
-    with pytest.raises(lorac.Unavailable, match=r"holds 5 tokens, and of these the branch at 'model.norm:0' kept 0"):
+    with pytest.raises(lorac.Unavailable, match=r"has 5 tokens, and the branch at 'model.norm:0' has 0"):
         compiled(input_ids=row, cache=filled, adapters="adapter")
     with pytest.raises(lorac.Unavailable, match="StaticCache keeps nothing"):
         compiled.generate(row, adapters="adapter", cache_implementation="static", **ASKED)
