@@ -1,17 +1,16 @@
-"""What compiling costs: beside the plain transformers ONNX export, beside genai's builder, and by number of layers.
+"""The cost of compiling: next to the plain transformers ONNX export, next to genai's builder, and by number of layers.
 
     python -m benchmarks.compile [--layers 20] [--processes 3] [--only TABLE ...] [--genai FOLDER]
 
-Beside the export: time and peak memory. Targets, self-test included, without settling: <= 1.2 of both (fused: plus the
-touched weights once). The side without a self-test says what holding the program against the model, and the emitted
-program against it, costs.
+Next to the export: time and peak memory. Targets with the self-test: <= 1.2 of both, in fused mode plus the touched
+weights once. The side without a self-test shows what the comparisons of program, model and emitted program cost.
 
-Beside the builder: processor time from a folder of SmolLM2 and a LoRA on all its linear layers to a session that writes
-text, beyond imports and with them. Imports that happen on the way are counted by themselves on every side
-(``benchmarks._imports``): the builder imports all it needs at its top, lorac when it first needs it. Targets: <= 12
-CPU-seconds and <= 2.5 of the builder's.
+Next to the builder: CPU time from a folder of SmolLM2 and a LoRA on all its linear layers to a session that generates,
+without imports and with them. Imports on the way are counted apart on every side (``benchmarks._imports``), since the
+builder imports at its top and lorac when it first needs a library. Targets: <= 12 CPU-seconds and <= 2.5 of the
+builder's.
 
-By layers: processor time for a narrow model of 2 to 60 layers that writes text. Target: linear.
+By layers: CPU time for a narrow model of 2 to 60 layers that generates. Target: linear.
 """
 
 from __future__ import annotations
@@ -36,48 +35,49 @@ WRITERS = (BUILDER, BUILDER_BASE, WRITES)
 TABLES = ("export", "builder", "layers")
 SERIES = ("2", "8", "20", "40", "60")
 LEAST, MOST = 12.0, 2.5
-"""Targets beside the builder: CPU-seconds, and how many times its own."""
+"""Targets next to the builder: CPU-seconds, and as a multiple of the builder's."""
 
 
-def jobs(given: argparse.Namespace) -> Sequence[common.Job]:
-    """Every side, and every number of layers, in a process of its own."""
-    writers = [side for side in WRITERS if side == WRITES or _genai.found(given)]
-    every = {"export": SIDES, "builder": writers, "layers": given.series}
-    return [(table, side) for table in given.only for side in every[table]]
+def jobs(options: argparse.Namespace) -> Sequence[common.Job]:
+    """Return a job for every side and every number of layers, each for a process of its own."""
+    writers = [side for side in WRITERS if side == WRITES or _genai.found(options)]
+    sides = {"export": SIDES, "builder": writers, "layers": options.series}
+    return [(table, side) for table in options.only for side in sides[table]]
 
 
-def prepare(given: argparse.Namespace) -> None:
+def prepare(options: argparse.Namespace) -> None:
     """Write the model and the adapter that the builder reads, unless they are there."""
-    told, folder = _writing(given), Path(given.folder)
-    if "builder" not in given.only or (folder / "adapter").exists():
+    writer, folder = _writer_options(options), Path(options.folder)
+    if "builder" not in options.only or (folder / "adapter").exists():
         return
-    common.save_host(common.host(told), folder / "model", told)
-    common.save_peft(folder / "adapter", told)
+    common.save_host(common.host(writer), folder / "model", writer)
+    common.save_peft(folder / "adapter", writer)
 
 
-def _writing(given: argparse.Namespace) -> argparse.Namespace:
-    """Return the host that is to write text."""
-    return argparse.Namespace(model=given.writer, layers=30 if given.writer == common.SMOLLM2 else 1, rank=given.rank)
+def _writer_options(options: argparse.Namespace) -> argparse.Namespace:
+    """Return the options of the model that generates."""
+    layers = 30 if options.writer == common.SMOLLM2 else 1
+    return argparse.Namespace(model=options.writer, layers=layers, rank=options.rank)
 
 
-def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
-    """One side in a process of its own."""
+def measure(job: common.Job, options: argparse.Namespace) -> dict[str, float]:
+    """Measure one side in a process of its own."""
     table, side = job
     if table == "export":
-        return _measure_export(side, given)
+        return _measure_export(side, options)
     for module in ("lorac.backends.onnxruntime.backend", "torch.onnx", "transformers.models.llama.modeling_llama"):
         importlib.import_module(module)
     if table == "layers":
-        return _measure_layers(int(side), given)
-    return _measure_builder(side, given)
+        return _measure_layers(int(side), options)
+    return _measure_builder(side, options)
 
 
-# ── Beside the export ────────────────────────────────────────────────────────────────────────────────────────────────
-def _measure_export(side: str, given: argparse.Namespace) -> dict[str, float]:
-    """Up to a session that answers."""
+# ── Next to the export ────────────────────────────────────────────────────────────────────────────────────────────────
+def _measure_export(side: str, options: argparse.Namespace) -> dict[str, float]:
+    """Measure the time and memory up to a session that runs."""
     import transformers.exporters.exporter_onnx  # noqa: F401  (both sides need it: not part of the comparison)
 
-    model = common.llama(given)
+    model = common.llama(options)
     work = _plain if side in (PLAIN, AGAIN) else _lorac
     seconds = common.seconds(lambda: work(model, side))
     return {"seconds": seconds, "peak": common.peak()}
@@ -102,8 +102,8 @@ def _lorac(model: Any, side: str) -> None:
     lorac.compile(model, adapters, target="onnxruntime", mode=mode, self_test=side != UNTESTED)
 
 
-def _export_table(found: common.Found, given: argparse.Namespace) -> common.Table:
-    """Each side beside the plain export."""
+def _export_table(found: common.Found, options: argparse.Namespace) -> common.Table:
+    """Compare each side with the plain export."""
     sides = {side: found[("export", side)] for side in SIDES}
     plain = sides[PLAIN]
     ratios = {side: {what: sides[side][what] / plain[what] for what in plain} for side in SIDES}
@@ -121,12 +121,12 @@ def _export_table(found: common.Found, given: argparse.Namespace) -> common.Tabl
     return common.Table("from model to session", columns, rows, [(side,) for side in SIDES], ratios[AGAIN])
 
 
-# ── Beside genai's builder ───────────────────────────────────────────────────────────────────────────────────────────
-def _measure_builder(side: str, given: argparse.Namespace) -> dict[str, float]:
-    """CPU-seconds from a folder to a session that writes, beyond imports; and of the process up to there."""
-    folder = Path(given.folder)
+# ── Next to genai's builder ───────────────────────────────────────────────────────────────────────────────────────────
+def _measure_builder(side: str, options: argparse.Namespace) -> dict[str, float]:
+    """Measure the CPU-seconds from a folder to a session that generates, without imports, and of the whole process."""
+    folder = Path(options.folder)
     if side != WRITES:
-        assert _genai.found(given)
+        assert _genai.found(options)
         importlib.import_module("onnxruntime_genai.models.builder")
     imports, begun = Imports(time.process_time), time.process_time()
     with tempfile.TemporaryDirectory() as out, imports.counted():
@@ -145,16 +145,16 @@ def _compile_writer(folder: Path) -> None:
     lorac.compile(common.saved_host(folder / "model"), {"a": folder / "adapter"}, target="onnxruntime", cache=True)
 
 
-def _builder_table(found: common.Found, given: argparse.Namespace) -> common.Table:
-    """Each side beside the builder with the same adapter."""
-    told = {side: found.get(("builder", side)) for side in WRITERS}
-    rows = [(side, *_beside(told[side], told[BUILDER])) for side in WRITERS]
+def _builder_table(found: common.Found, options: argparse.Namespace) -> common.Table:
+    """Compare each side with the builder and the same adapter."""
+    costs = {side: found.get(("builder", side)) for side in WRITERS}
+    rows = [(side, *_compare(costs[side], costs[BUILDER])) for side in WRITERS]
     columns = ("side", "CPU s", "imports on the way", "with all imports", "ratio with imports", "ratio")
-    title = f"from a folder of {given.writer} to a session that writes; targets <= {LEAST:.0f} CPU s and <= {MOST}"
-    return common.Table(title, columns, rows, [(side,) for side in WRITERS], {}, [_genai.note(given)])
+    title = f"from a folder of {options.writer} to a session that writes; targets <= {LEAST:.0f} CPU s and <= {MOST}"
+    return common.Table(title, columns, rows, [(side,) for side in WRITERS], {}, [_genai.note(options)])
 
 
-def _beside(side: Any, other: Any) -> tuple[str, ...]:
+def _compare(side: Any, other: Any) -> tuple[str, ...]:
     if side is None:
         return ("-",) * 5
     ratios = (f"{side[what] / other[what]:.2f}" if other else "-" for what in ("whole", "beyond"))
@@ -162,36 +162,36 @@ def _beside(side: Any, other: Any) -> tuple[str, ...]:
 
 
 # ── By layers ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _measure_layers(layers: int, given: argparse.Namespace) -> dict[str, float]:
-    """CPU-seconds to compile a narrow model that writes text."""
+def _measure_layers(layers: int, options: argparse.Namespace) -> dict[str, float]:
+    """Measure the CPU-seconds to compile a narrow model that generates."""
     import lorac
 
     model = common.llama(argparse.Namespace(model="tiny", layers=layers))
     begun = time.process_time()
-    lorac.compile(model, {"a": lorac.LoRA(r=given.rank)}, target="onnxruntime", cache=True)
+    lorac.compile(model, {"a": lorac.LoRA(r=options.rank)}, target="onnxruntime", cache=True)
     return {"seconds": time.process_time() - begun}
 
 
-def _layers_table(found: common.Found, given: argparse.Namespace) -> common.Table:
-    """Every number of layers beside the straight line that fits them best."""
-    counts = [int(layers) for layers in given.series]
-    seconds = [found[("layers", layers)]["seconds"] for layers in given.series]
+def _layers_table(found: common.Found, options: argparse.Namespace) -> common.Table:
+    """Compare every number of layers with the straight line that fits best."""
+    counts = [int(layers) for layers in options.series]
+    seconds = [found[("layers", layers)]["seconds"] for layers in options.series]
     slope, start = statistics.linear_regression(counts, seconds)
     fitted = [start + slope * count for count in counts]
     rows = [
         (f"{count}", f"{took:.2f}", f"{fit:.2f}", f"{took / fit:.3f}")
         for count, took, fit in zip(counts, seconds, fitted, strict=True)
     ]
-    told = f"CPU s = {start:.2f} + {slope:.3f} per layer; correlation {statistics.correlation(counts, seconds):.4f}"
+    line = f"CPU s = {start:.2f} + {slope:.3f} per layer; correlation {statistics.correlation(counts, seconds):.4f}"
     columns = ("layers", "CPU s", "line", "of the line")
     title = "a narrow model that writes text; target: linear"
-    return common.Table(title, columns, rows, [(layers,) for layers in given.series], {}, [told])
+    return common.Table(title, columns, rows, [(layers,) for layers in options.series], {}, [line])
 
 
-def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
-    """Those that are asked for."""
+def tables(found: common.Found, options: argparse.Namespace) -> Sequence[common.Table]:
+    """Return the tables that the options name."""
     every = {"export": _export_table, "builder": _builder_table, "layers": _layers_table}
-    return [every[name](found, given) for name in given.only]
+    return [every[name](found, options) for name in options.only]
 
 
 BENCHMARK = common.Benchmark(
@@ -202,7 +202,7 @@ BENCHMARK = common.Benchmark(
         common.layers(20),
         common.RANK,
         common.Option(
-            "writer", common.SMOLLM2, smoke="tiny", help="what is to write", choices=(common.SMOLLM2, "tiny")
+            "writer", common.SMOLLM2, smoke="tiny", help="the model that generates", choices=(common.SMOLLM2, "tiny")
         ),
         common.Option("series", SERIES, smoke=("1", "2"), help="these numbers of layers", choices=("1", *SERIES)),
         common.Option("only", TABLES, smoke=TABLES, help="these tables"),
