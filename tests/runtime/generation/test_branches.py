@@ -125,7 +125,7 @@ def test_a_cache_that_knows_nothing_of_the_side_network_is_refused() -> None:
     filled = compiled(input_ids=row, use_cache=True, adapters=None).cache
     with pytest.raises(lorac.Unavailable, match=r"has 5 tokens, and the branch at 'model.norm:0' has 0"):
         compiled(input_ids=row, cache=filled, adapters="adapter")
-    with pytest.raises(lorac.Unavailable, match="StaticCache keeps nothing"):
+    with pytest.raises(lorac.Unavailable, match="StaticCache cannot hold"):
         compiled.generate(row, adapters="adapter", cache_implementation="static", **ASKED)
 
 
