@@ -145,7 +145,7 @@ def test_casts_of_onnxruntime_to_float32_are_reported(dtype: torch.dtype) -> Non
     assert _row(eager, "key", "task").dtype == "f32", "factors are held in float32 over half precision"
     wide = (inputs[0].float(),)
     options = {"example_inputs": wide, "target": "onnxruntime"}
-    with pytest.warns(lorac.LoracWarning, match=f"no kernels for {name}: it computes and answers in float32") as warned:
+    with pytest.warns(lorac.LoracWarning, match=f"no kernels for {name}: it computes in float32") as warned:
         report = lorac.compile(model, adapters={"task": ADAPTERS["task"]}, **options).explain()
     assert len(warned) == 1 and warned[0].filename == __file__
     assert report.casts == ((short, "f32"),)
