@@ -101,7 +101,7 @@ class Interface:
         try:
             inputs = self._check_named(named)
         except InputMismatch:
-            if self.rows is None or self.structure is None or self.rows.total(named) in (0, self.rows.count):
+            if self.rows is None or self.structure is None or self.rows.count_rows(named) in (0, self.rows.count):
                 raise
             return self._run_in_parts(self.rows, self.structure, named, kwargs, program)
         return self.build_output(program(inputs), kwargs)
@@ -109,11 +109,11 @@ class Interface:
     def _run_in_parts(
         self, rows: RowLayout, structure: OutputStructure, named: Inputs, kwargs: Inputs, program: RunProgram
     ) -> tuple[object, dict[str, object]]:
-        total, parts = rows.total(named), [self._check_named(part) for part in rows.split(named)]
+        total, parts = rows.count_rows(named), [self._check_named(part) for part in rows.split(named)]
         answers = [self._drop_checks(program(inputs)) for inputs in parts]
         count = len(answers[0]) - len(self._caller_outputs)
         output = structure.join([values[:count] for values in answers], rows, total)
-        extra = [rows.whole(values, total) for values in zip(*(values[count:] for values in answers), strict=True)]
+        extra = [rows.join(values, total) for values in zip(*(values[count:] for values in answers), strict=True)]
         return _as_requested(output, kwargs), dict(zip(self._caller_outputs, extra, strict=True))
 
     def check(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:
@@ -206,7 +206,7 @@ class Interface:
 
     def derive_inputs(self, given: Inputs) -> dict[str, torch.Tensor]:
         """Compute the inputs that the model makes from its other arguments."""
-        positions = None if self.positions is None else self.positions.made(given)
+        positions = None if self.positions is None else self.positions.compute(given)
         return {} if positions is None else {POSITION_IDS: positions}
 
     def name_arguments(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:

@@ -37,7 +37,7 @@ class MultimodalPositions:
         self._arguments = [p.name for p in named]
         self._required = {p.name for p in named if p.default is p.empty}
 
-    def made(self, given: Mapping[str, Any]) -> Tensor | None:
+    def compute(self, given: Mapping[str, Any]) -> Tensor | None:
         """Return the positions for the other arguments of a call; None where forward would not use the method.
 
         Raises:

@@ -104,10 +104,10 @@ def _join(
     """Return the leaves of several outputs as those of one, and its structure."""
     rows, total = call
     if spec.is_leaf():
-        return [rows.whole([next(leaves) for leaves in parts], total, rows.outputs.get(path))], spec
+        return [rows.join([next(leaves) for leaves in parts], total, rows.outputs.get(path))], spec
     if rows.outputs.get(path) == LIST_AXIS:
         each = [[next(leaves) for _ in range(child.num_leaves)] for leaves in parts for child in spec.children()]
-        count = rows.share(spec.num_children, total)
+        count = rows.scale(spec.num_children, total)
         children = [child for _ in parts for child in spec.children()][:count]
         return [leaf for leaves in each[:count] for leaf in leaves], pytree.TreeSpec(spec.type, spec.context, children)
     found = [_join(child, parts, call, _child_path(path, key)) for key, child in _keyed(spec)]
@@ -121,14 +121,14 @@ def _compare(part: _Tree, whole: _Tree, call: _Call, path: str) -> Iterator[tupl
     if spec.is_leaf() and other.is_leaf():
         small, large = (getattr(next(values), "shape", ()) for values in (leaves, other_leaves))
         if small != large:
-            axis = rows.axis_of(small, large, total) if len(small) == len(large) else None
+            axis = rows.find_axis(small, large, total) if len(small) == len(large) else None
             yield None if axis is None else (path, axis)
     elif spec.num_children == other.num_children:
         for (key, child), twin in zip(_keyed(spec), other.children(), strict=True):
             yield from _compare((child, leaves), (twin, other_leaves), call, _child_path(path, key))
     else:
         grows = spec.type in {list, tuple} and spec.num_children % rows.count == 0
-        yield (path, LIST_AXIS) if grows and other.num_children == rows.share(spec.num_children, total) else None
+        yield (path, LIST_AXIS) if grows and other.num_children == rows.scale(spec.num_children, total) else None
         for tree, values in (part, whole):
             deque(islice(values, tree.num_leaves), maxlen=0)
 

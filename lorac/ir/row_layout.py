@@ -37,7 +37,7 @@ class RowLayout:
     axes: Mapping[str, int]
     outputs: Mapping[str, int] = field(default_factory=dict)
 
-    def total(self, given: Mapping[str, object]) -> int:
+    def count_rows(self, given: Mapping[str, object]) -> int:
         """Return the number of rows of a call."""
         first, axis = next(iter(self.axes.items()))
         return count_along(given[first], axis) if first in given else self.count
@@ -48,19 +48,19 @@ class RowLayout:
         Raises:
             InputMismatch: an argument does not have the same number of items for each row.
         """
-        total = self.total(given)
+        total = self.count_rows(given)
         starts = range(0, total, self.count)
-        return [self.taken(given, [min(start + i, total - 1) for i in range(self.count)]) for start in starts]
+        return [self.select(given, [min(start + i, total - 1) for i in range(self.count)]) for start in starts]
 
-    def taken(self, given: Mapping[str, object], rows: Sequence[int]) -> dict[str, Any]:
+    def select(self, given: Mapping[str, object], rows: Sequence[int]) -> dict[str, Any]:
         """Return the arguments of the given rows of a call, in that order."""
-        total = self.total(given)
+        total = self.count_rows(given)
         return {
-            name: _taken(name, value, self.axes[name], rows, total) if name in self.axes else value
+            name: _select_rows(name, value, self.axes[name], rows, total) if name in self.axes else value
             for name, value in given.items()
         }
 
-    def whole(self, values: Sequence[Any], total: int, axis: int | None = 0) -> Any:
+    def join(self, values: Sequence[Any], total: int, axis: int | None = 0) -> Any:
         """Join one output of several calls.
 
         Args:
@@ -71,18 +71,18 @@ class RowLayout:
         first = values[0]
         if axis is None or not getattr(first, "ndim", 0) or first.shape[axis] % self.count:
             return first
-        kept = self.share(first.shape[axis], total)
+        size = self.scale(first.shape[axis], total)
         if isinstance(first, Tensor):
-            return torch.cat(list(values), axis).narrow(axis, 0, kept)
-        return np.concatenate(list(values), axis).take(range(kept), axis)
+            return torch.cat(list(values), axis).narrow(axis, 0, size)
+        return np.concatenate(list(values), axis).take(range(size), axis)
 
-    def axis_of(self, size: Sequence[int], whole: Sequence[int], total: int) -> int | None:
+    def find_axis(self, size: Sequence[int], whole: Sequence[int], total: int) -> int | None:
         """Return the axis along which an output grows in step with the rows; None where no single axis does."""
         grows = [i for i, (own, other) in enumerate(zip(size, whole, strict=True)) if own != other]
         fits = len(grows) == 1 and size[grows[0]] % self.count == 0
-        return grows[0] if fits and whole[grows[0]] == self.share(size[grows[0]], total) else None
+        return grows[0] if fits and whole[grows[0]] == self.scale(size[grows[0]], total) else None
 
-    def share(self, size: int, total: int) -> int:
+    def scale(self, size: int, total: int) -> int:
         """Return the number of items of ``total`` rows, where the program's own rows have ``size`` items."""
         return total * (size // self.count)
 
@@ -111,7 +111,7 @@ def count_along(value: object, axis: int) -> int:
     return len(value) if isinstance(value, list | tuple) and axis == 0 else 0
 
 
-def _taken(name: str, value: object, axis: int, rows: Sequence[int], total: int) -> object:
+def _select_rows(name: str, value: object, axis: int, rows: Sequence[int], total: int) -> object:
     each, odd = divmod(count_along(value, axis), total)
     if odd or not each:
         raise InputMismatch(

@@ -32,7 +32,7 @@ def test_a_call_in_parts_with_its_last_row_once_more():
     assert [part["x"][:, 0].tolist() for part in (first, second)] == [[0, 3], [6, 6]]
     assert [part["pieces"].tolist() for part in (first, second)] == [[0, 1, 2, 3], [4, 5, 4, 5]]
     assert (second["sizes"], second["scale"]) == ([[2, 2], [2, 2]], 4)
-    assert ROWS.total(_call(3)) == 3
+    assert ROWS.count_rows(_call(3)) == 3
 
 
 def test_rows_of_unequal_shares_are_refused():
@@ -43,14 +43,14 @@ def test_rows_of_unequal_shares_are_refused():
 @pytest.mark.parametrize("kind", [torch.tensor, np.array])
 def test_outputs_are_joined_along_their_rows_and_cut(kind):
     parts = [kind([[1, 2, 3, 4]]), kind([[5, 6, 7, 8]])]
-    assert ROWS.whole(parts, 3, 1).tolist() == [[1, 2, 3, 4, 5, 6]]
-    assert ROWS.whole(parts, 3, None).tolist() == [[1, 2, 3, 4]]
+    assert ROWS.join(parts, 3, 1).tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert ROWS.join(parts, 3, None).tolist() == [[1, 2, 3, 4]]
 
 
 def test_the_axis_that_grows_with_the_rows():
-    assert ROWS.axis_of((1, 4, 5), (1, 6, 5), 3) == 1
-    assert ROWS.axis_of((1, 4, 5), (1, 7, 5), 3) is None
-    assert ROWS.axis_of((2, 4), (3, 6), 3) is None
+    assert ROWS.find_axis((1, 4, 5), (1, 6, 5), 3) == 1
+    assert ROWS.find_axis((1, 4, 5), (1, 7, 5), 3) is None
+    assert ROWS.find_axis((2, 4), (3, 6), 3) is None
 
 
 def test_rows_are_stored_and_what_are_none_is_no_artefact():

@@ -102,8 +102,12 @@ class CallArguments:
                 )
         inputs = {name: value for name, value in named.items() if name not in fixed}
         positions = None if POSITION_IDS in named else find_multimodal_positions(model)
-        made = None if positions is None else positions.made(named)
-        return cls(inputs, fixed, read) if made is None else cls({**inputs, POSITION_IDS: made}, fixed, read, positions)
+        computed = None if positions is None else positions.compute(named)
+        return (
+            cls(inputs, fixed, read)
+            if computed is None
+            else cls({**inputs, POSITION_IDS: computed}, fixed, read, positions)
+        )
 
 
 class _ConstantEvaluation(TorchFunctionMode):

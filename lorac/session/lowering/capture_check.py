@@ -237,7 +237,7 @@ class _ModelComparison:
         """
         structure = self.graph.interface.structure
         assert structure is not None
-        more = rows.taken({**self.inputs, **constants}, [*reversed(range(rows.count)), 0])
+        more = rows.select({**self.inputs, **constants}, [*reversed(range(rows.count)), 0])
         parts = rows.split(more)
         pairs = [(part[name], value) for part in parts for name, value in constants.items()]
         if any(to_json_value(one) != to_json_value(other) for one, other in pairs):
@@ -249,8 +249,10 @@ class _ModelComparison:
         except (_ModelError, _ProgramError):
             return None
         expected_output = replace_dataclasses(expected.output)
-        layout = structure.find_row_outputs(answers[0], expected_output, rows, rows.total(more))
-        if layout is None or not _outputs_close(structure.join(answers, layout, rows.total(more)), expected_output):
+        layout = structure.find_row_outputs(answers[0], expected_output, rows, rows.count_rows(more))
+        if layout is None or not _outputs_close(
+            structure.join(answers, layout, rows.count_rows(more)), expected_output
+        ):
             return None
         return layout
 

@@ -71,7 +71,7 @@ def test_they_are_made_without_the_models_weights(host: Grouping):
     positions = find_multimodal_positions(host)
     assert positions is not None
     assert {p.device.type for p in positions._owner.parameters()} == {"meta"}
-    made = positions.made({name: value.numpy() for name, value in _call(2, 7).items()})
+    made = positions.compute({name: value.numpy() for name, value in _call(2, 7).items()})
     assert made is not None
     assert torch.equal(made, host.get_rope_index(**_call(2, 7))[0])
     assert all(p.device.type == "cpu" for p in host.parameters())
@@ -80,7 +80,7 @@ def test_they_are_made_without_the_models_weights(host: Grouping):
 def test_text_alone_has_none_and_neither_have_other_models(host: Grouping):
     positions = find_multimodal_positions(host)
     assert positions is not None
-    assert positions.made({"input_ids": torch.zeros(2, 3)}) is None
+    assert positions.compute({"input_ids": torch.zeros(2, 3)}) is None
     assert find_multimodal_positions(nn.Linear(2, 2)) is None
 
 
