@@ -36,7 +36,7 @@ from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.position_ids import make_positions_per_row
 from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
-from lorac.frontend.capture.site_ops import mark_sites
+from lorac.frontend.capture.site_ops import has_site_checks, mark_sites
 from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
 from lorac.frontend.capture.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
 from lorac.frontend.copying import copy_structure
@@ -46,7 +46,7 @@ from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
-from lorac.ir.graph.edit import has_site_checks, keep_tensor_outputs, qualify_names
+from lorac.ir.graph.edit import keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.interface import program_input_name

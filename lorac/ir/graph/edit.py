@@ -368,16 +368,6 @@ def find_source_line(node: torch.fx.Node) -> str | None:
     return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_user_code(f)), None)
 
 
-def has_site_checks(program: ExportedProgram) -> bool:
-    """Whether a check in a captured program reads a site's output, which adapters change."""
-    reads: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        is_site = getattr(node.target, "namespace", "") == SLOTS_KEYWORD
-        if is_site or any(operand in reads for operand in node.all_input_nodes):
-            reads.add(node)
-    return any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads)
-
-
 def update_signature(program: ExportedProgram) -> None:
     """Update the output names in the signature, and validate the program; the module's code stays unchanged."""
     output = program.graph.output_node()
