@@ -36,12 +36,15 @@ class Chat:
             print("\n".join(f"{name:10s} {meaning}" for name, (meaning, _) in self._commands.items()))
         while (line := self._read_line()) != "/exit":
             try:
-                if line.startswith("/"):
-                    self._run_command(*line.split(maxsplit=1))
-                elif line:
-                    self._answer(line)
+                self._take_turn(line)
             except LoracError as error:
                 print(format_error(error), file=sys.stderr)
+
+    def _take_turn(self, line: str) -> None:
+        if line.startswith("/"):
+            self._run_command(*line.split(maxsplit=1))
+        elif line:
+            self._answer(line)
 
     def _read_line(self) -> str:
         """Return the next line, or /exit at the end of the input."""

@@ -272,10 +272,10 @@ def _connect_boxes(graph: Box, rows: Sequence[Row], drawn_as: Mapping[int, int])
     chains: dict[int, tuple[Box, ...]] = {}
     _collect_chains(graph, (graph,), chains)
     found: dict[Box, dict[BoxLink, None]] = {}
-    for index, readers in chains.items():
-        for value in (_drawn_row(ref, drawn_as) for ref in rows[index].refs):
-            for box, link in _link_path(value, chains[value], readers):
-                found.setdefault(box, {})[link] = None
+    pairs = ((_drawn_row(ref, drawn_as), readers) for index, readers in chains.items() for ref in rows[index].refs)
+    for value, readers in pairs:
+        for box, link in _link_path(value, chains[value], readers):
+            found.setdefault(box, {})[link] = None
     for box, links in found.items():
         box.links = tuple(links)
 
