@@ -140,15 +140,13 @@ def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
     specs[:] = [spec for spec in specs if getattr(spec.arg, "name", "") not in names]
     signature.inputs[:] = [each for each in signature.inputs if each.name not in names]
     args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
-    signature.in_spec = pytree.tree_flatten((args, _without(kwargs, names)))[1]
+    remaining = {name: value for name, value in kwargs.items() if name not in names}
+    signature.in_spec = pytree.tree_flatten((args, remaining))[1]
     if signature.forward_arg_names is not None:
         signature.forward_arg_names = [name for name in signature.forward_arg_names if name not in names]
     if program._example_inputs is not None:
-        program._example_inputs = (program._example_inputs[0], _without(program._example_inputs[1], names))
-
-
-def _without(given: Mapping[str, object], names: Collection[str]) -> dict[str, object]:
-    return {name: value for name, value in given.items() if name not in names}
+        args, kwargs = program._example_inputs
+        program._example_inputs = (args, {name: value for name, value in kwargs.items() if name not in names})
 
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
