@@ -140,8 +140,7 @@ def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
     specs[:] = [spec for spec in specs if getattr(spec.arg, "name", "") not in names]
     signature.inputs[:] = [each for each in signature.inputs if each.name not in names]
     args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
-    remaining = {name: value for name, value in kwargs.items() if name not in names}
-    signature.in_spec = pytree.tree_flatten((args, remaining))[1]
+    signature.in_spec = pytree.tree_flatten((args, {name: kwargs[name] for name in kwargs if name not in names}))[1]
     if signature.forward_arg_names is not None:
         signature.forward_arg_names = [name for name in signature.forward_arg_names if name not in names]
     if program._example_inputs is not None:
