@@ -90,8 +90,6 @@ class SwitchableModel(ABC):
     def _on_adapters_changed(self) -> None:
         """React to adapters that were added or removed."""
 
-    # --- calling -----------------------------------------------------------------------------------------------
-
     def call(
         self,
         args: tuple[object, ...],
@@ -196,8 +194,6 @@ class SwitchableModel(ABC):
         """Extra outputs asked for with ``aux=``, of this thread's last call: name -> site path -> tensor."""
         outputs: AuxOutputs = getattr(self._last_call, "aux", {})
         return outputs
-
-    # --- swapping ----------------------------------------------------------------------------------------------
 
     @property
     def choice(self) -> Choice:
@@ -310,8 +306,6 @@ class SwitchableModel(ABC):
             if state is self._state:
                 self._activate(renewed)
         return renewed
-
-    # --- adding and removing -----------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> dict[str, Adapter]:

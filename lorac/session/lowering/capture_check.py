@@ -278,8 +278,6 @@ class _ModelComparison:
             self._note_stateful("its attributes")
         return worst
 
-    # --- running both ------------------------------------------------------------------------------------------------
-
     def _run_example(self) -> ModelRun:
         try:
             return self._run_model(self.runner, self.inputs)
@@ -341,8 +339,6 @@ class _ModelComparison:
         leaves, structure = pytree.tree_leaves(replace_dataclasses(run.output)), self.graph.interface.structure
         constants = {} if structure is None else structure.constants
         return [leaf for place, leaf in enumerate(leaves) if place not in constants]
-
-    # --- findings ----------------------------------------------------------------------------------------------------
 
     def _is_stochastic(self, first: ModelRun) -> bool:
         """Return whether a second run of the model gives other outputs."""
