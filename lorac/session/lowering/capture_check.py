@@ -157,11 +157,7 @@ class _OutputDifference:
 
 
 class _ModelComparison:
-    """A comparison of a captured graph with its model.
-
-    Args:
-        graph, model: as for ``check_capture``.
-    """
+    """A comparison of a captured graph with its model."""
 
     def __init__(self, graph: Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
