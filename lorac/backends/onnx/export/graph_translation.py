@@ -122,12 +122,7 @@ class _GraphTranslator:
         """Translate all nodes, and return name -> value."""
         with record_with(self.recorder):
             for node in graph.nodes:
-                try:
-                    self._translate(node)
-                except TranslationFailed:
-                    raise
-                except Exception as error:
-                    raise TranslationFailed(node) from error
+                self._translate(node)
         for (domain, name, overload), function in self.recorder.functions.items():
             if (domain, name, overload) not in self.model.functions:
                 assert isinstance(function, OnnxFunction)
@@ -136,6 +131,14 @@ class _GraphTranslator:
         return self.values
 
     def _translate(self, node: fx.Node) -> None:
+        try:
+            self._translate_node(node)
+        except TranslationFailed:
+            raise
+        except Exception as error:  # a translation may raise anything
+            raise TranslationFailed(node) from error
+
+    def _translate_node(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             value = SymbolicTensor(TENSOR_OPSET, name=node.name)  # type: ignore[arg-type]  # stands for an Opset
             value.meta["node"] = node
@@ -260,12 +263,10 @@ def _set_interface(program: ExportedProgram, graph: ir.Graph, values: Mapping[st
             value.name, value.metadata_props["pkg.torch.onnx.original_node_name"] = spec.target, spec.arg.name
             graph.initializers[spec.target] = value
     for spec in program.graph_signature.output_specs:
-        if isinstance(spec.arg, ConstantArgument):
-            continue
-        for output in _as_sequence(values[spec.arg.name]):
+        outputs = () if isinstance(spec.arg, ConstantArgument) else _as_sequence(values[spec.arg.name])
+        for output in outputs:
             output.metadata_props[f"{_SPEC}.OutputSpec.kind"] = spec.kind.name
-            if spec.kind is OutputKind.USER_OUTPUT:
-                graph.outputs.append(output)
+        graph.outputs.extend(outputs if spec.kind is OutputKind.USER_OUTPUT else ())
 
 
 def _set_weights(program: ExportedProgram, graph: ir.Graph) -> None:

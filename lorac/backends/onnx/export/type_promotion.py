@@ -46,13 +46,12 @@ def insert_casts(graph: fx.Graph, mode: FakeTensorMode) -> None:
         graph: with an example of every value in its nodes' metadata.
         mode: of these examples.
     """
+    rules = [(node, get_type_promotion_rule(node, _promotion_table())) for node in graph.nodes]
     with mode, enable_python_dispatcher():
-        for node in list(graph.nodes):
-            rule = get_type_promotion_rule(node, _promotion_table())
-            if rule is not None:
-                # A rule keeps notes while it is asked: a copy keeps them from other threads.
-                args, kwargs = _examples(node.args), _examples(node.kwargs)
-                _promote(node, copy.copy(rule).preview_type_promotion(args, kwargs))
+        for node, rule in [(node, rule) for node, rule in rules if rule is not None]:
+            # A rule keeps notes while it is asked: a copy keeps them from other threads.
+            promotion = copy.copy(rule).preview_type_promotion(_examples(node.args), _examples(node.kwargs))
+            _promote(node, promotion)
 
 
 @functools.cache
