@@ -172,28 +172,31 @@ class _Flattener:
     def _restore(self, value: ir.Value) -> None:
         """Give the remaining readers of a value its full shape."""
         rows = self.rows[value]
-        reshape = ir.Node("", "Reshape", [rows.matrix, self._full_shape(rows, value)])
-        self._insert(rows.matrix, reshape)
+        shape, read = self._full_shape(rows, value)
+        reshape = ir.Node("", "Reshape", [rows.matrix, shape])
+        self._insert(rows.matrix, *read, reshape)
         restored = reshape.outputs[0]
         restored.shape, restored.type, restored.name = value.shape, value.type, value.name
         value.name = None
         value.replace_all_uses_with(restored, replace_graph_outputs=True)
 
-    def _full_shape(self, rows: _RowMatrix, value: ir.Value) -> ir.Value:
-        """Return the full shape of a value on rows, made once for all values that have it."""
+    def _full_shape(self, rows: _RowMatrix, value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+        """Return the full shape of a value on rows, and the nodes still to insert that read it from the matrix.
+
+        A shape of known features is made once for all values that have it, and is in the graph already.
+        """
         features = value.shape[-1] if value.shape is not None else None
         if not isinstance(features, int):
             last = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", 1)])
             shape = ir.Node("", "Concat", [self._leading_sizes(rows), last.outputs[0]], [ir.AttrInt64("axis", 0)])
-            self._insert(rows.matrix, last, shape)
-            return shape.outputs[0]
+            return shape.outputs[0], [last, shape]
         key = (rows.leading, features)
         if key not in self.shapes:
             leading = self._leading_sizes(rows)
             shape = ir.Node("", "Concat", [leading, _constant(self.graph, [features])], [ir.AttrInt64("axis", 0)])
             self._insert(leading, shape)
             self.shapes[key] = shape.outputs[0]
-        return self.shapes[key]
+        return self.shapes[key], []
 
     def _leading_sizes(self, rows: _RowMatrix) -> ir.Value:
         """Return the sizes before the last, read where a value first has them."""

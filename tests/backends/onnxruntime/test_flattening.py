@@ -9,6 +9,7 @@ import torch
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
+from lorac.backends.onnx.passes import verify_model
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.testing.eager_checks import assert_close
 from tests.zoo import ZOO
@@ -118,6 +119,18 @@ def test_a_branch_within_sees_the_full_shape():
     FlattenToRows().apply(model)
     assert_close(torch.from_numpy(answers(model)[0]), torch.from_numpy(before[0]))
     assert "Gemm" in ops(model)
+
+
+def test_a_size_read_from_rows_is_computed_before_the_reshape_that_reads_it():
+    body, output = "i = Identity(z) o = ReduceSum(i)", "float[i, j, k] o"
+    before = answers(emitted(body, output))
+    model = emitted(body, output)
+    (copied,) = [node for node in model.graph if node.op_type == "Identity"]
+    copied.outputs[0].shape = None  # so the number of features is read from the matrix
+    FlattenToRows().apply(model)
+    assert ops(model)[-5:] == ["Identity", "Shape", "Concat", "Reshape", "ReduceSum"]
+    verify_model(model, after=FlattenToRows.name)
+    assert_close(torch.from_numpy(answers(model)[0]), torch.from_numpy(before[0]))
 
 
 def test_without_a_slot_nothing_moves():
