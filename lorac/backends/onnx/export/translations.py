@@ -14,6 +14,7 @@ from lorac.ir.graph import attention_ops, ops
 
 aten = torch.ops.aten
 _MATRIX = 2
+_INT64_MAX = 2**63 - 1
 _WIDE_DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
@@ -32,6 +33,24 @@ def split_with_sizes(x: ir.Value, sizes: Sequence[int | ir.Value], dim: int = 0)
 
 def _as_value(size: int | ir.Value) -> ir.Value:
     return op.Constant(value_int=size) if isinstance(size, int) else size
+
+
+def slice_tensor(
+    x: ir.Value,
+    dim: int = 0,
+    start: int | ir.Value | None = None,
+    end: int | ir.Value | None = None,
+    step: int | ir.Value = 1,
+) -> Outputs:
+    """Write ``Slice``. torch's translation casts and reshapes each number, which takes long to fold again."""
+    bounds = (0 if start is None else start, _INT64_MAX if end is None else end, dim, step)
+    return op.Slice(x, *map(_as_vector, bounds))
+
+
+def _as_vector(size: int | ir.Value) -> ir.Value:
+    if isinstance(size, int):
+        return op.Constant(value_ints=[size])
+    return op.Reshape(op.Cast(size, to=ir.DataType.INT64), op.Constant(value_ints=[-1]))
 
 
 def linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> Outputs:
@@ -99,6 +118,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     ops.SPLIT: split_with_sizes,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
+    aten.slice.Tensor: slice_tensor,
     aten.conv3d.default: conv3d,
     aten.rms_norm.default: rms_norm,
     aten.scaled_dot_product_attention.default: attention,
