@@ -97,12 +97,17 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
         return model
     copied = copy_structure(model, share_buffers=True)
     for module in list(copied.modules()):
-        for leaf, origin, value in list(_find_quantised_weights(module)):
-            if origin.kind in {_LINEAR_8_BIT, _LINEAR_4_BIT}:
-                module.__class__ = nn.Linear
-            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-            module.__dict__.setdefault(_ORIGINS, {})[leaf] = origin
+        _dequantise_module(module)
     return copied
+
+
+def _dequantise_module(module: nn.Module) -> None:
+    """Replace the quantised weights of a copy's module by float32 parameters, and record their origins."""
+    for leaf, origin, value in list(_find_quantised_weights(module)):
+        if origin.kind in {_LINEAR_8_BIT, _LINEAR_4_BIT}:
+            module.__class__ = nn.Linear
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        module.__dict__.setdefault(_ORIGINS, {})[leaf] = origin
 
 
 def iter_quantised_origins(model: nn.Module) -> Iterator[tuple[str, QuantisedOrigin]]:

@@ -215,20 +215,20 @@ def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: 
     """Insert the computation of the values that adapters compute once per call."""
     graph = sources.graph
     slots = add_slots(graph, once)
-    for path, plan in once.items():
-        for i, branch in enumerate(plan.branches):
-            roles = [parameter_role(branch_name(i), j) for j in range(len(branch.params))]
-            owner, names = owner_prefix(path, i), list[str]()
-            for name, modules in modules_by_pass(branch.reads).items():
-                outputs = _replay_modules(replay, sources.calls, modules, IsolatedPass(name, owner))
-                named = {program_value_name(owner, pass_value_name(name, of)): node for of, node in outputs.items()}
-                sources.own.update(named)
-            read = _find_all(sources, [program_value_name(owner, name) for name in branch.reads], before, path)
-            operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
-            context = functools.partial(FormulaContext, plan.site, attention=select_attention(graph))
-            function = functools.partial(_compute_values, context, branch, list(read), owner, graph.sites, names)
-            _, nodes = inline(graph.exported, before, function, operands)
-            sources.own.update(zip(names, nodes, strict=True))
+    branches = [(path, plan.site, i, branch) for path, plan in once.items() for i, branch in enumerate(plan.branches)]
+    for path, site, i, branch in branches:
+        roles = [parameter_role(branch_name(i), j) for j in range(len(branch.params))]
+        owner, names = owner_prefix(path, i), list[str]()
+        for name, modules in modules_by_pass(branch.reads).items():
+            outputs = _replay_modules(replay, sources.calls, modules, IsolatedPass(name, owner))
+            named = {program_value_name(owner, pass_value_name(name, of)): node for of, node in outputs.items()}
+            sources.own.update(named)
+        read = _find_all(sources, [program_value_name(owner, name) for name in branch.reads], before, path)
+        operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
+        context = functools.partial(FormulaContext, site, attention=select_attention(graph))
+        function = functools.partial(_compute_values, context, branch, list(read), owner, graph.sites, names)
+        _, nodes = inline(graph.exported, before, function, operands)
+        sources.own.update(zip(names, nodes, strict=True))
 
 
 def _compute_values(

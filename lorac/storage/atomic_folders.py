@@ -217,11 +217,16 @@ def _locked(folder: Path) -> Iterator[None]:
     """Admit one process or thread at a time, where the file system has locks; the system unlocks for a killed one."""
     with contextlib.ExitStack() as stack:
         if sys.platform != "win32":
-            with contextlib.suppress(OSError):
-                handle = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(folder, stack)
         yield
+
+
+def _lock(folder: Path, unlock: contextlib.ExitStack) -> None:
+    """Lock a folder until a stack is closed; do nothing where the file system has no locks."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        unlock.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _mark(target: Path) -> str:

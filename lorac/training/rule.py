@@ -163,7 +163,7 @@ class Rule(ABC):
             if term.adapter not in adapters or adapters[term.adapter].tensors.get(term.site) is not term.tensors:
                 raise Unavailable(
                     f"adapter '{term.adapter}' has changed since {type(self).__name__} was attached",
-                    next_step="remove() the rule, and attach a new one",
+                    next_step="remove the rule, and attach a new one",
                 )
 
     def _save(self, optimizer: Any, state_dict: dict[str, Any]) -> None:

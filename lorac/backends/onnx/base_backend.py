@@ -109,6 +109,34 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
         run_self_test(engine, emitted.program, emitted.request.snapshot)
 
+    def emit(self, request: BuildRequest[OptionsT], folder: Path) -> EmittedProgram[OptionsT]:
+        """Write a program's models and base weights into a folder.
+
+        Raises:
+            Unavailable: the target does not compute an op.
+        """
+        from lorac.backends.onnx.build import EmittedProgram, write_models
+
+        program = request.program
+        assert program is not None
+        self.check_program(program, request)
+        step("emission")
+        dialect, constant = self.dialect_for(request.options), self.bakes_slots(request)
+        passes = self.weight_passes(request)
+        emitted = EmittedProgram(
+            request=request,
+            program=program,
+            folder=folder,
+            file_names=tuple(self.list_files(program.graphs)),
+            results=write_models(
+                request, program, folder, dialect, passes, constant=constant, defaults=self.slot_defaults
+            ),
+        )
+        self.check_emitted(emitted)
+        if request.mode != "baked":
+            self.write_base_weights(emitted)
+        return emitted
+
     # --- the backend's contract ----------------------------------------------------------------------------------
 
     @functools.cached_property
@@ -124,11 +152,9 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     def build(self, request: BuildRequest[OptionsT]) -> AnyOnnxEngine:
         """Build an engine, which does not keep the model."""
-        from lorac.backends.onnx.build import emit_program
-
         folder = make_temporary_folder()
         try:
-            engine = self.load(emit_program(self, request, folder))
+            engine = self.load(self.emit(request, folder))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

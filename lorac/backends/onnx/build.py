@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
@@ -20,14 +20,13 @@ from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.passes import PassResult, Skip
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
-from lorac.progress import step
 from lorac.storage.open_file import open_files
 from lorac.storage.tensor_file import TensorFile, TensorLocation, find_transposed_weights
 from lorac.target.backend import BuildRequest, OptionsT
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.backends.onnx.base_backend import AnyOnnxBackend
+    from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
 
 Tensor = torch.Tensor
 
@@ -67,38 +66,35 @@ class EmittedProgram(Generic[OptionsT]):
         return collect_base_tensors(self.request.model, {path: plan.site for path, plan in self.request.plans.items()})
 
 
-def emit_program(backend: AnyOnnxBackend, request: BuildRequest[OptionsT], folder: Path) -> EmittedProgram[OptionsT]:
-    """Write a program's models and base weights into a folder.
+def write_models(
+    request: BuildRequest[OptionsT],
+    program: Program,
+    folder: Path,
+    dialect: OnnxDialect,
+    passes: Sequence[OnnxPass],
+    *,
+    constant: bool,
+    defaults: bool,
+) -> dict[str, dict[str, PassResult]]:
+    """Write each graph's model; its slots hold the choice for good, or the base's content, or nothing.
+
+    Args:
+        request: what the program is built for.
+        program: the lowered program.
+        folder: where the models are written.
+        dialect: what the target can run.
+        passes: over the models once their slots are filled.
+        constant: whether slots are constants of the models.
+        defaults: whether slots that are inputs hold the base's content.
+
+    Returns:
+        Graph -> pass over the emitted program -> its result.
 
     Raises:
         Unavailable: the target does not compute an op.
     """
-    program = request.program
-    assert program is not None
-    backend.check_program(program, request)
-    step("emission")
-    results = _write_models(backend, request, program, folder)
-    emitted = EmittedProgram(
-        request=request,
-        program=program,
-        folder=folder,
-        file_names=tuple(backend.list_files(program.graphs)),
-        results=results,
-    )
-    backend.check_emitted(emitted)
-    if request.mode != "baked":
-        backend.write_base_weights(emitted)
-    return emitted
-
-
-def _write_models(
-    backend: AnyOnnxBackend, request: BuildRequest[OptionsT], program: Program, folder: Path
-) -> dict[str, dict[str, PassResult]]:
-    """Write each graph's model; its slots hold the choice for good, or the base's content, or nothing."""
-    dialect, constant = backend.dialect_for(request.options), backend.bakes_slots(request)
-    passes = backend.weight_passes(request)
     contents = {}
-    if constant or backend.slot_defaults:
+    if constant or defaults:
         snapshot = request.snapshot if request.mode == "baked" else ComposedWeights(())
         contents = fill_slots(request.plans, snapshot, request.base)
     results: dict[str, dict[str, PassResult]] = {}

@@ -89,23 +89,21 @@ def verify_model(model: ir.Model, after: str) -> None:
 def _verify_graph(graph: ir.Graph, outer: set[ir.Value], after: str) -> None:
     known = {*outer, *graph.inputs, *graph.initializers.values()}
     for node in graph:
-        for value in node.inputs:
-            if value is not None and value not in known:
-                raise _broken(after, f"{node.op_type} '{node.name}'", value)
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                _verify_graph(attribute.as_graph(), known, after)
+        _verify_reads(node.inputs, known, after, f"{node.op_type} '{node.name}'")
+        inner_graphs = (a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH)
+        for inner in inner_graphs:
+            _verify_graph(inner, known, after)
         known.update(node.outputs)
-    for value in graph.outputs:
-        if value not in known:
-            raise _broken(after, f"graph '{graph.name}'", value)
+    _verify_reads(graph.outputs, known, after, f"graph '{graph.name}'")
 
 
-def _broken(after: str, reader: str, value: ir.Value) -> CompileError:
-    return CompileError(
-        f"after the pass '{after}' {reader} reads '{value.name}', which nothing before it computes",
-        code="verification_failed",
-    )
+def _verify_reads(values: Iterable[ir.Value | None], known: set[ir.Value], after: str, reader: str) -> None:
+    for value in values:
+        if value is not None and value not in known:
+            raise CompileError(
+                f"after the pass '{after}' {reader} reads '{value.name}', which nothing before it computes",
+                code="verification_failed",
+            )
 
 
 def module_around(node: ir.Node) -> str:

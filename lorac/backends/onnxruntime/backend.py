@@ -186,8 +186,8 @@ def _quantisation_reports(emitted: Emitted) -> dict[str, QuantisationReport]:
     """Return graph -> the report of its quantisation; empty where nothing was quantised."""
     from lorac.backends.onnxruntime.quantised.products import QuantisationReport
 
-    results = ((graph, result) for graph, found in emitted.results.items() for result in found.values())
-    return {graph: result for graph, result in results if isinstance(result, QuantisationReport)}
+    details = ((graph, result.details) for graph, found in emitted.results.items() for result in found.values())
+    return {graph: report for graph, report in details if isinstance(report, QuantisationReport)}
 
 
 def _prequantised_matrices(model: nn.Module, options: OnnxRuntimeOptions) -> tuple[PrequantisedMatrix, ...]:

@@ -73,7 +73,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         super().check(request)
         if request.options.refit and request.mode != "fused":
             raise OptionError(
-                f"refit=True replaces merged weights, and a program in mode='{request.mode}' has none to replace",
+                f"refit=True replaces merged weights, and a program of the mode '{request.mode}' has none to replace",
                 next_step="give mode='fused' with it, or leave it out",
             )
         if request.options.refit and local_capability() is None:

@@ -32,8 +32,12 @@ def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str]) 
     """
     for name in names:
         with library.collect_errors() as messages:
-            if not network.mark_weights_refittable(name):
-                raise Unavailable(f"TensorRT does not let '{name}' be replaced: {messages.why()}", next_step=_INSTEAD)
+            _mark(network, name, messages)
+
+
+def _mark(network: tensorrt.INetworkDefinition, name: str, messages: library.BuildMessages) -> None:
+    if not network.mark_weights_refittable(name):
+        raise Unavailable(f"TensorRT does not let '{name}' be replaced: {messages.why()}", next_step=_INSTEAD)
 
 
 def refit_flag() -> tensorrt.BuilderFlag:

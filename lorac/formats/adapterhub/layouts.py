@@ -10,7 +10,6 @@ The prefix is that of the base model in a class with a head. Source: the mixins 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -203,11 +202,21 @@ def find_layers(family: Family, stream: ResidualStream, sites: Collection[str]) 
     layers: dict[str, AdaptableLayer] = {}
     numbers = {block: number for number, block in enumerate(stream.blocks)}
     for stack, blocks in _iterate_stacks(family, stream):
-        for block, end in itertools.product(blocks, stack.layers):
-            paths = (f"{block}.{end}", f"{block}.{stack.renamed.get(end, end)}")
-            path = next((path for path in paths if path in sites), None)
-            if path is not None:
-                layers[path] = AdaptableLayer(f"{blocks[block]}.{end}", stack.layers[end], numbers[block])
+        for block, name in blocks.items():
+            layers |= _find_block_layers(stack, block, name, numbers[block], sites)
+    return layers
+
+
+def _find_block_layers(
+    stack: BlockStack, block: str, name: str, number: int, sites: Collection[str]
+) -> dict[str, AdaptableLayer]:
+    """Return site path -> layer, of one block; ``name`` is the block's in a file."""
+    layers: dict[str, AdaptableLayer] = {}
+    for end, role in stack.layers.items():
+        paths = (f"{block}.{end}", f"{block}.{stack.renamed.get(end, end)}")
+        path = next((path for path in paths if path in sites), None)
+        if path is not None:
+            layers[path] = AdaptableLayer(f"{name}.{end}", role, number)
     return layers
 
 

@@ -129,10 +129,10 @@ def _locate_symbols(inputs: Mapping[str, Tensor]) -> tuple[dict[sympy.Expr, symp
 
 
 def _varying_sizes(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, torch.SymInt]]:
-    for name, value in inputs.items():
-        for axis, size in enumerate(value.shape):
-            if isinstance(size, torch.SymInt) and constant_size(size) is None:
-                yield name, axis, size
+    sizes = ((name, axis, size) for name, value in inputs.items() for axis, size in enumerate(value.shape))
+    for name, axis, size in sizes:
+        if isinstance(size, torch.SymInt) and constant_size(size) is None:
+            yield name, axis, size
 
 
 def _symbol(name: str, axis: int) -> sympy.Symbol:

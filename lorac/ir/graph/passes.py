@@ -30,11 +30,13 @@ class PassResult:
         changed: whether the pass changed the graph.
         skipped: what the pass could have changed, and did not.
         notes: sentences for whoever calls the program.
+        details: further data of the pass, of a class of its own; None where it has none.
     """
 
     changed: bool
     skipped: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
+    details: object = None
 
 
 @dataclass(frozen=True)

@@ -125,5 +125,5 @@ def _refuse_processes() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise Unavailable(
             "Squeeze exchanges tensors that several processes' wrapper holds",
-            next_step="train a stage, compile again with reduce_rank(adapter), and wrap that",
+            next_step="train a stage, compile again with the adapter that `reduce_rank` returns, and wrap that",
         )

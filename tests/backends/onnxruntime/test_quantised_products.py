@@ -68,11 +68,11 @@ def test_both_ops_compute_with_what_the_bytes_come_to(codec):
     """A tied table of which a lookup and a product read one set of bytes."""
     table, body = matrix(), "e = Gather(w, ids) t = Transpose<perm = [1, 0]>(w) o = MatMul(e, t)"
     model = program(body, {"w": table})
-    outcome = QuantiseWeights(codec, FLOAT32_LEVEL).apply(model)
+    report = QuantiseWeights(codec, FLOAT32_LEVEL).apply(model).details
     if codec.block > COLUMNS:
-        assert outcome.floats == {"w": f"rows shorter than a block of {codec.block}"}
+        assert report.floats == {"w": f"rows shorter than a block of {codec.block}"}
         return
-    come_to = outcome.quantised["w"].encoded.decode()
+    come_to = report.quantised["w"].encoded.decode()
     assert_close(answer(model), torch.from_numpy(come_to[IDS] @ come_to.T))
     assert {"GatherBlockQuantized", "MatMulNBits"} <= set(ops(model))
     stored = [v for v in model.graph.initializers.values() if v.dtype is ir.DataType.UINT8]
@@ -119,9 +119,9 @@ def test_every_way_of_reading_a_matrix(how):
     held = matrix(COLUMNS, ROWS) if by_columns else matrix()
     constants = {"w": held} | ({"c": matrix(1, ROWS)[0]} if ", c)" in body else {})
     model = program(body, constants)
-    outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
-    assert outcome.floats == {}
-    encoded = outcome.quantised["w"].encoded
+    report = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model).details
+    assert report.floats == {}
+    encoded = report.quantised["w"].encoded
     assert encoded.shape == (ROWS, COLUMNS)
     come_to = encoded.decode().T if by_columns else encoded.decode()
     assert_close(answer(model), torch.from_numpy(expected(come_to, constants.get("c"))))
@@ -155,26 +155,27 @@ def test_what_no_op_takes_stays(why):
     model = program(body, {"w": held})
     before = ops(model)
     outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
-    assert not outcome.quantised
-    assert outcome.floats["w"].startswith(reason)
+    report = outcome.details
+    assert not report.quantised
+    assert report.floats["w"].startswith(reason)
     assert ops(model) == before
-    assert list(outcome.notes) == [f"weights that stay as they are, {outcome.floats['w']}: w"]
+    assert list(outcome.notes) == [f"weights that stay as they are, {report.floats['w']}: w"]
 
 
 def test_slots_and_vectors_are_left_alone():
     model = program(
         "h = MatMul(x, w) o = Mul(h, v)", {"w": matrix(72), "v": matrix(1, 72)[0]}, "float[b, s, 72] x, float[72, 72] w"
     )
-    outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
-    assert not outcome.quantised
-    assert not outcome.floats
+    report = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model).details
+    assert not report.quantised
+    assert not report.floats
 
 
 def test_pieces_of_joined_matrices_are_found_again():
     """What a program joined, transposed or shares is known by its values; what it does not hold is not."""
     one, two = matrix(6, seed=1), matrix(9, seed=2)
     model = program("o = MatMul(x, w)", {"w": np.concatenate([one, two]).T.copy()})
-    outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
+    report = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model).details
     tensors = {
         "one": torch.from_numpy(one),
         "two": torch.from_numpy(two).t(),
@@ -182,10 +183,10 @@ def test_pieces_of_joined_matrices_are_found_again():
         "other": torch.from_numpy(matrix(6, seed=3)),
         "vector": torch.from_numpy(one[0]),
     }
-    pieces = find_quantised({"main": outcome}, tensors)
+    pieces = find_quantised({"main": report}, tensors)
     assert pieces.keys() == {"one", "two", "tied"}
     assert (pieces["one"].transposed, pieces["two"].transposed) == (False, True)
-    computed = replace_quantised({"main": outcome}, tensors)
+    computed = replace_quantised({"main": report}, tensors)
     assert torch.equal(computed["one"], torch.from_numpy(INT4.encode(one).decode()))
     assert torch.equal(computed["two"], torch.from_numpy(INT4.encode(two).decode()).t())
     assert computed["other"] is tensors["other"]

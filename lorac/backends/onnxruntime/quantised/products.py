@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -75,8 +75,8 @@ class PrequantisedMatrix:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantisationReport(PassResult):
+@dataclass(frozen=True)
+class QuantisationReport:
     """What the pass did to a program's constants of two or more axes.
 
     Attributes:
@@ -84,15 +84,14 @@ class QuantisationReport(PassResult):
         floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
     """
 
-    quantised: Mapping[str, QuantisedProduct] = field(default_factory=dict)
-    floats: Mapping[str, str] = field(default_factory=dict)
+    quantised: Mapping[str, QuantisedProduct]
+    floats: Mapping[str, str]
 
-    @classmethod
-    def of(cls, quantised: Mapping[str, QuantisedProduct], floats: Mapping[str, str]) -> QuantisationReport:
-        """Return the report of a run."""
-        skipped = tuple(Skip(name, why) for name, why in floats.items())
-        notes = (*_describe_quantised(quantised.values()), *_describe_floats(floats))
-        return cls(changed=bool(quantised), skipped=skipped, notes=notes, quantised=quantised, floats=floats)
+    def to_result(self) -> PassResult:
+        """Return the result of the pass, with the report as its details."""
+        skipped = tuple(Skip(name, why) for name, why in self.floats.items())
+        notes = (*_describe_quantised(self.quantised.values()), *_describe_floats(self.floats))
+        return PassResult(bool(self.quantised), skipped, notes, details=self)
 
 
 def _describe_quantised(quantised: Iterable[QuantisedProduct]) -> Iterator[str]:
@@ -129,8 +128,8 @@ class QuantiseWeights(OnnxPass):
     accuracy_level: int
     prequantised: Sequence[PrequantisedMatrix] = ()
 
-    def apply(self, model: ir.Model) -> QuantisationReport:
-        """Quantise in place, one matrix at a time; report what stays float and why."""
+    def apply(self, model: ir.Model) -> PassResult:
+        """Quantise in place, one matrix at a time; the details of the result are a ``QuantisationReport``."""
         quantised: dict[str, QuantisedProduct] = {}
         floats: dict[str, str] = {}
         for name, value in list(model.graph.initializers.items()):
@@ -146,7 +145,7 @@ class QuantiseWeights(OnnxPass):
             quantised[name] = QuantisedProduct(encoded, readers[0].by_columns, constant, names)
         RemoveUnusedNodesPass()(model)
         model.graph.opset_imports.setdefault(_DOMAIN, 1)
-        return QuantisationReport.of(quantised, floats)
+        return QuantisationReport(quantised, floats).to_result()
 
     def _encode(self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> EncodedMatrix | str:
         """Return the codes of a constant, or why it stays float."""
