@@ -141,7 +141,7 @@ def test_rules_next_to_it_are_put_on_anew() -> None:
 
 def test_what_it_does_not_apply_to() -> None:
     dora: Any = lorac.compile(linear(4, 3), {"a": lorac.DoRA(r=2, targets=("site",))})
-    with pytest.raises(lorac.AdapterNotFound, match="'a' is dora, and a LoRA is squeezed"):
+    with pytest.raises(lorac.AdapterNotFound, match="'a' is dora, which is not LoRA"):
         reduce_rank(dora.adapters["a"], 1)
     made = lora(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     for wrong in ({}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"rank": 1, "energy": 0.5}):
