@@ -27,7 +27,7 @@ def cached(**options: Any) -> Any:
 
 def _uncached(w: World) -> Any:
     made = over(compiled("llama"))
-    made.engine.kept = None
+    made.engine.spec = None
     return made.generate(prompts()[0][None], max_new_tokens=2)
 
 

@@ -22,8 +22,8 @@ def test_every_mistake_is_answered_and_the_answer_helps(tmp_path):
         error = _made(mistake, world)
         said += f"# {mistake.name}\n{_shown(error, world)}\n\n"
         wrong += [f"{mistake.name}: {problem}" for problem in _problems(mistake, error, world)]
-    assert wrong == []
     goldens.check("mistakes", said)
+    assert wrong == []
 
 
 def _made(mistake, world):

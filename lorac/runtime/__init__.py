@@ -1,1 +1,1 @@
-"""What runs after compilation: calls, swaps, the pool of adapters, artefacts."""
+"""What runs after compilation: calls, swaps, the pool of adapters, artifacts."""

@@ -36,7 +36,7 @@ def test_ids_that_there_are_not(compiled: lorac.Compiled, numpy: bool, tmp_path:
     compiled(**{name: torch.full((1, 5), size - 1)})
 
 
-def test_an_artefact_knows_its_ids(compiled: lorac.Compiled, tmp_path: Path) -> None:
+def test_an_artifact_knows_its_ids(compiled: lorac.Compiled, tmp_path: Path) -> None:
     name, _ = _name_and_size()
     compiled.save(tmp_path / "it")
     with pytest.raises(lorac.ChoiceError, match="holds the id -1"):

@@ -14,7 +14,7 @@ from peft import LoraConfig
 import lorac
 from lorac.cli import main
 from tests import peft_files
-from tests.runtime.generation.test_artefacts import words
+from tests.runtime.generation.test_artifacts import words
 from tests.zoo import ZOO
 
 ENTRY = ZOO["tiny_llama"]

@@ -1,4 +1,4 @@
-"""Reads a page as its reader does: runs its blocks one after another. test_blocks.py runs it as a process."""
+"""Run the blocks of a page one after another, as its reader does. test_blocks.py runs it as a process."""
 
 import json
 import subprocess
@@ -10,9 +10,6 @@ def main() -> None:
     """Run the steps of the file that is named; the first that fails says where it stands in the page."""
     page, *steps = json.loads(Path(sys.argv[1]).read_text())
     names: dict[str, object] = {"__name__": "__main__"}
-    prepared = Path(__file__).with_name("prepared") / f"{Path(page).stem.lower()}.py"
-    if prepared.exists():
-        exec(compile(prepared.read_text(), str(prepared), "exec"), names)
     for language, text, line in steps:
         if language == "python":
             exec(compile("\n" * (line - 1) + text, page, "exec"), names)

@@ -50,3 +50,15 @@ def test_it_runs(page, tmp_path):
     command = [sys.executable, str(runner), str(given)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_the_readme_shows_what_its_code_prints(tmp_path):
+    first = list(blocks(ROOT / "README.md"))
+    code = next(block.text for block in first if block.language == "python")
+    shown = next(block.text for block in first if block.language == "text")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown

@@ -119,7 +119,7 @@ def test_the_library_reads_what_is_written_and_answers_the_same(tmp_path):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_it_lives_on_in_an_artefact_which_needs_no_search(tmp_path):
+def test_it_lives_on_in_an_artifact_which_needs_no_search(tmp_path):
     name, key = split("bert/seq")
     lorac.compile(model(name), {key: FILES / "bert" / "seq"}).save(tmp_path / "saved")
     again = lorac.load(tmp_path / "saved")

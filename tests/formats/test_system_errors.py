@@ -61,7 +61,7 @@ def test_a_folder_in_a_files_place(adapter: lorac.Adapter, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "it"]
 
 
-def test_an_artefact_that_cannot_be_written_or_read(tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_artifact_that_cannot_be_written_or_read(tmp_path: Path, monkeypatch: Any) -> None:
     compiled, _ = make_compiled("plain_mlp", "eager", "live")
     (tmp_path / "file").write_text("x")
     with pytest.raises(lorac.ArtifactError, match=r"file.* cannot be written"):

@@ -53,7 +53,7 @@ def test_the_axis_that_grows_with_the_rows():
     assert ROWS.find_axis((2, 4), (3, 6), 3) is None
 
 
-def test_rows_are_stored_and_what_are_none_is_no_artefact():
+def test_rows_are_stored_and_what_are_none_is_no_artifact():
     rows = RowLayout(2, {"x": 0}, {"features": LIST_AXIS, "logits": 0})
     assert RowLayout.from_json(rows.to_json()) == rows
     with pytest.raises(lorac.ArtifactError, match="is not a layout of rows"):

@@ -134,7 +134,7 @@ def test_rows_choose_and_extra_outputs_are_joined() -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_artefacts_keep_modules_and_what_is_computed_once(tmp_path) -> None:
+def test_artifacts_keep_modules_and_what_is_computed_once(tmp_path) -> None:
     for target, compiled in {"eager": lorac.compile(llama(), adapters()), "onnxruntime": emitted()}.items():
         compiled.save(tmp_path / target)
         again = lorac.load(tmp_path / target)

@@ -80,7 +80,7 @@ def test_each_keeps_its_own_dropout(host):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_branches_and_weights_live_in_one_artefact(host, tmp_path):
+def test_branches_and_weights_live_in_one_artifact(host, tmp_path):
     variant = lorac.Union(parts=(lorac.AdapterTune(targets=["norm"]), lorac.LoRA(r=2, targets="all-linear")))
     found = compiled(host, variant)
     assert found.adapters["a"].sites == ("norm", "first", "second") or set(found.adapters["a"].sites) == {

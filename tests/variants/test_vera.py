@@ -326,7 +326,7 @@ def test_an_adapters_file_holds_a_and_b_once(model, adapters, tmp_path):
     assert loaded.numel() == adapters["a"].numel()
 
 
-def test_an_artefact_answers_the_same(emitted, tmp_path):
+def test_an_artifact_answers_the_same(emitted, tmp_path):
     emitted.swap(MIXTURE)
     emitted.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it")
@@ -338,7 +338,7 @@ def test_an_artefact_answers_the_same(emitted, tmp_path):
     assert max(files) < 64_000
 
 
-def test_an_eager_artefact_answers_the_same(model, adapters, tmp_path):
+def test_an_eager_artifact_answers_the_same(model, adapters, tmp_path):
     compiled = lorac.compile(model, {"a": adapters["a"]}, active="a", example_inputs=(X.double(),))
     compiled.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it")

@@ -57,7 +57,7 @@ def test_sites_are_known_and_every_slot_is_read(compiled: lorac.Compiled) -> Non
     assert {f"body.layers.{n}.out" for n in range(3)} <= sites
 
 
-def test_a_loaded_artefact_draws_the_program_that_it_runs(compiled: lorac.Compiled, tmp_path: Path) -> None:
+def test_a_loaded_artifact_draws_the_program_that_it_runs(compiled: lorac.Compiled, tmp_path: Path) -> None:
     compiled.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it")
     assert loaded.graph["main"].dump == compiled.graph["main"].emitted.dump

@@ -1,4 +1,4 @@
-"""Where an artefact's ONNX file may keep its tensors: in the file beside it, wherever ONNX lets a tensor be."""
+"""Where an artifact's ONNX file may keep its tensors: in the file beside it, wherever ONNX lets a tensor be."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
     assert imported == "[]"
 
 
-def test_an_artefact_is_refused_by_another_release_and_by_another_gpu(live, monkeypatch):
+def test_an_artifact_is_refused_by_another_release_and_by_another_gpu(live, monkeypatch):
     (part,) = engine_of(live).graphs.values()
     with pytest.raises(lorac.ArtifactError, match=r"made by tensorrt_rtx 0\.9") as error:
         backend._check_plan_origin(dataclasses.replace(part, made_by="tensorrt_rtx 0.9"))

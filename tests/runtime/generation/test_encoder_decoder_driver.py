@@ -267,7 +267,7 @@ def test_a_way_of_generating_that_is_the_models_own(tmp_path: Path) -> None:
             assert torch.equal(*pair), told
 
 
-def test_what_an_artefact_tells_of_rules_takes_no_place() -> None:
+def test_what_an_artifact_tells_of_rules_takes_no_place() -> None:
     """Nor is anything imported that it names, unless transformers' own models generate with it."""
     from lorac.runtime.generation.driver import DecodingProgram
     from lorac.runtime.generation.encoder_decoder_driver import driver_class, load_rules_class

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorac
-from tests.runtime.generation.test_artefacts import words
+from tests.runtime.generation.test_artifacts import words
 from tests.runtime.generation.texts import FAMILIES, LENGTHS, adapted, padded, prompts
 
 WIDTH = max(LENGTHS)

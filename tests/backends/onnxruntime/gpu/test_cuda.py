@@ -159,7 +159,7 @@ def test_threads_answer_what_each_asks_for() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_artefact_runs_where_it_was_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_an_artifact_runs_where_it_was_saved(dtype: torch.dtype, tmp_path: Path) -> None:
     host, held = "tiny_bert", reference("tiny_bert", dtype)
     engine = compiled(host, dtype)
     engine.save(tmp_path / "it")

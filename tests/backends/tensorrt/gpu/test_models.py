@@ -145,7 +145,7 @@ def test_what_was_built_is_not_built_again(mode: str, tmp_path: Path, monkeypatc
     assert torch.equal(one, other)
 
 
-def test_an_artefact_runs_without_the_model(tmp_path: Path) -> None:
+def test_an_artifact_runs_without_the_model(tmp_path: Path) -> None:
     host, given = "tiny_bert", inputs("tiny_bert")
     engine = compiled(host, "live", ONE)
     wanted = first(host, engine(**given))
