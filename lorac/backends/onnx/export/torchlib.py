@@ -19,7 +19,7 @@ import operator
 import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import onnx
 import onnx_ir as ir
@@ -74,6 +74,7 @@ _LIBRARIES = ("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.ex
 Target = Callable[..., object]
 """What an fx node calls: an op's overload or a function of Python's."""
 Translation = Callable[..., Outputs]
+AttributeT = TypeVar("AttributeT")
 
 
 class Recorder(_building.OpRecorder):
@@ -87,7 +88,8 @@ class Recorder(_building.OpRecorder):
         signature = _read_signature(schema)
         inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
         count = _building._determine_output_number(signature, attributes)
-        return _unpack(self._call_op(signature, inputs, attributes, count))
+        typed = {name: _type_attribute(name, value) for name, value in attributes.items()}
+        return _unpack(self._call_op(signature, inputs, typed, count))
 
     def record_call(
         self, function: OnnxFunction[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
@@ -102,6 +104,21 @@ class Recorder(_building.OpRecorder):
         """Return the nodes that were recorded since this was called last."""
         nodes, self.nodes = self.nodes, []
         return nodes
+
+
+_LIST_TYPES = {int: ir.AttributeType.INTS, float: ir.AttributeType.FLOATS, str: ir.AttributeType.STRINGS}
+
+
+def _type_attribute(name: str, value: AttributeT) -> AttributeT | ir.Attr:
+    """Return an attribute with its type if its value is a tensor or a list; else the value.
+
+    onnx_ir infers the type of those last, after slow comparisons with protocols.
+    """
+    if isinstance(value, ir.Tensor):
+        return ir.AttrTensor(name, value)
+    kinds = {type(element) for element in value} if isinstance(value, list | tuple) else set[type]()
+    kind = _LIST_TYPES.get(kinds.pop()) if len(kinds) == 1 else None
+    return value if kind is None else ir.convenience.convert_attribute(name, value, kind)
 
 
 def _unpack(outputs: Sequence[ir.Value]) -> Outputs:
