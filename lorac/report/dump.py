@@ -301,6 +301,7 @@ def _split_call(node: fx.Node) -> tuple[str, list[object], Mapping[str, object]]
     return _op_label(node.target), _strip_trailing_none(list(args)), node.kwargs
 
 
+@functools.lru_cache(maxsize=4096)
 def _op_label(target: object) -> str:
     schema = getattr(target, "_schema", None)
     if schema is None:

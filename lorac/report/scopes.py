@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from torch import fx
@@ -15,6 +15,7 @@ from lorac.ir.graph import ops
 from lorac.source_lines import format_location, is_user_code
 
 _SOURCE = re.compile(r'File "([^"]+)", line (\d+)')
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
@@ -28,12 +29,14 @@ class ModuleScopes:
     """
 
     def __init__(self, nodes: Sequence[fx.Node]) -> None:
-        self._stacks = {node: _module_stack(node) for node in nodes}
+        read = functools.cache(_read_stack)  # nodes of a module have equal stacks
+        entries = {node: read(*(node.meta.get("nn_module_stack") or {}).items()) for node in nodes}
+        self._stacks = {node: stack for node, (stack, _) in entries.items()}
         owners = {stack[-1] for stack in self._stacks.values() if stack}
         parents = {entry for stack in self._stacks.values() for entry in stack[:-1]}
         self.containers = {_strip_call(entry) for entry in parents | owners if entry in parents}
         self._blocks: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self.classes = {path: name for node in nodes for path, name in _module_classes(node)}
+        self.classes = {path: name for _, classes in dict.fromkeys(entries.values()) for path, name in classes}
         self.results = self._find_results(owners)
 
     def locate(self, node: fx.Node) -> tuple[str, tuple[str, ...], str]:
@@ -56,10 +59,10 @@ class ModuleScopes:
         """
         visible: dict[str, list[fx.Node]] = defaultdict(list)
         results: dict[str, list[fx.Node]] = defaultdict(list)
-        sites = {self._owner(node) for node in self._stacks if node_site(node)}
-        for node in self._stacks:
-            owner = self._owner(node) or ""
-            readers = {self._owner(user) for user in node.users}
+        owner_of = {node: stack[-1] if stack else "" for node, stack in self._stacks.items()}
+        sites = {owner for node, owner in owner_of.items() if node_site(node)}
+        for node, owner in owner_of.items():
+            readers = set(map(owner_of.get, node.users))
             if is_size(node.meta.get("val")) or readers <= {owner}:
                 continue
             visible[owner].append(node)
@@ -69,31 +72,21 @@ class ModuleScopes:
         found = {nodes[-1] for owner, nodes in visible.items() if owner in leaves & sites}
         return found | {nodes[0] for owner, nodes in results.items() if owner in leaves - sites and len(nodes) == 1}
 
-    def _owner(self, node: fx.Node) -> str | None:
-        stack = self._stacks.get(node)
-        return None if stack is None else stack[-1] if stack else ""
-
 
 def repeated_blocks(modules: Sequence[str], containers: Container[str]) -> tuple[str, ...]:
     """Return the modules that are elements of a list: numbered, and with modules of their own."""
     return tuple(entry for entry in modules if _strip_call(entry)[-1:].isdigit() and _strip_call(entry) in containers)
 
 
-def _module_stack(node: fx.Node) -> tuple[str, ...]:
-    """Return the module paths around a node, outermost first; the n-th call of a module ends in ``@n``."""
-    found = []
-    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-        if path and path != _NO_MODULE:
-            call = key.rpartition("@")[2] if "@" in key else ""
-            found.append(f"{path}@{call}" if call else path)
-    return tuple(found)
+def _read_stack(*entries: tuple[str, tuple[str, object]]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Return the modules of torch's ``nn_module_stack``, outermost first: their paths, and (path, class) of each.
 
-
-def _module_classes(node: fx.Node) -> Iterator[tuple[str, str]]:
-    """Yield (path, class) of each module around a node; torch stores the class or its full name."""
-    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-        if path != _NO_MODULE:
-            yield path, str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+    The path of the n-th call of a module ends in ``@n``. torch stores the class or its full name.
+    """
+    modules = [(key, path, kind) for key, (path, kind) in entries if path != _NO_MODULE]
+    stack = tuple(f"{path}@{key.rpartition('@')[2]}" if "@" in key else path for key, path, _ in modules if path)
+    classes = ((path, str(getattr(kind, "__name__", kind)).rpartition(".")[2]) for _, path, kind in modules)
+    return stack, tuple(classes)
 
 
 def _strip_call(entry: str) -> str:
@@ -115,5 +108,4 @@ def node_site(node: fx.Node) -> str | None:
 
 def is_size(value: object) -> bool:
     """Return whether a value is a finite number, symbolic or not, or the result of a check."""
-    is_number = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float)
-    return is_number and not (isinstance(value, float) and math.isinf(value))
+    return isinstance(value, _NUMBERS) and not (isinstance(value, float) and math.isinf(value))
