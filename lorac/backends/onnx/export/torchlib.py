@@ -19,7 +19,7 @@ import operator
 import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
@@ -74,7 +74,6 @@ _LIBRARIES = ("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.ex
 Target = Callable[..., object]
 """What an fx node calls: an op's overload or a function of Python's."""
 Translation = Callable[..., Outputs]
-AttributeT = TypeVar("AttributeT")
 
 
 class Recorder(_building.OpRecorder):
@@ -89,7 +88,7 @@ class Recorder(_building.OpRecorder):
         inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
         count = _building._determine_output_number(signature, attributes)
         typed = {name: _type_attribute(name, value) for name, value in attributes.items()}
-        return _unpack(self._call_op(signature, inputs, typed, count))
+        return _unpack(self._call_op(signature, inputs, typed, count))  # type: ignore[arg-type]  # onnx_ir takes both
 
     def record_call(
         self, function: OnnxFunction[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
@@ -109,7 +108,7 @@ class Recorder(_building.OpRecorder):
 _LIST_TYPES = {int: ir.AttributeType.INTS, float: ir.AttributeType.FLOATS, str: ir.AttributeType.STRINGS}
 
 
-def _type_attribute(name: str, value: AttributeT) -> AttributeT | ir.Attr:
+def _type_attribute(name: str, value: _building.ValidAttributeType) -> _building.ValidAttributeType | ir.Attr:
     """Return an attribute with its type if its value is a tensor or a list; else the value.
 
     onnx_ir infers the type of those last, after slow comparisons with protocols.
