@@ -148,7 +148,7 @@ class Graph:
     def _reaching(self, wanted: Collection[torch.fx.Node]) -> set[torch.fx.Node]:
         live = set(wanted)
         for node in reversed(self.fx.nodes):
-            if node.op == "output" or any(user in live for user in node.users):
+            if node.op == "output" or not live.isdisjoint(node.users):
                 live.add(node)
         return live
 

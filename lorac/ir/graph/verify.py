@@ -39,8 +39,9 @@ def verify(graph: Graph, after: str) -> None:
 def _check_order(graph: Graph, after: str) -> None:
     seen: set[fx.Node] = set()
     for node in graph.fx.nodes:
-        unknown = next((operand for operand in node.all_input_nodes if operand not in seen), None)
-        if unknown is not None:
+        operands = node.all_input_nodes
+        if not seen.issuperset(operands):
+            unknown = next(operand for operand in operands if operand not in seen)
             raise _failed(after, node, f"reads {unknown.name} before it is computed")
         seen.add(node)
 
