@@ -19,7 +19,8 @@ TURNED = {"](../CONTRIBUTING.md": "](contributing.md", "](docs/": "]("}
 
 
 def _methods() -> list[str]:
-    return sorted((f"lorac.{variant.__name__}" for variant in lorac.variants().values()), key=str.lower)
+    found = [variant for variant in lorac.variants().values() if variant.__module__.startswith("lorac.")]
+    return sorted((f"lorac.{variant.__name__}" for variant in found), key=str.lower)
 
 
 def _errors() -> list[str]:

@@ -63,7 +63,7 @@ def test_a_loaded_artifact_draws_the_program_that_it_runs(compiled: lorac.Compil
     assert loaded.graph["main"].dump == compiled.graph["main"].emitted.dump
     page = loaded.graph.to_html(tmp_path / "it.html").read_text(encoding="utf-8")
     assert "Stack · onnxruntime, live" in page
-    assert 'class="box site adapted"' in page
+    assert '"kind":"site"' in page
     assert '"title":"emitted"' in page
 
 
