@@ -91,7 +91,7 @@ def through_engine(compiled: Any, given: argparse.Namespace) -> Side:
         while len(tokens) < count:
             rows, length = ids.shape
             wanted = torch.full((rows, 1), length - 1)
-            ids = bound.extend(MAIN_GRAPH, cache, DecodeStep(ids=ids, counts=[length] * rows, wanted=wanted)).argmax(-1)
+            ids = bound.decode(MAIN_GRAPH, cache, DecodeStep(ids=ids, counts=[length] * rows, wanted=wanted)).argmax(-1)
             stamps.append(clock())
             tokens.append(ids[:, 0].tolist())
         return _timed(stamps, begun, tokens)

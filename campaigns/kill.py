@@ -155,7 +155,7 @@ def _until(writer: Writer, target: Path, number: int, moment: int, exchange: boo
 
     for name in STEPS:
         setattr(os, name, dying(getattr(os, name)))
-    folders._exchanged = dying(folders._exchanged) if exchange else (lambda one, other: False)
+    folders._exchange_in_one_step = dying(folders._exchange_in_one_step) if exchange else (lambda one, other: False)
     writer.write(target, number)
 
 

@@ -40,7 +40,7 @@ from lorac.testing import adapter_away
 
 ENGINES = [(target, mode) for target in ("eager", "onnxruntime") for mode in ("live", "fused")]
 WHERE = ("up", "down", "head")
-METHODS: dict[str, lorac.Variant] = {
+METHODS: dict[str, lorac.WeightVariant | lorac.BranchVariant] = {
     "lora": lorac.LoRA(r=3, alpha=5, targets=WHERE),
     "dora": lorac.DoRA(r=2, alpha=3, targets=("up", "head")),
     "ia3": lorac.IA3(targets=WHERE),

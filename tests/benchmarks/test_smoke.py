@@ -72,7 +72,7 @@ ROWS = {
             "compile, live, self-test included",
             "compile with a cache",
             "a call of 1x16 with the adapter",
-            "a swap and the next call, minus a call",
+            "a swap and the next call",
             "a training step in eager mode",
             "a generated token",
         ]

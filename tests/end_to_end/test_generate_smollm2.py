@@ -81,7 +81,7 @@ def read(compiled: Any, choice: Any, ids: Tensor, new: int) -> Tensor:
     def pieces(bound: Any, _: Any) -> Iterator[Tensor]:
         for piece in ids.split(PIECE, 1):
             every = torch.arange(piece.shape[1])[None]
-            yield bound.extend(MAIN_GRAPH, cache, DecodeStep(ids=piece, counts=[piece.shape[1]], wanted=every)).clone()
+            yield bound.decode(MAIN_GRAPH, cache, DecodeStep(ids=piece, counts=[piece.shape[1]], wanted=every)).clone()
 
     found: list[Tensor] = compiled.with_choice(choice, lambda bound, state: list(pieces(bound, state)))
     return torch.cat(found, 1)[:, -new:]
