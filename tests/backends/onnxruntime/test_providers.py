@@ -120,7 +120,9 @@ def test_a_cache_is_kept_on_the_cpu_alone() -> None:
 
 
 def test_half_precision_on_the_cpu_is_said_and_computed_in_float32() -> None:
-    with pytest.warns(lorac.LoracWarning, match="no kernels for float16: it computes in float32, and its outputs are in float32"):
+    with pytest.warns(
+        lorac.LoracWarning, match="no kernels for float16: it computes in float32, and its outputs are in float32"
+    ):
         half = compiled(dtype="float16", device="cpu")
     assert half(torch.ones(2, 6)).dtype == torch.float32
 
