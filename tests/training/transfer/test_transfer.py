@@ -52,7 +52,7 @@ def test_each_prompt_is_taken_once() -> None:
 def test_it_ends_where_nothing_is_accepted() -> None:
     with refuses("batches_needed", match="0 of 40 generated prompts belong to the task, and 4"):
         transfer.synthesise_prompts(drawn(), lambda prompts: [False] * len(prompts), 4, tries=40)
-    with refuses("batches_needed", match="0 are of the task"):
+    with refuses("batches_needed", match="0 of 16 generated prompts belong to the task"):
         transfer.synthesise_prompts(lambda count, seed: [""] * count, every, 4, tries=16)
 
 
