@@ -43,7 +43,7 @@ def bound(compiled):
 
 def extended(compiled, cache, ids, counts, wanted=None):
     places = torch.tensor([[max(count - 1, 0)] for count in counts]) if wanted is None else wanted
-    return bound(compiled).extend("main", cache, DecodeStep(ids=ids, counts=counts, wanted=places))
+    return bound(compiled).decode("main", cache, DecodeStep(ids=ids, counts=counts, wanted=places))
 
 
 def fed(compiled, counts=COUNTS, ids=IDS, cache=None):
