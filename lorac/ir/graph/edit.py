@@ -28,7 +28,6 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -63,6 +62,7 @@ def find_fake_mode(program: ExportedProgram) -> FakeTensorMode:
 def add_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0) -> torch.SymInt:
     """Add a symbolic size that may be any number from ``least`` on."""
     from torch._dynamo.source import LocalSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
 
     environment = find_fake_mode(program).shape_env
     assert environment is not None
