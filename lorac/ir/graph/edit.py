@@ -29,8 +29,6 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.ir.graph import ops
 from lorac.ir.output_structure import OutputStructure
@@ -63,6 +61,8 @@ def add_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0
     """Add a symbolic size that may be any number from ``least`` on."""
     from torch._dynamo.source import LocalSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
 
     environment = find_fake_mode(program).shape_env
     assert environment is not None

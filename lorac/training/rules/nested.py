@@ -183,7 +183,7 @@ class NestedRanks(Rule):
     def _choose(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if "adapters" in kwargs or not self.compiled.computes_terms():
+        if "adapters" in kwargs or not self.compiled.engine.computes_terms:
             return None
         active = {
             name: dataclasses.replace(how, rank=self.rank) if name in self._cut else how

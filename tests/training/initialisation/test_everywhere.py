@@ -142,7 +142,7 @@ def nan(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("start", "variant", "given", "error", "says"),
     [
-        (starts.LoRAGA(), LORA, [{"x": batches(1)[0]["x"]}], lorac.AdapterError, "without a loss"),
+        (starts.LoRAGA(), LORA, [{"x": batches(1)[0]["x"]}], lorac.AdapterError, "has no loss"),
         (starts.LoRAGA(), LORA, map(nan, batches()), lorac.AdapterError, "gradient"),
         (starts.EVA(), LORA, map(nan, batches()), lorac.AdapterError, "input"),
         (starts.EVA(), LORA, [{"x": batches(1)[0]["x"][:1]}], lorac.AdapterError, "principal components"),
