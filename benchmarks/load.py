@@ -1,4 +1,4 @@
-"""What it takes to load an artifact beside a bare session over the same model: time and peak memory.
+"""Time and peak memory of loading an artifact, compared with a bare session over the same model.
 
     python -m benchmarks.load [--model smollm2] [--processes 3]
 

@@ -87,7 +87,7 @@ def _add_warning_filter() -> None:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Have transformers draw no progress bars inside the block, in the whole process: for programs that own theirs."""
+    """Hide transformers' progress bars in the whole process inside the block; only for programs that own theirs."""
     from transformers.utils import logging as bars
 
     enabled = bars.is_progress_bar_enabled()

@@ -54,7 +54,7 @@ class Field(ABC):
     @property
     @abstractmethod
     def use(self) -> str:
-        """What the field is to lorac, for the documentation."""
+        """How lorac uses the field, for the documentation."""
 
     def parse(self, value: object, name: str, path: Path) -> object:
         """Return a value of the file as lorac has it.

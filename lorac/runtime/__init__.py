@@ -1,1 +1,1 @@
-"""What runs after compilation: calls, swaps, the pool of adapters, artifacts."""
+"""Running compiled models: calls, swaps, the pool of adapters, artifacts."""

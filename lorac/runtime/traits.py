@@ -44,7 +44,7 @@ class CustomGeneration:
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """What others need of a model besides calling it.
+    """Attributes that pipelines and ``generate`` read from a model.
 
     Attributes:
         config: its configuration, or None.

@@ -65,7 +65,7 @@ def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer
 
 
 def _store_program(session: Session, model: SwitchableModel, staged: Path) -> object:
-    """Have the backend write its files; an engine that runs the model itself has the model captured for that."""
+    """Write the backend's files; an engine that runs the model itself captures it first."""
     if model.engine.files is not None:
         return session.backend.store(model.engine, staged, None)
     from lorac.session.building import make_build_request

@@ -72,7 +72,7 @@ class Oracle:
 
 
 class Case:
-    """What the checks of one variant on one host share; everything is made on first use.
+    """Shared objects of the checks of one variant on one host, each made on first use.
 
     Args:
         variant: the configuration to test.

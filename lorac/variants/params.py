@@ -24,7 +24,7 @@ class Role(enum.StrEnum):
 
 @dataclass(frozen=True)
 class InitContext:
-    """What an initialiser may read.
+    """Inputs that an initialiser may read.
 
     Attributes:
         shape: shape of the tensor to make.

@@ -176,7 +176,7 @@ class EagerEngine(Engine[ActiveSlots]):
         return ForwardCall(content, self.computes_terms)
 
     def run_with_model(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
-        """Have the copy of the model do some work, each of whose forwards reads the content."""
+        """Run some work on the copy of the model; each forward in it uses the content."""
         module = self.components[check_component(graph, self.components)]
         assert isinstance(content, ActiveSlots)
         call = self._make_call(content)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def disable_fast_path(host: nn.Module, copy: nn.Module, planned: Collection[str], touched: TouchedSites) -> None:
-    """Have the transformer layers of a copy call the layers inside them where it matters.
+    """Disable the fused fast path of transformer layers where it would bypass adapted layers inside.
 
     Args:
         host: the model, whose parameters say whether they need gradients.

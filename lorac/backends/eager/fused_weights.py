@@ -47,7 +47,7 @@ def _allocate_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> Fus
 
 
 def adds_bias(module: nn.Module, site: Site) -> bool:
-    """Return whether a bias must be added to a module's output, since its forward has none, as an embedding's."""
+    """Return whether a bias must be added to a module's output because its forward adds none, as in an embedding."""
     return _bias_name(site) not in module._parameters
 
 

@@ -1,1 +1,1 @@
-"""What every target that reads ONNX shares: emission in a dialect, gates, checks and files."""
+"""Shared parts of targets that read ONNX: emission in a dialect, gates, checks and files."""

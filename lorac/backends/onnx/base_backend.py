@@ -141,7 +141,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     @functools.cached_property
     def dialect(self) -> OnnxDialect:  # type: ignore[override]  # nobody sets it
-        """What the target can run with its default options."""
+        """The dialect for the target's default options."""
         return self.dialect_for(self.options())
 
     def list_unsupported(self, program: Program) -> tuple[str, ...]:

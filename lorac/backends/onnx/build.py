@@ -1,4 +1,4 @@
-"""What backends that run emitted ONNX files do to build a program: emission, what its slots hold, and base weights."""
+"""Building an ONNX program: emission, slot defaults and base weights."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class LoadedGraph(Protocol):
 
 
 class SlotContent(Protocol):
-    """What a choice of adapters puts into the slots, as the library reads it.
+    """Slot contents of a choice of adapters, in the library's form.
 
     Attributes:
         tensors: slot input -> tensor.

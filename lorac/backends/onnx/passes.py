@@ -57,7 +57,7 @@ class PatternPass(OnnxPass):
 
 
 OnnxDialect = Dialect[OnnxPass]
-"""What a target that is given ONNX files can run."""
+"""Dialect of a target that reads ONNX files."""
 
 
 def run_passes(model: ir.Model, passes: Sequence[OnnxPass], observe: PassObserver | None = None) -> None:

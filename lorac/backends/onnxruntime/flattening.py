@@ -46,7 +46,7 @@ class FlattenToRows(OnnxPass):
 
 @dataclass(frozen=True)
 class CopyReshapeSizes(OnnxPass):
-    """Have a ``Reshape`` copy unchanged sizes from its input, in place of the ops that read and join them."""
+    """Let a ``Reshape`` copy unchanged sizes from its input, instead of ops that read and join them."""
 
     name: ClassVar[str] = "copy-reshape-sizes"
 

@@ -193,7 +193,7 @@ def _flatten_heads(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Valu
 
 
 def _replace_uses(graph: ir.Graph, node: ir.Node, y: ir.Value) -> None:
-    """Have the readers of the attention's (batch, length, heads, size) read ``y`` (batch, length, heads · size)."""
+    """Redirect readers of the attention's (batch, length, heads, size) to ``y`` (batch, length, heads · size)."""
     old = node.outputs[0]
     for user, _ in list(old.uses()):
         joined = user.outputs[0]

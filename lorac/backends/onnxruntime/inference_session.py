@@ -137,7 +137,7 @@ def _start_session(
 
 
 def _compute_in_float32(graph: onnx.GraphProto) -> None:
-    """Have products with quantised weights compute in float32, where nothing is rounded."""
+    """Compute products with quantised weights in float32, without rounding inputs."""
     nodes = (node for part in (graph, *walk_subgraphs(graph)) for node in part.node)
     for attribute in (attribute for node in nodes for attribute in node.attribute):
         if attribute.name == ACCURACY_ATTRIBUTE:

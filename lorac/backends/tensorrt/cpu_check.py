@@ -132,7 +132,7 @@ def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
 
 
 def _widen_model(model: onnx.ModelProto) -> bool:
-    """Have a model compute half precision in float32; return whether it changed."""
+    """Compute a model's half precision in float32; return whether it changed."""
     changed = False
     for graph in (model.graph, *walk_subgraphs(model.graph)):
         for value in (*graph.input, *graph.output, *graph.value_info):
@@ -196,7 +196,7 @@ def widen_graph(graph: Graph) -> Graph:
 
 
 def _widen_input(graph: fx.Graph, node: fx.Node) -> None:
-    """Have the readers of a half-precision input read it in float32."""
+    """Redirect readers of a half-precision input to its float32 cast."""
     if _is_half(node.meta.get("val")):
         cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
         node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)

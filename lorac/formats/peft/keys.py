@@ -38,7 +38,7 @@ from lorac.variants.base import Variant
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
 WRAPPED = "base_layer"
-"""What PEFT calls the layer that it wraps."""
+"""PEFT's name for the layer that it wraps."""
 TOKENS = "token_adapter.trainable_tokens_delta"
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 """Modules that PEFT takes for embeddings by their name alone (EMBEDDING_LAYER_NAMES)."""

@@ -58,7 +58,7 @@ class SlotSpec:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """What the size of the noise in a slot depends on.
+    """Inputs to the size of the noise in a slot.
 
     Attributes:
         site: the site.

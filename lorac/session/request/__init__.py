@@ -1,1 +1,1 @@
-"""What compile() was asked for: every argument, checked once."""
+"""The arguments of compile(), each checked once."""

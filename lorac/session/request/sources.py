@@ -18,7 +18,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 AdapterSource = str | Path | Adapter | Variant
-"""What an adapter is made of, after ``read_source``."""
+"""A source of an adapter, as ``read_source`` returns it."""
 NamedSource = tuple[str | None, AdapterSource]
 _ACCEPTED_SOURCES = "give a path, a method such as lorac.LoRA(r=8), a configuration of PEFT's, or a lorac.Adapter"
 _TENSORS_ADVICE = "give the folder that PEFT saved it in, or lorac.Adapter(name, method, {site: {parameter: tensor}})"

@@ -91,7 +91,7 @@ def _translation_error(error: BaseException, node: fx.Node | None) -> Unavailabl
 
 
 _MISSING_MESSAGE = "No ONNX function found"
-"""What torch's exporter says of an op that has no translation."""
+"""Text of torch's error for an op without a translation."""
 
 
 def _name_of(target: object) -> str:

@@ -279,7 +279,7 @@ def _set_weights(program: ExportedProgram, graph: ir.Graph) -> None:
 
 
 def _import_opsets(model: ir.Model) -> None:
-    """Have a model and its functions import the opsets of their nodes, the model those of its functions too."""
+    """Import the opsets of all nodes into a model and its functions."""
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         nodes = ir.traversal.RecursiveGraphIterator(graph)
         versions = {node.domain: node.version or 1 for node in nodes if node.domain}

@@ -21,7 +21,7 @@ from onnxscript import opset18
 from onnxscript.values import Op, Opset
 
 Outputs = ir.Value | Sequence[ir.Value]
-"""What an op returns: its only output as it is, or several."""
+"""Outputs of an op: a single value, or a sequence."""
 
 
 class NodeRecorder(Protocol):

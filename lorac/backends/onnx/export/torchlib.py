@@ -72,7 +72,7 @@ _LIBRARIES = ("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.ex
 """Packages of translations."""
 
 Target = Callable[..., object]
-"""What an fx node calls: an op's overload or a function of Python's."""
+"""Target of an fx node: an op's overload or a Python function."""
 Translation = Callable[..., Outputs]
 
 

@@ -22,7 +22,7 @@ _DTYPE_AGNOSTIC = frozenset({"Cast", "CastLike", "Constant", "If", "Identity", "
 
 @dataclass(frozen=True)
 class WidenHalfPrecision(OnnxPass):
-    """Have ops without a half-precision kernel compute in float32.
+    """Compute ops without a half-precision kernel in float32.
 
     Their operands are widened, which is exact, and their results rounded once. torch's own kernels compute alike: they
     hold in float32 what they read in half precision.
@@ -101,7 +101,7 @@ class _CastInserter:
         self.inserted = False
 
     def widen(self, graph: ir.Graph | ir.Function, node: ir.Node, half: ir.DataType) -> None:
-        """Have a node compute in float32 what it would compute in half precision."""
+        """Compute a half-precision node in float32."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == half:
                 node.replace_input_with(index, self._widened(graph, node, value))
@@ -118,7 +118,7 @@ class _CastInserter:
         return self._wide[key]
 
     def _round(self, graph: ir.Graph | ir.Function, node: ir.Node, old: ir.Value, half: ir.DataType) -> None:
-        """Have the readers of a result in half precision read the result rounded to it."""
+        """Redirect readers of a half-precision result to the result rounded to it."""
         rounded = self._cast(old, half, node)
         graph.insert_after(node, rounded)
         new = rounded.outputs[0]

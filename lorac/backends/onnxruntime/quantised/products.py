@@ -77,7 +77,7 @@ class PrequantisedMatrix:
 
 @dataclass(frozen=True)
 class QuantisationReport:
-    """What the pass did to a program's constants of two or more axes.
+    """The quantised and float constants of a program after the pass.
 
     Attributes:
         quantised: name of a constant -> the quantised matrix in its place.

@@ -38,7 +38,7 @@ class DeviceSlots(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def wait_on(self, stream: torch.cuda.Stream) -> None:
-        """Have a stream wait for the tensors, and keep their memory until the stream has read it; once per stream."""
+        """Make a stream wait for the tensors and keep their memory until it has read them; once per stream."""
         if stream.cuda_stream in self._passed:
             return
         if self._ready is not None:

@@ -43,7 +43,7 @@ class StreamQueue:
     def _begin(
         self, stream: torch.cuda.Stream, caller: torch.cuda.Stream, inputs: Iterable[Tensor], slots: DeviceSlots
     ) -> None:
-        """Have a stream wait for the tensors of a call, and keep their memory for the stream."""
+        """Make a stream wait for the tensors of a call, and keep their memory for it."""
         if stream != caller:
             stream.wait_stream(caller)
         if self._last is not None:
