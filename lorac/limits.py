@@ -69,7 +69,10 @@ def budget(*, seconds: float | None = None, bytes: int | None = None) -> Iterato
 
 @contextlib.contextmanager
 def charge_reading(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Open an account for a file and charge the block to it."""
+    """Open an account for a file and charge the block to it; files that are read inside are charged to the same."""
+    if _account.get() is not None:
+        yield
+        return
     token = _account.set(_BudgetAccount(os.fspath(file), _budget.get(), time.thread_time()))
     try:
         yield

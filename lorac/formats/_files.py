@@ -30,6 +30,8 @@ LONGEST_NAME = 1000
 """Characters of a tensor's name, which patterns are matched against."""
 SEAL = "lorac_seal"
 """Metadata entry that holds the hash over a description and its tensors."""
+EXPERTS = "lorac_experts"
+"""Metadata entry that holds the seals of an X-LoRA's experts by name."""
 BASE_HASH = "lorac_base"
 """Metadata entry that holds the hash over the base weights."""
 HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")

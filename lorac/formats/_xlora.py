@@ -1,9 +1,11 @@
 """X-LoRA in files: LoRAs in folders of their own, and the classifier that weighs them, which must be complete.
 
+The experts lie in the folder of the classifier. A configuration may name other places, where PEFT looks for them;
+nothing is read there. What lorac writes holds the experts' seals next to the classifier, under a seal of its own.
+
 PEFT up to 0.21 drops tensors of the classifier when it saves: it takes keys that contain ``.0.`` to ``.<n − 1>.`` for n
-experts for those of the experts. Loaded again, PEFT keeps random layers in their place; lorac refuses such a file. The
-folders that PEFT writes of the experts next to the classifier lack tensors for the same reason, so that experts are
-looked for where the configuration says, and there last.
+experts for those of the experts. Loaded again, PEFT keeps random layers in their place; lorac refuses such a file, and
+the folders that PEFT writes of the experts, which lack tensors for the same reason.
 """
 
 from __future__ import annotations
@@ -28,10 +30,14 @@ from lorac.formats._config_fields import (
     read_optional_size,
     read_size,
 )
-from lorac.formats._errors import corrupt_error
-from lorac.formats._registry import load_adapter
+from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats._files import EXPERTS, SEAL, peek_metadata, read_json
+from lorac.formats.peft.reader import read_folder
+from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.frontend.last_hidden_state import find_last_hidden_state
 from lorac.frontend.model_view import ModelView
+from lorac.storage.inner_paths import find_inner_path
+from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
 
@@ -66,30 +72,29 @@ class XLoraFolder:
 
     Attributes:
         folder: its path.
-        experts: name -> the path of the expert, as in the configuration.
+        experts: name -> the paths in the folder at which the expert may lie, in order.
         fields: hyper-parameters of the method by lorac's names, ``hidden_size`` among them.
         classifier: the tensors of the classifier, by key.
         keys: key of the weight of each layer, in order; that of the bias ends in ``bias`` instead.
+        weights: the name of the classifier's file.
         biased: whether the layers have biases.
     """
 
     folder: Path
-    experts: Mapping[str, str]
+    experts: Mapping[str, Sequence[str]]
     fields: JsonObject
     classifier: Mapping[str, Tensor]
     keys: Sequence[str]
+    weights: str
     biased: bool = True
 
-    def read(self, name: str, view: ModelView | None, places: Sequence[str]) -> Adapter:
+    def read(self, name: str, view: ModelView | None) -> Adapter:
         """Return the adapter, checked.
-
-        Args:
-            places: where an expert may lie within the folder, in order, with ``{name}``, and ``{path}`` for the path
-                in the configuration, which is tried by itself first.
 
         Raises:
             BaseNeeded: no model was given, or its last hidden state is unknown.
-            FormatError: the classifier or an expert is incomplete, or there are further tensors.
+            FormatError: the classifier or an expert is incomplete, there are further tensors, or an expert is not the
+                one that lorac wrote.
             AdapterError: the classifier does not fit the model.
         """
         if view is None:
@@ -99,7 +104,7 @@ class XLoraFolder:
             )
         hidden = self._find_hidden_state(name, view)
         self._check_classifier(name)
-        loras = [load_adapter(self._find_expert(expert, places), view, expert) for expert in self.experts]
+        loras = self._read_experts(view)
         adapter = XLoRA.from_loras(loras, sites=list(view.sites), name=name, hidden=hidden, **self.fields)
         initial = adapter.tensors[adapter.sites[0]]
         shared = {}
@@ -150,16 +155,34 @@ class XLoraFolder:
                 code="unused_tensors",
             )
 
-    def _find_expert(self, expert: str, places: Sequence[str]) -> Path:
-        """Return the folder of one LoRA: next to the classifier, or where the configuration says."""
-        path = Path(self.experts[expert])
-        folders = [self.folder / place.format(name=expert, path=path) for place in places]
-        folders.insert(folders.index(self.folder / path), path)
-        found = next((folder for folder in folders if folder.is_dir()), None)
+    def _read_experts(self, view: ModelView) -> list[Adapter]:
+        folders = {expert: self._find_expert(expert) for expert in self.experts}
+        if len({*folders.values()}) < len(folders):
+            raise corrupt_error(f"two experts of '{self.folder}' are one folder", next_step="name each of them once")
+        sealed = peek_metadata(self.folder / self.weights).get(EXPERTS)
+        seals = None if sealed is None else parse_object(sealed, lambda reason: corrupt_error(f"{EXPERTS} {reason}"))
+        for expert, folder in folders.items():
+            if seals is not None and peek_metadata(folder / WEIGHTS).get(SEAL) != seals.get(expert):
+                raise corrupt_error(
+                    f"'{folder}' is not the expert '{expert}' that lorac wrote with the classifier of '{self.folder}'",
+                    next_step="copy the whole folder again",
+                )
+            if read_json(folder / CONFIG).get("peft_type") == "XLORA":
+                raise unsupported_error(
+                    f"'{folder}', an expert of '{self.folder}', is an X-LoRA itself",
+                    next_step="the experts of an X-LoRA are plain LoRAs",
+                )
+        return [read_folder(folder, view, expert) for expert, folder in folders.items()]
+
+    def _find_expert(self, expert: str) -> Path:
+        """Return the folder of one LoRA, which lies in the folder of the classifier."""
+        places = [find_inner_path(self.folder, place) for place in self.experts[expert]]
+        found = next((place for place in places if place is not None and (place / CONFIG).is_file()), None)
         if found is None:
             raise corrupt_error(
-                f"'{self.folder}' mixes an expert '{expert}', which is not at '{self.experts[expert]}'",
-                next_step=f"put its folder at '{self.folder / expert}'",
+                f"'{self.folder}' mixes an expert {expert!r}, and no folder in it has that",
+                next_step=f"put the expert's folder at '{self.folder / self.experts[expert][-1]}'; paths that lead out "
+                "of the folder are not followed",
             )
         return found
 

@@ -3,7 +3,8 @@
     adapter_tensors.<adapter>.<key>             a tensor of an adapter
     adapter_tensors.<adapter>._extra_state      its record, which says what each of the keys is
 
-The tensors of the host are ignored. The record is that of lorac's own format (``lorac.formats.native``).
+The tensors of the host are ignored. The record is that of lorac's own format (``lorac.formats.native``). Trainer writes
+no hash, so that lorac puts one over the record and the adapter's tensors into the record, when the state dict is made.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, sort_by_site
+from lorac.argument_types import matches_type
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import corrupt_error
@@ -21,11 +24,15 @@ from lorac.formats._files import encode_config, peek_names, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
 from lorac.frontend.model_view import ModelView
+from lorac.limits import pause_clock
 from lorac.storage.strict_json import parse_object
+from lorac.storage.tensor_file import hash_contents
 from lorac.variants.adapter import Adapter
 
 FILE = "model.safetensors"
 """The name that Trainer gives it."""
+SEAL = "seal"
+"""Entry of a record that holds the hash over its other entries and the tensors."""
 _PREFIX, _RECORD = "adapter_tensors.", "._extra_state"
 Places = Mapping[str, Sequence[tuple[str | None, str]]]
 """Key -> (site path or None, parameter) of every place that holds its tensor."""
@@ -46,12 +53,24 @@ class CheckpointFormat(Format):
         tensors, _ = read_safetensors(file)
         records: dict[str, tuple[str, JsonObject, Places]] = {}
         for key in filter(_is_record, tensors):
+            if tensors[key].dtype is not torch.uint8 or tensors[key].ndim != 1:
+                raise corrupt_error(f"'{key}' in '{file}' is not a text")
             text = bytes(tensors[key].tolist())
             stored = parse_object(text, lambda reason: corrupt_error(f"a record in '{file}' {reason}"))
+            prefix = key.removesuffix(_RECORD)
+            _check_record(file, stored, tensors, prefix)
             parsed = parse_record(file, encode_config(stored["record"]))
-            records[parsed["name"]] = (key.removesuffix(_RECORD), parsed, stored["places"])
+            records[parsed["name"]] = (prefix, parsed, stored["places"])
+        known = {f"{prefix}.{key}" for prefix, _, places in records.values() for key in places}
+        unused = next((k for k in tensors if _PREFIX in k and not _is_record(k) and k not in known), None)
+        if unused is not None:
+            raise FormatError(
+                f"'{file}' holds '{unused}', which no record in it names",
+                next_step="copy the file again",
+                code="unused_tensors",
+            )
         prefix, record, places = records[_choose_adapter(file, sorted(records), name)]
-        stored_tensors = _select_tensors(file, tensors, prefix, places)
+        stored_tensors = _select_tensors(tensors, prefix, places)
         adapter = assemble_adapter(file, record, build_variant(file, record), stored_tensors, name)
         adapter.provenance["format"] = self.name
         adapter.tensors = sort_by_site(adapter.tensors, view)
@@ -68,6 +87,30 @@ def _is_record(name: str) -> bool:
     return _PREFIX in name and name.endswith(_RECORD)
 
 
+def _check_record(file: Path, stored: JsonObject, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Check the entries of a record, and the tensors against its seal; older records have none.
+
+    Raises:
+        FormatError: an entry is missing or of another type, a tensor is missing, or they do not belong together.
+    """
+    places = stored.get("places")
+    if stored.keys() - {SEAL} != {"record", "places"} or not matches_type(places, Places):
+        raise corrupt_error(f"a record in '{file}' is not the record, the places and the seal of an adapter")
+    missing = next((key for key in stored["places"] if f"{prefix}.{key}" not in tensors), None)
+    if missing is not None:
+        raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{missing}', which its record promises")
+    own = {key: tensors[f"{prefix}.{key}"] for key in stored["places"]}
+    text = encode_config({name: stored[name] for name in ("record", "places")})
+    with pause_clock():
+        belongs = SEAL not in stored or stored[SEAL] == hash_contents(text, own)
+    if not belongs:
+        raise corrupt_error(
+            f"the record and the tensors of '{prefix}' in '{file}' do not belong together: they, or one of them, were "
+            "changed since the state dict was made",
+            next_step="copy the file again, or save the adapter itself: lorac.save_adapter(adapter, path)",
+        )
+
+
 def _choose_adapter(file: Path, names: list[str], name: str | None) -> str:
     """Return the only adapter of a checkpoint, or the one of the given name."""
     if len(names) == 1:
@@ -81,12 +124,10 @@ def _choose_adapter(file: Path, names: list[str], name: str | None) -> str:
     return name
 
 
-def _select_tensors(file: Path, tensors: Mapping[str, Tensor], prefix: str, places: Places) -> dict[str, Tensor]:
+def _select_tensors(tensors: Mapping[str, Tensor], prefix: str, places: Places) -> dict[str, Tensor]:
     """Return the tensors of one adapter by the names of lorac's own format."""
     selected: dict[str, Tensor] = {}
     for key, parameters in places.items():
-        if f"{prefix}.{key}" not in tensors:
-            raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{key}', which its record promises")
         selected |= {tensor_key(site, name): tensors[f"{prefix}.{key}"] for site, name in parameters}
     return selected
 

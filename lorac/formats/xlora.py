@@ -1,8 +1,10 @@
 """X-LoRA's own folders: xlora_config.json with xlora_classifier.safetensors, the experts in folders next to them.
 
-Source: EricLBuehler/xlora (xlora_config.py, xlora_classifier.py). The layers of the classifier but the last are
-``inner.<j>``, j their positions among ReLUs and dropouts if there are any, and ``last``. Where the authors normalise
-what top-k leaves over the whole batch, lorac does over each token, as PEFT does.
+Source: EricLBuehler/xlora (xlora_config.py, xlora_classifier.py, save_pretrained of xlora_insertion.py). The layers of
+the classifier but the last are ``inner.<j>``, j their positions among ReLUs and dropouts if there are any, and
+``last``.
+``adapters`` lists the experts' names, or gives paths by name, of which only the names matter. Where the authors
+normalise what top-k leaves over the whole batch, lorac and PEFT do over each token, so that this is refused.
 """
 
 from __future__ import annotations
@@ -11,24 +13,37 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorac.adapters.fit import check_adapter
-from lorac.formats._config_fields import Applied, Field, Irrelevant, read_fields, read_flag, read_size
+from lorac.formats._config_fields import Applied, Field, Irrelevant, Refused, read_fields, read_flag, read_size
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._files import containing_folder, read_json, read_safetensors, write_json
+from lorac.formats._files import check_seal, containing_folder, read_json, read_safetensors, write_json, write_sealed
 from lorac.formats._format import Format
-from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
-from lorac.formats.peft.writer import write_folder
+from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, read_expert_paths, split_xlora
+from lorac.formats.peft.writer import seal_experts, seal_text, write_folder
 from lorac.frontend.model_view import ModelView
-from lorac.storage.tensor_file import write_safetensors
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
 
 CONFIG, WEIGHTS = "xlora_config.json", "xlora_classifier.safetensors"
-_EXPERTS = "adapters"
+_NESTED = "adapters"
+"""The folder of the experts in folders of early versions."""
 _PREFIX = "internal_xlora_classifier."
+
+
+def read_expert_names(value: object) -> tuple[str, ...]:
+    """Return the experts' names in order, from their list or from the older mapping of names to paths."""
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    return tuple(read_expert_paths(value))
+
+
 _FIELDS: Mapping[str, Field] = {
     **CLASSIFIER_FIELDS,
+    "adapters": Applied(read=read_expert_names),
+    "enable_softmax_topk": Refused(
+        False, next_step="train it again without; in the authors' code one token's weights depend on the whole batch"
+    ),
     "hidden_size": Applied(4096, to="hidden_size", read=read_size),
-    "enable_relu_and_dropout": Applied(False, to="activation", read=read_flag),
+    "enable_relu_and_dropout": Applied(True, to="activation", read=read_flag),
     "use_bias": Applied(True, read=read_flag),
     "base_model_id": Irrelevant(),
     "stop_token_id": Irrelevant(),
@@ -48,25 +63,29 @@ class XLoraFormat(Format):
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
         folder = containing_folder(path, CONFIG, WEIGHTS)
-        values = read_fields(read_json(folder / CONFIG), _FIELDS, folder / CONFIG)
+        raw = read_json(folder / CONFIG)
+        values = read_fields(raw, _FIELDS, folder / CONFIG)
         fields = {field.to: values[key] for key, field in _FIELDS.items() if field.to}
         if not (folder / WEIGHTS).is_file():
             raise corrupt_error(
                 f"'{folder}' has {CONFIG}, but no {WEIGHTS}", next_step="copy or download the whole folder"
             )
-        tensors, _ = read_safetensors(folder / WEIGHTS)
+        tensors, metadata = read_safetensors(folder / WEIGHTS)
+        check_seal(folder, seal_text(raw, metadata), tensors, metadata)
         classifier = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
         keys = _layer_keys(fields["depth"], fields["activation"])
-        contents = XLoraFolder(folder, values["adapters"], fields, classifier, keys, values["use_bias"])
-        adapter = contents.read(name or folder.resolve().name, view, (f"{_EXPERTS}/{{name}}", "{name}", "{path}"))
+        experts = {expert: (f"{_NESTED}/{expert}", expert) for expert in values["adapters"]}
+        contents = XLoraFolder(folder, experts, fields, classifier, keys, WEIGHTS, values["use_bias"])
+        adapter = contents.read(name or folder.resolve().name, view)
         adapter.provenance["format"] = self.name
         return adapter
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        """Write the two files, and the experts as PEFT's LoRAs within ``adapters``.
+        """Write the two files, and the experts as PEFT's LoRAs in folders of their numbers.
 
         Raises:
-            FormatError: the adapter is not an X-LoRA, or also replaces parameters of the model.
+            FormatError: the adapter is not an X-LoRA, also replaces parameters of the model, or normalises the weights
+                that top-k leaves.
             BaseNeeded: each site has weights of its own, and no model was given.
         """
         variant = adapter.variant
@@ -78,15 +97,21 @@ class XLoraFormat(Format):
             )
         if view is not None:
             check_adapter(adapter, view)
+        if variant.enable_softmax_topk:
+            raise unsupported_error(
+                f"adapter '{adapter.name}' normalises what top-k leaves over each token, and the authors' code does "
+                "over the whole batch",
+                next_step="use format='peft' or 'native'",
+            )
         tensors, loras = split_xlora(adapter, view, _layer_keys(variant.depth, variant.activation))
         path.mkdir()
-        (path / _EXPERTS).mkdir()
         for name, lora in loras.items():
-            write_folder(lora, path / _EXPERTS / name, view, target / _EXPERTS / name)
+            write_folder(lora, path / name, view)
         config = {key: getattr(variant, field.to) for key, field in _FIELDS.items() if field.to}
-        paths = {name: str(target / _EXPERTS / name) for name in loras}
-        write_json(path / CONFIG, {**config, "adapters": paths, "use_bias": True, "base_model_id": ""})
-        write_safetensors(path / WEIGHTS, tensors, {"format": "pt"})
+        config |= {"adapters": list(loras), "enable_softmax_topk": False, "use_bias": True, "base_model_id": ""}
+        metadata = {"format": "pt", **seal_experts(path, loras)}
+        write_sealed(path / WEIGHTS, tensors, metadata, seal_text(config, metadata))
+        write_json(path / CONFIG, config)
 
 
 def _layer_keys(depth: int, activation: bool) -> list[str]:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from lorac.errors import FormatError, warn
+from lorac.formats.checkpoint import SEAL
 from lorac.formats.native import describe_adapter
 from lorac.storage.strict_json import dump_json, parse_object
+from lorac.storage.tensor_file import hash_contents
 from lorac.variants.adapter import Adapter
 
 _MARK = "~"
@@ -23,7 +25,8 @@ class AdapterTensors(nn.Module):
     """An adapter's tensors under names that a state dict can hold, and the adapter's record.
 
     A state dict holds tensors only, so the record is stored as the bytes of a JSON text. It gives for each key the
-    tensor's site and name, or, if the tensor has no site, the parameter that it replaces.
+    tensor's site and name, or, if the tensor has no site, the parameter that it replaces. A seal over it and the
+    tensors is compared where a file of them is read (``lorac.formats.checkpoint``).
 
     Args:
         adapter: the adapter.
@@ -52,8 +55,10 @@ class AdapterTensors(nn.Module):
         return {*self._parameters, *self._buffers} - {*self._places}
 
     def get_extra_state(self) -> torch.Tensor:
-        """Return the record."""
-        text = dump_json({"record": describe_adapter(self.adapter), "places": self._places})
+        """Return the record, sealed with the tensors as they are now."""
+        record = {"record": describe_adapter(self.adapter), "places": self._places}
+        tensors = {key: getattr(self, key) for key in self._places}
+        text = dump_json({**record, SEAL: hash_contents(dump_json(record), tensors)})
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:

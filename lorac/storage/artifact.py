@@ -25,12 +25,13 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lorac.errors import ArtifactError, LoracError
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, list_foreign, read_consistently, replace_atomically
+from lorac.storage.inner_paths import find_inner_path
 from lorac.storage.open_file import OpenFile
 from lorac.storage.os_errors import translate_os_errors
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
@@ -220,10 +221,8 @@ def _read_fields(folder: Path) -> dict[str, Any]:
 
 
 def _open_checked(folder: Path, name: str, entry: Any) -> OpenFile:
-    parts = PurePosixPath(name).parts
-    unsafe = not parts or name.startswith("/") or "\\" in name or ":" in parts[0] or {"..", "."} & set(name.split("/"))
-    path = folder.joinpath(*parts)
-    if unsafe or any(folder.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts))):
+    path = find_inner_path(folder, name)
+    if path is None:
         raise ArtifactError(
             f"the manifest of '{folder}' names the file '{name}', which leads out of the folder",
             next_step="do not use this artifact: lorac does not write such paths",

@@ -122,6 +122,8 @@ class AutoLoRA(RoutedVariant):
         if merger is not None:
             keys = {key for gate in merger.values() for key in gate}
             base, cross = "weight_base" in keys, "weight_cross" in keys
+            if not base and not cross:  # the authors' gates keep this norm all the same
+                merger = {path: _without_norm(gate) for path, gate in merger.items()}
 
         def make_variant(paths: tuple[str, ...], rank: int, number: int) -> AutoLoRA:
             return AutoLoRA(targets=paths, r=rank, experts=number, base=base, cross=cross)
@@ -169,6 +171,11 @@ def _set_gates(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> 
     for path, own in adapter.tensors.items():
         own.update(_check_gate(path, own, merger.get(path, {})))
     return adapter
+
+
+def _without_norm(gate: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a gate that does not read the layer's output, without the norm of that."""
+    return {key: tensor for key, tensor in gate.items() if not key.startswith("norm_base_")}
 
 
 def _check_gate(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -124,10 +124,28 @@ def test_what_is_loaded_into_another_method_is_told(trained: tuple[Any, Path], t
     with refuses("corrupt_file", match="lacks the tensor"):
         lorac.load_adapter(tmp_path)
     fields = json.loads(bytes(own[record].tolist()))
+    del fields["seal"]
     text = json.dumps({**fields, "record": {**fields["record"], "variant": "verra"}})
     save_file({**own, record: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}, file)
     with pytest.raises(lorac.UnknownMethod, match="'verra'"):
         lorac.load_adapter(tmp_path)
+
+
+def test_a_changed_checkpoint_never_gives_other_numbers(trained: tuple[Any, Path], tmp_path: Path) -> None:
+    """Trainer writes no hash over its file; lorac's records have one over the adapter's tensors."""
+    compiled, folder = trained
+    sound = (folder / f"checkpoint-{STEPS}" / "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(sound[:8], "little")
+    outcomes = []
+    for at in (*range(8, begin, 61), *range(begin, len(sound), len(sound) // 60)):
+        (tmp_path / "model.safetensors").write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        try:
+            read = lorac.load_adapter(tmp_path, name="a")
+        except lorac.LoracError as error:
+            outcomes.append(type(error))
+            continue
+        assert all(map(torch.equal, read.parameters(), compiled.adapters["a"].parameters())), at
+    assert lorac.FormatError in outcomes
 
 
 def test_what_the_host_keeps_of_its_calls_is_part_of_the_state() -> None:

@@ -148,6 +148,17 @@ def test_the_gates_of_the_authors_merger_are_taken(base):
         assert key.startswith("lora_") or torch.equal(tensor, trained.tensors["line"][key])
 
 
+def test_gates_that_do_not_read_the_layer_keep_its_norm():
+    """The authors' ``no_cross`` gates have a norm of the layer's output, which their forward pass does not use."""
+    model = host()
+    given = loras(model, (X,))
+    trained = drawn(lorac.AutoLoRA.from_loras(given, base=False, cross=False), model, "a")
+    gates = merger(trained) | {f"model_dict.line.norm_base.{kind}": torch.ones(5) for kind in ("weight", "bias")}
+    found = lorac.AutoLoRA.from_loras(given, gates=gates)
+    assert found.variant == trained.variant
+    assert set(found.tensors["line"]) == set(trained.tensors["line"])
+
+
 def test_a_merger_that_does_not_fit_is_refused(tmp_path):
     model = host()
     given = loras(model, (X,))

@@ -159,12 +159,13 @@ def test_conforms(check: Any) -> None:
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 @torch.no_grad()
-def test_files_hold_the_value(tmp_path: Path) -> None:
+def test_files_hold_the_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT reads what is written and answers the same; the authors' layout says it too, and lorac's own."""
     lorac.save_adapter(adapter(), tmp_path / "w", model=model())
     assert json.loads((tmp_path / "w" / "adapter_config.json").read_text())["scaling_pass_value"] == 0.5
     host = copy.deepcopy(model())
     host.config.use_cache = False
+    monkeypatch.chdir(tmp_path / "w")  # PEFT looks for the experts from there
     read = peft.PeftModel.from_pretrained(host, str(tmp_path / "w")).eval()
     base = model()(input_ids=OTHER).logits
     assert_parity(read(input_ids=OTHER).logits, of_peft(**HALF)(input_ids=OTHER).logits, base)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -96,11 +97,18 @@ def classifier(**fields: Any) -> dict[str, torch.Tensor]:
     return {key: tensor.detach().clone() for key, tensor in made.state_dict().items()}
 
 
+def with_experts(here: Path) -> Path:
+    """A folder with the three LoRAs in it."""
+    for i in range(3):
+        shutil.copytree(folder() / str(i), here / str(i), dirs_exist_ok=True)
+    return here
+
+
 def complete(here: Path, made: dict[str, Any] | None = None, **changed: Any) -> Path:
-    """PEFT's file, of what it made with such settings, with the tensors that PEFT drops."""
+    """PEFT's file, of what it made with such settings, with the tensors that PEFT drops, next to its experts."""
     tensors = {PREFIX + key: tensor for key, tensor in classifier(**(made or {})).items()}
     config = json.loads((mixed(**(made or {})) / "adapter_config.json").read_text())
-    here.mkdir(exist_ok=True)
+    with_experts(here)
     (here / "adapter_config.json").write_text(json.dumps(config | changed))
     save_file(tensors, here / "adapter_model.safetensors")
     return here
@@ -299,7 +307,8 @@ def test_what_peft_dropped_is_told_by_name() -> None:
     [
         ({"scaling_pass_value": None}, lorac.FormatError, "scaling_pass_value=None: expected a number"),
         ({"scaling_pass_value": "half"}, lorac.FormatError, "scaling_pass_value='half': expected a number"),
-        ({"adapters": {"0": "nowhere"}}, lorac.FormatError, "an expert '0', which is not at 'nowhere'"),
+        ({"adapters": {"x": "nowhere"}}, lorac.FormatError, "an expert 'x', and no folder in it has that"),
+        ({"adapters": {"a": "0", "b": "0"}}, lorac.FormatError, "two experts .* are one folder"),
         ({"hidden_size": 16}, lorac.AdapterError, "gives 32"),
         ({"xlora_depth": 1}, lorac.FormatError, "layers.3"),
         ({"xlora_depth": 3}, lorac.FormatError, "layers.6.weight"),
@@ -326,9 +335,12 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
 
 @pytest.mark.parametrize("turned", [False, True], ids=["as read", "sites in another order"])
 @torch.no_grad()
-def test_peft_reads_what_is_written_and_answers_the_same(turned: bool, tmp_path: Path) -> None:
+def test_peft_reads_what_is_written_and_answers_the_same(
+    turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = turned_round(adapter()) if turned else adapter()
     lorac.save_adapter(given, tmp_path / "w", model=model())
+    monkeypatch.chdir(tmp_path / "w")  # PEFT looks for the experts from there
     host = copy.deepcopy(model())
     host.config.use_cache = False
     read = peft.PeftModel.from_pretrained(host, str(tmp_path / "w")).eval()
@@ -352,16 +364,21 @@ def turned_round(given: lorac.Adapter) -> lorac.Adapter:
 
 
 def authors(here: Path, **changed: Any) -> Path:
-    """The same mixture in the layout of X-LoRA's authors."""
+    """The same mixture as X-LoRA's authors write it, which lists the experts' names."""
     tensors = classifier()
     layers = {"inner.0": "layers.0", "last": "layers.3"}
     written = {
         f"{own}.{kind}": tensors[f"{name}.{kind}"] for own, name in layers.items() for kind in ("weight", "bias")
     }
-    adapters = {str(i): str(folder() / str(i)) for i in range(3)}
-    config = {"hidden_size": 32, "base_model_id": "tiny", "adapters": adapters, "xlora_depth": 2, "xlora_size": 16}
+    config = {
+        "hidden_size": 32,
+        "base_model_id": "tiny",
+        "adapters": ["0", "1", "2"],
+        "xlora_depth": 2,
+        "xlora_size": 16,
+    }
     config |= {"enable_relu_and_dropout": True, "use_bias": True, **FIELDS, **changed}
-    (here / "xlora_config.json").write_text(json.dumps(config))
+    (with_experts(here) / "xlora_config.json").write_text(json.dumps(config))
     save_file(written, here / "xlora_classifier.safetensors")
     return here
 
@@ -377,6 +394,72 @@ def test_the_authors_files(tmp_path: Path) -> None:
             assert all(torch.equal(own[key], found.tensors[site][key]) for key in own)
     with refuses("unused_tensors", match=r"inner\.0\.bias"):
         lorac.load_adapter(authors(tmp_path, use_bias=False), model())
+
+
+def test_the_authors_softmax_over_the_batch_is_refused(tmp_path: Path) -> None:
+    with refuses("unsupported_field", match=r"enable_softmax_topk=True[\s\S]*depend on the whole batch"):
+        lorac.load_adapter(authors(tmp_path, enable_softmax_topk=True), model())
+    given = lorac.Adapter("x", replace(adapter().variant, enable_softmax_topk=True), adapter().tensors)
+    with refuses("unsupported_field", match="over the whole batch"):
+        lorac.save_adapter(given, tmp_path / "w", "xlora", model())
+
+
+# ── Nothing outside the folder ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("escape", ["absolute", "dots", "link", "inner link"])
+def test_experts_outside_the_folder_are_not_read(escape: str, tmp_path: Path) -> None:
+    """Their path in the configuration exists, and leads to a sound LoRA."""
+    here, secret = complete(tmp_path / "x"), tmp_path / "secret"
+    (here / "0").rename(secret)
+    paths = {"absolute": str(secret), "dots": "../secret", "link": "linked", "inner link": "inner/0"}
+    (here / "linked").symlink_to(secret)
+    (here / "inner").symlink_to(folder())
+    config = json.loads((here / "adapter_config.json").read_text())
+    config["adapters"] = {"a": paths[escape], "1": "1", "2": "2"}
+    (here / "adapter_config.json").write_text(json.dumps(config))
+    with refuses("corrupt_file", match="paths that lead out of the folder are not followed"):
+        lorac.load_adapter(here, model())
+
+
+@pytest.mark.parametrize("format", ["peft", "xlora"])
+def test_a_copied_folder_has_experts_of_its_own(format: str, tmp_path: Path) -> None:
+    """Whatever becomes of the folder it was copied from; and no path of this machine is written."""
+    lorac.save_adapter(adapter(), tmp_path / "first", format, model())
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    (tmp_path / "first").rename(tmp_path / "0")
+    changed = complete(tmp_path / "first")
+    assert lorac.load_adapter(tmp_path / "copy", model()).variant == adapter().variant
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "copy").glob("*.json"))
+    shutil.rmtree(tmp_path / "copy" / "1")
+    shutil.copytree(changed / "2", tmp_path / "copy" / "1")
+    with refuses("corrupt_file", match="is not the expert '1' that lorac wrote"):
+        lorac.load_adapter(tmp_path / "copy", model())
+
+
+@pytest.mark.parametrize("format", ["peft", "xlora"])
+def test_a_seal_covers_the_classifier_and_the_experts(format: str, tmp_path: Path) -> None:
+    lorac.save_adapter(adapter(), tmp_path / "w", format, model())
+    files = [path for path in sorted((tmp_path / "w").rglob("*")) if path.suffix == ".safetensors"]
+    assert len(files) == 4
+    for path in files:
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-3] + bytes([sound[-3] ^ 1]) + sound[-2:])
+        with refuses("corrupt_file", match="do not belong together"):
+            lorac.load_adapter(tmp_path / "w", model())
+        path.write_bytes(sound)
+    experts = [tmp_path / "w" / name for name in "012"]
+    for one, other in ((experts[0], experts[2]), (experts[2], experts[0])):
+        one.rename(tmp_path / one.name)
+        shutil.copytree(other if other.exists() else tmp_path / other.name, one)
+    with refuses("corrupt_file", match="is not the expert '0' that lorac wrote"):
+        lorac.load_adapter(tmp_path / "w", model())
+
+
+def test_an_x_lora_of_x_loras_is_refused(tmp_path: Path) -> None:
+    here = complete(tmp_path / "x")
+    shutil.rmtree(here / "1")
+    shutil.copytree(complete(tmp_path / "inner"), here / "1")
+    with refuses("unsupported_field", match="is an X-LoRA itself"):
+        lorac.load_adapter(here, model())
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class PeftFormat(Format):
         return read_folder(containing_folder(path, CONFIG, WEIGHTS, PICKLED), view, name)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        write_folder(adapter, path, view, target)
+        write_folder(adapter, path, view)
 
 
 FORMAT = PeftFormat()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
 from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import unsupported_error
-from lorac.formats._files import BASE_HASH, encode_config, write_json, write_sealed
+from lorac.formats._files import BASE_HASH, EXPERTS, SEAL, encode_config, peek_metadata, write_json, write_sealed
 from lorac.formats._site_layouts import remembered_sites
 from lorac.formats.peft.checks import contains_tensors, saved_parameter_names, select_targets
 from lorac.formats.peft.config import peft_types, write_config
@@ -33,6 +33,7 @@ from lorac.formats.peft.target_parameters import matrix_paths, name_parameters, 
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import TARGET_KEYWORDS, is_named
 from lorac.ir.sites import Site
+from lorac.storage.strict_json import dump_json
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
@@ -40,12 +41,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, target: Path) -> None:
+def write_folder(adapter: Adapter, folder: Path, view: ModelView | None) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a new folder.
-
-    Args:
-        folder: the folder, which does not exist yet.
-        target: the path to which the folder is moved afterwards.
 
     Raises:
         FormatError: PEFT has no type for the method, or no place for a tensor.
@@ -56,22 +53,27 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, target:
     adapter = _convert(adapter)
     peft_type = _find_peft_type(adapter)
     contents = peft_type.write_folder(adapter, view)
+    folder.mkdir()
     if contents is None:
         known = remembered_sites(adapter) if view is None else view.sites
         _FolderWriter(adapter, peft_type, view, known).write(folder)
         return
     tensors, experts = contents
-    paths = {name: str(target / name) for name in experts}
-    _write_files(adapter, peft_type, {"adapters": paths}, tensors, folder, view)
     for name, expert in experts.items():
-        write_folder(expert, folder / name, view, target / name)
+        write_folder(expert, folder / name, view)
+    given = {"adapters": {name: name for name in experts}}
+    _write_files(adapter, peft_type, given, tensors, folder, view, seal_experts(folder, experts))
+
+
+def seal_experts(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the metadata entry with the seals of experts, folders of the given names."""
+    return {EXPERTS: dump_json({name: peek_metadata(folder / name / WEIGHTS)[SEAL] for name in names})}
 
 
 def seal_text(config: JsonObject, metadata: Mapping[str, str]) -> str:
-    """Return the text that is sealed with the tensors: the configuration, its own names sorted, and the base hash."""
-    return encode_config(
-        {"config": {name: config[name] for name in sorted(config)}, BASE_HASH: metadata.get(BASE_HASH)}
-    )
+    """Return the text that is sealed with the tensors: the configuration, its own names sorted, and other hashes."""
+    hashes = {BASE_HASH: metadata.get(BASE_HASH)} | {key: metadata[key] for key in (EXPERTS,) if key in metadata}
+    return encode_config({"config": {name: config[name] for name in sorted(config)}, **hashes})
 
 
 def _convert(adapter: Adapter) -> Adapter:
@@ -100,12 +102,12 @@ def _write_files(
     tensors: Mapping[str, Tensor],
     folder: Path,
     view: ModelView | None,
+    seals: Mapping[str, str] | None = None,
 ) -> None:
     original = adapter.provenance.get("config", {})
     config = write_config(adapter.variant, peft_type, given, original if isinstance(original, dict) else {})
     base = compute_base_hash(view, adapter.tensors) if view else adapter.provenance.get("base")
-    metadata = {"format": "pt"} | ({BASE_HASH: base} if base else {})
-    folder.mkdir()
+    metadata = {"format": "pt", **(seals or {})} | ({BASE_HASH: base} if base else {})
     write_sealed(folder / WEIGHTS, tensors, metadata, seal_text(config, metadata))
     write_json(folder / CONFIG, config)
 

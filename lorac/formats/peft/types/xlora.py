@@ -2,7 +2,8 @@
 
 Source: peft.tuners.xlora of PEFT 0.21 (config.py, classifier.py, layer.py). The file holds the classifier alone, as
 ``base_model.internal_xlora_classifier.layers.<j>.weight`` and ``bias``, j its position, counting ReLUs and dropouts;
-the experts lie in folders of their own, as ``adapters`` says. PEFT reads all of a classifier, whatever it saves of one.
+the experts lie in folders of their own, as ``adapters`` says; PEFT looks for them from the working directory. It reads
+all of a classifier, whatever it saves of one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
+from lorac.formats.peft.writer import WEIGHTS
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site
 from lorac.variants.adapter import Adapter
@@ -50,7 +52,8 @@ class XloraType(PeftType[XLoRA]):
     ) -> Adapter:
         keys = _layer_keys(values["xlora_depth"], values["xlora_dropout_p"])
         fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
-        return XLoraFolder(folder, values["adapters"], fields, tensors, keys).read(name, view, ("{path}", "{name}"))
+        experts = {expert: (path, expert) for expert, path in values["adapters"].items()}
+        return XLoraFolder(folder, experts, fields, tensors, keys, WEIGHTS).read(name, view)
 
     def write_folder(self, adapter: Adapter, view: ModelView | None) -> tuple[Tensors, Mapping[str, Adapter]]:
         """Return the whole classifier, and the experts by their numbers, as PEFT activates them.

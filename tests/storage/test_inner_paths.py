@@ -1,0 +1,45 @@
+"""Paths from files: those that stay inside a folder, and all the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorac.storage.inner_paths import find_inner_path
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.safetensors", "a b", "ü/…", ".hidden", "a..b"])
+def test_inside(name: str, tmp_path: Path) -> None:
+    assert find_inner_path(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "/etc/passwd",
+        "..",
+        "../x",
+        "a/../../x",
+        "a//b",
+        "a/",
+        ".",
+        "./a",
+        "C:/x",
+        "a\\b",
+        "\\\\host\\x",
+        "a\0b",
+        "a\nb",
+    ],
+)
+def test_outside(name: str, tmp_path: Path) -> None:
+    assert find_inner_path(tmp_path, name) is None
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "inside")
+    (tmp_path / "inside" / "file").symlink_to("/etc/passwd")
+    for name in ("link", "link/x", "inside/file"):
+        assert find_inner_path(tmp_path, name) is None
