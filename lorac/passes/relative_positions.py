@@ -15,9 +15,10 @@ from torch import fx
 from lorac.errors import Unavailable
 from lorac.frontend.capture.decoder_families import is_token_numbering
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
-from lorac.ir.graph.edit import copy_provenance, insert_call
+from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import get_example
+from lorac.ir.graph.provenance import copy_provenance
 
 aten = torch.ops.aten
 _BIAS_OPERAND = 3

@@ -31,13 +31,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lorac.ir.graph import ops
+from lorac.ir.graph.provenance import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
-from lorac.source_lines import is_user_code
 
-SLOTS_KEYWORD = "lorac"
-"""The keyword argument that holds all slots, a dict by public name."""
-_PROVENANCE = ("nn_module_stack", "stack_trace", "from_node")
+Decompositions = dict[Any, Callable[..., Any]]
+"""Op -> what computes it by other ops."""
 KnownCalls = dict[object, Any]
 """Key of a call (``ops.make_call_key``) -> the example of its value."""
 
@@ -335,34 +334,21 @@ def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
 
 
 def trace_function(
-    program: ExportedProgram, function: Callable[..., Any], operands: Sequence[fx.Node]
+    program: ExportedProgram,
+    function: Callable[..., Any],
+    operands: Sequence[fx.Node],
+    decompositions: Decompositions | None = None,
 ) -> fx.GraphModule:
-    """Trace ``function`` to aten over examples of ``operands``; its result must be a tuple."""
+    """Trace ``function``, which returns a tuple, to aten or by ``decompositions`` over examples of ``operands``."""
     values: list[Any] = []
     for value in (operand.meta["val"] for operand in operands):
         # make_fx would treat two operands with the same example as one operand.
         known = any(value is other for other in values)
         values.append(value.new_empty_strided(value.shape, value.stride()) if known else value)
     with tracing(), find_fake_mode(program), torch.no_grad():
-        module = make_fx(function, pre_dispatch=True)(*values)
+        module = make_fx(function, decompositions, pre_dispatch=decompositions is None)(*values)
     module.graph.eliminate_dead_code()
     return module
-
-
-def copy_provenance(node: fx.Node, origin: fx.Node) -> None:
-    """Copy the module path and source line of one node to another."""
-    for key in _PROVENANCE:
-        if key in origin.meta:
-            node.meta[key] = origin.meta[key]
-    site = origin.meta.get("custom", {}).get(SLOTS_KEYWORD)
-    if site is not None:
-        node.meta["custom"] = {SLOTS_KEYWORD: site}
-
-
-def find_source_line(node: torch.fx.Node) -> str | None:
-    """Return ``file:line: code`` of the model's innermost line that made ``node``; None where torch recorded none."""
-    entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
-    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_user_code(f)), None)
 
 
 def update_signature(program: ExportedProgram) -> None:

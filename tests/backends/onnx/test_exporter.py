@@ -238,6 +238,18 @@ def test_the_model_is_the_one_that_torch_writes(step):
     )
 
 
+def of_several_ops(host, x, y):
+    """Ops that torch has no translation for: with one result, with two, and one that a module is."""
+    least, _ = torch.aminmax(torch.diff(torch.movedim(y, 0, 1)), dim=0)
+    return nn.functional.batch_norm(host.down(y), x[0], x[1].abs(), training=False) + least[:1]
+
+
+def test_only_ops_without_a_translation_are_decomposed(monkeypatch):
+    monkeypatch.setattr(torchlib, "decompose", lambda *_: pytest.fail("the whole program is traced anew"))
+    computed, expected = answers(of_several_ops)
+    assert_close(computed, expected)
+
+
 def test_another_release_of_torch_is_asked_for_its_own_exporter(monkeypatch):
     monkeypatch.setattr(exporter, "TESTED_RELEASES", ("0.1",))
     monkeypatch.setattr(exporter, "_translate", lambda *_: pytest.fail("not tested"))

@@ -10,17 +10,16 @@ from torch.export.graph_signature import InputKind
 from lorac.frontend.capture.export import export_model
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import (
-    SLOTS_KEYWORD,
     add_dimension,
     add_inputs,
     add_outputs,
-    copy_provenance,
     drop_unused_state,
     inline,
     insert_repeated_call,
     trace_function,
     update_signature,
 )
+from lorac.ir.graph.provenance import SLOTS_KEYWORD, copy_provenance
 from lorac.testing.eager_checks import assert_close
 from tests.zoo import ZOO
 

@@ -21,7 +21,8 @@ from torch.onnx.errors import OnnxExporterError
 
 from lorac.errors import Unavailable
 from lorac.frontend.capture.trace_guards import iter_error_causes
-from lorac.ir.graph.edit import copy_graph, find_fake_mode, find_source_line
+from lorac.ir.graph.edit import copy_graph, find_fake_mode
+from lorac.ir.graph.provenance import find_source_line
 from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
@@ -60,7 +61,9 @@ def _translate(program: ExportedProgram, translations: Translations) -> ir.Model
     from lorac.backends.onnx.export import graph_translation, torchlib, type_promotion
 
     try:
-        if torchlib.is_translated(program, translations):
+        if torchlib.is_functional(program):
+            calls = torchlib.find_untranslated(program, translations)
+            program = torchlib.decompose_calls(program, translations, calls) if calls else program
             graphs = {"": copy_graph(program.graph)}
         else:
             program = torchlib.decompose(program, translations)

@@ -33,6 +33,7 @@ from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config
+from torch.fx.node import Argument
 from torch.onnx._internal.exporter import _building, _core, _decomp, _registration, _schemas
 from torch.onnx._internal.exporter._tensors import SymbolicTensor
 from torch.onnx._internal.exporter._torchlib._torchlib_registry import get_torchlib_ops
@@ -44,6 +45,7 @@ from torch.onnx._internal.fx.passes.type_promotion import (
 )
 
 from lorac.backends.onnx.export.opsets import Outputs, RecordingOpset, current_recorder, rebind
+from lorac.ir.graph.edit import Decompositions, copy_program, inline, trace_function, update_signature
 
 __all__ = [
     "OPSET",
@@ -56,10 +58,12 @@ __all__ = [
     "TypePromotionSnapshot",
     "TypePromotionTable",
     "decompose",
+    "decompose_calls",
     "find_compatible_op_overload",
     "find_translation",
+    "find_untranslated",
     "get_type_promotion_rule",
-    "is_translated",
+    "is_functional",
 ]
 
 OPSET = 20
@@ -142,11 +146,17 @@ def _read_function_signature(function: OnnxFunction[..., Any]) -> OpSignature:
 
 
 # ── Which translation ────────────────────────────────────────────────────────────────────────────────────────────────
-def is_translated(program: ExportedProgram, own: Mapping[Target, Translation]) -> bool:
-    """Return whether every op has a translation, and none writes in place or runs a graph of its own."""
+def find_untranslated(program: ExportedProgram, own: Mapping[Target, Translation]) -> list[fx.Node]:
+    """Return the calls of ops that have no translation."""
+    library = _read_library()
+    calls = (node for node in program.graph.nodes if isinstance(node.target, OpOverload))
+    return [node for node in calls if node.target not in own and _key(node.target) not in library]
+
+
+def is_functional(program: ExportedProgram) -> bool:
+    """Return whether no op writes in place or runs a graph of its own."""
     ops = {node.target for node in program.graph.nodes if isinstance(node.target, OpOverload)}
-    known = all((op in own or _key(op) in _read_library()) and not op._schema.is_mutable for op in ops)
-    return known and all(node.op != "get_attr" for node in program.graph.nodes)
+    return not any(op._schema.is_mutable for op in ops) and all(n.op != "get_attr" for n in program.graph.nodes)
 
 
 def find_translation(node: fx.Node, own: Mapping[Target, Translation]) -> Translation | None:
@@ -164,12 +174,54 @@ def find_translation(node: fx.Node, own: Mapping[Target, Translation]) -> Transl
 
 
 def decompose(program: ExportedProgram, own: Mapping[Target, Translation]) -> ExportedProgram:
-    """Return a program in which ops without a translation are decomposed."""
+    """Return a program, traced anew, in which ops without a translation are decomposed."""
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # it is a ConfigModule
+        return program.run_decompositions(_make_decompositions(own))
+
+
+def decompose_calls(
+    program: ExportedProgram, own: Mapping[Target, Translation], calls: Sequence[fx.Node]
+) -> ExportedProgram:
+    """Return a copy of a program in which some calls of functional ops are decomposed, and nothing else is traced."""
+    program = copy_program(program)
+    names = {call.name for call in calls}
+    decompositions = _make_decompositions(own)
+    for node in [node for node in program.graph.nodes if node.name in names]:
+        if node.users:
+            operands = node.all_input_nodes
+            traced = trace_function(program, functools.partial(_run_call, node, operands), operands, decompositions)
+            _, results = inline(program, node, traced, operands, traced)
+            _replace_outputs(node, results)
+        program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    update_signature(program)
+    return program
+
+
+def _run_call(node: fx.Node, operands: Sequence[fx.Node], *values: Argument) -> tuple[object, ...]:
+    known = dict(zip(operands, values, strict=True))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    assert callable(node.target)
+    result = node.target(*args, **kwargs)
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def _replace_outputs(node: fx.Node, results: Sequence[fx.Node]) -> None:
+    if isinstance(node.meta["val"], torch.Tensor):
+        node.replace_all_uses_with(results[0])
+        return
+    for part in list(node.users):
+        index = part.args[1]
+        assert isinstance(index, int)
+        part.replace_all_uses_with(results[index])
+        part.graph.erase_node(part)
+
+
+def _make_decompositions(own: Mapping[Target, Translation]) -> Decompositions:
+    """Return the decompositions of the ops without a translation."""
     targets = [meta.fx_target for meta in get_torchlib_ops()]
     targets += filter(None, map(_registration._get_overload, default_registry))
-    table = _decomp.create_onnx_friendly_decomposition_table({*targets, *own})
-    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # it is a ConfigModule
-        return program.run_decompositions(table)
+    return _decomp.create_onnx_friendly_decomposition_table({*targets, *own})
 
 
 @functools.cache

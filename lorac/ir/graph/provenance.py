@@ -1,0 +1,29 @@
+"""Where a node of a graph came from: the model's module, its source line and the slot it fills."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from lorac.source_lines import is_user_code
+
+SLOTS_KEYWORD = "lorac"
+"""The keyword argument that holds all slots, a dict by public name; also the key of a node's own metadata."""
+_PROVENANCE = ("nn_module_stack", "stack_trace", "from_node")
+
+
+def copy_provenance(node: fx.Node, origin: fx.Node) -> None:
+    """Copy the module path and source line of one node to another."""
+    for key in _PROVENANCE:
+        if key in origin.meta:
+            node.meta[key] = origin.meta[key]
+    site = origin.meta.get("custom", {}).get(SLOTS_KEYWORD)
+    if site is not None:
+        node.meta["custom"] = {SLOTS_KEYWORD: site}
+
+
+def find_source_line(node: fx.Node) -> str | None:
+    """Return ``file:line: code`` of the model's innermost line that made ``node``; None where torch recorded none."""
+    entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_user_code(f)), None)
