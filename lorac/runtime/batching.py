@@ -219,6 +219,8 @@ def _values_equal(one: object, other: object) -> bool:
         return True
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return isinstance(other, np.ndarray) and np.array_equal(one, other)
     return bool(type(one) is type(other) and one == other)
 
 

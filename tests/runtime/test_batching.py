@@ -136,3 +136,12 @@ def test_what_has_no_rows_and_differs_is_refused():
     assert (held.seen, held.layers) == (0, [rows])
     # Rows of one choice are one call, whatever it answers.
     assert float(run_rows(lambda a, k, c: CallResult(a[0].sum()), (rows,), {}, ["x"] * 3).output) == 15.0
+
+
+def test_an_array_without_rows_is_one_where_all_calls_agree():
+    rows = np.arange(6.0).reshape(3, 2)
+    fixed = np.array([1.0, 2.0, 3.0, 4.0])
+    answered = run_rows(lambda a, k, c: CallResult([a[0], fixed.copy()]), (rows,), {}, ["x", "y", "x"]).output
+    assert np.array_equal(answered[0], rows) and np.array_equal(answered[1], fixed)
+    with pytest.raises(lorac.Unavailable, match="no row per input row"):
+        run_rows(lambda a, k, c: CallResult([a[0], fixed + len(c)]), (rows,), {}, ["x", "yy", "x"])

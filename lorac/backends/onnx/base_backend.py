@@ -210,7 +210,11 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
             name: {**graph_to_json(graph.interface, graph.slots.values()), **self.graph_to_json(graph)}
             for name, graph in engine.graphs.items()
         }
-        return {"graphs": graphs, "options": dataclasses.asdict(engine.options)}
+        return {"graphs": graphs, "options": self.options_to_json(engine.options)}
+
+    def options_to_json(self, options: OptionsT) -> dict[str, object]:
+        """Return the options that an artifact keeps."""
+        return dataclasses.asdict(options)
 
     def restore(
         self,

@@ -11,18 +11,19 @@ import torch
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import graph_file, list_program_files
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import local_capability
-from lorac.backends.tensorrt.device.requirements import check_capability, check_library
+from lorac.backends.tensorrt.device.requirements import check_capability, current_device, find_maker
 from lorac.backends.tensorrt.engine import PLAN_FILE, GraphPlan, TrtEngine
+from lorac.backends.tensorrt.library import find_library
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import SizeRange, check_profile_names
 from lorac.errors import OptionError, Unavailable
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
+from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step
-from lorac.target.backend import BuildRequest
+from lorac.target.backend import BuildRequest, StoredState
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
@@ -68,15 +69,17 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
 
         Raises:
             OptionError: no weight is merged.
-            Unavailable: this machine has no GPU.
+            Unavailable: this machine has no GPU, or not the one that is asked for.
         """
         super().check(request)
+        with current_device(request.options.device):
+            capability = local_capability()
         if request.options.refit and request.mode != "fused":
             raise OptionError(
                 f"refit=True replaces merged weights, and a program of the mode '{request.mode}' has none to replace",
                 next_step="give mode='fused' with it, or leave it out",
             )
-        if request.options.refit and local_capability() is None:
+        if request.options.refit and capability is None:
             raise Unavailable(
                 "refit=True makes a plan whose constants can be replaced, which the library builds only where there "
                 "is an NVIDIA GPU",
@@ -100,7 +103,8 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
             step("self-test")
             check_on_cpu(self, emitted)
         step("plans")
-        facts = {name: build_plan(emitted, name) for name in emitted.program.graphs}
+        with current_device(emitted.request.options.device):
+            facts = {name: build_plan(emitted, name) for name in emitted.program.graphs}
         files, program = emitted.open_files(), emitted.program
         graphs = {
             name: GraphPlan(
@@ -127,6 +131,37 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
             "made_by": graph.made_by,
         }
 
+    def options_to_json(self, options: TensorRTOptions) -> dict[str, object]:
+        """Return the options with the library's name, and without the plan cache, which is a folder of this machine."""
+        kept = dataclasses.replace(options, plan_cache=None, library=options.builder.name)
+        return super().options_to_json(kept)
+
+    def restore(
+        self,
+        stored: StoredState,
+        files: ProgramFiles,
+        plans: Mapping[str, SitePlan],
+        mode: str,
+        device: str | torch.device | None,
+    ) -> AnyOnnxEngine:
+        """Load an engine from the files of an artifact, with the library that made its plans.
+
+        Raises:
+            ArtifactError: the plans were made by another library than this machine has, or another release.
+            Unavailable: the plans are for other GPUs.
+        """
+        graphs = stored["graphs"]
+        assert isinstance(graphs, Mapping)
+        for entry in graphs.values():
+            find_maker(entry["made_by"])
+        return super().restore(stored, files, plans, mode, device)
+
+    def restore_options(
+        self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None
+    ) -> TensorRTOptions:
+        """Return the options of an artifact; a folder that a file names as plan cache is never looked into."""
+        return super().restore_options({**stored, "plan_cache": None}, plans, device)
+
     def load_graph(
         self,
         name: str,
@@ -139,7 +174,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         """Return a stored plan, which the first call loads.
 
         Raises:
-            ArtifactError: the plan was made by another library, or another release.
             Unavailable: the plan is for other GPUs.
         """
         plan = GraphPlan(
@@ -151,17 +185,17 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
             capabilities=tuple(stored["capabilities"]),
             made_by=stored["made_by"],
         )
-        _check_plan_origin(plan)
+        _check_gpu(plan, options.device)
         return plan
 
 
 BACKEND = TensorRT()
-library.trt()  # a missing library is reported when the target is chosen, and not at the first build
+find_library()  # a missing library is reported when the target is chosen, and not at the first build
 
 
-def _check_plan_origin(plan: GraphPlan) -> None:
-    """Refuse a plan of another library or release, and, on a machine with a GPU, a plan for other GPUs."""
-    check_library(plan.made_by)
-    capability = local_capability()
-    if capability is not None:
-        check_capability(capability, plan.capabilities, torch.cuda.get_device_name())
+def _check_gpu(plan: GraphPlan, device: str | None) -> None:
+    """Refuse a plan for other GPUs, on a machine that has one."""
+    with current_device(device):
+        capability = local_capability()
+        if capability is not None:
+            check_capability(capability, plan.capabilities, torch.cuda.get_device_name(), find_maker(plan.made_by))

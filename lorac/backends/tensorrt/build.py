@@ -11,12 +11,12 @@ import torch
 
 from lorac.backends.onnx.build import EmittedProgram
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE, graph_file, graph_folder
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import capability_member, choose_capabilities
 from lorac.backends.tensorrt.engine import PLAN_FILE
+from lorac.backends.tensorrt.library import BuildMessages, TensorRTLibrary, collect_errors
 from lorac.backends.tensorrt.network import DYNAMIC, ParsedNetwork, check_inputs, input_dtypes, parse_model
 from lorac.backends.tensorrt.options import TensorRTOptions
-from lorac.backends.tensorrt.plan_cache import PlanCache, plan_key
+from lorac.backends.tensorrt.plan_cache import CachedFile, PlanCache, plan_key
 from lorac.backends.tensorrt.profiles import SizeRanges, compute_ranges
 from lorac.backends.tensorrt.refitting import mark_refittable, refit_flag
 from lorac.errors import Unavailable
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MIB = 20
 """Bytes of a MiB, as a power of two."""
-_NOT_IN_KEY = ("aux", "self_test", "profiles", "target_capabilities", "plan_cache", "device")
+_NOT_IN_KEY = ("aux", "self_test", "profiles", "library", "target_capabilities", "plan_cache", "device")
 """Options that do not change the plan, or whose effect is in the key of a plan already."""
 _KEY_OPTIONS = tuple(spec.name for spec in fields(TensorRTOptions) if spec.name not in _NOT_IN_KEY)
 
@@ -49,7 +49,7 @@ class PlanFacts:
 
 
 def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts:
-    """Build a graph's plan, or find it in the plan cache; write it next to the graph's model.
+    """Build a graph's plan for torch's current GPU; write it next to the graph's model.
 
     Raises:
         Unavailable: the library does not take an op, or builds no plan.
@@ -57,20 +57,23 @@ def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts
     """
     request, graph = emitted.request, emitted.program.graphs[name]
     options, folder = request.options, graph_folder(emitted.folder, name)
+    library = options.builder
     inputs = {} if request.mode == "baked" or options.refit else graph.slots
     facts = PlanFacts(
         ranges=compute_ranges(graph, options.profiles, request.snapshot, inputs),
-        dtypes=input_dtypes(graph, list(inputs)),
-        capabilities=choose_capabilities(options.target_capabilities),
-        made_by=library.name_and_version(),
+        dtypes=input_dtypes(graph, list(inputs), library),
+        capabilities=choose_capabilities(options.target_capabilities, library),
+        made_by=library.name_and_version,
     )
+    timings = _find_timings(options, library)
 
     def build() -> memoryview:
-        parsed = parse_model(folder / MODEL_FILE)
+        parsed = parse_model(folder / MODEL_FILE, library)
         check_inputs(parsed, facts.dtypes, facts.ranges)
         if options.refit:
             mark_refittable(parsed.network, graph.slots)
-        return _build_plan(parsed, name, _builder_config(parsed, facts.ranges, options, facts.capabilities))
+        config = _builder_config(parsed, facts.ranges, options, facts.capabilities)
+        return _build_plan(parsed, name, config, timings)
 
     (folder / PLAN_FILE).write_bytes(_cached_plan(build, emitted, name, facts))
     return facts
@@ -86,26 +89,48 @@ def _cached_plan(
     files = emitted.open_files()
     own = [files[file] for file in (graph_file(name, MODEL_FILE), graph_file(name, WEIGHTS_FILE)) if file in files]
     settings = {option: getattr(options, option) for option in _KEY_OPTIONS}
-    key = plan_key(own, facts.capabilities, ranges=facts.ranges, **settings)
+    key = plan_key(own, facts.capabilities, options.builder, ranges=facts.ranges, **settings)
     return PlanCache(Path(options.plan_cache)).plan(key, build)
 
 
-def _build_plan(parsed: ParsedNetwork, graph: str, config: tensorrt.IBuilderConfig) -> memoryview:
-    with library.collect_errors() as messages:
+def _find_timings(options: TensorRTOptions, library: TensorRTLibrary) -> CachedFile | None:
+    """Return where the times of kernels are kept; TensorRT for RTX measures none while it builds."""
+    if options.plan_cache is None or library.is_rtx:
+        return None
+    return PlanCache(Path(options.plan_cache)).timings(library)
+
+
+def _build_plan(
+    parsed: ParsedNetwork, graph: str, config: tensorrt.IBuilderConfig, timings: CachedFile | None
+) -> memoryview:
+    library = parsed.library
+    with collect_errors() as messages:
+        if timings is not None:
+            _read_timings(config, timings.read() or b"", messages)
         plan = parsed.builder.build_serialized_network(parsed.network, config)
         if plan is None:
             raise Unavailable(
-                f"{library.name_and_version()} built no plan of graph '{graph}': {messages.why()}",
+                f"{library.name_and_version} built no plan of graph '{graph}': {messages.why()}",
                 next_step="target='onnxruntime' and target='eager' run it; profiles= of fewer sizes may be built",
             )
+    if timings is not None:
+        timings.write(memoryview(config.get_timing_cache().serialize()))
     return memoryview(plan)
+
+
+def _read_timings(config: tensorrt.IBuilderConfig, stored: bytes, messages: BuildMessages) -> None:
+    """Give a build the times that earlier ones measured; those of another driver are measured again."""
+    if not config.set_timing_cache(config.create_timing_cache(stored), ignore_mismatch=False):
+        messages.why()
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def _builder_config(
     parsed: ParsedNetwork, ranges: SizeRanges, options: TensorRTOptions, capabilities: Sequence[str]
 ) -> tensorrt.IBuilderConfig:
     """Return the library's settings for the target's options."""
-    trt, network = library.trt(), parsed.network
+    library, network = parsed.library, parsed.network
+    trt = library.module
     config = parsed.builder.create_builder_config()
     profile = parsed.builder.create_optimization_profile()
     for value in (network.get_input(i) for i in range(network.num_inputs)):
@@ -118,20 +143,23 @@ def _builder_config(
         trt.BuilderFlag.TF32: options.tf32,
         trt.BuilderFlag.STRICT_NANS: options.strict_nans,
         trt.BuilderFlag.WEIGHT_STREAMING: options.weight_streaming,
-        refit_flag(): options.refit,
+        refit_flag(library): options.refit,
     }
     for flag, wanted in flags.items():
         (config.set_flag if wanted else config.clear_flag)(flag)
-    if library.is_rtx() and options.cuda_graphs:  # else a context may allocate while it runs, and no graph holds that
+    if library.is_rtx and options.cuda_graphs:  # else a context may allocate while it runs, and no graph holds that
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.builder_optimization_level is not None:
         config.builder_optimization_level = options.builder_optimization_level
+    if options.hardware_compatibility is not None:
+        levels = trt.HardwareCompatibilityLevel.__members__
+        config.hardware_compatibility_level = levels[options.hardware_compatibility.upper()]
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << _MIB)
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
-            config.set_compute_capability(capability_member(capability), index)
+            config.set_compute_capability(capability_member(library, capability), index)
     return config
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.library import RTX, TensorRTLibrary
 from lorac.errors import OptionError, nearest_name, short
 
 _MARK = "SM"
 
 
 def local_capability() -> str | None:
-    """Return the compute capability of this machine's GPU, such as ``"8.9"``; None without a GPU that torch can use."""
+    """Return the compute capability of torch's current GPU, such as ``"8.9"``; None where torch can use none."""
     return capability_of(torch.device("cuda")) if torch.cuda.is_available() else None
 
 
@@ -23,44 +23,44 @@ def capability_of(device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
-def known_capabilities() -> tuple[str, ...]:
-    """List the capabilities that the library builds for; empty if it builds only for this machine's GPU."""
-    if not library.is_rtx():
+def known_capabilities(library: TensorRTLibrary) -> tuple[str, ...]:
+    """List the capabilities that a library builds for; empty if it builds only for a GPU of this machine."""
+    if not library.is_rtx:
         return ()
-    numbers = (name.removeprefix(_MARK) for name in library.trt().ComputeCapability.__members__)
+    numbers = (name.removeprefix(_MARK) for name in library.module.ComputeCapability.__members__)
     return tuple(f"{number[:-1]}.{number[-1]}" for number in numbers if number.isdecimal())
 
 
-def check_capabilities(wanted: Sequence[str]) -> None:
-    """Check that the library knows capabilities.
+def check_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> None:
+    """Check that a library knows capabilities.
 
     Raises:
         OptionError: with the list of the known ones.
     """
-    listed = known_capabilities()
+    listed = known_capabilities(library)
     strange = [name for name in wanted if name not in listed]
     if not strange:
         return
     if not listed:
         raise OptionError(
-            f"{library.name_and_version()} takes no target_capabilities: it builds for the GPU that is here",
-            next_step="leave target_capabilities= out, or pip install 'lorac[tensorrt]' without NVIDIA's tensorrt",
+            f"{library.name_and_version} takes no target_capabilities: it builds for the GPU that is here",
+            next_step=f"leave target_capabilities= out, or give library='{RTX}'",
         )
     raise OptionError(
-        f"{library.name_and_version()} builds for no compute capability {short(strange[0])}",
+        f"{library.name_and_version} builds for no compute capability {short(strange[0])}",
         nearest=nearest_name(strange[0], listed),
         next_step=f"it knows {', '.join(listed)}",
     )
 
 
-def choose_capabilities(wanted: Sequence[str]) -> tuple[str, ...]:
-    """Return the requested capabilities, else the local GPU's; empty: the library's default."""
+def choose_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> tuple[str, ...]:
+    """Return the requested capabilities, else the current GPU's; empty: the library's default."""
     if wanted:
         return tuple(wanted)
     here = local_capability()
-    return (here,) if here is not None and here in known_capabilities() else ()
+    return (here,) if here is not None and here in known_capabilities(library) else ()
 
 
-def capability_member(capability: str) -> object:
+def capability_member(library: TensorRTLibrary, capability: str) -> object:
     """Return the library's own name for a capability."""
-    return library.trt().ComputeCapability.__members__[_MARK + capability.replace(".", "")]
+    return library.module.ComputeCapability.__members__[_MARK + capability.replace(".", "")]

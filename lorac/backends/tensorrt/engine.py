@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 
 from lorac.backends.onnx.engine import OnnxEngine
+from lorac.backends.tensorrt.device.cuda_graphs import GRAPHS_NOTE
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.device.requirements import (
     check_requirements,
+    current_device,
     missing_requirement,
     plan_device,
     warn_missing_requirement,
 )
+from lorac.backends.tensorrt.device.stream_queue import finish_device
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import PlanRunner
@@ -119,9 +122,9 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         return make_fused_buffers(self.plans, base_on_device(self.base, self.device))
 
     def machine_notes(self, graph: GraphPlan) -> tuple[str, ...]:
-        """Say why no plan runs on this machine."""
+        """Say why no plan runs on this machine, and for how many sets of sizes there is a CUDA graph."""
         why = missing_requirement()
-        return () if why is None else (why,)
+        return (*(() if why is None else (why,)), *((GRAPHS_NOTE,) if self.options.cuda_graphs else ()))
 
     def write(self, snapshot: ComposedWeights) -> int:
         """Write weights by torch's kernels where they lie; replace those that are constants of plans."""
@@ -167,16 +170,20 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
 
     def _load(self, graph: str) -> PlanRunner:
         plan, folder = self.graphs[graph], self.options.plan_cache
+        # Weights may have been made and written on other streams than the one of this call.
+        finish_device(self.device)
+        with current_device(self.options.device):
+            kernels = None if folder is None else PlanCache(Path(folder)).kernels(plan.file.digest())
         runner = PlanRunner(
-            plan.file.read(),
+            plan.file.mapped() if plan.file.size else b"",
             self.device,
             capabilities=plan.capabilities,
             made_by=plan.made_by,
             cuda_graphs=self.options.cuda_graphs,
-            kernels=None if folder is None else PlanCache(Path(folder)).kernels(plan.file.digest()),
+            kernels=kernels,
         )
         if self.options.refit:
             own = {name: tensor for name, tensor in self.memory.items() if name in plan.slots}
-            refitter = self._refitters[graph] = WeightRefitter(runner.engine, own)
+            refitter = self._refitters[graph] = WeightRefitter(runner.engine, own, runner.library)
             refitter.write(self._changed_weights & own.keys())
         return runner

@@ -1,7 +1,7 @@
 """NVIDIA's libraries that build and run plans, the dtypes that they share with torch, and their error messages.
 
-``tensorrt`` (10 and 11) serves where it is installed and there is a GPU. Everywhere else ``tensorrt_rtx`` does, which
-has the same interface and builds without one.
+``tensorrt`` (10 and 11) is taken where it is installed and there is a GPU. Everywhere else ``tensorrt_rtx`` is, which
+has the same interface and builds without one. A machine may have both, and a plan runs in the one that made it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +23,7 @@ from lorac.errors import MissingExtra, Unavailable, short, warn
 if TYPE_CHECKING:
     import tensorrt
 
-_NVIDIA, _RTX = "tensorrt", "tensorrt_rtx"
+NVIDIA, RTX = "tensorrt", "tensorrt_rtx"
 _DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -38,38 +39,78 @@ _DTYPES = {
 
 
 # ── The library ──────────────────────────────────────────────────────────────────────────────────────────────────────
-@functools.cache
-def trt() -> Any:
-    """Return the library, imported on first use.
+class TensorRTLibrary:
+    """One of the two libraries.
+
+    Args:
+        module: the library, imported.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    @property
+    def name(self) -> str:
+        """The name of its package."""
+        return self.module.__name__
+
+    @property
+    def name_and_version(self) -> str:
+        """Its name and version: a plan runs in the version that made it."""
+        return f"{self.name} {self.module.__version__}"
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT for RTX, which builds without a GPU and compiles kernels where a plan is loaded."""
+        return self.name == RTX
+
+    @functools.cached_property
+    def logger(self) -> tensorrt.ILogger:
+        """The logger of all of its objects: it prints nothing, and reports errors to ``collect_errors``.
+
+        TensorRT keeps the first logger of a process for good.
+        """
+        return _create_logger(self.module)
+
+    def dtype(self, dtype: torch.dtype) -> tensorrt.DataType:
+        """Return its dtype for one of torch's.
+
+        Raises:
+            Unavailable: it does not compute in it.
+        """
+        for name, known in _DTYPES.items():
+            if known == dtype:
+                return self.module.DataType.__members__[name]
+        raise Unavailable(
+            f"TensorRT has no tensors of {dtype}", next_step=f"it has {', '.join(map(str, _DTYPES.values()))}"
+        )
+
+
+def find_library(name: str | None = None) -> TensorRTLibrary:
+    """Return a library, imported on first use.
+
+    Args:
+        name: ``NVIDIA`` or ``RTX``; None: the first that is installed, ``NVIDIA`` before ``RTX`` where there is a GPU.
 
     Raises:
-        MissingExtra: neither can be imported.
+        MissingExtra: it cannot be imported.
     """
     failed: ImportError | OSError | None = None
-    for name in (_NVIDIA, _RTX) if torch.cuda.is_available() else (_RTX, _NVIDIA):
+    names = (name,) if name else (NVIDIA, RTX) if torch.cuda.is_available() else (RTX, NVIDIA)
+    for each in names:
         try:
-            return importlib.import_module(name)
+            return _import_library(each)
         except (ImportError, OSError) as error:  # OSError: the package is there, and its shared library is not
             failed = error
-    raise MissingExtra(_RTX, "tensorrt") from failed
+    raise MissingExtra(name or RTX, None if name == NVIDIA else "tensorrt") from failed
 
 
-def version() -> str:
-    """Return the library's version."""
-    return str(trt().__version__)
+@functools.cache
+def _import_library(name: str) -> TensorRTLibrary:
+    assert name in (NVIDIA, RTX)
+    return TensorRTLibrary(importlib.import_module(name))
 
 
-def name_and_version() -> str:
-    """Return the library's name and version: a plan runs in the one that made it."""
-    return f"{trt().__name__} {version()}"
-
-
-def is_rtx() -> bool:
-    """Return whether it is TensorRT for RTX, which builds without a GPU and compiles kernels where a plan is loaded."""
-    return str(trt().__name__) == _RTX
-
-
-# ── Dtypes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def torch_dtype(dtype: tensorrt.DataType) -> torch.dtype:
     """Return torch's dtype for one of TensorRT's.
 
@@ -83,20 +124,6 @@ def torch_dtype(dtype: tensorrt.DataType) -> torch.dtype:
             next_step=f"it has {', '.join(map(str, _DTYPES.values()))}",
         )
     return found
-
-
-def trt_dtype(dtype: torch.dtype) -> tensorrt.DataType:
-    """Return TensorRT's dtype for one of torch's.
-
-    Raises:
-        Unavailable: TensorRT does not compute in it.
-    """
-    for name, known in _DTYPES.items():
-        if known == dtype:
-            return trt().DataType.__members__[name]
-    raise Unavailable(
-        f"TensorRT has no tensors of {dtype}", next_step=f"it has {', '.join(map(str, _DTYPES.values()))}"
-    )
 
 
 # ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,13 +177,8 @@ def collect_errors() -> Iterator[BuildMessages]:
         warn(f"TensorRT goes on after an error: {messages.why()}")
 
 
-@functools.cache
-def logger() -> tensorrt.ILogger:
-    """Return the logger of all of TensorRT's objects: it prints nothing, and reports errors to ``collect_errors``.
-
-    TensorRT keeps the first logger of a process for good.
-    """
-    base = trt().ILogger
+def _create_logger(module: ModuleType) -> tensorrt.ILogger:
+    base = module.ILogger
     failures = (base.INTERNAL_ERROR, base.ERROR)
 
     class Listener(base):  # type: ignore[misc, valid-type]  # the base is known once the library is

@@ -16,7 +16,7 @@ import torch
 
 from lorac.backends.onnx.claims import describe_origin
 from lorac.backends.onnx.model_files import walk_subgraphs
-from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
 from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges
 from lorac.errors import CompileError, Unavailable
 from lorac.ir.graph.graph import Graph
@@ -36,15 +36,17 @@ class ParsedNetwork:
     """A network, and the builder that keeps it alive.
 
     Attributes:
+        library: parsed it.
         network: the library's.
         builder: builds it.
     """
 
+    library: TensorRTLibrary
     network: tensorrt.INetworkDefinition
     builder: tensorrt.Builder
 
 
-def input_dtypes(graph: Graph, slots: Sequence[str]) -> dict[str, torch.dtype]:
+def input_dtypes(graph: Graph, slots: Sequence[str], library: TensorRTLibrary) -> dict[str, torch.dtype]:
     """Return the dtype of every input of a graph, by name.
 
     Raises:
@@ -54,31 +56,33 @@ def input_dtypes(graph: Graph, slots: Sequence[str]) -> dict[str, torch.dtype]:
     dtypes = {name: graph.node(node).meta["val"].dtype for name, node in nodes.items()}
     for name, dtype in dtypes.items():
         try:
-            library.trt_dtype(dtype)
+            library.dtype(dtype)
         except Unavailable as error:
             raise Unavailable(f"input '{name}': {error.what}", next_step=error.next_step) from error
     return dtypes
 
 
-def parse_model(path: Path) -> ParsedNetwork:
+def parse_model(path: Path, library: TensorRTLibrary) -> ParsedNetwork:
     """Return the network of a model.
 
     Args:
         path: the model; its weights are next to it.
+        library: parses it.
 
     Raises:
         Unavailable: the library does not take an op as it is used here; the message names the module.
     """
-    trt, model = library.trt(), onnx.load(path, load_external_data=False)
-    with library.collect_errors() as messages:
-        builder = trt.Builder(library.logger())
-        network = builder.create_network(_strongly_typed())
-        parser = trt.OnnxParser(network, library.logger())
-        _check_operators(model, parser)
+    trt, model = library.module, onnx.load(path, load_external_data=False)
+    with collect_errors() as messages:
+        builder = trt.Builder(library.logger)
+        # Networks with the program's own dtypes; newer libraries ignore the flag.
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, library.logger)
+        _check_operators(model, parser, library)
         if not parser.parse_from_file(str(path)):
             refused = "; nor ".join(_parser_errors(model, parser)) or f"the program: {messages.why()}"
             raise Unavailable(f"tensorrt does not take {refused}", next_step=_NEXT_STEP)
-    return ParsedNetwork(network, builder)
+    return ParsedNetwork(library, network, builder)
 
 
 def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], ranges: SizeRanges) -> None:
@@ -95,7 +99,7 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
     network = parsed.network
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     found = {value.name: value for value in inputs}
-    wanted = {name: library.trt_dtype(dtype) for name, dtype in dtypes.items()}
+    wanted = {name: parsed.library.dtype(dtype) for name, dtype in dtypes.items()}
     wrong = [*(found.keys() ^ wanted.keys())]
     wrong += [
         n
@@ -121,20 +125,13 @@ def _matches_ranges(value: tensorrt.ITensor, axes: Sequence[SizeRange]) -> bool:
     return all(size == DYNAMIC or axis.least == size == axis.most for size, axis in zip(sizes, axes, strict=True))
 
 
-def _strongly_typed() -> int:
-    """Return the flag for networks with the program's own dtypes; newer libraries ignore it."""
-    return 1 << int(library.trt().NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-
-
-def _check_operators(model: onnx.ModelProto, parser: tensorrt.OnnxParser) -> None:
+def _check_operators(model: onnx.ModelProto, parser: tensorrt.OnnxParser, library: TensorRTLibrary) -> None:
     """Refuse all ops that this release's parser does not know."""
     nodes = [node for graph in (model.graph, *walk_subgraphs(model.graph)) for node in graph.node]
     known = {op: bool(parser.supports_operator(op)) for op in {node.op_type for node in nodes}}
     strange = dict.fromkeys(f"{node.op_type}{_origin(node)}" for node in nodes if not known[node.op_type])
     if strange:
-        raise Unavailable(
-            f"tensorrt {library.version()} does not compute {'; nor '.join(strange)}", next_step=_NEXT_STEP
-        )
+        raise Unavailable(f"{library.name_and_version} does not compute {'; nor '.join(strange)}", next_step=_NEXT_STEP)
 
 
 def _parser_errors(model: onnx.ModelProto, parser: tensorrt.OnnxParser) -> list[str]:

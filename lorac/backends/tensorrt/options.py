@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorac.backends.tensorrt.capabilities import check_capabilities
-from lorac.errors import OptionError, short
+from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, find_library
+from lorac.errors import OptionError, not_one_of, short
 from lorac.target.backend import TargetOptions
 
 ProfileShapes = Sequence[int] | Sequence[Sequence[int]]
 """(min, opt, max), each a size or the sizes of all axes."""
 OPTIMIZATION_LEVELS = range(6)
+COMPATIBILITY_LEVELS = ("ampere_plus", "same_compute_capability")
+"""Names of ``HardwareCompatibilityLevel``."""
 _PROFILE_POINTS = ("min", "opt", "max")
 
 
@@ -24,8 +27,12 @@ class TensorRTOptions(TargetOptions):
             an axis by its name, ``{"batch": (1, 4, 16)}``, for all inputs that have it; or of an input by its name,
             a shape each, ``{"pixel_values": ((1, 3, 224, 224), ...)}``. Axes that are not named take the example's
             size as opt, and sizes around it. Ranks of adapters have the room that was reserved for them.
+        library: ``"tensorrt"`` or ``"tensorrt_rtx"``, which builds the plan and then runs it; default: the one that has
+            the other options, else ``tensorrt`` where it is installed and there is a GPU.
         target_capabilities: compute capabilities that one plan is built for, ``["8.6", "8.9", "12.0"]``; default: the
-            local GPU's, or where there is none the library's own default.
+            local GPU's, or where there is none the library's own default. TensorRT for RTX has it.
+        hardware_compatibility: further GPUs that a plan runs on, at the cost of some speed: ``"ampere_plus"``, all from
+            Ampere on, or ``"same_compute_capability"``; None: GPUs like this machine's. NVIDIA's ``tensorrt`` has it.
         builder_optimization_level: how long the library looks for fast kernels, 0 to 5; None leaves it to the library.
         workspace: MiB of device memory that a layer may use for itself while it runs; None leaves it to the library.
         tf32: products of float32 may round what they read to TF32's 10 bits, which is faster; else they compute as
@@ -33,16 +40,19 @@ class TensorRTOptions(TargetOptions):
         strict_nans: comparisons and selections treat NaN as IEEE 754 has it.
         weight_streaming: weights may stay in host memory and be read from there while the plan runs.
         cuda_graphs: calls are CUDA graphs, one for each set of shapes and ranks: less work for the CPU per call, and a
-            swap copies what it binds to where the graph reads it.
-        plan_cache: a folder that keeps plans by what they were built from, and is looked into before any is built; for
-            TensorRT for RTX the kernels that it compiles on a GPU too. None: neither.
+            swap copies what it binds to where the graph reads it. ``explain()`` says how many there are at a time.
+        plan_cache: a folder that keeps plans by what they were built from, and is looked into before any is built, with
+            the kernels that TensorRT for RTX compiles on a GPU, and the kernels' times that NVIDIA's ``tensorrt``
+            measures there. It belongs to the user, with the mode 0700, and is no part of an artifact. None: no folder.
         refit: merged weights are constants of the plan, which TensorRT replaces in place, and no inputs; in mode
             ``"fused"`` alone, and built only where there is a GPU.
         device: the GPU that plans run on, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``.
     """
 
     profiles: Mapping[str, ProfileShapes] = field(default_factory=dict)
+    library: str | None = None
     target_capabilities: tuple[str, ...] = ()
+    hardware_compatibility: str | None = None
     builder_optimization_level: int | None = None
     workspace: int | None = None
     tf32: bool = False
@@ -53,9 +63,20 @@ class TensorRTOptions(TargetOptions):
     refit: bool = False
     device: str | None = None
 
+    @property
+    def builder(self) -> TensorRTLibrary:
+        """The library that builds plans: the named one, else the one that has the options.
+
+        Raises:
+            MissingExtra: it is not installed.
+        """
+        return find_library(
+            self.library or (RTX if self.target_capabilities else NVIDIA if self.hardware_compatibility else None)
+        )
+
     def check(self) -> None:
         """Raise ``OptionError`` for unknown capabilities, sizes out of order, and numbers out of range."""
-        check_capabilities(self.target_capabilities)
+        self._check_library()
         for name, shapes in self.profiles.items():
             _check_profile(name, shapes)
         level = self.builder_optimization_level
@@ -67,6 +88,22 @@ class TensorRTOptions(TargetOptions):
         if self.workspace is not None and self.workspace < 1:
             raise OptionError(
                 f"workspace cannot be {short(self.workspace)} MiB", next_step="give a number of MiB, or None"
+            )
+
+    def _check_library(self) -> None:
+        """Raise ``OptionError`` for a library that does not exist, or that lacks an option."""
+        level = self.hardware_compatibility
+        for name, value, known in (
+            ("library", self.library, (NVIDIA, RTX)),
+            ("hardware_compatibility", level, COMPATIBILITY_LEVELS),
+        ):
+            if value is not None and value not in known:
+                raise not_one_of(f"{name} cannot be", value, known)
+        check_capabilities(self.target_capabilities, self.builder)
+        if level is not None and self.builder.is_rtx:
+            raise OptionError(
+                f"{self.builder.name_and_version} takes no hardware_compatibility",
+                next_step=f"give target_capabilities= in its place, or library='{NVIDIA}'",
             )
 
 

@@ -3,40 +3,49 @@
 Each plan has a file of its own, whose name holds the key and the hash of the contents. It is written to another file
 and moved into place in one step. A damaged plan is not used; where the folder becomes too large, the least recently
 used plans are removed. Nothing else in the folder is touched.
+
+A plan is code for the GPU. So the folder and its files are used only where they are the user's own and nobody else can
+reach them, and otherwise plans are built as if there were no folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from lorac.backends.tensorrt import library
-from lorac.errors import FormatError
+from lorac.backends.tensorrt.library import TensorRTLibrary
+from lorac.errors import warn
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.open_file import OpenFile
-from lorac.storage.os_errors import translate_os_errors
 
-PLAN, KERNELS = "plan", "kernels"
+PLAN, KERNELS, TIMINGS = "plan", "kernels", "timings"
 """Endings of the folder's files."""
-_NAME = re.compile(rf"[0-9a-f]{{32}}-[0-9a-f]{{32}}\.(?:{PLAN}|{KERNELS})")
+_NAME = re.compile(rf"[0-9a-f]{{32}}-[0-9a-f]{{32}}\.(?:{PLAN}|{KERNELS}|{TIMINGS})")
+_PRIVATE = 0o700
+"""The mode of the folder."""
 DEFAULT_LIMIT = 8 << 30
 """The default of the bytes that all plans may take together."""
 
 
-def plan_key(program: Iterable[OpenFile], capabilities: Sequence[str], **settings: object) -> str:
+def plan_key(
+    program: Iterable[OpenFile], capabilities: Sequence[str], library: TensorRTLibrary, **settings: object
+) -> str:
     """Return the key of a plan, equal for equal plans.
 
     Args:
         program: the emitted model and its weights.
-        capabilities: compute capabilities; empty: for this machine's GPU, which is then part of the key.
+        capabilities: compute capabilities; empty: for torch's current GPU, which is then part of the key.
+        library: builds the plan.
         settings: other settings of the library, such as profiles and flags, distinguished by ``repr``.
 
     Returns:
@@ -44,12 +53,12 @@ def plan_key(program: Iterable[OpenFile], capabilities: Sequence[str], **setting
     """
     facts = {
         "program": sorted((file.where.name, file.digest()) for file in program),
-        "library": library.name_and_version(),
+        "library": library.name_and_version,
         "capabilities": sorted(capabilities),
-        "gpus": [] if capabilities and library.is_rtx() else current_gpu(),
+        "gpus": [] if capabilities and library.is_rtx else current_gpu(),
         "settings": {name: repr(_ordered(value)) for name, value in settings.items()},
     }
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return _hash_facts(facts)
 
 
 def current_gpu() -> list[str]:
@@ -58,6 +67,10 @@ def current_gpu() -> list[str]:
         return []
     major, minor = torch.cuda.get_device_capability()
     return [f"{torch.cuda.get_device_name()} {major}.{minor}"]
+
+
+def _hash_facts(facts: object) -> str:
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _ordered(value: object) -> object:
@@ -82,11 +95,7 @@ class PlanCache:
     limit: int = DEFAULT_LIMIT
 
     def plan(self, key: str, build: Callable[[], bytes | memoryview]) -> bytes | memoryview:
-        """Return the plan for a key from the folder, or build and write it.
-
-        Raises:
-            FormatError: the folder cannot be written to.
-        """
+        """Return the plan for a key from the folder, or build and write it."""
         found = self.read(key)
         if found is not None:
             return found
@@ -103,32 +112,47 @@ class PlanCache:
                 return content
         return None
 
-    def write(self, key: str, content: bytes | memoryview, kind: str = PLAN) -> None:
-        """Write the contents for a key, in the place of earlier ones.
-
-        Raises:
-            FormatError: the folder cannot be written to.
-        """
+    def write(self, key: str, content: bytes | memoryview, kind: str = PLAN) -> bool:
+        """Write the contents for a key, in the place of earlier ones; warn and return False where that fails."""
         path = self.folder / _file_name(key, content, kind)
-        with translate_os_errors(path, FormatError, "written", "unreadable"):
+        try:
+            self.folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+            if not self._is_private():
+                raise OSError(errno.EPERM, "its mode is not 0700, or it is another user's")
             with replace_atomically(path) as staged:
                 staged.write_bytes(content)
             for older in {*self._of(key, kind)} - {path}:
                 older.unlink(missing_ok=True)
             self._bound(path)
+        except OSError as error:
+            warn(
+                f"plan_cache='{self.folder}' is not used: {error.strerror or error}",
+                next_step="give a folder that nobody else can reach, as it is made where there is none",
+            )
+            return False
+        return True
 
-    def kernels(self, key: str) -> KernelCache:
-        """Return the cache of a plan's kernels on this machine's GPU."""
-        here = hashlib.blake2b(json.dumps([key, current_gpu()]).encode(), digest_size=16).hexdigest()
-        return KernelCache(self, here)
+    def kernels(self, key: str) -> CachedFile:
+        """Return the place of a plan's kernels for torch's current GPU."""
+        return CachedFile(self, _hash_facts([key, current_gpu()]), KERNELS)
+
+    def timings(self, library: TensorRTLibrary) -> CachedFile:
+        """Return the place of the kernels' times that a library measured on torch's current GPU."""
+        return CachedFile(self, _hash_facts([library.name_and_version, current_gpu()]), TIMINGS)
+
+    def _is_private(self) -> bool:
+        """Return whether the folder is the user's own, and nobody else can reach it."""
+        found = self.folder.stat()
+        return sys.platform == "win32" or (found.st_uid == os.geteuid() and not found.st_mode & 0o777 & ~_PRIVATE)
 
     def _of(self, key: str, kind: str) -> list[Path]:
         return [path for path in self._files() if path.name.startswith(f"{key}-") and path.suffix == f".{kind}"]
 
     def _files(self) -> list[Path]:
-        """Return the files of the folder that belong to the cache."""
+        """Return the files of the folder that belong to the cache; none where others can write there."""
         with contextlib.suppress(OSError):
-            return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+            if self._is_private():
+                return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
         return []
 
     def _bound(self, newest: Path) -> None:
@@ -151,11 +175,11 @@ def _touch(path: Path) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return a file's bytes; None if another process removed it."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
+    """Return a file's bytes; None if another process removed it, or another user left it there."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if sys.platform == "win32" or os.fstat(file.fileno()).st_uid == os.geteuid():
+            return file.read()
+    return None
 
 
 def _file_name(key: str, content: bytes | memoryview, kind: str) -> str:
@@ -163,16 +187,17 @@ def _file_name(key: str, content: bytes | memoryview, kind: str) -> str:
 
 
 @dataclass(frozen=True)
-class KernelCache:
-    """The compiled kernels of one plan, which are written again and again."""
+class CachedFile:
+    """The place in a plan cache of something that is written again and again."""
 
     cache: PlanCache
     key: str
+    kind: str
 
     def read(self) -> bytes | None:
         """Return what was written last."""
-        return self.cache.read(self.key, KERNELS)
+        return self.cache.read(self.key, self.kind)
 
-    def write(self, content: bytes | memoryview) -> None:
-        """Write the kernels in the place of earlier ones."""
-        self.cache.write(self.key, content, KERNELS)
+    def write(self, content: bytes | memoryview) -> bool:
+        """Write it in the place of the earlier content (``PlanCache.write``)."""
+        return self.cache.write(self.key, content, self.kind)

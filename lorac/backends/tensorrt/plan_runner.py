@@ -7,33 +7,35 @@ are in use. A call reads its tensors where they lie: nothing is kept, and tensor
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import capability_of
-from lorac.backends.tensorrt.device.cuda_graphs import CudaGraphCache, record_on_cuda
+from lorac.backends.tensorrt.device.cuda_graphs import MAX_GRAPHS, CudaGraphCache, record_on_cuda
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, TensorLayouts, copy_to_engine, is_readable
 from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
 from lorac.backends.tensorrt.device.interfaces import CudaEngine
 from lorac.backends.tensorrt.device.io_tensors import IOTensors
 from lorac.backends.tensorrt.device.requirements import (
     check_capability,
-    check_library,
     check_plan,
+    find_maker,
     resolve_cuda_device,
 )
 from lorac.backends.tensorrt.device.stream_queue import StreamQueue
-from lorac.backends.tensorrt.plan_cache import KernelCache
+from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors, find_library
+from lorac.backends.tensorrt.plan_cache import CachedFile
 from lorac.errors import ArtifactError, Unavailable
 
 if TYPE_CHECKING:
     import tensorrt
 
 Tensor = torch.Tensor
+Plan = bytes | memoryview | mmap.mmap
 MAX_CONTEXTS = 4
 """The most calls that are queued at the same time; each context has its own memory for intermediate values."""
 
@@ -74,7 +76,8 @@ class ContextPool:
             Unavailable: the engine cannot read fixed tensors where they lie.
         """
         io = self.io.inputs
-        laid_out = {name: self._layouts.lay_out(tensor, io[name]) for name, tensor in tensors.items() if name in io}
+        known = {name: tensor for name, tensor in tensors.items() if name in io}
+        laid_out = self._layouts.lay_out(known, io, fixed=fixed)
         copied = [name for name, tensor in laid_out.items() if tensor.data_ptr() != tensors[name].data_ptr()]
         if fixed and copied:
             raise Unavailable(
@@ -82,7 +85,7 @@ class ContextPool:
                 f"{tensors[copied[0]].dtype}; the plan takes {io[copied[0]].dtype} on {self.device}",
                 next_step="this is a bug of lorac's, not of your model",
             )
-        return DeviceSlots(laid_out, fixed=fixed)
+        return laid_out
 
     def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one call.
@@ -126,7 +129,7 @@ class ContextPool:
         return (
             tensor.detach()
             if is_readable(tensor, io_tensor, self.device)
-            else copy_to_engine(tensor, io_tensor, self.device)
+            else copy_to_engine(tensor, io_tensor, self.device, staged=True)
         )
 
     @contextlib.contextmanager
@@ -168,7 +171,7 @@ class PlanRunner:
         capabilities: the compute capabilities that it was built for; empty if unknown.
         made_by: the library's name and version where it was built; None if unknown.
         cuda_graphs: whether calls are CUDA graphs, one for each set of shapes.
-        kernels: the kernels that TensorRT for RTX compiled for this plan on this GPU.
+        kernels: the place of the kernels that TensorRT for RTX compiled for this plan on this GPU.
 
     Raises:
         ArtifactError: the bytes are not a plan, or one of another version.
@@ -177,21 +180,22 @@ class PlanRunner:
 
     def __init__(
         self,
-        plan: bytes | memoryview,
+        plan: Plan,
         device: str | torch.device = "cuda",
         *,
         capabilities: Sequence[str] = (),
         made_by: str | None = None,
         cuda_graphs: bool = False,
-        kernels: KernelCache | None = None,
+        kernels: CachedFile | None = None,
     ) -> None:
-        check_library(made_by)
-        check_plan(plan)
+        self.library = library = find_library() if made_by is None else find_maker(made_by)
+        check_plan(plan, library)
         self.device = resolve_cuda_device(device)
-        check_capability(capability_of(self.device), capabilities, torch.cuda.get_device_name(self.device))
+        check_capability(capability_of(self.device), capabilities, torch.cuda.get_device_name(self.device), library)
         with torch.cuda.device(self.device):
-            self.engine: tensorrt.ICudaEngine = _deserialize_plan(plan, self.device)
-            self._config = _RuntimeConfig(self.engine, kernels) if library.is_rtx() else None
+            self.engine: tensorrt.ICudaEngine = _deserialize_plan(plan, self.device, library)
+            set_streaming_budget(self.engine, MAX_CONTEXTS + (MAX_GRAPHS if cuda_graphs else 0))
+            self._config = _RuntimeConfig(self.engine, kernels, library) if library.is_rtx else None
         self.io, self._making = IOTensors.of(self.engine), threading.Lock()
         graphs = CudaGraphCache(self.io, self._new_execution, record_on_cuda) if cuda_graphs else None
         self._calls = ContextPool(self.io, self.device, self._new_execution, graphs)
@@ -224,7 +228,7 @@ class PlanRunner:
 
     def _new_execution(self) -> ExecutionSlot:
         """Make a new context on this device, whichever device is the caller's current one."""
-        with self._making, torch.cuda.device(self.device), library.collect_errors() as messages:
+        with self._making, torch.cuda.device(self.device), collect_errors() as messages:
             config = () if self._config is None else (self._config.config,)
             context = self.engine.create_execution_context(*config)
             if context is None:
@@ -232,7 +236,7 @@ class PlanRunner:
                     f"TensorRT has no memory to run the plan in: {messages.why()}",
                     next_step="free some of the GPU's memory, or compile for smaller sizes",
                 )
-            return ExecutionSlot(context, self.io, self.device, StreamQueue(self.device))
+            return ExecutionSlot(context, self.io, self.device, StreamQueue(self.device), self.library)
 
 
 class _RuntimeConfig:
@@ -243,44 +247,56 @@ class _RuntimeConfig:
 
     Args:
         engine: TensorRT's.
-        kernels: the cache of kernels; None to compile them in every process.
+        kernels: the place of kernels compiled earlier; None to compile them in every process.
+        library: TensorRT for RTX.
     """
 
-    def __init__(self, engine: tensorrt.ICudaEngine, kernels: KernelCache | None) -> None:
+    def __init__(self, engine: tensorrt.ICudaEngine, kernels: CachedFile | None, library: TensorRTLibrary) -> None:
         self.config = engine.create_runtime_config()
-        strategies = library.trt().DynamicShapesKernelSpecializationStrategy
+        strategies = library.module.DynamicShapesKernelSpecializationStrategy
         self.config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         self._cache = self.config.create_runtime_cache()
         self._kernels, self._next, self._lock = kernels, 1, threading.Lock()
         stored = None if kernels is None else kernels.read()
-        with library.collect_errors() as messages:
+        with collect_errors() as messages:
             if stored is not None and not self._cache.deserialize(stored):
                 messages.why()  # made by another driver: the kernels are compiled again, and replace the stored ones
         self.config.set_runtime_cache(self._cache)
 
     def store(self, shapes: int) -> None:
-        """Store the compiled kernels each time that the number of shapes has doubled."""
+        """Store the compiled kernels each time that the number of shapes has doubled, as long as that is possible."""
         if self._kernels is None or shapes < self._next or not self._lock.acquire(blocking=False):
             return
         try:
             self._next = 2 * shapes
-            self._kernels.write(memoryview(self._cache.serialize()))
+            if not self._kernels.write(memoryview(self._cache.serialize())):
+                self._kernels = None
         finally:
             self._lock.release()
 
 
-def _deserialize_plan(plan: bytes | memoryview, device: torch.device) -> CudaEngine:
+def _deserialize_plan(plan: Plan, device: torch.device, library: TensorRTLibrary) -> CudaEngine:
     """Load the engine of a plan on the current device."""
-    with library.collect_errors() as messages:
-        runtime = library.trt().Runtime(library.logger())
-        engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(plan)
+    with collect_errors() as messages:
+        runtime = library.module.Runtime(library.logger)
+        engine: CudaEngine | None = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise ArtifactError(
-                f"{library.name_and_version()} does not load the plan on {torch.cuda.get_device_name(device)}: "
+                f"{library.name_and_version} does not load the plan on {torch.cuda.get_device_name(device)}: "
                 f"{messages.why()}",
                 next_step="compile again from the model on this machine",
             )
+    return engine
+
+
+def set_streaming_budget(engine: CudaEngine, contexts: int) -> None:
+    """Set how many bytes of a plan's weights stay on the GPU, which cannot change once there is a context.
+
+    Args:
+        engine: TensorRT's, without a context.
+        contexts: how many it may get, each of which takes memory of what is free now.
+    """
     if engine.streamable_weights_size > 0:
         engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
-    found: CudaEngine = engine
-    return found
+        room = engine.weight_streaming_budget_v2 - contexts * engine.device_memory_size_v2
+        engine.weight_streaming_budget_v2 = max(0, room)

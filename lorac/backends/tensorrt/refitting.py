@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.interfaces import CudaEngine, Refitter
+from lorac.backends.tensorrt.library import BuildMessages, TensorRTLibrary, collect_errors
 from lorac.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -31,18 +31,18 @@ def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str]) 
         Unavailable: TensorRT does not let a weight be replaced, for instance if the parser folded it.
     """
     for name in names:
-        with library.collect_errors() as messages:
+        with collect_errors() as messages:
             _mark(network, name, messages)
 
 
-def _mark(network: tensorrt.INetworkDefinition, name: str, messages: library.BuildMessages) -> None:
+def _mark(network: tensorrt.INetworkDefinition, name: str, messages: BuildMessages) -> None:
     if not network.mark_weights_refittable(name):
         raise Unavailable(f"TensorRT does not let '{name}' be replaced: {messages.why()}", next_step=_INSTEAD)
 
 
-def refit_flag() -> tensorrt.BuilderFlag:
+def refit_flag(library: TensorRTLibrary) -> tensorrt.BuilderFlag:
     """Return the builder's flag for plans whose marked weights can be replaced."""
-    return library.trt().BuilderFlag.REFIT_INDIVIDUAL
+    return library.module.BuilderFlag.REFIT_INDIVIDUAL
 
 
 class WeightRefitter:
@@ -51,20 +51,27 @@ class WeightRefitter:
     Args:
         engine: TensorRT's.
         memory: weight -> the GPU memory with its value for the active choice.
+        library: loaded the engine.
         refitter: TensorRT's, made for the engine.
 
     Raises:
         Unavailable: the plan's weights cannot be replaced, or have other dtypes or sizes.
     """
 
-    def __init__(self, engine: CudaEngine, memory: Mapping[str, Tensor], refitter: Refitter | None = None) -> None:
+    def __init__(
+        self,
+        engine: CudaEngine,
+        memory: Mapping[str, Tensor],
+        library: TensorRTLibrary,
+        refitter: Refitter | None = None,
+    ) -> None:
         if not engine.refittable:
             raise Unavailable(
                 "no weight of the plan can be replaced, since it was not built for that",
                 next_step=_INSTEAD,
             )
-        self.memory = memory
-        self._refitter = _create_refitter(engine) if refitter is None else refitter
+        self.memory, self._library = memory, library
+        self._refitter = _create_refitter(engine, library) if refitter is None else refitter
         # Looking for NaN costs more than writing, and lorac refuses adapters with NaN when they are added.
         self._refitter.weights_validation = False
         self._changed: frozenset[str] = frozenset()
@@ -87,7 +94,7 @@ class WeightRefitter:
             Unavailable: TensorRT fails.
         """
         self._changed |= frozenset(changed)
-        with library.collect_errors() as messages:
+        with collect_errors() as messages:
             written = self._set_all(self._changed, messages)
             if written and not self._refitter.refit_cuda_engine():
                 raise _refit_error("TensorRT does not replace the weights", messages)
@@ -96,7 +103,7 @@ class WeightRefitter:
         self._changed = frozenset(changed)
         return sum(self.memory[name].nbytes for name in written)
 
-    def _set_all(self, names: Collection[str], messages: library.BuildMessages) -> set[str]:
+    def _set_all(self, names: Collection[str], messages: BuildMessages) -> set[str]:
         """Set weights together with those that the builder combined with them; return all of them."""
         for name in sorted(names):
             self._set(name, messages)
@@ -105,15 +112,15 @@ class WeightRefitter:
             self._set(name, messages)
         return {*names, *partners}
 
-    def _set(self, name: str, messages: library.BuildMessages) -> None:
+    def _set(self, name: str, messages: BuildMessages) -> None:
         tensor = self.memory.get(name)
         if tensor is None:
             raise Unavailable(
                 f"the plan combines '{name}' with weights to be replaced, and its value was not kept",
                 next_step=_INSTEAD,
             )
-        trt = library.trt()
-        weights = trt.Weights(library.trt_dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
+        trt = self._library.module
+        weights = trt.Weights(self._library.dtype(tensor.dtype), tensor.data_ptr(), tensor.numel())
         place = trt.TensorLocation.DEVICE if tensor.is_cuda else trt.TensorLocation.HOST
         if not self._refitter.set_named_weights(name, weights, place):
             raise _refit_error(f"TensorRT does not take '{name}'", messages)
@@ -121,7 +128,7 @@ class WeightRefitter:
     def _check(self, name: str, tensor: Tensor) -> None:
         """Refuse a weight of another dtype or size now, rather than at the first swap."""
         built = self._refitter.get_weights_prototype(name)
-        wanted = (library.trt_dtype(tensor.dtype), tensor.numel())
+        wanted = (self._library.dtype(tensor.dtype), tensor.numel())
         if (built.dtype, built.size) != wanted or not tensor.is_contiguous():
             raise Unavailable(
                 f"'{name}' was built with {built.size} numbers of {built.dtype.name}, and {tensor.numel()} of "
@@ -130,14 +137,14 @@ class WeightRefitter:
             )
 
 
-def _create_refitter(engine: CudaEngine) -> Refitter:
-    with library.collect_errors() as messages:
+def _create_refitter(engine: CudaEngine, library: TensorRTLibrary) -> Refitter:
+    with collect_errors() as messages:
         try:
-            made: Refitter = library.trt().Refitter(engine, library.logger())
+            made: Refitter = library.module.Refitter(engine, library.logger)
         except TypeError as error:  # what the bindings raise where a constructor returns nothing
             raise _refit_error("TensorRT lets no weight of the plan be replaced", messages) from error
     return made
 
 
-def _refit_error(what: str, messages: library.BuildMessages) -> Unavailable:
+def _refit_error(what: str, messages: BuildMessages) -> Unavailable:
     return Unavailable(f"{what}: {messages.why()}", next_step=_INSTEAD)

@@ -11,14 +11,14 @@ import torch
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.io_tensors import IOTensor
 from lorac.backends.tensorrt.device.output_allocator import output_allocator
-from tests.backends.tensorrt.tiny import CPU, parsed
+from tests.backends.tensorrt.tiny import CPU, LIBRARY, parsed
 
 Tensor = torch.Tensor
 
 
 def allocator() -> Any:
     """Return the allocator of an output of two columns in float16."""
-    return output_allocator(IOTensor(torch.float16, (-1, 2)), CPU)
+    return output_allocator(LIBRARY, IOTensor(torch.float16, (-1, 2)), CPU)
 
 
 class OfNetwork:
@@ -28,6 +28,7 @@ class OfNetwork:
     refittable = True
     streamable_weights_size = 0
     weight_streaming_budget_v2 = 0
+    device_memory_size_v2 = 0
 
     def __init__(self) -> None:
         self.network, self.builder = parsed()
@@ -40,7 +41,7 @@ class OfNetwork:
         return list(self._found)[index]
 
     def get_tensor_mode(self, name: str) -> Any:
-        modes = library.trt().TensorIOMode
+        modes = LIBRARY.module.TensorIOMode
         return modes.INPUT if self._found[name].is_network_input else modes.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> Any:
@@ -50,7 +51,7 @@ class OfNetwork:
         return self._found[name].shape
 
     def get_tensor_location(self, name: str) -> Any:
-        places = library.trt().TensorLocation
+        places = LIBRARY.module.TensorLocation
         return places.HOST if self._found[name].is_shape_tensor else places.DEVICE
 
     def get_weight_streaming_automatic_budget(self) -> int:
@@ -75,7 +76,7 @@ class Weights:
         self.runs: list[list[str]] = []
 
     def set_named_weights(self, name: str, weights: Any, location: Any) -> bool:
-        assert location == library.trt().TensorLocation.HOST, "the CPU's memory is told as what it is"
+        assert location == LIBRARY.module.TensorLocation.HOST, "the CPU's memory is told as what it is"
         kind, count = library.torch_dtype(weights.dtype), weights.size
         shape = self.holds[name].shape
         raw = (ctypes.c_char * weights.nbytes).from_address(weights.numpy().ctypes.data)
@@ -91,7 +92,7 @@ class Weights:
 
     def get_weights_prototype(self, weights_name: str) -> Any:
         held = self.holds[weights_name]
-        return SimpleNamespace(dtype=library.trt_dtype(held.dtype), size=held.numel())
+        return SimpleNamespace(dtype=LIBRARY.dtype(held.dtype), size=held.numel())
 
     def refit_cuda_engine(self) -> bool:
         assert not self.get_missing_weights()

@@ -7,9 +7,11 @@ the numbers that the plan is to answer with; everything before it is the target'
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import away, quietly
+from tests.backends.tensorrt.tiny import LIBRARY
 
 X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
 
@@ -105,6 +108,20 @@ def test_a_choice_is_laid_out_once_and_a_call_may_have_its_own(monkeypatch: pyte
     assert isinstance(found(X.numpy()), type(X.numpy()))
 
 
+def test_arrays_are_taken_in_bfloat16_which_numpy_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found, standing = made("live", monkeypatch, dtype="bfloat16")
+    taken = []
+
+    def call(inputs: Mapping[str, Tensor], slots: object) -> dict[str, Tensor]:
+        taken.extend(tensor.dtype for tensor in inputs.values())
+        return {value.name: torch.ones(3, 9, dtype=torch.bfloat16) for value in standing.session.get_outputs()}
+
+    monkeypatch.setattr(standing, "call", call)
+    found_array, found_tensor = found(X.numpy()), found(X)
+    assert found_array.dtype == np.float32 and found_tensor.dtype == torch.bfloat16
+    assert taken == [torch.bfloat16] * 2
+
+
 def test_rows_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, found, _ = made("live", monkeypatch)
     with torch.no_grad():
@@ -136,6 +153,11 @@ def test_a_plan_that_was_built_before_is_not_built_again(tmp_path: Any, monkeypa
     assert built == ["main"]
     plans = [found.engine.graphs["main"].file.read() for found in (one, other)]
     assert plans[0] == plans[1]
+    one.save(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "manifest.json").read_text()
+    with pytest.warns(lorac.LoracWarning, match="cannot run here"):
+        loaded = lorac.load(tmp_path / "saved")
+    assert loaded.engine.options == dataclasses.replace(one.engine.options, plan_cache=None, library=LIBRARY.name)
     made("live", monkeypatch, plan_cache=str(tmp_path), profiles={"batch": (1, 2, 4)})
     made("live", monkeypatch, plan_cache=str(tmp_path), tf32=True)
     assert built == ["main"] * 3
@@ -146,7 +168,7 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
     written: list[set[str]] = []
 
     class Replacing:
-        def __init__(self, engine: object, memory: Mapping[str, Tensor]) -> None:
+        def __init__(self, engine: object, memory: Mapping[str, Tensor], library: object) -> None:
             self.memory = memory
 
         def write(self, touched: frozenset[str]) -> int:
@@ -154,12 +176,15 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
             return 0
 
     class Loaded(Standing):
-        engine = None
+        engine = library = None
 
-        def __init__(self, plan: object, device: object, **told: object) -> None:
-            self.told = told
+        def __init__(self, plan: Any, device: object, **told: object) -> None:
+            happened.append(type(plan).__name__)
+            assert plan[:] == found.engine.graphs["main"].file.read()
 
     monkeypatch.setattr(engines, "WeightRefitter", Replacing)
+    happened: list[str] = []
+    monkeypatch.setattr(engines, "finish_device", lambda device: happened.append("every stream has ended"))
     monkeypatch.setattr(engines, "PlanRunner", Loaded)
     monkeypatch.setattr(backend, "local_capability", lambda: "8.6")
     marked: list[set[str]] = []
@@ -167,7 +192,7 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
     monkeypatch.setattr(
         build, "mark_refittable", lambda network, names: marked.append(set(names)) or real(network, names)
     )
-    monkeypatch.setattr(build, "refit_flag", lambda: build.library.trt().BuilderFlag.STRICT_NANS)
+    monkeypatch.setattr(build, "refit_flag", lambda library: library.module.BuilderFlag.STRICT_NANS)
     torch.manual_seed(0)
     model, adapters = Net().eval(), {"a": lorac.LoRA(r=2, targets=["left"]), "b": lorac.LoRA(r=3, targets=["right"])}
     found: Any = quietly(model=model, adapters=adapters, active="a", mode="fused", example_inputs=(X,), refit=True)
@@ -175,6 +200,7 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
         away(adapter, 1)
     assert marked == [{"left:weight", "right:weight"}]
     assert found.engine._load("main") is not None
+    assert happened == ["every stream has ended", "mmap"], "weights are written by then, and the plan is mapped"
     found.swap("b")
     found.swap(None)
     assert written == [{"left:weight"}, {"right:weight"}, set()]

@@ -24,11 +24,11 @@ class Recorded:
 
     def __init__(self) -> None:
         self.captured = self.replayed = 0
-        self.fails = False
+        self.fails: Exception | None = None
 
     def __call__(self, work: QueueWork) -> Callable[[], None]:
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        if self.fails is not None:
+            raise self.fails
         self.captured += 1
 
         def replay() -> None:
@@ -111,7 +111,7 @@ def test_memory_that_is_written_in_place_is_read_where_it_lies() -> None:
 
 def _why_not(calls: ContextPool, executions: Lanes, recorded: Recorded, why: str) -> None:
     executions.capturable = why != "it allocates while it runs"
-    recorded.fails = why.startswith("operation")
+    recorded.fails = RuntimeError(why) if why.startswith("operation") else None
     x, held = _x(), [calls.hold(tiny.drawn(seed)) for seed in (1, 2)]
     with pytest.warns(lorac.LoracWarning, match=why) as caught:
         found = [calls.call({"x": x}, slots)["y"] for slots in (*held, *held)]
@@ -145,7 +145,36 @@ def test_numbers_that_shapes_are_computed_from_are_part_of_what_a_graph_is_for()
     assert len(keys) == 2
 
 
-def test_the_one_that_was_not_used_for_longest_is_given_up() -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: out of memory"), lorac.Unavailable("full")]
+)
+def test_a_lack_of_memory_passes(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call runs without a graph, and some calls later one is captured."""
+    monkeypatch.setattr(capturing, "IDLE_CALLS", 10)
+    calls, _, recorded = _calls()
+    recorded.fails = error
+    slots, x = calls.hold(tiny.drawn(1)), _x()
+    with pytest.warns(lorac.LoracWarning, match="no memory for another CUDA graph"):
+        found = [calls.call({"x": x}, slots)["y"]]
+    recorded.fails = None
+    found += [calls.call({"x": x}, slots)["y"] for _ in range(20)]
+    assert recorded.captured == 1 and 5 < recorded.replayed < 15
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_more_sets_of_sizes_than_fit_do_not_capture_each_time() -> None:
+    calls, executions, recorded = _calls()
+    slots = calls.hold(tiny.drawn(1))
+    for _ in range(5):
+        for rows in range(1, capturing.MAX_GRAPHS + 3):
+            x = _x(rows)
+            assert torch.equal(calls.call({"x": x}, slots)["y"], tiny.computed(x, **tiny.drawn(1)))
+    assert recorded.captured == capturing.MAX_GRAPHS
+    assert len(executions.made) == capturing.MAX_GRAPHS + 1, "the others share the contexts of calls without a graph"
+
+
+def test_the_one_that_was_not_used_for_longest_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturing, "IDLE_CALLS", 1)
     calls, executions, recorded = _calls()
     slots = calls.hold(tiny.drawn(1))
     for rows in range(1, capturing.MAX_GRAPHS + 2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import os
 import subprocess
@@ -18,11 +17,14 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lorac
-from lorac.backends.tensorrt import backend, capabilities, library
+from lorac.backends.tensorrt import backend, capabilities
 from lorac.backends.tensorrt.engine import TrtEngine
+from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.cli import app
 from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import NO_GPU, THREE, away, model_of, quietly
+from tests.backends.tensorrt.machines import install_gpus, install_nvidias
+from tests.backends.tensorrt.tiny import LIBRARY
 
 pytestmark = pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")
 ROOT = Path(__file__).parents[3]
@@ -172,22 +174,44 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
     assert imported == "[]"
 
 
-def test_an_artifact_is_refused_by_another_release_and_by_another_gpu(live, monkeypatch):
-    (part,) = engine_of(live).graphs.values()
+def test_an_artifact_is_refused_by_another_release(live, tmp_path):
+    stored = backend.BACKEND.store(live.engine, tmp_path, None)
+    graphs = {"main": {**stored["graphs"]["main"], "made_by": "tensorrt_rtx 0.9"}}
     with pytest.raises(lorac.ArtifactError, match=r"made by tensorrt_rtx 0\.9") as error:
-        backend._check_plan_origin(dataclasses.replace(part, made_by="tensorrt_rtx 0.9"))
-    assert library.version() in str(error.value)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    for here in ("8.9", None):
-        monkeypatch.setattr(backend, "local_capability", lambda here=here: here)
-        backend._check_plan_origin(part)
-    monkeypatch.setattr(backend, "local_capability", lambda: "9.0")
-    with pytest.raises(lorac.Unavailable, match=r"has compute capability 9\.0.*8\.6, 8\.9, 12\.0") as other:
-        backend._check_plan_origin(part)
+        backend.BACKEND.restore({**stored, "graphs": graphs}, {}, {}, "live", None)
+    assert LIBRARY.name_and_version in str(error.value)
+
+
+def test_an_artifact_is_refused_by_another_gpu(live, monkeypatch):
+    (part,) = engine_of(live).graphs.values()
+    backend._check_gpu(part, None)
+    install_gpus(monkeypatch, "9.0", "8.9", "8.0")
+    backend._check_gpu(part, "cuda:1")
+    with pytest.raises(lorac.Unavailable, match=r"GPU 0 has compute capability 9\.0.*8\.6, 8\.9, 12\.0") as other:
+        backend._check_gpu(part, None)
     assert "builds for" in str(other.value)  # of which this is none
-    monkeypatch.setattr(backend, "local_capability", lambda: "8.0")
     with pytest.raises(lorac.Unavailable, match=r"target_capabilities=\['8\.6', '8\.9', '12\.0', '8\.0'\]"):
-        backend._check_plan_origin(part)
+        backend._check_gpu(part, "cuda:2")
+    with pytest.raises(lorac.Unavailable, match="no device 'cuda:3'"):
+        backend._check_gpu(part, "cuda:3")
+
+
+def test_a_plan_is_built_for_the_device_that_is_asked_for(monkeypatch):
+    install_gpus(monkeypatch, "8.6", "12.0")
+    found = {device: compiled(device=device, target_capabilities=[], self_test=False) for device in (None, "cuda:1")}
+    assert [engine_of(one).graphs["main"].capabilities for one in found.values()] == [("8.6",), ("12.0",)]
+    with pytest.raises(lorac.Unavailable, match="no device 'cuda:2'"):
+        compiled(device="cuda:2")
+
+
+def test_an_artifact_runs_in_the_library_that_made_it(live, tmp_path, monkeypatch):
+    """On a machine with both, which would build with the other one."""
+    live.save(tmp_path / "saved")
+    install_nvidias(monkeypatch)
+    install_gpus(monkeypatch, "8.9")
+    assert TensorRTOptions().builder.name == "tensorrt"
+    loaded = engine_of(lorac.load(tmp_path / "saved"))
+    assert loaded.options.builder is LIBRARY and loaded.graphs["main"].made_by == LIBRARY.name_and_version
 
 
 def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):

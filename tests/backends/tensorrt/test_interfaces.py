@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device import interfaces
+from lorac.backends.tensorrt.options import COMPATIBILITY_LEVELS
 from tests.backends.tensorrt import engines, tiny
+from tests.backends.tensorrt.tiny import LIBRARY
 
 CLASSES: dict[type, str] = {
     interfaces.ExecutionContext: "IExecutionContext",
@@ -51,16 +52,16 @@ ALL = [(of, name) for of in CLASSES for name in _methods(of)]
 
 @pytest.mark.parametrize(("of", "name"), ALL, ids=lambda part: getattr(part, "__name__", part))
 def test_a_method_is_the_librarys(of: type, name: str) -> None:
-    if name in ONLY_RTX and not library.is_rtx():
+    if name in ONLY_RTX and not LIBRARY.is_rtx:
         pytest.skip("TensorRT for RTX alone has it")
-    real = getattr(getattr(library.trt(), CLASSES[of]), name)
+    real = getattr(getattr(LIBRARY.module, CLASSES[of]), name)
     assert _take(_methods(of)[name]) in _overloads(real)
 
 
 @pytest.mark.parametrize("of", CLASSES, ids=lambda of: of.__name__)
 def test_an_attribute_is_the_librarys(of: type) -> None:
     for name in of.__annotations__:
-        assert isinstance(inspect.getattr_static(getattr(library.trt(), CLASSES[of]), name), property)
+        assert isinstance(inspect.getattr_static(getattr(LIBRARY.module, CLASSES[of]), name), property)
 
 
 @pytest.mark.parametrize("of", CLASSES, ids=lambda of: of.__name__)
@@ -74,7 +75,7 @@ def test_a_stand_in_has_the_same_methods(of: type) -> None:
 def test_an_allocator_has_the_librarys_methods() -> None:
     """The library calls them by name, with as many arguments as its documentation says."""
     made = engines.allocator()
-    text = str(library.trt().IOutputAllocator.__doc__)
+    text = str(LIBRARY.module.IOutputAllocator.__doc__)
     told = {name: line.split(", ") for name, line in re.findall(r"def (\w+)\(self, ([\w, ]+)\)", text)}
     assert told.keys() == {"reallocate_output", "reallocate_output_async", "notify_shape"}
     for name, parameters in told.items():
@@ -83,14 +84,20 @@ def test_an_allocator_has_the_librarys_methods() -> None:
 
 def test_what_is_called_besides() -> None:
     """Methods that are called where no type says so."""
-    trt = library.trt()
+    trt = LIBRARY.module
     assert ["engine", "logger"] in _overloads(trt.Refitter.__init__)
     assert ["type", "ptr", "count"] in _overloads(trt.Weights.__init__)
     assert ["logger"] in _overloads(trt.Runtime.__init__)
     assert ["serialized_engine"] in _overloads(trt.Runtime.deserialize_cuda_engine)
     assert ["strategy"] in _overloads(trt.ICudaEngine.create_execution_context)
     assert ["name"] in _overloads(trt.INetworkDefinition.mark_weights_refittable)
-    if library.is_rtx():
+    assert ["serialized_timing_cache"] in _overloads(trt.IBuilderConfig.create_timing_cache)
+    assert ["cache", "ignore_mismatch"] in _overloads(trt.IBuilderConfig.set_timing_cache)
+    assert [] in _overloads(trt.IBuilderConfig.get_timing_cache)
+    assert [] in _overloads(trt.ITimingCache.serialize)
+    assert {level.upper() for level in COMPATIBILITY_LEVELS} < set(trt.HardwareCompatibilityLevel.__members__)
+    assert isinstance(inspect.getattr_static(trt.IBuilderConfig, "hardware_compatibility_level"), property)
+    if LIBRARY.is_rtx:
         assert ["runtime_config"] in _overloads(trt.ICudaEngine.create_execution_context)
         assert ["buffer"] in _overloads(trt.Runtime.get_engine_validity)
         assert [] in _overloads(trt.ICudaEngine.create_runtime_config)

@@ -2,66 +2,65 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 import lorac
 from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, find_library
 from lorac.errors import MissingExtra
 from tests.backends.tensorrt import tiny
+from tests.backends.tensorrt.machines import install_gpus, install_nvidias
+from tests.backends.tensorrt.tiny import LIBRARY
 
 
-@pytest.fixture
-def asked_anew() -> Iterator[None]:
-    """Look for the library again, and restore the first result afterwards."""
-    found = library.trt
-    library.trt.cache_clear()
-    yield
-    library.trt = found
-    library.trt.cache_clear()
+def test_a_library_has_a_name_and_a_version() -> None:
+    assert LIBRARY.name_and_version == f"{LIBRARY.module.__name__} {LIBRARY.module.__version__}"
+    assert LIBRARY.is_rtx == (LIBRARY.module is sys.modules.get("tensorrt_rtx"))
 
 
-def test_it_is_one_of_nvidias() -> None:
-    assert library.name_and_version() == f"{library.trt().__name__} {library.trt().__version__}"
-    assert library.is_rtx() == (library.trt() is sys.modules.get("tensorrt_rtx"))
+def test_without_a_gpu_the_library_that_builds_without_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidias(monkeypatch)
+    assert find_library().is_rtx and not find_library(NVIDIA).is_rtx
 
 
-def test_without_a_gpu_the_one_that_builds_without_serves(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert library.is_rtx()
+def test_with_a_gpu_nvidias_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidias(monkeypatch)
+    install_gpus(monkeypatch, "8.6")
+    assert find_library().name_and_version == "tensorrt 99.0" and find_library(RTX).is_rtx
 
 
-def test_with_a_gpu_nvidias_own_comes_first(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_library_that_cannot_be_loaded_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
 
-    def imported(name: str) -> object:
-        asked.append(name)
+    def load(name: str) -> TensorRTLibrary:
+        tried.append(name)
         raise OSError("libnvinfer.so.11: cannot open shared object file")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib, "import_module", imported)
+    install_gpus(monkeypatch, "8.6")
+    monkeypatch.setattr(library, "_import_library", load)
     with pytest.raises(MissingExtra, match=r"pip install 'lorac\[tensorrt\]'"):
-        library.trt()
-    assert asked == ["tensorrt", "tensorrt_rtx"]
+        find_library()
+    assert tried == ["tensorrt", "tensorrt_rtx"]
+    with pytest.raises(MissingExtra, match=r"tensorrt is not installed\n  pip install tensorrt"):
+        find_library(NVIDIA)
 
 
 def test_dtypes_are_the_same_both_ways() -> None:
-    for name, kind in library.trt().DataType.__members__.items():
+    for name, kind in LIBRARY.module.DataType.__members__.items():
         if name in {"INT4", "FP4", "E8M0"}:
             with pytest.raises(lorac.Unavailable, match=f"torch has no tensors of TensorRT's {name}"):
                 library.torch_dtype(kind)
         else:
-            assert library.trt_dtype(library.torch_dtype(kind)) == kind
+            assert LIBRARY.dtype(library.torch_dtype(kind)) == kind
 
 
 def test_a_dtype_that_tensorrt_lacks() -> None:
     with pytest.raises(lorac.Unavailable, match=r"TensorRT has no tensors of torch.float64"):
-        library.trt_dtype(torch.float64)
+        LIBRARY.dtype(torch.float64)
 
 
 def test_its_errors_are_told_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,25 +16,28 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.onnx.passes import OnnxPass
-from lorac.backends.tensorrt import build, dialect, library
+from lorac.backends.tensorrt import build, dialect
 from lorac.backends.tensorrt.dialect import CLAIMS, DIALECT
 from lorac.backends.tensorrt.network import check_inputs, parse_model
 from lorac.backends.tensorrt.profiles import SizeRange
 from lorac.ir.graph.passes import PassResult
 from tests.backends.tensorrt.building import quietly
+from tests.backends.tensorrt.tiny import LIBRARY
 from tests.refusing import refuses
 
 X = torch.randn(3, 4)
 
 
 def _parser() -> Any:
-    trt = library.trt()
-    builder = trt.Builder(library.logger())
+    trt = LIBRARY.module
+    builder = trt.Builder(LIBRARY.logger)
     made = builder.create_network(0)
-    return trt.OnnxParser(made, library.logger()), (builder, made)
+    return trt.OnnxParser(made, LIBRARY.logger), (builder, made)
 
 
-@pytest.mark.skipif(not library.version().startswith("1.7."), reason="the list is that of TensorRT for RTX 1.7")
+@pytest.mark.skipif(
+    not LIBRARY.module.__version__.startswith("1.7."), reason="the list is that of TensorRT for RTX 1.7"
+)
 def test_the_claims_are_what_the_library_takes_of_onnx():
     """Op by op, by name; the library says nothing of domains, so what it takes of others is not claimed."""
     parser, _kept = _parser()
@@ -73,7 +76,7 @@ class RenameActivations(OnnxPass):
 def test_an_op_of_ones_own_is_refused_before_anything_is_parsed(monkeypatch):
     """All of them are named, each with its module and line, though the parser would take them."""
     monkeypatch.setattr(dialect, "DIALECT", replace(DIALECT, late_rewrites=(RenameActivations(),)))
-    monkeypatch.setattr(build, "parse_model", lambda path: pytest.fail("it was parsed"))
+    monkeypatch.setattr(build, "parse_model", lambda *_: pytest.fail("it was parsed"))
     with pytest.raises(lorac.Unavailable, match=r"tensorrt does not compute made\.up::Tanh") as error:
         quietly(model=Layers().eval(), adapters={"a": lorac.LoRA(targets=["one"])}, example_inputs=(X,))
     first, second = error.value.what.split("; nor ")
@@ -82,8 +85,8 @@ def test_an_op_of_ones_own_is_refused_before_anything_is_parsed(monkeypatch):
 
 def test_an_op_that_this_release_does_not_know_is_refused_by_name(tmp_path):
     path = _written(tmp_path, [helper.make_node("Add", ["x", "x"], ["h"]), helper.make_node("Det", ["h"], ["y"])])
-    with pytest.raises(lorac.Unavailable, match=rf"tensorrt {library.version()} does not compute Det"):
-        parse_model(path)
+    with pytest.raises(lorac.Unavailable, match=rf"{LIBRARY.name_and_version} does not compute Det"):
+        parse_model(path, LIBRARY)
 
 
 def test_what_the_parser_does_not_take_is_told_with_its_reason(tmp_path):
@@ -91,13 +94,13 @@ def test_what_the_parser_does_not_take_is_told_with_its_reason(tmp_path):
     half = helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16)
     path = _written(tmp_path, [half, helper.make_node("Add", ["x", "h"], ["y"], name="made")])
     with pytest.raises(lorac.Unavailable, match=r"tensorrt does not take Add \("):
-        parse_model(path)
+        parse_model(path, LIBRARY)
 
 
 def test_an_input_with_a_value_becomes_a_constant_and_is_found(tmp_path):
     """As ONNX's optional inputs are, which other targets have for slots."""
     path = _written(tmp_path, [helper.make_node("Add", ["x", "slot"], ["y"])], held="slot")
-    parsed = parse_model(path)
+    parsed = parse_model(path, LIBRARY)
     assert [parsed.network.get_input(i).name for i in range(parsed.network.num_inputs)] == ["x"]
     sizes = (SizeRange(1, 2, 8), SizeRange(4, 4, 4))
     check_inputs(parsed, {"x": torch.float32}, {"x": sizes})

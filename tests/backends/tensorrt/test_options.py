@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lorac
-from lorac.backends.tensorrt import build, capabilities, library
+from lorac.backends.tensorrt import build, capabilities
 from lorac.backends.tensorrt.network import parse_model
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import DEFAULT_MAX_LENGTH, DEFAULT_MAX_ROWS, SizeRange, axis_names, check_sizes
 from tests.backends.tensorrt.building import quietly
+from tests.backends.tensorrt.machines import install_gpus, install_nvidias
+from tests.backends.tensorrt.tiny import LIBRARY
 
 
 class Reads(nn.Module):
@@ -90,21 +93,38 @@ def test_a_call_outside_the_profile_is_told_the_one_that_admits_it():
 
 
 def test_capabilities_are_the_librarys(monkeypatch):
-    listed = capabilities.known_capabilities()
+    listed = capabilities.known_capabilities(LIBRARY)
     assert {"8.6", "8.9", "12.0"} <= set(listed) and "9.0" not in listed
     with pytest.raises(lorac.OptionError, match=r"builds for no compute capability '9\.0'") as error:
         TensorRTOptions(target_capabilities=("9.0",))
     assert ", ".join(listed) in str(error.value)
-    assert capabilities.choose_capabilities(("8.6",)) == ("8.6",)
+    assert capabilities.choose_capabilities(("8.6",), LIBRARY) == ("8.6",)
     for here, wanted in (("8.9", ("8.9",)), ("9.0", ()), (None, ())):  # the local GPU's, else the library's default
         monkeypatch.setattr(capabilities, "local_capability", lambda here=here: here)
-        assert capabilities.choose_capabilities(()) == wanted
+        assert capabilities.choose_capabilities((), LIBRARY) == wanted
 
 
 def test_a_library_that_builds_for_the_gpu_at_hand_alone_takes_none(monkeypatch):
-    monkeypatch.setattr(library, "is_rtx", lambda: False)
-    with pytest.raises(lorac.OptionError, match="builds for the GPU that is here"):
-        TensorRTOptions(target_capabilities=("8.9",))
+    install_nvidias(monkeypatch)
+    with pytest.raises(lorac.OptionError, match="builds for the GPU that is here") as error:
+        TensorRTOptions(target_capabilities=("8.9",), library="tensorrt")
+    assert "library='tensorrt_rtx'" in str(error.value)
+
+
+def test_the_library_that_has_an_option_builds(monkeypatch):
+    install_nvidias(monkeypatch)
+    install_gpus(monkeypatch, "8.9")
+    assert not TensorRTOptions().builder.is_rtx and TensorRTOptions(library="tensorrt_rtx").builder.is_rtx
+    assert TensorRTOptions(target_capabilities=("8.9",)).builder.is_rtx
+    assert not TensorRTOptions(hardware_compatibility="ampere_plus").builder.is_rtx
+    for told, said in (
+        ({"hardware_compatibility": "ampere_plus", "library": "tensorrt_rtx"}, "takes no hardware_compatibility"),
+        ({"hardware_compatibility": "ampere_plus", "target_capabilities": ("8.9",)}, "takes no hardware_compatibility"),
+        ({"hardware_compatibility": "ampere"}, "nearest: ampere_plus"),
+        ({"library": "trt"}, "library cannot be 'trt'"),
+    ):
+        with pytest.raises(lorac.OptionError, match=said):
+            TensorRTOptions(**told)
 
 
 def test_numbers_have_their_range():
@@ -117,9 +137,9 @@ def test_numbers_have_their_range():
 
 def test_settings_reach_the_library(tmp_path):
     """TF32, which the library would round to by itself, is off unless it is asked for."""
-    trt = library.trt()
+    trt = LIBRARY.module
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
-    parsed, part = parse_model(found.engine.files["model.onnx"].where), found.engine.graphs["main"]
+    parsed, part = parse_model(found.engine.files["model.onnx"].where, LIBRARY), found.engine.graphs["main"]
     plain = build._builder_config(parsed, part.ranges, TensorRTOptions(), ())
     assert not plain.get_flag(trt.BuilderFlag.TF32) and not plain.get_flag(trt.BuilderFlag.STRICT_NANS)
     told = TensorRTOptions(
@@ -133,6 +153,46 @@ def test_settings_reach_the_library(tmp_path):
     kinds = trt.ComputeCapability
     assert [settings.get_compute_capability(i) for i in range(2)] == [kinds.SM86, kinds.SM120]
     assert settings.num_optimization_profiles == 1
+
+
+def test_hardware_compatibility_reaches_the_library(monkeypatch):
+    install_nvidias(monkeypatch)
+    found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
+    parsed, part = parse_model(found.engine.files["model.onnx"].where, LIBRARY), found.engine.graphs["main"]
+    made: dict[str, object] = {}
+
+    class Config:
+        """A configuration of TensorRT for RTX, which has no such levels, and ignores them."""
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def __setattr__(self, name, value):
+            made[name] = value
+
+    real, profile = parsed.builder.create_builder_config(), parsed.builder.create_optimization_profile
+    builder = SimpleNamespace(create_builder_config=Config, create_optimization_profile=profile)
+    options = TensorRTOptions(hardware_compatibility="ampere_plus")
+    build._builder_config(replace(parsed, builder=builder), part.ranges, options, ())
+    assert made == {"hardware_compatibility_level": LIBRARY.module.HardwareCompatibilityLevel.AMPERE_PLUS}
+
+
+def test_the_times_of_kernels_are_measured_once():
+    """A stand-in, since NVIDIA's library measures them on a GPU alone."""
+    asked = []
+
+    class Config:
+        def create_timing_cache(self, stored):
+            return stored
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            asked.append((cache, ignore_mismatch))
+            return cache != b"of another driver"
+
+    messages = SimpleNamespace(why=lambda: "a mismatch")
+    for stored in (b"", b"measured", b"of another driver"):
+        build._read_timings(Config(), stored, messages)
+    assert asked == [(b"", False), (b"measured", False), (b"of another driver", False), (b"", False)]
 
 
 @pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")

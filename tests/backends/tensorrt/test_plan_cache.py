@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lorac.backends.tensorrt import library
+import lorac
 from lorac.backends.tensorrt import plan_cache as caching
 from lorac.backends.tensorrt.device.requirements import check_plan
+from lorac.backends.tensorrt.library import find_library
 from lorac.backends.tensorrt.plan_cache import PlanCache, plan_key
 from lorac.storage.open_file import OpenFile
 from tests.backends.tensorrt import tiny
-from tests.refusing import refuses
+from tests.backends.tensorrt.machines import install_nvidias
+from tests.backends.tensorrt.tiny import LIBRARY
 
 KEY, OTHER = "0" * 32, "1" * 32
 
@@ -35,38 +38,38 @@ def test_a_plan_is_built_once(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path / "plans")
     first, again = cache.plan(KEY, build), PlanCache(tmp_path / "plans").plan(KEY, build)
     assert first == again == tiny.plan() and len(built) == 1
-    check_plan(again)
+    check_plan(again, LIBRARY)
 
 
 def test_keys_tell_apart_what_plans_are_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = _program(tmp_path)
     told = {"profiles": {"x": ((1, 6), (2, 6), (5, 6))}, "flags": ["TF32"]}
-    key = plan_key(program, ["8.6"], **told)
-    assert key == plan_key(_program(tmp_path / "copy"), ["8.6"], **told)
+    key = plan_key(program, ["8.6"], LIBRARY, **told)
+    assert key == plan_key(_program(tmp_path / "copy"), ["8.6"], LIBRARY, **told)
     others = {
-        plan_key(_program(tmp_path / "other", b"another"), ["8.6"], **told),
-        plan_key(program, ["8.6", "12.0"], **told),
-        plan_key(program, ["8.6"], **told | {"flags": []}),
-        plan_key(program, ["8.6"], **told | {"profiles": {"x": ((1, 6), (2, 6), (9, 6))}}),
+        plan_key(_program(tmp_path / "other", b"another"), ["8.6"], LIBRARY, **told),
+        plan_key(program, ["8.6", "12.0"], LIBRARY, **told),
+        plan_key(program, ["8.6"], LIBRARY, **told | {"flags": []}),
+        plan_key(program, ["8.6"], LIBRARY, **told | {"profiles": {"x": ((1, 6), (2, 6), (9, 6))}}),
     }
-    monkeypatch.setattr(library, "name_and_version", lambda: "tensorrt 99")
-    assert len(others | {key, plan_key(program, ["8.6"], **told)}) == 6
+    install_nvidias(monkeypatch)
+    assert len(others | {key, plan_key(program, ["8.6"], find_library("tensorrt"), **told)}) == 6
 
 
 def test_a_key_does_not_depend_on_the_order_of_what_is_told(tmp_path: Path) -> None:
     program = _program(tmp_path)
     one, other = ({name: 1 for name in order} for order in ("ab", "ba"))
-    assert plan_key(program, [], told=one) == plan_key(program, [], told=other)
+    assert plan_key(program, [], LIBRARY, told=one) == plan_key(program, [], LIBRARY, told=other)
 
 
 def test_a_plan_for_the_gpu_that_is_here_is_another_gpus_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = _program(tmp_path)
-    here, named = plan_key(program, []), plan_key(program, ["8.6"])
+    here, named = plan_key(program, [], LIBRARY), plan_key(program, ["8.6"], LIBRARY)
     monkeypatch.setattr(caching, "current_gpu", lambda: ["another 12.0"])
-    assert plan_key(program, []) != here
-    assert (plan_key(program, ["8.6"]) == named) == library.is_rtx()
+    assert plan_key(program, [], LIBRARY) != here
+    assert (plan_key(program, ["8.6"], LIBRARY) == named) == LIBRARY.is_rtx
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
@@ -122,8 +125,33 @@ def test_kernels_are_of_the_gpu_that_compiled_them(tmp_path: Path, monkeypatch: 
     assert cache.kernels(KEY).read() is None
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_a_warning_and_no_plan(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with refuses("unreadable", match="cannot be written"):
-        PlanCache(tmp_path / "file").write(KEY, b"plan")
-    assert PlanCache(tmp_path / "file").read(KEY) is None
+    cache = PlanCache(tmp_path / "file")
+    with pytest.warns(lorac.LoracWarning, match="plan_cache='.*file' is not used: File exists"):
+        assert cache.plan(KEY, lambda: b"plan") == b"plan"
+    assert cache.read(KEY) is None
+
+
+def test_a_folder_that_others_can_reach_is_neither_read_nor_written(tmp_path: Path) -> None:
+    cache = PlanCache(tmp_path / "plans")
+    assert cache.write(KEY, b"plan") and cache.folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o770, 0o702, 0o705):
+        cache.folder.chmod(mode)
+        assert cache.read(KEY) is None
+        with pytest.warns(lorac.LoracWarning, match=r"is not used: its mode is not 0700, or it is another user's"):
+            assert cache.plan(KEY, lambda: b"another") == b"another"
+    cache.folder.chmod(0o700)
+    assert cache.read(KEY) == b"plan"
+
+
+def test_what_another_user_left_there_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PlanCache(tmp_path)
+    cache.write(KEY, b"plan")
+    real = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda handle: SimpleNamespace(st_uid=real(handle).st_uid + 1))
+    assert cache.read(KEY) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.warns(lorac.LoracWarning, match="another user's"):
+        assert not cache.write(OTHER, b"plan")

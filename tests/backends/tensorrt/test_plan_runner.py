@@ -5,20 +5,23 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import lorac
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt import plan_runner as running
-from lorac.backends.tensorrt.device import requirements
+from lorac.backends.tensorrt.device import device_slots, requirements
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, copy_to_engine
 from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import ContextPool, PlanRunner
 from tests.backends.tensorrt import engines, tiny
-from tests.backends.tensorrt.tiny import CPU, IN, OUT, RANK, ROWS, Lanes
+from tests.backends.tensorrt.tiny import CPU, IN, LIBRARY, OUT, RANK, ROWS, Lanes
 
 Tensor = torch.Tensor
 HERE = requirements.missing_requirement()
@@ -184,6 +187,75 @@ def test_what_cannot_is_copied_once(change: str) -> None:
     assert torch.equal(one["a"], tensor.float()) and one["a"].is_contiguous() and not one["a"].data_ptr() % 256
 
 
+class Copier(threading.Thread):
+    """Lays out a choice on a stream of its own, which has not copied yet."""
+
+    def __init__(self, calls: ContextPool, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._pool, self._tensors = calls, tensors
+
+    def run(self) -> None:
+        self._pool.hold(self._tensors)
+
+
+def test_a_copy_of_another_thread_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its event is on that thread's stream, and an event of this thread's stream says nothing of it."""
+    monkeypatch.setattr(
+        device_slots, "record_event", lambda tensors: (threading.current_thread().name,) if list(tensors) else ()
+    )
+    calls, _ = _calls()
+    tensors = {"a": tiny.drawn(1)["a"].double(), "b": tiny.drawn(1)["b"]}
+    copier = Copier(calls, tensors)
+    copier.start()
+    copier.join()
+    waited: list[object] = []
+    stream = SimpleNamespace(cuda_stream=7, wait_event=waited.append)
+    for _ in range(2):
+        calls.hold(tensors).wait_on(stream)  # type: ignore[arg-type]
+    assert set(waited) == {copier.name, threading.current_thread().name}
+
+
+def test_an_input_on_the_cpu_goes_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU's memory; so the caller need not wait for the GPU."""
+    copied: list[tuple[bool, bool]] = []
+
+    def copy(to: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
+        copied.append((new is pinned, non_blocking))
+        return to
+
+    x, pinned = torch.ones(2, IN), torch.ones(2, IN)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    io_tensor, there = IOTensor(torch.float32, (-1, IN)), torch.device("meta")
+    for staged in (True, False):
+        copy_to_engine(x, io_tensor, there, staged=staged)
+    copy_to_engine(x, IOTensor(torch.int64, (2,), on_host=True), there, staged=True)
+    copy_to_engine(pinned, io_tensor, there, staged=True)
+    assert copied == [(True, True), (False, False), (False, False), (True, False)]
+
+
+def test_weights_that_stay_on_the_gpu_leave_room_for_every_context() -> None:
+    engine = engines.OfNetwork()
+    engine.streamable_weights_size, engine.device_memory_size_v2 = 1000, 100
+    engine.get_weight_streaming_automatic_budget = lambda: 900  # type: ignore[method-assign]
+    for contexts, budget in ((4, 500), (12, 0)):
+        running.set_streaming_budget(engine, contexts)
+        assert engine.weight_streaming_budget_v2 == budget
+
+
+def test_kernels_that_cannot_be_kept_are_tried_once(tmp_path: Path) -> None:
+    """A call does not fail for that."""
+    (tmp_path / "file").write_bytes(b"")
+    kernels = SimpleNamespace(serialize=lambda: b"kernels")
+    config = SimpleNamespace(create_runtime_cache=lambda: kernels, set_runtime_cache=lambda cache: True)
+    engine: Any = SimpleNamespace(create_runtime_config=lambda: config)
+    settings = running._RuntimeConfig(engine, PlanCache(tmp_path / "file").kernels("0" * 32), LIBRARY)
+    with pytest.warns(lorac.LoracWarning, match="is not used"):
+        settings.store(1)
+    for shapes in range(2, 9):
+        settings.store(shapes)
+
+
 def test_an_input_is_read_anew_in_every_call() -> None:
     """A copy that was made of it is stale once it is written to."""
     calls, _ = _calls()
@@ -302,22 +374,22 @@ def test_what_is_no_plan(harm: Callable[[bytes], bytes]) -> None:
 
 
 def test_a_plan_of_another_version() -> None:
-    made_by = f"{library.trt().__name__} 0.1.2"
+    made_by = f"{LIBRARY.name} 0.1.2"
     with pytest.raises(
-        lorac.ArtifactError, match=rf"made by {made_by}, and here is {library.name_and_version()}"
+        lorac.ArtifactError, match=rf"made by {made_by}, and here is {LIBRARY.name_and_version}"
     ) as told:
         PlanRunner(tiny.plan(), made_by=made_by)
-    assert f"pip install {library.trt().__name__}==0.1.2" in str(told.value)
-    requirements.check_library(library.name_and_version())
+    assert f"pip install {LIBRARY.name}==0.1.2" in str(told.value)
+    assert requirements.find_maker(LIBRARY.name_and_version) is LIBRARY
 
 
 def test_a_gpu_that_the_plan_was_not_built_for() -> None:
     with pytest.raises(
         lorac.Unavailable, match=r"H100 has compute capability 9.0, and the plan was built for 8.6, 12.0"
     ):
-        requirements.check_capability("9.0", ("8.6", "12.0"), "H100")
-    requirements.check_capability("8.6", ("8.6", "12.0"), "A10")
-    requirements.check_capability("9.0", (), "H100")
+        requirements.check_capability("9.0", ("8.6", "12.0"), "H100", LIBRARY)
+    requirements.check_capability("8.6", ("8.6", "12.0"), "A10", LIBRARY)
+    requirements.check_capability("9.0", (), "H100", LIBRARY)
 
 
 def test_numpy_is_no_business_of_a_plan() -> None:

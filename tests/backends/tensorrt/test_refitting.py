@@ -11,7 +11,7 @@ import lorac
 from lorac.backends.tensorrt import refitting
 from lorac.backends.tensorrt.refitting import WeightRefitter, mark_refittable
 from tests.backends.tensorrt import engines, tiny
-from tests.backends.tensorrt.tiny import BIAS, WEIGHT
+from tests.backends.tensorrt.tiny import BIAS, LIBRARY, WEIGHT
 
 Tensor = torch.Tensor
 
@@ -32,7 +32,7 @@ def test_a_weight_that_the_library_lacks() -> None:
 
 
 def test_the_flag_is_the_one_for_marked_weights() -> None:
-    assert refitting.refit_flag().name == "REFIT_INDIVIDUAL"
+    assert refitting.refit_flag(LIBRARY).name == "REFIT_INDIVIDUAL"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def _base() -> dict[str, Tensor]:
 def _refitting(joined: dict[str, str] | None = None) -> tuple[WeightRefitter, engines.Weights, dict[str, Tensor]]:
     memory = _base()
     made = engines.Weights(_base(), joined)
-    return WeightRefitter(engines.OfNetwork(), memory, made), made, memory
+    return WeightRefitter(engines.OfNetwork(), memory, LIBRARY, made), made, memory
 
 
 def _choose(memory: dict[str, Tensor], adapted: Mapping[str, float]) -> None:
@@ -81,7 +81,7 @@ def test_weights_that_the_builder_joined_are_written_together() -> None:
 
 def test_a_joined_weight_that_was_not_kept() -> None:
     memory = {ONE: _base()[ONE]}
-    refits = WeightRefitter(engines.OfNetwork(), memory, engines.Weights(_base(), {ONE: THIRD}))
+    refits = WeightRefitter(engines.OfNetwork(), memory, LIBRARY, engines.Weights(_base(), {ONE: THIRD}))
     with pytest.raises(lorac.Unavailable, match="combines 'third' with weights to be replaced"):
         refits.write([ONE])
 
@@ -106,11 +106,11 @@ def test_numbers_are_not_looked_through() -> None:
 def test_memory_of_another_size_or_dtype_is_found_at_once() -> None:
     for wrong in (torch.zeros(2, 2), torch.zeros(2, 3, dtype=torch.float16)):
         with pytest.raises(lorac.Unavailable, match="'one' was built with 6 numbers of FLOAT"):
-            WeightRefitter(engines.OfNetwork(), {ONE: wrong}, engines.Weights(_base()))
+            WeightRefitter(engines.OfNetwork(), {ONE: wrong}, LIBRARY, engines.Weights(_base()))
 
 
 def test_a_plan_that_lets_none_be_replaced() -> None:
     engine = engines.OfNetwork()
     engine.refittable = False
     with pytest.raises(lorac.Unavailable, match=r"no weight of the plan can be replaced.*\n.*mode='fused' alone"):
-        WeightRefitter(engine, {})
+        WeightRefitter(engine, {}, LIBRARY)

@@ -19,16 +19,17 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, allocate
 from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
 from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.library import find_library
 from lorac.backends.tensorrt.refitting import mark_refittable, refit_flag
 
 Tensor = torch.Tensor
 IN, OUT, ROWS, RANK = 6, 4, 5, 3
 WEIGHT, BIAS = "fc.weight", "fc.bias"
 CPU = torch.device("cpu")
+LIBRARY = find_library()
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -58,10 +59,10 @@ def model() -> onnx.ModelProto:
 
 def parsed() -> tuple[Any, Any]:
     """Return the network and the builder, which it needs."""
-    trt = library.trt()
-    builder = trt.Builder(library.logger())
+    trt = LIBRARY.module
+    builder = trt.Builder(LIBRARY.logger)
     network = builder.create_network(0)
-    parser = trt.OnnxParser(network, library.logger())
+    parser = trt.OnnxParser(network, LIBRARY.logger)
     assert parser.parse(model().SerializeToString())
     return network, builder
 
@@ -80,7 +81,7 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
         flags: members of ``BuilderFlag``.
         refittable: weights that can be replaced.
     """
-    trt = library.trt()
+    trt = LIBRARY.module
     network, builder = parsed()
     mark_refittable(network, refittable)
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
@@ -92,7 +93,7 @@ def built(capabilities: Sequence[str] = (), flags: Sequence[str] = (), refittabl
     for name in flags:
         config.set_flag(trt.BuilderFlag.__members__[name])
     if refittable:
-        config.set_flag(refit_flag())
+        config.set_flag(refit_flag(LIBRARY))
     if capabilities:
         config.num_compute_capabilities = len(capabilities)
     for place, capability in enumerate(capabilities):
@@ -235,5 +236,5 @@ class Lanes:
         context = Memory(self.io)
         context.refuses, context.capturable = self.refuses, self.capturable
         self.made.append(context)
-        self.executions.append(ExecutionSlot(context, self.io, CPU, Still()))
+        self.executions.append(ExecutionSlot(context, self.io, CPU, Still(), LIBRARY))
         return self.executions[-1]

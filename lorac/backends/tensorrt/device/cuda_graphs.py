@@ -2,6 +2,9 @@
 
 A graph contains the addresses and shapes with which it was captured, and is valid until its context is given others. So
 every set of shapes, ranks of slots included, has a context, buffers and a graph of its own.
+
+A capture costs as much as many calls, and a graph takes the memory of a context. So there are few, and one is given up
+for another only after it was idle for long: calls in turn with more sets of shapes than fit do not capture each time.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import torch
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, copy_to_engine
 from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
 from lorac.backends.tensorrt.device.io_tensors import IOTensors
-from lorac.backends.tensorrt.library import is_rtx
 from lorac.errors import LoracError, Unavailable, warn
 
 Tensor = torch.Tensor
@@ -27,6 +29,13 @@ Record = Callable[[QueueWork], Callable[[], None]]
 """(work) -> a function that repeats the work on the current stream."""
 MAX_GRAPHS = 8
 """The most graphs at a time; each has the memory of a context."""
+IDLE_CALLS = 1000
+"""Calls without the least recently used graph after which another may take its place, and calls between attempts to
+capture one where memory lacks."""
+GRAPHS_NOTE = (
+    f"CUDA graphs: one for each of {MAX_GRAPHS} sets of sizes and ranks at a time; calls of other sets run without, "
+    f"until a graph was not used for {IDLE_CALLS} calls"
+)
 _CAPTURING = threading.Lock()
 """Torch captures one graph at a time in a process."""
 
@@ -40,6 +49,9 @@ class CapturedCall:
         slots: its slots; fixed ones are read where they lie.
         record: captures work.
 
+    Attributes:
+        last_call: the number of the engine's call that used it last.
+
     Raises:
         Unavailable, RuntimeError: the plan cannot be captured.
         InputMismatch: the plan does not take these sizes.
@@ -48,7 +60,7 @@ class CapturedCall:
     def __init__(
         self, execution: ExecutionSlot, inputs: Mapping[str, Tensor], slots: DeviceSlots, record: Record
     ) -> None:
-        self.execution, self._lock = execution, threading.Lock()
+        self.execution, self.last_call, self._lock = execution, 0, threading.Lock()
         self._holds: weakref.ref[DeviceSlots] | None = weakref.ref(slots)
         with execution.streams.acquire(inputs.values(), slots) as stream:
             self.inputs = self._copied(inputs)
@@ -60,7 +72,7 @@ class CapturedCall:
                 raise RuntimeError("sizes of its outputs depend on values, or are outputs")
             # The first run with new shapes does work that may not be capturable.
             execution.queue(stream)
-            if is_rtx() and not execution.context.is_stream_capturable(stream):
+            if execution.library.is_rtx and not execution.context.is_stream_capturable(stream):
                 raise RuntimeError("it allocates while it runs")
             self._replay = record(execution.queue)
 
@@ -99,7 +111,7 @@ class CapturedCall:
 
 
 class CudaGraphCache:
-    """The most recently used graphs of one engine, by shapes.
+    """The graphs of one engine, by shapes.
 
     Args:
         io: what the engine takes and gives.
@@ -110,11 +122,14 @@ class CudaGraphCache:
     def __init__(self, io: IOTensors, execution: Callable[[], ExecutionSlot], record: Record) -> None:
         self.io, self._new_execution, self._record = io, execution, record
         self._known: OrderedDict[GraphKey, CapturedCall] = OrderedDict()
+        self._calls = self._postponed = 0
         self._lock = threading.Lock()
         self._refused = False
 
     def find(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> CapturedCall | None:
-        """Return the graph for a call, captured on first use; warn once and return None if the plan cannot be captured.
+        """Return the graph for a call, captured on first use, or None where it runs without one.
+
+        It warns where the plan cannot be captured, or memory lacks.
 
         Raises:
             InputMismatch: the plan does not take these sizes.
@@ -123,11 +138,11 @@ class CudaGraphCache:
             return None
         key = self._key(inputs, slots)
         found = self._used(key)
-        if found is not None:
+        if found is not None or not self._has_room():
             return found
         with _CAPTURING:
             found = self._used(key)
-            return self._capture(key, inputs, slots) if found is None else found
+            return self._capture(key, inputs, slots) if found is None and self._has_room() else found
 
     def executions(self) -> list[ExecutionSlot]:
         """Return the contexts of all graphs."""
@@ -141,28 +156,49 @@ class CudaGraphCache:
         return (sizes, numbers, tuple(tensor.data_ptr() for tensor in slots.values()) if slots.fixed else ())
 
     def _used(self, key: GraphKey) -> CapturedCall | None:
+        """Return a known graph, and count a call."""
         with self._lock:
+            self._calls += 1
             found = self._known.get(key)
             if found is not None:
                 self._known.move_to_end(key)
+                found.last_call = self._calls
             return found
+
+    def _has_room(self) -> bool:
+        """Return whether a graph may be captured now: there are few, or one was not used for long."""
+        with self._lock:
+            full = len(self._known) >= MAX_GRAPHS
+            room = not full or self._calls - next(iter(self._known.values())).last_call > IDLE_CALLS
+            return room and self._calls >= self._postponed and not self._refused
 
     def _capture(self, key: GraphKey, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> CapturedCall | None:
         try:
             made = CapturedCall(self._new_execution(), inputs, slots, self._record)
         except (Unavailable, RuntimeError) as error:
-            self._refused = True
-            warn(
-                f"no CUDA graph can be made of the plan, which runs without: {_reason(error)}",
-                next_step="compile without CUDA graphs, and nothing changes but this warning",
-            )
+            self._decline(error)
             return None
         with self._lock:
-            self._known[key] = made
+            self._known[key], made.last_call = made, self._calls
             dropped = [self._known.popitem(last=False)[1] for _ in range(len(self._known) - MAX_GRAPHS)]
         for old in dropped:
             old.drop()
         return made
+
+    def _decline(self, error: Exception) -> None:
+        """Postpone captures where memory lacks; else the plan cannot be captured, now or later."""
+        if _is_memory_error(error):
+            self._postponed = self._calls + IDLE_CALLS
+            warn(
+                f"there is no memory for another CUDA graph, and calls run without: {_reason(error)}",
+                next_step="free some of the GPU's memory, or compile for smaller sizes",
+            )
+            return
+        self._refused = True
+        warn(
+            f"no CUDA graph can be made of the plan, which runs without: {_reason(error)}",
+            next_step="compile without CUDA graphs, and nothing changes but this warning",
+        )
 
 
 def record_on_cuda(work: QueueWork) -> Callable[[], None]:
@@ -177,6 +213,11 @@ def record_on_cuda(work: QueueWork) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work(stream.cuda_stream)
     return graph.replay
+
+
+def _is_memory_error(error: Exception) -> bool:
+    """Return whether a capture failed for lack of memory, of which torch, TensorRT or CUDA may complain."""
+    return isinstance(error, torch.OutOfMemoryError | Unavailable) or "out of memory" in str(error)
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -18,14 +19,17 @@ class DeviceSlots(Mapping[str, Tensor]):
     """The slot tensors of a choice of adapters, laid out once and read by many calls.
 
     Args:
-        tensors: slot input -> tensor, laid out.
+        tensors: slot input -> tensor, laid out; what the current stream has queued makes them.
         fixed: whether they keep their addresses, and calls read what is written into them. A CUDA graph reads them
             there, and copies nothing.
+        ready: further events after which they are ready.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, fixed: bool = False, ready: Iterable[torch.cuda.Event] = ()
+    ) -> None:
         self._tensors, self.fixed = dict(tensors), fixed
-        self._ready = _ready_event(self._tensors)
+        self._ready = {*ready, *record_event(self._tensors.values())}
         self._passed: set[int] = set()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -41,11 +45,24 @@ class DeviceSlots(Mapping[str, Tensor]):
         """Make a stream wait for the tensors and keep their memory until it has read them; once per stream."""
         if stream.cuda_stream in self._passed:
             return
-        if self._ready is not None:
-            stream.wait_event(self._ready)
+        for event in self._ready:
+            stream.wait_event(event)
         for tensor in self._tensors.values():
             keep_alive_for(tensor, stream)
         self._passed.add(stream.cuda_stream)
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutCopy:
+    """A copy of a tensor, which any thread may read once the copying has ended.
+
+    Attributes:
+        tensor: the copy.
+        ready: the event of the stream that copies; none for a copy on the CPU.
+    """
+
+    tensor: Tensor
+    ready: tuple[torch.cuda.Event, ...]
 
 
 class TensorLayouts:
@@ -59,13 +76,29 @@ class TensorLayouts:
         self.device = device
         self._copies = WeakTensorKeyDictionary()
 
-    def lay_out(self, tensor: Tensor, io_tensor: IOTensor) -> Tensor:
-        """Return the tensor if the engine can read it where it lies, else a copy."""
-        if is_readable(tensor, io_tensor, self.device):
-            return tensor.detach()
-        known = self._copies.get(tensor)
-        if known is None or known.dtype != io_tensor.dtype:
-            known = self._copies[tensor] = copy_to_engine(tensor, io_tensor, self.device)
+    def lay_out(self, tensors: Mapping[str, Tensor], io: Mapping[str, IOTensor], *, fixed: bool = False) -> DeviceSlots:
+        """Return slots: tensors that the engine can read where they lie, and copies of the others.
+
+        Args:
+            tensors: slot input -> tensor.
+            io: the engine's inputs.
+            fixed: as of ``DeviceSlots``.
+        """
+        laid_out, ready = dict[str, Tensor](), set[torch.cuda.Event]()
+        for name, tensor in tensors.items():
+            if is_readable(tensor, io[name], self.device):
+                laid_out[name] = tensor.detach()
+            else:
+                copied = self._copy(tensor, io[name])
+                laid_out[name] = copied.tensor
+                ready.update(copied.ready)
+        return DeviceSlots(laid_out, fixed=fixed, ready=ready)
+
+    def _copy(self, tensor: Tensor, io_tensor: IOTensor) -> LayoutCopy:
+        known: LayoutCopy | None = self._copies.get(tensor)
+        if known is None or known.tensor.dtype != io_tensor.dtype:
+            made = copy_to_engine(tensor, io_tensor, self.device)
+            known = self._copies[tensor] = LayoutCopy(made, record_event([made]))
         return known
 
 
@@ -76,9 +109,21 @@ def is_readable(tensor: Tensor, io_tensor: IOTensor, device: torch.device) -> bo
     return there and aligned and tensor.dtype == io_tensor.dtype and tensor.is_contiguous()
 
 
-def copy_to_engine(tensor: Tensor, io_tensor: IOTensor, device: torch.device) -> Tensor:
-    """Return a copy that the engine can read."""
-    return allocate(tensor.shape, io_tensor, device).copy_(tensor.detach())
+def copy_to_engine(tensor: Tensor, io_tensor: IOTensor, device: torch.device, *, staged: bool = False) -> Tensor:
+    """Return a copy that the engine can read.
+
+    Args:
+        tensor: any tensor.
+        io_tensor: the input of the engine that reads the copy.
+        device: the engine's.
+        staged: whether a tensor on the CPU goes through pinned memory, so that the caller does not wait for the GPU.
+    """
+    tensor, made = tensor.detach(), allocate(tensor.shape, io_tensor, device)
+    if not staged or made.device == tensor.device or tensor.device.type != "cpu":
+        return made.copy_(tensor)
+    pinned = tensor.pin_memory()
+    # A tensor that is pinned already is the caller's, who may write to it once the call returns.
+    return made.copy_(pinned, non_blocking=pinned.data_ptr() != tensor.data_ptr())
 
 
 def allocate(shape: Sequence[int], io_tensor: IOTensor, device: torch.device) -> Tensor:
@@ -101,7 +146,7 @@ def keep_alive_for(tensor: Tensor, stream: torch.cuda.Stream) -> None:
         tensor.record_stream(stream)
 
 
-def _ready_event(tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
-    """Return the event after which tensors are ready, or None if none of them is on a GPU."""
-    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
-    return torch.cuda.current_stream(devices.pop()).record_event() if devices else None
+def record_event(tensors: Iterable[Tensor]) -> tuple[torch.cuda.Event, ...]:
+    """Record an event on the current stream, after which tensors are ready; none if none of them is on a GPU."""
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    return tuple(torch.cuda.current_stream(device).record_event() for device in devices)

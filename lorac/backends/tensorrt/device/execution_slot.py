@@ -13,7 +13,7 @@ from lorac.backends.tensorrt.device.device_slots import ALIGNMENT, DeviceSlots, 
 from lorac.backends.tensorrt.device.interfaces import ExecutionContext
 from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
 from lorac.backends.tensorrt.device.output_allocator import output_allocator
-from lorac.backends.tensorrt.library import collect_errors
+from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
 from lorac.errors import InputMismatch, Unavailable
 
 Tensor = torch.Tensor
@@ -49,13 +49,21 @@ class ExecutionSlot:
         io: what its engine takes and gives.
         device: where its tensors lie.
         streams: the streams that its work goes to.
+        library: made the context.
 
     Attributes:
         shape_changes: how often its shapes changed.
     """
 
-    def __init__(self, context: ExecutionContext, io: IOTensors, device: torch.device, streams: StreamOrder) -> None:
-        self.context, self.io, self.device, self.streams = context, io, device, streams
+    def __init__(
+        self,
+        context: ExecutionContext,
+        io: IOTensors,
+        device: torch.device,
+        streams: StreamOrder,
+        library: TensorRTLibrary,
+    ) -> None:
+        self.context, self.io, self.device, self.streams, self.library = context, io, device, streams, library
         self.shape_changes = 0
         self._new_shapes = True
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -162,7 +170,7 @@ class ExecutionSlot:
     def _output(self, name: str, io_tensor: IOTensor) -> Tensor | None:
         shape = tuple(self.context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
-            self._allocators[name] = output_allocator(io_tensor, self.device)
+            self._allocators[name] = output_allocator(self.library, io_tensor, self.device)
             self.context.set_output_allocator(name, self._allocators[name])
             return None
         made = allocate(shape, io_tensor, self.device)

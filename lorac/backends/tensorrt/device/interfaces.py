@@ -41,6 +41,7 @@ class CudaEngine(Protocol):
     refittable: bool
     streamable_weights_size: int
     weight_streaming_budget_v2: int
+    device_memory_size_v2: int
 
     def get_tensor_name(self, index: int) -> str:
         """Return the name of an input or output."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.backends.tensorrt.device.interfaces import CudaEngine
-from lorac.backends.tensorrt.library import torch_dtype, trt
+from lorac.backends.tensorrt.library import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class IOTensors:
         """Return those of an engine."""
         inputs, outputs = dict[str, IOTensor](), dict[str, IOTensor]()
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
-            on_host = engine.get_tensor_location(name) == trt().TensorLocation.HOST
+            on_host = engine.get_tensor_location(name).name == "HOST"
             io_tensor = IOTensor(
                 torch_dtype(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name)), on_host
             )
-            side = inputs if engine.get_tensor_mode(name) == trt().TensorIOMode.INPUT else outputs
+            side = inputs if engine.get_tensor_mode(name).name == "INPUT" else outputs
             side[name] = io_tensor
         return cls(inputs, outputs)

@@ -10,22 +10,22 @@ import torch
 
 from lorac.backends.tensorrt.device.device_slots import allocate
 from lorac.backends.tensorrt.device.io_tensors import IOTensor
-from lorac.backends.tensorrt.library import trt
+from lorac.backends.tensorrt.library import TensorRTLibrary
 
 Tensor = torch.Tensor
 
 
-def output_allocator(io_tensor: IOTensor, device: torch.device) -> Any:
+def output_allocator(library: TensorRTLibrary, io_tensor: IOTensor, device: torch.device) -> Any:
     """Return an allocator for one output, whose ``output()`` returns the output once the work was queued.
 
     The memory is torch's, of the stream that is current while the work is queued, and new in every call.
     """
-    return _allocator_class()(io_tensor, device)
+    return _allocator_class(library)(io_tensor, device)
 
 
 @functools.cache
-def _allocator_class() -> Any:
-    base = trt().IOutputAllocator
+def _allocator_class(library: TensorRTLibrary) -> Any:
+    base = library.module.IOutputAllocator
 
     class Allocator(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
         def __init__(self, io_tensor: IOTensor, device: torch.device) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import mmap
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import known_capabilities
-from lorac.errors import ArtifactError, Unavailable, warn
+from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, collect_errors, find_library
+from lorac.errors import ArtifactError, MissingExtra, Unavailable, warn
 
 _SAVE_ADVICE = "compiled.save(folder) writes what lorac.load runs on a machine with an NVIDIA GPU"
 _CPU_ADVICE = f"{_SAVE_ADVICE}; target='onnxruntime' and target='eager' run on the CPU"
@@ -76,59 +78,76 @@ def plan_device(device: str | torch.device | None) -> torch.device:
     )
 
 
-def check_capability(found: str, built_for: Sequence[str], gpu: str) -> None:
+@contextlib.contextmanager
+def current_device(device: str | torch.device | None) -> Iterator[None]:
+    """Make the device of a program's plans torch's current one inside the block; do nothing without a GPU.
+
+    Raises:
+        Unavailable: it is not a GPU, or the machine has fewer.
+    """
+    place = plan_device(device)
+    with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+def check_capability(found: str, built_for: Sequence[str], gpu: str, library: TensorRTLibrary) -> None:
     """Check that a plan was built for a GPU.
 
     Args:
         found: the GPU's compute capability.
         built_for: the plan's capabilities; empty if unknown.
         gpu: the GPU's name.
+        library: made the plan.
 
     Raises:
         Unavailable: the plan was built for others.
     """
     if not built_for or found in built_for:
         return
+    known = known_capabilities(library)
     raise Unavailable(
         f"{gpu} has compute capability {found}, and the plan was built for {', '.join(built_for)}",
         next_step=f"compile from the model with target_capabilities={[*built_for, found]}"
-        if found in known_capabilities()
-        else f"{library.name_and_version()} builds for "
-        f"{', '.join(known_capabilities()) or 'the GPU that is here'}; target='onnxruntime' and "
-        "device='cuda' take any GPU",
+        if found in known
+        else f"{library.name_and_version} builds for {', '.join(known) or 'the GPU that is here'}; "
+        "target='onnxruntime' and device='cuda' take any GPU",
     )
 
 
-def check_library(made_by: str | None) -> None:
-    """Check that this library and version made a plan.
+def find_maker(made_by: str) -> TensorRTLibrary:
+    """Return the library that made a plan.
 
     Args:
-        made_by: name and version of the library that made it; None if unknown.
+        made_by: its name and version.
 
     Raises:
-        ArtifactError: another one made it.
+        ArtifactError: this machine has it in another version, or not at all.
     """
-    if made_by is None or made_by == library.name_and_version():
-        return
     name, _, version = made_by.partition(" ")
-    raise ArtifactError(
-        f"the plan was made by {made_by}, and here is {library.name_and_version()}: "
-        f"a plan runs in the version that made it",
-        next_step=f"pip install {name}=={version}, or compile again from the model",
-    )
+    try:
+        library = find_library(name if name in (NVIDIA, RTX) else None)
+    except MissingExtra:
+        library = find_library()
+    if library.name_and_version != made_by:
+        raise ArtifactError(
+            f"the plan was made by {made_by}, and here is {library.name_and_version}: "
+            f"a plan runs in the version that made it",
+            next_step=f"pip install {name}=={version}, or compile again from the model",
+        )
+    return library
 
 
-def check_plan(plan: bytes | memoryview) -> None:
+def check_plan(plan: bytes | memoryview | mmap.mmap, library: TensorRTLibrary) -> None:
     """Check that bytes are a plan, as far as the library can tell from their header.
 
     Raises:
         ArtifactError: they are not.
     """
-    if not library.is_rtx():
+    if not library.is_rtx:
         return  # TensorRT itself reports it only when it loads the plan
-    trt = library.trt()
-    with library.collect_errors() as messages:
-        _, found = trt.Runtime(library.logger()).get_engine_validity(plan)
+    trt = library.module
+    with collect_errors() as messages:
+        _, found = trt.Runtime(library.logger).get_engine_validity(plan)
         messages.why()  # a missing driver or GPU has errors of its own
     if found & int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE):
-        raise ArtifactError(f"these {len(plan)} bytes are not a plan of {library.name_and_version()}")
+        raise ArtifactError(f"these {len(plan)} bytes are not a plan of {library.name_and_version}")

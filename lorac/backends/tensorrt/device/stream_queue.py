@@ -62,3 +62,9 @@ class StreamQueue:
         """Wait for queued work."""
         if self._last is not None:
             self._last.synchronize()
+
+
+def finish_device(device: torch.device) -> None:
+    """Wait for all work that is queued on a GPU; the CPU queues none."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -7,9 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.device.requirements import missing_requirement
+from lorac.backends.tensorrt.library import find_library
 
 
 def lacking_for_tensorrt() -> str | None:
@@ -20,8 +20,9 @@ def lacking_for_tensorrt() -> str | None:
     if all(importlib.util.find_spec(name) is None for name in ("tensorrt", "tensorrt_rtx")):
         return "neither tensorrt nor tensorrt_rtx is installed"
     here = capability_of(torch.device("cuda"))
-    if library.is_rtx() and f"SM{here.replace('.', '')}" not in library.trt().ComputeCapability.__members__:
-        return f"{library.name_and_version()} builds for no compute capability {here}, which NVIDIA's tensorrt does"
+    library = find_library()
+    if library.is_rtx and f"SM{here.replace('.', '')}" not in library.module.ComputeCapability.__members__:
+        return f"{library.name_and_version} builds for no compute capability {here}, which NVIDIA's tensorrt does"
     return None
 
 

@@ -107,6 +107,17 @@ def test_arrays_and_tensors_come_back_as_they_came(host: str) -> None:
     assert torch.equal(on_gpu.cpu(), on_cpu) and torch.equal(torch.from_numpy(array), on_cpu)
 
 
+def test_a_write_before_the_first_call_has_ended_by_then(tmp_path: Path) -> None:
+    """The first call loads the plan, on a stream that knows nothing of the stream of the write."""
+    host, given = "tiny_bert", inputs("tiny_bert", device="cuda")
+    engine = compiled(host, "fused", plan_cache=str(tmp_path))
+    wanted = first(host, compiled(host, "fused", ONE, plan_cache=str(tmp_path))(**given))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(200_000_000)
+        engine.swap(ONE)
+    assert torch.equal(first(host, engine(**given)), wanted)
+
+
 # --- weights that are replaced ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("host", HOSTS)
 def test_replaced_weights_leave_nothing_of_the_choice_before(host: str) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import PlanRunner
@@ -18,7 +17,7 @@ from lorac.backends.tensorrt.refitting import WeightRefitter
 from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt import tiny
 from tests.backends.tensorrt.gpu import needs
-from tests.backends.tensorrt.tiny import BIAS, IN, RANK, ROWS, WEIGHT
+from tests.backends.tensorrt.tiny import BIAS, IN, LIBRARY, RANK, ROWS, WEIGHT
 
 pytestmark = needs.needing(needs.lacking_for_tensorrt())
 Tensor = torch.Tensor
@@ -26,7 +25,7 @@ Tensor = torch.Tensor
 
 def _here() -> list[str]:
     """Return the GPU's capability, where the library takes capabilities."""
-    return [f"SM{capability_of(torch.device('cuda')).replace('.', '')}"] if library.is_rtx() else []
+    return [f"SM{capability_of(torch.device('cuda')).replace('.', '')}"] if LIBRARY.is_rtx else []
 
 
 def _plan(*flags: str, refittable: tuple[str, ...] = ()) -> bytes:
@@ -95,7 +94,7 @@ def test_memory_that_is_let_go_at_once_is_not_used_before_it_was_read() -> None:
 @pytest.mark.parametrize("own_stream", [False, True])
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_eight_threads(own_stream: bool, cuda_graphs: bool) -> None:
-    flags = ["REQUIRE_USER_ALLOCATION"] if cuda_graphs and library.is_rtx() else []
+    flags = ["REQUIRE_USER_ALLOCATION"] if cuda_graphs and LIBRARY.is_rtx else []
     running = PlanRunner(_plan(*flags), cuda_graphs=cuda_graphs)
     x = _x()
     held = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(8)]
@@ -120,7 +119,7 @@ def test_eight_threads(own_stream: bool, cuda_graphs: bool) -> None:
 
 def test_a_cuda_graph_answers_the_same() -> None:
     """A plan that could not be captured would warn, and a warning is an error."""
-    flags = ["REQUIRE_USER_ALLOCATION"] if library.is_rtx() else []
+    flags = ["REQUIRE_USER_ALLOCATION"] if LIBRARY.is_rtx else []
     plan = _plan(*flags)
     plain, captured = PlanRunner(plan), PlanRunner(plan, cuda_graphs=True)
     for rows, seed in ((1, 0), (2, 1), (1, 2), (2, 3)):
@@ -131,7 +130,7 @@ def test_a_cuda_graph_answers_the_same() -> None:
 
 def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
     for cuda_graphs in (False, True):
-        flags = ["REQUIRE_USER_ALLOCATION"] if library.is_rtx() else []
+        flags = ["REQUIRE_USER_ALLOCATION"] if LIBRARY.is_rtx else []
         running, memory, x = PlanRunner(_plan(*flags), cuda_graphs=cuda_graphs), _on_gpu(tiny.drawn(1)), _x()
         slots = running.hold(memory, fixed=True)
         running.call({"x": x}, slots)
@@ -139,6 +138,32 @@ def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
             for name, tensor in tiny.drawn(2).items():
                 memory[name].copy_(tensor)
         assert_close(running.call({"x": x}, slots)["y"].cpu(), _wanted(x, 2))
+
+
+def test_a_copy_of_another_threads_stream_is_waited_for() -> None:
+    running, x = PlanRunner(_plan()), _x()
+    slots = {name: tensor.double() for name, tensor in _on_gpu(tiny.drawn(1)).items()}
+    stream = torch.cuda.Stream()
+
+    def lay_out() -> None:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
+            running.hold(slots)
+
+    thread = threading.Thread(target=lay_out)
+    thread.start()
+    thread.join()
+    assert_close(running.call({"x": x}, running.hold(slots))["y"].cpu(), _wanted(x, 1))
+
+
+def test_an_input_on_the_cpu_may_be_written_to_after_its_call() -> None:
+    running, slots = PlanRunner(_plan()), _on_gpu(tiny.drawn(1))
+    held, x = running.hold(slots), _x().cpu()
+    given = x.clone()
+    torch.cuda._sleep(200_000_000)
+    found = running.call({"x": given, "unused": torch.zeros(1, device="cuda")}, held)["y"]
+    given.zero_()
+    assert_close(found.cpu(), _wanted(x, 1))
 
 
 def test_sizes_that_the_plan_was_not_built_for() -> None:
@@ -165,7 +190,7 @@ def test_another_capability_is_named() -> None:
 
 
 def test_kernels_are_kept(tmp_path: Path) -> None:
-    if not library.is_rtx():
+    if not LIBRARY.is_rtx:
         pytest.skip("TensorRT for RTX alone compiles kernels where a plan is loaded")
     kept = PlanCache(tmp_path).kernels("0" * 32)
     x, slots = _x(), _on_gpu(tiny.drawn(1))
@@ -190,7 +215,7 @@ def test_weights_are_replaced_from_the_gpus_memory_and_come_back(marked: tuple[s
     slots = running.hold(_on_gpu(tiny.drawn(1)))
     base = tiny.weights()
     memory = {name: base[name].cuda() for name in (WEIGHT, BIAS)}
-    refits = WeightRefitter(running.engine, {name: memory[name] for name in marked})
+    refits = WeightRefitter(running.engine, {name: memory[name] for name in marked}, running.library)
     before = running.call({"x": x}, slots)["y"].clone()
     for name in (*marked, None):
         held = {key: tensor + 1 if key == name else tensor for key, tensor in base.items()}
