@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from lorac.errors import Unavailable
+
 T = TypeVar("T")
 _LOCKS_PER_FRAME = 4
 
@@ -29,12 +31,26 @@ class ReadWriteLock:
         """The locks of threads that have read. A lock goes with its thread."""
 
     def reading(self) -> threading.RLock:
-        """Return a lock that keeps writers away while it is held; waits for a writer that writes or waits to write."""
+        """Return a lock that keeps writers away while it is held; waits for a writer that writes or waits to write.
+
+        A thread that reads or writes already does not wait: the writer may be waiting for it.
+        """
         lock: threading.RLock | None = getattr(self._local, "lock", None)
         if lock is None:
             lock = self._add_reader()
+        if _is_owned(lock):
+            return lock
         with self._gate:
             return lock
+
+    def refuse_within(self) -> None:
+        """Raise ``Unavailable`` where this thread reads or writes: what it runs on must not change until it is done."""
+        lock: threading.RLock | None = getattr(self._local, "lock", None)
+        if _is_owned(self._gate) or (lock is not None and _is_owned(lock)):
+            raise Unavailable(
+                "a call of this thread runs on the weights that this would change",
+                next_step="change adapters when the call has returned; with mode='live' they may change at any time",
+            )
 
     def writing(self, work: Callable[[], T]) -> T:
         """Wait for running readers, hold back new ones, and run some work alone."""
@@ -47,6 +63,15 @@ class ReadWriteLock:
             self._readers = (*(ref for ref in self._readers if ref() is not None), weakref.ref(lock))
             self._local.lock = lock
         return lock
+
+
+def _is_owned(lock: threading.RLock) -> bool:
+    """Return whether this thread holds a lock; a condition refuses to notify where it does not."""
+    try:
+        threading.Condition(lock).notify(0)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _run_with_locks(locks: Sequence[threading.RLock], work: Callable[[], T]) -> T:

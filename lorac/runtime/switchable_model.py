@@ -142,6 +142,7 @@ class SwitchableModel(ABC):
     def _with_written(self, adapters: ChoiceSpec, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         if adapters is not UNSET:
             choice = parse_choice(adapters, self.pool)
+            self._call_lock.refuse_within()
             with self._swap_lock:
                 return self._call_lock.writing(lambda: self._with_written_for(choice, work))
         self._rewrite()
@@ -163,6 +164,7 @@ class SwitchableModel(ABC):
         """Write the active weights again if their adapters were trained since, or if a write was interrupted."""
         if self._holds_active() and (self.engine.computes_terms or not self._state.stale):
             return
+        self._call_lock.refuse_within()
         with self._swap_lock:
             if not self._holds_active():
                 self._restore(self._state)
@@ -222,10 +224,11 @@ class SwitchableModel(ABC):
 
         Raises:
             AdapterNotFound, ChoiceError: the choice names an unknown adapter or makes no sense.
-            Unavailable: ``settle`` on a target or in a mode that binds no weights.
+            Unavailable: ``settle`` on a target or in a mode that binds no weights; in fused mode, from inside a call.
         """
         start = time.perf_counter()
         self.refuse_baked()
+        self._call_lock.refuse_within()
         choice = parse_choice(adapters, self.pool)
         with self._swap_lock:
             touched, before = self._states.touched(self._state, choice), self._state
@@ -339,6 +342,7 @@ class SwitchableModel(ABC):
 
     def _all_or_nothing(self, change: Callable[[], None]) -> None:
         """Add or remove adapters; an error or interruption leaves everything as before."""
+        self._call_lock.refuse_within()
         with self._swap_lock:
             state, entries, states = self._state, self.pool.entries, dict(self._states.cached)
             try:

@@ -8,6 +8,7 @@ from types import FrameType
 
 import pytest
 
+import lorac
 from lorac.runtime.locks import ReadWriteLock
 
 
@@ -86,3 +87,24 @@ def test_a_reader_that_writes() -> None:
     lock = ReadWriteLock()
     with lock.reading():
         assert lock.writing(lambda: "alone") == "alone"
+
+
+def test_what_a_thread_runs_on_is_not_changed_from_within() -> None:
+    lock = ReadWriteLock()
+    lock.refuse_within()
+    with lock.reading(), pytest.raises(lorac.Unavailable):
+        lock.refuse_within()
+    with pytest.raises(lorac.Unavailable):
+        lock.writing(lock.refuse_within)
+    lock.refuse_within()
+
+
+def test_a_reader_within_a_reader_does_not_wait_for_a_writer_that_waits_for_it() -> None:
+    lock, wrote = ReadWriteLock(), threading.Event()
+    writer = threading.Thread(target=lambda: lock.writing(wrote.set), daemon=True)
+    with lock.reading():
+        writer.start()
+        assert not wrote.wait(0.1)
+        with lock.reading():
+            assert not wrote.is_set()
+    assert wrote.wait(5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -175,6 +176,56 @@ def test_a_swap_meanwhile_is_of_the_next_call(mode: str, cached: bool) -> None:
     assert made.active == {}
     assert torch.equal(made.generate(row, **GREEDY), base)
     assert torch.equal(made.generate(row, **GREEDY, adapters="default"), expected)
+
+
+def _from_within(change: Callable[[], object]) -> Callable[..., torch.Tensor]:
+    """Return a criterion that runs a change in the thread of the call."""
+
+    def criterion(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        change()
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+    return criterion
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["eager", "cached"])
+@pytest.mark.parametrize("own", [{}, {"adapters": "default"}], ids=["active", "own"])
+def test_fused_weights_do_not_change_from_within_a_call(own: dict[str, Any], cached: bool) -> None:
+    """A swap, a removal, an addition, another choice: each is refused, and the text and the adapters are untouched."""
+    eager = lorac.compile(adapted("llama"), mode="fused")
+    made, row = over(eager) if cached else eager, prompts()[0][None]
+    if own:
+        made.swap(None)
+    expected, active = made.generate(row, **GREEDY, **own), made.active
+    for change in (
+        lambda: made.swap({"default": 0.5}),
+        lambda: made.remove_adapter("default"),
+        lambda: made.add_adapter(lorac.LoRA(r=1, targets=["q_proj"]), "more"),
+        lambda: made(input_ids=row, adapters={"default": 0.5}),
+    ):
+        with pytest.raises(lorac.Unavailable, match="a call of this thread runs on the weights"):
+            made.generate(row, **GREEDY, **own, stopping_criteria=[_from_within(change)])
+    assert made.active == active
+    assert list(made.adapters) == ["default"]
+    assert torch.equal(made.generate(row, **GREEDY, **own), expected)
+
+
+def test_live_adapters_change_from_within_a_call_and_the_call_does_not() -> None:
+    for made in (lorac.compile(adapted("llama")), over(lorac.compile(adapted("llama")))):
+        row = prompts()[0][None]
+        expected = made.generate(row, **GREEDY)
+        criterion = _from_within(lambda made=made: made.swap(None))
+        assert torch.equal(made.generate(row, **GREEDY, stopping_criteria=[criterion]), expected)
+        assert made.active == {}
+
+
+def test_a_hook_does_not_change_fused_weights() -> None:
+    made = lorac.compile(adapted("llama"), mode="fused")
+    handle = made.host.register_forward_hook(lambda *_: made.swap(None))
+    with pytest.raises(lorac.Unavailable, match="a call of this thread runs on the weights"):
+        made(input_ids=prompts()[0][None])
+    handle.remove()
+    assert made.active == {"default": 1.0}
 
 
 def test_baked(model: Any) -> None:
