@@ -9,6 +9,7 @@ import torch
 import lorac
 from tests.mistakes import Mistake, World
 from tests.runtime.generation.recompute import over
+from tests.runtime.generation.test_artifacts import words
 from tests.runtime.generation.texts import adapted, compiled, padded, prompts
 
 LIMIT = 16
@@ -40,6 +41,11 @@ def _says(what: str) -> Any:
 
 def _fused(**options: Any) -> Any:
     return lorac.compile(adapted("llama"), mode="fused").generate(prompts()[0][None], max_new_tokens=2, **options)
+
+
+def _swapped_within(w: World) -> Any:
+    model = lorac.compile(adapted("llama"), mode="fused")
+    return model.generate(prompts()[0][None], max_new_tokens=2, logits_processor=[lambda *_: model.swap(None)])
 
 
 class _Words:
@@ -130,6 +136,33 @@ GENERATING = [
         lambda w: cached(output_attentions=True),
         lambda w, said: hosted(output_attentions=True),
     ),
+    Mistake(
+        "a cache that the program does not use",
+        lambda w: cached(cache_implementation="static"),
+        lambda w, said: cached(),
+    ),
+    Mistake("keys and values by an older name", lambda w: cached(past_key_values=object()), _says("cache= in")),
+    Mistake(
+        "positions of one's own",
+        lambda w: cached(position_ids=torch.arange(10).reshape(2, 5)),
+        lambda w, said: hosted(position_ids=torch.arange(10).reshape(2, 5)),
+    ),
+    Mistake(
+        "logits of all tokens",
+        lambda w: cached(logits_to_keep=0),
+        lambda w, said: cached(output_logits=True, return_dict_in_generate=True).logits[0],
+    ),
+    Mistake(
+        "the first layers as a draft",
+        lambda w: cached(assistant_early_exit=1),
+        lambda w, said: cached(draft=None),
+    ),
+    Mistake(
+        "stop strings in a draft that samples",
+        lambda w: cached(draft=None, do_sample=True, stop_strings=["w3"], tokenizer=words()),
+        lambda w, said: cached(draft=None, do_sample=False, stop_strings=["w3"], tokenizer=words()),
+    ),
+    Mistake("a swap in the middle of a fused call", _swapped_within, _says("mode='live'")),
     Mistake(
         "another library's cache",
         lambda w: cached(cache=object()),

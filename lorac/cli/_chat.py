@@ -8,7 +8,7 @@ from collections.abc import Callable
 from lorac.cli._generation import TextStreamer, TextWriter
 from lorac.cli._models import parse_choice
 from lorac.cli._output import format_error
-from lorac.errors import LoracError, OptionError, not_one_of
+from lorac.errors import InputMismatch, LoracError, OptionError, not_one_of
 
 
 class Chat:
@@ -76,13 +76,24 @@ class Chat:
         print(f"{' ' if compiled.active else '*'} none")
 
     def _answer(self, line: str) -> None:
-        """Take one turn: an interrupted answer stays part of the conversation, a failed turn does not."""
+        """Take one turn: what an interrupted answer has shown stays part of the conversation, a failed turn does not.
+
+        Raises:
+            InputMismatch: the conversation is longer than the model has positions for.
+        """
         turns = [*self._turns, {"role": "user", "content": line}]
+        inputs = self._writer.encode_turns(turns)
+        if self._writer.positions_left(inputs) == 0:
+            raise InputMismatch(
+                "the conversation is longer than the model has positions for",
+                next_step="/new begins a new conversation",
+            )
         streamer = TextStreamer(self._writer.tokenizer, lambda piece: print(piece, end="", flush=True))
         try:
-            self._writer.write(self._writer.encode_turns(turns), streamer)
+            self._writer.write(inputs, streamer)
         except KeyboardInterrupt:
-            pass
+            if not streamer.text:
+                return
         finally:
             if streamer.tokens:
                 print()

@@ -134,11 +134,16 @@ class TextWriter:
                 next_step='--prompt "TEXT" continues a text',
             ) from error
 
+    def positions_left(self, inputs: Encoding) -> int | None:
+        """Return how many tokens the model can add to a text; None for any number."""
+        cache = self.compiled.engine.cache_spec(MAIN_GRAPH)
+        left = None if cache is None or cache.encodes else cache.after(int(inputs["input_ids"].shape[1]))
+        return None if left is None else max(left, 0)
+
     def write(self, inputs: Encoding, streamer: TextStreamer) -> None:
         """Continue a text, no further than the model has positions."""
         known: dict[str, Any] = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-        cache = self.compiled.engine.cache_spec(MAIN_GRAPH)
-        left = None if cache is None or cache.encodes else cache.after(int(known["input_ids"].shape[1]))
+        left = self.positions_left(inputs)
         new = self.max_new_tokens if left is None else min(self.max_new_tokens, max(left, 1))
         self.compiled.generate(**known, **self.settings, max_new_tokens=new, streamer=streamer)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
 from lorac.runtime.batching import run_rows
 from lorac.runtime.choice_states import ChoiceState, ChoiceStates
+from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.traits import ModelTraits
@@ -79,6 +80,8 @@ class SwitchableModel(ABC):
         self._swap_lock, self._call_lock = threading.RLock(), ReadWriteLock()
         self._last_call = threading.local()
         self._tokenizer: Any = None
+        # By id; those that nobody else holds any more leave it.
+        self.prompt_caches = weakref.WeakValueDictionary[int, PromptCache]()
         self._states = ChoiceStates(engine, plans, pool, base, self._swap_lock)
         self._state = self._states.of(())
         # What the weights hold in fused mode; None while they are written, and after a write that was interrupted.
@@ -176,11 +179,7 @@ class SwitchableModel(ABC):
         return self._in_weights is self._state.snapshot
 
     def _call_rows(
-        self,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        adapters: Sequence[ChoiceSpec],
-        graph: str,
+        self, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Sequence[ChoiceSpec], graph: str
     ) -> object:
         def run(args: tuple[object, ...], kwargs: dict[str, object], choice: ChoiceSpec) -> CallResult:
             return CallResult(self.call(args, kwargs, choice, graph=graph), self.aux)
@@ -269,7 +268,7 @@ class SwitchableModel(ABC):
     def _write(self, choice: Choice) -> tuple[int, float]:
         cached = self._states.of(choice)
         # A snapshot of its own per swap, so that weights settled for an earlier swap do not serve this one unasked.
-        state = dataclasses.replace(cached, snapshot=dataclasses.replace(cached.snapshot))
+        state = replace(cached, snapshot=replace(cached.snapshot))
         start = time.perf_counter()
         written = self._call_lock.writing(lambda: self._exchange(state))
         return written, time.perf_counter() - start
@@ -335,6 +334,8 @@ class SwitchableModel(ABC):
                 self.swap(remaining)
             self.pool.remove(name)
             self._states.forget(name)
+            for cache in filter(None, (ref() for ref in self.prompt_caches.valuerefs())):
+                cache.forget(self.engine, name)
             self._on_adapters_changed()
 
         self.refuse_baked()

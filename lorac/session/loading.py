@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorac.argument_types import check_type
-from lorac.errors import ArtifactError, LoracError, nearest_name
+from lorac.errors import ArtifactError, LoracError, OptionError, nearest_name
 from lorac.formats import is_adapter
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import make_module_site
@@ -28,9 +30,12 @@ from lorac.session.targets import find_backend
 from lorac.storage.artifact import Manifest, open_artifact
 from lorac.storage.atomic_folders import MANIFEST, read_consistently
 from lorac.storage.plans import choice_from_json, plan_from_json
+from lorac.target.backend import Backend
 
 
-def load(folder: str | Path, target: str | None = None, device: str | torch.device | None = None) -> Compiled:
+def load(
+    folder: str | Path, target: str | None = None, device: str | torch.device | None = None, **options: object
+) -> Compiled:
     """Load a compiled model from an artifact of ``compiled.save``, without the original model or its weights.
 
     Every file is opened once, checked against the manifest's hash and held open, so the folder may be replaced or
@@ -43,21 +48,26 @@ def load(folder: str | Path, target: str | None = None, device: str | torch.devi
         folder: the artifact.
         target: default: the target it was saved from. An eager artifact can also be compiled for another target.
         device: where it runs; default: where it ran when it was saved.
+        **options: the target's options that say how a program runs, such as ``threads`` and ``spinning`` of
+            onnxruntime; default: as it was saved. An eager artifact that is compiled for another target takes all.
 
     Raises:
         ArtifactError: damaged, unsafe, of another version, or not an artifact.
+        OptionError: an option does not exist, or was fixed when the artifact was compiled.
         Unavailable: the artifact cannot be turned into the target.
     """
     check_type(folder, (str, os.PathLike), "what lorac.load reads", next_step="give the path of a folder")
     path, parsed_device = Path(os.path.realpath(folder)), parse_device(device)
-    return read_consistently(path, lambda: _load_folder(path, target, parsed_device))
+    return read_consistently(path, lambda: _load_folder(path, target, parsed_device, options))
 
 
-def _load_folder(folder: Path, target: str | None, device: torch.device | None) -> Compiled:
+def _load_folder(
+    folder: Path, target: str | None, device: torch.device | None, options: Mapping[str, object]
+) -> Compiled:
     _refuse_other_contents(folder)
     try:
         manifest = open_artifact(folder)
-        compiled = _load_manifest(manifest, target or manifest.fields["target"], device)
+        compiled = _load_manifest(manifest, target or manifest.fields["target"], device, options)
         compiled.tokenizer = TokenizerFiles.among(manifest.files)
         return compiled
     except LoracError:
@@ -87,16 +97,33 @@ def _refuse_other_contents(folder: Path) -> None:
         )
 
 
-def _load_manifest(manifest: Manifest, target: str, device: torch.device | None) -> Compiled:
+def _load_manifest(
+    manifest: Manifest, target: str, device: torch.device | None, options: Mapping[str, object]
+) -> Compiled:
     session = _open_stored(manifest)
     if target != manifest.fields["target"]:
-        return _compile_stored(manifest, session, target, device)
+        return _compile_stored(manifest, session, target, device, options)
+    _check_running_options(session.backend, options)
     if device is not None and not session.backend.dialect.emits:
         check_device(device)
-    engine = session.backend.restore(
-        manifest.fields["program"], manifest.files, session.plans, manifest.fields["mode"], device
-    )
+    program = manifest.fields["program"]
+    stored = {**program, "options": {**program["options"], **options}} if options else program
+    engine = session.backend.restore(stored, manifest.files, session.plans, manifest.fields["mode"], device)
     return make_compiled(session, engine, parse_choice(choice_from_json(manifest.fields["active"]), session.pool))
+
+
+def _check_running_options(backend: Backend[Any], options: Mapping[str, object]) -> None:
+    """Raise ``OptionError`` for an option that does not say how a program runs."""
+    target, known = backend.dialect.name, backend.options.running
+    for name in options:
+        if name not in known:
+            raise OptionError(
+                f"an artifact for {target} is not loaded with '{name}='",
+                nearest=nearest_name(name, known),
+                next_step=f"it takes {', '.join(known)}; all else was fixed when it was compiled"
+                if known
+                else "leave it out: all options were fixed when it was compiled",
+            )
 
 
 def _open_stored(manifest: Manifest) -> Session:
@@ -119,12 +146,14 @@ def _open_stored(manifest: Manifest) -> Session:
     return session
 
 
-def _compile_stored(manifest: Manifest, session: Session, target: str, device: torch.device | None) -> Compiled:
+def _compile_stored(
+    manifest: Manifest, session: Session, target: str, device: torch.device | None, given: Mapping[str, object]
+) -> Compiled:
     """Build an engine for another target from the artifact's program."""
     from lorac.session.building import build_engine
 
     backend = find_backend(target)
-    options, _ = resolve_placement(backend, backend.parse_options({}), device)
+    options, _ = resolve_placement(backend, backend.parse_options(given), device)
     dtypes = (plan.site.dtype for plan in session.plans.values())
     check_stored_dtypes(backend.dialect_for(options), dtypes, str(manifest.folder))
     program = session.backend.restore_program(manifest.fields["program"], manifest.files, session.sites, session.plans)

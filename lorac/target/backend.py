@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class TargetOptions(ABC):
             (invariant 8).
     """
 
+    running: ClassVar[tuple[str, ...]] = ()
+    """The options that say how a program runs, rather than what it is: ``lorac.load`` takes them too."""
     aux: tuple[str, ...] = ()
     self_test: bool = True
 

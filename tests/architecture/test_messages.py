@@ -54,10 +54,14 @@ PUBLIC = [
 ]
 FOREIGN = {
     "architectures": "a transformers configuration",
+    "assistant_model": "generate of transformers",
+    "cache": "generate of transformers",
+    "do_sample": "generate of transformers",
     "inplace": "torch.nn.ReLU",
     "input_ids": "models of transformers",
     "labels": "models of transformers",
     "max_new_tokens": "generate of transformers",
+    "output_logits": "generate of transformers",
     "padding": "tokenizers of transformers",
     "path_initial_model_for_weight_conversion": "PeftModel.save_pretrained",
     "return_dict_in_generate": "generate of transformers",

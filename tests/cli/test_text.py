@@ -175,6 +175,24 @@ def test_a_text_ends_where_positions_do(cli, files, tmp_path):
     code, _, err = cli("run", short, "--prompt", "hello" * 4)
     assert code == 1
     assert "give a prompt of 16 tokens or less" in err
+    code, out, err = cli("run", short, "--max-new-tokens", "2", typed="a\nb\nc\n/new\na\n")
+    assert code == 0
+    assert "lorac.InputMismatch: the conversation is longer than the model has positions for\n  /new begins" in err
+    assert out.startswith(out.splitlines()[-1]), "the first answer, and the one after /new"
+
+
+def test_an_answer_interrupted_before_its_first_token_leaves_no_turn(cli, files, monkeypatch):
+    put, stop = TextStreamer.put, iter([True] + [False] * 20)
+
+    def interrupted(self, value):
+        put(self, value)
+        if next(stop):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextStreamer, "put", interrupted)
+    code, out, err = cli("run", "model", *BOTH, "--adapters", "none", typed="one\ntwo\n")
+    assert (code, err) == (0, "")
+    assert out == f"{written(files, None, 'u:two;a:')}\n"
 
 
 def test_an_interrupted_answer_stays_in_the_conversation(cli, files, monkeypatch):

@@ -142,6 +142,24 @@ def test_saved_again_it_has_the_same_bytes(saved: Any, tmp_path: Path) -> None:
     assert_same_folders(folder, tmp_path / "again")
 
 
+def test_loading_takes_the_options_that_say_how_a_program_runs(saved: Any) -> None:
+    folder = saved[-1]
+    if lorac.load(folder).engine.target == "eager":
+        with pytest.raises(lorac.OptionError, match="'threads='"):
+            lorac.load(folder, threads=1)
+        again = lorac.load(folder, target="onnxruntime", threads=1, self_test=False)
+        assert again.engine.options.threads == 1
+        return
+    loaded = lorac.load(folder, threads=1, spinning=False)
+    assert (loaded.engine.options.threads, loaded.engine.options.spinning) == (1, False)
+    for graph in loaded.engine.graphs.values():
+        assert graph.session.get_session_options().intra_op_num_threads == 1
+    with pytest.raises(lorac.OptionError, match="'cache='"):
+        lorac.load(folder, cache=True)
+    with pytest.raises(lorac.OptionError, match="threads cannot be"):
+        lorac.load(folder, threads=-1)
+
+
 def test_no_pickle(saved: Any) -> None:
     suffixes = {path.suffix for path in saved[-1].rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".onnx", ".data", ".onnx_adapter"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 
@@ -54,6 +55,7 @@ class OnnxRuntimeOptions(TargetOptions):
             float32.
     """
 
+    running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers")
     threads: int = 0
     spinning: bool | None = None
     settle: str = "asked"

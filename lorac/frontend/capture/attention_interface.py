@@ -60,8 +60,8 @@ def make_decoder_inputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
         raise _unavailable(model, "needs an example of two tokens or more")
     if IDS in others and _ENCODER_MASK in names:
         others.setdefault(_ENCODER_MASK, torch.ones_like(others[IDS]))
-    # Positions that every longer or shorter sequence has too.
-    wanted = {LOGITS_TO_KEEP: torch.tensor([1, 0, 1], device=ids.device)} if LOGITS_TO_KEEP in names else {}
+    # Positions that every sequence has, also one of a single token.
+    wanted = {LOGITS_TO_KEEP: torch.tensor([-1, 0, -1], device=ids.device)} if LOGITS_TO_KEEP in names else {}
     return {**others, sequence.ids: ids, **wanted}
 
 

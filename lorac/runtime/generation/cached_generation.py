@@ -73,7 +73,7 @@ class CachedGeneration:
         extra: dict[str, object] = {}
         if draft is not None:
             drafting = self._make_driver(draft, [])
-            extra["assistant_model"] = DraftModel(drafting, lambda work: work(drafting))
+            extra["assistant_model"] = DraftModel(drafting, lambda work: work(drafting), self.request)
         key: CacheKey = (self.graph, state.choice, state.versions.versions)
         if self.prompts is not None:
             cache = self.options.get("cache")

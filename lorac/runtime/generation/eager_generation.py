@@ -19,6 +19,7 @@ from lorac.ir.slots.program_values import BASE, INPUT, PASS, parse_value_name
 from lorac.runtime.choice_states import ChoiceState
 from lorac.runtime.generation.draft_model import DraftModel
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK
+from lorac.runtime.generation.request import GenerateRequest
 from lorac.target.engine import BoundProgram
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ class EagerGeneration:
 
     Attributes:
         graph: which of several models.
+        request: the options as the caller gave them.
         options: options and inputs as transformers takes them.
         seeds: one for the run, alone or in a list.
     """
 
     graph: str
+    request: GenerateRequest
     options: Mapping[str, object]
     seeds: int | list[int] | None
 
@@ -54,7 +57,9 @@ class EagerGeneration:
 
         def generate(model: Any) -> torch.Tensor | ModelOutput:
             if draft is not None:
-                extra["assistant_model"] = DraftModel(model, functools.partial(draft.run_with_model, self.graph))
+                extra["assistant_model"] = DraftModel(
+                    model, functools.partial(draft.run_with_model, self.graph), self.request
+                )
             with _seed_torch(model, seed), _pass_mask(model) if _reads_mask(branches) else contextlib.nullcontext():
                 return model.generate(**{**self.options, **extra})
 

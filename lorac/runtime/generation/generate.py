@@ -68,6 +68,7 @@ def generate(
     if prompt_cache is not None:
         next_step = "give a lorac.PromptCache(), the same one at each call"
         check_type(prompt_cache, PromptCache, "prompt_cache=", next_step=next_step)
+        model.prompt_caches[id(prompt_cache)] = prompt_cache
     call = _check_cached(model, graph, traits, options) if host is None else _check_eager(model, graph, host, options)
     if draft is not UNSET:
         call = replace(call, request=call.request.with_draft())
@@ -94,7 +95,6 @@ def _check_cached(
         return _check_encoder_decoder(model, graph, traits, given, spec.encodes)
     request = GenerateRequest(_name_first_argument(given), traits.generation or {})
     request.check_names((IDS, MASK, CACHE), by_model=False)
-    request.refuse_internal_outputs()
     request = _add_tokenizer(model, request)
     if IDS not in request.options:
         raise _missing_prompt()
@@ -111,7 +111,6 @@ def _check_encoder_decoder(
     options = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in named.items()}
     request = GenerateRequest(options, traits.generation or {})
     request.check_names((*encodes, *token_inputs, *_rules_options(traits)), by_model=False)
-    request.refuse_internal_outputs()
     request = _add_tokenizer(model, request)
     if main not in request.options:
         raise InputMismatch("the call gives the encoder no input", next_step=f"give {main}=, such as a processor makes")
@@ -138,10 +137,11 @@ def _check_eager(model: SwitchableModel, graph: str, host: Any, given: Mapping[s
         request.check_names([name for f in inputs for name in inspect.signature(f).parameters], by_model=True)
         request = _add_tokenizer(model, request)
     ids, prompts = request.options.get(IDS), None
-    if is_decoder and not any(isinstance(value, torch.Tensor | np.ndarray) for value in request.options.values()):
+    tensors = [value for value in request.options.values() if isinstance(value, torch.Tensor | np.ndarray)]
+    if is_decoder and ids is None and not tensors:
         raise _missing_prompt()
     one_code = not isinstance(ids, torch.Tensor) or ids.dim() <= 2  # of several codes per token the model takes care
-    if is_decoder and IDS in request.options and one_code:
+    if is_decoder and ids is not None and one_code:
         prompts = Prompts.of(ids, request.options.get(MASK), request.pad_id, request.end_ids)
     return _GenerateCall(model=model, graph=graph, request=request, prompts=prompts)
 
@@ -240,7 +240,9 @@ class _GenerateCall:
     ) -> Run:
         if not self._over_cache:
             refuse_prompt_cache(prompt_cache, "the model's own generation keeps no prompts between calls")
-            return EagerGeneration(graph=self.graph, options=self.model.cast_inputs(options), seeds=seeds)
+            return EagerGeneration(
+                graph=self.graph, request=self.request, options=self.model.cast_inputs(options), seeds=seeds
+            )
         from lorac.runtime.generation.cached_generation import CachedGeneration
 
         if self.token_inputs[0] != IDS:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorac.argument_types import check_type
+from lorac.ir.slots.choice import Choice
 from lorac.target.kv_cache import KeyValueCache
 
-CacheKey = tuple[Hashable, ...]
-"""A choice of adapters and the versions of their tensors: keys and values depend on both."""
+CacheKey = tuple[str, Choice, Hashable]
+"""A graph, a choice of adapters and the versions of their tensors: keys and values depend on all three."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,8 @@ class PromptCache:
     """Sequences kept between calls of ``compiled.generate(prompt_cache=...)``; the least recently used go first.
 
     A call begins with what the cache holds of its prompts, and adds its own sequences. Sequences of one choice of
-    adapters serve no other, since keys and values depend on it; those of an adapter that was trained since serve none.
+    adapters serve no other, since keys and values depend on it. Those of an adapter that was removed or trained since
+    serve none, and go.
 
     Args:
         bytes: the most that all sequences may take.
@@ -66,6 +68,13 @@ class PromptCache:
         with self._lock:
             self._entries = []
 
+    def forget(self, engine: object, adapter: str) -> None:
+        """Forget the sequences that an engine computed with an adapter."""
+        with self._lock:
+            self._entries = [
+                entry for entry in self._entries if entry.engine() is not engine or adapter not in dict(entry.key[1])
+            ]
+
     def find(self, engine: object, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
         """Return a copy of what is known of some rows, without the last token of each; None for nothing.
 
@@ -89,7 +98,7 @@ class PromptCache:
         return cache
 
     def add(self, engine: object, key: CacheKey, rows: Sequence[Tensor], cache: KeyValueCache) -> None:
-        """Keep sequences; forget those that are a beginning of them, and the oldest beyond the budget.
+        """Keep sequences; forget those that begin them or are of older tensors, and the oldest beyond the budget.
 
         Args:
             engine: computed them.
@@ -99,9 +108,7 @@ class PromptCache:
         """
         new = _CachedPrompts(weakref.ref(engine), key, [row.clone() for row in rows], cache)
         with self._lock:
-            covered = [entry for entry in self._entries_of(engine, key) if _is_covered(entry, new)]
-            alive = [entry for entry in self._entries if entry not in covered and entry.engine() is not None]
-            self._entries = [*alive, new]
+            self._entries = [*(entry for entry in self._entries if not _is_obsolete(entry, new)), new]
             while self._entries and self.used > self.bytes:
                 del self._entries[0]
 
@@ -116,6 +123,13 @@ def _common_prefix_length(one: Tensor, other: Tensor) -> int:
     return int(differ[0, 0]) if differ.shape[0] else length
 
 
-def _is_covered(old: _CachedPrompts, new: _CachedPrompts) -> bool:
-    """Return whether every sequence of the old entry is a beginning of one of the new."""
+def _is_obsolete(old: _CachedPrompts, new: _CachedPrompts) -> bool:
+    """Return whether an entry serves no more once there is a new one.
+
+    Its engine is gone, or its adapters were trained since, or each of its sequences begins one of the new.
+    """
+    if old.engine() is not new.engine() or old.key[:2] != new.key[:2]:
+        return old.engine() is None
+    if old.key != new.key:
+        return True
     return all(any(_common_prefix_length(row, longer) == row.shape[0] for longer in new.rows) for row in old.rows)

@@ -12,14 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from lorac.errors import InputMismatch, OptionError, Unavailable, WrongType, nearest_name, short
+from lorac.runtime.generation.option_support import MISPLACED, REFUSED
 
 T = TypeVar("T")
 LORAC_OPTIONS = ("adapters", "draft", "prompt_cache", "seed")
 """Options of ``generate`` that transformers does not have."""
 _DRAFT_OPTIONS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
-_INTERNAL_OUTPUTS = ("output_attentions", "output_hidden_states")
-_UNSUPPORTED_OPTIONS = ("custom_generate", "synced_gpus", "trust_remote_code")
-"""Options of transformers that would run something else than the compiled program."""
 _COUNT_OPTIONS = ("num_beams", "num_return_sequences", "prefill_chunk_size")
 """Options that are whole numbers from 1 on."""
 _TOKEN_ID_OPTIONS = ("eos_token_id", "pad_token_id")
@@ -55,12 +53,18 @@ class GenerateRequest:
 
         Raises:
             InputMismatch: another option names a draft too.
+            Unavailable: strings are to end what is sampled.
         """
         for name in _DRAFT_OPTIONS:
             if self.options.get(name):
                 raise InputMismatch(
                     f"draft= and {name}= both draft tokens, and only one can", next_step="leave one of them out"
                 )
+        if self.option("stop_strings") and self.option("do_sample"):
+            raise Unavailable(
+                "draft= adds several sampled tokens at a time, and stop_strings= is looked for after the last of them",
+                next_step="leave one of them out, or give do_sample=False",
+            )
         return replace(self, has_draft=True)
 
     def option(self, name: str) -> Any:
@@ -106,29 +110,31 @@ class GenerateRequest:
         return next((one for one in (self.pad_id, *self.end_ids) if one is not None), 0)
 
     def check_names(self, inputs: Collection[str], *, by_model: bool) -> None:
-        """Raise ``OptionError`` for a name that is neither an option nor an input.
+        """Check that each option and input is known and honoured.
 
         Args:
             inputs: names of the inputs.
-            by_model: whether the model itself generates, and may do so by other rules.
-        """
-        known = {*_transformers_options(), *inputs}.difference(() if by_model else _UNSUPPORTED_OPTIONS)
-        for name in self.options:
-            if name not in known:
-                raise OptionError(
-                    f"generate has no option '{name}'",
-                    nearest=nearest_name(name, known),
-                    next_step=f"it takes {', '.join(LORAC_OPTIONS)}, and the options of transformers' generate",
-                )
+            by_model: whether the model itself generates, by transformers' own code.
 
-    def refuse_internal_outputs(self) -> None:
-        """Raise ``Unavailable`` for options that ask for values inside the model, which no program returns."""
-        for name in _INTERNAL_OUTPUTS:
-            if self.option(name):
-                raise Unavailable(
-                    f"{name}= asks for values that a compiled program does not return",
-                    next_step="compile with target='eager', or leave it out",
-                )
+        Raises:
+            Unavailable: a program with a cache cannot do what an option asks for.
+            OptionError: a name is neither an option nor an input.
+        """
+        theirs = _transformers_options()
+        known, config = {*theirs, *inputs}, None if by_model else self.options.get("generation_config")
+        taken = known if by_model else {*inputs} - theirs
+        refused = {
+            name: why for name, why in {**MISPLACED, **({} if by_model else REFUSED)}.items() if name not in taken
+        }
+        for name, refusal in refused.items():
+            if refusal.applies(self.options.get(name)) or refusal.applies(getattr(config, name, None)):
+                raise Unavailable(f"{name}= {refusal.why}", next_step=refusal.next_step)
+        for name in [name for name in self.options if name not in known and name not in refused]:
+            raise OptionError(
+                f"generate has no option '{name}'",
+                nearest=nearest_name(name, known),
+                next_step=f"it takes {', '.join(LORAC_OPTIONS)}, and the options of transformers' generate",
+            )
 
     def check_types(self) -> None:
         """Raise ``WrongType`` for options whose wrong type transformers reports late or never."""
@@ -173,6 +179,15 @@ class GenerateRequest:
                 "stop_strings= needs a tokenizer, and none is known",
                 next_step="give tokenizer=, or set compiled.tokenizer",
             )
+
+    def stopping_criteria(self) -> list[Callable[..., object]]:
+        """Return what ends a sequence besides its length and its end tokens."""
+        from transformers import StopStringCriteria
+
+        criteria: list[Any] = [*_as_sequence(self.options.get("stopping_criteria"))]
+        if strings := self.option("stop_strings"):
+            criteria.append(StopStringCriteria(self.options["tokenizer"], strings))
+        return criteria
 
 
 def _as_sequence(value: object) -> Sequence[object]:

@@ -117,6 +117,24 @@ def test_prefixes_stay_within_their_budget(model: Any) -> None:
     assert few.used == 0
 
 
+def test_prefixes_of_adapters_that_are_gone_are_forgotten() -> None:
+    """On removal at once; those of an adapter that was trained when it is used again."""
+    model, cache, row = over(lorac.compile(adapted("llama"))), lorac.PromptCache(), prompts()[0][None]
+    other = over(compiled("llama"))
+    for choice in ("default", {"default": 0.5}, None):
+        model.generate(row, **GREEDY, prompt_cache=cache, adapters=choice)
+    other.generate(row, **GREEDY, prompt_cache=cache)
+    with torch.no_grad():
+        next(iter(model.adapters["default"].parameters())).mul_(1.0)
+    model.generate(row, **GREEDY, prompt_cache=cache)
+    assert len(cache) == 4
+    model.remove_adapter("default")
+    assert len(cache) == 2
+    model.engine.fed.clear()
+    model.generate(row, **GREEDY, prompt_cache=cache)
+    assert model.engine.fed[0] == [1], "the base's prompts are kept"
+
+
 def test_a_cache_that_an_answer_gives_goes_on_with_its_text(model: Any) -> None:
     answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
     told = _longer(answer.sequences)

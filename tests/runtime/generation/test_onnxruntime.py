@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.testing.eager_checks import assert_close
 from tests.runtime.generation.test_artifacts import words
 from tests.runtime.generation.texts import FAMILIES, LENGTHS, adapted, padded, prompts
 
@@ -96,6 +97,13 @@ def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
     small.generate(rows[0][None], **GREEDY | {"max_new_tokens": 2}, prompt_cache=cache, eos_token_id=None)
     told = {**padded(rows, "right"), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(small.generate(**told, prompt_cache=cache), small.generate(**told))
+
+
+def test_a_call_of_one_token(small: Any) -> None:
+    ids = torch.tensor([[5, 6], [7, 6]])
+    whole = small(input_ids=ids).logits
+    assert_close(small(input_ids=ids[:, :1]).logits, whole[:, :1])
+    assert torch.equal(small.generate(ids[:1, :1], max_new_tokens=1, do_sample=False)[0, 1], whole[0, 0].argmax())
 
 
 def test_a_row_without_a_token_beside_others(small: Any) -> None:
