@@ -21,11 +21,12 @@ from lorac.errors import NeedsRecompile as NeedsRecompile
 from lorac.errors import OptionError as OptionError
 from lorac.errors import SiteError as SiteError
 from lorac.errors import Unavailable as Unavailable
+from lorac.errors import UnknownAttribute as UnknownAttribute
 from lorac.errors import UnknownMethod as UnknownMethod
 from lorac.errors import WrongType as WrongType
 from lorac.formats import load_adapter as load_adapter
 from lorac.formats import save_adapter as save_adapter
-from lorac.frontend.site_discovery import sites as sites
+from lorac.frontend.model_view import sites as sites
 from lorac.ir.slots.choice import Active as Active
 from lorac.ir.slots.planning import Reserve as Reserve
 from lorac.limits import budget as budget

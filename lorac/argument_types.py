@@ -61,10 +61,11 @@ def check_type(value: object, expected: type | tuple[type, ...], what: str, *, n
         WrongType: the argument is an instance of none of them.
     """
     if not isinstance(value, expected):
-        raise WrongType(f"{what} is {_describe_value(value)}", next_step=next_step)
+        raise WrongType(f"{what} is {describe_value(value)}", next_step=next_step)
 
 
-def _describe_value(value: object) -> str:
+def describe_value(value: object) -> str:
+    """Return a value as the object of a sentence: its class, and what it holds if that is a number, text or a list."""
     if value is None or isinstance(value, type):
         return "None" if value is None else f"the class {value.__name__}"
     noun = type(value).__name__

@@ -19,6 +19,7 @@ next step, and a stable ``code``. A class exists where a caller would catch it a
     ├── InputMismatch             an input that the program was not captured for
     ├── Unavailable               the target cannot do this at all
     │   └── EagerOnly             an attribute that only target="eager" has (also an AttributeError)
+    ├── UnknownAttribute          an attribute that a compiled model lacks (also an AttributeError)
     ├── ArtifactError             a saved artifact is damaged, unsafe or of another version
     ├── WrongType                 an argument of the wrong type (also a TypeError)
     └── MissingExtra              an optional library is not installed
@@ -54,6 +55,7 @@ __all__ = [
     "OptionError",
     "SiteError",
     "Unavailable",
+    "UnknownAttribute",
     "UnknownMethod",
     "WrongType",
 ]
@@ -202,6 +204,10 @@ class EagerOnly(Unavailable, AttributeError):
     """An attribute that training needs, and that a compiled model has on target ``"eager"`` alone."""
 
 
+class UnknownAttribute(LoracError, AttributeError):
+    """A compiled model has no such attribute; of another library's method the message says what does the same."""
+
+
 class ArtifactError(LoracError):
     """A saved artifact is damaged, unsafe, or of another version."""
 
@@ -230,9 +236,15 @@ def not_one_of(what: str, value: object, known: Iterable[str]) -> OptionError:
         value: the value that was given.
         known: the values that exist.
     """
-    listed = list(known)
-    step = f"it is one of {', '.join(listed)}"
-    return OptionError(f"{what} {short(value)}", nearest=nearest_name(str(value), listed), next_step=step)
+    listed, given = list(known), str(value)
+    nearest = next((one for one in listed if _abbreviates(given, one)), None) or nearest_name(given, listed, alike=0.6)
+    return OptionError(f"{what} {short(value)}", nearest=nearest, next_step=f"it is one of {', '.join(listed)}")
+
+
+def _abbreviates(given: str, word: str) -> bool:
+    """Return whether a word becomes the given one, of at least three letters, if later letters are left out."""
+    letters = iter(word)
+    return len(given) >= 3 and given[0] == word[:1] and all(letter in letters for letter in given)
 
 
 class LoracWarning(UserWarning):

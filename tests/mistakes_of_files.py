@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import huggingface_hub
+import transformers
+
 import lorac
 from tests.mistakes import Mistake, World, lora
 
@@ -31,6 +34,23 @@ FILES = [
         lambda w: lorac.load(w.path("compild")),
         lambda w, said: lorac.load(w.path("compiled")),
     ),
+    Mistake(
+        "loading a compiled model's program",
+        lambda w: lorac.load(w.path("compiled/model.onnx")),
+        lambda w, said: lorac.load(w.path("compiled")),
+    ),
+    Mistake(
+        "loading a model's folder as a compiled one",
+        lambda w: lorac.load(w.path("base")),
+        lambda w, said: transformers.AutoModel.from_pretrained,
+    ),
+    Mistake("loading from an address", lambda w: lorac.load_adapter("https://huggingface.co/someone/some-lora")),
+    Mistake(
+        "loading by a name on the hub",
+        lambda w: lorac.load_adapter("someone/some-lora"),
+        lambda w, said: huggingface_hub.snapshot_download,
+    ),
+    Mistake("a path that no file can have", lambda w: lorac.load("a\0b")),
     Mistake(
         "loading a web page's folder",
         lambda w: lorac.load(w.path("app")),

@@ -26,6 +26,7 @@ from lorac.variants.base import BranchVariant, Variant, iterate_fields
 from lorac.variants.params import ParamSpec, Role
 
 Tensor = torch.Tensor
+_NUMBER = re.compile(r"\d+")
 T = TypeVar("T")
 
 
@@ -285,10 +286,12 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
     try:
         module = view.module.get_submodule(path)
     except AttributeError:
+        others = [site for site in view.sites if _NUMBER.sub("*", site) == _NUMBER.sub("*", path)]
+        fewer = f", which has only {len(others)} of its kind" if others else ""
         return SiteError(
-            f"adapter '{adapter}' has tensors for '{path}', which is not a module of the model",
-            nearest=nearest_name(path, view.sites),
-            next_step="load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
+            f"adapter '{adapter}' has tensors for '{path}', which is not a module of the model{fewer}",
+            nearest=nearest_name(path, others or view.sites),
+            next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
             code="site_not_found",
         )
     return SiteError(

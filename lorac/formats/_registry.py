@@ -22,6 +22,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
 from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.user_paths import parse_path, suggest_download
 from lorac.variants.adapter import Adapter
 
 Model = nn.Module | Mapping[str, nn.Module] | ModelView
@@ -71,8 +72,8 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
         AdapterError: a tensor does not fit its site, or the adapter is for other base weights.
         SiteError: the model lacks a site, or lorac cannot adapt it.
     """
-    check_type(path, (str, os.PathLike), "what lorac.load_adapter reads", next_step="give the path of a file or folder")
-    path, view = Path(path), None if model is None else ModelView.of(model)
+    path = parse_path(path, "what lorac.load_adapter reads", FormatError, "unreadable")
+    view = None if model is None else ModelView.of(model)
 
     def read() -> Adapter:
         with charge_reading(path):
@@ -114,7 +115,8 @@ def save_adapter(
             next_step=f"formats to save in: {', '.join(writable)}",
             code="unknown_format",
         )
-    target, view = Path(path), None if model is None else ModelView.of(model)
+    target = parse_path(path, "where lorac.save_adapter writes to", FormatError, "unreadable")
+    view = None if model is None else ModelView.of(model)
     with translate_os_errors(target, FormatError, "written", "unreadable"), replace_atomically(target) as staged:
         writable[format].write(adapter, staged, view, target)
         if target.is_file() if staged.is_dir() else target.is_dir():
@@ -135,7 +137,7 @@ def _find_format(path: Path) -> Format:
         raise FormatError(
             f"there is no adapter at '{path}'",
             nearest=nearest_name(path.name, [sibling.name for sibling in siblings]),
-            next_step="give the path of a file or folder",
+            next_step=suggest_download(path) or "give the path of a file or folder",
             code="unknown_format",
         )
     matching = [format for format in formats().values() if format.recognises(path)]

@@ -109,6 +109,15 @@ class ModelView:
         return frozenset(name for signature in signatures for name in signature.parameters)
 
 
+def sites(model: nn.Module | Mapping[str, nn.Module]) -> Mapping[str, Site]:
+    """Return every site of a model, or of several models by name, by module path, in module order.
+
+    Raises:
+        WrongType: ``model`` is not a module.
+    """
+    return ModelView.of(model).sites
+
+
 def find_output_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layer that a model names as its output layer."""
     get = getattr(model, "get_output_embeddings", None)

@@ -39,10 +39,6 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return dict(_add_shared_paths(found, model))
 
 
-sites = find_sites
-"""The public name, as in ``lorac.sites(model)``."""
-
-
 def _layer_site(path: str, module: nn.Module) -> Site | None:
     """Return the site of a linear layer, an embedding or a convolution; None for other modules."""
     weight = read_module_tensor(module, "weight") if path else None

@@ -175,7 +175,7 @@ class Interface:
             known = ", ".join(self.inputs)
             raise ChoiceError(
                 f"the compiled program has no input '{name}'",
-                nearest=nearest_name(name, (*self.inputs, ADAPTERS_ARGUMENT)) or known,
+                nearest=nearest_name(name, (*self.inputs, ADAPTERS_ARGUMENT), alike=0.6) or known,
                 next_step="give it in example_inputs= when compiling"
                 if name in self.arguments
                 else f"it takes {known}",

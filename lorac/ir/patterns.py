@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 import regex
@@ -35,6 +36,8 @@ TARGET_KEYWORDS = {
 """Values of ``targets`` besides names and a regular expression -> their meaning."""
 _HEADS = ("lm_head", "embed_out", "output_layer")
 """Names of output layers, for models without ``get_output_embeddings``."""
+_LISTED_NAMES = 8
+"""Number of names that the error for an unknown target lists."""
 
 
 def match_pattern(pattern: str, path: str, *, full: bool = True) -> regex.Match[str] | None:
@@ -232,7 +235,7 @@ def no_match_error(adapter: str, targets: str | Iterable[str], sites: Mapping[st
     names = sorted(targets)
     return SiteError(
         f"adapter '{adapter}' targets '{', '.join(names)}', which matches no site",
-        nearest=_describe_nearest(names[0], sites) if names else None,
+        nearest=(_describe_nearest(names[0], sites) if names else None) or _list_leaf_names(sites),
         next_step="`lorac sites MODEL` prints them all",
         code="site_not_found",
     )
@@ -258,8 +261,14 @@ def _no_full_match_error(adapter: str, pattern: str, sites: Mapping[str, Site]) 
 
 def _describe_nearest(names: str, sites: Mapping[str, Site]) -> str | None:
     """Return the last part of a path that is most similar to a target's, and a description of its sites."""
-    name = nearest_name(_last_part(names), map(_last_part, sites))
+    name = nearest_name(_last_part(names), map(_last_part, sites), alike=0.6)
     return None if name is None else f"{name} ({_describe_sites(name, sites)})"
+
+
+def _list_leaf_names(sites: Mapping[str, Site]) -> str | None:
+    """Return the last parts of the paths of linear sites, the most frequent first."""
+    counts = Counter(_last_part(path) for path, site in sites.items() if site.kind is SiteKind.LINEAR)
+    return ", ".join(name for name, _ in counts.most_common(_LISTED_NAMES)) or None
 
 
 def _describe_sites(name: str, sites: Mapping[str, Site]) -> str:

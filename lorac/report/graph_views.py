@@ -183,7 +183,7 @@ def _extract_module(dump: Dump, path: str) -> Dump | None:
 
 
 def _write_page(path: str | Path, views: Mapping[str, GraphView], context: PictureContext) -> Path:
-    target = Path(path)
+    target = Path(path).expanduser()
     page = to_html({name: view.drawn() for name, view in views.items()}, context)
     with translate_os_errors(target, OptionError, "written"):
         target.write_text(page, encoding="utf-8")

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
 
-from lorac.errors import BaseNeeded, Unavailable
+from lorac.errors import BaseNeeded, FormatError, Unavailable
 from lorac.formats import save_adapter
-from lorac.frontend.components import MAIN_GRAPH, check_component
+from lorac.frontend.components import MAIN_GRAPH, check_component, get_graph_scope
+from lorac.frontend.skeleton import build_skeleton
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec
 from lorac.runtime.capacity import check_capacity
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.runtime.traits import ModelTraits
 from lorac.session.adapter_loading import make_adapter, outline_adapter
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
+from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, unknown_attribute
 from lorac.session.session import Session
+from lorac.storage.user_paths import parse_path
 from lorac.target.engine import Engine
 
 if TYPE_CHECKING:
@@ -58,6 +62,7 @@ class Compiled(SwitchableModel):
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does: with its own output type, in torch or NumPy like the inputs."""
+        refuse_strength_in_call(kwargs)
         return self.call(args, kwargs, adapters)
 
     def __getitem__(self, name: str) -> Component:
@@ -187,6 +192,13 @@ class Compiled(SwitchableModel):
         with self._swap_lock:
             save(self.session, self, folder, self._tokenizer if tokenizer is None else tokenizer)
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise Unavailable(
+            "a compiled model is neither copied nor pickled: its engine is bound to this process",
+            next_step="compiled.save(folder) and lorac.load(folder) make another one, in any process; to train a copy, "
+            "compiled.export(target='eager')",
+        )
+
     def __repr__(self) -> str:
         return describe_compiled(self, len(self.sites))
 
@@ -224,7 +236,7 @@ class CompiledModule(nn.Module, Compiled):
 
     def forward(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Run the model's forward, with the active adapters or those chosen for this call."""
-        return self.call(args, kwargs, adapters)
+        return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Switch to training or eval mode; in eval mode the slots hold the tensors as they were trained."""
@@ -251,9 +263,9 @@ class CompiledModule(nn.Module, Compiled):
         Raises:
             FormatError: PEFT has no such method; ``lorac.save_adapter`` writes any method in lorac's own format.
         """
-        adapters = self.adapters
+        adapters, root = self.adapters, parse_path(folder, "where save_pretrained writes to", FormatError, "unreadable")
         for name, adapter in adapters.items():
-            path = Path(folder) if len(adapters) == 1 else Path(folder) / name
+            path = root if len(adapters) == 1 else root / name
             save_adapter(adapter, path, model=self.session.view)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
@@ -286,6 +298,8 @@ class CompiledModule(nn.Module, Compiled):
         except AttributeError:
             if name == "host" or "_modules" not in self.__dict__ or "host" not in self._modules:
                 raise
+        if name in LORAC_STEPS:  # transformers' mixins would write adapters into the host
+            raise unknown_attribute(self, name)
         try:
             return getattr(self._modules["host"], name)
         except AttributeError as error:
@@ -295,8 +309,8 @@ class CompiledModule(nn.Module, Compiled):
 class Component:
     """One of several models compiled together, in place of the original.
 
-    It is called as the model was, and has its ``config``, ``dtype`` and ``device``, so that a pipeline takes it.
-    ``adapters=`` in a call chooses adapters for that call only.
+    It is called as the model was, and has its ``config``, ``dtype`` and ``device``, so that a pipeline takes it, and
+    its modules by name, to be looked at. ``adapters=`` in a call chooses adapters for that call only.
 
     Args:
         compiled: all of the models.
@@ -310,14 +324,43 @@ class Component:
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does."""
+        refuse_strength_in_call(kwargs)
         return self._compiled.call(args, kwargs, adapters, graph=self._name)
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """Continue prompts as ``Compiled.generate`` does."""
         return self._compiled.generate(inputs, component=self._name, **options)
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Iterate over the modules of the model; those of an emitted program have shapes and no forward."""
+        return self._structure.modules()
+
+    @functools.cached_property
+    def _structure(self) -> nn.Module:
+        root = self._compiled.engine.module
+        if root is None:
+            root = build_skeleton(self._compiled.session.host.skeleton)
+            for module in root.modules():
+                module.register_forward_pre_hook(_refuse_part)
+        return root.get_submodule(get_graph_scope(self._name).removesuffix("."))
+
     def __repr__(self) -> str:
         return f"<component {self._name} of {self._compiled!r}>"
+
+    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
+
+        def __getattr__(self, name: str) -> nn.Module:
+            children = {} if name.startswith("_") else dict(self._structure.named_children())
+            if name not in children:
+                raise unknown_attribute(self, name)
+            return children[name]
+
+
+def _refuse_part(module: nn.Module, _: object) -> NoReturn:
+    raise Unavailable(
+        f"a {type(module).__name__} of an emitted program cannot be called: only the whole component can",
+        next_step="call compiled[name](...), or compile with target='eager', whose modules can be called alone",
+    )
 
 
 def build_compiled(source: ModelSource, request: CompileRequest) -> Compiled:
@@ -347,7 +390,7 @@ def _eager_class(module: nn.Module) -> type[CompiledModule]:
     """
 
     def forward(self: CompiledModule, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        return self.call(args, kwargs, adapters)
+        return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
 
     forward.__doc__ = CompiledModule.forward.__doc__
     forward.__signature__ = inspect.signature(type(module).forward)  # type: ignore[attr-defined]  # functions take attributes

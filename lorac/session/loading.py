@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lorac.argument_types import check_type
 from lorac.errors import ArtifactError, LoracError, OptionError, nearest_name
 from lorac.formats import is_adapter
 from lorac.frontend.model_view import ModelView
@@ -29,7 +28,9 @@ from lorac.session.session import Session
 from lorac.session.targets import find_backend
 from lorac.storage.artifact import Manifest, open_artifact
 from lorac.storage.atomic_folders import MANIFEST, read_consistently
+from lorac.storage.os_errors import translate_os_errors
 from lorac.storage.plans import choice_from_json, plan_from_json
+from lorac.storage.user_paths import parse_path, suggest_download
 from lorac.target.backend import Backend
 
 
@@ -56,15 +57,20 @@ def load(
         OptionError: an option does not exist, or was fixed when the artifact was compiled.
         Unavailable: the artifact cannot be turned into the target.
     """
-    check_type(folder, (str, os.PathLike), "what lorac.load reads", next_step="give the path of a folder")
-    path, parsed_device = Path(os.path.realpath(folder)), parse_device(device)
-    return read_consistently(path, lambda: _load_folder(path, target, parsed_device, options))
+    path, parsed_device = parse_path(folder, "what lorac.load reads", ArtifactError), parse_device(device)
+    real = Path(os.path.realpath(path))
+
+    def read() -> Compiled:
+        _refuse_other_contents(real, path)
+        return _load_folder(real, target, parsed_device, options)
+
+    with translate_os_errors(path, ArtifactError, "read"):
+        return read_consistently(real, read)
 
 
 def _load_folder(
     folder: Path, target: str | None, device: torch.device | None, options: Mapping[str, object]
 ) -> Compiled:
-    _refuse_other_contents(folder)
     try:
         manifest = open_artifact(folder)
         compiled = _load_manifest(manifest, target or manifest.fields["target"], device, options)
@@ -80,7 +86,7 @@ def _load_folder(
         ) from error
 
 
-def _refuse_other_contents(folder: Path) -> None:
+def _refuse_other_contents(folder: Path, given: Path) -> None:
     """Raise ``ArtifactError`` for a folder or file that is not a compiled model, saying what it is."""
     if (folder / MANIFEST).is_file():
         return
@@ -91,9 +97,19 @@ def _refuse_other_contents(folder: Path) -> None:
         )
     if not folder.exists():
         raise ArtifactError(
-            f"there is no compiled model at '{folder}'",
+            f"there is no compiled model at '{given}'",
             nearest=nearest_name(folder.name, [found.parent.name for found in folder.parent.glob(f"*/{MANIFEST}")]),
-            next_step="compiled.save(folder) writes one",
+            next_step=suggest_download(given) or "compiled.save(folder) writes one",
+        )
+    if folder.is_file() and (folder.parent / MANIFEST).is_file():
+        raise ArtifactError(
+            f"'{given}' is one file of a compiled model",
+            next_step=f"give its folder: lorac.load({str(given.parent)!r})",
+        )
+    if (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"'{given}' is a model, not a compiled one",
+            next_step="load it, as by transformers.AutoModelForCausalLM.from_pretrained(folder), and compile it",
         )
 
 

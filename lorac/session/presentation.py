@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorac.errors import EagerOnly, nearest_name
+from lorac.errors import EagerOnly, UnknownAttribute, nearest_name
 from lorac.ir.slots.choice import describe_choice
 from lorac.report.terms import describe_variant
 from lorac.runtime.switchable_model import SwitchableModel
+from lorac.session.other_vocabularies import LORAC_STEPS
 from lorac.variants.adapter import Adapter
 
 INTERFACE = (
@@ -55,10 +56,15 @@ def _describe_adapters(adapters: Mapping[str, Adapter]) -> str:
 def unknown_attribute(compiled: object, name: str) -> AttributeError:
     """Return the error for an attribute that a compiled model does not have."""
     cls = type(compiled).__name__
+    if name in LORAC_STEPS:
+        return UnknownAttribute(f"a {cls} has no '{name}'", next_step=LORAC_STEPS[name])
     if not name.startswith("_") and hasattr(nn.Module, name):
         return EagerOnly(
             f"a {cls} has no '{name}': it is not an nn.Module",
             next_step="compile with target='eager' to train or move it",
         )
-    near = nearest_name(name, INTERFACE, alike=0.6)
-    return AttributeError(f"a {cls} has no '{name}'" + (f"\n  nearest: {near}" if near else ""))
+    return UnknownAttribute(
+        f"a {cls} has no '{name}'",
+        nearest=nearest_name(name, INTERFACE, alike=0.6),
+        next_step="dir(compiled) lists its attributes",
+    )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from lorac.argument_types import check_type
 from lorac.errors import ArtifactError, Unavailable, warn
 from lorac.formats import save_adapter
 from lorac.formats.native import variant_config
@@ -21,6 +19,7 @@ from lorac.storage.artifact import ADAPTERS, FORMS, RECORD, write_artifact
 from lorac.storage.normal_forms import write_normal_forms
 from lorac.storage.os_errors import translate_os_errors
 from lorac.storage.plans import choice_to_json, plan_to_json
+from lorac.storage.user_paths import parse_path
 from lorac.variants._missing_method import class_modules
 from lorac.version import VERSION
 
@@ -40,7 +39,7 @@ def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer
     Raises:
         ArtifactError: the folder holds something else, or cannot be written.
     """
-    check_type(folder, (str, os.PathLike), "where compiled.save writes to", next_step="give the path of a folder")
+    folder = parse_path(folder, "where compiled.save writes to", ArtifactError)
     write_tokenizer = tokenizer_writer(tokenizer)
 
     def fill(staged: Path) -> dict[str, object]:

@@ -81,6 +81,7 @@ CALLED = {
     "save_pretrained": "peft's",
     "step": torch.optim.Optimizer.step,
     "torch": torch,
+    "transformers": importlib.import_module("transformers"),
 }
 """What messages call, or call a method of, and others define."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
@@ -205,17 +207,30 @@ def test_paths_of_any_kind_are_taken(tmp_path: Path) -> None:
         assert list(lorac.compile(MLP.model(), place).adapters) == ["it"]  # type: ignore[arg-type]  # os.PathLike too
 
 
+class Pipeline:
+    """An object with parts, as diffusers' pipelines are."""
+
+    components: Mapping[str, object] = {"unet": MLP.model(), "scheduler": None}
+
+
 def test_what_is_no_model_is_told() -> None:
     compiled: Any = lorac.compile(MLP.model(), {"a": lorac.LoRA(r=2)})
     for model, said in (
         (compiled, r"the model is compiled already\n  compiled.export\(target="),
         ({"one": compiled}, "model 'one' is compiled already"),
-        ("gpt2", r"the model is 'gpt2', which is not an nn.Module\n  load it first"),
-        (nn.Linear, r"Linear'>, which is not an nn.Module\n  give an instance of it: Linear"),
+        ("gpt2", r"the model is a str: 'gpt2', not an nn.Module\n  load it first"),
+        (nn.Linear, r"the class Linear, not an nn.Module\n  give an instance of it: Linear"),
         (None, "the model is None"),
+        (
+            transformers.LlamaConfig(),
+            r"is a LlamaConfig, not an nn.Module\n  make the model of it: transformers.AutoMo",
+        ),
+        (MLP.model().state_dict(), r"is a Tensor, not an nn.Module\n  of a state dict, give the model that loads it"),
+        (Pipeline(), r"is a Pipeline, not an nn.Module\n  give its models by name: \{'unet': pipeline.unet\}"),
     ):
-        with pytest.raises(lorac.CompileError, match=said):
+        with pytest.raises(lorac.CompileError, match=said) as error:
             lorac.compile(model)
+        assert len(str(error.value)) < 250
     assert compiled.export("eager").adapters.keys() == {"a"}
 
 

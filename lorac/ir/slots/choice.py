@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorac.argument_types import check_fields
-from lorac.errors import AdapterNotFound, ChoiceError, nearest_name
+from lorac.errors import AdapterNotFound, ChoiceError, nearest_name, short
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,16 @@ def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
     if isinstance(spec, str):
         spec = {spec: 1.0}
     if not isinstance(spec, Mapping):
-        raise ChoiceError(
-            f"a choice of adapters cannot be {spec!r}",
-            next_step="give a name, {name: strength}, or None",
-        )
+        raise ChoiceError(f"a choice of adapters cannot be {short(spec)}", next_step=_suggest_choice(spec))
     active = {name: _parse_active(name, value, known) for name, value in spec.items()}
     return tuple((name, active[name]) for name in sorted(active) if active[name].strength != 0)
+
+
+def _suggest_choice(given: object) -> str:
+    """Return what to give instead of something that is no choice, such as PEFT's list of names."""
+    if isinstance(given, list | set) and given and all(isinstance(name, str) for name in given):
+        return f"give {dict.fromkeys(sorted(given), 1.0)}; a list is one choice per row, as adapters= in a call"
+    return "give a name, {name: strength}, or None"
 
 
 def choice_strengths(choice: Choice) -> dict[str, float]:
@@ -73,13 +77,13 @@ def describe_choice(choice: Choice) -> str:
     return ", ".join(f"{name}*{active.strength:g}" for name, active in choice) or "none"
 
 
-def require_adapter(name: str, known: Iterable[str]) -> None:
+def require_adapter(name: object, known: Iterable[str]) -> None:
     """Raise ``AdapterNotFound`` unless ``name`` is registered."""
     known = sorted(known)
     if name not in known:
         raise AdapterNotFound(
-            f"no adapter is called '{name}'",
-            nearest=nearest_name(name, known) or ", ".join(known) or None,
+            f"no adapter is called {short(name)}",
+            nearest=nearest_name(str(name), known) or ", ".join(known) or None,
             next_step="give it to compile in adapters=, or add it by add_adapter(source, name=...)",
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lorac.argument_types import check_fields
-from lorac.errors import CompileError, SiteError, not_one_of
+from lorac.errors import CompileError, OptionError, SiteError, nearest_name, short
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.operands import FOLDABLE
@@ -91,7 +91,11 @@ def plan_sites(
         SiteError: ``reserve`` names no site.
     """
     if mode not in MODES:
-        raise not_one_of("there is no mode", mode, MODES)
+        raise OptionError(
+            f"there is no mode {short(mode)}",
+            nearest=nearest_name(str(mode), MODES, alike=0.6),
+            next_step="it is 'auto', 'live' (unfused), 'fused' (merged by each swap) or 'baked' (merged for good)",
+        )
     needs: dict[str, _SiteNeeds] = {}
     terms = [(name, path, prepared[name]) for name in sorted(prepared) for path in prepared[name].in_order()]
     for name, path, adapter in terms:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorac.argument_types import describe_value
 from lorac.errors import AdapterError, ChoiceError, CompileError, short
 from lorac.formats.peft.objects import is_peft_config, refuse_peft_layers, unwrap_model, variant_from_config
 from lorac.ir.slots.choice import ChoiceSpec
@@ -69,13 +70,24 @@ def _require_module(given: object, subject: str) -> nn.Module:
         )
     if isinstance(given, nn.Module):
         return given
+    raise CompileError(f"{subject} is {describe_value(given)}, not an nn.Module", next_step=_suggest_model(given))
+
+
+def _suggest_model(given: object) -> str:
+    """Return what to give instead of something that is no model."""
     if isinstance(given, type):
-        step = f"give an instance of it: {given.__name__}(...)"
-    elif isinstance(given, str | os.PathLike):
-        step = "load it first: transformers.AutoModelForCausalLM.from_pretrained(...); lorac.load reads artifacts"
-    else:
-        step = "give an nn.Module, or several by name"
-    raise CompileError(f"{subject} is {short(given)}, which is not an nn.Module", next_step=step)
+        return f"give an instance of it: {given.__name__}(...)"
+    if isinstance(given, str | os.PathLike):
+        return "load it first: transformers.AutoModelForCausalLM.from_pretrained(...); lorac.load reads artifacts"
+    if isinstance(given, torch.Tensor):
+        return "of a state dict, give the model that loads it: model.load_state_dict(...)"
+    parts = getattr(given, "components", None)
+    if isinstance(parts, Mapping):
+        names = [name for name, part in parts.items() if isinstance(part, nn.Module)]
+        return "give its models by name: {" + ", ".join(f"'{name}': pipeline.{name}" for name in names) + "}"
+    if hasattr(given, "model_type"):
+        return "make the model of it: transformers.AutoModel.from_config(config)"
+    return "give an nn.Module, or several by name"
 
 
 def read_sources(given: object) -> list[NamedSource]:
