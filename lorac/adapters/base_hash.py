@@ -19,7 +19,7 @@ _FORM = re.compile(r"[0-9a-f]{32}")
 
 
 @pause_clock()
-def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str:
+def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dtype | None = None) -> str | None:
     """Return a stable hash of the base weights of the sites at ``paths``.
 
     Args:
@@ -29,8 +29,11 @@ def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dty
 
     Returns:
         "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", dtype "mixed" where the weights have
-        several.
+        several; None under a quantised weight, whose original values are unknown.
     """
+    paths = tuple(paths)
+    if _is_quantised(view, paths):
+        return None
     digest = hashlib.blake2b(digest_size=16)
     dtypes = set()
     for name, stored in _iter_weights(view, paths):
@@ -82,7 +85,7 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
         AdapterError: the weights differ, or the record is not a hash.
     """
     recorded_dtype, paths = _parse_recorded_dtype(name, recorded), tuple(paths)
-    if any(view.sites[path].packed for path in paths if path in view.sites):
+    if _is_quantised(view, paths):
         return
     own_dtype = _dtype_name({weight.dtype for _, weight in _iter_weights(view, paths)})
     if recorded_dtype == own_dtype:
@@ -98,6 +101,10 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
             next_step="load the base model, and the revision of it, that the adapter was trained on",
             code="base_mismatch",
         )
+
+
+def _is_quantised(view: ModelView, paths: Iterable[str]) -> bool:
+    return any(view.sites[path].packed for path in paths if path in view.sites)
 
 
 def _parse_recorded_dtype(name: str, recorded: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lorac.frontend.parametrized_weights import read_module_tensor
+from lorac.frontend.quantised_weights import dequantise
 from lorac.ir.sites import BaseReader, Site
 
 
@@ -19,6 +20,12 @@ def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+def read_weight(site: Site, model: nn.Module) -> torch.Tensor:
+    """Return the site's W (out, in), a stack as (E, out, in); of a quantised weight its float values."""
+    assert site.weight is not None
+    return site.present(dequantise(read_stored_tensor(model, site.weight).detach()))
+
+
 def read_bias(site: Site, model: nn.Module) -> torch.Tensor | None:
     """Return the site's bias (out,), or None."""
     return read_stored_tensor(model, site.bias).detach() if site.bias else None
@@ -26,12 +33,7 @@ def read_bias(site: Site, model: nn.Module) -> torch.Tensor | None:
 
 def make_base_reader(model: nn.Module) -> BaseReader:
     """Return a reader of the model's weights, which keeps the model alive."""
-
-    def read_weight(site: Site) -> torch.Tensor:
-        assert site.weight is not None
-        return site.present(read_stored_tensor(model, site.weight).detach())
-
-    return BaseReader(read_weight, lambda site: read_bias(site, model))
+    return BaseReader(lambda site: read_weight(site, model), lambda site: read_bias(site, model))
 
 
 def collect_base_tensors(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, torch.Tensor]:

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import CaptureError
+from lorac.errors import CaptureError, warn
 from lorac.frontend.copying import copy_structure
 
 _ORIGINS = "_lorac_quantised_origins"
 """Attribute of a copy's module that maps the names of its quantised weights to their ``QuantisedOrigin``."""
 _LINEAR_8_BIT, _LINEAR_4_BIT = "Linear8bitLt", "Linear4bit"
 """Layers of bitsandbytes."""
+_INPUT_ROUNDING, _INPUT_SCALE = ("act_quant_kwargs", "activation_quantization"), "act_pre_scale"
+"""Parts of torchao's tensors: how products quantise what they read, and what they multiply it by."""
 _ABSMAX_8_BIT = 127
 """The integer of the largest value of a row, in 8 bits of bitsandbytes."""
 NF4 = "nf4"
@@ -81,10 +83,12 @@ class QuantisedOrigin:
     Attributes:
         kind: the class that held it.
         codes: its integers; None where they are of another form than ``QuantisedMatrix``.
+        rounds_inputs: whether its products quantise what they read too, which float products do not.
     """
 
     kind: str
     codes: QuantisedMatrix | None
+    rounds_inputs: bool = False
 
 
 def dequantise_weights(model: nn.Module) -> nn.Module:
@@ -98,7 +102,20 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
     copied = copy_structure(model, share_buffers=True)
     for module in list(copied.modules()):
         _dequantise_module(module)
+    rounding = [name for name, origin in iter_quantised_origins(copied) if origin.rounds_inputs]
+    if rounding:
+        warn(
+            f"products with {len(rounding)} weights of the model quantise what they read too ('{rounding[0]}'), and "
+            "those of the program do not: outputs differ by that rounding",
+            next_step="target='eager' runs the model's own products",
+        )
     return copied
+
+
+def dequantise(weight: Tensor) -> Tensor:
+    """Return the float values of a quantised weight; any other tensor itself."""
+    found = None if type(weight) in (Tensor, nn.Parameter) else _read_quantised_tensor(weight)
+    return weight if found is None else found[1]
 
 
 def _dequantise_module(module: nn.Module) -> None:
@@ -184,11 +201,14 @@ def _read_nf4_matrix(data: Tensor, state: Any, library: Any) -> QuantisedMatrix 
 def _read_quantised_tensor(weight: Tensor) -> tuple[QuantisedOrigin, Tensor] | None:
     """Return origin and float value of a tensor of a class of its own; None where it cannot be dequantised."""
     kind, parts = type(weight).__name__, vars(weight)
+    rounds = any(parts.get(name) is not None for name in _INPUT_ROUNDING)
     if isinstance(parts.get("qdata"), Tensor) and isinstance(parts.get("scale"), Tensor) and weight.dim() == 2:
         codes = _read_torchao_matrix(parts)
-        return None if codes is None else (QuantisedOrigin(kind, codes), codes.dequantised())
+        if codes is not None:
+            return QuantisedOrigin(kind, codes, rounds), codes.dequantised()
     try:
-        return QuantisedOrigin(kind, None), weight.dequantize().float()
+        value, scale = weight.dequantize().float(), parts.get(_INPUT_SCALE)
+        return QuantisedOrigin(kind, None, rounds), value if scale is None else value * scale
     except (RuntimeError, NotImplementedError, TypeError):  # torch's own method takes torch's own quantised tensors
         return None
 
@@ -198,6 +218,6 @@ def _read_torchao_matrix(parts: Mapping[str, Any]) -> QuantisedMatrix | None:
     whole, scale, zero = parts["qdata"], parts["scale"], parts.get("zero_point")
     bits = 4 if str(parts.get("target_dtype")) == "torch.int4" else 8
     by_rows = scale.dim() == 2 and len(scale) == len(whole) and whole.shape[1] % scale.shape[1] == 0
-    if whole.dtype != torch.int8 or not by_rows or parts.get("act_pre_scale") is not None:
+    if whole.dtype != torch.int8 or not by_rows or parts.get(_INPUT_SCALE) is not None:
         return None
     return QuantisedMatrix(bits, whole, scale, None if zero is None or not zero.any() else zero)

@@ -10,7 +10,7 @@ import torch
 
 from lorac.adapters.pool import AdapterPool
 from lorac.adapters.preparation import Preparer
-from lorac.frontend.base_weights import read_bias, read_stored_tensor
+from lorac.frontend.base_weights import read_bias, read_weight
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import BaseReader, Site
 from lorac.ir.slots.plans import SitePlan
@@ -57,10 +57,7 @@ class Session:
     @classmethod
     def over(cls, host: HostModel, backend: Backend[TargetOptions], options: TargetOptions, mode: str) -> Session:
         """Make a session without adapters over a model."""
-        base = BaseReader(
-            lambda site: site.present(read_stored_tensor(host.module, str(site.weight)).detach()),
-            lambda site: read_bias(site, host.module),
-        )
+        base = BaseReader(lambda site: read_weight(site, host.module), lambda site: read_bias(site, host.module))
         preparer = Preparer(ModelView.of(host.module).sites, base)
         return cls(
             host=host, backend=backend, options=options, mode=mode, preparer=preparer, pool=AdapterPool(preparer)

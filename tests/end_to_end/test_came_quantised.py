@@ -5,8 +5,10 @@ Neither library is installed where these run, so what they make is stood in for 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,14 +38,30 @@ class IntxUnpackedToInt8Tensor(torch.Tensor):
         self.qdata, self.scale, self.zero_point, self.target_dtype = qdata, scale, zero_point, target_dtype
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.detach.default:
-            it = args[0]
-            return cls(it.qdata, it.scale, it.zero_point, it.target_dtype)
-        return function(*tree_map(lambda t: t.whole() if isinstance(t, cls) else t, args), **(kwargs or {}))
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            args = tree_map(lambda t: t.dequantize() if isinstance(t, cls) else t, args)
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
 
-    def whole(self) -> Tensor:
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten._to_copy.default):
+            it = args[0]
+            copied = cls(it.qdata, it.scale, it.zero_point, it.target_dtype)
+            copied.__dict__.update(it.__dict__)
+            return copied
+        raise NotImplementedError(f"{cls.__name__} dispatch: attempting to run unimplemented operator {function}")
+
+    def dequantize(self) -> Tensor:
         return QuantisedMatrix(8, self.qdata, self.scale, self.zero_point).dequantised()
+
+
+class Float8Tensor(IntxUnpackedToInt8Tensor):
+    """As torchao's: numbers of 8 bits with an exponent, and a scale of each row."""
+
+    def dequantize(self) -> Tensor:
+        return self.qdata.float() * self.scale
 
 
 class Linear8bitLt(nn.Linear):
@@ -78,6 +96,16 @@ def in_torchao(layer: nn.Linear, bits: int, group: int, shifted: bool) -> nn.Lin
     target = getattr(torch, f"int{bits}")
     weight = IntxUnpackedToInt8Tensor(numbers(bits, *layer.weight.shape), scale, zero, target)
     layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def in_float8(layer: nn.Linear, **parts: Any) -> nn.Linear:
+    scale = layer.weight.detach().abs().amax(1, keepdim=True) / 448
+    codes = (layer.weight.detach() / scale).to(torch.float8_e4m3fn)
+    weight = Float8Tensor(codes, scale, torch.zeros_like(scale), codes.dtype)
+    vars(weight).update(parts)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    vars(layer.weight).update(vars(weight))
     return layer
 
 
@@ -121,10 +149,11 @@ def products(compiled: Any) -> list[onnx.NodeProto]:
 def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder) -> None:
     own = model(MADE[how])
     kind = type(own.site.weight if how.startswith("torchao") else own.site)
-    options = {"target": "onnxruntime", "example_inputs": (X,), "accuracy_level": 1}
+    options = {"target": "onnxruntime", "example_inputs": (X,)}
     compiled = lorac.compile(own, {"a": lorac.LoRA(r=2, targets=["site"])}, active=None, **options)
     assert not [w for w in recwarn if issubclass(w.category, LoracWarning)]
     assert_close(compiled(X), own(X))
+    assert "round what they read" not in str(compiled.explain()), "the model's own products do not"
     assert len(products(compiled)) == 1, "what came in float stays in float"
     weight: Any = own.site.weight
     whole = (weight.qdata if how.startswith("torchao") else weight.data).numpy()
@@ -159,6 +188,53 @@ def test_codes_of_another_kind_are_dequantised_with_a_warning(
     assert len(products(compiled)) == (0 if weights is None else 2)
     if weights is None:
         assert_close(compiled(X), own(X))
+
+
+@torch.no_grad()
+def test_what_products_round_is_said() -> None:
+    """To int8 where that is asked for; where the model's own products do, the program's do not."""
+    own = model(MADE["torchao, 8 bits"])
+    options = {"target": "onnxruntime", "example_inputs": (X,)}
+    rounding = lorac.compile(own, accuracy_level=4, **options)
+    assert "products with them round what they read to int8; accuracy_level=1" in str(rounding.explain())
+    with pytest.raises(AssertionError):
+        assert_close(rounding(X), own(X))
+    vars(own.site.weight)["activation_quantization"] = "int8_asym_per_token"
+    with pytest.warns(LoracWarning, match=r"products with 1 weights .* quantise what they read too \('site.weight'\)"):
+        lorac.compile(own, **options)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@torch.no_grad()
+def test_other_numbers_of_8_bits_are_dequantised(scaled: bool) -> None:
+    """With what a product multiplies its inputs by, where a method of quantising made that a part of the weight."""
+    scale = torch.rand(96, generator=torch.Generator().manual_seed(3)) + 0.5 if scaled else None
+    own = model(functools.partial(in_float8, act_pre_scale=scale))
+    with pytest.warns(LoracWarning, match="1 weights came as Float8Tensor"):
+        compiled = lorac.compile(
+            own, {"a": lorac.LoRA(r=2, targets=["site"])}, target="onnxruntime", example_inputs=(X,)
+        )
+    assert_close(compiled(X), own.last(own.act(own.site(X if scale is None else X * scale))))
+
+
+@pytest.mark.parametrize("how", ["torchao, 8 bits", "torchao, rows", "float8"])
+def test_methods_that_read_weights_read_float_values_in_eager_mode(how: str, tmp_path: Path) -> None:
+    """Made fresh, and from a file; the oracle is the model with plain weights."""
+    own = model({**MADE, "float8": in_float8}[how])
+    plain = model(lambda layer: layer)
+    with torch.no_grad():
+        plain.site.weight.copy_(own.site.weight.dequantize())
+    trained = lorac.compile(own, {"a": lorac.DoRA(r=2, targets=["site"])}, example_inputs=(X,)).train()
+    for tensor in trained.adapters["a"].parameters():
+        torch.nn.init.normal_(tensor, 0.5, 0.1, generator=torch.Generator().manual_seed(1))
+    lorac.save_adapter(trained.adapters["a"], tmp_path / "dora", model=own)
+    read, oracle = (lorac.compile(host, tmp_path / "dora", example_inputs=(X,)) for host in (own, plain))
+    for ours in (trained, read):
+        assert_close(ours(X), oracle(X))
+    trained(X).sum().backward()
+    oracle.train()(X).sum().backward()
+    for name, tensor in trained.adapters["a"].tensors["site"].items():
+        assert_close(tensor.grad, oracle.adapters["dora"].tensors["site"][name].grad)
 
 
 LEVELS = Tensor(QUANTISATION_LEVELS["nf4"])

@@ -101,7 +101,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         prequantised = _prequantised_matrices(request.model, options)
         if options.codec is None and not prequantised:
             return ()
-        return (QuantiseWeights(options.codec, options.accuracy_level, prequantised),)
+        return (QuantiseWeights(options.codec, options.product_level, prequantised),)
 
     def check_emitted(self, emitted: Emitted) -> None:
         """Refuse to quantise a model of which no weight can be quantised.
@@ -142,7 +142,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         from lorac.backends.onnxruntime.quantised.base_weights import replace_quantised
 
         reports, options = _quantisation_reports(emitted), emitted.request.options
-        if options.accuracy_level > FLOAT32_LEVEL and any(report.quantised for report in reports.values()):
+        if options.product_level > FLOAT32_LEVEL and any(report.quantised for report in reports.values()):
             graphs = {
                 name: GraphSession(create_session(engine.files, name, options, rounds=False), g.interface, g.slots)
                 for name, g in engine.graphs.items()

@@ -22,7 +22,9 @@ _WEIGHT_BITS = {"int8": 8, "int4": 4}
 """Storage of quantised weights -> bits of a value."""
 FLOAT32_LEVEL = 1
 """The accuracy level of products that round nothing."""
-_ACCURACY_LEVELS = (0, FLOAT32_LEVEL, 2, 3, 4)
+INT8_LEVEL = 4
+"""The accuracy level of products that round what they read to int8."""
+_ACCURACY_LEVELS = (None, 0, FLOAT32_LEVEL, 2, 3, INT8_LEVEL)
 _QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level")
 """Options that say how weights are quantised."""
 
@@ -52,7 +54,7 @@ class OnnxRuntimeOptions(TargetOptions):
             is nearer to the weights, and a little larger and slower.
         accuracy_level: what products compute in, at least: 1 float32, 2 float16, 3 bfloat16; 4 rounds what they read
             to int8, block by block, which is fastest on CPUs; 0 leaves it to the execution provider, whose CPU takes
-            float32.
+            float32. None: 4 with ``weights=``, and 1 for weights that came quantised, whose own products round nothing.
     """
 
     running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers")
@@ -65,12 +67,18 @@ class OnnxRuntimeOptions(TargetOptions):
     weights: str | None = None
     block_size: int = 32
     symmetric: bool = True
-    accuracy_level: int = 4
+    accuracy_level: int | None = None
 
     @property
     def codec(self) -> Codec | None:
         """The codec of quantised weights, or None."""
         return None if self.weights is None else Codec(_WEIGHT_BITS[self.weights], self.block_size, self.symmetric)
+
+    @property
+    def product_level(self) -> int:
+        """The accuracy level of products with quantised weights."""
+        default = FLOAT32_LEVEL if self.weights is None else INT8_LEVEL
+        return default if self.accuracy_level is None else self.accuracy_level
 
     @property
     def place(self) -> torch.device:

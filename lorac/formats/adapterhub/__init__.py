@@ -131,7 +131,8 @@ class AdapterHubFormat(Format):
             "name": adapter.name,
             "version": VERSION,
         }
-        metadata = {"format": "pt", BASE_HASH: compute_base_hash(view, adapter.tensors)}
+        recorded = compute_base_hash(view, adapter.tensors)
+        metadata = {"format": "pt"} | ({BASE_HASH: recorded} if recorded else {})
         path.mkdir()
         write_sealed(path / WEIGHTS, tensors, metadata, encode_config(described))
         write_json(path / CONFIG, described)

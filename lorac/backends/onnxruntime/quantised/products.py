@@ -18,6 +18,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
 from lorac.backends.onnx.passes import OnnxPass
+from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, INT8_LEVEL
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
 from lorac.frontend.quantised_weights import NF4
 from lorac.ir.graph.passes import PassResult, Skip
@@ -82,15 +83,21 @@ class QuantisationReport:
     Attributes:
         quantised: name of a constant -> the quantised matrix in its place.
         floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
+        accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
     """
 
     quantised: Mapping[str, QuantisedProduct]
     floats: Mapping[str, str]
+    accuracy_level: int
 
     def to_result(self) -> PassResult:
         """Return the result of the pass, with the report as its details."""
         skipped = tuple(Skip(name, why) for name, why in self.floats.items())
-        notes = (*_describe_quantised(self.quantised.values()), *_describe_floats(self.floats))
+        notes = (
+            *_describe_quantised(self.quantised.values()),
+            *_describe_level(self.quantised.values(), self.accuracy_level),
+            *_describe_floats(self.floats),
+        )
         return PassResult(bool(self.quantised), skipped, notes, details=self)
 
 
@@ -104,6 +111,11 @@ def _describe_quantised(quantised: Iterable[QuantisedProduct]) -> Iterator[str]:
             f"weights: {len(alike)} stored as {codec.name}, {kind}in blocks of {codec.block}: "
             f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
         )
+
+
+def _describe_level(quantised: Iterable[QuantisedProduct], level: int) -> Iterator[str]:
+    if level == INT8_LEVEL and any(not product.encoded.codec.table for product in quantised):
+        yield f"products with them round what they read to int8; accuracy_level={FLOAT32_LEVEL} rounds nothing"
 
 
 def _describe_floats(floats: Mapping[str, str]) -> Iterator[str]:
@@ -145,7 +157,7 @@ class QuantiseWeights(OnnxPass):
             quantised[name] = QuantisedProduct(encoded, readers[0].by_columns, constant, names)
         RemoveUnusedNodesPass()(model)
         model.graph.opset_imports.setdefault(_DOMAIN, 1)
-        return QuantisationReport(quantised, floats).to_result()
+        return QuantisationReport(quantised, floats, self.accuracy_level).to_result()
 
     def _encode(self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> EncodedMatrix | str:
         """Return the codes of a constant, or why it stays float."""
