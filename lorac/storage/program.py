@@ -1,16 +1,16 @@
 """A lowered program as JSON and tensors, which an artifact stores where there is no ONNX.
 
 ``torch.export.save`` is not used, since loading unpickles its file, and evaluates text to parse sizes. Here a program
-is a list of nodes: an op by its registered name, operands, and the names of tensors. Loading looks ops up among those
-that torch has registered in a few namespaces, and runs nothing.
+is a list of nodes: an op by its registered name, operands, and the names of tensors. Loading looks ops up among the
+functional ones (``lorac.storage.op_names``), and runs nothing.
 """
 
 from __future__ import annotations
 
 import inspect
+import keyword
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,22 +18,21 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lorac.errors import ArtifactError, Unavailable
-from lorac.ir.graph import ops
+from lorac.errors import ArtifactError, Unavailable, short
+from lorac.limits import claim_memory
+from lorac.storage.op_guards import GuardedOp
+from lorac.storage.op_names import find_op, op_name
 from lorac.storage.strict_json import Json, JsonObject
 
 Tensor = torch.Tensor
-_NAMESPACES = frozenset({"aten", "prims", ops.LINEAR.namespace})
-_FUNCTIONS: JsonObject = {"operator": operator, "math": math, "torch": torch}
-_FUNCTION_NAMES = frozenset(
-    {"getitem", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge"}
-    | {"and_", "or_", "not_", "ceil", "floor", "trunc", "sym_float", "sym_int", "sym_max", "sym_min", "sym_not"}
-    | {"sym_ite", "sym_sum"}
-)
-_FORBIDDEN = frozenset({"filename"})
-"""Arguments of the few registered ops that read files."""
+MOST_NODES = 100_000
+"""Nodes of a program: ten times those of the largest model that lorac was tried on."""
+_ROOM, _SLACK = 16, 1 << 26
+"""Limits of the sizes that a program names: so many times the values that it holds, and so many more."""
 _NAMED: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _NODE = "node"
+_NO_END = 1 << 62
+"""Beyond this a number says that a slice has no end."""
 
 
 def program_to_json(program: ExportedProgram) -> JsonObject:
@@ -65,7 +64,16 @@ def _unstorable(what: str) -> Unavailable:
 def call_to_json(node: fx.Node) -> JsonObject:
     """Return a node that calls an op as JSON."""
     kwargs = {key: operand_to_json(value) for key, value in node.kwargs.items()}
-    return {"name": node.name, "op": _op_name(node.target), "args": operand_to_json(node.args), "kwargs": kwargs}
+    name = op_name(node.target)
+    if name is None:
+        raise _unstorable(f"a captured program that calls {node.target}")
+    return {"name": node.name, "op": name, "args": operand_to_json(node.args), "kwargs": kwargs}
+
+
+def make_functional(program: ExportedProgram) -> ExportedProgram:
+    """Return a program in which no op writes into its operands."""
+    ops = (node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload))
+    return program.run_decompositions({}) if any(op._schema.is_mutable for op in ops) else program
 
 
 def collect_tensors(program: ExportedProgram) -> dict[str, Tensor]:
@@ -99,6 +107,8 @@ class StoredProgram(nn.Module):
             if name not in tensors:
                 raise ArtifactError(f"the program reads the tensor '{name}', which the artifact lacks")
             self.register_buffer(_buffer_name(name), tensors[name])
+        held = sum(tensor.numel() for tensor in (*self.buffers(), *self.examples.values()))
+        check_sizes(graph, _ROOM * held + _SLACK)
         self.forward = self._with_signature()
 
     def _with_signature(self) -> Callable[..., tuple[Tensor, ...]]:
@@ -118,23 +128,62 @@ class StoredProgram(nn.Module):
 def graph_from_json(nodes: Sequence[JsonObject]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:
     """Return a graph of stored nodes, and pairs of an input and the name of its tensor, or None for the caller's.
 
+    torch.fx writes names of inputs and keywords into code that it runs, so they must be names of Python.
+
     Raises:
-        ArtifactError: a node calls something other than an op that artifacts may name.
+        ArtifactError: a node calls something other than an op that artifacts may name; there are too many nodes, or a
+            name is not an identifier.
     """
+    if len(nodes) > MOST_NODES:
+        raise ArtifactError(f"the program has {len(nodes)} nodes, more than {MOST_NODES}")
     graph, known, inputs = fx.Graph(), {}, []
     for entry in nodes:
         if "input" in entry:
-            inputs.append((entry["input"], entry.get("tensor")))
-            known[entry["input"]] = graph.placeholder(entry["input"])
+            name = _check_identifier(entry["input"])
+            inputs.append((name, entry.get("tensor")))
+            known[name] = graph.placeholder(name)
         elif "output" in entry:
             graph.output(tuple(_operand_from_json(entry["output"], known)))
         else:
             args = tuple(_operand_from_json(entry["args"], known))
-            kwargs = {key: _operand_from_json(value, known) for key, value in entry["kwargs"].items()}
-            known[entry["name"]] = graph.create_node(
-                "call_function", _find_op(entry["op"]), args, kwargs, name=entry["name"]
-            )
+            kwargs = {_check_identifier(k): _operand_from_json(value, known) for k, value in entry["kwargs"].items()}
+            name = _check_identifier(entry["name"])
+            known[name] = graph.create_node("call_function", find_op(entry["op"]), args, kwargs, name=name)
     return graph, inputs
+
+
+def _check_identifier(name: object) -> str:
+    if not isinstance(name, str) or not name.isidentifier() or not name.isascii() or keyword.iskeyword(name):
+        raise ArtifactError(f"the program has the name {short(name)}, which is not an identifier of Python")
+    return name
+
+
+def check_sizes(graph: fx.Graph, most: int) -> None:
+    """Refuse a graph that names sizes beyond measure, before it allocates anything.
+
+    Raises:
+        ArtifactError: the numbers of an operand multiply to more than ``most``.
+    """
+    for node in graph.nodes:
+        if any(_product(sizes) > most for sizes in _named_sizes(node)):
+            raise ArtifactError(f"a stored program asks {node.target} for sizes that are far too large")
+
+
+def _named_sizes(node: fx.Node) -> Iterator[Sequence[object]]:
+    """Yield the operands that may be sizes: lists of numbers, and numbers that an op takes as whole ones."""
+    op = node.target.op if isinstance(node.target, GuardedOp) else node.target
+    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
+    kinds = {argument.name: str(argument.type) for argument in arguments}
+    operands = [*zip(kinds, node.args, strict=False), *node.kwargs.items()]
+    numbers = [value for name, value in operands if type(value) is int and "int" in kinds.get(name, "").lower()]
+    yield from (value for _, value in operands if isinstance(value, list | tuple))
+    yield from ([number] for number in numbers if abs(number) < _NO_END)
+    if not node.all_input_nodes:  # a call that allocates by numbers alone
+        yield [value for _, value in operands if type(value) is int]
+
+
+def _product(sizes: Iterable[object]) -> int:
+    return math.prod(max(abs(size), 1) for size in sizes if type(size) is int)
 
 
 def _example_to_json(node: fx.Node) -> dict[str, object]:
@@ -153,6 +202,7 @@ def _example_to_json(node: fx.Node) -> dict[str, object]:
 def _make_example(entry: JsonObject) -> Tensor:
     """Make a value for an input: ones are valid as ids and as a mask, noise as anything else."""
     dtype = _operand_from_json({"dtype": entry["dtype"]}, {})
+    claim_memory(math.prod(entry["shape"]) * dtype.itemsize, "the example of an input")
     if not dtype.is_floating_point:
         return torch.ones(entry["shape"], dtype=dtype)
     return torch.randn(entry["shape"], generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -191,31 +241,6 @@ def _operand_from_json(stored: Json, known: Mapping[str, fx.Node]) -> Any:
     found = getattr(torch, text, None) if kind in _NAMED else None
     if not isinstance(found, _NAMED.get(kind, ())):
         raise ArtifactError(f"the program has the operand {stored!r}, which lorac does not store")
-    return found
-
-
-def _op_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    module = getattr(target, "__module__", "").removeprefix("_")
-    name = getattr(target, "__name__", "")
-    if module in _FUNCTIONS and name in _FUNCTION_NAMES:
-        return f"{module}.{name}"
-    raise _unstorable(f"a captured program that calls {target}")
-
-
-def _find_op(name: str) -> Callable[..., Any]:
-    """Return the op registered as ``<namespace>.<name>.<overload>``, or a function on numbers."""
-    namespace, _, rest = name.partition(".")
-    if namespace in _FUNCTIONS and rest in _FUNCTION_NAMES:
-        function: Callable[..., Any] = getattr(_FUNCTIONS[namespace], rest)
-        return function
-    packet, _, overload = rest.partition(".")
-    found: Any = None
-    if namespace in _NAMESPACES and packet.isidentifier():
-        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload) or any(a.name in _FORBIDDEN for a in found._schema.arguments):
-        raise ArtifactError(f"the program calls '{name}', which is not an op that an artifact may name")
     return found
 
 

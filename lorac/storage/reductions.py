@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.algebra.reduction import BRANCH, DENSE, LOW_RANK, SPARSE, Reduction
 from lorac.storage.program import call_to_json, graph_from_json, operand_to_json
+from lorac.storage.program import check_sizes as check_graph_sizes
 from lorac.storage.strict_json import JsonObject
 
 _FORMS = frozenset({LOW_RANK, SPARSE, DENSE, BRANCH})
@@ -79,14 +79,4 @@ def check_sizes(reduction: Reduction, weight: tuple[int, int], tensors: Iterable
         ArtifactError: a size is too large.
     """
     most = _ROOM * (math.prod(weight) + sum(tensor.numel() for tensor in tensors)) + _SLACK
-    for node in reduction.graph.graph.nodes:
-        operands = (*node.args, *node.kwargs.values())
-        named = [item for item in operands if isinstance(item, list | tuple)]
-        if not node.all_input_nodes:  # a call that allocates by numbers alone
-            named.append([item for item in operands if type(item) is int])
-        if any(_product(sizes) > most for sizes in named):
-            raise ArtifactError(f"a stored reduction asks {node.target} for sizes that are far too large")
-
-
-def _product(sizes: Iterable[Any]) -> int:
-    return math.prod(max(abs(size), 1) for size in sizes if type(size) is int)
+    check_graph_sizes(reduction.graph.graph, most)

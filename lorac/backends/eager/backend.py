@@ -15,7 +15,7 @@ from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.eager.fastpath import disable_fast_path
 from lorac.backends.eager.linear_rounding import match_linear_rounding
 from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
-from lorac.errors import Unavailable
+from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.copying import copy_structure
 from lorac.ir.graph.graph import Graph, Level
@@ -23,8 +23,10 @@ from lorac.ir.graph.program import Program
 from lorac.ir.sites import Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.tracing import tracing
+from lorac.limits import charge_reading
 from lorac.storage.plans import graph_from_json, graph_to_json
-from lorac.storage.program import StoredProgram, collect_tensors, program_to_json
+from lorac.storage.program import StoredProgram, collect_tensors, make_functional, program_to_json
+from lorac.storage.strict_json import parse_json
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.backend import Backend, BuildRequest, StoredState, TargetOptions
 from lorac.target.dialect import AnyDialect, BranchGate, Dialect
@@ -79,12 +81,13 @@ class EagerBackend(Backend[EagerOptions]):
         assert request is not None
         assert request.program is not None
         program = request.program
-        nodes = {name: program_to_json(graph.exported) for name, graph in program.graphs.items()}
+        exported = {name: make_functional(graph.exported) for name, graph in program.graphs.items()}
+        nodes = {name: program_to_json(graph) for name, graph in exported.items()}
         text = json.dumps(nodes, separators=(",", ":"), allow_nan=False)
         (folder / _PROGRAM).write_text(text, encoding="utf-8")
         tensors = collect_base_tensors(request.model, {path: plan.site for path, plan in request.plans.items()})
-        for graph in program.graphs.values():
-            tensors |= collect_tensors(graph.exported)
+        for graph in exported.values():
+            tensors |= collect_tensors(graph)
         TensorFile.write(folder / _WEIGHTS, tensors)
         return {"graphs": {name: graph_to_json(g.interface, g.slots.values()) for name, g in program.graphs.items()}}
 
@@ -137,7 +140,7 @@ def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans
 
 def _load_graphs(stored: StoredState, files: ProgramFiles, file: TensorFile) -> dict[str, StoredGraph]:
     entries: Any = stored["graphs"]
-    nodes = json.loads(files[_PROGRAM].read())
-    return {
-        name: StoredGraph(StoredProgram(nodes[name], file), *graph_from_json(entry)) for name, entry in entries.items()
-    }
+    with charge_reading(files[_PROGRAM].where):
+        nodes = parse_json(files[_PROGRAM].read(), lambda reason: ArtifactError(f"'{files[_PROGRAM].where}' {reason}"))
+        programs = {name: StoredProgram(nodes[name], file) for name in entries}
+    return {name: StoredGraph(programs[name], *graph_from_json(entry)) for name, entry in entries.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorac.errors import InputMismatch, LoracError
 from lorac.frontend.components import check_component
 from lorac.ir.graph.feeds import collect_slot_tensors, group_aux_outputs, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
@@ -92,10 +93,28 @@ class StoredProgramEngine(Engine[SlotTensors]):
 
         def run(arguments: dict[str, Any]) -> list[Any]:
             inputs = {name: torch.as_tensor(value) for name, value in arguments.items()}
-            values: list[Any] = list(part.program(**inputs, **filled))
+            values = _compute(part.program, {**inputs, **filled})
             if arguments and all(isinstance(value, np.ndarray) for value in arguments.values()):
                 values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
             return values
 
         output, extra = part.interface.run(args, kwargs, run)
         return CallResult(output, group_aux_outputs(extra, content))
+
+
+def _compute(program: StoredProgram, inputs: Mapping[str, Tensor]) -> list[Any]:
+    """Return the outputs of a program.
+
+    Raises:
+        InputMismatch: it cannot compute with these inputs.
+    """
+    try:
+        return list(program(**inputs))
+    except LoracError:
+        raise
+    except Exception as error:  # ids that are out of range, say, or whatever somebody wrote into the program
+        reason = str(error).strip().partition("\n")[0]
+        raise InputMismatch(
+            f"the stored program cannot compute with these inputs: {type(error).__name__}: {reason}",
+            next_step="compare them with those it was compiled with; if they are alike, save the artifact again",
+        ) from error

@@ -1,0 +1,198 @@
+"""Programs that anybody may have written: what they may call, name and ask for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import lorac
+from lorac.storage import artifact, program
+from lorac.storage.op_names import find_op, op_name
+from lorac.storage.program import StoredProgram, graph_from_json
+from tests.limits import within_budget
+from tests.zoo import ZOO
+
+X_VALUE = torch.ones(2, 4)
+X = {"input": "x", "shape": [2, 3], "dtype": "float32", "dynamic": []}
+
+
+def _call(op: str, *args: Any, name: str = "y", **kwargs: Any) -> dict[str, Any]:
+    return {"name": name, "op": op, "args": list(args), "kwargs": kwargs}
+
+
+def _stored(*nodes: dict[str, Any]) -> StoredProgram:
+    last = [node["name"] for node in nodes][-1]
+    return StoredProgram({"nodes": [X, *nodes, {"output": [{"node": last}]}]}, {})
+
+
+def test_a_program_of_functional_ops_runs() -> None:
+    doubled = _stored(_call("aten.mul.Tensor", {"node": "x"}, 2.0))
+    assert torch.equal(doubled(x=torch.ones(2, 3))[0], torch.full((2, 3), 2.0))
+
+
+REFUSED = """
+    aten.segment_reduce.default aten.mul_.Tensor aten.resize_.default aten.empty.memory_format aten.new_empty.default
+    aten.empty_strided.default aten.set_.source_Tensor aten.add.out aten.embedding_dense_backward.default
+    aten.max_unpool2d.default aten._unsafe_index.Tensor aten.fbgemm_linear_int8_weight.default
+    aten.mkldnn_rnn_layer.default aten._sparse_csr_tensor_unsafe.default aten.from_file.default aten._print.default
+    aten.bincount.default prims.empty_strided.default
+"""
+
+
+@pytest.mark.parametrize("op", REFUSED.split())
+def test_ops_that_a_program_may_not_name(op: str) -> None:
+    with pytest.raises(lorac.ArtifactError, match="not an op that an artifact may name"):
+        graph_from_json([X, _call(op, {"node": "x"})])
+
+
+def test_every_op_that_a_program_may_name_is_functional() -> None:
+    """As torch registers them: nothing is written to, and nothing has an unsafe form."""
+    allowed = set()
+    for full in torch._C._dispatch_get_all_op_names():
+        namespace, _, rest = full.partition("::")
+        packet, _, overload = rest.partition(".")
+        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload or "default", None)
+        if isinstance(found, torch._ops.OpOverload) and namespace in {"aten", "prims"} and op_name(found):
+            assert not found._schema.is_mutable
+            assert not {"unsafe", "filename", "out"} & {argument.name for argument in found._schema.arguments}, full
+            assert not any(argument.alias_info and argument.alias_info.is_write for argument in found._schema.returns)
+            allowed.add(packet)
+    assert {"add", "silu", "linear", "scaled_dot_product_attention", "index_put", "lstm"} <= allowed
+    assert not any(name.endswith("_") and not name.endswith("__") for name in allowed)
+
+
+CODE = "x=__import__('pathlib').Path('written').touch()"
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [{**X, "input": CODE}],
+        [X, _call("aten.mul.Tensor", {"node": "x"}, 2.0, name=CODE)],
+        [X, _call("aten.gelu.default", {"node": "x"}, **{f"approximate='none', {CODE}, y": 1})],
+        [{**X, "input": "lambda"}],
+        [{**X, "input": 3}],
+    ],
+    ids=["input", "node", "keyword", "reserved", "number"],
+)
+def test_names_are_no_code(nodes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.fx generates code from a graph, and runs it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(lorac.ArtifactError, match="not an identifier of Python"):
+        fx.GraphModule(nn.Module(), graph_from_json(nodes)[0])
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        _call("aten.zeros.default", [1 << 20, 1 << 20]),
+        _call("aten.arange.default", 1 << 40),
+        _call("aten.expand.default", {"node": "x"}, [1 << 40, 2, 3]),
+        _call("aten.repeat_interleave.self_int", {"node": "x"}, 1 << 40),
+        _call("aten.one_hot.default", {"node": "x"}, 1 << 40),
+    ],
+    ids=lambda node: node["op"],
+)
+def test_sizes_are_bounded(node: dict[str, Any]) -> None:
+    with within_budget(), pytest.raises(lorac.ArtifactError, match="far too large"):
+        _stored(node)
+    with pytest.raises(lorac.FormatError, match="the example of an input"):
+        StoredProgram({"nodes": [{**X, "shape": [1 << 40]}, {"output": []}]}, {})
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [_call("operator.pow", 2, 10**9)],
+        [_call("operator.mul", [0], 10**9)],
+        [_call("operator.mul", "a", 10**9)],
+        [
+            _call("operator.mul", 2**40, 2**20, name="n0"),
+            *(_call("operator.mul", {"node": f"n{i}"}, {"node": f"n{i}"}, name=f"n{i + 1}") for i in range(40)),
+        ],
+    ],
+    ids=["power", "list", "text", "squares"],
+)
+def test_numbers_are_bounded(calls: list[dict[str, Any]]) -> None:
+    """They are computed when the program is called; fx must not write the operator itself into its code."""
+    stored = _stored(*calls)
+    with within_budget(), pytest.raises(lorac.ArtifactError, match="gives no size"):
+        stored(x=torch.ones(2, 3))
+
+
+def test_the_number_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "MOST_NODES", 100)
+    with pytest.raises(lorac.ArtifactError, match="has 101 nodes, more than 100"):
+        graph_from_json([X] * 101)
+
+
+def test_what_a_program_cannot_compute_is_typed(tmp_path: Path) -> None:
+    compiled = lorac.compile(nn.Sequential(nn.Linear(4, 3)), {"a": lorac.LoRA(targets=["0"])}, "eager", (X_VALUE,))
+    compiled.save(tmp_path / "a")
+    path = tmp_path / "a" / "program.json"
+    stored = json.loads(path.read_text())
+    call = next(node for node in stored["main"]["nodes"] if "op" in node)
+    call |= {"op": "aten.dot.default", "args": [{"node": "input"}] * 2}
+    path.write_text(json.dumps(stored))
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    files = {name: entry for name, entry in artifact._file_entries(tmp_path / "a").items() if name in manifest["files"]}
+    sealed = artifact.seal_manifest({**manifest, "files": files})
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(sealed))
+    loaded = lorac.load(tmp_path / "a")
+    with pytest.raises(lorac.InputMismatch, match="cannot compute with these inputs"):
+        loaded(X_VALUE)
+
+
+def test_what_a_model_writes_in_place_is_stored_functionally(tmp_path: Path) -> None:
+    """The captured program of a ResNet writes into sums and activations."""
+    entry = ZOO["resnet18"]
+    compiled = lorac.compile(
+        entry.model(), {"a": lorac.LoRA(r=2, targets=list(entry.targets))}, "eager", entry.inputs()
+    )
+    compiled.save(tmp_path / "a")
+    inputs = entry.inputs(seed=3, batch=3)
+    assert torch.equal(lorac.load(tmp_path / "a")(**inputs), compiled(**inputs))
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+LSTM = (False, 1, 0.0, False, False, True)
+CELLS = [torch.zeros(1, 2, 16)] * 2
+
+
+@pytest.mark.parametrize(
+    ("op", "sound", "wrong"),
+    [
+        (
+            "aten.scaled_dot_product_attention.default",
+            (_normal(1, 2, 3, 8), _normal(1, 2, 5, 8), _normal(1, 2, 5, 8)),
+            (_normal(1, 2, 3, 8), _normal(1, 2, 5, 8), _normal(1, 2, 1, 8)),
+        ),
+        (
+            "aten.embedding_bag.default",
+            (_normal(5, 8), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2, 2, 4])),
+            (_normal(5, 8), torch.tensor([0, 1, 2, 3]), torch.tensor([0, -(10**9), 2])),
+        ),
+        ("aten._weight_norm.default", (_normal(5, 4), _normal(5, 1)), (_normal(5, 4), _normal(1, 1))),
+        (
+            "aten.lstm.input",
+            (_normal(2, 5, 8), CELLS, [_normal(64, 8), _normal(64, 16)], *LSTM),
+            (_normal(2, 5, 8), CELLS, [_normal(1, 1), _normal(64, 16)], *LSTM),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_kernels_that_believe_their_operands_are_guarded(op: str, sound: Any, wrong: Any) -> None:
+    guarded = find_op(op)
+    expected, found = getattr(guarded, "op")(*sound), guarded(*sound)  # noqa: B009  # it is typed as a function
+    assert all(map(torch.equal, expected, found) if isinstance(found, tuple) else [torch.equal(expected, found)])
+    with pytest.raises(lorac.ArtifactError, match="operands that do not fit together"):
+        guarded(*wrong)
