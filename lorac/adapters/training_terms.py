@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import make_branch_term, make_once_term
 from lorac.adapters.pool import AdapterPool
 from lorac.adapters.preparation import Preparer
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import BRANCH
+from lorac.ir.algebra.reduction import BRANCH, Params
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.filling import strength_tensor
 from lorac.ir.slots.live_terms import Dropout, LiveTerm, TrainingTerms
 from lorac.ir.slots.plans import BranchFill, BranchTerm
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
 
 
 class AdapterTerms(TrainingTerms):
@@ -46,6 +50,7 @@ class AdapterTerms(TrainingTerms):
         if tensors is None:
             replaced = preparer.replaced_change(adapter, site)
             return None if replaced is None else LiveTerm(active.strength, replaced)
+        _write_constrained(method, tensors)
         reduction = preparer.reduction(adapter.variant, site, tensors)
         if reduction.form == BRANCH:
             return _branch_term(make_branch_term(adapter, site, detach=False), site, active, rate, place)
@@ -55,6 +60,16 @@ class AdapterTerms(TrainingTerms):
         change = preparer.with_bias(adapter, site, change)
         dropped = preparer.dropped(adapter, site) if rate and place is Dropout.RANK else None
         return LiveTerm(active.strength, change, rate=rate, dropout=place, dropout_delta=dropped)
+
+
+def _write_constrained(method: Variant, tensors: Mapping[str, Tensor]) -> None:
+    """Move tensors that an optimizer has taken out of their method's constraint back onto it, while they train."""
+    if not torch.is_grad_enabled() or type(method).constrained is Variant.constrained:
+        return
+    held = {name: tensor.detach() for name, tensor in tensors.items()}
+    for name, bounded in method.constrained(Params(**held)).items():
+        if tensors[name].requires_grad:
+            held[name].copy_(bounded)
 
 
 def _branch_term(

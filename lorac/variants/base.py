@@ -24,7 +24,7 @@ from lorac.ir.patterns import find_first_pattern, select_sites
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.live_terms import Dropout
 from lorac.variants._field_names import unknown_field_error
-from lorac.variants.params import Init, InitContext, ParamSpec, Role
+from lorac.variants.params import Init, InitContext, ParamSpec, Role, select_params
 
 __all__ = [
     "MATRIX_KINDS",
@@ -231,6 +231,14 @@ class Variant(ABC):
         """Return whether a fresh adapter leaves the site's output as it is; for some methods shapes decide."""
         return self.identity_at_init
 
+    def constrained(self, p: Params) -> Mapping[str, Tensor]:
+        """Return the tensors of a site that leave the method's constraint, moved back onto it, by name; default: none.
+
+        A call that trains writes them into the adapter before it computes, so that the optimizer goes on from there.
+        At a stack of matrices each tensor has a leading axis.
+        """
+        return {}
+
     def require_class(self) -> None:  # noqa: B027  (only the placeholder of a missing class overrides it)
         """Raise ``UnknownMethod`` if this is a placeholder for a method whose class is not imported."""
 
@@ -340,6 +348,15 @@ class BranchVariant(Variant):
 
 _COMMON = tuple(Variant.__dataclass_fields__)
 """Names of the hyper-parameters that all methods have."""
+
+
+def constrained_parts(parts: Mapping[str, Variant], p: Params) -> dict[str, Tensor]:
+    """Return ``Variant.constrained`` of methods inside another one, by the prefixes of their tensors' names."""
+    return {
+        prefix + name: tensor
+        for prefix, part in parts.items()
+        for name, tensor in part.constrained(select_params(p, prefix)).items()
+    }
 
 
 def iterate_fields(value: object) -> Iterator[object]:

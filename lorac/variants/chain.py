@@ -15,7 +15,17 @@ from typing import cast
 from lorac.errors import ChoiceError, CompileError, OptionError
 from lorac.ir.patterns import select_sites
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Init, InitContext, Params, ParamSpec, Site, Tensor, Variant, WeightVariant
+from lorac.variants.base import (
+    Init,
+    InitContext,
+    Params,
+    ParamSpec,
+    Site,
+    Tensor,
+    Variant,
+    WeightVariant,
+    constrained_parts,
+)
 from lorac.variants.params import select_params
 
 
@@ -94,6 +104,9 @@ class Chain(WeightVariant):
         for part, own in self._with_tensors(p):
             b = part.new_bias(b, own)
         return b
+
+    def constrained(self, p: Params) -> dict[str, Tensor]:
+        return constrained_parts({_part_prefix(index): part for index, part in enumerate(self.parts)}, p)
 
     def _with_tensors(self, p: Params) -> Iterator[tuple[WeightVariant, Params]]:
         """Yield the parts that act here, each with its own tensors."""

@@ -15,6 +15,8 @@ from lorac.variants._rotations import cayley, neumann, skew
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
 
+_NAMES = ("oft_R", "oft_embedding_R")
+
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """Return the divisor of ``number`` nearest to ``wanted``, the lower of two equally near ones (PEFT's rule)."""
@@ -41,7 +43,7 @@ class OFT(WeightVariant):
         block_share: all blocks are the same.
         use_cayley_neumann: the series instead of the inverse.
         num_cayley_neumann_terms: t.
-        coft: Q's Frobenius norm is at most eps/√blocks.
+        coft: Q's Frobenius norm is at most eps/√blocks; training writes the bounded oft_R, as PEFT does.
         eps: the constraint of coft.
     """
 
@@ -88,7 +90,7 @@ class OFT(WeightVariant):
         size, width = self.size(site), self._width(site)
         shape = (1 if self.block_share else width // size, size * (size - 1) // 2)
         embedding = site.kind is SiteKind.EMBEDDING
-        return {"oft_embedding_R" if embedding else "oft_R": ParamSpec(shape, zeros)}
+        return {_NAMES[embedding]: ParamSpec(shape, zeros)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         if hasattr(p, "oft_embedding_R"):
@@ -98,12 +100,21 @@ class OFT(WeightVariant):
     def rotations(self, upper: Tensor) -> Tensor:
         """Return the blocks (blocks, β, β) of R from oft_R."""
         size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
-        q = skew(upper, size)
-        if self.coft:
-            cap = self.eps / math.sqrt(upper.shape[0])
-            norm = torch.linalg.vector_norm(q, dim=(1, 2), keepdim=True)
-            q = q * (cap / norm.clamp_min(cap)).detach()
+        q = skew(self._bounded(upper) if self.coft else upper, size)
         return neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
+
+    def constrained(self, p: Params) -> dict[str, Tensor]:
+        held = {name: tensor for name, tensor in vars(p).items() if self.coft and name in _NAMES}
+        bounded = {name: self._bounded(tensor) for name, tensor in held.items()}
+        # Rounding leaves a bounded block a little above the bound or below it.
+        slack = {name: 8 * torch.finfo(tensor.dtype).eps for name, tensor in held.items()}
+        return {n: t for n, t in bounded.items() if not torch.allclose(t, held[n], rtol=slack[n], atol=0)}
+
+    def _bounded(self, upper: Tensor) -> Tensor:
+        """Return oft_R (…, blocks, β(β−1)/2) with a Frobenius norm of each block's Q of at most eps/√blocks."""
+        cap = self.eps / math.sqrt(2 * upper.shape[-2])  # Q holds every number twice
+        norm = torch.linalg.vector_norm(upper, dim=-1, keepdim=True)
+        return upper * (cap / norm.clamp_min(cap)).detach()
 
     def _rotate(self, rows: Tensor, upper: Tensor, *, transposed: bool) -> Tensor:
         """Return rows (n, width) times R, or times Rᵀ."""

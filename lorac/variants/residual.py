@@ -69,6 +69,9 @@ class Residual(WeightVariant):
             "start_B": ParamSpec((site.out_features, self.r), zeros, role=Role.FROZEN),
         }
 
+    def constrained(self, p: Params) -> Mapping[str, Tensor]:
+        return self.method.constrained(p)
+
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return self.method.weight(W - p.start_B @ p.start_A, p)
 

@@ -24,6 +24,7 @@ from lorac.variants.base import (
     Tensor,
     Variant,
     WeightVariant,
+    constrained_parts,
 )
 from lorac.variants.low_rank import InputDropout
 from lorac.variants.params import select_params
@@ -104,6 +105,9 @@ class Split(InputDropout, WeightVariant):
             changed[part] = method.new_bias(rows[part], select_params(p, f"{part}_"))
         unchanged = all(changed[part] is rows[part] for part in rows)
         return b if unchanged else self._join_rows(changed)
+
+    def constrained(self, p: Params) -> dict[str, Tensor]:
+        return constrained_parts({f"{part}_": method for part, method in self.parts.items()}, p)
 
     @property
     def _shares(self) -> Mapping[str, int]:
