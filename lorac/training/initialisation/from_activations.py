@@ -5,6 +5,7 @@ CorDA: Yang et al. 2024, arXiv 2406.05223; EVA: Paischer et al. 2024, arXiv 2410
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -38,7 +39,8 @@ _DAMP, _INEXACT = 0.01, 0.05
 class CorDA(Initialiser):
     """Components of W as its inputs see it: W·C = U·Σ·Vᵀ with C = XᵀX, B = U·√(Σ/s), A = √(Σ/s)·Vᵀ·C⁻¹.
 
-    The base keeps W − s·B·A. Every position of a batch counts, divided by the largest entry of its call, as in PEFT.
+    The base keeps W − s·B·A. As in PEFT, XᵀX is the mean over calls, of rows divided by the call's largest entry; its
+    scale decides how large B is next to A.
 
     Attributes:
         mode: PEFT's corda_method: ``"ipm"`` trains the first r components, with data of the task to learn;
@@ -58,18 +60,21 @@ class CorDA(Initialiser):
 
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
         sums: dict[str, Tensor] = {}
+        calls = Counter[str]()
 
         def visit(path: str, rows: Tensor) -> None:
             rows = rows / (rows.max().abs() or 1)
             found = rows.t() @ rows
             sums[path] = sums[path] + found if path in sums else found
+            calls[path] += 1
 
         visit_inputs(model, sites, batches, visit, labelled=False)
-        pairs = {path: self.pair(place, sums[path]) for path, place in initialisation_sites(adapter, model, sites)}
+        means = {path: total / calls[path] for path, total in sums.items()}
+        pairs = {path: self.pair(place, means[path]) for path, place in initialisation_sites(adapter, model, sites)}
         return replace_factors(adapter, pairs, residual=True)
 
     def pair(self, place: InitialisationSite, covariance: Tensor) -> FactorPair:
-        """Return A and B from XᵀX (in, in), whose scale does not matter."""
+        """Return A and B from XᵀX (in, in)."""
         damped, inverse = _invert_damped(covariance.to(place.weight.dtype))
         u, s, vh = torch.linalg.svd(place.weight @ damped, full_matrices=False)
         part = slice(None, place.variant.r) if self.mode == "ipm" else slice(-place.variant.r, None)

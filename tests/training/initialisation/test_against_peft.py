@@ -78,7 +78,11 @@ def test_corda(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: Any = copy.deepcopy(model)
     preprocess_corda(copied, config, lambda: [copied(**batch) for batch in batches])  # type: ignore[arg-type]
     wrapped = get_peft_model(copied, config)
-    assert_same_start(model, wrapped, starts.CorDA(mode=mode)(LORA, model, batches), close=assert_sketched)
+    begun = starts.CorDA(mode=mode)(LORA, model, batches)
+    assert_same_start(model, wrapped, begun, close=assert_sketched)
+    for _, own, a, b in layers(wrapped, begun):  # each component as long as PEFT's, in A and in B
+        assert_sketched(own["lora_A"].norm(dim=1), a.norm(dim=1))
+        assert_sketched(own["lora_B"].norm(dim=0), b.norm(dim=0))
 
 
 def fall_off(model: nn.Module) -> None:
