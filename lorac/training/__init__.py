@@ -16,7 +16,7 @@ from lorac.training.rules.lora_pro import LoRAPro
 from lorac.training.rules.nested import NestedRanks
 from lorac.training.rules.preconditioned import Preconditioned
 from lorac.training.rules.proximal import ProximalGates, gate_penalty, soft_threshold, sora_code_threshold, thresholds
-from lorac.training.rules.relora import ReLoRA
+from lorac.training.rules.relora import ReLoRA, restart_schedule
 from lorac.training.rules.routing import draw_ordered, gate_loss, leave_one_out, sampled_selection_loss, sum_by_row
 from lorac.training.rules.squeeze import Squeeze, rank_stages
 from lorac.variants._mixtures import ordered_log_prob
@@ -44,6 +44,7 @@ __all__ = [
     "prune_gates",
     "rank_stages",
     "reduce_rank",
+    "restart_schedule",
     "sampled_selection_loss",
     "soft_threshold",
     "sora_code_threshold",

@@ -83,7 +83,8 @@ class Rule(ABC):
     before_gradients: bool = False
     """Whether the rule reads gradients before the step, which a closure would compute later."""
     saved: ClassVar[str] = ""
-    """Key of the rule's state in the optimizer's state dict; empty without state."""
+    """Key in the optimizer's state dict of the states of the rules of this class, in the order in which they were
+    attached; empty without state."""
 
     @abstractmethod
     def __init__(self, compiled: Any, optimizer: Any) -> None:
@@ -91,6 +92,7 @@ class Rule(ABC):
         self.terms = trained_terms(compiled, self.methods, begun=self.begun)
         _check_optimizer_holds(self.optimizer, self.terms, self.governed)
         self._handles: list[HookHandle] = []
+        self._skipped = False
 
     def attach(self, *handles: HookHandle) -> None:
         """Register the rule's hooks; ``handles`` of further hooks are removed with it."""
@@ -114,6 +116,14 @@ class Rule(ABC):
 
     def before(self) -> None:  # noqa: B027  (not abstract: a rule has work before a step, after it, or both)
         """Run before every step of the optimizer."""
+
+    def view(self, optimizer: Any) -> Any:
+        """Return the optimizer as the step sees it, after ``before``: a view of it, or by default itself.
+
+        Args:
+            optimizer: the optimizer, or what another rule has it seen as.
+        """
+        return optimizer
 
     def after(self) -> None:  # noqa: B027  (the same)
         """Run after every step."""
@@ -142,19 +152,28 @@ class Rule(ABC):
     def _hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.hear({name: {path: t.detach() for path, t in found.items()} for name, found in emitted.items()})
 
-    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.before_gradients and any(callable(given) for given in (*args[1:], *kwargs.values())):
             raise Unavailable(
                 f"{type(self).__name__} reads the gradients before the step; a closure computes them within it",
                 next_step="call backward() first, and step() without a closure",
             )
         self._require_present()
+        self._skipped = _has_infinite_gradients(optimizer)
+        if self._skipped:
+            return args, kwargs
         with torch.no_grad():
+            if self.before_gradients:
+                _unscale_gradients(optimizer)
             self.before()
+            return (self.view(args[0]), *args[1:]), kwargs
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
-            self.after()
+            if not self._skipped:
+                self.after()
 
     def _require_present(self) -> None:
         """Raise ``Unavailable`` if an adapter was removed, or its tensors replaced, since the rule was attached."""
@@ -167,11 +186,14 @@ class Rule(ABC):
                 )
 
     def _save(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
-        state_dict[self.saved] = self.state()
+        state_dict.setdefault(self.saved, []).append(self.state())
 
-    def _load(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
-        if self.saved in state_dict:
-            self.load_state(state_dict[self.saved])
+    def _load(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take the rule's state, and leave those of rules of this class that were attached later."""
+        own, *others = state_dict.get(self.saved) or (None,)
+        if own is not None:
+            self.load_state(own)
+        return {**state_dict, self.saved: others}
 
 
 def unwrap_ddp(compiled: Any) -> Any:
@@ -181,7 +203,7 @@ def unwrap_ddp(compiled: Any) -> Any:
 
 
 def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
-    """Return the terms of the adapters of some methods; with ``begun``, also inside a ``Residual``.
+    """Return the terms of the adapters of some methods, by name; with ``begun``, also inside a ``Residual``.
 
     Raises:
         Unavailable: the compiled model does not train.
@@ -193,7 +215,7 @@ def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: b
         what = f"target '{target}'" if target else f"{type(compiled).__name__}, which lorac.compile did not return,"
         raise Unavailable(f"{what} does not train", next_step="lorac.compile(model, adapters, target='eager') does")
     compiled.refuse_baked()
-    adapters: Iterable[Adapter] = compiled.adapters.values()
+    adapters: list[Adapter] = [adapter for _, adapter in sorted(compiled.adapters.items())]
     found = [
         TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained_method)
         for adapter in adapters
@@ -215,6 +237,24 @@ def _unwrap_optimizer(optimizer: Any) -> Any:
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _has_infinite_gradients(optimizer: Any) -> bool:
+    """Return whether a GradScaler found some; a fused step, unlike others, is then called and does nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _unscale_gradients(optimizer: Any) -> None:
+    """Divide gradients by the GradScaler's factor, which a fused step would do within itself."""
+    scale = getattr(optimizer, "grad_scale", None)
+    gradients = (tensor.grad for group in optimizer.param_groups for tensor in group["params"])
+    if scale is None:
+        return
+    for grad in gradients:
+        if grad is not None:
+            grad.div_(scale.to(grad.device))
+    optimizer.grad_scale = None
 
 
 def _check_optimizer_holds(optimizer: Any, terms: Iterable[TrainedTerm], governed: Iterable[str]) -> None:

@@ -12,6 +12,8 @@ from torch import nn
 import lorac
 from lorac.testing.eager_checks import assert_close
 from lorac.training import LoRAPlus
+from tests.refusing import refuses
+from tests.training.every_rule import through_a_file
 from tests.training.loops import trained
 from tests.training.rules import backward, drawn, pair
 
@@ -80,6 +82,59 @@ def test_a_schedule_made_before_or_after_holds_for_both_rates() -> None:
         assert_close(before[1] - own_b.detach(), 2 * rate * own_b.grad)
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Averages its steps, weighted by the largest rate so far, and keeps what it knows in its groups (Defazio 2024)."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "k": 0, "lr_max": -1.0, "weight_sum": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            rate = group["lr"] * min(1.0, (group["k"] + 1) / 3)
+            group["lr_max"] = max(rate, group["lr_max"])
+            group["weight_sum"] += group["lr_max"] ** 2
+            share = group["lr_max"] ** 2 / group["weight_sum"]
+            for tensor in group["params"]:
+                fast = self.state[tensor].setdefault("z", tensor.clone())
+                tensor.lerp_(fast, share).add_(tensor.grad, alpha=rate * (0.9 * (1 - share) - 1))
+                fast.sub_(tensor.grad, alpha=rate)
+            group["k"] += 1
+
+
+def test_an_optimizer_that_writes_into_its_groups() -> None:
+    """As with a group for each rate, also after it was read from a state dict."""
+    a, b, gradient = drawn(2, 4, seed=1), drawn(3, 2, seed=2), drawn(3, 4, seed=3)
+    one, two = pair(a, b), pair(a, b)
+    other: Any = ScheduleFree([{"params": [two[1]]}, {"params": [two[2]], "lr": 0.4}], lr=0.1)
+    optimizer: Any = ScheduleFree(trained(one[0]), lr=0.1)
+    LoRAPlus(one[0], optimizer, ratio=4.0)
+    for number in range(20):
+        if number == 10:
+            saved = through_a_file(optimizer.state_dict())
+            optimizer = ScheduleFree(trained(one[0]), lr=0.1)
+            LoRAPlus(one[0], optimizer, ratio=4.0)
+            optimizer.load_state_dict(saved)
+        for compiled, steps in ((one[0], optimizer), (two[0], other)):
+            steps.zero_grad()
+            backward(compiled, gradient + number)
+            steps.step()
+    assert torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])
+    written = [{key: group[key] for key in ("k", "lr_max", "lr")} for group in optimizer.param_groups]
+    assert written == [{"k": 20, "lr_max": 0.1, "lr": 0.1}]
+
+
+def test_an_optimizer_that_hands_its_step_on() -> None:
+    compiled, _, _, inner = pair(drawn(2, 4, seed=1), drawn(3, 2, seed=2), lr=0.1)
+    outer: Any = torch.optim.SGD(trained(compiled), lr=0.1)
+    outer.inner = inner
+    LoRAPlus(compiled, outer)
+    backward(compiled, drawn(3, 4, seed=3))
+    with refuses("choice_error", match="SGD hands its step on to SGD") as error:
+        outer.step()
+    assert error.value.next_step == "attach the rule to that SGD"
+
+
 def test_embeddings_and_biases() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)).double()
     variant = lorac.LoRA(r=2, targets=["0", "1"], lora_bias=True)
@@ -105,6 +160,7 @@ def test_a_step_that_raises_leaves_the_groups_in_place() -> None:
 
     with pytest.raises(ArithmeticError):
         optimizer.step(fails)
+    assert [(len(group["params"]), group["lr"]) for group in optimizer.param_groups] == [(2, 0.1)]
     backward(compiled, drawn(3, 4, seed=3))
     before = own_a.detach().clone()
     optimizer.step()

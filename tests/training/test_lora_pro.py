@@ -122,7 +122,7 @@ def test_the_state_is_of_the_weights_size_in_the_full_form_alone() -> None:
         LoRAPro(compiled, optimizer, full=full)
         backward(compiled, drawn(M, N, seed=3))
         optimizer.step()
-        kept = [value for own in optimizer.state_dict()["lora_pro"]["moments"] for value in own.values()]
+        kept = [value for own in optimizer.state_dict()["lora_pro"][0]["moments"] for value in own.values()]
         assert sum(value.numel() for value in kept if isinstance(value, Tensor)) == expected
 
 

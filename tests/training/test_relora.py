@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,10 @@ from torch import Tensor
 
 import lorac
 from lorac.testing.eager_checks import assert_close
-from lorac.training import ReLoRA
+from lorac.training import ReLoRA, restart_schedule
 from tests.limits import rank_of
 from tests.training.loops import trained
-from tests.training.rules import drawn, linear
+from tests.training.rules import drawn, linear, tensor
 
 R, EVERY = 2, 3
 
@@ -88,6 +89,79 @@ def test_the_smallest_moments_become_nothing() -> None:
         and not moment.flatten().abs().sort().values[:7].any()
     )
     assert optimizer.state[compiled.adapters["a"].tensors["site"]["lora_A"]]["step"] == 3
+
+
+def released_pruning(moment: Tensor, ratio: float) -> Tensor:
+    """The released ``magnitude_pruning_``."""
+    sizes = moment.abs()
+    return moment * (sizes > torch.quantile(sizes.flatten().to(torch.float32), ratio).to(moment.dtype))
+
+
+@pytest.mark.parametrize("prune", [0.99, 0.9, 0.5, 0.29, 1.0])
+def test_pruning_is_the_released_codes(prune: float) -> None:
+    """Also of sizes on which the quantile falls exactly: 101 values at 0.29 and 0.99."""
+    compiled = compiled_with(takers()["lora"])
+    optimizer = torch.optim.AdamW(trained(compiled), lr=0.05)
+    rule = ReLoRA(compiled, optimizer, into="sum", every=100, prune=prune)
+    for size in (14, 101, 1000):
+        factor, moment = torch.nn.Parameter(torch.zeros(size)), drawn(size, seed=size).float()
+        optimizer.state[factor] = {"exp_avg": moment.clone(), "step": torch.tensor(3.0)}
+        rule._prune(factor)
+        assert torch.equal(optimizer.state[factor]["exp_avg"], released_pruning(moment, prune))
+
+
+def released_factor(step: int, steps: int, every: int, first: int, again: int, least: float) -> float:
+    """The released ``_get_cosine_schedule_with_multiple_warmups_lambda`` without ``adjust_step``."""
+    if step < first:
+        return float(step) / float(max(1, first))
+    restart_step, restart_number = step % every, step // every
+    if restart_step < again and step >= every:
+        end = float(restart_number * every + again - first) / float(max(1, steps - first))
+        peak = least + (1.0 - least) * (0.5 * (1.0 + math.cos(math.pi * end)))
+        return float(restart_step) / float(max(1, again)) * peak
+    progress = float(step - first) / float(max(1, steps - first))
+    return least + (1.0 - least) * (0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+@pytest.mark.parametrize(("warmup", "again", "least"), [(0, 2, 0.1), (4, 3, 0.05), (5, 0, 1.0)])
+def test_the_schedule_is_the_released_codes(warmup: int, again: int, least: float) -> None:
+    factor = restart_schedule(30, 6, warmup=warmup, restart_warmup=again, least=least)
+    released = [released_factor(step, 30, 6, warmup, again, least) for step in range(30)]
+    assert_close(tensor([factor(step) for step in range(30)]), tensor(released))
+    with pytest.raises(lorac.ChoiceError, match="does not take restart_warmup=7"):
+        restart_schedule(30, 6, restart_warmup=7)
+
+
+def test_twenty_steps_are_the_released_codes_with_a_restart_at_the_same_steps() -> None:
+    """W takes s·B·A, A is drawn anew, B becomes 0, moments are pruned, and the rate warms up again."""
+    compiled = compiled_with(lorac.Full(targets=("site",)))
+    optimizer = torch.optim.AdamW(trained(compiled), lr=0.05)
+    rule = ReLoRA(compiled, optimizer, into="sum", every=5, prune=0.9)
+    settings: Any = {"warmup": 2, "restart_warmup": 2}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, restart_schedule(20, 5, **settings))
+    own = compiled.adapters["a"].tensors["site"]
+    weight = compiled.host.site.weight.detach().clone()
+    a, b = (own[name].detach().clone().requires_grad_() for name in ("lora_A", "lora_B"))
+    theirs = torch.optim.AdamW([a, b], lr=0.05)
+    other = torch.optim.lr_scheduler.LambdaLR(theirs, lambda now: released_factor(now, 20, 5, 2, 2, 0.1))
+    for number in range(20):
+        step(compiled, optimizer, number)
+        theirs.zero_grad()
+        x, y = drawn(8, 7, seed=number), drawn(8, 6, seed=number + 50)
+        (x @ (weight + 2.0 * b @ a).t() - y).square().mean().backward()
+        theirs.step()
+        if number % 5 == 4:
+            with torch.no_grad():
+                weight += 2.0 * b @ a
+                a.copy_(own["lora_A"])
+                b.zero_()
+            for moment in (theirs.state[factor][name] for factor in (a, b) for name in ("exp_avg", "exp_avg_sq")):
+                moment.copy_(released_pruning(moment, 0.9))
+        schedule.step()
+        other.step()
+        assert_close(own["lora_A"].detach(), a.detach())
+    assert rule.restarts == 4
+    assert_close(compiled.adapters["sum"].tensors["site"]["weight"].detach(), weight)
 
 
 def test_what_it_does_not_apply_to() -> None:

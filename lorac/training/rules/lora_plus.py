@@ -5,6 +5,7 @@ Hayou, Ghosh, Yu 2024, arXiv 2402.12354.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,17 +13,21 @@ import torch
 from lorac.ir.sites import SiteKind
 from lorac.training.rule import Rule
 from lorac.training.rules.pairs import ABOVE_0, FROM_0, check_settings
+from lorac.training.step_view import Group, GroupView, view_optimizer
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
+_PLAIN, _FASTER, _EMBEDDED = "plain", "faster", "embedded"
 
 
 class LoRAPlus(Rule):
     """B and its biases learn at ``ratio`` times the rate of their group, everything else at the group's rate.
 
-    Outside a step the optimizer's groups are unchanged, so schedulers and state dicts do not see the second rate.
+    The optimizer's groups keep their tensors and rates, so schedulers and state dicts do not see the second rate. An
+    optimizer that writes into its groups at a step, such as a schedule-free one, does so for each rate; the rule's
+    state holds what is not of the group's own rate.
 
     Args:
         compiled: as ``Rule``'s.
@@ -37,6 +42,7 @@ class LoRAPlus(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA, DoRA)
     governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    saved: ClassVar[str] = "lora_plus"
 
     def __init__(
         self, compiled: Any, optimizer: Any, *, ratio: float = 16.0, embedding_lr: float | None = None
@@ -47,42 +53,34 @@ class LoRAPlus(Rule):
         if embedding_lr is not None:
             check_settings(name, embedding_lr=(embedding_lr, FROM_0))
         self.ratio, self.embedding_lr = ratio, embedding_lr
-        self._whole: list[dict[str, Any]] = []
-        self._faster: set[int] = set()
-        self._embedded: set[int] = set()
+        self._roles: dict[int, str] = {}
+        self._written: dict[str, Group] = {}
         for term in self.terms:
             embedding = self.compiled.sites[term.site].kind is SiteKind.EMBEDDING
             faster = () if embedding else ("lora_B", "lora_bias")
-            self._faster |= {id(tensor) for key, tensor in term.tensors.items() if key in faster}
-            self._embedded |= {id(tensor) for tensor in term.tensors.values() if embedding}
+            self._roles |= {id(tensor): _FASTER for key, tensor in term.tensors.items() if key in faster}
+            self._roles |= {
+                id(tensor): _EMBEDDED for tensor in term.tensors.values() if embedding and embedding_lr is not None
+            }
         self.attach()
 
-    def before(self) -> None:
+    def view(self, optimizer: Any) -> Any:
         """Split every group by its tensors' rates."""
-        self._put_back()  # where the step before this one raised
-        self._whole = list(self.optimizer.param_groups)
-        parted = []
-        for group in self._whole:
-            rates: dict[Any, list[Tensor]] = {}
-            for tensor in group["params"]:
-                rates.setdefault(self._rate(tensor, group["lr"]), []).append(tensor)
-            parted += [{**group, "params": tensors, "lr": rate} for rate, tensors in rates.items()]
-        self.optimizer.param_groups[:] = parted
+        parts = [part for index, group in enumerate(optimizer.param_groups) for part in self._split(index, group)]
+        return view_optimizer(optimizer, param_groups=parts)
 
-    def after(self) -> None:
-        """Restore the groups."""
-        self._put_back()
+    def state(self) -> dict[str, Any]:
+        return {"written": {key: dict(entries) for key, entries in self._written.items()}}
 
-    def remove(self) -> None:
-        super().remove()
-        self._put_back()
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._written = {key: dict(entries) for key, entries in state["written"].items()}
 
-    def _rate(self, tensor: Tensor, rate: Any) -> Any:
-        if id(tensor) in self._embedded and self.embedding_lr is not None:
-            return self.embedding_lr
-        return rate * self.ratio if id(tensor) in self._faster else rate
-
-    def _put_back(self) -> None:
-        if self._whole:
-            self.optimizer.param_groups[:] = self._whole
-            self._whole = []
+    def _split(self, index: int, group: Group) -> Iterator[Group]:
+        """Yield the parts of a group by the role of their tensors, each with its rate and its own written entries."""
+        tensors: dict[str, list[Tensor]] = {}
+        for tensor in group["params"]:
+            tensors.setdefault(self._roles.get(id(tensor), _PLAIN), []).append(tensor)
+        rates = {_PLAIN: group["lr"], _FASTER: group["lr"] * self.ratio, _EMBEDDED: self.embedding_lr}
+        for role, own in tensors.items():
+            store = group if role == _PLAIN else self._written.setdefault(f"{index} {role}", {})
+            yield GroupView({**group, **store, "params": own, "lr": rates[role]}, store)

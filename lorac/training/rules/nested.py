@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ from torch import nn
 
 from lorac.errors import ChoiceError
 from lorac.training.rule import Rule
+from lorac.training.step_view import GroupView, view_optimizer
 from lorac.variants.base import Variant
 from lorac.variants.dylora import DyLoRA
 
@@ -105,30 +108,30 @@ class NestedRanks(Rule):
         self._factors = [_Factor(tensor, dim) for tensor, dim in pairs if tensor.requires_grad]
         self._states = [self._begun(factor) for factor in self._factors]
         self._stepping: list[tuple[int, int, nn.Parameter]] = []
-        self._groups: list[list[Tensor]] = []
+        self._seen_states: dict[Tensor, State] = {}
         self.attach(*self._hooks())
 
-    def before(self) -> None:
-        """Give the optimizer the components that move in place of the tensors they are parts of."""
+    def view(self, optimizer: Any) -> Any:
+        """Give the step the components that move in place of the tensors they are parts of."""
+        self._stepping = []
         if not self.exact_skip:
-            return
-        self._put_back()  # where the step before this one raised
+            return optimizer
         indices = {id(factor.tensor): index for index, factor in enumerate(self._factors)}
-        for group in self.optimizer.param_groups:
-            whole = group["params"]
-            self._groups.append(whole)
-            group["params"] = [
-                part
-                for tensor in whole
-                for part in (self._parts(indices[id(tensor)]) if id(tensor) in indices else (tensor,))
-            ]
+        self._seen_states = defaultdict(dict, optimizer.state)
+        groups = []
+        for group in optimizer.param_groups:
+            parts = (self._parts(indices[id(t)]) if id(t) in indices else (t,) for t in group["params"])
+            groups.append(GroupView({**group, "params": list(itertools.chain.from_iterable(parts))}, group))
+        return view_optimizer(optimizer, param_groups=groups, state=self._seen_states)
 
     def after(self) -> None:
-        """Take the components back, and draw the next rank."""
+        """Take the components and the states that the step made, and draw the next rank."""
         for index, component, part in self._stepping:
             factor = self._factors[index]
             factor.component(component, factor.tensor).copy_(part)
-        self._put_back()
+            self._states[index][component] = self._seen_states.pop(part)
+        held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
+        self.optimizer.state.update({t: state for t, state in self._seen_states.items() if id(t) in held})
         self.rank = self._draw()
 
     def remove(self) -> None:
@@ -159,16 +162,9 @@ class NestedRanks(Rule):
         for component in self._moving(factor):
             part = nn.Parameter(factor.share(component, factor.tensor.detach()))
             part.grad = factor.share(component, factor.tensor.grad)
-            self.optimizer.state[part] = self._states[index][component]
+            self._seen_states[part] = self._states[index][component]
             self._stepping.append((index, component, part))
             yield part
-
-    def _put_back(self) -> None:
-        for index, component, part in self._stepping:
-            self._states[index][component] = self.optimizer.state.pop(part)
-        for group, whole in zip(self.optimizer.param_groups, self._groups, strict=False):
-            group["params"] = whole
-        self._stepping, self._groups = [], []
 
     def _begun(self, factor: _Factor) -> list[State]:
         """Split the optimizer's state of a tensor by component."""

@@ -7,19 +7,21 @@ into a second adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from lorac.errors import AdapterNotFound, ChoiceError
 from lorac.training.rule import Rule, unwrap_ddp
-from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, check_settings, trained_pairs
+from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, SettingRange, check_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.full import Full
 from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
+_ROUNDING = 1e-9
+"""Keeps a quantile that falls on an entry from falling below it."""
 
 
 class ReLoRA(Rule):
@@ -30,14 +32,15 @@ class ReLoRA(Rule):
     a ``lorac.Full`` takes any number. A restart changes the model's outputs by rounding only. ``fold()`` at the end
     leaves the whole result in ``into``.
 
-    ``into`` itself does not train: its ``requires_grad`` is turned off.
+    ``into`` itself does not train: its ``requires_grad`` is turned off. After a restart the rate warms up again, by
+    ``restart_schedule``. The released code restarts one step later, after the step whose rate that schedule makes 0.
 
     Args:
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s, of any kind; it holds the factors of the adapter that trains.
         into: name of the adapter that the updates are folded into.
         every: steps between restarts.
-        prune: share of every moment that becomes 0 at a restart, smallest first; the paper's is 0.99.
+        prune: quantile of the sizes of a moment's entries up to which they become 0 at a restart; the paper's is 0.99.
         seed: of the new A's; the same in all processes that train together.
 
     Raises:
@@ -124,13 +127,13 @@ class ReLoRA(Rule):
             own["weight"].add_(pair.scale * (pair.b @ pair.a))
 
     def _prune(self, tensor: Tensor) -> None:
-        """Zero the smallest entries of every moment of a tensor."""
+        """Zero the entries of every moment of a tensor that are not above the quantile of their sizes."""
         moments = [value for value in self.optimizer.state.get(tensor, {}).values() if isinstance(value, Tensor)]
-        for moment in moments:
-            count = round(self.prune * moment.numel())
-            if moment.shape == tensor.shape and count:
-                smallest = moment.abs().flatten().topk(count, largest=False).indices
-                moment.view(-1).index_fill_(0, smallest, 0)
+        for moment in moments if self.prune else ():
+            if moment.shape == tensor.shape:
+                sizes = moment.abs().to(torch.promote_types(moment.dtype, torch.float32))
+                place = int(self.prune * (moment.numel() - 1) + _ROUNDING) + 1
+                moment.masked_fill_(sizes <= sizes.flatten().kthvalue(place).values, 0)
 
     def _room(self, target: Any) -> float:
         """How many restarts ``into`` takes."""
@@ -164,6 +167,48 @@ class ReLoRA(Rule):
                 f"a restart needs both adapters active at strength 1, and active is {active}",
                 next_step=f"swap to {dict.fromkeys(sorted(wanted), 1)}",
             )
+
+
+def restart_schedule(
+    steps: int, every: int, *, restart_warmup: int, warmup: int = 0, least: float = 0.1
+) -> Callable[[int], float]:
+    """Return the released code's schedule for ``torch.optim.lr_scheduler.LambdaLR``: step -> factor of the rate.
+
+    A cosine falls from 1 to ``least`` over all steps; it is approached linearly from 0 at first and after each restart.
+
+    Args:
+        steps: of the whole training.
+        every: steps between restarts.
+        restart_warmup: steps of the warm-up after a restart.
+        warmup: steps of the first warm-up.
+        least: factor at the end.
+
+    Raises:
+        ChoiceError: a setting is out of range, or a warm-up is longer than ``every``.
+    """
+    within = SettingRange(f"from 0 to every={every}", lambda value: 0 <= value <= every)
+    check_settings(
+        "restart_schedule",
+        steps=(steps, FROM_1),
+        every=(every, FROM_1),
+        restart_warmup=(restart_warmup, within),
+        warmup=(warmup, within),
+        least=(least, SHARE),
+    )
+
+    def fall(step: int) -> float:
+        progress = (step - warmup) / max(1, steps - warmup)
+        return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def factor(step: int) -> float:
+        since = step % every
+        if step < warmup:
+            return step / warmup
+        if step >= every and since < restart_warmup:
+            return since / restart_warmup * fall(step - since + restart_warmup)
+        return fall(step)
+
+    return factor
 
 
 def _find_target_adapter(compiled: Any, into: str) -> Any:
