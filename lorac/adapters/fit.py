@@ -277,8 +277,13 @@ def sort_by_site(tensors: Mapping[str, T], view: ModelView | None) -> dict[str, 
     """Return tensors by site path in the model's order; without a model, in natural order of the paths."""
     if view is None:
         return {path: tensors[path] for path in sorted(tensors, key=_natural_key)}
-    place = {path: index for index, path in enumerate(view.sites)}
-    return {p: tensors[p] for p in sorted(tensors, key=lambda p: (place.get(p, -1), _natural_key(p)))}
+    place = {path: index for index, path in enumerate(view.callable_paths)}
+
+    def find_place(path: str) -> int:
+        """Return the place of a module, or of the module that holds a parameter."""
+        return place.get(path, place.get(path.rpartition(".")[0], -1))
+
+    return {path: tensors[path] for path in sorted(tensors, key=lambda path: (find_place(path), _natural_key(path)))}
 
 
 def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:

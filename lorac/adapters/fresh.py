@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorac.adapters.fit import check_numbers
+from lorac.adapters.fit import check_numbers, sort_by_site
 from lorac.errors import AdapterError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
@@ -90,8 +90,13 @@ def select_target_sites(variant: Variant, view: ModelView) -> list[Site]:
     return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
 
 
-def make_trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
-    """Return a copy of an adapter: trainable tensors are parameters, in the dtype of factors (PEFT's rule)."""
+def make_trainable(adapter: Adapter, view: ModelView) -> Adapter:
+    """Return a copy of an adapter: trainable tensors are parameters, in the dtype of factors (PEFT's rule).
+
+    The copy's order depends on the model and the names alone: torch keeps an optimizer's state by position, and that of
+    a fresh adapter has to fit one that was read from a file.
+    """
+    sites = view.sites
     copies: dict[int, Tensor] = {}
 
     def copy_tensor(tensor: Tensor, dtype: torch.dtype, role: Role) -> Tensor:
@@ -102,12 +107,13 @@ def make_trainable(adapter: Adapter, sites: Mapping[str, Site]) -> Adapter:
         return copies[id(tensor)]
 
     copy = Adapter(adapter.name, adapter.variant, provenance=dict(adapter.provenance))
-    for path, tensors in adapter.tensors.items():
+    for path, tensors in sort_by_site(adapter.tensors, view).items():
         site = sites[path]
         specs = adapter.variant.at(site).specs(site)
         dtype = factor_dtype(site.dtype)
         copy.tensors[path] = {name: copy_tensor(tensors[name], dtype, spec.role) for name, spec in specs.items()}
-    for fqn, tensor in adapter.replaced.items():
+    for fqn in sorted(adapter.replaced, key=[*view.named_tensors()].index):
+        tensor = adapter.replaced[fqn]
         buffer = fqn in sites and sites[fqn].buffer
         copy.replaced[fqn] = copy_tensor(tensor, tensor.dtype, Role.BUFFER if buffer else Role.TRAINABLE)
     return copy

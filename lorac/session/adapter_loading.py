@@ -45,7 +45,7 @@ def make_adapter(session: Session, given: object, name: str | None) -> Adapter:
     if any(tensor.is_meta for tensor in adapter.parameters()):
         raise _missing_base_weights(adapter.name)
     _add_sites(session, adapter)
-    return make_trainable(adapter, session.sites)
+    return make_trainable(adapter, session.view)
 
 
 def restore_adapter(session: Session, name: str, record: OpenFile, forms: OpenFile | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from lorac.formats.native import describe_adapter
 from lorac.storage.strict_json import dump_json, parse_object
 from lorac.storage.tensor_file import hash_contents
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant
 
 _MARK = "~"
 """Marks keys of lorac's own. No digit follows it, as one does in an escape."""
@@ -37,6 +38,7 @@ class AdapterTensors(nn.Module):
         self.adapter = adapter
         self._first_keys: dict[int, str] = {}
         self._places: dict[str, list[tuple[str | None, str]]] = {}
+        self._warned: set[tuple[str, str]] = set()
         for path, tensors in adapter.tensors.items():
             for name, tensor in tensors.items():
                 self._register(f"{_escape(path)}/{_escape(name)}", tensor, (path, name))
@@ -53,6 +55,27 @@ class AdapterTensors(nn.Module):
     def repeated_keys(self) -> set[str]:
         """Return the keys of tensors that are registered under an earlier key already."""
         return {*self._parameters, *self._buffers} - {*self._places}
+
+    def warn_of_untrained(self, given: Collection[str]) -> None:
+        """Warn once of a tensor that learns from an extra output alone, if a model does not give that output.
+
+        Args:
+            given: names of the extra outputs that the model gives.
+        """
+        methods = [(self.adapter.variant.method_at(path), own) for path, own in self.adapter.tensors.items()]
+        wanted = {
+            (name, output)
+            for method, own in methods
+            for name, output in (method.learns_from.items() if isinstance(method, BranchVariant) else ())
+            if own[name].requires_grad and output not in given
+        }
+        for name, output in sorted(wanted - self._warned):
+            warn(
+                f"no loss of this model's outputs trains '{name}' of adapter '{self.adapter.name}', which learns from "
+                f"'{output}' alone",
+                next_step=f'compile with aux=["{output}"], and add a loss of it, such as `sampled_selection_loss`',
+            )
+        self._warned |= wanted
 
     def get_extra_state(self) -> torch.Tensor:
         """Return the record, sealed with the tensors as they are now."""

@@ -241,17 +241,19 @@ class CompiledModule(nn.Module, Compiled):
     def train(self, mode: bool = True) -> CompiledModule:
         """Switch to training or eval mode; in eval mode the slots hold the tensors as they were trained."""
         nn.Module.train(self, mode)
+        for module in self.adapter_tensors.values() if mode else ():
+            if isinstance(module, AdapterTensors) and module.adapter.name in dict(self.choice):
+                module.warn_of_untrained(self.session.options.aux)
         if not mode and self.mode == "live":
             self._refresh(self._state)
         return self
 
     def _on_adapters_changed(self) -> None:
-        """Register the tensors of the pool's adapters as parameters and buffers, and no others."""
+        """Register the tensors of the pool's adapters as parameters and buffers, by name, and no others."""
         modules = (module for module in self.adapter_tensors.values() if isinstance(module, AdapterTensors))
         known = {module.adapter: module for module in modules}
-        tensors = {
-            state_dict_key(n): known.get(adapter) or AdapterTensors(adapter) for n, adapter in self.adapters.items()
-        }
+        adapters = sorted(self.adapters.items())
+        tensors = {state_dict_key(name): known.get(adapter) or AdapterTensors(adapter) for name, adapter in adapters}
         self.adapter_tensors = nn.ModuleDict(tensors).train(self.training)
 
     def save_pretrained(self, folder: str | Path) -> None:

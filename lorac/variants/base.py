@@ -301,6 +301,8 @@ class BranchVariant(Variant):
 
     emits: ClassVar[tuple[str, ...]] = ()
     """Names of the extra outputs that the formula gives through ``ctx.emit``, each once."""
+    learns_from: ClassVar[Mapping[str, str]] = {}
+    """Tensor -> the extra output from which alone it gets gradients; no loss of the model's outputs trains it."""
     mixes_tokens: ClassVar[bool] = False
     """Whether a token's output depends on earlier tokens other than by ``Context.attend``. No cache stores what the
     formula computed for them, so generation runs without one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class ReMix(RoutedVariant):
     training a token's experts are drawn from q = softmax(P·x) without replacement, independently at each site; else
     they are the top_k largest. The branch emits ``"router"``, the logits P·x (…, experts), and ``"log_prob"`` (…), the
     log-probability of the choice in its order: log Π_j q_j/(1 − Σ_{i<j} q_i). A gradient reaches P only through these,
-    and does not go on to x. With top_k >= experts all experts act: it is a LoRA of rank experts·r without a router.
+    and does not go on to x; ``lorac.training.sampled_selection_loss`` is the loss that gives it. With top_k >= experts
+    all experts act: it is a LoRA of rank experts·r without a router.
 
     Attributes:
         r: rank of each expert.
@@ -57,6 +59,10 @@ class ReMix(RoutedVariant):
     @property
     def emits(self) -> tuple[str, ...]:  # type: ignore[override]  # it depends on top_k
         return ("router", "log_prob") if self.chooses else ()
+
+    @property
+    def learns_from(self) -> Mapping[str, str]:  # type: ignore[override]  # it depends on top_k
+        return {"router": "log_prob"} if self.chooses else {}
 
     @property
     def dropout_place(self) -> Dropout:  # type: ignore[override]  # it depends on top_k

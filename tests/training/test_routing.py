@@ -191,8 +191,10 @@ def test_tries_that_cannot_be() -> None:
         sampled_selection_loss(drawing(), {"x": x}, lambda y: y.mean((1, 2)), draws=1)
     with pytest.raises(lorac.ChoiceError, match="are not one for each of 4 rows"):
         sampled_selection_loss(drawing(), {"x": x}, lambda y: y.mean())
+    with pytest.warns(lorac.LoracWarning, match="no loss of this model's outputs trains 'router'"):
+        silent = drawing(aux=())
     with pytest.raises(lorac.Unavailable, match="the call gave no 'log_prob'"):
-        sampled_selection_loss(drawing(aux=()), {"x": x}, lambda y: y.mean((1, 2)))
+        sampled_selection_loss(silent, {"x": x}, lambda y: y.mean((1, 2)))
 
 
 def test_what_cannot_be_told() -> None:

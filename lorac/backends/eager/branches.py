@@ -146,8 +146,12 @@ class BranchRunner:
         stored = {name: read_stored_tensor(self.module, fqn) for name, fqn in names.items()}
         return {**call.values, **present_weights(stored, self.sites)}
 
+    def draw_seed(self, call: ForwardCall) -> None:
+        """Give a call that trains its seed, before the model runs, whose recomputed layers draw from torch, too."""
+        call.seed = self._seeds.draw() if self.module.training else None
+
     def _seed(self, call: ForwardCall) -> int:
-        """Return the seed of a call's randomness, which all its sites share."""
+        """Return the seed of a call's randomness, which all its sites share; outside of calls it is drawn here."""
         if call.seed is None:
-            call.seed = self._seeds.seed(call.fingerprint)
-        return call.seed
+            call.seed = self._seeds.draw()
+        return self._seeds.at_site(call.seed)

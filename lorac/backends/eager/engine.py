@@ -26,7 +26,7 @@ from lorac.backends.eager.forward_call import (
     slots_from_snapshot,
 )
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffers
-from lorac.backends.eager.random_seeds import hash_call, is_in_backward
+from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.shadow import shadow
 from lorac.errors import SiteError
 from lorac.frontend.base_weights import read_stored_tensor
@@ -198,7 +198,7 @@ class EagerEngine(Engine[ActiveSlots]):
         module, scope = self.components[graph], get_component_prefix(self.module, graph)
         arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         call.attention = choose_attention((*arguments.values(), *kwargs.values()))
-        call.fingerprint = hash_call((*args, *kwargs.values())) if self.module.training else 0
+        self._branches.draw_seed(call)
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
 

@@ -76,8 +76,7 @@ class ForwardCall:
         active: the filled slots.
         computes_terms: whether terms are computed from the adapters' tensors; decided at the call's start, since a
             reentrant checkpoint turns gradients off within it.
-        seed: of the call's randomness, once a branch draws, and the same when a checkpoint recomputes the call.
-        fingerprint: tells the call's arguments and random state from those of other calls.
+        seed: of the randomness of the call's branches, if it trains.
         values: program values read so far.
         aux: extra outputs so far.
         attention: of the call's branches.
@@ -87,7 +86,6 @@ class ForwardCall:
     active: ActiveSlots
     computes_terms: bool = False
     seed: int | None = None
-    fingerprint: int = 0
     values: dict[str, Tensor] = field(default_factory=dict)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     attention: BranchAttention = field(default_factory=FullAttention)
