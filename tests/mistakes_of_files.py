@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import diffusers
 import huggingface_hub
+import torch
 import transformers
+from safetensors.torch import save_file
 
 import lorac
 from tests.mistakes import Mistake, World, lora
@@ -11,6 +14,13 @@ from tests.mistakes import Mistake, World, lora
 
 def _fresh_at(w: World, name: str) -> str:
     return w.path(f"new_{name}")
+
+
+def _image_lora(w: World) -> str:
+    layer, path = "lora_unet_down_blocks_0_attentions_0_proj_in", w.path("style.safetensors")
+    pair = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2)}
+    save_file({f"{layer}.{name}": tensor for name, tensor in pair.items()}, path)
+    return path
 
 
 FILES = [
@@ -49,6 +59,11 @@ FILES = [
         "loading by a name on the hub",
         lambda w: lorac.load_adapter("someone/some-lora"),
         lambda w, said: huggingface_hub.snapshot_download,
+    ),
+    Mistake(
+        "an image model's adapter as kohya's scripts write it",
+        lambda w: lorac.load_adapter(_image_lora(w)),
+        lambda w, said: (diffusers.StableDiffusionPipeline.load_lora_weights, lorac.compile({"unet": w.model})),
     ),
     Mistake("a path that no file can have", lambda w: lorac.load("a\0b")),
     Mistake(

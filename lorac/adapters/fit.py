@@ -293,10 +293,12 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
     except AttributeError:
         others = [site for site in view.sites if _NUMBER.sub("*", site) == _NUMBER.sub("*", path)]
         fewer = f", which has only {len(others)} of its kind" if others else ""
+        owner = next((name for name in view.components if f"{name}.{path}" in view.sites), None)
+        step = "load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one"
         return SiteError(
             f"adapter '{adapter}' has tensors for '{path}', which is not a module of the model{fewer}",
             nearest=nearest_name(path, others or view.sites),
-            next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
+            next_step=step if owner is None else f"give it as the adapter of one component: {{'{owner}': path}}",
             code="site_not_found",
         )
     return SiteError(

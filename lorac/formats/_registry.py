@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, nearest_name, warn
-from lorac.formats._files import read_metadata
+from lorac.formats._files import peek_names, read_metadata
 from lorac.formats._format import Format
 from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
@@ -28,6 +29,11 @@ from lorac.variants.adapter import Adapter
 Model = nn.Module | Mapping[str, nn.Module] | ModelView
 GROUP = "lorac.formats"
 """The package of lorac's own formats, and the entry-point group of others."""
+_OF_IMAGE_MODELS = {
+    "kohya's sd-scripts": re.compile(r"(lora|lycoris|oft)_(unet|te\d?|transformer)_"),
+    "diffusers": re.compile(r"(unet|transformer|text_encoder(_\d)?)\..*(lora|processor)"),
+}
+"""Who writes files that diffusers reads -> how the names of their tensors begin."""
 
 
 @functools.cache
@@ -145,6 +151,15 @@ def _find_format(path: Path) -> Format:
         return matching[0]
     if path.is_file() and path.suffix == ".safetensors":
         read_metadata(path)  # the error of a damaged file says more
+    names = {name for file in ([path] if path.is_file() else path.glob("*.safetensors")) for name in peek_names(file)}
+    origin = next((who for who, pattern in _OF_IMAGE_MODELS.items() if any(map(pattern.match, names))), None)
+    if origin is not None:
+        raise FormatError(
+            f"'{path}' is an adapter of an image model as {origin} writes it, which lorac does not read",
+            next_step="load it with diffusers, pipeline.load_lora_weights(path), and compile the pipeline's models: "
+            "lorac.compile({'unet': pipeline.unet}) takes the adapter from them",
+            code="unknown_format",
+        )
     raise FormatError(
         f"'{path}' is an adapter of no known format; looked for "
         + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),

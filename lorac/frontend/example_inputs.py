@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -68,9 +69,10 @@ def _example_code(model: nn.Module, names: Collection[str]) -> str:
         values = ", ".join(f"{kind}=[..., ...]" for kind in kinds)
         processor = f"transformers.AutoProcessor.from_pretrained({path!r})"
         return f"pass example_inputs=dict({processor}({values}, return_tensors='pt', padding=True))"
-    parameters = inspect.signature(model.forward).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD] or names
-    values = ", ".join(f"{name!r}: torch.randn(2, ...)" for name in needed)
+    parameters = inspect.signature(model.forward).parameters
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD] or names
+    numbers = [n for n in needed if re.search(r"\b(int|float)\b", str(parameters[n].annotation))]
+    values = ", ".join(f"{n!r}: torch.tensor(1.0)" if n in numbers else f"{n!r}: torch.randn(2, ...)" for n in needed)
     return f"pass example_inputs={{{values}}}, with the shapes that the model takes"
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from lorac.adapters.adapter_sites import add_adapted_modules, add_named_modules, make_once_sites
+from lorac.adapters.component_adapters import join_components
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import add_replaced_parameters, make_fresh_adapter, make_trainable
 from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError, BaseNeeded, UnknownMethod
 from lorac.formats import load_adapter
 from lorac.formats.native import load_record
+from lorac.frontend.components import check_component, get_graph_scope
 from lorac.ir.slots.plans import PreparedAdapter
 from lorac.session.request.sources import AdapterSource, check_argument_order, read_source
 from lorac.session.session import SHAPES_ONLY, Session
@@ -26,7 +29,7 @@ def make_adapter(session: Session, given: object, name: str | None) -> Adapter:
 
     Args:
         session: gets the sites that the adapter touches.
-        given: a path, an Adapter, a fresh Variant, or a configuration of PEFT's.
+        given: a path, an Adapter, a fresh Variant, a configuration of PEFT's, or component -> a path or Adapter.
         name: the adapter's name; None: its own.
 
     Raises:
@@ -85,13 +88,25 @@ def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
     view = session.view
     if isinstance(source, str | Path):
         return load_adapter(source, view, name)  # the format checks it against the model
-    if isinstance(source, Variant):
+    if isinstance(source, Mapping):
+        adapter = _read_components(session, source, name)
+    elif isinstance(source, Variant):
         variant = source.for_model(view, session.examples.get("example_inputs"))
         adapter = make_fresh_adapter(variant, name or source.name, add_named_modules(variant, view), session.base)
     else:
         adapter = dataclasses.replace(source, name=name or source.name)
     check_adapter(adapter, view)
     return adapter
+
+
+def _read_components(session: Session, sources: Mapping[str, str | Path | Adapter], name: str | None) -> Adapter:
+    """Read an adapter for each of several components, and return them as one."""
+    parts, module = {}, session.view.module
+    for component, source in sources.items():
+        prefix = get_graph_scope(check_component(component, session.traits)).removesuffix(".")
+        part = source if isinstance(source, Adapter) else load_adapter(source, module.get_submodule(prefix), name)
+        parts[component] = part
+    return join_components(parts, name or next(iter(parts.values())).name)
 
 
 def _add_sites(session: Session, adapter: Adapter) -> None:

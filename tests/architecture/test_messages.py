@@ -77,6 +77,7 @@ CALLED = {
     "can_generate": "models of transformers",
     "copy": importlib.import_module("copy"),
     "model": torch.nn.Module,
+    "pipeline": importlib.import_module("diffusers").StableDiffusionPipeline,
     "numpy": importlib.import_module("numpy"),
     "save_pretrained": "peft's",
     "step": torch.optim.Optimizer.step,

@@ -82,17 +82,68 @@ def test_modules_that_peft_trains_whole_come_along() -> None:
     assert_parity(compiled(**inputs), model(**inputs), MLP.model()(**inputs))
 
 
+def weaken(model: Any) -> Any:
+    """A model in eval mode, whose LoRA changes its outputs by a part of them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "injected"])
+def test_components_bring_their_adapters(kind: str) -> None:
+    """Adapters of one name in several components, as a pipeline's LoRA has them, become one."""
+    config = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
+    models = [MLP.fresh(), MLP.fresh()]
+    make: Any = get_peft_model if kind == "wrapped" else lambda model, config: inject_adapter_in_model(config, model)
+    one, two = (weaken(make(model, config)) for model in models)
+    before = fingerprint(one)
+    compiled = lorac.compile({"one": one, "two": two, "plain": MLP.model()})
+    assert fingerprint(one) == before
+    assert compiled.active == {"default": 1.0}
+    assert {site.partition(".")[0] for site in compiled.adapters["default"].sites} == {"one", "two"}
+    inputs = MLP.inputs(seed=1)
+    for name, model in (("one", one), ("two", two)):
+        assert_parity(compiled[name](**inputs), model(**inputs), MLP.model()(**inputs))
+    assert compiled.export("eager").active == {"default": 1.0}
+    compiled.swap(None)
+    assert torch.equal(compiled["one"](**inputs), MLP.model()(**inputs))
+
+
+def test_an_adapter_is_given_for_each_of_several_components(tmp_path: Path) -> None:
+    config = [LoraConfig(r=r, target_modules=["up"], init_lora_weights=False) for r in (2, 3)]
+    models = [weaken(get_peft_model(MLP.fresh(), each)) for each in config]
+    for name, model in zip(("one", "two"), models, strict=True):
+        model.save_pretrained(tmp_path / name)
+    hosts, inputs = {"one": MLP.fresh(), "two": MLP.fresh()}, MLP.inputs(seed=1)
+    compiled = lorac.compile(hosts, {"a": {name: tmp_path / name for name in hosts}})
+    for name, model in zip(("one", "two"), models, strict=True):
+        assert_parity(compiled[name](**inputs), model(**inputs), MLP.model()(**inputs))
+    compiled.add_adapter({"two": tmp_path / "two"}, "late")
+    assert compiled.adapters["late"].sites == ("two.up",)
+    with refuses("site_not_found", match=r"give it as the adapter of one component: \{'one': path\}"):
+        compiled.add_adapter(tmp_path / "one", "x")
+    with refuses("choice_error", match="'three' is not the name of a component"):
+        compiled.add_adapter({"three": tmp_path / "one"}, "x")
+    with refuses("adapter_error", match="a fresh method is given once, for all of them"):
+        compiled.add_adapter({"one": lorac.LoRA(r=2)}, "x")
+
+
 def test_what_of_peft_is_no_base_is_refused() -> None:
     merged = wrapped()
     merged.merge_adapter()
     injected = inject_adapter_in_model(LoraConfig(r=2, target_modules=["up"]), MLP.fresh())
+    del injected.peft_config
+    scaled = inject_adapter_in_model(LoraConfig(r=2, target_modules=["up"]), MLP.fresh())
+    scaled.up.set_scale("default", 0.5)
     prompted: Any = get_peft_model(
         ZOO["tiny_llama"].fresh(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     )
     for model, error, said in (
         (merged, lorac.CompileError, r"merged into the base's weight at '.*up'\n.*model.unmerge_adapter\(\)"),
         (injected, lorac.CompileError, r"PEFT's layers in it, at 'up' first(.|\n)*lorac.compile\(base, \[folder\]\)"),
-        ({"one": wrapped()}, lorac.CompileError, r"PEFT's layers in it(.|\n)*save_pretrained"),
+        (scaled, lorac.CompileError, "'default' has a strength other than 1 at 'up'"),
         (prompted, lorac.FormatError, "of peft_type PROMPT_TUNING"),
     ):
         with pytest.raises(error, match=said):

@@ -1,4 +1,4 @@
-"""PEFT's objects in memory: a configuration as a fresh variant, a wrapped model as its base and its adapters.
+"""PEFT's objects in memory: a configuration as a fresh variant, a model with its layers as a base and adapters.
 
 Both go through files, in a temporary folder, so that what is refused of a file is refused of an object in the same
 words. PEFT is only used where the caller has imported it.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
 from lorac.errors import CompileError, short
@@ -24,8 +25,9 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats._registry import load_adapter
 from lorac.formats.peft.config import peft_type_of, read_config, variant_of
 from lorac.formats.peft.fields import COMMON
+from lorac.formats.peft.keys import PREFIX
 from lorac.formats.peft.peft_type import AnyPeftType
-from lorac.formats.peft.writer import CONFIG
+from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
@@ -90,7 +92,7 @@ def _refuse_training_fields(raw: JsonObject, peft_type: AnyPeftType, path: Path)
 # ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class UnwrappedModel:
-    """The parts of a wrapped model.
+    """The parts of a model with PEFT's layers.
 
     Attributes:
         base: the model without PEFT's layers: a copy over the same weights.
@@ -104,32 +106,79 @@ class UnwrappedModel:
 
 
 def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
-    """Return the parts of a ``PeftModel``, which is not changed; None for a model that PEFT has not touched.
+    """Return the parts of a model with PEFT's layers, which is not changed; None for one that PEFT has not touched.
+
+    The layers are those of a ``PeftModel``, or those that diffusers and transformers put into a model of theirs.
 
     Raises:
-        CompileError: PEFT's layers are in a model that is not a ``PeftModel``, or adapters are merged into the base.
+        CompileError: the layers' configurations are not known, or adapters are merged or scaled.
         FormatError: an adapter is of a type, or set in a way, that lorac does not read.
     """
-    if not isinstance(model, _find_class("peft.peft_model", "PeftModel")):
-        refuse_peft_layers(model)
+    is_wrapped = isinstance(model, _find_class("peft.peft_model", "PeftModel"))
+    if not is_wrapped and next(_iterate_peft_layers(model), None) is None:
         return None
+    if not hasattr(model, "peft_config"):
+        _refuse_peft_layers(model)
     wrapped: PeftObject = model
     for name, config in wrapped.peft_config.items():
         peft_type_of({"peft_type": str(config.peft_type.value)}, Path(name))
     _refuse_merged(wrapped)
-    base: nn.Module = copy_structure(wrapped).unload()
-    refuse_peft_layers(base)
+    base: nn.Module = copy_structure(wrapped).unload() if is_wrapped else _remove_layers(copy_structure(wrapped))
+    _refuse_peft_layers(base)
     _BASES.setdefault(wrapped, []).append(base)
     with tempfile.TemporaryDirectory(prefix="lorac-") as root:
-        # By default PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
-        wrapped.save_pretrained(root, save_embedding_layers=False)
+        if is_wrapped:
+            # By default PEFT asks the hub whether embeddings have grown; here they are in the base, as they are.
+            wrapped.save_pretrained(root, save_embedding_layers=False)
+        else:
+            _save_injected(wrapped, Path(root))
         folders = {name: Path(root) / ("" if name == _DEFAULT else name) for name in wrapped.peft_config}
         for folder in folders.values():
             _remove_start(folder)
         view = ModelView.of(base)
         adapters = tuple(load_adapter(folder, view, name) for name, folder in folders.items())
+    return UnwrappedModel(base, adapters, _active_names(wrapped) if is_wrapped else _injected_names(wrapped))
+
+
+def _active_names(wrapped: PeftObject) -> tuple[str, ...]:
     active = wrapped.active_adapters
-    return UnwrappedModel(base, adapters, tuple(active() if callable(active) else active))
+    return tuple(active() if callable(active) else active)
+
+
+def _injected_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the active adapters of a model into which layers were put; each acts at the strength of its training.
+
+    Raises:
+        CompileError: an adapter has another strength.
+    """
+    names: set[str] = set()
+    for path, layer in _iterate_peft_layers(model):
+        names |= set() if layer.disable_adapters else set(layer.active_adapters)
+        for name, scaling in getattr(layer, "scaling", {}).items():
+            rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
+            if scaling != layer.lora_alpha[name] / rank:
+                raise CompileError(
+                    f"adapter '{name}' has a strength other than 1 at '{path}'",
+                    next_step=f"set it to 1 first, pipeline.set_adapters('{name}'); lorac's is set by swap()",
+                )
+    return tuple(sorted(names))
+
+
+def _remove_layers(model: nn.Module) -> nn.Module:
+    """Put the layers that PEFT's layers wrap back into their places."""
+    for path, layer in list(_iterate_peft_layers(model)):
+        model.set_submodule(path, layer.get_base_layer())
+    return model
+
+
+def _save_injected(model: PeftObject, root: Path) -> None:
+    """Write the adapters of a model that is no ``PeftModel`` as one writes its own."""
+    for name, config in model.peft_config.items():
+        folder = root / ("" if name == _DEFAULT else name)
+        config.save_pretrained(str(folder))
+        read: PeftObject = sys.modules["peft"].get_peft_model_state_dict
+        tensors = read(model, adapter_name=name, save_embedding_layers=False)
+        save_file({f"{PREFIX}{key}": tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
 
 
 def _remove_start(folder: Path) -> None:
@@ -146,7 +195,7 @@ def _iterate_peft_layers(model: nn.Module) -> Iterator[tuple[str, PeftObject]]:
     return ((path, module) for path, module in model.named_modules() if isinstance(module, layer))
 
 
-def refuse_peft_layers(model: nn.Module) -> None:
+def _refuse_peft_layers(model: nn.Module) -> None:
     """Refuse a model with layers of PEFT's, which lorac cannot adapt.
 
     Raises:
@@ -155,9 +204,8 @@ def refuse_peft_layers(model: nn.Module) -> None:
     path = next((path for path, _ in _iterate_peft_layers(model)), None)
     if path is not None:
         raise CompileError(
-            f"the model has PEFT's layers in it, at '{path}' first, so that it is no longer a base",
-            next_step="save the adapters, model.save_pretrained(folder), and give the model as it is loaded without "
-            "them: lorac.compile(base, [folder])",
+            f"the model has PEFT's layers in it, at '{path}' first, and no peft_config that describes them",
+            next_step="give the PeftModel, or the model without the layers: lorac.compile(base, [folder])",
         )
 
 

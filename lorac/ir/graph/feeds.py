@@ -71,7 +71,8 @@ def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor
         ) from error
     if dtype is None or tensor.dtype == dtype:
         return tensor.contiguous()
-    if tensor.is_floating_point() != dtype.is_floating_point:
+    is_number = tensor.ndim == 0 and tensor.dtype is not torch.bool  # such as a timestep, whole or not
+    if tensor.is_floating_point() != dtype.is_floating_point and not (is_number and dtype.is_floating_point):
         raise ChoiceError(
             f"input '{name}' is {tensor.dtype}; the program takes {dtype}",
             next_step=f"give it as {dtype}, which the model takes",

@@ -12,14 +12,14 @@ from torch import nn
 
 from lorac.argument_types import describe_value
 from lorac.errors import AdapterError, ChoiceError, CompileError, short
-from lorac.formats.peft.objects import is_peft_config, refuse_peft_layers, unwrap_model, variant_from_config
+from lorac.formats.peft.objects import is_peft_config, unwrap_model, variant_from_config
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
-AdapterSource = str | Path | Adapter | Variant
-"""A source of an adapter, as ``read_source`` returns it."""
+AdapterSource = str | Path | Adapter | Variant | Mapping[str, str | Path | Adapter]
+"""A source of an adapter, as ``read_source`` returns it: one, or component -> a source, for several models."""
 NamedSource = tuple[str | None, AdapterSource]
 _ACCEPTED_SOURCES = "give a path, a method such as lorac.LoRA(r=8), a configuration of PEFT's, or a lorac.Adapter"
 _TENSORS_ADVICE = "give the folder that PEFT saved it in, or lorac.Adapter(name, method, {site: {parameter: tensor}})"
@@ -31,8 +31,8 @@ class ModelSource:
 
     Attributes:
         model: one model, or several by name.
-        adapters: the adapters of a PeftModel.
-        active: the choice that is active in the PeftModel; else ``"auto"``.
+        adapters: the adapters of a model with PEFT's layers.
+        active: the choice that is active in it; else ``"auto"``.
     """
 
     model: nn.Module | Mapping[str, nn.Module]
@@ -41,25 +41,44 @@ class ModelSource:
 
 
 def read_model(given: object) -> ModelSource:
-    """Return the model to compile; a ``PeftModel`` becomes its base and its adapters.
+    """Return the model to compile; one with PEFT's layers becomes its base and its adapters.
 
     Raises:
-        CompileError: it is not a model, is compiled already, or has PEFT's layers outside a PeftModel.
+        CompileError: it is not a model, is compiled already, or has PEFT's layers that nothing describes.
     """
-    if not isinstance(given, Mapping):
-        return _read_single(_require_module(given, "the model"))
-    models = {name: _require_module(model, f"model '{name}'") for name, model in given.items()}
-    for model in models.values():
-        refuse_peft_layers(model)
-    return ModelSource(models)
-
-
-def _read_single(model: nn.Module) -> ModelSource:
+    if isinstance(given, Mapping):
+        return _read_several({name: _require_module(model, f"model '{name}'") for name, model in given.items()})
+    model = _require_module(given, "the model")
     unwrapped = unwrap_model(model)
     if unwrapped is None:
         return ModelSource(model)
     adapters = tuple((adapter.name, adapter) for adapter in unwrapped.adapters)
     return ModelSource(unwrapped.base, adapters, dict.fromkeys(unwrapped.active, 1.0) or None)
+
+
+def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
+    """Return models by name; adapters of one name in several of them become one adapter.
+
+    Raises:
+        CompileError: an adapter is active in one model and not in another.
+    """
+    found = {name: unwrapped for name, model in models.items() if (unwrapped := unwrap_model(model)) is not None}
+    if not found:
+        return ModelSource(models)
+    adapters: dict[str, dict[str, Adapter]] = {}
+    for component, unwrapped in found.items():
+        for adapter in unwrapped.adapters:
+            adapters.setdefault(adapter.name, {})[component] = adapter
+    for name, parts in adapters.items():
+        states = {component: name in found[component].active for component in parts}
+        if len({*states.values()}) > 1:
+            raise CompileError(
+                f"adapter '{name}' is active in {', '.join(c for c, on in states.items() if on)} alone",
+                next_step="activate it in every model that has it, or in none",
+            )
+    active = {name: 1.0 for unwrapped in found.values() for name in unwrapped.active}
+    bases = {name: found[name].base if name in found else model for name, model in models.items()}
+    return ModelSource(bases, tuple(adapters.items()), active or None)
 
 
 def _require_module(given: object, subject: str) -> nn.Module:
@@ -129,11 +148,24 @@ def read_source(given: object, name: str | None = None) -> AdapterSource:
         raise AdapterError(
             f"{subject} is the class {given.__name__}", next_step=f"give an instance: {given.__name__}()"
         )
+    if isinstance(given, Mapping) and given and not any(isinstance(part, torch.Tensor) for part in given.values()):
+        return {component: _read_part(part, f"{subject} for '{component}'") for component, part in given.items()}
     if isinstance(given, Mapping):
         raise AdapterError(f"{subject} is a dict, which does not name its method", next_step=_TENSORS_ADVICE)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str):
         raise AdapterError(f"{subject} is a pair", next_step=f"give a dict: adapters={{{given[0]!r}: ...}}")
     raise AdapterError(f"{subject} is {short(given)}, which cannot be one", next_step=_ACCEPTED_SOURCES)
+
+
+def _read_part(given: object, subject: str) -> str | Path | Adapter:
+    if isinstance(given, str | os.PathLike):
+        return Path(given)
+    if isinstance(given, Adapter):
+        return given
+    raise AdapterError(
+        f"{subject} is {describe_value(given)}",
+        next_step="give a path or a lorac.Adapter for each component; a fresh method is given once, for all of them",
+    )
 
 
 def check_argument_order(source: object, name: object) -> None:
