@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES
@@ -19,20 +20,25 @@ Inputs = Mapping[str, Any]
 
 
 def convert_to_tensors(inputs: object) -> object:
-    """Return example inputs with NumPy arrays as tensors; a single tensor or array becomes a tuple of one."""
+    """Return example inputs as tensors with memory of their own; a single tensor or array becomes a tuple of one."""
     if isinstance(inputs, Tensor | np.ndarray):
-        return (_convert(inputs),)
-    return tuple(map(_convert, inputs)) if type(inputs) is list else _convert(inputs)
+        return (_copy(inputs),)
+    return tuple(map(_copy, inputs)) if type(inputs) is list else _copy(inputs)
 
 
-def _convert(value: Any) -> Any:
-    """Return a value with each array of numbers as a tensor that has memory of its own."""
+def _copy(value: Any) -> Any:
+    """Return a value with each tensor, and each array of numbers as a tensor, in memory of its own.
+
+    One tensor given for two arguments becomes two, since a trace takes one tensor for one input.
+    """
     if isinstance(value, Mapping):
-        return {name: _convert(inner) for name, inner in value.items()}
-    if type(value) in {list, tuple}:
-        return type(value)(map(_convert, value))
-    numbers = isinstance(value, np.ndarray) and value.dtype.kind in "biufc"
-    return torch.from_numpy(value.copy()) if numbers else value
+        return {name: _copy(inner) for name, inner in value.items()}
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    nested = not pytree.tree_is_leaf(value)
+    return pytree.tree_map(_copy, value, is_leaf=lambda inner: isinstance(inner, Mapping)) if nested else value
 
 
 def bind_by_name(model: nn.Module, inputs: object) -> dict[str, Any]:

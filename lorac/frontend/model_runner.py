@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.frontend.copying import copy_structure
@@ -69,7 +70,7 @@ class ModelRunner:
         """Run forward once. Changes of earlier runs to the copy's buffers and attributes persist.
 
         Args:
-            args, kwargs: as forward takes them.
+            args, kwargs: as forward takes them; left unchanged.
             seed: seed of random numbers.
 
         Raises:
@@ -78,7 +79,8 @@ class ModelRunner:
         detector = _WeightWriteDetector(self._weights)
         with torch.no_grad(), seed_random_numbers(self._copy, seed) as drew:
             try:
-                output = self._call(detector, args, kwargs)
+                own_args, own_kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+                output = self._call(detector, own_args, own_kwargs)
             finally:
                 detector.raise_if_refused()  # also if the model has caught the error, or raised another one for it
             return ModelRun(output, drew())

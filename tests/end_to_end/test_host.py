@@ -109,3 +109,40 @@ def test_training_the_compiled_model_leaves_the_host():
     assert traits(model) == before
     for name, tensor in content.items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+class Difference(torch.nn.Module):
+    """Two inputs, in a container too; it may write into one."""
+
+    def __init__(self, writes=False):
+        super().__init__()
+        self.first, self.second, self.writes = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6), writes
+
+    def forward(self, x, others):
+        if self.writes:
+            x.add_(1)
+        return self.first(x) - 2 * self.second(others["y"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_one_tensor_for_two_arguments_is_two_inputs(target):
+    torch.manual_seed(0)
+    model, x = Difference().eval(), torch.randn(3, 4)
+    adapters = [lorac.LoRA(r=2, targets=["first"])]
+    compiled = lorac.compile(model, adapters, target=target, example_inputs={"x": x, "others": {"y": x}})
+    y = torch.randn(3, 4)
+    torch.testing.assert_close(compiled(x=x, others={"y": y}), model(x, {"y": y}))
+    torch.testing.assert_close(compiled(x=y, others={"y": y}), model(y, {"y": y}))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_what_a_model_writes_into_its_inputs_stays_away_from_the_examples(target):
+    torch.manual_seed(0)
+    model, x, y = Difference(writes=True).eval(), torch.randn(3, 4), torch.randn(3, 4)
+    kept, example = x.clone(), {"x": x, "others": {"y": y}}
+    compiled = lorac.compile(model, [lorac.LoRA(r=2, targets=["first"])], target=target, example_inputs=example)
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(compiled(x=x.clone(), others={"y": y}), model(x.clone(), {"y": y}))
