@@ -78,8 +78,14 @@ def test_modules_that_peft_trains_whole_come_along() -> None:
     model, inputs = wrapped(modules_to_save=["head"]), MLP.inputs(seed=1)
     with torch.no_grad():
         model.base_model.model.head.modules_to_save["other"].weight.mul_(1.5)
-    compiled = lorac.compile(model)
-    assert_parity(compiled(**inputs), model(**inputs), MLP.model()(**inputs))
+    compiled, base = lorac.compile(model), MLP.model()(**inputs)
+    assert_parity(compiled(**inputs), model(**inputs), base)
+    # Each adapter has a head of its own, and without any the base's is there.
+    compiled.swap(None)
+    assert torch.equal(compiled(**inputs), base)
+    compiled.swap("default")
+    model.set_adapter("default")
+    assert_parity(compiled(**inputs), model(**inputs), base)
 
 
 def weaken(model: Any) -> Any:

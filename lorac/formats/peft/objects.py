@@ -123,7 +123,8 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
     for name, config in wrapped.peft_config.items():
         peft_type_of({"peft_type": str(config.peft_type.value)}, Path(name))
     _refuse_merged(wrapped)
-    base: nn.Module = copy_structure(wrapped).unload() if is_wrapped else _remove_layers(copy_structure(wrapped))
+    copied = _restore_saved_modules(copy_structure(wrapped))
+    base: nn.Module = copied.unload() if is_wrapped else _remove_layers(copied)
     _refuse_peft_layers(base)
     _BASES.setdefault(wrapped, []).append(base)
     with tempfile.TemporaryDirectory(prefix="lorac-") as root:
@@ -179,6 +180,16 @@ def _save_injected(model: PeftObject, root: Path) -> None:
         read: PeftObject = sys.modules["peft"].get_peft_model_state_dict
         tensors = read(model, adapter_name=name, save_embedding_layers=False)
         save_file({f"{PREFIX}{key}": tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+def _restore_saved_modules(copied: PeftObject) -> PeftObject:
+    """Put the base's modules back in place of those that adapters save whole, the active one of which PEFT keeps."""
+    wrappers = _find_class("peft.utils.other", "ModulesToSaveWrapper")
+    found: list[tuple[str, PeftObject]] = [(path, m) for path, m in copied.named_modules() if isinstance(m, wrappers)]
+    for path, wrapper in found:
+        owner, _, leaf = path.rpartition(".")
+        setattr(copied.get_submodule(owner), leaf, wrapper.original_module)
+    return copied
 
 
 def _remove_start(folder: Path) -> None:
