@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lorac.adapters.preparation import Preparer
@@ -23,10 +24,16 @@ class TensorVersions:
     Attributes:
         versions: each tensor's identity and write count; equal if no tensor was written or exchanged in between.
         tensors: the tensors, held so that no new tensor can get the identity of one of them.
+        sums: sums of the tensors' bits, which show writes that torch does not count; empty where none are expected.
     """
 
     versions: tuple[int, ...]
     tensors: tuple[Tensor, ...]
+    sums: tuple[int, ...] = ()
+
+    def agrees(self, now: TensorVersions) -> bool:
+        """Return whether nothing was written between these versions and later ones."""
+        return self.versions == now.versions and self.sums == now.sums
 
 
 _OUTDATED = TensorVersions((), ())
@@ -53,13 +60,14 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 
     Args:
         preparer: computes the normal forms.
+        trains: whether the adapters train here, so that writes are expected that torch does not count.
 
     Attributes:
         entries: name -> entry; adding and removing replace the mapping, so that a reference to it is a copy.
     """
 
-    def __init__(self, preparer: Preparer) -> None:
-        self._preparer = preparer
+    def __init__(self, preparer: Preparer, *, trains: bool = False) -> None:
+        self._preparer, self._trains = preparer, trains
         self._lock = threading.RLock()
         self.entries: dict[str, PoolEntry] = {}
 
@@ -67,8 +75,10 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         with self._lock:
             require_adapter(name, self.entries)
             entry = self.entries[name]
-            now = read_versions((entry.adapter,))
-            if now.versions != entry.versions.versions:
+            now = self.read_versions((entry.adapter,))
+            if not entry.versions.agrees(now):
+                if now.versions == entry.versions.versions:
+                    self._preparer.forget_shared(now.tensors)
                 entry = self.entries[name] = PoolEntry(entry.adapter, self._preparer.prepare(entry.adapter), now)
             return entry.prepared
 
@@ -106,7 +116,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         if prepared is None:
             entry = PoolEntry(adapter, PreparedAdapter({}, {}), _OUTDATED)
         else:
-            entry = PoolEntry(adapter, prepared, read_versions((adapter,)))
+            entry = PoolEntry(adapter, prepared, self.read_versions((adapter,)))
         with self._lock:
             self.check_name_free(adapter.name)
             self.entries = {**self.entries, adapter.name: entry}
@@ -145,16 +155,29 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
                 require_adapter(name, self.entries)
             return tuple(self.entries[name].adapter for name in names)
 
+    def read_versions(self, adapters: Sequence[Adapter]) -> TensorVersions:
+        """Return the present versions of the tensors of some adapters.
 
-def read_versions(adapters: Sequence[Adapter]) -> TensorVersions:
-    """Return the present versions of the tensors of some adapters.
+        Torch counts writes by operations in place, with gradients or without. It counts no write through
+        ``tensor.data``, as research optimizers and moving averages make them, nor one to a tensor made in inference
+        mode. Those show in the sums.
+        """
+        tensors = tuple(itertools.chain.from_iterable(adapter.parameters() for adapter in adapters))
+        try:
+            counts = [tensor._version for tensor in tensors]
+        except RuntimeError:  # a tensor made in inference mode has no count; asking each tensor first would slow calls
+            counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return TensorVersions((*map(id, tensors), *counts), tensors, _sum_bits(tensors) if self._trains else ())
 
-    Torch counts writes by operations in place, with gradients or without. It counts no write through ``tensor.data``
-    or NumPy, and none to a tensor made in inference mode.
-    """
-    tensors = tuple(itertools.chain.from_iterable(adapter.parameters() for adapter in adapters))
-    try:
-        counts = [tensor._version for tensor in tensors]
-    except RuntimeError:  # a tensor made in inference mode has no count; asking each tensor first would slow every call
-        counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-    return TensorVersions((*map(id, tensors), *counts), tensors)
+
+def _sum_bits(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Return a sum of each tensor's bits; one transfer brings those of a device."""
+    if not tensors:
+        return ()
+    sums = [tensor.detach().view(_INTEGERS[tensor.element_size()]).sum() for tensor in tensors]
+    device = sums[0].device
+    return tuple(torch.stack([each.to(device) for each in sums]).tolist())
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Size of a number in bytes -> the integers of that size."""

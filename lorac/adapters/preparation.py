@@ -178,6 +178,11 @@ class Preparer:
             cached = known[id(reduction), name] = (written, made.contiguous())
         return cached[1]
 
+    def forget_shared(self, tensors: Iterable[Tensor]) -> None:
+        """Make what was made of shared parameters anew: they were written, and torch has not counted it."""
+        for tensor in tensors:
+            self._shared_results.pop(tensor, None)
+
     def with_bias(self, adapter: Adapter, site: Site, change: Change) -> Change:
         """Return a change with the adapter's own copy of the base's bias (PEFT's ``bias=``) included."""
         shift = self._bias_shift(adapter, site)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorac.adapters.pool import AdapterPool, TensorVersions, read_versions
+from lorac.adapters.pool import AdapterPool, TensorVersions
 from lorac.errors import FormatError, NeedsRecompile
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import Active, Choice, describe_choice
@@ -34,6 +34,7 @@ class ChoiceState:
     Attributes:
         snapshot: the choice, composed at every site.
         bound: the engine's binding; None if the engine writes weights instead.
+        pool: reads the versions of tensors.
         adapters: the adapters of the choice.
         versions: the versions of their tensors from which the state was made.
         nbytes: size of its slots in bytes.
@@ -41,6 +42,7 @@ class ChoiceState:
 
     snapshot: ComposedWeights
     bound: BoundProgram | None
+    pool: AdapterPool
     adapters: tuple[Adapter, ...]
     versions: TensorVersions
     nbytes: int
@@ -53,7 +55,7 @@ class ChoiceState:
     @property
     def stale(self) -> bool:
         """Whether a tensor of its adapters was written or exchanged since the state was made."""
-        return self.versions.versions != read_versions(self.adapters).versions
+        return not self.versions.agrees(self.pool.read_versions(self.adapters))
 
 
 class ChoiceStates:
@@ -103,16 +105,16 @@ class ChoiceStates:
         """Make the state of a choice, without looking into the cache or storing it there."""
         with self._lock:
             adapters = self._pool.select([name for name, _ in choice])
-            versions = read_versions(adapters)
+            versions = self._pool.read_versions(adapters)
             snapshot = compose_choice(self._plans, self._pool, choice, self._base)
             if self._engine.fused:
-                return ChoiceState(snapshot, None, adapters, versions, 0)
+                return ChoiceState(snapshot, None, self._pool, adapters, versions, 0)
             if self._engine.constant:
-                return ChoiceState(snapshot, self._engine.bind(snapshot, {}), adapters, versions, 0)
+                return ChoiceState(snapshot, self._engine.bind(snapshot, {}), self._pool, adapters, versions, 0)
             with self._suggesting_reserve(choice):
                 slots = fill_slots(self._plans, snapshot, self._base, self._idle)
             nbytes = sum(t.nbytes for path in snapshot.composed for t in slots[path].named().values())
-            return ChoiceState(snapshot, self._engine.bind(snapshot, slots), adapters, versions, nbytes)
+            return ChoiceState(snapshot, self._engine.bind(snapshot, slots), self._pool, adapters, versions, nbytes)
 
     def save(self, choice: Choice, graph: str, path: Path) -> None:
         """Write a choice as a file of the engine's own kind, in one step. No state is made of the choice."""

@@ -257,3 +257,20 @@ def test_what_was_compiled_keeps_its_dtype(mode):
 def test_a_typo_in_compile(options, message):
     with pytest.raises(lorac.LoracError, match=re.escape(message)):
         lorac.compile(ENTRY.model(), [adapter("lora", "a")], **{"target": "eager", **options})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["live", "fused"])
+@pytest.mark.parametrize("name", ["lora", "dora", "vera"])
+def test_writes_that_torch_does_not_count_are_seen(name, mode):
+    """Through ``.data``, as research optimizers and moving averages write."""
+    made = lorac.VeRA(r=3, targets=("up", "down")) if name == "vera" else adapter(name, "a")
+    compiled = build([made], "eager", mode, active=made.name)
+    before = answer(compiled)
+    for _ in range(2):
+        for tensor in compiled.adapters[made.name].parameters():
+            tensor.data.add_(0.1)
+        after = answer(compiled)
+        assert raw(after) != raw(before)
+        assert raw(after) == raw(answer(build([compiled.adapters[made.name]], "eager", mode, active=made.name)))
+        before = after
