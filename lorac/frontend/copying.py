@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -44,3 +46,32 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
             next_step="find the attribute that copy.deepcopy(model) fails on, and store it outside of the model",
             code="capture_failed",
         ) from error
+
+
+def separate_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """Give layers of a copy that are reached by several names a module of their own at these paths, over one weight.
+
+    An adapter acts under the name that it is for, as PEFT's layer does, which takes the place of the first name alone.
+
+    Args:
+        model: the copy; changed in place.
+        paths: paths of the layers.
+
+    Returns:
+        The modules that stay under the other names.
+    """
+    names = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    left = []
+    for path in paths:
+        owner, _, leaf = path.rpartition(".")
+        modules = model.get_submodule(owner)._modules
+        layer = modules[leaf]
+        assert layer is not None
+        if names[id(layer)] > 1:
+            modules[leaf] = own = copy.copy(layer)
+            own.__dict__ |= {kept: vars(layer)[kept].copy() for kept in _KEPT_APART}
+            left.append(layer)
+    return left
+
+
+_KEPT_APART = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")

@@ -2,29 +2,61 @@
 
 A scaled embedding returns a multiple of the result of ``nn.Embedding``. The change of an adapter of its weight is
 scaled with it, as it is once merged.
+
+Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. An adapter
+acts where its layer is called, so it has no effect on such a reader. Which layers are read is found in the bytecode of
+the reader's class, since only some calls take the branch that reads.
 """
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
-from collections.abc import Callable
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorac.errors import SiteError
+from lorac.frontend.copying import copy_structure
 from lorac.frontend.site_discovery import is_gpt2_conv1d
-from lorac.ir.sites import ConvGeometry
+from lorac.ir.sites import ConvGeometry, weight_read_error
 
 Forward = Callable[..., Any]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_METADATA = frozenset({"device", "dim", "dtype", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
+"""Attributes of a tensor that say nothing of its values."""
+_LOADS = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 
 
 def find_layer_class(module: nn.Module) -> type[nn.Module]:
     """Return the layer class among a module's bases."""
     known = _LAYERS if not is_gpt2_conv1d(module) else ()
     return next(cls for cls in type(module).__mro__ if cls in known or cls.__name__ == "Conv1D")
+
+
+def check_layer(path: str, model: nn.Module) -> None:
+    """Refuse a layer on which no adapter can act: its forward, or its owner's, uses its weight otherwise.
+
+    Raises:
+        SiteError: its class computes more than the layer by itself, or another module reads its weight and never calls
+            it.
+    """
+    owner, _, leaf = path.rpartition(".")
+    module, reader = model.get_submodule(path), model.get_submodule(owner)
+    if find_weight_reads(reader).get(leaf) is False:
+        raise weight_read_error(path, type(reader).__name__)
+    if not has_plain_forward(module) and not calls_super_forward(module):
+        raise SiteError(
+            f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer by itself",
+            next_step="exclude= it, or let its forward call super().forward",
+            code="site_unsupported",
+        )
 
 
 def has_plain_forward(module: nn.Module) -> bool:
@@ -64,5 +96,48 @@ def _acts_as_linear(module: nn.Module) -> bool:
         return False
     drawn = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0))
     x = drawn.to(module.weight)
-    own, plain = type(module).forward(module, x), nn.Linear.forward(module, x)
+    layer = copy_structure(module).eval()  # a forward may write attributes
+    own, plain = type(layer).forward(layer, x), nn.Linear.forward(layer, x)
     return isinstance(own, Tensor) and own.shape == plain.shape and torch.allclose(own, plain, rtol=1e-3)
+
+
+def find_weight_reads(module: nn.Module) -> dict[str, bool]:
+    """Return the children whose weight a module's forward reads -> whether it also calls them or hands them on.
+
+    A child that is used otherwise as well may be called in some calls and read in others.
+    """
+    reads = _find_weight_reads(type(module))  # type: ignore[arg-type]  # mypy compares a class's hash with Module's
+    return {name: called for name, called in reads.items() if name in module._modules}
+
+
+@functools.cache
+def _find_weight_reads(cls: type[nn.Module]) -> Mapping[str, bool]:
+    followed: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for code in _iterate_code(cls):
+        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+        names = [*(str(step.argval) if step.opname in _LOADS else "" for step in steps), "", ""]
+        for i, name in enumerate(names[:-2]):
+            followed[name].add((names[i + 1], names[i + 2]))
+    return {
+        name: any(first in {"", "forward"} for first, _ in found)
+        for name, found in followed.items()
+        if any(first == "weight" and second not in _METADATA for first, second in found)
+    }
+
+
+def _iterate_code(cls: type[nn.Module]) -> Iterator[types.CodeType]:
+    """Yield the code of a class's forward, of the methods that it names, and of the functions inside these."""
+    own = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    pending: list[object] = [cls.forward]
+    seen: set[types.CodeType] = set()
+    while pending:
+        item = pending.pop()
+        code = getattr(inspect.unwrap(item), "__code__", None) if callable(item) else item
+        if not isinstance(code, types.CodeType) or code in seen:
+            continue
+        seen.add(code)
+        yield code
+        pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        for name in code.co_names:
+            defined = [vars(base)[name] for base in own if name in vars(base)]
+            pending += defined if "super" in code.co_names else defined[:1]

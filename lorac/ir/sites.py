@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lorac.errors import SiteError
+
 
 class SiteKind(enum.StrEnum):
     """Kinds of sites, by the operation that they compute."""
@@ -105,6 +107,11 @@ class Site:
     shares: tuple[str, ...] = field(default=(), compare=False)
 
     @property
+    def is_layer(self) -> bool:
+        """Whether it is a layer, which its model calls."""
+        return self.within is None and self.kind not in {SiteKind.BLOCK, SiteKind.ONCE}
+
+    @property
     def stacked(self) -> tuple[int, ...]:
         """(E,) for a stack, () for other sites: the leading shape of its tensors."""
         return (self.stack,) if self.stack else ()
@@ -157,6 +164,15 @@ HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
 def factor_dtype(base: torch.dtype) -> torch.dtype:
     """Return the dtype of an adapter's tensors over a base of dtype ``base``: float32 over half precision (PEFT)."""
     return torch.float32 if base in HALF_PRECISION else base
+
+
+def weight_read_error(path: str, reader: str) -> SiteError:
+    """Return the error for an adapted layer that is not called, while another module reads its weight."""
+    return SiteError(
+        f"'{path}' is not called: {reader} reads its weight instead, where an adapter has no effect, in PEFT neither",
+        next_step="exclude= it",
+        code="site_unsupported",
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lorac.ir.graph.adapted_call import AdaptedCall, find_used_nodes
 from lorac.ir.graph.edit import add_dimension, add_inputs, inline
 from lorac.ir.graph.graph import Graph, Level, SlotInput
 from lorac.ir.graph.passes import Pass, PassResult, Skip
-from lorac.ir.sites import Site, SiteKind, factor_dtype
+from lorac.ir.sites import Site, SiteKind, factor_dtype, weight_read_error
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.role import SlotSpec
@@ -109,7 +109,8 @@ def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -
     for fqn, role in ((site.weight, WEIGHT), (site.bias, BIAS)):
         names = _find_inputs(graph, fqn) if role in slots else []
         reads = [(parameter, user) for parameter in map(graph.node, names) for user in list(parameter.users)]
-        reads = [(parameter, user) for parameter, user in reads if len(names) == 1 or _module_of(user) == site.within]
+        inside = [(parameter, user) for parameter, user in reads if _module_of(user) == site.within]
+        reads = inside or (reads if len(names) == 1 else [])
         readers = {user for _, user in reads}
         first = next((node for node in graph.fx.nodes if node in readers), None)
         if first is None:
@@ -126,9 +127,11 @@ def _stored_weight(graph: Graph, site: Site, slot: fx.Node, before: fx.Node) -> 
 
 
 def _find_inputs(graph: Graph, fqn: str | None) -> list[str]:
-    signature = graph.exported.graph_signature
+    """Return the inputs that hold a stored tensor; a tied one has an input for each name, of which one is read."""
+    signature, held = graph.exported.graph_signature, graph.exported.state_dict
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return [name for name, target in stored.items() if target == fqn]
+    own = held.get(str(fqn))
+    return [name for name, target in stored.items() if target == fqn or (own is not None and held.get(target) is own)]
 
 
 def _module_of(node: fx.Node) -> str:
@@ -147,6 +150,8 @@ def _select_plans(
     projections = {path: each for path, each in graph.projections.items() if path in calls}
     fused = {member for each in projections.values() for member in each.sites}
     uncalled = [path for path in planned if path not in calls and path not in fused]
+    for path in uncalled:
+        _refuse_read(graph, planned[path], used)
     unused = [path for path in uncalled if not _is_read(graph, planned[path], used)]
     if unused and len(unused) == len(planned):
         raise _unreached(f"'{unused[0]}' ({len(unused)} sites) is adapted", graph)
@@ -165,6 +170,20 @@ def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:
     return plan.site.within is not None and any(
         graph.node(name) in used for name in _find_inputs(graph, plan.site.weight)
     )
+
+
+def _refuse_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> None:
+    """Refuse an adapted layer that the graph does not call while an op of another module reads its weight.
+
+    A layer that is tied to it reads the same weight by its own call.
+    """
+    if not plan.site.is_layer or plan.site.shares:
+        return
+    names = _find_inputs(graph, plan.site.weight)
+    readers = [user for name in names for user in graph.node(name).users if user in used]
+    reader = next((user for user in readers if user.target not in ops.SITE_OPS), None)
+    if reader is not None:
+        raise weight_read_error(plan.site.path, f"'{_module_of(reader) or graph.name}'")
 
 
 def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:

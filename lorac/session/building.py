@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from lorac.adapters.training_terms import AdapterTerms
 from lorac.errors import ChoiceError
 from lorac.frontend.components import Components
+from lorac.frontend.layer_classes import check_layer
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.ir.slots.composition import compose_choice
@@ -43,6 +44,8 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
         adapter = make_adapter(session, given, name)
         session.pool.add(adapter, session.pool.prepare(adapter))
     session.plans = plan_sites(session.sites, session.pool, request.mode, request.reserve, dialect.ranks_at)
+    for path in (path for path, plan in session.plans.items() if plan.site.is_layer):
+        check_layer(path, model)
     return session
 
 

@@ -60,6 +60,50 @@ def test_is_left_as_it_was(training: bool, target: str, mode: str, tmp_path: Pat
         handle.remove()
 
 
+class Twice(nn.Module):
+    """One layer, and one norm, by two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 5)
+        self.second, self.after = self.first, self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(torch.tanh(self.first(x)))
+        result: Tensor = self.last(self.after(torch.tanh(self.second(hidden))))
+        return result
+
+
+class Tied(Twice):
+    """Layers and norms of their own over one weight each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.after = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.second.weight, self.after.weight = self.first.weight, self.norm.weight
+
+
+@pytest.mark.parametrize(
+    ("target", "mode"), [("eager", "live"), ("eager", "fused"), ("onnxruntime", "live"), ("onnxruntime", "fused")]
+)
+@pytest.mark.parametrize("host", [Twice, Tied])
+def test_an_adapter_acts_under_the_first_of_two_names_as_pefts_layer_does(
+    host: type[nn.Module], target: str, mode: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = host().eval()
+    targets: dict[str, Any] = {"target_modules": ["first", "last"], "modules_to_save": ["norm"]}
+    oracle = make_peft(model, tmp_path, LoraConfig(r=2, **targets), inputs=INPUTS)
+    compiled = lorac.compile(model, {"a": tmp_path}, target=target, mode=mode, example_inputs=INPUTS)
+    with torch.no_grad():
+        expected, base = oracle(**INPUTS), model(**INPUTS)
+        parity.assert_parity(compiled(**INPUTS), expected, base)
+        compiled.save(tmp_path / "artifact")
+        parity.assert_parity(lorac.load(tmp_path / "artifact")(**INPUTS), expected, base)
+        compiled.swap(None)
+        torch.testing.assert_close(compiled(**INPUTS), base)
+
+
 # Hosts that cannot be captured
 
 

@@ -107,10 +107,11 @@ def test_arguments_of_its_own():
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_what_computes_by_itself_is_refused(mode):
-    model = host(lambda: Clamped(6, 5))
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_what_computes_by_itself_is_refused(target, mode):
+    model, x = host(lambda: Clamped(6, 5)), HOSTS["scaled"][1]
     with refuses("site_unsupported", match="'site' is a Clamped") as error:
-        lorac.compile(model, {"a": lorac.LoRA(r=2, targets=("site",))}, mode=mode)
+        lorac.compile(model, {"a": lorac.LoRA(r=2, targets=("site",))}, mode=mode, target=target, example_inputs=(x,))
     assert "super().forward" in str(error.value)
 
 

@@ -17,11 +17,11 @@ from lorac.backends.eager.linear_rounding import match_linear_rounding
 from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
-from lorac.frontend.copying import copy_structure
+from lorac.frontend.copying import copy_structure, separate_layers
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.program import Program
 from lorac.ir.sites import Site
-from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.tracing import tracing
 from lorac.limits import charge_reading
 from lorac.storage.plans import graph_from_json, graph_to_json
@@ -57,6 +57,7 @@ class EagerBackend(Backend[EagerOptions]):
     def build(self, request: BuildRequest[EagerOptions]) -> EagerEngine:
         """Build an engine over a structural copy of the model."""
         module = copy_structure(request.model)
+        separate_layers(module, list_layers(request.plans.values()))
         match_linear_rounding(request.model, module)
         disable_fast_path(request.model, module, request.plans, lambda: engine.current_slots().touched)
         engine = EagerEngine(

@@ -28,17 +28,17 @@ from lorac.backends.eager.forward_call import (
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffers
 from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.shadow import shadow
-from lorac.errors import SiteError
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.layer_classes import (
-    calls_super_forward,
     find_layer_class,
+    find_weight_reads,
     has_plain_forward,
     pad_conv_input,
     replace_super_forward,
 )
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.frontend.layer_hooks import guard_hooks
+from lorac.ir.sites import BaseReader, Site, SiteKind, weight_read_error
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import read_weight_slots, run_site
@@ -255,15 +255,30 @@ class EagerEngine(Engine[ActiveSlots]):
             module.forward = functools.partial(self._forward_site, path, module)
         else:
             self._install_below(path, module)
+        if plan.site.is_layer:
+            guard_hooks(module, path, lambda: path in self.current_slots().touched)
+            self._watch_reader(path, module)
+
+    def _watch_reader(self, path: str, module: nn.Module) -> None:
+        """Refuse a call in which a layer's owner reads the layer's weight instead of calling it, if its class may."""
+        owner, _, leaf = path.rpartition(".")
+        reader = self.module.get_submodule(owner)
+        if leaf in find_weight_reads(reader):
+            module.forward = functools.partial(self._forward_watched, path, module.forward)
+            reader.forward = functools.partial(self._forward_reader, path, type(reader).__name__, reader.forward)
+
+    def _forward_watched(self, path: str, forward: Callable[..., T], *args: object, **kwargs: object) -> T:
+        self._call().called.add(path)
+        return forward(*args, **kwargs)
+
+    def _forward_reader(self, path: str, reader: str, forward: Callable[..., T], *args: object, **kwargs: object) -> T:
+        output, call = forward(*args, **kwargs), self._call()
+        if path in call.active.touched and path not in call.called and _current_call.get() is not None:
+            raise weight_read_error(path, reader)
+        return output
 
     def _install_below(self, path: str, module: nn.Module) -> None:
         """Adapt the ``super().forward`` of a layer's own class, on a twin with the same attributes."""
-        if not calls_super_forward(module):
-            raise SiteError(
-                f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer by itself",
-                next_step="exclude= it, or let its forward call super().forward",
-                code="site_unsupported",
-            )
         original = self._originals[path]
         self._originals[path] = functools.partial(find_layer_class(module).forward, module)
         twin = object.__new__(replace_super_forward(module, functools.partial(self._forward_site, path, module)))

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from lorac.errors import CaptureError
+from lorac.errors import CaptureError, LoracError
 from lorac.frontend.call_binding import Inputs, bind_by_name
 from lorac.frontend.capture.attention_interface import (
     capture_attention,
@@ -36,7 +36,7 @@ from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.position_ids import make_positions_per_row
 from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
-from lorac.frontend.capture.site_ops import has_site_checks, mark_sites
+from lorac.frontend.capture.site_ops import SiteMarks, has_site_checks, mark_sites
 from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
 from lorac.frontend.capture.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
 from lorac.frontend.copying import copy_structure
@@ -52,7 +52,7 @@ from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.interface import program_input_name
 from lorac.ir.output_structure import replace_dataclasses
 from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import select_once_plans
 from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
@@ -82,15 +82,14 @@ def export_model(
         ExampleInputsNeeded: there are no inputs and none can be made.
         CaptureError: the model does not trace; the message names the line.
     """
-    return _export_guarded(model, example_inputs, dynamic_shapes, blocks, prefix)[0]
+    return _export_guarded(model, example_inputs, dynamic_shapes, SiteMarks(prefix, blocks))[0]
 
 
 def _export_guarded(
     model: nn.Module,
     example_inputs: object,
     dynamic_shapes: object,
-    blocks: Collection[str],
-    prefix: str,
+    marks: SiteMarks,
     grows: bool = False,
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
     """Capture a model as ``export_model`` does; also return the guards of the trace and the arguments of the call."""
@@ -98,7 +97,7 @@ def _export_guarded(
     failures: list[CaptureError] = []
     for arguments in CallArguments.of(model, _bind_inputs(model, example)).iter_alternatives(model):
         try:
-            return _export_arguments(arguments, model, example, dynamic_shapes, blocks, prefix, grows)
+            return _export_arguments(arguments, model, example, dynamic_shapes, marks, grows)
         except CaptureError as error:
             failures.append(error)
         if not isinstance(failures[-1].__cause__, _ValuesNeeded):
@@ -111,14 +110,13 @@ def _export_arguments(
     model: nn.Module,
     example: object,
     dynamic_shapes: object,
-    blocks: Collection[str],
-    prefix: str,
+    marks: SiteMarks,
     grows: bool,
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
     named = bool(arguments.fixed) or isinstance(example, Mapping) or is_hugging_face(model)
     inputs = arguments.inputs if named else example
     with isolate_tracing(model), _disable_shape_cache(), contextlib.ExitStack() as stack:
-        host = _make_marked_copy(model, blocks, prefix, arguments)
+        host = _make_marked_copy(model, marks, arguments)
         if grows:
             host.forward = derive_decoder_arguments(host.forward)
             freeze_dynamic_rotary(host)
@@ -133,7 +131,7 @@ def _export_arguments(
                 )
             ]
         program, guards = _first_trace(host, attempts)
-    expand_repeated_layers(program, prefix)
+    expand_repeated_layers(program, marks.prefix)
     if arguments.truths and has_site_checks(program):
         step = "make forward decide by its inputs alone; target='eager' runs the model itself"
         raise CaptureError(
@@ -145,7 +143,7 @@ def _export_arguments(
         drop_zero_biases(program.graph)
         check_attention_cacheable(program, type(model).__name__)
         make_positions_per_row(program)
-    return qualify_names(program, prefix), guards, arguments
+    return qualify_names(program, marks.prefix), guards, arguments
 
 
 def _bind_inputs(model: nn.Module, example: object) -> dict[str, Any]:
@@ -192,14 +190,14 @@ def isolate_tracing(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _make_marked_copy(model: nn.Module, blocks: Collection[str], prefix: str, arguments: CallArguments) -> nn.Module:
+def _make_marked_copy(model: nn.Module, marks: SiteMarks, arguments: CallArguments) -> nn.Module:
     """Return a structural copy to trace, with its sites and blocks as ops and its constant arguments bound."""
     host = copy_structure(model, share_buffers=True).eval()
     alike = find_layer_groups(host)
-    mark_sites(host, blocks, prefix)
+    mark_sites(host, marks)
     for module in host.modules():
         module._apply = functools.partial(_refuse_cast, module)  # type: ignore[method-assign]  # of a copy
-    trace_repeated_layers_once(host, alike, [path.removeprefix(prefix) for path in blocks])
+    trace_repeated_layers_once(host, alike, [path.removeprefix(marks.prefix) for path in marks.blocks])
     host.forward = _wrap_forward(host.forward, arguments)
     return host
 
@@ -225,6 +223,8 @@ def _first_trace(
         guards: list[TraceGuard] = []
         try:
             return _trace(host, inputs, shapes, guards), guards
+        except LoracError:
+            raise
         except Exception as error:
             cause = error
         if not _is_about_shapes(cause):
@@ -258,7 +258,8 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
             model, _bind_inputs(model, make_example_inputs(model) if inputs is None else inputs)
         )
         dynamic_shapes = make_decoder_shapes(model, inputs)
-    exported, guards, arguments = _export_guarded(model, inputs, dynamic_shapes, blocks, prefix, grows)
+    marks = SiteMarks(prefix, blocks, [path for path in list_layers(plans.values()) if path.startswith(prefix)])
+    exported, guards, arguments = _export_guarded(model, inputs, dynamic_shapes, marks, grows)
     named = arguments.inputs
     shapes = make_dynamic_shapes(model, named) if dynamic_shapes is None else bind_by_name(model, dynamic_shapes)
     signature = {

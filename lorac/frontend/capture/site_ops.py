@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from lorac.errors import CaptureError, nearest_name
+from lorac.frontend.copying import separate_layers
 from lorac.frontend.layer_classes import (
     Forward,
     calls_super_forward,
@@ -18,22 +20,35 @@ from lorac.frontend.layer_classes import (
     pad_conv_input,
     replace_super_forward,
 )
+from lorac.frontend.layer_hooks import guard_hooks
 from lorac.frontend.site_discovery import is_gpt2_conv1d, read_conv_geometry
 from lorac.ir.slots.program_values import first_tensor, replace_first_tensor
 
 
-def mark_sites(model: nn.Module, blocks: Collection[str] = (), prefix: str = "") -> list[str]:
+@dataclass(frozen=True)
+class SiteMarks:
+    """What is marked in a copy of a model.
+
+    Attributes:
+        prefix: prefix of the paths of modules and tensors, where the model is one component of several.
+        blocks: paths of modules whose exits become ops too.
+        adapted: paths of the modules in whose forward adapted weights are used.
+    """
+
+    prefix: str = ""
+    blocks: Collection[str] = ()
+    adapted: Collection[str] = ()
+
+
+def mark_sites(model: nn.Module, marks: SiteMarks) -> list[str]:
     """Make every site of a structural copy call its op, in place; return the paths of the sites.
 
-    Args:
-        model: the copy.
-        blocks: paths of modules whose exits become ops too.
-        prefix: prefix of the sites' paths, where the model is one component of several.
-
     Raises:
-        CaptureError: ``blocks`` names no module of the model.
+        CaptureError: a block is no module of the model.
     """
-    modules = {f"{prefix}{path}": module for path, module in model.named_modules()}
+    prefix, blocks = marks.prefix, marks.blocks
+    others = separate_layers(model, [path.removeprefix(prefix) for path in marks.adapted])
+    modules = {f"{prefix}{path}": module for path, module in model.named_modules() if module not in others}
     if unknown := sorted(set(blocks) - modules.keys()):
         raise CaptureError(
             f"the model has no module {unknown[0]!r} to mark as a block",
@@ -45,6 +60,8 @@ def mark_sites(model: nn.Module, blocks: Collection[str] = (), prefix: str = "")
     for path, module in modules.items():
         if (forward := _site_forward(module, path)) is not None:
             _override(module, forward)
+            if path in marks.adapted:
+                guard_hooks(module, path)
             sites.append(path)
     for path in blocks:
         module = modules[path]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -224,3 +224,9 @@ class PreparedAdapter:
     def in_order(self) -> tuple[str, ...]:
         """Return every site that it touches, in the adapter's order, changes before branches."""
         return tuple(dict.fromkeys((*self.changes, *self.branches)))
+
+
+def list_layers(plans: Iterable[SitePlan]) -> list[str]:
+    """Return the paths of the modules in whose forward the planned weights are used, without the model itself."""
+    owners = (plan.site.path if plan.site.is_layer else plan.site.within for plan in plans)
+    return [path for path in dict.fromkeys(owners) if path]
