@@ -123,18 +123,20 @@ def _load_manifest(
     if device is not None and not session.backend.dialect.emits:
         check_device(device)
     program = manifest.fields["program"]
-    stored = {**program, "options": {**program["options"], **options}} if options else program
-    engine = session.backend.restore(stored, manifest.files, session.plans, manifest.fields["mode"], device)
+    if "options" in program:
+        kept = {name: value for name, value in program["options"].items() if name not in session.backend.options.local}
+        program = {**program, "options": {**kept, **options}}
+    engine = session.backend.restore(program, manifest.files, session.plans, manifest.fields["mode"], device)
     return make_compiled(session, engine, parse_choice(choice_from_json(manifest.fields["active"]), session.pool))
 
 
 def _check_running_options(backend: Backend[Any], options: Mapping[str, object]) -> None:
     """Raise ``OptionError`` for an option that does not say how a program runs."""
-    target, known = backend.dialect.name, backend.options.running
+    known = backend.options.running
     for name in options:
         if name not in known:
             raise OptionError(
-                f"an artifact for {target} is not loaded with '{name}='",
+                f"an artifact for {backend.dialect.name} is not loaded with '{name}='",
                 nearest=nearest_name(name, known),
                 next_step=f"it takes {', '.join(known)}; all else was fixed when it was compiled"
                 if known

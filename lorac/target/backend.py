@@ -40,6 +40,8 @@ class TargetOptions(ABC):
 
     running: ClassVar[tuple[str, ...]] = ()
     """The options that say how a program runs, rather than what it is: ``lorac.load`` takes them too."""
+    local: ClassVar[tuple[str, ...]] = ()
+    """The options that name something of this machine: no artifact says them."""
     aux: tuple[str, ...] = ()
     self_test: bool = True
 

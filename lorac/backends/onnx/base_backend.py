@@ -214,7 +214,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     def options_to_json(self, options: OptionsT) -> dict[str, object]:
         """Return the options that an artifact keeps."""
-        return dataclasses.asdict(options)
+        return {name: value for name, value in dataclasses.asdict(options).items() if name not in options.local}
 
     def restore(
         self,

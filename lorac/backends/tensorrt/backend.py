@@ -132,9 +132,8 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         }
 
     def options_to_json(self, options: TensorRTOptions) -> dict[str, object]:
-        """Return the options with the library's name, and without the plan cache, which is a folder of this machine."""
-        kept = dataclasses.replace(options, plan_cache=None, library=options.builder.name)
-        return super().options_to_json(kept)
+        """Return the options with the name of the library that built the plans."""
+        return super().options_to_json(dataclasses.replace(options, library=options.builder.name))
 
     def restore(
         self,
@@ -155,12 +154,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         for entry in graphs.values():
             find_maker(entry["made_by"])
         return super().restore(stored, files, plans, mode, device)
-
-    def restore_options(
-        self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None
-    ) -> TensorRTOptions:
-        """Return the options of an artifact; a folder that a file names as plan cache is never looked into."""
-        return super().restore_options({**stored, "plan_cache": None}, plans, device)
 
     def load_graph(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lorac.backends.tensorrt.capabilities import check_capabilities
 from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, find_library
@@ -49,6 +50,8 @@ class TensorRTOptions(TargetOptions):
         device: the GPU that plans run on, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``.
     """
 
+    running: ClassVar[tuple[str, ...]] = ("cuda_graphs", "plan_cache")
+    local: ClassVar[tuple[str, ...]] = ("plan_cache",)
     profiles: Mapping[str, ProfileShapes] = field(default_factory=dict)
     library: str | None = None
     target_capabilities: tuple[str, ...] = ()

@@ -158,6 +158,9 @@ def test_a_plan_that_was_built_before_is_not_built_again(tmp_path: Any, monkeypa
     with pytest.warns(lorac.LoracWarning, match="cannot run here"):
         loaded = lorac.load(tmp_path / "saved")
     assert loaded.engine.options == dataclasses.replace(one.engine.options, plan_cache=None, library=LIBRARY.name)
+    with pytest.warns(lorac.LoracWarning, match="cannot run here"):
+        again = lorac.load(tmp_path / "saved", plan_cache=str(tmp_path), cuda_graphs=True)
+    assert again.engine.options.plan_cache == str(tmp_path) and "CUDA graphs: one for each" in str(again.explain())
     made("live", monkeypatch, plan_cache=str(tmp_path), profiles={"batch": (1, 2, 4)})
     made("live", monkeypatch, plan_cache=str(tmp_path), tf32=True)
     assert built == ["main"] * 3

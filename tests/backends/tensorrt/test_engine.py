@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lorac.backends.tensorrt import backend, capabilities
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.cli import app
+from lorac.storage.artifact import seal_manifest
 from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import NO_GPU, THREE, away, model_of, quietly
 from tests.backends.tensorrt.machines import install_gpus, install_nvidias
@@ -202,6 +204,16 @@ def test_a_plan_is_built_for_the_device_that_is_asked_for(monkeypatch):
     assert [engine_of(one).graphs["main"].capabilities for one in found.values()] == [("8.6",), ("12.0",)]
     with pytest.raises(lorac.Unavailable, match="no device 'cuda:2'"):
         compiled(device="cuda:2")
+
+
+def test_a_plan_cache_that_an_artifact_names_is_not_looked_into(live, tmp_path):
+    live.save(tmp_path / "saved")
+    manifest = tmp_path / "saved" / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    fields["program"]["options"]["plan_cache"] = str(tmp_path)
+    manifest.write_text(json.dumps(seal_manifest(fields)))
+    with pytest.warns(lorac.LoracWarning, match=NO_GPU):
+        assert engine_of(lorac.load(tmp_path / "saved")).options.plan_cache is None
 
 
 def test_an_artifact_runs_in_the_library_that_made_it(live, tmp_path, monkeypatch):
