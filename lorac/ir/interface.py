@@ -164,6 +164,8 @@ class Interface:
         for name in self.inputs:
             if name not in given:
                 given[name] = self._make_input(name, given)
+        for name in self.sizes.shapes:
+            _check_numbers(name, given[name])
         self.sizes.check(given)
         for name, count in self.id_counts.items():
             _check_ids(name, given[name], count)
@@ -364,6 +366,21 @@ def _advise_other_value(name: str) -> str:
 def program_input_name(argument: str) -> str:
     """Return the name that torch gives to the input for an argument of forward."""
     return argument.lower()
+
+
+def _check_numbers(name: str, value: object) -> None:
+    """Refuse text, and sequences of anything but numbers."""
+    if not isinstance(value, str | list | tuple):
+        return
+    try:
+        reason = None if np.asarray(value).dtype.kind in "biuf" else short(value)
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    if reason is not None:
+        raise ChoiceError(
+            f"input '{name}' is not an array of numbers: {reason}",
+            next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
+        )
 
 
 def _check_ids(name: str, value: object, count: int) -> None:

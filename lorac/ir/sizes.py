@@ -1,8 +1,8 @@
 """The sizes that a program's inputs may have, and the conditions between them.
 
 A trace is valid for the sizes that it saw, and for all others that take the same path through the model. The trace
-A trace is valid for the sizes that it saw, and for all others that take the same path through the model. The trace
-integers and a few operators. Such text is readable in a message, and a stored program cannot abuse it.
+leaves conditions, which are kept as text: axes of inputs, integers and a few operators. Such text is readable in a
+message, and a stored program cannot abuse it.
 """
 
 from __future__ import annotations

@@ -81,7 +81,6 @@ class SwitchableModel(ABC):
         self._swap_lock, self._call_lock = threading.RLock(), ReadWriteLock()
         self._last_call = threading.local()
         self._tokenizer: Any = None
-        # By id; those that nobody else holds any more leave it.
         self.prompt_caches = weakref.WeakValueDictionary[int, PromptCache]()
         self._states = ChoiceStates(engine, plans, pool, base, self._swap_lock)
         self._state = self._states.of(())
@@ -330,9 +329,8 @@ class SwitchableModel(ABC):
         """Remove an adapter, and take it out of the active choice; if that fails, nothing changes."""
 
         def remove() -> None:
-            remaining = {n: active for n, active in self._state.choice if n != name}
-            if len(remaining) != len(self._state.choice):
-                self.swap(remaining)
+            if name in dict(self._state.choice):
+                self.swap({n: active for n, active in self._state.choice if n != name})
             self.pool.remove(name)
             self._states.forget(name)
             for cache in filter(None, (ref() for ref in self.prompt_caches.valuerefs())):
@@ -376,7 +374,7 @@ class SwitchableModel(ABC):
             )
 
     def save_choice(self, path: str | Path, adapters: ChoiceSpec, component: str = MAIN_GRAPH) -> None:
-        """Write a choice as an ``.onnx_adapter`` file, for programs that run without lorac.
+        """Write a choice as an ``.onnx_adapter`` file (as safetensors, if ``portable``), to run without lorac.
 
         ``save`` writes such a file for each adapter. This method writes one for a mixture, or for an adapter that was
         added later.

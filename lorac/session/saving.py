@@ -97,8 +97,9 @@ def _save_adapters(model: SwitchableModel, folder: Path) -> dict[str, dict[str, 
 
 def _save_portable(model: SwitchableModel, name: str, stem: Path) -> dict[str, str]:
     """Write an adapter for programs that run without lorac; returns graph -> file name, empty if that is impossible."""
-    graphs = model.engine.interfaces if model.engine.portable else ()
-    files = {graph: f"{stem.name}{'' if graph == MAIN_GRAPH else f'.{graph}'}.onnx_adapter" for graph in graphs}
+    suffix = model.engine.choice_suffix
+    graphs = model.engine.interfaces if suffix is not None else ()
+    files = {graph: f"{stem.name}{'' if graph == MAIN_GRAPH else f'.{graph}'}{suffix}" for graph in graphs}
     try:
         for graph, file in files.items():
             model.save_choice(stem.with_name(file), name, graph)

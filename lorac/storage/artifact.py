@@ -4,7 +4,7 @@
     adapters/<name>.safetensors      the adapters, in lorac's own format
     adapters/<name>.forms.safetensors  normal forms of an adapter whose method is not lorac's own
     adapters/<name>.onnx_adapter     the adapter as ONNX Runtime reads it, if the program runs without lorac; one for
-                                     each of several components
+                                     each of several components; of a portable program .slots.safetensors
     tokenizer/…                      the tokenizer as it writes itself, if there is one
     …                                the program and its weights, as the target stores them
 

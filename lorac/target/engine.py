@@ -82,9 +82,9 @@ class Engine(ABC, Generic[Content_contra]):
         return False
 
     @property
-    def portable(self) -> bool:
-        """Whether the program runs without lorac, and reads choices of adapters from files (``write_choice``)."""
-        return False
+    def choice_suffix(self) -> str | None:
+        """Suffix of the files of choices (``write_choice``); None where the program does not run without lorac."""
+        return None
 
     @property
     def computes_terms(self) -> bool:

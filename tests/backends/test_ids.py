@@ -45,8 +45,9 @@ def test_an_artifact_knows_its_ids(compiled: lorac.Compiled, tmp_path: Path) -> 
 
 def test_what_is_no_array_of_numbers(compiled: lorac.Compiled) -> None:
     name, _ = _name_and_size()
-    with pytest.raises(lorac.ChoiceError, match="is not an array of numbers"):
-        compiled(**{name: np.array([["one", "two", "three", "four", "five"]])})
+    for value in (np.array([["one", "two", "three", "four", "five"]]), "a text", [["one"]], [[1, 2], [3]]):
+        with pytest.raises(lorac.ChoiceError, match="is not an array of numbers"):
+            compiled(**{name: value})
 
 
 def test_threads_and_providers_that_make_no_sense() -> None:

@@ -1,13 +1,16 @@
-"""docs/serve.md, followed: five PEFT adapters of one base in plain onnxruntime, from Python and C++, equal to PEFT."""
+"""docs/serve.md, followed: PEFT adapters of one base in plain onnxruntime, from Python, C++ and JavaScript."""
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,14 +26,16 @@ from peft import IA3Config, LoHaConfig, LoraConfig, ShiraConfig
 from torch import Tensor
 
 import lorac
+from lorac.testing.eager_checks import assert_close
 from tests.parity import assert_parity, named_outputs
 from tests.peft_files import make_peft, quiet
 from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "serve.md"
-BLOCK = re.compile(r"^```(?:python|cpp)\n((?:#|//) (\w+\.\w+): .*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(?:python|cpp|js)\n((?:#|//) (\w+\.\w+): .*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = {name: text for text, name in BLOCK.findall(PAGE.read_text(encoding="utf-8"))}
+SCRIPTS = ("slots.mjs", "serve.mjs", "web.mjs")
 SITES = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=3, target_modules=SITES),
@@ -51,9 +56,11 @@ class Served:
 
 
 def test_the_service_fits_a_screen() -> None:
-    assert CODE.keys() == {"make.py", "server.py", "serve.cpp", "more.py"}
+    python, others = {"make.py", "server.py", "more.py", "generate.py", "portable.py"}, {"serve.cpp", *SCRIPTS}
+    assert CODE.keys() == python | others
     assert len(CODE["server.py"].splitlines()) <= 60
-    assert not re.search(r"\b(lorac|torch|transformers)\b", CODE["server.py"])
+    for name in ("server.py", "generate.py"):
+        assert not re.search(r"\b(lorac|torch|transformers)\b", CODE[name])
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +78,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     return Served(place / "folder", wanted)
 
 
-def _run(name: str, place: Path, *arguments: object) -> None:
+def _run(name: str, place: Path, *arguments: object) -> str:
     (place / name).write_text(CODE[name], encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, name, *map(str, arguments)]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr[-2000:]
+    return done.stdout
 
 
 def _assert_served(served: Served, answer: Callable[[str | None], Tensor]) -> None:
@@ -160,6 +168,26 @@ def test_files_for_a_program_that_is_deployed(served: Served, tmp_path: Path) ->
         assert torch.equal(found["logits"], loaded(**inputs, adapters=choice).logits)
 
 
+@pytest.mark.slow
+def test_a_loop_over_a_cache(served: Served, tmp_path: Path) -> None:
+    """Rows of unequal lengths get the tokens that lorac gives them."""
+    loaded = lorac.load(served.folder)
+    made = lorac.compile(ZOO["tiny_llama"].model(), dict(loaded.adapters), target="onnxruntime", cache=True)
+    made.save(tmp_path / "cached")
+    rows = [IDS[0], [7, 5, 23], [41]]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = (torch.arange(len(IDS[0])) < torch.tensor([[len(row)] for row in rows])).long()
+    told = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    seen = set()
+    for name in (None, *CONFIGS):
+        text = [",".join(map(str, row)) for row in rows]
+        found = json.loads(_run("generate.py", tmp_path, tmp_path / "cached", name or "-", 8, *text))
+        expected = made.generate(ids, attention_mask=mask, adapters=name, **told)
+        assert found == expected[:, len(IDS[0]) :].tolist()
+        seen.add(str(found))
+    assert len(seen) > 1
+
+
 # --- C++ -------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -199,3 +227,69 @@ def test_a_program_in_cpp(served: Served, headers: Path, tmp_path: Path) -> None
         return torch.tensor([float(line) for line in printed.stdout.split()]).reshape(1, len(IDS[0]), -1)
 
     _assert_served(served, answer)
+
+
+# --- JavaScript ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the page's modules and ONNX Runtime for them."""
+    if shutil.which("npm") is None:
+        pytest.skip("needs Node.js with npm")
+    folder = tmp_path_factory.mktemp("scripts")
+    for name in SCRIPTS:
+        (folder / name).write_text(CODE[name], encoding="utf-8")
+    # The scripts of the packages would download libraries for GPUs.
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "onnxruntime-node", "onnxruntime-web"]
+    done = subprocess.run(install, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"npm has no onnxruntime-node: {done.stderr[-200:]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def portable(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of the same adapters that any runtime switches."""
+    place, made = tmp_path_factory.mktemp("portable"), served.folder.parent
+    _run("portable.py", place, made / "model", place / "folder", *(made / name for name in CONFIGS))
+    return place / "folder"
+
+
+def _node(folder: Path, *words: object) -> Tensor:
+    done = subprocess.run(["node", *map(str, words)], cwd=folder, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr[-2000:]
+    return torch.tensor([float(line) for line in done.stdout.split()]).reshape(1, len(IDS[0]), -1)
+
+
+@pytest.mark.slow
+def test_node_switches_a_portable_program(served: Served, scripts: Path, portable: Path) -> None:
+    for name in (None, *CONFIGS):
+        found = _node(scripts, "serve.mjs", portable, name or "-", *IDS[0])
+        if name is None:
+            assert_close(found, served.wanted[None])
+        else:
+            assert_parity(found, served.wanted[name], served.wanted[None])
+
+
+@pytest.mark.slow
+def test_a_browser_switches_a_portable_program(served: Served, scripts: Path, portable: Path) -> None:
+    """onnxruntime-web computes in WebAssembly, here in Node.js, with files from a server."""
+    handler = functools.partial(QuietHandler, directory=str(portable))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in (None, *CONFIGS):
+            call = f"(await open({json.dumps(address)}))({json.dumps(name)}, {IDS[0]})"
+            page = f"import {{ open }} from './web.mjs'; console.log((await {call}).data.join(' '))"
+            found = _node(scripts, "--input-type=module", "--eval", page)
+            if name is None:
+                assert_close(found, served.wanted[None])
+            else:
+                assert_parity(found, served.wanted[name], served.wanted[None])
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and writes no log."""
+
+    def log_message(self, *args: object) -> None:
+        """Do nothing."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 import torch
 
 from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, OnnxEngine
-from lorac.backends.onnx.model_files import BASE_FILE, list_program_files
+from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.program import Program
 from lorac.ir.interface import Interface
@@ -38,11 +38,9 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     Attributes:
         engine: the class of its engines.
-        slot_defaults: whether slot inputs are initializers too, holding the base's content, so that files run alone.
     """
 
     engine: ClassVar[type[AnyOnnxEngine]]
-    slot_defaults: ClassVar[bool] = False
 
     # --- what a target says --------------------------------------------------------------------------------------
 
@@ -89,6 +87,10 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         """Return whether slots are constants of the models, and not inputs."""
         return request.mode == "baked"
 
+    def slot_storage(self, options: OptionsT) -> SlotStorage:
+        """Return where the content of slots that are inputs is written."""
+        return SlotStorage.NOWHERE
+
     def weight_passes(self, request: BuildRequest[OptionsT]) -> Sequence[OnnxPass]:
         """Return passes over the emitted models once their slots hold what they are to hold."""
         return ()
@@ -121,16 +123,14 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         assert program is not None
         self.check_program(program, request)
         step("emission")
-        dialect, constant = self.dialect_for(request.options), self.bakes_slots(request)
-        passes = self.weight_passes(request)
+        dialect, passes = self.dialect_for(request.options), self.weight_passes(request)
+        storage = SlotStorage.CONSTANTS if self.bakes_slots(request) else self.slot_storage(request.options)
         emitted = EmittedProgram(
             request=request,
             program=program,
             folder=folder,
             file_names=tuple(self.list_files(program.graphs)),
-            results=write_models(
-                request, program, folder, dialect, passes, constant=constant, defaults=self.slot_defaults
-            ),
+            results=write_models(request, program, folder, dialect, passes, storage),
         )
         self.check_emitted(emitted)
         if request.mode != "baked":

@@ -12,7 +12,7 @@ import torch
 from lorac.backends.onnx.claims import check_claims
 from lorac.backends.onnx.emit import emit
 from lorac.backends.onnx.initializers import bake_slots, set_slot_defaults, write_model
-from lorac.backends.onnx.model_files import BASE_FILE, graph_folder
+from lorac.backends.onnx.model_files import BASE_FILE, NEUTRAL_FILE, SlotStorage, graph_folder
 from lorac.backends.onnx.passes import run_passes
 from lorac.backends.onnx.weight_locations import locate_weights
 from lorac.frontend.base_weights import collect_base_tensors
@@ -21,7 +21,7 @@ from lorac.ir.graph.passes import PassResult, Skip
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.storage.open_file import open_files
-from lorac.storage.tensor_file import TensorFile, TensorLocation, find_transposed_weights
+from lorac.storage.tensor_file import TensorFile, TensorLocation, find_transposed_weights, write_safetensors
 from lorac.target.backend import BuildRequest, OptionsT
 from lorac.target.engine import ProgramFiles
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
 
 Tensor = torch.Tensor
+_FILLERS = {SlotStorage.CONSTANTS: bake_slots, SlotStorage.DEFAULTS: set_slot_defaults}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,11 +73,9 @@ def write_models(
     folder: Path,
     dialect: OnnxDialect,
     passes: Sequence[OnnxPass],
-    *,
-    constant: bool,
-    defaults: bool,
+    storage: SlotStorage,
 ) -> dict[str, dict[str, PassResult]]:
-    """Write each graph's model; its slots hold the choice for good, or the base's content, or nothing.
+    """Write each graph's model, and the content of its slots: the choice if that is for good, else the base's.
 
     Args:
         request: what the program is built for.
@@ -84,8 +83,7 @@ def write_models(
         folder: where the models are written.
         dialect: what the target can run.
         passes: over the models once their slots are filled.
-        constant: whether slots are constants of the models.
-        defaults: whether slots that are inputs hold the base's content.
+        storage: where the content of slots is written.
 
     Returns:
         Graph -> pass over the emitted program -> its result.
@@ -94,20 +92,22 @@ def write_models(
         Unavailable: the target does not compute an op.
     """
     contents = {}
-    if constant or defaults:
+    if storage is not SlotStorage.NOWHERE:
         snapshot = request.snapshot if request.mode == "baked" else ComposedWeights(())
         contents = fill_slots(request.plans, snapshot, request.base)
     results: dict[str, dict[str, PassResult]] = {}
     for name, graph in program.graphs.items():
         found = results[name] = dict[str, PassResult]()
         model = emit(graph, dialect, found.__setitem__)
-        if contents:
-            tensors = collect_slot_tensors(graph.slots, request.plans, contents)
-            (bake_slots if constant else set_slot_defaults)(model, tensors)
+        tensors = collect_slot_tensors(graph.slots, request.plans, contents) if contents else {}
+        if storage in _FILLERS:
+            _FILLERS[storage](model, tensors)
         if passes:
             run_passes(model, passes, found.__setitem__)
             check_claims(model, dialect)
         write_model(model, graph_folder(folder, name))
+        if storage is SlotStorage.FILE:
+            write_safetensors(graph_folder(folder, name) / NEUTRAL_FILE, tensors, {})
         graph.add_notes(*(note for result in found.values() for note in result.notes))
     return results
 

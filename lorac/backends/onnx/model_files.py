@@ -8,6 +8,7 @@ takes longer to import than a session takes to start.
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,11 +26,29 @@ from lorac.storage.open_file import OpenFile
 
 Array = npt.NDArray[Any]
 MODEL_FILE, WEIGHTS_FILE, BASE_FILE = "model.onnx", "model.onnx.data", "base.safetensors"
+NEUTRAL_FILE = "neutral.safetensors"
+"""What slots hold where no adapter is active, for programs whose slots are inputs that each call must give."""
 MAX_LENGTH_KEY = "lorac.longest"
 """Metadata key for the longest sequence that the positions of a program with a cache admit."""
 _NATURAL_NUMBER = re.compile(r"[0-9]{1,18}")
 _TENSORLESS_MESSAGES = frozenset({"onnx.ValueInfoProto", "onnx.StringStringEntryProto", "onnx.OperatorSetIdProto"})
 """Frequent messages without tensors."""
+
+
+class SlotStorage(enum.Enum):
+    """Where the content of slots is written.
+
+    Attributes:
+        CONSTANTS: in the model, for good.
+        DEFAULTS: in the model, as defaults of optional inputs.
+        FILE: in a file next to the model, whose inputs each call must give.
+        NOWHERE: each call must give it.
+    """
+
+    CONSTANTS = enum.auto()
+    DEFAULTS = enum.auto()
+    FILE = enum.auto()
+    NOWHERE = enum.auto()
 
 
 def graph_folder(folder: Path, graph: str) -> Path:
@@ -43,8 +62,9 @@ def graph_file(graph: str, leaf: str) -> str:
 
 
 def list_program_files(graphs: Iterable[str]) -> list[str]:
-    """Return the paths of all files that a program may have; some have no large weights, or no base weights."""
-    return [BASE_FILE, *(graph_file(graph, leaf) for graph in graphs for leaf in (MODEL_FILE, WEIGHTS_FILE))]
+    """Return the paths of all files that a program may have; few have all of them."""
+    own = (MODEL_FILE, WEIGHTS_FILE, NEUTRAL_FILE)
+    return [BASE_FILE, *(graph_file(graph, leaf) for graph in graphs for leaf in own)]
 
 
 def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.ModelProto, dict[str, Array]]:

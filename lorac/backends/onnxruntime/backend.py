@@ -12,7 +12,7 @@ from torch import nn
 
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
-from lorac.backends.onnx.model_files import BASE_FILE
+from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage
 from lorac.backends.onnxruntime.devices.providers import check_providers
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.inference_session import create_session
@@ -41,7 +41,6 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
 
     options = OnnxRuntimeOptions
     engine = OrtEngine
-    slot_defaults = True
 
     def dialect_for(self, options: OnnxRuntimeOptions) -> OnnxDialect:
         """Return what sessions can run on the options' device."""
@@ -60,6 +59,10 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             )
         check_providers(options.chosen, options.place)
         return options
+
+    def slot_storage(self, options: OnnxRuntimeOptions) -> SlotStorage:
+        """Return where slots' contents are written: in the model, so that it runs alone, or where any runtime reads."""
+        return SlotStorage.FILE if options.portable else SlotStorage.DEFAULTS
 
     def mark_quantised(self, sites: Mapping[str, Site], options: OnnxRuntimeOptions, mode: str) -> dict[str, Site]:
         """Mark the layers and embeddings that are to be quantised; a baked program is merged in float first."""

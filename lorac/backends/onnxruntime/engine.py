@@ -35,6 +35,7 @@ from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan
+from lorac.storage.tensor_file import write_safetensors
 from lorac.target.engine import CallResult, ProgramFiles
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
@@ -171,18 +172,22 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         return create_frozen_session(self.files, name, constants, self.options) if constants else graph.session
 
     @property
-    def portable(self) -> bool:
-        """Whether there are slots to fill."""
-        return bool(self.slots) and not self.constant
+    def choice_suffix(self) -> str | None:
+        """ONNX Runtime's own, or that of values for every runtime; None without slots to fill."""
+        own = ".slots.safetensors" if self.options.portable else ".onnx_adapter"
+        return own if self.slots and not self.constant else None
 
     def write_choice(self, snapshot: ComposedWeights, graph: str, path: Path) -> None:
-        """Write an ``.onnx_adapter``."""
+        """Write an ``.onnx_adapter``, or the same tensors as safetensors."""
         slots = self.graphs[check_component(graph, self.graphs)].slots
         if self.fused:
             tensors = merged_tensors(select_reached_plans(slots, self.plans), self.base, snapshot)
         else:
             tensors = bound_tensors(slots, self.plans, self.base, snapshot)
-        write_adapter_file(path, tensors)
+        if self.options.portable:
+            write_safetensors(path, tensors, {})
+        else:
+            write_adapter_file(path, tensors)
 
     @property
     def folder(self) -> Path:

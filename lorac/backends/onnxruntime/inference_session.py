@@ -152,13 +152,14 @@ def _set_location(tensor: onnx.TensorProto, location: str) -> None:
 
 
 def _make_constants(
-    model: onnx.ModelProto, stored: Mapping[str, onnx.TensorProto], constants: Mapping[str, Array]
+    model: onnx.ModelProto, stored: dict[str, onnx.TensorProto], constants: Mapping[str, Array]
 ) -> dict[str, Array]:
     """Make slot inputs constants whose values are handed over; return those that the model has."""
-    fixed = {name: array for name, array in constants.items() if name in stored}
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    fixed = {name: array for name, array in constants.items() if name in types}
     for name, array in fixed.items():
-        tensor = stored[name]
-        data_type = tensor.data_type
+        tensor = stored[name] = stored.get(name) or model.graph.initializer.add()
+        data_type = types[name]
         tensor.Clear()
         tensor.name, tensor.data_type, tensor.data_location = name, data_type, onnx.TensorProto.EXTERNAL
         tensor.dims.extend(array.shape)

@@ -29,7 +29,7 @@ from lorac.ir.graph.attention_ops import (
     is_past_input,
     present_name,
 )
-from lorac.ir.graph.feeds import CacheInputShape
+from lorac.ir.graph.feeds import CacheInputShape, convert_input
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 Tensor = torch.Tensor
@@ -243,7 +243,7 @@ def split_padding(
         token_input: the name of the ids.
 
     Raises:
-        ChoiceError: more positional arguments than ids and a mask, or no ids.
+        ChoiceError: more positional arguments than ids and a mask, no ids, or anything but numbers.
         InputMismatch: the mask marks more than padding on the right.
     """
     mask_input = f"decoder_{_MASK}" if token_input == DECODER_IDS else _MASK
@@ -254,7 +254,7 @@ def split_padding(
             next_step=f"give {token_input}=, and {mask_input}= where rows are padded; cache=False takes what the "
             "model takes",
         )
-    ids = torch.as_tensor(given[token_input])
+    ids = convert_input(token_input, given[token_input], None)
     padding = given.pop(mask_input, None)
     if ids.dim() != 2:
         raise InputMismatch(
@@ -263,7 +263,7 @@ def split_padding(
         )
     if padding is None:
         return given, [ids.shape[1]] * ids.shape[0]
-    mask = torch.as_tensor(padding)
+    mask = convert_input(mask_input, padding, None)
     counts = mask.bool().sum(-1) if mask.shape == ids.shape else None
     if counts is None or not torch.equal(mask.bool(), torch.arange(ids.shape[1]) < counts[:, None]):
         raise InputMismatch(

@@ -42,6 +42,9 @@ class OnnxRuntimeOptions(TargetOptions):
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
         cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers. Calls then
             take ``input_ids`` and an ``attention_mask`` that pads rows on the right; logits of padding are 0.
+        portable: slots are inputs that each call must give, and not optional ones, so that the saved program can be
+            switched by every runtime of ONNX, in browsers and Node.js too. The base's values of all slots, and each
+            adapter's, are written as safetensors.
         providers: execution providers, best first; default: those of the device.
         device: where sessions run, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``;
             default: where the first of the providers runs.
@@ -62,6 +65,7 @@ class OnnxRuntimeOptions(TargetOptions):
     spinning: bool | None = None
     settle: str = "asked"
     cache: bool = False
+    portable: bool = False
     providers: tuple[str, ...] | None = None
     device: str | None = None
     weights: str | None = None

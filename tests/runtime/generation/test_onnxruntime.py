@@ -11,6 +11,7 @@ import torch
 
 import lorac
 from lorac.testing.eager_checks import assert_close
+from tests.refusing import refuses
 from tests.runtime.generation.test_artifacts import words
 from tests.runtime.generation.texts import FAMILIES, LENGTHS, adapted, padded, prompts
 
@@ -104,6 +105,13 @@ def test_a_call_of_one_token(small: Any) -> None:
     whole = small(input_ids=ids).logits
     assert_close(small(input_ids=ids[:, :1]).logits, whole[:, :1])
     assert torch.equal(small.generate(ids[:1, :1], max_new_tokens=1, do_sample=False)[0, 1], whole[0, 0].argmax())
+
+
+def test_a_call_without_numbers(small: Any) -> None:
+    for value in ("a text", ["a"], [[3, 4], [5]]):
+        with refuses("choice_error", match="'input_ids' is not an array of numbers"):
+            small(input_ids=value)
+    assert small(input_ids=[[3, 4]]).logits.shape == (1, 2, 96)
 
 
 def test_a_row_without_a_token_beside_others(small: Any) -> None:
