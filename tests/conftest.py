@@ -11,15 +11,16 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from tests import zoo
+from tests import tiers, zoo
 
+pytest_plugins = ["tests.journal"]
 pytest.register_assert_rewrite("tests.parity", "tests.peft_files")
 
 
 BETWEEN_COLLECTIONS = 10_000
 """New objects before Python looks for cycles: its own 700 come and go with a few nodes of a graph."""
 _known: dict[str, object] = {}
-"""The shared models as the last test left them."""
+"""The shared models as the last file of tests left them."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,6 +40,12 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what waits for the long run before the markers select."""
+    tiers.mark_slow(items)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """As torch.manual_seed(0), which notes the stack of each call where no GPU has been used yet."""
@@ -47,7 +54,7 @@ def _seeded() -> None:
         torch.cuda.manual_seed_all(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _shared_models_untouched() -> Iterator[None]:
     """The zoo's models live as long as the session, so no test, and nothing made for one, may change one."""
     yield
@@ -57,4 +64,4 @@ def _shared_models_untouched() -> Iterator[None]:
     _known.update(now)
     for name in changed:
         del zoo.built[name], _known[name]  # the tests that follow get a fresh one
-    assert not changed, f"the test changed shared models: {changed}; use ZOO[name].fresh()"
+    assert not changed, f"a test of this file changed shared models: {changed}; use ZOO[name].fresh()"

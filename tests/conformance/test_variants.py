@@ -64,10 +64,10 @@ def _checks():
 
 
 def _thinned(checks):
-    """The first configuration on every kind of site; other configurations, and what targets get, on one host each.
+    """Mark as slow what another check of the same method catches too.
 
-    What a target gets depends on the normal form, not on the method. The rest, and hosts that differ in their bias or
-    in how they store or read a weight alone, wait for the long run; so do most hosts of two layers.
+    A method's first host has every check, with each configuration. How a formula reads a weight depends on the kind of
+    site, so the formula itself runs on every kind. What a target gets depends on the normal form, not on the method.
     """
     first = {}
     whole = None
@@ -77,11 +77,11 @@ def _thinned(checks):
         whole = whole or configuration
         if what and what != "refused":
             first.setdefault(configuration, host)
-        everywhere = configuration == whole and host not in ALIKE and host not in LATE
+        quick = what in {"", "refused"} or host == first[configuration]
+        quick |= what == "formula" and configuration == whole and host not in {*ALIKE, *LATE}
         if what.startswith("onnxruntime"):
-            everywhere = everywhere and host.startswith("two_") and configuration.partition(",")[0] in FORMS
-        late = what and what != "refused" and not everywhere and host != first[configuration]
-        yield pytest.param(check, id=str(check), marks=pytest.mark.slow if late else ())
+            quick = configuration == whole and host.startswith("two_") and configuration.partition(",")[0] in FORMS
+        yield pytest.param(check, id=str(check), marks=() if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("check", list(_checks()))

@@ -22,11 +22,12 @@ def _first(cases: Iterable[Case]) -> list[Case]:
 
 
 def _in_eager() -> Iterator[Any]:
-    """All cases; those marked late, and the transformers beyond one per type, wait for the long run."""
+    """All cases; those beyond the first of a type, on a plain model and on a transformer, wait for the long run."""
     transformers = [case for case in CASES if case.model in TEXT]
-    late = [case for case in CASES if case.late or (case in transformers and case not in _first(transformers))]
+    plain = [case for case in CASES if case not in transformers]
+    quick = [case for case in (*_first(plain), *_first(transformers)) if not case.late]
     for case in CASES:
-        marks = pytest.mark.slow if case in late else ()
+        marks = () if case in quick else pytest.mark.slow
         yield pytest.param(case, id=f"{case.kind.lower()}-{case.id}", marks=marks)
 
 

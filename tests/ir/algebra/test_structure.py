@@ -280,9 +280,12 @@ class _Drawn:
         return lambda W, p: torch.index_put(x(W, p), (rows(W, p), cols(W, p)), values(W, p), accumulate=True)
 
 
-@given(data=st.data())
-@settings(max_examples=50, deadline=None, derandomize=True)
-def test_random_formulas(data):
+@pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_formulas(examples):
+    settings(max_examples=examples, deadline=None, derandomize=True)(given(data=st.data())(_compare))()
+
+
+def _compare(data):
     drawn = _Drawn(data.draw)
     expression = drawn.matrix(OUT, IN, 4)
     formula = Formula(expression, drawn.shapes, "any", integers=drawn.integers)
