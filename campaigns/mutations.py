@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from lorac.formats._files import EXPERTS, SEAL
 from lorac.storage import artifact
 from lorac.storage.tensor_file import DTYPES, hash_contents
 
+SEALS = (SEAL, EXPERTS)
+"""Entries of metadata that no other tool writes."""
 RAW = "\0raw\0"
 """A text that begins so is written into JSON as it is, without quotes."""
 TEXTS = (
@@ -292,35 +294,55 @@ def damage_artifact(folder: Path, random: random.Random) -> None:
 
 
 def damage(kind: str, place: Path, random: random.Random) -> None:
-    """Damage a sound file, or folder, of a kind."""
+    """Damage a sound file, or a file of a folder, of a kind."""
     if kind == "artifact":
         damage_artifact(place, random)
-    elif kind == "native":
-        place.write_bytes(safetensors(place.read_bytes(), random))
-    elif random.random() < 0.5:
-        config = place / "adapter_config.json"
-        config.write_bytes(json_text(config.read_bytes(), random))
-        _reseal(place)
-    elif kind == "peft":
-        weights = place / "adapter_model.safetensors"
-        weights.write_bytes(safetensors(weights.read_bytes(), random))
-    else:
-        weights = place / "adapter_model.bin"
-        weights.write_bytes(pickled(weights.read_bytes(), random))
-
-
-def _reseal(folder: Path) -> None:
-    """Take the seal of lorac's off a PEFT folder, as a tool does that knows nothing of it."""
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
         return
-    stored = load_file(weights)
-    values = {
-        name: (_name(t.dtype), list(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes())
-        for name, t in stored.items()
-    }
-    weights.write_bytes(_file(values, {}, random.Random(0)))
+    target = random.choice([place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()))
+    if place.is_dir() and random.random() < 0.05:
+        _replace(target, random)
+        return
+    by_suffix = {".json": json_text, ".safetensors": safetensors, ".bin": pickled}
+    how = checkpoint if kind == "checkpoint" and random.random() < 0.6 else by_suffix.get(target.suffix, octets)
+    target.write_bytes(how(target.read_bytes(), random))
+    if place.is_dir() and random.random() < 0.95:
+        _unseal(place)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known is dtype)
+def _replace(target: Path, random: random.Random) -> None:
+    """Put something else in the place of a file: nothing, a folder, or a link."""
+    target.unlink()
+    how = random.randrange(4)
+    if how == 1:
+        target.mkdir()
+    elif how == 2:
+        target.symlink_to("/etc/hostname")
+    elif how == 3:
+        target.symlink_to(target)
+
+
+def checkpoint(data: bytes, random: random.Random) -> bytes:
+    """Return a state dict whose record says something else, and has no seal."""
+    length = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    metadata = header.pop("__metadata__", {})
+    tensors = {name: _tensor(entry, rest) for name, entry in header.items()}
+    name = next(name for name in tensors if name.endswith("._extra_state"))
+    record = {key: value for key, value in json.loads(tensors[name][2]).items() if key != "seal"}
+    text = json_text(json.dumps(record).encode(), random)
+    tensors[name] = "U8", [len(text)], text
+    return _file(tensors, metadata, random)
+
+
+def _unseal(folder: Path) -> None:
+    """Take lorac's seals off a folder, as a tool does that knows nothing of them."""
+    for path in folder.rglob("*.safetensors"):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        try:
+            header = json.loads(data[8 : 8 + length])
+            header["__metadata__"] = {k: v for k, v in header["__metadata__"].items() if k not in SEALS}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # it is damaged already
+            continue
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])

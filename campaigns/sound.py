@@ -1,37 +1,55 @@
-"""Sound files of every kind, tiny, for campaigns to damage: adapters of all methods and artifacts of all targets."""
+"""Sound files of every format, tiny, for campaigns to damage: adapters of all methods, and artifacts of all targets.
+
+Configurations follow from the methods there are: from the conformance kit with the sizes of their oracles, and for
+methods made of others from ``COMPOSED``. A method or a format without a sample is an error.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
+import importlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorac
 from lorac.errors import LoracError
+from lorac.testing import samples
 from lorac.testing.hosts import HOSTS, Host
+from lorac.variants.base import Variant
+from tests.zoo import ZOO
 
 INDEX = "sound.json"
-HOST_NAMES = ("divisible", "conv", "embedding", "block", "linear")
-SIZES = {
-    "r": 2, "block_size": 3, "vector_length": 3, "num_vectors": 4, "n_frequency": 5, "transform_rank": 2, "mini_r": 1,
-}  # fmt: skip
-"""Hyper-parameters that suit hosts of a dozen features."""
-OWN: Mapping[str, Mapping[str, object]] = {
+COMPOSED: Mapping[str, Mapping[str, Any]] = {
     "chain": {"parts": (lorac.LoRA(r=2), lorac.BAT(r=2))},
-    "oft": {"block_size": 3},
+    "oft": {"r": 0, "block_size": 3},
+    "residual": {"method": lorac.LoRA(r=2)},
+    "split": {"parts": {"first": lorac.LoRA(r=2)}, "among": ("first", "second")},
+    "trainable_tokens": {"token_indices": (1, 3)},
+    "union": {"parts": (lorac.LoRA(r=2, targets=["site"]),)},
 }
-"""Those of methods that take not all of them together."""
+"""Fields of methods without an oracle of their own, and other ones than those of it."""
 QUICK = ("lora", "shira", "vera", "chain")
 ARTEFACTS = (
     ("eager", "live"), ("onnxruntime", "fused"), ("onnxruntime", "live"), ("eager", "fused"), ("onnxruntime", "baked"),
+    ("tensorrt", "live"),
 )  # fmt: skip
+HUB = {
+    "bottleneck": lorac.Bottleneck.preset("seq_bn"),
+    "lora": lorac.LoRA(r=2, targets=["query", "value"]),
+    "ia3": lorac.IA3(targets=["value"], feedforward=[]),
+}
+"""Methods that AdapterHub's files hold, on BERT."""
+FORK = {"peft_type": "LORA", "r": 6, "lora_alpha": 9, "target_modules": ["site"], "init_lora_weights": "sparse"}
+"""FlyLoRA's fork of PEFT, which lorac reads and does not write."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class Sound:
     """One file, or folder, that loads.
 
     Attributes:
-        kind: "native", "peft", "bin" or "artifact".
+        kind: the name of its format, "bin" for PEFT's with a pickle, or "artifact".
         what: its method, or its target and mode.
         place: where it lies, below the folder of all.
         host: the name of the host it is for.
@@ -49,6 +67,11 @@ class Sound:
     what: str
     place: str
     host: str
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether reading it is refused as it is: the gates of a merger are no adapter without its LoRAs."""
+        return self.kind == "autolora"
 
 
 class Two(nn.Module):
@@ -63,15 +86,20 @@ class Two(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
+@functools.cache
 def model(host: str) -> nn.Module:
     """Return a host by name, in float32."""
-    return HOSTS[host].model(torch.float32)
+    return ZOO[host].model() if host in ZOO else HOSTS[host].model(torch.float32)
 
 
-def write(folder: Path, *, quick: bool = False, artifacts: bool = True) -> None:
+def write(folder: Path, *, quick: bool = False, artifacts: bool = True, methods: Iterable[str] | None = None) -> None:
     """Write everything, or in a hurry what a few methods and targets give, and a list of it."""
-    methods, targets = (QUICK, ARTEFACTS[:2]) if quick else (lorac.variants(), ARTEFACTS)
-    found = [*_adapters(folder, methods), *_artifacts(folder, targets if artifacts else ())]
+    keys, targets = (QUICK, ARTEFACTS[:2]) if quick else (lorac.variants(), ARTEFACTS)
+    found = [
+        *_adapters(folder, keys if methods is None else methods),
+        *_artifacts(folder, targets if artifacts else ()),
+    ]
+    found += [sound for sample in (() if quick else SAMPLES.values()) for sound in sample(folder)]
     (folder / INDEX).write_text(json.dumps([dataclasses.asdict(sound) for sound in found]))
 
 
@@ -80,46 +108,116 @@ def read(folder: Path) -> list[Sound]:
     return [Sound(**entry) for entry in json.loads((folder / INDEX).read_text())]
 
 
+# ── Methods ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _adapters(folder: Path, keys: Iterable[str]) -> Iterator[Sound]:
     for key in keys:
-        kind = lorac.variants()[key]
-        variant, host = _configured(key, kind)
+        variant, host = configured(key)
         here = model(host.name)
         adapter = lorac.compile(here, {key: variant}).adapters[key]
         lorac.save_adapter(adapter, folder / "native" / f"{key}.safetensors", "native", here)
         yield Sound("native", key, f"native/{key}.safetensors", host.name)
         try:
             lorac.save_adapter(adapter, folder / "peft" / key, "peft", here)
-        except LoracError:  # PEFT has no such type, or not for this layer
+            lorac.load_adapter(folder / "peft" / key, here)
+        except LoracError:  # PEFT has no such type, or not for this layer or model
             continue
         yield Sound("peft", key, f"peft/{key}", host.name)
         _pickled(folder / "peft" / key, folder / "bin" / key)
         yield Sound("bin", key, f"bin/{key}", host.name)
 
 
-def _configured(key: str, kind: type) -> tuple[lorac.WeightVariant | lorac.BranchVariant, Host]:
-    """Return a variant, and the first host that it adapts."""
-    own = {field.name: SIZES[field.name] for field in dataclasses.fields(kind) if field.name in SIZES}
-    own = OWN.get(key, own)
-    for fields, name in itertools.product((own, {}), HOST_NAMES):
-        variant = kind(**{**fields, "targets": (HOSTS[name].path,)})
-        if HOSTS[name].admits(variant):
-            return variant, HOSTS[name]
-    raise AssertionError(f"no host for {key}")
+def configured(key: str) -> tuple[Variant, Host]:
+    """Return a configuration of a method, and the first host that it adapts.
+
+    Raises:
+        AssertionError: there is none: the oracle's FIELDS, or ``COMPOSED``, give no sizes that fit.
+    """
+    kind = lorac.variants()[key]
+    oracle = f"tests.oracles.{key}"
+    fields = importlib.import_module(oracle).FIELDS if _has_fields(oracle) else {}
+    variant = samples(kind, **{**fields, **COMPOSED.get(key, {})})[0]
+    for host in sorted(HOSTS.values(), key=lambda host: host.name != "linear"):
+        if host.admits(variant):
+            return dataclasses.replace(variant, targets=host.paths), host
+    raise AssertionError(f"no host for {key}: give its oracle FIELDS, or it an entry in COMPOSED")
+
+
+def _has_fields(oracle: str) -> bool:
+    return importlib.util.find_spec(oracle) is not None and hasattr(importlib.import_module(oracle), "FIELDS")
 
 
 def _pickled(source: Path, target: Path) -> None:
     """Return the same PEFT folder with its tensors in a .bin file."""
     target.mkdir(parents=True)
     (target / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
-    torch.save(load_file(source / "adapter_model.safetensors"), target / "adapter_model.bin")
+    tensors = {key: tensor.clone() for key, tensor in load_file(source / "adapter_model.safetensors").items()}
+    torch.save(tensors, target / "adapter_model.bin")
 
 
+# ── Formats ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _adapterhub(folder: Path) -> Iterator[Sound]:
+    here = model("tiny_bert")
+    for key, variant in HUB.items():
+        adapter = lorac.compile(here, {key: variant}).adapters[key]
+        lorac.save_adapter(adapter, folder / "adapterhub" / key, "adapterhub", here)
+        yield Sound("adapterhub", key, f"adapterhub/{key}", "tiny_bert")
+
+
+def _xlora(folder: Path) -> Iterator[Sound]:
+    here = model("tiny_llama")
+    loras = {name: lorac.LoRA(r=r, targets=["q_proj", "down_proj"]) for name, r in (("a", 2), ("b", 3))}
+    experts = list(lorac.compile(here, loras).adapters.values())
+    sites = [path for path in lorac.sites(here) if path in experts[0].tensors]
+    mixed = lorac.XLoRA.from_loras(experts, sites=sites, hidden="model.norm", hidden_size=64, depth=2, size=4)
+    for format in ("xlora", "peft"):
+        lorac.save_adapter(mixed, folder / format / "x_lora_of_llama", format, here)
+        yield Sound(format, "x_lora", f"{format}/x_lora_of_llama", "tiny_llama")
+
+
+def _autolora(folder: Path) -> Iterator[Sound]:
+    names = ("weight_lora", "bias", "weight_out", "norm_lora.weight", "norm_lora.bias")
+    (folder / "autolora").mkdir()
+    save_file({f"model_dict.site.{name}": torch.ones(11) for name in names}, folder / "autolora/merger.safetensors")
+    yield Sound("autolora", "autolora", "autolora/merger.safetensors", "linear")
+
+
+def _checkpoint(folder: Path) -> Iterator[Sound]:
+    compiled = lorac.compile(model("two_linear"), {"a": lorac.VeRA(r=2, targets=["first", "second"])})
+    (folder / "checkpoint").mkdir()
+    tensors = {key: tensor.contiguous() for key, tensor in compiled.state_dict().items()}
+    save_file(tensors, folder / "checkpoint/model.safetensors")
+    yield Sound("checkpoint", "vera", "checkpoint/model.safetensors", "two_linear")
+
+
+def _flylora(folder: Path) -> Iterator[Sound]:
+    variant = lorac.FlyLoRA(r=6, top_k=2, alpha=9, targets=["site"])
+    adapter = lorac.compile(model("linear"), {"f": variant}).adapters["f"]
+    place = folder / "peft" / "fork_of_flylora"
+    place.mkdir(parents=True)
+    keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_topk_bias": "lora_topk_bias"}
+    tensors = {f"base_model.model.site.{keys[key]}": t.detach() for key, t in adapter.tensors["site"].items()}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps({**FORK, "top_k": 2, "bias_u": 0.01}))
+    yield Sound("peft", "flylora", "peft/fork_of_flylora", "linear")
+
+
+SAMPLES = {
+    "adapterhub": _adapterhub, "xlora": _xlora, "autolora": _autolora, "checkpoint": _checkpoint, "flylora": _flylora,
+}  # fmt: skip
+"""Formats, and layouts of a format, that ``_adapters`` does not write -> what writes sound ones."""
+FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora"}
+"""The formats of which there are sound files."""
+
+
+# ── Artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _artifacts(folder: Path, wanted: Iterable[tuple[str, str]]) -> Iterator[Sound]:
     torch.manual_seed(0)
     host, x = Two().eval(), torch.randn(3, 24)
     adapters = {"a": lorac.LoRA(r=2, targets=["up", "down"]), "b": lorac.DoRA(r=1, targets=["up"])}
     for target, mode in wanted:
-        compiled = lorac.compile(host, adapters, target, {"x": x}, mode=mode, active={"a": 0.7})
+        try:
+            compiled = lorac.compile(host, adapters, target, {"x": x}, mode=mode, active={"a": 0.7})
+        except (lorac.MissingExtra, lorac.Unavailable):  # the target's library, or what it runs on, is not here
+            continue
         compiled.save(folder / "artifacts" / f"{target}-{mode}")
         yield Sound("artifact", f"{target} {mode}", f"artifacts/{target}-{mode}", "")

@@ -84,12 +84,12 @@ class LoracError(Exception):
     ) -> None:
         self.code = code or _snake_case(type(self).__name__)
         assert code is None or code in self.codes, f"{type(self).__name__} has no code '{code}'"
-        self.what = what
-        self.nearest = nearest
-        self.next_step = next_step or self.usual_steps.get(self.code)
-        lines = [what]
-        if nearest:
-            lines.append(f"  nearest: {nearest}")
+        self.what = escape_controls(what)
+        self.nearest = nearest and escape_controls(nearest)
+        self.next_step = escape_controls(next_step) if next_step else self.usual_steps.get(self.code)
+        lines = [self.what]
+        if self.nearest:
+            lines.append(f"  nearest: {self.nearest}")
         if self.next_step:
             lines.append(f"  {self.next_step}")
         super().__init__("\n".join(lines))
@@ -262,7 +262,18 @@ def warn(what: str, *, next_step: str | None = None) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lorac":
         level, frame = level + 1, frame.f_back
     text = what if next_step is None else f"{what}\n  {next_step}"
-    warnings.warn(text, LoracWarning, stacklevel=level)
+    warnings.warn(escape_controls(text), LoracWarning, stacklevel=level)
+
+
+def escape_controls(text: str) -> str:
+    """Return a text with everything that a terminal would not print escaped, but for line breaks and tabs.
+
+    Names come from files, and a terminal obeys some characters. Every text for people goes through here: messages,
+    summaries, reports and what commands print.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 _LONGEST = 200

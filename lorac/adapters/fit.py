@@ -212,6 +212,7 @@ def check_parameter(adapter: str, name: str, spec: ParamSpec, site: Site, tensor
         return
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
     _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "whole numbers", whole)
+    _check_dtype(adapter, f"{name} at '{site.path}'", tensor, "torch.int64", tensor.dtype is torch.int64)
     if spec.below and not tensor.is_meta:
         _check_positions(adapter, f"{name} at '{site.path}'", tensor, spec.below)
 

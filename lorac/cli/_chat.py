@@ -8,7 +8,7 @@ from collections.abc import Callable
 from lorac.cli._generation import TextStreamer, TextWriter
 from lorac.cli._models import parse_choice
 from lorac.cli._output import format_error
-from lorac.errors import InputMismatch, LoracError, OptionError, not_one_of
+from lorac.errors import InputMismatch, LoracError, OptionError, escape_controls, not_one_of
 
 
 class Chat:
@@ -67,12 +67,12 @@ class Chat:
         if not spec:
             raise OptionError("/adapter needs a name", next_step="write /adapter NAME, none, or A=0.7,B=0.3")
         self._writer.compiled.swap(parse_choice(spec))
-        print(f"adapter: {self._active}")
+        print(escape_controls(f"adapter: {self._active}"))
 
     def _list(self) -> None:
         compiled = self._writer.compiled
         for name in compiled.adapters:
-            print(f"{'*' if name in compiled.active else ' '} {name}")
+            print(escape_controls(f"{'*' if name in compiled.active else ' '} {name}"))
         print(f"{' ' if compiled.active else '*'} none")
 
     def _answer(self, line: str) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lorac.errors import LoracError
+from lorac.errors import LoracError, escape_controls
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
@@ -27,7 +27,7 @@ def make_table(headers: Iterable[str], rows: Iterable[Iterable[object]]) -> Tabl
     for header in headers:
         made.add_column(header, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
+        made.add_row(*(Text(escape_controls(str(cell))) for cell in row))
     return made
 
 
@@ -40,11 +40,14 @@ def print_report(report: object, *parts: Table | str, as_json: bool) -> None:
         as_json: whether to print JSON.
     """
     if as_json:
-        print(json.dumps(report, indent=1, default=_to_json, ensure_ascii=False))
+        text = json.dumps(report, indent=1, default=_to_json, ensure_ascii=False)
+        if escape_controls(text) != text:  # JSON escapes fewer characters than terminals obey
+            text = json.dumps(report, indent=1, default=_to_json)
+        print(text)
         return
     console = Console(width=None if sys.stdout.isatty() else _UNLIMITED_WIDTH)
     for part in parts:
-        console.print(Text(part) if isinstance(part, str) else part)
+        console.print(Text(escape_controls(part)) if isinstance(part, str) else part)
 
 
 def format_error(error: LoracError) -> str:

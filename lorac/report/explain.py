@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lorac.errors import escape_controls
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.interface import Interface
@@ -92,7 +93,7 @@ class Explanation:
     unsupported_ops: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(_explanation_lines(self)) + "\n"
+        return escape_controls("\n".join(_explanation_lines(self)) + "\n")
 
 
 def explain(

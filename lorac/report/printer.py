@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lorac.errors import escape_controls
 from lorac.report.dump import Dump, Row
 from lorac.report.sections import (
     Section,
@@ -67,7 +68,8 @@ def to_text(dump: Dump, notes: AdapterNotes | None = None) -> str:
     """Return a dump as text, with the adapters at its sites."""
     notes = notes or AdapterNotes()
     head = f"graph {dump.name} @{dump.level}{_format_adapters(notes)}"
-    return "\n".join([head, *align_columns(format_lines(dump, notes)), format_summary(dump, notes)]) + "\n"
+    lines = [head, *align_columns(format_lines(dump, notes)), format_summary(dump, notes)]
+    return escape_controls("\n".join(lines) + "\n")
 
 
 def format_lines(dump: Dump, notes: AdapterNotes) -> list[PrintedLine]:
@@ -112,7 +114,7 @@ def diff_dumps(before: Dump, after: Dump, notes: AdapterNotes | None = None) -> 
     ends = [format_summary(d, notes) for d in (before, after)]
     if ends[0] != ends[1]:
         shown.extend((f"-{ends[0]}", f"+{ends[1]}"))
-    return "\n".join(shown) + "\n" if len(shown) > 2 else ""
+    return escape_controls("\n".join(shown) + "\n") if len(shown) > 2 else ""
 
 
 class SectionPrinter:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorac.errors import EagerOnly, UnknownAttribute, nearest_name
+from lorac.errors import EagerOnly, UnknownAttribute, escape_controls, nearest_name
 from lorac.ir.slots.choice import describe_choice
 from lorac.report.terms import describe_variant
 from lorac.runtime.switchable_model import SwitchableModel
@@ -37,14 +37,13 @@ _LISTED_ADAPTERS = 4
 def describe_compiled(model: SwitchableModel, site_count: int) -> str:
     """Return a summary of a few lines: target, mode, sites, adapters, and the active choice."""
     touched = sum(not plan.empty for plan in model.plans.values())
-    return "\n".join(
-        (
-            f"<{type(model).__name__} for {model.engine.target}, {model.mode}",
-            f"  sites: {touched} with slots, of {site_count}",
-            f"  adapters: {_describe_adapters(model.adapters)}",
-            f"  active: {describe_choice(model.choice)}>",
-        )
+    lines = (
+        f"<{type(model).__name__} for {model.engine.target}, {model.mode}",
+        f"  sites: {touched} with slots, of {site_count}",
+        f"  adapters: {_describe_adapters(model.adapters)}",
+        f"  active: {describe_choice(model.choice)}>",
     )
+    return escape_controls("\n".join(lines))
 
 
 def _describe_adapters(adapters: Mapping[str, Adapter]) -> str:

@@ -23,8 +23,8 @@ from lorac.storage.user_paths import parse_path
 from lorac.variants._missing_method import class_modules
 from lorac.version import VERSION
 
-_PORTABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
-"""Names of adapters that every system accepts as file names."""
+_PORTABLE_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+"""Names of adapters that every system accepts as file names; on Windows some are devices, with any ending."""
 
 
 def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer: object) -> None:

@@ -59,11 +59,14 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
             folder has a file of the same name.
 
     Raises:
-        OSError: the disk fails, or the target is a mount point, which nothing can replace.
+        OSError: the disk fails; or the target is a mount point, which nothing can replace, or holds the folder that
+            this process works in, which would lie nowhere afterwards.
     """
     target = Path(os.path.realpath(target))
     if os.path.ismount(target):  # unlike Path.is_mount, it tolerates that a folder disappears meanwhile
         raise OSError(errno.EBUSY, "nothing can take the place of a mount point, give a path below it", str(target))
+    if _contains_working_folder(target):
+        raise OSError(errno.EBUSY, "this process works in that folder, give a path below it", str(target))
     _make_folder(target.parent)
     with _locked(target.parent):
         _move_back(target)
@@ -79,6 +82,13 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
             _install(staged, target, owned)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _contains_working_folder(target: Path) -> bool:
+    """Whether a folder is the process's working directory, or one above it."""
+    with contextlib.suppress(OSError):  # it was removed
+        return target.is_dir() and Path(os.path.realpath(os.getcwd())).is_relative_to(target)
+    return False
 
 
 def list_foreign(folder: Path, owned: Collection[str]) -> list[str]:

@@ -120,7 +120,8 @@ def _scaled_factors(adapter: Adapter, path: str, tensors: Mapping[str, Tensor], 
             f"'{adapter.name}' at '{path}' has the tensors {sorted(tensors)}; {method} routes lora_A and lora_B only",
             next_step="give adapters of lorac.LoRA without a bias",
         )
-    a, b = tensors["lora_A"].detach(), tensors["lora_B"].detach()
+    # torch neither multiplies nor joins tensors of 8 bits.
+    a, b = (t.detach().float() if t.itemsize == 1 else t.detach() for t in (tensors["lora_A"], tensors["lora_B"]))
     variant = adapter.variant.at_path(path)
     assert isinstance(variant, ScaledRank)
     return a, b * variant.scale

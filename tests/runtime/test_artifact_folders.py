@@ -14,6 +14,7 @@ import pytest
 
 import lorac
 from lorac.ir.output_structure import find_output_class
+from lorac.session.saving import _file_stems
 from lorac.storage import artifact
 from tests.limits import within_budget
 from tests.runtime.artifacts import assert_same_folders, make_compiled
@@ -221,6 +222,33 @@ def test_an_artifact_is_replaced_whole_even_by_itself(sound: Path, tmp_path: Pat
     again.save(tmp_path / "it")
     assert lorac.load(tmp_path / "it").active == {"b": 1.0}
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.parametrize("inside", [".", "below"])
+def test_the_folder_that_the_process_works_in_stays(
+    inside: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced by another folder it would lie nowhere, and no relative path would lead anywhere."""
+    (tmp_path / "here" / inside).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / inside)
+    compiled, target = lorac.load(sound), "." if inside == "." else ".."
+    for save in (
+        lambda: compiled.save("."),
+        lambda: lorac.save_adapter(compiled.adapters["a"], target),
+        lambda: lorac.save_adapter(compiled.adapters["a"], tmp_path / "here"),
+    ):
+        with pytest.raises(lorac.LoracError, match="this process works in that folder"):
+            save()
+    assert Path.cwd().is_dir()
+    compiled.save("artifact")
+    assert lorac.load("artifact").active == compiled.active
+
+
+def test_names_that_are_devices_on_windows_are_no_file_names() -> None:
+    names = ["CON", "aux", "com1", "console", "lpt9", "nul", "prn0"]
+    assert _file_stems(names) == {
+        "CON": "_0", "aux": "_1", "com1": "_2", "console": "console", "lpt9": "_4", "nul": "_5", "prn0": "prn0",
+    }  # fmt: skip
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

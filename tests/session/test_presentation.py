@@ -1,9 +1,12 @@
 """How a compiled model presents itself on every target: its summary and its attributes."""
 
+import json
+
 import pytest
 from torch import nn
 
 import lorac
+from lorac.cli import main
 from lorac.session.presentation import INTERFACE
 from tests.mistakes import Tiny, example, lora
 
@@ -61,3 +64,28 @@ def test_a_name_that_is_misspelt(compiled, stored):
     with pytest.raises(AttributeError, match=r"nearest: lorac\.LoRA"):
         _ = lorac.Lora
     assert compiled.embed is not None  # the host's own
+
+
+NAME = "\x1b]0;title\x07\x1b[31mred\x9b0m\u202e"
+ESCAPED = r"\x1b]0;title\x07\x1b[31mred\x9b0m\u202e"
+
+
+def test_what_a_terminal_obeys_is_escaped_in_every_text(tmp_path, monkeypatch, capsys):
+    """A file may name its adapter so that whoever prints the name sees another text."""
+    adapter = lorac.compile(Tiny(), {NAME: lora()}).adapters[NAME]
+    lorac.save_adapter(adapter, tmp_path / "a.safetensors", "native")
+    read = lorac.load_adapter(tmp_path / "a.safetensors", Tiny())
+    assert read.name == NAME
+    compiled = lorac.compile(Tiny(), [read], example_inputs=example())
+    with pytest.raises(lorac.ChoiceError) as refused:
+        compiled.swap({NAME: "strong"})
+    texts = [repr(compiled), str(compiled.explain()), str(compiled.graph), repr(compiled.adapters), str(refused.value)]
+    for words in (["inspect"], ["inspect", "--json"]):
+        monkeypatch.setattr("sys.argv", ["lorac", *words, str(tmp_path / "a.safetensors")])
+        with pytest.raises(SystemExit):
+            main()
+        texts.append(capsys.readouterr().out)
+    assert json.loads(texts.pop())["name"] == NAME
+    for text in texts:
+        assert ESCAPED in text
+        assert all(c.isprintable() or c in "\n\t" for c in text)

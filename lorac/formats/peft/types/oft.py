@@ -68,7 +68,7 @@ class OftType(PeftType[OFT]):
         """Return the upper triangles (blocks, β(β−1)/2), and a site as wide as they need."""
         ((suffix, upper), *more) = stored.items()
         size = round((1 + (1 + 8 * upper.shape[-1]) ** 0.5) / 2) if upper.ndim == 2 else 0
-        if more or upper.ndim != 2 or size * (size - 1) != 2 * upper.shape[1]:
+        if more or upper.ndim != 2 or not len(upper) or size * (size - 1) != 2 * upper.shape[1]:
             raise mismatched_shapes(path, stored, "they are (blocks, size·(size − 1)/2)")
         # Of a shared block the file tells the size, not how often it is used.
         width = size * (len(upper) if not variant.block_share else variant.r or 1)

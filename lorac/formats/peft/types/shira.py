@@ -45,8 +45,8 @@ class ShiraType(PeftType[SHiRA]):
         values, indices = stored.get(VALUES), stored.get(INDICES)
         if values is None or indices is None or indices.shape != (2, *values.shape) or values.ndim != 1:
             raise mismatched_shapes(path, stored, f"{VALUES} is (K,), {INDICES} (2, K)")
-        positions = indices.to(torch.int64)
-        if not torch.equal(positions.to(indices.dtype), indices):
+        positions = indices if indices.is_complex() else indices.to(torch.int64)
+        if indices.is_complex() or not torch.equal(positions.to(indices.dtype), indices):
             raise AdapterError(
                 f"{INDICES} at '{path}' are not whole numbers",
                 next_step="save the adapter again in PEFT",

@@ -1,0 +1,64 @@
+"""Tensors of dtypes and shapes that a method does not expect: refused by name, or read in a dtype torch computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import lorac
+from campaigns import sound
+from lorac.formats._files import EXPERTS, SEAL
+
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "no axes": lambda tensor: torch.zeros((), dtype=tensor.dtype),
+    "empty": lambda tensor: tensor[:0],
+    "int32": lambda tensor: tensor.int(),
+    "uint64": lambda tensor: tensor.abs().to(torch.uint64),
+    "float8": lambda tensor: tensor.float().to(torch.float8_e4m3fn),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+}
+
+
+def change(path: Path, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change all tensors of a file, and take lorac's seals off it."""
+    with safe_open(path, "pt") as file:
+        metadata = {key: text for key, text in file.metadata().items() if key not in {SEAL, EXPERTS}}
+    save_file({name: how(tensor).contiguous().clone() for name, tensor in load_file(path).items()}, path, metadata)
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("method", ["fourierft", "oft", "shira", "trainable_tokens", "vblora", "lora"])
+def test_a_method_is_read_or_refused(method: str, how: str, tmp_path: Path) -> None:
+    for one in sound._adapters(tmp_path, [method]):
+        place = tmp_path / one.place
+        if one.kind == "bin":
+            continue
+        change(place if place.is_file() else place / "adapter_model.safetensors", CHANGES[how])
+        for model in (None, sound.model(one.host)):
+            try:
+                adapter = lorac.load_adapter(place, model)
+                lorac.compile(sound.model(one.host), {"a": adapter})
+            except lorac.LoracError:
+                continue
+
+
+@pytest.mark.parametrize("format", ["xlora", "peft"])
+def test_experts_of_eight_bits_are_mixed(format: str, tmp_path: Path) -> None:
+    """As PEFT does, which casts what it loads to float32."""
+    places: Any = {one.kind: tmp_path / one.place for one in sound._xlora(tmp_path)}
+    for path in places[format].rglob("*.safetensors"):
+        change(path, lambda tensor: tensor)
+    expert = places[format] / "0" / "adapter_model.safetensors"
+    values = {key: tensor.float() for key, tensor in load_file(expert).items()}
+    change(expert, CHANGES["float8"])
+    adapter = lorac.load_adapter(places[format], sound.model("tiny_llama"))
+    stacked = adapter.tensors["model.layers.0.self_attn.q_proj"]["lora_A"]
+    expected = values["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert stacked.dtype is torch.float32
+    assert torch.equal(stacked[: len(expected)], expected.to(torch.float8_e4m3fn).float())

@@ -1,0 +1,99 @@
+"""X-LoRA's folders, as PEFT and the authors lay them out: nothing outside is read, and digests cover what is inside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorac
+from tests.refusing import refuses
+from tests.variants.test_x_lora import adapter, authors, complete, folder, model
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        ({"scaling_pass_value": None}, lorac.FormatError, "scaling_pass_value=None: expected a number"),
+        ({"scaling_pass_value": "half"}, lorac.FormatError, "scaling_pass_value='half': expected a number"),
+        ({"adapters": {"x": "nowhere"}}, lorac.FormatError, "an expert 'x', and no folder in it has that"),
+        ({"adapters": {"a": "0", "b": "0"}}, lorac.FormatError, "two experts .* are one folder"),
+        ({"hidden_size": 16}, lorac.AdapterError, "gives 32"),
+        ({"xlora_depth": 1}, lorac.FormatError, "layers.3"),
+        ({"xlora_depth": 3}, lorac.FormatError, "layers.6.weight"),
+        ({"softmaxx": 1}, lorac.FormatError, "softmaxx"),
+    ],
+)
+def test_files_that_do_not_fit(changed: dict[str, Any], error: type[Exception], text: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=text):
+        lorac.load_adapter(complete(tmp_path / "x", **changed), model())
+
+
+def test_the_authors_softmax_over_the_batch_is_refused(tmp_path: Path) -> None:
+    with refuses("unsupported_field", match=r"enable_softmax_topk=True[\s\S]*depend on the whole batch"):
+        lorac.load_adapter(authors(tmp_path, enable_softmax_topk=True), model())
+    given = lorac.Adapter("x", replace(adapter().variant, enable_softmax_topk=True), adapter().tensors)
+    with refuses("unsupported_field", match="over the whole batch"):
+        lorac.save_adapter(given, tmp_path / "w", "xlora", model())
+
+
+# ── Nothing outside the folder ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("escape", ["absolute", "dots", "link", "inner link"])
+def test_experts_outside_the_folder_are_not_read(escape: str, tmp_path: Path) -> None:
+    """Their path in the configuration exists, and leads to a sound LoRA."""
+    here, secret = complete(tmp_path / "x"), tmp_path / "secret"
+    (here / "0").rename(secret)
+    paths = {"absolute": str(secret), "dots": "../secret", "link": "linked", "inner link": "inner/0"}
+    (here / "linked").symlink_to(secret)
+    (here / "inner").symlink_to(folder())
+    config = json.loads((here / "adapter_config.json").read_text())
+    config["adapters"] = {"a": paths[escape], "1": "1", "2": "2"}
+    (here / "adapter_config.json").write_text(json.dumps(config))
+    with refuses("corrupt_file", match="paths that lead out of the folder are not followed"):
+        lorac.load_adapter(here, model())
+
+
+@pytest.mark.parametrize("format", ["peft", "xlora"])
+def test_a_copied_folder_has_experts_of_its_own(format: str, tmp_path: Path) -> None:
+    """Whatever becomes of the folder it was copied from; and no path of this machine is written."""
+    lorac.save_adapter(adapter(), tmp_path / "first", format, model())
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    (tmp_path / "first").rename(tmp_path / "0")
+    changed = complete(tmp_path / "first")
+    assert lorac.load_adapter(tmp_path / "copy", model()).variant == adapter().variant
+    assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "copy").glob("*.json"))
+    shutil.rmtree(tmp_path / "copy" / "1")
+    shutil.copytree(changed / "2", tmp_path / "copy" / "1")
+    with refuses("corrupt_file", match="is not the expert '1' that lorac wrote"):
+        lorac.load_adapter(tmp_path / "copy", model())
+
+
+@pytest.mark.parametrize("format", ["peft", "xlora"])
+def test_a_seal_covers_the_classifier_and_the_experts(format: str, tmp_path: Path) -> None:
+    lorac.save_adapter(adapter(), tmp_path / "w", format, model())
+    files = [path for path in sorted((tmp_path / "w").rglob("*")) if path.suffix == ".safetensors"]
+    assert len(files) == 4
+    for path in files:
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-3] + bytes([sound[-3] ^ 1]) + sound[-2:])
+        with refuses("corrupt_file", match="do not belong together"):
+            lorac.load_adapter(tmp_path / "w", model())
+        path.write_bytes(sound)
+    experts = [tmp_path / "w" / name for name in "012"]
+    for one, other in ((experts[0], experts[2]), (experts[2], experts[0])):
+        one.rename(tmp_path / one.name)
+        shutil.copytree(other if other.exists() else tmp_path / other.name, one)
+    with refuses("corrupt_file", match="is not the expert '0' that lorac wrote"):
+        lorac.load_adapter(tmp_path / "w", model())
+
+
+def test_an_x_lora_of_x_loras_is_refused(tmp_path: Path) -> None:
+    here = complete(tmp_path / "x")
+    shutil.rmtree(here / "1")
+    shutil.copytree(complete(tmp_path / "inner"), here / "1")
+    with refuses("unsupported_field", match="is an X-LoRA itself"):
+        lorac.load_adapter(here, model())
