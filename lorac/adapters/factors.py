@@ -82,7 +82,7 @@ def iter_changes(
     sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
     if dtype is not None:
         sites = {path: dataclasses.replace(site, dtype=dtype) for path, site in sites.items()}
-    preparer = Preparer(sites, view.base)
+    preparer = Preparer(sites, view.base, keep_factors=True)
     for path in preparer.touched(adapter) if paths is None else paths:
         yield path, _change(preparer, adapter, path)
 
@@ -98,7 +98,7 @@ def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> 
     def weight(site: Site) -> Tensor:
         raise _base_needed(f"what adapter '{adapter.name}' does to '{site.path}', which depends on its weight")
 
-    preparer = Preparer(sites, BaseReader(weight, lambda site: None))
+    preparer = Preparer(sites, BaseReader(weight, lambda site: None), keep_factors=True)
     for path, tensors in adapter.tensors.items():
         if operands.BIAS in preparer.reduction(adapter.variant, sites[path], tensors).outputs:
             raise _base_needed(f"what adapter '{adapter.name}' does to the bias of '{path}'")

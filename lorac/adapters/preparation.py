@@ -21,7 +21,7 @@ from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import AlgebraRule
 from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.ir.slots.execution import FormulaContext
-from lorac.ir.slots.live_terms import DropoutDelta
+from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
 from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
 from lorac.variants._missing_method import class_modules
@@ -43,13 +43,21 @@ class Preparer:
         sites: every site of the model.
         base: reads base weights.
         rules: the rules of the algebra.
+        keep_factors: keep products of factors at any rank, also where one dense matrix is cheaper to apply.
 
     Attributes:
         stored: reductions of an artifact by structure (``stored_reductions``), which are not traced again.
     """
 
-    def __init__(self, sites: Mapping[str, Site], base: BaseReader, rules: Sequence[AlgebraRule] = RULES) -> None:
-        self.sites, self.base, self.rules = sites, base, tuple(rules)
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        base: BaseReader,
+        rules: Sequence[AlgebraRule] = RULES,
+        *,
+        keep_factors: bool = False,
+    ) -> None:
+        self.sites, self.base, self.rules, self.keep_factors = sites, base, tuple(rules), keep_factors
         self.stored: Mapping[str, dict[str, Any]] = {}
         self._from_artifact: dict[str, Reduction] = {}
         self._shared_results: MutableMapping[Tensor, dict[tuple[int, str], tuple[object, Tensor]]] = (
@@ -112,7 +120,7 @@ class Preparer:
     def _find_reduction(self, variant: Variant, site: Site, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Reduction:
         shape = (site.out_features, site.in_features)
         method = (type(variant), *(getattr(type(variant), formula, None) for formula in _FORMULAS), repr(variant))
-        key = (*method, site.kind, _is_grouped(site), shape, shapes, site.dtype, self.rules)
+        key = (*method, site.kind, self._keeps_factors(variant, site), shape, shapes, site.dtype, self.rules)
         if self.stored and (text := _describe(variant, site, shapes)) in self.stored:
             return self._from_stored(text, shape, tensors.values())
         found = _REDUCTIONS.get(key)
@@ -234,6 +242,7 @@ class Preparer:
     def _reduce(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Reduction:
         dtype = factor_dtype(site.dtype)
         examples = {name: cast_tensor(tensor.detach(), dtype) for name, tensor in tensors.items()}
+        keep = self._keeps_factors(variant, site)
         if isinstance(variant, WeightVariant):
             shared = [name for name, spec in variant.specs(site).items() if spec.shared]
             of_weight = Formula(variant.weight, variant.name, site.path)
@@ -242,17 +251,25 @@ class Preparer:
             def formula(w: Tensor, b: Tensor, p: Params) -> tuple[Tensor, Tensor]:
                 return of_weight(w, p, like=w), of_bias(b, p, like=b)
 
-            # A product of factors may leave the blocks of a grouped kernel, which the kernel cannot.
-            grouped = _is_grouped(site)
-            return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=grouped)
+            return reduce_weight(formula, shape, examples, dtype, self.rules, shared, keep_factors=keep)
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads(site) or variant.has_once:
             return _unreduced(tensors)
         emitted: dict[str, list[Tensor]] = {}
         branch, ctx = Formula(variant.branch, variant.name, site.path), FormulaContext(site, emitted=emitted)
-        found = reduce_branch(lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules)
+        found = reduce_branch(
+            lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules, keep_factors=keep
+        )
         # A reduced branch computes y' alone and emits nothing.
         return _unreduced(tensors, f"has extra outputs ({', '.join(emitted)})") if emitted else found
+
+    def _keeps_factors(self, variant: Variant, site: Site) -> bool:
+        """Return whether factors stay apart whatever they cost: something reads, drops or truncates them.
+
+        A product of factors may also leave the blocks of a grouped kernel, which the kernel cannot.
+        """
+        drops = isinstance(variant, WeightVariant) and variant.dropout_place is Dropout.RANK
+        return self.keep_factors or drops or variant.truncatable is not None or _is_grouped(site)
 
 
 def _describe(variant: Variant, site: Site, shapes: Shapes) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.low_rank import LowRankFields, factor_specs
 
@@ -27,18 +26,6 @@ class DyLoRA(LowRankFields, WeightVariant):
         "arXiv 2210.07558"
     )
     truncatable = 1.0
-
-    def check(self, site: Site) -> None:
-        super().check(site)
-        out, columns = site.out_features, site.in_features
-        if self.r * (out + columns) > out * columns:
-            # The algebra would compute the product as one dense matrix, which has no ranks to truncate.
-            raise SiteError(
-                f"DyLoRA's factors of rank {self.r} are larger than the weight of '{site.path}' ({columns} -> {out})",
-                nearest=f"r={max(1, out * columns // (out + columns))}",
-                next_step="give a smaller r, to this module alone by rank_pattern, or exclude= it",
-                code="site_unsupported",
-            )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return factor_specs(site, self.r)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 
 from lorac.variants._mixtures import RoutedVariant, route_loras, top_k_softmax
@@ -31,7 +32,7 @@ class MeteoRA(RoutedVariant):
         experts: their number L.
         top_k: number of experts per token; ties go to the lowest index.
         temperature: flattens the weights (15 to 30 for the paper's composite prompts).
-        dropout: rate of the dropout on the experts' input, in training; the gates read the whole input.
+        dropout: rate of the dropout on each expert's own input, in training; the gates read the whole input.
         train_experts: train A and B too.
     """
 
@@ -62,8 +63,14 @@ class MeteoRA(RoutedVariant):
         logits = F.linear(x, p.moe_gate)
         ctx.emit("router", logits)
         weights = top_k_softmax(logits, self.top_k, self.temperature)
-        dropped = F.dropout(x, self.dropout, ctx.training) if self.dropout else x
-        return y + self.mix(F.linear(dropped, p.lora_A), self.output_scale(p) * weights, p)
+        return y + self.mix(self._project(x, p, ctx), self.output_scale(p) * weights, p)
+
+    def _project(self, x: Tensor, p: Params, ctx: Context) -> Tensor:
+        """Return A·x (…, experts·r) in which every expert drops other features of x."""
+        if not self.dropout or not ctx.training:
+            return F.linear(x, p.lora_A)
+        each = (F.linear(F.dropout(x, self.dropout), a) for a in p.lora_A.chunk(self.experts))
+        return torch.cat([*each], dim=-1)
 
     @staticmethod
     def from_loras(

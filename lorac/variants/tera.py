@@ -36,8 +36,8 @@ class TeRA(InputDropout, WeightVariant):
     """``W' = W + s·mat(G ×₁ U₁·diag(d₁) ×₂ … ×_K U_K·diag(d_K))`` with K = 2·order modes, half of out, half of in.
 
     The core G (R₁, …, R_K) and the factors U_k (n_k, R_k) are random, frozen, and shared by all sites, with the size
-    that the largest site needs; a site uses their corners. The vectors d_k (R_k,) are trained. With order 1 and U₁ = 1
-    this is VeRA.
+    that the largest site needs; a site uses their corners, those of U_k scaled to variance 1/R_k. The vectors
+    d_k (R_k,) are trained. With order 1 and U₁ = 1 this is VeRA.
 
     Attributes:
         r: largest R_k; None for R_k = n_k, where the update can have full rank.
@@ -84,8 +84,7 @@ class TeRA(InputDropout, WeightVariant):
         scaled = [self._factor(p, k, *shape) for k, shape in enumerate(zip(sizes, ranks, strict=True))]
         scale = columns**-0.5 if self.scale is None else self.scale
         left, right = scaled[: self.order], scaled[self.order :]
-        inner = min(math.prod(ranks[: self.order]), math.prod(ranks[self.order :]))
-        if inner * (rows + columns) > rows * columns:
+        if min(math.prod(ranks[: self.order]), math.prod(ranks[self.order :])) >= min(rows, columns):
             return W + scale * _contract_core(core, scaled).reshape(rows, columns)
         up, down = (functools.reduce(torch.kron, part) for part in (left, right))
         return W + scale * up @ (core.reshape(up.shape[1], down.shape[1]) @ down.t())
@@ -102,7 +101,8 @@ class TeRA(InputDropout, WeightVariant):
         diagonal = getattr(p, f"tera_d_{k}")
         if self.factors == "identity":
             return torch.diag(diagonal)
-        return getattr(p, f"tera_U_{k}")[:size, :rank] * diagonal
+        drawn = getattr(p, f"tera_U_{k}")
+        return drawn[:size, :rank] * (diagonal * math.sqrt(drawn.shape[1] / rank))
 
     def _draw(self, position: int) -> Init:
         """Return an initialiser that draws G ~ N(0, 1), U_k ~ N(0, 1/R_k) in turn and keeps the ``position``-th."""

@@ -1,5 +1,7 @@
 """Adapters of other methods as LoRAs: exactly where they are one, else as near as a rank allows."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -53,3 +55,23 @@ def test_what_is_no_lora_says_so():
         lorac.to_lora(adapter, rank=1)
     with pytest.raises(lorac.OptionError, match="rank 0"):
         lorac.to_lora(adapter, model, rank=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("r", [3, 5, 20])
+def test_a_lora_is_itself_whatever_its_factors_cost(r):
+    """At 6 -> 9 and 9 -> 4 the factors of rank 5 are larger than the weight, and of rank 20 wider than it is."""
+    model, x, adapter = made(lorac.LoRA(r=r, alpha=2, targets=("0", "2")))
+    for lora in (lorac.to_lora(adapter), lorac.to_lora(adapter, model)):
+        assert all(tensors["lora_A"].shape[0] == r for tensors in lora.tensors.values())
+        expected = lorac.compile(model, {"a": adapter})(x)
+        parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [lorac.LoHa(r=2), lorac.Hydra(r=3, r_sequential=4), lorac.TeRA(r=2, order=1)])
+def test_factors_are_told_where_the_sum_costs_less(method):
+    """LoHa of rank 4, Hydra of rank 7 and TeRA of rank 2, on weights of which a product would be as large."""
+    model, x, adapter = made(dataclasses.replace(method, targets=("0", "2")))
+    expected = lorac.compile(model, {"a": adapter})(x)
+    parity.assert_parity(lorac.compile(model, {"b": lorac.to_lora(adapter, model)})(x), expected, model(x))

@@ -23,7 +23,8 @@ def weight(W, p, variant):
     terms = [inner]
     operands = [core]
     for k, size in enumerate(sizes):
-        U = np.eye(size) if variant.factors == "identity" else getattr(p, f"tera_U_{k}")[:size, : len(d[k])]
+        drawn = np.eye(size) if variant.factors == "identity" else getattr(p, f"tera_U_{k}")
+        U = drawn[:size, : len(d[k])] * np.sqrt(drawn.shape[1] / len(d[k]))  # of variance 1 / R_k, whatever was drawn
         terms += [outer[k] + inner[k], inner[k]]
         operands += [U, d[k]]
     delta = np.einsum(",".join(terms) + "->" + outer, *operands, optimize=True)

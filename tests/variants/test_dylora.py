@@ -12,7 +12,6 @@ from lorac.ir.algebra.changes import LowRank
 from lorac.testing import HOSTS, Case
 from lorac.testing.eager_checks import assert_close
 from tests import parity
-from tests.refusing import refuses
 
 RANKS = (1, 2, 3)
 
@@ -137,11 +136,16 @@ def test_reduces_to_low_rank(case):
     assert value.rank == 3
 
 
-def test_a_rank_that_would_be_computed_whole_is_refused(case):
-    """7 -> 11: rank 5 needs 90 numbers where the weight has 77, and merged there is nothing left to cut."""
-    with refuses("site_unsupported", match="larger than the weight of 'site'") as error:
-        lorac.compile(case.model, {"a": lorac.DyLoRA(r=5, targets=("site",))})
-    assert error.value.nearest == "r=4"
+@pytest.mark.parametrize("mode", ["live", "fused"])
+@torch.no_grad()
+def test_factors_larger_than_the_weight_are_cut_too(mode):
+    """7 -> 11: rank 5 needs 90 numbers where the weight has 77, and is a pair of factors all the same."""
+    case = Case(lorac.DyLoRA(r=5, alpha=5), HOSTS["linear"])
+    compiled = case.compiled(case.a, mode=mode)
+    for b in (2, 4, 5):
+        expected = lorac.compile(case.model, {"a": as_lora(case, b)})(case.x)
+        compiled.swap(at_rank(b))
+        parity.assert_parity(compiled(case.x), expected, case.base(case.x))
 
 
 def test_layers_of_other_ranks_are_cut_each():

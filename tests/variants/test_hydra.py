@@ -136,10 +136,15 @@ def _stepped(forward, x, tensors):
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("branch_bias", [False, True])
+@pytest.mark.parametrize("ranks", [(3, 2), (6, 6)], ids=["narrow", "wide"])
 @pytest.mark.parametrize("host", ["linear", "no_bias", "transposed"])
-def test_dropout_is_the_authors(host, branch_bias, strength):
-    """With the same random numbers, the biases between the factors dropped too, for tokens in any number of axes."""
-    case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7, dropout=0.4, branch_bias=branch_bias), HOSTS[host])
+def test_dropout_is_the_authors(host, ranks, branch_bias, strength):
+    """With the same random numbers, the biases between the factors dropped too, for tokens in any number of axes.
+
+    Both ranks together may be more than the layer has inputs, where the change itself is one dense matrix.
+    """
+    variant = lorac.Hydra(r=ranks[0], r_sequential=ranks[1], scale=0.7, dropout=0.4, branch_bias=branch_bias)
+    case = Case(variant, HOSTS[host])
     compiled = lorac.compile(case.model, {"a": case.a})
     compiled.swap({"a": strength})
     compiled.train()

@@ -167,7 +167,7 @@ def test_what_the_layer_answers_trains_the_gates_too():
 
 
 @torch.no_grad()
-def test_dropout_is_on_the_experts_input_in_training_and_the_gates_see_all():
+def test_dropout_is_on_each_experts_input_in_training_and_the_gates_see_all():
     model = host()
     experts = loras(model, (X,))
     adapter = with_gates(lorac.MeteoRA.from_loras(experts, dropout=0.5))
@@ -176,13 +176,38 @@ def test_dropout_is_on_the_experts_input_in_training_and_the_gates_see_all():
     assert torch.equal(compiled(X), run(model, plain, X))
     compiled.train()
     torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(X, 0.5)
+    dropped = [torch.nn.functional.dropout(X, 0.5) for _ in experts]
     torch.manual_seed(3)
     found = compiled(X)
     p = adapter.tensors["line"]
     assert_close(compiled.aux["router"]["line"], X @ p["moe_gate"].T)
     weights = top_k_softmax(X @ p["moe_gate"].T, 2).repeat_interleave(adapter.variant.r, -1)
-    assert_close(found, model(X) + (dropped @ p["lora_A"].T * weights) @ p["lora_B"].T)
+    hidden = torch.cat([x @ a.T for x, a in zip(dropped, p["lora_A"].chunk(4), strict=True)], -1)
+    assert_close(found, model(X) + (hidden * weights) @ p["lora_B"].T)
+
+
+def _authors(x, p, variant, rate):
+    """Return what ``moelinear_fwd_inner_bmm_torch`` of NJUDeepEngine/meteora adds: it drops every pair's own input."""
+    logits, chosen = torch.topk(x @ p["moe_gate"].T, variant.top_k)
+    a, b = p["lora_A"].unflatten(0, (variant.experts, -1)), p["lora_B"].unflatten(1, (variant.experts, -1))
+    pairs = chosen.flatten()
+    tokens = x[:, None].expand(-1, variant.top_k, -1).reshape(len(pairs), 1, -1)
+    dropped = torch.nn.functional.dropout(tokens, rate)
+    each = torch.bmm(torch.bmm(dropped, a[pairs].mT), b.permute(1, 2, 0)[pairs]).squeeze(1)
+    return (each * logits.softmax(-1).view(-1, 1)).view(len(x), variant.top_k, -1).sum(1)
+
+
+@torch.no_grad()
+def test_dropout_varies_as_much_as_the_authors():
+    """Of one token, over 40 000 draws: a mask for all experts together would vary twice as much."""
+    model, x = host(), X.reshape(-1, X.shape[-1])[:1].expand(40_000, -1)
+    one = loras(model, (X,))[0]
+    adapter = with_gates(lorac.MeteoRA.from_loras([one, one], dropout=0.1))
+    compiled = lorac.compile(model, {"task": adapter}).train()
+    torch.manual_seed(0)
+    found = compiled(x).var(0).sum()
+    expected = _authors(x, adapter.tensors["line"], adapter.variant, 0.1).var(0).sum()
+    assert abs(found / expected - 1) < 0.05
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.adapters.fresh import make_fresh_adapter
+from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, SiteKind
@@ -174,6 +176,22 @@ def test_at_ones_an_entry_is_as_large_as_a_linears():
     tensors = {name: torch.ones_like(t) if "_d_" in name else t for name, t in _at(compiled, "one").items()}
     found = delta(lorac.TeRA(), 24, 16, tensors).std()
     assert 0.5 < found * 16**0.5 < 2
+
+
+@torch.no_grad()
+def test_an_entry_is_as_large_whatever_other_layers_there_are():
+    """Its mean square over seeds, at ones, is 1/in next to layers that need a larger network."""
+    sizes = {"small": (16, 16), "tall": (256, 16), "large": (256, 256)}
+    model = nn.ModuleDict({name: nn.Linear(columns, out) for name, (out, columns) in sizes.items()})
+    squares = dict.fromkeys(sizes, 0.0)
+    for seed in range(40):
+        variant = lorac.TeRA(seed=seed, targets=tuple(sizes))
+        tensors = make_fresh_adapter(variant, "a", ModelView.of(model)).tensors
+        for name, (out, columns) in sizes.items():
+            at = {key: torch.ones_like(t) if "_d_" in key else t for key, t in tensors[name].items()}
+            zero = torch.zeros(out, columns)
+            squares[name] += float(variant.weight(zero, Params(**at)).square().mean()) * columns / 40
+    assert all(0.7 < square < 1.4 for square in squares.values()), squares
 
 
 def _at(compiled, path):

@@ -349,7 +349,10 @@ def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, genera
 def _draw_branch_noise(site: Site, branch: BranchSlot, generator: torch.Generator) -> BranchFill:
     """Draw a branch's strength and parameters, in the dtype of their slots."""
     dtype = factor_dtype(site.dtype)
-    drawn = (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in branch.params.values())
+    drawn = [
+        torch.randn(shape, generator=generator) * (shape[-1] if shape else 1) ** -0.5
+        for shape in branch.params.values()
+    ]
     strength = torch.rand(1, generator=generator) + 0.5
     return BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn))
 

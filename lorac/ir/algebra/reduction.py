@@ -90,7 +90,7 @@ def reduce_weight(
         dtype: dtype the formula computes in.
         rules: the algebra's table.
         shared: names of the parameters that all sites share.
-        keep_factors: products stay low-rank at any rank, for a weight that cannot be replaced by W'.
+        keep_factors: products stay low-rank at any rank, for whatever reads the factors themselves.
     """
     names = tuple(params)
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -110,6 +110,8 @@ def reduce_branch(
     params: Mapping[str, Tensor],
     dtype: torch.dtype,
     rules: Sequence[AlgebraRule] = RULES,
+    *,
+    keep_factors: bool = False,
 ) -> Reduction:
     """Reduce a branch formula (x, y, p) -> y' of a linear site, as a weight formula if it is affine."""
     names = tuple(params)
@@ -124,7 +126,8 @@ def reduce_branch(
         branch = make_fx(traced, pre_dispatch=True)(x, y, *fakes)
         affine = weight_formula(branch, weight)
         if affine is not None:
-            return replace(_classify(affine, names, rules), dropped=insert_inner_dropout(branch))
+            reduced = _classify(affine, names, rules, keep_factors=keep_factors)
+            return replace(reduced, dropped=insert_inner_dropout(branch))
         return Reduction(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
 
 

@@ -186,7 +186,8 @@ def _match_hadamard(found: Analysis, node: fx.Node) -> Form | None:
     if any(shape_of(operand) != (n, m) for operand in node.args[:2]):
         return None
     rank = math.prod(sum(shape_of(a)[0] for _, a in form.low) for form in (x, y))
-    if not found.pays(node, rank, n, m):
+    # Kept factors are at most as wide as the matrix: more columns than that are linearly dependent.
+    if rank > max(n, m) or not found.pays(node, rank, n, m):
         return None
     pairs = (
         (_pairwise_products(found, p, r, 1), _pairwise_products(found, q, s, 0)) for p, q in x.low for r, s in y.low

@@ -94,7 +94,7 @@ def run_terms(
         block: the output of a block, if the site is one.
 
     Raises:
-        Unavailable: a branch without a weight form has a dropout rate.
+        Unavailable: a term has a dropout rate, and its form has no place for dropout.
     """
     layout = layout_of(site)
     base = block
@@ -107,7 +107,7 @@ def run_terms(
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
-            _refuse_dropout(site, term, ctx)
+            _refuse_dropout(site, term, ctx, _DROPOUTS, "whose branch is not affine")
             y = y + compute_branch_delta(site, slot, fill, x, base, ctx, branch_owner(earlier, slot))
             earlier.append(slot)
         elif term.dropout_delta is not None and (rate := _active_rate(term, ctx, Dropout.RANK)):
@@ -151,10 +151,13 @@ def _active_rate(term: LiveTerm, ctx: FormulaContext, dropout: Dropout) -> float
     return term.rate if ctx.training and term.dropout is dropout else 0.0
 
 
-def _refuse_dropout(site: Site, term: LiveTerm, ctx: FormulaContext) -> None:
-    if any(_active_rate(term, ctx, dropout) for dropout in (Dropout.INPUT, Dropout.RANK)):
+_DROPOUTS = (Dropout.INPUT, Dropout.RANK)
+
+
+def _refuse_dropout(site: Site, term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropout], why: str) -> None:
+    if any(_active_rate(term, ctx, place) for place in places):
         raise Unavailable(
-            f"dropout is not defined for the branch at '{site.path}', which is not affine",
+            f"dropout is not defined for the method at '{site.path}', {why}",
             next_step="set the method's dropout to 0, or train in eval mode",
         )
 
@@ -162,8 +165,7 @@ def _refuse_dropout(site: Site, term: LiveTerm, ctx: FormulaContext) -> None:
 def _replaces_base(term: LiveTerm, ctx: FormulaContext) -> bool:
     """Return whether a lone term at strength 1 without dropout can replace the base's weight."""
     whole = term.change is not None and (not isinstance(term.change, LowRank) or acts_at(term.change, Stage.INPUT))
-    kinds = (Dropout.INPUT, Dropout.RANK) if isinstance(term.change, LowRank) else (Dropout.INPUT,)
-    return whole and term.strength == 1 and not any(_active_rate(term, ctx, dropout) for dropout in kinds)
+    return whole and term.strength == 1 and not any(_active_rate(term, ctx, place) for place in _DROPOUTS)
 
 
 def _run_alone(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -248,6 +250,7 @@ def _dense_delta(
     ctx: FormulaContext,
 ) -> Tensor:
     assert weight is not None
+    _refuse_dropout(layout.site, term, ctx, (Dropout.RANK,), "whose formula has no factors to drop between")
     rate = _active_rate(term, ctx, Dropout.INPUT)
     if not rate:
         return _run_with_weight(layout, term.change, x, weight, bias) - base

@@ -277,3 +277,30 @@ def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp
         lorac.compile(_host(), {"a": _noisy(2)}, **arguments)
     assert not list(tmp_path.iterdir())
     lorac.compile(_host(), {"a": _noisy(2)}, self_test=False, **arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tempered(lorac.BranchVariant):
+    """y' = y + tanh(g)·tanh(x·Dᵀ), g a number without an axis."""
+
+    name = "tempered"
+
+    def params(self, site: Any) -> dict[str, lorac.ParamSpec]:
+        return {
+            "D": lorac.ParamSpec((site.out_features, site.in_features), lambda c: torch.ones(c.shape)),
+            "g": lorac.ParamSpec((), lambda c: torch.tensor(0.5)),
+        }
+
+    def branch(self, x: Tensor, y: Tensor, p: Any, ctx: Any) -> Tensor:
+        return y + torch.tanh(p.g) * torch.tanh(x @ p.D.T)
+
+
+@torch.no_grad()
+def test_a_parameter_without_an_axis_is_a_slot_too() -> None:
+    x = torch.randn(3, 10)
+    found = lorac.compile(_host(), {"a": Tempered(targets=["one"])}, target="onnxruntime", example_inputs=(x,))
+    expected = lorac.compile(_host(), {"a": Tempered(targets=["one"])})
+    for strength in (1.0, 0.5):
+        found.swap({"a": strength})
+        expected.swap({"a": strength})
+        assert torch.allclose(found(x), expected(x), atol=1e-6)
