@@ -13,7 +13,7 @@ names play no part. Within a block, the sum of the stream and of a module's outp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -278,26 +278,38 @@ def find_sublayer_sites(view: ModelView, stream: ResidualStream) -> dict[str, Su
     return {path: sublayer for path, sublayer in paths if path is not None}
 
 
-def find_stream_ends(view: ModelView, stream: ResidualStream) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the paths of the sites that return the stream's first value and the output layer's input.
-
-    Each tuple has one path; the second is empty where the model has no output layer.
+def find_stream_start(view: ModelView, stream: ResidualStream) -> str:
+    """Return the path of the site that returns the stream's first value.
 
     Raises:
         SiteError: no module returns that value, is called for that alone and has a width that can be inferred.
     """
-    ends = []
-    for reader, candidates in (("the first block", stream.embedding), ("the output layer", stream.head)):
-        known = _first_site([path for path in candidates or () if _has_single_name(path, view.module)], view)
-        if known is None and candidates is not None:
-            raise SiteError(
-                f"no module returns the input of {reader} of {type(view.module).__name__}, is called for that alone "
-                f"and has a width that its structure tells; looked at {', '.join(candidates) or 'no module'}",
-                next_step="leave inv_adapter out, or name the modules in embeddings= and heads=",
-                code="site_unsupported",
-            )
-        ends.append(() if known is None else (known,))
-    return ends[0], ends[1]
+    known = _first_site([path for path in stream.embedding if _has_single_name(path, view.module)], view)
+    if known is None:
+        raise SiteError(
+            f"no module returns the input of the first block of {type(view.module).__name__}, is called for that alone "
+            f"and has a width that its structure tells; looked at {', '.join(stream.embedding) or 'no module'}",
+            next_step="leave inv_adapter out, or name the module in embeddings=",
+            code="site_unsupported",
+        )
+    return known
+
+
+def find_stream_end(view: ModelView, stream: ResidualStream, taken: Collection[str]) -> tuple[str, bool] | None:
+    """Return the path of the site that returns the output layer's input, and False; None without an output layer.
+
+    Where no module returns it, or all that do are taken: the path of the output layer, and True.
+
+    Args:
+        view: the model.
+        stream: its stream.
+        taken: sites that have another adapter already.
+    """
+    if stream.head is None:
+        return None
+    free = [path for path in stream.head if path not in taken and _has_single_name(path, view.module)]
+    found = _first_site(free, view)
+    return (view.output_layers[0], True) if found is None else (found, False)
 
 
 def find_common_norm_eps(norms: Sequence[nn.Module], default: float) -> float:

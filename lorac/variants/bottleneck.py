@@ -26,7 +26,8 @@ from lorac.frontend.residual_stream import (
     ResidualStream,
     Sublayer,
     find_common_norm_eps,
-    find_stream_ends,
+    find_stream_end,
+    find_stream_start,
     find_sublayer_sites,
     trace_residual_stream,
 )
@@ -81,7 +82,8 @@ class Bottleneck(BranchVariant):
         inv_adapter: ``"nice"``: an invertible block after the embeddings, inverted before the output layer.
         inv_adapter_reduction_factor: reduction factor of its bottlenecks.
         residuals: site -> the program value that is r; found by structure.
-        inner: LayerNorm that is a site -> the program value that is h; found by structure.
+        inner: LayerNorm that is a site -> the program value that is h; output layer among ``heads`` that undoes the
+            invertible block in its own input -> that input; found by structure.
         norm_eps: eps of these LayerNorms; found by structure.
         embeddings, heads: sites of the invertible block and of its inverse; found by structure.
     """
@@ -145,16 +147,23 @@ class Bottleneck(BranchVariant):
     # ── The formula ──────────────────────────────────────────────────────────────────────────────────────────────────
     def reads(self, site: Site) -> tuple[str, ...]:
         if self._couples(site):
-            return ()
+            return (f"weight:{site.path}",) if self._is_norm(site) else ()
         norm = (f"param:{site.path}.weight", f"param:{site.path}.bias") if self._is_norm(site) else ()
         return (*norm, *(name for name in map(self._value_name, self._operands(site), [site] * 2) if name is not None))
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        act, site = ACTIVATIONS[self.non_linearity], ctx.site
+        site = ctx.site
         if self._couples(site):
-            forward = find_first_pattern(self.embeddings, site.path)
-            return apply_coupling(y, p, act) if forward else invert_coupling(y, p, act)
+            return self._couple(x, y, p, ctx)
         return self._after_norm(x, y, p, ctx) if self._is_norm(site) else self._at_sublayer(x, y, p, ctx)
+
+    def _couple(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
+        act, path = ACTIVATIONS[self.non_linearity], ctx.site.path
+        if find_first_pattern(self.embeddings, path):
+            return apply_coupling(y, p, act)
+        if not self._is_norm(ctx.site):
+            return invert_coupling(y, p, act)
+        return y + F.linear(invert_coupling(x, p, act) - x, ctx.value(f"weight:{path}"))
 
     def _at_sublayer(self, x: Tensor, h: Tensor, p: Params, ctx: Context) -> Tensor:
         """Return y' to which the model adds r; without ``original_ln_after`` r is subtracted, unless it cancels."""
@@ -257,7 +266,8 @@ class Bottleneck(BranchVariant):
         self._check_settings()
         width = site.out_features
         if self._couples(site):
-            return coupling_specs(width, self.inv_adapter_reduction_factor)
+            coupled = site.in_features if self._is_norm(site) else width
+            return coupling_specs(coupled, self.inv_adapter_reduction_factor)
         reads_x = self.is_parallel and self._value_name("r", site) is None
         inputs = site.in_features if reads_x else width
         specs = self._layers(site, inputs, max(1, int(width // self.reduction_factor)))
@@ -333,25 +343,34 @@ class Bottleneck(BranchVariant):
             return self
         return self.for_stream(view, stream)
 
-    def for_stream(self, view: ModelView, stream: ResidualStream) -> Bottleneck:
+    def for_stream(self, view: ModelView, stream: ResidualStream, *, inverts: bool = True) -> Bottleneck:
         """Return this method with its sites in a model's residual stream.
 
+        Args:
+            view: the model.
+            stream: its stream.
+            inverts: undo an invertible block before the output layer.
+
         Raises:
-            SiteError: no sublayer is found, or a residual has no name.
+            SiteError: no sublayer is found, a residual has no name, or a module is to do two things.
         """
         sublayers = find_sublayer_sites(view, stream)
         chosen = {path: sublayer for path, sublayer in sublayers.items() if self.selects(sublayer, stream, path)}
         inner = {path: sublayer.modules[-1] for path, sublayer in chosen.items() if sublayer.norm}
+        norms = [view.module.get_submodule(path) for path in inner]
         residuals = {path: f"in:{sublayer.residual}" for path, sublayer in chosen.items() if sublayer.residual}
         embeddings, heads = self.embeddings, self.heads
         if self.inv_adapter is not None and not embeddings:
-            embeddings, heads = find_stream_ends(view, stream)
+            embeddings = (find_stream_start(view, stream),)
+            end = find_stream_end(view, stream, chosen) if inverts else None
+            heads = () if end is None else (end[0],)
+            inner |= {end[0]: f"in:{end[0]}"} if end is not None and end[1] else {}
         variant = dataclasses.replace(
             self,
             targets=self.targets or (*chosen, *embeddings, *heads),
             inner={**inner, **self.inner},
             residuals={**residuals, **self.residuals},
-            norm_eps=find_common_norm_eps([view.module.get_submodule(path) for path in inner], self.norm_eps),
+            norm_eps=find_common_norm_eps(norms, self.norm_eps),
             embeddings=embeddings,
             heads=heads,
         )
@@ -376,6 +395,13 @@ def _require_sites(
             f"no sublayer was found in {type(model).__name__}: none of its {len(stream.blocks)} blocks adds a module's "
             "output to the block's input",
             next_step="name modules in targets=, and in residuals= the value to which each output is added",
+            code="site_unsupported",
+        )
+    twice = [path for path in chosen if variant._couples(dataclasses.replace(_placeholder_site(), path=path))]
+    if twice:
+        raise SiteError(
+            f"'{twice[0]}' would get a bottleneck and the invertible block or its inverse, of which one is lost",
+            next_step="name other modules in embeddings= and heads=, or narrow targets=",
             code="site_unsupported",
         )
     unnamed = [path for path, sublayer in chosen.items() if sublayer.norm and path not in variant.residuals]

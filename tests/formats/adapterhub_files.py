@@ -17,6 +17,7 @@ CLASSES = {
     "bert": "BertForMaskedLM",
     "gpt2": "GPT2LMHeadModel",
     "t5": "T5ForConditionalGeneration",
+    "bart": "BartForConditionalGeneration",
     "vit": "ViTModel",
 }
 FOLDERS = sorted(f"{path.parent.parent.name}/{path.parent.name}" for path in FILES.glob("*/*/adapter_config.json"))

@@ -18,7 +18,7 @@ import adapters
 import torch
 import transformers
 from adapters import ConfigUnion, DoRAConfig, IA3Config, LoRAConfig, MTLLoRAConfig, SeqBnConfig, VeraConfig
-from adapters.heads import CausalLMHead
+from adapters.heads import CausalLMHead, Seq2SeqLMHead
 from safetensors.torch import load_file, save_file
 
 LEAST, MOST = 0.06, 0.4
@@ -26,6 +26,10 @@ LEAST, MOST = 0.06, 0.4
 HERE = Path(__file__).parent / "adapterhub"
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 EYES = {key: SIZES[key] for key in SIZES if key != "vocab_size"}
+BART = {
+    **{f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in (("layers", 2), ("ffn_dim", 24))},
+    **{f"{half}_attention_heads": 2 for half in ("encoder", "decoder")},
+}
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 MODELS = {
@@ -33,6 +37,10 @@ MODELS = {
     "bert": ("BertForMaskedLM", transformers.BertConfig(**SIZES, max_position_embeddings=32)),
     "gpt2": ("GPT2LMHeadModel", transformers.GPT2Config(40, n_positions=32, n_embd=16, n_layer=2, n_head=2, **TOKENS)),
     "t5": ("T5ForConditionalGeneration", transformers.T5Config(**T5)),
+    "bart": (
+        "BartForConditionalGeneration",
+        transformers.BartConfig(40, max_position_embeddings=32, d_model=16, **BART, **TOKENS, decoder_start_token_id=0),
+    ),
     "vit": ("ViTModel", transformers.ViTConfig(**EYES, image_size=16, patch_size=8)),
 }
 ADAPTERS = {
@@ -103,6 +111,11 @@ LAYERS = {
 """Adapters of layers, whose outputs are stored next to those of bottlenecks, so that no run changes another's."""
 PICKLED = {"normed", "inside"}
 """What the library cannot write as safetensors (a norm under two names), and one that it could."""
+INVERTIBLE = {
+    name: {"spoken": "seq_bn_inv[reduction_factor=4]", "inverted": "double_seq_bn_inv[reduction_factor=4]"}
+    for name in ("t5", "bart")
+}
+"""Adapters of encoder-decoders, where an invertible one follows the encoder's embeddings."""
 INVERTED = {"inverted"}
 """Made in the library's own class, the only one that inverts an invertible adapter in front of its head."""
 
@@ -133,7 +146,7 @@ def inputs_of(name):
     if name == "vit":
         return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
     ids = torch.randint(3, 40, (3, 5), generator=generator)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4] + 0} if name == "t5" else {})
+    return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4] + 0} if name in INVERTIBLE else {})
 
 
 def answer(model, name):
@@ -153,10 +166,15 @@ def model_of(name):
 
 def flexible(name, plain):
     """Return the model in the library's own class, with the head of the plain model."""
-    model = adapters.LlamaAdapterModel.from_pretrained(HERE / name, dtype=torch.float32).eval()
-    model.add_prediction_head(CausalLMHead(model, "head"))
+    model = adapters.AutoAdapterModel.from_pretrained(HERE / name, dtype=torch.float32).eval()
+    model.add_prediction_head((Seq2SeqLMHead if plain.config.is_encoder_decoder else CausalLMHead)(model, "head"))
     model.heads["head"][-1].weight.data = plain.lm_head.weight.data.clone()
     return model.eval()
+
+
+def adapters_of(name):
+    """Return the adapters of a model, those added later at the end, so that no draw changes another's."""
+    return {**ADAPTERS.get(name, {}), **LAYERS.get(name, {}), **INVERTIBLE.get(name, {})}
 
 
 def make(name):
@@ -166,7 +184,7 @@ def make(name):
     plain.half().save_pretrained(folder)
     plain = model_of(name)
     expected = {f"input.{key}": value for key, value in inputs_of(name).items()} | {"base": answer(plain, name)}
-    for number, (key, config) in enumerate((ADAPTERS[name] | LAYERS[name]).items()):
+    for number, (key, config) in enumerate(adapters_of(name).items()):
         record(name, number, key, config, expected)
     save_file(expected, folder / "expected.safetensors")
 
@@ -175,7 +193,7 @@ def add(name):
     """Add adapters without a recorded output to the model that is there."""
     file = HERE / name / "expected.safetensors"
     expected = load_file(file)
-    for number, (key, config) in enumerate((ADAPTERS[name] | LAYERS[name]).items()):
+    for number, (key, config) in enumerate(adapters_of(name).items()):
         if key not in expected:
             record(name, number, key, config, expected)
     save_file(expected, file)
@@ -218,4 +236,4 @@ if __name__ == "__main__":
     for place in sys.argv[2:]:
         read(Path(place))
     for model_name in MODELS if sys.argv[1:] in ([], ["add"]) else ():
-        (add if sys.argv[1:] else make)(model_name)
+        (add if sys.argv[1:] and (HERE / model_name).exists() else make)(model_name)

@@ -9,7 +9,8 @@ from lorac.frontend.components import Components
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import (
     find_common_norm_eps,
-    find_stream_ends,
+    find_stream_end,
+    find_stream_start,
     find_sublayer_sites,
     trace_residual_stream,
 )
@@ -77,7 +78,8 @@ def test_kinds_residuals_and_norms_are_what_is_computed(behind):
     assert list(find_sublayer_sites(ModelView.of(model), stream))[:2] == [
         n or found.modules[0] for n, found in zip(norms, (attention, mlp), strict=True)
     ]
-    assert find_stream_ends(ModelView.of(model), stream) == (("begin",), ())
+    assert find_stream_start(ModelView.of(model), stream) == "begin"
+    assert find_stream_end(ModelView.of(model), stream, ()) is None
 
 
 def test_blocks_are_found_inside_stages_and_in_components():

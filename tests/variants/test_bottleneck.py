@@ -201,7 +201,24 @@ def test_what_it_cannot_be_is_refused(fields, error, match):
 
 
 def test_an_embedding_that_two_stacks_share_cannot_be_inverted():
+    model = ZOO["tiny_t5"].fresh()
+    model.decoder.embed_tokens = model.encoder.embed_tokens
     with refuses("site_unsupported", match="called for that alone"):
-        lorac.compile(ZOO["tiny_t5"].model(), {"a": lorac.Bottleneck.preset("seq_bn_inv")})
+        lorac.compile(model, {"a": lorac.Bottleneck.preset("seq_bn_inv")})
+
+
+@torch.no_grad()
+def test_a_bottleneck_and_the_inverse_never_meet_at_one_module():
+    """BART's last norm gets a bottleneck, so the inverse follows its block; named by hand it is refused."""
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(vocab_size=30, max_position_embeddings=16, d_model=D, **sizes, **heads)
+    model = transformers.BartForConditionalGeneration(config).eval()
+    last = "model.decoder.layers.1"
+    variant = lorac.compile(model, {"a": lorac.Bottleneck.preset("seq_bn_inv")}).adapters["a"].variant
+    assert variant.heads == (last,) and f"{last}.final_layer_norm" in variant.inner
+    fields = {"embeddings": ("model.encoder.layernorm_embedding",), "heads": (f"{last}.final_layer_norm",)}
+    with refuses("site_unsupported", match=f"'{last}.final_layer_norm' would get a bottleneck and"):
+        lorac.compile(model, {"a": lorac.Bottleneck.preset("seq_bn_inv", **fields)})
     with pytest.raises(lorac.OptionError, match="seq_bn"):
         lorac.Bottleneck.preset("seq_bm")

@@ -112,18 +112,18 @@ class AdapterHubFormat(Format):
         model_type = getattr(config, "model_type", None)
         layout = ModelLayout.of(view, family_of(model_type, f"adapter '{adapter.name}'"))
         check_adapter(adapter, view)
-        components, prefix = _write_components(adapter, layout), base_prefix(model)
+        components = _write_components(adapter, layout)
+        own_class = any(component.own_class for component in components)
+        prefix = base_prefix(model, own_class=own_class)
         tensors = {
             key: tensor
             for component in components
             for key, tensor in name_tensors(adapter.name, prefix, component.patterns, component.tensors).items()
         }
-        base = model.get_submodule(prefix.rstrip("."))
-        own_class = any(component.own_class for component in components)
         described = {
             "config": join_configs(components),
             "hidden_size": getattr(config, "hidden_size", None),
-            "model_class": f"{type(base).__name__.removesuffix('Model')}AdapterModel"
+            "model_class": f"{type(model).__name__.partition('For')[0].removesuffix('Model')}AdapterModel"
             if own_class
             else type(model).__name__,
             "model_name": str(getattr(config, "name_or_path", "")),

@@ -82,10 +82,9 @@ class BottleneckComponent(ComponentConfig):
             for path, sublayer in layout.sublayers.items()
             if numbers[sublayer.block] in self.reductions
         }
-        variant = dataclasses.replace(self.variant, reduction_pattern=pattern).for_stream(layout.view, layout.stream)
-        if not self.inverted:  # transformers' own classes run under the library without the inverse
-            targets = tuple(path for path in variant.targets if path not in variant.heads)
-            variant = dataclasses.replace(variant, heads=(), targets=targets)
+        unplaced = dataclasses.replace(self.variant, reduction_pattern=pattern)
+        # Transformers' own classes run under the library without the inverse.
+        variant = unplaced.for_stream(layout.view, layout.stream, inverts=self.inverted)
         return PlacedComponent((variant,), _key_patterns(variant, layout), lambda _, stored: dict(stored))
 
 
@@ -162,7 +161,7 @@ def _key_patterns(variant: Bottleneck, layout: ModelLayout) -> tuple[KeyPattern,
         patterns.append(KeyPattern(SHARED, "", shared, tuple(names)))
     ends = (*variant.embeddings, *variant.heads)
     if ends:
-        patterns.append(KeyPattern(INVERTIBLE, "", COUPLING, ends))
+        patterns.append(KeyPattern(INVERTIBLE, layout.embedder, COUPLING, ends))
     return tuple(patterns)
 
 
@@ -212,7 +211,7 @@ def _placing_fields(
     unplaced = dataclasses.replace(
         variant, targets=(), exclude=(), layers=(), residuals={}, inner={}, embeddings=(), heads=(), **fields
     )
-    placed = unplaced.for_stream(layout.view, layout.stream)
+    placed = unplaced.for_stream(layout.view, layout.stream, inverts=bool(variant.heads))
     same = all(getattr(placed, name) == getattr(variant, name) for name in ("residuals", "inner", "norm_eps"))
     targets = {*placed.targets} - {*placed.embeddings, *placed.heads}
     if targets != paths or not same or placed.embeddings != variant.embeddings:

@@ -48,6 +48,7 @@ class ModelLayout:
         sublayers: by the path of the site that stands for each.
         sublayer_names: site path -> the name of the place in a file, of sublayers.
         layers: site path -> a layer that a file may adapt.
+        embedder: the name in a file of the module whose embeddings an invertible adapter follows; empty for the model.
     """
 
     view: ModelView
@@ -55,6 +56,7 @@ class ModelLayout:
     sublayers: Mapping[str, Sublayer]
     sublayer_names: Mapping[str, str]
     layers: Mapping[str, AdaptableLayer]
+    embedder: str = ""
 
     @classmethod
     def of(cls, view: ModelView, family: Family) -> ModelLayout:
@@ -66,7 +68,8 @@ class ModelLayout:
         stream = trace_residual_stream(view)
         sublayers = find_sublayer_sites(view, stream)
         names = name_sublayers(family, stream, sublayers)
-        return cls(view, stream, sublayers, names, find_layers(family, stream, view.sites))
+        layers = find_layers(family, stream, view.sites)
+        return cls(view, stream, sublayers, names, layers, family[0].marker.rstrip("."))
 
 
 @dataclass(frozen=True)

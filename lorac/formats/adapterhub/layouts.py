@@ -269,7 +269,7 @@ def _factor_names(name: str, factorized: bool) -> tuple[str, ...]:
     return (f"{name}_left", f"{name}_right") if factorized else (name,)
 
 
-def base_prefix(model: nn.Module) -> str:
-    """Return the prefix of keys in a class of transformers that has a head."""
+def base_prefix(model: nn.Module, *, own_class: bool) -> str:
+    """Return the prefix of keys: that of a class of transformers with a head, or of the library's own class for it."""
     base = getattr(model, "base_model_prefix", "")
-    return f"{base}." if base and isinstance(getattr(model, base, None), nn.Module) else ""
+    return f"{base}." if base and (own_class or isinstance(getattr(model, base, None), nn.Module)) else ""
