@@ -1,5 +1,6 @@
 """Check values against type annotations: fields of dataclasses, arguments of public functions, settings in files.
 
+What a field's type does not say stands next to it: ``Annotated[int, Bounds(1)]``, ``Annotated[str, OneOf(NAMES)]``.
 NumPy's numbers count as numbers, lists count as tuples since files hold lists, and booleans do not count as numbers.
 """
 
@@ -7,24 +8,120 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
-from lorac.errors import WrongType, short
+from lorac.errors import OptionError, WrongType, nearest_name, short
 
 _NUMBERS: Mapping[object, type] = {int: numbers.Integral, float: numbers.Real}
+
+
+class Limit(ABC):
+    """The values that a field takes, of those of its type; None and values of the types it is not for always pass."""
+
+    @abstractmethod
+    def admits(self, value: object, fields: Mapping[str, object]) -> bool:
+        """Return whether a field may have this value next to the other fields of its dataclass."""
+
+    @abstractmethod
+    def describe(self, fields: Mapping[str, object]) -> str:
+        """Return what the field takes, as the object of a sentence."""
+
+    def nearest(self, value: object) -> str | None:
+        """Return the admitted value most like another, if one is."""
+        return None
+
+
+@dataclass(frozen=True)
+class Bounds(Limit):
+    """A range of numbers; of a list, that of its items.
+
+    Attributes:
+        least: the smallest number.
+        most: the largest, or the name of the field that holds it; None for no end.
+        exclusive: leave out ``least`` itself.
+    """
+
+    least: float
+    most: float | str | None = None
+    exclusive: bool = False
+
+    def admits(self, value: object, fields: Mapping[str, object]) -> bool:
+        items = value if isinstance(value, Sequence) else [value]
+        given = [float(item) for item in items if isinstance(item, numbers.Real)]
+        end = fields.get(self.most) if isinstance(self.most, str) else self.most
+        most = float(end) if isinstance(end, numbers.Real) else math.inf
+        return all((self.least < one if self.exclusive else self.least <= one) and one <= most for one in given)
+
+    def describe(self, fields: Mapping[str, object]) -> str:
+        first = f"numbers above {self.least:g}" if self.exclusive else f"numbers from {self.least:g}"
+        named = f"{self.most}={fields.get(self.most)}" if isinstance(self.most, str) else self.most
+        return first if named is None else f"{first} to {named}"
+
+
+@dataclass(frozen=True)
+class OneOf(Limit):
+    """Some names.
+
+    Attributes:
+        names: the names.
+    """
+
+    names: Collection[str]
+
+    def admits(self, value: object, fields: Mapping[str, object]) -> bool:
+        return not isinstance(value, str) or value in self.names
+
+    def describe(self, fields: Mapping[str, object]) -> str:
+        return ", ".join(self.names)
+
+    def nearest(self, value: object) -> str | None:
+        return nearest_name(str(value), self.names)
+
+
+Count: TypeAlias = Annotated[int, Bounds(1)]
+Positive: TypeAlias = Annotated[float, Bounds(0, exclusive=True)]
+Rate: TypeAlias = Annotated[float, Bounds(0, 1)]
 
 
 @functools.cache
 def field_types(cls: type) -> Mapping[str, object]:
     """Return the types of a dataclass's fields; ``object`` where an annotation has no meaning outside its module."""
-    try:
-        hints = typing.get_type_hints(cls)
-    except NameError:  # a name that is imported for type checkers only, or that belongs to a function
-        hints = {}
+    hints = _read_hints(cls, limits=False)
     return {field.name: hints.get(field.name, object) for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def field_limits(cls: type) -> Mapping[str, tuple[Limit, ...]]:
+    """Return the limits of those fields of a dataclass that have some."""
+    found = {name: tuple(_iterate_limits(hint)) for name, hint in _read_hints(cls, limits=True).items()}
+    return {name: limits for name, limits in found.items() if limits}
+
+
+def _read_hints(cls: type, *, limits: bool) -> Mapping[str, object]:
+    try:
+        return typing.get_type_hints(cls, include_extras=limits)
+    except NameError:  # a name that is imported for type checkers only, or that belongs to a function
+        return {}
+
+
+def _iterate_limits(annotation: object) -> Iterator[Limit]:
+    if typing.get_origin(annotation) is Annotated:
+        yield from (extra for extra in typing.get_args(annotation) if isinstance(extra, Limit))
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for inner in typing.get_args(annotation):
+            yield from _iterate_limits(inner)
+
+
+def broken_limit(cls: type, name: str, value: object, fields: Mapping[str, object]) -> Limit | None:
+    """Return a limit of a field that does not admit a value, or None."""
+    return next((limit for limit in field_limits(cls).get(name, ()) if not limit.admits(value, fields)), None)
 
 
 def check_fields(value: object, owner: str | None = None) -> None:
@@ -36,15 +133,19 @@ def check_fields(value: object, owner: str | None = None) -> None:
 
     Raises:
         WrongType: naming the field, its type and its default.
+        OptionError: a value is outside the field's limits; naming these.
     """
     cls: type = type(value)
+    fields = {spec.name: getattr(value, spec.name) for spec in dataclasses.fields(cls)}
     for spec in dataclasses.fields(cls):
-        given, expected = getattr(value, spec.name), field_types(cls)[spec.name]
+        given, expected = fields[spec.name], field_types(cls)[spec.name]
+        what = f"{owner or cls.__name__} takes no {spec.name}={short(given)}"
+        default = "" if spec.default is dataclasses.MISSING else f"; its default is {spec.default!r}"
         if not matches_type(given, expected):
-            default = "" if spec.default is dataclasses.MISSING else f"; its default is {spec.default!r}"
-            raise WrongType(
-                f"{owner or cls.__name__} takes no {spec.name}={short(given)}",
-                next_step=f"it takes {format_type(expected)}{default}",
+            raise WrongType(what, next_step=f"it takes {format_type(expected)}{default}")
+        if (limit := broken_limit(cls, spec.name, given, fields)) is not None:
+            raise OptionError(
+                what, nearest=limit.nearest(given), next_step=f"it takes {limit.describe(fields)}{default}"
             )
 
 

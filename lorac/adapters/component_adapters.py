@@ -42,4 +42,4 @@ def _join_variants(variants: list[Variant]) -> Variant:
     first, targets = variants[0], tuple(path for variant in variants for path in variant.targets)
     if all(dataclasses.replace(variant, targets=first.targets) == first for variant in variants):
         return dataclasses.replace(first, targets=targets)
-    return Union.of(*variants, like=first)
+    return Union.over(*variants, like=first)

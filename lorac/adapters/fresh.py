@@ -71,7 +71,7 @@ def _make_specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]
     step = f"give whole numbers above 0 for ranks and sizes; it is {type(variant).__name__}({settings})"
     try:
         specs = variant.at(site).specs(site)
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise AdapterError(
             f"adapter '{name}': {variant.name} cannot be made at '{site.path}': {error}", next_step=step
         ) from error

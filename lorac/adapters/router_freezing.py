@@ -58,7 +58,7 @@ def _frozen_factors(
     if not isinstance(variant, RoutedVariant):
         raise AdapterError(
             f"'{adapter.name}' ({adapter.variant.name}) routes between no experts, so that there is nothing to freeze",
-            next_step="give an adapter of a method that routes; lorac.to_lora(adapter) makes a LoRA of some others",
+            next_step="give an adapter of a method that routes; lorac.to_lora makes a LoRA of one that edits weights",
         )
     if row.shape != (variant.routes,):
         raise AdapterError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorac.argument_types import field_types, format_type, matches_type
+from lorac.argument_types import broken_limit, field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._errors import unsupported_error
 from lorac.ir.patterns import TARGET_KEYWORDS
@@ -131,11 +131,16 @@ def check_field_type(cls: type, name: str, value: object, path: Path) -> None:
     """Refuse a value of a file that a field of a dataclass does not take.
 
     Raises:
-        FormatError: naming the field and its type.
+        FormatError: naming the field, and its type or limits.
     """
-    expected = field_types(cls)[name]
-    if not matches_type(value, expected):
-        raise unsupported_error(f"'{path}' sets {name}={short(value)}", next_step=f"it takes {format_type(expected)}")
+    expected, limit = format_type(field_types(cls)[name]), None
+    if matches_type(value, field_types(cls)[name]):
+        limit = broken_limit(cls, name, value, {})
+        if limit is None:
+            return
+        expected = limit.describe({})
+    nearest = None if limit is None else limit.nearest(value)
+    raise unsupported_error(f"'{path}' sets {name}={short(value)}", nearest=nearest, next_step=f"it takes {expected}")
 
 
 # ── Readers: a value of the file, None included, to lorac's ──────────────────────────────────────────────────────────

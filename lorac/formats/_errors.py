@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from lorac.errors import FormatError
+from lorac.variants.base import BranchVariant, Variant
 
 
 def unsupported_error(what: str, *, next_step: str | None, nearest: str | None = None) -> FormatError:
     """Return the error for a value that lorac does not build, or that a format has no place for."""
     return FormatError(what, nearest=nearest, next_step=next_step, code="unsupported_field")
+
+
+def native_or_lora(variant: Variant) -> str:
+    """Return how to save an adapter of a method for which a format has no place."""
+    others = (
+        [variant.instead]
+        if isinstance(variant, BranchVariant)
+        else ["lorac.to_lora(adapter, model) makes a LoRA of it, with rank= the nearest"]
+    )
+    return "; or ".join(["use format='native'", *filter(None, others)])
 
 
 def corrupt_error(what: str, *, nearest: str | None = None, next_step: str | None = None) -> FormatError:

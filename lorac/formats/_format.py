@@ -9,6 +9,7 @@ from typing import ClassVar
 from lorac.errors import FormatError
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
 
 
 class Format(ABC):
@@ -20,10 +21,12 @@ class Format(ABC):
     Attributes:
         name: what ``save_adapter(format=)`` calls it.
         looks_for: what ``recognises`` looks at, as a phrase for error messages.
+        methods: the methods whose adapters its files hold, for the documentation.
     """
 
     name: ClassVar[str]
     looks_for: ClassVar[str]
+    methods: ClassVar[tuple[type[Variant], ...]] = ()
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:

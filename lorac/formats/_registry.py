@@ -5,18 +5,19 @@ Formats are looked up by name when they are needed, so that a format may read ad
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
 
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
-from lorac.errors import FormatError, nearest_name, warn
+from lorac.errors import FormatError, OptionError, WrongType, nearest_name, warn
 from lorac.formats._files import peek_names, read_metadata
 from lorac.formats._format import Format
 from lorac.frontend.model_view import ModelView
@@ -82,11 +83,22 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
     view = None if model is None else ModelView.of(model)
 
     def read() -> Adapter:
-        with charge_reading(path):
+        with charge_reading(path), _blame_file(path):
             return _find_format(path).read(path, view, name)
 
     with translate_os_errors(path, FormatError, "read", "unreadable"):
         return read_consistently(path, read)
+
+
+@contextlib.contextmanager
+def _blame_file(path: Path) -> Iterator[None]:
+    """Say of which file a hyper-parameter is that the method does not take."""
+    try:
+        yield
+    except (OptionError, WrongType) as error:
+        raise FormatError(
+            f"'{path}': {error.what}", nearest=error.nearest, next_step=error.next_step, code="unsupported_field"
+        ) from error
 
 
 def save_adapter(

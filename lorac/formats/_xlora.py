@@ -140,11 +140,15 @@ class XLoraFolder:
         expected = [key for key in self.keys for key in ((key, _bias_key(key)) if self.biased else (key,))]
         missing = [key for key in expected if key not in self.classifier]
         if missing:
+            dropped = all({*key.split(".")} & {str(n) for n in range(len(self.experts))} for key in missing)
             raise corrupt_error(
                 f"'{self.folder}' lacks '{missing[0]}', one of {len(missing)} of {len(expected)} tensors of the "
-                f"classifier of '{name}': PEFT drops keys with a number below {len(self.experts)} when it saves",
+                f"classifier of '{name}'"
+                + (f": PEFT drops keys with a number below {len(self.experts)} when it saves" if dropped else ""),
                 next_step="save the state of internal_xlora_classifier from the trained model itself, and put its "
-                "tensors into the file, behind base_model.internal_xlora_classifier.",
+                "tensors into the file, behind base_model.internal_xlora_classifier."
+                if dropped
+                else None,
             )
         unexpected = [key for key in self.classifier if key not in expected]
         if unexpected:

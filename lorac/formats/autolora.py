@@ -12,6 +12,7 @@ from lorac.formats._files import peek_names
 from lorac.formats._format import Format
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
+from lorac.variants.autolora import AutoLoRA
 
 _PREFIX, _SUFFIX = "model_dict.", ".weight_lora"
 
@@ -21,6 +22,7 @@ class AutoLoraFormat(Format):
 
     name = "autolora"
     looks_for = f"a file with tensors {_PREFIX}<layer>{_SUFFIX}"
+    methods = (AutoLoRA,)
 
     def recognises(self, path: Path) -> bool:
         names = peek_names(path) if path.is_file() and path.suffix == ".safetensors" else ()

@@ -57,6 +57,7 @@ class XLoraFormat(Format):
 
     name = "xlora"
     looks_for = f"a folder with {CONFIG}"
+    methods = (XLoRA,)
 
     def recognises(self, path: Path) -> bool:
         return (containing_folder(path, CONFIG, WEIGHTS) / CONFIG).is_file()

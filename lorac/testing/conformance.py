@@ -59,7 +59,7 @@ def conformance(
         oracle: the equations in NumPy float64, written independently of the variant, or a module with them (see
             ``Oracle``). Without one the formula itself is the reference.
         targets: targets to compare with eager, for the first configuration.
-        hosts: the hosts.
+        hosts: the hosts. A method that names modules of a model needs one of its own: a ``Host`` with that model.
         **fields: hyper-parameters to set.
     """
     equations = Oracle.of(oracle) if isinstance(oracle, ModuleType) else oracle
@@ -91,7 +91,9 @@ def _target_checks(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Ca
 
 def _require_host(sample: Variant, hosts: Iterable[Host]) -> Callable[[], None]:
     def check() -> None:
-        assert any(host.admits(sample) for host in hosts), "no host admits this configuration: give smaller sizes"
+        assert any(host.admits(sample) for host in hosts), (
+            "no host admits this configuration: give smaller sizes, or hosts= a Host with the modules that it names"
+        )
 
     return check
 

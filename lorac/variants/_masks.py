@@ -7,88 +7,80 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.errors import OptionError, nearest_name
 from lorac.variants.base import InitContext, Site, Tensor
 
 
 @dataclass(frozen=True)
 class MaskMaker:
-    """The number of positions that a mask has at a site, and a function that chooses them.
+    """A function that chooses the positions of a mask.
 
     Attributes:
-        entries: site -> the number K of positions.
-        make: context -> (2, K) int64, row 0 the out index, row 1 the in index, in row-major order.
+        make: context -> (2, K) int64, row 0 the out index, row 1 the in index, in row-major order; ``context.shape`` is
+            (2, K).
+        entries: site -> the number K of positions, of a mask that gives it itself; None: ``SHiRA`` does.
     """
 
-    entries: Callable[[Site], int]
     make: Callable[[InitContext], Tensor]
+    entries: Callable[[Site], int] | None = None
 
 
-def top_entries(scores: Tensor, count: int) -> Tensor:
-    """Return the positions (2, count) of the largest scores, in row-major order; ties go to the lowest index."""
-    order = torch.sort(scores.flatten(), descending=True, stable=True).indices[:count]
-    return _positions(order, scores.shape[1])
+def top_entries(scores: Tensor, count: int, skipped: int = 0) -> Tensor:
+    """Return the positions (2, count) of the largest scores after the first ``skipped``; ties to the lowest index.
+
+    They are in row-major order.
+    """
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices
+    return _positions(order[skipped : skipped + count], scores.shape[1])
 
 
-def magnitude_mask(count: int, task: int = 0) -> MaskMaker:
+def magnitude_mask(task: int = 0) -> MaskMaker:
     """Choose the largest |W| (WM); task t takes ranks tK … (t+1)K − 1, so that the masks of tasks do not overlap."""
 
     def choose(context: InitContext) -> Tensor:
-        weight = context.weight()
-        order = torch.sort(weight.abs().flatten(), descending=True, stable=True).indices
-        return _positions(order[task * count : (task + 1) * count], weight.shape[1])
+        count = context.shape[1]
+        return top_entries(context.weight().abs(), count, task * count)
 
-    return MaskMaker(lambda site: count, choose)
+    return MaskMaker(choose)
 
 
-def random_mask(count: int) -> MaskMaker:
-    """Choose ``count`` positions uniformly (Rand)."""
+def random_mask() -> MaskMaker:
+    """Choose positions uniformly (Rand)."""
 
     def choose(context: InitContext) -> Tensor:
         size = context.site.out_features * context.site.in_features
-        return _positions(torch.randperm(size, generator=context.generator)[:count], context.site.in_features)
+        order = torch.randperm(size, generator=context.generator)
+        return _positions(order[: context.shape[1]], context.site.in_features)
 
-    return MaskMaker(lambda site: count, choose)
+    return MaskMaker(choose)
 
 
-def gradient_mask(gradients: Mapping[str, Tensor], count: Callable[[Site], int]) -> MaskMaker:
+def gradient_mask(gradients: Mapping[str, Tensor]) -> MaskMaker:
     """Choose the largest |g| (Grad); ``gradients`` maps site paths to dL/dW (out, in) over a calibration set."""
-    return MaskMaker(count, lambda context: top_entries(gradients[context.site.path].abs(), count(context.site)))
+    return MaskMaker(lambda context: top_entries(gradients[context.site.path].abs(), context.shape[1]))
 
 
-def snip_mask(gradients: Mapping[str, Tensor], count: Callable[[Site], int]) -> MaskMaker:
+def snip_mask(gradients: Mapping[str, Tensor]) -> MaskMaker:
     """Choose the largest |W·g| (SNIP)."""
 
     def choose(context: InitContext) -> Tensor:
-        scores = (context.weight() * gradients[context.site.path]).abs()
-        return top_entries(scores, count(context.site))
+        return top_entries((context.weight() * gradients[context.site.path]).abs(), context.shape[1])
 
-    return MaskMaker(count, choose)
+    return MaskMaker(choose)
 
 
 def struct_mask(every: int, offset: int = 0) -> MaskMaker:
-    """Choose every ``every``-th row from ``offset``, and the main diagonal (Struct)."""
+    """Choose every ``every``-th row from ``offset``, and the main diagonal (Struct), however many positions that is."""
 
     def mask(site: Site) -> Tensor:
         chosen = torch.eye(site.out_features, site.in_features, dtype=torch.bool)
         chosen[offset::every] = True
         return chosen
 
-    return MaskMaker(lambda site: int(mask(site).sum()), lambda context: mask(context.site).nonzero().t().contiguous())
+    return MaskMaker(lambda context: mask(context.site).nonzero().t().contiguous(), lambda site: int(mask(site).sum()))
 
 
-def find_mask_maker(mask: str | MaskMaker, count: int) -> MaskMaker:
-    """Return the mask maker called by a name, or the maker itself if one is given."""
-    if isinstance(mask, MaskMaker):
-        return mask
-    named = {"random": random_mask, "magnitude": magnitude_mask}
-    if mask not in named:
-        raise OptionError(
-            f"SHiRA has no mask named '{mask}'",
-            nearest=nearest_name(mask, named),
-            next_step="gradient_mask, snip_mask and struct_mask take their own arguments: pass what they return",
-        )
-    return named[mask](count)
+NAMED_MASKS: Mapping[str, MaskMaker] = {"random": random_mask(), "magnitude": magnitude_mask()}
+"""Masks that need no arguments, by name."""
 
 
 def _positions(flat: Tensor, columns: int) -> Tensor:

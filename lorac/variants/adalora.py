@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lorac.argument_types import Count
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, zeros
 from lorac.variants.low_rank import InputDropout
@@ -24,7 +25,7 @@ class AdaLoRA(InputDropout, WeightVariant):
             tensors hold only these.
     """
 
-    r: int = 12
+    r: Count = 12
     alpha: float = 8
     rank_pattern: Mapping[str, Sequence[bool]] = field(default_factory=dict)
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
 
-from lorac.errors import ExampleInputsNeeded, not_one_of
+from lorac.argument_types import Count, OneOf
+from lorac.errors import ExampleInputsNeeded
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.transformer_blocks import find_transformer_blocks
 from lorac.ir.patterns import find_outermost_blocks, is_named
@@ -34,10 +36,10 @@ class AdapterTune(BranchVariant):
     """
 
     targets: str | tuple[str, ...] = "all-blocks"
-    r: int = 16
+    r: Count = 16
     alpha: float = 1.0
-    every: int = 1
-    init: str = "zero"
+    every: Count = 1
+    init: Annotated[str, OneOf(_UP_INITS)] = "zero"
 
     name = "adaptertune"
     paper = "AdapterTune: Zero-Initialized Low-Rank Adapters for Frozen Vision Transformers, arXiv 2603.14706"
@@ -60,8 +62,6 @@ class AdapterTune(BranchVariant):
         return site.number % self.every == 0
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        if self.init not in _UP_INITS:
-            raise not_one_of("AdapterTune has no init", self.init, _UP_INITS)
         width, up = site.out_features, _UP_INITS[self.init]
         return {
             "down": ParamSpec((self.r, width), xavier_uniform),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lorac.argument_types import Count
 from lorac.errors import AdapterError, FormatError, nearest_name
 from lorac.variants._mixtures import RoutedVariant, route_loras
 from lorac.variants.adapter import Adapter
@@ -37,8 +38,8 @@ class AutoLoRA(RoutedVariant):
         cross: gates read its product with the LoRA's output (w_cross).
     """
 
-    r: int = 8
-    experts: int = 2
+    r: Count = 8
+    experts: Count = 2
     base: bool = True
     cross: bool = True
 

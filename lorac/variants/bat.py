@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
@@ -25,7 +26,7 @@ class BAT(WeightVariant):
         r: size of a block; divides both out and in.
     """
 
-    r: int = 64
+    r: Count = 64
 
     name = "bat"
     paper = "Bone: Block Affine Transformation as PEFT Methods for LLMs, arXiv 2409.15371v1"

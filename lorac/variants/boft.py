@@ -6,7 +6,9 @@ Liu et al. 2023, arXiv 2311.06243.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from lorac.argument_types import Bounds, Count
 from lorac.errors import OptionError, SiteError
 from lorac.variants._rotations import cayley
 from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
@@ -26,9 +28,9 @@ class BOFT(WeightVariant):
         n_butterfly_factor: m.
     """
 
-    block_size: int = 4
-    block_num: int = 0
-    n_butterfly_factor: int = 1
+    block_size: Annotated[int, Bounds(0)] = 4
+    block_num: Annotated[int, Bounds(0)] = 0
+    n_butterfly_factor: Count = 1
 
     name = "boft"
     paper = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243"
@@ -36,10 +38,10 @@ class BOFT(WeightVariant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.block_num > 0) == (self.block_size > 0) or self.n_butterfly_factor < 1:
+        if (self.block_num > 0) == (self.block_size > 0):
             raise OptionError(
-                f"BOFT takes a number of blocks or their size, and one factor or more, not block_num={self.block_num}, "
-                f"block_size={self.block_size}, n_butterfly_factor={self.n_butterfly_factor}",
+                f"BOFT takes a number of blocks or their size, not block_num={self.block_num} and "
+                f"block_size={self.block_size}",
                 next_step="give one of the two, and 0 for the other",
             )
 

@@ -12,14 +12,15 @@ y' is the new residual stream.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorac.argument_types import Bounds, Count, OneOf, Positive, Rate
 from lorac.errors import ExampleInputsNeeded, SiteError, not_one_of
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import (
@@ -46,10 +47,6 @@ from lorac.variants._bottleneck_layers import (
 )
 from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
 from lorac.variants.initialisers import normal, ones, zeros
-
-_SCALINGS = ("learned", "channel")
-_EPS = 1e-5
-"""Torch's default, for the adapter's own LayerNorms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,37 +90,37 @@ class Bottleneck(BranchVariant):
     output_adapter: bool = True
     cross_adapter: bool = False
     leave_out: tuple[int, ...] = ()
-    reduction_factor: float = 16.0
+    reduction_factor: Positive = 16.0
     reduction_pattern: Mapping[str, float] = field(default_factory=dict)
-    non_linearity: str = "swish"
-    scaling: float | str = 1.0
+    non_linearity: Annotated[str, OneOf(ACTIVATIONS)] = "swish"
+    scaling: Annotated[float | str, OneOf(("learned", "channel"))] = 1.0
     is_parallel: bool = False
     original_ln_before: bool = False
     original_ln_after: bool = True
-    residual_before_ln: bool | str = True
+    residual_before_ln: Annotated[bool | str, OneOf(("post_add",))] = True
     ln_before: bool = False
     ln_after: bool = False
     adapter_residual_before_ln: bool = False
     use_gating: bool = False
     dropout: float = 0.0
-    stochastic_depth: float = 0.0
-    init_weights: str = "bert"
+    stochastic_depth: Rate = 0.0
+    init_weights: Annotated[str, OneOf(DOWN_UP)] = "bert"
     phm_layer: bool = False
-    phm_dim: int = 4
-    phm_rank: int = 1
+    phm_dim: Count = 4
+    phm_rank: Count = 1
     phm_bias: bool = True
     factorized_phm_W: bool = True
     shared_W_phm: bool = False
     shared_phm_rule: bool = True
     factorized_phm_rule: bool = False
     learn_phm: bool = True
-    phm_c_init: str = "normal"
-    phm_init_range: float = 0.0001
-    inv_adapter: str | None = None
-    inv_adapter_reduction_factor: float = 2.0
+    phm_c_init: Annotated[str, OneOf(("normal", "uniform"))] = "normal"
+    phm_init_range: Annotated[float, Bounds(0)] = 0.0001
+    inv_adapter: Annotated[str | None, OneOf(("nice",))] = None
+    inv_adapter_reduction_factor: Positive = 2.0
     residuals: Mapping[str, str] = field(default_factory=dict)
     inner: Mapping[str, str] = field(default_factory=dict)
-    norm_eps: float = 1e-12
+    norm_eps: Annotated[float, Bounds(0)] = 1e-12
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
 
@@ -198,7 +195,7 @@ class Bottleneck(BranchVariant):
     def _body(self, z: Tensor, residual: Tensor | None, p: Params, ctx: Context) -> Tensor:
         """Return s·(U·act(D·z + p) + q) with norms, dropout, gate and residual as configured."""
         width = (z.shape[-1],)
-        normed = F.layer_norm(z, width, p.norm_before, p.norm_before_bias, _EPS) if self.ln_before else z
+        normed = F.layer_norm(z, width, p.norm_before, p.norm_before_bias) if self.ln_before else z
         phm = self._phm
         up = apply_layer(ACTIVATIONS[self.non_linearity](apply_layer(normed, p, "down", phm)), p, "up", phm)
         if not self.is_parallel:
@@ -209,7 +206,7 @@ class Bottleneck(BranchVariant):
             up = up * torch.sigmoid(F.linear(z, p.gate, p.gate_bias)).mean(-2, keepdim=True)
         if residual is not None:
             up = up + residual
-        return F.layer_norm(up, width, p.norm_after, p.norm_after_bias, _EPS) if self.ln_after else up
+        return F.layer_norm(up, width, p.norm_after, p.norm_after_bias) if self.ln_after else up
 
     # ── Operands ─────────────────────────────────────────────────────────────────────────────────────────────────────
     @property
@@ -263,7 +260,6 @@ class Bottleneck(BranchVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        self._check_settings()
         width = site.out_features
         if self._couples(site):
             coupled = site.in_features if self._is_norm(site) else width
@@ -316,24 +312,8 @@ class Bottleneck(BranchVariant):
             std=self.phm_init_range,
         )
 
-    def _check_settings(self) -> None:
-        choices: dict[str, tuple[object, Sequence[object]]] = {
-            "non_linearity": (self.non_linearity, tuple(ACTIVATIONS)),
-            "init_weights": (self.init_weights, tuple(DOWN_UP)),
-            "phm_c_init": (self.phm_c_init, ("normal", "uniform")),
-            "inv_adapter": (self.inv_adapter, (None, "nice")),
-        }
-        if isinstance(self.scaling, str):
-            choices["scaling"] = (self.scaling, _SCALINGS)
-        if isinstance(self.residual_before_ln, str):
-            choices["residual_before_ln"] = (self.residual_before_ln, ("post_add",))
-        for field_name, (value, known) in choices.items():
-            if value not in known:
-                raise not_one_of(f"Bottleneck has no {field_name}", value, map(str, known))
-
     # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
     def for_model(self, view: ModelView, inputs: object = None) -> Bottleneck:
-        self._check_settings()
         needs_stream = not self.targets or self.inv_adapter is not None or bool(self._operands(_placeholder_site()))
         try:
             stream = trace_residual_stream(view, inputs)
@@ -368,8 +348,8 @@ class Bottleneck(BranchVariant):
         variant = dataclasses.replace(
             self,
             targets=self.targets or (*chosen, *embeddings, *heads),
-            inner={**inner, **self.inner},
-            residuals={**residuals, **self.residuals},
+            inner=inner | dict(self.inner),
+            residuals=residuals | dict(self.residuals),
             norm_eps=find_common_norm_eps(norms, self.norm_eps),
             embeddings=embeddings,
             heads=heads,

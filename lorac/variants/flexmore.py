@@ -11,11 +11,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorac.argument_types import Bounds, Count
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import is_named
@@ -50,13 +52,13 @@ class FlexMoRE(BranchVariant):
 
     targets: str | tuple[str, ...] = ()
     ranks: tuple[int, ...]
-    top_k: int = 2
+    top_k: Count = 2
     normalise: bool = False
     gate: str = ""
     up: str = ""
     down: str = ""
     activation: str = ""
-    hidden: int = 0
+    hidden: Annotated[int, Bounds(0)] = 0
 
     name = "flexmore"
     paper = (

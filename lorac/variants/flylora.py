@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
+from lorac.argument_types import Bounds, Count
 from lorac.variants._mixtures import RoutedVariant, top_k_mask
 from lorac.variants.base import Context, Dropout, InitContext, Params, ParamSpec, Role, Site, Tensor
 from lorac.variants.initialisers import zeros
@@ -37,11 +39,11 @@ class FlyLoRA(RoutedVariant):
         detach_router: pass no gradient through A to earlier layers, as in that fork; only where top_k < r.
     """
 
-    r: int = 32
+    r: Count = 32
     alpha: float = 64
-    top_k: int = 8
+    top_k: Count = 8
     dropout: float = 0.0
-    density: float | None = None
+    density: Annotated[float | None, Bounds(0, 1, exclusive=True)] = None
     absolute: bool = False
     detach_router: bool = False
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
@@ -29,7 +30,7 @@ class FourierFT(WeightVariant):
         n_frequency_pattern: module pattern -> its own n_frequency.
     """
 
-    n_frequency: int = 1000
+    n_frequency: Count = 1000
     scaling: float = 150.0
     random_loc_seed: int = 777
     n_frequency_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -42,10 +43,10 @@ class FourierFT(WeightVariant):
     def check(self, site: Site) -> None:
         super().check(site)
         size = site.out_features * site.in_features
-        if not 0 < self.n_frequency <= size:
+        if self.n_frequency > size:
             raise SiteError(
                 f"the spectrum of '{site.path}' has {size} values, and n_frequency is {self.n_frequency}",
-                nearest=f"n_frequency={size}" if self.n_frequency > size else None,
+                nearest=f"n_frequency={size}",
                 next_step="give another n_frequency, or exclude= the module",
                 code="site_unsupported",
             )

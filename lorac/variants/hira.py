@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from lorac.argument_types import Count
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.low_rank import InputDropout, peft_factor_specs
 
@@ -22,7 +23,7 @@ class HiRA(InputDropout, WeightVariant):
         rank_pattern: module pattern -> its own r.
     """
 
-    r: int = 32
+    r: Count = 32
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     name = "hira"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.errors import SiteError
 from lorac.variants.base import MATRIX_KINDS, InitContext, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform
@@ -34,7 +35,7 @@ class HRA(WeightVariant):
         apply_GS: PEFT's name for orthonormal columns. They then start independent, since pairs span half the space.
     """
 
-    r: int = 8
+    r: Count = 8
     apply_GS: bool = False
 
     name = "hra"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
+from lorac.argument_types import Count
 from lorac.variants.base import BranchVariant, Context, Dropout, Params, ParamSpec, Site, Tensor
 from lorac.variants.initialisers import xavier_uniform, zeros
 
@@ -25,8 +26,8 @@ class Hydra(BranchVariant):
         branch_bias: give the bottlenecks biases c and e (as in the paper's vision models, not its language models).
     """
 
-    r: int = 2
-    r_sequential: int = 2
+    r: Count = 2
+    r_sequential: Count = 2
     scale: float = 1.0
     dropout: float = 0.0
     branch_bias: bool = False
@@ -34,6 +35,7 @@ class Hydra(BranchVariant):
     name = "hydra"
     paper = "Hydra: Multi-head Low-rank Adaptation for Parameter Efficient Fine-tuning, arXiv 2309.06922"
     dropout_place = Dropout.RANK
+    instead = "lorac.to_lora(adapter, model) makes a LoRA of it"
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         out = site.out_features

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from lorac.errors import SiteError, not_one_of
+from lorac.argument_types import Count, OneOf
+from lorac.errors import SiteError
 from lorac.variants._conv_kernels import require_one_group
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
@@ -35,21 +37,16 @@ class LoLDU(WeightVariant):
             ``"s_uniform"``: U(−1, 1); ``"s_normal"``: N(0, 1); ``"ones"``; ``"zeros"``.
     """
 
-    r: int = 8
+    r: Count = 8
     alpha: float | None = None
     train_sigma: bool = False
-    init: str = "lu"
+    init: Annotated[str, OneOf(_STARTS)] = "lu"
 
     name = "loldu"
     paper = (
         "LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning, "
         "arXiv 2410.13618"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init not in _STARTS:
-            raise not_one_of("LoLDU has no init", self.init, _STARTS)
 
     @property
     def sigma(self) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.errors import AdapterError, SiteError
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
@@ -59,7 +60,7 @@ class LoRAXS(InputDropout, WeightVariant):
         alpha: the scale is alpha/r.
     """
 
-    r: int = 32
+    r: Count = 32
     alpha: float = 32
 
     name = "loraxs"

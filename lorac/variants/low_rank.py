@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.variants.base import Dropout, ParamSpec, Role, Site, SiteKind, Tensor, Variant
 from lorac.variants.initialisers import kaiming_uniform, normal, zeros
 
@@ -37,7 +38,7 @@ class ScaledRank(Variant):
         alpha_pattern: module pattern -> its own alpha.
     """
 
-    r: int = 8
+    r: Count = 8
     alpha: float = 8
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)

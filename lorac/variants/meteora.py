@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from lorac.argument_types import Count, Positive
 from lorac.variants._mixtures import RoutedVariant, route_loras, top_k_softmax
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context, Params, ParamSpec, Role, Site, Tensor
@@ -36,11 +37,11 @@ class MeteoRA(RoutedVariant):
         train_experts: train A and B too.
     """
 
-    r: int = 8
+    r: Count = 8
     alpha: float = 8
-    experts: int = 4
-    top_k: int = 2
-    temperature: float = 1.0
+    experts: Count = 4
+    top_k: Count = 2
+    temperature: Positive = 1.0
     dropout: float = 0.0
     train_experts: bool = False
 

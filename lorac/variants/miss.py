@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import zeros
@@ -26,9 +27,9 @@ class MiSS(InputDropout, WeightVariant):
         mini_r: columns of M, which divide out; used only with ``mini``.
     """
 
-    r: int = 64
+    r: Count = 64
     mini: bool = False
-    mini_r: int = 1
+    mini_r: Count = 1
 
     name = "miss"
     paper = "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing, arXiv 2409.15371"

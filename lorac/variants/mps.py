@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from lorac.errors import SiteError, not_one_of
+from lorac.argument_types import Bounds, Count, OneOf
+from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, zeros
 from lorac.variants.low_rank import LowRankFields
-
-_LEGS = ("first", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +31,13 @@ class MPS(LowRankFields, WeightVariant):
         rank_leg: the core that carries the rank, ``"first"`` or ``"last"``.
     """
 
-    chi: int = 8
-    dims: tuple[int, ...] | None = None
-    rank_leg: str = "first"
+    chi: Count = 8
+    dims: Annotated[tuple[int, ...] | None, Bounds(1)] = None
+    rank_leg: Annotated[str, OneOf(("first", "last"))] = "first"
 
     name = "mps"
     paper = "Artificial Entanglement in the Fine-Tuning of Large Language Models, arXiv 2601.06788"
     kinds = frozenset({SiteKind.LINEAR})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank_leg not in _LEGS:
-            raise not_one_of("MPS has no rank_leg", self.rank_leg, _LEGS)
 
     def split(self, site: Site) -> tuple[int, ...]:
         """Return (d1, d2) at ``site``."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
+from lorac.argument_types import Bounds, Count
 from lorac.errors import OptionError, SiteError
 from lorac.variants._rotations import cayley, neumann, skew
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
@@ -47,13 +49,13 @@ class OFT(WeightVariant):
         eps: the constraint of coft.
     """
 
-    block_size: int = 32
-    r: int = 0
+    block_size: Annotated[int, Bounds(0)] = 32
+    r: Annotated[int, Bounds(0)] = 0
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: Count = 5
     coft: bool = False
-    eps: float = 6e-5
+    eps: Annotated[float, Bounds(0)] = 6e-5
 
     name = "oft"
     paper = (

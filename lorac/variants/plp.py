@@ -6,15 +6,16 @@ Break-for-Make, 2024, arXiv 2403.19456: the content learns half of the down fact
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from lorac.errors import ChoiceError, SiteError, not_one_of
+from lorac.argument_types import Count, OneOf
+from lorac.errors import ChoiceError, SiteError
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, Tensor, Variant, WeightVariant
 from lorac.variants.initialisers import normal, zeros
 
-_BASES = ("rows", "exact", "none")
 _ROWS = 1280
 """Rows of the orthonormal matrix that the paper's code draws from at any width: the widest of SDXL's U-Net."""
 UP, DOWN = 0, 1
@@ -48,17 +49,12 @@ class PLP(WeightVariant):
             as in the code; with it the low-rank form has rank 2r.
     """
 
-    r: int = 64
-    basis: str = "rows"
+    r: Count = 64
+    basis: Annotated[str, OneOf(("rows", "exact", "none"))] = "rows"
     identity_init: bool = False
 
     name = "plp"
     paper = "Break-for-Make: Modular Low-Rank Adaptations for Composable Content-Style Customization, arXiv 2403.19456"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.basis not in _BASES:
-            raise not_one_of("PLP has no basis named", self.basis, _BASES)
 
     def starts_as_base(self, site: Site) -> bool:
         return site.out_features != site.in_features or self.basis != "rows" or self.identity_init

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.errors import AdapterError, SiteError, not_one_of
+from lorac.argument_types import Bounds, Count, OneOf, Positive
+from lorac.errors import AdapterError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import find_outermost_blocks, is_named
 from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
@@ -55,19 +56,19 @@ class QST(BranchVariant):
 
     targets: str | tuple[str, ...] = ("norm",)
     blocks: tuple[str, ...]
-    heads: int
-    intermediate: int
-    r: int = 16
-    bottleneck: int = 16
-    downsample: str = "adapter"
-    kv_heads: int | None = None
+    heads: Count
+    intermediate: Count
+    r: Count = 16
+    bottleneck: Count = 16
+    downsample: Annotated[str, OneOf(_DOWNSAMPLERS)] = "adapter"
+    kv_heads: Count | None = None
     causal: bool = True
-    rope_theta: float = 10000.0
+    rope_theta: Positive = 10000.0
     mask: str | None = None
     dropout: float = 0.0
     vectors: bool = False
     own_first: bool = True
-    eps: float = 1e-6
+    eps: Annotated[float, Bounds(0)] = 1e-6
 
     name = "qst"
     paper = "Quantized Side Tuning, arXiv 2401.07159"
@@ -84,8 +85,6 @@ class QST(BranchVariant):
         return (f"in:{self.blocks[0]}", *self.blocks, *mask)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        if self.downsample not in _DOWNSAMPLERS:
-            raise not_one_of("QST has no downsampler", self.downsample, _DOWNSAMPLERS)
         d = site.out_features
         h = self._side_width(d)
         specs: dict[str, ParamSpec] = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import constant, zeros
 from lorac.variants.low_rank import InputDropout
@@ -65,7 +66,7 @@ class RandLoRA(InputDropout, WeightVariant):
         very_sparse: the same with probability 1/(2√d) for each of ±1; overrides ``sparse``.
     """
 
-    r: int = 32
+    r: Count = 32
     alpha: float = 640
     projection_prng_key: int = 0
     sparse: bool = False

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from lorac.argument_types import Count
 from lorac.variants._mixtures import RoutedVariant, add_gumbel_noise, ordered_log_prob, top_k_mask
 from lorac.variants.base import Context, Dropout, Params, ParamSpec, Site, Tensor
 from lorac.variants.initialisers import zeros
@@ -41,11 +42,11 @@ class ReMix(RoutedVariant):
         dropout: rate of the dropout on the branch's input, in training.
     """
 
-    r: int = 8
+    r: Count = 8
     alpha: float = 2
     rslora: bool = False
-    experts: int = 8
-    top_k: int = 4
+    experts: Count = 8
+    top_k: Count = 4
     dropout: float = 0.0
 
     name = "remix"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
+from lorac.argument_types import Count
 from lorac.variants.base import Dropout, Params, ParamSpec, Role, Site, Tensor, Variant, WeightVariant
 from lorac.variants.initialisers import zeros
 
@@ -26,7 +27,7 @@ class Residual(WeightVariant):
     """
 
     method: WeightVariant
-    r: int = 8
+    r: Count = 8
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
 
     name = "residual"

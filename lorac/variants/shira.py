@@ -6,13 +6,15 @@ Bhardwaj et al., NeurIPS 2024, arXiv 2406.13175.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from lorac.errors import SiteError
+from lorac.argument_types import Bounds, Count, OneOf
+from lorac.errors import OptionError, SiteError
 from lorac.variants._masks import (
+    NAMED_MASKS,
     MaskMaker,
-    find_mask_maker,
     gradient_mask,
     magnitude_mask,
     random_mask,
@@ -33,27 +35,40 @@ class SHiRA(WeightVariant):
         r: PEFT's size setting: K = r·(out + in). It does not bound the rank.
         ratio: the paper's setting: K = round(ratio·out·in). It overrides r.
         mask: the positions: ``"random"`` (different per adapter and site), ``"magnitude"``, or the result of
-            ``random_mask``, ``magnitude_mask``, ``gradient_mask``, ``snip_mask`` or ``struct_mask`` of this module.
+            ``random_mask``, ``magnitude_mask``, ``gradient_mask``, ``snip_mask`` or ``struct_mask`` of this module; the
+            last gives K itself.
     """
 
-    r: int = 32
-    ratio: float | None = None
-    mask: str | MaskMaker = "random"
+    r: Count = 32
+    ratio: Annotated[float | None, Bounds(0, 1, exclusive=True)] = None
+    mask: Annotated[str | MaskMaker, OneOf(NAMED_MASKS)] = "random"
 
     name = "shira"
     paper = "Sparse High Rank Adapters, arXiv 2406.13175"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [f"{name}={getattr(self, name)}" for name in ("r", "ratio") if getattr(self, name) != _DEFAULTS[name]]
+        if self._maker.entries is not None and given:
+            raise OptionError(
+                f"the mask gives the number of positions itself, and {' and '.join(given)} would give another",
+                next_step="leave r= and ratio= out, or give a mask that chooses any number, such as snip_mask",
+            )
+
+    @property
+    def _maker(self) -> MaskMaker:
+        return self.mask if isinstance(self.mask, MaskMaker) else NAMED_MASKS[self.mask]
+
     def entries(self, site: Site) -> int:
         """Return the number K of trained values at ``site``."""
+        if self._maker.entries is not None:
+            return self._maker.entries(site)
         out, columns = site.out_features, site.in_features
         return self.r * (out + columns) if self.ratio is None else round(self.ratio * out * columns)
 
     def check(self, site: Site) -> None:
         super().check(site)
-        entries, size = (
-            find_mask_maker(self.mask, self.entries(site)).entries(site),
-            site.out_features * site.in_features,
-        )
+        entries, size = self.entries(site), site.out_features * site.in_features
         if entries > size:
             raise SiteError(
                 f"SHiRA cannot train {entries} positions of '{site.path}', which has {size}",
@@ -63,12 +78,14 @@ class SHiRA(WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        chosen = find_mask_maker(self.mask, self.entries(site))
-        entries, shape = chosen.entries(site), (site.out_features, site.in_features)
+        entries, shape = self.entries(site), (site.out_features, site.in_features)
         return {
-            "indices": ParamSpec((2, entries), chosen.make, role=Role.INDEX, below=shape),
+            "indices": ParamSpec((2, entries), self._maker.make, role=Role.INDEX, below=shape),
             "values": ParamSpec((entries,), zeros, decay=False),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return torch.index_put(W, (p.indices[0], p.indices[1]), p.values, accumulate=True)
+
+
+_DEFAULTS = {"r": SHiRA.r, "ratio": SHiRA.ratio}

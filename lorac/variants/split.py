@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.errors import OptionError, SiteError, nearest_name
 from lorac.variants.base import (
     MATRIX_KINDS,
@@ -45,7 +46,7 @@ class Split(InputDropout, WeightVariant):
 
     parts: Mapping[str, WeightVariant]
     among: tuple[str, ...] | Mapping[str, int] = ("q", "k", "v")
-    groups: int = 1
+    groups: Count = 1
 
     name = "split"
     kinds = MATRIX_KINDS

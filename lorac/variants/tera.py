@@ -11,16 +11,15 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from lorac.errors import not_one_of
+from lorac.argument_types import Count, OneOf
 from lorac.variants._conv_kernels import require_one_group
 from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
 from lorac.variants.low_rank import InputDropout
-
-FACTORS = ("dense", "identity")
 
 
 def balanced_modes(size: int, order: int) -> tuple[int, ...]:
@@ -48,10 +47,10 @@ class TeRA(InputDropout, WeightVariant):
         seed: seed of G and U, drawn in this order.
     """
 
-    r: int | None = None
-    order: int = 2
+    r: Count | None = None
+    order: Count = 2
     scale: float | None = None
-    factors: str = "dense"
+    factors: Annotated[str, OneOf(("dense", "identity"))] = "dense"
     zero_mode: int = -1
     seed: int = 0
 
@@ -63,8 +62,6 @@ class TeRA(InputDropout, WeightVariant):
         require_one_group(self.name, site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        if self.factors not in FACTORS:
-            raise not_one_of("TeRA has no factors", self.factors, FACTORS)
         sizes = self._modes(site.out_features, site.in_features)
         ranks = self._ranks(sizes)
         specs = {"tera_G": ParamSpec(ranks, self._draw(0), role=Role.FROZEN, shared=True)}

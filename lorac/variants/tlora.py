@@ -9,16 +9,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from lorac.errors import SiteError, not_one_of
+from lorac.argument_types import Bounds, Count, OneOf
+from lorac.errors import SiteError
 from lorac.variants.base import Init, InitContext, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, zeros
 
 _DIMS = ((4, 8, 10), (8, 8, 10), (8, 8, 12), (8, 10, 16), (8, 16, 16))
 """The factors of the authors' code."""
-_RESIDUALS, _ORDERS = ("lora", "ttv"), ("big", "little")
 
 
 def _identity(context: InitContext) -> Tensor:
@@ -50,12 +51,12 @@ class TLoRA(WeightVariant):
             balanced three factors.
     """
 
-    transform_rank: int = 1
-    r: int = 1
-    residual: str = "lora"
+    transform_rank: Annotated[int, Bounds(0)] = 1
+    r: Count = 1
+    residual: Annotated[str, OneOf(("lora", "ttv"))] = "lora"
     alpha: float = 1
     rslora: bool = True
-    index_order: str = "big"
+    index_order: Annotated[str, OneOf(("big", "little"))] = "big"
     dims: tuple[tuple[int, ...], ...] = ()
 
     name = "tlora"
@@ -68,10 +69,6 @@ class TLoRA(WeightVariant):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "dims", tuple(tuple(factors) for factors in self.dims))
-        for field, allowed in (("residual", _RESIDUALS), ("index_order", _ORDERS)):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise not_one_of(f"TLoRA has no {field}", value, allowed)
 
     @property
     def scale(self) -> float:

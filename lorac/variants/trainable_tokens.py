@@ -6,9 +6,11 @@ PEFT's TRAINABLE_TOKENS (https://huggingface.co/docs/peft/package_reference/trai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
+from lorac.argument_types import Bounds
 from lorac.variants.base import Init, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 
 
@@ -20,7 +22,7 @@ class TrainableTokens(WeightVariant):
         token_indices: the tokens' indices, without duplicates.
     """
 
-    token_indices: tuple[int, ...]
+    token_indices: Annotated[tuple[int, ...], Bounds(0)]
 
     name = "trainable_tokens"
     kinds = frozenset({SiteKind.EMBEDDING, SiteKind.LINEAR})

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from lorac.errors import OptionError, SiteError
+from lorac.errors import ChoiceError, OptionError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import check_targets_match, is_named
+from lorac.variants.adapter import Adapter
 from lorac.variants.base import MATRIX_KINDS, BranchVariant, ParamSpec, Site, SiteKind, Variant, WeightVariant
 
 
@@ -81,10 +82,35 @@ class Union(Variant):
             SiteError: a part names no site, or two parts name the same one.
         """
         parts = tuple(_resolve_sites(part.for_model(view, inputs), view) for part in self.parts)
-        return Union.of(*parts, like=self)
+        return Union.over(*parts, like=self)
 
     @classmethod
-    def of(cls, *parts: Variant, like: Variant | None = None) -> Union:
+    def of(cls, *adapters: Adapter, name: str) -> Adapter:
+        """Return one adapter of several that act at different sites; it shares their tensors without copies.
+
+        Args:
+            adapters: the adapters.
+            name: name of the result.
+
+        Raises:
+            SiteError: two of them act at the same site.
+            ChoiceError: two of them replace the same parameter whole.
+        """
+        parts = (dataclasses.replace(one.variant, targets=tuple(one.tensors), exclude=()) for one in adapters)
+        joined = Adapter(name, cls.over(*parts))
+        for adapter in adapters:
+            conflicts = joined.replaced.keys() & adapter.replaced.keys()
+            if conflicts:
+                raise ChoiceError(
+                    f"'{adapter.name}' replaces '{min(conflicts)}', and so does an adapter before it",
+                    next_step="only one adapter of a union may replace a parameter",
+                )
+            joined.tensors |= adapter.tensors
+            joined.replaced |= adapter.replaced
+        return joined
+
+    @classmethod
+    def over(cls, *parts: Variant, like: Variant | None = None) -> Union:
         """Return a union of methods whose targets are full paths.
 
         Args:

@@ -6,9 +6,11 @@ Li et al. 2024, arXiv 2405.15179; shapes and start values as in PEFT.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
+from lorac.argument_types import Bounds, Count
 from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal, uniform
@@ -31,12 +33,12 @@ class VBLoRA(InputDropout, WeightVariant):
         init_logits_std: deviation of the logits' start values.
     """
 
-    r: int = 4
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
-    init_vector_bank_bound: float = 0.02
-    init_logits_std: float = 0.1
+    r: Count = 4
+    num_vectors: Count = 256
+    vector_length: Count = 256
+    topk: Annotated[int, Bounds(1, "num_vectors")] = 2
+    init_vector_bank_bound: Annotated[float, Bounds(0)] = 0.02
+    init_logits_std: Annotated[float, Bounds(0)] = 0.1
 
     name = "vblora"
     paper = "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, arXiv 2405.15179"
@@ -49,12 +51,6 @@ class VBLoRA(InputDropout, WeightVariant):
                 f"vector_length={self.vector_length} does not divide both sides of '{site.path}', "
                 f"{site.in_features} -> {site.out_features}",
                 next_step="give a vector_length= that divides both, or exclude= the module",
-                code="site_unsupported",
-            )
-        if not 1 <= self.topk <= self.num_vectors:
-            raise SiteError(
-                f"VB-LoRA cannot choose topk={self.topk} of num_vectors={self.num_vectors} vectors",
-                next_step="give a topk= from 1 to num_vectors=",
                 code="site_unsupported",
             )
 

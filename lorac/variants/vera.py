@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorac.argument_types import Count
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import constant, zeros
 from lorac.variants.low_rank import InputDropout
@@ -43,7 +44,7 @@ class VeRA(InputDropout, WeightVariant):
         projection_prng_key: seed of A and B.
     """
 
-    r: int = 256
+    r: Count = 256
     d_initial: float = 0.1
     projection_prng_key: int = 0
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
+from lorac.argument_types import Bounds, Count, Positive, Rate
 from lorac.errors import AdapterError
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site
@@ -60,17 +62,17 @@ class XLoRA(RoutedVariant):
     """
 
     hidden: str
-    hidden_size: int
-    r: int = 8
-    experts: int = 4
+    hidden_size: Count
+    r: Count = 8
+    experts: Count = 4
     layerwise_scalings: bool = False
-    depth: int = 1
-    size: int = 2048
+    depth: Count = 1
+    size: Count = 2048
     activation: bool = True
-    dropout_p: float = 0.2
+    dropout_p: Rate = 0.2
     enable_softmax: bool = True
-    softmax_temperature: float = 1.0
-    top_k_lora: int | None = None
+    softmax_temperature: Positive = 1.0
+    top_k_lora: Annotated[int | None, Bounds(1, "experts")] = None
     enable_softmax_topk: bool = False
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0

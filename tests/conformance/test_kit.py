@@ -9,7 +9,7 @@ import torch
 
 import lorac
 from lorac.ir.sites import SiteKind
-from lorac.testing import HOSTS, Oracle, conformance, samples
+from lorac.testing import HOSTS, Host, Oracle, conformance, samples
 from lorac.variants import initialisers
 from lorac.variants.params import ParamSpec, Role
 from tests.refusing import refuses
@@ -153,3 +153,40 @@ def test_names_say_what_was_checked():
     assert "lora,r=3,alpha=5-block-refused" in names
     assert "lora,r=3,alpha=5-two_linear-half" in names
     assert "lora,r=3,alpha=5-two_linear-onnxruntime-other_sizes" in names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(lorac.BranchVariant):
+    """y' = y + tanh(h)·mᵀ, h what the module ``lower`` returns."""
+
+    name: ClassVar[str] = "kit-named"
+    paper: ClassVar[str] = "none"
+
+    def reads(self, site):
+        return ("lower",)
+
+    def params(self, site):
+        return {"m": ParamSpec((site.out_features, 5), initialisers.zeros)}
+
+    def branch(self, x, y, p, ctx):
+        return y + torch.tanh(ctx.value("lower")) @ p.m.T
+
+
+class Upper(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lower, self.upper = torch.nn.Linear(7, 5), torch.nn.Linear(5, 6)
+
+    def forward(self, x):
+        return self.upper(torch.tanh(self.lower(x)))
+
+
+def test_a_method_that_names_a_module_is_given_a_host():
+    (admitted, *_) = conformance(Named(), targets=())
+    with pytest.raises(AssertionError, match="or hosts= a Host with the modules that it names"):
+        admitted()
+    host = Host("upper", SiteKind.LINEAR, Upper, (7,), path="upper")
+    checks = conformance(Named(), targets=(), hosts={"upper": host})
+    assert len(checks) > 5
+    for check in checks:
+        check()

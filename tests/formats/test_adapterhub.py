@@ -152,7 +152,7 @@ def test_what_the_library_left_out_is_told():
         ({"architecture": "reft"}, lorac.FormatError, "architecture 'reft', which rewrites hidden states"),
         ({"architecture": "union"}, lorac.FormatError, "adapter_residual_before_ln"),
         ({"inv_adapter": "glow"}, lorac.FormatError, "glow"),
-        ({"non_linearity": "gulu"}, lorac.OptionError, "gelu"),
+        ({"non_linearity": "gulu"}, lorac.FormatError, "nearest: gelu"),
         ({"reduction_factor": -4}, lorac.FormatError, "reduction_factor"),
         ({"reduction_factor": 8}, lorac.AdapterError, "down"),
         ({"ln_before": "yes"}, lorac.FormatError, "ln_before"),

@@ -135,7 +135,7 @@ def test_any_variant_and_shared_tensors_once(tmp_path: Path, throwaway: type[Var
 def test_fields_without_a_form_in_json_are_left_out(tmp_path: Path) -> None:
     """A mask function chose the positions; it is not needed once they are stored."""
     model = ZOO["plain_mlp"].model()
-    variant = SHiRA(r=1, targets=("up",), mask=struct_mask(3))
+    variant = SHiRA(targets=("up",), mask=struct_mask(3))
     site = find_sites(model)["up"]
     count = variant.params(site)["values"].shape[0]
     indices = torch.stack([torch.arange(count) % 14, torch.arange(count) % 10])
@@ -143,7 +143,7 @@ def test_fields_without_a_form_in_json_are_left_out(tmp_path: Path) -> None:
     save_adapter(adapter, tmp_path / "x", format="native", model=model)
     again = load_adapter(tmp_path / "x", model)
     assert_equal(again, adapter)
-    assert again.variant == SHiRA(r=1, targets=("up",))
+    assert again.variant == SHiRA(targets=("up",))
     assert again.provenance["left_out"] == ["mask"]
     save_adapter(again, tmp_path / "y", format="native", model=model)
     assert_equal(load_adapter(tmp_path / "y", model), adapter)

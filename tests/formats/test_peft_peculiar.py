@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from peft import HRAConfig, OFTConfig
+from peft import HRAConfig, LoraConfig, OFTConfig
+from safetensors.torch import load_file
 
 import lorac
 from lorac.errors import BaseNeeded, LoracError
@@ -121,3 +124,47 @@ def test_a_product_of_no_rows_is_refused_in_words(tmp_path: Path) -> None:
     change_tensors(folder, {"model.up.lokr_w1": torch.ones(0, 2)})
     with pytest.raises(LoracError):
         load_adapter(folder)
+
+
+def _authors_xs(self, x: torch.Tensor) -> torch.Tensor:
+    """``forward_latent`` of MohammadrezaBanaei/LoRA-XS, of an active, unmerged adapter."""
+    a, b, dropped = self.lora_A["default"], self.lora_B["default"], self.lora_dropout["default"](x)
+    return self.base_layer(x) + b(self.default_lora_latent_mapping(a(dropped))) * self.scaling["default"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@torch.no_grad()
+def test_lora_xs_as_its_authors_code_leaves_it(tmp_path: Path, rslora: bool) -> None:
+    """A matrix hung on PEFT's layers, saved by PEFT itself; of older releases the key lacks the dot."""
+    model, inputs = MODEL(), ZOO["plain_mlp"].inputs()
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], use_rslora=rslora, init_lora_weights=False)
+    oracle = wrap(model, config)
+    for name, layer in oracle.named_modules():
+        if isinstance(layer, peft.tuners.lora.Linear):
+            layer.default_lora_latent_mapping = torch.nn.Linear(2, 2, bias=False)
+            layer.default_lora_latent_mapping.weight.copy_(torch.tensor([[0.02, -0.06], [0.04, 0.01 * len(name)]]))
+            layer.forward = _authors_xs.__get__(layer)
+    oracle.save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    stored = load_file(tmp_path / "old" / "adapter_model.safetensors")
+    cores = {key.removeprefix("base_model."): tensor for key, tensor in stored.items() if "latent" in key}
+    renamed = {key.replace(".default_lora_", "_lora_"): tensor for key, tensor in cores.items()}
+    change_tensors(tmp_path / "old", {**dict.fromkeys(cores), **renamed})
+    for folder in ("new", "old"):
+        adapter = load_adapter(tmp_path / folder, model)
+        assert adapter.variant.name == "loraxs"
+        parity.assert_parity(lorac.compile(model, {"a": adapter})(**inputs), oracle(**inputs), model(**inputs))
+    with refuses("unsupported_field", match=r"no type for 'loraxs'.*\n.*lorac\.to_lora"):
+        save_adapter(adapter, tmp_path / "x", model=model)
+    save_adapter(lorac.to_lora(adapter, model), tmp_path / "x", model=model)
+    parity.assert_parity(load_peft(model, tmp_path / "x")(**inputs), oracle(**inputs), model(**inputs))
+    configure(tmp_path / "new", rank_pattern={"up": 2})
+    with refuses("unsupported_field", match="sets more than r, lora_alpha"):
+        load_adapter(tmp_path / "new", model)
+
+
+def test_flylora_without_top_k_names_its_file(tmp_path: Path) -> None:
+    folder = save_small(tmp_path / "f", "LORA")
+    configure(folder, init_lora_weights="sparse")
+    with refuses("unsupported_field", match=r"/f'.*FlyLoRA takes no top_k=None"):
+        load_adapter(folder, MODEL())

@@ -14,7 +14,7 @@ from tests.variants.away import away
 
 HOST = torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(6, 4, (3, 1), padding=(1, 0), groups=2))).eval()
 X = torch.randn(2, 6, 5, 4)
-INSIDE = MaskMaker(lambda site: 2, lambda context: torch.tensor([[1, 3], [0, 13]]))
+INSIDE = MaskMaker(lambda context: torch.tensor([[1, 3], [0, 13]]), lambda site: 2)
 LEAVES = lorac.LoRA(r=3, targets=["conv"])
 
 
@@ -34,7 +34,7 @@ def test_fusing_it_is_refused(mode):
     adapter = away(LEAVES, HOST, (X,), "a")
     with refuses("not_mergeable", match="conv"):
         lorac.compile(HOST, {"a": adapter}, mode=mode)
-    fused = lorac.compile(HOST, {"b": lorac.SHiRA(r=1, mask=INSIDE, targets=["conv"])}, mode="fused")
+    fused = lorac.compile(HOST, {"b": lorac.SHiRA(mask=INSIDE, targets=["conv"])}, mode="fused")
     with pytest.raises(lorac.NeedsRecompile, match="conv"):
         fused.add_adapter(adapter)
 
@@ -42,7 +42,7 @@ def test_fusing_it_is_refused(mode):
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
 def test_one_that_stays_inside_is_fused(target):
-    adapter = lorac.compile(HOST, {"b": lorac.SHiRA(r=1, mask=INSIDE, targets=["conv"])}).adapters["b"]
+    adapter = lorac.compile(HOST, {"b": lorac.SHiRA(mask=INSIDE, targets=["conv"])}).adapters["b"]
     adapter.tensors["conv"]["values"].copy_(torch.tensor([0.2, -0.3]))
     delta = torch.zeros(4, 3, 3, 1)
     delta[1, 0, 0], delta[3, 1, 1] = 0.2, -0.3  # row 3 belongs to the second group, whose channels begin at column 9

@@ -182,7 +182,7 @@ def test_refusals():
     assert refused.value.nearest == "r=7"
     with refuses("site_unsupported", match="2 groups"):
         lorac.compile(hosting(nn.Conv2d(4, 6, 3, groups=2)), {"a": lorac.LoLDU(r=2, targets=("site",))})
-    with pytest.raises(lorac.OptionError, match="no init 'unifrom'") as unknown:
+    with pytest.raises(lorac.OptionError, match="no init='unifrom'") as unknown:
         lorac.LoLDU(init="unifrom")
     assert unknown.value.nearest == "uniform"
 

@@ -7,17 +7,18 @@ from torch import nn
 import lorac
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.variants import _masks, shira
+from lorac.variants import shira
 from lorac.variants.params import InitContext
+from tests.refusing import refuses
 
 WEIGHT = torch.tensor([[3.0, -1.0, 0.5], [0.2, -4.0, 2.0]])
 GRADIENTS = {"site": torch.tensor([[0.1, 5.0, -9.0], [0.3, 0.1, 3.0]])}
 
 
-def context(weight, name="a", path="site", seed=0):
+def context(weight, name="a", path="site", seed=0, count=2):
     model = nn.ModuleDict({path: nn.Linear(weight.shape[1], weight.shape[0])})
     site = find_sites(model)[path]
-    return InitContext((2, 2), site, lambda: weight, Params(), torch.Generator().manual_seed(seed), name)
+    return InitContext((2, count), site, lambda: weight, Params(), torch.Generator().manual_seed(seed), name)
 
 
 def positions(indices):
@@ -28,24 +29,23 @@ def positions(indices):
 @pytest.mark.parametrize(
     ("maker", "expected"),
     [
-        (shira.magnitude_mask(2), [(0, 0), (1, 1)]),
-        (shira.gradient_mask(GRADIENTS, lambda site: 2), [(0, 1), (0, 2)]),
-        (shira.snip_mask(GRADIENTS, lambda site: 2), [(0, 1), (1, 2)]),
+        (shira.magnitude_mask(), [(0, 0), (1, 1)]),
+        (shira.gradient_mask(GRADIENTS), [(0, 1), (0, 2)]),
+        (shira.snip_mask(GRADIENTS), [(0, 1), (1, 2)]),
     ],
     ids=["magnitude", "gradient", "snip"],
 )
 def test_worked_example(maker, expected):
     assert positions(maker.make(context(WEIGHT))) == expected
-    assert maker.entries(context(WEIGHT).site) == 2
 
 
 def test_equal_scores_go_to_the_lowest_position():
-    assert positions(shira.magnitude_mask(4).make(context(torch.ones(3, 5)))) == [(0, i) for i in range(4)]
+    assert positions(shira.magnitude_mask().make(context(torch.ones(3, 5), count=4))) == [(0, i) for i in range(4)]
 
 
 def test_magnitude_masks_of_several_tasks_do_not_overlap():
     weight = torch.randn(6, 7)
-    found = [set(positions(shira.magnitude_mask(5, task=t).make(context(weight)))) for t in range(3)]
+    found = [set(positions(shira.magnitude_mask(task=t).make(context(weight, count=5)))) for t in range(3)]
     assert len(set().union(*found)) == 15
     ranked = weight.abs().flatten().sort(descending=True).values
     assert sorted(abs(float(weight[p])) for p in found[1]) == sorted(ranked[5:10].tolist())
@@ -105,15 +105,31 @@ def test_random_is_exact_distinct_sorted_and_its_own_per_adapter_and_site():
     assert masks("one") == one
 
 
-@pytest.mark.parametrize("mask", [shira.struct_mask(3), shira.snip_mask, "magnitude"], ids=["struct", "snip", "name"])
+MAKERS = {
+    "struct": shira.struct_mask(3),
+    "snip": shira.snip_mask(GRADIENTS),
+    "gradient": shira.gradient_mask(GRADIENTS),
+    "random": shira.random_mask(),
+    "magnitude": shira.magnitude_mask(),
+}
+
+
+@pytest.mark.parametrize("mask", MAKERS)
 def test_a_variant_takes_every_maker(mask):
+    """By one meaning of r and ratio, whatever chooses; a mask that has its own number takes neither."""
     model = nn.ModuleDict({"site": nn.Linear(3, 2)})
     model["site"].weight.data = WEIGHT.clone()
-    made = mask(GRADIENTS, lambda site: 2) if mask is shira.snip_mask else mask
-    tensors = lorac.compile(model, {"a": lorac.SHiRA(ratio=2 / 6, mask=made, targets=("site",))}).adapters
-    indices = tensors["a"].tensors["site"]["indices"]
-    expected = _masks.find_mask_maker(made, 2).make(context(WEIGHT))
-    assert torch.equal(indices, expected)
+    maker, ratio = MAKERS[mask], {"ratio": 0.5}
+    if maker.entries is not None:
+        for given in (ratio, {"r": 1}):
+            with refuses("option_error", match=f"itself, and {next(iter(given))}="):
+                lorac.SHiRA(mask=maker, **given)
+        ratio = {}
+    variant = lorac.SHiRA(mask=maker, targets=("site",), **ratio)
+    indices = lorac.compile(model, {"a": variant}).adapters["a"].tensors["site"]["indices"]
+    assert indices.shape == (2, 3 if ratio else 4)
+    if mask != "random":
+        assert torch.equal(indices, maker.make(context(WEIGHT, count=3)))
 
 
 def test_unknown_name():

@@ -146,6 +146,6 @@ def test_half_of_each_factor_trains():
 
 
 def test_unknown_basis():
-    with pytest.raises(lorac.OptionError, match="no basis named 'row'") as error:
+    with pytest.raises(lorac.OptionError, match="no basis='row'") as error:
         lorac.PLP(basis="row")
     assert error.value.nearest == "rows"

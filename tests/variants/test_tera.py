@@ -229,6 +229,6 @@ def test_every_completion_is_the_oracle(check):
 
 
 def test_an_unknown_kind_of_factors():
-    with pytest.raises(lorac.OptionError, match="no factors 'identiy'") as error:
+    with pytest.raises(lorac.OptionError, match="no factors='identiy'") as error:
         fresh(factors="identiy")
     assert error.value.nearest == "identity"

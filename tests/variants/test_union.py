@@ -51,6 +51,18 @@ def compiled(host, variant, **settings):
 
 
 @torch.no_grad()
+def test_adapters_of_different_sites_are_joined_into_one(host):
+    one = compiled(host, lorac.LoRA(r=2, targets=["first"])).adapters["a"]
+    other = compiled(host, lorac.DoRA(r=3, targets=["second"])).adapters["a"]
+    joined = lorac.Union.of(one, other, name="both")
+    pair = lorac.compile(host, {"one": one, "other": other}, example_inputs=X, active={"one": 1.0, "other": 1.0})
+    assert joined.name == "both"
+    assert_close(lorac.compile(host, {"both": joined}, example_inputs=X)(*X), pair(*X))
+    with refuses("site_unsupported", match="both target 'first'"):
+        lorac.Union.of(one, one, name="twice")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("target", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_each_method_acts_at_its_own_sites(host, target):
     made = compiled(host, union()).adapters["a"]

@@ -106,9 +106,12 @@ def test_a_trained_bank_shows_at_every_site():
     assert torch.equal(compiled(x), lorac.compile(model, {"a": compiled.adapters["a"]})(x))
 
 
-@pytest.mark.parametrize(("fields", "what"), [({"vector_length": 5}, "vector_length=5"), ({"topk": 6}, "topk=6")])
-def test_sizes_that_do_not_fit(fields, what):
-    with refuses("site_unsupported", match=what):
+@pytest.mark.parametrize(
+    ("fields", "code"), [({"vector_length": 5}, "site_unsupported"), ({"topk": 6}, "option_error")]
+)
+def test_sizes_that_do_not_fit(fields, code):
+    (name, value), *_ = fields.items()
+    with refuses(code, match=f"{name}={value}"):
         lorac.compile(host(), {"a": lorac.VBLoRA(targets=("up",), **{**SMALL, **fields})})
 
 

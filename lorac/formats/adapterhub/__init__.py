@@ -35,6 +35,10 @@ from lorac.formats.peft.writer import WEIGHTS as PEFT_WEIGHTS
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
+from lorac.variants.dora import DoRA
+from lorac.variants.ia3 import IA3
+from lorac.variants.lora import LoRA
+from lorac.variants.split import Split
 from lorac.variants.union import Union
 
 CONFIG = "adapter_config.json"
@@ -53,6 +57,7 @@ class AdapterHubFormat(Format):
 
     name = "adapterhub"
     looks_for = f"a folder with {CONFIG} and {WEIGHTS} or {PICKLED}"
+    methods = (Bottleneck, DoRA, IA3, LoRA, Split, Union)
 
     def recognises(self, path: Path) -> bool:
         folder = containing_folder(path, CONFIG, *HUB_WEIGHTS)
@@ -80,7 +85,7 @@ class AdapterHubFormat(Format):
         layout = ModelLayout.of(view, family)
         components = [config.place(layout, name) for config in configs]
         variants = [variant for component in components for variant in component.variants]
-        variant = variants[0] if len(variants) == 1 else Union.of(*variants)
+        variant = variants[0] if len(variants) == 1 else Union.over(*variants)
         provenance = {
             "format": self.name,
             "source": str(folder),

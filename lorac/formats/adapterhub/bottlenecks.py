@@ -143,8 +143,6 @@ def _modernise_fields(config: JsonObject, header: ConfigHeader) -> dict[str, Any
 
 def _check_value(name: str, value: object, file: Path) -> None:
     check_field_type(Bottleneck, name, value, file)
-    if "reduction_factor" in name and isinstance(value, int | float) and value <= 0:
-        raise unsupported_error(f"'{file}' sets {name}={short(value)}", next_step="it takes a number above 0")
     if name == "inv_adapter" and value != "nice":
         raise unsupported_error(
             f"'{file}' sets inv_adapter={short(value)}, which lorac does not build; the library cannot run it",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorac.formats._errors import unsupported_error
+from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.adapterhub.keys import KeyPattern
 from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, OUTPUT, PACKED
@@ -128,7 +128,7 @@ def _convert_method(
     raise unsupported_error(
         f"adapter '{name}' has '{method.name}' at '{site.path}', which lorac cannot write to AdapterHub's files: they "
         "hold bottlenecks, LoRA, (IA)^3 that scales outputs, and DoRA of layers without biases",
-        next_step=f"lorac.to_lora(adapter) makes a LoRA of what is one; or {_NATIVE}",
+        next_step=native_or_lora(method),
     )
 
 

@@ -106,7 +106,7 @@ def read_keys(
         FormatError: no rule accounts for a key, or two copies of one thing differ.
     """
     embeddings = frozenset() if view is None else embedding_modules(view.module)
-    return _KeyReader(peft_type, values, embeddings).read(tensors)
+    return _KeyReader(peft_type, values, embeddings).read(peft_type.rename_keys(tensors))
 
 
 def is_saved(name: str, modules: tuple[str, ...]) -> bool:

@@ -120,6 +120,10 @@ class PeftType(ABC, Generic[V]):
         """Return the effective parameters of a layer that PEFT adapts with the module that reads its weight."""
         return tensors
 
+    def rename_keys(self, tensors: Tensors) -> Tensors:
+        """Return the tensors of a file by the keys of this type, where forks wrote others."""
+        return tensors
+
     def refine_variant(self, variant: V, stored: Mapping[str, Tensors]) -> Variant:
         """Return the variant corrected by the tensors of a file, by site and suffix."""
         return variant

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
 from lorac.formats._config_fields import JsonObject
-from lorac.formats._errors import unsupported_error
+from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._files import BASE_HASH, EXPERTS, SEAL, encode_config, peek_metadata, write_json, write_sealed
 from lorac.formats._site_layouts import remembered_sites
 from lorac.formats.peft.checks import contains_tensors, saved_parameter_names, select_targets
@@ -91,7 +91,7 @@ def _find_peft_type(adapter: Adapter) -> AnyPeftType:
             return peft_type
     raise unsupported_error(
         f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
-        next_step="use format='native', or lorac.to_lora(adapter, model), which makes a LoRA of what it does",
+        next_step=native_or_lora(adapter.variant),
     )
 
 

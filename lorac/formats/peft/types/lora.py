@@ -15,8 +15,10 @@ The last is the packed projection of an nn.MultiheadAttention, whose output laye
 <site>.base_layer.out_proj. PEFT merges both before each call, the output layer's twice
 (https://github.com/huggingface/peft/pull/3774), and drops out nothing.
 
-The fork (gfyddha/FlyLoRA) has a vector lora_topk_bias (r,) as well, init_lora_weights="sparse" and top_k; PEFT itself
-would take such a file for a LoRA.
+The fork (gfyddha/FlyLoRA) has a vector lora_topk_bias (r,) as well, init_lora_weights="sparse" and top_k. LoRA-XS
+(MohammadrezaBanaei/LoRA-XS) and LoRA-SB hang a matrix (r, r) on every layer, whose key older releases of PEFT write
+without the dot: <site>.<adapter>_lora_latent_mapping.weight, or <site>_lora_latent_mapping.weight. PEFT itself would
+take such files for LoRAs.
 """
 
 from __future__ import annotations
@@ -60,11 +62,13 @@ from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.flylora import FlyLoRA
 from lorac.variants.lora import LoRA
+from lorac.variants.lora_xs import LoRAXS
 from lorac.variants.residual import Residual
 
 MATRICES = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 VECTORS = {"lora_B.bias": "lora_bias", "lora_magnitude_vector": "magnitude", "lora_topk_bias": "lora_topk_bias"}
+LATENT = "lora_latent_mapping.weight"
 _EXPECTED = "lora_A is (r, in), lora_B (out, r); a shard of a sharded model is neither"
 _SPARSE = "sparse"
 """FlyLoRA's initialisation."""
@@ -94,6 +98,8 @@ def read_initialisation(value: object) -> object:
     raise ValueError(f"no such initialisation; nearest is {near}" if near else "no such initialisation")
 
 
+_LORA_XS = ("r", "alpha", "dropout", "targets", "exclude", "layers", "layers_pattern", "modules_to_save")
+"""Hyper-parameters of LoRA-XS."""
 FIELDS: Mapping[str, Field] = {
     **COMMON,
     **FILTERS,
@@ -137,15 +143,20 @@ RETIRED: Mapping[str, Field] = {
 }
 
 
-class LoraType(PeftType[LoRA | DoRA | FlyLoRA]):
+class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
     """LORA."""
 
     peft_type = "LORA"
-    variants = {FlyLoRA: {"init_lora_weights": _SPARSE}, LoRA: {"use_dora": False}, DoRA: {"use_dora": True}}
-    read_only = frozenset({FlyLoRA})
+    variants = {
+        FlyLoRA: {"init_lora_weights": _SPARSE},
+        LoRA: {"use_dora": False},
+        DoRA: {"use_dora": True},
+        LoRAXS: {},  # refine_variant tells it from a LoRA by its tensors
+    }
+    read_only = frozenset({FlyLoRA, LoRAXS})
     fields = FIELDS
     retired = RETIRED
-    suffixes = (*MATRICES, *EMBEDDING, *VECTORS)
+    suffixes = (*MATRICES, *EMBEDDING, *VECTORS, LATENT)
     shapes_tell_kind = True
     tied = {"lora_A": "lora_B", "lora_B": "lora_A"}
     training_state = {".lora_velora_embed": "velora_config", ".lora_monteclora_sampler.": "monteclora_config"}
@@ -160,6 +171,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA]):
         """
         site, a, b = read_factors(path, stored, MATRICES, EMBEDDING, _EXPECTED)
         vectors = {VECTORS[suffix]: stored[suffix].flatten() for suffix in VECTORS if suffix in stored}
+        vectors |= {"lora_latent": stored[LATENT]} if LATENT in stored else {}
         if len(stored) != 2 + len(vectors):
             raise mismatched_shapes(path, stored, _EXPECTED)
         groups = site.conv.groups if site.conv else 1
@@ -226,8 +238,32 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA]):
         return {**tensors, "lora_B": 2 * tensors["lora_B"]}
 
     def refine_variant(self, variant: Variant, stored: Mapping[str, Tensors]) -> Variant:
-        """Return the variant as it trains: the fork lets no gradient through A."""
-        return replace(variant, detach_router=True) if isinstance(variant, FlyLoRA) else variant
+        """Return the variant as it trains: FlyLoRA's fork lets no gradient through A; latent matrices make LoRA-XS.
+
+        Raises:
+            FormatError: the configuration says more of a LoRA-XS than a rank and a scale for all layers.
+        """
+        if isinstance(variant, FlyLoRA):
+            return replace(variant, detach_router=True)
+        if not isinstance(variant, LoRA | DoRA) or not any(LATENT in at_site for at_site in stored.values()):
+            return variant
+        plain = LoRA(**{name: getattr(variant, name) for name in _LORA_XS}, rslora=variant.rslora)
+        if variant != plain:
+            raise unsupported_error(
+                "a file with lora_latent_mapping is of LoRA-XS, and its configuration sets more than r, lora_alpha, "
+                "lora_dropout and use_rslora",
+                next_step="merge the adapter into its base with the code that trained it",
+            )
+        return LoRAXS(**{name: getattr(variant, name) for name in _LORA_XS} | {"alpha": variant.scale * variant.r})
+
+    def rename_keys(self, tensors: Tensors) -> Tensors:
+        """Return the tensors with LoRA-XS's matrices next to the factors of their layers."""
+        end = f"_{LATENT}"
+        found = {key: key.removesuffix(end) for key in tensors if key.endswith(end)}
+        stems = {
+            key: stem if f"{stem}.{MATRICES[0]}" in tensors else stem.rpartition(".")[0] for key, stem in found.items()
+        }
+        return {f"{stems[key]}.{LATENT}" if key in stems else key: tensor for key, tensor in tensors.items()}
 
     @pause_clock()
     def undo_start(self, adapter: Adapter, values: JsonObject, view: ModelView | None) -> Adapter:
