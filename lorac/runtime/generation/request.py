@@ -166,7 +166,7 @@ class GenerateRequest:
 
         Raises:
             WrongType: a criterion cannot be called.
-            Unavailable: strings are to end it, and no tokenizer is known.
+            Unavailable: strings are to end it, and no tokenizer is known, or a model drafts that is given none.
         """
         for criterion in _as_sequence(self.options.get("stopping_criteria")):
             if not callable(criterion):
@@ -178,6 +178,11 @@ class GenerateRequest:
             raise Unavailable(
                 "stop_strings= needs a tokenizer, and none is known",
                 next_step="give tokenizer=, or set compiled.tokenizer",
+            )
+        if self.option("stop_strings") and self.options.get("assistant_model") is not None:
+            raise Unavailable(
+                "transformers looks for stop_strings= in drafts of assistant_model= too, and has no tokenizer there",
+                next_step="leave one of them out; draft= takes stop_strings= with do_sample=False",
             )
 
     def stopping_criteria(self) -> list[Callable[..., object]]:

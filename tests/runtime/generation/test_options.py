@@ -173,6 +173,12 @@ def test_a_draft_that_samples_refuses_stop_strings(model: Any) -> None:
         model.generate(prompts()[0][None], **options, draft=None)
 
 
+def test_an_assistant_refuses_stop_strings(model: Any) -> None:
+    options = {**PLAIN, "stop_strings": ["w3"], "tokenizer": words()}
+    with refuses("unavailable", match="has no tokenizer there"):
+        model.generate(prompts()[0][None], **options, assistant_model=adapted("llama"))
+
+
 def test_a_draft_is_as_long_as_the_call_asks_for() -> None:
     model = over(compiled("llama"))
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "draft": "default"}
