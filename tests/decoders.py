@@ -76,7 +76,10 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "opt": _decoder("OPT", ffn_dim=48, word_embed_proj_dim=32),
     "mixtral": _decoder("Mixtral", num_local_experts=4, head_dim=8),
     "deepseek_v3": _decoder("DeepseekV3", **_LATENT),
+    "falcon": _decoder("Falcon", num_kv_heads=4, alibi=False),
+    "rembert": _decoder("RemBert", is_decoder=True, input_embedding_size=16, output_embedding_size=24),
+    "gpt_neox_japanese": _decoder("GPTNeoXJapanese", intermediate_multiple_size=2),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
-that are no multiple of 8; windows, soft caps and sinks; experts."""
+that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import re
@@ -38,14 +37,17 @@ def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True)
         inputs: the example inputs by name; the result is nested as they are.
         named: ``Dim``s called batch, length and decoder_length; else ``Dim.AUTO``, which lets torch narrow them.
     """
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
-    sequences = _SequenceAxes(model, inputs)
-    dims = _NamedDims(named, _position_limit(model))
+    leaves = pytree.tree_leaves_with_path(dict(inputs))
+    tensors = [value for _, value in leaves if isinstance(value, Tensor) and value.dim()]
+    language_model = next((module for module in model.modules() if is_hugging_face(module)), None)
+    sequences = _SequenceAxes(language_model, {_name_leaf(path): value for path, value in leaves})
+    dims = _NamedDims(named, _position_limit(language_model))
     batch = sequences.rows if sequences.rows is not None else tensors[0].shape[0] if tensors else None
 
-    def axes(name: str, value: object) -> dict[int, object] | None:
+    def axes(path: pytree.KeyPath, value: object) -> dict[int, object] | None:
         if not isinstance(value, Tensor):
             return None
+        name = _name_leaf(path)
         along = sequences.axes(name, value)
         if name == _SAMPLES and value.dim() == _TABLE:
             along[1] = "samples"
@@ -57,7 +59,13 @@ def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True)
         packed = sequences.rows is not None and value.shape[0] % batch == 0
         return {0: _BATCH} if value.shape[0] == batch else {0: _PACKED} if packed else {}
 
-    return {name: pytree.tree_map(functools.partial(axes, name), value) for name, value in inputs.items()}
+    shapes: dict[str, object] = pytree.tree_map_with_path(axes, dict(inputs))
+    return shapes
+
+
+def _name_leaf(path: pytree.KeyPath) -> str:
+    """Return the name of an input, or of a tensor in a dict; tensors in a list have the list's name."""
+    return next(str(key.key) for key in reversed(path) if isinstance(key, pytree.MappingKey))
 
 
 class _NamedDims(dict[str, object]):
@@ -83,12 +91,12 @@ class _SequenceAxes:
     """The axes of a transformers model's inputs that run along its token sequences.
 
     Args:
-        model: any model; models of other libraries have no sequences.
+        model: the model, or the one that it wraps; models of other libraries have no sequences.
         inputs: the example inputs by name.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self._known = is_hugging_face(model)
+    def __init__(self, model: nn.Module | None, inputs: Inputs) -> None:
+        self._known = model is not None
         self._ids = {name: value for name, value in inputs.items() if _without_decoder(name) == "input_ids"}
 
     @property
@@ -120,9 +128,9 @@ def _without_decoder(name: str) -> str:
     return name.removeprefix(_DECODER)
 
 
-def _position_limit(model: nn.Module) -> int | None:
+def _position_limit(model: nn.Module | None) -> int | None:
     """Return the longest sequence that a table of positions admits; None where positions are computed (rotary)."""
-    if not is_hugging_face(model):
+    if model is None or not is_hugging_face(model):
         return None
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     named = (m for path, m in model.named_modules() if re.search(r"(^|\.)(wpe|\w*position\w*)$", path))
@@ -132,6 +140,14 @@ def _position_limit(model: nn.Module) -> int | None:
         for tensor in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
     )
     return limit if any(tensor.dim() == _TABLE and tensor.is_floating_point() for tensor in tensors) else None
+
+
+def let_narrow(shapes: object) -> object:
+    """Return dynamic shapes that torch may restrict further, but not fix: each ``Dim`` with a name becomes a hint.
+
+    torch refuses a named ``Dim`` for every size that it excludes, such as 1, whether or not the model does.
+    """
+    return pytree.tree_map_only(Dim, lambda dim: Dim.DYNAMIC, shapes)
 
 
 def list_dynamic_axes(axes: object) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ class ModelRunner:
         ]
 
 
+def is_dynamo_error(error: Exception) -> bool:
+    """Return whether torch's compiler raised an error: some ops, torch.cond for one, call it by themselves."""
+    return type(error).__module__.startswith("torch._dynamo")
+
+
 @contextmanager
 def seed_random_numbers(model: nn.Module, seed: int) -> Iterator[Callable[[], bool]]:
     """Draw random numbers from a seed inside the block, and restore all states after it.
@@ -146,7 +152,25 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
             generator.set_state(state)
 
 
-class _WeightWriteDetector(TorchDispatchMode):
+class WatchingMode(TorchDispatchMode, ABC):
+    """A dispatch mode that sees every op and lets ``torch.cond`` compile its branches.
+
+    Under any other mode torch compiles nothing, and remembers for the rest of the process what it left uncompiled.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Return True: torch need not keep its compiler away."""
+        return True
+
+    @abstractmethod
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
+        """Return what an op computes."""
+
+
+class _WeightWriteDetector(WatchingMode):
     """Refuses ops that would write into weights.
 
     Args:
@@ -186,7 +210,8 @@ def _find_written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapp
 @functools.lru_cache(maxsize=4096)
 def _find_written_arguments(func: OpOverload) -> tuple[tuple[int, str], ...]:
     """Return positions and names of the arguments that an op writes into."""
-    arguments = enumerate(func._schema.arguments)
+    schema = getattr(func, "_schema", None)  # a higher-order op has none
+    arguments = enumerate(schema.arguments if schema else ())
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 

@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import SiteError
 from lorac.frontend.components import get_component_prefix
+from lorac.frontend.model_runner import WatchingMode
 from lorac.frontend.model_view import ModelView, find_output_layers
 from lorac.frontend.module_sites import infer_module_site
 from lorac.frontend.transformer_blocks import (
@@ -136,7 +136,7 @@ class _TensorUses:
     returned_by: list[str] = field(default_factory=list)
 
 
-class _StreamRecorder(TorchDispatchMode):
+class _StreamRecorder(WatchingMode):
     """Records the tensors and additions of one run.
 
     Args:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lorac.argument_types import check_type
+from lorac.errors import WrongType
 from lorac.frontend.parametrized_weights import get_tensor_identity, is_inside_parametrization, read_module_tensor
 from lorac.frontend.quantised_weights import find_quantised_class
 from lorac.ir.sites import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
@@ -25,13 +26,19 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     A module that is reached under several paths (shared by assignment) is one site, under its first path.
 
     Raises:
-        WrongType: ``model`` is not a module.
+        WrongType: ``model`` is not a module, or holds one that TorchScript compiled.
     """
     check_type(
         model, nn.Module, "what lorac.sites lists", next_step="give the model itself, an nn.Module that is loaded"
     )
     found: dict[str, Site] = {}
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"'{path}'" if path else "the model"
+            raise WrongType(
+                f"{where} is a {type(module).__name__}: what TorchScript compiled has no layers to adapt or to capture",
+                next_step="give the module that it was scripted or traced from",
+            )
         if is_inside_parametrization(path, model):
             continue
         site = _projection_site(path, module, model) or _layer_site(path, module) or _block_site(path, module, model)

@@ -14,7 +14,7 @@ from lorac.frontend.components import get_component_prefix
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.hugging_face import set_config_fields
-from lorac.frontend.model_runner import seed_random_numbers
+from lorac.frontend.model_runner import WatchingMode, seed_random_numbers
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind
 
@@ -79,7 +79,7 @@ def _find_blocks(model: nn.Module, all_sites: Mapping[str, Site], inputs: object
     return [path for path in blocks if not any(f"{container}.".startswith(f"{path}.") for container in lists)]
 
 
-class _AttentionCounter(TorchDispatchMode):
+class _AttentionCounter(WatchingMode):
     """Counts the attentions that are computed."""
 
     def __init__(self) -> None:

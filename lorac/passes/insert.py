@@ -16,6 +16,7 @@ from lorac.ir.graph.adapted_call import AdaptedCall, find_used_nodes
 from lorac.ir.graph.edit import add_dimension, add_inputs, inline
 from lorac.ir.graph.graph import Graph, Level, SlotInput
 from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.provenance import find_module_path
 from lorac.ir.sites import Site, SiteKind, factor_dtype, weight_read_error
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import RankPolicy, SitePlan
@@ -109,7 +110,7 @@ def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -
     for fqn, role in ((site.weight, WEIGHT), (site.bias, BIAS)):
         names = _find_inputs(graph, fqn) if role in slots else []
         reads = [(parameter, user) for parameter in map(graph.node, names) for user in list(parameter.users)]
-        inside = [(parameter, user) for parameter, user in reads if _module_of(user) == site.within]
+        inside = [(parameter, user) for parameter, user in reads if find_module_path(user) == site.within]
         reads = inside or (reads if len(names) == 1 else [])
         readers = {user for _, user in reads}
         first = next((node for node in graph.fx.nodes if node in readers), None)
@@ -132,11 +133,6 @@ def _find_inputs(graph: Graph, fqn: str | None) -> list[str]:
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     own = held.get(str(fqn))
     return [name for name, target in stored.items() if target == fqn or (own is not None and held.get(target) is own)]
-
-
-def _module_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return str(list(stack.values())[-1][0]) if stack else ""
 
 
 def _select_plans(
@@ -183,7 +179,7 @@ def _refuse_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> Non
     readers = [user for name in names for user in graph.node(name).users if user in used]
     reader = next((user for user in readers if user.target not in ops.SITE_OPS), None)
     if reader is not None:
-        raise weight_read_error(plan.site.path, f"'{_module_of(reader) or graph.name}'")
+        raise weight_read_error(plan.site.path, f"'{find_module_path(reader) or graph.name}'")
 
 
 def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:

@@ -91,7 +91,7 @@ def _read(session: Session, source: AdapterSource, name: str | None) -> Adapter:
     if isinstance(source, Mapping):
         adapter = _read_components(session, source, name)
     elif isinstance(source, Variant):
-        variant = source.for_model(view, session.examples.get("example_inputs"))
+        variant = source.for_model(view, session.precision.fit(session.examples.get("example_inputs")))
         adapter = make_fresh_adapter(variant, name or source.name, add_named_modules(variant, view), session.base)
     else:
         adapter = dataclasses.replace(source, name=name or source.name)

@@ -24,6 +24,7 @@ from lorac.backends.eager.forward_call import (
     check_no_cache,
     choose_attention,
     slots_from_snapshot,
+    translate_errors,
 )
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffers
 from lorac.backends.eager.random_seeds import is_in_backward
@@ -145,7 +146,7 @@ class EagerEngine(Engine[ActiveSlots]):
         module = self.components[check_component(graph, self.components)]
         call = self._make_call(content)
         self._prepare(call, graph, args, kwargs)
-        with self._running(call):
+        with self._running(call), translate_errors():
             output = module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._last_recorded = call

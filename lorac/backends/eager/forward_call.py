@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from lorac.errors import Unavailable
+from lorac.frontend.capture.trace_guards import find_failing_model_line
+from lorac.frontend.model_runner import is_dynamo_error
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.composition import ComposedWeights
@@ -121,3 +124,23 @@ def choose_attention(arguments: Iterable[object]) -> BranchAttention:
     from lorac.backends.eager.branch_cache import CachedBranchAttention
 
     return CachedBranchAttention(cache)
+
+
+@contextmanager
+def translate_errors() -> Iterator[None]:
+    """Name the line where torch's compiler meets an adapted layer, as in a branch of ``torch.cond``.
+
+    Raises:
+        Unavailable: torch compiles a part of the model by itself, with an adapted layer in it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_dynamo_error(error):
+            raise
+        line = find_failing_model_line(error)
+        raise Unavailable(
+            "torch.cond, or another op of torch that compiles its body, calls an adapted layer, and eager PyTorch "
+            f"cannot compile that{f', at {line}' if line else ''}",
+            next_step="select between the results of layers with torch.where; target='onnxruntime' takes torch.cond",
+        ) from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -101,12 +101,9 @@ def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
 
 def _legalize_node(graph: Graph, node: fx.Node) -> bool:
     """Replace an op if it has to be, and return whether it was."""
-    if node.target in _PRODUCTS:
-        return _legalize_product(node)
-    if node.target in _CASTS:
-        return _legalize_cast(graph, node)
-    if node.target in _SQUEEZES:
-        return _legalize_squeeze(graph, node)
+    rewrite = _REWRITES.get(node.target)
+    if rewrite is not None:
+        return rewrite(graph, node)
     if node.target in _VIEWS and _keeps_shape(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
@@ -131,7 +128,7 @@ def _example_value(node: Any) -> Any:
     return node.meta["val"]
 
 
-def _legalize_product(node: fx.Node) -> bool:
+def _legalize_product(graph: Graph, node: fx.Node) -> bool:
     x, matrix = node.args[:2]
     plain = _example_value(matrix).dim() == _MATRIX and _example_value(x).dim() >= _MATRIX
     if plain:
@@ -149,6 +146,16 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
     else:
         node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": dtype}
     return True
+
+
+def _legalize_split(graph: Graph, node: fx.Node) -> bool:
+    """Name the size of each part, where all are of one size: ONNX cannot tell how many parts an input's size gives."""
+    x, size, axis = (*node.args, 0)[:3]
+    parts = [part.shape[axis] for part in _example_value(node)]
+    equal = all(statically_known_true(part == parts[0]) for part in parts)
+    if equal:
+        node.target, node.args = ops.SPLIT, (x, [size] * len(parts), axis)
+    return equal
 
 
 def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
@@ -237,8 +244,13 @@ _UNCHECKED_NOTE = (
     "what the model checks of its inputs' values by itself, a program does not: it answers where that would raise"
 )
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
-_SQUEEZES = {aten.squeeze.dim, aten.squeeze.dims}
+_REWRITES: Mapping[object, Callable[[Graph, fx.Node], bool]] = {
+    **dict.fromkeys(_PRODUCTS, _legalize_product),
+    **dict.fromkeys((aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other), _legalize_cast),
+    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _legalize_squeeze),
+    aten.split.Tensor: _legalize_split,
+}
+"""Op -> its rewrite, which returns whether it did anything."""
 _REVERSED = {aten.rsub.Scalar, aten.rsub.Tensor}
 _ALIASES: dict[Any, Any] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,

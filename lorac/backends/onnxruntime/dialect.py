@@ -15,6 +15,7 @@ from lorac.backends.onnxruntime.devices.widening import WidenHalfPrecision
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.backends.onnxruntime.fusions import FuseRmsNorms, FuseRotaryPositions, FuseTopK
 from lorac.backends.onnxruntime.group_query_attention import UseGroupQueryAttention
+from lorac.backends.onnxruntime.recurrent_kernels import CheckRecurrentKernels
 from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
 
 _WITHOUT_KERNEL: ClaimedOps = frozenset({("", "Constant")})
@@ -38,7 +39,7 @@ _ON_CPU: OnnxDialect = Dialect(
     claims=_kernels() | _WITHOUT_KERNEL,
     passes=(Legalize(),),
     early_rewrites=(*_FUSIONS, FuseTopK()),
-    late_rewrites=(FlattenToRows(), CopyReshapeSizes()),
+    late_rewrites=(CheckRecurrentKernels(), FlattenToRows(), CopyReshapeSizes()),
     gates=BranchGate.IF,
 )
 _ON_CUDA = dataclasses.replace(

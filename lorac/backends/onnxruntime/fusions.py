@@ -143,8 +143,10 @@ class _RotaryRule(_ReportingRule):
     def check(self, op: MatchContext, x: ir.Value, cos: ir.Value, sin: ir.Value, **bounds: ir.Value) -> MatchResult:
         shapes = [value.shape for value in (x, cos, sin)]
         known = [shape for shape in shapes if shape is not None]
-        if [len(shape) for shape in known] != [4, 3, 3] or not isinstance(known[0][3], int):
-            return self.leave(op, "the shapes of rotary positions are not known")
+        wide, unknown = x.dtype == ir.DataType.DOUBLE, [len(shape) for shape in known] != [4, 3, 3]
+        if wide or unknown or not isinstance(known[0][3], int):
+            why = "onnxruntime rotates no float64" if wide else "the shapes of rotary positions are not known"
+            return self.leave(op, why)
         (batch, _, _, _), angles, other = known
         size = _last_size(x)
         if angles != other or angles[0] not in (1, batch):

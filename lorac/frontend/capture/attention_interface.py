@@ -23,12 +23,13 @@ from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureError, Unavailable
 from lorac.frontend.call_binding import Inputs
-from lorac.frontend.capture.decoder_families import find_sequence
+from lorac.frontend.capture.decoder_families import counts_by_padding, find_sequence
 from lorac.frontend.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.hugging_face import is_hugging_face, set_config_fields
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
+from lorac.ir.graph.provenance import find_module_path
 
 _INTERFACE = "lorac"
 """The name under which transformers finds lorac's functions."""
@@ -49,12 +50,18 @@ def make_decoder_inputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
     sequence = find_sequence(names)
     if not is_hugging_face(model) or not model.can_generate() or sequence.ids not in names:
         raise _unavailable(model, "is not a language model of transformers")
+    if sequence.positions in names and counts_by_padding(model):
+        why = "keeps no cache: its forward numbers tokens from the id of padding on, and transformers' generate from 0"
+        raise _unavailable(model, why)
     if sequence.ids not in given:
         raise _unavailable(model, f"needs the example input '{sequence.ids}'")
     computed = {sequence.ids, LOGITS_TO_KEEP, sequence.mask, sequence.positions}
     others = {name: value for name, value in given.items() if name not in computed}
     if others and sequence.ids == IDS:
-        raise _unavailable(model, f"is given '{min(others)}', but a cache holds token ids only")
+        raise Unavailable(
+            f"{type(model).__name__} is given '{min(others)}', but a cache holds token ids only",
+            next_step="target='eager' generates from it; example_inputs= without it give a cache for text",
+        )
     ids = given[sequence.ids]
     if ids.shape[1] < 2:
         raise _unavailable(model, "needs an example of two tokens or more")
@@ -89,7 +96,7 @@ def derive_decoder_arguments(forward: Forward) -> Forward:
 
 
 @dataclass
-class _AttentionInterface:
+class AttentionInterface:
     """lorac's functions for transformers' interfaces, during one trace.
 
     Attributes:
@@ -105,6 +112,11 @@ class _AttentionInterface:
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     used: bool = False
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether some mask lets tokens see a window only."""
+        return any(width for _, width in self.windows.values())
 
     def mask(self, **request: Any) -> Tensor | None:
         """Make a mask, as transformers' mask functions do."""
@@ -178,12 +190,15 @@ class _AttentionInterface:
 
 
 @contextlib.contextmanager
-def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[None]:
+def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[AttentionInterface]:
     """Make each attention of a copy one op while it is traced inside the block.
 
     Args:
         host: the copy.
         inputs: the inputs of the trace by name.
+
+    Yields:
+        What the trace has asked of the interface so far.
 
     Raises:
         Unavailable: no cache can stand for an attention.
@@ -191,7 +206,7 @@ def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[None]:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    interface = _AttentionInterface({id(module): path for path, module in host.named_modules()})
+    interface = AttentionInterface({id(module): path for path, module in host.named_modules()})
     set_config_fields(host, {"_attn_implementation_internal": _INTERFACE})
     registries: list[tuple[dict[str, Any], Forward]] = [
         (ALL_ATTENTION_FUNCTIONS._global_mapping, interface.attend),
@@ -200,7 +215,7 @@ def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[None]:
     for registry, function in registries:
         registry[_INTERFACE] = function
     try:
-        yield
+        yield interface
     except CaptureError as error:
         if interface.problems:
             raise _unavailable(host, f"keeps no cache: {interface.problems[0]}") from error
@@ -224,8 +239,9 @@ def check_attention_captured(program: ExportedProgram, host: nn.Module) -> None:
     readers = [user for node in program.graph.nodes if node.target is attention_ops.MASK for user in node.users]
     captured = any(node.target is attention_ops.ATTENTION for node in program.graph.nodes)
     if readers or not captured:
-        stack = list((readers[0].meta.get("nn_module_stack") or {}).values()) if readers else []
-        raise _attends_by_itself(host, stack[-1][0] if stack else "")
+        softmaxes = (node for node in program.graph.nodes if "softmax" in str(node.target))
+        attending = next(iter([*readers, *softmaxes]), None)
+        raise _attends_by_itself(host, "" if attending is None else find_module_path(attending))
 
 
 def _find_window(mask: Forward) -> int | None:

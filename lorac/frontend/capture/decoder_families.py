@@ -1,6 +1,7 @@
 """How families of models decode: the table that captures with a cache, and the passes behind them, read.
 
-A model decodes over a cache if it attends through transformers' attention interface. Families differ in the names of
+A model decodes over a cache if it attends through transformers' attention interface, or adds the mask from there to
+scores of its own (``lorac.frontend.capture.written_attention``). Families differ in the names of
 their arguments (``SEQUENCES``), in how they number tokens where they are given no positions (``NUMBERINGS``), and in
 rotary angles that change with the length of a sequence (``CHANGING_ROTARY_KINDS``). A further family is a row.
 """
@@ -107,6 +108,14 @@ NUMBERINGS = (
     Numbering("a slice of a stored range", "BERT as a decoder", 0, _is_stored_range),
     Numbering("a count of tokens that are not padding", "M2M100, NLLB", 1, _is_token_count),
 )
+
+
+_COUNTING_METHOD = "create_position_ids_from_input_ids"
+
+
+def counts_by_padding(host: nn.Module) -> bool:
+    """Return whether a model numbers tokens from the id of padding on, as RoBERTa and CamemBERT do."""
+    return any(hasattr(module, _COUNTING_METHOD) for module in host.modules())
 
 
 # ── Rotary positions ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,7 @@ from lorac.frontend.capture.attention_interface import (
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_longest_sequence
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, drop_zero_biases
+from lorac.frontend.capture.higher_order_ops import inline_higher_order_ops
 from lorac.frontend.capture.hugging_face_export import trace_hugging_face
 from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
@@ -38,14 +39,27 @@ from lorac.frontend.capture.position_ids import make_positions_per_row
 from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
 from lorac.frontend.capture.site_ops import SiteMarks, has_site_checks, mark_sites
 from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
-from lorac.frontend.capture.trace_guards import TraceGuard, find_failing_model_line, iter_error_causes, record_guards
+from lorac.frontend.capture.trace_guards import (
+    TraceGuard,
+    find_failing_model_line,
+    find_failing_module,
+    iter_error_causes,
+    record_guards,
+)
+from lorac.frontend.capture.written_attention import fold_written_attention
 from lorac.frontend.copying import copy_structure
-from lorac.frontend.dynamic_shapes import make_dynamic_shapes, repeat_unit_axes, repeat_unit_axes_of_inputs
+from lorac.frontend.dynamic_shapes import (
+    let_narrow,
+    make_dynamic_shapes,
+    repeat_unit_axes,
+    repeat_unit_axes_of_inputs,
+)
 from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
+from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.symbolic_shapes import set_types
@@ -120,17 +134,15 @@ def _export_arguments(
         if grows:
             host.forward = derive_decoder_arguments(host.forward)
             freeze_dynamic_rotary(host)
-            stack.enter_context(capture_attention(host, arguments.inputs))
+            interface = stack.enter_context(capture_attention(host, arguments.inputs))
         if dynamic_shapes is None:
             attempts: Iterable[tuple[object, object]] = _attempts(model, inputs, widen=not arguments.read)
         else:
-            attempts = [
-                (
-                    repeat_unit_axes_of_inputs(model, inputs, dynamic_shapes),
-                    _without_constants(model, dynamic_shapes, arguments),
-                )
-            ]
-        program, guards = _first_trace(host, attempts)
+            values = repeat_unit_axes_of_inputs(model, inputs, dynamic_shapes)
+            shapes = _without_constants(model, dynamic_shapes, arguments)
+            attempts = [(values, shapes), (values, let_narrow(shapes))]
+        program, guards = _first_trace(host, attempts, narrows=dynamic_shapes is None, grows=grows)
+    inline_higher_order_ops(program)
     expand_repeated_layers(program, marks.prefix)
     if arguments.truths and has_site_checks(program):
         step = "make forward decide by its inputs alone; target='eager' runs the model itself"
@@ -139,6 +151,8 @@ def _export_arguments(
         )
     _refuse_objects(program)
     if grows:
+        if not interface.has_windows:
+            fold_written_attention(program)
         check_attention_captured(program, host)
         drop_zero_biases(program.graph)
         check_attention_cacheable(program, type(model).__name__)
@@ -216,9 +230,16 @@ def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse:
 
 
 def _first_trace(
-    host: nn.Module, attempts: Iterable[tuple[object, object]]
+    host: nn.Module, attempts: Iterable[tuple[object, object]], *, narrows: bool, grows: bool
 ) -> tuple[ExportedProgram, list[TraceGuard]]:
-    """Return the trace of the first attempt that succeeds; others are tried only after failures about shapes."""
+    """Return the trace of the first attempt that succeeds; others are tried only after failures about shapes.
+
+    Args:
+        host: a marked copy.
+        attempts: inputs and shapes.
+        grows: whether its sequence is to grow over a cache.
+        narrows: whether later attempts may fix an axis, so that they may succeed where the first one found it fixed.
+    """
     for inputs, shapes in attempts:
         guards: list[TraceGuard] = []
         try:
@@ -227,9 +248,9 @@ def _first_trace(
             raise
         except Exception as error:
             cause = error
-        if not _is_about_shapes(cause):
+        if not _is_about_shapes(cause) or not (narrows or _FIXED not in str(cause)):
             break
-    raise _trace_error(host, guards, cause) from cause
+    raise _trace_error(host, guards, cause, grows=grows) from cause
 
 
 def capture_graph(  # noqa: PLR0913  (what a graph is made of)
@@ -329,11 +350,20 @@ def _wrap_forward(forward: Forward, arguments: CallArguments) -> Forward:
         except GuardOnDataDependentSymNode as error:
             raise _ValuesNeeded(str(error)).with_traceback(error.__traceback__) from error
 
-    if constants:
-        signature = inspect.signature(forward)
-        remaining = [parameter for name, parameter in signature.parameters.items() if name not in constants]
-        call.__signature__ = signature.replace(parameters=remaining)  # type: ignore[attr-defined]  # functions take attributes
+    signature = inspect.signature(forward)
+    parameters = {name: parameter for name, parameter in signature.parameters.items() if name not in constants}
+    variadic = [name for name, parameter in parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    if variadic:  # torch.export wants a parameter for each input that has a dynamic shape
+        others = [name for name in arguments.inputs if name not in parameters]
+        keywords = parameters.pop(variadic[0])
+        parameters |= {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others}
+        parameters[variadic[0]] = keywords
+    call.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]  # functions take attributes
     return call
+
+
+_FIXED = "your code specialized it to be a constant"
+"""Part of torch's message about an axis that was to vary and that the model fixes."""
 
 
 # ── The errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -342,15 +372,16 @@ def _is_about_shapes(error: BaseException) -> bool:
     return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in iter_error_causes(error))
 
 
-def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception) -> CaptureError:
-    line = find_failing_model_line(error)
+def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception, *, grows: bool) -> CaptureError:
+    line, module = find_failing_model_line(error), find_failing_module(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = (
-        "make this line independent of the values of tensors (torch.where, torch.cond), or give forward what it "
+        "make this line independent of the values of tensors (torch.where), or give forward what it "
         "computes there, position_ids for one, if it takes that; target='eager' runs the model itself"
     )
+    if line is None and guards:
+        line, module = guards[0].line, guards[0].module
     if _is_about_shapes(error):
-        line = line or (guards[0].line if guards else None)
         reason = " ".join(str(error).partition("The error above")[0].split())
         step = "give dynamic_shapes= that this line admits, or change the line"
         if line is None:
@@ -359,8 +390,10 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
         step = "call the model once before compiling: then its weights are cast; target='eager' runs it without that"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "target='eager' runs the model itself"
+    path = next((path for path, other in host.named_modules() if other is module), "")
+    where = (f" at {line}" if line else "") + (f", in '{path}'" if path else "")
     return CaptureError(
-        f"torch.export cannot trace {type(host).__name__}" + (f" at {line}" if line else "") + f": {reason}",
-        next_step=step,
+        f"torch.export cannot trace {type(host).__name__}{where}: {reason}",
+        next_step=WITHOUT_CACHE if grows else step,
         code="capture_failed",
     )

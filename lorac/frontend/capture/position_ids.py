@@ -19,6 +19,7 @@ from lorac.frontend.capture.decoder_families import NUMBERINGS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import insert_call
+from lorac.ir.graph.provenance import find_module_path
 
 aten = torch.ops.aten
 _SPREADING = frozenset({aten.expand.default, aten.repeat.default})
@@ -109,6 +110,6 @@ def _replace_operand(program: ExportedProgram, user: fx.Node, node: fx.Node, by_
 
 
 def _unavailable(user: fx.Node) -> Unavailable:
-    stack = list((user.meta.get("nn_module_stack") or {}).values())
-    where = f"'{stack[-1][0]}'" if stack else "the model"
+    path = find_module_path(user)
+    where = f"'{path}'" if path else "the model"
     return Unavailable(f"{where} counts positions in a way that cannot differ from row to row", next_step=WITHOUT_CACHE)

@@ -11,11 +11,12 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
+from torch import nn
 from torch._guards import detect_fake_mode
 
 from lorac.source_lines import format_frame, innermost_user_line, is_user_code
@@ -34,10 +35,12 @@ class TraceGuard:
     Attributes:
         condition: as torch writes it, such as ``Eq(s27, 7)``.
         line: ``file:line: code`` of the innermost line of the model that needs it.
+        module: the module that it belongs to, if there is one.
     """
 
     condition: str
     line: str
+    module: nn.Module | None = None
 
 
 def record_guards(forward: Callable[P, T], found: list[TraceGuard]) -> Callable[P, T]:
@@ -72,7 +75,8 @@ class _GuardHandler(logging.Handler):
         added = _ADDED.search(record.getMessage())
         line = find_running_model_line() if added else None
         if added and line:
-            self._found.append(TraceGuard(added[1].removeprefix("eval "), line))
+            frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
+            self._found.append(TraceGuard(added[1].removeprefix("eval "), line, _find_module(frames)))
 
 
 def find_running_model_line() -> str | None:
@@ -85,6 +89,21 @@ def find_running_model_line() -> str | None:
         if found is not None and frame.f_code.co_name == _ENTERED:
             return format_frame(found)
         frame = frame.f_back
+    return None
+
+
+def _find_module(frames: Iterable[FrameType]) -> nn.Module | None:
+    """Return the module that the innermost method of a model belongs to, given the innermost frame first."""
+    owners = (frame.f_locals.get("self") for frame in frames if is_user_code(frame.f_code.co_filename))
+    return next((owner for owner in owners if isinstance(owner, nn.Module)), None)
+
+
+def find_failing_module(error: BaseException) -> nn.Module | None:
+    """Return the innermost module of the model in an error of torch.export, or None."""
+    for e in iter_error_causes(error):
+        frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+        if (module := _find_module(reversed(frames))) is not None:
+            return module
     return None
 
 

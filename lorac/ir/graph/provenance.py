@@ -27,3 +27,9 @@ def find_source_line(node: fx.Node) -> str | None:
     """Return ``file:line: code`` of the model's innermost line that made ``node``; None where torch recorded none."""
     entries = re.findall(r'File "(.+?)", line (\d+), in .*\n\s*(.*)', node.meta.get("stack_trace") or "")
     return next((f"{f}:{line}: {code}" for f, line, code in reversed(entries) if is_user_code(f)), None)
+
+
+def find_module_path(node: fx.Node) -> str:
+    """Return the path of the innermost module that made ``node``; empty for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]) if stack else ""

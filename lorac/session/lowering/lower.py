@@ -79,6 +79,11 @@ def _capture_component(session: Session, name: str, component: nn.Module) -> Gra
     read = [path for path in (*plans, *list_tapped_modules(plans.values())) if path.startswith(prefix)]
     # The exits of blocks are marked, and of modules that are only read.
     marked = [path for path in read if path not in sites or sites[path].kind is SiteKind.BLOCK]
+    traits = session.traits.get(name)
+    if session.options.uses_cache and traits and traits.rules and traits.settings.get("is_encoder_decoder"):
+        from lorac.runtime.generation.encoder_decoder_driver import load_rules_class
+
+        load_rules_class(traits.rules)  # a model that generates in another way has no use for a cache
     inputs = session.precision.fit(_component_example(session, "example_inputs", name))
     try:
         return capture_graph(

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import OptionError, Unavailable, nearest_name, warn
+from lorac.frontend.components import list_components
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
+from lorac.session.request.dtype_casts import redirect_casts
 from lorac.target.dialect import AnyDialect
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -92,9 +94,11 @@ def prepare_model(
     precision.warn(dialect.name)
     if device is None and (cast is None or own == [cast]):
         return model, precision
-    if device is None and dtype is None:
-        return copy_structure(model).to(cast), precision
-    return copy.deepcopy(model).to(device=device, dtype=cast), precision
+    copied = copy_structure(model) if device is None and dtype is None else copy.deepcopy(model)
+    copied = copied.to(device=device, dtype=cast)
+    for component in list_components(copied).values() if lacking else ():
+        redirect_casts(component, dict(precision.lost))
+    return copied, precision
 
 
 def check_stored_dtypes(dialect: AnyDialect, dtypes: Iterable[torch.dtype], folder: str) -> None:

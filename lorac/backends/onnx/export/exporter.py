@@ -22,7 +22,7 @@ from torch.onnx.errors import OnnxExporterError
 from lorac.errors import Unavailable
 from lorac.frontend.capture.trace_guards import iter_error_causes
 from lorac.ir.graph.edit import copy_graph, find_fake_mode
-from lorac.ir.graph.provenance import find_source_line
+from lorac.ir.graph.provenance import find_module_path, find_source_line
 from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
@@ -85,9 +85,11 @@ def _translation_error(error: BaseException, node: fx.Node | None) -> Unavailabl
     reason = next((text.splitlines()[0] for text in reversed(reasons) if text), type(error).__name__)
     line = None if node is None else find_source_line(node)
     op = "the program" if node is None else _name_of(node.target)
+    path = "" if node is None else find_module_path(node)
+    asks = f"'{path}' asks for, at {line}" if path else f"{line} asks for"
     return Unavailable(
         (f"ONNX has no op for {op}" if missing else f"ONNX cannot hold {op}")
-        + (f", which {line} asks for" if line else "")
+        + (f", which {asks}" if line else "")
         + ("" if missing else f": {reason}"),
         next_step="target='eager' runs it; another implementation of that part of the model may be exported",
     )

@@ -81,6 +81,26 @@ def conv3d(
     return op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
+def adaptive_avg_pool2d(x: ir.Value, sizes: Sequence[int]) -> Outputs:
+    """Write a mean over the windows of each axis; torch's decomposition keeps the windows of the example's size."""
+    for axis, count in zip((-2, -1), sizes, strict=True):
+        x = _pool_axis(x, axis, count)
+    return x
+
+
+def _pool_axis(x: ir.Value, axis: int, count: int) -> ir.Value:
+    """Return ``count`` means along an axis, over windows that may overlap."""
+    axes = op.Constant(value_ints=[axis])
+    size, number = op.Shape(x, start=axis, end=axis + 1 or None), op.Constant(value_ints=[count])
+    means = []
+    for window in range(count):
+        first, after = (op.Constant(value_ints=[window]), op.Constant(value_ints=[window + 1]))
+        begin = op.Div(op.Mul(size, first), number)
+        end = op.Div(op.Add(op.Mul(size, after), op.Constant(value_ints=[count - 1])), number)
+        means.append(op.ReduceMean(op.Slice(x, begin, end, axes), axes, keepdims=1))
+    return op.Concat(*means, axis=axis)
+
+
 def rms_norm(
     x: ir.Value, sizes: Sequence[int | ir.Value], weight: ir.Value | None = None, eps: float | None = None
 ) -> Outputs:
@@ -120,6 +140,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     ops.MATMUL: matmul,
     aten.slice.Tensor: slice_tensor,
     aten.conv3d.default: conv3d,
+    aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
     aten.rms_norm.default: rms_norm,
     aten.scaled_dot_product_attention.default: attention,
     attention_ops.POSITIONS: row_positions,

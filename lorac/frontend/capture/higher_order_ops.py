@@ -1,0 +1,141 @@
+"""Bodies of torch's higher-order ops become nodes of the program itself, where passes find the sites in them.
+
+Of a ``torch.cond`` both sides are computed, and ``torch.where`` selects. Contexts that change no result are left out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator
+from torch.export import ExportedProgram
+
+from lorac.errors import CaptureError
+from lorac.ir.graph import ops
+from lorac.ir.graph.edit import add_constant, insert_call
+from lorac.ir.graph.provenance import find_source_line
+
+aten = torch.ops.aten
+_COND = torch.ops.higher_order.cond
+
+
+def inline_higher_order_ops(program: ExportedProgram) -> None:
+    """Replace calls of higher-order ops by the nodes of their bodies, in place.
+
+    Raises:
+        CaptureError: a layer is called inside an op that no program holds, such as a loop or autocast.
+    """
+    _refuse_vmapped_sites(program)
+    while (node := _find_inlinable(program)) is not None:
+        _inline(program, node)
+
+
+def _refuse_vmapped_sites(program: ExportedProgram) -> None:
+    """Refuse a layer that is called between the nodes with which torch begins and ends a ``vmap``."""
+    depth = 0
+    for node in program.graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
+        if depth and node.target in ops.SITE_OPS:
+            raise _refusal(ops.site_of(node), "vmap", find_source_line(node))
+
+
+def _refusal(called: str, around: str, line: str | None) -> CaptureError:
+    where = f", at {line}" if line else ""
+    return CaptureError(
+        f"forward calls '{called}' inside torch's {around}{where}, which a program cannot hold",
+        next_step=f"call it outside of {around}; target='eager' runs the model itself",
+        code="capture_failed",
+    )
+
+
+def _find_inlinable(program: ExportedProgram) -> fx.Node | None:
+    """Return the first call that can be replaced."""
+    for node in [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]:
+        if node.target is _COND or _is_neutral(node):
+            return node
+        _refuse_sites(program, node)
+    return None
+
+
+def _is_neutral(node: fx.Node) -> bool:
+    """Return whether an op runs its body in a context that changes no result."""
+    name = node.target.name()  # type: ignore[union-attr]  # a higher-order op
+    return name == "wrap_with_set_grad_enabled" or (name == "wrap_with_autocast" and not node.args[2])
+
+
+def _refuse_sites(program: ExportedProgram, node: fx.Node) -> None:
+    bodies = _list_bodies(program.graph_module, node)
+    sites = [ops.site_of(inner) for body in bodies for inner in body.graph.nodes if inner.target in ops.SITE_OPS]
+    if sites or node.target.name() == "wrap_with_autocast":  # type: ignore[union-attr]  # a higher-order op
+        name = node.target.name().removeprefix("wrap_with_")  # type: ignore[union-attr]  # a higher-order op
+        lines = (find_source_line(inner) for body in bodies for inner in body.graph.nodes)
+        line = next((line for line in lines if line), None)
+        raise _refusal(sites[0] if sites else bodies[0].graph.output_node().name, name, line)
+
+
+def _list_bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """Return the bodies of a higher-order op, and those of the ops in them."""
+    read = [getattr(module, str(operand.target)) for operand in node.all_input_nodes if operand.op == "get_attr"]
+    bodies = [body for body in read if isinstance(body, fx.GraphModule)]
+    calls = [(body, n) for body in bodies for n in body.graph.nodes if isinstance(n.target, HigherOrderOperator)]
+    return [*bodies, *(inner for body, call in calls for inner in _list_bodies(body, call))]
+
+
+def _inline(program: ExportedProgram, node: fx.Node) -> None:
+    """Replace a call by the nodes of its bodies."""
+    bodies = [operand for operand in node.args if isinstance(operand, fx.Node) and operand.op == "get_attr"]
+    operands: Any = node.args[3] if node.target is _COND else node.args[node.args.index(bodies[0]) + 1 :]
+    outputs = [_copy_body(program, node, getattr(program.graph_module, str(body.target)), operands) for body in bodies]
+    for user in list(node.users):
+        place: Any = user.args[1]
+        assert user.target is operator.getitem
+        values = [output[place] for output in outputs]
+        selected = values[0] if len(values) == 1 else _select(program, node, values, user.meta["val"])
+        user.replace_all_uses_with(selected)
+        program.graph.erase_node(user)
+    program.graph.erase_node(node)
+    for body in bodies:
+        if not body.users:
+            program.graph.erase_node(body)
+
+
+def _select(program: ExportedProgram, node: fx.Node, values: Sequence[Any], example: Any) -> fx.Node:
+    """Return the value of one of two branches, as a condition says."""
+    condition: Any = node.args[0]
+    if not isinstance(condition, fx.Node) or not isinstance(condition.meta["val"], torch.Tensor):
+        raise CaptureError(
+            "forward branches by torch.cond on a size, which a program cannot",
+            next_step="branch on it in Python, or on a tensor",
+            code="capture_failed",
+        )
+    if condition.meta["val"].dim():
+        condition = insert_call(program, node, aten.reshape.default, condition, [])
+    selected = insert_call(program, node, aten.where.self, condition, *values)
+    selected.meta["val"] = example
+    return selected
+
+
+def _copy_body(program: ExportedProgram, node: fx.Node, body: fx.GraphModule, operands: Sequence[Any]) -> Any:
+    """Copy a body's nodes before a node; return its outputs."""
+    places = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+    known: dict[fx.Node, Any] = dict(zip(places, operands, strict=True))
+    with program.graph.inserting_before(node):
+        for inner in (inner for inner in body.graph.nodes if inner.op not in {"placeholder", "output"}):
+            held = getattr(body, str(inner.target)) if inner.op == "get_attr" else None
+            copied = program.graph.node_copy(inner, lambda n: known[n]) if held is None else _move(program, held)
+            known[inner] = copied
+    return fx.map_arg(body.graph.output_node().args[0], lambda n: known[n])
+
+
+def _move(program: ExportedProgram, value: torch.Tensor | fx.GraphModule) -> fx.Node:
+    """Return a node for what a body holds: a tensor, or a body inside it."""
+    if isinstance(value, torch.Tensor):
+        return add_constant(program, value)
+    name = f"body_{sum(1 for _ in program.graph_module.children())}"
+    program.graph_module.add_submodule(name, value)
+    return program.graph.get_attr(name)
