@@ -235,9 +235,9 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         for name, entry in known["graphs"].items():
             interface, slots = graph_from_json(entry)
             graphs[name] = self.load_graph(name, files, interface, slots, entry, options)
-        own = {name: files[name] for name in self.list_files(graphs) if name in files}
-        base = self.base_reader(own) or make_file_base_reader({})
-        return self.make_engine(graphs, plans, base, mode, own, options)
+        program_files = {name: files[name] for name in self.list_files(graphs) if name in files}
+        base = self.base_reader(program_files) or make_file_base_reader({})
+        return self.make_engine(graphs, plans, base, mode, program_files, options)
 
     def restore_options(
         self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None

@@ -56,7 +56,7 @@ def _op_key(node: ir.Node) -> tuple[str, str]:
 def _is_function(domain: str, op: str) -> bool:
     """Return whether ONNX defines an op by others, which a target runs in its place."""
     try:
-        schema: Any = onnx.defs.get_schema(op, domain=domain)  # typed without the two that are asked for
+        schema: Any = onnx.defs.get_schema(op, domain=domain)  # typed without the two arguments that are given
     except onnx.defs.SchemaError:
         return False
     return bool(schema.has_function or schema.has_context_dependent_function)

@@ -106,9 +106,9 @@ def _insert_where(graph: ir.Graph, strength: ir.Value, add: ir.Node) -> None:
 def _move_into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Sequence[ir.Value]) -> ir.Node:
     """Move a branch into an ``If``, with the extra outputs that only it computes, and return the ``If``."""
     passed = _base_operand(strength, add)
-    kept = _find_cache_updates(graph, add, passed)
-    cone = _branch_nodes(add, passed, [*emitted, *kept])
-    old, extra = add.outputs[0], [value for value in (*emitted, *kept) if value.producer() in cone]
+    updated = _find_cache_updates(graph, add, passed)
+    cone = _branch_nodes(add, passed, [*emitted, *updated])
+    old, extra = add.outputs[0], [value for value in (*emitted, *updated) if value.producer() in cone]
     taken = [node for node in graph if node in cone]
     switch = ir.val(f"{old.name}_on", dtype=ir.DataType.BOOL, shape=ir.Shape([1]))
     cast = ir.Node("", "Cast", [strength], {"to": ir.AttrInt64("to", ir.DataType.BOOL)}, outputs=[switch])
@@ -125,7 +125,7 @@ def _move_into_if(graph: ir.Graph, strength: ir.Value, add: ir.Node, emitted: Se
         graph.remove(node)
     idle = [
         _identity_nodes(passed, old),
-        *(_identity_nodes(kept[value], value) if value in kept else _placeholder_nodes(value) for value in extra),
+        *(_identity_nodes(updated[value], value) if value in updated else _placeholder_nodes(value) for value in extra),
     ]
     _fill_branches(gate, f"{old.name}", [old, *extra], taken, idle)
     return gate
@@ -137,8 +137,8 @@ def _find_cache_updates(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict
     presents = [value for value in graph.outputs if value.name in pasts]
     if not presents:
         return {}
-    own = {node for value in add.inputs if value is not None for node in _ancestors(value)} - set(_ancestors(passed))
-    return {value: pasts[str(value.name)] for value in presents if value.producer() in own}
+    branch = {node for value in add.inputs if value is not None for node in _ancestors(value)} - set(_ancestors(passed))
+    return {value: pasts[str(value.name)] for value in presents if value.producer() in branch}
 
 
 def _identity_nodes(value: ir.Value, like: ir.Value) -> list[ir.Node]:
@@ -210,11 +210,11 @@ def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, froze
     other set. A list without a product is not worth a gate.
     """
     sets = list(dict.fromkeys(readers.values()))
-    narrow = [own for own in sets if any(own.isdisjoint(other) for other in sets)]
+    narrow = [gates for gates in sets if any(gates.isdisjoint(other) for other in sets)]
     groups: list[frozenset[ir.Node]] = []
-    for own in narrow:
-        met = [group for group in groups if not group.isdisjoint(own)]
-        groups = [*(group for group in groups if group not in met), own.union(*met)]
+    for gates in narrow:
+        overlapping = [group for group in groups if not group.isdisjoint(gates)]
+        groups = [*(group for group in groups if group not in overlapping), gates.union(*overlapping)]
     apart = [[node for node in shared if readers[node] in narrow and readers[node] <= group] for group in groups]
     apart = [part for part in apart if any(node.op_type in _PRODUCTS for node in part)]
     left = set(shared).difference(*apart)
@@ -354,13 +354,13 @@ def _feeds_only(node: ir.Node, cone: set[ir.Node], emitted: Collection[ir.Value]
 
 
 def _ancestors(value: ir.Value) -> Iterator[ir.Node]:
-    seen: set[ir.Node] = set()
+    visited: set[ir.Node] = set()
     todo = [value.producer()]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         yield node
         todo.extend(v.producer() for v in node.inputs if v is not None)
 

@@ -1,6 +1,6 @@
 """legalize: replace ops that torch's ONNX exporter would decompose by ops that it has translations for.
 
-The exporter traces the whole graph anew to decompose an op. A compile takes half the time if there is none.
+The exporter traces the whole graph again to decompose an op. A compile takes half the time if there is none.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
         if condition is not None:
             lines.setdefault(find_source_line(node) or "", {})[condition] = None
     first = graph.fx.output_node()
-    found = [[insert_call(graph.exported, first, aten.all.default, c) for c in held] for held in lines.values()]
+    found = [
+        [insert_call(graph.exported, first, aten.all.default, c) for c in conditions] for conditions in lines.values()
+    ]
     both = functools.partial(insert_call, graph.exported, first, aten.logical_and.default)
     names = {f"check.{i}": functools.reduce(both, whole) for i, whole in enumerate(found)}
     graph.add_outputs(names)

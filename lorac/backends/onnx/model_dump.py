@@ -98,17 +98,17 @@ def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
     A node without metadata belongs to the module of its first reader if one of its neighbours does too, else to the
     modules that both neighbours belong to: a module's nodes stay together.
     """
-    told = [modules_of(_metadata(node)) for node in graph.node]
-    after = [*_fill_gaps(told[::-1])[::-1], ()][1:]
-    before = [(), *_fill_gaps(told)][:-1]
-    found: list[tuple[str, ...]] = [()] * len(told)
+    recorded = [modules_of(_metadata(node)) for node in graph.node]
+    after = [*_fill_gaps(recorded[::-1])[::-1], ()][1:]
+    before = [(), *_fill_gaps(recorded)][:-1]
+    found: list[tuple[str, ...]] = [()] * len(recorded)
     read_at: dict[str, int] = {}
-    for index in range(len(told) - 1, -1, -1):
-        node, noted = graph.node[index], told[index]
+    for index in range(len(recorded) - 1, -1, -1):
+        node, own_modules = graph.node[index], recorded[index]
         reader = min((read_at[name] for name in node.output if name in read_at), default=None)
         near = (before[index], after[index])
-        if noted is not None:
-            found[index] = noted
+        if own_modules is not None:
+            found[index] = own_modules
         elif reader is not None and found[reader] in near:
             found[index] = found[reader]
         else:
@@ -117,10 +117,10 @@ def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
     return found
 
 
-def _fill_gaps(told: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]:
+def _fill_gaps(recorded: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]:
     """Replace each None by the last item before it."""
     found: list[tuple[str, ...]] = []
-    for item in told:
+    for item in recorded:
         found.append(item if item is not None else found[-1] if found else ())
     return found
 
@@ -141,8 +141,8 @@ def _format_attributes(node: onnx.NodeProto) -> Iterator[str]:
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
             ops = Counter(inner.op_type for inner in attribute.g.node)
-            told = ", ".join(f"{count} {op}" if count > 1 else op for op, count in ops.items())
-            yield f"{attribute.name.removesuffix('_branch')}=({told})"
+            counts = ", ".join(f"{count} {op}" if count > 1 else op for op, count in ops.items())
+            yield f"{attribute.name.removesuffix('_branch')}=({counts})"
         elif attribute.type != onnx.AttributeProto.TENSOR:
             value = helper.get_attribute_value(attribute)
             yield f"{attribute.name}={value.decode() if isinstance(value, bytes) else value}"

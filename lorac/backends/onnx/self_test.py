@@ -188,8 +188,8 @@ class _ProgramComparison:
         self, engine: AnyOnnxEngine, program: Program, name: str, contents: _SlotContents, computed: ConstantTransform
     ) -> None:
         self.engine, self.graph, self.contents, self.computed = engine, program.graphs[name], contents, computed
-        held = self.graph.exported.constants  # tables that passes made of weights are quantised as those are
-        tables = {name: table for name, table in held.items() if isinstance(table, Tensor)}
+        constants = self.graph.exported.constants  # tables that passes made of weights are quantised as those are
+        tables = {name: table for name, table in constants.items() if isinstance(table, Tensor)}
         self.weights = computed({**tables, **self.graph.exported.state_dict})
         self.inputs: Mapping[str, Tensor] = read_example_inputs(self.graph, self.graph.interface.inputs)
         sizes = self.graph.interface.sizes

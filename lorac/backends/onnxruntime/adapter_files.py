@@ -53,10 +53,10 @@ def bound_tensors(
     inputs: Mapping[str, SlotInput], plans: Mapping[str, SitePlan], base: BaseReader, snapshot: ComposedWeights
 ) -> dict[str, Tensor]:
     """Return the tensors that a choice binds to slots, where they differ from the slots' defaults."""
-    own = {name: slot for name, slot in inputs.items() if snapshot.composed.keys() & {slot.site, *slot.members}}
-    sites = {path: plans[path] for slot in own.values() for path in (slot.site, *slot.members) if path in plans}
-    bound = collect_slot_tensors(own, sites, fill_slots(sites, snapshot, base))
-    idle = collect_slot_tensors(own, sites, fill_slots(sites, ComposedWeights(()), base))
+    changed = {name: slot for name, slot in inputs.items() if snapshot.composed.keys() & {slot.site, *slot.members}}
+    sites = {path: plans[path] for slot in changed.values() for path in (slot.site, *slot.members) if path in plans}
+    bound = collect_slot_tensors(changed, sites, fill_slots(sites, snapshot, base))
+    idle = collect_slot_tensors(changed, sites, fill_slots(sites, ComposedWeights(()), base))
     return {name: tensor for name, tensor in bound.items() if not torch.equal(tensor, idle[name])}
 
 

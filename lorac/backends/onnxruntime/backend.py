@@ -97,7 +97,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             request.options.check_quantisation()
 
     def weight_passes(self, request: BuildRequest[OnnxRuntimeOptions]) -> Sequence[OnnxPass]:
-        """Quantise weights where the options say so or weights came quantised."""
+        """Quantise weights where the options say so or the model was quantised before."""
         from lorac.backends.onnxruntime.quantised.products import QuantiseWeights
 
         options = request.options
@@ -122,7 +122,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         )
 
     def write_base_weights(self, emitted: Emitted) -> None:
-        """Write the base weights of planned sites; of quantised weights the program's own bytes are kept."""
+        """Write the base weights of planned sites; for quantised weights the program's own bytes are stored."""
         from lorac.backends.onnx.build import write_base_weights
         from lorac.backends.onnxruntime.quantised.base_weights import find_quantised, locate_parts, tensors_and_notes
 
@@ -163,8 +163,8 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         options = OnnxRuntimeOptions(**stored)
         if device is not None:
             # The providers in the artifact belong to the device that it was saved on.
-            own = options.providers if options.place.type == torch.device(device).type else None
-            options = dataclasses.replace(options, providers=own, device=str(device))
+            providers = options.providers if options.place.type == torch.device(device).type else None
+            options = dataclasses.replace(options, providers=providers, device=str(device))
         options = self.place_options(options, None)
         _check_half_precision(plans, options)
         return options
@@ -194,7 +194,7 @@ def _quantisation_reports(emitted: Emitted) -> dict[str, QuantisationReport]:
 
 
 def _prequantised_matrices(model: nn.Module, options: OnnxRuntimeOptions) -> tuple[PrequantisedMatrix, ...]:
-    """Return the weights of a model that came quantised, as products take them; warn of those that they do not take."""
+    """Return the pre-quantised weights of a model as products take them; warn of those that they do not take."""
     from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix
     from lorac.frontend.quantised_weights import iter_quantised_origins
 

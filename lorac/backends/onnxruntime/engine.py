@@ -200,7 +200,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
     def call(
         self, content: SlotValues, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> CallResult:
-        """Call a graph; one that keeps a cache takes whole sequences, of which nothing is kept."""
+        """Call a graph; one with a cache takes whole sequences, and stores nothing."""
         loaded = self.graphs[check_component(graph, self.graphs)]
         if loaded.cache is None:
             return super().call(content, graph, args, kwargs)

@@ -57,7 +57,7 @@ class OnnxRuntimeOptions(TargetOptions):
             is nearer to the weights, and a little larger and slower.
         accuracy_level: what products compute in, at least: 1 float32, 2 float16, 3 bfloat16; 4 rounds what they read
             to int8, block by block, which is fastest on CPUs; 0 leaves it to the execution provider, whose CPU takes
-            float32. None: 4 with ``weights=``, and 1 for weights that came quantised, whose own products round nothing.
+            float32. None: 4 with ``weights=``, and 1 for pre-quantised weights, whose own products round nothing.
     """
 
     running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers")
@@ -94,8 +94,8 @@ class OnnxRuntimeOptions(TargetOptions):
     @property
     def chosen(self) -> tuple[str, ...]:
         """The providers of a session, best first; the CPU computes the ops that none of them takes."""
-        own = (_PROVIDERS[self.place.type],) if self.providers is None else self.providers
-        return tuple(dict.fromkeys((*own, CPU)))
+        best = (_PROVIDERS[self.place.type],) if self.providers is None else self.providers
+        return tuple(dict.fromkeys((*best, CPU)))
 
     @property
     def uses_cache(self) -> bool:

@@ -87,14 +87,14 @@ def _cached_plan(
     if options.plan_cache is None:
         return build()
     files = emitted.open_files()
-    own = [files[file] for file in (graph_file(name, MODEL_FILE), graph_file(name, WEIGHTS_FILE)) if file in files]
+    model = [files[file] for file in (graph_file(name, MODEL_FILE), graph_file(name, WEIGHTS_FILE)) if file in files]
     settings = {option: getattr(options, option) for option in _KEY_OPTIONS}
-    key = plan_key(own, facts.capabilities, options.builder, ranges=facts.ranges, **settings)
+    key = plan_key(model, facts.capabilities, options.builder, ranges=facts.ranges, **settings)
     return PlanCache(Path(options.plan_cache)).plan(key, build)
 
 
 def _find_timings(options: TensorRTOptions, library: TensorRTLibrary) -> CachedFile | None:
-    """Return where the times of kernels are kept; TensorRT for RTX measures none while it builds."""
+    """Return the place of the times of kernels; TensorRT for RTX measures none while it builds."""
     if options.plan_cache is None or library.is_rtx:
         return None
     return PlanCache(Path(options.plan_cache)).timings(library)

@@ -31,7 +31,7 @@ Upsample Where Xor
 """
 CLAIMS: ClaimedOps = frozenset(("", op) for op in _OPS.split())
 """The ops of ONNX's own domain that the parser of TensorRT for RTX 1.7 translates, the longest list of all releases. A
-library whose parser translates fewer is asked before it parses (``network``)."""
+library whose parser translates fewer refuses the others by name (``network``)."""
 
 _FROM_ONE = (SiteKind.LINEAR, SiteKind.EMBEDDING)
 _FIXED = (SiteKind.CONV1D, SiteKind.CONV2D, SiteKind.CONV3D)

@@ -156,8 +156,8 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
     def _device_slots(self, graph: str, runner: PlanRunner, content: SlotTensors) -> DeviceSlots:
         """Return a choice's slots of a graph, laid out once."""
         if graph not in content.by_graph:
-            own = {name: content.tensors[name] for name in self.graphs[graph].slots if name in content.tensors}
-            content.by_graph[graph] = runner.hold(own, fixed=content.fixed)
+            slots = {name: content.tensors[name] for name in self.graphs[graph].slots if name in content.tensors}
+            content.by_graph[graph] = runner.hold(slots, fixed=content.fixed)
         return content.by_graph[graph]
 
     def _runner(self, graph: str) -> PlanRunner:
@@ -183,7 +183,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
             kernels=kernels,
         )
         if self.options.refit:
-            own = {name: tensor for name, tensor in self.memory.items() if name in plan.slots}
-            refitter = self._refitters[graph] = WeightRefitter(runner.engine, own, runner.library)
-            refitter.write(self._changed_weights & own.keys())
+            weights = {name: tensor for name, tensor in self.memory.items() if name in plan.slots}
+            refitter = self._refitters[graph] = WeightRefitter(runner.engine, weights, runner.library)
+            refitter.write(self._changed_weights & weights.keys())
         return runner

@@ -1,6 +1,6 @@
 """A program of torch.export as a model of ONNX, as torch's exporter writes it.
 
-``torch.onnx.export`` parses the source of its 500 translations for every program, traces the program anew to decompose
+``torch.onnx.export`` parses the source of its 500 translations for every program, traces the program again to decompose
 ops even where there are none to decompose, and records nodes in variables of the process. The modules ``torchlib``,
 ``type_promotion`` and ``graph_translation`` do without all three, on the releases of torch that they were tested with;
 on others the exporter is called as it is.

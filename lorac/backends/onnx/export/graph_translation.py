@@ -59,13 +59,15 @@ class TranslationFailed(Exception):
         self.node = node
 
 
-def translate(program: ExportedProgram, graphs: Mapping[str, fx.Graph], own: Mapping[Target, Translation]) -> ir.Model:
+def translate(
+    program: ExportedProgram, graphs: Mapping[str, fx.Graph], translations: Mapping[Target, Translation]
+) -> ir.Model:
     """Return a program as a model.
 
     Args:
         program: says what its inputs and outputs are, and has the weights.
         graphs: module path -> graph, "" for the program's own; every op has a translation, and casts are explicit.
-        own: op -> translation, before torch's.
+        translations: op -> translation, before torch's.
 
     Raises:
         TranslationFailed: at a node.
@@ -82,8 +84,8 @@ def translate(program: ExportedProgram, graphs: Mapping[str, fx.Graph], own: Map
         body = ir.Graph((), (), nodes=())
         function = ir.Function(_FUNCTION_DOMAIN, path.replace(".", "__"), graph=body, attributes=())
         functions[path] = model.functions[function.identifier()] = function
-        _GraphTranslator(function, model, _functions_below(functions, f"{path}."), own).run(graph)
-    values = _GraphTranslator(main, model, _functions_below(functions, ""), own).run(graphs[""])
+        _GraphTranslator(function, model, _functions_below(functions, f"{path}."), translations).run(graph)
+    values = _GraphTranslator(main, model, _functions_below(functions, ""), translations).run(graphs[""])
     _set_interface(program, main, values)
     _set_weights(program, main)
     _import_opsets(model)
@@ -104,7 +106,7 @@ class _GraphTranslator:
         target: gets inputs, nodes and outputs.
         model: gets the functions that translations call.
         functions: of the graph's own branches and loops, by attribute.
-        own: op -> translation, before torch's.
+        translations: op -> translation, before torch's.
     """
 
     def __init__(
@@ -112,9 +114,9 @@ class _GraphTranslator:
         target: ir.Graph | ir.Function,
         model: ir.Model,
         functions: Mapping[str, ir.Function],
-        own: Mapping[Target, Translation],
+        translations: Mapping[Target, Translation],
     ) -> None:
-        self.target, self.model, self.functions, self.own = target, model, functions, own
+        self.target, self.model, self.functions, self.translations = target, model, functions, translations
         self.values: dict[str, Outputs] = {}
         self.recorder = Recorder()  # type: ignore[abstract]  # torch's is an evaluator of onnxscript's older kind
 
@@ -161,7 +163,7 @@ class _GraphTranslator:
                 self.values[node.name] = value = source[index]
                 value.name = node.name
                 return
-        translation = find_translation(node, self.own)
+        translation = find_translation(node, self.translations)
         if translation is None:
             raise TranslationFailed(node, f"No ONNX function found for {node.target}")
         kwargs = {name: self._operand(value) for name, value in node.kwargs.items()}

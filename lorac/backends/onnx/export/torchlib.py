@@ -8,7 +8,7 @@ context (``opsets``). The libraries' own objects stay as they are.
 The private parts of torch that emission needs are imported here and nowhere else, and
 ``tests/backends/onnx/test_torchlib.py`` says what is relied on. They become unnecessary once both variables are context
 variables upstream, and once ``torch.onnx.export`` neither reads the signatures of translations that a program does not
-need nor traces a program anew of which nothing is decomposed.
+need nor traces a program again of which nothing is decomposed.
 """
 
 from __future__ import annotations
@@ -146,11 +146,11 @@ def _read_function_signature(function: OnnxFunction[..., Any]) -> OpSignature:
 
 
 # ── Which translation ────────────────────────────────────────────────────────────────────────────────────────────────
-def find_untranslated(program: ExportedProgram, own: Mapping[Target, Translation]) -> list[fx.Node]:
+def find_untranslated(program: ExportedProgram, translations: Mapping[Target, Translation]) -> list[fx.Node]:
     """Return the calls of ops that have no translation."""
     library = _read_library()
     calls = (node for node in program.graph.nodes if isinstance(node.target, OpOverload))
-    return [node for node in calls if node.target not in own and _key(node.target) not in library]
+    return [node for node in calls if node.target not in translations and _key(node.target) not in library]
 
 
 def is_functional(program: ExportedProgram) -> bool:
@@ -159,33 +159,33 @@ def is_functional(program: ExportedProgram) -> bool:
     return not any(op._schema.is_mutable for op in ops) and all(n.op != "get_attr" for n in program.graph.nodes)
 
 
-def find_translation(node: fx.Node, own: Mapping[Target, Translation]) -> Translation | None:
+def find_translation(node: fx.Node, translations: Mapping[Target, Translation]) -> Translation | None:
     """Return the translation of a node, as torch's exporter chooses it.
 
     Args:
         node: calls the op.
-        own: op -> translation, before the libraries'.
+        translations: op -> translation, before the libraries'.
     """
     is_complex = any(map(_is_complex, (*node.args, *node.kwargs.values())))
-    if not is_complex and callable(node.target) and node.target in own:
-        return own[node.target]
+    if not is_complex and callable(node.target) and node.target in translations:
+        return translations[node.target]
     candidates = _read_library().get(_key(node.target), ())
     return next((_detach(found) for found, for_complex in candidates if for_complex == is_complex), None)
 
 
-def decompose(program: ExportedProgram, own: Mapping[Target, Translation]) -> ExportedProgram:
-    """Return a program, traced anew, in which ops without a translation are decomposed."""
+def decompose(program: ExportedProgram, translations: Mapping[Target, Translation]) -> ExportedProgram:
+    """Return a program, traced again, in which ops without a translation are decomposed."""
     with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # it is a ConfigModule
-        return program.run_decompositions(_make_decompositions(own))
+        return program.run_decompositions(_make_decompositions(translations))
 
 
 def decompose_calls(
-    program: ExportedProgram, own: Mapping[Target, Translation], calls: Sequence[fx.Node]
+    program: ExportedProgram, translations: Mapping[Target, Translation], calls: Sequence[fx.Node]
 ) -> ExportedProgram:
     """Return a copy of a program in which some calls of functional ops are decomposed, and nothing else is traced."""
     program = copy_program(program)
     names = {call.name for call in calls}
-    decompositions = _make_decompositions(own)
+    decompositions = _make_decompositions(translations)
     for node in [node for node in program.graph.nodes if node.name in names]:
         if node.users:
             operands = node.all_input_nodes
@@ -217,11 +217,11 @@ def _replace_outputs(node: fx.Node, results: Sequence[fx.Node]) -> None:
         part.graph.erase_node(part)
 
 
-def _make_decompositions(own: Mapping[Target, Translation]) -> Decompositions:
+def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompositions:
     """Return the decompositions of the ops without a translation."""
     targets = [meta.fx_target for meta in get_torchlib_ops()]
     targets += filter(None, map(_registration._get_overload, default_registry))
-    return _decomp.create_onnx_friendly_decomposition_table({*targets, *own})
+    return _decomp.create_onnx_friendly_decomposition_table({*targets, *translations})
 
 
 @functools.cache

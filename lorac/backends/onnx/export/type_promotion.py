@@ -1,7 +1,7 @@
 """Casts that torch makes as it computes, written out: ONNX promotes no dtypes.
 
-The rules are those of torch's exporter. Its own pass runs the whole program anew on fake tensors to learn the dtypes of
-operands. Here they are read from the program, and only what a cast changes is computed again.
+The rules are those of torch's exporter. Its own pass runs the whole program again on fake tensors to learn the dtypes
+of operands. Here they are read from the program, and only what a cast changes is computed again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def insert_casts(graph: fx.Graph, mode: FakeTensorMode) -> None:
     rules = [(node, get_type_promotion_rule(node, _promotion_table())) for node in graph.nodes]
     with mode, enable_python_dispatcher():
         for node, rule in [(node, rule) for node, rule in rules if rule is not None]:
-            # A rule keeps notes while it is asked: a copy keeps them from other threads.
+            # A rule keeps notes while it is applied: a copy keeps them from other threads.
             promotion = copy.copy(rule).preview_type_promotion(_examples(node.args), _examples(node.kwargs))
             _promote(node, promotion)
 

@@ -189,9 +189,9 @@ def _check_gpu(index: int) -> None:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         count.value = 0
     if index >= count.value:
-        seen = f"{count.value} GPUs, from 0 on" if count.value else "no GPU"
+        visible = f"{count.value} GPUs, from 0 on" if count.value else "no GPU"
         raise Unavailable(
-            f"there is no device 'cuda:{index}': NVIDIA's driver shows {seen}",
+            f"there is no device 'cuda:{index}': NVIDIA's driver shows {visible}",
             next_step=f"{'give one of these' if count.value else 'CUDA_VISIBLE_DEVICES may hide them'}; {_CPU_ADVICE}",
         )
 

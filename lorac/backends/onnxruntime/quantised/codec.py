@@ -55,7 +55,7 @@ class Codec:
         """Return the codec that stores given codes unchanged, or None.
 
         Args:
-            codes: of a matrix that came quantised.
+            codes: of a pre-quantised matrix.
             block: how many values share a scale where whole rows do.
         """
         group, columns = codes.group, codes.whole.shape[1]

@@ -56,7 +56,7 @@ class QuantisedProduct:
 
 @dataclass(frozen=True, eq=False)
 class PrequantisedMatrix:
-    """A matrix (out, in) that came quantised.
+    """A pre-quantised matrix (out, in).
 
     Attributes:
         matrix: the dequantised matrix.
@@ -130,9 +130,9 @@ class QuantiseWeights(OnnxPass):
     """Quantise the constant matrices of a program whose slots are filled or baked.
 
     Attributes:
-        codec: the codec; None: only matrices that came quantised are.
+        codec: the codec; None: only pre-quantised matrices are stored quantised.
         accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
-        prequantised: matrices that came quantised; their codes are used unchanged, also where several were fused.
+        prequantised: pre-quantised matrices; their codes are used unchanged, also where several were fused.
     """
 
     name: ClassVar[str] = "quantise-weights"
@@ -201,10 +201,10 @@ def _find_readers(value: ir.Value, transposed: bool = False) -> list[_MatrixRead
     if value.is_graph_output():
         return "an output of the program"
     for node, index in value.uses():
-        own = _classify_reader(node, index, transposed)
-        if isinstance(own, str):
-            return own
-        found += own
+        readers = _classify_reader(node, index, transposed)
+        if isinstance(readers, str):
+            return readers
+        found += readers
     return found or "read by nothing"
 
 
@@ -229,7 +229,7 @@ def _multiplies_rows(node: ir.Node) -> bool:
 
 
 def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedMatrix | None:
-    """Return the codes of a matrix that came quantised, or was fused from such; None if a part of it did not."""
+    """Return the codes of a pre-quantised matrix, or of one fused from such; None if a part of it was not."""
     parts: list[EncodedMatrix] = []
     begin = 0
     while begin < len(matrix):
