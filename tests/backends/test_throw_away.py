@@ -85,8 +85,8 @@ def test_it_compiles_runs_and_swaps(model: nn.Module, adapters: dict[str, lorac.
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
 def test_it_saves_and_loads(mode: str, model: nn.Module, adapters: dict[str, lorac.Adapter], tmp_path: Path) -> None:
-    own = {name: adapters[name] for name in ("low", "scaled")}
-    plain = lorac.compile(model, own, target="plain", mode=mode, active="low", example_inputs=(X,))
+    chosen = {name: adapters[name] for name in ("low", "scaled")}
+    plain = lorac.compile(model, chosen, target="plain", mode=mode, active="low", example_inputs=(X,))
     plain.save(tmp_path / "saved")
     loaded = lorac.load(tmp_path / "saved")
     assert isinstance(loaded.engine, PlainEngine)

@@ -33,9 +33,9 @@ def test_no_adapter_is_the_host_bit_for_bit(bias: bool, mode: str) -> None:
     compiled.swap(None)
     assert torch.equal(compiled(x), net(x))
     with torch.no_grad():
-        own = net(x)
-        assert torch.equal(compiled(x), own)
-        assert not torch.equal(net.requires_grad_(False)(x), own), "torch folds both alike: this decides nothing"
+        original = net(x)
+        assert torch.equal(compiled(x), original)
+        assert not torch.equal(net.requires_grad_(False)(x), original), "torch folds both alike: this decides nothing"
 
 
 def test_a_host_without_gradients_multiplies_as_it_does() -> None:
@@ -57,7 +57,7 @@ def test_an_axis_of_size_1_may_have_any_stride() -> None:
     net, x = nn.Sequential(nn.Linear(386, 768, bias=False)), torch.randn(2, 386).as_strided((2, 1, 386), (386, 1, 1))
     compiled = lorac.compile(net, {"a": lorac.LoRA(r=2, targets=["0"])}, active=None)
     with torch.no_grad():
-        own = net(x)
+        original = net(x)
         assert x.is_contiguous()
-        assert torch.equal(compiled(x), own)
-        assert not torch.equal(net.requires_grad_(False)(x), own), "torch folds both alike: this decides nothing"
+        assert torch.equal(compiled(x), original)
+        assert not torch.equal(net.requires_grad_(False)(x), original), "torch folds both alike: this decides nothing"

@@ -15,15 +15,15 @@ from lorac.testing.eager_checks import assert_close
 
 
 class Attends(nn.Module):
-    """A layer whose output is attended to, in ``heads`` heads that share ``kept``."""
+    """A layer whose output is attended to, in ``heads`` heads that share ``key_heads``."""
 
-    def __init__(self, heads=4, kept=4, **settings):
+    def __init__(self, heads=4, key_heads=4, **settings):
         super().__init__()
-        self.up, self.heads, self.kept, self.settings = nn.Linear(8, 6 * heads), heads, kept, settings
+        self.up, self.heads, self.key_heads, self.settings = nn.Linear(8, 6 * heads), heads, key_heads, settings
 
     def forward(self, x, mask=None):
         query = self.up(x).unflatten(-1, (self.heads, 6)).transpose(1, 2)
-        key, value = query[:, : self.kept].flip(-1), query[:, : self.kept].sin()
+        key, value = query[:, : self.key_heads].flip(-1), query[:, : self.key_heads].sin()
         return F.scaled_dot_product_attention(query, key, value, mask, **self.settings)
 
 
@@ -44,9 +44,9 @@ def bool_mask():
         ({}, None),
         ({"scale": 0.3}, None),
         ({"is_causal": True}, None),
-        ({"kept": 2, "enable_gqa": True}, None),
+        ({"key_heads": 2, "enable_gqa": True}, None),
         ({}, bool_mask()),
-        ({"kept": 2, "enable_gqa": True}, bool_mask()),
+        ({"key_heads": 2, "enable_gqa": True}, bool_mask()),
         ({}, torch.zeros(2, 1, 5, 5).masked_fill(~bool_mask(), -math.inf)),
         ({}, torch.linspace(-2, 2, 25).reshape(1, 1, 5, 5)),
     ],

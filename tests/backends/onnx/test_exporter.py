@@ -231,7 +231,7 @@ def test_only_casts_and_what_they_change_are_computed_anew(monkeypatch):
     "step", [masked, cast, promoted, pooled, scores_in_place, normed], ids=lambda step: step.__name__
 )
 def test_the_model_is_the_one_that_torch_writes(step):
-    """Node by node, with its name, attributes and metadata; but torch traces anew what nobody reads any more."""
+    """Node by node, with its name, attributes and metadata; but torch traces again what nobody reads any more."""
     program = captured(step)
     assert described(exporter._translate(program, TRANSLATIONS)) == described(
         exporter._export_with_torch(program, TRANSLATIONS)
@@ -245,7 +245,7 @@ def of_several_ops(host, x, y):
 
 
 def test_only_ops_without_a_translation_are_decomposed(monkeypatch):
-    monkeypatch.setattr(torchlib, "decompose", lambda *_: pytest.fail("the whole program is traced anew"))
+    monkeypatch.setattr(torchlib, "decompose", lambda *_: pytest.fail("the whole program is traced again"))
     computed, expected = answers(of_several_ops)
     assert_close(computed, expected)
 

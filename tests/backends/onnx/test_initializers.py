@@ -53,10 +53,10 @@ def test_weights_are_written_in_the_order_of_their_axes(tmp_path, monkeypatch, d
 def test_joined_weights_are_laid_out_once_for_all_that_hold_them():
     parts = [np.full((2, 3), number, np.float32) for number in (1, 2)]
     joined = writing.ConcatenatedTensor([ir.Tensor(part) for part in parts])
-    held = joined.numpy().T
-    assert np.shares_memory(joined.numpy(), held)
-    np.testing.assert_array_equal(held, np.concatenate(parts).T)
-    del held
+    view = joined.numpy().T
+    assert np.shares_memory(joined.numpy(), view)
+    np.testing.assert_array_equal(view, np.concatenate(parts).T)
+    del view
     np.testing.assert_array_equal(joined.numpy(), np.concatenate(parts))
 
 

@@ -1,4 +1,4 @@
-"""Where an artifact's ONNX file may keep its tensors: in the file beside it, wherever ONNX lets a tensor be."""
+"""Where an artifact's ONNX file may keep its tensors: in the file next to it, wherever ONNX lets a tensor be."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lorac.storage.open_file import open_files
 FLOAT = TensorProto.FLOAT
 
 
-def beside(**told: str) -> TensorProto:
-    """A tensor (2, 3) that lies in a file: the first 24 bytes of the one beside the model, unless told otherwise."""
+def external(**fields: str) -> TensorProto:
+    """A tensor (2, 3) that lies in a file: the first 24 bytes of the one next to the model, unless said otherwise."""
     tensor = TensorProto(name="w", data_type=FLOAT, dims=[2, 3], data_location=TensorProto.EXTERNAL)
-    for key, value in {"location": WEIGHTS_FILE, "offset": "0", "length": "24", **told}.items():
+    for key, value in {"location": WEIGHTS_FILE, "offset": "0", "length": "24", **fields}.items():
         tensor.external_data.add(key=key, value=value)
     return tensor
 
@@ -88,15 +88,15 @@ PLACES = (
 )
 IDS = ["initializer", "sparse", "constant", "branch", "constant in a branch", "function", "list", "sparse constant"]
 AWAY: dict[str, TensorProto] = {
-    "another file": beside(location="elsewhere"),
-    "absolute": beside(location="/etc/passwd"),
-    "parent": beside(location=f"../{WEIGHTS_FILE}"),
+    "another file": external(location="elsewhere"),
+    "absolute": external(location="/etc/passwd"),
+    "parent": external(location=f"../{WEIGHTS_FILE}"),
     "no file": TensorProto(name="w", data_type=FLOAT, dims=[2], data_location=TensorProto.EXTERNAL),
-    "beyond the end": beside(offset="8"),
-    "longer than the file": beside(length="25"),
-    "negative offset": beside(offset="-8"),
-    "no number": beside(length="many"),
-    "larger than any file": beside(offset="9" * 400),
+    "beyond the end": external(offset="8"),
+    "longer than the file": external(length="25"),
+    "negative offset": external(offset="-8"),
+    "no number": external(length="many"),
+    "larger than any file": external(offset="9" * 400),
 }
 
 
@@ -109,7 +109,7 @@ def check(folder: Path) -> None:
 def test_tensors_lie_beside_the_model(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(24))
     path = tmp_path / MODEL_FILE
-    path.write_bytes(place(beside()).SerializeToString())
+    path.write_bytes(place(external()).SerializeToString())
     check(tmp_path)
     for tensor in AWAY.values():
         path.write_bytes(place(tensor).SerializeToString())
@@ -119,7 +119,7 @@ def test_tensors_lie_beside_the_model(place: Callable[[TensorProto], onnx.ModelP
 
 def test_a_place_told_twice(tmp_path: Path) -> None:
     """Readers may take the first or the last."""
-    tensor = beside()
+    tensor = external()
     tensor.external_data.add(key="location", value="elsewhere")
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(24))
     (tmp_path / MODEL_FILE).write_bytes(initializer(tensor).SerializeToString())

@@ -41,8 +41,8 @@ def test_the_program_is_the_same():
 
 
 def test_a_rule_is_set_up_where_its_op_is(monkeypatch):
-    model, asked = ir.from_onnx_text(TEXT), []
+    model, tried = ir.from_onnx_text(TEXT), []
     negations, _ = rules([])
-    monkeypatch.setattr(negations, "match", lambda model, graph, node, **_: asked.append(node.op_type))
+    monkeypatch.setattr(negations, "match", lambda model, graph, node, **_: tried.append(node.op_type))
     make_rewrite_pass([negations])(model)
-    assert asked == ["Neg", "Neg"]
+    assert tried == ["Neg", "Neg"]

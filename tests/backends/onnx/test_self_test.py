@@ -65,8 +65,8 @@ def _host() -> nn.Module:
 
 
 def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
-    seen: list[Built] = []
-    monkeypatch.setattr(self_test, "run_self_test", lambda *args: seen.append(Built(*args[:3])))
+    tested: list[Built] = []
+    monkeypatch.setattr(self_test, "run_self_test", lambda *args: tested.append(Built(*args[:3])))
     compiled = lorac.compile(
         _host(),
         {"a": _noisy(2), "b": _renamed(_noisy(3, lorac.DoRA), "b")},
@@ -75,9 +75,9 @@ def _build(mode: str, monkeypatch: pytest.MonkeyPatch) -> Built:
         active="a",
         example_inputs=(torch.randn(3, 10),),
     )
-    seen[0].engine.keep = compiled  # type: ignore[attr-defined]  (its folder lives as long as it does)
-    seen[0].engine.base = make_base_reader(_host())  # a baked engine keeps none
-    return seen[0]
+    tested[0].engine.keep = compiled  # type: ignore[attr-defined]  (its folder lives as long as it does)
+    tested[0].engine.base = make_base_reader(_host())  # a baked engine keeps none
+    return tested[0]
 
 
 def _renamed(adapter: lorac.Adapter, name: str) -> lorac.Adapter:

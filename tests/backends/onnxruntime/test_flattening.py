@@ -30,13 +30,13 @@ def emitted(body, output):
     """A site of rank r, x·w + (x·a)·b = z, and what follows it."""
     model = ir.from_onnx_text(HEAD + output + ") " + SITE + body + "}")
     for name, value in (("w", WEIGHT), ("bias", BIAS)):
-        held = ir.val(name, const_value=ir.tensor(value.astype(np.float32), name=name))
+        constant = ir.val(name, const_value=ir.tensor(value.astype(np.float32), name=name))
         for node in model.graph.all_nodes():
             for index, used in enumerate(node.inputs):
                 if used is not None and used.name == name:
-                    node.replace_input_with(index, held)
-        if held.uses():
-            model.graph.register_initializer(held)
+                    node.replace_input_with(index, constant)
+        if constant.uses():
+            model.graph.register_initializer(constant)
     return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
 
 
@@ -89,9 +89,9 @@ def test_what_acts_on_rows_moves(followed, batch):
     before = answers(emitted(body, output), batch)
     model = emitted(body, output)
     FlattenToRows().apply(model)
-    for own, moved in zip(before, answers(model, batch), strict=True):
-        assert moved.shape == own.shape
-        assert_close(torch.from_numpy(moved), torch.from_numpy(own))
+    for original, moved in zip(before, answers(model, batch), strict=True):
+        assert moved.shape == original.shape
+        assert_close(torch.from_numpy(moved), torch.from_numpy(original))
     assert "Gemm" in ops(model)
     assert [value.name for value in model.graph.outputs] == [output.split()[-1]]
     assert expected is None or sorted(ops(model)) == sorted(expected)
@@ -104,9 +104,9 @@ def test_what_looks_across_rows_sees_the_full_shape(across):
     before = answers(emitted(body, output))
     model = emitted(body, output)
     FlattenToRows().apply(model)
-    for own, moved in zip(before, answers(model), strict=True):
-        assert moved.shape == own.shape
-        assert_close(torch.from_numpy(moved), torch.from_numpy(own))
+    for original, moved in zip(before, answers(model), strict=True):
+        assert moved.shape == original.shape
+        assert_close(torch.from_numpy(moved), torch.from_numpy(original))
     assert "Gemm" in ops(model)
 
 
@@ -182,8 +182,8 @@ def test_sizes_that_stay_are_taken_from_the_inputs_places(parts, out, constant):
     before = ir.from_proto(ir.to_proto(model))
     CopyReshapeSizes().apply(model)
     (reshape,) = [node for node in model.graph if node.op_type == "Reshape"]
-    told = ir.convenience.get_const_tensor(reshape.inputs[1])
-    assert (None if told is None else told.numpy().tolist()) == constant
+    value = ir.convenience.get_const_tensor(reshape.inputs[1])
+    assert (None if value is None else value.numpy().tolist()) == constant
     assert ("Shape" in ops(model)) == (constant is None)
     feeds = {"x": np.arange(2 * 5 * 6, dtype=np.float32).reshape(2, 5, 6), "other": np.zeros((5, 2), np.float32)}
     found, expected = (

@@ -41,7 +41,7 @@ class Made:
         compiled: the model that runs it.
         graph: what it was emitted from.
         model: what was emitted for CUDA.
-        reference: what it is held against.
+        reference: what it is compared with.
     """
 
     compiled: Any
@@ -52,14 +52,14 @@ class Made:
 
 @functools.cache
 def made(name: str, dtype: torch.dtype) -> Made:
-    seen: list[tuple[Graph, ir.Model]] = []
+    emitted_graphs: list[tuple[Graph, ir.Model]] = []
     cuda = DIALECTS["cuda"]
     widened = dataclasses.replace(cuda, late_rewrites=(*DIALECTS["cpu"].late_rewrites, widening.WidenHalfPrecision({})))
     here = cuda if dtype == F16 else widened
 
     def emit(graph: Graph, dialect: Any, observe: Any) -> ir.Model:
-        seen.append((graph, emit_as_ever(graph, cuda)))
-        return seen[-1][1] if dialect is cuda else emit_as_ever(graph, dialect, observe)
+        emitted_graphs.append((graph, emit_as_ever(graph, cuda)))
+        return emitted_graphs[-1][1] if dialect is cuda else emit_as_ever(graph, dialect, observe)
 
     emit_as_ever, reference = build.emit, Reference(name, dtype)
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +72,7 @@ def made(name: str, dtype: torch.dtype) -> Made:
             active=None,
             example_inputs=reference.inputs(),
         )
-    return Made(compiled, *seen[0], reference)
+    return Made(compiled, *emitted_graphs[0], reference)
 
 
 QUICK = (("tiny_bert", F16), ("tiny_llama", BF16))

@@ -62,8 +62,8 @@ def compiled(**options: Any) -> lorac.Compiled:
     ],
 )
 def test_providers_follow_from_the_device_and_it_from_them(options: Any, place: str, chosen: tuple[str, ...]) -> None:
-    told = OnnxRuntimeOptions(**options)
-    assert told.place == torch.device(place) and told.chosen == chosen
+    parsed = OnnxRuntimeOptions(**options)
+    assert parsed.place == torch.device(place) and parsed.chosen == chosen
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ READ = {
 @pytest.mark.parametrize("how", READ)
 def test_every_way_of_reading_a_matrix(how):
     body, by_columns, expected = READ[how]
-    held = matrix(COLUMNS, ROWS) if by_columns else matrix()
-    constants = {"w": held} | ({"c": matrix(1, ROWS)[0]} if ", c)" in body else {})
+    weight = matrix(COLUMNS, ROWS) if by_columns else matrix()
+    constants = {"w": weight} | ({"c": matrix(1, ROWS)[0]} if ", c)" in body else {})
     model = program(body, constants)
     report = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model).details
     assert report.floats == {}
@@ -151,8 +151,8 @@ STAYS = {
 
 @pytest.mark.parametrize("why", STAYS)
 def test_what_no_op_takes_stays(why):
-    body, held, reason = STAYS[why]
-    model = program(body, {"w": held})
+    body, weight, reason = STAYS[why]
+    model = program(body, {"w": weight})
     before = ops(model)
     outcome = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model)
     report = outcome.details

@@ -43,8 +43,8 @@ def test_threads_are_asleep_between_calls() -> None:
     for _ in range(5):
         session.run(None, {"x": x})
         time.sleep(0.04)
-    own = time.process_time() - begun
-    assert own < 0.03, f"{own * 1e3:.0f} ms of processor time"
+    spent = time.process_time() - begun
+    assert spent < 0.03, f"{spent * 1e3:.0f} ms of processor time"
 
 
 def _product() -> onnx.ModelProto:

@@ -32,11 +32,11 @@ LARGE = 4096
 """Values from which a weight is large."""
 
 
-def quietly(**told: Any) -> lorac.Compiled:
+def quietly(**arguments: Any) -> lorac.Compiled:
     """Compile for tensorrt, without the warning that there is no GPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f".*{NO_GPU}", category=lorac.LoracWarning)
-        return lorac.compile(**{"target": "tensorrt", "target_capabilities": THREE, **told})
+        return lorac.compile(**{"target": "tensorrt", "target_capabilities": THREE, **arguments})
 
 
 # ── Hosts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -167,11 +167,11 @@ class Built:
         graph = widen_graph(self.program.graphs["main"])
         inputs, constants = read_example_inputs(graph, graph.interface.inputs), graph.exported.state_dict
         weights = {name: w.float() if w.is_floating_point() else w for name, w in constants.items()}
-        held = self._held(choice)
-        given = {} if self.engine.constant else held
-        return self.tried.outputs("main", given, inputs), run_graph(graph, inputs, held, weights)
+        contents = self._slot_tensors(choice)
+        given = {} if self.engine.constant else contents
+        return self.tried.outputs("main", given, inputs), run_graph(graph, inputs, contents, weights)
 
-    def _held(self, choice: Any) -> Mapping[str, Tensor]:
+    def _slot_tensors(self, choice: Any) -> Mapping[str, Tensor]:
         """Return the slots' tensors for a choice."""
         if self.engine.constant:
             return self.constants
@@ -182,7 +182,7 @@ class Built:
         return self.tried.memory
 
 
-def seen(**told: Any) -> Built:
+def compile_recorded(**arguments: Any) -> Built:
     """Compile as ``quietly`` does, and record the self-test and the network."""
     programs: list[Program] = []
     tested: list[tuple[CpuProgram, Mapping[str, Tensor]]] = []
@@ -201,7 +201,7 @@ def seen(**told: Any) -> Built:
         patch.setattr(cpu_check, "check_on_cpu", record_program)
         patch.setattr(cpu_check, "run_self_test", record_test)
         patch.setattr(build, "check_inputs", lambda *args: (networks.append(_inputs(args[0])), check_inputs(*args)))
-        compiled = quietly(**told)
+        compiled = quietly(**arguments)
     (tried, constants), program = tested[0], programs[0]
     return Built(compiled, tried, program, networks[0], constants)
 
@@ -220,10 +220,10 @@ def _inputs(parsed: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 @functools.cache
 def built(name: str, mode: str, dtype: str, methods: tuple[str, ...]) -> Built:
     """Compile a model with adapters of some methods, none of them active unless baked."""
-    own = adapters(name)
-    return seen(
+    made = adapters(name)
+    return compile_recorded(
         model=host(name),
-        adapters={method: own[method] for method in methods},
+        adapters={method: made[method] for method in methods},
         mode=mode,
         active=methods[0] if mode == "baked" else None,
         example_inputs=EXAMPLES.get(name),
@@ -233,8 +233,8 @@ def built(name: str, mode: str, dtype: str, methods: tuple[str, ...]) -> Built:
 
 def weights_of(engine: TrtEngine) -> Mapping[str, Any]:
     """Return the large floating-point weights of graph ``main``'s model, by name."""
-    _, beside = read_model_files(engine.files, "main")
-    return {name: array for name, array in beside.items() if array.dtype.kind not in "iub" and array.size >= LARGE}
+    _, weights = read_model_files(engine.files, "main")
+    return {name: array for name, array in weights.items() if array.dtype.kind not in "iub" and array.size >= LARGE}
 
 
 def model_of(engine: TrtEngine) -> onnx.ModelProto:

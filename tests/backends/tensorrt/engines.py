@@ -76,7 +76,7 @@ class Weights:
         self.runs: list[list[str]] = []
 
     def set_named_weights(self, name: str, weights: Any, location: Any) -> bool:
-        assert location == LIBRARY.module.TensorLocation.HOST, "the CPU's memory is told as what it is"
+        assert location == LIBRARY.module.TensorLocation.HOST, "the CPU's memory is named as what it is"
         kind, count = library.torch_dtype(weights.dtype), weights.size
         shape = self.holds[name].shape
         raw = (ctypes.c_char * weights.nbytes).from_address(weights.numpy().ctypes.data)
@@ -91,8 +91,8 @@ class Weights:
         return [self.joined[name] for name in self.set if name in self.joined and self.joined[name] not in self.set]
 
     def get_weights_prototype(self, weights_name: str) -> Any:
-        held = self.holds[weights_name]
-        return SimpleNamespace(dtype=LIBRARY.dtype(held.dtype), size=held.numel())
+        weight = self.holds[weights_name]
+        return SimpleNamespace(dtype=LIBRARY.dtype(weight.dtype), size=weight.numel())
 
     def refit_cuda_engine(self) -> bool:
         assert not self.get_missing_weights()

@@ -49,10 +49,10 @@ class Standing:
 
     def __init__(self, found: TrtEngine) -> None:
         self.session = _create_session(found.files, "main")
-        self.held, self.written = 0, 0
+        self.laid_out, self.written = 0, 0
 
     def hold(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> DeviceSlots:
-        self.held += 1
+        self.laid_out += 1
         return DeviceSlots(tensors, fixed=fixed)
 
     def call(self, inputs: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,10 +101,10 @@ def test_it_answers_as_eager_does_after_any_swap(mode: str, monkeypatch: pytest.
 def test_a_choice_is_laid_out_once_and_a_call_may_have_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, found, standing = made("live", monkeypatch)
     first = found(X)
-    assert torch.equal(found(X), first) and standing.held == 1
+    assert torch.equal(found(X), first) and standing.laid_out == 1
     with torch.no_grad():
         assert_close(found(X, adapters="b"), eager(X, adapters="b"))
-    assert torch.equal(found(X), first) and standing.held == 2
+    assert torch.equal(found(X), first) and standing.laid_out == 2
     assert isinstance(found(X.numpy()), type(X.numpy()))
 
 
@@ -134,7 +134,7 @@ def test_weights_are_written_while_no_call_reads_them_and_read_where_they_lie(mo
     for choice in ("b", "a"):
         found.swap(choice)
         found(X)
-    assert standing.written == 2 and standing.held == 1
+    assert standing.written == 2 and standing.laid_out == 1
 
 
 def test_a_size_that_the_plan_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_a_size_that_the_plan_was_not_built_for_is_refused(monkeypatch: pytest.M
 def test_a_plan_that_was_built_before_is_not_built_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     real = build._build_plan
-    monkeypatch.setattr(build, "_build_plan", lambda *told: built.append(told[1]) or real(*told))
+    monkeypatch.setattr(build, "_build_plan", lambda *args: built.append(args[1]) or real(*args))
     _, one, _ = made("live", monkeypatch, plan_cache=str(tmp_path))
     _, other, _ = made("live", monkeypatch, plan_cache=str(tmp_path))
     assert built == ["main"]
@@ -181,7 +181,7 @@ def test_weights_that_are_constants_are_replaced_in_the_plan(monkeypatch: pytest
     class Loaded(Standing):
         engine = library = None
 
-        def __init__(self, plan: Any, device: object, **told: object) -> None:
+        def __init__(self, plan: Any, device: object, **options: object) -> None:
             happened.append(type(plan).__name__)
             assert plan[:] == found.engine.graphs["main"].file.read()
 

@@ -89,10 +89,10 @@ def test_slots_are_copied_at_a_swap_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_thousand_swaps_leave_no_trace() -> None:
     calls, _, recorded = _calls()
-    x, held = _x(), [calls.hold(tiny.drawn(seed, 1 + seed % RANK)) for seed in range(5)]
-    fresh = [_calls()[0].call({"x": x}, slots)["y"] for slots in held]
+    x, choices = _x(), [calls.hold(tiny.drawn(seed, 1 + seed % RANK)) for seed in range(5)]
+    fresh = [_calls()[0].call({"x": x}, slots)["y"] for slots in choices]
     for place in torch.randint(5, (1000,)).tolist():
-        assert torch.equal(calls.call({"x": x}, held[place])["y"], fresh[place])
+        assert torch.equal(calls.call({"x": x}, choices[place])["y"], fresh[place])
     assert recorded.captured == RANK
 
 
@@ -112,9 +112,9 @@ def test_memory_that_is_written_in_place_is_read_where_it_lies() -> None:
 def _why_not(calls: ContextPool, executions: Lanes, recorded: Recorded, why: str) -> None:
     executions.capturable = why != "it allocates while it runs"
     recorded.fails = RuntimeError(why) if why.startswith("operation") else None
-    x, held = _x(), [calls.hold(tiny.drawn(seed)) for seed in (1, 2)]
+    x, choices = _x(), [calls.hold(tiny.drawn(seed)) for seed in (1, 2)]
     with pytest.warns(lorac.LoracWarning, match=why) as caught:
-        found = [calls.call({"x": x}, slots)["y"] for slots in (*held, *held)]
+        found = [calls.call({"x": x}, slots)["y"] for slots in (*choices, *choices)]
     assert len(caught) == 1
     wanted = [tiny.computed(x, **tiny.drawn(seed)) for seed in (1, 2)]
     assert all(torch.equal(one, other) for one, other in zip(found, 2 * wanted, strict=True))
@@ -200,5 +200,5 @@ def test_slots_that_are_let_go_are_not_taken_for_others() -> None:
     calls, _, _ = _calls()
     x = _x()
     for seed in range(20):
-        held: DeviceSlots = calls.hold(tiny.drawn(seed))
-        assert torch.equal(calls.call({"x": x}, held)["y"], tiny.computed(x, **tiny.drawn(seed)))
+        slots: DeviceSlots = calls.hold(tiny.drawn(seed))
+        assert torch.equal(calls.call({"x": x}, slots)["y"], tiny.computed(x, **tiny.drawn(seed)))

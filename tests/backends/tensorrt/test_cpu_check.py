@@ -17,7 +17,7 @@ from lorac.backends.tensorrt.dialect import DIALECT
 from lorac.ir.graph.interpreter import read_example_inputs, run_graph
 from lorac.ir.graph.passes import PassResult
 from lorac.testing.eager_checks import assert_close
-from tests.backends.tensorrt.building import quietly, seen
+from tests.backends.tensorrt.building import compile_recorded, quietly
 from tests.refusing import refuses
 
 X = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
@@ -81,14 +81,16 @@ def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
 
 def test_both_sides_compute_in_float32_what_is_half():
     """The program of a half host, computed whole, is off from itself in half precision by that rounding alone."""
-    found = seen(model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,), dtype="float16")
+    found = compile_recorded(
+        model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,), dtype="float16"
+    )
     graph = found.program.graphs["main"]
-    inputs, held = read_example_inputs(graph, graph.interface.inputs), found.compiled._state.bound.content.tensors
-    (half,), whole = run_graph(graph, inputs, held), widen_graph(graph)
+    inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.compiled._state.bound.content.tensors
+    (half,), whole = run_graph(graph, inputs, slots), widen_graph(graph)
     assert whole is not graph
     weights = {name: weight.float() for name, weight in graph.exported.state_dict.items()}
-    (full,) = run_graph(whole, inputs, held, weights)
-    (emitted,) = found.tried.outputs("main", held, inputs)
+    (full,) = run_graph(whole, inputs, slots, weights)
+    (emitted,) = found.tried.outputs("main", slots, inputs)
     assert half.dtype == full.dtype == emitted.dtype == torch.float16
     assert_close(emitted, full)
     assert_close(half, full)
@@ -98,6 +100,6 @@ def test_both_sides_compute_in_float32_what_is_half():
 
 
 def test_a_program_in_float32_is_run_as_it_is():
-    found = seen(model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,))
+    found = compile_recorded(model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,))
     graph = found.program.graphs["main"]
     assert widen_graph(graph) is graph

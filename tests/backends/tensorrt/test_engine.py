@@ -55,8 +55,8 @@ def low(r: int, *targets: str) -> lorac.LoRA:
     return lorac.LoRA(r=r, targets=list(targets))
 
 
-def compiled(mode: str = "live", **told: Any) -> lorac.Compiled:
-    found = quietly(model=host(), adapters={"a": low(2, "conv", "left")}, mode=mode, example_inputs=(X,), **told)
+def compiled(mode: str = "live", **options: Any) -> lorac.Compiled:
+    found = quietly(model=host(), adapters={"a": low(2, "conv", "left")}, mode=mode, example_inputs=(X,), **options)
     away(found.adapters["a"], 1)
     return found
 
@@ -148,10 +148,10 @@ def test_a_saved_one_loads_in_a_new_process_without_a_gpu(live, tmp_path):
     script = """
 import sys, warnings
 import lorac
-with warnings.catch_warnings(record=True) as told:
+with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     loaded = lorac.load(sys.argv[1])
-print([str(one.message).splitlines()[0] for one in told])
+print([str(one.message).splitlines()[0] for one in warned])
 print(loaded.active, sorted(loaded.engine.slots), loaded.engine.graphs["main"].capabilities)
 loaded.swap(None); loaded.swap("a")
 print(loaded._state.bound.content.tensors["left:a"].double().sum().item())
@@ -169,8 +169,8 @@ print([name for name in ("onnxscript", "transformers") if name in sys.modules])
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    told, what, total, error, imported = done.stdout.strip().splitlines()
-    assert NO_GPU in told and NO_GPU in error
+    warned, what, total, error, imported = done.stdout.strip().splitlines()
+    assert NO_GPU in warned and NO_GPU in error
     assert what == f"{{'a': 1.0}} ['conv:a', 'conv:b', 'left:a', 'left:b'] {tuple(THREE)}"
     assert float(total) == live._state.bound.content.tensors["left:a"].double().sum().item()
     assert imported == "[]"

@@ -1,7 +1,7 @@
 """The installed library has the methods of TensorRT that lorac calls, with these parameters.
 
 A context, an engine and a refitter are made on a GPU alone. So that neither the types that lorac is checked with nor
-what stands in for them in tests can be another than the library's, both are held against its classes.
+what stands in for them in tests can be another than the library's, both are compared with its classes.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def test_an_allocator_has_the_librarys_methods() -> None:
     """The library calls them by name, with as many arguments as its documentation says."""
     made = engines.allocator()
     text = str(LIBRARY.module.IOutputAllocator.__doc__)
-    told = {name: line.split(", ") for name, line in re.findall(r"def (\w+)\(self, ([\w, ]+)\)", text)}
-    assert told.keys() == {"reallocate_output", "reallocate_output_async", "notify_shape"}
-    for name, parameters in told.items():
+    documented = {name: line.split(", ") for name, line in re.findall(r"def (\w+)\(self, ([\w, ]+)\)", text)}
+    assert documented.keys() == {"reallocate_output", "reallocate_output_async", "notify_shape"}
+    for name, parameters in documented.items():
         assert len(inspect.signature(getattr(made, name)).parameters) == len(parameters)
 
 

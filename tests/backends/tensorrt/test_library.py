@@ -88,19 +88,19 @@ def test_the_innermost_block_is_told() -> None:
 
 def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
     network, _ = tiny.parsed()
-    heard = []
+    reasons = []
 
     def elsewhere() -> None:
         with library.collect_errors() as messages:
             network.mark_weights_refittable("nobody")
-            heard.append(messages.why())
+            reasons.append(messages.why())
 
     with library.collect_errors() as here:
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
         assert not here.errors
-    assert len(heard) == 1
+    assert len(reasons) == 1
 
 
 def test_a_thread_of_tensorrts_own_tells_everyone() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import lorac
 from lorac.testing.eager_checks import assert_close
-from tests.backends.tensorrt.building import away, seen
+from tests.backends.tensorrt.building import away, compile_recorded
 from tests.limits import assert_apart
 from tests.zoo import ZOO
 
@@ -16,7 +16,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_smollm2(dtype):
-    found = seen(model=ZOO["smollm2"].model(), adapters={"a": lorac.LoRA(r=8, targets="all-linear")}, dtype=dtype)
+    found = compile_recorded(
+        model=ZOO["smollm2"].model(), adapters={"a": lorac.LoRA(r=8, targets="all-linear")}, dtype=dtype
+    )
     away(found.compiled.adapters["a"], 0)
     found.compiled.swap(None)
     (base, *_), _ = found.answers(None)
@@ -44,7 +46,7 @@ def test_a_small_unet(mode):
     ).eval()
     example = (torch.randn(2, 4, 16, 16), torch.tensor(7), torch.randn(2, 5, 32))
     low = lorac.LoRA(r=4, targets=["to_q", "to_v", "conv1"])
-    found = seen(model=unet, adapters={"a": low}, example_inputs=example, mode=mode, active=None)
+    found = compile_recorded(model=unet, adapters={"a": low}, example_inputs=example, mode=mode, active=None)
     away(found.compiled.adapters["a"], 0)
     (base, *_), _ = found.answers(None)
     (y, *_), (wanted, *_) = found.answers("a")

@@ -89,7 +89,7 @@ def test_an_op_that_this_release_does_not_know_is_refused_by_name(tmp_path):
         parse_model(path, LIBRARY)
 
 
-def test_what_the_parser_does_not_take_is_told_with_its_reason(tmp_path):
+def test_what_the_parser_does_not_take_is_refused_with_its_reason(tmp_path):
     """An op that it knows, as it does not take it."""
     half = helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16)
     path = _written(tmp_path, [half, helper.make_node("Add", ["x", "h"], ["y"], name="made")])
@@ -99,7 +99,7 @@ def test_what_the_parser_does_not_take_is_told_with_its_reason(tmp_path):
 
 def test_an_input_with_a_value_becomes_a_constant_and_is_found(tmp_path):
     """As ONNX's optional inputs are, which other targets have for slots."""
-    path = _written(tmp_path, [helper.make_node("Add", ["x", "slot"], ["y"])], held="slot")
+    path = _written(tmp_path, [helper.make_node("Add", ["x", "slot"], ["y"])], weight="slot")
     parsed = parse_model(path, LIBRARY)
     assert [parsed.network.get_input(i).name for i in range(parsed.network.num_inputs)] == ["x"]
     sizes = (SizeRange(1, 2, 8), SizeRange(4, 4, 4))
@@ -115,12 +115,12 @@ def test_an_input_with_a_value_becomes_a_constant_and_is_found(tmp_path):
             check_inputs(parsed, wanted, ranges)
 
 
-def _written(folder: Path, nodes: list[onnx.NodeProto], held: str = "") -> Path:
+def _written(folder: Path, nodes: list[onnx.NodeProto], weight: str = "") -> Path:
     """Write a model of x (rows, 4) with these nodes, one of whose inputs has a value."""
     given = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 4]) for name in ("x", *filter(None, [held]))
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 4]) for name in ("x", *filter(None, [weight]))
     ]
-    values = [onnx.numpy_helper.from_array(np.ones((1, 4), "f4"), held)] if held else []
+    values = [onnx.numpy_helper.from_array(np.ones((1, 4), "f4"), weight)] if weight else []
     answered = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     made = helper.make_model(
         helper.make_graph(nodes, "g", given, [answered], values), opset_imports=[helper.make_opsetid("", 18)]

@@ -42,10 +42,10 @@ def host() -> nn.Module:
     return Reads().eval()
 
 
-def ranges(**told: Any) -> dict[str, tuple[SizeRange, ...]]:
+def ranges(**options: Any) -> dict[str, tuple[SizeRange, ...]]:
     adapters = {"a": lorac.LoRA(r=2, targets=["head"]), "b": lorac.LoRA(r=3, targets=["head"])}
-    asked = {"example_inputs": EXAMPLE, "dynamic_shapes": SHAPES, "self_test": False, "active": "a"}
-    found = quietly(model=host(), adapters=adapters, **{**asked, **told})
+    usual = {"example_inputs": EXAMPLE, "dynamic_shapes": SHAPES, "self_test": False, "active": "a"}
+    found = quietly(model=host(), adapters=adapters, **{**usual, **options})
     return dict(found.engine.graphs["main"].ranges)
 
 
@@ -117,35 +117,35 @@ def test_the_library_that_has_an_option_builds(monkeypatch):
     assert not TensorRTOptions().builder.is_rtx and TensorRTOptions(library="tensorrt_rtx").builder.is_rtx
     assert TensorRTOptions(target_capabilities=("8.9",)).builder.is_rtx
     assert not TensorRTOptions(hardware_compatibility="ampere_plus").builder.is_rtx
-    for told, said in (
+    for options, said in (
         ({"hardware_compatibility": "ampere_plus", "library": "tensorrt_rtx"}, "takes no hardware_compatibility"),
         ({"hardware_compatibility": "ampere_plus", "target_capabilities": ("8.9",)}, "takes no hardware_compatibility"),
         ({"hardware_compatibility": "ampere"}, "nearest: ampere_plus"),
         ({"library": "trt"}, "library cannot be 'trt'"),
     ):
         with pytest.raises(lorac.OptionError, match=said):
-            TensorRTOptions(**told)
+            TensorRTOptions(**options)
 
 
 def test_numbers_have_their_range():
-    for told in ({"builder_optimization_level": 6}, {"workspace": 0}):
-        with pytest.raises(lorac.OptionError, match=next(iter(told))):
-            TensorRTOptions(**told)
+    for options in ({"builder_optimization_level": 6}, {"workspace": 0}):
+        with pytest.raises(lorac.OptionError, match=next(iter(options))):
+            TensorRTOptions(**options)
     with pytest.raises(lorac.WrongType, match="profiles"):
         TensorRTOptions(profiles=3)
 
 
 def test_settings_reach_the_library(tmp_path):
-    """TF32, which the library would round to by itself, is off unless it is asked for."""
+    """TF32, which the library would round to by itself, is off unless an option says otherwise."""
     trt = LIBRARY.module
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
     parsed, part = parse_model(found.engine.files["model.onnx"].where, LIBRARY), found.engine.graphs["main"]
     plain = build._builder_config(parsed, part.ranges, TensorRTOptions(), ())
     assert not plain.get_flag(trt.BuilderFlag.TF32) and not plain.get_flag(trt.BuilderFlag.STRICT_NANS)
-    told = TensorRTOptions(
+    options = TensorRTOptions(
         tf32=True, strict_nans=True, weight_streaming=True, builder_optimization_level=5, workspace=64
     )
-    settings = build._builder_config(parsed, part.ranges, told, ("8.6", "12.0"))
+    settings = build._builder_config(parsed, part.ranges, options, ("8.6", "12.0"))
     flags = (trt.BuilderFlag.TF32, trt.BuilderFlag.STRICT_NANS, trt.BuilderFlag.WEIGHT_STREAMING)
     assert all(settings.get_flag(flag) for flag in flags)
     assert settings.builder_optimization_level == 5
@@ -179,20 +179,20 @@ def test_hardware_compatibility_reaches_the_library(monkeypatch):
 
 def test_the_times_of_kernels_are_measured_once():
     """A stand-in, since NVIDIA's library measures them on a GPU alone."""
-    asked = []
+    attached = []
 
     class Config:
         def create_timing_cache(self, stored):
             return stored
 
         def set_timing_cache(self, cache, ignore_mismatch):
-            asked.append((cache, ignore_mismatch))
+            attached.append((cache, ignore_mismatch))
             return cache != b"of another driver"
 
     messages = SimpleNamespace(why=lambda: "a mismatch")
     for stored in (b"", b"measured", b"of another driver"):
         build._read_timings(Config(), stored, messages)
-    assert asked == [(b"", False), (b"measured", False), (b"of another driver", False), (b"", False)]
+    assert attached == [(b"", False), (b"measured", False), (b"of another driver", False), (b"", False)]
 
 
 @pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")

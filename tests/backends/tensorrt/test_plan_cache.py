@@ -43,23 +43,23 @@ def test_a_plan_is_built_once(tmp_path: Path) -> None:
 
 def test_keys_tell_apart_what_plans_are_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = _program(tmp_path)
-    told = {"profiles": {"x": ((1, 6), (2, 6), (5, 6))}, "flags": ["TF32"]}
-    key = plan_key(program, ["8.6"], LIBRARY, **told)
-    assert key == plan_key(_program(tmp_path / "copy"), ["8.6"], LIBRARY, **told)
+    settings = {"profiles": {"x": ((1, 6), (2, 6), (5, 6))}, "flags": ["TF32"]}
+    key = plan_key(program, ["8.6"], LIBRARY, **settings)
+    assert key == plan_key(_program(tmp_path / "copy"), ["8.6"], LIBRARY, **settings)
     others = {
-        plan_key(_program(tmp_path / "other", b"another"), ["8.6"], LIBRARY, **told),
-        plan_key(program, ["8.6", "12.0"], LIBRARY, **told),
-        plan_key(program, ["8.6"], LIBRARY, **told | {"flags": []}),
-        plan_key(program, ["8.6"], LIBRARY, **told | {"profiles": {"x": ((1, 6), (2, 6), (9, 6))}}),
+        plan_key(_program(tmp_path / "other", b"another"), ["8.6"], LIBRARY, **settings),
+        plan_key(program, ["8.6", "12.0"], LIBRARY, **settings),
+        plan_key(program, ["8.6"], LIBRARY, **settings | {"flags": []}),
+        plan_key(program, ["8.6"], LIBRARY, **settings | {"profiles": {"x": ((1, 6), (2, 6), (9, 6))}}),
     }
     install_nvidias(monkeypatch)
-    assert len(others | {key, plan_key(program, ["8.6"], find_library("tensorrt"), **told)}) == 6
+    assert len(others | {key, plan_key(program, ["8.6"], find_library("tensorrt"), **settings)}) == 6
 
 
-def test_a_key_does_not_depend_on_the_order_of_what_is_told(tmp_path: Path) -> None:
+def test_a_key_does_not_depend_on_the_order_of_settings(tmp_path: Path) -> None:
     program = _program(tmp_path)
     one, other = ({name: 1 for name in order} for order in ("ab", "ba"))
-    assert plan_key(program, [], LIBRARY, told=one) == plan_key(program, [], LIBRARY, told=other)
+    assert plan_key(program, [], LIBRARY, settings=one) == plan_key(program, [], LIBRARY, settings=other)
 
 
 def test_a_plan_for_the_gpu_that_is_here_is_another_gpus_elsewhere(
@@ -110,10 +110,10 @@ def test_what_is_not_the_caches_is_left_alone(tmp_path: Path) -> None:
 
 def test_kernels_are_written_over(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path)
-    kept = cache.kernels(KEY)
-    assert kept.read() is None
+    kernels_file = cache.kernels(KEY)
+    assert kernels_file.read() is None
     for content in (b"few", b"some more"):
-        kept.write(content)
+        kernels_file.write(content)
         assert cache.kernels(KEY).read() == content
     assert cache.read(KEY) is None and len(list(tmp_path.iterdir())) == 1
 

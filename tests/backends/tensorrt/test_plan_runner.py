@@ -57,29 +57,29 @@ def test_it_computes_what_it_is_given() -> None:
 def test_a_first_call_tells_shapes_and_addresses_and_then_computes_the_outputs_sizes() -> None:
     calls, executions = _calls()
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
-    told = [(method, name) for name in "abx" for method in ("set_input_shape", "set_tensor_address")]
-    assert _log(executions) == [*told, ("infer_shapes",), ("set_tensor_address", "y"), ("execute_async_v3", 7)]
+    bindings = [(method, name) for name in "abx" for method in ("set_input_shape", "set_tensor_address")]
+    assert _log(executions) == [*bindings, ("infer_shapes",), ("set_tensor_address", "y"), ("execute_async_v3", 7)]
 
 
 def test_the_same_again_tells_where_the_output_goes_alone() -> None:
     calls, executions = _calls()
     x, slots = _x(), calls.hold(tiny.drawn(1))
-    kept = calls.call({"x": x}, slots)
+    answer = calls.call({"x": x}, slots)
     _log(executions)
     calls.call({"x": x}, slots)
     assert _log(executions) == [("set_tensor_address", "y"), ("execute_async_v3", 7)]
-    assert kept.keys() == {"y"}
+    assert answer.keys() == {"y"}
 
 
 def test_a_swap_tells_the_slots_addresses_alone() -> None:
     calls, executions = _calls()
     x, one, other = _x(), calls.hold(tiny.drawn(1)), calls.hold(tiny.drawn(2))
-    kept = [calls.call({"x": x}, one)]
+    answers = [calls.call({"x": x}, one)]
     _log(executions)
-    kept.append(calls.call({"x": x}, other))
+    answers.append(calls.call({"x": x}, other))
     addresses = [("set_tensor_address", name) for name in "aby"]
     assert _log(executions) == [*addresses, ("execute_async_v3", 7)]
-    assert torch.equal(kept[1]["y"], tiny.computed(x, **tiny.drawn(2)))
+    assert torch.equal(answers[1]["y"], tiny.computed(x, **tiny.drawn(2)))
 
 
 def test_a_swap_to_another_rank_tells_shapes_too() -> None:
@@ -88,8 +88,8 @@ def test_a_swap_to_another_rank_tells_shapes_too() -> None:
     calls.call({"x": x}, one)
     _log(executions)
     assert torch.equal(calls.call({"x": x}, other)["y"], tiny.computed(x, **tiny.drawn(2, RANK)))
-    told = [(method, name) for name in "ab" for method in ("set_input_shape", "set_tensor_address")]
-    assert [*told, ("infer_shapes",)] == _log(executions)[:5]
+    bindings = [(method, name) for name in "ab" for method in ("set_input_shape", "set_tensor_address")]
+    assert [*bindings, ("infer_shapes",)] == _log(executions)[:5]
 
 
 def test_new_shapes_are_counted() -> None:
@@ -102,10 +102,10 @@ def test_new_shapes_are_counted() -> None:
 
 def test_a_thousand_swaps_leave_no_trace() -> None:
     calls, _ = _calls()
-    x, held = _x(), [calls.hold(tiny.drawn(seed, 1 + seed % RANK)) for seed in range(5)]
-    fresh = [_calls()[0].call({"x": x}, slots)["y"] for slots in held]
+    x, choices = _x(), [calls.hold(tiny.drawn(seed, 1 + seed % RANK)) for seed in range(5)]
+    fresh = [_calls()[0].call({"x": x}, slots)["y"] for slots in choices]
     for place in torch.randint(5, (1000,)).tolist():
-        assert torch.equal(calls.call({"x": x}, held[place])["y"], fresh[place])
+        assert torch.equal(calls.call({"x": x}, choices[place])["y"], fresh[place])
 
 
 def test_slots_that_were_let_go_are_not_taken_for_others() -> None:
@@ -154,11 +154,11 @@ def test_an_input_that_is_empty_has_an_address() -> None:
 
 def test_an_output_whose_size_is_known_late() -> None:
     calls, _ = _calls(depends=True)
-    kept = []
+    answers = []
     for seed in range(3):
         slots, x = tiny.drawn(seed), _x(1 + seed, seed)
-        kept.append((calls.call({"x": x}, calls.hold(slots))["y"], tiny.computed(x, **slots)))
-    assert all(torch.equal(found, wanted) for found, wanted in kept), "an output's memory is its own"
+        answers.append((calls.call({"x": x}, calls.hold(slots))["y"], tiny.computed(x, **slots)))
+    assert all(torch.equal(found, wanted) for found, wanted in answers), "an output's memory is its own"
 
 
 def test_an_allocator_gives_no_empty_memory() -> None:
@@ -172,8 +172,8 @@ def test_an_allocator_gives_no_empty_memory() -> None:
 def test_nothing_is_copied_that_can_be_read_where_it_lies() -> None:
     calls, _ = _calls()
     slots = tiny.drawn(1)
-    held = calls.hold(slots | {"of another graph": torch.zeros(1)})
-    assert {name: tensor.data_ptr() for name, tensor in held.items()} == {n: t.data_ptr() for n, t in slots.items()}
+    laid_out = calls.hold(slots | {"of another graph": torch.zeros(1)})
+    assert {name: tensor.data_ptr() for name, tensor in laid_out.items()} == {n: t.data_ptr() for n, t in slots.items()}
 
 
 @pytest.mark.parametrize("change", ["misaligned", "strided", "dtype"])
@@ -260,9 +260,9 @@ def test_an_input_is_read_anew_in_every_call() -> None:
     """A copy that was made of it is stale once it is written to."""
     calls, _ = _calls()
     slots, x = calls.hold(tiny.drawn(1)), torch.zeros(2, IN, dtype=torch.float64)
-    kept = calls.call({"x": x}, slots)["y"]
+    before = calls.call({"x": x}, slots)["y"]
     x += 1
-    assert not torch.equal(calls.call({"x": x}, slots)["y"], kept)
+    assert not torch.equal(calls.call({"x": x}, slots)["y"], before)
 
 
 def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
@@ -287,13 +287,13 @@ def test_numbers_that_shapes_are_computed_from_stay_on_the_host() -> None:
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
-def _in_threads(calls: ContextPool, held: list[DeviceSlots], wanted: list[Tensor], x: Tensor) -> list[int]:
+def _in_threads(calls: ContextPool, choices: list[DeviceSlots], wanted: list[Tensor], x: Tensor) -> list[int]:
     wrong: list[int] = []
 
     def work(place: int) -> None:
         for turn in range(50):
-            which = (place + turn) % len(held)
-            if not torch.equal(calls.call({"x": x}, held[which])["y"], wanted[which]):
+            which = (place + turn) % len(choices)
+            if not torch.equal(calls.call({"x": x}, choices[which])["y"], wanted[which]):
                 wrong.append(which)
 
     threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
@@ -345,9 +345,9 @@ def test_ports_are_what_the_library_says() -> None:
 # --- what is refused --------------------------------------------------------------------------------------------------
 @without_cuda
 def test_where_torch_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(lorac.Unavailable) as told:
+    with pytest.raises(lorac.Unavailable) as error:
         PlanRunner(tiny.plan())
-    assert told.value.what == HERE
+    assert error.value.what == HERE
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(lorac.Unavailable, match="was built without CUDA"):
         PlanRunner(tiny.plan())
@@ -377,9 +377,9 @@ def test_a_plan_of_another_version() -> None:
     made_by = f"{LIBRARY.name} 0.1.2"
     with pytest.raises(
         lorac.ArtifactError, match=rf"made by {made_by}, and here is {LIBRARY.name_and_version}"
-    ) as told:
+    ) as error:
         PlanRunner(tiny.plan(), made_by=made_by)
-    assert f"pip install {LIBRARY.name}==0.1.2" in str(told.value)
+    assert f"pip install {LIBRARY.name}==0.1.2" in str(error.value)
     assert requirements.find_maker(LIBRARY.name_and_version) is LIBRARY
 
 

@@ -47,14 +47,14 @@ CASES = [(case, ()) for case in FAST] + [(case, pytest.mark.slow) for case in SL
 
 
 def _named(case: tuple[str, str, str, tuple[str, ...]]) -> str:
-    *told, methods = case
-    return "-".join((*told, "+".join(methods)))
+    *words, methods = case
+    return "-".join((*words, "+".join(methods)))
 
 
 @pytest.fixture(scope="module", params=[pytest.param(case, marks=marks, id=_named(case)) for case, marks in CASES])
 def found(request: pytest.FixtureRequest) -> Built:
     """Return a built case, once for all its tests, which follow one another."""
-    make = built if request.param in FAST else built.__wrapped__  # of all that take long none is kept
+    make = built if request.param in FAST else built.__wrapped__  # none that takes long is cached
     return make(*request.param)
 
 
@@ -70,10 +70,10 @@ def test_the_inputs_of_the_network_are_the_programs_own(found):
     slots = {} if engine.constant else part.slots
     assert found.network.keys() == {*part.interface.inputs, *slots} == part.ranges.keys()
     assert {name: kind for name, (kind, _) in found.network.items()} == {n: KINDS[d] for n, d in part.dtypes.items()}
-    held = engine.memory if engine.fused else found.compiled._state.bound.content.tensors
+    contents = engine.memory if engine.fused else found.compiled._state.bound.content.tensors
     for slot in slots:
-        assert held[slot].dtype == part.dtypes[slot]
-        assert all(size in range_ for size, range_ in zip(held[slot].shape, part.ranges[slot], strict=True))
+        assert contents[slot].dtype == part.dtypes[slot]
+        assert all(size in range_ for size, range_ in zip(contents[slot].shape, part.ranges[slot], strict=True))
         plan = engine.plans[part.slots[slot].site]
         varying = [
             (r.least, r.most) for r, size in zip(part.ranges[slot], found.network[slot][1], strict=True) if size < 0
@@ -129,9 +129,9 @@ def _assert_selected(found: Built) -> None:
     assert "Where" in ops and "If" not in ops
     graph = found.program.graphs["main"]
     inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.engine.slots
-    held = found.compiled._state.bound.content.tensors  # nothing was active last
-    parameters = {name for name in held if "branch" in slots[name].role and not is_strength(slots[name].role)}
+    contents = found.compiled._state.bound.content.tensors  # nothing was active last
+    parameters = {name for name in contents if "branch" in slots[name].role and not is_strength(slots[name].role)}
     assert parameters
-    spoilt = {name: torch.full_like(t, torch.nan) if name in parameters else t for name, t in held.items()}
-    answers = [found.tried.outputs("main", tensors, inputs)[0] for tensors in (held, spoilt)]
+    spoilt = {name: torch.full_like(t, torch.nan) if name in parameters else t for name, t in contents.items()}
+    answers = [found.tried.outputs("main", tensors, inputs)[0] for tensors in (contents, spoilt)]
     assert torch.equal(*answers)

@@ -1,7 +1,7 @@
 """A network of one layer with a pair of slots, parsed and built by the real library, and a replacement for a GPU.
 
 A plan runs on a GPU alone. ``Memory`` stands in for the one object that only a GPU makes, a context of an engine: it
-has the methods that lorac calls, notes the calls, and computes from memory at the addresses that it was told. That it
+has the methods that lorac calls, notes the calls, and computes from memory at the addresses that it was given. That it
 has the real class' methods, with the real parameters, is a test of its own (``test_interfaces``).
 """
 
@@ -51,9 +51,11 @@ def model() -> onnx.ModelProto:
     )
     nodes = [helper.make_node(op, [one, other], [out]) for op, one, other, out in (*steps, ("Add", "q", "v", "y"))]
     shapes: dict[str, list[str | int | None]] = {"x": ["n", IN], "a": [IN, "r"], "b": ["r", OUT], "y": ["n", OUT]}
-    told = {name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()}
-    held = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights().items()]
-    graph = helper.make_graph(nodes, "tiny", [told[name] for name in "xab"], [told["y"]], held)
+    values = {
+        name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()
+    }
+    constants = [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights().items()]
+    graph = helper.make_graph(nodes, "tiny", [values[name] for name in "xab"], [values["y"]], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 

@@ -35,16 +35,16 @@ def reference(host: str, dtype: torch.dtype) -> Reference:
 
 def compiled(host: str, dtype: torch.dtype = torch.float32, mode: str = "live", **options: Any) -> Any:
     """Return a model on the GPU, with adapters that its mode takes."""
-    held = reference(host, dtype)
-    adapters = {n: a for n, a in held.adapters.items() if mode == "live" or n in MERGEABLE}
-    given: dict[str, Any] = {"active": None, "device": "cuda", "example_inputs": held.inputs(), **options}
-    return lorac.compile(held.entry.fresh(dtype), adapters, "onnxruntime", mode=mode, **given)
+    oracle = reference(host, dtype)
+    adapters = {n: a for n, a in oracle.adapters.items() if mode == "live" or n in MERGEABLE}
+    given: dict[str, Any] = {"active": None, "device": "cuda", "example_inputs": oracle.inputs(), **options}
+    return lorac.compile(oracle.entry.fresh(dtype), adapters, "onnxruntime", mode=mode, **given)
 
 
 def choices(host: str, mode: str) -> list[Any]:
     """Return choices to swap to: none, each adapter, a mixture."""
-    own = reference(host, torch.float32).choices
-    taken = [own[name] for name in own if mode == "live" or name in MERGEABLE]
+    known = reference(host, torch.float32).choices
+    taken = [known[name] for name in known if mode == "live" or name in MERGEABLE]
     return [None, *taken, {name: strength / 2 for one in taken for name, strength in one.items()}]
 
 
@@ -60,15 +60,15 @@ def first(host: str, answer: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_it_answers_as_torch_does(host: str, dtype: torch.dtype, mode: str) -> None:
-    held, engine = reference(host, dtype), compiled(host, dtype, mode)
-    off = engine(**held.inputs())
+    oracle, engine = reference(host, dtype), compiled(host, dtype, mode)
+    off = engine(**oracle.inputs())
     for name in engine.adapters:
-        engine.swap(held.choices[name])
-        answer = engine(**held.inputs())
+        engine.swap(oracle.choices[name])
+        answer = engine(**oracle.inputs())
         assert first(host, answer).dtype == dtype
-        assert_parity(answer, held.of(name), held.base, own_base=off, names=held.entry.outputs)
+        assert_parity(answer, oracle.of(name), oracle.base, own_base=off, names=oracle.entry.outputs)
     engine.swap(None)
-    assert torch.equal(first(host, engine(**held.inputs())), first(host, off))
+    assert torch.equal(first(host, engine(**oracle.inputs())), first(host, off))
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
@@ -82,10 +82,10 @@ def test_a_thousand_swaps_are_a_fresh_compile(mode: str) -> None:
 
 
 def test_a_call_is_answered_where_its_inputs_are() -> None:
-    host, held = "tiny_bert", reference("tiny_bert", torch.float32)
+    host, oracle = "tiny_bert", reference("tiny_bert", torch.float32)
     engine = compiled(host, active="lora")
-    near, there = first(host, engine(**held.inputs())), first(host, engine(**on_gpu(held.inputs())))
-    array = first(host, engine(**{name: value.numpy() for name, value in held.inputs().items()}))
+    near, there = first(host, engine(**oracle.inputs())), first(host, engine(**on_gpu(oracle.inputs())))
+    array = first(host, engine(**{name: value.numpy() for name, value in oracle.inputs().items()}))
     assert near.device.type == "cpu" and there.device == torch.device("cuda:0")
     assert torch.equal(there.cpu(), near) and torch.equal(torch.from_numpy(array), near)
 
@@ -109,11 +109,11 @@ def test_a_swap_copies_nothing_to_the_host(mode: str) -> None:
     for choice in (*choices(host, mode), *choices(host, mode)):
         engine.swap(choice)
         engine(**given)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as told:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         for choice in choices(host, mode):
             engine.swap(choice)
         torch.cuda.synchronize()
-    copies = list(_copies(told.events()))
+    copies = list(_copies(profiled.events()))
     assert not [copy for copy in copies if "DtoH" in copy]
     assert mode == "fused" or not copies
 
@@ -132,46 +132,46 @@ def test_weights_and_slots_lie_on_the_gpu(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_without_torchs_cuda_it_answers_the_same_bits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of ONNX Runtime's own, which is written from the CPU."""
-    host, held = "tiny_bert", reference("tiny_bert", torch.float32)
+    host, oracle = "tiny_bert", reference("tiny_bert", torch.float32)
     plain = compiled(host, mode="live")
     monkeypatch.setattr("lorac.backends.onnxruntime.engine.memory_at", OrtDeviceMemory)
     engine = compiled(host, mode=mode)
     for choice in choices(host, mode):
         engine.swap(choice)
         plain.swap(choice)
-        found, wanted = (first(host, one(**held.inputs())) for one in (engine, plain))
+        found, wanted = (first(host, one(**oracle.inputs())) for one in (engine, plain))
         assert torch.equal(found, wanted) if mode == "live" else assert_close(found, wanted) is None
 
 
 def test_threads_answer_what_each_asks_for() -> None:
     host, given = "tiny_llama", on_gpu(reference("tiny_llama", torch.float32).inputs())
-    engine, own = compiled(host), choices(host, "live")
-    alone = [first(host, engine(**given, adapters=choice)) for choice in own]
+    engine, listed = compiled(host), choices(host, "live")
+    alone = [first(host, engine(**given, adapters=choice)) for choice in listed]
 
     def ask(place: int) -> bool:
         torch.cuda.set_device(0)
         with torch.cuda.stream(torch.cuda.Stream()):
             mine = {name: value.clone() for name, value in given.items()}
-            return torch.equal(first(host, engine(**mine, adapters=own[place])), alone[place])
+            return torch.equal(first(host, engine(**mine, adapters=listed[place])), alone[place])
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(ask, [place % len(own) for place in range(200)]))
+        assert all(pool.map(ask, [place % len(listed) for place in range(200)]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_artifact_runs_where_it_was_saved(dtype: torch.dtype, tmp_path: Path) -> None:
-    host, held = "tiny_bert", reference("tiny_bert", dtype)
+    host, oracle = "tiny_bert", reference("tiny_bert", dtype)
     engine = compiled(host, dtype)
     engine.save(tmp_path / "it")
     loaded: Any = lorac.load(tmp_path / "it")
     for choice in choices(host, "live"):
         engine.swap(choice)
         loaded.swap(choice)
-        assert torch.equal(first(host, loaded(**held.inputs())), first(host, engine(**held.inputs())))
+        assert torch.equal(first(host, loaded(**oracle.inputs())), first(host, engine(**oracle.inputs())))
     if dtype == torch.float32:
         assert_close(
-            first(host, lorac.load(tmp_path / "it", device="cpu")(**held.inputs(), adapters=None)),
-            first(host, held.base),
+            first(host, lorac.load(tmp_path / "it", device="cpu")(**oracle.inputs(), adapters=None)),
+            first(host, oracle.base),
         )
     else:
         with pytest.raises(lorac.Unavailable, match="does not compute on the CPU"):
@@ -179,11 +179,11 @@ def test_an_artifact_runs_where_it_was_saved(dtype: torch.dtype, tmp_path: Path)
 
 
 def test_a_model_on_the_gpu_runs_there_unasked() -> None:
-    held = reference("tiny_bert", torch.float32)
-    model = held.entry.fresh().cuda()
-    engine: Any = lorac.compile(model, held.adapters, "onnxruntime", on_gpu(held.inputs()), active=None)
+    oracle = reference("tiny_bert", torch.float32)
+    model = oracle.entry.fresh().cuda()
+    engine: Any = lorac.compile(model, oracle.adapters, "onnxruntime", on_gpu(oracle.inputs()), active=None)
     assert engine.engine.options.place.type == "cuda" and next(model.parameters()).is_cuda
-    assert_close(first("tiny_bert", engine(**held.inputs())), first("tiny_bert", held.base))
+    assert_close(first("tiny_bert", engine(**oracle.inputs())), first("tiny_bert", oracle.base))
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:
@@ -195,13 +195,12 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
 
 _LIST = """
 from onnxruntime.capi import _pybind_state as library
-from lorac.backends.onnxruntime.devices.cuda_kernels import IN_HALF
 kinds = {"float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)"}
 for kernel in library.get_all_opkernel_def():
     opset = 1 if kernel.domain else 20
     if kernel.provider == "CUDAExecutionProvider" and kernel.version_range[0] <= opset <= kernel.version_range[1]:
-        own = {kind for kinds in kernel.type_constraints.values() for kind in kinds}
-        print(*(f"{dtype}|{kernel.domain}|{kernel.op_name}" for dtype, kind in kinds.items() if kind in own))
+        types = {kind for kinds in kernel.type_constraints.values() for kind in kinds}
+        print(*(f"{dtype}|{kernel.domain}|{kernel.op_name}" for dtype, kind in kinds.items() if kind in types))
 """
 
 
@@ -210,5 +209,7 @@ def test_what_is_written_down_of_kernels_is_what_the_library_has() -> None:
     if done.returncode:
         pytest.skip("onnxruntime cannot list its kernels here: a provider of it cannot be loaded")
     listed = set(done.stdout.split())
-    told = {f"{dtype}|{domain}|{op}" for dtype, ops in kernels_of_cuda.HALF_PRECISION_OPS.items() for domain, op in ops}
-    assert told <= listed
+    claimed = {
+        f"{dtype}|{domain}|{op}" for dtype, ops in kernels_of_cuda.HALF_PRECISION_OPS.items() for domain, op in ops
+    }
+    assert claimed <= listed

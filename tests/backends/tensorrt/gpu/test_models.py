@@ -28,14 +28,14 @@ Tensor = torch.Tensor
 def test_it_answers_as_eager_does(host: str, mode: str) -> None:
     names, given = ZOO[host].outputs, inputs(host)
     base = ZOO[host].model()(**given)
-    own = compiled(host, "baked", None)(**given)
+    unswapped = compiled(host, "baked", None)(**given)
     eager = lorac.compile(ZOO[host].model(), hosts.adapters(host))
     swapped = None if mode == "baked" else compiled(host, mode)
     for choice in CHOICES[1:]:
         found = compiled(host, mode, choice) if swapped is None else swapped
         if swapped is not None:
             found.swap(choice)
-        assert_parity(found(**given), eager(**given, adapters=choice), base, own_base=own, names=names)
+        assert_parity(found(**given), eager(**given, adapters=choice), base, own_base=unswapped, names=names)
 
 
 @pytest.mark.parametrize("host", HOSTS)

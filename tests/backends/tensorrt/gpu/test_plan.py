@@ -66,18 +66,18 @@ def test_ports_are_the_networks() -> None:
 
 def test_a_thousand_swaps_leave_no_trace() -> None:
     running, x = PlanRunner(_plan()), _x()
-    held = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(5)]
-    first = [running.call({"x": x}, slots)["y"].clone() for slots in held]
+    choices = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(5)]
+    first = [running.call({"x": x}, slots)["y"].clone() for slots in choices]
     for place in torch.randint(5, (1000,)).tolist():
-        assert torch.equal(running.call({"x": x}, held[place])["y"], first[place])
+        assert torch.equal(running.call({"x": x}, choices[place])["y"], first[place])
 
 
 def test_a_swap_copies_nothing() -> None:
     running, x = PlanRunner(_plan()), _x()
-    held = [running.hold(_on_gpu(tiny.drawn(seed))) for seed in range(2)]
-    kept = [running.call({"x": x}, slots) for slots in held]
+    choices = [running.hold(_on_gpu(tiny.drawn(seed))) for seed in range(2)]
+    answers = [running.call({"x": x}, slots) for slots in choices]
     before = torch.cuda.memory_allocated()
-    kept[0] = running.call({"x": x}, held[1])
+    answers[0] = running.call({"x": x}, choices[1])
     assert torch.cuda.memory_allocated() == before, "the answer took the place of the one before, and nothing else came"
 
 
@@ -97,16 +97,16 @@ def test_eight_threads(own_stream: bool, cuda_graphs: bool) -> None:
     flags = ["REQUIRE_USER_ALLOCATION"] if cuda_graphs and LIBRARY.is_rtx else []
     running = PlanRunner(_plan(*flags), cuda_graphs=cuda_graphs)
     x = _x()
-    held = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(8)]
-    first = [running.call({"x": x}, slots)["y"].cpu() for slots in held]
+    choices = [running.hold(_on_gpu(tiny.drawn(seed, 1 + seed % RANK))) for seed in range(8)]
+    first = [running.call({"x": x}, slots)["y"].cpu() for slots in choices]
     wrong: list[int] = []
 
     def work(place: int) -> None:
         stream = torch.cuda.Stream() if own_stream else torch.cuda.default_stream()
         with torch.cuda.stream(stream):
             for turn in range(100):
-                which = (place + turn) % len(held)
-                if not torch.equal(running.call({"x": x}, held[which])["y"].cpu(), first[which]):
+                which = (place + turn) % len(choices)
+                if not torch.equal(running.call({"x": x}, choices[which])["y"].cpu(), first[which]):
                     wrong.append(which)
 
     threads = [threading.Thread(target=work, args=(place,)) for place in range(8)]
@@ -158,10 +158,10 @@ def test_a_copy_of_another_threads_stream_is_waited_for() -> None:
 
 def test_an_input_on_the_cpu_may_be_written_to_after_its_call() -> None:
     running, slots = PlanRunner(_plan()), _on_gpu(tiny.drawn(1))
-    held, x = running.hold(slots), _x().cpu()
+    choices, x = running.hold(slots), _x().cpu()
     given = x.clone()
     torch.cuda._sleep(200_000_000)
-    found = running.call({"x": given, "unused": torch.zeros(1, device="cuda")}, held)["y"]
+    found = running.call({"x": given, "unused": torch.zeros(1, device="cuda")}, choices)["y"]
     given.zero_()
     assert_close(found.cpu(), _wanted(x, 1))
 
@@ -192,12 +192,12 @@ def test_another_capability_is_named() -> None:
 def test_kernels_are_kept(tmp_path: Path) -> None:
     if not LIBRARY.is_rtx:
         pytest.skip("TensorRT for RTX alone compiles kernels where a plan is loaded")
-    kept = PlanCache(tmp_path).kernels("0" * 32)
+    kernels = PlanCache(tmp_path).kernels("0" * 32)
     x, slots = _x(), _on_gpu(tiny.drawn(1))
     plan = _plan()
-    first = PlanRunner(plan, kernels=kept).call({"x": x}, slots)["y"]
-    assert kept.read()
-    assert torch.equal(PlanRunner(plan, kernels=kept).call({"x": x}, slots)["y"], first)
+    first = PlanRunner(plan, kernels=kernels).call({"x": x}, slots)["y"]
+    assert kernels.read()
+    assert torch.equal(PlanRunner(plan, kernels=kernels).call({"x": x}, slots)["y"], first)
 
 
 # --- weights that are replaced ----------------------------------------------------------------------------------------
@@ -218,12 +218,12 @@ def test_weights_are_replaced_from_the_gpus_memory_and_come_back(marked: tuple[s
     refits = WeightRefitter(running.engine, {name: memory[name] for name in marked}, running.library)
     before = running.call({"x": x}, slots)["y"].clone()
     for name in (*marked, None):
-        held = {key: tensor + 1 if key == name else tensor for key, tensor in base.items()}
+        changed = {key: tensor + 1 if key == name else tensor for key, tensor in base.items()}
         with running.writing():
             for key in marked:
-                memory[key].copy_(held[key])
+                memory[key].copy_(changed[key])
             refits.write([name] if name is not None else [])
         pair = tiny.drawn(1)
-        wanted = x.cpu() @ held[WEIGHT] + held[BIAS] + (x.cpu() @ pair["a"]) @ pair["b"]
+        wanted = x.cpu() @ changed[WEIGHT] + changed[BIAS] + (x.cpu() @ pair["a"]) @ pair["b"]
         assert_close(running.call({"x": x}, slots)["y"].cpu(), wanted)
     assert torch.equal(running.call({"x": x}, slots)["y"], before)
