@@ -120,7 +120,7 @@ def _load_manifest(
     if target != manifest.fields["target"]:
         return _compile_stored(manifest, session, target, device, options)
     _check_running_options(session.backend, options)
-    if device is not None and not session.backend.dialect.emits:
+    if device is not None and not session.backend.emits:
         check_device(device)
     program = manifest.fields["program"]
     if "options" in program:

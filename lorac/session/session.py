@@ -59,7 +59,7 @@ class Session:
         """Make a session without adapters over a model."""
         base = BaseReader(lambda site: read_weight(site, host.module), lambda site: read_bias(site, host.module))
         preparer = Preparer(ModelView.of(host.module).sites, base)
-        pool = AdapterPool(preparer, trains=not backend.dialect_for(options).emits)
+        pool = AdapterPool(preparer, trains=not backend.emits)
         return cls(host=host, backend=backend, options=options, mode=mode, preparer=preparer, pool=pool)
 
     @property

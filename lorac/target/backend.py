@@ -124,6 +124,11 @@ class Backend(ABC, Generic[OptionsT]):
                 )
         return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
 
+    @property
+    def emits(self) -> bool:
+        """Whether programs are emitted for the target, rather than the model run by itself."""
+        return self.dialect.emits
+
     def dialect_for(self, options: OptionsT) -> AnyDialect:
         """Return the dialect of the device that the options name: devices compute in different dtypes."""
         return self.dialect

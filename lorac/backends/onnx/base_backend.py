@@ -139,6 +139,11 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     # --- the backend's contract ----------------------------------------------------------------------------------
 
+    @property
+    def emits(self) -> bool:
+        """True: it is known without the dialect, whose passes import what only building needs."""
+        return True
+
     @functools.cached_property
     def dialect(self) -> OnnxDialect:  # type: ignore[override]  # nobody sets it
         """The dialect for the target's default options."""

@@ -44,7 +44,7 @@ def resolve_placement(
         OptionError: torch or the target does not run on the device.
         Unavailable: the machine lacks what the target needs there.
     """
-    if not backend.dialect_for(options).emits:
+    if not backend.emits:
         check_device(device)
         return options, device
     own = _model_device(model)
