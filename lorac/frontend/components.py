@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lorac.errors import ChoiceError, OptionError, nearest_name
+from lorac.errors import ChoiceError, CompileError, OptionError, nearest_name
 
 MAIN_GRAPH = "main"
 """Name of the only graph of a single model."""
@@ -26,7 +26,30 @@ class Components(nn.ModuleDict):
         for name in models:
             if not name.isidentifier():
                 raise OptionError(f"'{name}' cannot name a component", next_step="names are letters, digits and _")
-        super().__init__(dict(models))
+        super().__init__({name: strip_wrappers(model) for name, model in models.items()})
+
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "AveragedModel": "module"}
+"""torch's classes whose forward passes a call on to another module -> their name for it."""
+_DISTRIBUTED = {
+    "DistributedDataParallel": "give what it wraps, model.module; DistributedDataParallel(compiled) trains the result",
+    "FullyShardedDataParallel": "compile the model before it is sharded; DistributedDataParallel(compiled) trains it",
+    "FSDPModule": "compile the model before it is sharded; DistributedDataParallel(compiled) trains it",
+}
+"""torch's classes of models that several processes share -> what to give instead."""
+
+
+def strip_wrappers(model: nn.Module) -> nn.Module:
+    """Return the model inside torch's wrappers that only pass calls on, such as that of ``torch.compile``.
+
+    Raises:
+        CompileError: several processes share the model.
+    """
+    names = {cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("torch.")}
+    for name in names & _DISTRIBUTED.keys():
+        raise CompileError(f"the model is a {name}, which several processes share", next_step=_DISTRIBUTED[name])
+    inner = next((getattr(model, _WRAPPERS[name]) for name in names & _WRAPPERS.keys()), None)
+    return model if inner is None else strip_wrappers(inner)
 
 
 def get_encoder_graph_name(name: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lorac.frontend.base_weights import make_base_reader, read_stored_tensor
-from lorac.frontend.components import Components, get_component_prefix, list_components
+from lorac.frontend.components import Components, get_component_prefix, list_components, strip_wrappers
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton import Skeleton
 from lorac.ir.sites import BaseReader, Site, SiteKind
@@ -41,7 +41,7 @@ class ModelView:
         """
         if isinstance(model, ModelView):
             return model
-        module = Components(model) if isinstance(model, Mapping) else model
+        module = Components(model) if isinstance(model, Mapping) else strip_wrappers(model)
         return cls(module, find_sites(module))
 
     def with_sites(self, sites: Mapping[str, Site]) -> ModelView:

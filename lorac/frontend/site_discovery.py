@@ -11,6 +11,7 @@ from torch import nn
 
 from lorac.argument_types import check_type
 from lorac.errors import WrongType
+from lorac.frontend.components import strip_wrappers
 from lorac.frontend.parametrized_weights import get_tensor_identity, is_inside_parametrization, read_module_tensor
 from lorac.frontend.quantised_weights import find_quantised_class
 from lorac.ir.sites import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
@@ -31,7 +32,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     check_type(
         model, nn.Module, "what lorac.sites lists", next_step="give the model itself, an nn.Module that is loaded"
     )
-    found: dict[str, Site] = {}
+    model, found = strip_wrappers(model), dict[str, Site]()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             where = f"'{path}'" if path else "the model"

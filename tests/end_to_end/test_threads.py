@@ -1,4 +1,4 @@
-"""Eight threads compile eight models and add adapters to them at once: each result is the one that it is alone."""
+"""Eight threads compile, add, explain and save eight models at once: each result is the one that it is alone."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -53,8 +53,8 @@ def made(index):
     return host, x, dict(compiled.adapters)
 
 
-def work(model, target):
-    """What a model answers while adapters come."""
+def work(model, target, folder):
+    """What a model answers while adapters come, what it explains, and what its artifact answers."""
     host, x, adapters = model
     compiled = lorac.compile(
         host,
@@ -68,20 +68,24 @@ def work(model, target):
         for name in ("second", "third"):
             compiled.add_adapter(adapters[name], name=name)
             answers.append(compiled(x, adapters={"first": 0.5, name: 1.0}))
-        return [*answers, compiled(x, adapters=None)]
+        compiled.save(folder)
+        loaded = lorac.load(folder)
+        answers += [compiled(x, adapters=None), loaded(x), loaded(x, adapters="third")]
+    return answers, str(compiled.explain()), str(compiled.graph)
 
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_eight_threads_compile_and_add_at_once(target):
+def test_eight_threads_compile_add_explain_and_save_at_once(target, tmp_path):
     models = [made(index) for index in range(THREADS)]
-    alone = [work(model, target) for model in models]
+    alone = [work(model, target, tmp_path / f"alone {index}") for index, model in enumerate(models)]
     begin = threading.Barrier(THREADS)
 
-    def begin_together(model):
+    def begin_together(index):
         begin.wait(60)
-        return work(model, target)
+        return work(models[index], target, tmp_path / f"together {index}")
 
     with ThreadPoolExecutor(THREADS) as pool:
-        together = list(pool.map(begin_together, models))
+        together = list(pool.map(begin_together, range(THREADS)))
     for one, other in zip(alone, together, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
+        assert one[1:] == other[1:]

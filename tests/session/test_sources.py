@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import lorac
 from lorac.formats.peft.config import peft_types
@@ -154,6 +157,41 @@ def test_what_of_peft_is_no_base_is_refused() -> None:
     ):
         with pytest.raises(error, match=said):
             lorac.compile(model)
+
+
+# Models in torch's wrappers
+
+
+def torch_compiled(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(model, backend="eager"))
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("wrap", [torch_compiled, nn.DataParallel, AveragedModel])
+def test_a_wrapper_that_passes_calls_on_stands_for_its_model(wrap: Any, target: str) -> None:
+    model, inputs = MLP.fresh().eval(), MLP.inputs(seed=1)
+    compiled = lorac.compile(wrap(model), [lorac.LoRA(r=2, targets=["up"])], target=target, example_inputs=inputs)
+    assert list(compiled.sites) == list(lorac.sites(wrap(model))) == list(lorac.sites(model))
+    compiled.swap(None)
+    torch.testing.assert_close(compiled(**inputs), model(**inputs))
+    with refuses("compile_error", match="compiled already"):
+        lorac.compile(torch_compiled(lorac.compile(model, [])))
+
+
+def test_a_model_that_several_processes_share_is_refused() -> None:
+    adapters = [lorac.LoRA(r=2, targets=["up"])]
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with refuses("compile_error", match=r"DistributedDataParallel(.|\n)*model.module"):
+            lorac.compile(DistributedDataParallel(MLP.fresh()), adapters)
+        with refuses("compile_error", match=r"FSDPModule(.|\n)*before it is sharded"):
+            lorac.compile(fully_shard(MLP.fresh()), adapters)
+        # What the messages advise.
+        compiled: Any = lorac.compile(MLP.fresh(), adapters).train()
+        DistributedDataParallel(compiled)(**MLP.inputs()).square().mean().backward()
+        assert compiled.adapters["lora"].tensors["up"]["lora_B"].grad is not None
+    finally:
+        distributed.destroy_process_group()
 
 
 # PEFT's configurations

@@ -70,12 +70,14 @@ def read_example_inputs(graph: Graph, names: Sequence[str]) -> dict[str, Tensor]
 
 
 def resize_inputs(inputs: Mapping[str, Tensor], chosen: AxisSizes) -> dict[str, Tensor]:
-    """Repeat or cut inputs to other sizes, so that ids stay ids, and masks stay masks."""
+    """Repeat or cut inputs to other sizes, so that ids stay ids, masks stay masks, and offsets rise."""
     changed = dict(inputs)
     for (name, axis), size in chosen.items():
         value = changed[name]
         places = torch.arange(size, device=value.device) % value.shape[axis]
         changed[name] = value.index_select(axis, places)
+        if value.dim() == 1 and not value.is_floating_point() and torch.equal(value, value.sort().values):
+            changed[name] = changed[name].sort().values
     return changed
 
 

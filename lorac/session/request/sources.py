@@ -13,6 +13,7 @@ from torch import nn
 from lorac.argument_types import describe_value
 from lorac.errors import AdapterError, ChoiceError, CompileError, short
 from lorac.formats.peft.objects import is_peft_config, unwrap_model, variant_from_config
+from lorac.frontend.components import strip_wrappers
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.variants.adapter import Adapter
@@ -88,7 +89,8 @@ def _require_module(given: object, subject: str) -> nn.Module:
             next_step="compiled.export(target=...) compiles it again, with its adapters as they are now",
         )
     if isinstance(given, nn.Module):
-        return given
+        inner = strip_wrappers(given)
+        return inner if inner is given else _require_module(inner, subject)
     raise CompileError(f"{subject} is {describe_value(given)}, not an nn.Module", next_step=_suggest_model(given))
 
 

@@ -10,6 +10,7 @@ import lorac
 from lorac.errors import ChoiceError
 from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.interpreter import resize_inputs
 from lorac.testing.eager_checks import ROUNDING
 from tests.captured import Stack, capture, filled, graph_of, interpret, lower
 from tests.parity import assert_parity, named_outputs
@@ -106,3 +107,33 @@ def test_ties_go_to_the_lowest_index() -> None:
     top, order = interpret(graph, {"x": x})
     assert top.tolist() == [[0, 1, 2], [30, 31, 32]]
     assert order.tolist() == [list(range(40)), [*range(30, 40), *range(30)]]
+
+
+class Bags(nn.Module):
+    """Means of rows of a table, one for each offset into the ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.EmbeddingBag(20, 4), nn.Linear(4, 6)
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        result: Tensor = self.out(self.table(ids, offsets))
+        return result
+
+
+@torch.no_grad()
+def test_offsets_rise_at_other_sizes() -> None:
+    model, ids, offsets = Bags().eval(), torch.arange(7), torch.tensor([0, 3])
+    resized = resize_inputs({"ids": ids.flip(0), "offsets": offsets}, {("ids", 0): 8, ("offsets", 0): 3})
+    assert resized["ids"].tolist() == [6, 5, 4, 3, 2, 1, 0, 6]
+    assert resized["offsets"].tolist() == [0, 0, 3]
+    free = {0: torch.export.Dim.AUTO}
+    compiled = lorac.compile(
+        model,
+        [lorac.LoRA(r=2, targets=["out"])],
+        target="onnxruntime",
+        example_inputs=(ids, offsets),
+        dynamic_shapes=(free, free),
+    )
+    ids, offsets = torch.arange(9), torch.tensor([0, 2, 5])
+    torch.testing.assert_close(compiled(ids, offsets), model(ids, offsets))
