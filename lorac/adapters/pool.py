@@ -77,8 +77,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             entry = self.entries[name]
             now = self.read_versions((entry.adapter,))
             if not entry.versions.agrees(now):
-                if now.versions == entry.versions.versions:
-                    self._preparer.forget_shared(now.tensors)
+                self._preparer.forget_shared(now.tensors if now.versions == entry.versions.versions else ())
                 entry = self.entries[name] = PoolEntry(entry.adapter, self._preparer.prepare(entry.adapter), now)
             return entry.prepared
 

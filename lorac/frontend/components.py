@@ -32,9 +32,9 @@ class Components(nn.ModuleDict):
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "AveragedModel": "module"}
 """torch's classes whose forward passes a call on to another module -> their name for it."""
 _DISTRIBUTED = {
-    "DistributedDataParallel": "give what it wraps, model.module; DistributedDataParallel(compiled) trains the result",
-    "FullyShardedDataParallel": "compile the model before it is sharded; DistributedDataParallel(compiled) trains it",
-    "FSDPModule": "compile the model before it is sharded; DistributedDataParallel(compiled) trains it",
+    "DistributedDataParallel": "give what it wraps, model.module, and wrap what compile() returns",
+    "FullyShardedDataParallel": "compile the model before it is sharded, and train it in a DistributedDataParallel",
+    "FSDPModule": "compile the model before it is sharded, and train it in a DistributedDataParallel",
 }
 """torch's classes of models that several processes share -> what to give instead."""
 

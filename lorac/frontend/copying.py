@@ -68,10 +68,16 @@ def separate_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
         layer = modules[leaf]
         assert layer is not None
         if names[id(layer)] > 1:
-            modules[leaf] = own = copy.copy(layer)
-            own.__dict__ |= {kept: vars(layer)[kept].copy() for kept in _KEPT_APART}
+            modules[leaf] = copy_layer(layer)
             left.append(layer)
     return left
+
+
+def copy_layer(layer: nn.Module) -> nn.Module:
+    """Return a module over the same tensors that may be given others, and hooks, of its own."""
+    own = copy.copy(layer)
+    own.__dict__ |= {kept: vars(layer)[kept].copy() for kept in _KEPT_APART}
+    return own
 
 
 _KEPT_APART = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")

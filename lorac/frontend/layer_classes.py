@@ -4,8 +4,8 @@ A scaled embedding returns a multiple of the result of ``nn.Embedding``. The cha
 scaled with it, as it is once merged.
 
 Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. An adapter
-acts where its layer is called, so it has no effect on such a reader. Which layers are read is found in the bytecode of
-the reader's class, since only some calls take the branch that reads.
+acts where its layer is called, as PEFT's does, and has no effect on such a reader. Which layers are read is found in
+the bytecode of the reader's class, since only some calls take the branch that reads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lorac.errors import SiteError
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.site_discovery import is_gpt2_conv1d
-from lorac.ir.sites import ConvGeometry, weight_read_error
+from lorac.ir.sites import ConvGeometry
 
 Forward = Callable[..., Any]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,22 +41,20 @@ def find_layer_class(module: nn.Module) -> type[nn.Module]:
 
 
 def check_layer(path: str, model: nn.Module) -> None:
-    """Refuse a layer on which no adapter can act: its forward, or its owner's, uses its weight otherwise.
-
-    Raises:
-        SiteError: its class computes more than the layer by itself, or another module reads its weight and never calls
-            it.
-    """
-    owner, _, leaf = path.rpartition(".")
-    module, reader = model.get_submodule(path), model.get_submodule(owner)
-    if find_weight_reads(reader).get(leaf) is False:
-        raise weight_read_error(path, type(reader).__name__)
+    """Raise ``SiteError`` if a layer's class computes more than the layer by itself: no adapter can act there."""
+    module = model.get_submodule(path)
     if not has_plain_forward(module) and not calls_super_forward(module):
         raise SiteError(
             f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer by itself",
             next_step="exclude= it, or let its forward call super().forward",
             code="site_unsupported",
         )
+
+
+def is_only_read(path: str, model: nn.Module) -> bool:
+    """Return whether the owner of a layer reads its weight and never calls it."""
+    owner, _, leaf = path.rpartition(".")
+    return find_weight_reads(model.get_submodule(owner)).get(leaf) is False
 
 
 def has_plain_forward(module: nn.Module) -> bool:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorac.errors import SiteError
-
 
 class SiteKind(enum.StrEnum):
     """Kinds of sites, by the operation that they compute."""
@@ -164,15 +162,6 @@ HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
 def factor_dtype(base: torch.dtype) -> torch.dtype:
     """Return the dtype of an adapter's tensors over a base of dtype ``base``: float32 over half precision (PEFT)."""
     return torch.float32 if base in HALF_PRECISION else base
-
-
-def weight_read_error(path: str, reader: str) -> SiteError:
-    """Return the error for an adapted layer that is not called, while another module reads its weight."""
-    return SiteError(
-        f"'{path}' is not called: {reader} reads its weight instead, where an adapter has no effect, in PEFT neither",
-        next_step="exclude= it",
-        code="site_unsupported",
-    )
 
 
 @dataclass(frozen=True)

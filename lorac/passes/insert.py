@@ -17,7 +17,7 @@ from lorac.ir.graph.edit import add_dimension, add_inputs, inline
 from lorac.ir.graph.graph import Graph, Level, SlotInput
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.graph.provenance import find_module_path
-from lorac.ir.sites import Site, SiteKind, factor_dtype, weight_read_error
+from lorac.ir.sites import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.role import SlotSpec
@@ -146,8 +146,6 @@ def _select_plans(
     projections = {path: each for path, each in graph.projections.items() if path in calls}
     fused = {member for each in projections.values() for member in each.sites}
     uncalled = [path for path in planned if path not in calls and path not in fused]
-    for path in uncalled:
-        _refuse_read(graph, planned[path], used)
     unused = [path for path in uncalled if not _is_read(graph, planned[path], used)]
     if unused and len(unused) == len(planned):
         raise _unreached(f"'{unused[0]}' ({len(unused)} sites) is adapted", graph)
@@ -166,20 +164,6 @@ def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:
     return plan.site.within is not None and any(
         graph.node(name) in used for name in _find_inputs(graph, plan.site.weight)
     )
-
-
-def _refuse_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> None:
-    """Refuse an adapted layer that the graph does not call while an op of another module reads its weight.
-
-    A layer that is tied to it reads the same weight by its own call.
-    """
-    if not plan.site.is_layer or plan.site.shares:
-        return
-    names = _find_inputs(graph, plan.site.weight)
-    readers = [user for name in names for user in graph.node(name).users if user in used]
-    reader = next((user for user in readers if user.target not in ops.SITE_OPS), None)
-    if reader is not None:
-        raise weight_read_error(plan.site.path, f"'{find_module_path(reader) or graph.name}'")
 
 
 def check_adapters_reached(graphs: Iterable[Graph], touched: Mapping[str, Collection[str]]) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from lorac.adapters.training_terms import AdapterTerms
-from lorac.errors import ChoiceError
+from lorac.errors import ChoiceError, SiteError, warn
 from lorac.frontend.components import Components
-from lorac.frontend.layer_classes import check_layer
+from lorac.frontend.layer_classes import check_layer, is_only_read
 from lorac.ir.graph.program import Program
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.ir.slots.composition import compose_choice
@@ -44,9 +44,32 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
         adapter = make_adapter(session, given, name)
         session.pool.add(adapter, session.pool.prepare(adapter))
     session.plans = plan_sites(session.sites, session.pool, request.mode, request.reserve, dialect.ranks_at)
-    for path in (path for path, plan in session.plans.items() if plan.site.is_layer):
-        check_layer(path, model)
+    _check_layers(session)
     return session
+
+
+def _check_layers(session: Session) -> None:
+    """Refuse layers on which no adapter can act, and name those on which an adapter acts in vain.
+
+    Raises:
+        SiteError: a layer's class computes more than its layer, or an adapter acts nowhere.
+    """
+    model, layers = session.host.module, [path for path, plan in session.plans.items() if plan.site.is_layer]
+    for path in layers:
+        check_layer(path, model)
+    read = [path for path in layers if is_only_read(path, model)]
+    if not read:
+        return
+    named = ", ".join(f"'{path}'" for path in read[:3]) + (f" and {len(read) - 3} more" if len(read) > 3 else "")
+    what = f"{named}, whose weights are read and which are never called, as in PEFT"
+    for name, prepared in session.pool.items():
+        if prepared.paths <= set(read):
+            raise SiteError(
+                f"adapter '{name}' has no effect: it acts on {what}",
+                next_step="name other layers in targets=",
+                code="site_unreached",
+            )
+    warn(f"adapters have no effect at {what}", next_step="exclude= these layers to train nothing in vain")
 
 
 def resolve_active(session: Session, source: ModelSource, request: CompileRequest) -> Choice:

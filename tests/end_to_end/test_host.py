@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.testing.eager_checks import assert_close
 from tests.zoo import ZOO
 
 CASES = [
@@ -132,8 +133,8 @@ def test_one_tensor_for_two_arguments_is_two_inputs(target):
     adapters = [lorac.LoRA(r=2, targets=["first"])]
     compiled = lorac.compile(model, adapters, target=target, example_inputs={"x": x, "others": {"y": x}})
     y = torch.randn(3, 4)
-    torch.testing.assert_close(compiled(x=x, others={"y": y}), model(x, {"y": y}))
-    torch.testing.assert_close(compiled(x=y, others={"y": y}), model(y, {"y": y}))
+    assert_close(compiled(x=x, others={"y": y}), model(x, {"y": y}))
+    assert_close(compiled(x=y, others={"y": y}), model(y, {"y": y}))
 
 
 @torch.no_grad()
@@ -145,4 +146,4 @@ def test_what_a_model_writes_into_its_inputs_stays_away_from_the_examples(target
     kept, example = x.clone(), {"x": x, "others": {"y": y}}
     compiled = lorac.compile(model, [lorac.LoRA(r=2, targets=["first"])], target=target, example_inputs=example)
     assert torch.equal(x, kept)
-    torch.testing.assert_close(compiled(x=x.clone(), others={"y": y}), model(x.clone(), {"y": y}))
+    assert_close(compiled(x=x.clone(), others={"y": y}), model(x.clone(), {"y": y}))

@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorac
+from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.end_to_end.peft_cases import CASES, checkpoint, example
 from tests.peft_files import make_peft
@@ -101,7 +102,7 @@ def test_an_adapter_acts_under_the_first_of_two_names_as_pefts_layer_does(
         compiled.save(tmp_path / "artifact")
         parity.assert_parity(lorac.load(tmp_path / "artifact")(**INPUTS), expected, base)
         compiled.swap(None)
-        torch.testing.assert_close(compiled(**INPUTS), base)
+        assert_close(compiled(**INPUTS), base)
 
 
 # Hosts that cannot be captured

@@ -1,18 +1,22 @@
-"""Layers whose weight another module reads: found in the reader's code, and refused where they are adapted."""
+"""Layers whose weight another module reads: found in the reader's code, and adapted where they are called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorac
 from lorac.frontend.layer_classes import find_weight_reads
 from lorac.testing.eager_checks import assert_close
-from tests.frontend.test_layer_hooks import drawn
+from tests import parity
+from tests.peft_files import make_peft
 from tests.refusing import refuses
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -44,19 +48,6 @@ class Choosing(Reader):
         return self.qkv(x) if self.calls else super()._multiply(x)
 
 
-class Aside(Reader):
-    """It reads the weight in a way that its code does not show."""
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        layer = next(self.children())
-        return F.linear(x, layer.weight, layer.bias)
-
-
-def compiled_of(model: nn.Module, target: str, mode: str, targets: Sequence[str] = ("qkv", "out")) -> lorac.Compiled:
-    adapter = drawn(model, targets)
-    return lorac.compile(model.eval(), [adapter], target=target, mode=mode, example_inputs=(X,))
-
-
 def test_reads_are_found_in_the_code_of_a_class() -> None:
     assert find_weight_reads(Reader()) == {"qkv": False}
     assert find_weight_reads(nn.MultiheadAttention(4, 2)) == {"out_proj": False}
@@ -65,32 +56,29 @@ def test_reads_are_found_in_the_code_of_a_class() -> None:
     assert find_weight_reads(torchvision.ShiftedWindowAttention(8, [2, 2], [0, 0], 2)) == {"qkv": False, "proj": False}
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("target", "mode"), SETTINGS)
-def test_a_layer_that_is_read_is_refused(target: str, mode: str) -> None:
-    with refuses("site_unsupported", match="'qkv' is not called: Reader reads its weight instead"):
-        compiled_of(Reader(), target, mode)
-    compiled = compiled_of(Reader(), target, mode, ["out"])
-    compiled.swap(None)
-
-
-@pytest.mark.parametrize(("target", "mode"), SETTINGS)
-def test_a_layer_that_may_be_read_is_refused_where_it_is(target: str, mode: str) -> None:
-    with refuses("site_unsupported", match="'qkv' is not called: .* reads its weight instead"):
-        compiled_of(Choosing(False), target, mode)(X)
-    compiled = compiled_of(Choosing(True), target, mode)
-    changed = compiled(X)
-    compiled.swap(None)
-    assert not torch.allclose(compiled(X), changed)
-
-
-@pytest.mark.parametrize("mode", ["live", "fused"])
-def test_a_program_shows_any_other_read(mode: str) -> None:
-    with refuses("site_unsupported", match="'qkv' is not called: 'main' reads its weight instead"):
-        compiled_of(Aside(), "onnxruntime", mode)
-
-
-def test_a_read_layer_runs_while_no_adapter_acts_there() -> None:
-    model = Choosing(False)
-    compiled = compiled_of(model, "eager", "live")
+@pytest.mark.parametrize("make", [Reader, lambda: Choosing(False), lambda: Choosing(True)])
+def test_an_adapter_acts_on_calls_as_pefts_layer_does(
+    make: Callable[[], nn.Module], target: str, mode: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    oracle = make_peft(model, tmp_path, LoraConfig(r=2, target_modules=["qkv", "out"]), inputs={"x": X})
+    told = pytest.warns(
+        lorac.LoracWarning, match="no effect at 'qkv', whose weights are read and which are never called"
+    )
+    with told if type(model) is Reader else contextlib.nullcontext():
+        compiled = lorac.compile(model, {"a": tmp_path}, target=target, mode=mode, example_inputs=(X,))
+    parity.assert_parity(compiled(X), oracle(X), model(X))
     compiled.swap(None)
     assert_close(compiled(X), model(X))
+    compiled.swap("a")
+    parity.assert_parity(compiled(X), oracle(X), model(X))
+
+
+@pytest.mark.parametrize(("target", "mode"), SETTINGS)
+def test_an_adapter_that_acts_nowhere_is_refused(target: str, mode: str) -> None:
+    adapter = lorac.LoRA(r=2, targets=["qkv"])
+    with refuses("site_unreached", match="adapter 'lora' has no effect: it acts on 'qkv'"):
+        lorac.compile(Reader(), [adapter], target=target, mode=mode, example_inputs=(X,))

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import lorac
 from lorac.formats.peft.config import peft_types
+from lorac.testing.eager_checks import assert_close
 from lorac.variants._field_names import translate_name
 from tests import peft_files
 from tests.parity import assert_parity
@@ -173,7 +174,7 @@ def test_a_wrapper_that_passes_calls_on_stands_for_its_model(wrap: Any, target: 
     compiled = lorac.compile(wrap(model), [lorac.LoRA(r=2, targets=["up"])], target=target, example_inputs=inputs)
     assert list(compiled.sites) == list(lorac.sites(wrap(model))) == list(lorac.sites(model))
     compiled.swap(None)
-    torch.testing.assert_close(compiled(**inputs), model(**inputs))
+    assert_close(compiled(**inputs), model(**inputs))
     with refuses("compile_error", match="compiled already"):
         lorac.compile(torch_compiled(lorac.compile(model, [])))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -26,11 +27,12 @@ from lorac.backends.eager.forward_call import (
     slots_from_snapshot,
     translate_errors,
 )
-from lorac.backends.eager.fused_weights import adds_bias, allocate_buffers
+from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
 from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.shadow import shadow
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.frontend.components import check_component, get_component_prefix, list_components
+from lorac.frontend.copying import copy_layer
 from lorac.frontend.layer_classes import (
     find_layer_class,
     find_weight_reads,
@@ -39,7 +41,7 @@ from lorac.frontend.layer_classes import (
     replace_super_forward,
 )
 from lorac.frontend.layer_hooks import guard_hooks
-from lorac.ir.sites import BaseReader, Site, SiteKind, weight_read_error
+from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import read_weight_slots, run_site
@@ -105,7 +107,10 @@ class EagerEngine(Engine[ActiveSlots]):
         for path in list_tapped_modules(plans.values()):
             tap = module.get_submodule(path)
             tap.forward = functools.partial(self._forward_tap, path, tap.forward)
-        self.buffers: Mapping[str, FusedBuffer] = allocate_buffers(module, plans, base) if self.fused else {}
+        bound = {path: plan for path, plan in plans.items() if self.fused and plan.bound}
+        self.buffers: Mapping[str, FusedBuffer] = {
+            path: allocate_buffer(self._find_written_module(plan.site), plan, base) for path, plan in bound.items()
+        }
 
     # --- the engine's contract -----------------------------------------------------------------------------------
 
@@ -258,25 +263,24 @@ class EagerEngine(Engine[ActiveSlots]):
             self._install_below(path, module)
         if plan.site.is_layer:
             guard_hooks(module, path, lambda: path in self.current_slots().touched)
-            self._watch_reader(path, module)
 
-    def _watch_reader(self, path: str, module: nn.Module) -> None:
-        """Refuse a call in which a layer's owner reads the layer's weight instead of calling it, if its class may."""
-        owner, _, leaf = path.rpartition(".")
-        reader = self.module.get_submodule(owner)
-        if leaf in find_weight_reads(reader):
-            module.forward = functools.partial(self._forward_watched, path, module.forward)
-            reader.forward = functools.partial(self._forward_reader, path, type(reader).__name__, reader.forward)
+    def _find_written_module(self, site: Site) -> nn.Module:
+        """Return the module whose weight a swap writes; for a layer whose owner may read its weight, a twin of it.
 
-    def _forward_watched(self, path: str, forward: Callable[..., T], *args: object, **kwargs: object) -> T:
-        self._call().called.add(path)
-        return forward(*args, **kwargs)
-
-    def _forward_reader(self, path: str, reader: str, forward: Callable[..., T], *args: object, **kwargs: object) -> T:
-        output, call = forward(*args, **kwargs), self._call()
-        if path in call.active.touched and path not in call.called and _current_call.get() is not None:
-            raise weight_read_error(path, reader)
-        return output
+        The layer then calls the twin: an adapter acts on calls of its layer, in fused mode as in live mode.
+        """
+        owner = str(site.weight).rpartition(".")[0]
+        module, path = self.module.get_submodule(owner), site.path
+        reader, _, name = path.rpartition(".")
+        read = site.is_layer and name in find_weight_reads(self.module.get_submodule(reader))
+        if not read or "_old_forward" in vars(module):  # accelerate's hooks call the layer itself
+            return module
+        twin, original = copy_layer(module), self._originals[path]
+        if isinstance(original, functools.partial) and original.args == (module,):
+            self._originals[path] = functools.partial(original.func, twin)
+        elif isinstance(original, types.MethodType):
+            self._originals[path] = types.MethodType(original.__func__, twin)
+        return twin
 
     def _install_below(self, path: str, module: nn.Module) -> None:
         """Adapt the ``super().forward`` of a layer's own class, on a twin with the same attributes."""

@@ -81,7 +81,6 @@ class ForwardCall:
             reentrant checkpoint turns gradients off within it.
         seed: of the randomness of the call's branches, if it trains.
         values: program values read so far.
-        called: paths of the layers called so far whose weights other modules may read.
         aux: extra outputs so far.
         attention: of the call's branches.
         passing: the adapter's pass that this call is, if it is one.
@@ -91,7 +90,6 @@ class ForwardCall:
     computes_terms: bool = False
     seed: int | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
-    called: set[str] = field(default_factory=set)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     attention: BranchAttention = field(default_factory=FullAttention)
     passing: AdapterPass | None = None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
@@ -14,17 +12,12 @@ from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.plans import SitePlan
 
 
-def allocate_buffers(module: nn.Module, plans: Mapping[str, SitePlan], base: BaseReader) -> dict[str, FusedBuffer]:
-    """Give every bound weight of a module its own parameter, with the base's values at first."""
-    return {path: _allocate_buffer(module, plan, base) for path, plan in plans.items() if plan.bound}
-
-
-def _allocate_buffer(module: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuffer:
+def allocate_buffer(owner: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuffer:
+    """Give a module that has a bound weight a parameter of its own for it, with the base's values at first."""
     site = plan.site
     assert site.weight is not None
-    owner_path, _, leaf = site.weight.rpartition(".")
-    owner = module.get_submodule(owner_path)
-    weight = read_stored_tensor(module, site.weight).detach().clone()
+    leaf = site.weight.rpartition(".")[2]
+    weight = read_stored_tensor(owner, leaf).detach().clone()
     if site.buffer:
         owner._buffers[leaf] = weight
     else:

@@ -60,9 +60,9 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> list[str]:
     for path, module in modules.items():
         if (forward := _site_forward(module, path)) is not None:
             _override(module, forward)
-            if path in marks.adapted:
-                guard_hooks(module, path)
             sites.append(path)
+    for path in set(marks.adapted).intersection(sites):
+        guard_hooks(modules[path], path)
     for path in blocks:
         module = modules[path]
         module.forward = _block_forward(module.forward, path)

@@ -11,7 +11,7 @@ from lorac.errors import ChoiceError
 from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import resize_inputs
-from lorac.testing.eager_checks import ROUNDING
+from lorac.testing.eager_checks import ROUNDING, assert_close
 from tests.captured import Stack, capture, filled, graph_of, interpret, lower
 from tests.parity import assert_parity, named_outputs
 
@@ -136,4 +136,4 @@ def test_offsets_rise_at_other_sizes() -> None:
         dynamic_shapes=(free, free),
     )
     ids, offsets = torch.arange(9), torch.tensor([0, 2, 5])
-    torch.testing.assert_close(compiled(ids, offsets), model(ids, offsets))
+    assert_close(compiled(ids, offsets), model(ids, offsets))
