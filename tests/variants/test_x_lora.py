@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorac
@@ -388,3 +388,24 @@ def test_the_authors_files(tmp_path: Path) -> None:
 )
 def test_the_last_hidden_state(kind: str, fields: dict[str, Any], path: str) -> None:
     assert find_last_hidden_state(tiny(kind, **fields)) == (path, 32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_k_lora", 99), ("softmax_temperature", 0.0), ("xlora_dropout_p", 2.0)]
+)
+def test_a_value_that_the_method_does_not_take_is_refused_in_a_file(field: str, value: float, tmp_path: Path) -> None:
+    with refuses("unsupported_field", match=f"takes no {field.removeprefix('xlora_')}={value}") as refused:
+        lorac.load_adapter(complete(tmp_path / "x", **{field: value}), model(), "x")
+    assert str(tmp_path / "x") in refused.value.what
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_peft_is_blamed_for_the_tensors_that_it_drops_alone(dropped: bool, tmp_path: Path) -> None:
+    """It takes keys of layers 0, 1 and 2 for those of the three experts, and saves layer 3."""
+    here = complete(tmp_path / "x")
+    tensors = load_file(here / "adapter_model.safetensors")
+    (missing, *_) = [key for key in tensors if (".0." in key) == dropped]
+    save_file({key: tensor for key, tensor in tensors.items() if key != missing}, here / "adapter_model.safetensors")
+    with refuses("corrupt_file", match=missing.rpartition(".")[2]) as refused:
+        lorac.load_adapter(here, model(), "x")
+    assert ("PEFT drops" in refused.value.what) == dropped
