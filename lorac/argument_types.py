@@ -23,7 +23,7 @@ _NUMBERS: Mapping[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 
 class Limit(ABC):
-    """The values that a field takes, of those of its type; None and values of the types it is not for always pass."""
+    """A limit of a field's values beyond their type; None, and values of types that it is not about, always pass."""
 
     @abstractmethod
     def admits(self, value: object, fields: Mapping[str, object]) -> bool:

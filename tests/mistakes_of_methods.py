@@ -334,7 +334,12 @@ AFTERWARDS = [
     Mistake(
         "a method that PEFT does not have, saved for PEFT",
         lambda w: _saved(w, lorac.MeteoRA(r=1, **QUERY), "no_peft"),
-        lambda w, said: _saved(w, lorac.MeteoRA(r=1, **QUERY), "no_peft", format="native"),
+        lambda w, said: (
+            _saved(w, lorac.MeteoRA(r=1, **QUERY), "no_peft", format="native"),
+            lorac.save_adapter(
+                lorac.freeze_router(_adapter(w, lorac.MeteoRA(r=1, **QUERY)), [1, 0, 0, 0.5]), w.path("frozen")
+            ),
+        ),
     ),
     Mistake(
         "places that PEFT does not have, saved for PEFT",

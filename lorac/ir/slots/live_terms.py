@@ -40,6 +40,7 @@ class Dropout(enum.StrEnum):
     NONE = "none"
 
 
+_DROPOUTS = (Dropout.INPUT, Dropout.RANK)
 DropoutDelta = Callable[[Tensor, Tensor, float], Tensor]
 """(x, y, rate) -> y' − y, with dropout of that rate."""
 
@@ -149,9 +150,6 @@ def _scale(strength: float, delta: Tensor) -> Tensor:
 
 def _active_rate(term: LiveTerm, ctx: FormulaContext, dropout: Dropout) -> float:
     return term.rate if ctx.training and term.dropout is dropout else 0.0
-
-
-_DROPOUTS = (Dropout.INPUT, Dropout.RANK)
 
 
 def _refuse_dropout(site: Site, term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropout], why: str) -> None:
