@@ -337,7 +337,9 @@ AFTERWARDS = [
         lambda w, said: (
             _saved(w, lorac.MeteoRA(r=1, **QUERY), "no_peft", format="native"),
             lorac.save_adapter(
-                lorac.freeze_router(_adapter(w, lorac.MeteoRA(r=1, **QUERY)), [1, 0, 0, 0.5]), w.path("frozen")
+                lorac.freeze_router(_adapter(w, lorac.MeteoRA(r=1, **QUERY)), [1, 0, 0, 0.5]),
+                w.path("frozen"),
+                model=w.model,
             ),
         ),
     ),
