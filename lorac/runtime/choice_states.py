@@ -17,6 +17,7 @@ from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.runtime.capacity import suggest_reserve
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.user_paths import parse_path
 from lorac.target.engine import BoundProgram, Engine
 from lorac.variants.adapter import Adapter
 
@@ -116,11 +117,12 @@ class ChoiceStates:
             nbytes = sum(t.nbytes for path in snapshot.composed for t in slots[path].named().values())
             return ChoiceState(snapshot, self._engine.bind(snapshot, slots), self._pool, adapters, versions, nbytes)
 
-    def save(self, choice: Choice, graph: str, path: Path) -> None:
+    def save(self, choice: Choice, graph: str, path: str | Path) -> None:
         """Write a choice as a file of the engine's own kind, in one step. No state is made of the choice."""
+        target = parse_path(path, "where save_choice writes to", FormatError, "unreadable")
         snapshot = compose_choice(self._plans, self._pool, choice, self._base)
-        writing = translate_os_errors(path, FormatError, "written", code="unreadable")
-        with writing, replace_atomically(path) as staged, self._suggesting_reserve(choice):
+        writing = translate_os_errors(target, FormatError, "written", code="unreadable")
+        with writing, replace_atomically(target) as staged, self._suggesting_reserve(choice):
             self._engine.write_choice(snapshot, graph, staged)
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorac.adapters.pool import AdapterPool
-from lorac.errors import FormatError, Unavailable
+from lorac.errors import Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import UNSET, Active, Choice, ChoiceSpec, choice_strengths, parse_choice
@@ -27,7 +27,6 @@ from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.traits import ModelTraits
-from lorac.storage.user_paths import parse_path
 from lorac.target.engine import AuxOutputs, BoundProgram, CallResult, Engine
 from lorac.variants.adapter import Adapter
 
@@ -385,8 +384,7 @@ class SwitchableModel(ABC):
         """
         self.refuse_baked()
         with self._swap_lock:
-            target = parse_path(path, "where save_choice writes to", FormatError, "unreadable")
-            self._states.save(parse_choice(adapters, self.pool), component, target)
+            self._states.save(parse_choice(adapters, self.pool), component, path)
 
     @property
     def tokenizer(self) -> Any:

@@ -69,7 +69,7 @@ def image(pipeline: Any, **parts: Any) -> np.ndarray:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_its_parts_are_compiled_with_the_lora_that_was_loaded(pipeline: Any, target: str, tmp_path: Path) -> None:
     expected = image(pipeline)
     compiled = lorac.compile(

@@ -28,6 +28,7 @@ from lorac.backends.eager.forward_call import (
     translate_errors,
 )
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
+from lorac.backends.eager.opaque_calls import OpaqueCall
 from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.shadow import shadow
 from lorac.frontend.base_weights import read_stored_tensor
@@ -254,11 +255,11 @@ class EagerEngine(Engine[ActiveSlots]):
         self._originals[owner] = module.forward
         if plan.site.within is not None:
             inside = tuple(p for p, other in self.plans.items() if other.site.within == owner)
-            module.forward = functools.partial(self._forward_owner, owner, module, inside)
+            module.forward = OpaqueCall(functools.partial(self._forward_owner, owner, module, inside))
         elif plan.site.kind is SiteKind.BLOCK:
-            module.forward = functools.partial(self._forward_block, path, module)
+            module.forward = OpaqueCall(functools.partial(self._forward_block, path, module))
         elif has_plain_forward(module):
-            module.forward = functools.partial(self._forward_site, path, module)
+            module.forward = OpaqueCall(functools.partial(self._forward_site, path, module))
         else:
             self._install_below(path, module)
         if plan.site.is_layer:
