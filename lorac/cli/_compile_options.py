@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import nn
-from torch.export import Dim
+from typing import TYPE_CHECKING, Any
 
 from lorac.argument_types import field_types
 from lorac.errors import OptionError, not_one_of
-from lorac.frontend.call_binding import bind_by_name
-from lorac.frontend.dynamic_shapes import make_dynamic_shapes
-from lorac.frontend.example_inputs import make_example_inputs
-from lorac.ir.patterns import TARGET_KEYWORDS
-from lorac.ir.slots.planning import Reserve
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorac.ir.slots.planning import Reserve
 
 RESERVE_HELP = (
     "Room for adapters that are added later, as rank=64, targets=q_proj,v_proj, adapters=8, scales=yes or weights=yes; "
@@ -28,6 +25,8 @@ _BOOLEANS = {"yes": True, "no": False}
 
 def parse_targets(targets: str) -> str | tuple[str, ...]:
     """Return targets given as a keyword, or as names separated by commas."""
+    from lorac.ir.patterns import TARGET_KEYWORDS
+
     return targets if targets in TARGET_KEYWORDS else tuple(filter(None, targets.split(",")))
 
 
@@ -37,6 +36,8 @@ def parse_reserve(specs: Sequence[str]) -> Reserve | None:
     Raises:
         OptionError: a reserve does not have the name or the value.
     """
+    from lorac.ir.slots.planning import Reserve
+
     found: dict[str, Any] = {}
     for name, value in (_split_pair("--reserve", spec, RESERVE_HELP) for spec in specs):
         types = field_types(Reserve)
@@ -72,6 +73,12 @@ def parse_dynamic_shapes(
     """
     if not specs:
         return None
+    from torch.export import Dim
+
+    from lorac.frontend.call_binding import bind_by_name
+    from lorac.frontend.dynamic_shapes import make_dynamic_shapes
+    from lorac.frontend.example_inputs import make_example_inputs
+
     inputs = bind_by_name(model, make_example_inputs(model) if example_inputs is None else example_inputs)
     shapes = make_dynamic_shapes(model, inputs, named=False)
     for name, axes in (_split_pair("--dynamic", spec, DYNAMIC_HELP) for spec in specs):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.table import Table
-from torch import Tensor
 
 from lorac.cli._output import make_table
-from lorac.ir.interface import Interface
-from lorac.report.terms import format_size
-from lorac.variants.adapter import Adapter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorac.ir.interface import Interface
+    from lorac.variants.adapter import Adapter
 
 Inspection: TypeAlias = Mapping[str, Any]
 """The report as data for JSON."""
@@ -97,12 +99,16 @@ def _nonempty_settings(settings: Mapping[str, object]) -> dict[str, object]:
 # ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def format_contents(contents: Inspection) -> Iterator[Table | str]:
     """Yield the report for people."""
+    from lorac.report.terms import format_size
+
     yield from _format_folder(contents) if "graphs" in contents else _format_adapter(contents)
     files = ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in contents["files"].items())
     yield f"{format_size(sum(contents['files'].values()))} on disk: {files}"
 
 
 def _format_folder(contents: Inspection) -> Iterator[Table | str]:
+    from lorac.report.terms import format_size
+
     versions = ", ".join(f"{name} {version}" for name, version in contents["versions"].items())
     active = ", ".join(f"{name}*{strength:g}" for name, strength in contents["active"].items()) or "none"
     yield f"{contents['path']}: {contents['target']}, {contents['mode']}, active: {active} (written by {versions})"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 from lorac.errors import AdapterError, ChoiceError, MissingExtra, OptionError, nearest_name, short, warn
 from lorac.storage.atomic_folders import MANIFEST
@@ -20,6 +19,8 @@ from lorac.storage.strict_json import parse_object, read_json_text
 from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lorac.session.compiled import Compiled
 
 MODEL_HELP = "A folder saved by transformers, or package.module:function returning an nn.Module."
@@ -82,6 +83,8 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, object]:
     """
     if Path(spec).is_dir():
         return _load_folder(Path(spec)), load_tokenizer(spec)
+    from torch import nn
+
     module, separator, function = spec.partition(":")
     if not (separator and _is_dotted(module) and _is_dotted(function)):
         raise OptionError(f"'{spec}' is not a model", next_step=MODEL_HELP)
@@ -121,6 +124,8 @@ def _load_folder(folder: Path) -> nn.Module:
     config = folder / CONFIG
     if not config.is_file():
         raise OptionError(f"'{folder}' has no {CONFIG}", next_step=MODEL_HELP)
+    from torch import nn
+
     try:
         import transformers
     except ModuleNotFoundError as error:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorac.cli._chat import Chat
-from lorac.cli._generation import TextStreamer, TextWriter, replace_undecodable_text, time_choices, time_generation
 from lorac.cli._inputs import Array, InputsOption, format_inputs, read_inputs, to_arrays
 from lorac.cli._models import AdapterOption, CompiledOrModel, load_compiled, parse_choice
 from lorac.cli._output import JsonOption, make_table, print_report
@@ -20,6 +18,7 @@ from lorac.progress import progress
 from lorac.storage.os_errors import translate_os_errors
 
 if TYPE_CHECKING:
+    from lorac.cli._generation import TextWriter
     from lorac.session.compiled import Compiled
 
 FolderArgument = Annotated[Path, typer.Argument(help="A folder written by `lorac compile`.")]
@@ -52,6 +51,9 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     if inputs is not None:
         _print_outputs(outputs, out, json)
         return
+    from lorac.cli._chat import Chat
+    from lorac.cli._generation import TextWriter, replace_undecodable_text
+
     if adapters:
         compiled.swap(parse_choice(adapters))
     writer = TextWriter.of(compiled, max_new_tokens, temperature)
@@ -93,6 +95,8 @@ def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> Non
 
 def _print_continuation(writer: TextWriter, prompt: str, json: bool) -> None:
     """Continue a text: print it as it is written, or as JSON at its end."""
+    from lorac.cli._generation import TextStreamer
+
     streamer = TextStreamer(
         writer.tokenizer, (lambda _: None) if json else (lambda piece: print(piece, end="", flush=True))
     )
@@ -141,6 +145,8 @@ def bench(
     json: JsonOption = False,
 ) -> None:
     """Time calls with --inputs, or else generation, with each adapter and with none, and print the medians."""
+    from lorac.cli._generation import time_generation
+
     with progress("bench") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, active=None)
@@ -161,6 +167,8 @@ def _time_calls(compiled: Compiled, arrays: Mapping[str, Array], rounds: int) ->
         begun = time.perf_counter()
         compiled(**arrays)
         return (time.perf_counter() - begun,)
+
+    from lorac.cli._generation import time_choices
 
     medians = time_choices(compiled, rounds, measure)
     return [

@@ -20,7 +20,6 @@ from lorac.cli._models import (
     parse_choice,
 )
 from lorac.cli._output import JsonOption, make_table, print_report
-from lorac.ir.slots.planning import MODES
 from lorac.progress import progress
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -32,8 +31,14 @@ def _list_targets() -> list[str]:
     return list(targets())
 
 
+def _list_modes() -> list[str]:
+    from lorac.ir.slots.planning import MODES
+
+    return list(MODES)
+
+
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP)]
-ModeOption = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=lambda: list(MODES))]
+ModeOption = Annotated[str, typer.Option(help="auto, live, fused or baked.", autocompletion=_list_modes)]
 DtypeOption = Annotated[
     str | None,
     typer.Option(help="float32, float64, bfloat16 or float16; the model's own.", autocompletion=lambda: list(DTYPES)),

@@ -283,6 +283,17 @@ def test_a_closed_pipe_causes_no_traceback():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compile", "--help"], ["run", "--help"]])
+def test_help_imports_no_library_of_arrays(arguments):
+    script = (
+        "import sys\nfrom lorac.cli import main\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_exit_codes_are_documented(cli):
     import lorac.cli
 
