@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu durations soak kill fuzz check docs pictures format bench zoo lock clean
+.PHONY: help demo test test-slow test-gpu durations soak kill fuzz check types docs pictures format bench zoo lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -51,6 +51,11 @@ check: $(STAMP) ## Check format, lint, types, the direction of imports and the m
 	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
 	@for page in $(PAGES); do $(BIN)/python -m docs.make_$$page | diff -u docs/$$page.md - \
 		|| { echo "docs/$$page.md is stale: make docs"; exit 1; }; done
+
+PYRIGHT := .cache/pyright
+types: $(STAMP) ## Check the code of README and docs by pyright, which Node runs from .cache
+	@test -x $(PYRIGHT)/node_modules/.bin/pyright || npm install --silent --prefix $(PYRIGHT) pyright@1
+	$(BIN)/python -m docs.check_types $(PYRIGHT)/node_modules/.bin/pyright
 
 docs: $(STAMP) ## Write the pages that are made from the code, and build the site in build/site
 	$(BIN)/lorac variants --markdown > docs/methods.md

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal, overload
 
 import torch
 from torch import nn
 
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.ir.slots.planning import Reserve
-from lorac.session.compiled import Compiled, build_compiled
+from lorac.session.compiled import Compiled, CompiledModule, build_compiled
 from lorac.session.request.compile_request import CompileRequest
 from lorac.session.request.sources import AdapterSource, read_model
 
+Adapters = AdapterSource | Mapping[str, AdapterSource] | Iterable[AdapterSource]
 
+
+@overload
+def compile(
+    model: nn.Module | Mapping[str, nn.Module],
+    adapters: Adapters = ...,
+    target: Literal["eager"] = ...,
+    example_inputs: object = ...,
+    mode: str = ...,
+    active: ChoiceSpec = ...,
+    reserve: Reserve | None = ...,
+    dynamic_shapes: object = ...,
+    dtype: torch.dtype | str | None = ...,
+    device: torch.device | str | None = ...,
+    **options: object,
+) -> CompiledModule: ...
+@overload
+def compile(
+    model: nn.Module | Mapping[str, nn.Module],
+    adapters: Adapters = ...,
+    target: str = ...,
+    example_inputs: object = ...,
+    mode: str = ...,
+    active: ChoiceSpec = ...,
+    reserve: Reserve | None = ...,
+    dynamic_shapes: object = ...,
+    dtype: torch.dtype | str | None = ...,
+    device: torch.device | str | None = ...,
+    **options: object,
+) -> Compiled: ...
 def compile(  # noqa: PLR0913, PLR0917  (the public interface)
     model: nn.Module | Mapping[str, nn.Module],
-    adapters: Mapping[str, AdapterSource] | Iterable[AdapterSource] = (),
+    adapters: Adapters = (),
     target: str = "eager",
     example_inputs: object = None,
     mode: str = "auto",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -35,7 +36,7 @@ class AdapterTune(BranchVariant):
         init: start values of U and q: ``"zero"``, or ``"small"``, Gaussian with deviation 1e-4.
     """
 
-    targets: str | tuple[str, ...] = "all-blocks"
+    targets: str | Sequence[str] = "all-blocks"
     r: Count = 16
     alpha: float = 1.0
     every: Count = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
@@ -116,12 +116,12 @@ class Variant(ABC):
         bias: which of the base's biases are trained: ``"none"``, ``"all"`` or the method's ``"<method>_only"``.
     """
 
-    targets: str | tuple[str, ...] = "all-linear"
-    parameters: tuple[str, ...] = ()
-    exclude: str | tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()
-    layers_pattern: tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
+    targets: str | Sequence[str] = "all-linear"
+    parameters: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
+    layers: Sequence[int] = ()
+    layers_pattern: Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
     bias: str = "none"
 
     name: ClassVar[str]
@@ -186,7 +186,7 @@ class Variant(ABC):
         return {name: value for name, value in found.items() if isinstance(value, Mapping) and value}
 
     @property
-    def all_targets(self) -> str | tuple[str, ...]:
+    def all_targets(self) -> str | Sequence[str]:
         """Everything that ``targets`` and ``parameters`` name."""
         targets = (self.targets,) if isinstance(self.targets, str) else self.targets
         return (*targets, *self.parameters) if self.parameters else self.targets

@@ -85,7 +85,7 @@ class Bottleneck(BranchVariant):
         embeddings, heads: sites of the invertible block and of its inverse; found by structure.
     """
 
-    targets: str | tuple[str, ...] = ()
+    targets: str | Sequence[str] = ()
     mh_adapter: bool = True
     output_adapter: bool = True
     cross_adapter: bool = False
@@ -121,8 +121,8 @@ class Bottleneck(BranchVariant):
     residuals: Mapping[str, str] = field(default_factory=dict)
     inner: Mapping[str, str] = field(default_factory=dict)
     norm_eps: Annotated[float, Bounds(0)] = 1e-12
-    embeddings: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
+    embeddings: Sequence[str] = ()
+    heads: Sequence[str] = ()
 
     name = "bottleneck"
     paper = "Parameter-Efficient Transfer Learning for NLP, arXiv 1902.00751"

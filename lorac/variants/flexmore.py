@@ -50,7 +50,7 @@ class FlexMoRE(BranchVariant):
         hidden: number of rows of G; found by structure.
     """
 
-    targets: str | tuple[str, ...] = ()
+    targets: str | Sequence[str] = ()
     ranks: tuple[int, ...]
     top_k: Count = 2
     normalise: bool = False

@@ -6,6 +6,7 @@ Liu et al. 2022, arXiv 2205.05638; which side of a layer is scaled, as in PEFT.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorac.ir.patterns import match_pattern
@@ -26,7 +27,7 @@ class IA3(WeightVariant):
             expression for the whole path.
     """
 
-    feedforward: str | tuple[str, ...] = ()
+    feedforward: str | Sequence[str] = ()
 
     name = "ia3"
     paper = "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638"
@@ -36,7 +37,7 @@ class IA3(WeightVariant):
         """Return whether the module at ``path`` is a feedforward module; PEFT compares endings, not whole names."""
         if isinstance(self.feedforward, str):
             return match_pattern(self.feedforward, path) is not None
-        return path.endswith(self.feedforward)
+        return path.endswith(tuple(self.feedforward))
 
     def at(self, site: Site) -> IA3:
         """Return this variant for one site, with a ``feedforward`` that matches every path or none."""

@@ -5,6 +5,7 @@ Zhao et al. 2023, arXiv 2312.11420.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorac.ir.patterns import is_named
@@ -19,7 +20,7 @@ class LNTuning(Variant):
         targets: any modules; the default matches the usual names of normalisation layers.
     """
 
-    targets: str | tuple[str, ...] = r"(.*\.)?(\w*[nN]orm\w*|ln_\w+)"
+    targets: str | Sequence[str] = r"(.*\.)?(\w*[nN]orm\w*|ln_\w+)"
 
     name = "ln_tuning"
     paper = "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, arXiv 2312.11420"

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -54,8 +54,8 @@ class QST(BranchVariant):
         eps: eps of the RMS norms.
     """
 
-    targets: str | tuple[str, ...] = ("norm",)
-    blocks: tuple[str, ...]
+    targets: str | Sequence[str] = ("norm",)
+    blocks: Sequence[str]
     heads: Count
     intermediate: Count
     r: Count = 16

@@ -7,6 +7,7 @@ It covers AdapterHub's ``ConfigUnion`` for parts with disjoint sites (UniPELT's 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorac.errors import ChoiceError, OptionError, SiteError
@@ -28,7 +29,7 @@ class Union(Variant):
         targets: the sites of all parts; filled in by ``for_model``.
     """
 
-    targets: str | tuple[str, ...] = ()
+    targets: str | Sequence[str] = ()
     parts: tuple[WeightVariant | BranchVariant, ...]
 
     name = "union"

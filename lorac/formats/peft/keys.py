@@ -20,7 +20,7 @@ name of the adapter taken off:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -109,13 +109,13 @@ def read_keys(
     return _KeyReader(peft_type, values, embeddings).read(peft_type.rename_keys(tensors))
 
 
-def is_saved(name: str, modules: tuple[str, ...]) -> bool:
+def is_saved(name: str, modules: Sequence[str]) -> bool:
     """Return whether a parameter lies in a module of modules_to_save.
 
     PEFT saves every module whose path *ends* with a given name, so that "classifier" saves pre_classifier, too
     (peft.utils.other._set_trainable).
     """
-    return bool(modules) and any(path.endswith(modules) for path in _enclosing_modules(name))
+    return bool(modules) and any(path.endswith(tuple(modules)) for path in _enclosing_modules(name))
 
 
 def copied_module(variant: Variant, name: str) -> str | None:

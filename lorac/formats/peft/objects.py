@@ -152,17 +152,21 @@ def _injected_names(model: nn.Module) -> tuple[str, ...]:
     Raises:
         CompileError: an adapter has another strength.
     """
-    names: set[str] = set()
-    for path, layer in _iterate_peft_layers(model):
-        names |= set() if layer.disable_adapters else set(layer.active_adapters)
-        for name, scaling in getattr(layer, "scaling", {}).items():
-            rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
-            if scaling != layer.lora_alpha[name] / rank:
-                raise CompileError(
-                    f"adapter '{name}' has a strength other than 1 at '{path}'",
-                    next_step=f"set it to 1 first, pipeline.set_adapters('{name}'); lorac's is set by swap()",
-                )
-    return tuple(sorted(names))
+    layers = dict(_iterate_peft_layers(model))
+    scaled = next(((path, name) for path, layer in layers.items() for name in _rescaled_names(layer)), None)
+    if scaled is not None:
+        raise CompileError(
+            f"adapter '{scaled[1]}' has a strength other than 1 at '{scaled[0]}'",
+            next_step=f"set it to 1 first, pipeline.set_adapters('{scaled[1]}'); lorac's is set by swap()",
+        )
+    return tuple(sorted({name for layer in layers.values() if not layer.disable_adapters for name in layer.active_adapters}))
+
+
+def _rescaled_names(layer: PeftObject) -> Iterator[str]:
+    for name, scaling in getattr(layer, "scaling", {}).items():
+        rank = layer.r[name] ** (0.5 if layer.use_rslora.get(name) else 1)
+        if scaling != layer.lora_alpha[name] / rank:
+            yield name
 
 
 def _remove_layers(model: nn.Module) -> nn.Module:

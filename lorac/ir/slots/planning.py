@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lorac.argument_types import check_fields
@@ -37,7 +37,7 @@ class Reserve:
         weights: make room for any adapter with a weight form, in a bound weight.
     """
 
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | Sequence[str] = "all-linear"
     rank: int = 16
     adapters: int = 1
     scales: bool = False
@@ -210,7 +210,7 @@ def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserv
             need.rank += reserve.rank * reserve.adapters
 
 
-def _listed_names(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+def _listed_names(targets: str | Sequence[str]) -> Sequence[str]:
     """Return targets that are names, which may also name matrices; keywords and expressions match modules only."""
     return () if isinstance(targets, str) else targets
 
