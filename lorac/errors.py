@@ -237,7 +237,8 @@ def not_one_of(what: str, value: object, known: Iterable[str]) -> OptionError:
         known: the values that exist.
     """
     listed, given = list(known), str(value)
-    nearest = next((one for one in listed if _abbreviates(given, one)), None) or nearest_name(given, listed, alike=0.6)
+    meant = [one for one in listed if _abbreviates(given, one)]
+    nearest = meant[0] if len(meant) == 1 else nearest_name(given, listed, alike=0.6)
     return OptionError(f"{what} {short(value)}", nearest=nearest, next_step=f"it is one of {', '.join(listed)}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable
@@ -175,7 +174,6 @@ def _removed(w: World) -> Any:
 
 COMPILING = [
     Mistake("a target that is misspelt", lambda w: w.compile({"a": lora(targets=["q_prj"])}), sites),
-    Mistake("a name of another family's layers", lambda w: w.compile({"a": lora(targets=["c_attn"])}), sites),
     Mistake("no targets at all", lambda w: w.compile({"a": lora(targets=[])}), sites),
     Mistake("targets=None, as in PEFT", lambda w: lora(targets=None), lambda w, said: lora(targets="all-linear")),
     Mistake("a layer's number as a target", lambda w: lora(targets=[0])),
@@ -192,17 +190,6 @@ COMPILING = [
     Mistake("a rank as text", lambda w: lora(r="8")),
     Mistake("half a rank", lambda w: lora(r=2.5)),
     Mistake("no alpha", lambda w: lora(alpha=None)),
-    Mistake("another target's name", lambda w: w.compile(target="onnx"), lambda w, said: w.compile(target="eager")),
-    Mistake(
-        "a target's abbreviation",
-        lambda w: w.compile(target="ort"),
-        lambda w, said: w.again(target="onnxruntime", example_inputs=w.inputs, self_test=False),
-    ),
-    Mistake("a target that does not exist", lambda w: w.compile(target="openvino")),
-    Mistake("a device as the target", lambda w: w.compile(target="cuda")),
-    Mistake("another mode's name", lambda w: w.compile(mode="merged")),
-    Mistake("an option that the target lacks", lambda w: w.compile(quantize=True)),
-    Mistake("an option as text", lambda w: w.compile(self_test="no")),
     Mistake("weights in bits that nothing takes", lambda w: w.compile(target="onnxruntime", weights="int3")),
     Mistake("blocks of any size", lambda w: w.compile(target="onnxruntime", weights="int4", block_size=24)),
     Mistake(
@@ -336,11 +323,6 @@ RUNNING = [
         lambda w: w.eager.swap(["sql", "style"]),
         lambda w, said: (w.again().swap({"sql": 1.0}), w.call(w.eager, adapters=["sql", "style"])),
     ),
-    Mistake(
-        "a number as a choice's name",
-        lambda w: w.eager.swap({5: 1}),
-        lambda w, said: w.again().add_adapter(lora(), "5"),
-    ),
     Mistake("a name and its strength as a pair", lambda w: w.eager.swap(("sql", 0.5))),
     Mistake(
         "a rank of a method that is not nested",
@@ -410,34 +392,6 @@ RUNNING = [
         "several models called as one",
         lambda w: lorac.compile({"a": w.model, "b": w.model})(**w.inputs),
         lambda w, said: lorac.compile({"a": w.model, "b": w.model})["a"](**w.inputs),
-    ),
-    Mistake(
-        "removing nothing",
-        lambda w: w.eager.remove_adapter(None),
-        lambda w, said: w.again().add_adapter(lora(), name="other"),
-    ),
-    Mistake(
-        "PEFT's method for another adapter",
-        lambda w: w.eager.set_adapter("style"),
-        lambda w, said: (w.again().swap("sql"), w.compile({"a": lora(), "b": lora()}).swap({"a": 0.7, "b": 0.3})),
-    ),
-    Mistake(
-        "diffusers' method for another file",
-        lambda w: w.program.load_lora_weights(w.path("sql")),
-        lambda w, said: w.compile({"a": lora()}).add_adapter(w.path("sql"), name="sql"),
-    ),
-    Mistake(
-        "a copy of a compiled model",
-        lambda w: copy.deepcopy(w.program),
-        lambda w, said: (
-            w.program.save(w.path("copied")),
-            lorac.load(w.path("copied")),
-            w.eager.export(target="eager"),
-        ),
-    ),
-    Mistake(
-        "labels in a program without them",
-        lambda w: w.call(w.program, labels=w.inputs["ids"]),
     ),
     Mistake("training what is no module", lambda w: w.program.train(), lambda w, said: w.again(target="eager").train()),
     Mistake("another dtype afterwards", lambda w: w.eager.half(), lambda w, said: w.again(dtype="float16")),

@@ -27,7 +27,7 @@ from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.traits import ModelTraits
-from lorac.target.engine import AuxOutputs, BoundProgram, CallResult, Engine
+from lorac.target.engine import BoundProgram, CallResult, Engine
 from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
@@ -190,9 +190,9 @@ class SwitchableModel(ABC):
         return result.output
 
     @property
-    def aux(self) -> AuxOutputs:
+    def aux(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
         """Extra outputs asked for with ``aux=``, of this thread's last call: name -> site path -> tensor."""
-        outputs: AuxOutputs = getattr(self._last_call, "aux", {})
+        outputs: Mapping[str, Mapping[str, torch.Tensor]] = getattr(self._last_call, "aux", {})
         return outputs
 
     @property

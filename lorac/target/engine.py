@@ -28,7 +28,7 @@ from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 if TYPE_CHECKING:
     from lorac.report.dump import Dump
 
-AuxOutputs = Mapping[str, Mapping[str, "torch.Tensor | np.ndarray"]]
+AuxOutputs = Mapping[str, Mapping[str, object]]
 """Extra outputs: name -> site path -> tensor."""
 ProgramFiles = Mapping[str, OpenFile]
 """A program's files by name, with slashes. They stay open after they are checked, so no path is read twice

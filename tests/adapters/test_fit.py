@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[lorac.Adapter, type[LoracError], str]] = {
         good(tensors=at("upp")),
         lorac.SiteError,
         "adapter 'mine' has tensors for 'upp', which is not a module of the model\n  nearest: up\n"
-        "  load the class of model that the adapter was trained on; `lorac sites MODEL` prints its sites",
+        "  load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
     ),
     "no site": (
         good(tensors=at("ring")),

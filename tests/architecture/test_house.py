@@ -201,6 +201,7 @@ def test_public_definitions_have_docstrings():
         for node in tree.body
         if isinstance(node, ast.ClassDef | ast.FunctionDef)
         if not node.name.startswith("_") and not ast.get_docstring(node)
+        if "overload" not in map(ast.unparse, node.decorator_list)  # the function itself has one
     ]
     assert bare == []
 

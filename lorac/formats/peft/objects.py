@@ -159,7 +159,9 @@ def _injected_names(model: nn.Module) -> tuple[str, ...]:
             f"adapter '{scaled[1]}' has a strength other than 1 at '{scaled[0]}'",
             next_step=f"set it to 1 first, pipeline.set_adapters('{scaled[1]}'); lorac's is set by swap()",
         )
-    return tuple(sorted({name for layer in layers.values() if not layer.disable_adapters for name in layer.active_adapters}))
+    return tuple(
+        sorted({name for layer in layers.values() if not layer.disable_adapters for name in layer.active_adapters})
+    )
 
 
 def _rescaled_names(layer: PeftObject) -> Iterator[str]:
