@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ def test_parameters_are_in_one_order() -> None:
 class Recomputing(nn.Module):
     """Two layers with dropout between; they, or one after the other, may be computed again in backward."""
 
-    def __init__(self, *, layers: bool = False) -> None:
+    def __init__(self, *, layers: bool = False, reentrant: bool = False) -> None:
         super().__init__()
+        self.reentrant = reentrant
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.first, self.second = nn.Linear(6, 8).double(), nn.Linear(8, 6).double()
@@ -90,7 +92,7 @@ class Recomputing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         steps = (self._first, self.second)
         for step in steps:
-            x = checkpoint(step, x, use_reentrant=False) if self.layers else step(x)
+            x = checkpoint(step, x, use_reentrant=self.reentrant) if self.layers else step(x)
         return x
 
     def _first(self, x: Tensor) -> Tensor:
@@ -126,4 +128,29 @@ def test_what_is_recomputed_draws_the_same_numbers(recomputed: str) -> None:
     )
     assert len(plain) == len(other) > 4
     for found, expected in zip(other, plain, strict=True):
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_are_recomputed_with_the_choice_of_their_call(reentrant: bool) -> None:
+    """Calls with different adapters may precede one backward pass; nothing of a call outlives its graph."""
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    lora = lorac.LoRA(r=2, targets="all-linear")
+
+    def gradients(*, layers: bool) -> list[Tensor | None]:
+        model = Recomputing(layers=layers, reentrant=reentrant)
+        compiled: Any = lorac.compile(model, {"a": lora, "b": lora}, active="a", example_inputs=(x,))
+        for number, tensor in enumerate(trained(compiled.train())):
+            tensor.data.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
+        torch.manual_seed(5)
+        given = x.clone().requires_grad_()
+        outputs = [compiled(given, adapters=name) for name in ("a", "b", {"a": 0.5, "b": 2.0})]
+        torch.stack([output.square().sum() for output in outputs]).sum().backward()
+        alive = [weakref.ref(output) for output in outputs]
+        del outputs
+        assert not any(output() is not None for output in alive)
+        return [tensor.grad for tensor in trained(compiled)]
+
+    for found, expected in zip(gradients(layers=True), gradients(layers=False), strict=True):
+        assert found is not None and expected is not None
         assert_close(found, expected)

@@ -154,4 +154,4 @@ class BranchRunner:
         """Return the seed of a call's randomness, which all its sites share; outside of calls it is drawn here."""
         if call.seed is None:
             call.seed = self._seeds.draw()
-        return self._seeds.at_site(call.seed)
+        return call.seed

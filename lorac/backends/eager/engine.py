@@ -22,6 +22,7 @@ from lorac.backends.eager.forward_call import (
     NO_ADAPTERS,
     ActiveSlots,
     ForwardCall,
+    announce_in_backward,
     check_no_cache,
     choose_attention,
     slots_from_snapshot,
@@ -156,9 +157,13 @@ class EagerEngine(Engine[ActiveSlots]):
             output = module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._last_recorded = call
+            announce_in_backward(call, output, self._recall)
         for names, listener in list(self._listeners.values()) if call.computes_terms else ():
             listener({name: call.aux.get(name, {}) for name in names})
         return CallResult(output, {name: found for name, found in call.aux.items() if name in self.extra_names})
+
+    def _recall(self, call: ForwardCall) -> None:
+        self._last_recorded = call
 
     def listen(self, names: Iterable[str], listener: EmissionListener) -> Callable[[], None]:
         """Call a listener with extra outputs after each call that trains; return the function that ends it.
@@ -222,6 +227,7 @@ class EagerEngine(Engine[ActiveSlots]):
         # In one order in every process, since passes of a model that trains draw random numbers.
         for path in sorted({branch.once for plan in plans for branch in plan.branches} & call.active.touched):
             self._branches.compute_once(path, call, run)
+        call.prepared = dict(call.values)
 
     # --- the sites ---------------------------------------------------------------------------------------------
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lorac.errors import Unavailable
 from lorac.frontend.capture.trace_guards import find_failing_model_line
@@ -81,6 +83,7 @@ class ForwardCall:
             reentrant checkpoint turns gradients off within it.
         seed: of the randomness of the call's branches, if it trains.
         values: program values read so far.
+        prepared: those known before the model ran.
         aux: extra outputs so far.
         attention: of the call's branches.
         passing: the adapter's pass that this call is, if it is one.
@@ -90,9 +93,32 @@ class ForwardCall:
     computes_terms: bool = False
     seed: int | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
+    prepared: Mapping[str, Tensor] = field(default_factory=dict)
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     attention: BranchAttention = field(default_factory=FullAttention)
     passing: AdapterPass | None = None
+
+
+def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[ForwardCall], None]) -> None:
+    """Have a backward pass that reaches a call's output announce the call, of which a checkpoint may recompute layers.
+
+    Several calls may precede one backward pass. Values that the model computed are in the graph that would hold them
+    here for ever, so they are announced with the latest call alone.
+
+    Args:
+        call: the call.
+        output: its output.
+        announce: gets the call.
+    """
+    latest = weakref.ref(call)
+    kept = ForwardCall(call.active, call.computes_terms, call.seed, dict(call.prepared))
+
+    def announce_call(_: object) -> None:
+        announce(latest() or kept)
+
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+            leaf.grad_fn.register_prehook(announce_call)
 
 
 def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> ActiveSlots:
