@@ -309,3 +309,13 @@ def test_memory_is_added_up(tmp_path: Path) -> None:
         spending.claim_memory(200 << 20, "one")
         with refuses("over_budget", match=r"would take more than 256 MiB beyond its size: another, \d+ bytes"):
             spending.claim_memory(100 << 20, "another")
+
+
+def test_files_that_a_file_names_are_charged_to_its_account() -> None:
+    """Else a folder of many experts would cost many times what one file may."""
+    with lorac.budget(bytes=1000), spending.charge_reading("outer"):
+        for inner in ("first", "second"):
+            with spending.charge_reading(inner):
+                spending.claim_memory(400, "a part")
+        with spending.charge_reading("third"), refuses("over_budget", match="'outer' would take more"):
+            spending.claim_memory(400, "a part")

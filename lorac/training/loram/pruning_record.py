@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
-from lorac.errors import FormatError
-from lorac.storage.tensor_file import write_safetensors
+from lorac.errors import ArtifactError, FormatError
+from lorac.limits import charge_reading
+from lorac.storage.open_file import OpenFile
+from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.tensor_file import TensorFile, hash_contents, write_safetensors
 
 Tensor = torch.Tensor
+_SEAL = "lorac_seal"
 _RECORD_PARTS = ("shape", "rows", "columns")
 
 
@@ -36,25 +40,27 @@ class PruningRecord:
 
 
 def write_pruning_record(kept: Mapping[str, PruningRecord], path: str | Path) -> None:
-    """Write which positions are kept, by path of a layer, as a safetensors file."""
+    """Write which positions are kept, by path of a layer, as a safetensors file with a hash over its tensors."""
     tensors: dict[str, Tensor] = {}
     for name, one in kept.items():
         values = (torch.tensor(one.shape), one.rows, one.columns)
         tensors |= {f"{name}:{part}": value.to(torch.int64) for part, value in zip(_RECORD_PARTS, values, strict=True)}
-    write_safetensors(Path(path), tensors, {"format": "pt"})
+    write_safetensors(Path(path), tensors, {"format": "pt", _SEAL: hash_contents("", tensors)})
 
 
 def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
     """Read the file of ``write_pruning_record``.
 
     Raises:
-        FormatError: positions are missing, or outside the layer.
+        FormatError: the file cannot be read or was changed, or positions are missing or outside the layer.
     """
-    stored = load_file(path)
+    stored = _read_tensors(Path(path))
     names = list(dict.fromkeys(key.rpartition(":")[0] for key in stored))
     found = {}
     for name in names:
-        if not all(f"{name}:{part}" in stored for part in _RECORD_PARTS) or len(stored[f"{name}:shape"]) != 2:
+        keys = [f"{name}:{part}" for part in _RECORD_PARTS]
+        is_complete = all(key in stored and stored[key].dtype is torch.int64 and stored[key].ndim == 1 for key in keys)
+        if not is_complete or len(stored[keys[0]]) != 2:
             raise FormatError(f"'{path}' lacks the shape, rows or columns of '{name}'", code="corrupt_file")
         out, columns = (int(size) for size in stored[f"{name}:shape"])
         one = PruningRecord((out, columns), stored[f"{name}:rows"], stored[f"{name}:columns"])
@@ -67,9 +73,20 @@ def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
     return found
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of the file, compared with the hash that lorac wrote over them."""
+    try:
+        with translate_os_errors(path, FormatError, "read", "unreadable"), charge_reading(path):
+            file = TensorFile(OpenFile(path))
+            stored = file.load_all()
+    except (SafetensorError, ArtifactError) as error:
+        raise FormatError(f"'{path}' is damaged: {error}", code="corrupt_file") from error
+    if file.notes.get(_SEAL) not in {None, hash_contents("", stored)}:
+        raise FormatError(f"'{path}' was changed since lorac wrote it", code="corrupt_file")
+    return stored
+
+
 def _are_valid_positions(positions: Tensor, size: int) -> bool:
     """Whether positions rise, and are below a size."""
     rising = bool((positions.diff() > 0).all())
-    return (
-        positions.ndim == 1 and len(positions) > 0 and rising and int(positions[0]) >= 0 and int(positions[-1]) < size
-    )
+    return len(positions) > 0 and rising and int(positions[0]) >= 0 and int(positions[-1]) < size

@@ -7,9 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lorac.errors import FormatError, OptionError
+from lorac.limits import charge_reading
+from lorac.storage.strict_json import parse_object, read_json_text
 
 _FILE, _SEEDS = "transfer.json", "seeds.jsonl"
 _MARK = "Question: "
+
+
+def _refuse(reason: str) -> FormatError:
+    return FormatError(f"a file of a task {reason}", next_step="write it by Task.save", code="corrupt_file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +74,11 @@ class Task:
             FormatError: the folder holds no task.
         """
         try:
-            fields = json.loads((Path(folder) / _FILE).read_text())
-            seeds = [json.loads(line)["prompt"] for line in (Path(folder) / _SEEDS).read_text().splitlines()]
-            return cls(**fields, seeds=tuple(seeds))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            with charge_reading(folder):
+                fields = parse_object(read_json_text(Path(folder) / _FILE), _refuse)
+                lines = read_json_text(Path(folder) / _SEEDS).splitlines()
+                return cls(**fields, seeds=tuple(parse_object(line, _refuse)["prompt"] for line in lines))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(
                 f"'{folder}' does not hold a readable task: {error}",
                 next_step="write it by Task.save",

@@ -289,3 +289,18 @@ def test_a_file_of_positions_that_are_none(tmp_path: Path) -> None:
     loram.write_pruning_record(kept, tmp_path / "kept.safetensors")
     with refuses("corrupt_file", match="does not have"):
         loram.read_pruning_record(tmp_path / "kept.safetensors")
+
+
+def test_a_changed_file_of_positions_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kept.safetensors"
+    loram.write_pruning_record({"0": PruningRecord((3, 3), torch.tensor([0, 2]), torch.tensor([1]))}, path)
+    sound = path.read_bytes()
+    for at in range(len(sound)):
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+        try:
+            found = loram.read_pruning_record(path)
+        except lorac.FormatError:
+            continue
+        assert found["0"].rows.tolist() == [0, 2], f"byte {at} changed a number"
+    with refuses("unreadable"):
+        loram.read_pruning_record(tmp_path / "nowhere")

@@ -173,3 +173,15 @@ def test_prompts_are_written_in_the_manner_of_the_seeds() -> None:
     first = draw(4, 1)
     assert draw(4, 1) == first != draw(4, 2)
     assert all("\n" not in prompt and len(prompt) <= 6 for prompt in first) and len(set(first)) > 1
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"name": 1e400}', '{"nam": "x"}', "[" * 10_000, '{"name": "x", "name": "y"}'])
+def test_a_damaged_task_is_refused(text: str, tmp_path: Path) -> None:
+    ASKED.save(tmp_path)
+    (tmp_path / "transfer.json").write_text(text)
+    with refuses("corrupt_file"):
+        Task.load(tmp_path)
+    ASKED.save(tmp_path)
+    (tmp_path / "seeds.jsonl").write_text(text)
+    with refuses("corrupt_file"):
+        Task.load(tmp_path)
