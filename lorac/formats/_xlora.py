@@ -158,6 +158,20 @@ class XLoraFolder:
                 next_step=f"by its configuration it has {', '.join(expected)}",
                 code="unused_tensors",
             )
+        self._check_widths(name)
+
+    def _check_widths(self, name: str) -> None:
+        """Compare the configuration's widths with the file's, before a classifier of these widths is made."""
+        hidden, size, depth = (int(self.fields[field]) for field in ("hidden_size", "size", "depth"))
+        for j, key in enumerate(self.keys):
+            inside, last = hidden if j == 0 else size, j == depth - 1
+            shape = self.classifier[key].shape
+            if len(shape) != 2 or shape[1] != inside or (not last and shape[0] != size):
+                raise AdapterError(
+                    f"adapter '{name}': '{key}' is {tuple(shape)}, expected ({'…' if last else size}, {inside})",
+                    next_step="copy or download the whole folder again",
+                    code="shape_mismatch",
+                )
 
     def _read_experts(self, view: ModelView) -> list[Adapter]:
         folders = {expert: self._find_expert(expert) for expert in self.experts}

@@ -74,7 +74,8 @@ class XLoraFormat(Format):
         tensors, metadata = read_safetensors(folder / WEIGHTS)
         check_seal(folder, seal_text(raw, metadata), tensors, metadata)
         classifier = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-        keys = _layer_keys(fields["depth"], fields["activation"])
+        # A file that has fewer layers than its configuration says is refused by the first one it lacks.
+        keys = _layer_keys(min(fields["depth"], len(classifier) + 1), fields["activation"])
         experts = {expert: (f"{_NESTED}/{expert}", expert) for expert in values["adapters"]}
         contents = XLoraFolder(folder, experts, fields, classifier, keys, WEIGHTS, values["use_bias"])
         adapter = contents.read(name or folder.resolve().name, view)

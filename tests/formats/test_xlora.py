@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import lorac
+from tests.limits import within_budget
 from tests.refusing import refuses
 from tests.variants.test_x_lora import adapter, authors, complete, folder, model
 
@@ -31,6 +32,15 @@ from tests.variants.test_x_lora import adapter, authors, complete, folder, model
 def test_files_that_do_not_fit(changed: dict[str, Any], error: type[Exception], text: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=text):
         lorac.load_adapter(complete(tmp_path / "x", **changed), model())
+
+
+@pytest.mark.parametrize("format", ["peft", "xlora"])
+@pytest.mark.parametrize("field", ["xlora_size", "xlora_depth"])
+@pytest.mark.parametrize("number", [10**7, 2**31 - 1])
+def test_a_classifier_is_not_made_larger_than_its_file(format: str, field: str, number: int, tmp_path: Path) -> None:
+    here = (complete if format == "peft" else authors)(tmp_path / "x", **{field: number})
+    with within_budget(), pytest.raises((lorac.AdapterError, lorac.FormatError), match=r"expected|lacks"):
+        lorac.load_adapter(here, model())
 
 
 def test_the_authors_softmax_over_the_batch_is_refused(tmp_path: Path) -> None:

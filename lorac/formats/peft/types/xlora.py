@@ -50,7 +50,8 @@ class XloraType(PeftType[XLoRA]):
     def read_folder(
         self, folder: Path, values: JsonObject, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter:
-        keys = _layer_keys(values["xlora_depth"], values["xlora_dropout_p"])
+        # A file that has fewer layers than its configuration says is refused by the first one it lacks.
+        keys = _layer_keys(min(values["xlora_depth"], len(tensors) + 1), values["xlora_dropout_p"])
         fields = {field.to: values[key] for key, field in self.fields.items() if field.to}
         experts = {expert: (path, expert) for expert, path in values["adapters"].items()}
         return XLoraFolder(folder, experts, fields, tensors, keys, WEIGHTS).read(name, view)
