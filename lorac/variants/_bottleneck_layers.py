@@ -125,13 +125,22 @@ def drop_by_site(value: Tensor, rate: float, ctx: Context, shape: Sequence[int])
 
 
 # ── Coupling blocks ──────────────────────────────────────────────────────────────────────────────────────────────────
+_WIDEST = 2**31 - 1
+"""The most channels that a bottleneck may have."""
+
+
+def narrow_width(width: int, reduction: float) -> int:
+    """Return the width of a bottleneck, at most what the shape of a tensor can hold, however small the reduction."""
+    return int(min(width // reduction, _WIDEST))
+
+
 def coupling_specs(width: int, reduction: float) -> dict[str, ParamSpec]:
     """Return the shared tensors of a NICE block on ``width`` channels: F and G, bottlenecks between its halves."""
     first, second = width // 2, width - width // 2
     init = normal(0.02)
     found: dict[str, ParamSpec] = {}
     for name, inputs, outputs in (("F", second, first), ("G", first, second)):
-        narrow = int(inputs // reduction)
+        narrow = narrow_width(inputs, reduction)
         found |= plain_layer(f"{name}_down", inputs, narrow, init) | plain_layer(f"{name}_up", narrow, outputs, init)
     return {name: ParamSpec(spec.shape, spec.init, shared=True) for name, spec in found.items()}
 

@@ -43,6 +43,7 @@ from lorac.variants._bottleneck_layers import (
     coupling_specs,
     drop_by_site,
     invert_coupling,
+    narrow_width,
     plain_layer,
 )
 from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
@@ -266,7 +267,7 @@ class Bottleneck(BranchVariant):
             return coupling_specs(coupled, self.inv_adapter_reduction_factor)
         reads_x = self.is_parallel and self._value_name("r", site) is None
         inputs = site.in_features if reads_x else width
-        specs = self._layers(site, inputs, max(1, int(width // self.reduction_factor)))
+        specs = self._layers(site, inputs, max(1, narrow_width(width, self.reduction_factor)))
         for name, present, size in (("norm_before", self.ln_before, inputs), ("norm_after", self.ln_after, width)):
             if present:
                 specs |= {name: ParamSpec((size,), ones), f"{name}_bias": ParamSpec((size,), zeros)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorac
 from campaigns import sound
 from lorac.formats._files import EXPERTS, SEAL
+from tests.limits import within_budget
 
 CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "no axes": lambda tensor: torch.zeros((), dtype=tensor.dtype),
@@ -62,3 +64,17 @@ def test_experts_of_eight_bits_are_mixed(format: str, tmp_path: Path) -> None:
     expected = values["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
     assert stacked.dtype is torch.float32
     assert torch.equal(stacked[: len(expected)], expected.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("field", ["reduction_factor", "inv_adapter_reduction_factor"])
+@pytest.mark.parametrize("factor", [1e-308, 1e-9, 1e308])
+def test_a_reduction_is_compared_with_the_tensors(field: str, factor: float, tmp_path: Path) -> None:
+    """Before anything of the width is made that follows from it."""
+    bottleneck = next(sound._adapterhub(tmp_path))
+    path = tmp_path / bottleneck.place / "adapter_config.json"
+    described = json.loads(path.read_text())
+    described["config"] |= {field: factor, **({"inv_adapter": "nice"} if field.startswith("inv") else {})}
+    path.write_text(json.dumps(described))
+    change(path.with_name("adapter.safetensors"), lambda tensor: tensor)
+    with within_budget(), pytest.raises(lorac.LoracError):
+        lorac.load_adapter(path.parent, sound.model("tiny_bert"))
