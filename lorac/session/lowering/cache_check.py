@@ -6,6 +6,7 @@ that mixes tokens in another way, or counts positions itself, goes wrong as soon
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lorac.errors import CaptureError
 from lorac.ir.graph.attention_ops import (
+    CACHED_ATTENTION,
     LOGITS_TO_KEEP,
     NEW_LENGTHS,
     PAST_LENGTHS,
@@ -24,9 +26,12 @@ from lorac.ir.graph.attention_ops import (
 from lorac.ir.graph.feeds import cache_input_shapes, collect_slot_tensors, make_empty_cache
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import read_example_inputs, relative_error, run_graph
+from lorac.ir.graph.provenance import find_module_path
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 
+_LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")
+"""The path of the outermost numbered module around another one."""
 _TOLERATED_ROUNDINGS = 100
 """Allowed error in units of the dtype's rounding. Thirty layers leave about a dozen."""
 
@@ -99,12 +104,24 @@ def _idle_slots(graph: Graph, base: BaseReader) -> dict[str, Tensor]:
 
 
 def _cache_differs(graph: Graph, how: str) -> CaptureError:
+    layer = _find_layer_without_attention(graph)
+    where = "" if layer is None else f" (as '{layer}' may, which has no attention)"
     return CaptureError(
-        f"the graph '{graph.name}' {how} where its text comes in parts: something besides attention mixes tokens, or "
-        "positions are counted by the model itself",
+        f"the graph '{graph.name}' {how} where its text comes in parts: something besides attention mixes tokens"
+        f"{where}, or positions are counted by the model itself",
         next_step=WITHOUT_CACHE,
         code="capture_differs",
     )
+
+
+def _find_layer_without_attention(graph: Graph) -> str | None:
+    """Return the path of the first repeated layer that computes no attention, or None."""
+    found: dict[str, bool] = {}
+    for node in graph.fx.nodes:
+        layer = _LAYER.match(find_module_path(node))
+        if layer:
+            found[layer[0]] = found.get(layer[0], False) or node.target is CACHED_ATTENTION
+    return next((path for path, attends in found.items() if not attends), None)
 
 
 def _next_tokens(ids: Tensor, past: Tensor, new: Tensor) -> Tensor:

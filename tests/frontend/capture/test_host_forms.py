@@ -330,3 +330,12 @@ def test_a_model_of_images_is_referred_to_the_target_that_generates_from_them() 
     with refuses("unavailable", match="'pixel_values'.*\n.*target='eager' generates from it") as error:
         lorac.compile(host, target="onnxruntime", cache=True)
     assert "cache=False" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_layer_that_mixes_tokens_without_attention_is_named() -> None:
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+    config = MiniMaxConfig(**_TINY | {"num_hidden_layers": 2}, num_key_value_heads=2, num_local_experts=2, head_dim=8)
+    with refuses("capture_differs", match=r"as 'model\.layers\.\d' may, which has no attention"):
+        lorac.compile(MiniMaxForCausalLM(config).eval(), target="onnxruntime", cache=True)
