@@ -75,8 +75,9 @@ class _GuardHandler(logging.Handler):
         added = _ADDED.search(record.getMessage())
         line = find_running_model_line() if added else None
         if added and line:
-            frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
-            self._found.append(TraceGuard(added[1].removeprefix("eval "), line, _find_module(frames)))
+            # A list of frames would contain its own, and keep the tensors of this trace for the next one.
+            module = _find_module(frame for frame, _ in traceback.walk_stack(None))
+            self._found.append(TraceGuard(added[1].removeprefix("eval "), line, module))
 
 
 def find_running_model_line() -> str | None:
