@@ -161,9 +161,8 @@ def page(given: Iterable[Record]) -> str:
 
 def _versions(records: Sequence[Record]) -> str:
     named = sorted({", ".join(f"{name} {value}" for name, value in record["versions"].items()) for record in records})
-    codes = sorted({record["code"] for record in records})
     days = sorted({record["at"] for record in records})
-    return f"Made with {'; '.join(named)}; lorac's sources {', '.join(codes)}; {days[0]} to {days[-1]}.\n"
+    return f"Made with {'; '.join(named)}; {days[0]} to {days[-1]}.\n"
 
 
 def _share(part: int, whole: int) -> str:

@@ -238,14 +238,14 @@ class SwitchableModel(ABC):
             with self._swap_lock:
                 self._restore(before if self._state is changed else self._state)
             raise
-        state = "settled" if self.engine.is_frozen else "bound"
+        state = "settled" if self.engine.is_settled else "bound"
         return SwapReport(state, len(touched), written, time.perf_counter() - start, blocked)
 
     def _settle(self, now: bool) -> None:
         if now:
-            self.engine.freeze()
-        elif self.engine.freezes_in_background:
-            threading.Thread(target=self.engine.freeze, name="lorac-settle", daemon=True).start()
+            self.engine.settle()
+        elif self.engine.settles_in_background:
+            threading.Thread(target=self.engine.settle, name="lorac-settle", daemon=True).start()
 
     def _bind(self, choice: Choice) -> int:
         before, state = self._state, self._states.of(choice)

@@ -59,7 +59,7 @@ class Engine(ABC, Generic[Content_contra]):
         buffers: fused mode: the weights that it reads, by site path.
         interfaces: the interface of each graph of its program; empty where it runs the model itself.
         skipped: graph -> pass over the emitted program -> what the pass left alone; empty for a loaded program.
-        freezes_in_background: whether a swap starts ``freeze`` by itself.
+        settles_in_background: whether a swap starts ``settle`` by itself.
     """
 
     target: str
@@ -69,7 +69,7 @@ class Engine(ABC, Generic[Content_contra]):
     buffers: Mapping[str, FusedBuffer]
     interfaces: Mapping[str, Interface] = MappingProxyType({})
     skipped: Mapping[str, Mapping[str, tuple[Skip, ...]]] = MappingProxyType({})
-    freezes_in_background: bool = False
+    settles_in_background: bool = False
 
     @property
     def fused(self) -> bool:
@@ -180,11 +180,11 @@ class Engine(ABC, Generic[Content_contra]):
         """Record which choice was written."""
 
     @property
-    def is_frozen(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether the active weights are constants of a session now."""
         return False
 
-    def freeze(self) -> None:
+    def settle(self) -> None:
         """Make the active weights constants of a new session, and let calls run on that.
 
         Raises:

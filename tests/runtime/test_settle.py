@@ -26,7 +26,7 @@ def expected():
 def test_settled_has_the_bits_of_a_fresh_settled_compile(fused, expected):
     for choice in CYCLE * 3:
         assert fused.swap(choice, settle=True).state == "settled"
-        assert fused.engine.is_frozen
+        assert fused.engine.is_settled
         assert raw(answer(fused)) == expected["settled"][key(choice)]
 
 
@@ -36,14 +36,14 @@ def test_nothing_settles_unasked(fused, expected):
     assert fused.swap("b").state == "bound"
     assert raw(answer(fused)) == expected["bound"]["b"]
     assert fused.swap("a").state == "bound"
-    assert not fused.engine.is_frozen
+    assert not fused.engine.is_settled
     assert raw(answer(fused)) == expected["bound"]["a"]
 
 
 def test_a_choice_for_one_call_leaves_it_settled(fused, expected):
     fused.swap("a", settle=True)
     assert raw(answer(fused, adapters="b")) == expected["bound"]["b"]
-    assert fused.engine.is_frozen
+    assert fused.engine.is_settled
     assert raw(answer(fused)) == expected["settled"]["a"]
 
 
@@ -51,9 +51,9 @@ def test_in_the_background(expected):
     compiled = build(pair("lora", "shira"), "onnxruntime", "fused", settle="background")
     compiled.swap("b")
     deadline = time.monotonic() + 30
-    while not compiled.engine.is_frozen and time.monotonic() < deadline:
+    while not compiled.engine.is_settled and time.monotonic() < deadline:
         assert raw(answer(compiled)) in {expected["bound"]["b"], expected["settled"]["b"]}
-    assert compiled.engine.is_frozen
+    assert compiled.engine.is_settled
     assert raw(answer(compiled)) == expected["settled"]["b"]
 
 

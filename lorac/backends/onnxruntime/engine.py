@@ -16,7 +16,7 @@ from lorac.backends.onnx.engine import OnnxEngine, convert_inputs
 from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors, write_adapter_file
 from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
-from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_frozen_session
+from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_settled_session
 from lorac.backends.onnxruntime.kv_cache import (
     CacheLayout,
     OrtCache,
@@ -83,7 +83,7 @@ class SlotValues:
 
 
 @dataclass(frozen=True, eq=False)
-class _FrozenSessions:
+class _SettledSessions:
     """Sessions whose slots are constants, by graph, and the values that are left to bind: none."""
 
     sessions: Mapping[str, ort.InferenceSession]
@@ -114,10 +114,10 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         for name, graph in graphs.items():
             if (encoder := graphs.get(get_encoder_graph_name(name))) is not None:
                 graph.read_encoder(encoder)
-        self.freezes_in_background = self.fused and options.settle == "background"
+        self.settles_in_background = self.fused and options.settle == "background"
         self._written_choice = ComposedWeights(())
         # Keyed weakly: constants that can never serve again are let go.
-        self._frozen: weakref.WeakKeyDictionary[ComposedWeights, _FrozenSessions] = weakref.WeakKeyDictionary()
+        self._settled: weakref.WeakKeyDictionary[ComposedWeights, _SettledSessions] = weakref.WeakKeyDictionary()
 
     # --- the engine's contract -----------------------------------------------------------------------------------
 
@@ -143,11 +143,11 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         self.device_memory.written(self.memory)
 
     @property
-    def is_frozen(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether calls run on constants now."""
-        return self._written_choice in self._frozen
+        return self._written_choice in self._settled
 
-    def freeze(self) -> None:
+    def settle(self) -> None:
         """Make sessions with the active weights as constants, which ONNX Runtime prepacks.
 
         They serve calls for as long as those weights are active. Their results round differently from those of the
@@ -161,15 +161,15 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
             raise Unavailable(
                 "only bound weights can settle, and this program binds none", next_step="compile with mode='fused'"
             )
-        if snapshot in self._frozen:
+        if snapshot in self._settled:
             return
-        sessions = {name: self._freeze(name, graph) for name, graph in self.graphs.items()}
+        sessions = {name: self._settle_graph(name, graph) for name, graph in self.graphs.items()}
         if self._written_choice is snapshot:
-            self._frozen[snapshot] = _FrozenSessions(sessions, self.lay_out({}))
+            self._settled[snapshot] = _SettledSessions(sessions, self.lay_out({}))
 
-    def _freeze(self, name: str, graph: GraphSession) -> ort.InferenceSession:
+    def _settle_graph(self, name: str, graph: GraphSession) -> ort.InferenceSession:
         constants = {slot: self.memory[slot] for slot in graph.slots if slot in self.memory}
-        return create_frozen_session(self.files, name, constants, self.options) if constants else graph.session
+        return create_settled_session(self.files, name, constants, self.options) if constants else graph.session
 
     @property
     def choice_suffix(self) -> str | None:
@@ -232,8 +232,8 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
     def _serving(self, graph: str, values: SlotValues) -> tuple[ort.InferenceSession, SlotValues]:
         """Return the session that serves a call, and the values to bind."""
-        frozen = self._frozen.get(self._written_choice) if values is self.fused_content else None
-        return (self.graphs[graph].session, values) if frozen is None else (frozen.sessions[graph], frozen.values)
+        settled = self._settled.get(self._written_choice) if values is self.fused_content else None
+        return (self.graphs[graph].session, values) if settled is None else (settled.sessions[graph], settled.values)
 
     # --- over a cache --------------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ def create_session(
         return start(None)  # the file was deleted meanwhile
 
 
-def create_frozen_session(
+def create_settled_session(
     files: ProgramFiles, graph: str, tensors: Mapping[str, torch.Tensor], options: OnnxRuntimeOptions
 ) -> ort.InferenceSession:
     """Create a session in which slots are constants; it holds copies, so later writes do not reach it."""
