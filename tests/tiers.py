@@ -118,7 +118,8 @@ MOVED = (
     Moved("end_to_end/test_pipeline.py::test_emitted_parts_paint_the_same_images", "eager parts paint the same bits"),
     Moved("end_to_end/test_silence.py::test_nothing_is_printed*", "a script that is refused", ("refused",)),
     Moved(
-        "end_to_end/test_threads.py::test_eight_threads_compile_and_add_at_once[eager]", "the same over ONNX Runtime"
+        "end_to_end/test_threads.py::test_eight_threads_compile_add_explain_and_save_at_once[eager]",
+        "the same over ONNX Runtime",
     ),
     Moved(
         "end_to_end/test_few_shot_series.py::test_deployed_it_answers_as_in_eager_and_holds_no_table_of_tokens*",
