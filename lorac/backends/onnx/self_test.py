@@ -93,7 +93,7 @@ class _SlotContents(ABC):
         """Return the contents that the slots have at first."""
 
     @abstractmethod
-    def noise(self) -> Mapping[str, Tensor]:
+    def noise(self, seed: int) -> Mapping[str, Tensor]:
         """Return seeded noise for every slot."""
 
     @abstractmethod
@@ -116,8 +116,8 @@ class _BoundContents(_SlotContents):
     def old(self) -> Mapping[str, Tensor]:
         return self._old
 
-    def noise(self) -> Mapping[str, Tensor]:
-        return self._named(draw_noise(self.engine.plans, self._slots, self.engine.base))
+    def noise(self, seed: int) -> Mapping[str, Tensor]:
+        return self._named(draw_noise(self.engine.plans, self._slots, self.engine.base, seed))
 
     def leave(self) -> None:
         """Leave the engine alone: nothing was written."""
@@ -141,8 +141,8 @@ class _WrittenContents(_SlotContents):
         self.engine.write(self._snapshot)
         return self._readable()
 
-    def noise(self) -> Mapping[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
+    def noise(self, seed: int) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
         for buffer in self.engine.buffers.values():
             buffer.forget()
         drawn = self._readable()
@@ -214,21 +214,24 @@ class _ProgramComparison:
             self._check_sizes(baked)
             return
         before = self._run(contents.old())
-        noise = contents.noise()
-        if self._differs(noise):
+        noise = contents.noise(0)
+        # A rounding may change what a router chooses. A fault shows with other noise too.
+        if self._differs(noise) and self._differs(noise := contents.noise(1)):
             raise self._diagnosed(_tensors_of_graph(noise, self.graph))
-        self._check_sizes(noise)
+        self._check_sizes(noise, lambda: contents.noise(2))
         after = self._run(contents.old())
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             raise self_test_failure(slots, "keep traces of what was in them: the old tensors give other bits")
 
-    def _check_sizes(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compare at another batch and length, if the program admits one."""
+    def _check_sizes(
+        self, tensors: Mapping[str, Tensor], redraw: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> None:
+        """Compare at another batch and length, if the program admits one; with other tensors too where they differ."""
         if self.others is None:
             return
         example, self.inputs = self.inputs, self.others
         try:
-            wrong = self._differs(tensors)
+            wrong = self._differs(tensors) and (redraw is None or self._differs(redraw()))
         except Exception:  # the model does not run there either
             return
         finally:
