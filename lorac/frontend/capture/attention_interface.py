@@ -114,9 +114,9 @@ class AttentionInterface:
     used: bool = False
 
     @property
-    def has_windows(self) -> bool:
-        """Whether some mask lets tokens see a window only."""
-        return any(width for _, width in self.windows.values())
+    def is_causal(self) -> bool:
+        """Whether every mask hides later tokens and nothing else."""
+        return not self.masks and not any(width for _, width in self.windows.values())
 
     def mask(self, **request: Any) -> Tensor | None:
         """Make a mask, as transformers' mask functions do."""

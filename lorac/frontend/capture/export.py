@@ -151,7 +151,7 @@ def _export_arguments(
         )
     _refuse_objects(program)
     if grows:
-        if not interface.has_windows:
+        if interface.is_causal:
             fold_written_attention(program)
         check_attention_captured(program, host)
         drop_zero_biases(program.graph)
