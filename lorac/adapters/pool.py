@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ class TensorVersions:
     Attributes:
         versions: each tensor's identity and write count; equal if no tensor was written or exchanged in between.
         tensors: the tensors, held so that no new tensor can get the identity of one of them.
-        sums: sums of the tensors' bits, which show writes that torch does not count; empty where none are expected.
+        sums: addresses of the tensors and sums of their bits, which show writes that torch does not count; empty where
+            none are expected.
+        bits: the tensors as integers.
     """
 
     versions: tuple[int, ...]
     tensors: tuple[Tensor, ...]
     sums: tuple[int, ...] = ()
+    bits: tuple[Tensor, ...] = ()
 
     def agrees(self, now: TensorVersions) -> bool:
         """Return whether nothing was written between these versions and later ones."""
@@ -75,7 +79,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         with self._lock:
             require_adapter(name, self.entries)
             entry = self.entries[name]
-            now = self.read_versions((entry.adapter,))
+            now = self.read_versions((entry.adapter,), entry.versions)
             if not entry.versions.agrees(now):
                 self._preparer.forget_shared(now.tensors if now.versions == entry.versions.versions else ())
                 entry = self.entries[name] = PoolEntry(entry.adapter, self._preparer.prepare(entry.adapter), now)
@@ -154,8 +158,8 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
                 require_adapter(name, self.entries)
             return tuple(self.entries[name].adapter for name in names)
 
-    def read_versions(self, adapters: Sequence[Adapter]) -> TensorVersions:
-        """Return the present versions of the tensors of some adapters.
+    def read_versions(self, adapters: Sequence[Adapter], before: TensorVersions = _OUTDATED) -> TensorVersions:
+        """Return the present versions of the tensors of some adapters, faster where earlier ones are given.
 
         Torch counts writes by operations in place, with gradients or without. It counts no write through
         ``tensor.data``, as research optimizers and moving averages make them, nor one to a tensor made in inference
@@ -166,16 +170,15 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             counts = [tensor._version for tensor in tensors]
         except RuntimeError:  # a tensor made in inference mode has no count; asking each tensor first would slow calls
             counts = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        return TensorVersions((*map(id, tensors), *counts), tensors, _sum_bits(tensors) if self._trains else ())
-
-
-def _sum_bits(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return a sum of each tensor's bits; one transfer brings those of a device."""
-    if not tensors:
-        return ()
-    sums = [tensor.detach().view(_INTEGERS[tensor.element_size()]).sum() for tensor in tensors]
-    device = sums[0].device
-    return tuple(torch.stack([each.to(device) for each in sums]).tolist())
+        versions = (*map(id, tensors), *counts)
+        if not self._trains or not tensors:
+            return TensorVersions(versions, tensors)
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        same = before.sums[: len(tensors)] == addresses and all(map(operator.is_, before.tensors, tensors))
+        bits = before.bits if same else tuple(t.detach().view(_INTEGERS[t.element_size()]) for t in tensors)
+        # One transfer brings the sums from a device.
+        sums = torch.stack([each.sum().to(bits[0].device) for each in bits]).tolist()
+        return TensorVersions(versions, tensors, (*addresses, *sums), bits)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -56,7 +56,7 @@ class ChoiceState:
     @property
     def stale(self) -> bool:
         """Whether a tensor of its adapters was written or exchanged since the state was made."""
-        return not self.versions.agrees(self.pool.read_versions(self.adapters))
+        return not self.versions.agrees(self.pool.read_versions(self.adapters, self.versions))
 
 
 class ChoiceStates:
