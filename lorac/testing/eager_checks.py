@@ -203,8 +203,11 @@ def check_invalid_values(case: Case) -> None:
     for field in dataclasses.fields(case.variant):
         if isinstance(getattr(case.variant, field.name), float):
             nan: Any = {field.name: torch.nan}
-            wrong = dataclasses.replace(case.variant, **nan)
-            assert_raises(LoracError, lambda wrong=wrong: compile(case.model, {"a": wrong}))  # type: ignore[misc]  # likewise
+            assert_raises(LoracError, lambda nan=nan: _compile_with(case, **nan))  # type: ignore[misc]  # likewise
+
+
+def _compile_with(case: Case, **fields: Any) -> None:
+    compile(case.model, {"a": dataclasses.replace(case.variant, **fields)})
 
 
 def check_rules(case: Case) -> None:

@@ -75,9 +75,9 @@ def test_rows(rows: dict[str, MethodRow]) -> None:
         own=2 * 768 * 8,
         common=0,
         paper=lorac.LoRA.paper,
-        files=("native", "LORA"),
+        files=("native", "LORA", "adapterhub"),
     )
-    assert (rows["dora"].form, rows["dora"].files) == ("low-rank r=8 c", ("native", "LORA"))
+    assert (rows["dora"].form, rows["dora"].files) == ("low-rank r=8 c", ("native", "LORA", "adapterhub"))
     assert (rows["hydra"].form, rows["hydra"].files) == ("low-rank r=4", ("native",))
     assert (rows["shira"].form, rows["shira"].own) == ("sparse", 32 * 2 * 768)
     assert (rows["adaptertune"].form, rows["adaptertune"].merges) == ("branch", False)
