@@ -18,6 +18,8 @@ ALIKE = {"no_bias", "transposed", "padded", "attention"}
 FORMS = {"adaptertune", "hydra", "meteora", "shira"}
 """Methods of a form each, for what a target does with a model of two layers."""
 TARGETS = ("onnxruntime", "eager")
+OF_FORMULAS = {"formula", "identity_at_init", "influence", "invalid_values", "rules", "training"}
+"""Checks that another configuration of a method may fail alone."""
 LATE = ("two_conv", "two_embedding", "gated", "stack")
 """Hosts of two layers whose kinds differ in nothing that shows there, and hosts that only some methods ask for."""
 
@@ -67,8 +69,9 @@ def _checks():
 def _thinned(checks):
     """Mark as slow what another check of the same method catches too.
 
-    A method's first host has every check, with each configuration. How a formula reads a weight depends on the kind of
-    site, so the formula itself runs on every kind. What a target gets depends on the normal form, not on the method.
+    A method's first host has every check of the first configuration, and of the others what depends on the formula. How
+    a formula reads a weight depends on the kind of site, so the formula itself runs on every kind. What a target gets
+    depends on the normal form, not on the method.
     """
     first = {}
     whole = None
@@ -78,7 +81,8 @@ def _thinned(checks):
         whole = whole or configuration
         if what and what != "refused":
             first.setdefault(configuration, host)
-        quick = what in {"", "refused"} or host == first[configuration]
+        quick = what in {"", "refused"}
+        quick |= host == first.get(configuration) and (configuration == whole or what in OF_FORMULAS)
         quick |= what == "formula" and configuration == whole and host not in {*ALIKE, *LATE}
         if what.startswith(TARGETS):
             quick = configuration == whole and host.startswith("two_") and configuration.partition(",")[0] in FORMS
