@@ -27,7 +27,7 @@ durations: ## Show where the time of the last `make test` went
 PART ?= 1/1
 JOURNAL ?= build/journal
 test-slow: $(STAMP) ## Run the long checks; PART=3/8 runs a part, and what the JOURNAL= says passed is not run again
-	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal --part $(PART) --journal $(JOURNAL)
+	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal --part=$(PART) --journal=$(JOURNAL)
 
 test-gpu: $(STAMP) ## Run the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu

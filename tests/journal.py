@@ -1,7 +1,8 @@
 """Parts of a long run, and a journal of what passed, so that the run can be stopped and gone on with.
 
-``pytest --part 3/8`` runs every eighth test from the third on. ``--journal FOLDER`` skips the tests that the journal of
-this commit says passed, adds what passes or fails now, and says at the end how far the whole run is.
+``pytest --part=3/8`` runs every eighth test from the third on. ``--journal=FOLDER`` skips the tests that the journal of
+this commit says passed, adds what passes or fails now, and says at the end how far the whole run is. Both take ``=``:
+pytest looks for its configuration before it knows these options, and would take a folder behind a space for a test's.
 """
 
 from __future__ import annotations

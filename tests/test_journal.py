@@ -24,7 +24,7 @@ def run(tmp_path):
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["tests.journal"]')
 
     def run(*options):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--journal", "journal", *options]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--journal=journal", *options]
         done = subprocess.run(
             command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
         )
@@ -35,9 +35,9 @@ def run(tmp_path):
 
 @pytest.mark.parametrize("workers", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=["alone", "workers"])
 def test_parts_add_up_and_only_what_failed_runs_again(run, tmp_path, workers):
-    code, printed = run("--part", "1/2", *workers)
+    code, printed = run("--part=1/2", *workers)
     assert code == 0 and "4 passed" in printed and "4 passed and 0 failed of this commit so far" in printed
-    code, printed = run("--part", "2/2", *workers)
+    code, printed = run("--part=2/2", *workers)
     assert code == 1 and "2 passed" in printed and "6 passed and 1 failed of this commit so far" in printed
     (tmp_path / "mended").touch()
     code, printed = run(*workers)
@@ -45,5 +45,5 @@ def test_parts_add_up_and_only_what_failed_runs_again(run, tmp_path, workers):
 
 
 def test_a_part_that_does_not_exist_is_refused(run):
-    code, printed = run("--part", "3/2")
+    code, printed = run("--part=3/2")
     assert code == 4 and "--part 3/2: there are parts 1 to 2" in printed
