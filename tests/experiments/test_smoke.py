@@ -19,6 +19,7 @@ NAMES = [found.name for found in pkgutil.iter_modules(experiments.__path__) if n
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_prints_its_sides(name: str, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--smoke"])
+    monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)  # runpy warns of a module that was imported
     runpy.run_module(f"experiments.{name}", run_name="__main__")
     said = capsys.readouterr().out
     assert "against LoRA" in said and "2 seeds, 2 steps" in said
