@@ -15,7 +15,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeAlias
+from typing import Annotated, TypeAlias, cast
 
 from lorac.errors import OptionError, WrongType, nearest_name, short
 
@@ -54,9 +54,10 @@ class Bounds(Limit):
 
     def admits(self, value: object, fields: Mapping[str, object]) -> bool:
         items = value if isinstance(value, Sequence) else [value]
-        given = [float(item) for item in items if isinstance(item, numbers.Real)]
+        # They are compared as they are: a float holds no whole number above 2**53 exactly, and none above 1e308.
+        given = [cast(float, item) for item in items if isinstance(item, numbers.Real)]
         end = fields.get(self.most) if isinstance(self.most, str) else self.most
-        most = float(end) if isinstance(end, numbers.Real) else math.inf
+        most = cast(float, end) if isinstance(end, numbers.Real) else math.inf
         return all((self.least < one if self.exclusive else self.least <= one) and one <= most for one in given)
 
     def describe(self, fields: Mapping[str, object]) -> str:

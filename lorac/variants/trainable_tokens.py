@@ -22,7 +22,7 @@ class TrainableTokens(WeightVariant):
         token_indices: the tokens' indices, without duplicates.
     """
 
-    token_indices: Annotated[tuple[int, ...], Bounds(0)]
+    token_indices: Annotated[tuple[int, ...], Bounds(0, torch.iinfo(torch.int64).max)]
 
     name = "trainable_tokens"
     kinds = frozenset({SiteKind.EMBEDDING, SiteKind.LINEAR})

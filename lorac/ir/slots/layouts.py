@@ -111,7 +111,7 @@ class LinearLayout(SiteLayout):
 
     def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = torch.matmul(x, weight)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return torch.matmul(x, a)
@@ -127,7 +127,7 @@ class EmbeddingLayout(SiteLayout):
 
     def bound(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = F.embedding(x, weight)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.embedding(x, a)
