@@ -26,7 +26,7 @@ from lorac.ir.tracing import tracing
 from lorac.limits import charge_reading
 from lorac.storage.plans import graph_from_json, graph_to_json
 from lorac.storage.program import StoredProgram, collect_tensors, make_functional, program_to_json
-from lorac.storage.strict_json import parse_json
+from lorac.storage.strict_json import parse_json, read_json_text
 from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.backend import Backend, BuildRequest, StoredState, TargetOptions
 from lorac.target.dialect import AnyDialect, BranchGate, Dialect
@@ -142,6 +142,7 @@ def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans
 def _load_graphs(stored: StoredState, files: ProgramFiles, file: TensorFile) -> dict[str, StoredGraph]:
     entries: Any = stored["graphs"]
     with charge_reading(files[_PROGRAM].where):
-        nodes = parse_json(files[_PROGRAM].read(), lambda reason: ArtifactError(f"'{files[_PROGRAM].where}' {reason}"))
+        text = read_json_text(files[_PROGRAM].path)
+        nodes = parse_json(text, lambda reason: ArtifactError(f"'{files[_PROGRAM].where}' {reason}"))
         programs = {name: StoredProgram(nodes[name], file) for name in entries}
     return {name: StoredGraph(programs[name], *graph_from_json(entry)) for name, entry in entries.items()}
