@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 
-from lorac.argument_types import Bounds, Count
+from lorac.argument_types import Bounds
 from lorac.errors import OptionError, SiteError
 from lorac.variants._rotations import cayley, neumann, skew
 from lorac.variants.base import Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
@@ -44,7 +44,7 @@ class OFT(WeightVariant):
         r: number of blocks; 0 where block_size is given.
         block_share: all blocks are the same.
         use_cayley_neumann: the series instead of the inverse.
-        num_cayley_neumann_terms: t.
+        num_cayley_neumann_terms: t, up to 100: every term is an op of the program.
         coft: Q's Frobenius norm is at most eps/√blocks; training writes the bounded oft_R, as PEFT does.
         eps: the constraint of coft.
     """
@@ -53,7 +53,7 @@ class OFT(WeightVariant):
     r: Annotated[int, Bounds(0)] = 0
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: Count = 5
+    num_cayley_neumann_terms: Annotated[int, Bounds(1, 100)] = 5
     coft: bool = False
     eps: Annotated[float, Bounds(0)] = 6e-5
 

@@ -33,6 +33,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lorac.VBLoRA, {"topk": 300}, "numbers from 1 to num_vectors=256"),
     (lorac.AdapterTune, {"every": 0}, "numbers from 1"),
     (lorac.MPS, {"dims": (0, 6)}, "numbers from 1"),
+    (lorac.OFT, {"num_cayley_neumann_terms": 10**6}, "numbers from 1 to 100"),
     (lorac.TrainableTokens, {"token_indices": (2**63,)}, "numbers from 0 to"),
     (lorac.LoRA, {"r": -(10**40)}, "numbers from 1"),
     (lorac.TLoRA, {"residual": "lorra"}, "lora, ttv"),
