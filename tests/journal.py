@@ -48,7 +48,7 @@ def read_journal(file: Path) -> dict[str, set[str]]:
 
 
 class Journal:
-    """What a run leaves out, and the file to which it adds each test's outcome and seconds."""
+    """The tests that a run leaves out, and the file that receives each test's outcome and seconds."""
 
     def __init__(self, part: int, parts: int, passed: set[str], file: Path | None) -> None:
         self.part, self.parts, self.passed, self.file = part, parts, passed, file

@@ -193,15 +193,19 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     write_safetensors(path, tensors, {**metadata, SEAL: hash_contents(text, tensors)})
 
 
+def agrees_with_seal(seal: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a seal, if there is one, is the hash over a description and its tensors."""
+    with pause_clock():
+        return seal is None or seal == hash_contents(text, tensors)
+
+
 def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Check a description and its tensors against the hash that lorac wrote over both; other tools write none.
 
     Raises:
         FormatError: they do not belong together.
     """
-    with pause_clock():
-        belongs = SEAL not in metadata or metadata[SEAL] == hash_contents(text, tensors)
-    if not belongs:
+    if not agrees_with_seal(metadata.get(SEAL), text, tensors):
         raise corrupt_error(
             f"the configuration and the tensors of '{path}' do not belong together: they, or one of them, were changed "
             "since lorac wrote both",

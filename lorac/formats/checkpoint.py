@@ -20,13 +20,11 @@ from lorac.argument_types import matches_type
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import corrupt_error
-from lorac.formats._files import encode_config, peek_names, read_safetensors
+from lorac.formats._files import agrees_with_seal, encode_config, peek_names, read_safetensors
 from lorac.formats._format import Format
 from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
 from lorac.frontend.model_view import ModelView
-from lorac.limits import pause_clock
 from lorac.storage.strict_json import parse_object
-from lorac.storage.tensor_file import hash_contents
 from lorac.variants.adapter import Adapter
 
 FILE = "model.safetensors"
@@ -101,9 +99,7 @@ def _check_record(file: Path, stored: JsonObject, tensors: Mapping[str, Tensor],
         raise corrupt_error(f"'{file}' lacks the tensor '{prefix}.{missing}', which its record promises")
     own = {key: tensors[f"{prefix}.{key}"] for key in stored["places"]}
     text = encode_config({name: stored[name] for name in ("record", "places")})
-    with pause_clock():
-        belongs = SEAL not in stored or stored[SEAL] == hash_contents(text, own)
-    if not belongs:
+    if not agrees_with_seal(stored.get(SEAL), text, own):
         raise corrupt_error(
             f"the record and the tensors of '{prefix}' in '{file}' do not belong together: they, or one of them, were "
             "changed since the state dict was made",

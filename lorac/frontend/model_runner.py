@@ -210,7 +210,7 @@ def _find_written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapp
 @functools.lru_cache(maxsize=4096)
 def _find_written_arguments(func: OpOverload) -> tuple[tuple[int, str], ...]:
     """Return positions and names of the arguments that an op writes into."""
-    schema = getattr(func, "_schema", None)  # a higher-order op has none
+    schema = getattr(func, "_schema", None)  # higher-order ops lack it
     arguments = enumerate(schema.arguments if schema else ())
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 

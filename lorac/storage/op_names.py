@@ -26,7 +26,7 @@ _TAGS = frozenset({torch.Tag.core, torch.Tag.pointwise})
 _EXCLUDED = ("_backward", "empty", "_embedding_bag")
 """Parts of names of core ops that do not check their indices or shapes, or give memory as it is."""
 _UNSAFE_ARGUMENTS = frozenset({"filename", "unsafe", "batch_sizes"})
-"""Arguments of overloads that read files or trust what they are told."""
+"""Arguments of overloads that read files or skip the checks of their operands."""
 _FURTHER_NAMES = """
     __and__ __or__ __xor__ _assert_scalar _assert_tensor_metadata _fft_c2c _safe_softmax
     _scaled_dot_product_attention_math _trilinear _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa

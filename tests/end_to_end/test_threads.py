@@ -54,7 +54,7 @@ def made(index):
 
 
 def work(model, target, folder):
-    """What a model answers while adapters come, what it explains, and what its artifact answers."""
+    """Return a model's outputs while adapters are added, its report, and the outputs of its artifact."""
     host, x, adapters = model
     compiled = lorac.compile(
         host,

@@ -1,4 +1,4 @@
-"""What every rule relies on: torch's hooks around a step, scaled gradients, and states of several rules of a class."""
+"""The base of every rule: torch's hooks around a step, scaled gradients, and states of several rules of a class."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def turned_round(given: lorac.Adapter) -> lorac.Adapter:
 
 
 def authors(here: Path, **changed: Any) -> Path:
-    """The same mixture as X-LoRA's authors write it, which lists the experts' names."""
+    """Write the same mixture as X-LoRA's authors do, with a list of the experts' names."""
     tensors = classifier()
     layers = {"inner.0": "layers.0", "last": "layers.3"}
     written = {

@@ -100,7 +100,7 @@ class ForwardCall:
 
 
 def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[ForwardCall], None]) -> None:
-    """Have a backward pass that reaches a call's output announce the call, of which a checkpoint may recompute layers.
+    """Register a hook by which a backward pass names the call whose layers a checkpoint may recompute.
 
     Several calls may precede one backward pass. Values that the model computed are in the graph that would hold them
     here for ever, so they are announced with the latest call alone.

@@ -27,7 +27,7 @@ from lorac.storage.open_file import OpenFile
 Array = npt.NDArray[Any]
 MODEL_FILE, WEIGHTS_FILE, BASE_FILE = "model.onnx", "model.onnx.data", "base.safetensors"
 NEUTRAL_FILE = "neutral.safetensors"
-"""What slots hold where no adapter is active, for programs whose slots are inputs that each call must give."""
+"""Contents of the slots without an active adapter, for programs whose callers must give every slot."""
 MAX_LENGTH_KEY = "lorac.longest"
 """Metadata key for the longest sequence that the positions of a program with a cache admit."""
 _NATURAL_NUMBER = re.compile(r"[0-9]{1,18}")

@@ -76,7 +76,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
             capability = local_capability()
         if request.options.refit and request.mode != "fused":
             raise OptionError(
-                f"refit=True replaces merged weights, and a program of the mode '{request.mode}' has none to replace",
+                f"refit=True replaces merged weights, which a program in mode '{request.mode}' lacks",
                 next_step="give mode='fused' with it, or leave it out",
             )
         if request.options.refit and capability is None:

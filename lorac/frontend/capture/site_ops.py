@@ -27,7 +27,7 @@ from lorac.ir.slots.program_values import first_tensor, replace_first_tensor
 
 @dataclass(frozen=True)
 class SiteMarks:
-    """What is marked in a copy of a model.
+    """Marks of sites and blocks in a copy of a model.
 
     Attributes:
         prefix: prefix of the paths of modules and tensors, where the model is one component of several.

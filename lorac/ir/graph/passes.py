@@ -30,7 +30,7 @@ class PassResult:
         changed: whether the pass changed the graph.
         skipped: what the pass could have changed, and did not.
         notes: sentences for whoever calls the program.
-        details: further data of the pass, of a class of its own; None where it has none.
+        details: further data, of a class that the pass defines, or None.
     """
 
     changed: bool

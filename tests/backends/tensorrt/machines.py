@@ -14,7 +14,7 @@ from tests.backends.tensorrt.tiny import LIBRARY
 
 
 def install_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: str) -> None:
-    """Have torch report GPUs of these compute capabilities, the first of which is current; none can run anything."""
+    """Make torch report GPUs of these compute capabilities, the first as the current one; nothing runs on them."""
     current = [0]
 
     def index(device: object = None) -> int:

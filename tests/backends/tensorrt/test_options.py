@@ -200,7 +200,7 @@ def test_refitting_is_refused_where_there_is_no_gpu():
     with pytest.raises(lorac.Unavailable, match="only where there is an NVIDIA GPU") as error:
         quietly(model=host(), adapters={}, example_inputs=EXAMPLE, mode="fused", refit=True)
     assert "mode='fused'" in str(error.value)
-    with pytest.raises(lorac.OptionError, match="of the mode 'live' has none to replace"):
+    with pytest.raises(lorac.OptionError, match="which a program in mode 'live' lacks"):
         quietly(model=host(), adapters={}, example_inputs=EXAMPLE, refit=True)
 
 
