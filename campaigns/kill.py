@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +100,7 @@ def _read_artifact(target: Path) -> int | None:
 
 
 def _swap_and_save(target: Path, number: int) -> None:
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         swap(target, f"a={number}", save=True)
 
 
@@ -128,8 +130,8 @@ def _forked(work: Callable[[], None]) -> int:
     try:
         work()
         code = 0
-    except lorac.LoracError:  # a second writer took what it was about to read, every time
-        code = 0
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -162,18 +164,19 @@ def _until(writer: Writer, target: Path, number: int, moment: int, exchange: boo
 def _on(writer: Writer, target: Path, first: int) -> None:
     """Write every second version from the first on, for ever."""
     for number in range(first, sys.maxsize, 2):
-        writer.write(target, number)
+        with contextlib.suppress(lorac.LoracError):  # another writer took what it was about to read, every time
+            writer.write(target, number)
 
 
 # ── The campaign ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def at_every_step(writer: Writer, target: Path, tally: Tally, exchange: bool, stride: int = 1) -> None:
     """Kill it before its first step, its second, and so on until it ends."""
-    moment, ended = 0, -9
-    while ended:
+    moment, ended = 0, -signal.SIGKILL
+    while ended == -signal.SIGKILL:
         moment += stride
         before, number = writer.read(target), 100 + moment
         ended = _ended(_forked(lambda: _until(writer, target, number, moment, exchange)))  # noqa: B023  (forked at once)
-        if ended not in (0, -9):
+        if ended not in (0, -signal.SIGKILL):
             tally.wrong.append(f"step {moment}: the writer ended with {ended}")
         if exchange and not target.exists():
             tally.wrong.append(f"step {moment}: neither the old nor the new was there")
@@ -195,15 +198,20 @@ def at_random_moments(writer: Writer, target: Path, tally: Tally, moments: int, 
         for moment in range(moments):
             first = _forked(lambda: _on(writer, target, 2000 + 100 * moment))  # noqa: B023  (forked at once)
             time.sleep(chance.uniform(0, 3 * whole))
-            os.kill(first, signal.SIGKILL)
-            _ended(first)
+            _kill(first, tally)
             _look(writer, target, tally)
             tally.moments += 1
     finally:
-        os.kill(second, signal.SIGKILL)
-        _ended(second)
+        _kill(second, tally)
     writer.write(target, 7)
     _check_left(writer, target, tally)
+
+
+def _kill(child: int, tally: Tally) -> None:
+    """Kill a writer that writes for ever; one that has ended by then has failed."""
+    os.kill(child, signal.SIGKILL)
+    if (ended := _ended(child)) != -signal.SIGKILL:
+        tally.wrong.append(f"a writer ended with {ended} before it was killed")
 
 
 def _look(writer: Writer, target: Path, tally: Tally) -> None:

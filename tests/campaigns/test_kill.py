@@ -10,7 +10,28 @@ from pathlib import Path
 
 import pytest
 
+from campaigns import kill
+from tests.storage.writers import start
+
 ROOT = Path(__file__).parents[2]
+
+
+def _fail(target: Path, number: int) -> None:
+    raise RuntimeError("no version is written")
+
+
+def _try_failing_writer(folder: Path) -> None:
+    tally = kill.Tally("failing")
+    writer = kill.Writer("failing", _fail, lambda target: 1)
+    kill.at_every_step(writer, folder / "it", tally, exchange=False)
+    (folder / "wrong.txt").write_text("\n".join(tally.wrong))
+
+
+def test_a_writer_that_fails_is_reported_and_ends_the_steps(tmp_path: Path) -> None:
+    process = start(_try_failing_writer, tmp_path)
+    process.join(60)
+    process.kill()
+    assert "step 1: the writer ended with 1" in (tmp_path / "wrong.txt").read_text()
 
 
 @pytest.mark.slow
