@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu durations soak kill fuzz check types docs pictures format bench zoo lock clean
+.PHONY: help demo test test-slow test-gpu durations soak kill fuzz check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -24,6 +24,10 @@ test: $(STAMP) ## Run the test suite
 durations: ## Show where the time of the last `make test` went
 	$(BIN)/python -m tests.durations build/tests.xml
 
+TESTS ?=
+latest: ## Check the newest and the lowest versions that pyproject.toml admits (PYTHON= chooses; TESTS= instead of all)
+	status=0; for bounds in newest lowest; do $(PYTHON) -m campaigns.latest $$bounds $(TESTS) || status=1; done; exit $$status
+
 PART ?= 1/1
 JOURNAL ?= build/journal
 test-slow: $(STAMP) ## Run the long checks; PART=3/8 runs a part, and what the JOURNAL= says passed is not run again
@@ -39,6 +43,10 @@ soak: $(STAMP) ## Swap, add, call, fail and be interrupted a million times; SEED
 
 kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)
+
+COUNT ?= 30
+mutants: $(STAMP) ## Put faults into COUNT= lines of the core, and see whether the suite finds each (hours; SEED= chooses)
+	$(BIN)/python -m campaigns.mutants --count $(COUNT) --seed $(SEED)
 
 # Pages of docs/ that are made from the code, each by docs/make_<page>.py.
 PAGES := cli peft rooms troubleshooting
