@@ -33,7 +33,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -68,7 +68,7 @@ class LoracError(Exception):
         what: what went wrong and where, in one line.
         nearest: the nearest valid choice, if there is one.
         next_step: what to do about it; default: the usual next step of the code.
-        code: which case of the class it is; default: the class's own name in snake case.
+        code: which case of the class it is; default: the class's ``usual_code``, or its own name in snake case.
 
     Attributes:
         code: stable across versions, to be compared by callers.
@@ -76,13 +76,15 @@ class LoracError(Exception):
 
     codes: ClassVar[Mapping[str, str]] = {}
     """The codes of the class, each with what it means."""
+    usual_code: ClassVar[str | None] = None
+    """The code of most of its errors."""
     usual_steps: ClassVar[Mapping[str, str]] = {}
     """Code -> the next step of every such error, where it is always the same."""
 
     def __init__(
         self, what: str, *, nearest: str | None = None, next_step: str | None = None, code: str | None = None
     ) -> None:
-        self.code = code or _snake_case(type(self).__name__)
+        self.code = code or self.usual_code or _snake_case(type(self).__name__)
         assert code is None or code in self.codes, f"{type(self).__name__} has no code '{code}'"
         self.what = escape_controls(what)
         self.nearest = nearest and escape_controls(nearest)
@@ -107,6 +109,7 @@ class SiteError(LoracError):
         "site_unsupported": "the method cannot adapt this kind of site",
         "site_unreached": "the site exists, but no captured graph calls it",
     }
+    usual_code = "site_unsupported"
 
 
 class AdapterError(LoracError):
@@ -171,6 +174,7 @@ class CaptureError(CompileError):
         "capture_failed": "the model cannot be copied or traced, or its forward writes its weights",
         "capture_differs": "the captured program gives other outputs than the model",
     }
+    usual_code = "capture_failed"
 
 
 class ExampleInputsNeeded(CompileError):
@@ -284,6 +288,12 @@ def short(value: object) -> str:
     """Return a value's repr for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
+
+
+def list_some(names: Sequence[str], most: int = 5, quote: str = "'") -> str:
+    """Return the first of some names, and how many more there are: "'a', 'b' and 3 more"."""
+    listed = ", ".join(f"{quote}{name}{quote}" for name in names[:most])
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def nearest_name(name: str, choices: Iterable[str], *, alike: float = 0.4) -> str | None:

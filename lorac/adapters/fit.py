@@ -308,7 +308,6 @@ def no_site_error(adapter: str, path: str, view: ModelView) -> SiteError:
     return SiteError(
         f"adapter '{adapter}' has tensors for '{path}', a {type(module).__name__} that is not a site as built here",
         next_step="train the adapter with exclude_modules naming it",
-        code="site_unsupported",
     )
 
 

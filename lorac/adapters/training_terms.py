@@ -34,7 +34,6 @@ class AdapterTerms(TrainingTerms):
         self._pool, self._preparer = pool, preparer
 
     def at(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
-        """Return the active terms of a site; None if no adapter of the choice touches it."""
         adapters, site = self._pool.adapters, self._preparer.sites[path]
         terms = (self._term(adapters[name], site, active) for name, active in choice)
         return [term for term in terms if term is not None] or None

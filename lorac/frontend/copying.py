@@ -44,7 +44,6 @@ def copy_structure(model: ModuleT, *, share_buffers: bool = False) -> ModuleT:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied: {error}",
             next_step="find the attribute that copy.deepcopy(model) fails on, and store it outside of the model",
-            code="capture_failed",
         ) from error
 
 

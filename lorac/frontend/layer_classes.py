@@ -47,7 +47,6 @@ def check_layer(path: str, model: nn.Module) -> None:
         raise SiteError(
             f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer by itself",
             next_step="exclude= it, or let its forward call super().forward",
-            code="site_unsupported",
         )
 
 

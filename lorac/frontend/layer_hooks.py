@@ -52,7 +52,6 @@ def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], 
             f"the forward hook {name} of '{path}' changes what the layer takes or returns: PEFT runs it before the "
             "adapter's part is added, and after it once that is merged",
             next_step="register it on a module around the layer, or remove it and exclude= the layer",
-            code="site_unsupported",
         )
     return result
 

@@ -62,7 +62,6 @@ def make_module_site(path: str, view: ModelView) -> Site:
         f"for: the scale of a norm, layers inside that begin and end with one width or follow each other{ends}, and "
         "norms of that width next to it",
         next_step="name the module around it, or one inside it, in targets=; `lorac sites MODEL` prints its layers",
-        code="site_unsupported",
     )
 
 

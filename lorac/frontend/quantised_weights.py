@@ -172,7 +172,6 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
             raise CaptureError(
                 f"a layer {kind} was called, and has packed its weight for this processor, with rounded scales",
                 next_step="load the model again, and compile it before it is called",
-                code="capture_failed",
             )
         library = importlib.import_module("bitsandbytes.functional")
         codes = _read_nf4_matrix(weight.data, weight.quant_state, library)

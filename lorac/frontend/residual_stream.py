@@ -290,7 +290,6 @@ def find_stream_start(view: ModelView, stream: ResidualStream) -> str:
             f"no module returns the input of the first block of {type(view.module).__name__}, is called for that alone "
             f"and has a width that its structure tells; looked at {', '.join(stream.embedding) or 'no module'}",
             next_step="leave inv_adapter out, or name the module in embeddings=",
-            code="site_unsupported",
         )
     return known
 
@@ -324,7 +323,6 @@ def find_common_norm_eps(norms: Sequence[nn.Module], default: float) -> float:
         raise SiteError(
             "a LayerNorm behind a sublayer has no weight and bias" if plain else f"LayerNorms have eps {sorted(found)}",
             next_step="narrow targets= to sublayers with equal norms",
-            code="site_unsupported",
         )
     return found.pop() if found else default
 

@@ -20,7 +20,6 @@ class Cleanup(Pass):
     leaves: ClassVar[Level] = Level.EXPANDED
 
     def apply(self, graph: Graph) -> PassResult:
-        """Remove what nothing reads."""
         before = len(graph.fx.nodes)
         graph.fx.eliminate_dead_code()
         dropped = drop_unused_state(graph.exported)

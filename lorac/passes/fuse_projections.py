@@ -20,6 +20,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import fx
 
+from lorac.errors import list_some
 from lorac.ir.algebra.operands import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import find_used_nodes, group_sites_by_input
@@ -159,8 +160,8 @@ def _single_notes(graph: Graph, single: Mapping[str, str], unfit: Mapping[str, s
         if path in unfit and path in accompanied and graph.sites[path].kind is SiteKind.LINEAR:
             by_reason.setdefault(why, []).append(path)
     for why, paths in by_reason.items():
-        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        yield f"'{paths[0]}'{more}: computed apart from layers that read the same input, since {why}"
+        named = list_some(paths, 1)
+        yield f"{named}: computed apart from layers that read the same input, since {why}"
 
 
 def _describe_fusion(graph: Graph, paths: tuple[str, ...]) -> FusedProjection:

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import fx
 
-from lorac.errors import SiteError
+from lorac.errors import SiteError, list_some
 from lorac.ir.algebra.operands import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, find_used_nodes
@@ -62,9 +62,8 @@ class InsertAdaptedCalls(Pass):
                 graph.replace_node(node, AdaptedCall.adapting(node, slots_at[path]).insert_before(graph.fx, node))
         if unused:
             graph.interface = replace(graph.interface, unused_sites=(*graph.interface.unused_sites, *unused))
-            more = f" and {len(unused) - _MAX_NAMED} more" if len(unused) > _MAX_NAMED else ""
-            named = ", ".join(f"'{path}'" for path in unused[:_MAX_NAMED])
-            graph.add_notes(f"adapters have no effect at {named}{more}: no output depends on what is computed there")
+            named = list_some(unused, _MAX_NAMED)
+            graph.add_notes(f"adapters have no effect at {named}: no output depends on what is computed there")
         return PassResult(bool(planned), tuple(Skip(path, "no output of the graph depends on it") for path in unused))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from lorac.adapters.training_terms import AdapterTerms
-from lorac.errors import ChoiceError, SiteError, warn
+from lorac.errors import ChoiceError, SiteError, list_some, warn
 from lorac.frontend.components import Components
 from lorac.frontend.layer_classes import check_layer, is_only_read
 from lorac.ir.graph.program import Program
@@ -60,8 +60,7 @@ def _check_layers(session: Session) -> None:
     read = [path for path in layers if is_only_read(path, model)]
     if not read:
         return
-    named = ", ".join(f"'{path}'" for path in read[:3]) + (f" and {len(read) - 3} more" if len(read) > 3 else "")
-    what = f"{named}, whose weights are read and which are never called, as in PEFT"
+    what = f"{list_some(read, 3)}, whose weights are read and which are never called, as in PEFT"
     for name, prepared in session.pool.items():
         if prepared.paths <= set(read):
             raise SiteError(

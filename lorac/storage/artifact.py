@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorac.errors import ArtifactError, LoracError
+from lorac.errors import ArtifactError, LoracError, list_some
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, list_foreign, read_consistently, replace_atomically
 from lorac.storage.inner_paths import find_inner_path
@@ -102,10 +102,9 @@ def _check_replaceable(target: Path) -> None:
         )
     foreign = list_foreign(target, owned)
     if foreign:
-        named = ", ".join(map(repr, foreign[:_LISTED_FILES]))
-        more = f" and {len(foreign) - _LISTED_FILES} more" if len(foreign) > _LISTED_FILES else ""
+        named = list_some(foreign, _LISTED_FILES)
         raise ArtifactError(
-            f"the artifact '{target}' also holds {named}{more}, which lorac did not write",
+            f"the artifact '{target}' also holds {named}, which lorac did not write",
             next_step="move that elsewhere, or give another folder",
         )
 

@@ -117,7 +117,6 @@ class Host:
             raise SiteError(
                 f"'{self.name}' is only for methods that read values",
                 next_step="test it on other hosts",
-                code="site_unsupported",
             )
         if isinstance(variant, BranchVariant) and reads:
             variant.params(site)

@@ -27,7 +27,6 @@ def require_one_group(method: str, site: Site) -> None:
         raise SiteError(
             f"{method} makes one full matrix; '{site.path}' is a convolution of {site.conv.groups} groups",
             next_step="exclude= the module",
-            code="site_unsupported",
         )
 
 

@@ -265,14 +265,12 @@ class Variant(ABC):
             raise SiteError(
                 f"{self.name} adapts {', '.join(sorted(self.kinds))} sites; '{site.path}' is a {site.kind}",
                 next_step="narrow targets=, or exclude= the module",
-                code="site_unsupported",
             )
         if site.within is not None and isinstance(self, BranchVariant):
             raise SiteError(
                 f"{self.name} reads a layer's input and output; '{site.path}' has neither, since "
                 f"'{site.within}' reads its weight in its own forward",
                 next_step="narrow targets=, or exclude= the module",
-                code="site_unsupported",
             )
 
 

@@ -41,7 +41,6 @@ class BAT(WeightVariant):
                 f"r={self.r} must divide both",
                 nearest=f"r={math.gcd(common, self.r)}",
                 next_step="give another r, or exclude= the module",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

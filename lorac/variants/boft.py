@@ -59,7 +59,6 @@ class BOFT(WeightVariant):
         raise SiteError(
             f"BOFT cannot cut the input of '{site.path}': {problem} {width} features",
             next_step="give another block_size or block_num, or exclude= the module",
-            code="site_unsupported",
         )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -257,7 +257,6 @@ class Bottleneck(BranchVariant):
             raise SiteError(
                 f"a bottleneck follows a sublayer, and '{site.path}' is an embedding",
                 next_step='narrow targets=; inv_adapter="nice" puts an invertible block there',
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
@@ -292,7 +291,6 @@ class Bottleneck(BranchVariant):
                 f"phm_dim={phm.n} does not divide all sizes of the bottleneck at '{site.path}', "
                 f"{inputs} -> {narrow} -> {site.out_features}",
                 next_step="give another phm_dim or reduction_factor",
-                code="site_unsupported",
             )
         return phm.specs("down", inputs, narrow) | phm.specs("up", narrow, site.out_features)
 
@@ -376,21 +374,18 @@ def _require_sites(
             f"no sublayer was found in {type(model).__name__}: none of its {len(stream.blocks)} blocks adds a module's "
             "output to the block's input",
             next_step="name modules in targets=, and in residuals= the value to which each output is added",
-            code="site_unsupported",
         )
     twice = [path for path in chosen if variant._couples(dataclasses.replace(_placeholder_site(), path=path))]
     if twice:
         raise SiteError(
             f"'{twice[0]}' would get a bottleneck and the invertible block or its inverse, of which one is lost",
             next_step="name other modules in embeddings= and heads=, or narrow targets=",
-            code="site_unsupported",
         )
     unnamed = [path for path, sublayer in chosen.items() if sublayer.norm and path not in variant.residuals]
     if unnamed:
         raise SiteError(
             f"the residual that is added before '{unnamed[0]}' is not the input of a module, and so has no name",
             next_step="name it in residuals=, or narrow targets=",
-            code="site_unsupported",
         )
 
 

@@ -133,7 +133,6 @@ class FlexMoRE(BranchVariant):
                 f"FlexMoRE needs MLPs of one kind, and {type(view.module).__name__} has {len(kinds)} among its "
                 "targets; an MLP has three linear layers, of which the third reads act(gate) times up and has no bias",
                 next_step="name MLPs of one kind in targets=",
-                code="site_unsupported",
             )
         return dataclasses.replace(self, targets=self.targets or tuple(found), **vars(kinds.pop()))
 

@@ -48,7 +48,6 @@ class FourierFT(WeightVariant):
                 f"the spectrum of '{site.path}' has {size} values, and n_frequency is {self.n_frequency}",
                 nearest=f"n_frequency={size}",
                 next_step="give another n_frequency, or exclude= the module",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

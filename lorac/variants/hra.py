@@ -56,7 +56,6 @@ class HRA(WeightVariant):
             raise SiteError(
                 f"HRA cannot make {self.r} orthonormal columns in the {site.in_features} dimensions of '{site.path}'",
                 next_step=f"give r={site.in_features} or less, or leave apply_GS off",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

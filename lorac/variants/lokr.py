@@ -43,7 +43,6 @@ class LoKr(ScaledRank, WeightVariant):
             raise SiteError(
                 f"decompose_factor={self.decompose_factor} divides neither side of '{site.path}'",
                 next_step="give a number above 0, or -1 for the divisors nearest to the square root",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

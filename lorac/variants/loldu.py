@@ -61,7 +61,6 @@ class LoLDU(WeightVariant):
                 f"LoLDU cannot train {self.r} terms of an LDU factorisation at '{site.path}', which has {terms}",
                 nearest=f"r={terms}",
                 next_step="give a smaller r, or exclude= the module",
-                code="site_unsupported",
             )
         require_one_group(self.name, site)
 

@@ -43,7 +43,6 @@ class LoRAC(LowRankFields, WeightVariant):
             raise SiteError(
                 f"lora_c needs a square kernel; that of '{site.path}' is {' x '.join(map(str, site.conv.kernel))}",
                 next_step="use LoRA or CPLoRA there, or exclude= the module",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

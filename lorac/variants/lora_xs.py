@@ -114,7 +114,6 @@ class LoRAXS(InputDropout, WeightVariant):
                 "singular vectors that LoRA-XS needs",
                 nearest=f"r={most}",
                 next_step="give a smaller r, or exclude= the module",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

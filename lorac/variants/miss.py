@@ -42,14 +42,12 @@ class MiSS(InputDropout, WeightVariant):
                 f"MiSS cannot split the {site.in_features} inputs of '{site.path}' into shards of r={self.r}",
                 nearest=f"r={site.in_features}",
                 next_step="give a smaller r, or exclude= the module",
-                code="site_unsupported",
             )
         if self.mini and site.out_features % self.mini_r:
             raise SiteError(
                 f"mini_r={self.mini_r} does not divide the {site.out_features} outputs of '{site.path}'",
                 nearest=f"mini_r={math.gcd(site.out_features, self.mini_r)}",
                 next_step="give another mini_r, or exclude= the module",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

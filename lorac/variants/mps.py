@@ -54,7 +54,6 @@ class MPS(LowRankFields, WeightVariant):
             raise SiteError(
                 f"mps splits its input into {' x '.join(map(str, dims))}; '{site.path}' has {site.in_features}",
                 next_step="give two dims that multiply to it, or none for the most even split",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -85,7 +85,6 @@ class OFT(WeightVariant):
                 f"OFT's blocks at '{site.path}' have size 1 and rotate nothing; {width} has "
                 + (f"the divisors {found}" if found else "no divisor above 1"),
                 next_step="give a block_size near one of them, or exclude= the module",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

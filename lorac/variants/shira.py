@@ -74,7 +74,6 @@ class SHiRA(WeightVariant):
                 f"SHiRA cannot train {entries} positions of '{site.path}', which has {size}",
                 nearest=f"r={size // (site.out_features + site.in_features)}",
                 next_step="give a smaller r or ratio",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

@@ -78,7 +78,6 @@ class Split(InputDropout, WeightVariant):
             raise SiteError(
                 f"the {site.out_features} rows of '{site.path}' do not divide into {self.groups} groups of {parts}",
                 next_step="give the sizes of the parts in among=, and the number of groups in groups=",
-                code="site_unsupported",
             )
         for part, method in self.parts.items():
             method.check(self._part_site(part, site))

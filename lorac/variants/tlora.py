@@ -89,7 +89,6 @@ class TLoRA(WeightVariant):
             raise SiteError(
                 f"TLoRA's ring needs as many factors of the outputs {rows} as of the inputs {columns} at '{site.path}'",
                 next_step="give dims= factorisations of equal length",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

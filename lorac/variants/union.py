@@ -57,7 +57,6 @@ class Union(Variant):
             raise SiteError(
                 f"no method of the union ({', '.join(part.name for part in self.parts)}) targets '{path}'",
                 next_step="name the module in the targets= of one of them",
-                code="site_unsupported",
             )
         return found
 
@@ -128,7 +127,6 @@ class Union(Variant):
             raise SiteError(
                 f"{' and '.join(both)} both target '{duplicates[0]}', where only one method of a union can act",
                 next_step="narrow their targets=, or give them as two adapters, whose changes add up",
-                code="site_unsupported",
             )
         whole = {} if like is None else {"modules_to_save": like.modules_to_save, "bias": like.bias}
         return cls(parts=parts, targets=tuple(paths), **whole)  # type: ignore[arg-type]  # held against the annotation

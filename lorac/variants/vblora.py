@@ -51,7 +51,6 @@ class VBLoRA(InputDropout, WeightVariant):
                 f"vector_length={self.vector_length} does not divide both sides of '{site.path}', "
                 f"{site.in_features} -> {site.out_features}",
                 next_step="give a vector_length= that divides both, or exclude= the module",
-                code="site_unsupported",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:

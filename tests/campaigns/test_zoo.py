@@ -126,7 +126,7 @@ class _Noise(nn.Module):
 
 @pytest.mark.parametrize(
     ("error", "outcome"),
-    [(SiteError("no", next_step="leave it", code="site_unsupported"), "refused"), (KeyError("first"), "untyped")],
+    [(SiteError("no", next_step="leave it"), "refused"), (KeyError("first"), "untyped")],
 )
 def test_what_lorac_raises_is_told_apart(error: Exception, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(*args: Any, **kwargs: Any) -> None:

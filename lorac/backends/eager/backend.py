@@ -55,7 +55,6 @@ class EagerBackend(Backend[EagerOptions]):
     options = EagerOptions
 
     def build(self, request: BuildRequest[EagerOptions]) -> EagerEngine:
-        """Build an engine over a structural copy of the model."""
         module = copy_structure(request.model)
         separate_layers(module, list_layers(request.plans.values()))
         match_linear_rounding(request.model, module)
@@ -116,13 +115,11 @@ class EagerBackend(Backend[EagerOptions]):
         return StoredProgramEngine(parts=parts, plans=plans, base=base, mode=mode, files=own, device=target_device)
 
     def read_base_weights(self, files: ProgramFiles) -> TensorFile:
-        """Return the base weights, which are in the file of the program's weights."""
         return TensorFile(files[_WEIGHTS])
 
     def restore_program(
         self, stored: StoredState, files: ProgramFiles, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
-        """Return the stored program as graphs at level expanded."""
         parts = _load_graphs(stored, files, self.read_base_weights(files))
         return Program({name: _export_graph(name, part, sites, plans) for name, part in parts.items()})
 

@@ -122,7 +122,6 @@ class EagerEngine(Engine[ActiveSlots]):
 
     @property
     def written_program(self) -> BoundProgram[ActiveSlots]:
-        """Return the program of the choice that the weights hold."""
         return BoundProgram(self, self.active)
 
     def activate(self, content: ActiveSlots) -> None:
@@ -188,7 +187,6 @@ class EagerEngine(Engine[ActiveSlots]):
         return ForwardCall(content, self.computes_terms)
 
     def run_with_model(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
-        """Run some work on the copy of the model; each forward in it uses the content."""
         module = self.components[check_component(graph, self.components)]
         assert isinstance(content, ActiveSlots)
         call = self._make_call(content)

@@ -71,13 +71,11 @@ class StoredProgramEngine(Engine[SlotTensors]):
         self._memory = memory
 
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotTensors]:
-        """Bind the slots' tensors by input."""
         tensors = collect_slot_tensors(self.slots, self.plans, slots)
         return BoundProgram(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
 
     @property
     def written_program(self) -> BoundProgram[SlotTensors]:
-        """Return the program over the buffers that weights are written to."""
         return BoundProgram(self, self._memory)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
@@ -87,7 +85,6 @@ class StoredProgramEngine(Engine[SlotTensors]):
     def call(
         self, content: SlotTensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> CallResult:
-        """Call a graph with tensors in its slots."""
         part = self.parts[check_component(graph, self.parts)]
         filled = {slot.node: content[name] for name, slot in part.slots.items()}
 

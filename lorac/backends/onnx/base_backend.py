@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
 
-from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, OnnxEngine
+from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, LoadedProgram, OnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.graph.program import Program
@@ -150,7 +150,6 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return self.dialect_for(self.options())
 
     def list_unsupported(self, program: Program) -> tuple[str, ...]:
-        """Return the ops of a lowered program that the target does not claim."""
         from lorac.backends.onnx.emit import list_unsupported_ops
 
         return list_unsupported_ops(program, self.dialect)
@@ -171,7 +170,16 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         request = emitted.request
         graphs, files = self.load_graphs(emitted)
         base = self.base_reader(files) or request.base
-        engine = self.make_engine(graphs, request.plans, base, request.mode, files, request.options)
+        engine = self.engine(
+            LoadedProgram(
+                graphs=graphs,
+                plans=request.plans,
+                base=base,
+                mode=request.mode,
+                files=files,
+                options=request.options,
+            )
+        )
         engine.skipped = emitted.skipped
         if request.options.self_test:
             step("self-test")
@@ -188,18 +196,6 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
             for name, graph in program.graphs.items()
         }
         return graphs, files
-
-    def make_engine(
-        self,
-        graphs: Mapping[str, GraphT],
-        plans: Mapping[str, SitePlan],
-        base: BaseReader,
-        mode: str,
-        files: ProgramFiles,
-        options: OptionsT,
-    ) -> AnyOnnxEngine:
-        """Return an engine over loaded graphs."""
-        return self.engine(graphs=graphs, plans=plans, base=base, mode=mode, files=files, options=options)
 
     def base_reader(self, files: ProgramFiles) -> BaseReader | None:
         """Return what reads base weights from a program's files; None where the files hold none."""
@@ -242,7 +238,9 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
             graphs[name] = self.load_graph(name, files, interface, slots, entry, options)
         program_files = {name: files[name] for name in self.list_files(graphs) if name in files}
         base = self.base_reader(program_files) or make_file_base_reader({})
-        return self.make_engine(graphs, plans, base, mode, program_files, options)
+        return self.engine(
+            LoadedProgram(graphs=graphs, plans=plans, base=base, mode=mode, files=program_files, options=options)
+        )
 
     def restore_options(
         self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None
@@ -252,7 +250,6 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return options if device is None else dataclasses.replace(options, device=str(device))  # type: ignore[call-arg]  # of targets with devices
 
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
-        """Return the base weights, some of which the models hold; None of a baked program."""
         return TensorFile(files[BASE_FILE], files) if BASE_FILE in files else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -61,18 +62,34 @@ OptionsT = TypeVar("OptionsT", bound=TargetOptions)
 ContentT = TypeVar("ContentT", bound=SlotContent)
 
 
-class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
-    """Runs a program from its files, one loaded graph per graph of the program.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LoadedProgram(Generic[GraphT, OptionsT]):
+    """An emitted program whose graphs are loaded, and all else that an engine runs it with.
 
-    A target says how slot tensors are laid out (``lay_out``) and how a graph is run (``run_graph``).
-
-    Args:
+    Attributes:
         graphs: graph name -> the graph, loaded.
         plans: slots of every site.
         base: reads base weights without the model.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         files: the emitted program and the base weights, open.
         options: the target's options.
+    """
+
+    graphs: Mapping[str, GraphT]
+    plans: Mapping[str, SitePlan]
+    base: BaseReader
+    mode: str
+    files: ProgramFiles
+    options: OptionsT
+
+
+class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
+    """Runs a program from its files, one loaded graph per graph of the program.
+
+    A target says how slot tensors are laid out (``lay_out``) and how a graph is run (``run_graph``).
+
+    Args:
+        program: the program.
 
     Attributes:
         slots: slot inputs of all graphs by public name.
@@ -81,22 +98,14 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
 
     files: ProgramFiles
 
-    def __init__(
-        self,
-        *,
-        graphs: Mapping[str, GraphT],
-        plans: Mapping[str, SitePlan],
-        base: BaseReader,
-        mode: str,
-        files: ProgramFiles,
-        options: OptionsT,
-    ) -> None:
-        self.graphs, self.base, self.mode, self.files, self.options = graphs, base, mode, files, options
-        self.slots = {name: slot for graph in graphs.values() for name, slot in graph.slots.items()}
+    def __init__(self, program: LoadedProgram[GraphT, OptionsT]) -> None:
+        self.program, self.graphs, self.base, self.mode = program, program.graphs, program.base, program.mode
+        self.files, self.options = program.files, program.options
+        self.slots = {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
         self.interfaces = {
-            name: graph.interface.with_notes(*self.machine_notes(graph)) for name, graph in graphs.items()
+            name: graph.interface.with_notes(*self.machine_notes(graph)) for name, graph in self.graphs.items()
         }
-        self.plans = select_reached_plans(self.slots, plans)
+        self.plans = select_reached_plans(self.slots, program.plans)
         self.buffers, self.memory = self.allocate_weights() if self.fused else ({}, {})
         self.fused_content = self.lay_out(self.memory, fixed=True)
 
@@ -138,11 +147,9 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
 
     @property
     def written_program(self) -> BoundProgram[ContentT]:
-        """The binding of the memory that weights are written to."""
         return BoundProgram(self, self.fused_content)
 
     def dump(self) -> dict[str, Dump]:
-        """Return the models that the graphs were loaded from."""
         from lorac.backends.onnx.model_dump import dump_model  # a call does not need it
 
         return {name: dump_model(self.files, name, graph.slots) for name, graph in self.graphs.items()}
@@ -152,11 +159,9 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
 
     @property
     def constant(self) -> bool:
-        """Whether the adapters are constants of the program."""
         return self.mode == "baked"
 
     def call(self, content: ContentT, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallResult:
-        """Call a graph with a binding."""
         loaded = self.graphs[check_component(graph, self.graphs)]
 
         def run(inputs: Mapping[str, object]) -> list[object]:

@@ -38,7 +38,6 @@ class Legalize(Pass):
     leaves: ClassVar[Level] = Level.TARGET
 
     def apply(self, graph: Graph) -> PassResult:
-        """Replace the ops that torch's exporter would decompose."""
         checks = list(graph.find(*_CHECKS))
         if checks:
             _output_checks(graph, checks)

@@ -50,7 +50,6 @@ class PatternPass(OnnxPass):
         """Return the rules; a rule appends to ``skips`` what it matches and leaves alone."""
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Apply the rules in their order."""
         skips: list[Skip] = []
         result = make_rewrite_pass(self.rules(skips))(model)
         return PassResult(result.modified, tuple(dict.fromkeys(skips)))

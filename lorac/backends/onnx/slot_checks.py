@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import onnx_ir as ir
 import torch
 
-from lorac.errors import CompileError
+from lorac.errors import CompileError, list_some
 
 Tensor = torch.Tensor
 
@@ -98,7 +98,7 @@ def holds_same_values(one: Tensor, other: Tensor) -> bool:
 
 def self_test_failure(slots: Sequence[str], what: str) -> CompileError:
     """Return the error for slots with a defect, which ``what`` describes."""
-    listed = ", ".join(f"'{slot}'" for slot in slots[:4]) + (f" and {len(slots) - 4} more" if len(slots) > 4 else "")
+    listed = list_some(slots, 4)
     return CompileError(
         f"after emission {len(slots)} slots {what}: {listed}",
         next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",

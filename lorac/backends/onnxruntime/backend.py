@@ -43,7 +43,6 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
     engine = OrtEngine
 
     def dialect_for(self, options: OnnxRuntimeOptions) -> OnnxDialect:
-        """Return what sessions can run on the options' device."""
         from lorac.backends.onnxruntime.dialect import DIALECTS
 
         return DIALECTS[options.place.type]
@@ -83,7 +82,6 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         stored: Mapping[str, Any],
         options: OnnxRuntimeOptions,
     ) -> GraphSession:
-        """Create a session over the graph's model; its weights are mapped."""
         return GraphSession(create_session(files, name, options), interface, slots)
 
     # --- building ------------------------------------------------------------------------------------------------
@@ -97,7 +95,6 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             request.options.check_quantisation()
 
     def weight_passes(self, request: BuildRequest[OnnxRuntimeOptions]) -> Sequence[OnnxPass]:
-        """Quantise weights where the options say so or the model was quantised before."""
         from lorac.backends.onnxruntime.quantised.products import QuantiseWeights
 
         options = request.options
@@ -150,7 +147,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
                 name: GraphSession(create_session(engine.files, name, options, rounds=False), g.interface, g.slots)
                 for name, g in engine.graphs.items()
             }
-            engine = self.make_engine(graphs, engine.plans, engine.base, engine.mode, engine.files, options)
+            engine = OrtEngine(dataclasses.replace(engine.program, graphs=graphs))
         replace = functools.partial(replace_quantised, reports)
         run_self_test(engine, emitted.program, emitted.request.snapshot, replace)
 
@@ -170,7 +167,6 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         return options
 
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
-        """Return the base weights as products compute with them; None of a baked program."""
         return dequantised_weights(TensorFile(files[BASE_FILE], files)) if BASE_FILE in files else None
 
 

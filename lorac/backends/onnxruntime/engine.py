@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from lorac.backends.onnx.engine import OnnxEngine, convert_inputs
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, convert_inputs
 from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors, write_adapter_file
 from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
@@ -31,12 +31,10 @@ from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encode
 from lorac.ir.graph.feeds import convert_input, make_empty_cache, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
-from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.plans import SitePlan
 from lorac.storage.tensor_file import write_safetensors
-from lorac.target.engine import CallResult, ProgramFiles
+from lorac.target.engine import CallResult
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 Tensor = torch.Tensor
@@ -91,30 +89,17 @@ class _SettledSessions:
 
 
 class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
-    """Runs a program, one session per graph.
-
-    Args:
-        graphs, plans, base, mode, files, options: as ``OnnxEngine``'s.
-    """
+    """Runs a program, one session per graph."""
 
     target = "onnxruntime"
 
-    def __init__(
-        self,
-        *,
-        graphs: Mapping[str, GraphSession],
-        plans: Mapping[str, SitePlan],
-        base: BaseReader,
-        mode: str,
-        files: ProgramFiles,
-        options: OnnxRuntimeOptions,
-    ) -> None:
-        self.device_memory = memory_at(options.place)
-        super().__init__(graphs=graphs, plans=plans, base=base, mode=mode, files=files, options=options)
-        for name, graph in graphs.items():
-            if (encoder := graphs.get(get_encoder_graph_name(name))) is not None:
+    def __init__(self, program: LoadedProgram[GraphSession, OnnxRuntimeOptions]) -> None:
+        self.device_memory = memory_at(program.options.place)
+        super().__init__(program)
+        for name, graph in self.graphs.items():
+            if (encoder := self.graphs.get(get_encoder_graph_name(name))) is not None:
                 graph.read_encoder(encoder)
-        self.settles_in_background = self.fused and options.settle == "background"
+        self.settles_in_background = self.fused and self.options.settle == "background"
         self._written_choice = ComposedWeights(())
         # Keyed weakly: constants that can never serve again are let go.
         self._settled: weakref.WeakKeyDictionary[ComposedWeights, _SettledSessions] = weakref.WeakKeyDictionary()
@@ -126,7 +111,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         return SlotValues({name: self.device_memory.to_value(tensor) for name, tensor in tensors.items()}, tensors)
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
-        """Allocate weights in the memory that sessions read."""
         return self.device_memory.fused(self.plans, self.base)
 
     def machine_notes(self, graph: GraphSession) -> tuple[str, ...]:
@@ -144,7 +128,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
     @property
     def is_settled(self) -> bool:
-        """Whether calls run on constants now."""
         return self._written_choice in self._settled
 
     def settle(self) -> None:
@@ -207,7 +190,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         return self._call_whole(content, graph, loaded, loaded.cache, args, kwargs)
 
     def run_graph(self, graph: str, content: SlotValues, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run a graph's session."""
         loaded = self.graphs[graph]
         session, values = self._serving(graph, content)
         binding = _thread_binding(loaded, graph, session, values)
@@ -238,24 +220,20 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
     # --- over a cache --------------------------------------------------------------------------------------------
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
-        """Return what the session's cache can hold."""
         layout = self.graphs[check_component(graph, self.graphs)].cache
         return None if layout is None else layout.spec
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
-        """Allocate buffers that the session reads and writes."""
         layout = self.graphs[check_component(graph, self.graphs)].cache
         return super().new_cache(graph, rows, capacity) if layout is None else OrtCache(layout, rows, capacity)
 
     def decode(self, content: SlotValues, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
-        """Run the graph's session once."""
         assert isinstance(cache, OrtCache)
         session, values = self._serving(graph, content)
         loaded = self.graphs[graph]
         return run_decode_step(session, values, cache, step, lambda: _new_binding(loaded, session, values))
 
     def encode(self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
-        """Run the session of the graph's encoder once."""
         self._encode(content, graph, cache, inputs)
 
     def _encode(

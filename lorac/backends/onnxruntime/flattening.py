@@ -51,7 +51,6 @@ class CopyReshapeSizes(OnnxPass):
     name: ClassVar[str] = "copy-reshape-sizes"
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Edit the model in place."""
         reshapes = [node for node in model.graph.all_nodes() if node.op_type == "Reshape"]
         changed = [_copy_dimensions(node, model.graph) for node in reshapes]
         RemoveUnusedNodesPass()(model)

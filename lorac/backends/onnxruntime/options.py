@@ -99,11 +99,9 @@ class OnnxRuntimeOptions(TargetOptions):
 
     @property
     def uses_cache(self) -> bool:
-        """Whether the program keeps a cache of keys and values."""
         return self.cache
 
     def check(self) -> None:
-        """Raise ``OptionError`` for a value that makes no sense."""
         self._check_weights()
         self._check_device()
         if self.settle not in _SETTLE_TIMES:

@@ -40,7 +40,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
     engine = TrtEngine
 
     def dialect_for(self, options: TensorRTOptions) -> OnnxDialect:
-        """Return what plans can compute."""
         from lorac.backends.tensorrt.dialect import DIALECT
 
         return DIALECT
@@ -58,7 +57,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         return dataclasses.replace(options, device=str(device))
 
     def list_files(self, graphs: Iterable[str]) -> list[str]:
-        """Return the names of all the files that a program may have, its plans included."""
         names = list(graphs)
         return [*list_program_files(names), *(graph_file(name, PLAN_FILE) for name in names)]
 
@@ -91,7 +89,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         check_profile_names(request.options.profiles, [graph.interface for graph in program.graphs.values()])
 
     def bakes_slots(self, request: BuildRequest[TensorRTOptions]) -> bool:
-        """Return whether slots are constants of the plan, baked or replaced there."""
         return request.mode == "baked" or request.options.refit
 
     def load_graphs(self, emitted: Emitted) -> tuple[Mapping[str, GraphPlan], ProgramFiles]:
@@ -123,7 +120,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
     # --- storing and restoring -----------------------------------------------------------------------------------
 
     def graph_to_json(self, graph: GraphPlan) -> dict[str, object]:
-        """Return what the plan was built for."""
         return {
             "ranges": {name: [dataclasses.astuple(axis) for axis in axes] for name, axes in graph.ranges.items()},
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in graph.dtypes.items()},

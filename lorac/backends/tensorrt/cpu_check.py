@@ -24,7 +24,7 @@ from torch import fx
 
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.build import EmittedProgram
-from lorac.backends.onnx.engine import OnnxEngine
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine
 from lorac.backends.onnx.model_files import MODEL_FILE, Array, graph_file, read_model_files, walk_subgraphs
 from lorac.backends.onnx.self_test import run_self_test
 from lorac.backends.tensorrt.engine import GraphPlan
@@ -51,12 +51,14 @@ def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: Emit
     request, program, files = emitted.request, emitted.program, emitted.open_files()
     constant = backend.bakes_slots(request)
     cpu_program = CpuProgram(
-        graphs={name: CpuGraph(program, name, files) for name in program.graphs},
-        plans=request.plans,
-        base=backend.base_reader(files) or request.base,
-        mode="baked" if constant else request.mode,
-        files=files,
-        options=request.options,
+        LoadedProgram(
+            graphs={name: CpuGraph(program, name, files) for name in program.graphs},
+            plans=request.plans,
+            base=backend.base_reader(files) or request.base,
+            mode="baked" if constant else request.mode,
+            files=files,
+            options=request.options,
+        )
     )
     snapshot = ComposedWeights(()) if constant and request.mode != "baked" else request.snapshot
     graphs = {name: widen_graph(graph) for name, graph in program.graphs.items()}
@@ -105,11 +107,9 @@ class CpuProgram(OnnxEngine[CpuGraph, TensorRTOptions, CpuSlots]):
     target = "tensorrt"
 
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> CpuSlots:
-        """Return the tensors as they are."""
         return CpuSlots(tensors)
 
     def run_graph(self, graph: str, content: CpuSlots, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run a graph's file."""
         return self.graphs[graph].run({**inputs, **content.tensors})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lorac.backends.onnx.engine import OnnxEngine
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine
 from lorac.backends.tensorrt.device.cuda_graphs import GRAPHS_NOTE
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.device.requirements import (
@@ -31,12 +31,9 @@ from lorac.backends.tensorrt.profiles import SizeRanges, axis_names, check_sizes
 from lorac.backends.tensorrt.refitting import WeightRefitter
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
-from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.plans import SitePlan
 from lorac.storage.open_file import OpenFile
-from lorac.target.engine import ProgramFiles
 
 Tensor = torch.Tensor
 PLAN_FILE = "engine.plan"
@@ -84,27 +81,15 @@ class SlotTensors:
 class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
     """Runs a program, one plan per graph; warns where it cannot run on this machine.
 
-    Args:
-        graphs, plans, base, mode, files, options: as ``OnnxEngine``'s.
-
     Attributes:
         device: the GPU that plans run on; the CPU on a machine without one.
     """
 
     target = "tensorrt"
 
-    def __init__(
-        self,
-        *,
-        graphs: Mapping[str, GraphPlan],
-        plans: Mapping[str, SitePlan],
-        base: BaseReader,
-        mode: str,
-        files: ProgramFiles,
-        options: TensorRTOptions,
-    ) -> None:
-        self.device = plan_device(options.device)
-        super().__init__(graphs=graphs, plans=plans, base=base, mode=mode, files=files, options=options)
+    def __init__(self, program: LoadedProgram[GraphPlan, TensorRTOptions]) -> None:
+        self.device = plan_device(program.options.device)
+        super().__init__(program)
         self._changed_weights: frozenset[str] = frozenset()
         self._runners: dict[str, PlanRunner] = {}
         self._refitters: dict[str, WeightRefitter] = {}
@@ -118,7 +103,6 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         return SlotTensors({} if fixed and self.options.refit else tensors, fixed)
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
-        """Allocate weights in the GPU's memory."""
         return make_fused_buffers(self.plans, base_on_device(self.base, self.device))
 
     def machine_notes(self, graph: GraphPlan) -> tuple[str, ...]:

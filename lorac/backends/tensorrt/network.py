@@ -18,7 +18,7 @@ from lorac.backends.onnx.claims import describe_origin
 from lorac.backends.onnx.model_files import walk_subgraphs
 from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
 from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges
-from lorac.errors import CompileError, Unavailable
+from lorac.errors import CompileError, Unavailable, list_some
 from lorac.ir.graph.graph import Graph
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
         if found[n].dtype != wanted[n] or not _matches_ranges(found[n], ranges[n])
     ]
     if wrong:
-        listed = ", ".join(f"'{name}'" for name in wrong[:4]) + (
-            f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        )
+        listed = list_some(wrong, 4)
         raise CompileError(
             f"{len(wrong)} inputs of the network are not those of the program: {listed}",
             next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorac.errors import FormatError, nearest_name
+from lorac.errors import FormatError, list_some, nearest_name
 from lorac.formats._errors import corrupt_error
 from lorac.formats.adapterhub.layouts import ADAPTERS, INVERTIBLE, LEGACY, LORAS, SHARED
 
@@ -119,9 +119,9 @@ def _refuse_missing(adapter: str, patterns: Iterable[KeyPattern], assigned: Tens
         for name in sorted({*pattern.leaves.values()} - assigned[path].keys())
     ]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        named = list_some([what for _, what in missing], 1, quote="")
         raise corrupt_error(
-            f"the file of adapter '{adapter}' lacks {missing[0][1]}{more}, which its configuration promises",
+            f"the file of adapter '{adapter}' lacks {named}, which its configuration promises",
             next_step="save it from a class with a head: of a bare model the library leaves out what sites share"
             if any(pattern.group == SHARED for pattern, _ in missing)
             else "it is incomplete, or was made for a smaller model",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import copy_mismatch_error
 from lorac.adapters.fit import check_adapter, check_replaced, no_site_error
-from lorac.errors import AdapterError, FormatError, warn
+from lorac.errors import AdapterError, FormatError, list_some, warn
 from lorac.formats._config_fields import ALL_LINEAR
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._site_layouts import same_layout
@@ -166,11 +166,10 @@ def _refuse_incomplete(adapter: Adapter, targets: Iterable[str], view: ModelView
     lacking = [path for path in targets if path not in adapter.tensors]
     lacking += [name for name in saved_parameter_names(adapter.variant, view) if name not in adapter.replaced]
     if lacking:
-        listed = ", ".join(f"'{name}'" for name in lacking[:5])
-        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        listed = list_some(lacking)
         raise corrupt_error(
             f"the file of adapter '{adapter.name}' lacks tensors that its configuration promises for this model: "
-            f"{listed}{more}",
+            f"{listed}",
             next_step="it is incomplete, or was made for a smaller model",
         )
 

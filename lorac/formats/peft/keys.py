@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import FormatError, nearest_name
+from lorac.errors import FormatError, list_some, nearest_name
 from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import corrupt_error
 from lorac.formats.peft.peft_type import AnyPeftType
@@ -283,10 +283,9 @@ class _KeyReader:
     def _unused_error(self, keys: list[str]) -> FormatError:
         suffixes = self.peft_type.suffixes
         expected = [f"{PREFIX}{path}.{suffix}" for path in self.contents.sites for suffix in suffixes]
-        listed = ", ".join(f"'{key}'" for key in keys[:5])
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        listed = list_some(keys)
         return FormatError(
-            f"no rule of peft_type {self.peft_type.peft_type} accounts for {len(keys)} tensors: {listed}{more}",
+            f"no rule of peft_type {self.peft_type.peft_type} accounts for {len(keys)} tensors: {listed}",
             nearest=nearest_name(keys[0], expected),
             next_step="keys are base_model.model.<module path>.<"
             f"{'|'.join(suffixes)}>; a model wrapped by torch.compile or DDP adds names of its own",

@@ -109,7 +109,6 @@ class PeftType(ABC, Generic[V]):
         raise SiteError(
             f"PEFT's {self.peft_type} does not adapt '{site.path}', which is {what}",
             next_step="use format='native', or exclude= the module",
-            code="site_unsupported",
         )
 
     def complete_site(self, variant: V, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

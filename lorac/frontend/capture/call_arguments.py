@@ -98,7 +98,6 @@ class CallArguments:
                 raise CaptureError(
                     f"the argument '{name}' holds {short(value)}, which a program can neither take nor hold",
                     next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
-                    code="capture_failed",
                 )
         inputs = {name: value for name, value in named.items() if name not in fixed}
         positions = None if POSITION_IDS in named else find_multimodal_positions(model)
@@ -192,7 +191,6 @@ def _holds_tensors(name: str, value: object) -> bool:
         raise CaptureError(
             f"the argument '{name}' holds tensors and {short(others[0])}: inputs and constants of a program in one",
             next_step="give them as separate arguments; target='eager' takes them together",
-            code="capture_failed",
         )
     return bool(tensors)
 

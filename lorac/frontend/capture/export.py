@@ -146,9 +146,7 @@ def _export_arguments(
     expand_repeated_layers(program, marks.prefix)
     if arguments.truths and has_site_checks(program):
         step = "make forward decide by its inputs alone; target='eager' runs the model itself"
-        raise CaptureError(
-            "forward decides by what a layer computes that adapters change", next_step=step, code="capture_failed"
-        )
+        raise CaptureError("forward decides by what a layer computes that adapters change", next_step=step)
     _refuse_objects(program)
     if grows:
         if interface.is_causal:
@@ -167,7 +165,6 @@ def _bind_inputs(model: nn.Module, example: object) -> dict[str, Any]:
         raise CaptureError(
             f"{type(model).__name__} cannot be called with its example inputs: {error}",
             next_step="give example_inputs= as the model itself is called",
-            code="capture_failed",
         ) from error
 
 
@@ -187,7 +184,6 @@ def _refuse_objects(program: ExportedProgram) -> None:
         raise CaptureError(
             f"forward uses a {type(value).__name__} of the model, which a program cannot hold",
             next_step="target='eager' runs the model itself",
-            code="capture_failed",
         )
 
 
@@ -395,5 +391,4 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
     return CaptureError(
         f"torch.export cannot trace {type(host).__name__}{where}: {reason}",
         next_step=WITHOUT_CACHE if grows else step,
-        code="capture_failed",
     )

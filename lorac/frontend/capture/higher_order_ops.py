@@ -49,7 +49,6 @@ def _refusal(called: str, around: str, line: str | None) -> CaptureError:
     return CaptureError(
         f"forward calls '{called}' inside torch's {around}{where}, which a program cannot hold",
         next_step=f"call it outside of {around}; target='eager' runs the model itself",
-        code="capture_failed",
     )
 
 
@@ -111,7 +110,6 @@ def _select(program: ExportedProgram, node: fx.Node, values: Sequence[Any], exam
         raise CaptureError(
             "forward branches by torch.cond on a size, which a program cannot",
             next_step="branch on it in Python, or on a tensor",
-            code="capture_failed",
         )
     if condition.meta["val"].dim():
         condition = insert_call(program, node, aten.reshape.default, condition, [])

@@ -54,7 +54,6 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> list[str]:
             f"the model has no module {unknown[0]!r} to mark as a block",
             nearest=nearest_name(unknown[0], modules),
             next_step="`lorac sites MODEL` prints the blocks",
-            code="capture_failed",
         )
     sites = []
     for path, module in modules.items():

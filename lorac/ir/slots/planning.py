@@ -184,7 +184,6 @@ def _require_bias(name: str, site: Site) -> None:
         raise SiteError(
             f"adapter '{name}' has a bias for '{site.path}', and its module '{site.within}' has none",
             next_step="exclude= the module, or train the adapter without a bias",
-            code="site_unsupported",
         )
 
 

@@ -106,7 +106,6 @@ def _written_weight(model: nn.Module, error: WeightWritten) -> CaptureError:
         f"forward of {type(model).__name__} writes into its own weight '{error.name}'",
         next_step="call the model once in eval mode before compiling, if only its first call writes; "
         "a weight that every call writes cannot be a constant of a program",
-        code="capture_failed",
     )
 
 
@@ -284,7 +283,6 @@ class _ModelComparison:
             raise CaptureError(
                 f"{type(self.model).__name__} does not run on the example inputs: {type(cause).__name__}: {cause}",
                 next_step="give example_inputs= that it can be called with",
-                code="capture_failed",
             ) from cause
 
     def _run_model(

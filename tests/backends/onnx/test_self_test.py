@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,14 +102,8 @@ def _sabotaged(built: Built, folder: Path, change: Callable[[ir.Model], None]) -
     ir.save(model, folder / MODEL_FILE, external_data=WEIGHTS_FILE, size_threshold_bytes=1 << 30)
     files, engine = open_files(folder, (MODEL_FILE,)), built.engine
     graph = engine.graphs["main"]
-    return OrtEngine(
-        graphs={"main": GraphSession(create_session(files, "main", engine.options), graph.interface, graph.slots)},
-        plans=engine.plans,
-        base=engine.base,
-        mode=engine.mode,
-        files=files,
-        options=engine.options,
-    )
+    session = GraphSession(create_session(files, "main", engine.options), graph.interface, graph.slots)
+    return OrtEngine(dataclasses.replace(engine.program, graphs={"main": session}, files=files, base=engine.base))
 
 
 def _input(model: ir.Model, name: str) -> ir.Value:

@@ -35,7 +35,6 @@ class WidenHalfPrecision(OnnxPass):
     kernels: Kernels = field(default_factory=lambda: HALF_PRECISION_OPS)
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Insert casts around the ops, in place."""
         if not any(value.dtype in _HALF for value in (*model.graph.inputs, *model.graph.initializers.values())):
             return PassResult(changed=False)
         casts = _CastInserter()

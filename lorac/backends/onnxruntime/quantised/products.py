@@ -20,6 +20,7 @@ from lorac.backends.onnx.claims import modules_of
 from lorac.backends.onnx.passes import OnnxPass
 from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, INT8_LEVEL
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
+from lorac.errors import list_some
 from lorac.frontend.quantised_weights import NF4
 from lorac.ir.graph.passes import PassResult, Skip
 from lorac.report.terms import format_size
@@ -121,8 +122,7 @@ def _describe_level(quantised: Iterable[QuantisedProduct], level: int) -> Iterat
 def _describe_floats(floats: Mapping[str, str]) -> Iterator[str]:
     for reason in dict.fromkeys(floats.values()):
         names = [name for name, why in floats.items() if why == reason]
-        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        yield f"weights that stay as they are, {reason}: {', '.join(names[:_SHOWN_NAMES])}{more}"
+        yield f"weights that stay as they are, {reason}: {list_some(names, _SHOWN_NAMES, quote='')}"
 
 
 @dataclass(frozen=True)

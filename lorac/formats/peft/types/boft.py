@@ -55,7 +55,6 @@ class BoftType(PeftType[BOFT]):
         return {**tensors, SCALE: tensors[SCALE] if site.conv is None else tensors[SCALE].t()}
 
     def refine_variant(self, variant: BOFT, stored: Mapping[str, Tensors]) -> BOFT:
-        """Return the variant with one factor, where the tensors have one."""
         counts = {
             len(tensors[ROTATION]) for tensors in stored.values() if ROTATION in tensors and tensors[ROTATION].ndim
         }

@@ -55,7 +55,6 @@ class FourierftType(PeftType[FourierFT]):
         return matrix_site(path, 1, tensors[SPECTRUM].numel()), tensors
 
     def complete_site(self, variant: FourierFT, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the spectrum with the positions (2, n) that the seed chooses."""
         return {INDICES: _positions(variant, site), **tensors}
 
     def write_site(self, variant: FourierFT, site: Site, tensors: Tensors) -> dict[str, Tensor]:

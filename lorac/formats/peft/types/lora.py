@@ -191,7 +191,6 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
             raise SiteError(
                 f"PEFT has no lora_bias on embeddings, and '{site.path}' is one",
                 next_step="use format='native', or exclude= the embedding",
-                code="site_unsupported",
             )
         if site.conv is not None:
             b = _split_groups(site, b)
@@ -216,13 +215,11 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
             raise SiteError(
                 f"'{site.path}' is a dilated convolution, and PEFT's lora_A does not dilate",
                 next_step="use format='native', or exclude= the module",
-                code="site_unsupported",
             )
         if site.within is not None and tensors.keys() - {"lora_A", "lora_B"}:
             raise SiteError(
                 f"PEFT has lora_A and lora_B only for '{site.path}', a weight within '{site.within}'",
                 next_step="use format='native', or exclude= the module",
-                code="site_unsupported",
             )
 
     def read_inner(self, values: JsonObject, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -324,7 +321,6 @@ def _split_groups(site: Site, b: Tensor) -> Tensor:
         raise SiteError(
             f"PEFT needs a rank that {groups} groups divide, and '{site.path}' has {b.shape[1]}",
             next_step="use format='native'",
-            code="site_unsupported",
         )
     rows, columns = b.shape[0] // groups, b.shape[1] // groups
     blocks = [b[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]

@@ -55,7 +55,6 @@ class RandloraType(SeededType[RandLoRA]):
     expected = "randlora_lambda is (r, n), randlora_gamma (n, d), A (r, 1, d) and B (D, n, r)"
 
     def tell_site(self, path: str, tensors: Tensors) -> Site:
-        """Return a site whose larger side is as large as its smaller."""
         small = tensors["randlora_gamma"].shape[1]
         return matrix_site(path, small, small)
 

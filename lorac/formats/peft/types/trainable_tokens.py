@@ -47,7 +47,6 @@ class TrainableTokensType(PeftType[TrainableTokens]):
         return matrix_site(path, delta.shape[1], len(delta), SiteKind.EMBEDDING), {"columns": delta.t()}
 
     def complete_site(self, variant: TrainableTokens, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the rows as the layer takes them, and their numbers."""
         index = torch.tensor([variant.token_indices], dtype=torch.int64)
         columns = tensors["columns"]
         return {"index": index} | ({"columns": columns} if site.kind is SiteKind.EMBEDDING else {"rows": columns.t()})

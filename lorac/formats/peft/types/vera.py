@@ -40,7 +40,6 @@ class VeraType(SeededType[VeRA]):
     expected = "vera_A is (r, in), vera_B (out, r), vera_lambda_b (out,), vera_lambda_d (r,)"
 
     def tell_site(self, path: str, tensors: Tensors) -> Site:
-        """Return a site with as many inputs as the largest has."""
         return matrix_site(path, tensors["vera_lambda_b"].shape[0], tensors["vera_A"].shape[1])
 
     def draw(self, values: JsonObject, out_features: int, in_features: int) -> Sequence[Tensor]:
