@@ -22,9 +22,7 @@ from lorac.variants.params import InitContext, ParamSpec, Role
 Tensor = torch.Tensor
 
 
-def make_fresh_adapter(
-    variant: Variant, name: str, view: ModelView, base: BaseReader | None = None, seed: int = 0
-) -> Adapter:
+def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseReader | None = None) -> Adapter:
     """Make an adapter at its initial values; the process's random state is preserved.
 
     Args:
@@ -32,7 +30,6 @@ def make_fresh_adapter(
         name: the adapter's name.
         view: the model.
         base: reads base weights; default: the view's.
-        seed: seed of random initial values.
 
     Raises:
         AdapterError: a hyper-parameter is NaN or infinite.
@@ -52,7 +49,7 @@ def make_fresh_adapter(
     specs = {site.path: _make_specs(name, variant, site) for site in chosen}
     shared = _SharedTensors(_largest_shapes(specs.values()), {})
     for site in chosen:
-        adapter.tensors[site.path] = _make_initial_tensors(specs[site.path], site, name, base, seed, shared)
+        adapter.tensors[site.path] = _make_initial_tensors(specs[site.path], site, name, base, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
     if not adapter.tensors and not adapter.replaced:
         raise no_match_error(name, variant.all_targets, sites)
@@ -144,9 +141,9 @@ def _largest_shapes(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple
 
 
 def _make_initial_tensors(
-    specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, seed: int, shared: _SharedTensors
+    specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, shared: _SharedTensors
 ) -> dict[str, Tensor]:
-    site_generator = torch.Generator().manual_seed(_fold_seed(seed, name, site.path))
+    site_generator = torch.Generator().manual_seed(_fold_seed(name, site.path))
     tensors: dict[str, Tensor] = {}
     dtype = factor_dtype(site.dtype)
     for key, spec in specs.items():
@@ -155,7 +152,7 @@ def _make_initial_tensors(
             continue
         shape, generator = spec.shape, site_generator
         if spec.shared:
-            shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold_seed(seed, name, key))
+            shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold_seed(name, key))
         context = InitContext(shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
         tensors[key] = _initialise(spec, context, dtype)
         if spec.shared:
@@ -169,8 +166,8 @@ def _initialise(spec: ParamSpec, context: InitContext, dtype: torch.dtype) -> Te
     return value if spec.role is Role.INDEX else value.to(dtype)
 
 
-def _fold_seed(seed: int, *names: str) -> int:
-    digest = hashlib.blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest()
+def _fold_seed(*names: str) -> int:
+    digest = hashlib.blake2b("\0".join(("0", *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -14,7 +14,7 @@ import typer
 
 from lorac.errors import AdapterError, ChoiceError, MissingExtra, OptionError, nearest_name, short, warn
 from lorac.storage.atomic_folders import MANIFEST
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import translate_os_errors
 from lorac.storage.strict_json import parse_object, read_json_text
 from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
 

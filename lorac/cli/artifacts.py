@@ -15,7 +15,7 @@ from lorac.cli._models import AdapterOption, CompiledOrModel, load_compiled, par
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import ChoiceError, LoracError, OptionError
 from lorac.progress import progress
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import translate_os_errors
 
 if TYPE_CHECKING:
     from lorac.cli._generation import TextWriter

@@ -23,8 +23,7 @@ from lorac.formats._format import Format
 from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
-from lorac.storage.os_errors import translate_os_errors
-from lorac.storage.user_paths import parse_path, suggest_download
+from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
 from lorac.variants.adapter import Adapter
 
 Model = nn.Module | Mapping[str, nn.Module] | ModelView

@@ -36,7 +36,7 @@ from lorac.formats.peft.reader import read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
 from lorac.frontend.last_hidden_state import find_last_hidden_state
 from lorac.frontend.model_view import ModelView
-from lorac.storage.inner_paths import find_inner_path
+from lorac.storage.paths import find_inner_path
 from lorac.storage.strict_json import parse_object
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA

@@ -17,8 +17,7 @@ from lorac.frontend.capture.decoder_families import is_token_numbering
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.nodes import get_example
-from lorac.ir.graph.provenance import copy_provenance
+from lorac.ir.graph.nodes import copy_provenance, get_example
 
 aten = torch.ops.aten
 _BIAS_OPERAND = 3

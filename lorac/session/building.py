@@ -9,7 +9,7 @@ from lorac.adapters.training_terms import AdapterTerms
 from lorac.errors import ChoiceError, SiteError, list_some, warn
 from lorac.frontend.components import Components
 from lorac.frontend.layer_classes import check_layer, is_only_read
-from lorac.ir.graph.program import Program
+from lorac.ir.graph.graph import Program
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.ir.slots.composition import compose_choice
 from lorac.ir.slots.planning import plan_sites

@@ -17,7 +17,7 @@ from lorac.formats import save_adapter
 from lorac.frontend.components import MAIN_GRAPH, check_component, get_graph_scope
 from lorac.frontend.skeleton import build_skeleton
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec
-from lorac.runtime.capacity import check_capacity
+from lorac.runtime.choice_states import check_capacity
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.runtime.traits import ModelTraits
 from lorac.session.adapter_loading import make_adapter, outline_adapter
@@ -25,7 +25,7 @@ from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ig
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, unknown_attribute
 from lorac.session.session import Session
-from lorac.storage.user_paths import parse_path
+from lorac.storage.paths import parse_path
 from lorac.target.engine import Engine
 
 if TYPE_CHECKING:

@@ -28,9 +28,8 @@ from lorac.session.session import Session
 from lorac.session.targets import find_backend
 from lorac.storage.artifact import Manifest, open_artifact
 from lorac.storage.atomic_folders import MANIFEST, read_consistently
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
 from lorac.storage.plans import choice_from_json, plan_from_json
-from lorac.storage.user_paths import parse_path, suggest_download
 from lorac.target.backend import Backend
 
 

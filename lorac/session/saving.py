@@ -17,9 +17,8 @@ from lorac.runtime.switchable_model import SwitchableModel
 from lorac.session.session import Session
 from lorac.storage.artifact import ADAPTERS, FORMS, RECORD, write_artifact
 from lorac.storage.normal_forms import write_normal_forms
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.storage.plans import choice_to_json, plan_to_json
-from lorac.storage.user_paths import parse_path
 from lorac.variants._missing_method import class_modules
 from lorac.version import VERSION
 

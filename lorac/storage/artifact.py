@@ -31,9 +31,8 @@ from typing import Any
 from lorac.errors import ArtifactError, LoracError, list_some
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, list_foreign, read_consistently, replace_atomically
-from lorac.storage.inner_paths import find_inner_path
 from lorac.storage.open_file import OpenFile
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import find_inner_path, translate_os_errors
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
 
 FORMAT = 5

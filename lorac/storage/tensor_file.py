@@ -256,7 +256,7 @@ def _size_of(dtype: torch.dtype, shape: Collection[int]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
-def make_file_base_reader(file: Mapping[str, Tensor], device: Any = None) -> BaseReader:
+def make_file_base_reader(file: Mapping[str, Tensor]) -> BaseReader:
     """Make a reader of base weights in a file."""
 
     def tensor(name: str) -> Tensor:
@@ -265,7 +265,7 @@ def make_file_base_reader(file: Mapping[str, Tensor], device: Any = None) -> Bas
                 f"the base weight '{name}' is not kept, since nothing could be replaced there",
                 next_step="compile from the model again, with the site in reserve= or an adapter on it",
             )
-        return file[name] if device is None else file[name].to(device)
+        return file[name]
 
     def weight(site: Site) -> Tensor:
         assert site.weight is not None

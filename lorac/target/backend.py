@@ -14,13 +14,13 @@ from torch import nn
 
 from lorac.argument_types import check_fields
 from lorac.errors import OptionError, Unavailable, nearest_name
-from lorac.ir.graph.program import Program
+from lorac.ir.graph.graph import Program
 from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader, Site
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.extra_outputs import check_extra_outputs
 from lorac.ir.slots.live_terms import TrainingTerms
 from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.program_values import check_extra_outputs
 from lorac.target.dialect import AnyDialect
 from lorac.target.engine import Engine, ProgramFiles
 

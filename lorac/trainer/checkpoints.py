@@ -20,7 +20,7 @@ from torch import nn
 import lorac
 from lorac.errors import FormatError
 from lorac.storage.atomic_folders import replace_atomically
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import translate_os_errors
 from lorac.variants.adapter import Adapter
 
 PREFIX, STATE, NATIVE = "checkpoint-", "state.pt", ".safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorac.argument_types import check_fields
 from lorac.errors import ChoiceError, MissingExtra, OptionError, nearest_name, not_one_of
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import translate_os_errors
 
 NamedSpec = str | Mapping[str, Any]
 """A name, or ``{"name": ..., <keyword>: ...}``."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorac.errors import ChoiceError, OptionError, nearest_name
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import translate_os_errors
 
 TokenRow = tuple[list[int], list[int]]
 """Tokens, and the label of each."""

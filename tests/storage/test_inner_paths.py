@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorac.storage.inner_paths import find_inner_path
+from lorac.storage.paths import find_inner_path
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.safetensors", "a b", "ü/…", ".hidden", "a..b"])

@@ -18,8 +18,7 @@ from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.copying import copy_structure, separate_layers
-from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.program import Program
+from lorac.ir.graph.graph import Graph, Level, Program
 from lorac.ir.sites import Site
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.tracing import tracing

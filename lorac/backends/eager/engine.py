@@ -29,9 +29,8 @@ from lorac.backends.eager.forward_call import (
     translate_errors,
 )
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
-from lorac.backends.eager.opaque_calls import OpaqueCall
+from lorac.backends.eager.module_calls import OpaqueCall, shadow
 from lorac.backends.eager.random_seeds import is_in_backward
-from lorac.backends.eager.shadow import shadow
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
@@ -47,7 +46,6 @@ from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import read_weight_slots, run_site
-from lorac.ir.slots.extra_outputs import check_extra_outputs, record_extra_outputs
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.live_terms import TrainingTerms, combine_weights, run_terms
 from lorac.ir.slots.plans import SitePlan, SiteSlots
@@ -55,8 +53,10 @@ from lorac.ir.slots.program_values import (
     BASE,
     IN,
     INPUT,
+    check_extra_outputs,
     first_tensor,
     list_tapped_modules,
+    record_extra_outputs,
     replace_first_tensor,
 )
 from lorac.target.engine import BoundProgram, CallResult, Engine

@@ -14,8 +14,7 @@ import torch
 
 from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, LoadedProgram, OnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
-from lorac.ir.graph.graph import SlotInput
-from lorac.ir.graph.program import Program
+from lorac.ir.graph.graph import Program, SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.plans import SitePlan

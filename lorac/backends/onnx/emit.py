@@ -18,11 +18,9 @@ from lorac.backends.onnx.export.translations import TRANSLATIONS, drop_split_cou
 from lorac.backends.onnx.gates import GATES
 from lorac.backends.onnx.initializers import ConcatenatedTensor, concatenate_weights
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
-from lorac.backends.onnx.passes import OnnxDialect, PassObserver, run_passes
-from lorac.backends.onnx.pattern_pass import make_rewrite_pass
+from lorac.backends.onnx.passes import OnnxDialect, PassObserver, make_rewrite_pass, run_passes
 from lorac.errors import Unavailable
-from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.program import Program
+from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.graph.symbolic_shapes import rename_symbols
 from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output

@@ -18,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.nodes import copy_provenance, find_source_line
 from lorac.ir.graph.passes import Pass, PassResult
-from lorac.ir.graph.provenance import copy_provenance, find_source_line
 
 aten = torch.ops.aten
 _MATRIX = 2

@@ -73,9 +73,9 @@ def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.Mo
     Weights of nested graphs are copied into the model, since no runtime takes them from outside.
 
     Raises:
-        ArtifactError: as ``check_locations``; or a constant of a node lies in a file.
+        ArtifactError: as ``load_checked_model``; or a constant of a node lies in a file.
     """
-    model = _load_checked(files, graph)
+    model = load_checked_model(files, graph)
     file = files.get(graph_file(graph, WEIGHTS_FILE))
     data = memoryview(file.mapped() if file is not None and file.size else b"")
     where = files[graph_file(graph, MODEL_FILE)].where
@@ -129,8 +129,8 @@ def walk_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         yield from walk_subgraphs(inner)
 
 
-def check_locations(files: Mapping[str, OpenFile], graph: str) -> None:
-    """Check that a model's tensors lie in its own file of weights, and not beyond the file's end.
+def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelProto:
+    """Return a model whose tensors lie in its own file of weights, and not beyond the file's end.
 
     Tensors are looked for wherever ONNX allows them: in dense and sparse initializers of the graph and of nested
     graphs, in constants and other attributes, and in functions.
@@ -142,10 +142,6 @@ def check_locations(files: Mapping[str, OpenFile], graph: str) -> None:
     Raises:
         ArtifactError: the file is not a model, or names another file or a place beyond its end.
     """
-    _load_checked(files, graph)
-
-
-def _load_checked(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelProto:
     file, weights = files[graph_file(graph, MODEL_FILE)], files.get(graph_file(graph, WEIGHTS_FILE))
     path, size = file.where, 0 if weights is None else weights.size
     try:

@@ -24,7 +24,7 @@ from lorac.backends.onnx.slot_checks import (
 )
 from lorac.errors import CompileError
 from lorac.ir.graph.feeds import collect_slot_tensors
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.graph.interpreter import (
     differs_beyond_rounding,
     read_example_inputs,
@@ -32,7 +32,6 @@ from lorac.ir.graph.interpreter import (
     resize_inputs,
     run_graph,
 )
-from lorac.ir.graph.program import Program
 from lorac.ir.sites import BaseReader, Site, factor_dtype
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.layouts import layout_of

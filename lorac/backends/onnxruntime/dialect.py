@@ -4,19 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
+import onnx_ir as ir
 import torch
 from onnxruntime.capi import _pybind_state as library
 
+from lorac.backends.onnx.claims import describe_origin
 from lorac.backends.onnx.legalize import Legalize
-from lorac.backends.onnx.passes import OnnxDialect
+from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
 from lorac.backends.onnxruntime.devices.providers import ON_GPU
 from lorac.backends.onnxruntime.devices.widening import WidenHalfPrecision
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.backends.onnxruntime.fusions import FuseRmsNorms, FuseRotaryPositions, FuseTopK
 from lorac.backends.onnxruntime.group_query_attention import UseGroupQueryAttention
-from lorac.backends.onnxruntime.recurrent_kernels import CheckRecurrentKernels
+from lorac.errors import Unavailable
+from lorac.ir.graph.passes import PassResult
 from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
+
+_RECURRENT = frozenset({"LSTM", "GRU"})
+
+
+@dataclass(frozen=True)
+class CheckRecurrentKernels(OnnxPass):
+    """Refuse recurrent layers in float64: the library lists kernels for them that raise once they are called."""
+
+    name: ClassVar[str] = "check-recurrent-kernels"
+
+    def apply(self, model: ir.Model) -> PassResult:
+        """Change nothing.
+
+        Raises:
+            Unavailable: naming the layer.
+        """
+        for node in model.graph.all_nodes():
+            read = node.inputs if node.op_type in _RECURRENT else ()
+            if any(value is not None and value.dtype == ir.DataType.DOUBLE for value in read):
+                raise Unavailable(
+                    f"onnxruntime has no kernel for {node.op_type} in float64{describe_origin(node.metadata_props)}",
+                    next_step="dtype='float32' computes in float32; target='eager' computes in the model's own dtype",
+                )
+        return PassResult(changed=False)
+
 
 _WITHOUT_KERNEL: ClaimedOps = frozenset({("", "Constant")})
 """Ops that the library resolves while it loads a program, so that it lists no kernel for them."""

@@ -18,8 +18,7 @@ from lorac.backends.tensorrt.library import find_library
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import SizeRange, check_profile_names
 from lorac.errors import OptionError, Unavailable
-from lorac.ir.graph.graph import SlotInput
-from lorac.ir.graph.program import Program
+from lorac.ir.graph.graph import Program, SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step

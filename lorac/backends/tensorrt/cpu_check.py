@@ -29,8 +29,7 @@ from lorac.backends.onnx.model_files import MODEL_FILE, Array, graph_file, read_
 from lorac.backends.onnx.self_test import run_self_test
 from lorac.backends.tensorrt.engine import GraphPlan
 from lorac.backends.tensorrt.options import TensorRTOptions
-from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.program import Program
+from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.target.engine import ProgramFiles
 

@@ -29,7 +29,7 @@ from lorac.frontend.hugging_face import is_hugging_face, set_config_fields
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE
-from lorac.ir.graph.provenance import find_module_path
+from lorac.ir.graph.nodes import find_module_path
 
 _INTERFACE = "lorac"
 """The name under which transformers finds lorac's functions."""

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from lorac.errors import CaptureError
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import add_constant, insert_call
-from lorac.ir.graph.provenance import find_source_line
+from lorac.ir.graph.nodes import find_source_line
 
 aten = torch.ops.aten
 _COND = torch.ops.higher_order.cond

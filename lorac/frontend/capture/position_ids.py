@@ -19,7 +19,7 @@ from lorac.frontend.capture.decoder_families import NUMBERINGS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import insert_call
-from lorac.ir.graph.provenance import find_module_path
+from lorac.ir.graph.nodes import find_module_path
 
 aten = torch.ops.aten
 _SPREADING = frozenset({aten.expand.default, aten.repeat.default})

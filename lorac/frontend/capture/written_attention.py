@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.edit import insert_call
-from lorac.ir.graph.provenance import find_module_path
+from lorac.ir.graph.nodes import find_module_path
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})

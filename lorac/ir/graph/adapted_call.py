@@ -17,7 +17,7 @@ from torch import fx
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.provenance import SLOTS_KEYWORD, copy_provenance
+from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.execution import FormulaContext, run_site

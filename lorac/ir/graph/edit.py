@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lorac.ir.graph import ops
-from lorac.ir.graph.provenance import SLOTS_KEYWORD, copy_provenance
+from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
 

@@ -11,8 +11,8 @@ from lorac.errors import ChoiceError
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.sites import factor_dtype
-from lorac.ir.slots.extra_outputs import record_extra_outputs
 from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.ir.slots.program_values import record_extra_outputs
 from lorac.ir.slots.roles import ROLES, slot_name, strength_role
 
 Tensor = torch.Tensor

@@ -192,3 +192,25 @@ def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
         item = [node.args[0]] if node.target is operator.getitem else []
         pending += [value for value in (*item, *_aliased(node, writes=False)) if isinstance(value, torch.fx.Node)]
     return changed
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Program:
+    """One or more graphs that are swapped together.
+
+    Attributes:
+        graphs: name -> graph: ``"main"`` for a single model, and another name for its encoder if that runs by itself.
+    """
+
+    graphs: Mapping[str, Graph]
+
+    @property
+    def slots(self) -> dict[str, SlotInput]:
+        """Slot inputs of all graphs by public name.
+
+        A site that two graphs call, such as a shared embedding, has the same slots in both.
+        """
+        return {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
+
+    def __repr__(self) -> str:
+        return f"<program of {', '.join(map(repr, self.graphs.values()))}>"

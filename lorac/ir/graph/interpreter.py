@@ -21,7 +21,7 @@ from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
 from lorac.ir.graph.attention_ops import find_token_input
 from lorac.ir.graph.feeds import cache_input_shapes, encoder_output_shapes, make_empty_cache
 from lorac.ir.graph.graph import Graph, find_written_operands
-from lorac.ir.graph.provenance import SLOTS_KEYWORD
+from lorac.ir.graph.nodes import SLOTS_KEYWORD
 from lorac.ir.sizes import AxisSizes
 
 aten = torch.ops.aten

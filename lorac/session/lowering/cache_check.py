@@ -26,7 +26,7 @@ from lorac.ir.graph.attention_ops import (
 from lorac.ir.graph.feeds import cache_input_shapes, collect_slot_tensors, make_empty_cache
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import read_example_inputs, relative_error, run_graph
-from lorac.ir.graph.provenance import find_module_path
+from lorac.ir.graph.nodes import find_module_path
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from lorac.errors import ArtifactError, FormatError
 from lorac.limits import charge_reading
 from lorac.storage.open_file import OpenFile
-from lorac.storage.os_errors import translate_os_errors
+from lorac.storage.paths import translate_os_errors
 from lorac.storage.tensor_file import TensorFile, hash_contents, write_safetensors
 
 Tensor = torch.Tensor

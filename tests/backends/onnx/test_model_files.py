@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import lorac
-from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE, check_locations
+from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE, load_checked_model
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.storage.open_file import open_files
 
@@ -102,7 +102,7 @@ AWAY: dict[str, TensorProto] = {
 
 def check(folder: Path) -> None:
     names = [name for name in (MODEL_FILE, WEIGHTS_FILE) if (folder / name).exists()]
-    check_locations(open_files(folder, names), MAIN_GRAPH)
+    load_checked_model(open_files(folder, names), MAIN_GRAPH)
 
 
 @pytest.mark.parametrize("place", PLACES, ids=IDS)

@@ -4,7 +4,7 @@ import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
 
-from lorac.backends.onnx.pattern_pass import make_rewrite_pass
+from lorac.backends.onnx.passes import make_rewrite_pass
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 22]>

@@ -19,8 +19,8 @@ from lorac.backends.tensorrt import build, cpu_check
 from lorac.backends.tensorrt.cpu_check import CpuProgram, widen_graph
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.graph import Program
 from lorac.ir.graph.interpreter import read_example_inputs, run_graph
-from lorac.ir.graph.program import Program
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from tests import zoo
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lorac.backends.tensorrt import library
+from lorac.backends.tensorrt.device.execution_slot import output_allocator
 from lorac.backends.tensorrt.device.io_tensors import IOTensor
-from lorac.backends.tensorrt.device.output_allocator import output_allocator
 from tests.backends.tensorrt.tiny import CPU, LIBRARY, parsed
 
 Tensor = torch.Tensor

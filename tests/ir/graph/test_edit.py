@@ -19,7 +19,7 @@ from lorac.ir.graph.edit import (
     trace_function,
     update_signature,
 )
-from lorac.ir.graph.provenance import SLOTS_KEYWORD, copy_provenance
+from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.testing.eager_checks import assert_close
 from tests.zoo import ZOO
 

@@ -1,10 +1,11 @@
-"""Paths as people give them: ``~`` is their home, and what is no path of this machine is answered."""
+"""Paths, as people give them and as files name them, and the system's errors about them as lorac's."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorac.argument_types import check_type
@@ -50,3 +51,46 @@ def suggest_download(path: Path) -> str | None:
     if not _HUB_NAME.fullmatch(name) or path.parent.exists():
         return None
     return f"if it is on the Hugging Face hub, huggingface_hub.snapshot_download('{name}') returns its folder"
+
+
+_FOREIGN = re.compile(r"[\\:\x00-\x1f\x7f]")
+"""Characters that separate folders, name drives or streams, or end names on some system."""
+
+
+def find_inner_path(folder: Path, name: str) -> Path | None:
+    """Return the path of what a file names, or None where that could lie outside the folder.
+
+    Every path that lorac takes from a file goes through here. A name is relative and has slashes. It may not be
+    absolute, have empty parts or dots for parts, or pass through a link.
+
+    Args:
+        folder: the folder that the name is relative to.
+        name: what the file says.
+    """
+    parts = name.split("/")
+    if _FOREIGN.search(name) or not {"", ".", ".."}.isdisjoint(parts):
+        return None
+    steps = [folder.joinpath(*parts[: i + 1]) for i in range(len(parts))]
+    return None if any(step.is_symlink() for step in steps) else steps[-1]
+
+
+@contextlib.contextmanager
+def translate_os_errors(
+    path: str | os.PathLike[str], kind: type[LoracError], what: str, code: str | None = None
+) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into one of lorac's errors, with the path and the system's reason.
+
+    Args:
+        path: the file that is read or written, for errors that name none.
+        kind: the error to raise, with `code`.
+        what: "read" or "written".
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else os.fspath(path)
+        raise kind(
+            f"'{named}' cannot be {what}: {error.strerror or error}",
+            next_step="check that it exists, is of the kind that is expected, and what its permissions allow",
+            code=code,
+        ) from error

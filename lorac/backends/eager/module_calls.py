@@ -1,16 +1,44 @@
-"""A module over other tensors for one call, which replaces weights that a module reads in its own forward."""
+"""Calls of a copied model's modules: left out of torch.compile's graphs, or with other tensors for one call.
+
+What a site computes depends on the state of the call it is in, which torch.compile cannot see. It would compile one
+function anew for every site, up to its limit.
+"""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class OpaqueCall(Generic[T]):
+    """A function that runs as it is written, also inside a compiled module.
+
+    Args:
+        function: the function.
+    """
+
+    def __init__(self, function: Callable[..., T]) -> None:
+        self._function = self._plain = function
+
+    def __call__(self, *args: object, **kwargs: object) -> T:
+        """Call the function; whoever compiles has imported torch's compiler, which is not imported for this."""
+        if self._function is self._plain and "torch._dynamo" in sys.modules:
+            self._function = torch.compiler.disable(self._plain)
+        return self._function(*args, **kwargs)
 
 
 def shadow(module: nn.Module, replaced: Mapping[str, Tensor]) -> nn.Module:
     """Return a module with the same attributes but its class's own forward and some other tensors.
+
+    It replaces weights that a module reads in its own forward.
 
     Args:
         module: whose attributes it shares.
