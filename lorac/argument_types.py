@@ -68,11 +68,7 @@ class Bounds(Limit):
 
 @dataclass(frozen=True)
 class OneOf(Limit):
-    """Some names.
-
-    Attributes:
-        names: the names.
-    """
+    """Some names."""
 
     names: Collection[str]
 

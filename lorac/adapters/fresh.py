@@ -28,7 +28,6 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     Args:
         variant: the method.
         name: the adapter's name.
-        view: the model.
         base: reads base weights; default: the view's.
 
     Raises:

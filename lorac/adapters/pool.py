@@ -24,7 +24,7 @@ class TensorVersions:
 
     Attributes:
         versions: each tensor's identity and write count; equal if no tensor was written or exchanged in between.
-        tensors: the tensors, held so that no new tensor can get the identity of one of them.
+        tensors: the tensors, kept alive so that no new tensor can get the identity of one of them.
         sums: addresses of the tensors and sums of their bits, which show writes that torch does not count; empty where
             none are expected.
         bits: the tensors as integers.
@@ -49,7 +49,6 @@ class PoolEntry:
     """An adapter in a pool.
 
     Attributes:
-        adapter: the adapter.
         prepared: its normal forms.
         versions: the versions of its tensors from which the normal forms were made.
     """
@@ -110,7 +109,6 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         """Add an adapter.
 
         Args:
-            adapter: the adapter.
             prepared: its normal forms; None: they are computed at its first use.
 
         Raises:

@@ -42,7 +42,6 @@ class Preparer:
     Args:
         sites: every site of the model.
         base: reads base weights.
-        rules: the rules of the algebra.
         keep_factors: keep products of factors at any rank, also where one dense matrix is cheaper to apply.
 
     Attributes:

@@ -26,7 +26,6 @@ class AdapterTerms(TrainingTerms):
     """Terms that carry gradients to the tensors of a pool's adapters.
 
     Args:
-        pool: the adapters.
         preparer: evaluates their formulas.
     """
 

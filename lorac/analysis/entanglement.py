@@ -54,7 +54,7 @@ def internal_entropy(
         AdapterError: the sites do not multiply to the matrix's sizes, or are not as many on both sides.
         OptionError: there is no such order.
         AdapterError: an entry is infinite or no number.
-        AdapterError: a matrix is all zeros: it is no state.
+        AdapterError: a matrix is all zeros: it is not a state.
     """
     out, columns = M.shape[-2:]
     rows, inputs = _resolve_dims(out, out_dims, "out"), _resolve_dims(columns, in_dims, "in")

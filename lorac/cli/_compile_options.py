@@ -65,7 +65,6 @@ def parse_dynamic_shapes(
 
     Args:
         specs: INPUT=AXES; the axes of inputs that are not named are those of the default.
-        model: the model.
         example_inputs: as in ``lorac.compile``.
 
     Raises:

@@ -113,7 +113,6 @@ def save_adapter(
 
     Args:
         path: the folder ("peft") or file ("native").
-        format: one of ``formats()``.
         model: the base; its hash is recorded with the adapter. It is needed where the format has a layout of its own
             for convolutions or embeddings and the adapter does not come from a file.
 

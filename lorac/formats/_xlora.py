@@ -71,7 +71,6 @@ class XLoraFolder:
     """The contents of an X-LoRA's folder.
 
     Attributes:
-        folder: its path.
         experts: name -> the paths in the folder at which the expert may lie, in order.
         fields: hyper-parameters of the method by lorac's names, ``hidden_size`` among them.
         classifier: the tensors of the classifier, by key.

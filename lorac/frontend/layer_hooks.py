@@ -22,7 +22,6 @@ def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = la
     """Make the forward hooks of a copy's layer raise where they change an adapted layer's input or output, in place.
 
     Args:
-        layer: the layer.
         path: of its site, for the message.
         is_adapted: whether an adapter acts on the running call.
     """
@@ -36,7 +35,6 @@ def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], 
     """Run a hook, and raise ``SiteError`` if it changes its subject.
 
     Args:
-        hook: the hook.
         subject: which of the arguments it may change: what the layer takes, or what it returns.
         path, is_adapted: as ``guard_hooks`` takes them.
         *arguments: those of the hook; the first is the layer.

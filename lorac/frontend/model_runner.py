@@ -30,7 +30,6 @@ class ModelRun:
     """One run of a model.
 
     Attributes:
-        output: its output.
         drew: whether it drew random numbers.
     """
 

@@ -37,7 +37,7 @@ from lorac.ir.sites import Site
 
 SublayerKind = Literal["attention", "cross", "mlp"]
 _Key = tuple[int, torch.Size]
-"""Identity of a tensor: its address and its shape. All tensors are held, so that no address is used twice."""
+"""Identity of a tensor: its address and its shape. All tensors are kept alive, so that no address is used twice."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Sublayer:
 
     Attributes:
         block: path of the block.
-        kind: the kind of sublayer.
         modules: paths of the outermost modules that return the added tensor, in the order of their calls: more than one
             where a module passes on the output of another (dropout).
         residual: path of a module inside the block that takes the other operand; None where no single one does.
@@ -300,8 +299,6 @@ def find_stream_end(view: ModelView, stream: ResidualStream, taken: Collection[s
     Where no module returns it, or all that do are taken: the path of the output layer, and True.
 
     Args:
-        view: the model.
-        stream: its stream.
         taken: sites that have another adapter already.
     """
     if stream.head is None:

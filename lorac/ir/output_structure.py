@@ -263,7 +263,6 @@ class NamedOutput(OrderedDict[str, Any]):
     Code that uses the class itself has imported its package, and then gets the class (``_StoredOutputClass``).
 
     Args:
-        values: by name.
         fields: all names that the class has; those without a value are None.
     """
 

@@ -139,7 +139,6 @@ class GraphViews(Mapping[str, GraphView]):
     """Name -> graph; printing prints all of them.
 
     Args:
-        views: the graphs.
         context: as of ``GraphView``.
     """
 

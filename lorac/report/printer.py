@@ -121,7 +121,6 @@ class SectionPrinter:
     """The lines of a dump's sections, each made once.
 
     Args:
-        dump: the dump.
         notes: the adapters at its sites.
     """
 

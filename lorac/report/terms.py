@@ -60,9 +60,7 @@ class TermRow:
         site: path of the site.
         kind: kind of the site.
         shape: (in, out).
-        adapter: the adapter's name.
         form: its normal form, with rank or count: ``"low-rank r=8"``, ``"sparse k=400 (1 %)"``.
-        parts: its tensors.
         state: how the active choice runs it, or would run it where it is off (``STATES``).
         strength: in the active choice; 0: off.
         slots: the slots of the site that it fills: roles, or parameters of a branch.

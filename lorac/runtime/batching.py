@@ -57,7 +57,6 @@ def run_rows(
     Rows whose adapters do not give an extra output that others give are NaN in it, or 0 if it is of integers.
 
     Args:
-        run: runs one call.
         args, kwargs: the inputs of all rows.
         choices: the choice of each row, equal choices spelled alike.
 

@@ -68,7 +68,6 @@ class ChoiceStates:
     Args:
         engine: binds the slots.
         plans: the slots of every site.
-        pool: the adapters.
         base: reads base weights.
         lock: held while a state is made and while the pool changes.
 
@@ -88,7 +87,6 @@ class ChoiceStates:
         """Return the state of a choice.
 
         Args:
-            choice: the choice.
             stale: accept a state that was made before its adapters were trained.
 
         Raises:

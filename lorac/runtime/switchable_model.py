@@ -58,7 +58,6 @@ class SwitchableModel(ABC):
     Args:
         engine: runs the program.
         plans: the slots of every touched site.
-        pool: the adapters.
         base: reads base weights.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         traits: graph name -> configuration, dtype and device of its model.
@@ -216,7 +215,6 @@ class SwitchableModel(ABC):
         Running calls end with the adapters they began with. A swap that fails changes nothing.
 
         Args:
-            adapters: the choice.
             settle: fused mode in ONNX Runtime: also make the weights constants of the session again, and return when
                 calls use these. Until then the bound weights serve.
 

@@ -55,7 +55,6 @@ def restore_adapter(session: Session, name: str, record: OpenFile, forms: OpenFi
     """Add an adapter of an artifact to a session's pool.
 
     Args:
-        session: the session.
         name: the adapter's name.
         record: the adapter in lorac's own format.
         forms: its normal forms. With these the class of its method is not needed.

@@ -28,9 +28,6 @@ class AdapterTensors(nn.Module):
     A state dict holds tensors only, so the record is stored as the bytes of a JSON text. It gives for each key the
     tensor's site and name, or, if the tensor has no site, the parameter that it replaces. A seal over it and the
     tensors is compared where a file of them is read (``lorac.formats.checkpoint``).
-
-    Args:
-        adapter: the adapter.
     """
 
     def __init__(self, adapter: Adapter) -> None:

@@ -160,7 +160,6 @@ class Compiled(SwitchableModel):
         """Compile the model again, with the adapters' present tensors and the active choice.
 
         Args:
-            target: the target.
             mode: as for ``lorac.compile``.
             **options: other arguments of ``lorac.compile``; default: those of this compilation.
 

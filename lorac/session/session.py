@@ -30,8 +30,6 @@ class Session:
 
     Attributes:
         host: the model, or what an engine or an artifact has left of it.
-        backend: the target's backend.
-        options: the target's options.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         preparer: reduces the adapters' formulas; holds the sites and the base weights.
         pool: the adapters, prepared.

@@ -18,7 +18,6 @@ class GuardedOp:
     """An op that is called only with operands that its check accepts.
 
     Args:
-        op: the op.
         fits: returns whether the operands fit together.
     """
 

@@ -23,7 +23,7 @@ def parse_path(given: object, subject: str, kind: type[LoracError], code: str | 
     Args:
         given: the path.
         subject: the path as the subject of a sentence: "what lorac.load reads".
-        kind: the error for text that is no path, with `code`.
+        kind: the error for text that is not a path, with `code`.
 
     Raises:
         WrongType: it is neither text nor a path.

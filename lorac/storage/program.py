@@ -88,7 +88,6 @@ class StoredProgram(nn.Module):
 
     Args:
         stored: as ``program_to_json`` wrote it.
-        tensors: its tensors by name.
 
     Attributes:
         inputs: pairs of an input and the name of its tensor, or None for the caller's, in order.

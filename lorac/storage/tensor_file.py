@@ -135,7 +135,6 @@ class TensorFile(Mapping[str, Tensor]):
     tensors that are stored in another file of the program.
 
     Args:
-        file: the file.
         files: the files of the program by name, in which some tensors may be stored.
 
     Attributes:
@@ -221,7 +220,6 @@ class TensorFile(Mapping[str, Tensor]):
 
         Args:
             path: the file.
-            tensors: by name.
             transposed: matrices to write column by column, for a reader that needs contiguous transposes.
             notes: further entries of the metadata.
             elsewhere: tensors that another file of the program holds.

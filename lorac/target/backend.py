@@ -73,7 +73,6 @@ class BuildRequest(Generic[OptionsT]):
 
     Attributes:
         model: the model, or several (``Components``); never written to.
-        sites: its sites.
         plans: the slots of every touched site.
         base: reads base weights from the model.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.

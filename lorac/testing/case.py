@@ -76,7 +76,6 @@ class Case:
 
     Args:
         variant: the configuration to test.
-        host: the host.
         oracle: the method's equations, or None.
     """
 
@@ -221,7 +220,6 @@ class Case:
         """Return the expected output of adapter a at a site, by each function of the oracle or by the formula.
 
         Args:
-            site: the site.
             model: the host, in float64.
             x: the site's input.
             y: the site's output in the host.

@@ -47,7 +47,6 @@ class Host:
 
     Attributes:
         name: the host's name in check names.
-        kind: kind of its site.
         make: makes the model.
         sizes: shape of one example without batch dimensions; () for ids.
         apply: (x, W' (out, in), b' (out,)) -> y in array code, independent of lorac; None for blocks.

@@ -44,7 +44,6 @@ def find_variant(name: str, modules: Mapping[str, str] | None = None) -> type[Va
     """Return the method called ``name``.
 
     Args:
-        name: its name.
         modules: method -> the module of its class, if a file records them.
 
     Raises:

@@ -21,7 +21,6 @@ class MissingMethod(Variant):
     """The placeholder for a method whose class is not imported.
 
     Attributes:
-        method_name: the method's name.
         hyper_parameters: its hyper-parameters, as the file records them.
         modules: method -> the module of its class, as the file records them (``class_modules``).
         missing: the name of a method without a class, this one or one in its fields.

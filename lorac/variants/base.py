@@ -51,7 +51,6 @@ class Context(Protocol):
 
     Attributes:
         training: whether the model trains.
-        site: the site.
         passing: the name of the pass that the formula runs in (``BranchVariant.reads_once``), empty in the call's own.
             In a named pass, values of ``once`` do not exist yet.
     """
@@ -218,7 +217,6 @@ class Variant(ABC):
         """Return this variant for a fresh adapter of a model, with the fields that the model's structure decides.
 
         Args:
-            view: the model.
             inputs: example inputs as ``lorac.compile`` takes them, if given.
         """
         return self

@@ -326,8 +326,6 @@ class Bottleneck(BranchVariant):
         """Return this method with its sites in a model's residual stream.
 
         Args:
-            view: the model.
-            stream: its stream.
             inverts: undo an invertible block before the output layer.
 
         Raises:

@@ -105,11 +105,11 @@ class OFT(WeightVariant):
         return neumann(q, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(q)
 
     def constrained(self, p: Params) -> dict[str, Tensor]:
-        held = {name: tensor for name, tensor in vars(p).items() if self.coft and name in _NAMES}
-        bounded = {name: self._bounded(tensor) for name, tensor in held.items()}
+        own = {name: tensor for name, tensor in vars(p).items() if self.coft and name in _NAMES}
+        bounded = {name: self._bounded(tensor) for name, tensor in own.items()}
         # Rounding leaves a bounded block a little above the bound or below it.
-        slack = {name: 8 * torch.finfo(tensor.dtype).eps for name, tensor in held.items()}
-        return {n: t for n, t in bounded.items() if not torch.allclose(t, held[n], rtol=slack[n], atol=0)}
+        slack = {name: 8 * torch.finfo(tensor.dtype).eps for name, tensor in own.items()}
+        return {n: t for n, t in bounded.items() if not torch.allclose(t, own[n], rtol=slack[n], atol=0)}
 
     def _bounded(self, upper: Tensor) -> Tensor:
         """Return oft_R (…, blocks, β(β−1)/2) with a Frobenius norm of each block's Q of at most eps/√blocks."""

@@ -182,7 +182,6 @@ class QST(BranchVariant):
         """Return the side network of a model, with the last norm, blocks and sizes that its structure and config give.
 
         Args:
-            model: the model.
             **fields: fields of the variant, in place of those read from the model.
 
         Raises:

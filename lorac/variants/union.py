@@ -89,7 +89,6 @@ class Union(Variant):
         """Return one adapter of several that act at different sites; it shares their tensors without copies.
 
         Args:
-            adapters: the adapters.
             name: name of the result.
 
         Raises:
@@ -129,7 +128,7 @@ class Union(Variant):
                 next_step="narrow their targets=, or give them as two adapters, whose changes add up",
             )
         whole = {} if like is None else {"modules_to_save": like.modules_to_save, "bias": like.bias}
-        return cls(parts=parts, targets=tuple(paths), **whole)  # type: ignore[arg-type]  # held against the annotation
+        return cls(parts=parts, targets=tuple(paths), **whole)  # type: ignore[arg-type]  # checked against the annotation
 
 
 def _resolve_sites(part: Variant, view: ModelView) -> Variant:

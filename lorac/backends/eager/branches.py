@@ -100,7 +100,6 @@ class BranchRunner:
 
         Args:
             path: of the site.
-            passing: the pass.
             x, y: the site's input and its base output.
             ctx: the branch's context.
         """

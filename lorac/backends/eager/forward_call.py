@@ -106,8 +106,6 @@ def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[
     here for ever, so they are announced with the latest call alone.
 
     Args:
-        call: the call.
-        output: its output.
         announce: gets the call.
     """
     latest = weakref.ref(call)

@@ -19,11 +19,7 @@ T = TypeVar("T")
 
 
 class OpaqueCall(Generic[T]):
-    """A function that runs as it is written, also inside a compiled module.
-
-    Args:
-        function: the function.
-    """
+    """A function that runs as it is written, also inside a compiled module."""
 
     def __init__(self, function: Callable[..., T]) -> None:
         self._function = self._plain = function

@@ -41,7 +41,6 @@ class StoredProgramEngine(Engine[SlotTensors]):
     """Runs a program whose slots are inputs.
 
     Args:
-        parts: graph name -> the graph.
         plans: slots of every site.
         base: reads base weights.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.

@@ -45,7 +45,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     @abstractmethod
     def dialect_for(self, options: OptionsT) -> OnnxDialect:
-        """Return what the target can run with some options; import it here, for artifacts load without it."""
+        """Return what the target can run with some options; imported there, since artifacts load without it."""
 
     @abstractmethod
     def load_graph(
@@ -80,7 +80,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         """Refuse a program that cannot be built, before it is emitted."""
 
     def check_emitted(self, emitted: EmittedProgram[OptionsT]) -> None:
-        """Refuse a program for what passes over its models report."""
+        """Refuse a program because of what passes over its models reported."""
 
     def bakes_slots(self, request: BuildRequest[OptionsT]) -> bool:
         """Return whether slots are constants of the models, and not inputs."""
@@ -91,7 +91,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         return SlotStorage.NOWHERE
 
     def weight_passes(self, request: BuildRequest[OptionsT]) -> Sequence[OnnxPass]:
-        """Return passes over the emitted models once their slots hold what they are to hold."""
+        """Return the passes to run over the emitted models after their slots are filled."""
         return ()
 
     def write_base_weights(self, emitted: EmittedProgram[OptionsT]) -> None:
@@ -101,7 +101,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         write_base_weights(emitted, emitted.base_tensors())
 
     def test(self, engine: AnyOnnxEngine, emitted: EmittedProgram[OptionsT]) -> None:
-        """Hold the engine against the program that it was emitted from.
+        """Compare the engine with the program that it was emitted from.
 
         Raises:
             CompileError: naming the slots that were lost.

@@ -59,7 +59,7 @@ class EmittedProgram(Generic[OptionsT]):
         }
 
     def open_files(self) -> ProgramFiles:
-        """Open the files that there are by now."""
+        """Open those of the program's files that exist already."""
         return open_files(self.folder, (name for name in self.file_names if (self.folder / name).exists()))
 
     def base_tensors(self) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def write_models(
     passes: Sequence[OnnxPass],
     storage: SlotStorage,
 ) -> dict[str, dict[str, PassResult]]:
-    """Write each graph's model, and the content of its slots: the choice if that is for good, else the base's.
+    """Write each graph's model and the content of its slots: in a baked program the choice, else the base's values.
 
     Args:
         request: what the program is built for.

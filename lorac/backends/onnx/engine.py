@@ -88,9 +88,6 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
 
     A target says how slot tensors are laid out (``lay_out``) and how a graph is run (``run_graph``).
 
-    Args:
-        program: the program.
-
     Attributes:
         slots: slot inputs of all graphs by public name.
         memory: fused mode: slot -> the memory that its weight is written to.
@@ -125,7 +122,6 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         """Run a graph once; return its outputs in order.
 
         Args:
-            graph: its name.
             content: what ``lay_out`` returned.
             inputs: by name, contiguous and of the graph's dtypes.
         """
@@ -135,7 +131,7 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         return make_fused_buffers(self.plans, self.base)
 
     def machine_notes(self, graph: GraphT) -> tuple[str, ...]:
-        """Return what a caller of a graph should know about it on this machine, each in a sentence."""
+        """Return notes for callers of a graph on this machine, each a sentence."""
         return ()
 
     # --- the engine's contract -----------------------------------------------------------------------------------

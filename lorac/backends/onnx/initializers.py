@@ -37,7 +37,6 @@ def bake_slots(model: ir.Model, constants: Mapping[str, torch.Tensor]) -> None:
     """Turn slot inputs into constants, in place.
 
     Args:
-        model: the model.
         constants: slot name -> value.
     """
     for value in _fill_slots(model, constants):

@@ -29,8 +29,6 @@ def dump_model(files: ProgramFiles, graph: str, slots: Mapping[str, SlotInput]) 
     """Return the rows of one graph's emitted model; its weights are not read.
 
     Args:
-        files: of the program.
-        graph: which of its graphs.
         slots: its slot inputs by public name.
     """
     return _ModelDumper(onnx.load_from_string(files[graph_file(graph, MODEL_FILE)].read()), graph, slots).dump()

@@ -137,7 +137,6 @@ def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelP
 
     Args:
         files: of the program.
-        graph: which of its graphs.
 
     Raises:
         ArtifactError: the file is not a model, or names another file or a place beyond its end.

@@ -3,7 +3,7 @@
 Statically, every slot is a true input from which a path leads to an output, and no constant has the value of a slot.
 Dynamically, in a few runs for any number of slots: with seeded noise in all slots the session returns what the captured
 program does, at another batch and length too, and with the first contents back it returns the same bits as before. Runs
-tell nothing of a program that draws random numbers.
+of a program that draws random numbers prove nothing.
 """
 
 from __future__ import annotations

@@ -26,9 +26,6 @@ def locate_weights(
     """Return name -> where emitted models hold a tensor or its transpose, for the tensors that they hold.
 
     Args:
-        files: of the program.
-        graphs: its graphs.
-        tensors: by name.
         joined: numbers of outputs of layers whose weights a model may hold side by side in one matrix.
     """
     index = _index_weights(files, graphs, joined)

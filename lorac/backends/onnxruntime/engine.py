@@ -44,7 +44,6 @@ class GraphSession:
     """One graph of the program: its session, and what it takes and gives.
 
     Args:
-        session: the session.
         interface: what the graph takes and gives.
         slots: its slot inputs by public name.
 

@@ -33,7 +33,7 @@ _KEY_OPTIONS = tuple(spec.name for spec in fields(TensorRTOptions) if spec.name 
 
 @dataclass(frozen=True)
 class PlanFacts:
-    """What a plan was built for.
+    """The sizes, dtypes and GPUs that a plan was built for.
 
     Attributes:
         ranges: the sizes of every input.

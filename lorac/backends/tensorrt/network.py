@@ -89,7 +89,6 @@ def check_inputs(parsed: ParsedNetwork, dtypes: Mapping[str, torch.dtype], range
     """Compare a network's inputs with the program's: names, dtypes, numbers of axes, sizes.
 
     Args:
-        parsed: the network.
         dtypes: of all inputs, by name.
         ranges: of their sizes.
 

@@ -44,7 +44,7 @@ class TensorRTOptions(TargetOptions):
             swap copies what it binds to where the graph reads it. ``explain()`` says how many there are at a time.
         plan_cache: a folder that keeps plans by what they were built from, and is looked into before any is built, with
             the kernels that TensorRT for RTX compiles on a GPU, and the kernels' times that NVIDIA's ``tensorrt``
-            measures there. It belongs to the user, with the mode 0700, and is no part of an artifact. None: no folder.
+            measures there. It belongs to the user, with the mode 0700, and is not part of an artifact. None: no folder.
         refit: merged weights are constants of the plan, which TensorRT replaces in place, and no inputs; in mode
             ``"fused"`` alone, and built only where there is a GPU.
         device: the GPU that plans run on, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``.

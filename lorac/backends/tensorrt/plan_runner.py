@@ -166,7 +166,6 @@ class PlanRunner:
     """Runs a plan on a GPU.
 
     Args:
-        plan: the plan.
         device: the GPU.
         capabilities: the compute capabilities that it was built for; empty if unknown.
         made_by: the library's name and version where it was built; None if unknown.

@@ -43,7 +43,6 @@ class ModelLayout:
     """A model with the names of its places in AdapterHub.
 
     Attributes:
-        view: the model.
         stream: the residual stream of its hidden states.
         sublayers: by the path of the site that stands for each.
         sublayer_names: site path -> the name of the place in a file, of sublayers.

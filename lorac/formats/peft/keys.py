@@ -75,7 +75,6 @@ class PeftFile:
 
     Attributes:
         name: the name of the adapter.
-        peft_type: its PEFT type.
         values: the value of every configuration field.
         contents: its tensors.
         view: the base, if it is given.

@@ -117,8 +117,6 @@ class _FolderWriter:
     """Writes an adapter whose tensors belong to modules.
 
     Attributes:
-        adapter: the adapter.
-        peft_type: its PEFT type.
         view: the base, if it is given.
         sites: the sites of the model, or without one those of the adapter.
     """

@@ -84,11 +84,7 @@ def _repeat(layer: nn.Module, path: str, group: _GroupTrace, state: _LayerState)
 
 
 class _LayerState:
-    """The attributes of a layer and its modules: hooks, replaced forwards, values that they keep between calls.
-
-    Args:
-        layer: the layer.
-    """
+    """The attributes of a layer and its modules: hooks, replaced forwards, values that they keep between calls."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
@@ -231,9 +227,6 @@ class _TracedLayer:
     """A layer that was traced.
 
     Attributes:
-        path: its path.
-        arguments: its arguments.
-        outputs: its outputs.
         results: the tensors among its outputs that are not among its arguments.
         markers: nodes that mark its arguments, and its results.
     """
@@ -248,7 +241,6 @@ class _TracedLayer:
         """Return whether a layer of its group computes the same ops with other arguments.
 
         Args:
-            arguments: the arguments.
             before: the outputs of the layer before it.
         """
         if arguments.spec != self.arguments.spec:

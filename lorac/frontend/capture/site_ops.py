@@ -44,7 +44,7 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> list[str]:
     """Make every site of a structural copy call its op, in place; return the paths of the sites.
 
     Raises:
-        CaptureError: a block is no module of the model.
+        CaptureError: a block is not a module of the model.
     """
     prefix, blocks = marks.prefix, marks.blocks
     others = separate_layers(model, [path.removeprefix(prefix) for path in marks.adapted])

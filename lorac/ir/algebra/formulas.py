@@ -53,7 +53,6 @@ class Formula:
 
     Attributes:
         function: a pure function of torch ops, to a tensor.
-        method: the method's name.
         site: the site's path.
     """
 
@@ -169,11 +168,7 @@ class _ArgumentMutated(Exception):
 
 
 class _MutationGuard(TorchDispatchMode):
-    """Refuses ops that would write into the memory of given tensors, or read a value of a fake one.
-
-    Args:
-        tensors: the tensors by name.
-    """
+    """Refuses ops that would write into the memory of given tensors, or read a value of a fake one."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's

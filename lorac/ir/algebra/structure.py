@@ -55,7 +55,6 @@ class Analysis:
         anchor: its output node, before which new nodes are inserted.
         like: a node that gives new constants their dtype and device; not W, which a form should not read needlessly.
         keep_factors: products stay low-rank even if the product itself is cheaper to apply.
-        forms: node -> its form.
         misses: why cheaper forms were not found.
     """
 

@@ -92,14 +92,16 @@ _ENCODED_LENGTH = 3
 
 
 def make_empty_cache(
-    shapes: Mapping[str, tuple[int, int, torch.dtype]], ids: Tensor, memory: Mapping[str, CacheInputShape] | None = None
+    shapes: Mapping[str, tuple[int, int, torch.dtype]],
+    ids: Tensor,
+    encoder_outputs: Mapping[str, CacheInputShape] | None = None,
 ) -> dict[str, Tensor]:
     """Make the inputs of an empty cache with room for a call's tokens.
 
     Args:
         shapes: input for a layer's keys or values -> heads, size of each head, dtype.
         ids: the call's token ids (batch, length), all new.
-        memory: inputs for encoder outputs, which are filled with made-up numbers.
+        encoder_outputs: inputs for encoder outputs, which are filled with made-up numbers.
     """
     batch, length = ids.shape
     counts = {
@@ -107,7 +109,9 @@ def make_empty_cache(
         for name, count in {PAST_LENGTHS: 0, NEW_LENGTHS: length}.items()
     }
     caches = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
-    return counts | caches | {name: _make_encoder_output(batch, *shape) for name, shape in (memory or {}).items()}
+    return (
+        counts | caches | {name: _make_encoder_output(batch, *shape) for name, shape in (encoder_outputs or {}).items()}
+    )
 
 
 def _make_encoder_output(rows: int, sizes: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What nodes carry, which fx leaves untyped: an example of the value, and the module and line that it came from."""
+"""The metadata of nodes, which fx leaves untyped: an example of the value, its module and its source line."""
 
 from __future__ import annotations
 

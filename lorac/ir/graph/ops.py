@@ -200,7 +200,6 @@ def make_call_key(op: object, operands: Sequence[object], named: Mapping[str, ob
     """Return a key that is equal for calls on tensors of equal dtypes, devices, sizes and strides.
 
     Args:
-        op: the op.
         operands, named: the call; tensors need no values. A string in a call of one of lorac's ops names a module, and
             does not count.
     """

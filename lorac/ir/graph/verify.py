@@ -20,7 +20,6 @@ def verify(graph: Graph, after: str) -> None:
     """Check a graph against the rules of its level.
 
     Args:
-        graph: the graph.
         after: the pass that ran last, for the message.
 
     Raises:

@@ -50,12 +50,10 @@ class FusedBuffer:
     """The memory from which an engine reads the weight and bias of one site.
 
     Args:
-        site: the site.
         buffer: the contiguous memory; at first it holds the base's weight.
         matrix_of: buffer memory -> its view as a matrix (out, in).
         base: reads W (out, in), which never changes.
         bias: memory of the bias, or None.
-        base_bias: the base's bias, or None.
     """
 
     def __init__(

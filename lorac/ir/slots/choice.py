@@ -61,7 +61,7 @@ def parse_choice(spec: ChoiceSpec, known: Collection[str]) -> Choice:
 
 
 def _suggest_choice(given: object) -> str:
-    """Return what to give instead of something that is no choice, such as PEFT's list of names."""
+    """Return what to give instead of something that is not a choice, such as PEFT's list of names."""
     if isinstance(given, list | set) and given and all(isinstance(name, str) for name in given):
         return f"give {dict.fromkeys(sorted(given), 1.0)}; a list is one choice per row, as adapters= in a call"
     return "give a name, {name: strength}, or None"

@@ -33,12 +33,10 @@ class FormulaContext:
     """The context of the branches in one call of a site (``lorac.variants.base.Context``).
 
     Args:
-        site: the site.
         training: whether the model trains.
         seed: () -> the seed of a training call's random numbers; called once, if a branch needs it.
         values: program values by the program's names.
         emitted: collects the extra outputs: name -> one tensor per branch that gives it, in the order of branches.
-        attention: the attention of branches.
         passing: the name of an adapter's own pass (``lorac.ir.slots.program_values``); else empty.
     """
 
@@ -237,8 +235,6 @@ def compute_branch_delta(
     """Return t·(y' − y) of one branch, computed in the factors' dtype and cast to that of y, as for a low-rank pair.
 
     Args:
-        site: the site.
-        slot: the branch's slot.
         fill: its strength and parameters.
         x: the site's input.
         y: the site's output in the base.
@@ -256,7 +252,6 @@ def run_branch_alone(slot: BranchSlot, params: Sequence[Tensor], x: Tensor, y: T
     """Return y' of one branch alone at full strength, in the dtype of y: a site's output in an adapter's own pass.
 
     Args:
-        slot: the branch's slot.
         params: its parameters.
         x: the site's input in that pass.
         y: the base's output for it.

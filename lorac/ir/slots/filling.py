@@ -25,7 +25,6 @@ def fill_site(
     """Return the tensors of one composed change in a site's slots, those of branches excepted (``fill_branches``).
 
     Args:
-        plan: the site's plan.
         change: the composed change of the active adapters, or None for the base.
         roles: the roles whose slots it fills (``filled_roles``).
         base: reads W (out, in); called if the plan binds the weight.

@@ -32,11 +32,7 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 
 class SiteLayout(ABC):
-    """The computation of a site of one kind and the layout of its slots; the defaults are for matrices and vectors.
-
-    Args:
-        site: the site.
-    """
+    """The computation of a site of one kind and the layout of its slots; the defaults are for matrices and vectors."""
 
     keeps_bias_inside: bool = False
     """Whether the base's op adds the bias itself (a convolution's); elsewhere it is added last."""

@@ -52,7 +52,6 @@ class LiveTerm:
     Attributes:
         strength: t.
         change: the weight form, or None for a branch.
-        branch: the branch's slot and fill, or None.
         rate: dropout rate.
         dropout: where dropout acts.
         dropout_delta: computes the change of y with dropout between the factors, if the form alone does not allow it.
@@ -86,7 +85,6 @@ def run_terms(
     """Return ``y + Σ t·(y'ᵢ − y)``, each term relative to the base's output y.
 
     Args:
-        site: the site.
         terms: active terms, sorted by adapter name.
         x: its input.
         weight: the stored base weight.

@@ -79,7 +79,6 @@ def plan_sites(
 
     Args:
         sites: every site of the model.
-        prepared: the adapters.
         mode: one of ``MODES``.
         reserve: room for later adapters.
         ranks: the policy for the ranks of a site's pair on the target.

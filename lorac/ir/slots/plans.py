@@ -82,10 +82,8 @@ class SitePlan:
     """The slots of a site.
 
     Attributes:
-        site: the site.
         room: role -> its room: the largest rank, for the pair and scales along its rank; the size of the blocks, for
             input transforms; else 1. An absent role has no slot.
-        branches: slots of branches.
         reasons: why the weight is bound.
         ranks: the ranks that the pair may have, by the target's dialect.
     """

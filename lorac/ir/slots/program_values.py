@@ -89,7 +89,6 @@ class ReadableValues:
     """The values of a model that branches may read.
 
     Attributes:
-        sites: its sites.
         modules: paths of its modules.
         tensors: names of its parameters and buffers.
         arguments: names of its forward's arguments; None if its forward is not at hand.

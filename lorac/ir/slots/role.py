@@ -39,7 +39,6 @@ class SlotSpec:
     """A slot of a role, as far as its shape and neutral value depend on it.
 
     Attributes:
-        layout: the site's layout.
         size: the rank for roles along the rank, symbolic in a graph; the plan's room for other roles.
         weight: reads W (out, in), for the role that holds it; a tensor without values is enough for shapes.
         bias: the base's bias (out,), or None.
@@ -61,7 +60,6 @@ class NoiseScale:
     """Inputs to the size of the noise in a slot.
 
     Attributes:
-        site: the site.
         typical: a typical size of its weight's values.
         rank: the rank of the noise's pair.
     """
@@ -98,7 +96,6 @@ class SlotRole:
         stage: the step in which it acts.
         apply: (layout, value, tensor) -> the value after it. It is linear in the tensor: applied to the tensor's
             difference from neutral it gives the difference that the tensor makes.
-        shape: slot -> its shape.
         start: (this role, slot) -> its neutral tensor, for a slot without an active adapter; default: ones.
         noise: changes it in the self-test; default: small Gaussian noise.
         flops: (site, a change's tensor) -> its multiplications and additions per token.

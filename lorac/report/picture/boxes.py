@@ -75,7 +75,6 @@ def build_boxes(dump: Dump, site_keys: Mapping[str, str]) -> Box:
     """Return the boxes of a dump.
 
     Args:
-        dump: the dump.
         site_keys: path of each site to mark -> a text; blocks whose sites differ in it are not identical.
     """
     return _BoxBuilder(dump, site_keys).build()

@@ -67,7 +67,6 @@ class GenerationDriver(GenerationMixin, ABC):
     """Generates from one program with one choice of adapters, for one call.
 
     Args:
-        program: the program.
         config: the model's configuration, by name.
         generation: its generation configuration, by name.
 

@@ -15,7 +15,7 @@ class Refusal:
     Attributes:
         why: what it would do, after "name=".
         next_step: what to do instead.
-        neutral: values beside None that ask for what happens anyway, and are accepted.
+        neutral: values other than None that ask for what happens anyway, and are accepted.
     """
 
     why: str

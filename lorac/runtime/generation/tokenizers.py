@@ -20,11 +20,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer as an artifact holds it.
-
-    Attributes:
-        files: its files by name, open.
-    """
+    """A tokenizer as an artifact holds it."""
 
     files: Mapping[str, OpenFile]
 

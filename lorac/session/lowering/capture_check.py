@@ -136,9 +136,7 @@ class _OutputDifference:
     """How far an output of the program is off.
 
     Attributes:
-        output: the output.
         error: its error relative to the model's output; infinite if the two cannot be compared.
-        inputs: the inputs.
         failure: the error that the program raised, if it did.
     """
 

@@ -23,8 +23,6 @@ class CompileRequest:
 
     Attributes:
         sources: the adapters' names, if given, and sources.
-        backend: the target's backend.
-        options: the target's options.
         mode, active, reserve, dynamic_shapes: as given.
         example_inputs: as given, arrays as tensors.
         dtype, device: the ones asked for; None: the model's.

@@ -35,8 +35,6 @@ def resolve_placement(
     CPU, so that torch's own build does not matter.
 
     Args:
-        backend: the target's backend.
-        options: the target's options.
         device: the device asked for; None: the model's.
         model: the model; None if there is only a stored program.
 

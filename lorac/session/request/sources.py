@@ -95,7 +95,7 @@ def _require_module(given: object, subject: str) -> nn.Module:
 
 
 def _suggest_model(given: object) -> str:
-    """Return what to give instead of something that is no model."""
+    """Return what to give instead of something that is not a model."""
     if isinstance(given, type):
         return f"give an instance of it: {given.__name__}(...)"
     if isinstance(given, str | os.PathLike):

@@ -50,7 +50,6 @@ class TranslationFailed(Exception):
     """A node has no translation, or its translation fails.
 
     Args:
-        node: the node.
         reason: what is wrong with it; default: what its cause says.
     """
 

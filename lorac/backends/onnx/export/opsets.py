@@ -53,7 +53,6 @@ class RecordedOp:
     """An op that the recorder of the calling context writes down.
 
     Args:
-        opset: the opset it is called from.
         name: of the op.
         schema: its inputs and attributes.
     """

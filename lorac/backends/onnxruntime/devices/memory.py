@@ -40,11 +40,7 @@ def as_tensor(value: ort.OrtValue) -> Tensor:
 
 
 class Memory(ABC):
-    """The memory of an engine's values.
-
-    Args:
-        place: the device.
-    """
+    """The memory of an engine's values."""
 
     def __init__(self, place: torch.device) -> None:
         self.place = place

@@ -66,7 +66,6 @@ def find_quantised(
 
     Args:
         reports: graph -> the report of its quantisation.
-        tensors: by name.
     """
     known = [(graph, quantised) for graph, report in reports.items() for quantised in report.quantised.values()]
     found = {name: _find_tensor(known, tensor) for name, tensor in tensors.items()}
@@ -154,9 +153,6 @@ def dequantised_weights(file: TensorFile) -> Mapping[str, Tensor]:
 
 class DequantisedWeights(Mapping[str, Tensor]):
     """Base weights of a file with quantised tensors.
-
-    Args:
-        file: the file.
 
     Raises:
         ArtifactError: the metadata of a quantised tensor does not fit its parts.

@@ -183,7 +183,6 @@ class _MatrixReader:
     """A node that reads a constant matrix.
 
     Attributes:
-        node: the node.
         by_columns: whether the rows that it reads are columns of the constant.
     """
 

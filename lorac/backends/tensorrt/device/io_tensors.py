@@ -16,7 +16,6 @@ class IOTensor:
     """An input or output.
 
     Attributes:
-        dtype: its dtype.
         shape: its sizes, -1 where they vary.
         on_host: whether it lies in the host's memory, as values do that shapes are computed from.
     """

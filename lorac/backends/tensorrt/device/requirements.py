@@ -96,7 +96,6 @@ def check_capability(found: str, built_for: Sequence[str], gpu: str, library: Te
     Args:
         found: the GPU's compute capability.
         built_for: the plan's capabilities; empty if unknown.
-        gpu: the GPU's name.
         library: made the plan.
 
     Raises:

@@ -1,7 +1,7 @@
 """PEFT type OFT.
 
 Source: peft.tuners.oft of PEFT 0.21 (config.py, layer.py). In a file a module has `oft_R.weight` (blocks, β(β−1)/2),
-at embeddings `oft_embedding_R.weight`. Before 0.16 files held whole matrices under `oft_r`; before 0.18 the series had
+at embeddings `oft_embedding_R.weight`. Before 0.16 files have whole matrices under `oft_r`; before 0.18 the series had
 another last term, and PEFT warns of such files. At convolutions PEFT's forward pass rotates patches and adds them up
 where they overlap, which is not what it merges: lorac computes what PEFT merges.
 """
