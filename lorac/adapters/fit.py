@@ -153,7 +153,6 @@ def check_site(
 
     Args:
         adapter: the adapter's name, for messages.
-        variant: the method.
         site: the site, with its shapes.
         tensors: parameter name -> tensor.
         shapes: False compares names and numbers of axes only.

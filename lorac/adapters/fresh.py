@@ -26,8 +26,6 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     """Make an adapter at its initial values; the process's random state is preserved.
 
     Args:
-        variant: the method.
-        name: the adapter's name.
         base: reads base weights; default: the view's.
 
     Raises:

@@ -81,7 +81,6 @@ class TextWriter:
     """A model that writes text, with the settings of a command line.
 
     Attributes:
-        compiled: the model.
         max_new_tokens: the longest answer.
         settings: further options of ``compiled.generate``.
     """
@@ -187,7 +186,6 @@ def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int) -> l
     """Time swaps and generation with each adapter and with none, one row of medians per choice.
 
     Args:
-        compiled: the model.
         prompt: the number of tokens of the prompt.
         new: the number of new tokens.
         rounds: the number of rounds.

@@ -59,7 +59,6 @@ def list_positional_arguments(model: nn.Module, inputs: Collection[str]) -> tupl
     """Return the names of forward's arguments in the order of a positional call.
 
     Args:
-        model: the host.
         inputs: inputs of its captured program; those of a ``*args`` are called ``args_0``, ``args_1``, ...
     """
     names: list[str] = []

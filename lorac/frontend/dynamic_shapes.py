@@ -190,7 +190,6 @@ def find_row_layout(model: nn.Module, inputs: Inputs, constants: Inputs) -> RowL
     """Return where the rows of an example call lie; None where no input has any.
 
     Args:
-        model: the host.
         inputs: the captured inputs by name.
         constants: arguments that the program holds.
     """

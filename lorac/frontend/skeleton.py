@@ -74,7 +74,6 @@ def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None)
     """Describe a host as JSON: its modules in order, its tensors by name, the paths of its embeddings.
 
     Args:
-        model: the host.
         packed: name of a weight that the host's program holds quantised -> the class that stands for it.
     """
     modules = {path: _describe_module(module) for path, module in model.named_modules() if path}

@@ -145,7 +145,6 @@ def select_sites(
     """Return the sites that ``targets`` names, by PEFT's rules.
 
     Args:
-        sites: all sites of the model.
         targets: suffixes, one regular expression, ``"all-linear"`` (every linear layer but the output layer),
             ``"all-conv"`` (every convolution), or ``"all-blocks"`` (every outermost block). A site is named by its
             module or by the module that reads its weight.
@@ -210,7 +209,6 @@ def check_targets_match(
     Args:
         adapter: the adapter's name, for the message.
         targets: a list of names; a regular expression is not checked.
-        sites: all sites of the model.
         others: further paths that a name may match.
 
     Raises:

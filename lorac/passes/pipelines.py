@@ -35,7 +35,6 @@ def lowering_passes(
     """Return the passes that lower a captured graph to aten ops with slots as inputs, then the dialect's own.
 
     Args:
-        dialect: the target's.
         aux: names of extra outputs.
         constant: whether the slots become constants of the program.
     """

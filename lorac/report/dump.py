@@ -67,7 +67,6 @@ class Dump:
     """A graph as text.
 
     Attributes:
-        name: the graph's name.
         level: its level, in lower case.
         rows: inputs, values, outputs.
         sites: path of every adaptable site -> ``"fused"`` (its merged weight is a slot), ``"live"`` or ``"bare"``.

@@ -58,7 +58,6 @@ class TermRow:
 
     Attributes:
         site: path of the site.
-        kind: kind of the site.
         shape: (in, out).
         form: its normal form, with rank or count: ``"low-rank r=8"``, ``"sparse k=400 (1 %)"``.
         state: how the active choice runs it, or would run it where it is off (``STATES``).

@@ -45,7 +45,6 @@ def load(
     same names. Other outputs come back as plain dicts or tuples.
 
     Args:
-        folder: the artifact.
         target: default: the target it was saved from. An eager artifact can also be compiled for another target.
         device: where it runs; default: where it ran when it was saved.
         **options: the target's options that say how a program runs, such as ``threads`` and ``spinning`` of

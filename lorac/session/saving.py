@@ -30,7 +30,6 @@ def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer
     """Write a compiled model into a folder.
 
     Args:
-        session: the model's session.
         model: the compiled model.
         folder: a new or empty folder, or an older artifact, which is replaced.
         tokenizer: has ``save_pretrained(folder)``; None: no tokenizer is saved.

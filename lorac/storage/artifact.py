@@ -132,7 +132,6 @@ class Manifest:
     """An artifact's manifest, whose hash and files were checked.
 
     Attributes:
-        folder: the artifact.
         fields: the manifest's fields (``_FIELDS``).
         files: the program's files by name, held open.
     """

@@ -219,7 +219,6 @@ class TensorFile(Mapping[str, Tensor]):
         """Write a file; tensors that share memory are written once.
 
         Args:
-            path: the file.
             transposed: matrices to write column by column, for a reader that needs contiguous transposes.
             notes: further entries of the metadata.
             elsewhere: tensors that another file of the program holds.

@@ -77,7 +77,6 @@ class BuildRequest(Generic[OptionsT]):
         base: reads base weights from the model.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         snapshot: the weights of a baked engine.
-        options: the target's options.
         terms: terms from the adapters' own tensors, for targets that train.
         program: the lowered program, if the dialect emits one, or if an engine that runs the model itself is stored.
     """
@@ -136,7 +135,6 @@ class Backend(ABC, Generic[OptionsT]):
         """Return the options of a target that emits programs with the device that its engine will run on.
 
         Args:
-            options: the target's.
             device: None where the caller named none.
 
         Raises:

@@ -36,7 +36,6 @@ class Dialect(Generic[RewriteT_co]):
     It is generic in the passes that edit an emitted program; ``AnyDialect`` stands for every dialect.
 
     Attributes:
-        name: the target's.
         claims: the ops that the target computes; None where no program is emitted for it.
         passes: passes from level expanded to level target, in order.
         early_rewrites: passes over the emitted program before its clean-up, in order.

@@ -52,7 +52,6 @@ class Host:
         apply: (x, W' (out, in), b' (out,)) -> y in array code, independent of lorac; None for blocks.
         batches: batch dimensions of its calls, all with the same examples; () takes one of them.
         vocabulary: number of ids, if the input is ids.
-        path: the site's path.
         others: paths of further sites.
         read: whether it is only for methods that read program values.
         deep: whether it counts as a model of several sites, for methods with one site that read several layers.

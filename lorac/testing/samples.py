@@ -73,7 +73,6 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
         variant: the method, with its targets.
         model: the host, float64.
         inputs: the inputs on which the contribution is measured.
-        name: the adapter's name.
         seed: the seed of its tensors.
     """
     compiled = compile(model, {name: variant})

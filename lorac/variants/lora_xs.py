@@ -78,7 +78,6 @@ class LoRAXS(InputDropout, WeightVariant):
 
         Args:
             updates: path of a site -> estimated update of its weight (out, in).
-            name: the adapter's name.
             r: rank, at most min(out, in) of every site.
             alpha: None for r, the paper's.
 

@@ -32,7 +32,6 @@ class InitContext:
         weight: reads the site's base weight as a matrix (out, in); a function, since the weight may be large.
         params: the tensors of this site made so far, in the order of ``params(site)``.
         generator: source of randomness, seeded per adapter and site.
-        name: the adapter's name.
     """
 
     shape: tuple[int, ...]

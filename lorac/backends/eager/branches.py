@@ -99,9 +99,7 @@ class BranchRunner:
         """Return the output of a site in a pass in which one adapter acts alone.
 
         Args:
-            path: of the site.
             x, y: the site's input and its base output.
-            ctx: the branch's context.
         """
         branch = self._of_adapter(path, passing)
         assert branch is not None

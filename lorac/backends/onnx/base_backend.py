@@ -60,12 +60,10 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         """Load a graph from its files.
 
         Args:
-            name: the graph's.
             files: the program's, open.
             interface: what the graph takes and gives.
             slots: its slot inputs by public name.
             stored: what ``graph_to_json`` returned; empty where the graph was just emitted.
-            options: the target's.
         """
 
     def graph_to_json(self, graph: GraphT) -> dict[str, object]:

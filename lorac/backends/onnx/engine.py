@@ -72,7 +72,6 @@ class LoadedProgram(Generic[GraphT, OptionsT]):
         base: reads base weights without the model.
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         files: the emitted program and the base weights, open.
-        options: the target's options.
     """
 
     graphs: Mapping[str, GraphT]

@@ -135,9 +135,6 @@ def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelP
     Tensors are looked for wherever ONNX allows them: in dense and sparse initializers of the graph and of nested
     graphs, in constants and other attributes, and in functions.
 
-    Args:
-        files: of the program.
-
     Raises:
         ArtifactError: the file is not a model, or names another file or a place beyond its end.
     """

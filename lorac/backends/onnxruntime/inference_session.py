@@ -71,7 +71,6 @@ def create_session(
 
     Args:
         files: the program's, open.
-        options: the target's.
         constants: slot input -> its content in this session for good; kept alive by the session, and not copied.
         rounds: whether products with quantised weights may round what they read, as the model says; if not, they
             compute in float32.

@@ -96,7 +96,6 @@ class OrtCache(KeyValueCache):
     """Keys and values as a session reads and writes them.
 
     Args:
-        layout: the graph's.
         rows: the number of rows at first.
         capacity: the most tokens that a row may have.
 

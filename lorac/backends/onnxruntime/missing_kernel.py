@@ -27,7 +27,6 @@ def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailabl
     """Return the error for a session that could not be created for lack of a kernel.
 
     Args:
-        model: the session's model.
         error: the session's error, which names an op and, if the model has it, a node.
     """
     found = _MISSING.search(str(error))

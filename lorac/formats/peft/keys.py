@@ -74,7 +74,6 @@ class PeftFile:
     """A PEFT file whose configuration and keys are read.
 
     Attributes:
-        name: the name of the adapter.
         values: the value of every configuration field.
         contents: its tensors.
         view: the base, if it is given.

@@ -264,7 +264,6 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     """Capture a model as a graph at level host; raises as ``export_model`` does.
 
     Args:
-        name: the graph's name.
         model, inputs, dynamic_shapes, blocks, prefix: as ``export_model`` takes them.
         sites, plans: the host's; the graph keeps the plans of this model.
         grows: whether its sequence is to grow over a cache: attention becomes ops, and inputs are those of

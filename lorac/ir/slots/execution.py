@@ -238,7 +238,6 @@ def compute_branch_delta(
         fill: its strength and parameters.
         x: the site's input.
         y: the site's output in the base.
-        ctx: the branch's context.
         owner: the prefix of its ``own:`` values (``lorac.ir.slots.program_values.branch_owner``).
 
     Raises:

@@ -80,7 +80,6 @@ def prepare_model(
 
     Args:
         model: left as it was.
-        dialect: the target's dialect.
         dtype: the dtype asked for; None: the model's own.
         device: the device of the copy; None: the model's own.
     """

@@ -52,7 +52,6 @@ def check_providers(providers: Collection[str], place: torch.device) -> None:
     """Check that this machine can create providers.
 
     Args:
-        providers: the providers of a session.
         place: the device that it runs on.
 
     Raises:
