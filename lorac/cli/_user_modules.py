@@ -75,7 +75,6 @@ def _import_by_name(module: str) -> ModuleType:
 
 
 def _import_file(file: Path) -> ModuleType:
-    """Import a file as the module of its name."""
     name, path = file.stem, file.resolve()
     known = sys.modules.get(name)
     if known is not None:

@@ -286,7 +286,6 @@ def _revive(path: Path, value: object, modules: Mapping[str, str]) -> object:
 
 
 def _default_values(cls: type[Variant]) -> dict[str, object]:
-    """Return the default values of the fields that have one."""
     defaults: dict[str, object] = {}
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:

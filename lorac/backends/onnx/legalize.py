@@ -125,7 +125,6 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
 
 
 def _example_value(node: Any) -> Any:
-    """Return the example of a node's value."""
     return node.meta["val"]
 
 

@@ -257,7 +257,6 @@ def _table_lookup(value: ir.Value) -> tuple[npt.NDArray[np.generic], ir.Value] |
 
 
 def _last_size(value: ir.Value) -> int:
-    """Return the last size of a value, which is a number."""
     size = None if value.shape is None else value.shape[-1]
     assert isinstance(size, int)
     return size

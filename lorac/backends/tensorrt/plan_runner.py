@@ -134,7 +134,6 @@ class ContextPool:
 
     @contextlib.contextmanager
     def _reserve(self) -> Iterator[ExecutionSlot]:
-        """Reserve a context for the block."""
         execution = self._take()
         try:
             yield execution

@@ -147,7 +147,6 @@ def _input_ranges(graph: Graph, profiles: Mapping[str, ProfileShapes]) -> dict[s
 def _requested_ranges(
     examples: Mapping[str, torch.Tensor], names: Mapping[Axis, str], profiles: Mapping[str, ProfileShapes]
 ) -> dict[Axis, SizeRange]:
-    """Return the ranges of ``profiles=``, axis by axis."""
     found = {axis: SizeRange(*profiles[name]) for axis, name in names.items() if name in profiles}
     for name in [name for name in examples if name in profiles]:
         rows = [tuple(row) for row in profiles[name]]  # type: ignore[arg-type]  # shapes

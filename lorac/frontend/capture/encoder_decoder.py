@@ -102,7 +102,6 @@ class _GraphHalves:
 
 
 def _user_inputs(program: ExportedProgram) -> dict[str, fx.Node]:
-    """Return the inputs that a program is called with."""
     own_names = {
         getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
     }

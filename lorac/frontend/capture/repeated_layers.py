@@ -341,7 +341,6 @@ class _LayerCopier:
         self.graph.erase_node(self.node)
 
     def _copied(self, node: fx.Node, outer: tuple[str, ...]) -> fx.Node:
-        """Copy a node with the other layer's tensors and paths; it stays part of inner and outer repeated layers."""
         copied = self.graph.node_copy(node, lambda read: self.mapped.get(read, read))
         renamed: Any = map_aggregate((copied.args, copied.kwargs), self._renamed)
         copied.args, copied.kwargs = renamed

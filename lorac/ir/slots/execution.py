@@ -179,7 +179,6 @@ def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tens
 
 
 def _apply_slots(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tensor) -> Tensor:
-    """Apply the roles of a stage to a value."""
     for role, tensor in slots.stages[stage]:
         value = role.apply(layout, value, tensor)
     return value

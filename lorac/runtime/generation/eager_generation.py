@@ -109,7 +109,6 @@ def _pass_mask(model: nn.Module) -> Iterator[None]:
 
 
 def _reads_mask(branches: list[BranchSlot]) -> bool:
-    """Return whether a branch reads the attention mask."""
     return any(parse_value_name(name) == (INPUT, MASK) for slot in branches for name in slot.reads)
 
 

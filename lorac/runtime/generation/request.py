@@ -216,7 +216,6 @@ def _wrong_type(name: str, value: object, advice: str) -> WrongType:
 
 
 def _transformers_options() -> set[str]:
-    """Return the options of transformers' generate."""
     from transformers import GenerationConfig, GenerationMixin
 
     parameters = inspect.signature(GenerationMixin.generate).parameters

@@ -93,7 +93,6 @@ class _CopyingMemory(Memory):
 
     @abstractmethod
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
-        """Return a copy of a tensor in this memory."""
 
 
 class TorchDeviceMemory(_CopyingMemory):

@@ -110,7 +110,6 @@ def _add_providers(
 
 
 def _provider_options(provider: str, place: torch.device) -> dict[str, str]:
-    """Return the options of a provider."""
     exact = _EXACT if provider == CUDA else {}
     return {**exact, "device_id": str(place.index)} if provider in ON_GPU and place.index else exact
 
