@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from lorac.adapters.preparation import Preparer
-from lorac.analysis.methods import MethodRow, describe_methods
 from lorac.cli._compile_options import DYNAMIC_HELP, RESERVE_HELP, parse_dynamic_shapes, parse_reserve, parse_targets
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._models import (
@@ -24,11 +20,7 @@ from lorac.cli._models import (
     parse_choice,
 )
 from lorac.cli._output import JsonOption, make_table, print_report
-from lorac.formats import formats
-from lorac.formats.peft.config import peft_types
-from lorac.ir.sites import BaseReader, Site
 from lorac.progress import progress
-from lorac.variants.base import Variant
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -97,7 +89,7 @@ def variants(
 ) -> None:
     """Print every adapter method: its formula, its normal form and size on a layer, its paper and its files."""
     from lorac.analysis.methods import HEADERS, render_markdown, row_cells
-    from lorac.cli.models import method_rows
+    from lorac.cli._method_table import method_rows
     from lorac.variants import variants as known
 
     rows = method_rows(known().values())
@@ -190,19 +182,3 @@ def explain(
 
 
 COMMANDS = (sites, variants, compile, explain)
-
-
-def method_rows(known: Iterable[type[Variant]]) -> tuple[MethodRow, ...]:
-    """Return one row per method: its formula, its normal form, its size and its files."""
-    classes = tuple(known)
-    files = {variant: ["native"] for variant in classes}
-    by_name: dict[str, Collection[type[Variant]]] = {name: kind.variants for name, kind in peft_types().items()}
-    by_name |= {name: format.methods for name, format in formats().items()}
-    for name, holds in sorted(by_name.items()):
-        for variant in holds:
-            files.setdefault(variant, ["native"]).append(name)
-    return describe_methods(classes, Preparer({}, BaseReader(_refuse_base, _refuse_base)).reduction, files)
-
-
-def _refuse_base(site: Site) -> torch.Tensor:
-    raise AssertionError(f"'{site.path}' stands for any layer of its shape")

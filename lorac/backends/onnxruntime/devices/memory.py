@@ -93,6 +93,7 @@ class _CopyingMemory(Memory):
 
     @abstractmethod
     def _copied(self, tensor: Tensor) -> ort.OrtValue:
+        """Return a copy of a tensor in this memory."""
 
 
 class TorchDeviceMemory(_CopyingMemory):
