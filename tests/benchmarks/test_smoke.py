@@ -87,6 +87,7 @@ ROWS = {
             "X-LoRA, off / base",
             "eager base / eager base",
             "eager loop / eager base",
+            "eager, PEFT's X-LoRA / eager base",
             "MeteoRA's overhead / the loop's overhead",
         ],
         ["base / base", "A/A / base", "FlyLoRA, all ranks / base", "FlyLoRA / base", "the gate alone"],
