@@ -282,7 +282,7 @@ def damage_artifact(folder: Path, random: random.Random) -> None:
         target.write_bytes(by_suffix.get(target.suffix, octets)(target.read_bytes(), random))
         told = json.loads(manifest.read_bytes())
         told["files"] = {
-            name: entry for name, entry in artifact._file_entries(folder).items() if name != artifact.MANIFEST
+            name: entry for name, entry in artifact.describe_files(folder).items() if name != artifact.MANIFEST
         }
         manifest.write_text(json.dumps(told))
     try:

@@ -75,7 +75,7 @@ def _store_program(session: Session, model: SwitchableModel, staged: Path) -> ob
 def _save_adapters(model: SwitchableModel, folder: Path) -> dict[str, dict[str, object]]:
     """Write every adapter, and return the manifest's entries."""
     entries = {}
-    for name, stem in _file_stems(sorted(model.adapters)).items():
+    for name, stem in file_stems(sorted(model.adapters)).items():
         adapter = model.adapters[name]
         record = folder / f"{stem}.safetensors"
         save_adapter(adapter, record, format="native")
@@ -107,11 +107,17 @@ def _save_portable(model: SwitchableModel, name: str, stem: Path) -> dict[str, s
     return {graph: f"{stem.parent.name}/{file}" for graph, file in files.items()}
 
 
-def _file_stems(names: Sequence[str]) -> dict[str, str]:
-    """Return the name of each adapter's files: the adapter's own if every system accepts it, else a number."""
+def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) -> dict[str, str]:
+    """Return the name of each adapter's files: the adapter's own if every system accepts it, else a number.
+
+    Args:
+        names: of the adapters.
+        reserved: what files of adapters are not called.
+    """
     stems: dict[str, str] = {}
     for index, name in enumerate(names):
-        own = _PORTABLE_NAME.fullmatch(name) and name.lower() not in {stem.lower() for stem in stems.values()}
+        taken = name.lower() in {stem.lower() for stem in stems.values()} or (reserved and reserved.fullmatch(name))
+        own = _PORTABLE_NAME.fullmatch(name) and not taken
         stems[name] = name if own else f"_{index}"
     return stems
 

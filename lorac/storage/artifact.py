@@ -33,7 +33,7 @@ from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, list_foreign, read_consistently, replace_atomically
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import find_inner_path, translate_os_errors
-from lorac.storage.strict_json import dump_json, parse_object, read_json_text
+from lorac.storage.strict_json import JsonObject, dump_json, parse_object, read_json_text
 
 FORMAT = 5
 ADAPTERS = "adapters"
@@ -79,7 +79,7 @@ def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], Mappin
     with replace_atomically(target, _owned_files) as staged:
         staged.mkdir()
         fields = fill(staged)
-        manifest = seal_manifest({"lorac_artifact": FORMAT, **fields, "files": _file_entries(staged)})
+        manifest = seal_manifest({"lorac_artifact": FORMAT, **fields, "files": describe_files(staged)})
         (staged / MANIFEST).write_text(dump_json(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -120,7 +120,8 @@ def _owned_files(folder: Path) -> frozenset[str]:
     return frozenset({*files, MANIFEST})
 
 
-def _file_entries(folder: Path) -> dict[str, Any]:
+def describe_files(folder: Path) -> JsonObject:
+    """Return size and hash of every file below a folder, by its name relative to the folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = ((path.relative_to(folder).as_posix(), OpenFile(path)) for path in paths)
     return {name: {"bytes": file.size, "hash": file.digest()} for name, file in files}
@@ -159,7 +160,7 @@ class Manifest:
         file = entry.get(field) if isinstance(entry, dict) else None
         if not isinstance(file, str) or file not in files:
             raise _damaged_manifest(self.folder, f"it names the file {file!r}, which it does not list")
-        return _open_checked(self.folder, file, files[file])
+        return open_checked(self.folder, file, files[file])
 
 
 def open_artifact(folder: str | os.PathLike[str]) -> Manifest:
@@ -182,7 +183,7 @@ def _open_all(folder: Path) -> Manifest:
     adapters = [entry.get(field) for entry in entries for field in ADAPTER_FILES]
     portable = [file for entry in entries for file in dict(entry.get("portable", ())).values()]
     checked = {
-        name: _open_checked(folder, name, entry) for name, entry in fields["files"].items() if name not in adapters
+        name: open_checked(folder, name, entry) for name, entry in fields["files"].items() if name not in adapters
     }
     listed = {*fields["files"], MANIFEST}
     for path in folder.rglob("*"):
@@ -217,15 +218,20 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _open_checked(folder: Path, name: str, entry: Any) -> OpenFile:
+def open_checked(folder: Path, name: str, entry: Any) -> OpenFile:
+    """Open a file of a folder and check it against its entry in the manifest (``describe_files``).
+
+    Raises:
+        ArtifactError: the name leads out of the folder, the file is missing, or has another size or hash.
+    """
     path = find_inner_path(folder, name)
     if path is None:
         raise ArtifactError(
             f"the manifest of '{folder}' names the file '{name}', which leads out of the folder",
-            next_step="do not use this artifact: lorac does not write such paths",
+            next_step="do not use this folder: lorac does not write such paths",
         )
     if not path.is_file():
-        raise ArtifactError(f"the artifact '{folder}' lacks the file '{name}'", next_step="copy the whole folder again")
+        raise ArtifactError(f"'{folder}' lacks the file '{name}'", next_step="copy the whole folder again")
     if not isinstance(entry, dict) or entry.keys() != {"bytes", "hash"}:
         raise _damaged_manifest(folder, f"the entry of '{name}' is not bytes and hash")
     file = OpenFile(path)

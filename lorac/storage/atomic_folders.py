@@ -75,8 +75,7 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
     try:
         staged = workshop / _NEW
         yield staged
-        for path in [staged, *staged.rglob("*")]:
-            _flush(path)
+        flush_folder(staged)
         with _locked(target.parent):
             _move_back(target)
             _install(staged, target, owned)
@@ -181,6 +180,12 @@ def _stamp(path: Path) -> _Stamp:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def flush_folder(path: Path) -> None:
+    """Flush a folder, or a file, and everything in it to disk."""
+    for inner in [path, *path.rglob("*")]:
+        _flush(inner)
 
 
 def _flush(path: Path) -> None:

@@ -1,23 +1,26 @@
-"""Methods, initialisers, optimizers and rules, made from their names and keywords in a recipe."""
+"""Methods, initialisers, optimizers, rules and losses, made from their names and keywords in a recipe."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 import lorac
 from lorac import training
-from lorac.errors import OptionError, nearest_name, not_one_of
+from lorac.errors import LoracError, OptionError, nearest_name, not_one_of
+from lorac.trainer.losses import LOSSES, AddedLoss
 from lorac.trainer.recipe import NamedSpec
 from lorac.training import initialisation as starts
-from lorac.training.rule import Rule
+from lorac.training.rule import Rule, check_compatible
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
+T = TypeVar("T")
 GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 
 
@@ -40,30 +43,42 @@ def make_adapters(
 
 def make_optimizer(named: NamedSpec, compiled: Any, learning_rate: float) -> torch.optim.Optimizer:
     """Make the optimizer of the trainable parameters."""
-    name, keywords = _split_spec(named, "the optimizer")
-    own = {key: cls for key, cls in vars(training).items() if _is_strict_subclass(cls, torch.optim.Optimizer)}
-    torchs = {key: cls for key, cls in vars(torch.optim).items() if _is_strict_subclass(cls, torch.optim.Optimizer)}
-    known = {**torchs, **own}
-    known.pop("Optimizer", None)
-    if name not in known:
-        raise not_one_of("there is no optimizer", name, sorted(known))
+    own = _list_classes(training, torch.optim.Optimizer)
+    torchs = _list_classes(torch.optim, torch.optim.Optimizer)
+    torchs.pop("LBFGS", None)  # it takes a closure at each step
+    name, keywords, kind = _look_up(named, "optimizer", {**torchs, **own})
     if name in own:
         of_groups = {key: keywords.pop(key) for key in GROUP_SETTINGS if key in keywords}
         tensors: Any = training.galore_groups(compiled, **of_groups)
     else:
         tensors = [tensor for tensor in compiled.parameters() if tensor.requires_grad]
-    made: torch.optim.Optimizer = _construct(known[name], name, (tensors,), {"lr": learning_rate, **keywords})
+    made: torch.optim.Optimizer = _construct(kind, name, (tensors,), {"lr": learning_rate, **keywords})
     return made
 
 
-def make_rule(named: NamedSpec, compiled: Any, optimizer: torch.optim.Optimizer) -> Rule:
-    """Attach the rule of a recipe to an optimizer."""
-    name, keywords = _split_spec(named, "the rule")
-    known = {key: cls for key, cls in vars(training).items() if _is_strict_subclass(cls, Rule)}
-    if name not in known:
-        raise not_one_of("there is no rule", name, sorted(known))
-    made: Rule = _construct(known[name], name, (compiled, optimizer), keywords)
-    return made
+def make_rules(named: Sequence[NamedSpec], compiled: Any, optimizer: torch.optim.Optimizer) -> list[Rule]:
+    """Attach the rules of a recipe to an optimizer, in their order.
+
+    Raises:
+        ChoiceError: two of them do not go together.
+    """
+    rules: list[Rule] = []
+    for spec in named:
+        name, keywords, kind = _look_up(spec, "rule", _list_classes(training, Rule))
+        rules.append(_construct(kind, name, (compiled, optimizer), keywords))
+        check_compatible(rules)
+    return rules
+
+
+def make_losses(named: Sequence[NamedSpec]) -> list[AddedLoss]:
+    """Make what is added to the loss."""
+    found = [_look_up(spec, "loss", LOSSES) for spec in named]
+    return [_construct(kind, name, (), keywords) for name, keywords, kind in found]
+
+
+def extra_outputs(named: Sequence[NamedSpec]) -> tuple[str, ...]:
+    """Return the names of the extra outputs that losses read, for ``lorac.compile(..., aux=)``."""
+    return tuple(sorted({loss.emitted for loss in make_losses(named) if loss.emitted is not None}))
 
 
 def _make_adapter(
@@ -83,37 +98,51 @@ def _make_adapter(
     variant: Variant = _construct(known[method], f"method {method}", (), said)
     if start is None:
         return variant
-    begin, keywords = _split_spec(start, f"the start of '{name}'")
-    begins = {
-        key: cls
-        for key, cls in vars(starts).items()
-        if _is_strict_subclass(cls, starts.Initialiser) and cls is not starts.Initialiser
-    }
-    if begin not in begins:
-        raise not_one_of(f"adapter '{name}': there is no start", begin, sorted(begins))
-    begun: Adapter = _construct(begins[begin], begin, (), keywords)(variant, model, batches())
+    begins = _list_classes(starts, starts.Initialiser)
+    begin, keywords, kind = _look_up(start, "start", begins, f"adapter '{name}': ")
+    begun: Adapter = _construct(kind, begin, (), keywords)(variant, model, batches())
     return begun
 
 
-def _split_spec(named: NamedSpec, what: str) -> tuple[str, dict[str, Any]]:
-    """Split a spec into its name and keywords."""
-    if isinstance(named, str):
-        return named, {}
-    keywords = dict(named)
-    if not isinstance(keywords.get("name"), str):
-        raise OptionError(f"{what} has no name", next_step="give {name: ..., and its keywords}")
-    return keywords.pop("name"), keywords
+def _look_up(
+    named: NamedSpec, what: str, known: Mapping[str, type[T]], where: str = ""
+) -> tuple[str, dict[str, Any], type[T]]:
+    """Return the name of a spec, its keywords and the class of that name."""
+    keywords = {"name": named} if isinstance(named, str) else dict(named)
+    name = keywords.pop("name", None)
+    if not isinstance(name, str):
+        raise OptionError(f"{where}the {what} has no name", next_step="give {name: ..., and its keywords}")
+    if name not in known:
+        raise not_one_of(f"{where}there is no {what}", name, sorted(known))
+    return name, keywords, known[name]
 
 
-def _is_strict_subclass(cls: object, kind: type) -> bool:
-    return isinstance(cls, type) and issubclass(cls, kind) and cls is not kind
+def _list_classes(module: object, kind: type[T]) -> dict[str, type[T]]:
+    """Return the subclasses of a class that a module names."""
+    return {
+        name: cls
+        for name, cls in vars(module).items()
+        if isinstance(cls, type) and issubclass(cls, kind) and cls is not kind
+    }
 
 
 def _construct(cls: Any, name: str, given: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-    """Made with keywords that it has."""
-    known = [key for key in inspect.signature(cls).parameters][len(given) :]
+    """Make an object with keywords that it takes."""
+    parameters = dict(list(inspect.signature(cls).parameters.items())[len(given) :])
     for key in keywords:
-        if key not in known:
-            nearest = nearest_name(key, known)
-            raise OptionError(f"{name} has no {key}", nearest=nearest, next_step=f"it takes {', '.join(known)}")
-    return cls(*given, **{key: tuple(value) if isinstance(value, list) else value for key, value in keywords.items()})
+        if key not in parameters:
+            nearest = nearest_name(key, parameters)
+            raise OptionError(f"{name} has no {key}", nearest=nearest, next_step=f"it takes {', '.join(parameters)}")
+    try:
+        return cls(*given, **{key: _convert(key, item, parameters[key].default) for key, item in keywords.items()})
+    except LoracError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise OptionError(f"{name} cannot be made: {error}", next_step=f"it takes {', '.join(parameters)}") from error
+
+
+def _convert(key: str, item: Any, default: object) -> Any:
+    """Return a value of a recipe as code gives it: a list as a tuple, and settings of an object as that object."""
+    if isinstance(item, Mapping) and dataclasses.is_dataclass(default):
+        return _construct(type(default), key, (), item)
+    return tuple(item) if isinstance(item, list) else item

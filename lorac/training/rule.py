@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
@@ -82,13 +83,16 @@ class Rule(ABC):
     """Whether it also applies to the inner method of a ``Residual`` (``lorac.training.initialisation``)."""
     before_gradients: bool = False
     """Whether the rule reads gradients before the step, which a closure would compute later."""
+    decides: ClassVar[frozenset[str]] = frozenset()
+    """What it alone decides for the tensors of its terms: the "direction" or the "rate" of a step, the "factors" between
+    steps (``check_compatible``)."""
     saved: ClassVar[str] = ""
     """Key in the optimizer's state dict of the states of the rules of this class, in the order in which they were
     attached; empty without state."""
 
     @abstractmethod
     def __init__(self, compiled: Any, optimizer: Any) -> None:
-        self.compiled, self.optimizer = unwrap_ddp(compiled), _unwrap_optimizer(optimizer)
+        self.compiled, self.optimizer = unwrap_ddp(compiled), unwrap_optimizer(optimizer)
         self.terms = trained_terms(compiled, self.methods, begun=self.begun)
         _check_optimizer_holds(self.optimizer, self.terms, self.governed)
         self._handles: list[HookHandle] = []
@@ -196,6 +200,18 @@ class Rule(ABC):
         return {**state_dict, self.saved: others}
 
 
+def check_compatible(rules: Sequence[Rule]) -> None:
+    """Raise ``ChoiceError`` if two rules decide the same of a training for the same tensors."""
+    for one, other in combinations(rules, 2):
+        own, shared = {id(term.tensors) for term in one.terms}, one.decides & other.decides
+        met = next((term for term in other.terms if shared and id(term.tensors) in own), None)
+        if met is not None:
+            raise ChoiceError(
+                f"{type(one).__name__} and {type(other).__name__} both decide the {min(shared)} for {met}",
+                next_step="name one of them, or compile an adapter for each",
+            )
+
+
 def unwrap_ddp(compiled: Any) -> Any:
     """Return the compiled model inside a wrapper that holds it as ``module``, such as DDP; otherwise the argument."""
     inner = getattr(compiled, "module", None)
@@ -232,7 +248,7 @@ def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: b
     return found
 
 
-def _unwrap_optimizer(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """Return the torch optimizer inside accelerate's wrapper, whose own hooks never run."""
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

@@ -86,7 +86,7 @@ def _op(name: Any) -> Callable[[Path], None]:
         program = json.loads(path.read_text())
         next(node for node in program["main"]["nodes"] if "op" in node)["op"] = name
         path.write_text(json.dumps(program))
-        _manifest(lambda m: m["files"].update(artifact._file_entries(folder)) or m["files"].pop("manifest.json"))(
+        _manifest(lambda m: m["files"].update(artifact.describe_files(folder)) or m["files"].pop("manifest.json"))(
             folder
         )
 

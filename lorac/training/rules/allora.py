@@ -47,6 +47,7 @@ class ALLoRA(Rule):
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
     begun: ClassVar[bool] = False
     governed: ClassVar[tuple[str, ...]] = FACTORS
+    decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate"})
 
     def __init__(self, compiled: Any, optimizer: Any, *, eta2: float = 4.0) -> None:
         super().__init__(compiled, optimizer)

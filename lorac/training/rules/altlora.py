@@ -103,6 +103,7 @@ class AltLoRA(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
     governed: ClassVar[tuple[str, ...]] = FACTORS
+    decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "altlora"
     before_gradients = True
 

@@ -42,6 +42,7 @@ class LoRAPlus(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA, DoRA)
     governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    decides: ClassVar[frozenset[str]] = frozenset({"rate"})
     saved: ClassVar[str] = "lora_plus"
 
     def __init__(

@@ -59,6 +59,7 @@ class LoRAPro(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
     governed: ClassVar[tuple[str, ...]] = FACTORS
+    decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "lora_pro"
     before_gradients = True
 

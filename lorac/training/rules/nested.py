@@ -83,6 +83,7 @@ class NestedRanks(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (DyLoRA,)
     governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "nested_ranks"
 
     def __init__(

@@ -43,6 +43,7 @@ class Preconditioned(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (PLP, LoRA)
     governed: ClassVar[tuple[str, ...]] = ("up_learned", "down_learned", "lora_A", "lora_B")
+    decides: ClassVar[frozenset[str]] = frozenset({"direction"})
     before_gradients = True
 
     def __init__(self, compiled: Any, optimizer: Any, *, reg: float = 0.0) -> None:

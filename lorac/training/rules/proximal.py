@@ -70,6 +70,7 @@ class ProximalGates(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (SoRA,)
     governed: ClassVar[tuple[str, ...]] = ("gate",)
+    decides: ClassVar[frozenset[str]] = frozenset({"factors"})
 
     def __init__(self, compiled: Any, optimizer: Any, *, threshold: float = 1e-3, prox: str = "soft") -> None:
         super().__init__(compiled, optimizer)

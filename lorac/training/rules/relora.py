@@ -52,6 +52,7 @@ class ReLoRA(Rule):
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
     governed: ClassVar[tuple[str, ...]] = FACTORS
+    decides: ClassVar[frozenset[str]] = frozenset({"factors"})
     saved: ClassVar[str] = "relora"
 
     def __init__(

@@ -68,6 +68,7 @@ class Squeeze(Rule):
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
     begun: ClassVar[bool] = False
     governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "squeeze"
 
     def __init__(self, compiled: Any, optimizer: Any, *, stages: Stages) -> None:

@@ -1,0 +1,260 @@
+"""Trainers of transformers and TRL that train a recipe's adapters: its optimizer, rules, losses and checkpoints.
+
+    trainer = adapter_trainer(SFTTrainer)(model=compiled, args=arguments, train_dataset=rows, recipe=recipe)
+    trainer.train(resume_from_checkpoint=True)  # from the newest finished checkpoint, to the bit
+
+This file alone overrides private functions of ``Trainer``; ``tests/trainer/test_trainer.py`` says what is relied on.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from lorac.errors import ArtifactError, ChoiceError, LoracError, OptionError, Unavailable
+from lorac.trainer.checkpoints import (
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    describe_run,
+    find_checkpoint,
+    finish_checkpoint,
+    get_random_state,
+    hash_base,
+    open_checkpoint,
+    set_random_state,
+    write_state,
+)
+from lorac.trainer.factories import make_losses, make_optimizer, make_rules
+from lorac.trainer.losses import EXPERTS, LossCall, check_learning, collate_experts, repeat_rows
+from lorac.trainer.recipe import Recipe
+from lorac.training import load_optimizer_state, optimizer_state
+from lorac.training.rule import Rule
+
+_OWN_OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+"""Arguments of Trainer's own optimizer."""
+
+
+class AdapterTrainer(Trainer):
+    """``transformers.Trainer`` over a compiled model.
+
+    Args:
+        recipe: its optimizer, rules and losses are used, and a checkpoint is bound to all of it.
+        **settings: of ``Trainer``, or of the class below it; ``model`` is what ``lorac.compile(..., target="eager")``
+            returned.
+
+    Attributes:
+        rules: those of the recipe, from the first step on.
+
+    Raises:
+        ChoiceError: a tensor learns from an extra output alone, and no loss reads it.
+        Unavailable: the model is not compiled with an extra output that a loss reads; or its states are spread over
+            processes, which no checkpoint holds.
+        OptionError: the recipe names what does not exist, or an optimizer and arguments of Trainer's own.
+    """
+
+    def __init__(self, *, recipe: Recipe, **settings: Any) -> None:
+        self.recipe, self.losses = recipe, make_losses(recipe.loss)
+        self.rules: list[Rule] | None = None
+        self._resumed: Checkpoint | None = None
+        super().__init__(**settings)
+        self._check_recipe()
+        if self._reads_experts:
+            self.data_collator = collate_experts(self.data_collator)
+
+    def _check_recipe(self) -> None:
+        check_learning(self.model, self.losses)
+        given = self.model.session.options.aux
+        lacking = next((loss.emitted for loss in self.losses if loss.emitted not in (None, *given)), None)
+        if lacking is not None:
+            raise Unavailable(
+                f"a loss of the recipe reads '{lacking}', which the model does not give",
+                next_step=f'compile with aux=["{lacking}"]',
+            )
+        foreign = next((name for name in _OWN_OPTIMIZER if name in self.recipe.arguments), None)
+        if self.recipe.optimizer is not None and foreign is not None:
+            raise OptionError(
+                f"{foreign} is of Trainer's own optimizer, and the recipe names another",
+                next_step="give it as a keyword of optimizer:, or leave optimizer: out",
+            )
+        if self.args.save_strategy != "no" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise Unavailable(
+                "a checkpoint holds no states that are spread over processes, as DeepSpeed and FSDP have them",
+                next_step="train with DDP, or with save_strategy: 'no'",
+            )
+
+    @property
+    def _reads_experts(self) -> bool:
+        return any(loss.emitted == "router" for loss in self.losses)
+
+    # --- Steps ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the recipe's optimizer, or else that of the arguments, and attach the recipe's rules to it."""
+        if self.optimizer is None and self.recipe.optimizer is not None:
+            self.optimizer = make_optimizer(self.recipe.optimizer, self.model, self.args.learning_rate)
+        super().create_optimizer(model)
+        if self.rules is None:
+            self.rules = make_rules(self.recipe.rules, self.model, self.optimizer)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss as the class below computes it, in training with what the recipe adds."""
+        experts = inputs.pop(EXPERTS, None) if self._reads_experts else None
+        if not self.losses or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        draws = max(loss.draws for loss in self.losses)
+        given = repeat_rows(inputs, draws)
+        items = None if num_items_in_batch is None else num_items_in_batch * draws
+        outputs: list[Any] = []
+        handle = self.model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            result = super().compute_loss(model, given, return_outputs, items)
+        finally:
+            handle.remove()
+        if len(outputs) != 1 and any(added.emitted for added in self.losses):
+            raise Unavailable(
+                f"{type(self).__name__} calls the model {len(outputs)} times for one loss, and extra outputs are of one",
+                next_step="leave out label_smoothing_factor, or train by another task",
+            )
+        loss, *others = result if return_outputs else (result,)
+        experts = None if experts is None else torch.cat([experts] * draws)
+        shifted = getattr(self, "_loss_shifts_labels", False)
+        call = LossCall(self.model, given, outputs[0], loss, experts, self._share(num_items_in_batch), shifted)
+        total = loss + torch.stack([added.term(call) for added in self.losses]).sum()
+        return (total, *others) if return_outputs else total
+
+    def _share(self, num_items_in_batch: torch.Tensor | int | None) -> float:
+        """Return what a mean over one call counts in a step whose loss Trainer does not divide by its calls."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._reads_experts and EXPERTS not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, EXPERTS]
+
+    # --- Checkpoints ---------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **settings: Any) -> Any:
+        """Train as ``Trainer`` does.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint; True: the newest in the output's folder.
+            *args, **settings: of ``Trainer.train``.
+
+        Raises:
+            ArtifactError: the checkpoint was not finished, or changed since.
+            ChoiceError: it is of another run, or there is none.
+        """
+        self._resumed = self._open(resume_from_checkpoint) if resume_from_checkpoint else None
+        folder = None if self._resumed is None else str(self._resumed.folder)
+        return super().train(folder, *args, **settings)
+
+    def _open(self, given: str | bool) -> Checkpoint:
+        found = find_checkpoint(Path(self.args.output_dir)) if given is True else open_checkpoint(str(given))
+        if found is None:
+            raise ChoiceError(
+                f"'{self.args.output_dir}' holds no finished checkpoint", next_step="train without resuming"
+            )
+        found.check_run(self._describe_run())
+        return found
+
+    @functools.cached_property
+    def _base(self) -> str | None:
+        return hash_base(self.model)
+
+    def _describe_run(self) -> dict[str, Any]:
+        return describe_run(self.model, self.recipe, self._base, self.args.world_size)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_folder = self._get_output_dir(trial)
+        folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / MANIFEST).unlink(missing_ok=True)  # of an older checkpoint, which is about to be written over
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        if not self.args.save_only_model:
+            finish_checkpoint(folder, self.state.global_step, self._describe_run())
+        rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.should_save:
+            return
+        scaler = getattr(self.accelerator, "scaler", None)
+        state = {
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        write_state(Path(output_dir, STATE), state)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Do nothing: the scaler is written with the optimizer."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may not have made it yet
+        write_state(Path(output_dir, self._random_file), get_random_state())
+
+    @property
+    def _random_file(self) -> str:
+        return f"random-{self.args.process_index}.safetensors"
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._resumed is None:
+            return
+        state = self._resumed.read(STATE)
+        try:
+            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+            if state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except LoracError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ArtifactError(f"the state of '{self._resumed.folder}' does not fit this run: {error}") from error
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Do nothing: the scaler is read with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._resumed is None:
+            return
+        try:
+            set_random_state(self._resumed.read(self._random_file))
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"the random states of '{self._resumed.folder}' are damaged: {error}") from error
+
+    def _load_best_model(self) -> None:
+        open_checkpoint(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+
+def adapter_trainer(base: type[Trainer]) -> type[Any]:
+    """Return a class that trains as ``base`` does, with what ``AdapterTrainer`` adds.
+
+    Args:
+        base: ``transformers.Trainer``, or one of TRL's trainers.
+    """
+    return AdapterTrainer if base is Trainer else type(f"Adapter{base.__name__}", (AdapterTrainer, base), {})
