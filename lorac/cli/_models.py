@@ -112,6 +112,23 @@ def load_tokenizer(spec: str) -> object:
         return None
 
 
+def load_image_processor(spec: str) -> object:
+    """Load the image processor in a model's folder.
+
+    Raises:
+        OptionError: it is missing, or cannot be read.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(spec)
+    except Exception as error:  # a damaged folder may make transformers raise anything
+        raise OptionError(
+            f"'{spec}' has no image processor: {_format_exception(error)}",
+            next_step="save it there: image_processor.save_pretrained",
+        ) from error
+
+
 def _is_dotted(text: str) -> bool:
     return all(part.isidentifier() for part in text.split("."))
 

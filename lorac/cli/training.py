@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorac.cli._models import MODEL_HELP, load_with_tokenizer
+from lorac.cli._models import MODEL_HELP, load_image_processor, load_with_tokenizer
 from lorac.cli._output import JsonOption, print_report
 from lorac.errors import OptionError
-from lorac.progress import progress
 
 
 def train(
@@ -20,7 +21,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train the adapters of a recipe on texts: any method, rule, initialiser and optimizer by name."""
+    """Train the adapters of a recipe by TRL or transformers: any method, rule, initialiser and optimizer by name."""
     from lorac.trainer import read_recipe
     from lorac.trainer import train as run
 
@@ -29,12 +30,13 @@ def train(
     for field, path in (("model", host), ("out", folder)):
         if path is None:
             raise OptionError(f"'{config}' has no {field}", next_step=f"add it, or give --{field}")
-    with progress("train", recipe.max_steps) as report:
-        report.step("loading the model")
-        loaded, tokenizer = load_with_tokenizer(str(host))
-        if tokenizer is None:
-            raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
-        compiled = run(loaded, tokenizer, recipe, Path(str(folder)), resume=resume)
+    loaded, processing_class = load_with_tokenizer(str(host))
+    if recipe.task == "image-classification":
+        processing_class = load_image_processor(str(host))
+    if processing_class is None:
+        raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
+    with contextlib.redirect_stdout(sys.stderr):  # trainers print what they log
+        compiled = run(loaded, processing_class, recipe, Path(str(folder)), resume=resume)
     names = list(compiled.adapters)
     print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
 

@@ -1,74 +1,177 @@
-"""Training rows in their order, and evaluation rows."""
+"""The rows of a recipe, in the columns that TRL and transformers take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
-from typing import Any
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.utils.data import DataLoader
+from lorac.errors import MissingExtra, OptionError, nearest_name, short
+from lorac.storage.paths import parse_path, translate_os_errors
 
-from lorac.errors import ChoiceError
-from lorac.trainer import text_rows as texts
-from lorac.trainer.recipe import Recipe
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-Batch = dict[str, torch.Tensor]
+Row = dict[str, Any]
+COLUMNS: Mapping[str, Sequence[tuple[str, ...]]] = {
+    "sft": (("text",), ("messages",), ("prompt", "completion"), ("instruction", "output"), ("conversations",)),
+    "dpo": (("chosen", "rejected"),),
+    "kto": (("prompt", "completion", "label"),),
+    "sequence-classification": (("text", "label"),),
+    "image-classification": (("image", "label"),),
+}
+"""Task -> the sets of columns, one of which its rows have; the first one found counts."""
+READERS: Mapping[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Suffix -> the reader of ``datasets``."""
+TEXTS, IMAGES = (".txt", ".md"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_SAVED = ("state.json", "dataset_dict.json")
+_TURNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_SOURCE_FILES = 200
 
 
-class TrainingData:
-    """The rows of a run.
+def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
+    """Load the rows of some data.
 
     Args:
-        recipe: says where they are, how many are held out, and how many a batch has.
-        tokenizer: transformers'.
+        data: a name of ``BUNDLED``; a folder that ``datasets`` saved; a file or a folder of ``.jsonl``, ``.parquet`` or
+            ``.csv``; of ``.txt`` and ``.md``, each a row; or of images in a folder for each label.
+        task: a key of ``COLUMNS``. ``instruction``, ``input`` and ``output`` become a prompt and its completion,
+            ShareGPT's ``conversations`` become ``messages``.
+        tokenizer: transformers', or of images the processor.
+        arguments: those of the trainer.
 
     Raises:
-        ChoiceError: more than half of the rows are to be held out.
-        OptionError, ChoiceError: as ``texts.rows``.
+        OptionError: there is no such data, it cannot be read, or has none of the task's columns; the tokenizer lacks a
+            chat template, or an end of text, which the rows need; a turn's content is not text.
+        MissingExtra: ``datasets`` is not installed.
     """
-
-    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
-        rows = texts.tokenize_rows(recipe.data, tokenizer, recipe.max_length)
-        if recipe.eval_rows * 2 > len(rows):
-            raise ChoiceError(
-                f"eval_rows={recipe.eval_rows} of {len(rows)} rows", next_step="hold out at most half of them"
+    rows = _read(data)
+    columns = next((found for found in COLUMNS[task] if {*found} <= {*rows.column_names}), None)
+    if columns is None or not len(rows):
+        known = ", or ".join(" and ".join(found) for found in COLUMNS[task])
+        held = f"the columns {', '.join(rows.column_names)}" if len(rows) else "no row"
+        raise OptionError(f"'{data}' has {held}", next_step=f"task: {task} takes {known}")
+    if task.endswith("classification"):
+        return _encode(rows, task, tokenizer)
+    if "instruction" in columns:
+        rows = rows.map(_from_instruction, remove_columns=rows.column_names)
+    if any(isinstance(rows[0][name], list) for name in _TURNS if name in rows.column_names):
+        if not (tokenizer.chat_template or getattr(arguments, "chat_template_path", None)):
+            raise OptionError(
+                f"'{data}' holds conversations, and the tokenizer has no chat template",
+                next_step="name a file with one: chat_template_path: template.jinja",
             )
-        cut = len(rows) - recipe.eval_rows
-        self.recipe, self._rows, self._held_out = recipe, rows[:cut], rows[cut:]
-        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._batch = partial(texts.collate_rows, padding=int(padding or 0))
-
-    def first(self) -> list[Batch]:
-        """Return the first batches of the run, for initialisers."""
-        return [self._batch(self._chosen(batch)) for batch in self._order(0, self.recipe.start_batches)]
-
-    def loader(self, first: int, last: int) -> DataLoader[Any]:
-        """Batches number ``first`` up to ``last``."""
-        rows: Any = self._rows  # a list is a dataset in all but its type
-        own = torch.Generator()  # a loader draws from the process's otherwise, once more in a run that is resumed
-        return DataLoader(rows, batch_sampler=list(self._order(first, last)), collate_fn=self._batch, generator=own)
-
-    def held_out(self) -> list[Batch]:
-        """Return the evaluation rows in batches."""
-        size = self.recipe.batch_size
-        return [self._batch(self._held_out[begin : begin + size]) for begin in range(0, len(self._held_out), size)]
-
-    def _chosen(self, batch: Sequence[int]) -> list[texts.TokenRow]:
-        return [self._rows[index] for index in batch]
-
-    def _order(self, first: int, last: int) -> Iterator[list[int]]:
-        """Rows of batches, round after round over all rows; a batch depends on the seed and its number alone."""
-        size, count = self.recipe.batch_size, len(self._rows)
-        for number in range(first, last):
-            places = (divmod(number * size + row, count) for row in range(size))
-            yield [_shuffle_rows(self.recipe.seed, turn, count)[place] for turn, place in places]
+        return rows.map(_plain_turns, remove_columns=[name for name in ("conversations",) if name in rows.column_names])
+    if tokenizer.eos_token is None and getattr(arguments, "eos_token", None) is None:
+        raise OptionError("the tokenizer has no token that ends a text", next_step="name one of its tokens: eos_token")
+    return rows
 
 
-@lru_cache(maxsize=4)
-def _shuffle_rows(seed: int, turn: int, count: int) -> list[int]:
-    """All rows once, in the order of a round."""
-    generator = torch.Generator().manual_seed(seed)
-    generator.manual_seed(int(torch.randint(2**62, (turn + 1,), generator=generator)[turn]))
-    drawn: list[int] = torch.randperm(count, generator=generator).tolist()
-    return drawn
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _python_docs() -> Iterator[Row]:
+    from pydoc_data.topics import topics
+
+    return ({"text": topics[name]} for name in sorted(topics))
+
+
+def _python_source() -> Iterator[Row]:
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:_SOURCE_FILES]
+    return ({"text": file.read_text(errors="replace")} for file in files)
+
+
+BUNDLED: Mapping[str, Callable[[], Iterator[Row]]] = {"python-docs": _python_docs, "python-source": _python_source}
+"""Name -> texts that are on every machine."""
+
+
+def _read(data: str) -> Dataset:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise MissingExtra("datasets", "train") from error
+    if data in BUNDLED:
+        return datasets.Dataset.from_list(list(BUNDLED[data]()))
+    path = parse_path(data, "data", OptionError)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    suffixes = {file.suffix.lower() for file in files}
+    with translate_os_errors(path, OptionError, "read"):
+        if any((path / name).is_file() for name in _SAVED):
+            kind, options = "saved", {}
+        elif suffixes & {*TEXTS} and path.exists():
+            texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.suffix in TEXTS]
+            return datasets.Dataset.from_list([{"text": text} for text in texts])
+        elif suffixes & {*IMAGES} and path.is_dir():
+            kind, options = "imagefolder", {"data_dir": str(path)}
+        else:
+            suffix = next((suffix for suffix in READERS if suffix in suffixes), None)
+            if suffix is None or not path.exists():
+                raise OptionError(
+                    f"'{data}' is not a file, folder or set of rows",
+                    nearest=nearest_name(data, BUNDLED, alike=0.6),
+                    next_step=f"give {', '.join((*READERS, *TEXTS))}, a folder of them, or {', '.join(BUNDLED)}",
+                )
+            kind = READERS[suffix]
+            options = {"data_files": [str(file) for file in files if file.suffix.lower() == suffix]}
+    try:
+        rows = datasets.load_from_disk(str(path)) if kind == "saved" else datasets.load_dataset(kind, **options)
+    except Exception as error:  # a damaged file may make datasets raise anything
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OptionError(
+            f"'{data}' cannot be read: {reason}", next_step="give one object a line, of the same fields"
+        ) from error
+    return rows["train"] if isinstance(rows, dict) else rows
+
+
+# ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _from_instruction(row: Row) -> Row:
+    asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+    return {
+        "prompt": [{"role": "user", "content": asked}],
+        "completion": [{"role": "assistant", "content": row["output"]}],
+    }
+
+
+def _plain_turns(row: Row) -> Row:
+    """Give every turn of a row a role and a text: a template would print anything else as Python does."""
+    names = {
+        name: "messages" if name == "conversations" else name for name in _TURNS if isinstance(row.get(name), list)
+    }
+    return {new: [_plain_turn(turn) for turn in _not_empty(row[name])] for name, new in names.items()}
+
+
+def _not_empty(turns: Sequence[Any]) -> Sequence[Any]:
+    if not turns:
+        raise OptionError("a conversation has no turns", next_step="leave its row out")
+    return turns
+
+
+def _plain_turn(turn: Any) -> Row:
+    turn = dict(turn) if isinstance(turn, Mapping) else {"content": turn}
+    role, content = turn.pop("from", turn.pop("role", None)), turn.pop("value", turn.pop("content", None))
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and turn.get("tool_calls"))):
+        raise OptionError(
+            f"a turn has the role {short(role)} and the content {short(content)}",
+            next_step="give each a role, and a text or parts of the type text as content",
+        )
+    return {**turn, "role": _SHAREGPT.get(role, role), "content": content}
+
+
+def _encode(rows: Dataset, task: str, processor: Any) -> Dataset:
+    """Return rows as a classifier takes them, with the label's number."""
+    from datasets import Value
+
+    if rows.features["label"] == Value("string"):
+        rows = rows.class_encode_column("label")
+    rows = rows.rename_column("label", "labels")
+
+    def encode(batch: Mapping[str, list[Any]]) -> Mapping[str, Any]:
+        if task == "sequence-classification":
+            return processor(batch["text"], truncation=True)
+        return processor([image.convert("RGB") for image in batch["image"]])
+
+    others = [name for name in rows.column_names if name != "labels"]
+    encoded = rows.map(encode, batched=True, remove_columns=others)
+    return encoded if task == "sequence-classification" else encoded.with_format("torch")

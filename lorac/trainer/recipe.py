@@ -1,88 +1,136 @@
-"""Recipes: a dataclass of settings, and its YAML file."""
+"""Recipes: a dataclass of settings, and its YAML file, which may come from anyone."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lorac.argument_types import check_fields
-from lorac.errors import ChoiceError, MissingExtra, OptionError, nearest_name, not_one_of
-from lorac.storage.paths import translate_os_errors
+from lorac.argument_types import Count, OneOf, check_fields, format_type, matches_type
+from lorac.errors import ChoiceError, MissingExtra, OptionError, WrongType, nearest_name, short
+from lorac.limits import charge_reading, check_time
+from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.strict_json import dump_json
 
 NamedSpec = str | Mapping[str, Any]
 """A name, or ``{"name": ..., <keyword>: ...}``."""
-AMOUNTS = ("max_steps", "batch_size", "max_length", "gradient_accumulation_steps", "logging_steps")
-PRECISIONS = ("no", "fp16", "bf16")
+TASKS: Mapping[str, tuple[str, str, str]] = {
+    "sft": ("trl", "SFTTrainer", "SFTConfig"),
+    "dpo": ("trl", "DPOTrainer", "DPOConfig"),
+    "kto": ("trl", "KTOTrainer", "KTOConfig"),
+    "sequence-classification": ("transformers", "Trainer", "TrainingArguments"),
+    "image-classification": ("transformers", "Trainer", "TrainingArguments"),
+}
+"""Task -> the library, its trainer, and the dataclass of the trainer's arguments."""
+LEAST: Mapping[str, float] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_length", "save_total_limit", "max_steps"), 1),
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "weight_decay", "warmup_steps", "max_grad_norm", "seed"), 0),
+}
+"""The smallest values of arguments that their libraries do not check."""
+_OWN_WAY = {
+    "output_dir": "out names the folder",
+    "resume_from_checkpoint": "the newest checkpoint is resumed: lorac train CONFIG.yaml --resume",
+    "model_init_kwargs": "model names a folder, or a function that returns the model",
+}
+_EXAMPLE = "docs/training.md shows a recipe for each task"
+_MAX_BYTES, _MAX_DEPTH = 1 << 15, 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A training run. Names are those of transformers' ``TrainingArguments`` where it has them.
+    """A training run.
 
     Attributes:
         adapters: name -> ``{"method": <a name of `lorac variants`>, <hyper-parameter>: ...}`` with, if wanted,
             ``"start"``, the name of one of ``lorac.training.initialisation`` or ``{"name": ..., <setting>: ...}``; or
             ``{"path": <an adapter's file>}``, trained on.
         active: name -> strength, as ``swap`` takes it; default: all, at strength 1.
-        data: a folder of texts (``.txt``, ``.md``, ``.jsonl`` with ``text``, ``prompt`` and ``completion``, or
-            ``messages``), one such file, or a set that comes with Python: ``python-docs``, ``python-source``.
-        optimizer: one of torch.optim's, or of ``lorac.training``'s; its keywords, ``rank`` and what else
-            ``galore_groups`` takes among them.
-        rule: one of ``lorac.training``'s rules; its keywords.
-        learning_rate: of the optimizer.
-        lr_scheduler_type: as ``transformers.get_scheduler`` names it.
-        warmup_steps: of the scheduler.
-        max_steps: of the optimizer.
-        batch_size: rows of one process's call.
-        gradient_accumulation_steps: calls of one step.
-        max_length: tokens of a row.
-        max_grad_norm: what gradients are clipped to; None leaves them.
-        eval_rows: rows that are held out, at most half; their loss is taken at the beginning and at the end.
+        task: what is learnt, a key of ``TASKS``.
+        data: a file or folder (``lorac.trainer.data.load_rows``), or what comes with Python: ``python-docs``,
+            ``python-source``.
+        eval_data: as ``data``, to evaluate on.
+        test_size: the number, or the part, of ``data``'s rows to evaluate on.
+        optimizer: one of torch.optim's, or of ``lorac.training``'s, with its keywords; default: the one that the
+            argument ``optim`` names.
+        rules: those of ``lorac.training`` to attach to it, each with its keywords.
+        loss: what is added to the model's loss, one of ``lorac.training``'s functions each, with its keywords.
         start_batches: how many batches a start sees.
-        mixed_precision: accelerate's: ``"no"``, ``"fp16"`` or ``"bf16"``.
-        logging_steps: steps between two lines of ``log.jsonl``.
-        save_steps: steps between two checkpoints; None writes none.
-        seed: of order, dropout and first values.
+        early_stopping_patience: evaluations without a better one after which the run stops.
+        arguments: of ``trl.SFTConfig``, ``DPOConfig`` or ``KTOConfig``, or of ``transformers.TrainingArguments``,
+            by their own names. In YAML they stand beside the other fields.
 
     Raises:
-        WrongType, ChoiceError, OptionError: a field is of another kind, or out of its range.
+        WrongType, ChoiceError, OptionError: a field is unknown, of another kind, or out of its range.
+        MissingExtra: TRL or transformers is not installed.
     """
 
     adapters: Mapping[str, Mapping[str, Any]]
     active: Mapping[str, float] | None = None
+    task: Annotated[str, OneOf(TASKS)] = "sft"
     data: str = "python-docs"
-    optimizer: NamedSpec = "AdamW"
-    rule: NamedSpec | None = None
-    learning_rate: float = 1e-3
-    lr_scheduler_type: str = "linear"
-    warmup_steps: int = 0
-    max_steps: int = 100
-    batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    max_length: int = 128
-    max_grad_norm: float | None = 1.0
-    eval_rows: int = 0
-    start_batches: int = 8
-    mixed_precision: str = "no"
-    logging_steps: int = 10
-    save_steps: int | None = None
-    seed: int = 0
+    eval_data: str | None = None
+    test_size: int | float | None = None
+    optimizer: NamedSpec | None = None
+    rules: Sequence[NamedSpec] = ()
+    loss: Sequence[NamedSpec] = ()
+    start_batches: Count = 8
+    early_stopping_patience: Count | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.adapters:
             raise ChoiceError("a recipe without adapters trains nothing", next_step="name one under adapters")
-        least = {**dict.fromkeys(AMOUNTS, 1), "warmup_steps": 0, "eval_rows": 0, "start_batches": 1, "save_steps": 1}
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ChoiceError(f"{name}={value}", next_step=f"give {smallest} or more")
-        if self.mixed_precision not in PRECISIONS:
-            raise not_one_of("there is no mixed_precision", self.mixed_precision, PRECISIONS)
+        if self.eval_data is not None and self.test_size is not None:
+            raise ChoiceError("eval_data and test_size both say what to evaluate on", next_step="give one of them")
+        if self.early_stopping_patience is not None and not self.evaluates:
+            raise ChoiceError("early_stopping_patience needs evaluations", next_step="add test_size, or eval_data")
+        for name, value in self.arguments.items():
+            self._check_argument(name, value)
+
+    @property
+    def evaluates(self) -> bool:
+        """Return whether there are rows to evaluate on."""
+        return self.eval_data is not None or self.test_size is not None
+
+    def load_classes(self) -> tuple[Any, Any]:
+        """Return the trainer of the task, and the dataclass of its arguments."""
+        library, *names = TASKS[self.task]
+        try:
+            trainer, config = (getattr(importlib.import_module(library), name) for name in names)
+        except ImportError as error:
+            raise MissingExtra(library, "train") from error
+        return trainer, config
+
+    def _check_argument(self, name: str, value: object) -> None:
+        config = self.load_classes()[1]
+        hints, own = _argument_types(config), [one.name for one in dataclasses.fields(self) if one.name != "arguments"]
+        if name in _OWN_WAY:
+            raise OptionError(f"a recipe has no {name}", next_step=_OWN_WAY[name])
+        if name not in hints:
+            longer = (known for known in hints if known.endswith(f"_{name}"))
+            nearest = next(longer, nearest_name(name, [*own, *hints, "model", "out"], alike=0.6))
+            what = f"neither a recipe nor {config.__name__} has a field {short(name)}"
+            raise OptionError(what, nearest=nearest, next_step=_EXAMPLE)
+        what = f"{config.__name__} takes no {name}={short(value)}"
+        if not matches_type(value, hints[name]):
+            raise WrongType(what, next_step=f"it takes {format_type(hints[name])}")
+        if isinstance(value, int | float) and value < LEAST.get(name, value):
+            raise ChoiceError(what, next_step=f"it takes numbers from {LEAST[name]:g}")
+
+
+@functools.cache
+def _argument_types(config: type) -> Mapping[str, object]:
+    hints = typing.get_type_hints(config)
+    return {one.name: hints[one.name] for one in dataclasses.fields(config) if one.init}
 
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
@@ -90,27 +138,89 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
 
     Raises:
         MissingExtra: PyYAML, which comes with transformers, is not installed.
-        OptionError: the file cannot be read, is no mapping, or has a key that is no field of a recipe.
-        WrongType, ChoiceError: as ``Recipe``.
+        OptionError: the file cannot be read, is not a mapping, has a key twice or an alias, or is too large or deep.
+        FormatError: reading it takes too long.
+        WrongType, ChoiceError, OptionError: as ``Recipe``.
     """
+    file = parse_path(path, "the recipe", OptionError)
+    given = _read_yaml(file)
+    places = {key: given.pop(key) for key in ("model", "out") if key in given}
+    for key, value in places.items():
+        if not isinstance(value, str):
+            raise WrongType(f"'{file}': {key} is {short(value)}", next_step="give the path of a folder")
+    if "adapters" not in given:
+        raise OptionError(f"'{file}' names no adapters", next_step="add adapters: {mine: {method: lora}}")
+    names = {one.name for one in dataclasses.fields(Recipe)} - {"arguments"}
+    own = {key: value for key, value in given.items() if key in names}
+    return Recipe(**own, arguments={key: value for key, value in given.items() if key not in names}), places
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         import yaml
     except ModuleNotFoundError as error:
         raise MissingExtra("pyyaml", "hf") from error
-    with translate_os_errors(path, OptionError, "read"):
-        text = Path(path).read_bytes()
+    with translate_os_errors(file, OptionError, "read"), file.open("rb") as opened:
+        text = opened.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise OptionError(f"'{file}' is larger than {_MAX_BYTES >> 10} KiB", next_step=_EXAMPLE)
     try:
-        given = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"'{path}' is no YAML: {error}", next_step="docs/training.md shows a recipe") from error
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise OptionError(f"'{path}' holds no keys and values", next_step="docs/training.md shows a recipe")
-    places = {key: str(given.pop(key)) for key in ("model", "out") if key in given}
-    known = [field.name for field in dataclasses.fields(Recipe)]
-    for key in given:
-        if key not in known:
-            nearest = nearest_name(key, [*known, "model", "out"])
-            raise OptionError(f"'{path}': there is no {key}", nearest=nearest, next_step="docs/training.md lists all")
-    if "adapters" not in given:
-        raise OptionError(f"'{path}' names no adapters", next_step="add adapters: {mine: {method: lora}}")
-    return Recipe(**given), places
+        with charge_reading(file):
+            given = yaml.load(text, _recipe_loader())
+            dump_json(given)  # numbers are finite and of 64 bits, and texts can be written
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise OptionError(f"'{file}' is not a recipe: {_explain(error)}", next_step=_EXAMPLE) from error
+    if not isinstance(given, dict):
+        raise OptionError(f"'{file}' holds no fields with values", next_step=_EXAMPLE)
+    return given
+
+
+def _explain(error: Exception) -> str:
+    """Return the problem in one line, with the number of the file's line where YAML says one."""
+    problem, mark = getattr(error, "problem", None) or error, getattr(error, "problem_mark", None)
+    return " ".join(f"{problem}{'' if mark is None else f' (line {mark.line + 1})'}".split())
+
+
+@functools.cache
+def _recipe_loader() -> Any:
+    """Return PyYAML's safe loader without aliases, deep nesting and repeated keys, with YAML 1.2's numbers."""
+    import yaml
+
+    class RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+        _depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            check_time()
+            if self._depth == _MAX_DEPTH:
+                raise ValueError(f"it is nested deeper than {_MAX_DEPTH} values")
+            if self.check_event(yaml.AliasEvent):
+                mark = self.peek_event().start_mark
+                raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=mark)
+            self._depth += 1
+            node = super().compose_node(parent, index)
+            self._depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _check_keys([key for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
+    exponent = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    return RecipeLoader
+
+
+def _check_keys(keys: Sequence[Any]) -> None:
+    import yaml
+
+    def problems() -> Iterator[tuple[str, Any]]:
+        seen = set()
+        for key in keys:
+            if key.tag != "tag:yaml.org,2002:str":
+                yield f"the name {short(key.value)[:40]} does not read as text: put it in quotes", key
+            elif key.value in seen:
+                yield f"{short(key.value)} is given twice", key
+            seen.add(str(key.value))
+
+    for problem, key in problems():
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

@@ -1,0 +1,38 @@
+"""What tests of training share: a tokenizer, rows, arguments for the CPU, and a recipe of a few steps."""
+
+import json
+
+from lorac.trainer import Recipe
+from tests.letters import CHAT, letters
+
+LORA = {"method": "lora", "r": 3, "alpha": 6, "targets": ["q_proj", "v_proj"]}
+CPU = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1, "report_to": "none"}
+STEPS = {**CPU, "max_steps": 4, "per_device_train_batch_size": 2, "max_length": 24, "learning_rate": 1e-2}
+TEXTS = ("the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "sphinx of quartz")
+PAIRS = [{"prompt": f"{a}+1=", "chosen": f"{a + 1}", "rejected": f"{a - 1}"} for a in range(1, 7)]
+
+
+def tokenizer(chat=CHAT):
+    """Characters, with a token that ends a text and one that fills a row."""
+    made = letters(chat)
+    made.eos_token, made.pad_token = chr(3), chr(0)
+    return made
+
+
+def write_rows(file, rows):
+    """Write rows as JSON, one a line, and return the file's path as a recipe names it."""
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+def recipe(data, *, adapters=None, arguments=None, **fields):
+    """Return a recipe of four steps on the CPU."""
+    return Recipe(
+        adapters=adapters or {"mine": LORA}, data=str(data), arguments={**STEPS, **(arguments or {})}, **fields
+    )
+
+
+def losses(trainer_state):
+    """Return the losses that a trainer logged in its training, from the file or its state."""
+    history = json.loads(trainer_state.read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]

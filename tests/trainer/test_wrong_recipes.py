@@ -1,0 +1,137 @@
+"""Recipes that are wrong: each is answered in a sentence or two, which a golden text shows, before anything is written."""
+
+import json
+
+import pytest
+import yaml
+
+import lorac
+from lorac.trainer import read_recipe, train
+from tests import goldens
+from tests.trainer.runs import CPU, LORA, PAIRS, tokenizer, write_rows
+from tests.zoo import ZOO
+
+ADAPTERS = "adapters: {mine: {method: lora, r: 2, targets: [q_proj]}}"
+FILES = {
+    "is empty": "",
+    "is a list": "- adapters",
+    "is text": "adapters",
+    "has no adapters": "data: python-docs",
+    "has adapters without any": "adapters: {}",
+    "has adapters in a list": "adapters: [lora]",
+    "has an adapter that is a word": "adapters: {mine: lora}",
+    "ends in a bracket": "adapters: {mine: {method: lora",
+    "has a tab": "adapters:\n\tmine: 1",
+    "has a key twice": f"{ADAPTERS}\nseed: 1\nseed: 2",
+    "has an adapter twice": "adapters: {a: {method: lora}, a: {method: dora}}",
+    "has a key that is a switch": f"{ADAPTERS}\non: 1",
+    "has a key that is a number": "adapters: {1: {method: lora}}",
+    "has an alias": "adapters: &a {mine: {method: lora}}\nactive: *a",
+    "holds itself": "&a [*a]",
+    "laughs a billion times": "a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]",
+    "is deep": "[" * 3000,
+    "is deep in maps": "a: " + "{a: " * 200,
+    "is large": "# " + "x" * 40_000,
+    "has an object of Python's": f"{ADAPTERS}\ndata: !!python/object/apply:os.system [ls]",
+    "has a date": f"{ADAPTERS}\ndata: 2026-01-01",
+    "has bytes": f"{ADAPTERS}\ndata: !!binary aGVsbG8=",
+    "has a set": f"{ADAPTERS}\nactive: !!set {{mine}}",
+    "is two documents": f"{ADAPTERS}\n---\n{ADAPTERS}",
+    "has NaN": f"{ADAPTERS}\nlearning_rate: .nan",
+    "has infinity": f"{ADAPTERS}\nlearning_rate: 1e999",
+    "has a long number": f"{ADAPTERS}\nseed: {'9' * 30}",
+    "has a very long number": f"{ADAPTERS}\nseed: {'9' * 5000}",
+    "has half of a pair": f'{ADAPTERS}\ndata: "\\uD800"',
+    "has a control character": f"{ADAPTERS}\ndata: \x07",
+    "misspells a field": f"{ADAPTERS}\nrule: [LoRAPlus]",
+    "misspells an argument": f"{ADAPTERS}\nmax_step: 3",
+    "has an older name": f"{ADAPTERS}\nbatch_size: 3",
+    "names the folder as transformers does": f"{ADAPTERS}\noutput_dir: runs",
+    "resumes by a field": f"{ADAPTERS}\nresume_from_checkpoint: true",
+    "loads the model by a field": f"{ADAPTERS}\nmodel_init_kwargs: {{dtype: float16}}",
+    "gives arguments in a field": f"{ADAPTERS}\narguments: {{seed: 1}}",
+    "has an unknown task": f"{ADAPTERS}\ntask: dp0",
+    "has a rate that is text": f"{ADAPTERS}\nlearning_rate: fast",
+    "has a rate below zero": f"{ADAPTERS}\nlearning_rate: -1e-3",
+    "has no steps": f"{ADAPTERS}\nmax_steps: 0",
+    "has no rows in a batch": f"{ADAPTERS}\nper_device_train_batch_size: 0",
+    "has half a row in a batch": f"{ADAPTERS}\nper_device_train_batch_size: 1.5",
+    "has a switch for a number": f"{ADAPTERS}\nmax_steps: yes",
+    "has a model that is a list": f"{ADAPTERS}\nmodel: [a]",
+    "has a rule without a list": f"{ADAPTERS}\nrules: LoRAPlus",
+    "evaluates on two things": f"{ADAPTERS}\neval_data: python-docs\ntest_size: 3",
+    "has an argument of another task": f"{ADAPTERS}\ntask: dpo\npacking: true",
+    "sees no batch": f"{ADAPTERS}\nstart_batches: 0",
+}
+RUNS = {
+    "an unknown method": {"adapters": {"mine": {"method": "lor"}}},
+    "an unknown hyper-parameter": {"adapters": {"mine": {**LORA, "alhpa": 1}}},
+    "no site": {"adapters": {"mine": {**LORA, "targets": ["q"]}}},
+    "an adapter at the head": {"adapters": {"mine": {**LORA, "targets": ["lm_head"]}}},
+    "an unknown start": {"adapters": {"mine": {**LORA, "start": "pissa2"}}},
+    "an unknown rule": {"rules": ["LoraPlus"]},
+    "an unknown optimizer": {"optimizer": "adamw"},
+    "a schedule": {"lr_scheduler_type": "cosin"},
+    "two precisions": {"bf16": True, "fp16": True},
+    "no such data": {"data": "python-dosc"},
+    "damaged rows": {"data": '{"text": "a"}\n{"text": '},
+    "rows without the columns": {"data": [{"txt": "a"}]},
+    "no rows": {"data": [{"text": None}], "test_size": 1},
+    "more rows to test than there are": {"data": [{"text": "a"}], "test_size": 3},
+    "pairs for sft": {"data": PAIRS},
+    "texts for dpo": {"task": "dpo", "data": [{"text": "a"}]},
+    "a start from data of pairs": {"task": "dpo", "data": PAIRS, "adapters": {"mine": {**LORA, "start": "LoRAGA"}}},
+    "an image in a turn": {"data": [{"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]}]},
+    "a turn without a role": {"data": [{"messages": [{"content": "a"}]}]},
+    "a conversation without turns": {"data": [{"messages": [{"role": "u", "content": "a"}]}, {"messages": []}]},
+    "a token that is none": {"data": [{"text": "a"}], "eos_token": "<end>"},
+    "packing without a length": {"data": [{"text": "a"}], "packing": True, "max_length": None},
+    "an evaluation of nothing": {"data": [{"text": "a"}], "eval_strategy": "steps", "eval_steps": 1},
+    "patience without an evaluation": {"data": [{"text": "a"}], "early_stopping_patience": 2},
+    "answers alone of plain texts": {"data": [{"text": "a"}], "assistant_only_loss": True},
+}
+
+
+def answer(name, work):
+    """Return what is said to a mistake; anything but a sentence of lorac's is an error of the test."""
+    with pytest.raises(lorac.LoracError) as caught:
+        work()
+    assert caught.value.next_step, name
+    return f"# a recipe that {name}\n{caught.value}\n\n"
+
+
+def test_each_is_answered_in_a_sentence(tmp_path):
+    assert len(FILES) + len(RUNS) >= 60
+    file, said = tmp_path / "recipe.yaml", ""
+    for name, text in FILES.items():
+        file.write_text(text, encoding="utf-8")
+        said += answer(name, lambda: read_recipe(file))
+    for index, (name, given) in enumerate(RUNS.items()):
+        said += answer(f"gives {name}", lambda given=given, index=index: run(tmp_path / f"{index}", given))
+    goldens.check("wrong_recipes", said.replace(str(tmp_path), "…"))
+
+
+def run(folder, given):
+    """Train as a file says."""
+    folder.mkdir()
+    said = {"adapters": {"mine": LORA}, "data": [{"text": "a"}], **CPU, **given}
+    if isinstance(said["data"], list):
+        said["data"] = write_rows(folder / "rows.jsonl", said["data"])
+    elif said["data"].startswith("{"):
+        (folder / "rows.jsonl").write_text(said["data"])
+        said["data"] = str(folder / "rows.jsonl")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(said))
+    try:
+        train(ZOO["tiny_llama"].model(), tokenizer(), read_recipe(folder / "recipe.yaml")[0], folder / "out")
+    finally:
+        assert not any((folder / "out").rglob("*"))
+
+
+def test_an_exponent_is_a_number_and_fields_part_from_arguments(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"{ADAPTERS}\nmodel: here\nout: there\nlearning_rate: 1e-3\nweight_decay: 1E2\ntest_size: .5\n")
+    recipe, places = read_recipe(file)
+    assert places == {"model": "here", "out": "there"}
+    assert recipe.arguments == {"learning_rate": 1e-3, "weight_decay": 100.0}
+    assert recipe.test_size == 0.5
+    assert json.dumps(recipe.adapters) == '{"mine": {"method": "lora", "r": 2, "targets": ["q_proj"]}}'
