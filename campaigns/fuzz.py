@@ -30,6 +30,7 @@ from typing import Any
 import lorac
 from campaigns import mutations, sound
 from lorac.limits import ReadBudget
+from lorac.trainer.checkpoints import STATE, open_checkpoint
 
 BATCH = 100
 """Cases of one forked process."""
@@ -39,7 +40,7 @@ SLACK_SECONDS, SLACK_BYTES = 1.0, 64 << 20
 """On top of the budget: for steps that cannot be interrupted, and for what an allocator keeps."""
 CEILING = 4 << 30
 """Address space that a process may take beyond what it was forked with."""
-WEIGHTS = {"native": 6, "peft": 6, "bin": 4, "artifact": 6}
+WEIGHTS = {"native": 6, "peft": 6, "bin": 4, "artifact": 6, "training": 4}
 """How often each kind is chosen; every other one half as often as a method's."""
 KEPT = Path(".cache/fuzz")
 
@@ -85,7 +86,7 @@ class Campaign:
     def check(self) -> None:
         """Everything loads as long as nobody damages it."""
         for one in (one for ones in self.sound.values() for one in ones if one.host and not one.is_refused):
-            lorac.load_adapter(self.folder / one.place, self.hosts[one.host])
+            self._load(one, self.folder / one.place, random.Random(0))
 
     def prepared(self, index: int, folder: Path) -> tuple[sound.Sound, Path, random.Random]:
         """Write the damaged file of a case into a folder."""
@@ -135,6 +136,12 @@ class Campaign:
     def _load(self, chosen: sound.Sound, place: Path, chance: random.Random) -> None:
         if chosen.kind == "artifact":
             lorac.load(place)
+            return
+        if chosen.kind == "training":
+            opened = open_checkpoint(place)
+            for name in (STATE, "random-0.safetensors"):
+                opened.read(name)
+            opened.adapters(self.hosts[chosen.host])
             return
         model = self.hosts[chosen.host] if chance.random() < 0.7 else None
         adapter = lorac.load_adapter(place, model)

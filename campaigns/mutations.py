@@ -16,6 +16,7 @@ import torch
 from lorac.formats._files import EXPERTS, SEAL
 from lorac.storage import artifact
 from lorac.storage.tensor_file import DTYPES, hash_contents
+from lorac.trainer import checkpoints
 
 SEALS = (SEAL, EXPERTS)
 """Entries of metadata that no other tool writes."""
@@ -271,9 +272,13 @@ def _bomb(random: random.Random) -> bytes:
 
 
 # ── Artifacts ────────────────────────────────────────────────────────────────────────────────────────────────────────
-def damage_artifact(folder: Path, random: random.Random) -> None:
-    """Damage a file of an artifact, and make the manifest's hashes agree with it, mostly."""
-    manifest = folder / artifact.MANIFEST
+MANIFESTS = {"artifact": artifact.MANIFEST, "training": checkpoints.MANIFEST}
+"""Kind of a folder -> its manifest, which has hashes of its files."""
+
+
+def damage_sealed(manifest: Path, random: random.Random) -> None:
+    """Damage a file of a folder with a manifest, and make the manifest's hashes agree with it, mostly."""
+    folder = manifest.parent
     if random.random() < 0.5:
         manifest.write_bytes(json_text(manifest.read_bytes(), random))
     else:
@@ -282,7 +287,7 @@ def damage_artifact(folder: Path, random: random.Random) -> None:
         target.write_bytes(by_suffix.get(target.suffix, octets)(target.read_bytes(), random))
         told = json.loads(manifest.read_bytes())
         told["files"] = {
-            name: entry for name, entry in artifact.describe_files(folder).items() if name != artifact.MANIFEST
+            name: entry for name, entry in artifact.describe_files(folder).items() if name != manifest.name
         }
         manifest.write_text(json.dumps(told))
     try:
@@ -295,8 +300,8 @@ def damage_artifact(folder: Path, random: random.Random) -> None:
 
 def damage(kind: str, place: Path, random: random.Random) -> None:
     """Damage a sound file, or a file of a folder, of a kind."""
-    if kind == "artifact":
-        damage_artifact(place, random)
+    if kind in MANIFESTS:
+        damage_sealed(place / MANIFESTS[kind], random)
         return
     target = random.choice([place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file()))
     if place.is_dir() and random.random() < 0.05:

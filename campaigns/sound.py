@@ -24,6 +24,8 @@ import lorac
 from lorac.errors import LoracError
 from lorac.testing import samples
 from lorac.testing.hosts import HOSTS, Host
+from lorac.trainer import Recipe, checkpoints
+from lorac.training import optimizer_state
 from lorac.variants.base import Variant
 from tests.zoo import ZOO
 
@@ -99,7 +101,7 @@ def write(folder: Path, *, quick: bool = False, artifacts: bool = True, methods:
         *_adapters(folder, keys if methods is None else methods),
         *_artifacts(folder, targets if artifacts else ()),
     ]
-    found += [sound for sample in (() if quick else SAMPLES.values()) for sound in sample(folder)]
+    found += [sound for sample in ([_training] if quick else SAMPLES.values()) for sound in sample(folder)]
     (folder / INDEX).write_text(json.dumps([dataclasses.asdict(sound) for sound in found]))
 
 
@@ -189,6 +191,24 @@ def _checkpoint(folder: Path) -> Iterator[Sound]:
     yield Sound("checkpoint", "vera", "checkpoint/model.safetensors", "two_linear")
 
 
+def _training(folder: Path) -> Iterator[Sound]:
+    here, recipe = model("two_linear"), Recipe(adapters={"a": {"method": "vera", "r": 2}})
+    compiled: Any = lorac.compile(here, {"a": lorac.VeRA(r=2, targets=["first", "second"])})
+    optimizer = torch.optim.AdamW(tensor for tensor in compiled.parameters() if tensor.requires_grad)
+    sum(tensor.sum() for tensor in compiled.parameters() if tensor.requires_grad).backward()
+    optimizer.step()
+    place = folder / "training" / "checkpoint-1"
+    place.mkdir(parents=True)
+    save_file(compiled.state_dict(), place / "model.safetensors")
+    state = {"optimizer": optimizer_state(compiled, optimizer), "scheduler": {}, "scaler": None}
+    checkpoints.write_state(place / checkpoints.STATE, state)
+    checkpoints.write_state(place / "random-0.safetensors", checkpoints.get_random_state())
+    (place / checkpoints.PROGRESS).write_text('{"global_step": 1}')
+    run = checkpoints.describe_run(compiled, recipe, base=checkpoints.hash_base(compiled))
+    checkpoints.finish_checkpoint(place, 1, run)
+    yield Sound("training", "vera", "training/checkpoint-1", "two_linear")
+
+
 def _flylora(folder: Path) -> Iterator[Sound]:
     variant = lorac.FlyLoRA(r=6, top_k=2, alpha=9, targets=["site"])
     adapter = lorac.compile(model("linear"), {"f": variant}).adapters["f"]
@@ -203,9 +223,10 @@ def _flylora(folder: Path) -> Iterator[Sound]:
 
 SAMPLES = {
     "adapterhub": _adapterhub, "xlora": _xlora, "autolora": _autolora, "checkpoint": _checkpoint, "flylora": _flylora,
+    "training": _training,
 }  # fmt: skip
 """Formats, and layouts of a format, that ``_adapters`` does not write -> what writes sound ones."""
-FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora"}
+FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora", "training"}
 """The formats of which there are sound files."""
 
 

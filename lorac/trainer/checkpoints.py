@@ -41,6 +41,7 @@ from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import translate_os_errors
 from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json, parse_object, read_json_text
 from lorac.storage.tensor_file import TensorFile, write_safetensors
+from lorac.trainer.recipe import Recipe
 from lorac.variants.adapter import Adapter
 
 MANIFEST: Final = "checkpoint.json"
@@ -91,7 +92,7 @@ class Checkpoint:
         """Check that a run is the one that wrote the checkpoint.
 
         Raises:
-            ChoiceError: it has another recipe, base, set of adapters or number of processes; names the first difference.
+            ChoiceError: it has another recipe, base or set of adapters, or another number of rows or processes.
         """
         for path, there, here in _iterate_differences(self.run, run):
             if not _UNBOUND.match(path):
@@ -111,9 +112,9 @@ class Checkpoint:
         file = self.files[name]
         try:
             with charge_reading(file.where):
-                tensors = TensorFile(file)
-                return _unpack(parse_json(tensors.notes[_ENTRY], ArtifactError), tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                stored = TensorFile(file)
+                return _unpack(parse_json(stored.notes[_ENTRY], ArtifactError), stored.load_all())
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ArtifactError(f"'{file.where}' holds no state: {error}") from error
 
 
@@ -149,7 +150,9 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         files = {name: open_checked(folder, name, entry) for name, entry in fields["files"].items()}
         progress = _read_object(folder, files[PROGRESS].where)
     if progress.get("global_step") != fields["step"]:
-        raise _damaged(folder, f"it is of step {fields['step']}, and {PROGRESS} of {short(progress.get('global_step'))}")
+        raise _damaged(
+            folder, f"it is of step {fields['step']}, and {PROGRESS} of {short(progress.get('global_step'))}"
+        )
     return Checkpoint(folder, fields["step"], fields["run"], files)
 
 
@@ -163,7 +166,7 @@ def finish_checkpoint(folder: Path, step: int, run: JsonObject) -> None:
         flush_folder(folder)
         fields = {"lorac_checkpoint": VERSION, "step": step, "run": run, "files": describe_files(folder)}
         with replace_atomically(folder / MANIFEST) as staged:
-            staged.write_text(dump_json(seal_manifest(fields), indent=1) + "\n", encoding="utf-8")
+            staged.write_text(dump_json(seal_manifest(fields), indent=1), encoding="utf-8")
 
 
 def save_trained_adapters(adapters: Mapping[str, Adapter], folder: Path, model: nn.Module) -> dict[str, Path]:
@@ -220,21 +223,13 @@ def hash_base(compiled: Any) -> str | None:
     return compute_base_hash(view, [path for path, site in view.sites.items() if not site.packed])
 
 
-def describe_run(compiled: Any, recipe: Any, base: str | None, processes: int) -> JsonObject:
-    """Return what a checkpoint is bound to.
-
-    Args:
-        compiled: the model that trains.
-        recipe: a dataclass of plain values.
-        base: ``hash_base``.
-        processes: how many train together.
-    """
+def describe_run(compiled: Any, recipe: Recipe, **facts: Json) -> JsonObject:
+    """Return what a checkpoint is bound to: the recipe, the adapters of the model that trains, and further facts."""
     adapters = {
         name: {"method": adapter.variant.name, "settings": variant_config(adapter.variant)[0]}
         for name, adapter in sorted(compiled.adapters.items())
     }
-    run = {"adapters": adapters, "recipe": dataclasses.asdict(recipe), "base": base, "processes": processes}
-    made: JsonObject = json.loads(dump_json(run))
+    made: JsonObject = json.loads(dump_json({"adapters": adapters, "recipe": dataclasses.asdict(recipe), **facts}))
     return made
 
 
@@ -280,7 +275,8 @@ def _pack(value: object, tensors: dict[str, Tensor], path: str) -> Json:
     )
 
 
-def _unpack(value: Json, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Json, tensors: dict[str, Tensor]) -> Any:
+    """Return what ``_pack`` was given; each tensor stands in one place."""
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -292,7 +288,7 @@ def _unpack(value: Json, tensors: Mapping[str, Tensor]) -> Any:
         case "tuple":
             return tuple(_unpack(item, tensors) for item in held)
         case "tensor":
-            return tensors[held].clone()
+            return tensors.pop(held)
     return float(held)
 
 

@@ -25,8 +25,9 @@ def move_fused_head(compiled: CompiledModule) -> None:
         return
     host, plain = compiled.host, compiled.host.forward
     head = host.get_output_embeddings()
+    heads = {path for path, module in host.named_modules() if module is head}
     for path, plan in compiled.plans.items():
-        if not plan.empty and host.get_submodule(plan.site.within or path) is head:
+        if not plan.empty and (plan.site.within or path) in heads:
             raise Unavailable(
                 f"an adapter changes '{path}', and TRL multiplies with the weight of the head itself",
                 next_step=f"leave '{path}' out of the adapter's targets and of its modules_to_save",

@@ -56,6 +56,20 @@ class AddedLoss(ABC):
     def term(self, call: LossCall) -> Tensor:
         """Return what is added to the loss of a call: a scalar."""
 
+    def read_emitted(self, call: LossCall) -> Mapping[str, Tensor]:
+        """Return the extra output by site path.
+
+        Raises:
+            Unavailable: gradients do not reach it.
+        """
+        found: Mapping[str, Tensor] = call.compiled.aux.get(self.emitted, {})
+        if not found or not all(tensor.requires_grad for tensor in found.values()):
+            raise Unavailable(
+                f"no gradient of '{self.emitted}' reaches the model",
+                next_step="swap to the adapter, and leave out label_smoothing_factor and use_reentrant: true",
+            )
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateLoss(AddedLoss):
@@ -71,6 +85,7 @@ class GateLoss(AddedLoss):
                 f"gate_loss needs the expert of each row, and the data has no column '{EXPERTS}'",
                 next_step=f"give '{EXPERTS}' a number for each row, or a list with one for each token",
             )
+        self.read_emitted(call)
         return call.share * training.gate_loss(
             call.compiled, call.experts, weight=self.weight, shifted=self.shifted, ignore=IGNORED_LABEL
         )
@@ -100,7 +115,7 @@ class SampledSelectionLoss(AddedLoss):
         """Return a scalar of value 0 whose gradient is the routers'."""
         rows = _row_losses(call).detach().view(self.draws, -1)
         share = call.loss.detach() / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
-        chances = training.sum_by_row(call.compiled.aux[self.emitted]).view(self.draws, -1)
+        chances = training.sum_by_row(self.read_emitted(call)).view(self.draws, -1)
         drawn = training.leave_one_out(share * rows.numel() * rows, chances.to(rows.dtype))
         return drawn - drawn.detach()
 
@@ -131,15 +146,6 @@ def check_learning(compiled: Any, losses: Sequence[AddedLoss]) -> None:
                         "loss reads it",
                         next_step=f"add loss: [{names.get(output, 'one that does')}]",
                     )
-
-
-def repeat_rows(inputs: Mapping[str, Any], draws: int) -> dict[str, Any]:
-    """Return the inputs of a call with every row several times."""
-    rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
-    return {
-        name: torch.cat([value] * draws) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-        for name, value in inputs.items()
-    }
 
 
 def _row_losses(call: LossCall) -> Tensor:

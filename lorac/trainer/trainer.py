@@ -9,6 +9,7 @@ This file alone overrides private functions of ``Trainer``; ``tests/trainer/test
 from __future__ import annotations
 
 import functools
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ from lorac.trainer.checkpoints import (
     write_state,
 )
 from lorac.trainer.factories import make_losses, make_optimizer, make_rules
-from lorac.trainer.losses import EXPERTS, LossCall, check_learning, collate_experts, repeat_rows
+from lorac.trainer.fused_head import move_fused_head
+from lorac.trainer.losses import EXPERTS, LossCall, check_learning, collate_experts
 from lorac.trainer.recipe import Recipe
 from lorac.training import load_optimizer_state, optimizer_state
 from lorac.training.rule import Rule
+from lorac.training.rules.routing import repeat_rows
 
 _OWN_OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 """Arguments of Trainer's own optimizer."""
@@ -49,13 +52,9 @@ class AdapterTrainer(Trainer):
         **settings: of ``Trainer``, or of the class below it; ``model`` is what ``lorac.compile(..., target="eager")``
             returned.
 
-    Attributes:
-        rules: those of the recipe, from the first step on.
-
     Raises:
         ChoiceError: a tensor learns from an extra output alone, and no loss reads it.
-        Unavailable: the model is not compiled with an extra output that a loss reads; or its states are spread over
-            processes, which no checkpoint holds.
+        Unavailable: a loss reads what the model does not give; or states are spread over processes.
         OptionError: the recipe names what does not exist, or an optimizer and arguments of Trainer's own.
     """
 
@@ -64,6 +63,7 @@ class AdapterTrainer(Trainer):
         self.rules: list[Rule] | None = None
         self._resumed: Checkpoint | None = None
         super().__init__(**settings)
+        move_fused_head(self.model)
         self._check_recipe()
         if self._reads_experts:
             self.data_collator = collate_experts(self.data_collator)
@@ -84,10 +84,8 @@ class AdapterTrainer(Trainer):
                 next_step="give it as a keyword of optimizer:, or leave optimizer: out",
             )
         if self.args.save_strategy != "no" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise Unavailable(
-                "a checkpoint holds no states that are spread over processes, as DeepSpeed and FSDP have them",
-                next_step="train with DDP, or with save_strategy: 'no'",
-            )
+            what = "a checkpoint holds no states that are spread over processes, as DeepSpeed and FSDP have them"
+            raise Unavailable(what, next_step="train with DDP, or with save_strategy: 'no'")
 
     @property
     def _reads_experts(self) -> bool:
@@ -124,15 +122,10 @@ class AdapterTrainer(Trainer):
             result = super().compute_loss(model, given, return_outputs, items)
         finally:
             handle.remove()
-        if len(outputs) != 1 and any(added.emitted for added in self.losses):
-            raise Unavailable(
-                f"{type(self).__name__} calls the model {len(outputs)} times for one loss, and extra outputs are of one",
-                next_step="leave out label_smoothing_factor, or train by another task",
-            )
         loss, *others = result if return_outputs else (result,)
         experts = None if experts is None else torch.cat([experts] * draws)
         shifted = getattr(self, "_loss_shifts_labels", False)
-        call = LossCall(self.model, given, outputs[0], loss, experts, self._share(num_items_in_batch), shifted)
+        call = LossCall(self.model, given, outputs[-1], loss, experts, self._share(num_items_in_batch), shifted)
         total = loss + torch.stack([added.term(call) for added in self.losses]).sum()
         return (total, *others) if return_outputs else total
 
@@ -180,7 +173,8 @@ class AdapterTrainer(Trainer):
         return hash_base(self.model)
 
     def _describe_run(self) -> dict[str, Any]:
-        return describe_run(self.model, self.recipe, self._base, self.args.world_size)
+        rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        return describe_run(self.model, self.recipe, base=self._base, rows=rows, processes=self.args.world_size)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)

@@ -55,29 +55,26 @@ def load_optimizer_state(compiled: Any, optimizer: Any, state: Mapping[str, Any]
     optimizer = unwrap_optimizer(optimizer)
     names = _list_names(compiled, optimizer)
     _check_same(_describe(optimizer, names), state)
-    places = {name: index for index, name in enumerate(names)}
-    groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     named = {id(tensor): name for tensor, name in zip(_held_tensors(optimizer), names, strict=True)}
-    for number, (group, saved) in enumerate(groups):
-        own = {named[id(tensor)] for tensor in group["params"]}
-        if own != {*saved["params"]}:
-            raise ChoiceError(
-                f"group {number} of the optimizer holds other tensors than the state's: "
-                f"'{min(own.symmetric_difference(saved['params']))}' is in one of them",
-                next_step=_STEP,
-            )
+    own = [[named[id(tensor)] for tensor in group["params"]] for group in optimizer.param_groups]
+    _check_groups(own, [group["params"] for group in state["param_groups"]])
+    places = {name: index for index, name in enumerate(names)}
+    groups = zip(own, state["param_groups"], strict=True)
     rest = {key: value for key, value in state.items() if key not in (_TENSORS, _OPTIMIZER)}
-    positions = [[named[id(tensor)] for tensor in group["params"]] for group in optimizer.param_groups]
-    optimizer.load_state_dict(
-        {
-            **rest,
-            "state": {places[name]: entries for name, entries in state["state"].items()},
-            "param_groups": [
-                {**saved, "params": [places[name] for name in own]}
-                for own, saved in zip(positions, state["param_groups"], strict=True)
-            ],
-        }
-    )
+    positions = {
+        "state": {places[name]: entries for name, entries in state["state"].items()},
+        "param_groups": [{**saved, "params": [places[name] for name in held]} for held, saved in groups],
+    }
+    optimizer.load_state_dict({**rest, **positions})
+
+
+def _check_groups(own: list[list[str]], saved: list[list[str]]) -> None:
+    if len(own) != len(saved):
+        raise ChoiceError(f"the state has {len(saved)} groups of tensors, the optimizer {len(own)}", next_step=_STEP)
+    for number, (here, there) in enumerate(zip(own, saved, strict=True)):
+        moved = {*here} ^ {*there}
+        if moved:
+            raise ChoiceError(f"'{min(moved)}' is in group {number} here or in the state, not in both", next_step=_STEP)
 
 
 def _describe(optimizer: Any, names: list[str]) -> dict[str, Any]:

@@ -84,8 +84,8 @@ class Rule(ABC):
     before_gradients: bool = False
     """Whether the rule reads gradients before the step, which a closure would compute later."""
     decides: ClassVar[frozenset[str]] = frozenset()
-    """What it alone decides for the tensors of its terms: the "direction" or the "rate" of a step, the "factors" between
-    steps (``check_compatible``)."""
+    """What it alone decides for the tensors of its terms: the "direction" or the "rate" of a step, or the "factors"
+    between steps (``check_compatible``)."""
     saved: ClassVar[str] = ""
     """Key in the optimizer's state dict of the states of the rules of this class, in the order in which they were
     attached; empty without state."""
@@ -208,7 +208,7 @@ def check_compatible(rules: Sequence[Rule]) -> None:
         if met is not None:
             raise ChoiceError(
                 f"{type(one).__name__} and {type(other).__name__} both decide the {min(shared)} for {met}",
-                next_step="name one of them, or compile an adapter for each",
+                next_step="name one of them",
             )
 
 

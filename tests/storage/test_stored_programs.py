@@ -140,7 +140,9 @@ def test_what_a_program_cannot_compute_is_typed(tmp_path: Path) -> None:
     call |= {"op": "aten.dot.default", "args": [{"node": "input"}] * 2}
     path.write_text(json.dumps(stored))
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    files = {name: entry for name, entry in artifact.describe_files(tmp_path / "a").items() if name in manifest["files"]}
+    files = {
+        name: entry for name, entry in artifact.describe_files(tmp_path / "a").items() if name in manifest["files"]
+    }
     sealed = artifact.seal_manifest({**manifest, "files": files})
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(sealed))
     loaded = lorac.load(tmp_path / "a")

@@ -3,45 +3,397 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
 
 import lorac
-from lorac.trainer import checkpoints
-from lorac.trainer.checkpoints import find_checkpoint, open_checkpoint
+from lorac import training
+from lorac.testing.eager_checks import assert_close
+from lorac.trainer.checkpoints import STATE, find_checkpoint, open_checkpoint
+from lorac.trainer.losses import EXPERTS
+from lorac.trainer.trainer import AdapterTrainer, adapter_trainer
 from tests.refusing import refuses
-from tests.trainer.trainings import STEPS, Plan, Stop, compiled_of, same, tensors_of, trainer_of
+from tests.trainer.trainings import ROWS, STEPS, Stop, compiled_of, plan, same, tensors_of, trainer_of
+from tests.training import every_rule
+from tests.training.every_rule import RULES
+from tests.training.loops import data, host, trained
+from tests.zoo import ZOO
 
 TARGETS = ("q_proj", "v_proj")
 LORA = lorac.LoRA(r=4, alpha=8, dropout=0.2, targets=TARGETS)
-PLAN = Plan()
-SAMPLED = Plan(loss=("sampled_selection_loss",))
-CASES: dict[str, tuple[dict[str, Any], Plan]] = {
+PLAN = plan()
+SAMPLED = plan(loss=["sampled_selection_loss"])
+CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "two": ({"z": LORA, "a": lorac.LoRA(r=2, dropout=0.1, targets=["q_proj", "down_proj"])}, PLAN),
     "two, in the other order": ({"a": lorac.LoRA(r=2, targets=["q_proj", "down_proj"]), "z": LORA}, PLAN),
     "modules_to_save": ({"a": dataclasses.replace(LORA, modules_to_save=["lm_head"])}, PLAN),
     "bottleneck": ({"a": lorac.Bottleneck(dropout=0.2, reduction_factor=4.0)}, PLAN),
     "remix": ({"a": lorac.ReMix(r=2, experts=3, top_k=1, dropout=0.1, targets=TARGETS)}, SAMPLED),
     "names": ({"../a": LORA, "a/b": lorac.VeRA(r=2, targets=TARGETS)}, PLAN),
+    "bf16": ({"a": LORA}, plan(arguments={"bf16": True})),
+    "recomputed": ({"a": LORA}, plan(arguments={"activation_checkpointing": True})),
 }
+
+
+# ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def gone_on(adapters: Any, recipe: Any, folder: Path, step: int, **settings: Any) -> tuple[Any, Any]:
+    """A training in one go, and one that ended after a step, of which only the checkpoint before it was left."""
+    whole, stopped = compiled_of(adapters, recipe), compiled_of(adapters, recipe)
+    trainer_of(whole, recipe, folder / "whole", **settings).train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(stopped, recipe, folder / "run", callbacks=[Stop(step)], **settings).train()
+    found = find_checkpoint(folder / "run")
+    assert found is not None and found.step == step - 1
+    torch.manual_seed(99)
+    resumed = compiled_of(found.adapters(host("tiny_llama")), recipe)
+    assert not same(whole, resumed)
+    trainer_of(resumed, recipe, folder / "run", **settings).train(resume_from_checkpoint=True)
+    return whole, resumed
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_stopped_run_is_one_that_never_stopped(name: str, tmp_path: Path) -> None:
-    adapters, plan = CASES[name]
-    whole = compiled_of(adapters, plan)
-    trainer_of(whole, plan, tmp_path / "whole").train()
-    stopped = compiled_of(adapters, plan)
+    assert same(*gone_on(*CASES[name], tmp_path, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_run_stops_at_any_step_of_any_epoch(step: int, tmp_path: Path) -> None:
+    settings = {"num_train_epochs": 2, "max_steps": -1, "gradient_accumulation_steps": 2}
+    assert same(*gone_on(*CASES["two"], tmp_path, step, **settings))
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "nested_ranks": {"rules": ["NestedRanks"]},
+    "proximal_gates": {"rules": [{"name": "ProximalGates", "threshold": 0.01}]},
+    "preconditioned": {"rules": [{"name": "Preconditioned", "reg": 0.1}], "optimizer": "SGD"},
+    "lora_pro": {"rules": ["LoRAPro"], "optimizer": "AdamW"},
+    "lora_pro_full": {"rules": [{"name": "LoRAPro", "full": True}], "optimizer": "SGD"},
+    "altlora": {"rules": ["AltLoRA"], "optimizer": "SGD"},
+    "altlora_plus_skipping": {
+        "rules": [{"name": "AltLoRA", "plus": True, "turns": {"first": "B", "period": 2, "skip_idle": True}}],
+        "optimizer": "SGD",
+    },
+    "altlora_released": {"rules": [{"name": "AltLoRA", "plus": True, "released": True}], "optimizer": "SGD"},
+    "allora": {"rules": ["ALLoRA"], "optimizer": "SGD"},
+    "lora_plus": {"rules": [{"name": "LoRAPlus", "ratio": 4.0}]},
+    "relora": {"rules": [{"name": "ReLoRA", "into": "sum", "every": 2, "prune": 0.5}]},
+    "squeeze": {"rules": [{"name": "Squeeze", "stages": [[4, 2], [2, 3], [1, 9]]}]},
+    "balanced": {"rules": [{"name": "Balanced", "rate": 0.05}]},
+    "galore_adamw": {"optimizer": {"name": "GaLoreAdamW", "rank": 2, "update_proj_gap": 2}},
+    "galore_sgd": {"optimizer": {"name": "GaLoreSGD", "rank": 2, "update_proj_gap": 2, "momentum": 0.9}},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("squeeze", "altlora_plus_skipping") else pytest.mark.slow)
+        for name in RULES
+    ],
+)
+def test_every_rule_goes_on(name: str, tmp_path: Path) -> None:
+    ruled, recipe = RULES[name], plan(**SPECS[name])
+    rows = [{key: value[i] for key, value in every_rule.batch(step).items()} for step in range(2) for i in range(4)]
+    settings = {"rows": rows, "remove_unused_columns": False, "learning_rate": 0.05}
+    whole, stopped = ruled.compiled(), ruled.compiled()
+    trainer_of(whole, recipe, tmp_path / "whole", **settings).train()
     with pytest.raises(KeyboardInterrupt):
-        trainer_of(stopped, plan, tmp_path / "run", callbacks=[Stop(3)]).train()
+        trainer_of(stopped, recipe, tmp_path / "run", callbacks=[Stop(4)], **settings).train()
+    found = find_checkpoint(tmp_path / "run")
+    assert found is not None
+    resumed = ruled.compiled(found.adapters(every_rule.Host()))
+    torch.manual_seed(5)
+    trainer_of(resumed, recipe, tmp_path / "run", **settings).train(resume_from_checkpoint=True)
+    assert same(whole, resumed)
+
+
+def by_process(*words: object, processes: int = 1) -> int:
+    """Run ``tests.trainer.processes`` and return how it ended."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, "-m", "tests.trainer.processes", *map(str, words)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=False, timeout=300, env=environment).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["step", "checkpoint"])
+def test_a_killed_run_goes_on(where: str, tmp_path: Path) -> None:
+    """Killed in a step, or while its checkpoint is written."""
+    assert by_process(tmp_path / "whole") == 0
+    assert by_process(tmp_path / "run", "--kill", where) == -signal.SIGKILL
     found = find_checkpoint(tmp_path / "run")
     assert found is not None and found.step == 2
-    torch.manual_seed(99)
-    resumed = compiled_of(found.adapters(stopped.session.view.module), plan)
-    assert not same(whole, resumed)
-    trainer_of(resumed, plan, tmp_path / "run").train(resume_from_checkpoint=True)
-    assert same(whole, resumed)
+    assert (tmp_path / "run" / "checkpoint-3").exists() == (where == "checkpoint")
+    assert by_process(tmp_path / "run", "--resume") == 0
+    ends = [open_checkpoint(tmp_path / name / f"checkpoint-{STEPS}") for name in ("whole", "run")]
+    one, other = (end.adapters(host("tiny_llama"))["a"].parameters() for end in ends)
+    assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.slow
+def test_two_processes_go_on(tmp_path: Path) -> None:
+    assert by_process(tmp_path / "whole", processes=2) == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    assert by_process(tmp_path / "run", "--resume", processes=2) == 0
+    ends = [open_checkpoint(tmp_path / name / f"checkpoint-{STEPS}") for name in ("whole", "run")]
+    one, other = (end.adapters(host("tiny_llama"))["a"].parameters() for end in ends)
+    assert all(map(torch.equal, one, other))
+    alone = trainer_of(compiled_of({"a": LORA}, PLAN), PLAN, tmp_path / "run")
+    with pytest.raises(lorac.ChoiceError, match="processes is 2 there, and 1 here"):
+        alone.train(resume_from_checkpoint=True)
+
+
+# ── What a checkpoint is bound to ────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("written")
+    recipe = plan(arguments={"learning_rate": 1e-2, "seed": 1})
+    trainer_of(compiled_of({"a": LORA}, recipe), recipe, folder, max_steps=2).train()
+    return folder
+
+
+def other_base() -> Any:
+    model = host("tiny_llama")
+    model.model.layers[2].mlp.up_proj.weight.data[0, 0] += 1e-3
+    return model
+
+
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "rate": ({"arguments": {"learning_rate": 1e-3, "seed": 1}}, {}, "arguments.learning_rate is 0.01 there, and 0.001"),
+    "seed": ({"arguments": {"learning_rate": 1e-2, "seed": 2}}, {}, "arguments.seed is 1 there, and 2"),
+    "rule": ({"rules": ["LoRAPlus"]}, {}, r"rules is \[\] there"),
+    "recipe's method": ({"adapters": {"a": {"method": "dora"}}}, {}, "adapters.a.method is 'lora' there, and 'dora'"),
+    "method": ({}, {"adapters": {"a": lorac.DoRA(r=4, alpha=8, targets=TARGETS)}}, "adapters.a.method is 'lora'"),
+    "set": ({}, {"adapters": {"a": LORA, "b": LORA}}, "adapters.b is None there"),
+    "base": ({}, {"model": other_base}, "base is 'float32:"),
+    "rows": ({}, {"rows": ROWS[:6]}, "rows is 8 there, and 6"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_checkpoint_of_another_run_is_refused(case: str, written: Path, tmp_path: Path) -> None:
+    fields, other, message = OTHERS[case]
+    recipe = plan(**{"arguments": {"learning_rate": 1e-2, "seed": 1}, **fields})
+    adapters = other.get("adapters", {"a": LORA})
+    compiled = lorac.compile(
+        other.get("model", lambda: host("tiny_llama"))(), adapters, active=dict.fromkeys(adapters, 1.0)
+    )
+    trainer = trainer_of(compiled, recipe, written, max_steps=2, rows=other.get("rows", ROWS))
+    before = tensors_of(compiled)
+    with pytest.raises(lorac.ChoiceError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in tensors_of(compiled).items())
+
+
+def test_what_changes_nothing_may_differ(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written / "checkpoint-1", tmp_path / "checkpoint-1")
+    recipe = plan(arguments={"learning_rate": 1e-2, "seed": 1, "logging_steps": 1, "save_total_limit": 1})
+    compiled = compiled_of({"a": LORA}, recipe)
+    trainer_of(compiled, recipe, tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    one, other = (open_checkpoint(path / "checkpoint-2") for path in (written, tmp_path))
+    assert all(map(torch.equal, *(end.adapters(host("tiny_llama"))["a"].parameters() for end in (one, other))))
+
+
+def test_what_is_no_finished_checkpoint_is_not_taken(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-2" / "checkpoint.json").unlink()
+    for name in ("checkpoint-99999", "checkpoint-٤", f"checkpoint-{'9' * 5000}"[:200], "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    found = find_checkpoint(tmp_path)
+    assert found is not None and found.step == 1
+    assert find_checkpoint(tmp_path / "checkpoint-x") is None
+    for name in ("checkpoint-2", "checkpoint-x", "nowhere"):
+        with pytest.raises(lorac.ArtifactError, match=r"it has no checkpoint\.json"):
+            open_checkpoint(tmp_path / name)
+    trainer = trainer_of(compiled_of({"a": LORA}, PLAN), PLAN, tmp_path / "empty")
+    with pytest.raises(lorac.ChoiceError, match="holds no finished checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_changed_byte_is_found_in_every_file(written: Path, tmp_path: Path) -> None:
+    """In the beginning, in the middle and at the end; a file that is missing or longer is found too."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(written / "checkpoint-2", folder)
+    open_checkpoint(folder).read(STATE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) > 4
+    for file in files:
+        sound = file.read_bytes()
+        places = {*range(0, len(sound), max(len(sound) // 24, 1)), 0, 8, len(sound) - 1}
+        flipped = [sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :] for at in sorted(places)]
+        for damaged in (*flipped, sound[:-1], sound + b"x", b""):
+            file.write_bytes(damaged)
+            with pytest.raises(lorac.ArtifactError):
+                open_checkpoint(folder)
+        file.write_bytes(sound)
+    open_checkpoint(folder)
+
+
+# ── What it trains ───────────────────────────────────────────────────────────────────────────────────────────────────
+MIXED = {"r": 2, "experts": 3, "targets": TARGETS}
+ROUTED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "remix": (lorac.ReMix(top_k=1, **MIXED), {"loss": [{"name": "sampled_selection_loss", "draws": 3}]}),
+    "meteora": (lorac.MeteoRA(top_k=1, train_experts=True, **MIXED), {"loss": ["gate_loss"]}),
+    "x_lora": (
+        lorac.XLoRA(hidden="model.norm", hidden_size=64, depth=2, size=8, use_trainable_adapters=True, **MIXED),
+        {},
+    ),
+    "flylora": (lorac.FlyLoRA(r=6, top_k=2, targets=TARGETS), {"rules": ["Balanced"]}),
+    "sora": (lorac.SoRA(r=4, targets=TARGETS), {"loss": [{"name": "gate_penalty", "weight": 0.1}]}),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_every_trainable_tensor_of_routed_methods_moves(name: str, tmp_path: Path) -> None:
+    variant, fields = ROUTED[name]
+    recipe = plan(**fields)
+    compiled = compiled_of({"a": variant}, recipe)
+    rows = [{**row, **({EXPERTS: i % 3} if name == "meteora" else {})} for i, row in enumerate(ROWS)]
+    before = {key: tensor.detach().clone() for key, tensor in compiled.named_parameters() if tensor.requires_grad}
+    buffers = {key: tensor.clone() for key, tensor in compiled.named_buffers()}
+    trainer_of(compiled, recipe, tmp_path, rows=rows, save_strategy="no", eval_dataset=rows).train()
+    after = dict(compiled.named_parameters())
+    assert before and not [key for key, tensor in before.items() if torch.equal(after[key], tensor)]
+    if name == "flylora":
+        assert any(not torch.equal(tensor, buffers[key]) for key, tensor in compiled.named_buffers())
+
+
+def test_a_router_without_its_loss_is_refused(tmp_path: Path) -> None:
+    compiled = compiled_of({"a": ROUTED["remix"][0]}, PLAN)
+    with pytest.raises(lorac.ChoiceError, match="'router' of adapter 'a'") as caught:
+        trainer_of(compiled, PLAN, tmp_path)
+    assert caught.value.next_step == "add loss: [sampled_selection_loss]"
+    with pytest.raises(lorac.Unavailable, match="reads 'log_prob', which the model does not give"):
+        trainer_of(compiled, SAMPLED, tmp_path)
+    gates = plan(loss=["gate_loss"])
+    with pytest.raises(lorac.Unavailable, match="the data has no column 'experts'"):
+        trainer_of(compiled_of({"a": ROUTED["meteora"][0]}, gates), gates, tmp_path).train()
+
+
+def test_sampled_selection_has_the_gradient_of_its_own_loop(tmp_path: Path) -> None:
+    """Over rows of different lengths, of which each counts by its tokens."""
+    recipe = plan(loss=[{"name": "sampled_selection_loss", "draws": 3}])
+    batch = dict(data("tiny_llama", 1, rows=3)[0])
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][0, 3:] = -100
+    counted = (batch["labels"][:, 1:] != -100).sum()
+
+    def rows_of(output: Any) -> Tensor:
+        labels = torch.cat([batch["labels"]] * 3)[:, 1:]
+        losses = torch.nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), labels, reduction="none")
+        return losses.sum(1) * 3 / counted
+
+    gradients = []
+    for own in (True, False):
+        compiled = compiled_of({"a": ROUTED["remix"][0]}, recipe)
+        for number, tensor in enumerate(trained(compiled.train())):
+            tensor.data.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
+        trainer = trainer_of(compiled, recipe, tmp_path)
+        trainer.current_gradient_accumulation_steps = 1
+        torch.manual_seed(3)
+        if own:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            training.sampled_selection_loss(compiled, inputs, rows_of, draws=3).backward()
+        else:
+            trainer.compute_loss(compiled, dict(batch), num_items_in_batch=counted).backward()
+        gradients.append([tensor.grad for tensor in trained(compiled)])
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected)
+
+
+def test_several_rules_act_together_and_some_do_not(tmp_path: Path) -> None:
+    adapters = {"a": dataclasses.replace(LORA, dropout=0.0), "s": lorac.SoRA(r=2, targets=["down_proj"])}
+    rules = [
+        {"name": "LoRAPlus", "ratio": 4},
+        {"name": "Preconditioned", "reg": 0.1},
+        {"name": "ProximalGates", "threshold": 0.5},
+    ]
+    recipe = plan(rules=rules)
+    ruled, plain = compiled_of(adapters, recipe), compiled_of(adapters, PLAN)
+    trainer = trainer_of(ruled, recipe, tmp_path, save_strategy="no")
+    trainer.train()
+    assert [type(rule).__name__ for rule in trainer.rules] == ["LoRAPlus", "Preconditioned", "ProximalGates"]
+    trainer_of(plain, PLAN, tmp_path, save_strategy="no").train()
+    assert not same(ruled, plain)
+    gates = ruled.adapters["s"].tensors
+    assert any((own["gate"] == 0).any() for own in gates.values())
+    for together, what in ((["LoRAPro", "LoRAPlus"], "rate"), (["Preconditioned", "Squeeze"], "direction")):
+        named = [{"name": "Squeeze", "stages": [[4, 2], [2, 2]]} if name == "Squeeze" else name for name in together]
+        wrong = plan(rules=named)
+        with pytest.raises(lorac.ChoiceError, match=f"both decide the {what} for 'a' at"):
+            trainer_of(compiled_of(adapters, wrong), wrong, tmp_path).train()
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_bert", "tiny_t5", "plain_conv"])
+def test_a_compiled_model_answers_a_trainer_as_the_host_does(name: str, tmp_path: Path) -> None:
+    model = host(name)
+    compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=ZOO[name].targets)})
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    asked = ("model_accepts_loss_kwargs", "label_names", "can_return_loss", "_loss_shifts_labels", "_signature_columns")
+    answers = []
+    for one in (model, compiled):
+        trainer: Any = Trainer(one, arguments)
+        trainer._set_signature_columns_if_needed()
+        answers.append(
+            [sorted(value) if isinstance(value := getattr(trainer, what), list) else value for what in asked]
+        )
+    assert answers[0] == answers[1]
+
+
+def test_unequal_micro_batches_give_the_large_batchs_gradient(tmp_path: Path) -> None:
+    rows = [{**row, "labels": row["labels"].clone()} for row in ROWS[:4]]
+    for i, row in enumerate(rows):
+        row["labels"][2 + i :] = -100
+    found = []
+    for size in (1, 2, 4):
+        compiled = compiled_of({"a": dataclasses.replace(LORA, dropout=0.0)}, PLAN)
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+        recipe = plan(optimizer="SGD")
+        trainer_of(compiled, recipe, tmp_path, rows=rows, save_strategy="no", learning_rate=1.0, **settings).train()
+        found.append(tensors_of(compiled))
+    for one in found[1:]:
+        for name, tensor in one.items():
+            assert_close(tensor, found[0][name])
+
+
+def test_arguments_of_the_trainers_own_optimizer_are_refused_beside_another(tmp_path: Path) -> None:
+    recipe = plan(optimizer="SGD", arguments={"weight_decay": 0.1})
+    with refuses("option_error", match="weight_decay is of Trainer's own optimizer"):
+        trainer_of(compiled_of({"a": LORA}, recipe), recipe, tmp_path)
+
+
+RELIED_ON = {
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_save_optimizer_and_scheduler": ("self", "output_dir"),
+    "_save_scaler": ("self", "output_dir"),
+    "_save_rng_state": ("self", "output_dir"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_load_scaler": ("self", "checkpoint"),
+    "_load_rng_state": ("self", "checkpoint"),
+    "_load_best_model": ("self",),
+    "_set_signature_columns_if_needed": ("self",),
+    "_get_output_dir": ("self", "trial"),
+}
+
+
+def test_the_private_functions_that_are_overridden_are_there() -> None:
+    for name, parameters in RELIED_ON.items():
+        assert tuple(inspect.signature(getattr(Trainer, name)).parameters) == parameters
+    overridden = {name for name in vars(AdapterTrainer) if name.startswith("_") and hasattr(Trainer, name)}
+    assert overridden - set(dir(object)) <= {*RELIED_ON, "__module__", "__dict__", "__weakref__"}
+    sft = adapter_trainer(pytest.importorskip("trl").SFTTrainer)
+    assert issubclass(sft, AdapterTrainer) and sft.__name__ == "AdapterSFTTrainer"

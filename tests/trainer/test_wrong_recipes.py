@@ -1,4 +1,4 @@
-"""Recipes that are wrong: each is answered in a sentence or two, which a golden text shows, before anything is written."""
+"""Wrong recipes: each is answered in a sentence or two, which a golden text shows, before anything is written."""
 
 import json
 

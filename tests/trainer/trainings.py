@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lorac
+from lorac.trainer import Recipe
 from lorac.trainer.factories import extra_outputs
 from lorac.trainer.trainer import adapter_trainer
 from tests.training.loops import data, host
@@ -20,15 +20,10 @@ STEPS = 4
 ROWS = [{key: value[i] for key, value in batch.items()} for batch in data("tiny_llama", STEPS) for i in range(2)]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the trainer reads of a recipe."""
-
-    adapters: Mapping[str, Any] = field(default_factory=dict)
-    rules: Sequence[Any] = ()
-    optimizer: Any = None
-    loss: Sequence[Any] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+def plan(**fields: Any) -> Recipe:
+    """A recipe for a trainer of transformers'; what it says of adapters is compared alone."""
+    given = {"adapters": {"a": {"method": "lora"}}, "task": "sequence-classification", **fields}
+    return Recipe(**given)
 
 
 class Stop(TrainerCallback):
@@ -42,17 +37,17 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def compiled_of(adapters: Mapping[str, Any], plan: Plan = Plan(), *, name: str = "tiny_llama") -> Any:
+def compiled_of(adapters: Mapping[str, Any], recipe: Recipe, *, name: str = "tiny_llama") -> Any:
     """Compile adapters, all of them active, as a run of a recipe does."""
-    options: dict[str, Any] = {"aux": list(extra_outputs(plan.loss))}
+    options: dict[str, Any] = {"aux": list(extra_outputs(recipe.loss))}
     return lorac.compile(host(name), adapters, active=dict.fromkeys(adapters, 1.0), **options)
 
 
 def trainer_of(
-    compiled: Any, plan: Plan, folder: Path, *, base: Any = Trainer, rows: Any = ROWS, **settings: Any
+    compiled: Any, recipe: Recipe, folder: Path, *, base: Any = Trainer, rows: Any = ROWS, **settings: Any
 ) -> Any:
     """A trainer over a compiled model, with a checkpoint after every step."""
-    callbacks = settings.pop("callbacks", None)
+    data = {name: settings.pop(name) for name in ("callbacks", "eval_dataset") if name in settings}
     given = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
@@ -63,11 +58,11 @@ def trainer_of(
         "use_cpu": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        **plan.arguments,
+        **recipe.arguments,
         **settings,
     }
     arguments = TrainingArguments(output_dir=str(folder), **given)
-    return adapter_trainer(base)(model=compiled, args=arguments, train_dataset=rows, recipe=plan, callbacks=callbacks)
+    return adapter_trainer(base)(model=compiled, args=arguments, train_dataset=rows, recipe=recipe, **data)
 
 
 def tensors_of(compiled: Any) -> dict[str, Tensor]:

@@ -176,3 +176,9 @@ def test_what_it_does_not_apply_to() -> None:
             LoRAPlus(compiled, optimizer, ratio=wrong)
     with pytest.raises(lorac.ChoiceError, match="does not take embedding_lr=-1"):
         LoRAPlus(compiled, optimizer, embedding_lr=-1.0)
+    from transformers import Adafactor
+
+    own = Adafactor(trained(compiled), lr=None)
+    with pytest.raises(lorac.ChoiceError, match="Adafactor has a group without one"):
+        LoRAPlus(compiled, own)
+    LoRAPlus(compiled, Adafactor(trained(compiled), lr=1e-3, relative_step=False, scale_parameter=False)).remove()

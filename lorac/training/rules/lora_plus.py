@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lorac.errors import ChoiceError
 from lorac.ir.sites import SiteKind
 from lorac.training.rule import Rule
 from lorac.training.rules.pairs import ABOVE_0, FROM_0, check_settings
@@ -37,7 +38,7 @@ class LoRAPlus(Rule):
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``.
-        ChoiceError: as ``Rule``; ratio is not above 0, or a rate is below 0.
+        ChoiceError: as ``Rule``; ratio is not above 0, a rate is below 0, or a group has none.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA, DoRA)
@@ -53,6 +54,11 @@ class LoRAPlus(Rule):
         check_settings(name, ratio=(ratio, ABOVE_0))
         if embedding_lr is not None:
             check_settings(name, embedding_lr=(embedding_lr, FROM_0))
+        if any(group.get("lr") is None for group in self.optimizer.param_groups):
+            raise ChoiceError(
+                f"{name} multiplies the rate of a group, and {type(self.optimizer).__name__} has a group without one",
+                next_step="give the optimizer lr=; transformers' Adafactor takes it with relative_step=False",
+            )
         self.ratio, self.embedding_lr = ratio, embedding_lr
         self._roles: dict[int, str] = {}
         self._written: dict[str, Group] = {}

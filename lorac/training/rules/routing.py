@@ -110,6 +110,19 @@ def sum_by_row(emitted: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.flatten(1).sum(1) if value.dim() > 1 else value for value in emitted.values()]).sum(0)
 
 
+def repeat_rows(inputs: Mapping[str, Any], draws: int) -> dict[str, Any]:
+    """Return a call's arguments with every row ``draws`` times; the first tensor says how many rows there are."""
+    rows = _count_rows(inputs)
+    return {
+        name: torch.cat([value] * draws) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+        for name, value in inputs.items()
+    }
+
+
+def _count_rows(inputs: Mapping[str, Any]) -> int:
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+
+
 def sampled_selection_loss(
     compiled: Any,
     inputs: Mapping[str, Any],
@@ -132,16 +145,12 @@ def sampled_selection_loss(
         ChoiceError: fewer than two draws, no tensor among the inputs, or another number of losses than rows.
     """
     compiled = unwrap_ddp(compiled)
-    rows = next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
+    rows = _count_rows(inputs)
     if draws < 2 or not rows:
         raise ChoiceError(
             f"{draws} draws of {rows} rows leave nobody to compare with", next_step="give two draws or more of a batch"
         )
-    repeated = {
-        name: torch.cat([value] * draws) if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
-        for name, value in inputs.items()
-    }
-    losses = loss_of(compiled(**repeated))
+    losses = loss_of(compiled(**repeat_rows(inputs, draws)))
     found = compiled.aux.get(emitted, {})
     if not found:
         raise Unavailable(

@@ -1,0 +1,65 @@
+"""An optimizer's state by the names of tensors: whatever their order, and refused for other tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from lorac.training import NestedRanks, load_optimizer_state, optimizer_state
+from tests.training.every_rule import RULES, batch, copies, tensors_of, through_a_file, train
+from tests.training.loops import trained
+
+
+def adamw(compiled: Any, *, turned: bool = False) -> Any:
+    tensors = trained(compiled)
+    groups = [{"params": tensors[::2]}, {"params": tensors[1::2], "lr": 0.01}]
+    for group in groups if turned else ():
+        group["params"] = group["params"][::-1]
+    return torch.optim.AdamW(groups, lr=0.02)
+
+
+def test_a_loop_goes_on_with_its_tensors_in_another_order() -> None:
+    ruled = RULES["nested_ranks"]
+    compiled = ruled.compiled()
+    optimizer = adamw(compiled)
+    NestedRanks(compiled, optimizer)
+    train(compiled, optimizer, range(3))
+    adapters, state = copies(compiled), through_a_file(optimizer_state(compiled, optimizer))
+    assert all(name.startswith("adapter_tensors.a.") for name in state["tensors"])
+    train(compiled, optimizer, range(3, 5))
+
+    resumed = ruled.compiled(adapters)
+    other = adamw(resumed, turned=True)
+    NestedRanks(resumed, other)
+    load_optimizer_state(resumed, other, state)
+    train(resumed, other, range(3, 5))
+    assert all(map(torch.equal, tensors_of(resumed), tensors_of(compiled)))
+
+
+def test_a_state_of_other_tensors_is_refused() -> None:
+    ruled = RULES["lora_plus"]
+    compiled = ruled.compiled()
+    optimizer = adamw(compiled)
+    compiled(**batch(0))["loss"].backward()
+    optimizer.step()
+    state = optimizer_state(compiled, optimizer)
+    smaller = ruled.compiled({"a": lorac.LoRA(r=2, targets=("first", "second"))})
+    fewer = ruled.compiled({"a": lorac.LoRA(r=4, targets=("first",))})
+    for other, made, what in (
+        (compiled, torch.optim.SGD(trained(compiled), lr=1.0), "is of AdamW, and the optimizer is SGD"),
+        (compiled, torch.optim.AdamW(trained(compiled)), "has 2 groups of tensors, the optimizer 1"),
+        (
+            smaller,
+            adamw(smaller),
+            r"first/lora_A': in the state it has the shape \(4, 9\), and here it has .* \(2, 9\)",
+        ),
+        (fewer, adamw(fewer), "second/lora_A': .* and here it does not exist"),
+    ):
+        with pytest.raises(lorac.ChoiceError, match=what):
+            load_optimizer_state(other, made, state)
+    foreign = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=1.0)
+    with pytest.raises(lorac.ChoiceError, match=r"a tensor of shape \(3,\) that no adapter has"):
+        optimizer_state(compiled, foreign)
