@@ -262,7 +262,7 @@ def _pack(value: object, tensors: dict[str, Tensor], path: str) -> Json:
     if isinstance(value, list | tuple):
         packed = [_pack(item, tensors, f"{path}/{index}") for index, item in enumerate(value)]
         return packed if isinstance(value, list) else {"tuple": packed}
-    if type(value) in (Tensor, nn.Parameter):
+    if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter):
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, float) and not math.isfinite(value):

@@ -95,6 +95,7 @@ def _read(data: str) -> Dataset:
     path = parse_path(data, "data", OptionError)
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     suffixes = {file.suffix.lower() for file in files}
+    options: dict[str, Any]
     with translate_os_errors(path, OptionError, "read"):
         if any((path / name).is_file() for name in _SAVED):
             kind, options = "saved", {}

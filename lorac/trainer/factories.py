@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from lorac.training.rule import Rule, check_compatible
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
-T = TypeVar("T")
 GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 
 
@@ -105,8 +104,8 @@ def _make_adapter(
 
 
 def _look_up(
-    named: NamedSpec, what: str, known: Mapping[str, type[T]], where: str = ""
-) -> tuple[str, dict[str, Any], type[T]]:
+    named: NamedSpec, what: str, known: Mapping[str, type[Any]], where: str = ""
+) -> tuple[str, dict[str, Any], type[Any]]:
     """Return the name of a spec, its keywords and the class of that name."""
     keywords = {"name": named} if isinstance(named, str) else dict(named)
     name = keywords.pop("name", None)
@@ -117,7 +116,7 @@ def _look_up(
     return name, keywords, known[name]
 
 
-def _list_classes(module: object, kind: type[T]) -> dict[str, type[T]]:
+def _list_classes(module: object, kind: type) -> dict[str, type[Any]]:
     """Return the subclasses of a class that a module names."""
     return {
         name: cls

@@ -23,7 +23,8 @@ def move_fused_head(compiled: CompiledModule) -> None:
     fused = vars(compiled).pop("forward", None)
     if fused is None:
         return
-    host, plain = compiled.host, compiled.host.forward
+    host: Any = compiled.host
+    plain = host.forward
     head = host.get_output_embeddings()
     heads = {path for path, module in host.named_modules() if module is head}
     for path, plan in compiled.plans.items():

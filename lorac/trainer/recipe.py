@@ -144,7 +144,7 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
     """
     file = parse_path(path, "the recipe", OptionError)
     given = _read_yaml(file)
-    places = {key: given.pop(key) for key in ("model", "out") if key in given}
+    places: dict[str, str] = {key: given.pop(key) for key in ("model", "out") if key in given}
     for key, value in places.items():
         if not isinstance(value, str):
             raise WrongType(f"'{file}': {key} is {short(value)}", next_step="give the path of a folder")

@@ -58,6 +58,11 @@ class AdapterTrainer(Trainer):
         OptionError: the recipe names what does not exist, or an optimizer and arguments of Trainer's own.
     """
 
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+    _signature_columns: Any
+
     def __init__(self, *, recipe: Recipe, **settings: Any) -> None:
         self.recipe, self.losses = recipe, make_losses(recipe.loss)
         self.rules: list[Rule] | None = None
@@ -119,7 +124,7 @@ class AdapterTrainer(Trainer):
         outputs: list[Any] = []
         handle = self.model.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
-            result = super().compute_loss(model, given, return_outputs, items)
+            result: Any = super().compute_loss(model, given, return_outputs, items)
         finally:
             handle.remove()
         loss, *others = result if return_outputs else (result,)
@@ -160,7 +165,7 @@ class AdapterTrainer(Trainer):
         return super().train(folder, *args, **settings)
 
     def _open(self, given: str | bool) -> Checkpoint:
-        found = find_checkpoint(Path(self.args.output_dir)) if given is True else open_checkpoint(str(given))
+        found = find_checkpoint(Path(str(self.args.output_dir))) if given is True else open_checkpoint(str(given))
         if found is None:
             raise ChoiceError(
                 f"'{self.args.output_dir}' holds no finished checkpoint", next_step="train without resuming"
@@ -241,7 +246,7 @@ class AdapterTrainer(Trainer):
             raise ArtifactError(f"the random states of '{self._resumed.folder}' are damaged: {error}") from error
 
     def _load_best_model(self) -> None:
-        open_checkpoint(self.state.best_model_checkpoint)
+        open_checkpoint(str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
 
