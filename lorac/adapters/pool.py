@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +67,14 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 
     Attributes:
         entries: name -> entry; adding and removing replace the mapping, so that a reference to it is a copy.
+        given: name -> returns the adapter over other tensors, if its module was given such.
     """
 
     def __init__(self, preparer: Preparer, *, trains: bool = False) -> None:
         self._preparer, self._trains = preparer, trains
         self._lock = threading.RLock()
         self.entries: dict[str, PoolEntry] = {}
+        self.given: Mapping[str, Callable[[], Adapter | None]] = {}
 
     def __getitem__(self, name: str) -> PreparedAdapter:
         with self._lock:
@@ -95,6 +97,11 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         """Name -> adapter."""
         with self._lock:
             return {name: entry.adapter for name, entry in self.entries.items()}
+
+    def find_given(self, names: Iterable[str]) -> dict[str, Adapter]:
+        """Return those of some adapters whose modules were given other tensors, with these."""
+        found = ((name, self.given[name]()) for name in names if name in self.given)
+        return {name: adapter for name, adapter in found if adapter is not None}
 
     def prepare(self, adapter: Adapter) -> PreparedAdapter:
         """Return an adapter's normal forms without adding it.

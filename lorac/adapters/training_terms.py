@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from lorac.adapters.pool import AdapterPool
 from lorac.adapters.preparation import Preparer
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import BRANCH, Params
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.filling import strength_tensor
 from lorac.ir.slots.live_terms import Dropout, LiveTerm, TrainingTerms
@@ -27,18 +29,36 @@ class AdapterTerms(TrainingTerms):
 
     Args:
         preparer: evaluates their formulas.
+        base: reads base weights; default: the preparer's.
+        given: adapters that stand for those of the pool.
     """
 
-    def __init__(self, pool: AdapterPool, preparer: Preparer) -> None:
-        self._pool, self._preparer = pool, preparer
+    def __init__(
+        self,
+        pool: AdapterPool,
+        preparer: Preparer,
+        base: BaseReader | None = None,
+        given: Mapping[str, Adapter] = MappingProxyType({}),
+    ) -> None:
+        self._pool, self._preparer, self._base, self._given = pool, preparer, base, given
+
+    def over(self, base: BaseReader) -> AdapterTerms:
+        return AdapterTerms(self._pool, self._preparer, base, self._given)
+
+    def current(self, choice: Choice) -> AdapterTerms:
+        given = self._pool.find_given([name for name, _ in choice])
+        return AdapterTerms(self._pool, self._preparer, self._base, given) if given else self
 
     def at(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
-        adapters, site = self._pool.adapters, self._preparer.sites[path]
-        terms = (self._term(adapters[name], site, active) for name, active in choice)
+        adapters, preparer = {**self._pool.adapters, **self._given}, self._preparer
+        if self._base is not None:
+            preparer = copy.copy(preparer)
+            preparer.base = self._base
+        terms = (self._term(preparer, adapters[name], preparer.sites[path], active) for name, active in choice)
         return [term for term in terms if term is not None] or None
 
-    def _term(self, adapter: Adapter, site: Site, active: Active) -> LiveTerm | None:
-        tensors, preparer = adapter.tensors.get(site.path), self._preparer
+    def _term(self, preparer: Preparer, adapter: Adapter, site: Site, active: Active) -> LiveTerm | None:
+        tensors = adapter.tensors.get(site.path)
         method = adapter.variant if tensors is None else adapter.variant.method_at(site.path)
         rate, place = float(getattr(method, "dropout", 0.0)), method.dropout_place
         if site.kind is SiteKind.ONCE:
@@ -48,7 +68,8 @@ class AdapterTerms(TrainingTerms):
         if tensors is None:
             replaced = preparer.replaced_change(adapter, site)
             return None if replaced is None else LiveTerm(active.strength, replaced)
-        _write_constrained(method, tensors)
+        if adapter.name not in self._given:
+            _write_constrained(method, tensors)
         reduction = preparer.reduction(adapter.variant, site, tensors)
         if reduction.form == BRANCH:
             return _branch_term(make_branch_term(adapter, site, detach=False), site, active, rate, place)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
 
-from lorac.errors import FormatError, warn
+from lorac.errors import FormatError, Unavailable, warn
 from lorac.formats.checkpoint import SEAL
 from lorac.formats.native import describe_adapter
 from lorac.storage.strict_json import dump_json, parse_object
@@ -36,6 +36,7 @@ class AdapterTensors(nn.Module):
         self._first_keys: dict[int, str] = {}
         self._places: dict[str, list[tuple[str | None, str]]] = {}
         self._warned: set[tuple[str, str]] = set()
+        self._own: list[tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor]] = []
         for path, tensors in adapter.tensors.items():
             for name, tensor in tensors.items():
                 self._register(f"{_escape(path)}/{_escape(name)}", tensor, (path, name))
@@ -48,6 +49,27 @@ class AdapterTensors(nn.Module):
             self.register_parameter(key, tensor)
         else:
             self.register_buffer(key, tensor)
+        self._own.append((self._parameters if isinstance(tensor, nn.Parameter) else self._buffers, key, tensor))
+
+    def find_given(self) -> Adapter | None:
+        """Return the adapter over the tensors given in place of its own, as by torch.func.functional_call, or None.
+
+        Raises:
+            Unavailable: FSDP holds the tensors.
+        """
+        if all(held.get(key) is own for held, key, own in self._own):
+            return None
+        if "_is_fsdp_managed_module" in vars(self):
+            raise Unavailable(
+                f"FSDP has taken the tensors of adapter '{self.adapter.name}', which would stay as they are",
+                next_step="compile the model again, and train it in a DistributedDataParallel",
+            )
+        given = Adapter(self.adapter.name, self.adapter.variant, provenance=self.adapter.provenance)
+        for key, places in self._places.items():
+            for path, name in places:
+                at = given.replaced if path is None else given.tensors.setdefault(path, {})
+                at[name] = getattr(self, key)
+        return given
 
     def repeated_keys(self) -> set[str]:
         """Return the keys of tensors that are registered under an earlier key already."""

@@ -6,7 +6,7 @@ An engine binds slot tensors once for each choice of adapters. Any number of cal
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -56,6 +56,7 @@ class Engine(ABC, Generic[Content_contra]):
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         files: the emitted program and its base weights by name; None where the engine runs the model itself.
         module: the copy of the model that it runs; None where it runs an emitted program.
+        hidden: modules that it runs and that are no part of the copy.
         buffers: fused mode: the weights that it reads, by site path.
         interfaces: the interface of each graph of its program; empty where it runs the model itself.
         skipped: graph -> pass over the emitted program -> what the pass left alone; empty for a loaded program.
@@ -66,6 +67,7 @@ class Engine(ABC, Generic[Content_contra]):
     mode: str
     files: ProgramFiles | None = None
     module: nn.Module | None = None
+    hidden: Collection[nn.Module] = ()
     buffers: Mapping[str, FusedBuffer]
     interfaces: Mapping[str, Interface] = MappingProxyType({})
     skipped: Mapping[str, Mapping[str, tuple[Skip, ...]]] = MappingProxyType({})

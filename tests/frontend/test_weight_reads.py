@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorac
-from lorac.frontend.layer_classes import find_weight_reads
+from lorac.frontend.layer_classes import is_only_read
 from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.peft_files import make_peft
@@ -48,17 +48,26 @@ class Choosing(Reader):
         return self.qkv(x) if self.calls else super()._multiply(x)
 
 
+class Aliasing(Reader):
+    """It reads the weight by a name that its code does not connect with the layer, and calls the layer too."""
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        layer = self.qkv
+        return F.linear(x, layer.weight, layer.bias) + self.qkv(x)
+
+
 def test_reads_are_found_in_the_code_of_a_class() -> None:
-    assert find_weight_reads(Reader()) == {"qkv": False}
-    assert find_weight_reads(nn.MultiheadAttention(4, 2)) == {"out_proj": False}
-    assert find_weight_reads(nn.Linear(4, 4)) == {}
+    assert is_only_read("qkv", Reader())
+    assert not is_only_read("out", Reader())
+    assert not is_only_read("qkv", Choosing(False))
+    assert is_only_read("out_proj", nn.MultiheadAttention(4, 2))
     torchvision = pytest.importorskip("torchvision.models.swin_transformer")
-    assert find_weight_reads(torchvision.ShiftedWindowAttention(8, [2, 2], [0, 0], 2)) == {"qkv": False, "proj": False}
+    assert is_only_read("qkv", torchvision.ShiftedWindowAttention(8, [2, 2], [0, 0], 2))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("target", "mode"), SETTINGS)
-@pytest.mark.parametrize("make", [Reader, lambda: Choosing(False), lambda: Choosing(True)])
+@pytest.mark.parametrize(("target", "mode"), [*SETTINGS, ("eager", "baked")])
+@pytest.mark.parametrize("make", [Reader, lambda: Choosing(False), lambda: Choosing(True), Aliasing])
 def test_an_adapter_acts_on_calls_as_pefts_layer_does(
     make: Callable[[], nn.Module], target: str, mode: str, tmp_path: Path
 ) -> None:
@@ -71,6 +80,8 @@ def test_an_adapter_acts_on_calls_as_pefts_layer_does(
     with told if type(model) is Reader else contextlib.nullcontext():
         compiled = lorac.compile(model, {"a": tmp_path}, target=target, mode=mode, example_inputs=(X,))
     parity.assert_parity(compiled(X), oracle(X), model(X))
+    if mode == "baked":
+        return
     compiled.swap(None)
     assert_close(compiled(X), model(X))
     compiled.swap("a")
@@ -82,3 +93,14 @@ def test_an_adapter_that_acts_nowhere_is_refused(target: str, mode: str) -> None
     adapter = lorac.LoRA(r=2, targets=["qkv"])
     with refuses("site_unreached", match="adapter 'lora' has no effect: it acts on 'qkv'"):
         lorac.compile(Reader(), [adapter], target=target, mode=mode, example_inputs=(X,))
+
+
+@torch.no_grad()
+def test_merged_weights_move_with_a_baked_model() -> None:
+    model = Aliasing()
+    adapter = lorac.compile(model, [lorac.LoRA(r=2, targets=["qkv"])], example_inputs=(X,)).adapters["lora"]
+    adapter.tensors["qkv"]["lora_B"].normal_()
+    compiled = lorac.compile(model, [adapter], mode="baked", example_inputs=(X,))
+    assert isinstance(compiled, nn.Module)
+    before = compiled(X)
+    assert_close(compiled.double()(X.double()).float(), before)

@@ -191,6 +191,8 @@ def test_a_model_that_several_processes_share_is_refused() -> None:
         compiled: Any = lorac.compile(MLP.fresh(), adapters).train()
         DistributedDataParallel(compiled)(**MLP.inputs()).square().mean().backward()
         assert compiled.adapters["lora"].tensors["up"]["lora_B"].grad is not None
+        with refuses("unavailable", match="FSDP has taken the tensors of adapter 'lora'"):
+            fully_shard(compiled)(**MLP.inputs())
     finally:
         distributed.destroy_process_group()
 

@@ -17,7 +17,7 @@ from lorac.backends.eager.random_seeds import SeedHistory
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_branch_alone
-from lorac.ir.slots.live_terms import LiveTerm, TrainingTerms
+from lorac.ir.slots.live_terms import LiveTerm
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan
 from lorac.ir.slots.program_values import (
     IN,
@@ -46,18 +46,15 @@ class BranchRunner:
         module: the copy of the model that runs.
         plans: the slots of each site.
         sites: every site of the model.
-        terms: terms from the adapters' own tensors, for training.
     """
 
-    def __init__(
-        self, module: nn.Module, plans: Mapping[str, SitePlan], sites: Mapping[str, Site], terms: TrainingTerms
-    ) -> None:
-        self.module, self.plans, self.sites, self.terms = module, plans, sites, terms
+    def __init__(self, module: nn.Module, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]) -> None:
+        self.module, self.plans, self.sites = module, plans, sites
         self._seeds = SeedHistory()
 
     def live_terms(self, path: str, call: ForwardCall) -> Sequence[LiveTerm] | None:
         """Return the terms from the adapters' tensors if the call computes them, else None."""
-        return self.terms.at(path, call.active.choice) if call.computes_terms else None
+        return None if call.terms is None else call.terms.at(path, call.active.choice)
 
     def ctx(
         self, plan: SitePlan, call: ForwardCall, training: bool, emitted: dict[str, list[Tensor]] | None = None

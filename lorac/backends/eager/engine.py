@@ -31,16 +31,10 @@ from lorac.backends.eager.forward_call import (
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
 from lorac.backends.eager.module_calls import OpaqueCall, shadow
 from lorac.backends.eager.random_seeds import is_in_backward
-from lorac.frontend.base_weights import read_stored_tensor
+from lorac.backends.eager.site_tensors import SiteTensors
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
-from lorac.frontend.layer_classes import (
-    find_layer_class,
-    find_weight_reads,
-    has_plain_forward,
-    pad_conv_input,
-    replace_super_forward,
-)
+from lorac.frontend.layer_classes import find_layer_class, has_plain_forward, pad_conv_input, replace_super_forward
 from lorac.frontend.layer_hooks import guard_hooks
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
@@ -99,11 +93,14 @@ class EagerEngine(Engine[ActiveSlots]):
         self.components = list_components(module)
         self.active = NO_ADAPTERS
         self.extra_names = frozenset(aux)
-        self._last_recorded = ForwardCall(NO_ADAPTERS, computes_terms=True)
+        self._last_recorded = ForwardCall(NO_ADAPTERS)
         self._listeners: dict[object, tuple[frozenset[str], EmissionListener]] = {}
-        self._branches = BranchRunner(module, plans, sites, terms)
+        self._branches = BranchRunner(module, plans, sites)
         self._originals: dict[str, Callable[..., Any]] = {}
-        self._weights: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._merged: dict[str, Callable[..., Any]] = {}
+        own = (plan.site for plan in plans.values() if plan.site.kind is not SiteKind.ONCE)
+        self._weights = SiteTensors(module, own)
+        self._terms = terms.over(self._weights.make_reader())
         for path, plan in plans.items():
             self._install(path, plan)
         for path in list_tapped_modules(plans.values()):
@@ -113,6 +110,7 @@ class EagerEngine(Engine[ActiveSlots]):
         self.buffers: Mapping[str, FusedBuffer] = {
             path: allocate_buffer(self._find_written_module(plan.site), plan, base) for path, plan in bound.items()
         }
+        self._weights.remember(self.buffers.keys() - self._merged)
 
     # --- the engine's contract -----------------------------------------------------------------------------------
 
@@ -157,7 +155,7 @@ class EagerEngine(Engine[ActiveSlots]):
         if torch.is_grad_enabled():
             self._last_recorded = call
             announce_in_backward(call, output, self._recall)
-        for names, listener in list(self._listeners.values()) if call.computes_terms else ():
+        for names, listener in list(self._listeners.values()) if call.terms is not None else ():
             listener({name: call.aux.get(name, {}) for name in names})
         return CallResult(output, {name: found for name, found in call.aux.items() if name in self.extra_names})
 
@@ -184,7 +182,9 @@ class EagerEngine(Engine[ActiveSlots]):
         return end
 
     def _make_call(self, content: ActiveSlots) -> ForwardCall:
-        return ForwardCall(content, self.computes_terms)
+        terms = self._terms.current(content.choice)
+        given = self._weights.are_given() or terms is not self._terms
+        return ForwardCall(content, terms if self.computes_terms or given else None)
 
     def run_with_model(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
         module = self.components[check_component(graph, self.components)]
@@ -192,7 +192,7 @@ class EagerEngine(Engine[ActiveSlots]):
         call = self._make_call(content)
 
         def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-            if self._call() is call:  # not in a pass before it, nor in a call of another thread
+            if self._running_call() is call:  # not in a pass before it, nor in a call of another thread
                 self._prepare(call, graph, args, kwargs)
 
         with ExitStack() as stack:
@@ -239,21 +239,24 @@ class EagerEngine(Engine[ActiveSlots]):
 
     def current_slots(self) -> ActiveSlots:
         """Return the slots of the running call, or outside of calls those of the active choice."""
-        return self._call().active
+        call = self._running_call()
+        return self.active if call is None else call.active
 
     def _call(self) -> ForwardCall:
+        return self._running_call() or self._make_call(self.active)
+
+    def _running_call(self) -> ForwardCall | None:
         current = _current_call.get()
         if current is not None and current[0] is self:
             return current[1]
         # A checkpoint recomputes within backward, outside of calls, with the slots of the last call.
-        return self._last_recorded if is_in_backward() else ForwardCall(self.active, self.computes_terms)
+        return self._last_recorded if is_in_backward() else None
 
     def _install(self, path: str, plan: SitePlan) -> None:
         owner = path if plan.site.within is None else plan.site.within
         if plan.site.kind is SiteKind.ONCE:
             return
         module = self.module.get_submodule(owner)
-        self._weights[path] = _weight_and_bias(self.module, plan)
         if owner in self._originals:
             return
         self._originals[owner] = module.forward
@@ -270,21 +273,21 @@ class EagerEngine(Engine[ActiveSlots]):
             guard_hooks(module, path, lambda: path in self.current_slots().touched)
 
     def _find_written_module(self, site: Site) -> nn.Module:
-        """Return the module whose weight a swap writes; for a layer whose owner may read its weight, a twin of it.
+        """Return the module whose weight a swap writes; for a layer a twin of it, which adapted calls use.
 
-        The layer then calls the twin: an adapter acts on calls of its layer, in fused mode as in live mode.
+        Whoever else reads the layer's weight finds the base's, in fused mode as in live mode.
         """
-        owner = str(site.weight).rpartition(".")[0]
-        module, path = self.module.get_submodule(owner), site.path
-        reader, _, name = path.rpartition(".")
-        read = site.is_layer and name in find_weight_reads(self.module.get_submodule(reader))
-        if not read or "_old_forward" in vars(module):  # accelerate's hooks call the layer itself
+        module = self.module.get_submodule(str(site.weight).rpartition(".")[0])
+        if not site.is_layer or "_old_forward" in vars(module):  # accelerate's hooks call the layer itself
             return module
-        twin, original = copy_layer(module), self._originals[path]
+        twin, original = copy_layer(module), self._originals[site.path]
         if isinstance(original, functools.partial) and original.args == (module,):
-            self._originals[path] = functools.partial(original.func, twin)
+            self._merged[site.path] = functools.partial(original.func, twin)
         elif isinstance(original, types.MethodType):
-            self._originals[path] = types.MethodType(original.__func__, twin)
+            self._merged[site.path] = types.MethodType(original.__func__, twin)
+        else:
+            return module
+        self.hidden = (*self.hidden, twin)
         return twin
 
     def _install_below(self, path: str, module: nn.Module) -> None:
@@ -307,7 +310,7 @@ class EagerEngine(Engine[ActiveSlots]):
         adapted = self._compute_adapted(path, module, pad_conv_input(x, self.plans[path].site.conv))
         if adapted is not None:
             return adapted
-        y, buffer = self._originals[path](x), self.buffers.get(path)
+        y, buffer = self._merged.get(path, self._originals[path])(x), self.buffers.get(path)
         shift = buffer.bias if buffer is not None and adds_bias(module, buffer.site) else None
         return y if shift is None else y + shift
 
@@ -375,9 +378,3 @@ class EagerEngine(Engine[ActiveSlots]):
             return {}
         names = zip((site.weight, site.bias), found, strict=True)
         return {name: tensor for name, tensor in names if name is not None and tensor is not None}
-
-
-def _weight_and_bias(module: nn.Module, plan: SitePlan) -> tuple[Tensor | None, Tensor | None]:
-    site = plan.site
-    weight = read_stored_tensor(module, site.weight) if site.weight else None
-    return weight, module.get_parameter(site.bias) if site.bias else None

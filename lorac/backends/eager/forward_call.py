@@ -18,6 +18,7 @@ from lorac.frontend.model_runner import is_dynamo_error
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.live_terms import TrainingTerms
 from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.program_values import BASE, INPUT, OWN, parse_value_name
 
@@ -79,7 +80,7 @@ class ForwardCall:
 
     Attributes:
         active: the filled slots.
-        computes_terms: whether terms are computed from the adapters' tensors; decided at the call's start, since a
+        terms: computed from the adapters' tensors; None if the call reads slots. Decided at the call's start, since a
             reentrant checkpoint turns gradients off within it.
         seed: of the randomness of the call's branches, if it trains.
         values: program values read so far.
@@ -90,7 +91,7 @@ class ForwardCall:
     """
 
     active: ActiveSlots
-    computes_terms: bool = False
+    terms: TrainingTerms | None = None
     seed: int | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
@@ -109,7 +110,7 @@ def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[
         announce: gets the call.
     """
     latest = weakref.ref(call)
-    kept = ForwardCall(call.active, call.computes_terms, call.seed, dict(call.prepared))
+    kept = ForwardCall(call.active, call.terms, call.seed, dict(call.prepared))
 
     def announce_call(_: object) -> None:
         announce(latest() or kept)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lorac.errors import Unavailable
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
-from lorac.ir.sites import Site
+from lorac.ir.sites import BaseReader, Site
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import FormulaContext, compute_branch_delta, run_site
 from lorac.ir.slots.layouts import SiteLayout, layout_of
@@ -71,6 +71,17 @@ class TrainingTerms(ABC):
     @abstractmethod
     def at(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
         """Return the active terms of a site; None if no adapter of the choice touches it."""
+
+    @abstractmethod
+    def over(self, base: BaseReader) -> TrainingTerms:
+        """Return the terms over other base weights."""
+
+    @abstractmethod
+    def current(self, choice: Choice) -> TrainingTerms:
+        """Return the terms of the tensors given for the adapters now, as torch.func.functional_call gives them.
+
+        They are these terms themselves if the adapters have their own tensors.
+        """
 
 
 def run_terms(

@@ -1,0 +1,115 @@
+"""The weights and biases of adapted sites, as the model's modules have them when a call reads them.
+
+Others may give a module other tensors, for a call as ``torch.func.functional_call`` does or for good as FSDP does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lorac.errors import Unavailable
+from lorac.frontend.base_weights import read_stored_tensor
+from lorac.frontend.quantised_weights import dequantise
+from lorac.ir.sites import BaseReader, Site
+
+
+@dataclass(eq=False)
+class StoredTensor:
+    """A parameter or buffer of a module.
+
+    Attributes:
+        module: the module.
+        leaf: its name there.
+        base: the model's own tensor.
+        first: the tensor that the module had at first; in fused mode a swap writes it.
+    """
+
+    module: nn.Module
+    leaf: str
+    base: Tensor
+    first: object = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        parameters, buffers = self.module._parameters, self.module._buffers
+        self._held: Mapping[str, Tensor | None] = parameters if self.leaf in parameters else buffers
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the module has another tensor than at first."""
+        return self._held.get(self.leaf) is not self.first and self.read_now() is not self.first
+
+    def read_now(self) -> object:
+        """Return the tensor that the module has now."""
+        found = self._held.get(self.leaf)
+        return getattr(self.module, self.leaf, None) if found is None else found
+
+    def read(self) -> Tensor:
+        """Return the model's own tensor, or what was given in its place."""
+        now = self.read_now()
+        return now if now is not self.first and isinstance(now, Tensor) else self.base
+
+
+class SiteTensors:
+    """The stored tensors of sites.
+
+    Args:
+        model: the copy of the model that runs.
+        sites: the sites, before anything else replaces their tensors.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site]) -> None:
+        self._stored = {site.path: tuple(_find(model, name) for name in (site.weight, site.bias)) for site in sites}
+        self._all = [stored for pair in self._stored.values() for stored in pair if stored is not None]
+        self._written = frozenset[str]()
+
+    def __getitem__(self, path: str) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias of a site, as its module stores them."""
+        weight, bias = self._stored[path]
+        return None if weight is None else weight.read(), None if bias is None else bias.read()
+
+    def remember(self, written: Collection[str]) -> None:
+        """Remember the tensors that the modules have now as theirs.
+
+        Args:
+            written: paths of the sites whose tensors a swap writes in place.
+        """
+        self._written = frozenset(written)
+        for stored in self._all:
+            stored.first = stored.read_now()
+
+    def are_given(self) -> bool:
+        """Return whether a module has another tensor than its own now.
+
+        Raises:
+            Unavailable: a swap writes it in place.
+        """
+        if not any(stored.is_given for stored in self._all):
+            return False
+        refused = next((path for path in self._written if any(s and s.is_given for s in self._stored[path])), None)
+        if refused is not None:
+            raise Unavailable(
+                f"the weight of '{refused}', which holds the active adapters, was replaced by another",
+                next_step="compile with mode='live', or give the adapters' own tensors alone, whose names begin with "
+                "adapter_tensors.",
+            )
+        return True
+
+    def make_reader(self) -> BaseReader:
+        """Return a reader of W (out, in) and the bias of a site."""
+
+        def read_weight(site: Site) -> Tensor:
+            weight = self[site.path][0]
+            assert weight is not None
+            return site.present(dequantise(weight))
+
+        return BaseReader(read_weight, lambda site: self[site.path][1])
+
+
+def _find(model: nn.Module, name: str | None) -> StoredTensor | None:
+    if name is None:
+        return None
+    owner, _, leaf = name.rpartition(".")
+    return StoredTensor(model.get_submodule(owner), leaf, read_stored_tensor(model, name))
