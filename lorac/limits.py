@@ -55,7 +55,8 @@ def budget(*, seconds: float | None = None, bytes: int | None = None) -> Iterato
 
     Args:
         seconds: processor time; default: unchanged, at first 2.
-        bytes: memory beyond the file; default: unchanged, at first 256 MiB.
+        bytes: memory beyond the file; default: unchanged, at first 256 MiB. A call of a loaded eager artifact may take
+            so much too, by default as much as the machine has.
     """
     changed = _budget.get()
     changed = changed if seconds is None else replace(changed, seconds=seconds)
@@ -65,6 +66,12 @@ def budget(*, seconds: float | None = None, bytes: int | None = None) -> Iterato
         yield changed
     finally:
         _budget.reset(token)
+
+
+def get_chosen_memory() -> int | None:
+    """Return the bytes that a ``budget`` block around this code allows, or None."""
+    chosen = _budget.get().bytes
+    return None if chosen == _DEFAULT.bytes else chosen
 
 
 @contextlib.contextmanager

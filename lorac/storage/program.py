@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind
 
 from lorac.errors import ArtifactError, Unavailable, short
 from lorac.limits import claim_memory
+from lorac.storage.bounded_run import BoundedRun
 from lorac.storage.op_guards import GuardedOp
 from lorac.storage.op_names import find_op, op_name
 from lorac.storage.strict_json import Json, JsonObject
@@ -109,13 +110,18 @@ class StoredProgram(nn.Module):
         held = sum(tensor.numel() for tensor in (*self.buffers(), *self.examples.values()))
         check_sizes(graph, _ROOM * held + _SLACK)
         self.forward = self._with_signature()
+        self._bounded = BoundedRun(self.program)
+
+    def call_bounded(self, given: Mapping[str, Tensor]) -> Sequence[Any]:
+        """Return the outputs for some inputs; raise ``InputMismatch`` if memory for them lacks (``BoundedRun``)."""
+        return self._bounded(self._collect(given))
+
+    def _collect(self, given: Mapping[str, Tensor]) -> list[Tensor]:
+        return [given[name] if tensor is None else getattr(self, _buffer_name(tensor)) for name, tensor in self.inputs]
 
     def _with_signature(self) -> Callable[..., tuple[Tensor, ...]]:
         def forward(**given: Tensor) -> tuple[Tensor, ...]:
-            values = (
-                given[name] if tensor is None else getattr(self, _buffer_name(tensor)) for name, tensor in self.inputs
-            )
-            return tuple(self.program(*values))
+            return tuple(self.program(*self._collect(given)))
 
         kind = inspect.Parameter.KEYWORD_ONLY
         forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # functions take attributes

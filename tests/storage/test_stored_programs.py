@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lorac.storage import artifact, program
 from lorac.storage.op_names import find_op, op_name
 from lorac.storage.program import StoredProgram, graph_from_json
 from tests.limits import within_budget
+from tests.refusing import refuses
 
 X_VALUE = torch.ones(2, 4)
 X = {"input": "x", "shape": [2, 3], "dtype": "float32", "dynamic": []}
@@ -123,6 +125,42 @@ def test_numbers_are_bounded(calls: list[dict[str, Any]]) -> None:
     stored = _stored(*calls)
     with within_budget(), pytest.raises(lorac.ArtifactError, match="gives no size"):
         stored(x=torch.ones(2, 3))
+
+
+def _doubled(first: str, times: int) -> list[dict[str, Any]]:
+    """Return calls that double a result so many times, each modest by itself."""
+    names = [first, *(f"d{i}" for i in range(times))]
+    return [
+        _call("aten.cat.default", [{"node": one}, {"node": one}], name=two) for one, two in itertools.pairwise(names)
+    ]
+
+
+@pytest.mark.parametrize("ops", [[], ["nonzero", "argwhere"]], ids=["static", "of values"])
+def test_results_together_are_bounded(ops: list[str]) -> None:
+    last, calls = "x", list[dict[str, Any]]()
+    for op in ops:
+        calls.append(_call(f"aten.{op}.default", {"node": last}, name=op))
+        last = op
+    x = torch.ones(2, 3)
+    with refuses("input_mismatch", match="more than"), lorac.budget(bytes=1 << 24):
+        _stored(*calls, *_doubled(last, 30)).call_bounded({"x": x})
+    short = _stored(*calls, *_doubled(last, 3))
+    with lorac.budget(bytes=1 << 24):
+        for _ in range(2):
+            assert torch.equal(short.call_bounded({"x": x})[0], short(x=x)[0])
+
+
+def test_memory_that_the_machine_lacks_is_not_asked_for() -> None:
+    with refuses("input_mismatch", match="more than"):
+        _stored(*_doubled("x", 44)).call_bounded({"x": torch.ones(2, 3)})
+
+
+def test_what_was_used_up_does_not_count() -> None:
+    names = [f"y{i}" for i in range(64)]
+    calls = [_call("aten.add.Tensor", {"node": one}, 1.0, name=two) for one, two in itertools.pairwise(["x", *names])]
+    x = torch.ones(256, 1024)
+    with lorac.budget(bytes=3 << 20):
+        assert torch.equal(_stored(*calls).call_bounded({"x": x})[0], x + 64)
 
 
 def test_the_number_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

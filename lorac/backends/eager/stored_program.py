@@ -105,7 +105,7 @@ def _compute(program: StoredProgram, inputs: Mapping[str, Tensor]) -> list[Any]:
         InputMismatch: it cannot compute with these inputs.
     """
     try:
-        return list(program(**inputs))
+        return list(program.call_bounded(inputs))
     except LoracError:
         raise
     except Exception as error:  # ids that are out of range, say, or whatever somebody wrote into the program
