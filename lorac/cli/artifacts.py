@@ -191,7 +191,7 @@ def _call_program(compiled: Compiled, arrays: Mapping[str, Array], **choice: obj
     """
     try:
         return compiled(**arrays, **choice)
-    except LoracError:
+    except (LoracError, Warning):  # warnings may be errors
         raise
     except Exception as error:
         raise ChoiceError(

@@ -74,7 +74,7 @@ def _load_folder(
         compiled = _load_manifest(manifest, target or manifest.fields["target"], device, options)
         compiled.tokenizer = TokenizerFiles.among(manifest.files)
         return compiled
-    except LoracError:
+    except (LoracError, Warning):  # warnings may be errors
         raise
     except Exception as error:  # the hashes agree, so the file was made like this, and anything in it may be wrong
         reason = str(error).strip().partition("\n")[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -157,6 +158,9 @@ def test_a_plan_that_was_built_before_is_not_built_again(tmp_path: Any, monkeypa
     assert str(tmp_path) not in (tmp_path / "saved" / "manifest.json").read_text()
     with pytest.warns(lorac.LoracWarning, match="cannot run here"):
         loaded = lorac.load(tmp_path / "saved")
+    with warnings.catch_warnings(), pytest.raises(lorac.LoracWarning, match="cannot run here"):
+        warnings.simplefilter("error")
+        lorac.load(tmp_path / "saved")
     assert loaded.engine.options == dataclasses.replace(one.engine.options, plan_cache=None, library=LIBRARY.name)
     with pytest.warns(lorac.LoracWarning, match="cannot run here"):
         again = lorac.load(tmp_path / "saved", plan_cache=str(tmp_path), cuda_graphs=True)
