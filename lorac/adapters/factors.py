@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter, check_site, check_values
@@ -14,7 +13,7 @@ from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.preparation import Preparer
 from lorac.argument_types import check_type
 from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod
-from lorac.frontend.model_view import ModelView
+from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change
 from lorac.ir.sites import BaseReader, Site, SiteKind
@@ -27,7 +26,7 @@ _OUT, _IN = 9973, 9967
 has."""
 
 
-def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Change]:
+def factors(adapter: Adapter, model: Model | None = None, *, dtype: torch.dtype | None = None) -> dict[str, Change]:
     """Return an adapter's change of each site at strength 1: low-rank factors where the method has them, else W'.
 
     Each change is of one of these classes; b' = b + e, and e (out,) is None where the bias stays:
@@ -45,8 +44,9 @@ def factors(adapter: Adapter, model: nn.Module | None = None, *, dtype: torch.dt
     Args:
         adapter: of a method that edits weights, or whose branch is equal to an edit; only read, but a change may share
             its memory.
-        model: the base; only read. Needed where a change depends on the base's weight or bias (DoRA, HiRA, every dense
-            change and replacement), and where the adapter's tensors do not determine the site's shape.
+        model: the base, or several by name; only read. Needed where a change depends on the base's weight or bias
+            (DoRA, HiRA, every dense change and replacement), and where the adapter's tensors do not determine the
+            site's shape.
         dtype: computation dtype; default: the factors' own, which is float32 over a base in half precision.
 
     Returns:

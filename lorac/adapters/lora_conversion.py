@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from lorac.adapters.factors import factors, iter_changes
 from lorac.errors import BaseNeeded, CompileError, OptionError
-from lorac.frontend.model_view import ModelView
+from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_weight
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -26,7 +25,7 @@ FactorPair = tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def to_lora(
-    adapter: Adapter, model: nn.Module | None = None, *, rank: int | None = None, name: str | None = None
+    adapter: Adapter, model: Model | None = None, *, rank: int | None = None, name: str | None = None
 ) -> Adapter:
     """Convert an adapter to the LoRA with the same change at strength 1: exactly, or as nearly as a rank allows.
 
@@ -35,7 +34,8 @@ def to_lora(
 
     Args:
         adapter: of a method that edits weights; only read.
-        model: the base, needed where ``lorac.factors`` needs it, and for the nearest LoRA of a change without factors.
+        model: the base, or several by name, needed where ``lorac.factors`` needs it, and for the nearest LoRA of a
+            change without factors.
         rank: None: exactly. Else the largest rank; the error in W' − W is then as small as it can be in the Frobenius
             norm.
         name: of the result; default: the adapter's edits.

@@ -10,23 +10,20 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-from torch import nn
 
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, OptionError, WrongType, nearest_name, warn
 from lorac.formats._files import peek_names, read_metadata
 from lorac.formats._format import Format
-from lorac.frontend.model_view import ModelView
+from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
 from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
 from lorac.variants.adapter import Adapter
 
-Model = nn.Module | Mapping[str, nn.Module] | ModelView
 GROUP = "lorac.formats"
 """The package of lorac's own formats, and the entry-point group of others."""
 _OF_IMAGE_MODELS = {

@@ -33,7 +33,7 @@ class ModelView:
     sites: Mapping[str, Site]
 
     @classmethod
-    def of(cls, model: nn.Module | Mapping[str, nn.Module] | ModelView) -> ModelView:
+    def of(cls, model: Model) -> ModelView:
         """Return the view of a model or of several models by name; a view is returned as it is.
 
         Raises:
@@ -123,3 +123,7 @@ def find_output_layers(model: nn.Module) -> list[str]:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return [path for path, module in model.named_modules() if head is not None and module is head]
+
+
+Model = nn.Module | Mapping[str, nn.Module] | ModelView
+"""A model, several by name, or a view of either."""

@@ -43,6 +43,29 @@ def test_the_nearest_lora_of_a_rank():
             assert_close((delta - at["lora_B"] @ at["lora_A"]).square().sum(), left_out)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", [lorac.LoRA(r=2, targets=("0", "2")), lorac.DoRA(r=2, targets=("0", "2"))])
+def test_an_adapter_of_several_models_is_that_of_each(method, tmp_path):
+    models, own, joined = {}, {}, {}
+    for number, name in enumerate(("unet", "text_encoder")):
+        models[name], _, own[name] = made(method)
+        models[name] = nn.Sequential(*models[name]).requires_grad_(False)
+        models[name][0].weight.mul_(1 + number)
+        joined |= {f"{name}.{path}": tensors for path, tensors in own[name].tensors.items()}
+    adapter = lorac.Adapter("a", method, joined)
+    factors, lora = lorac.factors(adapter, models), lorac.to_lora(adapter, models, rank=2)
+    lorac.save_adapter(adapter, tmp_path / "native", format="native", model=models)
+    again = lorac.factors(lorac.load_adapter(tmp_path / "native", models), models)
+    for name, model in models.items():
+        alone = lorac.to_lora(own[name], model, rank=2)
+        for path, change in lorac.factors(own[name], model).items():
+            weight = model.get_submodule(path).weight
+            for found in (factors, again):
+                assert_close(merge_weight(found[f"{name}.{path}"], weight), merge_weight(change, weight))
+            for key, tensor in alone.tensors[path].items():
+                assert_close(lora.tensors[f"{name}.{path}"][key], tensor)
+
+
 def test_what_is_no_lora_says_so():
     model, _, adapter = made(lorac.DoRA(r=2, targets=("0",)))
     with refuses("not_mergeable", match=r"does to '0' scales .* weight itself.*\n.*rank= makes the nearest"):
