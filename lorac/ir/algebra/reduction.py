@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.affine import weight_formula
 from lorac.ir.algebra.inner_dropout import insert_inner_dropout
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import WEIGHT, AlgebraRule, Analysis, Form, analyse, shape_of
+from lorac.ir.function_tracing import record_function
 from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
@@ -100,7 +100,7 @@ def reduce_weight(
         def traced(w: Tensor, b: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             return formula(w, b, Params(**dict(zip(names, tensors, strict=True))))
 
-        graph = make_fx(traced)(w, b, *fakes)
+        graph = record_function(traced, w, b, *fakes)
         return _classify(graph, names, rules, shared, keep_factors=keep_factors)
 
 
@@ -123,7 +123,7 @@ def reduce_branch(
         def traced(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
             return formula(x, y, Params(**dict(zip(names, tensors, strict=True))))
 
-        branch = make_fx(traced, pre_dispatch=True)(x, y, *fakes)
+        branch = record_function(traced, x, y, *fakes, pre_dispatch=True)
         affine = weight_formula(branch, weight)
         if affine is not None:
             reduced = _classify(affine, names, rules, keep_factors=keep_factors)

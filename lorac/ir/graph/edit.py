@@ -27,16 +27,14 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from lorac.ir.function_tracing import Decompositions, record_function
 from lorac.ir.graph import ops
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
 
-Decompositions = dict[Any, Callable[..., Any]]
-"""Op -> what computes it by other ops."""
 KnownCalls = dict[object, Any]
 """Key of a call (``ops.make_call_key``) -> the example of its value."""
 
@@ -342,11 +340,11 @@ def trace_function(
     """Trace ``function``, which returns a tuple, to aten or by ``decompositions`` over examples of ``operands``."""
     values: list[Any] = []
     for value in (operand.meta["val"] for operand in operands):
-        # make_fx would treat two operands with the same example as one operand.
+        # A trace would treat two operands with the same example as one operand.
         known = any(value is other for other in values)
         values.append(value.new_empty_strided(value.shape, value.stride()) if known else value)
     with tracing(), find_fake_mode(program), torch.no_grad():
-        module = make_fx(function, decompositions, pre_dispatch=decompositions is None)(*values)
+        module = record_function(function, *values, decompositions=decompositions, pre_dispatch=decompositions is None)
     module.graph.eliminate_dead_code()
     return module
 

@@ -1,0 +1,67 @@
+"""Traces of functions, as ``torch.fx.experimental.proxy_tensor.make_fx`` makes them, at a fraction of their price.
+
+The tracer of ``make_fx`` puts wrappers into ``torch.nn.Module`` before a trace and takes them out behind it, and never
+uses them: it hands on what modules return. Python then looks through every subclass of ``Module`` there is: 15 ms where
+diffusers and timm are imported, for a function of three steps. torch has no public way to leave that out, so private
+classes of it are used here, and a test compares the graphs with those of ``make_fx``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import PythonKeyTracer, _MakefxTracer
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.proxy_tensor import _GraphAppendingTracerEx
+
+Decompositions = Mapping[Any, Callable[..., Any]]
+"""Op -> what computes it by other ops."""
+
+
+class _FunctionTracer(_MakefxTracer):
+    """A trace of a function, by a tracer that wraps no method of modules."""
+
+    def _construct_modes_with_fx_tracer(self, fx_tracer: PythonKeyTracer | _GraphAppendingTracerEx) -> None:
+        assert isinstance(fx_tracer, PythonKeyTracer)
+        # An attribute, since torch traces the branches of torch.cond only below a PythonKeyTracer itself.
+        vars(fx_tracer)["trace"] = partial(_record, fx_tracer)
+        super()._construct_modes_with_fx_tracer(fx_tracer)
+
+
+def record_function(
+    function: Callable[..., object],
+    *values: object,
+    decompositions: Decompositions | None = None,
+    pre_dispatch: bool = False,
+) -> fx.GraphModule:
+    """Return the ops that a function of tensors runs on given ones.
+
+    Args:
+        function: of positional arguments.
+        *values: its arguments, as a rule fake tensors.
+        decompositions: ops that are recorded as others.
+        pre_dispatch: record ops as they are called, before autograd and what torch implements by other ops.
+    """
+    return _FunctionTracer(
+        decompositions,
+        tracing_mode="real",
+        _allow_non_fake_inputs=False,
+        pre_dispatch=pre_dispatch,
+        record_module_stack=False,
+        _allow_fake_constant=False,
+        _error_on_data_dependent_ops=True,
+    ).trace(function, *values)
+
+
+def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: Any) -> fx.Graph:
+    """Stand for ``fx.Tracer.trace``: run the function over proxies of its arguments."""
+    del vars(tracer)["trace"]  # a tracer that held itself would live until the next search for cycles
+    tracer.root, tracer.graph, tracer.tensor_attrs = torch.nn.Module(), fx.Graph(tracer_cls=type(tracer)), {}
+    function, proxies = tracer.create_args_for_root(function, False, arguments)
+    tracer.create_node("output", "output", (tracer.create_arg(function(*proxies)),), {})
+    return tracer.graph
