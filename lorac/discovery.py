@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from types import ModuleType
@@ -22,4 +25,18 @@ def import_modules(package: ModuleType) -> Iterator[ModuleType]:
 
 def list_entry_points(group: str) -> Mapping[str, metadata.EntryPoint]:
     """Return the entry points of a group by name, without importing them."""
+    return _read_entry_points(group, tuple((folder, _last_change(folder)) for folder in sys.path))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> Mapping[str, metadata.EntryPoint]:
+    """Read a file of every installed package, while ``folders``, the path of imports, are as they were."""
     return {found.name: found for found in metadata.entry_points(group=group)}
+
+
+def _last_change(folder: str) -> int:
+    """Return when a package was last installed in a folder or removed, or 0 if there is no such folder."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0

@@ -6,6 +6,7 @@ Another package offers a target by an entry point of the group ``lorac.backends`
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,7 @@ def find_backend(target: str) -> Backend[TargetOptions]:
     return backend
 
 
+@functools.cache
 def _built_in_targets() -> list[str]:
     """Return the packages of ``lorac.backends`` with a module ``backend``, without importing them."""
     folders = [Path(folder) for folder in backends.__path__]
