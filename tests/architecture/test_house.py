@@ -1,6 +1,7 @@
 """House rules of CONTRIBUTING.md that can be read off the sources; each test lists all offenders."""
 
 import ast
+import functools
 import importlib
 import inspect
 import re
@@ -20,7 +21,6 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lorac"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = sorted({source.parent for source in SOURCES})
-TREES = {source: ast.parse(source.read_text()) for source in SOURCES}
 SHARED = {"passes", "backends", "runtime", "ir", "frontend", "target"}
 LARGEST_ROOM = 20
 LONGEST_FILE, LONGEST_FUNCTION = 400, 40
@@ -33,6 +33,11 @@ REASON = re.compile(r"(?:: [A-Z0-9, ]+  \(|\[[a-z, -]+\]  # )\w")
 SMALLEST = 0.01
 TOLERANCES = {"allclose", "isclose", "approx", "assert_allclose", "assert_almost_equal"}
 MEASURES = ROOT / "tests" / "limits.py"
+
+
+@functools.cache
+def _trees():
+    return {source: ast.parse(source.read_text()) for source in SOURCES}
 
 
 def _within(path):
@@ -130,7 +135,7 @@ def test_functions_are_short():
 
 def _functions():
     """Every function of the package with its place."""
-    for source, tree in TREES.items():
+    for source, tree in _trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{_within(source)}:{node.lineno} {node.name}", node
@@ -189,15 +194,15 @@ def test_whatever_silences_a_tool_says_why():
 
 
 def test_class_names_are_unique():
-    names = Counter(node.name for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef))
+    names = Counter(node.name for tree in _trees().values() for node in tree.body if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_public_definitions_have_docstrings():
-    assert [_within(source) for source, tree in TREES.items() if not ast.get_docstring(tree)] == []
+    assert [_within(source) for source, tree in _trees().items() if not ast.get_docstring(tree)] == []
     bare = [
         f"{_within(source)}:{node.lineno} {node.name}"
-        for source, tree in TREES.items()
+        for source, tree in _trees().items()
         for node in tree.body
         if isinstance(node, ast.ClassDef | ast.FunctionDef)
         if not node.name.startswith("_") and not ast.get_docstring(node)
@@ -210,7 +215,7 @@ def test_shared_code_names_no_method():
     """Passes, backends and runtime know the forms; a method's name in them would be a special case."""
     methods = {v.__name__ for v in lorac.variants().values() if v.__module__.startswith("lorac.")}
     # Names in code; docstrings and comments may say who an algorithm comes from.
-    shared = {source: tree for source, tree in TREES.items() if _within(source).partition("/")[0] in SHARED}
+    shared = {source: tree for source, tree in _trees().items() if _within(source).partition("/")[0] in SHARED}
     named = {
         f"{_within(source)}:{node.lineno} {node.id}"
         for source, tree in shared.items()

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import pkgutil
 import re
 import tomllib
 from pathlib import Path
@@ -77,14 +78,14 @@ CALLED = {
     "can_generate": "models of transformers",
     "copy": importlib.import_module("copy"),
     "model": torch.nn.Module,
-    "pipeline": importlib.import_module("diffusers").StableDiffusionPipeline,
+    "pipeline": "diffusers:StableDiffusionPipeline",
     "numpy": importlib.import_module("numpy"),
     "save_pretrained": "peft's",
     "step": torch.optim.Optimizer.step,
     "torch": torch,
     "transformers": importlib.import_module("transformers"),
 }
-"""What messages call, or call a method of, and others define."""
+"""What messages call, or call a method of, and others define; what takes long to import by its name."""
 
 
 OF_MODELS = {
@@ -260,7 +261,10 @@ def _exists(called):
         return True
     homes = {"lorac": lorac, "compiled": CompiledModule, **CALLED}
     if first in homes:
-        return not rest or hasattr(homes[first], rest[0])
+        home = homes[first]
+        if isinstance(home, str) and ":" in home:
+            home = pkgutil.resolve_name(home)
+        return not rest or hasattr(home, rest[0])
     own = (lorac.Compiled, builtins, importlib.import_module("lorac.testing"))
     return not rest and (called in lorac.__all__ or any(hasattr(home, called) for home in own))
 
@@ -276,6 +280,7 @@ def _exists(called):
         ("add_adapter", True),
         ("conformance", True),
         ("numpy.savez", True),
+        ("pipeline.save_pretrained", True),
         ("load_adaptor", False),
     ],
 )

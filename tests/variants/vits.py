@@ -1,6 +1,7 @@
 """Tiny vision transformers of transformers, timm and torchvision, of many kinds, and where their blocks are."""
 
-import timm
+import importlib
+
 import torch
 import torchvision
 import transformers
@@ -17,6 +18,11 @@ PLAIN = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hi
 
 def _hf(kind, **fields):
     return lambda: getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**fields))
+
+
+def _timm(kind, **fields):
+    # Imported where one is made: torch's tracers look through all classes of modules, most of which would be timm's.
+    return lambda: getattr(importlib.import_module("timm.models"), kind)(**fields)
 
 
 def _two(start):
@@ -38,12 +44,12 @@ VITS = {
     "transformers-dinov3": (_hf("DINOv3ViT", **SEEN), _two("model.layer"), 16),
     "transformers-swin": (_hf("Swin", **WINDOWS), _stages("encoder.layers", ".blocks"), 32),
     "transformers-swinv2": (_hf("Swinv2", **WINDOWS), _stages("encoder.layers", ".blocks"), 32),
-    "timm-vit": (lambda: timm.models.VisionTransformer(**TIMM), _two("blocks"), 16),
-    "timm-deit": (lambda: timm.models.deit.VisionTransformerDistilled(**TIMM), _two("blocks"), 16),
-    "timm-beit": (lambda: timm.models.Beit(**TIMM), _two("blocks"), 16),
-    "timm-eva": (lambda: timm.models.Eva(**TIMM), _two("blocks"), 16),
-    "timm-cait": (lambda: timm.models.Cait(**TIMM), (*_two("blocks"), *_two("blocks_token_only")), 16),
-    "timm-swin": (lambda: timm.models.SwinTransformer(**SWIN, num_classes=3), _stages("layers", ".blocks"), 32),
+    "timm-vit": (_timm("VisionTransformer", **TIMM), _two("blocks"), 16),
+    "timm-deit": (_timm("VisionTransformerDistilled", **TIMM), _two("blocks"), 16),
+    "timm-beit": (_timm("Beit", **TIMM), _two("blocks"), 16),
+    "timm-eva": (_timm("Eva", **TIMM), _two("blocks"), 16),
+    "timm-cait": (_timm("Cait", **TIMM), (*_two("blocks"), *_two("blocks_token_only")), 16),
+    "timm-swin": (_timm("SwinTransformer", **SWIN, num_classes=3), _stages("layers", ".blocks"), 32),
     "torchvision-vit": (
         lambda: torchvision.models.VisionTransformer(**PLAIN, num_classes=3),
         ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"),
