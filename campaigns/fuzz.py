@@ -30,6 +30,7 @@ from typing import Any
 import lorac
 from campaigns import mutations, sound
 from lorac.limits import ReadBudget
+from lorac.trainer import read_recipe
 from lorac.trainer.checkpoints import STATE, open_checkpoint
 
 BATCH = 100
@@ -85,6 +86,8 @@ class Campaign:
 
     def check(self) -> None:
         """Everything loads as long as nobody damages it."""
+        for one in self.sound.get("recipe", ()):
+            read_recipe(self.folder / one.place)  # it imports what a recipe's arguments are of
         for one in (one for ones in self.sound.values() for one in ones if one.host and not one.is_refused):
             self._load(one, self.folder / one.place, random.Random(0))
 
@@ -142,6 +145,9 @@ class Campaign:
             for name in (STATE, "random-0.safetensors"):
                 opened.read(name)
             opened.adapters(self.hosts[chosen.host])
+            return
+        if chosen.kind == "recipe":
+            read_recipe(place)
             return
         model = self.hosts[chosen.host] if chance.random() < 0.7 else None
         adapter = lorac.load_adapter(place, model)

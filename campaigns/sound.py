@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import examples
 import lorac
 from lorac.errors import LoracError
 from lorac.testing import samples
@@ -221,12 +223,22 @@ def _flylora(folder: Path) -> Iterator[Sound]:
     yield Sound("peft", "flylora", "peft/fork_of_flylora", "linear")
 
 
+def _recipes(folder: Path) -> Iterator[Sound]:
+    """Write a recipe as it is, and as the JSON that it amounts to."""
+    text = (Path(examples.__path__[0]) / "recipes" / "docs.yaml").read_bytes()
+    (folder / "recipe").mkdir()
+    (folder / "recipe" / "docs.yaml").write_bytes(text)
+    (folder / "recipe" / "docs.json").write_text(json.dumps(yaml.safe_load(text)))
+    for file in ("docs.yaml", "docs.json"):
+        yield Sound("recipe", file, f"recipe/{file}", "")
+
+
 SAMPLES = {
     "adapterhub": _adapterhub, "xlora": _xlora, "autolora": _autolora, "checkpoint": _checkpoint, "flylora": _flylora,
-    "training": _training,
+    "recipe": _recipes, "training": _training,
 }  # fmt: skip
 """Formats, and layouts of a format, that ``_adapters`` does not write -> what writes sound ones."""
-FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora", "training"}
+FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora", "recipe", "training"}
 """The formats of which there are sound files."""
 
 

@@ -67,6 +67,7 @@ ROWS = {
             "live / plain export",
         ]
     ],
+    "recipe": [["step", "peak", "losses"]],
     "revisions": [
         [
             "compile, live, self-test included",
@@ -128,7 +129,7 @@ def test_every_benchmark_is_here():
     assert everything.names() == sorted(ROWS)
 
 
-SLOW = ("compile", "overhead", "quantised", "routed", "starts", "swap", "tensorrt", "train")
+SLOW = ("compile", "overhead", "quantised", "recipe", "routed", "starts", "swap", "tensorrt", "train")
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 

@@ -1,6 +1,7 @@
 """The same adapter, rows and seed in lorac's recipe and in TRL with PEFT: the same losses."""
 
 import copy
+import itertools
 
 import datasets
 import peft
@@ -31,8 +32,16 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("task", TASKS)
+QUICK = (("sft", False), ("sft", True), ("dpo", False))
+
+
+@pytest.mark.parametrize(
+    ("task", "checkpointing"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(TASKS, (False, True))
+    ],
+)
 def test_losses_are_those_of_trl_with_peft(task, checkpointing, tmp_path):
     rows, trainer_class, config = TASKS[task]
     steps = {"max_steps": 20, "gradient_accumulation_steps": 1 + checkpointing, "gradient_checkpointing": checkpointing}

@@ -1,0 +1,105 @@
+"""The rows of a recipe: every file that is read, every set of columns, and labels as TRL gives them."""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import transformers
+import trl
+from PIL import Image
+
+import lorac
+from lorac.trainer.data import load_rows
+from tests.trainer.runs import CPU, PAIRS, TEXTS, tokenizer, write_rows
+from tests.zoo import ZOO
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+TALKS = [
+    [("system", "be brief"), ("user", "hi"), ("assistant", "yo"), ("user", "one and one"), ("assistant", "two")],
+    [("user", "2+2"), ("assistant", "4"), ("user", "thanks")],
+]
+ANSWERING = [
+    "cohere",
+    "deepseekv3",
+    "glm4moe",
+    "gptoss",
+    "lfm2",
+    "llama3",
+    "phi3_5",
+    "qwen2_5",
+    "qwen3",
+    "nemotron_3_nano",
+]
+ANSWERING += ["qwen3_5_think"]  # its prompt for an answer ends in the beginning of a thought
+MESSAGES = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in TALKS]
+PARTS = [
+    {"messages": [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in talk]} for talk in TALKS
+]
+SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system"}
+SHARED = [{"conversations": [{"from": SHAREGPT[role], "value": text} for role, text in talk]} for talk in TALKS]
+LOAD = functools.partial(load_rows, task="sft", tokenizer=tokenizer(), arguments=SimpleNamespace())
+
+
+def labels(rows, template, folder, **arguments):
+    """Return the labels that TRL makes of some rows."""
+    config = trl.SFTConfig(output_dir=str(folder), **CPU, assistant_only_loss=True, max_length=None, **arguments)
+    model, processing = ZOO["tiny_llama"].fresh(), tokenizer((TEMPLATES / f"{template}.jinja").read_text())
+    return trl.SFTTrainer(model, config, train_dataset=rows, processing_class=processing).train_dataset["labels"]
+
+
+@pytest.mark.parametrize("template", ANSWERING)
+def test_labels_are_trls_however_a_turn_is_written(template, tmp_path):
+    expected = labels(datasets.Dataset.from_list(MESSAGES), template, tmp_path)
+    assert all({-100} < {*row} for row in expected)
+    for written in (MESSAGES, PARTS, SHARED):
+        file = write_rows(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", written)
+        assert labels(LOAD(file), template, tmp_path) == expected
+
+
+def test_an_instruction_is_a_prompt_and_its_output_the_completion(tmp_path):
+    rows = [
+        {"instruction": "add", "input": "1 and 1", "output": "2"},
+        {"instruction": "wave", "input": "", "output": "o/"},
+    ]
+    found = LOAD(write_rows(tmp_path / "rows.jsonl", rows))
+    asked = [row["prompt"][0]["content"] for row in found]
+    assert asked == ["add\n\n1 and 1", "wave"]
+    assert found[1]["completion"] == [{"role": "assistant", "content": "o/"}]
+    with pytest.raises(lorac.OptionError, match="no chat template"):
+        load_rows(str(tmp_path / "rows.jsonl"), "sft", tokenizer(None), SimpleNamespace())
+
+
+def test_every_kind_of_file_is_read(tmp_path):
+    rows = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
+    for name in ("a", "b", "c", "d", "e"):
+        (tmp_path / name).mkdir()
+    write_rows(tmp_path / "a" / "rows.jsonl", list(rows))
+    rows.to_parquet(tmp_path / "b" / "rows.parquet")
+    rows.to_csv(tmp_path / "c" / "rows.csv")
+    rows.save_to_disk(str(tmp_path / "d"))
+    for index, text in enumerate(TEXTS):
+        (tmp_path / "e" / f"{index}.{'md' if index else 'txt'}").write_text(text)
+    for name in ("a", "b", "c", "d", "e", "a/rows.jsonl", "e/0.txt"):
+        assert list(LOAD(str(tmp_path / name))["text"]) == list(TEXTS[: 1 if name == "e/0.txt" else 3])
+    assert len(LOAD("python-docs")) > 50
+    assert max(map(len, LOAD("python-source")["text"])) > 10_000
+
+
+def test_columns_of_other_tasks_pass(tmp_path):
+    found = load_rows(write_rows(tmp_path / "pairs.jsonl", PAIRS), "dpo", tokenizer(), SimpleNamespace())
+    assert list(found) == PAIRS
+
+
+def test_images_lie_in_a_folder_for_each_label(tmp_path):
+    for index, label in enumerate(("four", "nine")):
+        (tmp_path / label).mkdir()
+        pixels = np.full((8, 8, 3), 255 * index, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / label / "0.png")
+    processor = transformers.ViTImageProcessor(size={"height": 4, "width": 4})
+    found = load_rows(str(tmp_path), "image-classification", processor, SimpleNamespace())
+    assert found["pixel_values"][1].shape == (3, 4, 4)
+    assert [float(found[i]["pixel_values"].mean()) for i in (0, 1)] == [-1, 1]
+    assert [int(label) for label in found["labels"]] == [0, 1]

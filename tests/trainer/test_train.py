@@ -1,0 +1,140 @@
+"""Runs from a recipe: what they write and leave as it was, and what each task learns."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+import yaml
+
+import lorac
+from lorac.cli import main
+from lorac.trainer import Recipe, train
+from tests.refusing import refuses
+from tests.trainer.runs import CPU, LORA, PAIRS, STEPS, TEXTS, losses, recipe, tokenizer, write_rows
+from tests.zoo import ZOO
+
+LLAMA = ZOO["tiny_llama"]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A file of a few texts."""
+    return write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+
+
+def log(folder, key):
+    """Return the values that a run logged under a name."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def test_it_learns_saves_what_peft_reads_and_leaves_the_rest_alone(texts, tmp_path):
+    model, processing, out = LLAMA.fresh(), tokenizer(), tmp_path / "run"
+    before, config = copy.deepcopy(model.state_dict()), (model.config.to_dict(), model.generation_config.to_dict())
+    begun = copy.deepcopy(vars(processing))
+    steps = {"max_steps": 12, "save_strategy": "no"}
+    compiled = train(model, processing, recipe(texts, eval_data=texts, arguments=steps), out)
+    found = losses(out / "trainer_state.json")
+    assert found[-1] < found[0] - 0.1
+    assert log(out, "eval_loss")[-1] < found[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == config
+    assert vars(processing).keys() == begun.keys()
+    assert "forward" not in vars(model)
+    assert not compiled.training
+    assert (out / "mine" / "adapter_config.json").is_file()
+    loaded = lorac.load_adapter(out / "mine", model)
+    mine = zip(loaded.parameters(), compiled.adapters["mine"].parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in mine)
+    with pytest.raises(lorac.ChoiceError, match="holds a run already"):
+        train(model, processing, recipe(texts), out)
+    with pytest.raises(lorac.ChoiceError, match="holds no checkpoint"):
+        train(model, processing, recipe(texts), tmp_path / "other", resume=True)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(texts, tmp_path):
+    (tmp_path / "run" / "checkpoint-2.part").mkdir(parents=True)
+    (tmp_path / "run" / "README.md").write_text("a model card")
+    train(LLAMA.fresh(), tokenizer(), recipe(texts, arguments={"max_steps": 1}), tmp_path / "run")
+    assert (tmp_path / "run" / "mine").is_dir()
+
+
+def test_starts_see_the_runs_first_batches(texts, tmp_path):
+    for start in ("PiSSA", {"name": "LoRAGA"}):
+        begun = recipe(texts, adapters={"mine": {**LORA, "start": start}}, start_batches=2, arguments={"max_steps": 1})
+        compiled = train(LLAMA.fresh(), tokenizer(), begun, tmp_path / str(start)[:4])
+        assert compiled.adapters["mine"].variant.name == "residual"
+
+
+def test_an_adapter_that_trains_on_is_its_own_reference(tmp_path):
+    pairs, model = write_rows(tmp_path / "pairs.jsonl", PAIRS), LLAMA.fresh()
+    first = recipe(pairs, task="dpo", arguments={"max_steps": 8, "save_strategy": "no"})
+    train(model, tokenizer(), first, tmp_path / "first")
+    again = {"mine": {"path": str(tmp_path / "first" / "mine")}}
+    train(
+        model, tokenizer(), recipe(pairs, task="dpo", adapters=again, arguments={"max_steps": 2}), tmp_path / "second"
+    )
+    assert log(tmp_path / "first", "rewards/margins")[-1] > 0.01
+    assert abs(log(tmp_path / "second", "rewards/margins")[0]) < 1e-5
+
+
+def test_a_checkpoint_in_the_backward_pass_recomputes_with_the_adapters(texts, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        adapters = {"mine": {"method": "dora", "r": 2, "targets": ["q_proj", "down_proj"]}}
+        steps = {"gradient_checkpointing": checkpointing, "save_strategy": "no"}
+        out = tmp_path / str(checkpointing)
+        found.append(train(LLAMA.fresh(), tokenizer(), recipe(texts, adapters=adapters, arguments=steps), out))
+    for one, other in zip(*(compiled.adapters["mine"].parameters() for compiled in found), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_texts_are_classified(tmp_path):
+    rows = [{"text": f"{'yes' if index % 2 else 'no'} {index}", "label": "ab"[index % 2]} for index in range(16)]
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    bert = transformers.BertForSequenceClassification(config).eval()
+    steps = {"max_steps": 20, "learning_rate": 3e-2, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "no"}
+    adapters = {"mine": {"method": "lora", "r": 4, "targets": ["query", "value", "classifier"]}}
+    said = Recipe(
+        adapters=adapters,
+        task="sequence-classification",
+        data=write_rows(tmp_path / "rows.jsonl", rows),
+        test_size=4,
+        early_stopping_patience=9,
+        arguments={**CPU, "per_device_train_batch_size": 2, **steps},
+    )
+    train(bert, tokenizer(), said, tmp_path / "run")
+    assert log(tmp_path / "run", "eval_accuracy")[-1] == 1.0
+
+
+def test_the_command_line_reads_a_recipe_and_goes_on(texts, tmp_path, monkeypatch, capsys):
+    LLAMA.fresh().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    said = {"adapters": {"mine": LORA}, "data": texts, **STEPS, "save_steps": 2}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**said, "model": str(tmp_path / "model"), "out": str(tmp_path / "run")}))
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["lorac", "train", str(file), *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    code, out, _ = call("--json")
+    assert (code, json.loads(out)["adapters"]) == (0, ["mine"])
+    code, _, complaint = call()
+    assert code == 1
+    assert "holds a run already" in complaint
+    assert call("--resume")[0] == 0
+
+
+def test_what_reads_the_heads_weight_itself_gets_no_adapter_there(texts, tmp_path):
+    with refuses("unavailable", match="lm_head"):
+        adapters = {"mine": {**LORA, "modules_to_save": ["lm_head"]}}
+        train(LLAMA.fresh(), tokenizer(), recipe(texts, adapters=adapters), tmp_path / "run")
