@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,15 +120,15 @@ class _Run:
         compiled = lorac.compile(self.model, adapters, active=active, aux=extra)
         return self._construct(adapter_trainer(self.trainer_class), compiled, recipe=recipe)
 
-    def batches(self) -> Iterable[Any]:
-        """Return the first batches of the run, for initialisers."""
+    def batches(self) -> Iterator[Any]:
+        """Yield the first batches of the run, for initialisers."""
         if self.recipe.task in ("dpo", "kto"):
             raise OptionError(
                 f"a start from data needs the model's own loss, which {self.recipe.task} has not",
                 next_step="begin from a start without data, such as PiSSA, or train by sft first",
             )
         trainer = self._construct(self.trainer_class, lorac.compile(self.model, {}))
-        return list(itertools.islice(trainer.get_train_dataloader(), self.recipe.start_batches))
+        yield from itertools.islice(trainer.get_train_dataloader(), self.recipe.start_batches)
 
     def _load(self, data: str) -> Any:
         return load_rows(data, self.recipe.task, self.processing_class, self.arguments)

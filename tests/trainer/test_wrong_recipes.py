@@ -1,6 +1,7 @@
 """Wrong recipes: each is answered in a sentence or two, which a golden text shows, before anything is written."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -108,7 +109,8 @@ def test_each_is_answered_in_a_sentence(tmp_path):
         said += answer(name, lambda: read_recipe(file))
     for index, (name, given) in enumerate(RUNS.items()):
         said += answer(f"gives {name}", lambda given=given, index=index: run(tmp_path / f"{index}", given))
-    goldens.check("wrong_recipes", said.replace(str(tmp_path), "…"))
+    said = re.sub(r"(refuses the recipe|cannot be read): .*", r"\1: …", said.replace(str(tmp_path), "…"))
+    goldens.check("wrong_recipes", said)  # without what TRL, transformers and datasets say
 
 
 def run(folder, given):
