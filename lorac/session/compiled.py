@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
@@ -13,13 +14,14 @@ from torch import nn
 
 from lorac.errors import BaseNeeded, FormatError, Unavailable
 from lorac.formats import save_adapter
-from lorac.frontend.components import MAIN_GRAPH, check_component
+from lorac.frontend.components import MAIN_GRAPH, check_component, get_graph_scope
+from lorac.frontend.skeleton import build_skeleton
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec
 from lorac.runtime.choice_states import check_capacity
 from lorac.runtime.switchable_model import SwitchableModel
+from lorac.runtime.traits import ModelTraits
 from lorac.session.adapter_loading import make_adapter, outline_adapter
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
-from lorac.session.component import Component
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, unknown_attribute
 from lorac.session.session import Session
@@ -247,12 +249,11 @@ class CompiledModule(nn.Module, Compiled):
 
     def _on_adapters_changed(self) -> None:
         """Register the tensors of the pool's adapters as parameters and buffers, by name, and no others."""
-        modules = (module for module in self.adapter_tensors.values() if isinstance(module, AdapterTensors))
-        known = {module.adapter: module for module in modules}
-        adapters = sorted(self.adapters.items())
-        tensors = {state_dict_key(name): known.get(adapter) or AdapterTensors(adapter) for name, adapter in adapters}
+        known = {held.adapter: held for held in self.adapter_tensors.values() if isinstance(held, AdapterTensors)}
+        own = {name: known.get(adapter) or AdapterTensors(adapter) for name, adapter in sorted(self.adapters.items())}
+        tensors = {state_dict_key(name): module for name, module in own.items()}
         self.adapter_tensors = nn.ModuleDict(tensors).train(self.training)
-        self.pool.given = {module.adapter.name: module.find_given for module in tensors.values()}
+        self.pool.given = {name: module.find_given for name, module in own.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapters as PEFT does: a single one into the folder, several each into a folder of its name in it.
@@ -282,8 +283,7 @@ class CompiledModule(nn.Module, Compiled):
                     next_step="compile the model again with dtype= or device=",
                 )
         nn.Module._apply(self, fn, recurse)
-        for module in self.engine.hidden:
-            module._apply(fn)
+        nn.ModuleList(self.engine.hidden)._apply(fn)
         self.rebind()
         return self
 
@@ -306,6 +306,63 @@ class CompiledModule(nn.Module, Compiled):
             return getattr(self._modules["host"], name)
         except AttributeError as error:
             raise unknown_attribute(self, name) from error
+
+
+class Component:
+    """One of several models compiled together, in place of the original.
+
+    It is called as the model was, and has its ``config``, ``dtype`` and ``device``, so that a pipeline takes it, and
+    its modules by name, to be looked at. ``adapters=`` in a call chooses adapters for that call only.
+
+    Args:
+        compiled: all of the models.
+        name: the name of this one.
+        traits: configuration, dtype and device of the original.
+    """
+
+    def __init__(self, compiled: Compiled, name: str, traits: ModelTraits) -> None:
+        self._compiled, self._name = compiled, name
+        self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
+
+    def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        """Answer as the model does."""
+        refuse_strength_in_call(kwargs)
+        return self._compiled.call(args, kwargs, adapters, graph=self._name)
+
+    def generate(self, inputs: Any = None, **options: Any) -> Any:
+        """Continue prompts as ``Compiled.generate`` does."""
+        return self._compiled.generate(inputs, component=self._name, **options)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Iterate over the modules of the model; those of an emitted program have shapes and no forward."""
+        return self._structure.modules()
+
+    @functools.cached_property
+    def _structure(self) -> nn.Module:
+        root = self._compiled.engine.module
+        if root is None:
+            root = build_skeleton(self._compiled.session.host.skeleton)
+            for module in root.modules():
+                module.register_forward_pre_hook(_refuse_part)
+        return root.get_submodule(get_graph_scope(self._name).removesuffix("."))
+
+    def __repr__(self) -> str:
+        return f"<component {self._name} of {self._compiled!r}>"
+
+    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
+
+        def __getattr__(self, name: str) -> nn.Module:
+            children = {} if name.startswith("_") else dict(self._structure.named_children())
+            if name not in children:
+                raise unknown_attribute(self, name)
+            return children[name]
+
+
+def _refuse_part(module: nn.Module, _: object) -> NoReturn:
+    raise Unavailable(
+        f"a {type(module).__name__} of an emitted program cannot be called: only the whole component can",
+        next_step="call compiled[name](...), or compile with target='eager', whose modules can be called alone",
+    )
 
 
 def build_compiled(source: ModelSource, request: CompileRequest) -> Compiled:
