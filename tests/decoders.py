@@ -11,7 +11,7 @@ from torch import nn
 VOCABULARY = 97
 
 
-def _decoder(kind: str, config: str | None = None, **fields: Any) -> Callable[[], nn.Module]:
+def _decoder(kind: str, config: str | None = None, name: str | None = None, **fields: Any) -> Callable[[], nn.Module]:
     """A maker of a transformers model by the beginning of its classes' names."""
 
     def made() -> nn.Module:
@@ -19,7 +19,7 @@ def _decoder(kind: str, config: str | None = None, **fields: Any) -> Callable[[]
 
         made_of = getattr(transformers, f"{config or kind}Config")(**{**_FIELDS, **fields})
         torch.manual_seed(0)
-        model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(made_of)
+        model: nn.Module = getattr(transformers, name or f"{kind}ForCausalLM")(made_of)
         return model.eval()
 
     return made
@@ -78,8 +78,11 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "deepseek_v3": _decoder("DeepseekV3", **_LATENT),
     "falcon": _decoder("Falcon", num_kv_heads=4, alibi=False),
     "rembert": _decoder("RemBert", is_decoder=True, input_embedding_size=16, output_embedding_size=24),
+    "bert_generation": _decoder("BertGeneration", name="BertGenerationDecoder", is_decoder=True),
     "gpt_neox_japanese": _decoder("GPTNeoXJapanese", intermediate_multiple_size=2),
+    "bloom": _decoder("Bloom"),
+    "mpt": _decoder("Mpt", d_model=32, n_heads=4, n_layers=2, expansion_ratio=2, max_seq_len=48),
     "gpt_oss": _decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
-that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out."""
+that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out; slopes."""

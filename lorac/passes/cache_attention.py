@@ -69,7 +69,7 @@ class CacheAttention(Pass):
         _check_branches(graph)
         ids = find_token_node(graph)
         nodes = _add_inputs(graph, layers, ids)
-        distances = RelativePositions(graph, str(get_example(ids).shape[1]), nodes[past_names(0)[0]])
+        distances = RelativePositions(graph, ids, nodes[past_names(0)[0]])
         positions = _offset_positions(graph, ids, nodes[PAST_LENGTHS])
         presents: dict[str, fx.Node] = {}
         known: KnownCalls = {}
@@ -79,7 +79,8 @@ class CacheAttention(Pass):
             outputs = _insert_cached(graph, known, node, cache, distances.find_bias(node))
             presents |= {present_name(name): output for name, output in zip(names, outputs, strict=True)}
         _select_tokens_per_row(graph)
-        graph.longest = tabulate(graph, positions)
+        limits = tabulate(graph, positions), distances.longest
+        graph.longest = min((limit for limit in limits if limit is not None), default=None)
         if graph.longest is not None:
             _clamp_positions(graph, positions, graph.longest)
         graph.add_outputs(presents)

@@ -30,7 +30,7 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
     Returns:
         The longest sequence that these tables and the model's own admit; None without any table.
     """
-    stored = _stored_tensors(graph)
+    stored = find_stored_tensors(graph)
     dependent = _find_dependent(graph, positions, stored)
     exits = [node for node in dependent if _leaves_dependent(node, dependent)]
     found = (_count_table_positions(node, positions, stored) for node in dependent if _is_lookup(node))
@@ -44,7 +44,8 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
     return min(limits, default=None)
 
 
-def _stored_tensors(graph: Graph) -> dict[fx.Node, torch.Tensor]:
+def find_stored_tensors(graph: Graph) -> dict[fx.Node, torch.Tensor]:
+    """Return the inputs of a graph that stand for tensors of the program, and these tensors."""
     program = graph.exported
     tensors = {**program.constants, **program.state_dict}
     named = {
@@ -106,19 +107,30 @@ def _count_table_positions(node: fx.Node, positions: fx.Node, stored: Mapping[fx
 
 def _evaluate(node: fx.Node, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor], count: int) -> torch.Tensor:
     """Compute a node's value at the positions 0 to ``count`` - 1 of one row: (count, ...)."""
-    known: dict[fx.Node, Any] = {**stored, positions: torch.arange(count)[None]}
     sizes = {str(size): value for size, value in zip(get_example(positions).shape, (1, count), strict=True)}
+    return evaluate(node, {**stored, positions: torch.arange(count)[None]}, sizes)[0].contiguous()
+
+
+def evaluate(node: fx.Node, known: Mapping[fx.Node, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
+    """Compute a node's value from values of other nodes.
+
+    Args:
+        node: the node.
+        known: their values; an input that is missing is an error.
+        sizes: torch's symbol for a size -> the size.
+    """
+    values: dict[fx.Node, Any] = dict(known)
 
     def compute(node: fx.Node) -> Any:
-        if node not in known:
+        if node not in values:
             example = node.meta.get("val")
-            if isinstance(example, torch.SymInt | int):
-                known[node] = sizes.get(str(example), example)
+            if isinstance(example, torch.SymInt | int) and str(example) in sizes:
+                values[node] = sizes[str(example)]
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), compute)
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
-        return known[node]
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # an op
+        return values[node]
 
     with torch.no_grad():
-        value: torch.Tensor = compute(node)[0]
-    return value.contiguous()
+        value: torch.Tensor = compute(node)
+    return value

@@ -3,6 +3,8 @@
 A model computes such a bias for a whole sequence, from the numbers of queries and keys. A part of a sequence needs the
 bias of the first key for queries 0, 1, 2, …: the pass repeats the computation for that one key and all places of the
 cache. It does not check that the bias depends on distances alone; the comparison of parts with the whole sequence does.
+
+Where the bias of a key is its number times a slope (ALiBi), the softmax sees differences alone, which are a table.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from torch import fx
 from lorac.errors import Unavailable
 from lorac.frontend.capture.decoder_families import is_token_numbering
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
-from lorac.ir.graph.edit import insert_call
+from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import copy_provenance, get_example
+from lorac.passes.position_tables import DEFAULT_POSITIONS, evaluate, find_stored_tensors
 
 aten = torch.ops.aten
 _BIAS_OPERAND = 3
 """Which operand of an attention is its bias."""
+_ROUNDING = 0.01
+"""How far slopes in half precision may be from a line, as a part of their largest value."""
 
 
 @dataclass(eq=False)
@@ -30,14 +35,23 @@ class RelativePositions:
 
     Args:
         graph: edited in place.
-        length: torch's symbol for the sequence's length.
+        ids: the input with the sequence's tokens, (batch, length).
         cache: keys of a layer, (batch, heads, capacity, size).
+
+    Attributes:
+        longest: the longest sequence that tables admit; None without tables.
     """
 
     graph: Graph
-    length: str
+    ids: fx.Node
     cache: fx.Node
+    longest: int | None = None
     _found: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    @property
+    def length(self) -> str:
+        """torch's symbol for the sequence's length."""
+        return str(get_example(self.ids).shape[1])
 
     def find_bias(self, attention: fx.Node) -> fx.Node | None:
         """Return the bias for a key so many tokens before the query: (heads, capacity); None without a bias.
@@ -56,7 +70,7 @@ class RelativePositions:
         parts = self._find_parts(bias)
         numberings = [node for node in parts if is_token_numbering(node, self.length)]
         if len(numberings) != 2 or get_example(bias).shape[0] != 1:  # one of queries, one of keys
-            raise _unsupported_bias(attention)
+            return self._tabulate(attention, bias)
         program = self.graph.exported
         capacity = insert_call(program, attention, aten.sym_size.int, self.cache, 2)
         every, one = (insert_call(program, attention, aten.arange.default, count) for count in (capacity, 1))
@@ -67,6 +81,23 @@ class RelativePositions:
                 row = insert_call(program, attention, aten.select.int, repeated, 3, 0)
                 return insert_call(program, attention, aten.select.int, row, 0, 0)
         raise _unsupported_bias(attention)
+
+    def _tabulate(self, attention: fx.Node, bias: fx.Node) -> fx.Node:
+        """Return a table of a bias that is the key's number times a slope."""
+        rows, length = get_example(self.ids).shape
+        count = self.graph.longest or DEFAULT_POSITIONS
+        known = {**find_stored_tensors(self.graph), self.ids: torch.zeros(1, count, dtype=torch.int64)}
+        try:
+            ((keys,),) = evaluate(bias, known, {str(rows): 1, str(length): count}).transpose(1, 2)
+        except Exception as error:  # an op may raise anything for sizes that it was not traced with
+            raise _unsupported_bias(attention) from error
+        first, last, self.longest = keys[:, :1], keys[:, -1:], keys.shape[1]
+        line = torch.lerp(first.float(), last.float(), torch.linspace(0, 1, keys.shape[1]))
+        if keys.shape[1] < 2 or not (keys - line).abs().max() <= _ROUNDING * keys.abs().max():
+            raise _unsupported_bias(attention)
+        # The end whose numbers are smaller has lost less to rounding.
+        behind = first - keys if first.abs().max() <= last.abs().max() else keys.flip(1) - last
+        return add_constant(self.graph.exported, behind.to(get_example(attention.args[1]).dtype))
 
     def _find_parts(self, bias: fx.Node) -> list[fx.Node]:
         """Return the nodes from which a bias is computed and that depend on the sequence's length, in order."""

@@ -1,7 +1,8 @@
 """Attention that a transformers model writes out becomes the op of ``lorac.ir.graph.attention_ops`` too.
 
 Some decoders (Falcon, RemBERT, GPT-NeoX-Japanese) ask transformers for the mask and add it to scores of their own:
-``softmax(q·kᵀ·scale + mask)·v``. The mask of a trace is a token, so the sums that read it tell where they attend.
+``softmax(q·kᵀ·scale + mask)·v``. Others (BLOOM, MPT) add a bias to the scores before, or fill what the mask hides. The
+mask of a trace is a token, so what reads it shows where they attend.
 """
 
 from __future__ import annotations
@@ -35,25 +36,37 @@ _AXES = 4
 
 @dataclass(frozen=True)
 class _WrittenAttention:
-    """Operands of an attention, and the node of its result (batch, heads, length, size)."""
+    """Operands of an attention, and the node of its result, which may have rows and heads as one axis."""
 
     query: fx.Node
     key: fx.Node
     value: fx.Node
+    bias: fx.Node | None
     scale: float
     result: fx.Node
 
 
 def fold_written_attention(program: ExportedProgram) -> None:
-    """Replace attention that is written out and adds a causal mask of all earlier tokens, in place."""
-    sums = [user for node in program.graph.nodes if node.target is attention_ops.MASK for user in node.users]
-    for found in filter(None, map(_match, dict.fromkeys(sums))):
-        operands = found.query, found.key, found.value, None, None, None, found.scale, True, 0, 0.0
+    """Replace attention that is written out and applies a causal mask of all earlier tokens, in place."""
+    masks = [node for node in program.graph.nodes if node.target is attention_ops.MASK]
+    readers = dict.fromkeys(reader for mask in masks for reader in _list_readers(mask))
+    for found in filter(None, map(_match, readers)):
+        bias = found.bias and _separate_heads(program, found)
+        operands = found.query, found.key, found.value, bias, None, None, found.scale, True, 0, 0.0
         path = find_module_path(found.result)
         attended = insert_call(program, found.result, attention_ops.ATTENTION, *operands, path)
-        heads_first = insert_call(program, found.result, aten.transpose.int, attended, 1, 2)
-        found.result.replace_all_uses_with(heads_first)
+        result = insert_call(program, found.result, aten.transpose.int, attended, 1, 2)
+        if found.result.meta["val"].dim() != _AXES:
+            result = insert_call(program, found.result, aten.flatten.using_ints, result, 0, 1)
+        found.result.replace_all_uses_with(result)
         _erase_unused(found.result)
+
+
+def _separate_heads(program: ExportedProgram, found: _WrittenAttention) -> fx.Node:
+    """Return a bias of scores with as many axes as these; given (rows · heads, …) or (heads, …)."""
+    assert found.bias is not None
+    heads = found.query.meta["val"].shape[1]
+    return insert_call(program, found.result, aten.unflatten.int, found.bias, 0, [-1, heads])
 
 
 def _erase_unused(node: fx.Node) -> None:
@@ -69,20 +82,25 @@ def _erase_unused(node: fx.Node) -> None:
         _erase_unused(operand)
 
 
-def _match(total: fx.Node) -> _WrittenAttention | None:
-    """Return the attention whose scores a sum with a mask is; None for other sums."""
-    if total.target is not aten.add.Tensor:
-        return None
-    scores: Any = next((node for node in total.all_input_nodes if node.target is not attention_ops.MASK), None)
-    weights = next((node for node in _list_readers(total) if node.target in _SOFTMAX), None)
+def _match(masked: fx.Node) -> _WrittenAttention | None:
+    """Return the attention whose scores a node masks; None for other nodes."""
+    scores = _find_masked(masked)
+    weights = next((node for node in _list_readers(masked) if node.target in _SOFTMAX), None)
     if scores is None or weights is None:
         return None
     result: Any = next((node for node in _list_readers(weights) if node.target in _PRODUCTS), None)
     factors = _read_scores(scores)
-    if result is None or factors is None or result.meta["val"].dim() != _AXES:
-        return None
-    query, key, scale = factors
-    return _WrittenAttention(query, key, result.args[1], scale, result)
+    value = None if result is None else _find_heads(result.args[1])
+    return None if factors is None or value is None else _WrittenAttention(*factors[:2], value, *factors[2:], result)
+
+
+def _find_masked(node: fx.Node) -> fx.Node | None:
+    """Return the scores that a node adds a mask to, or fills where the mask hides."""
+    operands: Any = node.args
+    if node.target is aten.masked_fill.Scalar:
+        return operands[0] if operands[2] <= torch.finfo(torch.float16).min else None
+    others = (operand for operand in node.all_input_nodes if operand.target is not attention_ops.MASK)
+    return next(others, None) if node.target is aten.add.Tensor else None
 
 
 def _list_readers(node: fx.Node) -> Iterator[fx.Node]:
@@ -93,23 +111,30 @@ def _list_readers(node: fx.Node) -> Iterator[fx.Node]:
             yield from _list_readers(user)
 
 
-def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, float] | None:
-    """Return queries, keys and the scale of their products."""
-    scale = 1.0
+def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float] | None:
+    """Return queries, keys, what is added to their products, and the scale of these."""
+    scale, bias = 1.0, None
     while True:
         operands: Any = node.args
         if node.target in _QUOTIENTS | _MULTIPLES and isinstance(operands[1], int | float):
             scale *= 1 / operands[1] if node.target in _QUOTIENTS else operands[1]
+        elif node.target is aten.add.Tensor and scale == 1 and bias is None and not node.kwargs:
+            bias = operands[1]
         elif node.target not in _PASSING:
             break
         node = operands[0]
-    if node.target is aten.baddbmm.default and operands[0].target is aten.zeros.default:
+    if node.target is aten.baddbmm.default:
+        added, *operands = operands
         alpha: Any = node.kwargs.get("alpha", 1)
-        scale, operands = scale * alpha, operands[1:]
+        if added.target is not aten.zeros.default:
+            if bias is not None or scale != 1 or node.kwargs.get("beta", 1) != 1:
+                return None
+            bias = added
+        scale *= alpha
     elif node.target not in _PRODUCTS:
         return None
     query, key = _find_heads(operands[0]), _untranspose(operands[1])
-    return None if query is None or key is None else (query, key, float(scale))
+    return None if query is None or key is None else (query, key, bias, float(scale))
 
 
 def _untranspose(node: fx.Node) -> fx.Node | None:

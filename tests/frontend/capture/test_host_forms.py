@@ -320,6 +320,40 @@ def test_models_without_a_cache_are_refused_by_layer(
         lorac.compile(host, target="onnxruntime", cache=True)
 
 
+@torch.no_grad()
+def test_robertas_positions_have_no_single_meaning() -> None:
+    """transformers' forward numbers tokens from the id of padding on, and its generate from 0, which a model never saw.
+
+    Once these agree, such decoders can decode over a cache.
+    """
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    torch.manual_seed(0)
+    model = RobertaForCausalLM(RobertaConfig(**_TINY, is_decoder=True, initializer_range=0.5)).eval()
+    ids = torch.arange(3, 9)[None]
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, uncached = (model.generate(ids, use_cache=use, **options).logits[0] for use in (True, False))
+    assert torch.equal(cached, uncached)
+    assert (cached - model(ids).logits[:, -1]).abs().max() > 0.1 * cached.abs().max()
+
+
+@torch.no_grad()
+def test_falcons_slopes_have_no_single_meaning() -> None:
+    """transformers adds them to the scores once by one implementation of attention, and twice by the other.
+
+    Once these agree, Falcon with slopes can decode over a cache as BLOOM does.
+    """
+    from transformers import FalconConfig, FalconForCausalLM
+
+    answers = []
+    for implementation in ("sdpa", "eager"):
+        torch.manual_seed(0)
+        config = FalconConfig(**_TINY, alibi=True, multi_query=False, initializer_range=0.2)
+        model = FalconForCausalLM._from_config(config, attn_implementation=implementation).eval()
+        answers.append(model(torch.arange(3, 12)[None]).logits)
+    assert (answers[0] - answers[1]).abs().max() > 1e-2 * answers[0].abs().max()
+
+
 def test_a_model_of_images_is_referred_to_the_target_that_generates_from_them() -> None:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 

@@ -13,7 +13,7 @@ import lorac
 from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses
 from tests.runtime.generation.test_artifacts import words
-from tests.runtime.generation.texts import FAMILIES, LENGTHS, adapted, padded, prompts
+from tests.runtime.generation.texts import FAMILIES, LENGTHS, WRITTEN_OUT, adapted, padded, prompts
 
 WIDTH = max(LENGTHS)
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
@@ -62,6 +62,21 @@ def test_one_program_generates_as_peft_does(family: str, tmp_path: Path) -> None
     assert torch.equal(loaded.generate(**batch, **GREEDY), expected)
     stop = loaded.tokenizer.decode(expected[0, WIDTH + 2 : WIDTH + 3])
     assert loaded.generate(rows[0][None], **GREEDY, stop_strings=[stop]).shape[1] <= WIDTH + 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", WRITTEN_OUT)
+def test_attention_that_is_written_out_generates_as_peft_does(family: str) -> None:
+    peft = _reference(family)
+    made, batch, right = _made(peft), padded(prompts(), "left"), padded(prompts(), "right")
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        expected = peft.generate(**batch, **{**GREEDY, **options})
+        assert torch.equal(made.generate(**batch, **{**GREEDY, **options}), expected), options
+        assert torch.equal(made.generate(**right, **{**GREEDY, **options})[:, WIDTH:], expected[:, WIDTH:])
+    with peft.disable_adapter():
+        base = peft.generate(**batch, **GREEDY)
+    assert torch.equal(made.generate(**batch, **GREEDY, adapters=None), base)
+    assert not torch.equal(base, peft.generate(**batch, **GREEDY))
 
 
 @pytest.mark.slow

@@ -31,6 +31,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "mistral": ("Mistral", {**LAYERS, "num_key_value_heads": 2, "sliding_window": 6}, ["q_proj", "o_proj"]),
 }
 """Name -> the family's, its sizes, and what is adapted. Windows are shorter than the texts."""
+WRITTEN_OUT: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "bloom": ("Bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4}, ["query_key_value", "dense_h_to_4h"]),
+    "mpt": ("Mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2}, ["Wqkv", "down_proj"]),
+    "rembert": ("RemBert", {**LAYERS, "is_decoder": True, "input_embedding_size": 16}, ["query", "value"]),
+    "gpt_neox_japanese": ("GPTNeoXJapanese", {**LAYERS, "intermediate_multiple_size": 2}, ["query_key_value"]),
+    "bert_generation": ("BertGeneration", {**LAYERS, "is_decoder": True}, ["query", "dense"]),
+}
+"""Families whose attention does not go through transformers' interface; two of them add slopes to its scores."""
 
 
 @functools.cache
@@ -39,7 +47,7 @@ def adapted(family: str) -> Any:
     import peft
     import transformers
 
-    name, sizes, targets = FAMILIES[family]
+    name, sizes, targets = {**FAMILIES, **WRITTEN_OUT}[family]
     config = getattr(transformers, f"{name}Config")(**SIZES, **sizes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
