@@ -19,6 +19,8 @@ from typing import Annotated, TypeAlias, cast
 
 from lorac.errors import OptionError, WrongType, nearest_name, short
 
+JsonObject: TypeAlias = Mapping[str, typing.Any]
+"""A JSON object, or values read from one."""
 _NUMBERS: Mapping[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 

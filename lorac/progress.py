@@ -11,7 +11,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.progress
 
 DELAY_SECONDS = 2.0
 """Time before a bar appears."""
@@ -30,8 +33,8 @@ class Progress:
         self.title, self.total, self._outer = title, total, outer
         self._done, self._step = 0, ""
         self._lock = threading.Lock()
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
 
     def step(self, name: str) -> None:
         """Begin the next step."""
@@ -56,7 +59,7 @@ class Progress:
             self._refresh()
 
     def _refresh(self) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             text = f"{self.title}: {self._step}" if self._step else self.title
             self._bar.update(self._task, completed=self._done, description=text)
 

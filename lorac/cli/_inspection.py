@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from rich.table import Table
 
+from lorac.argument_types import JsonObject
 from lorac.cli._output import make_table
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lorac.ir.interface import Interface
     from lorac.variants.adapter import Adapter
 
-Inspection: TypeAlias = Mapping[str, Any]
+Inspection: TypeAlias = JsonObject
 """The report as data for JSON."""
 _EMPTY_VALUES: tuple[object, ...] = ((), [], {}, None, "")
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorac.argument_types import broken_limit, field_types, format_type, matches_type
+from lorac.argument_types import JsonObject, broken_limit, field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._errors import unsupported_error
 from lorac.ir.patterns import TARGET_KEYWORDS
 
 T = TypeVar("T")
-JsonObject = Mapping[str, Any]
-"""A JSON object, or the values read from one."""
 ALL_LINEAR = "all-linear"
 MAX_COUNT = 2**31 - 1
 """The largest rank, size or count in a configuration. The tensors bound it further."""

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorac.adapters.fit import check_finite
+from lorac.argument_types import JsonObject
 from lorac.errors import FormatError, LoracError, nearest_name
-from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._pickles import load_pickle
 from lorac.limits import claim_memory, pause_clock

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from math import prod
-from typing import Any
 
 import torch
 
+from lorac.argument_types import JsonObject
 from lorac.errors import BaseNeeded
-from lorac.formats._config_fields import JsonObject
 from lorac.ir.sites import ConvGeometry, Site, SiteKind
 from lorac.variants.adapter import Adapter
 
@@ -21,9 +20,9 @@ LAYOUT = "layout"
 """Key of ``Adapter.provenance`` for the sites: path -> ``site_to_json(site)``."""
 
 
-def site_to_json(site: Site) -> dict[str, Any]:
+def site_to_json(site: Site) -> dict[str, object]:
     """Return the layout of a site as JSON: kind, out and in features, transposed, within, channels, kernel, groups."""
-    layout: dict[str, Any] = {
+    layout: dict[str, object] = {
         "kind": str(site.kind),
         "out": site.out_features,
         "in": site.in_features,

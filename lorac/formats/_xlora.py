@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.router_freezing import freeze_router
+from lorac.argument_types import JsonObject
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.formats._config_fields import (
     Applied,
     Field,
-    JsonObject,
     TrainingOnly,
     read_flag,
     read_number,

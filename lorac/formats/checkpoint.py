@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, sort_by_site
-from lorac.argument_types import matches_type
+from lorac.argument_types import JsonObject, matches_type
 from lorac.errors import FormatError, nearest_name
-from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import corrupt_error
 from lorac.formats._files import agrees_with_seal, encode_config, peek_names, read_safetensors
 from lorac.formats._format import Format

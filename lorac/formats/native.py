@@ -19,9 +19,8 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
-from lorac.argument_types import field_types, matches_type
+from lorac.argument_types import JsonObject, field_types, matches_type
 from lorac.errors import FormatError, UnknownMethod, nearest_name, short
-from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import check_seal, encode_config, peek_metadata, read_safetensors, write_sealed
 from lorac.formats._format import Format
@@ -143,7 +142,7 @@ def assemble_adapter(
     return adapter
 
 
-def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+def describe_adapter(adapter: Adapter) -> dict[str, object]:
     """Return the record of an adapter whose tensors are stored once each, and elsewhere."""
     config, left_out = variant_config(adapter.variant)
     provenance = {k: v for k, v in adapter.provenance.items() if k not in _LOCAL_PROVENANCE and _is_json(v)}
@@ -178,7 +177,7 @@ def _name_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key: tensor for key, tensor in named.items() if key not in shared}, shared
 
 
-def parse_record(path: Path, text: str) -> dict[str, Any]:
+def parse_record(path: Path, text: str) -> JsonObject:
     """Return the record that a text holds, checked.
 
     Raises:

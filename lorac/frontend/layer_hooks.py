@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import SiteError
 
-Hook = Callable[..., Any]
+Hook = Callable[..., object]
 
 
 def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = lambda: True) -> None:
@@ -31,7 +30,7 @@ def guard_hooks(layer: nn.Module, path: str, is_adapted: Callable[[], bool] = la
         layer._forward_hooks[key] = functools.partial(_run, hook, slice(-1, None), path, is_adapted)
 
 
-def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], *arguments: Any) -> Any:
+def _run(hook: Hook, subject: slice, path: str, is_adapted: Callable[[], bool], *arguments: object) -> object:
     """Run a hook, and raise ``SiteError`` if it changes its subject.
 
     Args:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class ModelRun:
         drew: whether it drew random numbers.
     """
 
-    output: Any
+    output: object
     drew: bool
 
 
@@ -66,7 +66,7 @@ class ModelRunner:
             if (address := _get_storage_address(tensor)) is not None
         }
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], seed: int) -> ModelRun:
+    def run(self, args: tuple[object, ...], kwargs: Mapping[str, object], seed: int) -> ModelRun:
         """Run forward once. Changes of earlier runs to the copy's buffers and attributes persist.
 
         Args:
@@ -85,7 +85,7 @@ class ModelRunner:
                 detector.raise_if_refused()  # also if the model has caught the error, or raised another one for it
             return ModelRun(output, drew())
 
-    def _call(self, detector: _WeightWriteDetector, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _call(self, detector: _WeightWriteDetector, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         with detector:
             return self._copy(*args, **kwargs)
 
@@ -251,7 +251,11 @@ class NoFastPath(TorchFunctionMode):
     """Does nothing; but torch fuses no layer whose calls somebody watches, in this thread alone."""
 
     def __torch_function__(
-        self, func: Callable[..., T], types: object, args: tuple[object, ...] = (), kwargs: Any = None
+        self,
+        func: Callable[..., T],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> T:
         return func(*args, **(kwargs or {}))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorac.argument_types import JsonObject
 from lorac.frontend.site_discovery import find_matrix_sites, is_gpt2_conv1d, stores_transposed
 
 _CONTAINERS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential, "named": nn.ModuleDict}
@@ -70,7 +71,7 @@ class MatrixHolder(nn.Module):
         self.is_transposed = is_transposed
 
 
-def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None) -> dict[str, Any]:
+def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None) -> dict[str, object]:
     """Describe a host as JSON: its modules in order, its tensors by name, the paths of its embeddings.
 
     Args:
@@ -78,10 +79,10 @@ def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None)
     """
     modules = {path: _describe_module(module) for path, module in model.named_modules() if path}
     first: dict[int, str] = {}
-    tensors: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, object]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in {**parameters, **dict(model.named_buffers(remove_duplicate=False))}.items():
-        entry: dict[str, Any] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        entry: dict[str, object] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         if name not in parameters:
             entry["buffer"] = True
         if packed and name in packed:
@@ -92,7 +93,7 @@ def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None)
     return {"modules": modules, "tensors": tensors, "embeddings": _embedding_paths(model)}
 
 
-def build_skeleton(described: Mapping[str, Any], values: Mapping[str, Tensor] | None = None) -> Skeleton:
+def build_skeleton(described: JsonObject, values: Mapping[str, Tensor] | None = None) -> Skeleton:
     """Build a skeleton from its description.
 
     Args:
@@ -114,7 +115,7 @@ def build_skeleton(described: Mapping[str, Any], values: Mapping[str, Tensor] | 
     return root.eval()
 
 
-def _describe_module(module: Any) -> dict[str, Any]:
+def _describe_module(module: Any) -> dict[str, object]:
     kind = next((kind for kind, cls in _KINDS.items() if isinstance(module, cls)), None)
     if is_gpt2_conv1d(module):
         return {"kind": "gpt2", "in": int(module.nx), "out": int(module.nf)}
@@ -133,7 +134,7 @@ def _describe_module(module: Any) -> dict[str, Any]:
     return {"kind": kind, "in": module.in_features, "out": module.out_features}
 
 
-def _make_module(entry: Mapping[str, Any]) -> nn.Module:
+def _make_module(entry: JsonObject) -> nn.Module:
     """Make a module of the described kind without tensors; they are registered later."""
     kind = entry.get("kind")
     with torch.device("meta"):
@@ -172,7 +173,7 @@ def _module_at(root: nn.Module, path: str) -> nn.Module:
     return here
 
 
-def _make_tensor(name: str, entry: Mapping[str, Any], values: Mapping[str, Tensor]) -> Tensor:
+def _make_tensor(name: str, entry: JsonObject, values: Mapping[str, Tensor]) -> Tensor:
     dtype = getattr(torch, entry["dtype"])
     assert isinstance(dtype, torch.dtype)
     value = values.get(name)

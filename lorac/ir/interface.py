@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorac.argument_types import JsonObject
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
 from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
 from lorac.ir.multimodal_positions import POSITION_IDS, MultimodalPositions
@@ -317,7 +318,7 @@ class Interface:
         }
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> Interface:
+    def from_json(cls, stored: JsonObject) -> Interface:
         """Return the interface that ``to_json`` wrote.
 
         Raises:

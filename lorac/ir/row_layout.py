@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorac.argument_types import JsonObject
 from lorac.errors import ArtifactError, InputMismatch
 
 LIST_AXIS = -1
@@ -91,7 +92,7 @@ class RowLayout:
         return {"count": self.count, "axes": dict(self.axes), "outputs": dict(self.outputs)}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> RowLayout:
+    def from_json(cls, stored: JsonObject) -> RowLayout:
         """Read the layout from JSON.
 
         Raises:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lorac.argument_types import JsonObject
 from lorac.errors import ArtifactError, InputMismatch
 
 Axis = tuple[str, int]
@@ -234,7 +235,7 @@ class SizeConstraints:
         return {"shapes": shapes, "conditions": list(self.conditions), "fixed": fixed}
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> SizeConstraints:
+    def from_json(cls, stored: JsonObject) -> SizeConstraints:
         """Return the constraints that ``to_json`` wrote; assumptions are not stored.
 
         Raises:

@@ -30,6 +30,7 @@ from lorac.ir.graph.attention_ops import (
 from lorac.ir.graph.edit import KnownCalls, add_dimension, add_inputs, inline, insert_call, insert_repeated_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import get_example
+from lorac.ir.graph.ops import Operands
 from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.tracing import tracing
 from lorac.passes.position_tables import tabulate
@@ -203,7 +204,7 @@ def _select_tokens_per_row(graph: Graph) -> None:
         shape = (get_example(ids).shape[0], get_example(indices).shape[0])
         indices.meta["val"] = torch.empty(shape, dtype=torch.int64)
     for node in list(indices.users):
-        operands: Any = node.args
+        operands: Operands = node.args
         if node.target is not aten.index.Tensor or list(operands[1]) != [None, indices]:
             raise Unavailable(
                 "the model picks tokens for its logits in a way that cannot differ from row to row",

@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind
 from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import get_example
+from lorac.ir.graph.ops import Operands
 
 aten = torch.ops.aten
 _VALUE_AXES = 3
@@ -86,7 +87,7 @@ def _is_token_value(node: fx.Node) -> bool:
 
 
 def _is_lookup(node: fx.Node) -> bool:
-    operands: Any = node.args
+    operands: Operands = node.args
     return node.target is aten.embedding.default or (node.target is aten.index.Tensor and len(operands[1]) == 1)
 
 
@@ -96,7 +97,7 @@ def _count_table_positions(node: fx.Node, positions: fx.Node, stored: Mapping[fx
     Returns:
         None where the rows do not follow positions, such as the row for a kind of token.
     """
-    operands: Any = node.args
+    operands: Operands = node.args
     size = int(get_example(operands[0]).shape[0])
     rows = operands[1] if node.target is aten.embedding.default else operands[1][0]
     places = _evaluate(rows, positions, stored, size)

@@ -21,6 +21,7 @@ from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import ROLES
 from lorac.report.dump import short_dtype
 from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant, format_reason, format_size
+from lorac.variants.adapter import Adapter
 
 _Row = TypeVar("_Row", TermRow, "AdapterRow")
 _FOLD_LIMIT = 3
@@ -143,7 +144,7 @@ def _program_row(name: str, interface: Interface) -> ProgramRow:
     )
 
 
-def _adapter_row(name: str, adapter: Any, rows: Sequence[TermRow], strengths: Mapping[str, float]) -> AdapterRow:
+def _adapter_row(name: str, adapter: Adapter, rows: Sequence[TermRow], strengths: Mapping[str, float]) -> AdapterRow:
     own = [row for row in rows if row.adapter == name]
     states = Counter(row.state for row in own)
     nbytes = sum(row.nbytes for row in own)

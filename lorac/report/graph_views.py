@@ -135,7 +135,7 @@ class GraphView:
         return f"<graph {self.dump.name} @{self.level}, {len(self.dump.rows)} values>"
 
 
-class GraphViews(Mapping[str, GraphView]):
+class GraphViews(dict[str, GraphView]):
     """Name -> graph; printing prints all of them.
 
     Args:
@@ -143,34 +143,26 @@ class GraphViews(Mapping[str, GraphView]):
     """
 
     def __init__(self, views: Mapping[str, GraphView], context: Callable[[], PictureContext]) -> None:
-        self._views, self._context = views, context
-
-    def __getitem__(self, name: str) -> GraphView:
-        return self._views[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._views)
-
-    def __len__(self) -> int:
-        return len(self._views)
+        super().__init__(views)
+        self._context = context
 
     def diff(self) -> str:
         """Return what the passes changed, graph by graph."""
-        return "\n".join(text for view in self._views.values() if (text := view.diff()))
+        return "\n".join(text for view in self.values() if (text := view.diff()))
 
     def to_dot(self) -> str:
         """Return all graphs in Graphviz's language, one after another."""
-        return "\n".join(view.to_dot() for view in self._views.values())
+        return "\n".join(view.to_dot() for view in self.values())
 
     def to_html(self, path: str | Path) -> Path:
         """Write a self-contained page that draws all graphs, and return its path."""
-        return _write_page(path, self._views, self._context())
+        return _write_page(path, self, self._context())
 
     def __str__(self) -> str:
-        return "\n".join(str(view) for view in self._views.values())
+        return "\n".join(str(view) for view in self.values())
 
     def __repr__(self) -> str:
-        return f"<graphs {', '.join(self._views)}>"
+        return f"<graphs {', '.join(self)}>"
 
 
 def _extract_module(dump: Dump, path: str) -> Dump | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -77,28 +78,16 @@ def path_stem(path: str) -> str:
 
 def group_items(section: Section) -> Iterator[int | list[Section]]:
     """Yield the items of a section in order, with neighbouring blocks together."""
-    blocks: list[Section] = []
-    for item in section.items:
-        if isinstance(item, Section):
-            blocks.append(item)
-            continue
-        if blocks:
-            yield blocks
-            blocks = []
-        yield item
-    if blocks:
-        yield blocks
+    for _, items in itertools.groupby(section.items, type):
+        group = list(items)
+        blocks = [item for item in group if isinstance(item, Section)]
+        yield from [blocks] if blocks else (item for item in group if isinstance(item, int))
 
 
 def find_runs(items: Sequence[object]) -> list[tuple[int, int]]:
     """Return (start, length) of each run of equal neighbours, in order."""
-    runs: list[tuple[int, int]] = []
-    for index, item in enumerate(items):
-        if runs and items[runs[-1][0]] == item:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((index, 1))
-    return runs
+    lengths = [len(list(run)) for _, run in itertools.groupby(items)]
+    return list(zip(itertools.accumulate(lengths, initial=0), lengths, strict=False))
 
 
 def extract_module(dump: Dump, path: str) -> Dump:

@@ -20,7 +20,7 @@ from lorac.errors import ChoiceError, Unavailable
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.target.engine import AuxOutputs, CallResult
 
-Array = torch.Tensor | np.ndarray[Any, Any]
+Array = torch.Tensor | np.ndarray
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
 T = TypeVar("T")

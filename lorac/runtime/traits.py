@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.argument_types import JsonObject
 from lorac.frontend.components import list_components
 
 _COMMON_MIXIN = "GenerationMixin"
@@ -39,7 +40,7 @@ class CustomGeneration:
     """
 
     path: str
-    asks: Mapping[str, Any]
+    asks: JsonObject
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,17 @@ class ModelTraits:
     config: Any
     dtype: torch.dtype
     device: torch.device
-    generation: Mapping[str, Any] | None = None
+    generation: JsonObject | None = None
     rules: CustomGeneration | None = None
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> JsonObject:
         """The entries of the configuration, and those of its part about text, if it has one."""
         entries = _config_entries(self.config) or {}
         text = entries.get("text_config")
         return {**text, **entries} if isinstance(text, Mapping) else entries
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the traits as JSON; entries of the configuration that JSON cannot hold are None."""
         rules = None if self.rules is None else {"path": self.rules.path, "asks": self.rules.asks}
         return {
@@ -79,7 +80,7 @@ class ModelTraits:
         }
 
 
-def traits_from_json(stored: Mapping[str, Any]) -> dict[str, ModelTraits]:
+def traits_from_json(stored: JsonObject) -> dict[str, ModelTraits]:
     """Return the traits of each graph's model from their JSON."""
     return {
         name: ModelTraits(
@@ -110,7 +111,7 @@ def _component_traits(model: nn.Module) -> ModelTraits:
     )
 
 
-def _config_entries(config: object) -> dict[str, Any] | None:
+def _config_entries(config: object) -> dict[str, object] | None:
     """Return the entries of transformers' configuration, of diffusers', or of any object with attributes."""
     if config is None:
         return None
@@ -120,11 +121,11 @@ def _config_entries(config: object) -> dict[str, Any] | None:
     return dict(to_dict()) if callable(to_dict) else dict(vars(config))
 
 
-def _to_json(entries: Mapping[str, Any] | None) -> Any:
+def _to_json(entries: JsonObject | None) -> object:
     return json.loads(json.dumps(entries, default=lambda _: None))
 
 
-def _generation_settings(model: nn.Module) -> dict[str, Any] | None:
+def _generation_settings(model: nn.Module) -> dict[str, object] | None:
     can_generate, config = getattr(model, "can_generate", None), getattr(model, "generation_config", None)
     if not callable(can_generate) or not can_generate() or config is None:
         return None
@@ -138,7 +139,7 @@ def _custom_generation(model: nn.Module) -> CustomGeneration | None:
     if owner is None or owner.__name__ == _COMMON_MIXIN:
         return None
     modules = dict(model.named_children())
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for path in _NESTED_ATTRIBUTE.findall(_class_source(owner)):
         if path.partition(".")[0] in modules:
             values[path] = _read_path(model, path)
@@ -146,7 +147,7 @@ def _custom_generation(model: nn.Module) -> CustomGeneration | None:
     return CustomGeneration(f"{owner.__module__}:{owner.__qualname__}", read)
 
 
-def _read_path(value: Any, path: str) -> Any:
+def _read_path(value: object, path: str) -> object:
     for name in path.split("."):
         value = getattr(value, name, None)
     return value

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from lorac.storage.artifact import Manifest, open_artifact
 from lorac.storage.atomic_folders import MANIFEST, read_consistently
 from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
 from lorac.storage.plans import choice_from_json, plan_from_json
-from lorac.target.backend import Backend
+from lorac.target.backend import Backend, TargetOptions
 
 
 def load(
@@ -128,7 +127,7 @@ def _load_manifest(
     return make_compiled(session, engine, parse_choice(choice_from_json(manifest.fields["active"]), session.pool))
 
 
-def _check_running_options(backend: Backend[Any], options: Mapping[str, object]) -> None:
+def _check_running_options(backend: Backend[TargetOptions], options: Mapping[str, object]) -> None:
     """Raise ``OptionError`` for an option that does not say how a program runs."""
     known = backend.options.running
     for name in options:

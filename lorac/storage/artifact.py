@@ -26,7 +26,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lorac.errors import ArtifactError, LoracError, list_some
 from lorac.limits import charge_reading
@@ -62,7 +61,7 @@ _FIELDS: dict[str, type] = {
 
 
 # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], Mapping[str, Any]]) -> None:
+def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], JsonObject]) -> None:
     """Write an artifact; unless everything succeeds, the folder stays as it was.
 
     Args:
@@ -83,7 +82,7 @@ def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], Mappin
         (staged / MANIFEST).write_text(dump_json(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def seal_manifest(manifest: JsonObject) -> dict[str, object]:
     """Return a manifest with the hash of all its other fields."""
     rest = {field: value for field, value in manifest.items() if field != _SEAL}
     return {**rest, _SEAL: hashlib.blake2b(dump_json(rest).encode(), digest_size=16).hexdigest()}
@@ -138,7 +137,7 @@ class Manifest:
     """
 
     folder: Path
-    fields: Mapping[str, Any]
+    fields: JsonObject
     files: Mapping[str, OpenFile]
 
     def adapters(self) -> Iterator[tuple[str, OpenFile, OpenFile | None]]:
@@ -192,7 +191,7 @@ def _open_all(folder: Path) -> Manifest:
     return Manifest(folder, fields, {name: file for name, file in checked.items() if name not in portable})
 
 
-def _read_fields(folder: Path) -> dict[str, Any]:
+def _read_fields(folder: Path) -> JsonObject:
     path = folder / MANIFEST
     if not path.is_file() or path.is_symlink():
         raise ArtifactError(
@@ -218,7 +217,7 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def open_checked(folder: Path, name: str, entry: Any) -> OpenFile:
+def open_checked(folder: Path, name: str, entry: JsonObject) -> OpenFile:
     """Open a file of a folder and check it against its entry in the manifest (``describe_files``).
 
     Raises:

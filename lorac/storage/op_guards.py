@@ -25,7 +25,7 @@ class GuardedOp:
         self.op, self.fits = op, fits
         self.__name__, self.__module__ = f"guarded_{op._opname}", __name__
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Check the operands and call the op.
 
         Raises:
@@ -37,17 +37,17 @@ class GuardedOp:
         return self.op(*args, **kwargs)
 
 
-def guard_op(op: torch._ops.OpOverload) -> Callable[..., Any]:
+def guard_op(op: torch._ops.OpOverload) -> Callable[..., object]:
     """Return an op, guarded if its kernel believes its operands."""
     fits = _CHECKS.get(op._opname)
     return op if fits is None else GuardedOp(op, fits)
 
 
-def _fits_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> bool:
+def _fits_attention(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> bool:
     return key.dim() > 1 and query.shape[-1:] == key.shape[-1:] and key.shape[-2:-1] == value.shape[-2:-1]
 
 
-def _fits_bags(weight: Tensor, indices: Tensor, offsets: Tensor, *_: Any, **__: Any) -> bool:
+def _fits_bags(weight: Tensor, indices: Tensor, offsets: Tensor, *_: object, **__: object) -> bool:
     bounds = torch.cat((offsets.new_zeros(1), offsets, offsets.new_full((1,), indices.numel())))
     return offsets.dim() == 1 and bool((bounds.diff() >= 0).all())
 
@@ -56,7 +56,7 @@ def _fits_norm(v: Tensor, g: Tensor, dim: int = 0) -> bool:
     return g.numel() == (v.shape[dim] if dim != -1 else 1)
 
 
-def _fits_batch_norm(x: Tensor, *parameters: object, **_: Any) -> bool:
+def _fits_batch_norm(x: Tensor, *parameters: object, **_: object) -> bool:
     return all(parameter.shape == x.shape[1:2] for parameter in parameters if isinstance(parameter, Tensor))
 
 

@@ -84,7 +84,7 @@ def op_name(target: object) -> str | None:
     return f"{module}.{name}" if module in _MODULES and name in _NUMBER_FUNCTIONS else None
 
 
-def find_op(name: str) -> Callable[..., Any]:
+def find_op(name: str) -> Callable[..., object]:
     """Return the op registered as ``<namespace>.<name>.<overload>``, or a function on numbers.
 
     Raises:
@@ -114,12 +114,12 @@ def _is_allowed(op: torch._ops.OpOverload) -> bool:
     return op.namespace == "aten" and is_known and is_safe
 
 
-def _bound_number(function: Callable[..., Any]) -> Callable[..., Any]:
+def _bound_number(function: Callable[..., object]) -> Callable[..., object]:
     """Return a function on numbers that refuses other arguments, and results of more bits than a size has."""
     if function is operator.getitem:
         return function
 
-    def bounded(*values: Any) -> Any:
+    def bounded(*values: object) -> object:
         given = values[0] if function is torch.sym_sum and isinstance(values[0], list | tuple) else values
         whole = [value for value in given if type(value) is int]
         grows = function is operator.pow and len(whole) == 2 and whole[0].bit_length() * abs(whole[1]) > _BITS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 
@@ -73,7 +72,7 @@ def branch_from_json(path: str, stored: JsonObject) -> BranchSlot:
 
 
 def _missing_formula(path: str) -> Callable[..., torch.Tensor]:
-    def formula(*_: Any) -> torch.Tensor:
+    def formula(*_: object) -> torch.Tensor:
         raise Unavailable(
             f"the branch at '{path}' is part of a stored program and has no formula any more",
             next_step="compile from the model again, with the adapter in adapters=",

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.export import Dim
 
+from lorac.argument_types import JsonObject
 from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.eager.fastpath import disable_fast_path
 from lorac.backends.eager.linear_rounding import match_linear_rounding
@@ -136,7 +136,7 @@ def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans
 
 
 def _load_graphs(stored: StoredState, files: ProgramFiles, file: TensorFile) -> dict[str, StoredGraph]:
-    entries: Any = stored["graphs"]
+    entries: JsonObject = stored["graphs"]  # type: ignore[assignment]  # checked by what reads an entry
     with charge_reading(files[_PROGRAM].where):
         text = read_json_text(files[_PROGRAM].path)
         nodes = parse_json(text, lambda reason: ArtifactError(f"'{files[_PROGRAM].where}' {reason}"))

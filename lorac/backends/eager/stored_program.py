@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,9 +86,9 @@ class StoredProgramEngine(Engine[SlotTensors]):
         part = self.parts[check_component(graph, self.parts)]
         filled = {slot.node: content[name] for name, slot in part.slots.items()}
 
-        def run(arguments: dict[str, Any]) -> list[Any]:
+        def run(arguments: dict[str, object]) -> list[object]:
             inputs = {name: torch.as_tensor(value) for name, value in arguments.items()}
-            values = _compute(part.program, {**inputs, **filled})
+            values: list[object] = [*_compute(part.program, {**inputs, **filled})]
             if arguments and all(isinstance(value, np.ndarray) for value in arguments.values()):
                 values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
             return values
@@ -98,7 +97,7 @@ class StoredProgramEngine(Engine[SlotTensors]):
         return CallResult(output, group_aux_outputs(extra, content))
 
 
-def _compute(program: StoredProgram, inputs: Mapping[str, Tensor]) -> list[Any]:
+def _compute(program: StoredProgram, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the outputs of a program.
 
     Raises:

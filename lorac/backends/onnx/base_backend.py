@@ -8,10 +8,11 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from typing import TYPE_CHECKING, ClassVar, Generic
 
 import torch
 
+from lorac.argument_types import JsonObject
 from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, LoadedProgram, OnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
 from lorac.ir.graph.graph import Program, SlotInput
@@ -54,7 +55,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         files: ProgramFiles,
         interface: Interface,
         slots: Mapping[str, SlotInput],
-        stored: Mapping[str, Any],
+        stored: JsonObject,
         options: OptionsT,
     ) -> GraphT:
         """Load a graph from its files.
@@ -227,7 +228,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         Raises:
             ArtifactError, Unavailable: the target does not load these files here.
         """
-        known: Any = stored
+        known: JsonObject = stored
         options = self.restore_options(known["options"], plans, device)
         graphs = {}
         for name, entry in known["graphs"].items():
@@ -240,7 +241,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         )
 
     def restore_options(
-        self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None
+        self, stored: JsonObject, plans: Mapping[str, SitePlan], device: str | torch.device | None
     ) -> OptionsT:
         """Return the options of an artifact, for a device if one is given."""
         options = self.options(**stored)
@@ -248,6 +249,3 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     def read_base_weights(self, files: ProgramFiles) -> Mapping[str, torch.Tensor] | None:
         return TensorFile(files[BASE_FILE], files) if BASE_FILE in files else None
-
-
-AnyOnnxBackend = OnnxBackend[Any, Any]

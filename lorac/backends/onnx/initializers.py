@@ -9,7 +9,6 @@ import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +20,7 @@ from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 _EXTERNAL_SIZE = 1024
 """Bytes from which a weight is written to a file of its own."""
 _MATRIX, _MAX_ITEM_SIZE = 2, 8
-_Array = np.ndarray[Any, Any]
+_Array = np.ndarray
 
 
 def write_model(model: ir.Model, folder: Path) -> None:

@@ -13,10 +13,8 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError, Message
 
@@ -24,7 +22,7 @@ from lorac.errors import ArtifactError, short
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.storage.open_file import OpenFile
 
-Array = npt.NDArray[Any]
+Array = np.ndarray
 MODEL_FILE, WEIGHTS_FILE, BASE_FILE = "model.onnx", "model.onnx.data", "base.safetensors"
 NEUTRAL_FILE = "neutral.safetensors"
 """Contents of the slots without an active adapter, for programs whose callers must give every slot."""

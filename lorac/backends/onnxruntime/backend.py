@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from lorac.argument_types import JsonObject
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage
@@ -79,7 +80,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         files: ProgramFiles,
         interface: Interface,
         slots: Mapping[str, SlotInput],
-        stored: Mapping[str, Any],
+        stored: JsonObject,
         options: OnnxRuntimeOptions,
     ) -> GraphSession:
         return GraphSession(create_session(files, name, options), interface, slots)
@@ -154,7 +155,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
     # --- restoring -----------------------------------------------------------------------------------------------
 
     def restore_options(
-        self, stored: Mapping[str, Any], plans: Mapping[str, SitePlan], device: str | torch.device | None
+        self, stored: JsonObject, plans: Mapping[str, SitePlan], device: str | torch.device | None
     ) -> OnnxRuntimeOptions:
         """Return the options of an artifact for a device, if this machine can run it there."""
         options = OnnxRuntimeOptions(**stored)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lorac.argument_types import JsonObject
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import graph_file, list_program_files
@@ -156,7 +157,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         files: ProgramFiles,
         interface: Interface,
         slots: Mapping[str, SlotInput],
-        stored: Mapping[str, Any],
+        stored: JsonObject,
         options: TensorRTOptions,
     ) -> GraphPlan:
         """Return a stored plan, which the first call loads.

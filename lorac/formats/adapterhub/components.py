@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorac.formats._config_fields import JsonObject
+from lorac.argument_types import JsonObject
 from lorac.formats.adapterhub.keys import KeyPattern, TensorsBySite
 from lorac.formats.adapterhub.layouts import AdaptableLayer, Family, find_layers, name_sublayers
 from lorac.frontend.model_view import ModelView

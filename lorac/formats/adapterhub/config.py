@@ -10,8 +10,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lorac.argument_types import JsonObject
 from lorac.errors import short
-from lorac.formats._config_fields import JsonObject, refuse_unknown_fields
+from lorac.formats._config_fields import refuse_unknown_fields
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.adapterhub.bottlenecks import read_bottlenecks, read_preset
 from lorac.formats.adapterhub.components import ComponentConfig, ComponentFile, ConfigHeader

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,8 +155,8 @@ def _select_layers(name: str, fields: LoraFields, terms: Mapping[str, _LayerTerm
     return fields
 
 
-def _encode_fields(fields: LoraFields, dtypes: set[torch.dtype]) -> dict[str, Any]:
-    config: dict[str, Any] = {"architecture": ARCHITECTURE, **dataclasses.asdict(fields)}
+def _encode_fields(fields: LoraFields, dtypes: set[torch.dtype]) -> dict[str, object]:
+    config: dict[str, object] = {"architecture": ARCHITECTURE, **dataclasses.asdict(fields)}
     if len(dtypes) == 1 and dtypes != {torch.float32}:
         config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
     if fields.alpha.is_integer():

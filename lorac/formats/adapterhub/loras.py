@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_parameter
-from lorac.argument_types import field_types
-from lorac.formats._config_fields import JsonObject, check_field_type, refuse_unknown_fields
+from lorac.argument_types import JsonObject, field_types
+from lorac.formats._config_fields import check_field_type, refuse_unknown_fields
 from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import ComponentConfig, ConfigHeader, ModelLayout, PlacedComponent
 from lorac.formats.adapterhub.keys import KeyPattern

@@ -12,11 +12,11 @@ import functools
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any
 
+from lorac.argument_types import JsonObject
 from lorac.discovery import import_modules
 from lorac.errors import FormatError, nearest_name, short
-from lorac.formats._config_fields import ABSENT, Applied, JsonObject, read_fields
+from lorac.formats._config_fields import ABSENT, Applied, read_fields
 from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import rename_bias
 from lorac.formats.peft.peft_type import AnyPeftType, PeftType
@@ -61,7 +61,7 @@ def peft_type_of(raw: JsonObject, path: Path) -> AnyPeftType:
     )
 
 
-def read_config(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> dict[str, Any]:
+def read_config(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> dict[str, object]:
     """Return the value of every field in lorac's types; defaults where the file has none.
 
     Raises:
@@ -103,7 +103,9 @@ def variant_of(values: JsonObject, peft_type: AnyPeftType, path: Path) -> Varian
     return cls(**settings)
 
 
-def write_config(variant: Variant, peft_type: AnyPeftType, given: JsonObject, original: JsonObject) -> dict[str, Any]:
+def write_config(
+    variant: Variant, peft_type: AnyPeftType, given: JsonObject, original: JsonObject
+) -> dict[str, object]:
     """Return a configuration that makes PEFT build what the variant describes.
 
     Args:
@@ -111,7 +113,7 @@ def write_config(variant: Variant, peft_type: AnyPeftType, given: JsonObject, or
         given: fields that the variant alone does not determine; those that the type lacks are left out.
         original: the configuration from which the variant was read, whose inconsequential fields are kept.
     """
-    config: dict[str, Any] = {}
+    config: dict[str, object] = {}
     for name, field in peft_type.fields.items():
         if field.default is ABSENT:
             continue

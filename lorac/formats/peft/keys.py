@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorac.argument_types import JsonObject
 from lorac.errors import FormatError, list_some, nearest_name
-from lorac.formats._config_fields import JsonObject
 from lorac.formats._errors import corrupt_error
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.frontend.model_view import ModelView

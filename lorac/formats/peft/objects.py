@@ -19,8 +19,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from lorac.argument_types import JsonObject
 from lorac.errors import CompileError, short
-from lorac.formats._config_fields import Irrelevant, JsonObject
+from lorac.formats._config_fields import Irrelevant
 from lorac.formats._errors import unsupported_error
 from lorac.formats._registry import load_adapter
 from lorac.formats.peft.config import peft_type_of, read_config, variant_of

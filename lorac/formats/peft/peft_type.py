@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
+from lorac.argument_types import JsonObject
 from lorac.errors import AdapterError, SiteError, warn
-from lorac.formats._config_fields import Field, JsonObject
+from lorac.formats._config_fields import Field
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter

@@ -8,8 +8,8 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from lorac.argument_types import JsonObject
 from lorac.errors import BaseNeeded
-from lorac.formats._config_fields import JsonObject
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.ir.sites import Site, SiteKind
 from lorac.variants.base import Variant

@@ -6,14 +6,13 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
-from lorac.formats._config_fields import JsonObject
+from lorac.argument_types import JsonObject
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._files import BASE_HASH, EXPERTS, SEAL, encode_config, peek_metadata, write_json, write_sealed
 from lorac.formats._site_layouts import remembered_sites
@@ -234,7 +233,7 @@ class _FolderWriter:
             return True
         return self.view is not None and module in embedding_modules(self.view.module)
 
-    def _targets(self, matrices: set[str], tied: Mapping[str, str]) -> dict[str, Any]:
+    def _targets(self, matrices: set[str], tied: Mapping[str, str]) -> dict[str, object]:
         """Return the fields that make PEFT target exactly the adapter's sites; as the variant has them if they do."""
         variant = self.adapter.variant
         parameters = name_parameters(variant.parameters, matrices, self.sites)
@@ -254,7 +253,7 @@ class _FolderWriter:
             and not any(is_named(variant.targets, path) for path in inner)
             and not (isinstance(variant.targets, str) and variant.layers)
         )
-        given: dict[str, Any] = {"target_parameters": list(parameters) or None}
+        given: dict[str, object] = {"target_parameters": list(parameters) or None}
         if has_targets and has_filters and is_exact(variant):
             return given if variant.layers else {**given, "layers_pattern": None}
         paths = tuple(sorted(wanted - inner - matrices))

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -175,7 +175,7 @@ class _MutationGuard(TorchDispatchMode):
         self._names = {_storage_key(tensor): name for name, tensor in tensors.items()}
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         named = dict(kwargs or {})
         for tensor in _mutated_tensors(func, args, named):
@@ -187,7 +187,7 @@ class _MutationGuard(TorchDispatchMode):
         return func(*args, **named)
 
 
-def _mutated_tensors(func: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterable[Tensor]:
+def _mutated_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterable[Tensor]:
     """Yield the tensors that an op writes into, by its schema."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
 WEIGHT, IDENTITY = "W", "I"
-Op = Callable[..., Any]
+Op = Callable[..., object]
 """An op of torch, or another function that a graph calls."""
 
 

@@ -9,7 +9,7 @@ target decides how it runs them.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def attention(  # noqa: PLR0913, PLR0917  (an op's operands)
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
@@ -144,7 +144,7 @@ def cached_attention(  # noqa: PLR0913, PLR0917  (an op's operands)
 
 
 @cached_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
     return out, torch.empty_like(past_k), torch.empty_like(past_v)
 

@@ -27,6 +27,7 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 
 from lorac.ir.function_tracing import Decompositions, record_function
@@ -35,7 +36,7 @@ from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
 
-KnownCalls = dict[object, Any]
+KnownCalls = dict[object, object]
 """Key of a call (``ops.make_call_key``) -> the example of its value."""
 
 
@@ -252,7 +253,7 @@ def qualify_names(program: ExportedProgram, prefix: str) -> ExportedProgram:
 def inline(
     program: ExportedProgram,
     node: fx.Node,
-    function: Callable[..., Any],
+    function: Callable[..., object],
     operands: Sequence[fx.Node],
     traced: fx.GraphModule | None = None,
     origin: fx.Node | None = None,
@@ -265,7 +266,7 @@ def inline(
     if traced is None:
         traced = trace_function(program, function, operands)
     places = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    environment: dict[fx.Node, Any] = dict(zip(places, operands, strict=True))
+    environment: dict[fx.Node, fx.Node] = dict(zip(places, operands, strict=True))
     sizes = _renamed(places, operands)
     for inner in traced.graph.nodes:
         if inner.op == "get_attr":
@@ -297,15 +298,21 @@ def _resized(value: object, sizes: Mapping[str, int | torch.SymInt]) -> object:
     return pytree.tree_map(at, value) if sizes else value
 
 
-def insert_call(program: ExportedProgram, before: fx.Node, op: Any, *operands: Any, **named: Any) -> fx.Node:
+def insert_call(program: ExportedProgram, before: fx.Node, op: Target, *operands: Any, **named: Any) -> fx.Node:
     """Insert a call of an op before a node, with that node's provenance."""
     return insert_repeated_call(program, {}, before, op, *operands, **named)
 
 
 def insert_repeated_call(
-    program: ExportedProgram, known: KnownCalls, before: fx.Node, op: Any, *operands: Any, **named: Any
+    program: ExportedProgram,
+    known: KnownCalls,
+    before: fx.Node,
+    op: Target,
+    *operands: Any,
+    **named: Any,
 ) -> fx.Node:
     """Insert a call as ``insert_call``; repeated layers share ``known``, so that its value is computed once."""
+    assert callable(op)
     with program.graph.inserting_before(before):
         node = program.graph.call_function(op, operands, named)
     given = fx.map_arg(operands, lambda operand: operand.meta["val"])
@@ -333,12 +340,12 @@ def add_constant(program: ExportedProgram, value: torch.Tensor) -> fx.Node:
 
 def trace_function(
     program: ExportedProgram,
-    function: Callable[..., Any],
+    function: Callable[..., object],
     operands: Sequence[fx.Node],
     decompositions: Decompositions | None = None,
 ) -> fx.GraphModule:
     """Trace ``function``, which returns a tuple, to aten or by ``decompositions`` over examples of ``operands``."""
-    values: list[Any] = []
+    values: list[torch.Tensor] = []
     for value in (operand.meta["val"] for operand in operands):
         # A trace would treat two operands with the same example as one operand.
         known = any(value is other for other in values)

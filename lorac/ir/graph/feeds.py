@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -137,10 +136,10 @@ def cache_input_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
     return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 
-def group_aux_outputs(extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def group_aux_outputs(extra: Mapping[str, object], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
     """Group the extra outputs of active branches by name and site."""
-    aux: dict[str, dict[str, Any]] = {}
-    emitted: dict[str, dict[str, list[Any]]] = {}
+    aux: dict[str, dict[str, object]] = {}
+    emitted: dict[str, dict[str, list[object]]] = {}
     for key, value in extra.items():
         name, _, place = key.partition(":")
         path, _, branch = place.rpartition(":")

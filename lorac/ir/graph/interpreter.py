@@ -36,7 +36,7 @@ _ROUNDINGS = 8
 @torch.no_grad()
 def run_graph(
     graph: Graph,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
     slots: Mapping[str, Tensor] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> list[Any]:
@@ -111,12 +111,12 @@ class _Interpreter(fx.Interpreter):
         super().__init__(graph.exported.graph_module)
         self._program = graph
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         """Run a node without fx's record of it for tracebacks, which takes longer than small ops."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Any, args: ops.Operands, kwargs: dict[str, Any]) -> Any:
         if target is ops.adapted:
             call = AdaptedCall(*args)
             return compute_adapted(self._program.plan_of(call.site), call, self._program.sites, {})
@@ -133,7 +133,7 @@ def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, T
     return values, indices
 
 
-_FUNCTIONS: Mapping[object, Callable[..., Any]] = {
+_FUNCTIONS: Mapping[object, Callable[..., object]] = {
     aten.topk.default: _topk,
     aten.sort.default: _sort,
     **ops.OP_FUNCTIONS,

@@ -16,9 +16,11 @@ from torch._library.custom_ops import CustomOpDef
 
 aten = torch.ops.aten
 Operands = tuple[Any, ...]
-Lowering = Callable[[Operands], tuple[Any, Operands]]
+SiteOp = Callable[..., Tensor]
+"""An op that computes a layer."""
+Lowering = Callable[[Operands], tuple[SiteOp, Operands]]
 """Return the aten op of a site's op, and its operands."""
-_CONVOLUTIONS: dict[int, Any] = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
+_CONVOLUTIONS: dict[int, SiteOp] = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 _LOWERINGS: dict[object, Lowering] = {}
 OP_FUNCTIONS: dict[object, Callable[..., Tensor]] = {}
 """Op -> its function, which runs without torch's dispatcher: that takes longer than a small product."""
@@ -158,7 +160,7 @@ def _(given: list[Tensor], answered: list[Tensor], notes: list[Tensor], path: st
 MARKER, REPEATED_LAYER = marker._opoverload, repeated_layer._opoverload
 
 
-def adapted(op: Any, host_args: Operands, slots: dict[str, Tensor], site: str) -> Tensor:
+def adapted(op: SiteOp, host_args: Operands, slots: dict[str, Tensor], site: str) -> Tensor:
     """Mark a call of a touched site at level adapted: the model's op and operands, and the tensors in its slots.
 
     It computes ``lorac.ir.slots.execution.run_site``, by which the ``expand`` pass replaces it.

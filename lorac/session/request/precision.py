@@ -7,7 +7,6 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +140,7 @@ def redirect_casts(model: nn.Module, dtypes: Mapping[torch.dtype, torch.dtype]) 
     cls = type(model)
 
     @functools.wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         with _RedirectedCasts(dtypes):
             return cls.forward(self, *args, **kwargs)
 

@@ -9,8 +9,7 @@ on others the exporter is called as it is.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import onnx_ir as ir
 import torch
@@ -19,6 +18,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.onnx.errors import OnnxExporterError
 
+from lorac.backends.onnx.export.torchlib import Target, Translation
 from lorac.errors import Unavailable
 from lorac.frontend.capture.trace_guards import iter_error_causes
 from lorac.ir.graph.edit import copy_graph, find_fake_mode
@@ -28,7 +28,7 @@ from lorac.third_party_output import suppress_third_party_output
 
 TESTED_RELEASES = ("2.13",)
 """Releases of torch whose private parts are known to be what ``torchlib`` takes them for."""
-Translations = Mapping[Callable[..., object], Callable[..., Any]]
+Translations = Mapping[Target, Translation]
 
 
 def export(program: ExportedProgram, translations: Translations) -> ir.Model:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lorac.frontend.quantised_weights import QUANTISATION_LEVELS, QuantisedMatrix
 
-Array = npt.NDArray[Any]
+Array = np.ndarray
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """The numbers of values that may share a scale."""
 ACCURACY_ATTRIBUTE = "accuracy_level"

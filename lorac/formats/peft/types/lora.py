@@ -32,13 +32,13 @@ from torch import Tensor
 
 from lorac.adapters.lora_conversion import to_lora
 from lorac.adapters.residual_base import FACTOR_RULES, subtract_factors
+from lorac.argument_types import JsonObject
 from lorac.errors import BaseNeeded, SiteError, nearest_name, warn
 from lorac.formats._config_fields import (
     ABSENT,
     Applied,
     Field,
     Irrelevant,
-    JsonObject,
     Refused,
     TrainingOnly,
     read_flag,

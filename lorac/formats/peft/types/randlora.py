@@ -15,15 +15,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lorac.formats._config_fields import (
-    Applied,
-    JsonObject,
-    TrainingOnly,
-    read_flag,
-    read_number,
-    read_size,
-    write_number,
-)
+from lorac.argument_types import JsonObject
+from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_number, read_size, write_number
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
 from lorac.formats.peft.peft_type import Tensors

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lorac.formats._config_fields import Applied, JsonObject, TrainingOnly, read_number, read_size
+from lorac.argument_types import JsonObject
+from lorac.formats._config_fields import Applied, TrainingOnly, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
 from lorac.formats.peft.peft_type import Tensors

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorac.formats._config_fields import Applied, JsonObject, read_size
+from lorac.argument_types import JsonObject
+from lorac.formats._config_fields import Applied, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
 from lorac.formats.peft.fields import WITHOUT_FAN
