@@ -21,6 +21,8 @@ from lorac.errors import OptionError, WrongType, nearest_name, short
 
 JsonObject: TypeAlias = Mapping[str, typing.Any]
 """A JSON object, or values read from one."""
+Fields: TypeAlias = Mapping[str, typing.Any]
+"""Values for a dataclass's fields by name, which the dataclass checks itself."""
 _NUMBERS: Mapping[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 

@@ -6,7 +6,7 @@ Ding et al., EMNLP 2023, arXiv 2311.11696.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -41,7 +41,7 @@ def prune_gates(adapter: Adapter, name: str | None = None) -> Adapter:
     if not tensors:
         raise AdapterError(f"every gate of '{adapter.name}' is closed", next_step="train with a smaller threshold")
     ranks = {path: len(parameters["lora_A"]) for path, parameters in tensors.items()}
-    initial: dict[str, Any] = {path: variant.at_path(path) for path in tensors}
+    initial = {path: cast(SoRA, variant.at_path(path)) for path in tensors}
     alphas = {path: initial[path].alpha * rank / initial[path].r for path, rank in ranks.items()}
     lora = make_lora_variant(ranks, alphas, variant)
     return Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced))

@@ -5,7 +5,7 @@ Vulić et al. 2026, arXiv 2602.10993, in the form that never makes a matrix as l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -13,6 +13,7 @@ from lorac.adapters.lora_conversion import compute_product_svd, make_lora_varian
 from lorac.errors import AdapterNotFound, OptionError
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
+from lorac.variants.low_rank import ScaledRank
 
 Tensor = torch.Tensor
 
@@ -46,7 +47,7 @@ def reduce_rank(
     generator = torch.Generator().manual_seed(seed)
     tensors, ranks, alphas = {}, {}, {}
     for path, parameters in adapter.tensors.items():
-        variant: Any = adapter.variant.at_path(path)
+        variant = cast(ScaledRank, adapter.variant.at_path(path))
         u, s, vh = compute_product_svd(variant.scale * parameters["lora_B"].detach(), parameters["lora_A"].detach())
         width = min(rank, s.shape[-1]) if rank is not None else _rank_for_energy(s, energy or 1.0)
         b, a = _balanced_factors(u[..., :width], s[..., :width], vh[..., :width, :], variant.scale, generator)

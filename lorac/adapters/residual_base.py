@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import torch
 
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import WeightVariant
+from lorac.variants.low_rank import ScaledRank
 from lorac.variants.residual import Residual
 
 Tensor = torch.Tensor
@@ -51,10 +53,11 @@ def subtract_factors(adapter: Adapter, starts: Mapping[str, FactorPair]) -> Adap
         adapter: of a method with a rank and a scale (LoRA, DoRA).
         starts: path of every site -> the pair.
     """
-    variant: Any = adapter.variant
+    variant = adapter.variant
+    assert isinstance(variant, WeightVariant) and isinstance(variant, ScaledRank)
+    scales = {path: cast(ScaledRank, variant.at_path(path)).scale for path in adapter.tensors}
     tensors = {
-        path: parameters
-        | {"start_A": starts[path][0].clone(), "start_B": variant.at_path(path).scale * starts[path][1]}
+        path: parameters | {"start_A": starts[path][0].clone(), "start_B": scales[path] * starts[path][1]}
         for path, parameters in adapter.tensors.items()
     }
     return replace(adapter, variant=Residual.around(variant, variant.r, variant.rank_pattern), tensors=tensors)

@@ -97,7 +97,7 @@ class Refused(Field):
         return self.default
 
 
-def read_fields(raw: JsonObject, fields: Mapping[str, Field], path: Path) -> dict[str, Any]:
+def read_fields(raw: JsonObject, fields: Mapping[str, Field], path: Path) -> JsonObject:
     """Return the value of every field of a table; defaults where the file has none.
 
     Raises:

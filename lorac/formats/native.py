@@ -13,13 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
-from lorac.argument_types import JsonObject, field_types, matches_type
+from lorac.argument_types import Fields, JsonObject, field_types, matches_type
 from lorac.errors import FormatError, UnknownMethod, nearest_name, short
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import check_seal, encode_config, peek_metadata, read_safetensors, write_sealed
@@ -259,7 +258,7 @@ def _build_named_variant(path: Path, name: str, config: JsonObject, modules: Map
                 code="unknown_field",
             )
     defaults, types = _default_values(cls), field_types(cls)
-    values: dict[str, Any] = {field: _revive(path, value, modules) for field, value in config.items()}
+    values: Fields = {field: _revive(path, value, modules) for field, value in config.items()}
     for field, value in values.items():
         if not matches_type(value, types[field]):
             raise unsupported_error(

@@ -26,7 +26,7 @@ def convert_to_tensors(inputs: object) -> object:
     return tuple(map(_copy, inputs)) if type(inputs) is list else _copy(inputs)
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: object) -> object:
     """Return a value with each tensor, and each array of numbers as a tensor, in memory of its own.
 
     One tensor given for two arguments becomes two, since a trace takes one tensor for one input.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +13,7 @@ CAPTURE_CONFIG = {"use_cache": False}
 """Fields that a capture sets in the configuration of a transformers model: its graph keeps no cache."""
 
 
-def to_json_value(value: Any) -> Any:
+def to_json_value(value: object) -> object:
     """Return a value as JSON has it: tensors and arrays as lists of numbers, tuples as lists."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         return value.tolist()

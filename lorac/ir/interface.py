@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -324,8 +323,8 @@ class Interface:
         Raises:
             ArtifactError: its parts contradict one another.
         """
-        names: dict[str, Any] = {name: tuple(stored[entry]) for entry, name in _STORED_NAMES.items()}
-        mappings: dict[str, Any] = {name: stored[entry] for entry, name in _STORED_MAPPINGS.items()}
+        names: JsonObject = {name: tuple(stored[entry]) for entry, name in _STORED_NAMES.items()}
+        mappings: JsonObject = {name: stored[entry] for entry, name in _STORED_MAPPINGS.items()}
         structure, fixed, required = structure_from_json(stored["output"]), stored["fixed"], stored["told"]
         count = len(names["outputs"]) - len(names["extra_outputs"])
         known = mappings["id_counts"].keys() | set(mappings["aliases"].values()) <= set(names["inputs"])

@@ -37,7 +37,7 @@ class MultimodalPositions:
         self._arguments = [p.name for p in named]
         self._required = {p.name for p in named if p.default is p.empty}
 
-    def compute(self, given: Mapping[str, Any]) -> Tensor | None:
+    def compute(self, given: Mapping[str, object]) -> Tensor | None:
         """Return the positions for the other arguments of a call; None where forward would not use the method.
 
         Raises:
@@ -62,5 +62,5 @@ class MultimodalPositions:
         return f"{ROPE_METHOD}({', '.join(self._arguments)})[0]"
 
 
-def _as_tensor(value: Any) -> Any:
+def _as_tensor(value: object) -> object:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

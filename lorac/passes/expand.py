@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import fx
@@ -86,9 +86,11 @@ def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> f
     """
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for scaled in [user for index in strengths for user in places[index].users]:
-        moved: Any = next((operand for operand in scaled.all_input_nodes if operand.target is aten.sub.Tensor), None)
-        summed: Any = None if moved is None else moved.args[0]
-        if not isinstance(summed, fx.Node) or summed.target is not aten.add.Tensor or moved.kwargs or summed.kwargs:
+        moved = next((operand for operand in scaled.all_input_nodes if operand.target is aten.sub.Tensor), None)
+        summed = None if moved is None else moved.args[0]
+        if moved is None or not isinstance(summed, fx.Node) or summed.target is not aten.add.Tensor:
+            continue
+        if moved.kwargs or summed.kwargs:
             continue
         others = [operand for operand in summed.args if operand is not moved.args[1]]
         if len(others) == 1 and isinstance(others[0], fx.Node) and _same_type(others[0], moved):

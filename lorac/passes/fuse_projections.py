@@ -15,11 +15,11 @@ import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import fx
-from torch.fx.node import Target
+from torch.fx.node import Argument, Target
 
 from lorac.errors import list_some
 from lorac.ir.algebra.operands import BIAS, WEIGHT
@@ -207,7 +207,7 @@ def _insert_fused(
     """Insert one call and a split before the first call of the members; return the outputs of each."""
     site, first = projection.plan.site, min(calls)
 
-    def insert(op: Target, *operands: Any, **named: Any) -> fx.Node:
+    def insert(op: Target, *operands: Argument, **named: Argument) -> fx.Node:
         node = insert_repeated_call(graph.exported, known, first, op, *operands, **named)
         modules = list(first.meta.get("nn_module_stack", {}).items())
         if modules and modules[-1][1][0] == ops.site_of(first):  # the call belongs to the module around the sites

@@ -14,7 +14,6 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -94,9 +93,8 @@ def find_op(name: str) -> Callable[..., object]:
     if namespace in _MODULES and rest in _NUMBER_FUNCTIONS:
         return _bound_number(getattr(_MODULES[namespace], rest))
     packet, _, overload = rest.partition(".")
-    found: Any = None
-    if namespace in {"aten", ops.LINEAR.namespace} and packet.isidentifier():
-        found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    is_op = namespace in {"aten", ops.LINEAR.namespace} and packet.isidentifier()
+    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None) if is_op else None
     if not isinstance(found, torch._ops.OpOverload) or not _is_allowed(found):
         raise ArtifactError(f"the program calls '{name}', which is not an op that an artifact may name")
     return guard_op(found)

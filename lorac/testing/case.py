@@ -31,7 +31,7 @@ from lorac.ir.slots.program_values import (
     program_value_name,
 )
 from lorac.session.api import compile
-from lorac.session.compiled import Compiled
+from lorac.session.compiled import Compiled, CompiledModule
 from lorac.testing.hosts import Host
 from lorac.testing.parity import contribution
 from lorac.testing.samples import AIM, adapter_away
@@ -128,7 +128,7 @@ class Case:
         """The host in float32."""
         return copy.deepcopy(self.model).float()
 
-    def compiled(self, *adapters: Adapter, **options: Any) -> Compiled:
+    def compiled(self, *adapters: Adapter, **options: Any) -> CompiledModule:
         """Compile the float64 model with these adapters."""
         return compile(self.model, {adapter.name: adapter for adapter in adapters}, **options)
 

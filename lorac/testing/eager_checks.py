@@ -17,8 +17,9 @@ from lorac.formats import load_adapter, save_adapter
 from lorac.frontend.base_weights import make_base_reader, read_bias
 from lorac.ir.algebra.changes import merge_bias, merge_weight
 from lorac.ir.algebra.rules import RULES
+from lorac.ir.slots.choice import ChoiceSpec
 from lorac.session.api import compile
-from lorac.session.compiled import Compiled
+from lorac.session.compiled import Compiled, CompiledModule
 from lorac.testing.case import Case
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import typical_size
@@ -93,7 +94,7 @@ def check_training(case: Case) -> None:
     A tensor without a gradient from the output must get one from an extra output, as a router that learns from draws.
     """
     host = {name: t.clone() for name, t in case.model.state_dict().items()}
-    compiled: Any = case.compiled(case.a, aux=getattr(case.variant.at(case.site), "emits", ()))
+    compiled = case.compiled(case.a, aux=getattr(case.variant.at(case.site), "emits", ()))
     compiled.train()
     adapter = compiled.adapters["a"]
     named = {f"{path}.{key}": t for path, at in adapter.tensors.items() for key, t in at.items()}
@@ -117,7 +118,7 @@ def check_undo(case: Case) -> None:
     """Check that without an adapter every mode gives the host's output bit for bit, with the base's weights."""
     base = case.base(case.x)
     for mode in ("live", "fused") if case.mergeable else ("live",):
-        compiled: Any = case.compiled(case.a, mode=mode)
+        compiled = case.compiled(case.a, mode=mode)
         assert not torch.equal(_call(compiled, case.x), base), "the adapter does nothing"
         compiled.swap(None)
         assert torch.equal(_call(compiled, case.x), base), f"{mode}: without an adapter the output is not the base's"
@@ -129,7 +130,7 @@ def check_swapping(case: Case) -> None:
     """Check that after any swaps the output equals that of a fresh compile with the same choice, bit for bit."""
     adapters = {"a": case.a, "b": case.b}
 
-    def fresh(mode: str, choice: Any) -> Tensor:
+    def fresh(mode: str, choice: ChoiceSpec) -> Tensor:
         named = [adapters[n] for n in ([choice] if isinstance(choice, str) else choice or ())]
         return _call(case.compiled(*named, mode=mode, active=choice), case.x)
 
@@ -285,14 +286,18 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert error <= ROUNDING[expected.dtype] * size, f"off by {error / size if size else error:.2e} of its size"
 
 
-def _call(compiled: Compiled, x: Tensor, *choice: Any) -> Tensor:
+def _call(compiled: Compiled, x: Tensor, *choice: ChoiceSpec) -> Tensor:
     chosen = {"adapters": choice[0]} if choice else {}
     with torch.no_grad():
         return compiled(x, **chosen)
 
 
 def _train(
-    compiled: Any, x: Tensor, parameters: list[nn.Parameter], named: Mapping[str, Tensor], trainable: set[str]
+    compiled: CompiledModule,
+    x: Tensor,
+    parameters: list[nn.Parameter],
+    named: Mapping[str, Tensor],
+    trainable: set[str],
 ) -> None:
     optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     target = torch.zeros_like(_call(compiled, x))
@@ -307,7 +312,7 @@ def _train(
         optimiser.step()
 
 
-def _add_emitted_gradients(compiled: Any, missing: list[Tensor]) -> None:
+def _add_emitted_gradients(compiled: CompiledModule, missing: list[Tensor]) -> None:
     """Add gradients of the sum of extra outputs to tensors without one."""
     emitted = [value for by_site in compiled.aux.values() for value in by_site.values() if value.requires_grad]
     if missing and emitted:
@@ -322,7 +327,7 @@ def _add_noise(tensor: Tensor, size: float) -> Tensor:
     return tensor + size * typical_size(tensor) * noise
 
 
-def _describe_model(model: nn.Module) -> Any:
+def _describe_model(model: nn.Module) -> object:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = {name: (m.training, len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()}
     return flags, modes

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorac.argument_types import Fields
 from lorac.errors import OptionError
 from lorac.ir.sites import Site
 from lorac.session.api import compile
@@ -47,9 +48,9 @@ def samples(variant: type[Variant] | Variant, **fields: Any) -> list[Variant]:
         )
     ranks = [f.name for f in own if f.name == "r" or f.name.startswith("r_")]
     fixed = {**{f.name: _SCALES[f.name] for f in own if f.name in _SCALES}, **fields}
-    high: dict[str, Any] = {name: (3, 1)[i % 2] for i, name in enumerate(ranks)}
-    low: dict[str, Any] = {name: (1, 3)[i % 2] for i, name in enumerate(ranks)}
-    switches: list[dict[str, Any]] = [{f.name: not f.default} for f in own if isinstance(f.default, bool)]
+    high: Fields = {name: (3, 1)[i % 2] for i, name in enumerate(ranks)}
+    low: Fields = {name: (1, 3)[i % 2] for i, name in enumerate(ranks)}
+    switches: list[Fields] = [{f.name: not f.default} for f in own if isinstance(f.default, bool)]
     first = variant(**{**high, **fixed})
     return [first, *(dataclasses.replace(first, **changed) for changed in (low, *switches) if changed)]
 

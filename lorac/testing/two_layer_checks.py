@@ -9,7 +9,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch.export import Dim
@@ -55,7 +54,7 @@ def check_half(case: Case) -> None:
     for dtype in _HALF:
         model = copy.deepcopy(case.model).to(dtype)
         wide = copy.deepcopy(model).double()
-        compiled: Any = compile(model, {"a": case.a}, aux=getattr(case.variant.at(case.site), "emits", ()))
+        compiled = compile(model, {"a": case.a}, aux=getattr(case.variant.at(case.site), "emits", ()))
         x = case.x.to(dtype) if case.x.is_floating_point() else case.x
         exact = x.double() if x.is_floating_point() else x
         with torch.no_grad():

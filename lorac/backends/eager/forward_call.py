@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -140,8 +139,8 @@ def check_no_cache(attention: BranchAttention) -> None:
 
 def choose_attention(arguments: Iterable[object]) -> BranchAttention:
     """Return how the branches of a call attend: to its cache, if a cache of transformers is among the arguments."""
-    library: Any = sys.modules.get("transformers.cache_utils")
-    cache = next((value for value in arguments if library is not None and isinstance(value, library.Cache)), None)
+    cache_class = getattr(sys.modules.get("transformers.cache_utils"), "Cache", ())
+    cache = next((value for value in arguments if isinstance(value, cache_class)), None)
     if cache is None:
         return FullAttention()
     from lorac.backends.eager.branch_cache import CachedBranchAttention

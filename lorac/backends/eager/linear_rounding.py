@@ -8,7 +8,6 @@ batch. Whether a gradient is recorded makes no difference to it, and the weights
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ def _keeps_class_forward(module: nn.Module) -> bool:
     return "forward" not in vars(module)
 
 
-def _forward(module: Any, input: Tensor) -> Tensor:
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     whole = input.is_contiguous() and (bias is not None or _is_foldable(input))
     if input.dim() <= 2 or whole or torch.is_autocast_enabled(input.device.type):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import onnx_ir as ir
 from onnxscript import rewriter
@@ -20,7 +19,7 @@ _SLOW_RULE = "SlicesSplit"
 _FOLDING_RULES = "FuseBatchNorm"
 """Rules that compute weights from others."""
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_NEUTRAL_PATTERNS: tuple[tuple[Callable[..., Any], bool], ...] = (
+_NEUTRAL_PATTERNS: tuple[tuple[Callable[..., object], bool], ...] = (
     (lambda op, x: op.Mul(x, _exact_constant(1)), True),
     (lambda op, x: op.Add(x, _exact_constant(0)), True),
     (lambda op, x: op.Sub(x, _exact_constant(0)), False),

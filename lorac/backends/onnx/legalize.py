@@ -9,16 +9,19 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import Target
 
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.nodes import copy_provenance, find_source_line
+from lorac.ir.graph.nodes import copy_provenance, find_source_line, get_example
+from lorac.ir.graph.ops import Operands
 from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
@@ -88,7 +91,7 @@ def _is_truth_check(check: fx.Node) -> bool:
 
 def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
     """Return the boolean that a check reads as a number."""
-    node: Any = check.args[0]
+    node: object = check.args[0]
     for targets in (
         (operator.eq, operator.ge, operator.le),
         (torch.sym_ite,),
@@ -113,7 +116,8 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
     elif node.target is aten._assert_tensor_metadata.default:
         graph.fx.erase_node(node)
     elif _writes_private_tensor(node):
-        op: Any = node.target
+        op = node.target
+        assert isinstance(op, OpOverload)
         node.target = getattr(getattr(aten, op._schema.name.partition("::")[2].removesuffix("_")), op._overloadname)
     elif node.target in _REVERSED:
         _legalize_reversed(graph, node)
@@ -124,13 +128,9 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
     return True
 
 
-def _example_value(node: Any) -> Any:
-    return node.meta["val"]
-
-
 def _legalize_product(graph: Graph, node: fx.Node) -> bool:
     x, matrix = node.args[:2]
-    plain = _example_value(matrix).dim() == _MATRIX and _example_value(x).dim() >= _MATRIX
+    plain = get_example(matrix).dim() == _MATRIX and get_example(x).dim() >= _MATRIX
     if plain:
         node.target, node.args = _PRODUCTS[node.target](*node.args)
     return bool(plain)
@@ -151,7 +151,7 @@ def _legalize_cast(graph: Graph, node: fx.Node) -> bool:
 def _legalize_split(graph: Graph, node: fx.Node) -> bool:
     """Name the size of each part, where all are of one size: ONNX cannot tell how many parts an input's size gives."""
     x, size, axis = (*node.args, 0)[:3]
-    parts = [part.shape[axis] for part in _example_value(node)]
+    parts = [part.shape[axis] for part in get_example(node)]
     equal = all(statically_known_true(part == parts[0]) for part in parts)
     if equal:
         node.target, node.args = ops.SPLIT, (x, [size] * len(parts), axis)
@@ -173,7 +173,7 @@ def _legalize_reversed(graph: Graph, node: fx.Node) -> None:
 def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     """Squeeze each axis of size 1 by itself: ONNX has no squeeze that leaves other axes alone."""
     x, dims = node.args
-    sizes = _example_value(x).shape
+    sizes = get_example(x).shape
     axes = [axis % len(sizes) for axis in (dims if isinstance(dims, list | tuple) else [dims])]  # type: ignore[operator]  # numbers
     alone = sorted((axis for axis in axes if statically_known_true(sizes[axis] == 1)), reverse=True)
     if node.target is aten.squeeze.dim and alone:
@@ -181,7 +181,7 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     with graph.fx.inserting_before(node):
         for axis in alone:  # from the last on, so that those that come keep their number
             squeezed = graph.fx.call_function(aten.squeeze.dim, (x, axis))
-            squeezed.meta["val"] = _example_value(x).squeeze(axis)
+            squeezed.meta["val"] = get_example(x).squeeze(axis)
             copy_provenance(squeezed, node)
             x = squeezed
     node.target, node.args = aten.clone.default, (x,)
@@ -193,7 +193,7 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
 
 def _keeps_shape(node: fx.Node) -> bool:
     """Return whether a view keeps its operand's shape and is not an output, whose name must stay."""
-    old, new = _example_value(node.args[0]).shape, _example_value(node).shape
+    old, new = get_example(node.args[0]).shape, get_example(node).shape
     same = len(old) == len(new) and all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
     return same and all(user.op != "output" for user in node.users)
 
@@ -220,15 +220,15 @@ def _returns_tensor(node: fx.Node, *, writes: bool | None) -> bool:
     return (alias and alias.is_write) is writes
 
 
-def _linear(x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> tuple[Any, tuple[Any, ...]]:
+def _linear(x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> tuple[Target, Operands]:
     return ops.LINEAR, (x, weight, bias, "")
 
 
-def _matmul(x: fx.Node, matrix: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+def _matmul(x: fx.Node, matrix: fx.Node) -> tuple[Target, Operands]:
     return ops.MATMUL, (x, matrix)
 
 
-_PRODUCTS: dict[Any, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
+_PRODUCTS: dict[Target, Callable[..., tuple[Target, Operands]]] = {
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
 }
@@ -252,7 +252,7 @@ _REWRITES: Mapping[object, Callable[[Graph, fx.Node], bool]] = {
 }
 """Op -> its rewrite, which returns whether it did anything."""
 _REVERSED = {aten.rsub.Scalar, aten.rsub.Tensor}
-_ALIASES: dict[Any, Any] = {
+_ALIASES: dict[Target, Target] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.max.other: aten.maximum.default,

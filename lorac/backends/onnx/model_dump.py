@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import onnx
 from onnx import helper, numpy_helper
@@ -152,8 +151,7 @@ def _format_constant(tensor: onnx.TensorProto) -> str:
     for size in tensor.dims:
         count *= size
     if count <= _MAX_SHOWN_ELEMENTS and not tensor.external_data and not _is_model_weight(tensor.name):
-        values: Any = numpy_helper.to_array(tensor)
-        return str(values.tolist())
+        return str(numpy_helper.to_array(tensor).tolist())
     return f"{parameter_label(tensor.name) if _is_model_weight(tensor.name) else 'constant'}{list(tensor.dims)}"
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorac.argument_types import Fields, JsonObject
 from lorac.errors import nearest_name, short
-from lorac.formats._config_fields import JsonObject, check_field_type, refuse_unknown_fields
+from lorac.formats._config_fields import check_field_type, refuse_unknown_fields
 from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import (
     ComponentConfig,
@@ -127,7 +128,7 @@ def read_preset(name: str, file: Path) -> dict[str, object]:
     return dict(PRESETS[modern])
 
 
-def _modernise_fields(config: JsonObject, header: ConfigHeader) -> dict[str, Any]:
+def _modernise_fields(config: JsonObject, header: ConfigHeader) -> Fields:
     """Return the fields as today's versions write them."""
     fields = dict(config)
     nested = fields.pop("invertible_adapter", None)
@@ -192,9 +193,7 @@ def write_bottlenecks(adapter: Adapter, variant: Bottleneck, layout: ModelLayout
     return ComponentFile(fields, _key_patterns(targeted, layout), adapter.tensors, own_class=bool(variant.heads))
 
 
-def _placing_fields(
-    adapter: Adapter, variant: Bottleneck, layout: ModelLayout, numbers: Mapping[str, int]
-) -> dict[str, Any]:
+def _placing_fields(adapter: Adapter, variant: Bottleneck, layout: ModelLayout, numbers: Mapping[str, int]) -> Fields:
     """Return the fields that make the library place bottlenecks exactly where the adapter has them."""
     paths = adapter.tensors.keys() - {*variant.embeddings, *variant.heads}
     sublayers = [layout.sublayers[path] for path in paths & layout.sublayers.keys()]

@@ -23,13 +23,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_parameter
-from lorac.argument_types import JsonObject, field_types
+from lorac.argument_types import Fields, JsonObject, field_types
 from lorac.formats._config_fields import check_field_type, refuse_unknown_fields
 from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import ComponentConfig, ConfigHeader, ModelLayout, PlacedComponent
@@ -132,7 +131,7 @@ def read_loras(config: JsonObject, header: ConfigHeader, *, tasks: bool = False)
     given = {**(TASK_FIELDS if tasks else {}), **{name: value for name, value in config.items() if value is not None}}
     for name, value in given.items():
         check_field_type(LoraFields, name, value, header.file)
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    values: Fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     fields = LoraFields(**values)
     for refused, what, step in _refusals(fields):
         if refused:
@@ -210,7 +209,7 @@ class LoraComponent(ComponentConfig):
             parts = dict.fromkeys(fields.parts(layers[packed[0]]), method)
             variants.append(Split(parts=parts, among=LETTERS, targets=packed, dropout=dropout))
         if plain or not packed:
-            rate: dict[str, Any] = {} if fields.scales else {"dropout": dropout}
+            rate: Fields = {} if fields.scales else {"dropout": dropout}
             variants.append(dataclasses.replace(method, targets=plain, **rate))
         return tuple(variants)
 

@@ -61,7 +61,7 @@ def peft_type_of(raw: JsonObject, path: Path) -> AnyPeftType:
     )
 
 
-def read_config(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> dict[str, object]:
+def read_config(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> JsonObject:
     """Return the value of every field in lorac's types; defaults where the file has none.
 
     Raises:

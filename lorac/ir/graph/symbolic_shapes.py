@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -24,7 +23,8 @@ def set_types(graph: Graph) -> None:
     """Describe dtypes and sizes of a graph's inputs and outputs in its interface."""
     inputs, outputs = graph.interface.inputs, graph.interface.outputs
     placeholders = {node.name: node for node in graph.placeholders() if node.name in inputs}
-    results: Any = graph.fx.output_node().args[0]
+    (results,) = graph.fx.output_node().args
+    assert isinstance(results, tuple | list)
     named = zip(outputs, list(results)[-len(outputs) :], strict=True) if outputs else ()
     nodes = {**placeholders, **{name: node for name, node in named if isinstance(node, torch.fx.Node)}}
     values = {name: node.meta.get("val") for name, node in nodes.items()}

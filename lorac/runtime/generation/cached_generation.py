@@ -7,7 +7,7 @@ import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -46,7 +46,7 @@ class CachedGeneration:
         prompt_cache: prompts that earlier calls computed.
     """
 
-    engine: Engine[Any]
+    engine: Engine
     graph: str
     cache_spec: CacheSpec
     traits: ModelTraits
@@ -144,7 +144,7 @@ def _seed_torch(generators: list[torch.Generator] | None) -> Iterator[None]:
         yield
 
 
-def _check_cache(cache: object, prompts: Prompts, engine: Engine[Any]) -> None:
+def _check_cache(cache: object, prompts: Prompts, engine: Engine) -> None:
     """Raise ``InputMismatch`` where the cache of a call does not hold the beginning of each of its rows."""
     if not isinstance(cache, DecodingState):
         raise InputMismatch(

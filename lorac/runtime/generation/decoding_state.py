@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class DecodingState:
         self.cache, self.chunk_size = cache, chunk_size
         self.max_length = cache.capacity
         self.rows: Sequence[Tensor] | None = None
-        self.engine: weakref.ref[Engine[Any]] | None = None
+        self.engine: weakref.ref[Engine] | None = None
 
     @staticmethod
     def initial_capacity(length: int, new: int) -> int:

@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -16,6 +16,9 @@ from lorac.backends.tensorrt.device.interfaces import ExecutionContext
 from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
 from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
 from lorac.errors import InputMismatch, Unavailable
+
+if TYPE_CHECKING:
+    import tensorrt
 
 Tensor = torch.Tensor
 
@@ -72,7 +75,7 @@ class ExecutionSlot:
         self._slots: weakref.ref[DeviceSlots] | None = None
         # An empty tensor has no address, and TensorRT takes a missing address for a missing input.
         self._nothing = allocate((ALIGNMENT,), IOTensor(torch.uint8, ()), device)
-        self._allocators: dict[str, Any] = {}
+        self._allocators: dict[str, tensorrt.IOutputAllocator] = {}
 
     def bind(self, inputs: Mapping[str, Tensor], slots: DeviceSlots) -> None:
         """Set the addresses and shapes of a call's inputs and slots that differ from the context's.
@@ -179,7 +182,7 @@ class ExecutionSlot:
         return made
 
 
-def output_allocator(library: TensorRTLibrary, io_tensor: IOTensor, device: torch.device) -> Any:
+def output_allocator(library: TensorRTLibrary, io_tensor: IOTensor, device: torch.device) -> tensorrt.IOutputAllocator:
     """Return an allocator for one output, whose ``output()`` returns the output once the work was queued.
 
     The memory is torch's, of the stream that is current while the work is queued, and new in every call.
@@ -188,7 +191,7 @@ def output_allocator(library: TensorRTLibrary, io_tensor: IOTensor, device: torc
 
 
 @functools.cache
-def _allocator_class(library: TensorRTLibrary) -> Any:
+def _allocator_class(library: TensorRTLibrary) -> type[tensorrt.IOutputAllocator]:
     base = library.module.IOutputAllocator
 
     class Allocator(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
@@ -206,7 +209,7 @@ def _allocator_class(library: TensorRTLibrary) -> Any:
         ) -> int:
             return self._given(size)
 
-        def notify_shape(self, tensor_name: str, shape: Any) -> None:
+        def notify_shape(self, tensor_name: str, shape: tensorrt.Dims) -> None:
             self.shape = tuple(shape)
 
         def _given(self, size: int) -> int:

@@ -6,7 +6,10 @@ A method that only one of them has says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import tensorrt
 
 
 class ExecutionContext(Protocol):
@@ -46,16 +49,16 @@ class CudaEngine(Protocol):
     def get_tensor_name(self, index: int) -> str:
         """Return the name of an input or output."""
 
-    def get_tensor_mode(self, name: str) -> Any:
+    def get_tensor_mode(self, name: str) -> tensorrt.TensorIOMode:
         """Return whether it is an input, an output or neither."""
 
-    def get_tensor_dtype(self, name: str) -> Any:
+    def get_tensor_dtype(self, name: str) -> tensorrt.DataType:
         """Return its dtype, as TensorRT names it."""
 
     def get_tensor_shape(self, name: str) -> Sequence[int]:
         """Return its shape, -1 where it varies."""
 
-    def get_tensor_location(self, name: str) -> Any:
+    def get_tensor_location(self, name: str) -> tensorrt.TensorLocation:
         """Return whether it lies in the device's or the host's memory."""
 
     def get_weight_streaming_automatic_budget(self) -> int:
@@ -67,7 +70,7 @@ class Refitter(Protocol):
 
     weights_validation: bool
 
-    def set_named_weights(self, name: str, weights: Any, location: Any) -> bool:
+    def set_named_weights(self, name: str, weights: tensorrt.Weights, location: tensorrt.TensorLocation) -> bool:
         """Set a weight; return False if its dtype or size differs from the built one."""
 
     def unset_named_weights(self, weights_name: str) -> bool:
@@ -76,7 +79,7 @@ class Refitter(Protocol):
     def get_missing_weights(self) -> list[str]:
         """Return the weights that the engine combined with those set, and that must be set with them."""
 
-    def get_weights_prototype(self, weights_name: str) -> Any:
+    def get_weights_prototype(self, weights_name: str) -> tensorrt.Weights:
         """Return the dtype and size with which a weight was built."""
 
     def refit_cuda_engine(self) -> bool:
