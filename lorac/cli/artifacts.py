@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -73,7 +73,7 @@ def _check_run_options(inputs: Path | None, prompt: str | None, out: Path | None
         raise typer.BadParameter("--json is for --inputs and --prompt, not for a chat")
 
 
-def _print_outputs(outputs: Mapping[str, Array], out: Path | None, json: bool) -> None:
+def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:
     if out is not None:
         import numpy as np
 

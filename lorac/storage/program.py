@@ -11,12 +11,12 @@ import inspect
 import keyword
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx.node import Argument
 
 from lorac.errors import ArtifactError, Unavailable, short
 from lorac.limits import claim_memory
@@ -231,7 +231,7 @@ def operand_to_json(value: object) -> Json:
     raise _unstorable(f"a captured program with an operand of type {type(value).__name__}")
 
 
-def _operand_from_json(stored: Json, known: Mapping[str, fx.Node]) -> Argument:
+def _operand_from_json(stored: Json, known: Mapping[str, fx.Node]) -> Any:
     if isinstance(stored, list):
         return [_operand_from_json(item, known) for item in stored]
     if not isinstance(stored, dict):

@@ -316,7 +316,7 @@ def _add_emitted_gradients(compiled: CompiledModule, missing: list[Tensor]) -> N
     """Add gradients of the sum of extra outputs to tensors without one."""
     emitted = [value for by_site in compiled.aux.values() for value in by_site.values() if value.requires_grad]
     if missing and emitted:
-        gradients = torch.autograd.grad(sum(value.sum() for value in emitted), missing, allow_unused=True)
+        gradients = torch.autograd.grad([value.sum() for value in emitted], missing, allow_unused=True)
         for tensor, gradient in zip(missing, gradients, strict=True):
             tensor.grad = gradient
 

@@ -25,15 +25,12 @@ from lorac.testing.models import (
     Block,
     GatedMLP,
     LayerStack,
-    LayerWithFront,
-    OneBlock,
-    OneSite,
     SelfAttentionModel,
     TransposedLinear,
     TwoBlocks,
-    TwoLayers,
     TwoMLPs,
     TwoTables,
+    chain_layers,
 )
 from lorac.variants.base import BranchVariant, Variant
 
@@ -190,7 +187,11 @@ def _build_fixed(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float
 
 
 def _single(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: OneSite(layer())
+    return lambda: chain_layers(site=layer())
+
+
+def _pair(first: nn.Module, second: nn.Module) -> nn.Module:
+    return chain_layers(first=first, tanh=nn.Tanh(), second=second)
 
 
 def _convolution(channels: int, filters: int) -> nn.Conv2d:
@@ -214,14 +215,14 @@ _HOSTS = (
     Host("padded", _CONV, _single(_padded_convolution), (3, 5, 4), _apply_padded_conv, batches=_IMAGES),
     Host("embedding", _EMBEDDING, _single(lambda: nn.Embedding(13, 6)), (), _apply_lookup, vocabulary=13),
     Host("attention", _LINEAR, _attention, (5, _WIDTH), _apply_attention, ((4,), ()), path="site.out_proj"),
-    Host("block", _BLOCK, lambda: OneBlock(Block(7, 5)), (7,), path="blocks.0"),
+    Host("block", _BLOCK, lambda: chain_layers(blocks=nn.Sequential(Block(7, 5))), (7,), path="blocks.0"),
     Host("gated", _BLOCK, _single(lambda: GatedMLP(6, 10)), (6,)),
     Host("stack", _BLOCK, lambda: LayerStack(8, 5, 5), (5, 8), batches=((6,), (2, 3), ()), path="norm"),
-    Host("two_linear", _LINEAR, lambda: TwoLayers(nn.Linear(12, 18), nn.Linear(18, 6)), (12,), _apply_linear, **_PAIR),
+    Host("two_linear", _LINEAR, lambda: _pair(nn.Linear(12, 18), nn.Linear(18, 6)), (12,), _apply_linear, **_PAIR),
     Host(
         "two_conv",
         _CONV,
-        lambda: TwoLayers(_convolution(3, 8), _convolution(8, 6)),
+        lambda: _pair(_convolution(3, 8), _convolution(8, 6)),
         (3, 6, 5),
         _apply_strided_conv,
         **_PAIR | {"batches": ((6,), (4,))},
@@ -245,7 +246,7 @@ _HOSTS = (
     Host(
         "two_read",
         _LINEAR,
-        lambda: LayerWithFront(nn.Linear(7, 9), nn.Linear(9, 11)),
+        lambda: chain_layers(front=nn.Linear(7, 9), tanh=nn.Tanh(), site=nn.Linear(9, 11)),
         (7,),
         _apply_linear,
         read=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,15 +36,9 @@ class Block(nn.Module):
         return h + self.up(torch.tanh(self.down(h)))
 
 
-class OneSite(nn.Module):
-    """A model with one layer, at path ``site``."""
-
-    def __init__(self, site: nn.Module) -> None:
-        super().__init__()
-        self.site = site
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.site(x)
+def chain_layers(**layers: nn.Module) -> nn.Sequential:
+    """Return a model that runs layers one after another, each at the path of its name."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class SelfAttentionModel(nn.Module):
@@ -56,28 +52,6 @@ class SelfAttentionModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.site(x, x, x, need_weights=False)[0]
-
-
-class OneBlock(nn.Module):
-    """A model with one block in a list, at path ``blocks.0``."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([block])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks[0](x)
-
-
-class TwoLayers(nn.Module):
-    """A model with two layers of a kind, at ``first`` and ``second``."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
 
 
 class TwoTables(nn.Module):
@@ -113,17 +87,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class LayerWithFront(nn.Module):
-    """A model with a layer at ``front``, followed by one at ``site``."""
-
-    def __init__(self, front: nn.Module, site: nn.Module) -> None:
-        super().__init__()
-        self.front, self.site = front, site
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.site(torch.tanh(self.front(x)))
 
 
 class TwoMLPs(nn.Module):

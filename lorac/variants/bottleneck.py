@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -240,7 +240,7 @@ class Bottleneck(BranchVariant):
         key = find_first_pattern(names, site.path)
         return None if key is None else names[key]
 
-    def _operand(self, operand: str, ctx: Context) -> Tensor | None:
+    def _operand(self, operand: str, ctx: Context) -> Any:
         name = self._value_name(operand, ctx.site) if operand in self._operands(ctx.site) else None
         return None if name is None else ctx.value(name)
 

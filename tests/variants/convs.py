@@ -8,7 +8,7 @@ from torch import nn
 
 from lorac.ir.sites import CONVOLUTION_KINDS
 from lorac.testing import Host
-from lorac.testing.hosts import OneSite
+from lorac.testing.models import chain_layers
 
 _MODULES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _APPLY = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -28,7 +28,7 @@ def conv_host(name, channels, out, kernel, sizes, **geometry):
     return Host(
         name,
         CONVOLUTION_KINDS[axes],
-        lambda: OneSite(_MODULES[axes](channels, out, kernel, **geometry)),
+        lambda: chain_layers(site=_MODULES[axes](channels, out, kernel, **geometry)),
         (channels, *sizes),
         apply,
         batches=((3,), ()),

@@ -12,7 +12,7 @@ from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import SiteKind
 from lorac.testing import HOSTS, Case, Host, conformance
 from lorac.testing.eager_checks import assert_close
-from lorac.testing.hosts import OneSite
+from lorac.testing.models import chain_layers
 from lorac.variants.params import InitContext, Role
 from tests.oracles import plp as oracle
 from tests.refusing import refuses
@@ -20,7 +20,7 @@ from tests.refusing import refuses
 SQUARE = Host(
     "square",
     SiteKind.LINEAR,
-    lambda: OneSite(nn.Linear(10, 10)),
+    lambda: chain_layers(site=nn.Linear(10, 10)),
     (10,),
     lambda x, weight, bias: x @ weight.T + bias,
 )

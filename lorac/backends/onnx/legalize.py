@@ -174,7 +174,8 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     """Squeeze each axis of size 1 by itself: ONNX has no squeeze that leaves other axes alone."""
     x, dims = node.args
     sizes = get_example(x).shape
-    axes = [axis % len(sizes) for axis in (dims if isinstance(dims, list | tuple) else [dims])]  # type: ignore[operator]  # numbers
+    numbers: Operands = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
+    axes = [axis % len(sizes) for axis in numbers]
     alone = sorted((axis for axis in axes if statically_known_true(sizes[axis] == 1)), reverse=True)
     if node.target is aten.squeeze.dim and alone:
         return False

@@ -128,7 +128,7 @@ def read_preset(name: str, file: Path) -> dict[str, object]:
     return dict(PRESETS[modern])
 
 
-def _modernise_fields(config: JsonObject, header: ConfigHeader) -> Fields:
+def _modernise_fields(config: JsonObject, header: ConfigHeader) -> dict[str, Any]:
     """Return the fields as today's versions write them."""
     fields = dict(config)
     nested = fields.pop("invertible_adapter", None)
