@@ -23,6 +23,8 @@ JsonObject: TypeAlias = Mapping[str, typing.Any]
 """A JSON object, or values read from one."""
 Fields: TypeAlias = Mapping[str, typing.Any]
 """Values for a dataclass's fields by name, which the dataclass checks itself."""
+Operands: TypeAlias = tuple[typing.Any, ...]
+"""Operands of a node of a graph, or arguments of a call."""
 _NUMBERS: Mapping[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import cast_tensor, describe_structure, make_branch_term, make_once_term
 from lorac.adapters.fit import check_values
+from lorac.argument_types import JsonObject
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
@@ -57,7 +58,7 @@ class Preparer:
         keep_factors: bool = False,
     ) -> None:
         self.sites, self.base, self.rules, self.keep_factors = sites, base, tuple(rules), keep_factors
-        self.stored: Mapping[str, dict[str, Any]] = {}
+        self.stored: Mapping[str, JsonObject] = {}
         self._from_artifact: dict[str, Reduction] = {}
         self._shared_results: MutableMapping[Tensor, dict[tuple[int, str], tuple[object, Tensor]]] = (
             WeakTensorKeyDictionary()

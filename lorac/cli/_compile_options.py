@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorac.argument_types import field_types
+from lorac.argument_types import Fields, field_types
 from lorac.errors import OptionError, not_one_of
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _parse_reserve_value(name: str, text: str, kind: object) -> int | str | tupl
 
 
 def parse_dynamic_shapes(
-    specs: Sequence[str], model: nn.Module, example_inputs: Mapping[str, Any] | None
+    specs: Sequence[str], model: nn.Module, example_inputs: Fields | None
 ) -> dict[str, Any] | None:
     """Return the ``dynamic_shapes`` given by ``--dynamic``, or None.
 

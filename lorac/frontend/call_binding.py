@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lorac.argument_types import Fields
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES
 
-Inputs = Mapping[str, Any]
+Inputs = Fields
 """Argument of forward -> its value: a tensor, tensors in dicts, lists and tuples, or anything else."""
 
 

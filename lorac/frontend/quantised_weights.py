@@ -8,13 +8,14 @@ integers. The libraries are not imported; their classes are recognised by their 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorac.argument_types import Fields
 from lorac.errors import CaptureError, warn
 from lorac.frontend.copying import copy_structure
 
@@ -212,7 +213,7 @@ def _read_quantised_tensor(weight: Tensor) -> tuple[QuantisedOrigin, Tensor] | N
         return None
 
 
-def _read_torchao_matrix(parts: Mapping[str, Any]) -> QuantisedMatrix | None:
+def _read_torchao_matrix(parts: Fields) -> QuantisedMatrix | None:
     """Return the integers in a tensor of torchao, by the names of its parts; None for other layouts."""
     whole, scale, zero = parts["qdata"], parts["scale"], parts.get("zero_point")
     bits = 4 if str(parts.get("target_dtype")) == "torch.int4" else 8

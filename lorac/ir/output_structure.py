@@ -7,14 +7,18 @@ import importlib
 import re
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils import _pytree as pytree
 
+from lorac.argument_types import JsonObject
 from lorac.ir.row_layout import LIST_AXIS, RowLayout
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _LEAF = "*"
 _BASES = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}
@@ -150,12 +154,12 @@ class DataclassFields:
         instance: of any dataclass.
     """
 
-    def __init__(self, instance: Any) -> None:
+    def __init__(self, instance: DataclassInstance) -> None:
         self.cls = type(instance)
         self.values = {f.name: replace_dataclasses(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
 
 
-def _rebuild_dataclass(values: Any, context: Any) -> object:
+def _rebuild_dataclass(values: Iterable[object], context: tuple[type, Sequence[str]]) -> object:
     cls, names = context
     instance = object.__new__(cls)
     for name, value in zip(names, values, strict=True):
@@ -171,7 +175,7 @@ pytree.register_pytree_node(
 def replace_dataclasses(output: object) -> Any:
     """Replace dataclasses in an output by containers; torch.export takes no dataclasses that it does not know."""
 
-    def replace_leaf(leaf: Any) -> Any:
+    def replace_leaf(leaf: object) -> object:
         return DataclassFields(leaf) if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) else leaf
 
     return pytree.tree_map(replace_leaf, output)
@@ -205,7 +209,7 @@ def structure_to_json(structure: OutputStructure | None) -> object:
     return {"spec": _spec_to_json(structure.spec), "constants": constants, "numbers": list(structure.numbers)}
 
 
-def structure_from_json(stored: Any) -> OutputStructure | None:
+def structure_from_json(stored: JsonObject | None) -> OutputStructure | None:
     """Return the structure that ``structure_to_json`` wrote."""
     if stored is None:
         return None

@@ -10,13 +10,12 @@ from __future__ import annotations
 import ast
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import Fields, JsonObject
 from lorac.errors import ArtifactError, InputMismatch
 
 Axis = tuple[str, int]
@@ -62,12 +61,12 @@ class SizeConstraints:
         shown = (text for text in self.conditions if text not in non_empty and _equal_axes(text) is None)
         return tuple(sorted(shown, key=len))
 
-    def measure(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
+    def measure(self, inputs: Fields) -> dict[Axis, int]:
         """Return the sizes of inputs along the axes that vary."""
         shapes = {name: np.shape(inputs[name]) for name in self.shapes}
         return {(name, axis): shapes[name][axis] for name, axis in self._varying()}
 
-    def check(self, inputs: Mapping[str, Any]) -> None:
+    def check(self, inputs: Fields) -> None:
         """Refuse inputs with sizes that the program was not captured for.
 
         Raises:
@@ -263,7 +262,7 @@ _CHANGES: tuple[Callable[[int], int], ...] = (
 def flatten_argument(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     """Yield the values in nested dicts, lists and tuples with torch's names for inputs: keys joined by ``_``."""
     if isinstance(value, Mapping):
-        items: Any = value.items()
+        items: Iterable[tuple[object, object]] = value.items()
     elif type(value) in {list, tuple}:
         items = enumerate(value)  # type: ignore[arg-type]  # a list or a tuple
     else:

@@ -11,11 +11,12 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import fx
 
+from lorac.argument_types import Operands
 from lorac.errors import Unavailable
 from lorac.ir.graph import attention_ops as attention
 from lorac.ir.graph.attention_ops import (
@@ -30,7 +31,6 @@ from lorac.ir.graph.attention_ops import (
 from lorac.ir.graph.edit import KnownCalls, add_dimension, add_inputs, inline, insert_call, insert_repeated_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import get_example
-from lorac.ir.graph.ops import Operands
 from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.tracing import tracing
 from lorac.passes.position_tables import tabulate
@@ -114,7 +114,7 @@ def find_token_node(graph: Graph) -> fx.Node:
 def _attention_function(node: fx.Node) -> Callable[..., tuple[torch.Tensor]]:
     def function(*values: torch.Tensor) -> tuple[torch.Tensor]:
         given = dict(zip(node.all_input_nodes, values, strict=True))
-        operands: list[Any] = [given.get(a, a) if isinstance(a, fx.Node) else a for a in node.args]
+        operands: Operands = tuple([given.get(a, a) if isinstance(a, fx.Node) else a for a in node.args])
         q, k, v, bias, seen, sinks, scale, _, _, softcap, _ = operands
         if softcap or sinks is not None:
             return (attention.attend_with_masks(q, k, v, [seen], bias, sinks, scale, softcap),)

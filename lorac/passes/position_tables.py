@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
+from lorac.argument_types import Operands
 from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import get_example
-from lorac.ir.graph.ops import Operands
 
 aten = torch.ops.aten
 _VALUE_AXES = 3

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import torch
+from typing import TypeVar
 
 from lorac.errors import escape_controls
-from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.algebra.reduction import BRANCH
-from lorac.ir.interface import Interface
-from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
 from lorac.ir.sizes import shorten_condition
-from lorac.ir.slots.choice import describe_choice
-from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import ROLES
-from lorac.report.dump import short_dtype
-from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant, format_reason, format_size
-from lorac.variants.adapter import Adapter
+from lorac.report.terms import TermRow, format_reason, format_size
 
 _Row = TypeVar("_Row", TermRow, "AdapterRow")
 _FOLD_LIMIT = 3
@@ -95,60 +86,6 @@ class Explanation:
 
     def __str__(self) -> str:
         return escape_controls("\n".join(_explanation_lines(self)) + "\n")
-
-
-def explain(
-    compiled: Any,
-    casts: Iterable[tuple[torch.dtype, torch.dtype]] = (),
-    other_target: str = "",
-    unsupported_ops: tuple[str, ...] = (),
-) -> Explanation:
-    """Return the explanation of a compiled model in its present state.
-
-    Args:
-        compiled: the model, a ``SwitchableModel``.
-        casts, other_target, unsupported_ops: as in ``Explanation``.
-    """
-    plans: Mapping[str, SitePlan] = compiled.plans
-    terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
-    unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
-    rows = tuple(_mark_unused(row) if row.site in unused else row for found in terms.values() for row in found)
-    adaptable = [path for path, s in compiled.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
-    return Explanation(
-        target=compiled.engine.target,
-        mode=compiled.mode,
-        active=describe_choice(compiled.choice),
-        adapters=tuple(_adapter_row(n, a, rows, compiled.active) for n, a in compiled.adapters.items()),
-        terms=rows,
-        reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
-        bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
-        casts=tuple((short_dtype(a), short_dtype(b)) for a, b in casts),
-        programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
-        other_target=other_target,
-        unsupported_ops=unsupported_ops,
-    )
-
-
-def _mark_unused(row: TermRow) -> TermRow:
-    """Return the row of a term at a site that no output depends on, which has no slot."""
-    return replace(row, state=UNUSED, slots=(), swap="none: no output depends on it", reasons=())
-
-
-def _program_row(name: str, interface: Interface) -> ProgramRow:
-    sizes = interface.sizes
-    return ProgramRow(
-        graph="" if name == MAIN_GRAPH else name,
-        fixed=tuple((n, axis, sizes.shapes[n][axis] or 0, sizes.lines.get((n, axis))) for n, axis in sizes.fixed),
-        sizes=sizes.notable,
-        notes=interface.notes,
-    )
-
-
-def _adapter_row(name: str, adapter: Adapter, rows: Sequence[TermRow], strengths: Mapping[str, float]) -> AdapterRow:
-    own = [row for row in rows if row.adapter == name]
-    states = Counter(row.state for row in own)
-    nbytes = sum(row.nbytes for row in own)
-    return AdapterRow(name, describe_variant(adapter.variant), dict(states), nbytes, strengths.get(name, 0.0))
 
 
 # ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

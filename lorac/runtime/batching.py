@@ -16,6 +16,7 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 import torch
 
+from lorac.argument_types import Fields
 from lorac.errors import ChoiceError, Unavailable
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.target.engine import AuxOutputs, CallResult
@@ -224,7 +225,7 @@ def _values_equal(one: object, other: object) -> bool:
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def select_rows(options: Mapping[str, Any], rows: Sequence[int], total: int) -> dict[str, Any]:
+def select_rows(options: Fields, rows: Sequence[int], total: int) -> Fields:
     """Return the inputs and options of ``generate`` for some of the rows.
 
     Args:

@@ -23,7 +23,7 @@ from lorac.runtime.traits import ModelTraits
 from lorac.session.adapter_loading import make_adapter, outline_adapter
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
-from lorac.session.presentation import INTERFACE, describe_compiled, unknown_attribute
+from lorac.session.presentation import INTERFACE, describe_compiled, explain, unknown_attribute
 from lorac.session.session import Session
 from lorac.storage.paths import parse_path
 from lorac.target.engine import Engine
@@ -148,8 +148,6 @@ class Compiled(SwitchableModel):
         Args:
             target: also list the ops that this target would not compute.
         """
-        from lorac.report.explain import explain
-
         if target is None:
             return explain(self, self.session.precision.lost)
         from lorac.session.lowering.lower import list_missing_ops

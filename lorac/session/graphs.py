@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lorac.errors import Unavailable
 from lorac.report.dump import Dump
-from lorac.report.explain import explain
 from lorac.report.graph_views import GraphView, GraphViews
 from lorac.report.pass_history import CAPTURE, EMITTED, PassHistory
 from lorac.report.picture.page_data import PictureContext
@@ -18,6 +17,7 @@ from lorac.report.printer import AdapterNotes
 from lorac.report.terms import describe_terms, describe_variant
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.session.lowering.lower import lower_model
+from lorac.session.presentation import explain
 from lorac.session.session import Session
 from lorac.variants.adapter import Adapter
 

@@ -1,14 +1,22 @@
-"""How a compiled model presents itself: its summary, and the names that it offers."""
+"""How a compiled model presents itself: its summary, its explanation, and the names that it offers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from torch import nn
 
 from lorac.errors import EagerOnly, UnknownAttribute, escape_controls, nearest_name
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.interface import Interface
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
 from lorac.ir.slots.choice import describe_choice
-from lorac.report.terms import describe_variant
+from lorac.report.dump import short_dtype
+from lorac.report.explain import AdapterRow, Explanation, ProgramRow
+from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.session.other_vocabularies import LORAC_STEPS
 from lorac.variants.adapter import Adapter
@@ -67,3 +75,52 @@ def unknown_attribute(compiled: object, name: str) -> AttributeError:
         nearest=nearest_name(name, INTERFACE, alike=0.6),
         next_step="dir(compiled) lists its attributes",
     )
+
+
+def explain(
+    compiled: SwitchableModel,
+    casts: Iterable[tuple[torch.dtype, torch.dtype]] = (),
+    other_target: str = "",
+    unsupported_ops: tuple[str, ...] = (),
+) -> Explanation:
+    """Return the explanation of a compiled model in its present state; further arguments are as in ``Explanation``."""
+    plans = compiled.plans
+    terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
+    unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
+    rows = tuple(_mark_unused(row) if row.site in unused else row for found in terms.values() for row in found)
+    adaptable = [path for path, s in compiled.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
+    return Explanation(
+        target=compiled.engine.target,
+        mode=compiled.mode,
+        active=describe_choice(compiled.choice),
+        adapters=tuple(_adapter_row(n, a, rows, compiled.active) for n, a in compiled.adapters.items()),
+        terms=rows,
+        reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
+        bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
+        casts=tuple((short_dtype(a), short_dtype(b)) for a, b in casts),
+        programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
+        other_target=other_target,
+        unsupported_ops=unsupported_ops,
+    )
+
+
+def _mark_unused(row: TermRow) -> TermRow:
+    """Return the row of a term at a site that no output depends on, which has no slot."""
+    return replace(row, state=UNUSED, slots=(), swap="none: no output depends on it", reasons=())
+
+
+def _program_row(name: str, interface: Interface) -> ProgramRow:
+    sizes = interface.sizes
+    return ProgramRow(
+        graph="" if name == MAIN_GRAPH else name,
+        fixed=tuple((n, axis, sizes.shapes[n][axis] or 0, sizes.lines.get((n, axis))) for n, axis in sizes.fixed),
+        sizes=sizes.notable,
+        notes=interface.notes,
+    )
+
+
+def _adapter_row(name: str, adapter: Adapter, rows: Sequence[TermRow], strengths: Mapping[str, float]) -> AdapterRow:
+    own = [row for row in rows if row.adapter == name]
+    states = Counter(row.state for row in own)
+    nbytes = sum(row.nbytes for row in own)
+    return AdapterRow(name, describe_variant(adapter.variant), dict(states), nbytes, strengths.get(name, 0.0))

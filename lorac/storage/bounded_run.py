@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from lorac.argument_types import Fields, Operands
 from lorac.errors import InputMismatch
 from lorac.limits import get_chosen_memory
 from lorac.storage.op_guards import GuardedOp
 
 _KEPT_SHAPES = 4096
 """Shapes of calls whose measure is kept; beyond that all are measured anew."""
-Call = Callable[[fx.Node, Any, Any], Any]
+Call = Callable[[fx.Node, Operands, Fields], object]
 LastUses = Mapping[fx.Node, Sequence[fx.Node]]
 
 
@@ -42,7 +43,7 @@ class BoundedRun:
         for used, node in last.items():
             self._last_uses[node].append(used)
 
-    def __call__(self, values: Sequence[Tensor]) -> Sequence[Any]:
+    def __call__(self, values: Sequence[Tensor]) -> Sequence[object]:
         """Return the program's outputs.
 
         Raises:
@@ -56,11 +57,11 @@ class BoundedRun:
         peak = self._peaks[shapes]
         if peak is not None:
             _check(peak, limit)
-            outputs: Sequence[Any] = self._program(*values)
+            outputs: Sequence[object] = self._program(*values)
             return outputs
         ledger = _Ledger(values)
 
-        def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+        def call(node: fx.Node, args: Operands, kwargs: Fields) -> object:
             _check(ledger.live + _measure_result(node, args, kwargs), limit)
             result = node.target(*args, **kwargs)  # type: ignore[operator]  # a stored program calls functions alone
             _check(ledger.live + sum(size for _, size in _list_storages(result)), limit)
@@ -103,7 +104,7 @@ class _Ledger:
         self.peak = max(self.peak, self.live)
 
 
-def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger: _Ledger, call: Call) -> Sequence[Any]:
+def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger: _Ledger, call: Call) -> list[object]:
     """Run a graph node by node, and drop each result after its last use; return the outputs."""
     given, results = iter(values), dict[fx.Node, Any]()
     for node in graph.nodes:
@@ -118,13 +119,13 @@ def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger:
     return list(fx.map_arg(outputs, results.__getitem__))
 
 
-def _call_op(node: fx.Node, args: Any, kwargs: Any) -> Any:
+def _call_op(node: fx.Node, args: Operands, kwargs: Fields) -> object:
     """Call an op without its guard, which reads values."""
     target: Any = node.target
     return target.op(*args, **kwargs) if isinstance(target, GuardedOp) else target(*args, **kwargs)
 
 
-def _measure_result(node: fx.Node, args: Any, kwargs: Any) -> int:
+def _measure_result(node: fx.Node, args: Operands, kwargs: Fields) -> int:
     """Return the bytes that an op is about to allocate for its result; 0 if only its values tell."""
     given = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
     try:

@@ -6,7 +6,6 @@ A captured program never calls them so; one that somebody wrote may. Seen on the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def _fits_batch_norm(x: Tensor, *parameters: object, **_: object) -> bool:
     return all(parameter.shape == x.shape[1:2] for parameter in parameters if isinstance(parameter, Tensor))
 
 
-def _fits_lstm(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *settings: Any) -> bool:
+def _fits_lstm(x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *settings: int) -> bool:
     has_biases, layers, _, _, bidirectional, batch_first = settings
     hidden, cells = states[0].shape[-1], states[1].shape[-1]
     directions, batch = 1 + bidirectional, x.shape[0 if batch_first else 1]

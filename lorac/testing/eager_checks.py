@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorac.adapters.preparation import Preparer
+from lorac.argument_types import Fields
 from lorac.errors import AdapterError, CompileError, LoracError, SiteError
 from lorac.formats import load_adapter, save_adapter
 from lorac.frontend.base_weights import make_base_reader, read_bias
@@ -203,7 +204,7 @@ def check_invalid_values(case: Case) -> None:
             assert_raises(AdapterError, lambda adapter=adapter: case.compiled(adapter))  # type: ignore[misc]  # the default binds the loop's value
     for field in dataclasses.fields(case.variant):
         if isinstance(getattr(case.variant, field.name), float):
-            nan: Any = {field.name: torch.nan}
+            nan: Fields = {field.name: torch.nan}
             assert_raises(LoracError, lambda nan=nan: _compile_with(case, **nan))  # type: ignore[misc]  # likewise
 
 

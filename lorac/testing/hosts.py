@@ -10,13 +10,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorac.argument_types import Fields
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import make_module_site
@@ -204,7 +204,7 @@ def _padded_convolution() -> nn.Conv2d:
 
 
 _LINEAR, _CONV, _EMBEDDING, _BLOCK = SiteKind.LINEAR, SiteKind.CONV2D, SiteKind.EMBEDDING, SiteKind.BLOCK
-_PAIR: Any = {"path": "first", "others": ("second",), "batches": ((3, 4), (12,), (2, 5))}
+_PAIR: Fields = {"path": "first", "others": ("second",), "batches": ((3, 4), (12,), (2, 5))}
 _IMAGES = ((6,), ())
 _HOSTS = (
     Host("linear", _LINEAR, _single(lambda: nn.Linear(7, 11)), (7,), _apply_linear),

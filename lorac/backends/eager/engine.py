@@ -12,7 +12,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -34,7 +34,13 @@ from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.site_tensors import SiteTensors
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
-from lorac.frontend.layer_classes import find_layer_class, has_plain_forward, pad_conv_input, replace_super_forward
+from lorac.frontend.layer_classes import (
+    Forward,
+    find_layer_class,
+    has_plain_forward,
+    pad_conv_input,
+    replace_super_forward,
+)
 from lorac.frontend.layer_hooks import guard_hooks
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
@@ -96,8 +102,8 @@ class EagerEngine(Engine[ActiveSlots]):
         self._last_recorded = ForwardCall(NO_ADAPTERS)
         self._listeners: dict[object, tuple[frozenset[str], EmissionListener]] = {}
         self._branches = BranchRunner(module, plans, sites)
-        self._originals: dict[str, Callable[..., Any]] = {}
-        self._merged: dict[str, Callable[..., Any]] = {}
+        self._originals: dict[str, Forward] = {}
+        self._merged: dict[str, Forward] = {}
         own = (plan.site for plan in plans.values() if plan.site.kind is not SiteKind.ONCE)
         self._weights = SiteTensors(module, own)
         self._terms = terms.over(self._weights.make_reader())

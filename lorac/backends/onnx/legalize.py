@@ -17,11 +17,11 @@ from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import Target
 
+from lorac.argument_types import Operands
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import copy_provenance, find_source_line, get_example
-from lorac.ir.graph.ops import Operands
 from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten

@@ -6,11 +6,11 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
+from lorac.argument_types import Operands
 from lorac.ir.algebra.structure import WEIGHT, Analysis, Form, shape_of
 
 aten = torch.ops.aten
@@ -39,9 +39,10 @@ def match_row_block(found: Analysis, node: fx.Node) -> Form | None:
 
 def _row_block_of(node: fx.Node) -> _RowBlock | None:
     """Return the rows that a node holds: an item of ``split`` on the second axis of a view (groups, n/groups, m)."""
-    part: Any = node.args[0]
+    operands: Operands = node.args
+    part = operands[0]
     part = part.args[0] if part.target is aten.clone.default else part
-    split: Any = part.args[0] if part.target is operator.getitem else part
+    split = part.args[0] if part.target is operator.getitem else part
     if split is part or split.target is not aten.split_with_sizes.default or split.args[2:] != (1,):
         return None
     grouped, sizes = split.args[:2]
@@ -56,7 +57,8 @@ def _row_block_of(node: fx.Node) -> _RowBlock | None:
 
 def match_joined_blocks(found: Analysis, node: fx.Node) -> Form | None:
     """[c∘X[0] + Σ B·A; X[1]; …] = [c; 1; …]∘W + Σ [B; 0; …]·A."""
-    cat: Any = node.args[0]
+    operands: Operands = node.args
+    cat = operands[0]
     if cat.target is not aten.cat.default or cat.args[1:] != (1,):
         return None
     parts = [part for part in map(functools.partial(_changed_block, found), cat.args[0]) if part is not None]

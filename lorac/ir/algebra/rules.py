@@ -6,11 +6,11 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
 
+from lorac.argument_types import Operands
 from lorac.ir.algebra.row_blocks import match_joined_blocks, match_row_block
 from lorac.ir.algebra.structure import IDENTITY, AlgebraRule, Analysis, Form, shape_of
 
@@ -258,7 +258,7 @@ def _scale_entries(found: Analysis, values: fx.Node, scale: fx.Node, dim: int, p
 
 def _match_scatter(found: Analysis, node: fx.Node) -> Form | None:
     """X with values added at (rows, cols)."""
-    arguments: Any = node.args
+    arguments: Operands = node.args
     target, indices, values, *rest = arguments
     accumulate = rest[0] if rest else node.kwargs.get("accumulate", False)
     form = found.form(target)

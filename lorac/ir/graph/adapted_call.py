@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lorac.argument_types import Fields, Operands
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph
@@ -41,14 +42,14 @@ class AdaptedCall:
     """
 
     op: Any
-    host: ops.Operands
-    operands: Mapping[str, Any]
+    host: Operands
+    operands: Fields
     site: str
 
     @classmethod
     def of(cls, node: fx.Node) -> AdaptedCall:
         """Return the operands of an ``adapted`` node."""
-        arguments: ops.Operands = node.args
+        arguments: Operands = node.args
         return cls(*arguments)
 
     @classmethod
@@ -67,7 +68,7 @@ class AdaptedCall:
         return [operand for operand in self.host if isinstance(operand, fx.Node | Tensor)]
 
     @property
-    def unadapted(self) -> ops.Operands:
+    def unadapted(self) -> Operands:
         """Operands of ``op`` in a call of the site without its adapters."""
         return (*self.host, self.site)
 
@@ -80,7 +81,7 @@ class AdaptedCall:
         call.meta["custom"] = {SLOTS_KEYWORD: self.site}
         return call
 
-    def _arguments(self) -> ops.Operands:
+    def _arguments(self) -> Operands:
         return self.op, self.host, dict(self.operands), self.site
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from lorac.argument_types import Fields, Operands
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
 from lorac.ir.graph.attention_ops import find_token_input
@@ -116,7 +117,7 @@ class _Interpreter(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return getattr(self, n.op)(n.target, args, kwargs)
 
-    def call_function(self, target: Any, args: ops.Operands, kwargs: dict[str, Any]) -> Any:
+    def call_function(self, target: Any, args: Operands, kwargs: dict[str, Any]) -> Any:
         if target is ops.adapted:
             call = AdaptedCall(*args)
             return compute_adapted(self._program.plan_of(call.site), call, self._program.sites, {})
@@ -141,7 +142,7 @@ _FUNCTIONS: Mapping[object, Callable[..., object]] = {
 """Op -> its function, for ops whose ties torch breaks in any way, and for lorac's own."""
 
 
-def _make_missing_caches(graph: Graph, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _make_missing_caches(graph: Graph, inputs: Fields) -> dict[str, Tensor]:
     if not graph.cache_inputs:
         return {}
     empty = make_empty_cache(cache_input_shapes(graph), inputs[find_token_input(inputs)], encoder_output_shapes(graph))

@@ -7,15 +7,15 @@ path of the site. A kind of layer is one function here with its fake, and the at
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._library.custom_ops import CustomOpDef
 
+from lorac.argument_types import Operands
+
 aten = torch.ops.aten
-Operands = tuple[Any, ...]
 SiteOp = Callable[..., Tensor]
 """An op that computes a layer."""
 Lowering = Callable[[Operands], tuple[SiteOp, Operands]]

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import Fields, JsonObject
 from lorac.errors import InputMismatch
 from lorac.runtime.generation.decoding_state import DecodeTokens, DecodingState
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
@@ -167,7 +167,7 @@ class GenerationDriver(GenerationMixin, ABC):
         """Return rows that hold no tokens yet."""
 
     @abstractmethod
-    def _prompt_width(self, model_kwargs: Mapping[str, Any], generation_config: GenerationConfig) -> int:
+    def _prompt_width(self, model_kwargs: Fields, generation_config: GenerationConfig) -> int:
         """Return the number of columns of the prompts."""
 
     def _prefill(
@@ -240,7 +240,7 @@ class DecoderDriver(GenerationDriver):
     def _new_state(self, rows: int, capacity: int) -> DecodingState:
         return DecodingState(self.program.new_cache(rows, capacity))
 
-    def _prompt_width(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> int:
+    def _prompt_width(self, model_kwargs: Fields, generation_config: Any) -> int:
         """Return the mask's width; transformers notes only the width where nothing is padding."""
         mask = model_kwargs.get(self.mask_name)
         return int(generation_config._mask_length if mask is None else mask.shape[1])

@@ -79,7 +79,7 @@ class EncoderDecoderDriver(GenerationDriver):
         return prepared
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        output: Any = super()._beam_search(*args, **kwargs)  # type: ignore[misc]  # of a model
+        output = super()._beam_search(*args, **kwargs)  # type: ignore[misc]  # of a model
         if self.rules is None or isinstance(output, Tensor):
             return output
         return type(output)(**{name: value for name, value in output.items() if name != "cache"})

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from lorac.argument_types import Fields
 from lorac.errors import InputMismatch, OptionError, Unavailable, WrongType, nearest_name, short
 from lorac.runtime.generation.option_support import MISPLACED, REFUSED
 
@@ -40,8 +41,8 @@ class GenerateRequest:
         has_draft: whether another choice of adapters drafts tokens.
     """
 
-    options: Mapping[str, Any]
-    defaults: Mapping[str, Any]
+    options: Fields
+    defaults: Fields
     has_draft: bool = False
 
     def with_options(self, more: Mapping[str, object]) -> GenerateRequest:

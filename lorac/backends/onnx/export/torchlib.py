@@ -73,6 +73,8 @@ TORCHLIB_OPSET = 18
 """The version that most translations write; a program is converted from it to ``OPSET``."""
 TENSOR_OPSET = RecordingOpset(Opset("", OPSET))
 """The opset of operators between tensors, such as ``x * y`` in a translation."""
+AnyFunction = OnnxFunction[..., Any]
+"""A function that onnxscript compiled."""
 _LIBRARIES = ("onnxscript.function_libs.torch_lib.ops", "torch.onnx._internal.exporter._torchlib.ops")
 """Packages of translations."""
 
@@ -95,9 +97,7 @@ class Recorder(_building.OpRecorder):
         typed = {name: _type_attribute(name, value) for name, value in attributes.items()}
         return _unpack(self._call_op(signature, inputs, typed, count))  # type: ignore[arg-type]  # onnx_ir takes both
 
-    def record_call(
-        self, function: OnnxFunction[..., Any], args: Sequence[object], kwargs: Mapping[str, object]
-    ) -> Outputs:
+    def record_call(self, function: AnyFunction, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
         """Write a call of a function that onnxscript compiled."""
         signature = _read_function_signature(function)
         inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
@@ -140,7 +140,7 @@ def _read_signature(schema: onnx.defs.OpSchema) -> OpSignature:
 
 
 @functools.cache
-def _read_function_signature(function: OnnxFunction[..., Any]) -> OpSignature:
+def _read_function_signature(function: AnyFunction) -> OpSignature:
     return _schemas.op_signature_from_function(
         function, function.function_ir.domain, function.name, since_version=function.opset.version
     )
@@ -306,7 +306,7 @@ def _rebind_value(value: object) -> object:
             return _Core() if value is _core else value
 
 
-def _record_call(function: OnnxFunction[..., Any], *args: object, **kwargs: object) -> Outputs:
+def _record_call(function: AnyFunction, *args: object, **kwargs: object) -> Outputs:
     recorder = current_recorder()
     assert isinstance(recorder, Recorder)
     return recorder.record_call(function, args, kwargs)
