@@ -19,8 +19,8 @@ from typing import Annotated, TypeAlias, cast
 
 from lorac.errors import OptionError, WrongType, nearest_name, short
 
-JsonObject: TypeAlias = Mapping[str, typing.Any]
-"""A JSON object, or values read from one."""
+JsonMapping: TypeAlias = Mapping[str, typing.Any]
+"""A JSON object that is only read, or values from one; ``strict_json`` has the type of one that is built."""
 Fields: TypeAlias = Mapping[str, typing.Any]
 """Values for a dataclass's fields by name, which the dataclass checks itself."""
 Operands: TypeAlias = tuple[typing.Any, ...]

@@ -13,7 +13,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import cast_tensor, describe_structure, make_branch_term, make_once_term
 from lorac.adapters.fit import check_values
-from lorac.argument_types import JsonObject
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
@@ -25,6 +24,7 @@ from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
 from lorac.storage.reductions import check_sizes, reduction_from_json, reduction_to_json
+from lorac.storage.strict_json import JsonObject
 from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant

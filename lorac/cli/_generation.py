@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import InputMismatch, OptionError
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.progress import step
@@ -88,7 +88,7 @@ class TextWriter:
 
     compiled: Compiled
     max_new_tokens: int
-    settings: JsonObject
+    settings: JsonMapping
 
     @classmethod
     def of(cls, compiled: Compiled, new: int, temperature: float | None) -> TextWriter:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rich.table import Table
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.cli._output import make_table
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorac.ir.interface import Interface
     from lorac.variants.adapter import Adapter
 
-Inspection: TypeAlias = JsonObject
+Inspection: TypeAlias = JsonMapping
 """The report as data for JSON."""
 _EMPTY_VALUES: tuple[object, ...] = ((), [], {}, None, "")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorac.argument_types import JsonObject, broken_limit, field_types, format_type, matches_type
+from lorac.argument_types import JsonMapping, broken_limit, field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._errors import unsupported_error
 from lorac.ir.patterns import TARGET_KEYWORDS
@@ -97,7 +97,7 @@ class Refused(Field):
         return self.default
 
 
-def read_fields(raw: JsonObject, fields: Mapping[str, Field], path: Path) -> JsonObject:
+def read_fields(raw: JsonMapping, fields: Mapping[str, Field], path: Path) -> JsonMapping:
     """Return the value of every field of a table; defaults where the file has none.
 
     Raises:
@@ -107,7 +107,7 @@ def read_fields(raw: JsonObject, fields: Mapping[str, Field], path: Path) -> Jso
     return {name: field.parse(raw.get(name, field.default), name, path) for name, field in fields.items()}
 
 
-def refuse_unknown_fields(raw: JsonObject, known: Iterable[str], path: Path) -> None:
+def refuse_unknown_fields(raw: JsonMapping, known: Iterable[str], path: Path) -> None:
     """Refuse fields that the library does not have.
 
     Raises:

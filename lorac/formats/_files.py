@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorac.adapters.fit import check_finite
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._pickles import load_pickle
@@ -71,7 +71,7 @@ def peek_names(path: Path) -> frozenset[str]:
     return frozenset(_peek_header(path))
 
 
-def _peek_header(path: Path) -> JsonObject:
+def _peek_header(path: Path) -> JsonMapping:
     try:
         return _read_raw_header(path)[0]
     except (LoracError, OSError):
@@ -155,7 +155,7 @@ def _check_storages(path: Path, tensors: Mapping[str, Tensor]) -> None:
     claim_memory(sum(distinct.values()) - path.stat().st_size, "its tensors are larger than the file")
 
 
-def read_json(path: Path) -> JsonObject:
+def read_json(path: Path) -> JsonMapping:
     """Return a JSON object.
 
     Raises:
@@ -164,7 +164,7 @@ def read_json(path: Path) -> JsonObject:
     return parse_object(read_json_text(path), lambda reason: _corrupt(path, f"it {reason}"))
 
 
-def write_json(path: Path, value: JsonObject) -> None:
+def write_json(path: Path, value: JsonMapping) -> None:
     """Write a JSON object, its own names sorted; nested ones keep their order, which may matter.
 
     Raises:
@@ -173,7 +173,7 @@ def write_json(path: Path, value: JsonObject) -> None:
     path.write_text(encode_config({name: value[name] for name in sorted(value)}, indent=2) + "\n", encoding="utf-8")
 
 
-def encode_config(value: JsonObject, indent: int | None = None) -> str:
+def encode_config(value: JsonMapping, indent: int | None = None) -> str:
     """Return the description of an adapter as JSON.
 
     Raises:

@@ -11,7 +11,7 @@ from math import prod
 
 import torch
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded
 from lorac.ir.sites import ConvGeometry, Site, SiteKind
 from lorac.variants.adapter import Adapter
@@ -37,7 +37,7 @@ def site_to_json(site: Site) -> dict[str, object]:
     return layout
 
 
-def is_site_json(layout: JsonObject) -> bool:
+def is_site_json(layout: JsonMapping) -> bool:
     """Return whether a value of a file is a layout as ``site_to_json`` returns it."""
     sizes = {"out": layout.get("out"), "in": layout.get("in"), "stack": layout.get("stack", 1)}
     if "kernel" in layout:
@@ -50,7 +50,7 @@ def is_site_json(layout: JsonObject) -> bool:
     return whole and layout.get("kind") in set(SiteKind) and isinstance(layout.get("transposed"), bool)
 
 
-def site_from_json(path: str, layout: JsonObject) -> Site:
+def site_from_json(path: str, layout: JsonMapping) -> Site:
     """Return a site of a layout; strides, weights and dtype are not known."""
     if "kernel" in layout:
         return conv_site(path, layout["out"], layout["channels"], tuple(layout["kernel"]), layout["groups"])

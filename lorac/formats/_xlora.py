@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.router_freezing import freeze_router
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, nearest_name
 from lorac.formats._config_fields import (
     Applied,
@@ -81,7 +81,7 @@ class XLoraFolder:
 
     folder: Path
     experts: Mapping[str, Sequence[str]]
-    fields: JsonObject
+    fields: JsonMapping
     classifier: Mapping[str, Tensor]
     keys: Sequence[str]
     weights: str

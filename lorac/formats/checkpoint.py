@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, sort_by_site
-from lorac.argument_types import JsonObject, matches_type
+from lorac.argument_types import JsonMapping, matches_type
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._errors import corrupt_error
 from lorac.formats._files import agrees_with_seal, encode_config, peek_names, read_safetensors
@@ -48,7 +48,7 @@ class CheckpointFormat(Format):
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
         file = _checkpoint_file(path)
         tensors, _ = read_safetensors(file)
-        records: dict[str, tuple[str, JsonObject, Places]] = {}
+        records: dict[str, tuple[str, JsonMapping, Places]] = {}
         for key in filter(_is_record, tensors):
             if tensors[key].dtype is not torch.uint8 or tensors[key].ndim != 1:
                 raise corrupt_error(f"'{key}' in '{file}' is not a text")
@@ -84,7 +84,7 @@ def _is_record(name: str) -> bool:
     return _PREFIX in name and name.endswith(_RECORD)
 
 
-def _check_record(file: Path, stored: JsonObject, tensors: Mapping[str, Tensor], prefix: str) -> None:
+def _check_record(file: Path, stored: JsonMapping, tensors: Mapping[str, Tensor], prefix: str) -> None:
     """Check the entries of a record, and the tensors against its seal; older records have none.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter, sort_by_site
-from lorac.argument_types import Fields, JsonObject, field_types, matches_type
+from lorac.argument_types import Fields, JsonMapping, field_types, matches_type
 from lorac.errors import FormatError, UnknownMethod, nearest_name, short
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import check_seal, encode_config, peek_metadata, read_safetensors, write_sealed
@@ -42,10 +42,10 @@ _FIELDS: Mapping[str, object] = {
     "version": int,
     "name": str,
     "variant": str,
-    "config": JsonObject,
+    "config": JsonMapping,
     "left_out": tuple[str, ...],
     "shared": _StringMap,
-    "provenance": JsonObject,
+    "provenance": JsonMapping,
     "base": str | None,
 }
 _MODULES = "modules"
@@ -53,8 +53,8 @@ _MODULES = "modules"
 _PROVENANCE_TYPES: Mapping[str, object] = {
     "copies": _StringMap,
     "tied": _StringMap,
-    "config": JsonObject,
-    LAYOUT: Mapping[str, JsonObject],
+    "config": JsonMapping,
+    LAYOUT: Mapping[str, JsonMapping],
 }
 """The entries of an adapter's provenance that lorac reads again; others are only stored."""
 
@@ -97,7 +97,7 @@ def load_record(path: Path, name: str) -> Adapter:
         return assemble_adapter(path, record, _build_or_stand_in(path, record), stored, name)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonMapping]:
     stored, metadata = read_safetensors(path)
     record = parse_record(path, metadata[_ENTRY])
     check_seal(path, metadata[_ENTRY], stored, metadata)
@@ -105,7 +105,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
 
 
 def assemble_adapter(
-    path: Path, record: JsonObject, variant: Variant, stored: dict[str, Tensor], name: str | None
+    path: Path, record: JsonMapping, variant: Variant, stored: dict[str, Tensor], name: str | None
 ) -> Adapter:
     """Return the adapter of a record and its tensors.
 
@@ -176,7 +176,7 @@ def _name_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key: tensor for key, tensor in named.items() if key not in shared}, shared
 
 
-def parse_record(path: Path, text: str) -> JsonObject:
+def parse_record(path: Path, text: str) -> JsonMapping:
     """Return the record that a text holds, checked.
 
     Raises:
@@ -213,7 +213,7 @@ def parse_record(path: Path, text: str) -> JsonObject:
     return record
 
 
-def _check_provenance(what: str, provenance: JsonObject) -> None:
+def _check_provenance(what: str, provenance: JsonMapping) -> None:
     for entry, expected in _PROVENANCE_TYPES.items():
         if entry in provenance and not matches_type(provenance[entry], expected):
             raise corrupt_error(f"{what} has '{entry}' of another type in its provenance")
@@ -222,7 +222,7 @@ def _check_provenance(what: str, provenance: JsonObject) -> None:
             raise corrupt_error(f"{what} has no valid layout of '{site}': {short(layout)}")
 
 
-def build_variant(path: Path, record: JsonObject) -> Variant:
+def build_variant(path: Path, record: JsonMapping) -> Variant:
     """Return the method of a record.
 
     Raises:
@@ -232,7 +232,7 @@ def build_variant(path: Path, record: JsonObject) -> Variant:
     return _build_named_variant(path, record["variant"], record["config"], record.get(_MODULES, {}))
 
 
-def _build_or_stand_in(path: Path, record: JsonObject) -> Variant:
+def _build_or_stand_in(path: Path, record: JsonMapping) -> Variant:
     """Return the method, or a stand-in where it, or one in its fields, has no class here."""
     modules = record.get(_MODULES, {})
     try:
@@ -246,7 +246,7 @@ def _build_or_stand_in(path: Path, record: JsonObject) -> Variant:
         )
 
 
-def _build_named_variant(path: Path, name: str, config: JsonObject, modules: Mapping[str, str]) -> Variant:
+def _build_named_variant(path: Path, name: str, config: JsonMapping, modules: Mapping[str, str]) -> Variant:
     cls = find_variant(name, modules)
     known = dataclass_fields(cls)
     for field in config:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.frontend.site_discovery import find_matrix_sites, is_gpt2_conv1d, stores_transposed
 
 _CONTAINERS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential, "named": nn.ModuleDict}
@@ -93,7 +93,7 @@ def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None)
     return {"modules": modules, "tensors": tensors, "embeddings": _embedding_paths(model)}
 
 
-def build_skeleton(described: JsonObject, values: Mapping[str, Tensor] | None = None) -> Skeleton:
+def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None = None) -> Skeleton:
     """Build a skeleton from its description.
 
     Args:
@@ -134,7 +134,7 @@ def _describe_module(module: Any) -> dict[str, object]:
     return {"kind": kind, "in": module.in_features, "out": module.out_features}
 
 
-def _make_module(entry: JsonObject) -> nn.Module:
+def _make_module(entry: JsonMapping) -> nn.Module:
     """Make a module of the described kind without tensors; they are registered later."""
     kind = entry.get("kind")
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def _module_at(root: nn.Module, path: str) -> nn.Module:
     return here
 
 
-def _make_tensor(name: str, entry: JsonObject, values: Mapping[str, Tensor]) -> Tensor:
+def _make_tensor(name: str, entry: JsonMapping, values: Mapping[str, Tensor]) -> Tensor:
     dtype = getattr(torch, entry["dtype"])
     assert isinstance(dtype, torch.dtype)
     value = values.get(name)

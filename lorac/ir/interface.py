@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
 from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
 from lorac.ir.multimodal_positions import POSITION_IDS, MultimodalPositions
@@ -317,14 +317,14 @@ class Interface:
         }
 
     @classmethod
-    def from_json(cls, stored: JsonObject) -> Interface:
+    def from_json(cls, stored: JsonMapping) -> Interface:
         """Return the interface that ``to_json`` wrote.
 
         Raises:
             ArtifactError: its parts contradict one another.
         """
-        names: JsonObject = {name: tuple(stored[entry]) for entry, name in _STORED_NAMES.items()}
-        mappings: JsonObject = {name: stored[entry] for entry, name in _STORED_MAPPINGS.items()}
+        names: JsonMapping = {name: tuple(stored[entry]) for entry, name in _STORED_NAMES.items()}
+        mappings: JsonMapping = {name: stored[entry] for entry, name in _STORED_MAPPINGS.items()}
         structure, fixed, required = structure_from_json(stored["output"]), stored["fixed"], stored["told"]
         count = len(names["outputs"]) - len(names["extra_outputs"])
         known = mappings["id_counts"].keys() | set(mappings["aliases"].values()) <= set(names["inputs"])

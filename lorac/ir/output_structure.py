@@ -10,15 +10,12 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.ir.row_layout import LIST_AXIS, RowLayout
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 _LEAF = "*"
 _BASES = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}
@@ -154,14 +151,14 @@ class DataclassFields:
         instance: of any dataclass.
     """
 
-    def __init__(self, instance: DataclassInstance) -> None:
+    def __init__(self, instance: Any) -> None:
         self.cls = type(instance)
         self.values = {f.name: replace_dataclasses(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
 
 
 def _rebuild_dataclass(values: Iterable[object], context: tuple[type, Sequence[str]]) -> object:
     cls, names = context
-    instance = object.__new__(cls)
+    instance: object = object.__new__(cls)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(instance, name, value)  # without __init__, which ran when the model made the original
     return instance
@@ -209,7 +206,7 @@ def structure_to_json(structure: OutputStructure | None) -> object:
     return {"spec": _spec_to_json(structure.spec), "constants": constants, "numbers": list(structure.numbers)}
 
 
-def structure_from_json(stored: JsonObject | None) -> OutputStructure | None:
+def structure_from_json(stored: JsonMapping | None) -> OutputStructure | None:
     """Return the structure that ``structure_to_json`` wrote."""
     if stored is None:
         return None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, InputMismatch
 
 LIST_AXIS = -1
@@ -92,7 +92,7 @@ class RowLayout:
         return {"count": self.count, "axes": dict(self.axes), "outputs": dict(self.outputs)}
 
     @classmethod
-    def from_json(cls, stored: JsonObject) -> RowLayout:
+    def from_json(cls, stored: JsonMapping) -> RowLayout:
         """Read the layout from JSON.
 
         Raises:

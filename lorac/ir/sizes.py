@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lorac.argument_types import Fields, JsonObject
+from lorac.argument_types import Fields, JsonMapping
 from lorac.errors import ArtifactError, InputMismatch
 
 Axis = tuple[str, int]
@@ -234,7 +234,7 @@ class SizeConstraints:
         return {"shapes": shapes, "conditions": list(self.conditions), "fixed": fixed}
 
     @classmethod
-    def from_json(cls, stored: JsonObject) -> SizeConstraints:
+    def from_json(cls, stored: JsonMapping) -> SizeConstraints:
         """Return the constraints that ``to_json`` wrote; assumptions are not stored.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.frontend.components import list_components
 
 _COMMON_MIXIN = "GenerationMixin"
@@ -40,7 +40,7 @@ class CustomGeneration:
     """
 
     path: str
-    asks: JsonObject
+    asks: JsonMapping
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class ModelTraits:
     config: Any
     dtype: torch.dtype
     device: torch.device
-    generation: JsonObject | None = None
+    generation: JsonMapping | None = None
     rules: CustomGeneration | None = None
 
     @property
-    def settings(self) -> JsonObject:
+    def settings(self) -> JsonMapping:
         """The entries of the configuration, and those of its part about text, if it has one."""
         entries = _config_entries(self.config) or {}
         text = entries.get("text_config")
@@ -80,7 +80,7 @@ class ModelTraits:
         }
 
 
-def traits_from_json(stored: JsonObject) -> dict[str, ModelTraits]:
+def traits_from_json(stored: JsonMapping) -> dict[str, ModelTraits]:
     """Return the traits of each graph's model from their JSON."""
     return {
         name: ModelTraits(
@@ -121,7 +121,7 @@ def _config_entries(config: object) -> dict[str, object] | None:
     return dict(to_dict()) if callable(to_dict) else dict(vars(config))
 
 
-def _to_json(entries: JsonObject | None) -> object:
+def _to_json(entries: JsonMapping | None) -> object:
     return json.loads(json.dumps(entries, default=lambda _: None))
 
 

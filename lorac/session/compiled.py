@@ -149,10 +149,10 @@ class Compiled(SwitchableModel):
             target: also list the ops that this target would not compute.
         """
         if target is None:
-            return explain(self, self.session.precision.lost)
+            return explain(self.session, self)
         from lorac.session.lowering.lower import list_missing_ops
 
-        return explain(self, self.session.precision.lost, target, list_missing_ops(self.session, target))
+        return explain(self.session, self, target, list_missing_ops(self.session, target))
 
     def export(self, target: str = "onnxruntime", mode: str = "auto", **options: Any) -> Compiled:
         """Compile the model again, with the adapters' present tensors and the active choice.

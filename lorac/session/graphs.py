@@ -63,7 +63,7 @@ def _picture_context(session: Session, model: SwitchableModel, calls: Mapping[st
         calls=calls,
     )
     return PictureContext(
-        explanation=explain(model, session.precision.lost),
+        explanation=explain(session, model),
         notes=notes,
         parameters={name: _count_parameters(adapter) for name, adapter in adapters.items()},
     )

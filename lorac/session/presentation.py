@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from lorac.errors import EagerOnly, UnknownAttribute, escape_controls, nearest_name
@@ -19,6 +18,7 @@ from lorac.report.explain import AdapterRow, Explanation, ProgramRow
 from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.session.other_vocabularies import LORAC_STEPS
+from lorac.session.session import Session
 from lorac.variants.adapter import Adapter
 
 INTERFACE = (
@@ -78,17 +78,14 @@ def unknown_attribute(compiled: object, name: str) -> AttributeError:
 
 
 def explain(
-    compiled: SwitchableModel,
-    casts: Iterable[tuple[torch.dtype, torch.dtype]] = (),
-    other_target: str = "",
-    unsupported_ops: tuple[str, ...] = (),
+    session: Session, compiled: SwitchableModel, other_target: str = "", unsupported_ops: tuple[str, ...] = ()
 ) -> Explanation:
-    """Return the explanation of a compiled model in its present state; further arguments are as in ``Explanation``."""
+    """Return the explanation of a compiled model in its present state; the last two arguments are as there."""
     plans = compiled.plans
     terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
     unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
     rows = tuple(_mark_unused(row) if row.site in unused else row for found in terms.values() for row in found)
-    adaptable = [path for path, s in compiled.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
+    adaptable = [path for path, s in session.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
     return Explanation(
         target=compiled.engine.target,
         mode=compiled.mode,
@@ -97,7 +94,7 @@ def explain(
         terms=rows,
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
-        casts=tuple((short_dtype(a), short_dtype(b)) for a, b in casts),
+        casts=tuple((short_dtype(a), short_dtype(b)) for a, b in session.precision.lost),
         programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
         other_target=other_target,
         unsupported_ops=unsupported_ops,

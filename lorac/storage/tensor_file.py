@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -69,7 +70,8 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's values as bytes in row-major order."""
     # A tensor of one element counts as contiguous with any strides.
     flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())
+    values: Any = flat.view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ _HOSTS = (
         lambda: _pair(_convolution(3, 8), _convolution(8, 6)),
         (3, 6, 5),
         _apply_strided_conv,
-        **_PAIR | {"batches": ((6,), (4,))},
+        **{**_PAIR, "batches": ((6,), (4,))},
     ),
     Host(
         "two_embedding",
@@ -241,7 +241,7 @@ _HOSTS = (
         _BLOCK,
         lambda: TwoBlocks(Block(7, 5), Block(9, 4)),
         (7,),
-        **_PAIR | {"path": "blocks.0", "others": ("blocks.1",)},
+        **{**_PAIR, "path": "blocks.0", "others": ("blocks.1",)},
     ),
     Host(
         "two_read",
@@ -250,7 +250,7 @@ _HOSTS = (
         (7,),
         _apply_linear,
         read=True,
-        **_PAIR | {"path": "front", "others": ("site",)},
+        **{**_PAIR, "path": "front", "others": ("site",)},
     ),
     Host("two_gated", _BLOCK, lambda: TwoMLPs(GatedMLP(6, 10), GatedMLP(9, 10)), (6,), read=True, **_PAIR),
     Host(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.export import Dim
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.eager.fastpath import disable_fast_path
 from lorac.backends.eager.linear_rounding import match_linear_rounding
@@ -136,7 +136,7 @@ def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans
 
 
 def _load_graphs(stored: StoredState, files: ProgramFiles, file: TensorFile) -> dict[str, StoredGraph]:
-    entries: JsonObject = stored["graphs"]  # type: ignore[assignment]  # checked by what reads an entry
+    entries: JsonMapping = stored["graphs"]  # type: ignore[assignment]  # checked by what reads an entry
     with charge_reading(files[_PROGRAM].where):
         text = read_json_text(files[_PROGRAM].path)
         nodes = parse_json(text, lambda reason: ArtifactError(f"'{files[_PROGRAM].where}' {reason}"))

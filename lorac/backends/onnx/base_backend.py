@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic
 
 import torch
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, LoadedProgram, OnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
 from lorac.ir.graph.graph import Program, SlotInput
@@ -55,7 +55,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         files: ProgramFiles,
         interface: Interface,
         slots: Mapping[str, SlotInput],
-        stored: JsonObject,
+        stored: JsonMapping,
         options: OptionsT,
     ) -> GraphT:
         """Load a graph from its files.
@@ -228,7 +228,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         Raises:
             ArtifactError, Unavailable: the target does not load these files here.
         """
-        known: JsonObject = stored
+        known: JsonMapping = stored
         options = self.restore_options(known["options"], plans, device)
         graphs = {}
         for name, entry in known["graphs"].items():
@@ -241,7 +241,7 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         )
 
     def restore_options(
-        self, stored: JsonObject, plans: Mapping[str, SitePlan], device: str | torch.device | None
+        self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None
     ) -> OptionsT:
         """Return the options of an artifact, for a device if one is given."""
         options = self.options(**stored)

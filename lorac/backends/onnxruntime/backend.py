@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage
@@ -80,7 +80,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         files: ProgramFiles,
         interface: Interface,
         slots: Mapping[str, SlotInput],
-        stored: JsonObject,
+        stored: JsonMapping,
         options: OnnxRuntimeOptions,
     ) -> GraphSession:
         return GraphSession(create_session(files, name, options), interface, slots)
@@ -155,7 +155,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
     # --- restoring -----------------------------------------------------------------------------------------------
 
     def restore_options(
-        self, stored: JsonObject, plans: Mapping[str, SitePlan], device: str | torch.device | None
+        self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None
     ) -> OnnxRuntimeOptions:
         """Return the options of an artifact for a device, if this machine can run it there."""
         options = OnnxRuntimeOptions(**stored)

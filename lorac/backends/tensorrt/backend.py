@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import graph_file, list_program_files
@@ -157,7 +157,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         files: ProgramFiles,
         interface: Interface,
         slots: Mapping[str, SlotInput],
-        stored: JsonObject,
+        stored: JsonMapping,
         options: TensorRTOptions,
     ) -> GraphPlan:
         """Return a stored plan, which the first call loads.

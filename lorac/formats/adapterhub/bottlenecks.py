@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorac.argument_types import Fields, JsonObject
+from lorac.argument_types import Fields, JsonMapping
 from lorac.errors import nearest_name, short
 from lorac.formats._config_fields import check_field_type, refuse_unknown_fields
 from lorac.formats._errors import unsupported_error
@@ -36,7 +36,7 @@ from lorac.variants._bottleneck_layers import PRESETS
 from lorac.variants.adapter import Adapter
 from lorac.variants.bottleneck import Bottleneck
 
-TRAINING: JsonObject = {"init_weights_seed": None, "hypercomplex_nonlinearity": "glorot-uniform"}
+TRAINING: JsonMapping = {"init_weights_seed": None, "hypercomplex_nonlinearity": "glorot-uniform"}
 """Fields about the initialisation of tensors, which their values have outlived, with the library's defaults."""
 _FIELDS = (
     "mh_adapter output_adapter cross_adapter leave_out reduction_factor non_linearity scaling is_parallel "
@@ -89,7 +89,7 @@ class BottleneckComponent(ComponentConfig):
         return PlacedComponent((variant,), _key_patterns(variant, layout), lambda _, stored: dict(stored))
 
 
-def read_bottlenecks(config: JsonObject, header: ConfigHeader) -> BottleneckComponent:
+def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> BottleneckComponent:
     """Return a configuration, read.
 
     Raises:
@@ -128,7 +128,7 @@ def read_preset(name: str, file: Path) -> dict[str, object]:
     return dict(PRESETS[modern])
 
 
-def _modernise_fields(config: JsonObject, header: ConfigHeader) -> dict[str, Any]:
+def _modernise_fields(config: JsonMapping, header: ConfigHeader) -> dict[str, Any]:
     """Return the fields as today's versions write them."""
     fields = dict(config)
     nested = fields.pop("invertible_adapter", None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.formats.adapterhub.keys import KeyPattern, TensorsBySite
 from lorac.formats.adapterhub.layouts import AdaptableLayer, Family, find_layers, name_sublayers
 from lorac.frontend.model_view import ModelView
@@ -114,7 +114,7 @@ class ComponentFile:
         own_class: whether only one of the library's own classes computes it.
     """
 
-    config: JsonObject
+    config: JsonMapping
     patterns: tuple[KeyPattern, ...]
     tensors: TensorsBySite
     own_class: bool = False

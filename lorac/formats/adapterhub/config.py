@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import short
 from lorac.formats._config_fields import refuse_unknown_fields
 from lorac.formats._errors import corrupt_error, unsupported_error
@@ -20,7 +20,7 @@ from lorac.formats.adapterhub.loras import ARCHITECTURE, TASKS_ARCHITECTURE, rea
 
 _KNOWN = ("name", "model_type", "config", "hidden_size", "model_name", "model_class", "version", "config_id", "type")
 _ARCHITECTURE, _UNION, _CONFIGS = "architecture", "union", "configs"
-_READERS: Mapping[str | None, Callable[[JsonObject, ConfigHeader], ComponentConfig]] = {
+_READERS: Mapping[str | None, Callable[[JsonMapping, ConfigHeader], ComponentConfig]] = {
     None: read_bottlenecks,
     ARCHITECTURE: read_loras,
     TASKS_ARCHITECTURE: functools.partial(read_loras, tasks=True),
@@ -35,7 +35,7 @@ _REFUSED = {
 VERSION = "adapters.1.3.0"
 
 
-def read_config(raw: JsonObject, file: Path, *, invertible: bool) -> tuple[ConfigHeader, list[ComponentConfig]]:
+def read_config(raw: JsonMapping, file: Path, *, invertible: bool) -> tuple[ConfigHeader, list[ComponentConfig]]:
     """Return the header of a file and its configurations.
 
     Args:
@@ -62,7 +62,7 @@ def read_config(raw: JsonObject, file: Path, *, invertible: bool) -> tuple[Confi
     return header, [_read_component(part, header) for part in _split_union(config, file)]
 
 
-def _split_union(config: JsonObject, file: Path) -> Sequence[JsonObject]:
+def _split_union(config: JsonMapping, file: Path) -> Sequence[JsonMapping]:
     """Return the configurations of a union; any other configuration alone."""
     if config.get(_ARCHITECTURE) != _UNION:
         return [config]
@@ -73,7 +73,7 @@ def _split_union(config: JsonObject, file: Path) -> Sequence[JsonObject]:
     return parts
 
 
-def _read_component(config: JsonObject, header: ConfigHeader) -> ComponentConfig:
+def _read_component(config: JsonMapping, header: ConfigHeader) -> ComponentConfig:
     architecture = config.get(_ARCHITECTURE)
     read = _READERS.get(architecture) if isinstance(architecture, str | None) else None
     if read is None:
@@ -87,7 +87,7 @@ def _read_component(config: JsonObject, header: ConfigHeader) -> ComponentConfig
     return read({name: value for name, value in config.items() if name != _ARCHITECTURE}, header)
 
 
-def join_configs(components: Sequence[ComponentFile]) -> JsonObject:
+def join_configs(components: Sequence[ComponentFile]) -> JsonMapping:
     """Return one configuration of several components, which ``read_config`` splits again."""
     configs = [component.config for component in components]
     return configs[0] if len(configs) == 1 else {_ARCHITECTURE: _UNION, _CONFIGS: configs}

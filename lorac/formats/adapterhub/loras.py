@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_parameter
-from lorac.argument_types import Fields, JsonObject, field_types
+from lorac.argument_types import Fields, JsonMapping, field_types
 from lorac.formats._config_fields import check_field_type, refuse_unknown_fields
 from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import ComponentConfig, ConfigHeader, ModelLayout, PlacedComponent
@@ -48,7 +48,7 @@ ARCHITECTURE, TASKS_ARCHITECTURE = "lora", "mtl_lora"
 ADD, SCALE = "add", "scale"
 A, B, MAGNITUDE = "lora_A", "lora_B", "m.weight"
 _VERA_A, _VERA_B, _TASK, _WEIGHTS = "vera_D", "vera_B", "task_specific.values", "weights"
-TASK_FIELDS: JsonObject = {
+TASK_FIELDS: JsonMapping = {
     "n_up_projection": 1,
     "task_specific_matrix_type": "singular_values",
     "weights_sharpness": 0.05,
@@ -117,7 +117,7 @@ class LoraFields:
         return LETTERS if self.scales and self.alpha != 1 else self.letters(layer)
 
 
-def read_loras(config: JsonObject, header: ConfigHeader, *, tasks: bool = False) -> LoraComponent:
+def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False) -> LoraComponent:
     """Return a configuration, read.
 
     Args:

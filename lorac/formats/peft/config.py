@@ -13,7 +13,7 @@ import importlib
 import inspect
 from pathlib import Path
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.discovery import import_modules
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._config_fields import ABSENT, Applied, read_fields
@@ -41,7 +41,7 @@ def peft_types() -> dict[str, AnyPeftType]:
     return {cls.peft_type: cls() for cls in concrete}
 
 
-def peft_type_of(raw: JsonObject, path: Path) -> AnyPeftType:
+def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:
     """Return the PEFT type of a configuration.
 
     Raises:
@@ -61,7 +61,7 @@ def peft_type_of(raw: JsonObject, path: Path) -> AnyPeftType:
     )
 
 
-def read_config(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> JsonObject:
+def read_config(raw: JsonMapping, peft_type: AnyPeftType, path: Path) -> JsonMapping:
     """Return the value of every field in lorac's types; defaults where the file has none.
 
     Raises:
@@ -70,7 +70,7 @@ def read_config(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> JsonObje
     return read_fields(raw, {**peft_type.fields, **peft_type.retired}, path)
 
 
-def variant_of(values: JsonObject, peft_type: AnyPeftType, path: Path) -> Variant:
+def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Variant:
     """Return the variant that a checked configuration describes.
 
     Raises:
@@ -104,7 +104,7 @@ def variant_of(values: JsonObject, peft_type: AnyPeftType, path: Path) -> Varian
 
 
 def write_config(
-    variant: Variant, peft_type: AnyPeftType, given: JsonObject, original: JsonObject
+    variant: Variant, peft_type: AnyPeftType, given: JsonMapping, original: JsonMapping
 ) -> dict[str, object]:
     """Return a configuration that makes PEFT build what the variant describes.
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, list_some, nearest_name
 from lorac.formats._errors import corrupt_error
 from lorac.formats.peft.peft_type import AnyPeftType
@@ -81,7 +81,7 @@ class PeftFile:
 
     name: str
     peft_type: AnyPeftType
-    values: JsonObject
+    values: JsonMapping
     contents: FileContents
     view: ModelView | None
 
@@ -92,7 +92,7 @@ class PeftFile:
 
 
 def read_keys(
-    tensors: Mapping[str, Tensor], peft_type: AnyPeftType, values: JsonObject, view: ModelView | None
+    tensors: Mapping[str, Tensor], peft_type: AnyPeftType, values: JsonMapping, view: ModelView | None
 ) -> FileContents:
     """Account for every tensor of a file.
 
@@ -138,7 +138,7 @@ class _KeyReader:
     """Applies the rules to the keys of a file; later rules see what the earlier ones found."""
 
     peft_type: AnyPeftType
-    values: JsonObject
+    values: JsonMapping
     embeddings: frozenset[str]
     contents: FileContents = field(default_factory=FileContents)
 

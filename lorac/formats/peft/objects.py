@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, short
 from lorac.formats._config_fields import Irrelevant
 from lorac.formats._errors import unsupported_error
@@ -76,7 +76,7 @@ def variant_from_config(config: PeftObject) -> Variant:
     return dataclasses.replace(variant, modules_to_save=(*variant.modules_to_save, *heads)) if heads else variant
 
 
-def _refuse_training_fields(raw: JsonObject, peft_type: AnyPeftType, path: Path) -> None:
+def _refuse_training_fields(raw: JsonMapping, peft_type: AnyPeftType, path: Path) -> None:
     """Refuse fields that say of a file how it was trained, and of a fresh adapter how PEFT would initialise it."""
     selections = peft_type.variants.values()
     for name, field in peft_type.fields.items():

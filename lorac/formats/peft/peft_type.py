@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterError, SiteError, warn
 from lorac.formats._config_fields import Field
 from lorac.frontend.model_view import ModelView
@@ -51,7 +51,7 @@ class PeftType(ABC, Generic[V]):
     """
 
     peft_type: ClassVar[str]
-    variants: ClassVar[Mapping[type[Variant], JsonObject]]
+    variants: ClassVar[Mapping[type[Variant], JsonMapping]]
     fields: ClassVar[Mapping[str, Field]]
     read_only: ClassVar[frozenset[type[Variant]]] = frozenset()
     retired: ClassVar[Mapping[str, Field]] = {}
@@ -116,7 +116,7 @@ class PeftType(ABC, Generic[V]):
         """Return the parameters with those that no file holds, as configuration and model tell them."""
         return tensors
 
-    def read_inner(self, values: JsonObject, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the effective parameters of a layer that PEFT adapts with the module that reads its weight."""
         return tensors
 
@@ -132,7 +132,7 @@ class PeftType(ABC, Generic[V]):
         """Return tied site -> the site of the file whose tensors it has in PEFT."""
         return {}
 
-    def make_shared(self, values: JsonObject, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def make_shared(self, values: JsonMapping, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Return the shared tensors that a file left out because a seed gives them; empty where it holds them.
 
         Args:
@@ -144,7 +144,7 @@ class PeftType(ABC, Generic[V]):
         """Return the shapes of the shared tensors in PEFT, where they are not those that the sites need."""
         return {}
 
-    def undo_start(self, adapter: Adapter, values: JsonObject, view: ModelView | None) -> Adapter:
+    def undo_start(self, adapter: Adapter, values: JsonMapping, view: ModelView | None) -> Adapter:
         """Return an adapter over the base as it was before the adapter's initialisation rewrote it."""
         return adapter
 
@@ -153,7 +153,7 @@ class PeftType(ABC, Generic[V]):
         return None
 
     def read_folder(
-        self, folder: Path, values: JsonObject, tensors: Tensors, name: str, view: ModelView | None
+        self, folder: Path, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter | None:
         """Return the adapter of a type whose file holds no tensors of modules; None for all others."""
         return None

@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.ir.sites import Site, SiteKind
@@ -35,7 +35,7 @@ class SeededType(PeftType[V]):
         """Return the site of a module as its tensors tell it."""
 
     @abstractmethod
-    def draw(self, values: JsonObject, out_features: int, in_features: int) -> Sequence[Tensor]:
+    def draw(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         """Return the shared tensors in PEFT's values.
 
         Args:
@@ -47,7 +47,7 @@ class SeededType(PeftType[V]):
         tensors = take_tensors(path, stored, self.axes, self.expected)
         return self.tell_site(path, tensors), tensors
 
-    def make_shared(self, values: JsonObject, sites: Sequence[Site]) -> dict[str, Tensor]:
+    def make_shared(self, values: JsonMapping, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Return the shared tensors as the seed gives them; empty where the file holds them.
 
         Raises:

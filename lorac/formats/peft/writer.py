@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._files import BASE_HASH, EXPERTS, SEAL, encode_config, peek_metadata, write_json, write_sealed
 from lorac.formats._site_layouts import remembered_sites
@@ -69,7 +69,7 @@ def seal_experts(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {EXPERTS: dump_json({name: peek_metadata(folder / name / WEIGHTS)[SEAL] for name in names})}
 
 
-def seal_text(config: JsonObject, metadata: Mapping[str, str]) -> str:
+def seal_text(config: JsonMapping, metadata: Mapping[str, str]) -> str:
     """Return the text that is sealed with the tensors: the configuration, its own names sorted, and other hashes."""
     hashes = {BASE_HASH: metadata.get(BASE_HASH)} | {key: metadata[key] for key in (EXPERTS,) if key in metadata}
     return encode_config({"config": {name: config[name] for name in sorted(config)}, **hashes})
@@ -97,7 +97,7 @@ def _find_peft_type(adapter: Adapter) -> AnyPeftType:
 def _write_files(
     adapter: Adapter,
     peft_type: AnyPeftType,
-    given: JsonObject,
+    given: JsonMapping,
     tensors: Mapping[str, Tensor],
     folder: Path,
     view: ModelView | None,

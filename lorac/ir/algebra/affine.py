@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -123,7 +123,7 @@ def _emit_output(build: _AffineBuilder, result: Operand, w: fx.Node, b: fx.Node)
     return fx.GraphModule(torch.nn.Module(), build.graph)
 
 
-def _evaluate(build: _AffineBuilder, node: fx.Node, environment: Mapping[fx.Node, object]) -> Affine | fx.Node | None:
+def _evaluate(build: _AffineBuilder, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Affine | fx.Node | None:
     """Return the value of one op: affine in (x, y), a node of parameters only, or None if the op is not affine."""
     args: Operands = fx.map_arg(node.args, lambda n: environment[n])
     if not any(isinstance(environment[operand], Affine) for operand in node.all_input_nodes):

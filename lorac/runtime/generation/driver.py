@@ -21,7 +21,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lorac.argument_types import Fields, JsonObject
+from lorac.argument_types import Fields, JsonMapping
 from lorac.errors import InputMismatch
 from lorac.runtime.generation.decoding_state import DecodeTokens, DecodingState
 from lorac.target.kv_cache import CacheSpec, KeyValueCache
@@ -84,7 +84,7 @@ class GenerationDriver(GenerationMixin, ABC):
     mask_name = "attention_mask"
     output_class: Callable[..., ModelOutput] = GenerateDecoderOnlyOutput
 
-    def __init__(self, program: DecodingProgram, config: JsonObject, generation: JsonObject) -> None:
+    def __init__(self, program: DecodingProgram, config: JsonMapping, generation: JsonMapping) -> None:
         self.program = program
         self.config = PreTrainedConfig(**{name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None})
         self.generation_config = GenerationConfig(**generation)

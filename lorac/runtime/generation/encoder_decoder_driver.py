@@ -22,7 +22,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 from transformers.modeling_outputs import BaseModelOutput
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import Unavailable
 from lorac.runtime.generation.decoding_state import DecodingState
 from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver
@@ -48,7 +48,7 @@ class EncoderDecoderDriver(GenerationDriver):
     output_class: Callable[..., ModelOutput] = GenerateEncoderDecoderOutput
     rules: CustomGeneration | None = None
 
-    def __init__(self, program: DecodingProgram, config: JsonObject, generation: JsonObject) -> None:
+    def __init__(self, program: DecodingProgram, config: JsonMapping, generation: JsonMapping) -> None:
         super().__init__(program, config, generation)
         if self.rules is not None:
             _add_attributes(self, self.rules, config, generation)
@@ -132,7 +132,7 @@ def driver_class(rules: CustomGeneration | None) -> type[EncoderDecoderDriver]:
 
 
 def _add_attributes(
-    driver: EncoderDecoderDriver, rules: CustomGeneration, config: JsonObject, generation: JsonObject
+    driver: EncoderDecoderDriver, rules: CustomGeneration, config: JsonMapping, generation: JsonMapping
 ) -> None:
     """Give a driver the attributes that rules read of a model: its whole configuration, and sizes of its modules."""
     for target, values in ((driver.config, config), (driver.generation_config, generation)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.model_files import WEIGHTS_FILE, graph_file, read_model_files
 from lorac.backends.onnxruntime.quantised.codec import Array, Codec, EncodedMatrix
 from lorac.errors import ArtifactError
@@ -161,7 +161,7 @@ class DequantisedWeights(Mapping[str, Tensor]):
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file
-        self._metadata: JsonObject = parse_json(file.notes[_METADATA_KEY], self._damaged)
+        self._metadata: JsonMapping = parse_json(file.notes[_METADATA_KEY], self._damaged)
         self._parts = {f"{name}:{part}" for name in self._metadata for part in ("packed", "scales", "zeros")}
         for name in self._metadata:
             self._check(name)

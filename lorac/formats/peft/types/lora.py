@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lorac.adapters.lora_conversion import to_lora
 from lorac.adapters.residual_base import FACTOR_RULES, subtract_factors
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, SiteError, nearest_name, warn
 from lorac.formats._config_fields import (
     ABSENT,
@@ -222,7 +222,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
                 next_step="use format='native', or exclude= the module",
             )
 
-    def read_inner(self, values: JsonObject, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def read_inner(self, values: JsonMapping, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return A and 2·B of an attention's output layer, to whose weight PEFT adds s·B·A twice."""
         version = str(values.get("peft_version") or "0")
         if tuple(map(int, re.findall(r"\d+", version)[:2])) > _ADDS_TWICE:
@@ -263,7 +263,7 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
         return {f"{stems[key]}.{LATENT}" if key in stems else key: tensor for key, tensor in tensors.items()}
 
     @pause_clock()
-    def undo_start(self, adapter: Adapter, values: JsonObject, view: ModelView | None) -> Adapter:
+    def undo_start(self, adapter: Adapter, values: JsonMapping, view: ModelView | None) -> Adapter:
         """Return an adapter over the base as it was before PEFT subtracted its first value (``lorac.Residual``).
 
         Raises:

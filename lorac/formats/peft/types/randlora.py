@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_number, read_size, write_number
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
@@ -51,7 +51,7 @@ class RandloraType(SeededType[RandLoRA]):
         small = tensors["randlora_gamma"].shape[1]
         return matrix_site(path, small, small)
 
-    def draw(self, values: JsonObject, out_features: int, in_features: int) -> Sequence[Tensor]:
+    def draw(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         small, large = sorted((out_features, in_features))
         variant = RandLoRA(r=values["r"], sparse=values["sparse"], very_sparse=values["very_sparse"])
         key, sparsity = values["projection_prng_key"], variant.sparsity(small)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
@@ -43,5 +43,5 @@ class VeraType(SeededType[VeRA]):
     def tell_site(self, path: str, tensors: Tensors) -> Site:
         return matrix_site(path, tensors["vera_lambda_b"].shape[0], tensors["vera_A"].shape[1])
 
-    def draw(self, values: JsonObject, out_features: int, in_features: int) -> Sequence[Tensor]:
+    def draw(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         return draw_projections(values["r"], out_features, in_features, values["projection_prng_key"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorac.argument_types import JsonObject
+from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, read_size
 from lorac.formats._errors import unsupported_error
 from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, split_xlora
@@ -49,7 +49,7 @@ class XloraType(PeftType[XLoRA]):
         raise mismatched_shapes(path, stored, "XLORA holds a classifier")
 
     def read_folder(
-        self, folder: Path, values: JsonObject, tensors: Tensors, name: str, view: ModelView | None
+        self, folder: Path, values: JsonMapping, tensors: Tensors, name: str, view: ModelView | None
     ) -> Adapter:
         # A file that has fewer layers than its configuration says is refused by the first one it lacks.
         keys = _layer_keys(min(values["xlora_depth"], len(tensors) + 1), values["xlora_dropout_p"])
