@@ -143,7 +143,8 @@ class Campaign:
         if chosen.kind == "training":
             opened = open_checkpoint(place)
             for name in (STATE, "random-0.safetensors"):
-                opened.read(name)
+                with opened.restoring(name):
+                    pass
             opened.adapters(self.hosts[chosen.host])
             return
         if chosen.kind == "recipe":

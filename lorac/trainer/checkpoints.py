@@ -11,6 +11,7 @@ checkpoint.json is written last, so that a folder without it is no checkpoint. N
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -101,11 +102,12 @@ class Checkpoint:
                     next_step="continue with what it was written with, or begin a run in another folder",
                 )
 
-    def read(self, name: str) -> Any:
-        """Return what ``write_state`` wrote into a file.
+    @contextlib.contextmanager
+    def restoring(self, name: str) -> Iterator[Any]:
+        """Give the block what ``write_state`` wrote into a file.
 
         Raises:
-            ArtifactError: the checkpoint has no such file, or it is damaged.
+            ArtifactError: the checkpoint has no such file, it is damaged, or the block cannot use it.
         """
         if name not in self.files:
             raise ArtifactError(f"the checkpoint '{self.folder}' lacks '{name}'")
@@ -113,9 +115,10 @@ class Checkpoint:
         try:
             with charge_reading(file.where):
                 stored = TensorFile(file)
-                return _unpack(parse_json(stored.notes[_ENTRY], ArtifactError), stored.load_all())
+                state = _unpack(parse_json(stored.notes[_ENTRY], ArtifactError), stored.load_all())
+            yield state
         except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ArtifactError(f"'{file.where}' holds no state: {error}") from error
+            raise ArtifactError(f"'{file.where}' holds no state of this run: {error}") from error
 
 
 # ── Folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────

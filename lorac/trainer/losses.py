@@ -133,19 +133,20 @@ def check_learning(compiled: Any, losses: Sequence[AddedLoss]) -> None:
     Raises:
         ChoiceError: one has none.
     """
-    given = {loss.emitted for loss in losses}
-    names = {kind.emitted: name for name, kind in LOSSES.items()}
-    for adapter in compiled.adapters.values():
-        for path in adapter.tensors:
-            method = adapter.variant.method_at(path)
-            learning = method.learns_from if isinstance(method, BranchVariant) else {}
-            for tensor, output in learning.items():
-                if output not in given:
-                    raise ChoiceError(
-                        f"'{tensor}' of adapter '{adapter.name}' ({method.name}) learns from '{output}' alone, and no "
-                        "loss reads it",
-                        next_step=f"add loss: [{names.get(output, 'one that does')}]",
-                    )
+    given, names = {loss.emitted for loss in losses}, {kind.emitted: name for name, kind in LOSSES.items()}
+    methods = [(one, one.variant.method_at(path)) for one in compiled.adapters.values() for path in one.tensors]
+    learning = (
+        (adapter, method, tensor, output)
+        for adapter, method in methods
+        for tensor, output in (method.learns_from.items() if isinstance(method, BranchVariant) else ())
+    )
+    for adapter, method, tensor, output in learning:
+        if output not in given:
+            raise ChoiceError(
+                f"'{tensor}' of adapter '{adapter.name}' ({method.name}) learns from '{output}' alone, and no loss "
+                "reads it",
+                next_step=f"add loss: [{names.get(output, 'one that does')}]",
+            )
 
 
 def _row_losses(call: LossCall) -> Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lorac.errors import ArtifactError, ChoiceError, LoracError, OptionError, Unavailable
+from lorac.errors import ChoiceError, OptionError, Unavailable
 from lorac.trainer.checkpoints import (
     MANIFEST,
     STATE,
@@ -32,7 +32,7 @@ from lorac.trainer.checkpoints import (
     set_random_state,
     write_state,
 )
-from lorac.trainer.factories import make_losses, make_optimizer, make_rules
+from lorac.trainer.factories import extra_outputs, make_losses, make_optimizer, make_rules
 from lorac.trainer.fused_head import move_fused_head
 from lorac.trainer.losses import EXPERTS, LossCall, check_learning, collate_experts
 from lorac.trainer.recipe import Recipe
@@ -75,19 +75,13 @@ class AdapterTrainer(Trainer):
 
     def _check_recipe(self) -> None:
         check_learning(self.model, self.losses)
-        given = self.model.session.options.aux
-        lacking = next((loss.emitted for loss in self.losses if loss.emitted not in (None, *given)), None)
-        if lacking is not None:
-            raise Unavailable(
-                f"a loss of the recipe reads '{lacking}', which the model does not give",
-                next_step=f'compile with aux=["{lacking}"]',
-            )
+        for name in {*extra_outputs(self.recipe.loss)} - {*self.model.session.options.aux}:
+            what = f"a loss of the recipe reads '{name}', which the model does not give"
+            raise Unavailable(what, next_step=f'compile with aux=["{name}"]')
         foreign = next((name for name in _OWN_OPTIMIZER if name in self.recipe.arguments), None)
         if self.recipe.optimizer is not None and foreign is not None:
-            raise OptionError(
-                f"{foreign} is of Trainer's own optimizer, and the recipe names another",
-                next_step="give it as a keyword of optimizer:, or leave optimizer: out",
-            )
+            what = f"{foreign} is of Trainer's own optimizer, and the recipe names another"
+            raise OptionError(what, next_step="give it as a keyword of optimizer:, or leave optimizer: out")
         if self.args.save_strategy != "no" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             what = "a checkpoint holds no states that are spread over processes, as DeepSpeed and FSDP have them"
             raise Unavailable(what, next_step="train with DDP, or with save_strategy: 'no'")
@@ -136,10 +130,10 @@ class AdapterTrainer(Trainer):
 
     def _share(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """Return what a mean over one call counts in a step whose loss Trainer does not divide by its calls."""
-        scaled = self.loss_is_scaled_for_ga
-        if scaled is None:
-            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = counted or self.compute_loss_func is not None
+        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = counted or self.compute_loss_func is not None
+        if self.loss_is_scaled_for_ga is not None:
+            scaled = self.loss_is_scaled_for_ga
         return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -167,9 +161,8 @@ class AdapterTrainer(Trainer):
     def _open(self, given: str | bool) -> Checkpoint:
         found = find_checkpoint(Path(str(self.args.output_dir))) if given is True else open_checkpoint(str(given))
         if found is None:
-            raise ChoiceError(
-                f"'{self.args.output_dir}' holds no finished checkpoint", next_step="train without resuming"
-            )
+            what = f"'{self.args.output_dir}' holds no finished checkpoint"
+            raise ChoiceError(what, next_step="train without resuming")
         found.check_run(self._describe_run())
         return found
 
@@ -223,16 +216,11 @@ class AdapterTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._resumed is None:
             return
-        state = self._resumed.read(STATE)
-        try:
+        with self._resumed.restoring(STATE) as state:
             load_optimizer_state(self.model, self.optimizer, state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
             if state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        except LoracError:
-            raise
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ArtifactError(f"the state of '{self._resumed.folder}' does not fit this run: {error}") from error
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Do nothing: the scaler is read with the optimizer."""
@@ -240,10 +228,8 @@ class AdapterTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._resumed is None:
             return
-        try:
-            set_random_state(self._resumed.read(self._random_file))
-        except (LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"the random states of '{self._resumed.folder}' are damaged: {error}") from error
+        with self._resumed.restoring(self._random_file) as state:
+            set_random_state(state)
 
     def _load_best_model(self) -> None:
         open_checkpoint(str(self.state.best_model_checkpoint))

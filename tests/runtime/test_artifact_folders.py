@@ -14,7 +14,7 @@ import pytest
 
 import lorac
 from lorac.ir.output_structure import find_output_class
-from lorac.session.saving import _file_stems
+from lorac.session.saving import file_stems
 from lorac.storage import artifact
 from tests.limits import within_budget
 from tests.runtime.artifacts import assert_same_folders, make_compiled
@@ -246,7 +246,7 @@ def test_the_folder_that_the_process_works_in_stays(
 
 def test_names_that_are_devices_on_windows_are_no_file_names() -> None:
     names = ["CON", "aux", "com1", "console", "lpt9", "nul", "prn0"]
-    assert _file_stems(names) == {
+    assert file_stems(names) == {
         "CON": "_0", "aux": "_1", "com1": "_2", "console": "console", "lpt9": "_4", "nul": "_5", "prn0": "prn0",
     }  # fmt: skip
 

@@ -228,7 +228,8 @@ def test_a_changed_byte_is_found_in_every_file(written: Path, tmp_path: Path) ->
     """In the beginning, in the middle and at the end; a file that is missing or longer is found too."""
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(written / "checkpoint-2", folder)
-    open_checkpoint(folder).read(STATE)
+    with open_checkpoint(folder).restoring(STATE) as state:
+        assert "adapter_tensors" in str(state["optimizer"]["state"].keys())
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     assert len(files) > 4
     for file in files:

@@ -57,7 +57,7 @@ class LoRAPlus(Rule):
         if any(group.get("lr") is None for group in self.optimizer.param_groups):
             raise ChoiceError(
                 f"{name} multiplies the rate of a group, and {type(self.optimizer).__name__} has a group without one",
-                next_step="give the optimizer lr=; transformers' Adafactor takes it with relative_step=False",
+                next_step="give the optimizer lr=, and transformers' Adafactor no relative step",
             )
         self.ratio, self.embedding_lr = ratio, embedding_lr
         self._roles: dict[int, str] = {}

@@ -19,6 +19,7 @@ from torch import nn
 
 from lorac.errors import ChoiceError
 from lorac.training.rule import Rule
+from lorac.training.rules.pairs import copy_state
 from lorac.training.step_view import GroupView, view_optimizer
 from lorac.variants.base import Variant
 from lorac.variants.dylora import DyLoRA
@@ -149,7 +150,8 @@ class NestedRanks(Rule):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.rank = state["rank"]
         self.generator.set_state(state["draws"].cpu())
-        self._states = [[dict(own) for own in states] for states in state["components"]]
+        saved = zip(self._factors, state["components"], strict=True)
+        self._states = [[copy_state(own, factor.tensor) for own in states] for factor, states in saved]
 
     def _draw(self) -> int:
         return self.ranks[int(torch.multinomial(self.weights.to(self.generator.device), 1, generator=self.generator))]
