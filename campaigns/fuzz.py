@@ -31,7 +31,7 @@ import lorac
 from campaigns import mutations, sound
 from lorac.limits import ReadBudget
 from lorac.trainer import read_recipe
-from lorac.trainer.checkpoints import STATE, open_checkpoint
+from lorac.trainer.checkpoints import open_checkpoint
 
 BATCH = 100
 """Cases of one forked process."""
@@ -89,7 +89,8 @@ class Campaign:
         for one in self.sound.get("recipe", ()):
             read_recipe(self.folder / one.place)  # it imports what a recipe's arguments are of
         for one in (one for ones in self.sound.values() for one in ones if one.host and not one.is_refused):
-            self._load(one, self.folder / one.place, random.Random(0))
+            place, host = self.folder / one.place, self.hosts[one.host]
+            open_checkpoint(place).adapters(host) if one.kind == "training" else lorac.load_adapter(place, host)
 
     def prepared(self, index: int, folder: Path) -> tuple[sound.Sound, Path, random.Random]:
         """Write the damaged file of a case into a folder."""
@@ -141,11 +142,7 @@ class Campaign:
             lorac.load(place)
             return
         if chosen.kind == "training":
-            opened = open_checkpoint(place)
-            for name in (STATE, "random-0.safetensors"):
-                with opened.restoring(name):
-                    pass
-            opened.adapters(self.hosts[chosen.host])
+            open_checkpoint(place).adapters(self.hosts[chosen.host])
             return
         if chosen.kind == "recipe":
             read_recipe(place)

@@ -27,7 +27,7 @@ from lorac.errors import LoracError
 from lorac.testing import samples
 from lorac.testing.hosts import HOSTS, Host
 from lorac.trainer import Recipe, checkpoints
-from lorac.training import optimizer_state
+from lorac.training import name_optimizer_state
 from lorac.variants.base import Variant
 from tests.zoo import ZOO
 
@@ -202,11 +202,10 @@ def _training(folder: Path) -> Iterator[Sound]:
     place = folder / "training" / "checkpoint-1"
     place.mkdir(parents=True)
     save_file(compiled.state_dict(), place / "model.safetensors")
-    state = {"optimizer": optimizer_state(compiled, optimizer), "scheduler": {}, "scaler": None}
-    checkpoints.write_state(place / checkpoints.STATE, state)
-    checkpoints.write_state(place / "random-0.safetensors", checkpoints.get_random_state())
-    (place / checkpoints.PROGRESS).write_text('{"global_step": 1}')
-    run = checkpoints.describe_run(compiled, recipe, base=checkpoints.hash_base(compiled))
+    name_optimizer_state(compiled, optimizer)
+    torch.save(optimizer.state_dict(), place / "optimizer.pt")
+    (place / "trainer_state.json").write_text('{"global_step": 1}')
+    run = checkpoints.describe_run(compiled, recipe, checkpoints.hash_base(compiled), 8, 1)
     checkpoints.finish_checkpoint(place, 1, run)
     yield Sound("training", "vera", "training/checkpoint-1", "two_linear")
 

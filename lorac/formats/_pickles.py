@@ -40,17 +40,7 @@ def load_pickle(path: Path, refuse: Refuse) -> object:
         FormatError: that of ``refuse``, where it is not such a file, or names what no dictionary of tensors needs; or
             unpacked it is larger than a file may be, or has too many members.
     """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            claim_memory(_count_members(file) * _PER_MEMBER, "its directory")
-        with zipfile.ZipFile(path) as archive:
-            _check_sizes(archive, size, refuse)
-            _check_names(_read_member(archive, refuse), refuse)
-    except (LoracError, OSError):
-        raise
-    except Exception as error:  # a reader of zip files, or of pickles, fed with garbage may raise anything
-        raise refuse(f"torch.load(weights_only=True) refuses it: torch.save did not write it ({error})") from error
+    check_archive(path, refuse, lambda archive: _check_names(_read_member(archive, refuse), refuse))
     try:
         with pause_clock():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -59,6 +49,29 @@ def load_pickle(path: Path, refuse: Refuse) -> object:
     except Exception as error:  # and so may the unpickler
         reason = str(error).strip().partition("\n")[0]
         raise refuse(f"torch.load(weights_only=True) refuses it: {reason}") from error
+
+
+def check_archive(path: Path, refuse: Refuse, check: Callable[[zipfile.ZipFile], None] = lambda _: None) -> None:
+    """Check that what torch.save wrote does not unpack to more than a file may take.
+
+    Args:
+        path: the file.
+        refuse: makes the error.
+        check: what else to check of it.
+
+    Raises:
+        FormatError: that of ``refuse``, or the file would take too much.
+    """
+    try:
+        with path.open("rb") as file:
+            claim_memory(_count_members(file) * _PER_MEMBER, "its directory")
+        with zipfile.ZipFile(path) as archive:
+            _check_sizes(archive, path.stat().st_size, refuse)
+            check(archive)
+    except (LoracError, OSError):
+        raise
+    except Exception as error:  # a reader of zip files, or of pickles, fed with garbage may raise anything
+        raise refuse(f"torch.load(weights_only=True) refuses it: torch.save did not write it ({error})") from error
 
 
 def _count_members(file: BinaryIO) -> int:

@@ -75,26 +75,31 @@ class AdapterTensors(nn.Module):
         """Return the keys of tensors that are registered under an earlier key already."""
         return {*self._parameters, *self._buffers} - {*self._places}
 
-    def warn_of_untrained(self, given: Collection[str]) -> None:
-        """Warn once of a tensor that learns from an extra output alone, if a model does not give that output.
+    def find_untrained(self, given: Collection[str]) -> list[tuple[str, str]]:
+        """Return the tensors that learn from an extra output alone that a model does not give, and that output.
 
         Args:
             given: names of the extra outputs that the model gives.
         """
         methods = [(self.adapter.variant.method_at(path), own) for path, own in self.adapter.tensors.items()]
-        wanted = {
+        found = {
             (name, output)
             for method, own in methods
             for name, output in (method.learns_from.items() if isinstance(method, BranchVariant) else ())
             if own[name].requires_grad and output not in given
         }
-        for name, output in sorted(wanted - self._warned):
+        return sorted(found)
+
+    def warn_of_untrained(self, given: Collection[str]) -> None:
+        """Warn once of each of ``find_untrained``."""
+        wanted = self.find_untrained(given)
+        for name, output in (one for one in wanted if one not in self._warned):
             warn(
                 f"no loss of this model's outputs trains '{name}' of adapter '{self.adapter.name}', which learns from "
                 f"'{output}' alone",
                 next_step=f'compile with aux=["{output}"], and add a loss of it, such as `sampled_selection_loss`',
             )
-        self._warned |= wanted
+        self._warned.update(wanted)
 
     def get_extra_state(self) -> torch.Tensor:
         """Return the record, sealed with the tensors as they are now."""

@@ -78,8 +78,12 @@ def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], JsonOb
     with replace_atomically(target, _owned_files) as staged:
         staged.mkdir()
         fields = fill(staged)
-        manifest = seal_manifest({"lorac_artifact": FORMAT, **fields, "files": describe_files(staged)})
-        (staged / MANIFEST).write_text(dump_json(manifest, indent=1) + "\n", encoding="utf-8")
+        write_manifest(staged / MANIFEST, {"lorac_artifact": FORMAT, **fields, "files": describe_files(staged)})
+
+
+def write_manifest(file: Path, fields: Mapping[str, Any]) -> None:
+    """Write a manifest with its seal."""
+    file.write_text(dump_json(seal_manifest(fields), indent=1) + "\n", encoding="utf-8")
 
 
 def seal_manifest(manifest: JsonObject) -> dict[str, object]:
@@ -197,8 +201,7 @@ def _read_fields(folder: Path) -> JsonObject:
         raise ArtifactError(
             f"'{folder}' is not an artifact: it has no {MANIFEST}", next_step="compiled.save(folder) writes one"
         )
-    with charge_reading(path):
-        fields = parse_object(read_json_text(path), lambda reason: _damaged_manifest(folder, f"it {reason}"))
+    fields = read_manifest(path)
     if not isinstance(fields.get("lorac_artifact"), int):
         raise ArtifactError(
             f"'{folder}' is not a compiled model: its {MANIFEST} is not lorac's",
@@ -209,12 +212,27 @@ def _read_fields(folder: Path) -> JsonObject:
             f"'{folder}' is version {fields['lorac_artifact']} of the format, this lorac reads {FORMAT}",
             next_step=f"it was saved by {fields.get('versions', 'an unknown version')}; save it again with this one",
         )
-    for field, kind in _FIELDS.items():
+    check_manifest(folder, fields, _FIELDS)
+    return fields
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    """Parse a manifest; raises ``ArtifactError`` where it is not JSON."""
+    with charge_reading(file):
+        return parse_object(read_json_text(file), lambda reason: _damaged_manifest(file.parent, f"it {reason}"))
+
+
+def check_manifest(folder: Path, fields: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """Check the types of a manifest's fields, and its seal.
+
+    Raises:
+        ArtifactError: a field is missing or of another type, or a field was changed.
+    """
+    for field, kind in kinds.items():
         if not isinstance(fields.get(field), kind):
             raise _damaged_manifest(folder, f"'{field}' is missing, or of another type")
     if seal_manifest(fields) != fields:
         raise _damaged_manifest(folder, f"its {_SEAL} shows that it was changed after it was written")
-    return fields
 
 
 def open_checked(folder: Path, name: str, entry: JsonObject) -> OpenFile:

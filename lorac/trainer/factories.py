@@ -12,8 +12,9 @@ from torch import nn
 
 import lorac
 from lorac import training
-from lorac.errors import LoracError, OptionError, nearest_name, not_one_of
-from lorac.trainer.losses import LOSSES, AddedLoss
+from lorac.argument_types import matches_type
+from lorac.errors import LoracError, OptionError, nearest_name, not_one_of, short
+from lorac.trainer import losses
 from lorac.trainer.recipe import NamedSpec
 from lorac.training import initialisation as starts
 from lorac.training.rule import Rule, check_compatible
@@ -42,25 +43,19 @@ def make_adapters(
 
 def make_optimizer(named: NamedSpec, compiled: Any, learning_rate: float) -> torch.optim.Optimizer:
     """Make the optimizer of the trainable parameters."""
-    own = _list_classes(training, torch.optim.Optimizer)
-    torchs = _list_classes(torch.optim, torch.optim.Optimizer)
+    own, torchs = (_list_classes(module, torch.optim.Optimizer) for module in (training, torch.optim))
     torchs.pop("LBFGS", None)  # it takes a closure at each step
     name, keywords, kind = _look_up(named, "optimizer", {**torchs, **own})
+    tensors: Any = [tensor for tensor in compiled.parameters() if tensor.requires_grad]
     if name in own:
         of_groups = {key: keywords.pop(key) for key in GROUP_SETTINGS if key in keywords}
-        tensors: Any = training.galore_groups(compiled, **of_groups)
-    else:
-        tensors = [tensor for tensor in compiled.parameters() if tensor.requires_grad]
+        tensors = training.galore_groups(compiled, **of_groups)
     made: torch.optim.Optimizer = _construct(kind, name, (tensors,), {"lr": learning_rate, **keywords})
     return made
 
 
 def make_rules(named: Sequence[NamedSpec], compiled: Any, optimizer: torch.optim.Optimizer) -> list[Rule]:
-    """Attach the rules of a recipe to an optimizer, in their order.
-
-    Raises:
-        ChoiceError: two of them do not go together.
-    """
+    """Attach rules to an optimizer, in their order; raises ``ChoiceError`` if two do not go together."""
     rules: list[Rule] = []
     for spec in named:
         name, keywords, kind = _look_up(spec, "rule", _list_classes(training, Rule))
@@ -69,15 +64,24 @@ def make_rules(named: Sequence[NamedSpec], compiled: Any, optimizer: torch.optim
     return rules
 
 
-def make_losses(named: Sequence[NamedSpec]) -> list[AddedLoss]:
-    """Make what is added to the loss."""
-    found = [_look_up(spec, "loss", LOSSES) for spec in named]
-    return [_construct(kind, name, (), keywords) for name, keywords, kind in found]
+def make_losses(named: Sequence[NamedSpec]) -> dict[str, dict[str, Any]]:
+    """Return name -> keywords of what is added to the loss."""
+    found = {}
+    for spec in named:
+        name, keywords, known = _look_up(spec, "loss", losses.SETTINGS)
+        _check_keywords(name, keywords, [*known])
+        found[name] = {**known, **keywords}
+        wrong = [key for key, value in keywords.items() if not matches_type(value, type(known[key]))]
+        if wrong or found[name].get("draws", 2) < 2:
+            key = wrong[0] if wrong else "draws"
+            next_step = f"give a value such as {known[key]}"
+            raise OptionError(f"{name} takes no {key}={short(keywords[key])}", next_step=next_step)
+    return found
 
 
 def extra_outputs(named: Sequence[NamedSpec]) -> tuple[str, ...]:
     """Return the names of the extra outputs that losses read, for ``lorac.compile(..., aux=)``."""
-    return tuple(sorted({loss.emitted for loss in make_losses(named) if loss.emitted is not None}))
+    return losses.extra_outputs(make_losses(named))
 
 
 def _make_adapter(
@@ -97,16 +101,13 @@ def _make_adapter(
     variant: Variant = _construct(known[method], f"method {method}", (), said)
     if start is None:
         return variant
-    begins = _list_classes(starts, starts.Initialiser)
-    begin, keywords, kind = _look_up(start, "start", begins, f"adapter '{name}': ")
+    begin, keywords, kind = _look_up(start, "start", _list_classes(starts, starts.Initialiser), f"adapter '{name}': ")
     begun: Adapter = _construct(kind, begin, (), keywords)(variant, model, batches())
     return begun
 
 
-def _look_up(
-    named: NamedSpec, what: str, known: Mapping[str, type[Any]], where: str = ""
-) -> tuple[str, dict[str, Any], type[Any]]:
-    """Return the name of a spec, its keywords and the class of that name."""
+def _look_up(named: NamedSpec, what: str, known: Mapping[str, Any], where: str = "") -> tuple[str, dict[str, Any], Any]:
+    """Return the name of a spec, its keywords and what has that name."""
     keywords = {"name": named} if isinstance(named, str) else dict(named)
     name = keywords.pop("name", None)
     if not isinstance(name, str):
@@ -118,20 +119,21 @@ def _look_up(
 
 def _list_classes(module: object, kind: type) -> dict[str, type[Any]]:
     """Return the subclasses of a class that a module names."""
-    return {
-        name: cls
-        for name, cls in vars(module).items()
-        if isinstance(cls, type) and issubclass(cls, kind) and cls is not kind
-    }
+    found = ((name, cls) for name, cls in vars(module).items() if isinstance(cls, type) and cls is not kind)
+    return {name: cls for name, cls in found if issubclass(cls, kind)}
+
+
+def _check_keywords(name: str, keywords: Iterable[str], known: Sequence[str]) -> None:
+    for key in keywords:
+        if key not in known:
+            nearest = nearest_name(key, known)
+            raise OptionError(f"{name} has no {key}", nearest=nearest, next_step=f"it takes {', '.join(known)}")
 
 
 def _construct(cls: Any, name: str, given: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-    """Make an object with keywords that it takes."""
+    """Make an object with keywords that it takes: a list as a tuple, and settings of an object as that object."""
     parameters = dict(list(inspect.signature(cls).parameters.items())[len(given) :])
-    for key in keywords:
-        if key not in parameters:
-            nearest = nearest_name(key, parameters)
-            raise OptionError(f"{name} has no {key}", nearest=nearest, next_step=f"it takes {', '.join(parameters)}")
+    _check_keywords(name, keywords, [*parameters])
     try:
         return cls(*given, **{key: _convert(key, item, parameters[key].default) for key, item in keywords.items()})
     except LoracError:
@@ -141,7 +143,6 @@ def _construct(cls: Any, name: str, given: tuple[Any, ...], keywords: Mapping[st
 
 
 def _convert(key: str, item: Any, default: object) -> Any:
-    """Return a value of a recipe as code gives it: a list as a tuple, and settings of an object as that object."""
     if isinstance(item, Mapping) and dataclasses.is_dataclass(default):
         return _construct(type(default), key, (), item)
     return tuple(item) if isinstance(item, list) else item

@@ -1,186 +1,127 @@
-"""What routed methods add to a model's loss, by the names of ``lorac.training``."""
+"""What routed methods add to a trainer's loss, by the names of ``lorac.training``'s functions."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from lorac import training
-from lorac.argument_types import Count
 from lorac.errors import ChoiceError, Unavailable
-from lorac.variants.base import BranchVariant
 
 Tensor = torch.Tensor
-IGNORED_LABEL = -100
+GATES, PENALTY, SAMPLED = "gate_loss", "gate_penalty", "sampled_selection_loss"
+EMITTED: Mapping[str, str | None] = {GATES: "router", PENALTY: None, SAMPLED: "log_prob"}
+"""Loss -> the extra output that it reads."""
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    GATES: {"weight": 50.0, "shifted": True},
+    PENALTY: {"weight": 1e-3},
+    SAMPLED: {"draws": 2},
+}
+"""Loss -> its keywords with their defaults."""
 EXPERTS = "experts"
 """The column of the data with the expert of each row, or of each token."""
+_IGNORED_LABEL = -100
 
 
-@dataclass(frozen=True, eq=False)
-class LossCall:
-    """A call of a model that trains, and its results.
-
-    Attributes:
-        compiled: the model.
-        inputs: of the call, as it was made.
-        output: the model's.
-        loss: the trainer's.
-        experts: the data's column of that name.
-        share: what a mean over the call counts in the step, of which it may be one of several.
-        shifted: whether a token's logits are compared with the next one's label.
-    """
-
-    compiled: Any
-    inputs: Mapping[str, Any]
-    output: Any
-    loss: Tensor
-    experts: Tensor | None
-    share: float
-    shifted: bool
+def extra_outputs(losses: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the extra outputs that losses read."""
+    return tuple(sorted(output for output in {EMITTED[name] for name in losses} if output is not None))
 
 
-class AddedLoss(ABC):
-    """One loss that is added to a trainer's."""
-
-    emitted: ClassVar[str | None] = None
-    """The extra output that it reads, which the model is compiled with."""
-    draws: int = 1
-    """How often each row of a call passes through it."""
-
-    @abstractmethod
-    def term(self, call: LossCall) -> Tensor:
-        """Return what is added to the loss of a call: a scalar."""
-
-    def read_emitted(self, call: LossCall) -> Mapping[str, Tensor]:
-        """Return the extra output by site path.
-
-        Raises:
-            Unavailable: gradients do not reach it.
-        """
-        found: Mapping[str, Tensor] = call.compiled.aux.get(self.emitted, {})
-        if not found or not all(tensor.requires_grad for tensor in found.values()):
-            raise Unavailable(
-                f"no gradient of '{self.emitted}' reaches the model",
-                next_step="swap to the adapter, and leave out label_smoothing_factor and use_reentrant: true",
-            )
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateLoss(AddedLoss):
-    """``lorac.training.gate_loss``, of the data's column ``experts``."""
-
-    weight: float = 50.0
-    shifted: bool = True
-    emitted: ClassVar[str] = "router"
-
-    def term(self, call: LossCall) -> Tensor:
-        if call.experts is None:
-            raise Unavailable(
-                f"gate_loss needs the expert of each row, and the data has no column '{EXPERTS}'",
-                next_step=f"give '{EXPERTS}' a number for each row, or a list with one for each token",
-            )
-        self.read_emitted(call)
-        return call.share * training.gate_loss(
-            call.compiled, call.experts, weight=self.weight, shifted=self.shifted, ignore=IGNORED_LABEL
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatePenalty(AddedLoss):
-    """``lorac.training.gate_penalty``."""
-
-    weight: float
-
-    def term(self, call: LossCall) -> Tensor:
-        return call.share * training.gate_penalty(call.compiled, self.weight)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledSelectionLoss(AddedLoss):
-    """``lorac.training.sampled_selection_loss`` over the trainer's own loss, of rows with labels.
-
-    Each row passes ``draws`` times. The draws of a row are compared by its share of the batch's cross-entropy.
-    """
-
-    draws: Count = 2
-    emitted: ClassVar[str] = "log_prob"
-
-    def term(self, call: LossCall) -> Tensor:
-        """Return a scalar of value 0 whose gradient is the routers'."""
-        rows = _row_losses(call).detach().view(self.draws, -1)
-        share = call.loss.detach() / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
-        chances = training.sum_by_row(self.read_emitted(call)).view(self.draws, -1)
-        drawn = training.leave_one_out(share * rows.numel() * rows, chances.to(rows.dtype))
-        return drawn - drawn.detach()
-
-
-LOSSES: Mapping[str, type[AddedLoss]] = {
-    "gate_loss": GateLoss,
-    "gate_penalty": GatePenalty,
-    "sampled_selection_loss": SampledSelectionLoss,
-}
-
-
-def check_learning(compiled: Any, losses: Sequence[AddedLoss]) -> None:
-    """Check that each tensor that learns from an extra output alone has a loss of it.
-
-    Raises:
-        ChoiceError: one has none.
-    """
-    given, names = {loss.emitted for loss in losses}, {kind.emitted: name for name, kind in LOSSES.items()}
-    methods = [(one, one.variant.method_at(path)) for one in compiled.adapters.values() for path in one.tensors]
-    learning = (
-        (adapter, method, tensor, output)
-        for adapter, method in methods
-        for tensor, output in (method.learns_from.items() if isinstance(method, BranchVariant) else ())
-    )
-    for adapter, method, tensor, output in learning:
-        if output not in given:
+def check_learning(compiled: Any, losses: Collection[str]) -> None:
+    """Raise ``ChoiceError`` if a tensor learns from an extra output alone that none of the losses reads."""
+    names = {output: name for name, output in EMITTED.items() if output is not None}
+    for module in compiled.adapter_tensors.values():
+        for tensor, output in module.find_untrained(extra_outputs(losses)):
             raise ChoiceError(
-                f"'{tensor}' of adapter '{adapter.name}' ({method.name}) learns from '{output}' alone, and no loss "
-                "reads it",
+                f"'{tensor}' of adapter '{module.adapter.name}' learns from '{output}' alone, and no loss reads it",
                 next_step=f"add loss: [{names.get(output, 'one that does')}]",
             )
 
 
-def _row_losses(call: LossCall) -> Tensor:
+def check_gradients(compiled: Any, losses: Collection[str]) -> None:
+    """Raise ``Unavailable`` if no gradient passes through an extra output that one of the losses reads."""
+    for output in extra_outputs(losses):
+        if not any(tensor.requires_grad for tensor in compiled.aux.get(output, {}).values()):
+            raise Unavailable(
+                f"no gradient passes through '{output}' of the call",
+                next_step="swap to the adapter, and leave out label_smoothing_factor and use_reentrant: true",
+            )
+
+
+def mean_terms(compiled: Any, losses: Mapping[str, Mapping[str, Any]], experts: Tensor | None) -> Tensor | float:
+    """Return the sum of the losses that are means over a call, which has just run.
+
+    Args:
+        compiled: what was called.
+        losses: name -> keywords.
+        experts: the column of the data.
+
+    Raises:
+        Unavailable: the data has no such column, and a loss reads it.
+    """
+    total: Tensor | float = 0.0
+    if GATES in losses and experts is None:
+        raise Unavailable(
+            f"{GATES} needs the expert of each row, and the data has no column '{EXPERTS}'",
+            next_step=f"give '{EXPERTS}' a number for each row, or a list with one for each token",
+        )
+    if GATES in losses and experts is not None:
+        total = total + training.gate_loss(compiled, experts, **losses[GATES])
+    return total + training.gate_penalty(compiled, **losses[PENALTY]) if PENALTY in losses else total
+
+
+def policy_term(compiled: Any, draws: int, loss: Tensor, output: Any, labels: object, shifted: bool) -> Tensor:
+    """Return a scalar of value 0 whose gradient is that of ``sampled_selection_loss`` for the routers.
+
+    The draws of a row are compared by its share of the batch's cross-entropy.
+
+    Args:
+        compiled: what was called, each row ``draws`` times.
+        draws: as ``repeat_rows`` took them.
+        loss: the trainer's, of that call.
+        output: the model's.
+        labels: of the call.
+        shifted: whether a token's logits are compared with the next one's label.
+
+    Raises:
+        Unavailable: there is not one label for each of the logits.
+    """
+    rows = _row_losses(output, labels, shifted).detach().view(draws, -1)
+    share = loss.detach() / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
+    chances = training.sum_by_row(compiled.aux[EMITTED[SAMPLED]]).view(draws, -1).to(rows.dtype)
+    drawn = training.leave_one_out(share * rows.numel() * rows, chances)
+    return drawn - drawn.detach()
+
+
+def _row_losses(output: Any, labels: object, shifted: bool) -> Tensor:
     """Return the summed cross-entropy of each row (rows,)."""
-    found = call.output if isinstance(call.output, Mapping) else getattr(call.output, "__dict__", {})
-    labels, logits, fused = call.inputs.get("labels"), found.get("logits"), found.get("log_probs")
+    found = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    logits, fused = found.get("logits"), found.get("log_probs")
     if isinstance(labels, Tensor) and isinstance(fused, Tensor):
         return -fused.sum(dim=-1)
     if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
         raise Unavailable(
-            "sampled_selection_loss compares the draws of a row by labels, one for each of the model's logits",
+            f"{SAMPLED} compares the draws of a row by labels, one for each of the model's logits",
             next_step="train a language model on texts, or a classifier of rows or tokens",
         )
-    if call.shifted:
+    if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none"
-    )
-    return losses.view(len(labels), -1).sum(1)
+    flat = logits.flatten(0, -2).float(), labels.flatten()
+    return F.cross_entropy(*flat, ignore_index=_IGNORED_LABEL, reduction="none").view(len(labels), -1).sum(1)
 
 
 def collate_experts(collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Return a collator that keeps the column ``experts``, lists padded on the right to the longest."""
+    """Return a collator that keeps the column ``experts``; lists are padded on the right."""
 
     def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        found = [row[EXPERTS] for row in rows if EXPERTS in row]
+        found = [torch.as_tensor(row[EXPERTS]).view(-1) for row in rows if EXPERTS in row]
         batch = collate([{name: value for name, value in row.items() if name != EXPERTS} for row in rows])
-        if found:
-            tensors = [torch.as_tensor(value) for value in found]
-            batch[EXPERTS] = (
-                torch.stack(tensors)
-                if not tensors[0].dim()
-                else torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED_LABEL)
-            )
-        return batch
+        padded = {EXPERTS: pad_sequence(found, True, _IGNORED_LABEL).squeeze(1)} if found else {}
+        return {**batch, **padded}
 
     return collated

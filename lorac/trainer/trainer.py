@@ -8,8 +8,9 @@ This file alone overrides private functions of ``Trainer``; ``tests/trainer/test
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,30 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lorac.errors import ChoiceError, OptionError, Unavailable
+from lorac.errors import ArtifactError, ChoiceError, LoracError, OptionError, Unavailable
 from lorac.trainer.checkpoints import (
     MANIFEST,
-    STATE,
-    Checkpoint,
     describe_run,
     find_checkpoint,
     finish_checkpoint,
-    get_random_state,
     hash_base,
     open_checkpoint,
-    set_random_state,
-    write_state,
 )
-from lorac.trainer.factories import extra_outputs, make_losses, make_optimizer, make_rules
+from lorac.trainer.factories import make_losses, make_optimizer, make_rules
 from lorac.trainer.fused_head import move_fused_head
-from lorac.trainer.losses import EXPERTS, LossCall, check_learning, collate_experts
+from lorac.trainer.losses import (
+    EXPERTS,
+    GATES,
+    SAMPLED,
+    check_gradients,
+    check_learning,
+    collate_experts,
+    extra_outputs,
+    mean_terms,
+    policy_term,
+)
 from lorac.trainer.recipe import Recipe
-from lorac.training import load_optimizer_state, optimizer_state
+from lorac.training import name_optimizer_state
 from lorac.training.rule import Rule
 from lorac.training.rules.routing import repeat_rows
 
@@ -66,16 +72,15 @@ class AdapterTrainer(Trainer):
     def __init__(self, *, recipe: Recipe, **settings: Any) -> None:
         self.recipe, self.losses = recipe, make_losses(recipe.loss)
         self.rules: list[Rule] | None = None
-        self._resumed: Checkpoint | None = None
         super().__init__(**settings)
         move_fused_head(self.model)
         self._check_recipe()
-        if self._reads_experts:
+        if GATES in self.losses:
             self.data_collator = collate_experts(self.data_collator)
 
     def _check_recipe(self) -> None:
         check_learning(self.model, self.losses)
-        for name in {*extra_outputs(self.recipe.loss)} - {*self.model.session.options.aux}:
+        for name in {*extra_outputs(self.losses)} - {*self.model.session.options.aux}:
             what = f"a loss of the recipe reads '{name}', which the model does not give"
             raise Unavailable(what, next_step=f'compile with aux=["{name}"]')
         foreign = next((name for name in _OWN_OPTIMIZER if name in self.recipe.arguments), None)
@@ -86,10 +91,6 @@ class AdapterTrainer(Trainer):
             what = "a checkpoint holds no states that are spread over processes, as DeepSpeed and FSDP have them"
             raise Unavailable(what, next_step="train with DDP, or with save_strategy: 'no'")
 
-    @property
-    def _reads_experts(self) -> bool:
-        return any(loss.emitted == "router" for loss in self.losses)
-
     # --- Steps ---------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -99,6 +100,7 @@ class AdapterTrainer(Trainer):
         super().create_optimizer(model)
         if self.rules is None:
             self.rules = make_rules(self.recipe.rules, self.model, self.optimizer)
+            name_optimizer_state(self.model, self.optimizer)
         return self.optimizer
 
     def compute_loss(
@@ -109,10 +111,10 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the loss as the class below computes it, in training with what the recipe adds."""
-        experts = inputs.pop(EXPERTS, None) if self._reads_experts else None
+        experts = inputs.pop(EXPERTS, None) if GATES in self.losses else None
         if not self.losses or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        draws = max(loss.draws for loss in self.losses)
+        draws = self.losses[SAMPLED]["draws"] if SAMPLED in self.losses else 1
         given = repeat_rows(inputs, draws)
         items = None if num_items_in_batch is None else num_items_in_batch * draws
         outputs: list[Any] = []
@@ -122,10 +124,12 @@ class AdapterTrainer(Trainer):
         finally:
             handle.remove()
         loss, *others = result if return_outputs else (result,)
+        check_gradients(self.model, self.losses)
         experts = None if experts is None else torch.cat([experts] * draws)
-        shifted = getattr(self, "_loss_shifts_labels", False)
-        call = LossCall(self.model, given, outputs[-1], loss, experts, self._share(num_items_in_batch), shifted)
-        total = loss + torch.stack([added.term(call) for added in self.losses]).sum()
+        total = loss + self._share(items) * mean_terms(self.model, self.losses, experts)
+        if SAMPLED in self.losses:
+            shifted = getattr(self, "_loss_shifts_labels", False)
+            total = total + policy_term(self.model, draws, loss, outputs[-1], given.get("labels"), shifted)
         return (total, *others) if return_outputs else total
 
     def _share(self, num_items_in_batch: torch.Tensor | int | None) -> float:
@@ -138,7 +142,7 @@ class AdapterTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._reads_experts and EXPERTS not in self._signature_columns:
+        if GATES in self.losses and EXPERTS not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, EXPERTS]
 
     # --- Checkpoints ---------------------------------------------------------------------------------------------
@@ -154,17 +158,16 @@ class AdapterTrainer(Trainer):
             ArtifactError: the checkpoint was not finished, or changed since.
             ChoiceError: it is of another run, or there is none.
         """
-        self._resumed = self._open(resume_from_checkpoint) if resume_from_checkpoint else None
-        folder = None if self._resumed is None else str(self._resumed.folder)
+        folder = self._open(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(folder, *args, **settings)
 
-    def _open(self, given: str | bool) -> Checkpoint:
+    def _open(self, given: str | bool) -> str:
         found = find_checkpoint(Path(str(self.args.output_dir))) if given is True else open_checkpoint(str(given))
         if found is None:
             what = f"'{self.args.output_dir}' holds no finished checkpoint"
             raise ChoiceError(what, next_step="train without resuming")
         found.check_run(self._describe_run())
-        return found
+        return str(found.folder)
 
     @functools.cached_property
     def _base(self) -> str | None:
@@ -172,7 +175,7 @@ class AdapterTrainer(Trainer):
 
     def _describe_run(self) -> dict[str, Any]:
         rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-        return describe_run(self.model, self.recipe, base=self._base, rows=rows, processes=self.args.world_size)
+        return describe_run(self.model, self.recipe, self._base, rows, self.args.world_size)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)
@@ -191,49 +194,24 @@ class AdapterTrainer(Trainer):
             finish_checkpoint(folder, self.state.global_step, self._describe_run())
         rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.args.should_save:
-            return
-        scaler = getattr(self.accelerator, "scaler", None)
-        state = {
-            "optimizer": optimizer_state(self.model, self.optimizer),
-            "scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        write_state(Path(output_dir, STATE), state)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        """Do nothing: the scaler is written with the optimizer."""
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # the first process may not have made it yet
-        write_state(Path(output_dir, self._random_file), get_random_state())
-
-    @property
-    def _random_file(self) -> str:
-        return f"random-{self.args.process_index}.safetensors"
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._resumed is None:
-            return
-        with self._resumed.restoring(STATE) as state:
-            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-            if state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Do nothing: the scaler is read with the optimizer."""
+        with _refusals(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if self._resumed is None:
-            return
-        with self._resumed.restoring(self._random_file) as state:
-            set_random_state(state)
+        with _refusals(checkpoint):
+            super()._load_rng_state(checkpoint)
 
-    def _load_best_model(self) -> None:
-        open_checkpoint(str(self.state.best_model_checkpoint))
-        super()._load_best_model()
+
+@contextlib.contextmanager
+def _refusals(checkpoint: str | None) -> Iterator[None]:
+    """Translate what the readers of pickles, and those who are given their content, raise for garbage."""
+    try:
+        yield
+    except LoracError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"'{checkpoint}' holds no state of this run: {error}") from error
 
 
 def adapter_trainer(base: type[Trainer]) -> type[Any]:

@@ -7,7 +7,7 @@ with NestedRanks(compiled, optimizer):
 
 from lorac.adapters.pruning import prune_gates
 from lorac.adapters.rank_reduction import reduce_rank
-from lorac.training.optimizer_state import load_optimizer_state, optimizer_state
+from lorac.training.optimizer_state import name_optimizer_state
 from lorac.training.rules.allora import ALLoRA
 from lorac.training.rules.altlora import AlternatingFactors, AltLoRA
 from lorac.training.rules.balanced import Balanced
@@ -41,8 +41,7 @@ __all__ = [
     "gate_loss",
     "gate_penalty",
     "leave_one_out",
-    "load_optimizer_state",
-    "optimizer_state",
+    "name_optimizer_state",
     "ordered_log_prob",
     "prune_gates",
     "rank_stages",

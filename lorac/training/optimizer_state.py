@@ -2,113 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from typing import Any
-
-import torch
 
 from lorac.errors import ChoiceError
 from lorac.training.rule import unwrap_ddp, unwrap_optimizer
 
 _TENSORS, _OPTIMIZER = "tensors", "optimizer"
 _STEP = "compile with the adapters, and make the optimizer with the groups, of the run that is continued"
+State = dict[str, Any]
 
 
-def optimizer_state(compiled: Any, optimizer: Any) -> dict[str, Any]:
-    """Return the state of an optimizer and of its rules, with names of tensors in the place of positions.
+def name_optimizer_state(compiled: Any, optimizer: Any) -> None:
+    """Have ``optimizer.state_dict()`` name tensors, and ``load_state_dict`` restore each to the tensor of its name.
+
+    The names are the keys of ``compiled.state_dict()``. The state also holds the optimizer's class and each tensor's
+    shape. ``load_state_dict`` raises ``ChoiceError`` for a state of another class, or of other tensors or groups.
 
     Args:
         compiled: the result of ``lorac.compile(..., target="eager")``, possibly wrapped in DDP.
-        optimizer: holds tensors of its adapters.
-
-    Returns:
-        What ``optimizer.state_dict()`` returns, by the keys of ``compiled.state_dict()``; besides, the optimizer's
-        class and the shape of every tensor. It holds tensors, numbers and texts in lists and dicts.
+        optimizer: holds tensors of its adapters; its rules are attached.
 
     Raises:
         ChoiceError: the optimizer holds a tensor that no adapter has.
     """
     optimizer = unwrap_optimizer(optimizer)
-    names, state = _list_names(compiled, optimizer), optimizer.state_dict()
-    return {
-        **state,
-        "state": {names[index]: entries for index, entries in state["state"].items()},
-        "param_groups": [
-            {**group, "params": [names[index] for index in group["params"]]} for group in state["param_groups"]
-        ],
-        **_describe(optimizer, names),
-    }
+    _list_names(compiled, optimizer)
+    optimizer.register_state_dict_post_hook(functools.partial(_name, compiled))
+    optimizer.register_load_state_dict_pre_hook(functools.partial(_place, compiled))
 
 
-def load_optimizer_state(compiled: Any, optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Restore a state of ``optimizer_state``, each entry to the tensor of its name. Attach rules first, in their order.
+def _name(compiled: Any, optimizer: Any, state: State) -> State:
+    groups = _list_names(compiled, optimizer)
+    names = [name for group in groups for name in group]
+    named = [{**group, "params": own} for group, own in zip(state["param_groups"], groups, strict=True)]
+    entries = {names[index]: entries for index, entries in state["state"].items()}
+    return {**state, "state": entries, "param_groups": named, **_describe(optimizer, names)}
 
-    Args:
-        compiled: as for ``optimizer_state``.
-        optimizer: of the same class, with the same groups, in which tensors may have another order.
-        state: what ``optimizer_state`` returned.
 
-    Raises:
-        ChoiceError: it is of another optimizer, of other tensors or of other groups; the message names the first
-            difference.
-    """
-    optimizer = unwrap_optimizer(optimizer)
-    names = _list_names(compiled, optimizer)
-    _check_same(_describe(optimizer, names), state)
-    named = {id(tensor): name for tensor, name in zip(_held_tensors(optimizer), names, strict=True)}
-    own = [[named[id(tensor)] for tensor in group["params"]] for group in optimizer.param_groups]
-    _check_groups(own, [group["params"] for group in state["param_groups"]])
-    places = {name: index for index, name in enumerate(names)}
-    groups = zip(own, state["param_groups"], strict=True)
+def _place(compiled: Any, optimizer: Any, state: State) -> State:
+    groups = _list_names(compiled, optimizer)
+    places = {name: index for index, name in enumerate(name for group in groups for name in group)}
+    _check_same(_describe(optimizer, [*places]), state)
+    if [{*group} for group in groups] != [{*group["params"]} for group in state["param_groups"]]:
+        raise ChoiceError("the groups of the optimizer hold other tensors than those of the state", next_step=_STEP)
+    placed = [
+        {**group, "params": [places[name] for name in own]}
+        for group, own in zip(state["param_groups"], groups, strict=True)
+    ]
+    entries = {places[name]: entries for name, entries in state["state"].items()}
     rest = {key: value for key, value in state.items() if key not in (_TENSORS, _OPTIMIZER)}
-    positions = {
-        "state": {places[name]: entries for name, entries in state["state"].items()},
-        "param_groups": [{**saved, "params": [places[name] for name in held]} for held, saved in groups],
-    }
-    optimizer.load_state_dict({**rest, **positions})
+    return {**rest, "state": entries, "param_groups": placed}
 
 
-def _check_groups(own: list[list[str]], saved: list[list[str]]) -> None:
-    if len(own) != len(saved):
-        raise ChoiceError(f"the state has {len(saved)} groups of tensors, the optimizer {len(own)}", next_step=_STEP)
-    for number, (here, there) in enumerate(zip(own, saved, strict=True)):
-        moved = {*here} ^ {*there}
-        if moved:
-            raise ChoiceError(f"'{min(moved)}' is in group {number} here or in the state, not in both", next_step=_STEP)
-
-
-def _describe(optimizer: Any, names: list[str]) -> dict[str, Any]:
-    shapes = {name: list(tensor.shape) for name, tensor in zip(names, _held_tensors(optimizer), strict=True)}
+def _describe(optimizer: Any, names: list[str]) -> State:
+    tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
+    shapes = {name: list(tensor.shape) for name, tensor in zip(names, tensors, strict=True)}
     return {_OPTIMIZER: type(optimizer).__name__, _TENSORS: shapes}
 
 
-def _check_same(own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    if own[_OPTIMIZER] != state[_OPTIMIZER]:
-        raise ChoiceError(
-            f"the state is of {state[_OPTIMIZER]}, and the optimizer is {own[_OPTIMIZER]}", next_step=_STEP
-        )
+def _check_same(own: State, state: State) -> None:
+    if own[_OPTIMIZER] != state.get(_OPTIMIZER):
+        what = f"the state is of {state.get(_OPTIMIZER, 'tensors by position')}, and the optimizer is {own[_OPTIMIZER]}"
+        raise ChoiceError(what, next_step=_STEP)
     here, there = own[_TENSORS], state[_TENSORS]
-    for name in sorted({*here, *there}):
-        if here.get(name) != there.get(name):
-            shapes = ", and ".join(
-                f"{where} it {'does not exist' if shape is None else f'has the shape {tuple(shape)}'}"
-                for where, shape in (("in the state", there.get(name)), ("here", here.get(name)))
-            )
-            raise ChoiceError(f"the state is of other tensors: '{name}': {shapes}", next_step=_STEP)
+    name = next((name for name in sorted({*here, *there}) if here.get(name) != there.get(name)), None)
+    if name is not None:
+        shapes = f"'{name}' has the shape {there.get(name)} there, and {here.get(name)} here"
+        raise ChoiceError(f"the state is of other tensors: {shapes}", next_step=_STEP)
 
 
-def _list_names(compiled: Any, optimizer: Any) -> list[str]:
-    """Return the names of an optimizer's tensors in their order, which numbers them in torch's state dict."""
+def _list_names(compiled: Any, optimizer: Any) -> list[list[str]]:
+    """Return the names of an optimizer's tensors, group by group."""
     known = {id(tensor): name for name, tensor in unwrap_ddp(compiled).named_parameters()}
-    held = _held_tensors(optimizer)
-    foreign = next((tensor for tensor in held if id(tensor) not in known), None)
+    held = [group["params"] for group in optimizer.param_groups]
+    foreign = next((tensor for group in held for tensor in group if id(tensor) not in known), None)
     if foreign is not None:
         raise ChoiceError(
             f"the optimizer holds a tensor of shape {tuple(foreign.shape)} that no adapter has",
             next_step="give it tensors of compiled.parameters() alone, and other tensors an optimizer of their own",
         )
-    return [known[id(tensor)] for tensor in held]
-
-
-def _held_tensors(optimizer: Any) -> list[torch.Tensor]:
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return [[known[id(tensor)] for tensor in group] for group in held]

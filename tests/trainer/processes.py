@@ -27,14 +27,14 @@ class Killed(TrainerCallback):
 
 def kill_while_writing() -> None:
     """Kill the process when it has written a part of a checkpoint."""
-    write = trainer.write_state
+    finish = trainer.finish_checkpoint
 
-    def written(file: Path, state: object) -> None:
-        write(file, state)
-        if file.parent.name == f"checkpoint-{KILLED_AT}":
+    def finished(folder: Path, step: int, run: Any) -> None:
+        if step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
+        finish(folder, step, run)
 
-    trainer.write_state = written
+    trainer.finish_checkpoint = finished
 
 
 def main() -> None:

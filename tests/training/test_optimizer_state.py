@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.training import NestedRanks, load_optimizer_state, optimizer_state
+from lorac.training import NestedRanks, name_optimizer_state
 from tests.training.every_rule import RULES, batch, copies, tensors_of, through_a_file, train
 from tests.training.loops import trained
 
@@ -26,15 +26,17 @@ def test_a_loop_goes_on_with_its_tensors_in_another_order() -> None:
     compiled = ruled.compiled()
     optimizer = adamw(compiled)
     NestedRanks(compiled, optimizer)
+    name_optimizer_state(compiled, optimizer)
     train(compiled, optimizer, range(3))
-    adapters, state = copies(compiled), through_a_file(optimizer_state(compiled, optimizer))
+    adapters, state = copies(compiled), through_a_file(optimizer.state_dict())
     assert all(name.startswith("adapter_tensors.a.") for name in state["tensors"])
     train(compiled, optimizer, range(3, 5))
 
     resumed = ruled.compiled(adapters)
     other = adamw(resumed, turned=True)
     NestedRanks(resumed, other)
-    load_optimizer_state(resumed, other, state)
+    name_optimizer_state(resumed, other)
+    other.load_state_dict(state)
     train(resumed, other, range(3, 5))
     assert all(map(torch.equal, tensors_of(resumed), tensors_of(compiled)))
 
@@ -45,21 +47,26 @@ def test_a_state_of_other_tensors_is_refused() -> None:
     optimizer = adamw(compiled)
     compiled(**batch(0))["loss"].backward()
     optimizer.step()
-    state = optimizer_state(compiled, optimizer)
+    position = optimizer.state_dict()
+    name_optimizer_state(compiled, optimizer)
+    state = optimizer.state_dict()
     smaller = ruled.compiled({"a": lorac.LoRA(r=2, targets=("first", "second"))})
     fewer = ruled.compiled({"a": lorac.LoRA(r=4, targets=("first",))})
     for other, made, what in (
         (compiled, torch.optim.SGD(trained(compiled), lr=1.0), "is of AdamW, and the optimizer is SGD"),
-        (compiled, torch.optim.AdamW(trained(compiled)), "has 2 groups of tensors, the optimizer 1"),
+        (compiled, torch.optim.AdamW(trained(compiled)), "groups of the optimizer hold other tensors"),
         (
             smaller,
             adamw(smaller),
-            r"first/lora_A': in the state it has the shape \(4, 9\), and here it has .* \(2, 9\)",
+            r"first/lora_A' has the shape \[4, 9\] there, and \[2, 9\] here",
         ),
-        (fewer, adamw(fewer), "second/lora_A': .* and here it does not exist"),
+        (fewer, adamw(fewer), r"second/lora_A' has the shape \[4, 8\] there, and None here"),
     ):
         with pytest.raises(lorac.ChoiceError, match=what):
-            load_optimizer_state(other, made, state)
+            name_optimizer_state(other, made)
+            made.load_state_dict(state)
+    with pytest.raises(lorac.ChoiceError, match="the state is of tensors by position"):
+        optimizer.load_state_dict(position)
     foreign = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=1.0)
     with pytest.raises(lorac.ChoiceError, match=r"a tensor of shape \(3,\) that no adapter has"):
-        optimizer_state(compiled, foreign)
+        name_optimizer_state(compiled, foreign)
