@@ -81,7 +81,7 @@ def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], JsonOb
         write_manifest(staged / MANIFEST, {"lorac_artifact": FORMAT, **fields, "files": describe_files(staged)})
 
 
-def write_manifest(file: Path, fields: Mapping[str, Any]) -> None:
+def write_manifest(file: Path, fields: JsonObject) -> None:
     """Write a manifest with its seal."""
     file.write_text(dump_json(seal_manifest(fields), indent=1) + "\n", encoding="utf-8")
 
@@ -216,13 +216,13 @@ def _read_fields(folder: Path) -> JsonObject:
     return fields
 
 
-def read_manifest(file: Path) -> dict[str, Any]:
+def read_manifest(file: Path) -> JsonObject:
     """Parse a manifest; raises ``ArtifactError`` where it is not JSON."""
     with charge_reading(file):
         return parse_object(read_json_text(file), lambda reason: _damaged_manifest(file.parent, f"it {reason}"))
 
 
-def check_manifest(folder: Path, fields: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+def check_manifest(folder: Path, fields: JsonObject, kinds: Mapping[str, type]) -> None:
     """Check the types of a manifest's fields, and its seal.
 
     Raises:
