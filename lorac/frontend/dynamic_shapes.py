@@ -150,6 +150,16 @@ def let_narrow(shapes: object) -> object:
     return pytree.tree_map_only(Dim, lambda dim: Dim.DYNAMIC, shapes)
 
 
+def fix_hinted_axes(shapes: object) -> object:
+    """Return dynamic shapes in which ``Dim.AUTO`` leaves only first axes free, which are the batch."""
+
+    def fix(path: pytree.KeyPath, dim: object) -> object:
+        axis = getattr(path[-1], "key", getattr(path[-1], "idx", 0)) if path else 0
+        return Dim.STATIC if axis and dim == Dim.AUTO else dim
+
+    return pytree.tree_map_with_path(fix, shapes)
+
+
 def list_dynamic_axes(axes: object) -> list[int]:
     """Return the axes of a tensor that its dynamic shapes leave free.
 

@@ -1,8 +1,7 @@
 """Capture: a host model becomes an ExportedProgram in which every call of a site is one ``lorac`` node.
 
-The host is never touched. ``copy_structure`` makes a second tree of modules over the same storage; ``mark_sites`` gives
-its sites a forward that calls their op; torch.export traces it. Hugging Face models go through
-``transformers.exporters``, which patches code that does not trace, all others through ``torch.export`` directly.
+The host is never touched: ``copy_structure`` copies its modules over the same storage, ``mark_sites`` makes the copy's
+sites call their op, and torch.export traces it; Hugging Face models go through ``transformers.exporters``.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace
 from lorac.frontend.capture.site_ops import SiteMarks, has_site_checks, mark_sites
 from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
 from lorac.frontend.capture.trace_guards import (
+    SizesTooComplex,
     TraceGuard,
     find_failing_model_line,
     find_failing_module,
@@ -49,6 +49,7 @@ from lorac.frontend.capture.trace_guards import (
 from lorac.frontend.capture.written_attention import fold_written_attention
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.dynamic_shapes import (
+    fix_hinted_axes,
     let_narrow,
     make_dynamic_shapes,
     repeat_unit_axes,
@@ -239,11 +240,15 @@ def _first_trace(
     for inputs, shapes in attempts:
         guards: list[TraceGuard] = []
         try:
-            return _trace(host, inputs, shapes, guards), guards
+            return _trace(host, inputs, shapes, guards, not narrows), guards
         except LoracError:
             raise
         except Exception as error:
             cause = error
+        fixed = fix_hinted_axes(shapes)
+        if isinstance(cause, SizesTooComplex) and fixed != shapes:
+            program, guards = _first_trace(host, [(inputs, fixed)], narrows=narrows, grows=grows)
+            return program, [*guards, cause.guard]
         if not _is_about_shapes(cause) or not (narrows or _FIXED not in str(cause)):
             break
     raise _trace_error(host, guards, cause, grows=grows) from cause
@@ -291,11 +296,11 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     return graph
 
 
-def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard]) -> ExportedProgram:
+def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard], bounded: bool) -> ExportedProgram:
     """Run torch.export on a marked copy; ``guards`` gets the guards of the trace, also if it fails."""
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     forward = host.forward
-    host.forward = record_guards(forward, guards)
+    host.forward = record_guards(forward, guards, bounded=bounded)
     try:
         if is_hugging_face(host):
             return trace_hugging_face(host, inputs, shapes)
@@ -381,6 +386,10 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
         step = "give dynamic_shapes= that this line admits, or change the line"
         if line is None:
             step = "give dynamic_shapes= by the names of the inputs, as torch.export takes them"
+    elif isinstance(error, SizesTooComplex):
+        step = (
+            "give dynamic_shapes= with Dim.AUTO or without these axes, which fixes them; target='eager' takes any size"
+        )
     elif isinstance(error, _WeightCast):
         step = "call the model once before compiling: then its weights are cast; target='eager' runs it without that"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):

@@ -43,8 +43,28 @@ class TraceGuard:
     module: nn.Module | None = None
 
 
-def record_guards(forward: Callable[P, T], found: list[TraceGuard]) -> Callable[P, T]:
+_LONGEST_CONDITION = 1000
+"""Characters of a condition on sizes. Convolutional models stay below 200; computing with longer ones takes minutes."""
+_TOO_LONG = "too long"
+"""Stands for a condition of more than ``_LONGEST_CONDITION``."""
+
+
+class SizesTooComplex(Exception):
+    """Ends a trace whose conditions on sizes grow too long to be computed with.
+
+    Args:
+        guard: the first such condition.
+    """
+
+    def __init__(self, guard: TraceGuard) -> None:
+        super().__init__("the sizes that it computes from the free sizes grow beyond what can be computed with")
+        self.guard = guard
+
+
+def record_guards(forward: Callable[P, T], found: list[TraceGuard], *, bounded: bool = False) -> Callable[P, T]:
     """Return a forward that, while it is traced, records the guards it adds.
+
+    With ``bounded`` it raises ``SizesTooComplex`` where a condition is longer than ``_LONGEST_CONDITION``.
 
     torch logs each guard while the line that needs it runs, through the logger of the sizes of one trace: that gets
     another logger, which no other trace has.
@@ -56,7 +76,7 @@ def record_guards(forward: Callable[P, T], found: list[TraceGuard]) -> Callable[
         if mode is None or mode.shape_env is None:
             return forward(*args, **kwargs)
         shared, private = mode.shape_env.log, logging.Logger(__name__, logging.INFO)
-        private.addHandler(_GuardHandler(found))
+        private.addHandler(_GuardHandler(found, bounded))
         mode.shape_env.log = private
         try:
             return forward(*args, **kwargs)
@@ -67,9 +87,9 @@ def record_guards(forward: Callable[P, T], found: list[TraceGuard]) -> Callable[
 
 
 class _GuardHandler(logging.Handler):
-    def __init__(self, found: list[TraceGuard]) -> None:
+    def __init__(self, found: list[TraceGuard], bounded: bool) -> None:
         super().__init__()
-        self._found = found
+        self._found, self._bounded = found, bounded
 
     def emit(self, record: logging.LogRecord) -> None:
         added = _ADDED.search(record.getMessage())
@@ -77,7 +97,10 @@ class _GuardHandler(logging.Handler):
         if added and line:
             # A list of frames would contain its own, and keep the tensors of this trace for the next one.
             module = _find_module(frame for frame, _ in traceback.walk_stack(None))
-            self._found.append(TraceGuard(added[1].removeprefix("eval "), line, module))
+            condition = added[1].removeprefix("eval ")
+            if self._bounded and len(condition) > _LONGEST_CONDITION:
+                raise SizesTooComplex(TraceGuard(_TOO_LONG, line, module))
+            self._found.append(TraceGuard(condition, line, module))
 
 
 def find_running_model_line() -> str | None:
@@ -113,7 +136,8 @@ def find_fixing_line(guards: Sequence[TraceGuard], symbol: str) -> str | None:
     pattern = re.compile(rf"\b{re.escape(symbol)}\b")
     equal = [guard for guard in guards if guard.condition.startswith("Eq(") and pattern.search(guard.condition)]
     exact = [guard for guard in equal if guard.condition.startswith(f"Eq({symbol}, ")]
-    return next((guard.line for guard in (*exact, *equal)), None)
+    too_long = [guard for guard in guards if guard.condition == _TOO_LONG]
+    return next((guard.line for guard in (*exact, *equal, *too_long)), None)
 
 
 def iter_error_causes(error: BaseException | None) -> Iterator[BaseException]:

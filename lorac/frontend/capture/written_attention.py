@@ -126,11 +126,10 @@ def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float
     if node.target is aten.baddbmm.default:
         added, *operands = operands
         alpha: Any = node.kwargs.get("alpha", 1)
-        if added.target is not aten.zeros.default:
-            if bias is not None or scale != 1 or node.kwargs.get("beta", 1) != 1:
-                return None
-            bias = added
-        scale *= alpha
+        adds = added.target is not aten.zeros.default
+        if adds and (bias is not None or scale != 1 or node.kwargs.get("beta", 1) != 1):
+            return None
+        scale, bias = scale * alpha, added if adds else bias
     elif node.target not in _PRODUCTS:
         return None
     query, key = _find_heads(operands[0]), _untranspose(operands[1])
