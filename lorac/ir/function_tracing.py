@@ -1,9 +1,9 @@
-"""Traces of functions, as ``torch.fx.experimental.proxy_tensor.make_fx`` makes them, at a fraction of their price.
+"""Traces of functions, as ``torch.fx.experimental.proxy_tensor.make_fx`` makes them, in a fraction of the time.
 
-The tracer of ``make_fx`` puts wrappers into ``torch.nn.Module`` before a trace and takes them out behind it, and never
-uses them: it hands on what modules return. Python then looks through every subclass of ``Module`` there is: 15 ms where
-diffusers and timm are imported, for a function of three steps. torch has no public way to leave that out, so private
-classes of it are used here, and a test compares the graphs with those of ``make_fx``.
+``make_fx`` wraps methods of ``torch.nn.Module`` during a trace, though its wrappers only return what the methods
+return. Each change of that class makes Python look through all its subclasses, which takes 15 ms where diffusers and
+timm are imported, even for a function of three steps. torch has no public way to leave that out, so private classes of
+it are used here, and a test compares the graphs with those of ``make_fx``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The interface of a program: what a call gives it, and what it answers.
+"""The interface of a program: the inputs of a call, and its outputs.
 
-A graph holds one from its capture on, an engine and a saved artifact hold the same. Nobody copies its fields.
+A graph has one from its capture on; its engine uses the same object, and an artifact stores it.
 """
 
 from __future__ import annotations

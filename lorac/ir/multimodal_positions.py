@@ -1,8 +1,8 @@
 """Positions of token sequences with images in them, which a transformers model computes in Python.
 
-The model goes through the kinds of the tokens one by one, which cannot be traced; but it has a method for that alone,
-and forward takes the method's result as an argument. So the positions are an input of the program. A call that leaves
-them out gets the result of the model's own method, which needs its configuration and none of its weights.
+The model loops over the kinds of the tokens, which cannot be traced. But a method of its own does only that, and
+forward takes the method's result as an argument. So the positions are an input of the program. A call that leaves them
+out gets the result of the model's own method, which needs its configuration and none of its weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The traits of a model: what pipelines and generation need of it besides calling it."""
+"""The traits of a model: the attributes that pipelines and generation read."""
 
 from __future__ import annotations
 

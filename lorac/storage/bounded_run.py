@@ -1,4 +1,4 @@
-"""Runs of a stored program within the memory of the machine: what its results take is measured before they are made.
+"""Runs of a stored program within the memory of the machine: the memory that results will take is computed first.
 
 Ops that are modest by themselves may double each other's results until the system kills the process. So before the
 first call with some shapes, the ops run on torch's meta device, which allocates nothing. Where sizes depend on values,

@@ -1,6 +1,6 @@
-"""Checks before ops whose kernels believe their operands: with other shapes or offsets they read beyond a tensor.
+"""Checks before ops whose kernels do not check their operands: with wrong shapes or offsets they read beyond a tensor.
 
-A captured program never calls them so; one that somebody wrote may. Seen on the CPU with torch 2.13.
+A captured program has no such calls; a file that somebody wrote may. Seen on the CPU with torch 2.13.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The ops that a stored program may name: functional ones, whose kernels check what they are given.
+"""The ops that a stored program may name: functional ones, whose kernels check their operands.
 
-A file that anybody wrote decides what is called, so the list says what may be called. It follows from torch's own
-statements about its ops: those of core ATen and pointwise ones, as their tags say, and by name those that torch
-composes of others or that PyTorch models commonly use. Whatever writes into an argument, leaves memory uninitialised,
-takes packed or unchecked layouts or reads a file is not among them. Ops that models need, and whose kernels believe
-their operands, are checked when they are called (``lorac.storage.op_guards``).
+The file, which anybody may have written, decides which ops are called, so only listed ones may be. The list follows
+from torch's own statements about its ops: those of core ATen and pointwise ones, as their tags say, and by name those
+that torch composes of others or that PyTorch models commonly use. Whatever writes into an argument, leaves memory
+uninitialised, takes packed or unchecked layouts or reads a file is not among them. Ops that models need, and whose
+kernels do not check their operands, are checked when they are called (``lorac.storage.op_guards``).
 """
 
 from __future__ import annotations

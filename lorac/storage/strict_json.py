@@ -1,7 +1,7 @@
 """JSON without the extensions that Python's parser accepts, for files of lorac and of others.
 
-Refused are names given twice, NaN and infinity, integers of more than 64 bits, and deep nesting, which exhausts whoever
-walks the value later. What is refused in a file is never written either.
+Refused are names given twice, NaN and infinity, integers of more than 64 bits, and nesting so deep that a recursive
+reader of the value would fail. What is refused in a file is never written either.
 """
 
 from __future__ import annotations

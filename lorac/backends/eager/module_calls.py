@@ -1,7 +1,7 @@
-"""Calls of a copied model's modules: left out of torch.compile's graphs, or with other tensors for one call.
+"""Calls of a copied model's modules: outside torch.compile's graphs, or with other tensors for one call.
 
-What a site computes depends on the state of the call it is in, which torch.compile cannot see. It would compile one
-function anew for every site, up to its limit.
+A site's computation depends on the state of the model's call, which torch.compile cannot see. It would compile the same
+function again for every site, up to its limit.
 """
 
 from __future__ import annotations

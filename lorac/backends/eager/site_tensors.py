@@ -1,6 +1,6 @@
 """The weights and biases of adapted sites, as the model's modules have them when a call reads them.
 
-Others may give a module other tensors, for a call as ``torch.func.functional_call`` does or for good as FSDP does.
+A module's tensors may be replaced: for one call by ``torch.func.functional_call``, for good by FSDP.
 """
 
 from __future__ import annotations

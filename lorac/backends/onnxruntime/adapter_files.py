@@ -1,8 +1,8 @@
 """A choice of adapters as a file that ONNX Runtime itself reads, with the tensors of the program's slots.
 
-ONNX Runtime's own adapter files hold tensors by the names of a model's inputs. A program's slots are inputs that hold
-the base's content unless another is given, so such a file has what differs from it and nothing else; several of them at
-a time are several contents for one input, which is why a mixture is a file of its own.
+ONNX Runtime's own adapter files hold tensors by the names of a model's inputs. The default of a slot's input is the
+base's content, so such a file has only the slots that differ from the base. Two files at a time would give one input
+two contents, so a mixture is a file of its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The error for an op without a kernel in the program's dtype, which names the module and the line that use the op.
 
-Only a session knows in which dtypes an op has kernels, and says so only when it is created.
+Only a session knows the dtypes for which an op has kernels, and reports a missing one when it is created.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 ``attention`` is what a layer computes of a whole sequence. ``cached_attention`` computes it of new tokens: each row of
 a batch has a number of tokens in the cache and brings a number of new ones, padded on the right. ``positions`` are
-those of a whole sequence, and ``rows`` selects tokens of each row. The ops are defined here by what they compute; a
-target decides how it runs them.
+those of a whole sequence, and ``rows`` selects tokens of each row. The functions here define the results of the ops; a
+target decides how it computes them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Edits of a captured program that change its graph, signature and state together.
 
 ``torch.export`` has no public functions for this. A test pins the private fields that are used here
-(``_range_constraints``, ``_module_call_graph``, ``_example_inputs``). Editing in place saves a second export, which
-would double the time of a capture.
+(``_range_constraints``, ``_module_call_graph``, ``_example_inputs``). A second export instead of edits in place would
+double the time of a capture.
 """
 
 from __future__ import annotations

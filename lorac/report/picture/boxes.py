@@ -2,7 +2,7 @@
 
 A box stands for a module, for a call of a site, for an input or output, or for the loose operations of a module that
 depend on the same of its boxes. Neighbours in one list of modules are drawn as one box where they compute the same,
-adapters included, and where each reads what its predecessor reads, or what its predecessor gives.
+adapters included, and where each reads its predecessor's inputs or its outputs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Drivers: transformers' generation over a program that keeps a cache.
 
-A driver takes the place of a model: it answers what transformers' mixin asks of one from the model's configuration, and
-adds tokens to a cache where a model would be called. So options, logits processors, stopping criteria, streamers, beams
-and assistants are transformers' own. The loop that decodes one token after the other is written here: it knows which
-rows are finished, samples each row from a seed of its own, and costs less per token.
+A driver takes the place of a model: it has the attributes that transformers' mixin reads, taken from the model's
+configuration, and adds tokens to a cache where a model would be called. So options, logits processors, stopping
+criteria, streamers, beams and assistants are transformers' own. The loop that decodes one token after the other is
+written here: it knows which rows are finished, samples each row from a seed of its own, and costs less per token.
 
 This module imports transformers, so the first call of ``generate`` imports it.
 """

@@ -1,8 +1,8 @@
 """Opsets of ONNX whose ops are recorded for the calling context alone.
 
 onnxscript's opsets record in ``onnxscript.evaluator.default()``, a variable of the process: what one thread writes,
-another thread's export may record. An opset here asks a context variable instead, and onnxscript's evaluator where no
-recorder is set, as ``torch.onnx.export`` expects of a translation.
+another thread's export may record. An opset here records in a context variable instead. Where that has no recorder, it
+calls onnxscript's evaluator, as ``torch.onnx.export`` expects of a translation.
 """
 
 from __future__ import annotations

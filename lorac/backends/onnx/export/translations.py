@@ -1,4 +1,4 @@
-"""ONNX for lorac's own ops that reach the emitter: a function per op, and what a function cannot say itself."""
+"""ONNX for lorac's own ops that reach the emitter: a function per op, and the settings that it cannot state itself."""
 
 from __future__ import annotations
 

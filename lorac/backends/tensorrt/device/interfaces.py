@@ -1,6 +1,6 @@
 """Types for the part of TensorRT's interface that runs plans, shared by TensorRT 10, 11 and TensorRT for RTX.
 
-A method that only one of them has says so.
+Methods that only one of them has are marked.
 """
 
 from __future__ import annotations
