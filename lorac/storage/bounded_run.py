@@ -24,6 +24,7 @@ from lorac.storage.op_guards import GuardedOp
 
 _KEPT_SHAPES = 4096
 """Shapes of calls whose measure is kept; beyond that all are measured anew."""
+_META = torch.device("meta")
 Call = Callable[[fx.Node, Operands, Fields], object]
 LastUses = Mapping[fx.Node, Sequence[fx.Node]]
 
@@ -33,11 +34,14 @@ class BoundedRun:
 
     Args:
         program: the program.
+
+    Attributes:
+        peaks: shapes of inputs -> the most bytes that results take at once; None if that depends on values.
     """
 
     def __init__(self, program: fx.GraphModule) -> None:
         self._program = program
-        self._peaks: dict[tuple[torch.Size, ...], int | None] = {}
+        self.peaks: dict[tuple[torch.Size, ...], int | None] = {}
         self._last_uses: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         last = {used: node for node in program.graph.nodes for used in (*node.all_input_nodes, node)}
         for used, node in last.items():
@@ -51,10 +55,12 @@ class BoundedRun:
                 allows.
         """
         shapes, limit = tuple([value.shape for value in values]), get_chosen_memory() or _get_machine_memory()
-        if shapes not in self._peaks:
-            self._peaks = {} if len(self._peaks) >= _KEPT_SHAPES else self._peaks
-            self._peaks[shapes] = self._measure([value.to("meta") for value in values])
-        peak = self._peaks[shapes]
+        peaks = self.peaks  # which another thread may replace
+        if shapes not in peaks:
+            if len(peaks) >= _KEPT_SHAPES:
+                peaks = self.peaks = {}
+            peaks[shapes] = self._measure([value.to(_META) for value in values])
+        peak = peaks[shapes]
         if peak is not None:
             _check(peak, limit)
             outputs: Sequence[object] = self._program(*values)
@@ -73,7 +79,7 @@ class BoundedRun:
         """Return the bytes that results take at most at once for values like these; None if that depends on them."""
         ledger = _Ledger(values)
         try:
-            _run(self._program.graph, values, self._last_uses, ledger, _call_op)
+            _run(self._program.graph, values, self._last_uses, ledger, _call_on_meta)
         except Exception:  # an op without a kernel there, one that needs a value, or shapes that do not fit
             return None
         return ledger.peak
@@ -119,21 +125,40 @@ def _run(graph: fx.Graph, values: Sequence[Tensor], last_uses: LastUses, ledger:
     return list(fx.map_arg(outputs, results.__getitem__))
 
 
-def _call_op(node: fx.Node, args: Operands, kwargs: Fields) -> object:
-    """Call an op without its guard, which reads values."""
+def _call_on_meta(node: fx.Node, args: Operands, kwargs: Fields) -> object:
+    """Call an op with operands on the meta device, without its guard, which reads values."""
     target: Any = node.target
-    return target.op(*args, **kwargs) if isinstance(target, GuardedOp) else target(*args, **kwargs)
+    op = target.op if isinstance(target, GuardedOp) else target
+    op = torch.ops.aten.reshape.default if op is torch.ops.aten.view.default else op  # strides may differ there
+    args, kwargs = pytree.tree_map_only(torch.device, lambda _: _META, (args, kwargs))
+    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
+    if any(argument.kwarg_only and argument.name == "device" for argument in arguments):
+        kwargs = {"device": _META, **kwargs}
+    return op(*args, **kwargs)
 
 
 def _measure_result(node: fx.Node, args: Operands, kwargs: Fields) -> int:
-    """Return the bytes that an op is about to allocate for its result; 0 if only its values tell."""
-    given = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    """Return the bytes that an op is about to allocate for its result, as far as they may exceed its operands'."""
+    given = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(_META), (args, kwargs))
     try:
-        made = _call_op(node, *given)
+        made = _call_on_meta(node, *given)
     except Exception:  # as in ``BoundedRun._measure``
-        return 0
+        return _measure_by_values(
+            node, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        )
     held = {address for address, _ in _list_storages(given)}
     return sum(size for address, size in _list_storages(made) if address not in held)
+
+
+def _measure_by_values(node: fx.Node, tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of a result whose size the values of an op's operands tell; 0 if it is never beyond theirs."""
+    name = getattr(node.target, "_opname", "")
+    if name not in {"repeat_interleave", "one_hot"} or not tensors or not tensors[-1].numel():
+        return 0
+    first, last = tensors[0], tensors[-1]
+    if name == "one_hot":
+        return last.numel() * (int(last.max()) + 1) * last.itemsize
+    return int(last.sum()) * first.numel() // last.numel() * first.itemsize
 
 
 def _list_storages(value: object) -> Iterator[tuple[int, int]]:

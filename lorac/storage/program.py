@@ -110,11 +110,11 @@ class StoredProgram(nn.Module):
         held = sum(tensor.numel() for tensor in (*self.buffers(), *self.examples.values()))
         check_sizes(graph, _ROOM * held + _SLACK)
         self.forward = self._with_signature()
-        self._bounded = BoundedRun(self.program)
+        self.bounded = BoundedRun(self.program)
 
     def call_bounded(self, given: Mapping[str, Tensor]) -> Sequence[Any]:
         """Return the outputs for some inputs; raise ``InputMismatch`` if memory for them lacks (``BoundedRun``)."""
-        return self._bounded(self._collect(given))
+        return self.bounded(self._collect(given))
 
     def _collect(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         return [given[name] if tensor is None else getattr(self, _buffer_name(tensor)) for name, tensor in self.inputs]

@@ -12,11 +12,13 @@ import torch
 from torch import fx, nn
 
 import lorac
+from lorac.backends.eager.stored_program import StoredProgramEngine
 from lorac.storage import artifact, program
 from lorac.storage.op_names import find_op, op_name
 from lorac.storage.program import StoredProgram, graph_from_json
 from tests.limits import within_budget
 from tests.refusing import refuses
+from tests.zoo import ZOO
 
 X_VALUE = torch.ones(2, 4)
 X = {"input": "x", "shape": [2, 3], "dtype": "float32", "dynamic": []}
@@ -153,6 +155,32 @@ def test_results_together_are_bounded(ops: list[str]) -> None:
 def test_memory_that_the_machine_lacks_is_not_asked_for() -> None:
     with refuses("input_mismatch", match="more than"):
         _stored(*_doubled("x", 44)).call_bounded({"x": torch.ones(2, 3)})
+
+
+def test_a_model_is_measured_once_for_all_calls_of_one_shape(tmp_path: Path) -> None:
+    llama = ZOO["tiny_llama"]
+    lorac.compile(llama.model(), {"a": lorac.LoRA(r=2, targets=["q_proj"])}).save(tmp_path / "saved")
+    loaded = lorac.load(tmp_path / "saved")
+    assert isinstance(loaded.engine, StoredProgramEngine)
+    for rows in (1, 2, 2):
+        loaded(**llama.inputs(batch=rows))
+    peaks = loaded.engine.parts["main"].program.bounded.peaks
+    assert len(peaks) == 2 and None not in peaks.values()
+
+
+COUNTS = torch.tensor([1 << 40, 1])
+
+
+@pytest.mark.parametrize(
+    ("op", "operands"),
+    [("repeat_interleave.Tensor", []), ("repeat_interleave.self_Tensor", [{"node": "x"}]), ("one_hot.default", [])],
+)
+def test_sizes_that_values_tell_are_bounded(op: str, operands: list[Any]) -> None:
+    call = _call(f"aten.{op}", {"node": "x"}, *operands)
+    with refuses("input_mismatch", match="more than"):
+        _stored(call).call_bounded({"x": COUNTS})
+    few = torch.tensor([2, 1])
+    assert torch.equal(_stored(call).call_bounded({"x": few})[0], _stored(call)(x=few)[0])
 
 
 def test_what_was_used_up_does_not_count() -> None:
