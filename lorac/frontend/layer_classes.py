@@ -4,8 +4,8 @@ A scaled embedding returns a multiple of the result of ``nn.Embedding``. The cha
 scaled with it, as it is once merged.
 
 Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. An adapter
-acts where its layer is called, as PEFT's does, and has no effect on such a reader. Layers that are only read are found
-in the bytecode of the reader's class, before any call, to warn of adapters in vain.
+acts where its layer is called, as PEFT's does, and has no effect on such a reader. Which layers are read is found in
+the bytecode of the reader's class, since only some calls take the branch that reads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import inspect
 import types
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def check_layer(path: str, model: nn.Module) -> None:
 def is_only_read(path: str, model: nn.Module) -> bool:
     """Return whether the owner of a layer reads its weight and never calls it."""
     owner, _, leaf = path.rpartition(".")
-    return leaf in _find_only_read(type(model.get_submodule(owner)))  # type: ignore[arg-type]  # mypy compares a class's hash with Module's
+    return find_weight_reads(model.get_submodule(owner)).get(leaf) is False
 
 
 def has_plain_forward(module: nn.Module) -> bool:
@@ -98,9 +98,16 @@ def _acts_as_linear(module: nn.Module) -> bool:
     return isinstance(own, Tensor) and own.shape == plain.shape and torch.allclose(own, plain, rtol=1e-3)
 
 
+def find_weight_reads(module: nn.Module) -> Mapping[str, bool]:
+    """Return the attributes whose weight a module's forward reads -> whether it also calls them or hands them on.
+
+    A child that is used otherwise as well may be called in some calls and read in others.
+    """
+    return _find_weight_reads(type(module))  # type: ignore[arg-type]  # mypy compares a class's hash with Module's
+
+
 @functools.cache
-def _find_only_read(cls: type[nn.Module]) -> Collection[str]:
-    """Return the attributes whose weight a class's forward reads, and which it neither calls nor hands on."""
+def _find_weight_reads(cls: type[nn.Module]) -> Mapping[str, bool]:
     followed: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for code in _iterate_code(cls):
         steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
@@ -108,10 +115,9 @@ def _find_only_read(cls: type[nn.Module]) -> Collection[str]:
         for i, name in enumerate(names[:-2]):
             followed[name].add((names[i + 1], names[i + 2]))
     return {
-        name
+        name: any(first in {"", "forward"} for first, _ in found)
         for name, found in followed.items()
         if any(first == "weight" and second not in _METADATA for first, second in found)
-        and not any(first in {"", "forward"} for first, _ in found)
     }
 
 

@@ -37,6 +37,7 @@ from lorac.frontend.copying import copy_layer
 from lorac.frontend.layer_classes import (
     Forward,
     find_layer_class,
+    find_weight_reads,
     has_plain_forward,
     pad_conv_input,
     replace_super_forward,
@@ -281,10 +282,13 @@ class EagerEngine(Engine[ActiveSlots]):
     def _find_written_module(self, site: Site) -> nn.Module:
         """Return the module whose weight a swap writes; for a layer a twin of it, which adapted calls use.
 
-        Whoever else reads the layer's weight finds the base's, in fused mode as in live mode.
+        Whoever else reads the layer's weight finds the base's, in fused mode as in live mode. The layers of a baked
+        model hold the merged weights themselves, but for those that are known to be read.
         """
         module = self.module.get_submodule(str(site.weight).rpartition(".")[0])
-        if not site.is_layer or "_old_forward" in vars(module):  # accelerate's hooks call the layer itself
+        reader, _, name = site.path.rpartition(".")
+        baked = self.mode == "baked" and name not in find_weight_reads(self.module.get_submodule(reader))
+        if baked or not site.is_layer or "_old_forward" in vars(module):  # accelerate's hooks call the layer itself
             return module
         twin, original = copy_layer(module), self._originals[site.path]
         if isinstance(original, functools.partial) and original.args == (module,):
