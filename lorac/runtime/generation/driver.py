@@ -155,7 +155,6 @@ class GenerationDriver(GenerationMixin, ABC):
         self.state = state = model_kwargs["cache"]
         state.max_length = max(count + new, state.cache.capacity)
         state.chunk_size = generation_config.prefill_chunk_size
-        generation_config.use_cache = True
         return True
 
     def _returned_cache(self, state: DecodingState) -> DecodingState | None:

@@ -1,12 +1,17 @@
 """A branch that is off is not computed."""
 
+from dataclasses import dataclass
+
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.testing import HOSTS, Case
+from lorac.variants.params import ParamSpec
 
 VARIANTS = {"adaptertune": (lorac.AdapterTune(r=2), "block"), "meteora": (lorac.MeteoRA(r=2, experts=3), "linear")}
 
@@ -43,3 +48,28 @@ def test_an_idle_branch_leaves_the_bases_bits_whatever_its_parameters_hold(case,
     inputs = dict(zip(compiled.engine.graphs["main"].interface.inputs, (x,), strict=True))
     (found,) = compiled.engine.outputs("main", spoilt, inputs)
     assert torch.equal(found, base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseReader(lorac.BranchVariant):
+    """Adds a multiple of what the first layer answers without adapters."""
+
+    name, paper = "test-base-reader", "none"
+
+    def reads(self, site):
+        return ("base:0",)
+
+    def params(self, site):
+        return {"factor": ParamSpec((1,), lambda context: torch.full(context.shape, 0.5))}
+
+    def branch(self, x, y, p, ctx):
+        return y + p.factor * ctx.value("base:0")
+
+
+def test_the_switch_of_what_branches_share_is_declared_as_it_is():
+    adapters = {"own": lorac.LoRA(r=2, targets=["0"]), **{name: BaseReader(targets=["1"]) for name in ("a", "b")}}
+    host = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5))
+    compiled = lorac.compile(host, adapters, target="onnxruntime", example_inputs=(torch.ones(3, 4),))
+    model = onnx.load(compiled.engine.folder / MODEL_FILE, load_external_data=False)
+    assert [node.op_type for node in model.graph.node].count("Or") == 1
+    onnx.shape_inference.infer_shapes(model, strict_mode=True)
