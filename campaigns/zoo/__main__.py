@@ -11,6 +11,7 @@ from pathlib import Path
 import campaigns.zoo
 from campaigns.zoo import journal, pages
 from campaigns.zoo.entries import entries
+from campaigns.zoo.exceptions import LEFT_OUT
 from campaigns.zoo.running import Asked, run
 
 
@@ -59,7 +60,11 @@ def _has(record: journal.Record | None, state: str, ways: list[str]) -> bool:
 
 
 def _page(given: argparse.Namespace) -> None:
-    sys.stdout.write(pages.page(journal.read(given.journal).values()))
+    families = {entry.name: entry.family for entry in entries()}
+    records = journal.read(given.journal)
+    known = [record for name, record in records.items() if name in families]
+    left_out = {f"transformers/{kind}": reason for kind, reason in LEFT_OUT.items()}
+    sys.stdout.write(pages.page(known, left_out, families.keys() - records.keys()))
 
 
 def _causes(given: argparse.Namespace) -> None:

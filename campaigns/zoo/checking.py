@@ -348,8 +348,10 @@ def _cause(error: BaseException) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the first line of an error, and the one that it announces by a colon."""
     lines = str(error).strip().splitlines()
-    return lines[0][:400] if lines else ""
+    announced = len(lines) > 1 and lines[0].endswith(":")
+    return " ".join(line.strip() for line in lines[: 1 + announced])[:400]
 
 
 def _within(path: str) -> str:

@@ -37,8 +37,9 @@ at another, with the adapter, without it and with it again, and with the host le
 *ok* is all of that. *fixed* is that too, at another number of rows or another length alone, or at the example's size
 alone: the model's own Python loops over the other, which the error at another size names with its line. *refused* is
 any other error of lorac's own that says what to do. *wrong* is other numbers than PEFT's or
-the base's; *untyped* is any other error. What the host cannot do by itself, or PEFT, is not counted. Seconds are of one
-processor; the ratio is to exporting the same model to ONNX Runtime without lorac.
+the base's; *untyped* is any other error. What the host cannot do by itself, or PEFT, is not counted: those models stand
+at the end, each with its reason. Seconds are of one processor; the ratio is to exporting the same model to ONNX Runtime
+without lorac.
 """
 
 
@@ -146,8 +147,14 @@ def causes(records: Iterable[Record]) -> str:
 
 
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def page(given: Iterable[Record]) -> str:
-    """docs/models.md."""
+def page(given: Iterable[Record], left_out: Mapping[str, str], unknown: Iterable[str] = ()) -> str:
+    """docs/models.md.
+
+    Args:
+        given: records of the journal.
+        left_out: models that are no entries, with the reason.
+        unknown: entries that the journal says nothing of.
+    """
     records = sorted(given, key=lambda record: record["model"])
     if not records:
         raise SystemExit("the journal is empty: make zoo")
@@ -156,7 +163,7 @@ def page(given: Iterable[Record]) -> str:
         families[record["family"]].append(record)
     parts = [HEAD, _versions(records), _totals(records), _overview(families), _why(records), _slow(records)]
     parts += [_family(name, members) for name, members in sorted(families.items())]
-    return "\n".join(parts)
+    return "\n".join([*parts, not_compared(records, left_out), *_not_run(unknown)])
 
 
 def _versions(records: Sequence[Record]) -> str:
@@ -283,6 +290,23 @@ def _family(name: str, members: Sequence[Record]) -> str:
     rows = [(r["model"].partition("/")[2], *(outcome(r, way) for way in WAYS), _cell(_first(r))) for r in rest]
     parts = [f"## {name}\n", f"{len(fine)} all right: {', '.join(fine) or 'none'}.\n"]
     return "\n".join(parts + ([_table(("model", "eager", "live", "fused", "why"), rows)] if rows else []))
+
+
+def not_compared(records: Iterable[Record], left_out: Mapping[str, str]) -> str:
+    """Name every model that was not compared, whose doing that is, and why."""
+    found = [record for record in records if not counted(record)]
+    rows = [(r["model"], "the host" if r["outcome"] == HOST_CANNOT else "PEFT", _cell(_reason(r))) for r in found]
+    rows += [(name, "the zoo", _cell(reason)) for name, reason in left_out.items()]
+    return "\n".join(["## Not compared\n", _table(("model", "who cannot", "why"), sorted(rows))])
+
+
+def _not_run(names: Iterable[str]) -> list[str]:
+    listed = ", ".join(sorted(names))
+    return [f"## Not run\n\n{listed}.\n"] if listed else []
+
+
+def _reason(record: Record) -> str:
+    return f"{record['class']}: {record['message']}"
 
 
 def _first(record: Record) -> str:

@@ -236,17 +236,19 @@ def test_causes_are_what_messages_have_in_common() -> None:
 def test_the_page_counts_against_what_was_promised() -> None:
     records = [_record("a/x"), _failing("b/y", "k"), _record("b/z", outcome="peft-cannot", ways={})]
     records[2] |= {"class": "ValueError", "message": "m", "lines": []}
-    text = pages.page(records)
+    text = pages.page(records, {"b/v": "needs a GPU"}, ["b/u"])
     assert "3 models, 2 of which PEFT runs" in text
     assert "| untyped | 1 | 0 |" in text
     assert "| ONNX Runtime live, of what eager runs | 1 of 2 (50.0%) | 92 % |" in text
     assert "| a/x | 2.0 | 4.0 | 2.00 |" in text
     assert "| y | ok | untyped | ok | KeyError: k |" in text
+    assert "| b/v | the zoo | needs a GPU |\n| b/z | PEFT | ValueError: m |" in text
+    assert text.endswith("## Not run\n\nb/u.\n")
 
 
 def test_a_way_that_was_not_run_is_no_failure() -> None:
     partial = _record("a/x", ways={pages.EAGER: {"outcome": "ok", "seconds": 1.0}})
-    text = pages.page([partial])
+    text = pages.page([partial], {})
     assert "1 all right: x." in text
     assert "| ONNX Runtime live, of what eager runs | 0 of 0 | 92 % |" in text
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from campaigns.zoo.entries import Call, Entry
+from campaigns.zoo.families.torchvision import free_sizes, images
 
 NAMES = """
     eca_botnext26ts_256 test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 test_convnext
@@ -29,13 +30,21 @@ SIDE = 96
 
 
 def entries() -> list[Entry]:
-    """One entry a module of timm."""
-    return [Entry(f"timm/{name}", "timm", functools.partial(build, name), _images) for name in NAMES.split()]
+    """One entry a module of timm, and another at two sizes of images where the model takes any."""
+    import timm  # type: ignore[import-not-found]  # published without types
+
+    names = NAMES.split()
+    free = [name for name in names if not getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)]
+    resized = [
+        Entry(f"timm/{name}-resized", "timm", functools.partial(build, name), images(SIDE), None, free_sizes)
+        for name in free
+    ]
+    return [Entry(f"timm/{name}", "timm", functools.partial(build, name), _images) for name in names] + resized
 
 
 def build(name: str) -> nn.Module:
     """Return the model, for small images where it admits them."""
-    import timm  # type: ignore[import-not-found]  # published without types
+    import timm
 
     made: nn.Module = timm.create_model(name, pretrained=False, num_classes=10)
     return made.eval()

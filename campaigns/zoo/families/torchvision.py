@@ -1,4 +1,4 @@
-"""torchvision's classifiers, one per architecture, with ten classes and small images."""
+"""torchvision's models, one per architecture, with few classes and small images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from campaigns.zoo.entries import Call, Entry
+from campaigns.zoo.entries import Call, Entry, Inputs
 
 SIDES = {  # what an architecture needs at least, or a multiple of
     "googlenet": 64,
@@ -27,41 +27,84 @@ NAMES = """
     resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vgg11_bn vit_b_16 wide_resnet50_2
 """
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
+DETECTION = """
+    fasterrcnn_mobilenet_v3_large_fpn fcos_resnet50_fpn maskrcnn_resnet50_fpn retinanet_resnet50_fpn
+    ssdlite320_mobilenet_v3_large
+"""
+VIDEO = "mc3_18 r2plus1d_18 r3d_18 swin3d_t"
+"""Those that take clips of less than 224 pixels."""
+_FIXED = ("maxvit_t", "vit_b_16")
+"""Models of images of one size."""
+
+
+class Scores(nn.Module):
+    """A detector up to the scores and boxes of all places: which of them it keeps is a matter of the last bit."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.backbone = detector.backbone
+        self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(list(self.backbone(x).values()))
 
 
 def entries() -> list[Entry]:
-    """Image classifiers, and models that label pixels."""
-    images = [Entry(f"torchvision/{n}", "torchvision", functools.partial(_build, n), _images(n)) for n in NAMES.split()]
-    pixels = [
-        Entry(f"torchvision/{n}", "torchvision", functools.partial(_build_pixels, n), _images(n)) for n in SEGMENTATION
+    """Image classifiers, at two sizes too, and models of pixels, of objects and of clips."""
+    labels = [
+        (name, functools.partial(_build, name, num_classes=10, **SMALLER.get(name, {})), _side(name))
+        for name in NAMES.split()
     ]
-    return images + pixels
+    pixels = [
+        (name, functools.partial(_build, name, weights_backbone=None, num_classes=5), 32) for name in SEGMENTATION
+    ]
+    objects = [(name, functools.partial(_detector, name), 64) for name in DETECTION.split()]
+    fixed = [Entry(f"torchvision/{name}", "torchvision", build, _images(side)) for name, build, side in labels + pixels]
+    resized = [
+        Entry(f"torchvision/{name}-resized", "torchvision", build, images(side), None, free_sizes)
+        for name, build, side in labels + pixels + objects
+        if name not in _FIXED
+    ]
+    clips = [
+        Entry(f"torchvision/{name}", "video", functools.partial(_build, name, num_classes=10), _clips)
+        for name in VIDEO.split()
+    ]
+    return fixed + resized + clips
 
 
-def _build(name: str) -> nn.Module:
+def images(side: int) -> Inputs:
+    """Make images of a size, and larger ones in a longer call."""
+    return lambda model, batch, length, seed: _call(model, seed, batch, 3, side * (length // 4), side * (length // 4))
+
+
+def free_sizes(call: Call) -> dict[str, Any]:
+    """Leave rows, height and width free."""
+    return {name: dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO) for name in call}
+
+
+def _build(name: str, **settings: Any) -> nn.Module:
     import torchvision
 
-    return torchvision.models.get_model(name, weights=None, num_classes=10, **SMALLER.get(name, {})).eval()
+    made: nn.Module = torchvision.models.get_model(name, weights=None, **settings)
+    return made.eval()
 
 
-def _build_pixels(name: str) -> nn.Module:
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5).eval()
+def _detector(name: str) -> nn.Module:
+    return Scores(_build(name, weights_backbone=None, num_classes=5)).eval()
 
 
-def _images(name: str) -> Any:
-    side = SIDES.get(name, 224 if name == "maxvit_t" else 32)
-
-    def inputs(model: nn.Module, batch: int, length: int, seed: int) -> Call:
-        return {"x" if "x" in _arguments(model) else "input": _noise(seed, batch, 3, side, side)}
-
-    return inputs
+def _side(name: str) -> int:
+    return SIDES.get(name, 224 if name == "maxvit_t" else 32)
 
 
-def _arguments(model: nn.Module) -> list[str]:
-    return list(inspect.signature(model.forward).parameters)
+def _images(side: int) -> Inputs:
+    return lambda model, batch, length, seed: _call(model, seed, batch, 3, side, side)
 
 
-def _noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def _clips(model: nn.Module, batch: int, length: int, seed: int) -> Call:
+    return _call(model, seed, batch, 3, 8, 32, 32)
+
+
+def _call(model: nn.Module, seed: int, *shape: int) -> Call:
+    name = "x" if "x" in inspect.signature(model.forward).parameters else "input"
+    return {name: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))}
