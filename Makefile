@@ -83,9 +83,13 @@ bench: $(STAMP) ## Run the benchmarks, whatever fails among them
 fuzz: $(STAMP) ## Damage files by the thousand: each loads, or is refused by an error of lorac's
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.fuzz --workers $(WORKERS)
 
+# Hosts of the zoo alone; they lie beside the environment, whose dependencies they share.
+HOSTS := .cache/zoo-hosts
 zoo: $(STAMP) ## Take every model people have through lorac (hours; goes on where it stopped), and write docs/models.md
-	$(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
-	$(BIN)/python -m campaigns.zoo page > docs/models.md
+	test -d $(HOSTS) || $(BIN)/python -m pip install --quiet --no-deps --target $(HOSTS) segmentation-models-pytorch \
+		sentence-transformers torchaudio scikit-learn scipy joblib threadpoolctl cloudpickle narwhals
+	PYTHONPATH=$(HOSTS) $(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
+	PYTHONPATH=$(HOSTS) $(BIN)/python -m campaigns.zoo page > docs/models.md
 
 # pip's resolver, so that a machine's own sources of packages count; the build of torch is no part of a pin.
 lock: ## Write requirements.lock, the versions that CI installs

@@ -26,6 +26,14 @@ _WINDOWED = ("exaone4_5", "hyperclovax_vision_v2")
 _WINDOWS = {"vision_config": {"window_size": 32}}
 """Windows of four by four patches, which are eight wide, merged by two."""
 _PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_ROTATED: Mapping[str, Any] = {"rope_parameters": {kind: _PLAIN for kind in ("full_attention", "sliding_attention")}}
+_INDEXED: Mapping[str, Any] = {
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+}
 _FOUR: Mapping[str, Any] = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
 """Of a backbone that is read after four of its layers."""
 _DEEP: Mapping[str, Any] = {"backbone_config": _FOUR, "neck_hidden_sizes": [16, 32, 48, 64]}
@@ -39,14 +47,19 @@ _WIDE: Mapping[str, Any] = {
 _MASKING: Mapping[str, Any] = {"backbone_config": {"out_features": ["stage1", *_STAGES]}}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     **{name: _DEEP for name in ("depth_anything", "prompt_depth_anything", "tipsv2_dpt")},
-    **{name: _WIDE for name in ("deimv2", "pp_doclayout_v4")},
+    **{name: _WIDE for name in ("d_fine", "deimv2", "pp_doclayout_v4")},
     **{name: _MASKING for name in ("mask2former", "oneformer")},
-    "rt_detr_v2": {"backbone_config": {"out_features": _STAGES}, "decoder_in_channels": [32, 32, 32]},
+    **{
+        name: {"backbone_config": {"out_features": _STAGES}, "decoder_in_channels": [32, 32, 32]}
+        for name in ("rt_detr", "rt_detr_v2")
+    },
+    "hgnet_v2": {"hidden_sizes": [256, 512, 1024, 2048]},
     "align": {"projection_dim": 640},
     "bit": {"num_groups": 4},
     "chmv2": {"backbone_config": _FOUR, "post_process_channels": [16, 32, 48, 64]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "cohere_compass_text": {"rope_parameters": {kind: _PLAIN for kind in ("full_attention", "sliding_attention")}},
+    "cohere_compass": {"text_config": _ROTATED},
+    "cohere_compass_text": _ROTATED,
     "depth_pro": {"intermediate_hook_ids": [1, 0]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "zoedepth": {**_DEEP, "bottleneck_features": 32},
@@ -58,13 +71,8 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "levit": {"patch_size": 16, "image_size": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "neomme": {"head_dim": 16},
-    "qwen4_exp_text": {
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-    },
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "hash_seed": 0},
     "step3p7": {"text_config": {"sliding_window": 4}},
     "textnet": {"stem_out_channels": 16},

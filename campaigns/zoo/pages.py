@@ -302,7 +302,7 @@ def not_compared(records: Iterable[Record], left_out: Mapping[str, str]) -> str:
 
 def _not_run(names: Iterable[str]) -> list[str]:
     listed = ", ".join(sorted(names))
-    return [f"## Not run\n\n{listed}.\n"] if listed else []
+    return [f"## Not run\n\nThe journal says nothing of {listed}.\n"] if listed else []
 
 
 def _reason(record: Record) -> str:

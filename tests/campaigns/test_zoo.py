@@ -243,7 +243,7 @@ def test_the_page_counts_against_what_was_promised() -> None:
     assert "| a/x | 2.0 | 4.0 | 2.00 |" in text
     assert "| y | ok | untyped | ok | KeyError: k |" in text
     assert "| b/v | the zoo | needs a GPU |\n| b/z | PEFT | ValueError: m |" in text
-    assert text.endswith("## Not run\n\nb/u.\n")
+    assert text.endswith("## Not run\n\nThe journal says nothing of b/u.\n")
 
 
 def test_a_way_that_was_not_run_is_no_failure() -> None:

@@ -20,11 +20,13 @@ WAVEFORM = {
     "encoder_dropout": 0.0, "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0, "aux_num_out": 10,
 }  # fmt: skip
 Settings = Mapping[str, Any]
-MODELS: Mapping[str, tuple[str, Settings, Callable[..., Call]]] = {
+Axes = Mapping[str, tuple[int, ...]]
+MODELS: Mapping[str, tuple[str, Settings, Callable[..., Call], Axes]] = {
     "conformer": (
         "Conformer",
         {"input_dim": 32, "num_heads": 4, "ffn_dim": 48, "num_layers": 2, "depthwise_conv_kernel_size": 3},
         lambda noise, batch, length: {"input": noise(batch, length, 32), "lengths": torch.full((batch,), length)},
+        {"input": (0, 1), "lengths": (0,)},
     ),
     "conv_tasnet": (
         "ConvTasNet",
@@ -36,24 +38,28 @@ MODELS: Mapping[str, tuple[str, Settings, Callable[..., Call]]] = {
             "msk_num_stacks": 2,
         },
         lambda noise, batch, length: {"input": noise(batch, 1, 64 * length)},
+        {"input": (0, 2)},
     ),
     "deepspeech": (
         "DeepSpeech",
         {"n_feature": 16, "n_hidden": 32, "n_class": 10},
         lambda noise, batch, length: {"x": noise(batch, 1, length, 16)},
+        {"x": (0, 2)},
     ),
     "wav2letter": (
         "Wav2Letter",
         {"num_classes": 10, "input_type": "mfcc", "num_features": 13},
         lambda noise, batch, length: {"x": noise(batch, 13, 64 + length)},
+        {"x": (0, 2)},
     ),
     "wav2vec2": (
         "wav2vec2_model",
         WAVEFORM,
         lambda noise, batch, length: {"waveforms": noise(batch, 400 + 40 * length)},
+        {"waveforms": (0, 1)},
     ),
 }
-"""name: (its maker, settings, arguments of a call)."""
+"""name: (its maker, settings, arguments of a call, axes of rows and time)."""
 
 
 def entries() -> list[Entry]:
@@ -62,9 +68,13 @@ def entries() -> list[Entry]:
         return []
     return [
         Entry(
-            f"torchaudio/{name}", "speech", functools.partial(_build, maker, settings), functools.partial(_call, made)
+            f"torchaudio/{name}",
+            "speech",
+            functools.partial(_build, maker, settings),
+            functools.partial(_call, made),
+            shapes=functools.partial(_shapes, axes),
         )
-        for name, (maker, settings, made) in MODELS.items()
+        for name, (maker, settings, made, axes) in MODELS.items()
     ]
 
 
@@ -78,3 +88,7 @@ def _build(maker: str, settings: Settings) -> nn.Module:
 def _call(made: Callable[..., Call], model: nn.Module, batch: int, length: int, seed: int) -> Call:
     generator = torch.Generator().manual_seed(seed)
     return made(lambda *shape: torch.randn(*shape, generator=generator), batch, length)
+
+
+def _shapes(axes: Axes, call: Call) -> dict[str, Any]:
+    return {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) for name in call}
