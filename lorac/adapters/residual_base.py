@@ -1,7 +1,7 @@
 """Adapters with initial factors that are subtracted from the base, and the rules that compute those factors from W.
 
-A file that names one of these rules needs no more than the base to be read. PiSSA: Meng et al. 2024, arXiv 2404.02948;
-OLoRA: Büyükakyüz 2024, arXiv 2406.01775.
+Only the base is needed to read a file that names one of these rules. PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA:
+Büyükakyüz 2024, arXiv 2406.01775.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fields of configuration files: what each is to lorac, and how its values are read and written.
+"""Fields of configuration files: their kinds, and how their values are read and written.
 
 A table maps the name of every field to one of four kinds; a name that no table has is refused.
 """

@@ -1,7 +1,7 @@
 """Reading files without trusting them, and writing them so that equal input gives equal bytes.
 
 safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before the library sees the
-file, so that the error of a false one names what is wrong; ``lorac.storage.tensor_file`` writes.
+file, so that the error names the fault. ``lorac.storage.tensor_file`` writes such files.
 """
 
 from __future__ import annotations

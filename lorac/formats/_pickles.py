@@ -1,9 +1,9 @@
-"""Pickled tensors, checked before they are unpickled: what a `.bin` file names, and how large it says it is.
+"""Pickled tensors: the names and sizes in a `.bin` file are checked before anything is unpickled.
 
 torch.save writes a zip file that is not compressed: `<name>/data.pkl`, a pickle, and every storage as a file next to
 it. `torch.load(weights_only=True)` runs no code; but a few bytes of a pickle can ask it for tensors of any size, and a
-few bytes of a zip file can unpack to any length. So sizes are added up first, and a pickle may name nothing but what a
-dictionary of dense tensors needs.
+few bytes of a zip file can unpack to any length. So sizes are added up first, and a pickle may name only the functions
+that a dictionary of dense tensors needs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Sites as JSON: what an adapter remembers of its sites.
+"""Sites as JSON: the facts about its sites that an adapter keeps.
 
-A PEFT file stores the kernel of a convolution with four axes, and an embedding under other names, so that writing one
-needs more of a site than the matrices of the adapter tell.
+A PEFT file stores the kernel of a convolution with four axes, and an embedding under other names, so writing one needs
+facts that the matrices of the adapter do not show.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""X-LoRA in files: LoRAs in folders of their own, and the classifier that weighs them, which must be complete.
+"""X-LoRA in files: LoRAs in folders of their own, and the complete classifier that weighs them.
 
 The experts lie in the folder of the classifier. A configuration may name other places, where PEFT looks for them;
 nothing is read there. What lorac writes holds the experts' seals next to the classifier, under a seal of its own.
 
-PEFT up to 0.21 drops tensors of the classifier when it saves: it takes keys that contain ``.0.`` to ``.<n − 1>.`` for n
-experts for those of the experts. Loaded again, PEFT keeps random layers in their place; lorac refuses such a file, and
-the folders that PEFT writes of the experts, which lack tensors for the same reason.
+PEFT up to 0.21 drops tensors of the classifier when it saves: with n experts it mistakes keys that contain ``.0.`` to
+``.<n − 1>.`` for keys of the experts. Loaded again, PEFT keeps random layers in their place; lorac refuses such a file,
+and the folders that PEFT writes of the experts, which lack tensors for the same reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gates of AutoLoRA's merger: a file of them is refused by name, for without its LoRAs it is not an adapter.
+"""The gates of AutoLoRA's merger: a file of them is refused by name, since it is not an adapter without its LoRAs.
 
 Source: the authors' repository; keys are ``model_dict.<path of a layer, ___ for its dots>.weight_lora`` and so on.
 """

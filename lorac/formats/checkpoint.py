@@ -4,7 +4,7 @@
     adapter_tensors.<adapter>._extra_state      its record, which says what each of the keys is
 
 The tensors of the host are ignored. The record is that of lorac's own format (``lorac.formats.native``). Trainer writes
-no hash, so that lorac puts one over the record and the adapter's tensors into the record, when the state dict is made.
+no hash. So lorac puts one over the record and the adapter's tensors into the record when the state dict is made.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Source: EricLBuehler/xlora (xlora_config.py, xlora_classifier.py, save_pretrained of xlora_insertion.py). The layers of
 the classifier but the last are ``inner.<j>``, j their positions among ReLUs and dropouts if there are any, and
-``last``.
-``adapters`` lists the experts' names, or gives paths by name, of which only the names matter. Where the authors
-normalise what top-k leaves over the whole batch, lorac and PEFT do over each token, so that this is refused.
+``last``. ``adapters`` lists the experts' names, or gives paths by name, of which only the names matter. The authors can
+normalise the weights that top-k leaves over the whole batch. lorac and PEFT normalise them for each token, so a file
+with that setting is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base weights of a model that is at hand, by name and by site."""
+"""The base weights of a model in memory, by name and by site."""
 
 from __future__ import annotations
 

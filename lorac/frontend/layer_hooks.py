@@ -1,7 +1,7 @@
 """Forward hooks of adapted layers.
 
-A hook that changes what a layer takes or returns has no one meaning there: PEFT's layer runs it on the base's product
-alone, and on the adapted one once the adapter is merged. So it is refused; a hook that only looks on stays.
+A hook that changes the inputs or outputs of a layer is ambiguous there: PEFT's layer runs it on the base's product
+alone, and on the adapted one once the adapter is merged. So it is refused; a hook that changes nothing is kept.
 """
 
 from __future__ import annotations

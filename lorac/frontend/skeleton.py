@@ -1,9 +1,9 @@
 """A skeleton of a host: enough of its structure for adapters to find their sites once its forward is gone.
 
-An emitted program needs no host, but reading an adapter's file does: it asks which modules exist, of which kind and
-shape, which of them are the embeddings, and which names share one tensor. A skeleton is a tree of modules with the same
-names, kinds and shapes. Tensors that are at hand (the base weights of adapted sites, mapped from a file) are real; all
-others are on the meta device and take no memory. It has a form in JSON, which an artifact contains.
+An emitted program needs no host, but reading an adapter's file does: it depends on which modules exist, of which kind
+and shape, which of them are the embeddings, and which names share one tensor. A skeleton is a tree of modules with the
+same names, kinds and shapes. Tensors that an artifact stores (the base weights of adapted sites, mapped from a file)
+are real; all others are on the meta device and take no memory. It has a form in JSON, which an artifact contains.
 """
 
 from __future__ import annotations

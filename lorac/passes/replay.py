@@ -1,7 +1,7 @@
-"""Copies of a part of a captured graph: as a pass of the base computes it, or as a pass of one adapter alone does.
+"""Copies of a part of a captured graph: computed by the base, or with one adapter alone.
 
-Nodes that no adapted op reaches are shared with the pass that reads, and not copied. In a pass of the base every
-adapted op is replaced by the model's. In a pass of an adapter its branches follow, whose formula gets the pass's name.
+Nodes that depend on no adapted op are not copied. In a pass of the base every adapted op is replaced by the model's. In
+a pass of an adapter its branches follow, whose formula gets the pass's name.
 """
 
 from __future__ import annotations

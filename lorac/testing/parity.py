@@ -1,4 +1,4 @@
-"""The deciding measure: the error relative to the adapter's contribution, not to the base's output.
+"""The measure of every check: the error relative to the adapter's contribution, not to the base's output.
 
 ‖y − y_ref‖₂ / ‖y_ref − y_base‖₂ per output, for adapters that change the output by 5 to 50 %, so that a wrong scale, a
 missing term or a swapped tensor cannot hide behind the base.

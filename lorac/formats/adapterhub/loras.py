@@ -14,8 +14,8 @@ Source: adapters.methods.lora of adapters 1.3.0. At a layer (out, in), s = alpha
                  task_specific.values (r,), weights (n,)     w = softmax(weights / weights_sharpness)
     ===========  ==========================================  =====================================================
 
-A layer that packs queries, keys and values has the tensors of the chosen ones beneath each other: lora_A (r·k, in),
-lora_B (out/3·k, r); with scale, alpha multiplies the rows of those that are not chosen, too.
+A layer that packs queries, keys and values has the tensors of the chosen ones stacked by rows: lora_A (r·k, in), lora_B
+(out/3·k, r); with scale, alpha multiplies the rows of those that are not chosen, too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """adapter_config.json: read and written through the tables of fields.
 
 Source: peft.config.PeftConfig and the configuration classes of PEFT 0.21. Its `save_pretrained` sorts nested names too,
-so that of several patterns in rank_pattern the first by alphabet wins after a reload. What counts is the order in the
-file, as it does for PEFT when it reads one.
+so that of several patterns in rank_pattern the first by alphabet wins after a reload. The order in the file decides, as
+it does in PEFT's own reader.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing a PEFT folder that PEFT loads and computes the same with."""
+"""Writing a PEFT folder with which PEFT computes the same."""
 
 from __future__ import annotations
 

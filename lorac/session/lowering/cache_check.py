@@ -1,4 +1,4 @@
-"""Check a program with a cache against the program without: a sequence in two parts gives what it gives whole.
+"""Check a program with a cache against the one without: two parts of a sequence must give the same as the whole.
 
 A trace of a whole sequence does not show whether a token's output depends on earlier tokens by attention alone. A model
 that mixes tokens in another way, or counts positions itself, goes wrong as soon as a sequence comes in parts.

@@ -1,8 +1,8 @@
 """PEFT type IA3.
 
 Source: peft.tuners.ia3 of PEFT 0.21 (config.py, layer.py). In a file a module has `ia3_l`: (out, 1), or (1, in) in
-feedforward modules; at convolutions (1, C, 1, 1[, 1]), C the output or input channels. A file tells one side of a layer
-only.
+feedforward modules; at convolutions (1, C, 1, 1[, 1]), C the output or input channels. A file shows only one of the two
+sizes of a layer.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Source: peft.tuners.lokr of PEFT 0.21. With out = l·k and channels of a group =
     w2, convolution    (k, n, kh, kw), or w2_a (k, r) and w2_b (r, n·kh·kw), or
                        w2_a (r, k), w2_b (r, n) and t2 (r, r, kh, kw), of a Conv1d (r, r, k, 1)
 
-Flat factors do not tell a convolution from a linear layer, nor its groups. Of a Conv1d with a whole w2 (k, n, kw) PEFT
-multiplies the wrong axes: it computes no Kronecker product, and no LoKr.
+Flat factors show neither whether a site is a convolution nor its groups. Of a Conv1d with a whole w2 (k, n, kw) PEFT
+multiplies the wrong axes, and the result is not a Kronecker product.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ Source: peft.tuners.lora of PEFT 0.21 (config.py, layer.py, dora.py, variants.py
 
 The last is the packed projection of an nn.MultiheadAttention, whose output layer is adapted with it, as
 <site>.base_layer.out_proj. PEFT merges both before each call, the output layer's twice
-(https://github.com/huggingface/peft/pull/3774), and drops out nothing.
+(https://github.com/huggingface/peft/pull/3774), and applies no dropout.
 
 The fork (gfyddha/FlyLoRA) has a vector lora_topk_bias (r,) as well, init_lora_weights="sparse" and top_k. LoRA-XS
 (MohammadrezaBanaei/LoRA-XS) and LoRA-SB hang a matrix (r, r) on every layer, whose key older releases of PEFT write
 without the dot: <site>.<adapter>_lora_latent_mapping.weight, or <site>_lora_latent_mapping.weight. PEFT itself would
-take such files for LoRAs.
+read such files as LoRAs.
 """
 
 from __future__ import annotations

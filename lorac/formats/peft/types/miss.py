@@ -1,9 +1,9 @@
 """PEFT type MISS: MiSS and its mini form, and BAT.
 
-Source: peft.tuners.miss of PEFT 0.21. A module has one tensor `miss_block`: (r, out), mini (r, mini_r), BAT
-(out/r, r, r); `init_weights` tells which. Only nn.Linear is adapted, whose inputs no tensor counts. PEFT applies
-several active BATs one after the other, each to the weight that the one before left; lorac adds up what each does to
-the base.
+Source: peft.tuners.miss of PEFT 0.21. A module has one tensor `miss_block`: (r, out), mini (r, mini_r), BAT (out/r, r,
+r); `init_weights` tells which. Only nn.Linear is adapted, and no tensor shows its number of inputs. PEFT applies
+several active BATs one after the other, each to the result of the one before; lorac adds up the changes that each makes
+to the base.
 """
 
 from __future__ import annotations

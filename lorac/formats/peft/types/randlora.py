@@ -4,7 +4,7 @@ Source: peft.tuners.randlora of PEFT 0.21. With d and D the smaller and the larg
 module has `randlora_lambda` (r, n) and `randlora_gamma` (n, d), and all of them share `randlora_A` (r, 1, d) and
 `randlora_B` (D, n, r) for the smaller and the larger of the largest out and the largest in. PEFT writes those two once
 as `base_model.<name>` and once more at every module; lorac writes them once, which PEFT reads, with a warning that it
-misses the copies. With save_projection=False they are left out, to be drawn from projection_prng_key. No tensor tells
+misses the copies. With save_projection=False they are left out, to be drawn from projection_prng_key. No tensor shows
 the larger side of a site.
 """
 

@@ -2,7 +2,7 @@
 
 Source: peft.tuners.vera of PEFT 0.21. A module has `vera_lambda_b` (out,) and `vera_lambda_d` (r,), all of them share
 `base_model.vera_A` (r, largest in) and `base_model.vera_B` (largest out, r), which a file with save_projection=False
-leaves out: they are then drawn from projection_prng_key. No tensor tells the inputs of a site.
+leaves out: they are then drawn from projection_prng_key. No tensor shows the number of inputs of a site.
 """
 
 from __future__ import annotations

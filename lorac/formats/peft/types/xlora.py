@@ -3,7 +3,7 @@
 Source: peft.tuners.xlora of PEFT 0.21 (config.py, classifier.py, layer.py). The file holds the classifier alone, as
 ``base_model.internal_xlora_classifier.layers.<j>.weight`` and ``bias``, j its position, counting ReLUs and dropouts;
 the experts lie in folders of their own, as ``adapters`` says; PEFT looks for them from the working directory. It reads
-all of a classifier, whatever it saves of one.
+a classifier whole, though it may save only a part of one.
 """
 
 from __future__ import annotations
