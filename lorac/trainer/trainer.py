@@ -20,27 +20,10 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lorac.errors import ArtifactError, ChoiceError, LoracError, OptionError, Unavailable
-from lorac.trainer.checkpoints import (
-    MANIFEST,
-    describe_run,
-    find_checkpoint,
-    finish_checkpoint,
-    hash_base,
-    open_checkpoint,
-)
+from lorac.trainer import checkpoints, losses
 from lorac.trainer.factories import make_losses, make_optimizer, make_rules
 from lorac.trainer.fused_head import move_fused_head
-from lorac.trainer.losses import (
-    EXPERTS,
-    GATES,
-    SAMPLED,
-    check_gradients,
-    check_learning,
-    collate_experts,
-    extra_outputs,
-    mean_terms,
-    policy_term,
-)
+from lorac.trainer.losses import EXPERTS, GATES, SAMPLED
 from lorac.trainer.recipe import Recipe
 from lorac.training import name_optimizer_state
 from lorac.training.rule import Rule
@@ -60,7 +43,7 @@ class AdapterTrainer(Trainer):
 
     Raises:
         ChoiceError: a tensor learns from an extra output alone, and no loss reads it.
-        Unavailable: a loss reads what the model does not give; or states are spread over processes.
+        Unavailable: a loss reads what the model does not give.
         OptionError: the recipe names what does not exist, or an optimizer and arguments of Trainer's own.
     """
 
@@ -76,20 +59,17 @@ class AdapterTrainer(Trainer):
         move_fused_head(self.model)
         self._check_recipe()
         if GATES in self.losses:
-            self.data_collator = collate_experts(self.data_collator)
+            self.data_collator = losses.collate_experts(self.data_collator)
 
     def _check_recipe(self) -> None:
-        check_learning(self.model, self.losses)
-        for name in {*extra_outputs(self.losses)} - {*self.model.session.options.aux}:
+        losses.check_learning(self.model, self.losses)
+        for name in {*losses.extra_outputs(self.losses)} - {*self.model.session.options.aux}:
             what = f"a loss of the recipe reads '{name}', which the model does not give"
             raise Unavailable(what, next_step=f'compile with aux=["{name}"]')
         foreign = next((name for name in _OWN_OPTIMIZER if name in self.recipe.arguments), None)
         if self.recipe.optimizer is not None and foreign is not None:
             what = f"{foreign} is of Trainer's own optimizer, and the recipe names another"
             raise OptionError(what, next_step="give it as a keyword of optimizer:, or leave optimizer: out")
-        if self.args.save_strategy != "no" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            what = "a checkpoint holds no states that are spread over processes, as DeepSpeed and FSDP have them"
-            raise Unavailable(what, next_step="train with DDP, or with save_strategy: 'no'")
 
     # --- Steps ---------------------------------------------------------------------------------------------------
 
@@ -124,12 +104,12 @@ class AdapterTrainer(Trainer):
         finally:
             handle.remove()
         loss, *others = result if return_outputs else (result,)
-        check_gradients(self.model, self.losses)
+        losses.check_gradients(self.model, self.losses)
         experts = None if experts is None else torch.cat([experts] * draws)
-        total = loss + self._share(items) * mean_terms(self.model, self.losses, experts)
+        total = loss + self._share(items) * losses.mean_terms(self.model, self.losses, experts)
         if SAMPLED in self.losses:
             shifted = getattr(self, "_loss_shifts_labels", False)
-            total = total + policy_term(self.model, draws, loss, outputs[-1], given.get("labels"), shifted)
+            total = total + losses.policy_term(self.model, draws, loss, outputs[-1], given.get("labels"), shifted)
         return (total, *others) if return_outputs else total
 
     def _share(self, num_items_in_batch: torch.Tensor | int | None) -> float:
@@ -162,7 +142,8 @@ class AdapterTrainer(Trainer):
         return super().train(folder, *args, **settings)
 
     def _open(self, given: str | bool) -> str:
-        found = find_checkpoint(Path(str(self.args.output_dir))) if given is True else open_checkpoint(str(given))
+        named = None if given is True else checkpoints.open_checkpoint(str(given))
+        found = named or checkpoints.find_checkpoint(Path(str(self.args.output_dir)))
         if found is None:
             what = f"'{self.args.output_dir}' holds no finished checkpoint"
             raise ChoiceError(what, next_step="train without resuming")
@@ -171,17 +152,18 @@ class AdapterTrainer(Trainer):
 
     @functools.cached_property
     def _base(self) -> str | None:
-        return hash_base(self.model)
+        return checkpoints.hash_base(self.model)
 
     def _describe_run(self) -> dict[str, Any]:
         rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-        return describe_run(self.model, self.recipe, self._base, rows, self.args.world_size)
+        return checkpoints.describe_run(self.model, self.recipe, self._base, rows, self.args.world_size)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)
         folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            (folder / MANIFEST).unlink(missing_ok=True)  # of an older checkpoint, which is about to be written over
+            # The manifest of an older checkpoint, which is about to be written over.
+            (folder / checkpoints.MANIFEST).unlink(missing_ok=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -191,7 +173,7 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:
             return
         if not self.args.save_only_model:
-            finish_checkpoint(folder, self.state.global_step, self._describe_run())
+            checkpoints.finish_checkpoint(folder, self.state.global_step, self._describe_run())
         rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 import lorac
-from lorac.trainer import trainer
+from lorac.trainer import checkpoints
 from tests.trainer.trainings import compiled_of, plan, trainer_of
 
 KILLED_AT = 3
@@ -27,14 +27,14 @@ class Killed(TrainerCallback):
 
 def kill_while_writing() -> None:
     """Kill the process when it has written a part of a checkpoint."""
-    finish = trainer.finish_checkpoint
+    finish = checkpoints.finish_checkpoint
 
     def finished(folder: Path, step: int, run: Any) -> None:
         if step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
         finish(folder, step, run)
 
-    trainer.finish_checkpoint = finished
+    checkpoints.finish_checkpoint = finished
 
 
 def main() -> None:
