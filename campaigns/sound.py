@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,7 +25,7 @@ import lorac
 from lorac.errors import LoracError
 from lorac.testing import samples
 from lorac.testing.hosts import HOSTS, Host
-from lorac.trainer import Recipe, checkpoints
+from lorac.trainer import Recipe, checkpoints, read_recipe
 from lorac.training import name_optimizer_state
 from lorac.variants.base import Variant
 from tests.zoo import ZOO
@@ -227,7 +226,10 @@ def _recipes(folder: Path) -> Iterator[Sound]:
     text = (Path(examples.__path__[0]) / "recipes" / "docs.yaml").read_bytes()
     (folder / "recipe").mkdir()
     (folder / "recipe" / "docs.yaml").write_bytes(text)
-    (folder / "recipe" / "docs.json").write_text(json.dumps(yaml.safe_load(text)))
+    recipe, places = read_recipe(folder / "recipe" / "docs.yaml")
+    fields = dataclasses.asdict(recipe)
+    said = {**places, **fields.pop("arguments"), **fields}
+    (folder / "recipe" / "docs.json").write_text(json.dumps(said))
     for file in ("docs.yaml", "docs.json"):
         yield Sound("recipe", file, f"recipe/{file}", "")
 

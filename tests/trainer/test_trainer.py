@@ -47,6 +47,10 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 
+def same_tensors(one: lorac.Adapter, other: lorac.Adapter) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
 # ── Going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def gone_on(adapters: Any, recipe: Any, folder: Path, step: int, **settings: Any) -> tuple[Any, Any]:
     """A training in one go, and one that ended after a step, of which only the checkpoint before it was left."""
@@ -139,8 +143,7 @@ def test_a_killed_run_goes_on(where: str, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoint-3").exists() == (where == "checkpoint")
     assert by_process(tmp_path / "run", "--resume") == 0
     ends = [open_checkpoint(tmp_path / name / f"checkpoint-{STEPS}") for name in ("whole", "run")]
-    one, other = (end.adapters(host("tiny_llama"))["a"].parameters() for end in ends)
-    assert all(map(torch.equal, one, other))
+    assert same_tensors(*(end.adapters(host("tiny_llama"))["a"] for end in ends))
 
 
 @pytest.mark.slow
@@ -149,8 +152,7 @@ def test_two_processes_go_on(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     assert by_process(tmp_path / "run", "--resume", processes=2) == 0
     ends = [open_checkpoint(tmp_path / name / f"checkpoint-{STEPS}") for name in ("whole", "run")]
-    one, other = (end.adapters(host("tiny_llama"))["a"].parameters() for end in ends)
-    assert all(map(torch.equal, one, other))
+    assert same_tensors(*(end.adapters(host("tiny_llama"))["a"] for end in ends))
     alone = trainer_of(compiled_of({"a": LORA}, PLAN), PLAN, tmp_path / "run")
     with pytest.raises(lorac.ChoiceError, match="processes is 2 there, and 1 here"):
         alone.train(resume_from_checkpoint=True)
@@ -205,8 +207,19 @@ def test_what_changes_nothing_may_differ(written: Path, tmp_path: Path) -> None:
     compiled = compiled_of({"a": LORA}, recipe)
     trainer_of(compiled, recipe, tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    one, other = (open_checkpoint(path / "checkpoint-2") for path in (written, tmp_path))
-    assert all(map(torch.equal, *(end.adapters(host("tiny_llama"))["a"].parameters() for end in (one, other))))
+    ends = [open_checkpoint(path / "checkpoint-2") for path in (written, tmp_path)]
+    assert same_tensors(*(end.adapters(host("tiny_llama"))["a"] for end in ends))
+
+
+def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
+    recipe = plan(arguments={**evaluation, "learning_rate": 0.3})
+    compiled = compiled_of({"a": LORA}, recipe)
+    trainer = trainer_of(compiled, recipe, tmp_path, eval_dataset=ROWS[:2])
+    trainer.train()
+    best = open_checkpoint(trainer.state.best_model_checkpoint)
+    assert same_tensors(best.adapters(host("tiny_llama"))["a"], compiled.adapters["a"])
+    assert len([*tmp_path.glob("checkpoint-*")]) <= 2
 
 
 def test_what_is_no_finished_checkpoint_is_not_taken(written: Path, tmp_path: Path) -> None:
