@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -80,3 +81,22 @@ def copy_layer(layer: nn.Module) -> nn.Module:
 
 
 _KEPT_APART = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+class WeightCast(Exception):
+    """Signals that a forward casts its own weights, which are constants of a program."""
+
+
+def refuse_casts(host: nn.Module) -> None:
+    """Make the modules of a copy raise ``WeightCast`` where a forward converts their tensors to another dtype."""
+    for module in host.modules():
+        module._apply = functools.partial(_check_cast, module)  # type: ignore[method-assign]  # of a copy
+
+
+def _check_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Return a module that its own forward converts (``to``, ``float``); its tensors must have the dtype already."""
+    for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
+        wanted = change(tensor).dtype
+        if wanted != tensor.dtype:
+            raise WeightCast(f"it casts its own weight '{name}' from {tensor.dtype} to {wanted}")
+    return module

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -47,7 +47,7 @@ from lorac.frontend.capture.trace_guards import (
     record_guards,
 )
 from lorac.frontend.capture.written_attention import fold_written_attention
-from lorac.frontend.copying import copy_structure
+from lorac.frontend.copying import WeightCast, copy_structure, refuse_casts
 from lorac.frontend.dynamic_shapes import (
     fix_hinted_axes,
     let_narrow,
@@ -206,24 +206,10 @@ def _make_marked_copy(model: nn.Module, marks: SiteMarks, arguments: CallArgumen
     host = copy_structure(model, share_buffers=True).eval()
     alike = find_layer_groups(host)
     mark_sites(host, marks)
-    for module in host.modules():
-        module._apply = functools.partial(_refuse_cast, module)  # type: ignore[method-assign]  # of a copy
+    refuse_casts(host)
     trace_repeated_layers_once(host, alike, [path.removeprefix(marks.prefix) for path in marks.blocks])
     host.forward = _wrap_forward(host.forward, arguments)
     return host
-
-
-class _WeightCast(Exception):
-    """Signals that a forward casts its own weights, which are constants of a program."""
-
-
-def _refuse_cast(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Return a module that its own forward converts (``to``, ``float``); its tensors must have the dtype already."""
-    for name, tensor in (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)):
-        wanted = change(tensor).dtype
-        if wanted != tensor.dtype:
-            raise _WeightCast(f"it casts its own weight '{name}' from {tensor.dtype} to {wanted}")
-    return module
 
 
 def _first_trace(
@@ -390,7 +376,7 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
         step = (
             "give dynamic_shapes= with Dim.AUTO or without these axes, which fixes them; target='eager' takes any size"
         )
-    elif isinstance(error, _WeightCast):
+    elif isinstance(error, WeightCast):
         step = "call the model once before compiling: then its weights are cast; target='eager' runs it without that"
     elif not isinstance(error, _ValuesNeeded | GuardOnDataDependentSymNode):
         step = "target='eager' runs the model itself"
