@@ -148,14 +148,20 @@ def load_peft(model: nn.Module, folder: Path | str) -> PeftModel:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence PEFT's remarks on what the tests choose on purpose, and do not build its extension of BOFT.
+    """Silence PEFT's remarks on what the tests choose on purpose; build no extension of BOFT, and write no card.
 
-    Where it cannot build that CUDA extension, it would try anew at every layer, and warn of it each time.
+    Where PEFT cannot build that CUDA extension, it tries anew at every layer, and warns of it each time. A card takes
+    longer than the checkpoint.
     """
-    with warnings.catch_warnings(), mock.patch("peft.tuners.boft.layer.get_fbd_cuda", return_value=None):
+    card = mock.patch.object(PeftModel, "create_or_update_model_card", _write_empty_card)
+    with warnings.catch_warnings(), mock.patch("peft.tuners.boft.layer.get_fbd_cuda", lambda: None), card:
         for message in NOISE:
             warnings.filterwarnings("ignore", message=message)
         yield
+
+
+def _write_empty_card(peft_model: PeftModel, folder: str) -> None:
+    (Path(folder) / "README.md").touch()
 
 
 def wrap(model: nn.Module, config: PeftConfig, seed: int = 0) -> PeftModel:

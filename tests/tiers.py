@@ -1,4 +1,4 @@
-"""The tests that only ``make test-slow`` runs for what they cost, each with what ``make test`` has instead.
+"""The tests that only ``make test-slow`` runs for what they cost, each with what finds its fault before.
 
 A pattern is a test's id below ``tests/``, with ``*`` for anything; ids that stand in ``but`` stay in ``make test``. A
 test that is slow by its nature has the marker ``slow`` at its definition.
@@ -29,6 +29,7 @@ class Moved:
 
 
 MOVED = (
+    Moved("architecture/test_house.py::test_dependencies_point_inward", "`make check` runs the same tool"),
     Moved(
         "backends/onnx/test_exporter.py::test_the_model_is_the_one_that_torch_writes*",
         "two steps, one with casts of operands and one with an op of ours",
@@ -39,6 +40,10 @@ MOVED = (
         "a Llama's nodes, where adapters are live and where they are merged",
         ("llama_live", "llama_fused"),
     ),
+    Moved(
+        "backends/onnx/test_exporter.py::test_another_threads_export_answers_as_alone[exported_by_torch]",
+        "another thread's decomposition, and test_nothing_of_the_libraries_differs_for_another_thread",
+    ),
     Moved("backends/onnx/test_attention.py::test_rotations_by_positions_of_each_row", "rotations of padded rows"),
     Moved(
         "backends/onnxruntime/test_flattening.py::test_every_pair_is_added_by_its_product*",
@@ -48,8 +53,7 @@ MOVED = (
     Moved("backends/onnxruntime/test_half.py::test_answers_are_as_near_as_torchs*", "a BERT", ("tiny_bert-dtype0",)),
     Moved(
         "backends/tensorrt/test_plans.py::*",
-        "plans of a merged Llama; test_cpu_check.py compares parsed files of all kinds of hosts",
-        ("llama-fused-float32-lora",),
+        "test_calls.py builds and swaps a plan, and test_cpu_check.py compares parsed files of all kinds of hosts",
     ),
     Moved("benchmarks/test_smoke.py::test_it_runs*", "the benchmark of threads on the same path", ("threads",)),
     Moved("benchmarks/test_smoke.py::test_processes_of_their_own", "test_a_process_that_fails_says_why starts one"),
@@ -112,6 +116,7 @@ MOVED = (
         "hosts in eval mode, and eager ones in training",
         ("train-eager-live", "train-eager-fused"),
     ),
+    Moved("end_to_end/test_peft_host.py::test_is_left_as_it_was[eval-onnxruntime-fused]", "the live one"),
     Moved("end_to_end/test_host.py::test_the_host_is_left_as_it_was[onnxruntime-fused--eval]", "the live one"),
     Moved("end_to_end/test_peft_dtypes.py::test_a_file_on_a_bf16_base[tiny_t5-*", "three other hosts"),
     Moved("end_to_end/test_peft_dtypes.py::test_a_bf16_file_on_a_wider_base[*-torch.float64]", "float32 bases"),
@@ -124,10 +129,6 @@ MOVED = (
     Moved("passes/test_pipelines.py::test_a_second_run_reports_no_change_and_makes_none[tiny_albert]", "plain models"),
     Moved("end_to_end/test_pipeline.py::test_emitted_parts_paint_the_same_images", "eager parts paint the same bits"),
     Moved("end_to_end/test_silence.py::test_nothing_is_printed*", "a script that is refused", ("refused",)),
-    Moved(
-        "end_to_end/test_threads.py::test_eight_threads_compile_add_explain_and_save_at_once[eager]",
-        "the same over ONNX Runtime",
-    ),
     Moved(
         "end_to_end/test_few_shot_series.py::test_deployed_it_answers_as_in_eager_and_holds_no_table_of_tokens*",
         "the answers in eager, and test_conforms of its method on ONNX Runtime",
@@ -159,6 +160,10 @@ MOVED = (
         ("dora-shira-onnxruntime-float32-1000-live",),
     ),
     Moved("session/test_artifact.py::test_equal_input_gives_equal_bytes", "test_killed.py and goldens of dumps"),
+    Moved(
+        "session/test_artifact.py::test_loading_needs_neither_transformers_nor_the_model",
+        "the same of ONNX Runtime, where less is imported",
+    ),
     Moved("session/test_artifact.py::*[tiny_gpt2-eager-live]", "a plain model in eager and a Llama on ONNX Runtime"),
     Moved("test_zoo.py::test_model_takes_a_peft_adapter_and_is_left_alone[smollm2]", "ten smaller models"),
     Moved("training/initialisation/test_everywhere.py::test_files_give_the_same_in_a_new_process", "test_exports"),
@@ -183,8 +188,15 @@ MOVED = (
     Moved(
         "variants/test_meteora.py::test_a_llama_with_four_loras_is_the_same_in_onnx_runtime", "the kit's MeteoRA there"
     ),
-    Moved("variants/test_any_module.py::*[as captured-bottleneck]", "bottlenecks at another batch and length"),
-    Moved("variants/test_any_module.py::*[as captured-side]", "side networks at another batch and length"),
+    Moved("variants/test_any_module.py::*[as captured-*", "the same methods at another batch and length"),
+    Moved(
+        "variants/test_flexmore.py::test_onnx_runtime_equals_eager_at_another_batch_and_length_and_swaps*",
+        "test_any_module.py runs experts there",
+    ),
+    Moved(
+        "variants/test_meteora.py::test_swaps_in_onnx_runtime_take_routers_of_one_structure",
+        "test_routed.py exchanges routers and experts there",
+    ),
     Moved("variants/test_chain.py::test_conforms[*-transposed-*", "LoRA on a transposed weight"),
     Moved("variants/test_chain.py::test_conforms[*-padded-*", "LoRA on a padded embedding"),
     Moved("variants/test_residual.py::test_conforms[*-transposed-*", "LoRA on a transposed weight"),
@@ -196,7 +208,10 @@ MOVED = (
         "a folder of PEFT's both ways",
         ("peft-renamed", "peft-exchanged"),
     ),
-    Moved("variants/test_adaptertune.py::test_onnx_runtime_equals_eager_away*", "a ViT", ("tiny_vit",)),
+    Moved(
+        "variants/test_adaptertune.py::test_onnx_runtime_equals_eager_away*",
+        "a vision transformer of torchvision's there, and the kit's swaps",
+    ),
     Moved("variants/test_chain.py::test_conforms[*-two_*", "the kit's hosts of one layer"),
     Moved("variants/test_chain.py::test_conforms[*-onnxruntime-*", "chains on ONNX Runtime, end to end"),
     Moved("variants/test_routed.py::test_it_is_the_same_in_onnx_runtime*", "the kit's routed methods there"),

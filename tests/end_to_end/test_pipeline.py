@@ -15,6 +15,7 @@ import torch
 from torch.export import Dim
 
 import lorac
+from tests.zoo import tiny_unet, tiny_vae
 
 diffusers = pytest.importorskip("diffusers")
 SIZE, TOKENS, WIDTH = 16, 12, 16
@@ -29,29 +30,14 @@ def pipeline(folder: Path) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=SIZE,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=WIDTH,
-            attention_head_dim=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-        )
+        unet, vae = tiny_unet(WIDTH), tiny_vae()
         tokenizer, vocabulary = _tokenizer(folder)
         text_encoder = transformers.CLIPTextModel(_text_config(vocabulary))
     made = diffusers.StableDiffusionPipeline(
-        vae=vae.eval(),
+        vae=vae,
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
-        unet=unet.eval(),
+        unet=unet,
         scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,

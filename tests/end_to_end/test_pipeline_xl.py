@@ -12,6 +12,7 @@ import torch
 
 import lorac
 from tests.end_to_end.test_pipeline import SAME, SIZE, TOKENS, WIDTH, _replaced, _text_config, _tokenizer
+from tests.zoo import tiny_unet, tiny_vae
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -23,36 +24,24 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=SIZE,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=2 * WIDTH,
-            attention_head_dim=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        unet = tiny_unet(
+            2 * WIDTH,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=WIDTH + 6 * 8,
         )
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-        )
+        vae = tiny_vae()
         tokenizer, vocabulary = _tokenizer(tmp_path_factory.mktemp("tokenizer"))
         config = _text_config(vocabulary)
         config.projection_dim = WIDTH
         texts = [transformers.CLIPTextModel(config), transformers.CLIPTextModelWithProjection(config)]
         made = diffusers.StableDiffusionXLPipeline(
-            vae=vae.eval(),
+            vae=vae,
             text_encoder=texts[0].eval(),
             text_encoder_2=texts[1].eval(),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
-            unet=unet.eval(),
+            unet=unet,
             scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
             add_watermarker=False,
         )

@@ -1,19 +1,25 @@
-"""X-LoRA's folders, as PEFT and the authors lay them out: nothing outside is read, and digests cover what is inside."""
+"""X-LoRA's folders of PEFT and of the authors: what lies inside is all that is read, and PEFT reads what is written."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lorac
 from tests.limits import within_budget
+from tests.parity import assert_parity
 from tests.refusing import refuses
-from tests.variants.test_x_lora import adapter, authors, complete, folder, model
+from tests.xlora_files import OTHER, adapter, authors, complete, folder, model, of_peft, turned_round
 
 
 @pytest.mark.parametrize(
@@ -107,3 +113,80 @@ def test_an_x_lora_of_x_loras_is_refused(tmp_path: Path) -> None:
     shutil.copytree(complete(tmp_path / "inner"), here / "1")
     with refuses("unsupported_field", match="is an X-LoRA itself"):
         lorac.load_adapter(here, model())
+
+
+# --- what is read and written ---------------------------------------------------------------------------------------
+
+
+def test_what_peft_dropped_is_told_by_name() -> None:
+    of_peft()
+    with refuses("corrupt_file", match=r"lacks 'base_model\.internal_xlora_classifier\.layers\.0\.weight'"):
+        lorac.load_adapter(folder() / "mixed", model())
+
+
+def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -> None:
+    here = complete(tmp_path / "x")
+    with pytest.raises(lorac.BaseNeeded, match="pass model="):
+        lorac.load_adapter(here)
+    with pytest.raises(lorac.BaseNeeded, match="returns no hidden states"):
+        lorac.load_adapter(here, nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(lorac.BaseNeeded, match="as they are met in the model"):
+        lorac.save_adapter(adapter(), tmp_path / "y")
+    plain = lorac.Adapter("p", replace(adapter().variant, activation=False), adapter().tensors)
+    with refuses("unsupported_field", match="PEFT's has ReLUs"):
+        lorac.save_adapter(plain, tmp_path / "y", model=model())
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["as read", "sites in another order"])
+@torch.no_grad()
+def test_peft_reads_what_is_written_and_answers_the_same(
+    turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = turned_round(adapter()) if turned else adapter()
+    lorac.save_adapter(given, tmp_path / "w", model=model())
+    monkeypatch.chdir(tmp_path / "w")  # PEFT looks for the experts from there
+    host = copy.deepcopy(model())
+    host.config.use_cache = False
+    read = peft.PeftModel.from_pretrained(host, str(tmp_path / "w")).eval()
+    ids, base = OTHER, model()(input_ids=OTHER).logits
+    assert_parity(read(input_ids=ids).logits, of_peft()(input_ids=ids).logits, base)
+    again = lorac.load_adapter(tmp_path / "w", model(), "x")
+    assert again.variant == adapter().variant
+    for site, own in adapter().tensors.items():
+        assert all(torch.equal(own[key], again.tensors[site][key]) for key in own)
+    (tmp_path / "w").rename(tmp_path / "moved")
+    assert lorac.load_adapter(tmp_path / "moved", model(), "x").variant == adapter().variant
+
+
+@torch.no_grad()
+def test_the_authors_files(tmp_path: Path) -> None:
+    """The same mixture in their layout, and lorac's own format."""
+    lorac.save_adapter(adapter(), tmp_path / "own.safetensors", format="native")
+    for path in (authors(tmp_path), tmp_path / "own.safetensors"):
+        found = lorac.load_adapter(path, model())
+        assert found.variant == adapter().variant
+        for site, own in adapter().tensors.items():
+            assert all(torch.equal(own[key], found.tensors[site][key]) for key in own)
+    with refuses("unused_tensors", match=r"inner\.0\.bias"):
+        lorac.load_adapter(authors(tmp_path, use_bias=False), model())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_k_lora", 99), ("softmax_temperature", 0.0), ("xlora_dropout_p", 2.0)]
+)
+def test_a_value_that_the_method_does_not_take_is_refused_in_a_file(field: str, value: float, tmp_path: Path) -> None:
+    with refuses("unsupported_field", match=f"takes no {field.removeprefix('xlora_')}={value}") as refused:
+        lorac.load_adapter(complete(tmp_path / "x", **{field: value}), model(), "x")
+    assert str(tmp_path / "x") in refused.value.what
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_peft_is_blamed_for_the_tensors_that_it_drops_alone(dropped: bool, tmp_path: Path) -> None:
+    """It takes keys of layers 0, 1 and 2 for those of the three experts, and saves layer 3."""
+    here = complete(tmp_path / "x")
+    tensors = load_file(here / "adapter_model.safetensors")
+    (missing, *_) = [key for key in tensors if (".0." in key) == dropped]
+    save_file({key: tensor for key, tensor in tensors.items() if key != missing}, here / "adapter_model.safetensors")
+    with refuses("corrupt_file", match=missing.rpartition(".")[2]) as refused:
+        lorac.load_adapter(here, model(), "x")
+    assert ("PEFT drops" in refused.value.what) == dropped

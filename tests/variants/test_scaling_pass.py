@@ -19,7 +19,8 @@ from lorac.testing.eager_checks import assert_close
 from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses
-from tests.variants.test_x_lora import FIELDS, IDS, OTHER, authors, complete, folder, model, of_peft, products, xlora
+from tests.variants.test_x_lora import products, xlora
+from tests.xlora_files import FIELDS, IDS, OTHER, authors, complete, folder, model, of_peft
 
 HALF = {"scaling_pass_value": 0.5, **FIELDS}
 SLIGHT = {"scaling_pass_value": 1e-3}

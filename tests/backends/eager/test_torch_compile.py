@@ -12,14 +12,14 @@ class Deep(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(12))
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
 
     def forward(self, x):
         for layer in self.layers:
             x = x + torch.tanh(layer(x))
         return x
 
-compiled = lorac.compile(Deep(), {"a": lorac.LoRA(r=2, targets=["layers.%d" % i for i in range(12)])})
+compiled = lorac.compile(Deep(), {"a": lorac.LoRA(r=2, targets=["layers.%d" % i for i in range(6)])})
 with torch.no_grad():
     for tensor in compiled.adapters["a"].parameters():
         tensor.normal_(0, 0.3)
