@@ -83,6 +83,9 @@ class Chain(WeightVariant):
     def adapts(self, site: Site) -> bool:
         return next(self._acting(site), None) is not None
 
+    def starts_as_base(self, site: Site) -> bool:
+        return all(part.starts_as_base(site) for _, part in self._acting(site))
+
     def check(self, site: Site) -> None:
         super().check(site)
         for _, part in self._acting(site):

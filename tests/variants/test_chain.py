@@ -8,7 +8,7 @@ import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing.eager_checks import assert_close, check_identity_at_init
 from tests.limits import assert_apart
 from tests.oracles import chain as oracle
 from tests.refusing import refuses
@@ -108,6 +108,10 @@ def test_a_fresh_one_begins_where_its_parts_do():
         "1": {"part1"},
     }
     assert_close(adapter.tensors["0"]["part1_magnitude"].detach(), model[0].weight.detach().norm(dim=1))
+
+
+def test_a_chain_starts_as_the_base_if_all_its_parts_do():
+    check_identity_at_init(Case(lorac.Chain(parts=(lorac.LoRA(r=1), lorac.FourierFT(n_frequency=5))), HOSTS["linear"]))
 
 
 def test_what_is_no_weight_is_refused():
