@@ -35,6 +35,8 @@ the size of a gradient, and so makes of a rounding in a small one a step that sh
 CURVE = 1e-5
 """How far two float32 training curves may be apart, relative to the loss: roundings of a step, which later steps carry
 on and which the mean over a batch evens out."""
+LOSSES = 1e-6
+"""How far the losses of the first twenty steps may be from TRL's with PEFT's LoRA: float32 rounds off a tenth of it."""
 NEAR_TIE = 1e-3
 """Below this distance between the two likeliest tokens' logits their order is rounding (float32, a whole model)."""
 READING = 1.5

@@ -22,6 +22,7 @@ from lorac.runtime.switchable_model import SwitchableModel
 from lorac.runtime.traits import ModelTraits
 from lorac.session.adapter_loading import make_adapter, outline_adapter
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
+from lorac.session.fused_head import install_fused_head, is_fused_head
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, explain, unknown_attribute
 from lorac.session.session import Session
@@ -234,6 +235,12 @@ class CompiledModule(nn.Module, Compiled):
     def forward(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Run the model's forward, with the active adapters or those chosen for this call."""
         return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward" and is_fused_head(value):
+            install_fused_head(self.host, value, self.plans)
+        else:
+            nn.Module.__setattr__(self, name, value)
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Switch to training or eval mode; in eval mode the slots hold the tensors as they were trained."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorac.errors import MissingExtra, OptionError, nearest_name, short
-from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.paths import parse_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,12 +21,13 @@ COLUMNS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "sequence-classification": (("text", "label"),),
     "image-classification": (("image", "label"),),
 }
-"""Task -> the sets of columns, one of which its rows have; the first one found counts."""
-READERS: Mapping[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Task -> the sets of columns, one of which its rows have."""
+READERS: Mapping[str, str] = {
+    **{".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"},
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "imagefolder"),
+}
 """Suffix -> the reader of ``datasets``."""
-TEXTS, IMAGES = (".txt", ".md"), (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_SAVED = ("state.json", "dataset_dict.json")
-_TURNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+_TALKS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _SOURCE_FILES = 200
 
@@ -35,8 +36,8 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
     """Load the rows of some data.
 
     Args:
-        data: a name of ``BUNDLED``; a folder that ``datasets`` saved; a file or a folder of ``.jsonl``, ``.parquet`` or
-            ``.csv``; of ``.txt`` and ``.md``, each a row; or of images in a folder for each label.
+        data: a name of ``BUNDLED``; a folder that ``datasets`` saved; or a file or a folder of one of ``READERS``: a
+            text is a row, and images lie in a folder for each label.
         task: a key of ``COLUMNS``. ``instruction``, ``input`` and ``output`` become a prompt and its completion,
             ShareGPT's ``conversations`` become ``messages``.
         tokenizer: transformers', or of images the processor.
@@ -56,17 +57,17 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
     if task.endswith("classification"):
         return _encode(rows, task, tokenizer)
     if "instruction" in columns:
-        rows = rows.map(_from_instruction, remove_columns=rows.column_names)
-    if any(isinstance(rows[0][name], list) for name in _TURNS if name in rows.column_names):
-        if not (tokenizer.chat_template or getattr(arguments, "chat_template_path", None)):
-            raise OptionError(
-                f"'{data}' holds conversations, and the tokenizer has no chat template",
-                next_step="name a file with one: chat_template_path: template.jinja",
-            )
-        return rows.map(_plain_turns, remove_columns=[name for name in ("conversations",) if name in rows.column_names])
-    if tokenizer.eos_token is None and getattr(arguments, "eos_token", None) is None:
+        rows = rows.map(_ask, remove_columns=rows.column_names)
+    talks = [name for name in _TALKS if name in rows.column_names and isinstance(rows[0][name], list)]
+    if talks and not (tokenizer.chat_template or getattr(arguments, "chat_template_path", None)):
+        raise OptionError(
+            f"'{data}' holds conversations, and the tokenizer has no chat template",
+            next_step="name a file with one: chat_template_path: template.jinja",
+        )
+    if not talks and tokenizer.eos_token is None and getattr(arguments, "eos_token", None) is None:
         raise OptionError("the tokenizer has no token that ends a text", next_step="name one of its tokens: eos_token")
-    return rows
+    rows = rows.map(lambda row: {name: _plain_turns(row[name]) for name in talks}) if talks else rows
+    return rows.rename_column("conversations", "messages") if "conversations" in talks else rows
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -93,58 +94,40 @@ def _read(data: str) -> Dataset:
     if data in BUNDLED:
         return datasets.Dataset.from_list(list(BUNDLED[data]()))
     path = parse_path(data, "data", OptionError)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    suffixes = {file.suffix.lower() for file in files}
-    options: dict[str, Any]
-    with translate_os_errors(path, OptionError, "read"):
-        if any((path / name).is_file() for name in _SAVED):
-            kind, options = "saved", {}
-        elif suffixes & {*TEXTS} and path.exists():
-            texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.suffix in TEXTS]
-            return datasets.Dataset.from_list([{"text": text} for text in texts])
-        elif suffixes & {*IMAGES} and path.is_dir():
-            kind, options = "imagefolder", {"data_dir": str(path)}
-        else:
-            suffix = next((suffix for suffix in READERS if suffix in suffixes), None)
-            if suffix is None or not path.exists():
-                raise OptionError(
-                    f"'{data}' is not a file, folder or set of rows",
-                    nearest=nearest_name(data, BUNDLED, alike=0.6),
-                    next_step=f"give {', '.join((*READERS, *TEXTS))}, a folder of them, or {', '.join(BUNDLED)}",
-                )
-            kind = READERS[suffix]
-            options = {"data_files": [str(file) for file in files if file.suffix.lower() == suffix]}
+    files = [file for file in sorted(path.rglob("*")) or [path] if file.suffix.lower() in READERS and file.is_file()]
+    kinds = {READERS[file.suffix.lower()] for file in files}
+    is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if len(kinds) != 1 and not is_saved:
+        held = "holds files of several kinds" if kinds else "holds no rows" if path.exists() else "does not exist"
+        raise OptionError(
+            f"'{data}' {held}",
+            nearest=nearest_name(data, BUNDLED, alike=0.6),
+            next_step=f"give {', '.join(READERS)}, a folder of one kind, or {', '.join(BUNDLED)}",
+        )
     try:
-        rows = datasets.load_from_disk(str(path)) if kind == "saved" else datasets.load_dataset(kind, **options)
+        if is_saved:
+            rows = datasets.load_from_disk(str(path))
+        else:
+            options = {"sample_by": "document"} if kinds == {"text"} else {}
+            rows = datasets.load_dataset(*kinds, data_files=[str(file) for file in files], **options)
     except Exception as error:  # a damaged file may make datasets raise anything
         reason = " ".join(str(error.__cause__ or error).split())
-        raise OptionError(
-            f"'{data}' cannot be read: {reason}", next_step="give one object a line, of the same fields"
-        ) from error
+        raise OptionError(f"'{data}' cannot be read: {reason}", next_step="give every row the same fields") from error
     return rows["train"] if isinstance(rows, dict) else rows
 
 
 # ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _from_instruction(row: Row) -> Row:
+def _ask(row: Row) -> Row:
     asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    return {
-        "prompt": [{"role": "user", "content": asked}],
-        "completion": [{"role": "assistant", "content": row["output"]}],
-    }
+    turns = {"prompt": ("user", asked), "completion": ("assistant", row["output"])}
+    return {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
 
 
-def _plain_turns(row: Row) -> Row:
-    """Give every turn of a row a role and a text: a template would print anything else as Python does."""
-    names = {
-        name: "messages" if name == "conversations" else name for name in _TURNS if isinstance(row.get(name), list)
-    }
-    return {new: [_plain_turn(turn) for turn in _not_empty(row[name])] for name, new in names.items()}
-
-
-def _not_empty(turns: Sequence[Any]) -> Sequence[Any]:
+def _plain_turns(turns: Sequence[Any]) -> list[Row]:
+    """Give every turn a role and a text: a template would print anything else as Python does."""
     if not turns:
         raise OptionError("a conversation has no turns", next_step="leave its row out")
-    return turns
+    return [_plain_turn(turn) for turn in turns]
 
 
 def _plain_turn(turn: Any) -> Row:
@@ -164,15 +147,13 @@ def _encode(rows: Dataset, task: str, processor: Any) -> Dataset:
     """Return rows as a classifier takes them, with the label's number."""
     from datasets import Value
 
-    if rows.features["label"] == Value("string"):
-        rows = rows.class_encode_column("label")
-    rows = rows.rename_column("label", "labels")
-
     def encode(batch: Mapping[str, list[Any]]) -> Mapping[str, Any]:
         if task == "sequence-classification":
             return processor(batch["text"], truncation=True)
         return processor([image.convert("RGB") for image in batch["image"]])
 
-    others = [name for name in rows.column_names if name != "labels"]
-    encoded = rows.map(encode, batched=True, remove_columns=others)
+    if rows.features["label"] == Value("string"):
+        rows = rows.class_encode_column("label")
+    others = [name for name in rows.column_names if name != "label"]
+    encoded = rows.rename_column("label", "labels").map(encode, batched=True, remove_columns=others)
     return encoded if task == "sequence-classification" else encoded.with_format("torch")

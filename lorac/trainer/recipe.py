@@ -8,7 +8,7 @@ import importlib
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,17 +29,13 @@ TASKS: Mapping[str, tuple[str, str, str]] = {
     "image-classification": ("transformers", "Trainer", "TrainingArguments"),
 }
 """Task -> the library, its trainer, and the dataclass of the trainer's arguments."""
-LEAST: Mapping[str, float] = {
+_LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("max_length", "save_total_limit", "max_steps"), 1),
-    **dict.fromkeys(("learning_rate", "num_train_epochs", "weight_decay", "warmup_steps", "max_grad_norm", "seed"), 0),
+    **{"max_steps": 1, "max_length": 1, "learning_rate": 0},
 }
-"""The smallest values of arguments that their libraries do not check."""
-_OWN_WAY = {
-    "output_dir": "out names the folder",
-    "resume_from_checkpoint": "the newest checkpoint is resumed: lorac train CONFIG.yaml --resume",
-    "model_init_kwargs": "model names a folder, or a function that returns the model",
-}
+"""The smallest values of arguments that nobody else checks before the first step."""
+_ELSEWHERE = {"output_dir", "resume_from_checkpoint", "model_init_kwargs"}
+"""Arguments that a recipe, or the command line, says in another way."""
 _EXAMPLE = "docs/training.md shows a recipe for each task"
 _MAX_BYTES, _MAX_DEPTH = 1 << 15, 20
 
@@ -112,25 +108,26 @@ class Recipe:
 
     def _check_argument(self, name: str, value: object) -> None:
         config = self.load_classes()[1]
-        hints, own = _argument_types(config), [one.name for one in dataclasses.fields(self) if one.name != "arguments"]
-        if name in _OWN_WAY:
-            raise OptionError(f"a recipe has no {name}", next_step=_OWN_WAY[name])
+        hints = _argument_types(config)
         if name not in hints:
             longer = (known for known in hints if known.endswith(f"_{name}"))
-            nearest = next(longer, nearest_name(name, [*own, *hints, "model", "out"], alike=0.6))
-            what = f"neither a recipe nor {config.__name__} has a field {short(name)}"
+            nearest = next(longer, nearest_name(name, [*_OWN, *hints, "model", "out"], alike=0.6))
+            what = f"a recipe of the task {self.task} has no field {short(name)}"
             raise OptionError(what, nearest=nearest, next_step=_EXAMPLE)
         what = f"{config.__name__} takes no {name}={short(value)}"
         if not matches_type(value, hints[name]):
             raise WrongType(what, next_step=f"it takes {format_type(hints[name])}")
-        if isinstance(value, int | float) and value < LEAST.get(name, value):
-            raise ChoiceError(what, next_step=f"it takes numbers from {LEAST[name]:g}")
+        if isinstance(value, int | float) and value < _LEAST.get(name, value):
+            raise ChoiceError(what, next_step=f"it takes numbers from {_LEAST[name]:g}")
+
+
+_OWN = frozenset(one.name for one in dataclasses.fields(Recipe)) - {"arguments"}
 
 
 @functools.cache
 def _argument_types(config: type) -> Mapping[str, object]:
     hints = typing.get_type_hints(config)
-    return {one.name: hints[one.name] for one in dataclasses.fields(config) if one.init}
+    return {one.name: hints[one.name] for one in dataclasses.fields(config) if one.name not in _ELSEWHERE}
 
 
 def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
@@ -150,9 +147,8 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
             raise WrongType(f"'{file}': {key} is {short(value)}", next_step="give the path of a folder")
     if "adapters" not in given:
         raise OptionError(f"'{file}' names no adapters", next_step="add adapters: {mine: {method: lora}}")
-    names = {one.name for one in dataclasses.fields(Recipe)} - {"arguments"}
-    own = {key: value for key, value in given.items() if key in names}
-    return Recipe(**own, arguments={key: value for key, value in given.items() if key not in names}), places
+    arguments = {key: given.pop(key) for key in [*given] if key not in _OWN}
+    return Recipe(**given, arguments=arguments), places
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -202,25 +198,17 @@ def _recipe_loader() -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            _check_keys([key for key, _ in node.value])
+            seen = set()
+            for key, _ in node.value:
+                is_text = key.tag == "tag:yaml.org,2002:str"
+                if not is_text or key.value in seen:
+                    problem = "is given twice" if is_text else "does not read as text: put it in quotes"
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the name {key.value!r:.40} {problem}", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     exponent = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
     RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     return RecipeLoader
-
-
-def _check_keys(keys: Sequence[Any]) -> None:
-    import yaml
-
-    def problems() -> Iterator[tuple[str, Any]]:
-        seen = set()
-        for key in keys:
-            if key.tag != "tag:yaml.org,2002:str":
-                yield f"the name {short(key.value)[:40]} does not read as text: put it in quotes", key
-            elif key.value in seen:
-                yield f"{short(key.value)} is given twice", key
-            seen.add(str(key.value))
-
-    for problem, key in problems():
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

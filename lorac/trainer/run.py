@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import lorac
-from lorac.errors import ChoiceError, LoracError, MissingExtra, OptionError
+from lorac.errors import ChoiceError, LoracError, OptionError
 from lorac.storage.paths import parse_path
 from lorac.trainer import checkpoints, factories
 from lorac.trainer.data import load_rows
@@ -46,18 +46,11 @@ def train(
         OptionError: the trainer, or its dataclass of arguments, refuses the recipe.
         LoracError: what the recipe's names, files and data raise.
     """
-    try:
-        from transformers import set_seed
-    except ModuleNotFoundError as error:
-        raise MissingExtra("transformers", "train") from error
     folder = parse_path(out, "out", OptionError)
     found = _find_checkpoint(folder, resume)
     with _unchanged(model):
         run = _Run(model, copy.deepcopy(processing_class), recipe, folder)
-        set_seed(run.arguments.seed)
-        adapters = (
-            factories.make_adapters(recipe.adapters, model, run.batches) if found is None else found.adapters(model)
-        )
+        adapters = run.make_adapters(recipe.adapters) if found is None else found.adapters(model)
         trainer = run.make_trainer(adapters)
         trainer.train(resume_from_checkpoint=None if found is None else str(found.folder))
         trainer.save_state()
@@ -94,35 +87,63 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             vars(part).update(values)
 
 
+@contextlib.contextmanager
+def _refusals(who: str) -> Iterator[None]:
+    """Translate what a library raises about the recipe."""
+    try:
+        yield
+    except LoracError:
+        raise
+    except Exception as error:  # their checks raise anything, and so do templates
+        said = " ".join(str(error).split())
+        step = "change the field that it names, or the rows"
+        raise OptionError(f"{who} refuses the recipe: {said}", next_step=step) from error
+
+
 class _Run:
     """The rows and the arguments of a run, from which its trainer is made."""
 
     def __init__(self, model: nn.Module, processing_class: Any, recipe: Recipe, folder: Path) -> None:
         self.model, self.processing_class, self.recipe = model, processing_class, recipe
+        self.is_preference, self.is_classification = recipe.task in ("dpo", "kto"), "classification" in recipe.task
         self.trainer_class, config = recipe.load_classes()
-        with self._refusals(config.__name__):
-            self.arguments = config(output_dir=str(folder), **{**_evaluation(recipe), **recipe.arguments})
-        self.rows, self.eval_rows = self._load(recipe.data), None
-        if recipe.eval_data is not None:
-            self.eval_rows = self._load(recipe.eval_data)
-        elif recipe.test_size is not None:
-            with self._refusals("datasets"):
-                parts = self.rows.train_test_split(test_size=recipe.test_size, seed=self.arguments.seed)
-            self.rows, self.eval_rows = parts["train"], parts["test"]
+        evaluation = {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}
+        with _refusals(config.__name__):
+            self.arguments = config(output_dir=str(folder), **{**evaluation, **recipe.arguments})
+        data = [recipe.data] if recipe.eval_data is None else [recipe.data, recipe.eval_data]
+        rows = [load_rows(one, recipe.task, processing_class, self.arguments) for one in data]
+        if recipe.test_size is not None:
+            with _refusals("datasets"):
+                split = rows[0].train_test_split(test_size=recipe.test_size, seed=self.arguments.seed)
+            rows = [split["train"], split["test"]]
+        self.rows = dict(zip(("train_dataset", "eval_dataset"), rows, strict=False))
+
+    def make_adapters(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Make adapters from the run's seed."""
+        from transformers import set_seed
+
+        set_seed(self.arguments.seed)
+        return factories.make_adapters(given, self.model, self._batches)
 
     def make_trainer(self, adapters: Mapping[str, Any]) -> Any:
         """Make the trainer of the model compiled with some adapters."""
+        from transformers import EarlyStoppingCallback
+
         from lorac.trainer.trainer import adapter_trainer
 
-        recipe = self.recipe
+        recipe, options = self.recipe, dict[str, Any](recipe=self.recipe)
+        if recipe.early_stopping_patience is not None:
+            options["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
+        if self.is_preference:  # the run begins at the base with the adapters that it trains on
+            begun = self.make_adapters({name: said for name, said in recipe.adapters.items() if "path" in said})
+            options["ref_model"] = lorac.compile(self.model, begun, active=dict.fromkeys(begun, 1.0)).eval()
         active = recipe.active or dict.fromkeys(adapters, 1.0)
-        extra = factories.extra_outputs(recipe.loss)
-        compiled = lorac.compile(self.model, adapters, active=active, aux=extra)
-        return self._construct(adapter_trainer(self.trainer_class), compiled, recipe=recipe)
+        compiled = lorac.compile(self.model, adapters, active=active, aux=factories.extra_outputs(recipe.loss))
+        return self._construct(adapter_trainer(self.trainer_class), compiled, **options)
 
-    def batches(self) -> Iterator[Any]:
+    def _batches(self) -> Iterator[Any]:
         """Yield the first batches of the run, for initialisers."""
-        if self.recipe.task in ("dpo", "kto"):
+        if self.is_preference:
             raise OptionError(
                 f"a start from data needs the model's own loss, which {self.recipe.task} has not",
                 next_step="begin from a start without data, such as PiSSA, or train by sft first",
@@ -130,45 +151,13 @@ class _Run:
         trainer = self._construct(self.trainer_class, lorac.compile(self.model, {}))
         yield from itertools.islice(trainer.get_train_dataloader(), self.recipe.start_batches)
 
-    def _load(self, data: str) -> Any:
-        return load_rows(data, self.recipe.task, self.processing_class, self.arguments)
-
     def _construct(self, trainer_class: Any, compiled: Any, **options: Any) -> Any:
-        from transformers import DataCollatorWithPadding, EarlyStoppingCallback
-
-        recipe, rows = self.recipe, {"train_dataset": self.rows, "eval_dataset": self.eval_rows}
-        if recipe.early_stopping_patience is not None:
-            options["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
-        if recipe.task in ("dpo", "kto"):  # the run begins at the base, and the adapters that it trains on
-            begun = {name: said for name, said in recipe.adapters.items() if "path" in said}
-            given = factories.make_adapters(begun, self.model, self.batches)
-            options["ref_model"] = lorac.compile(self.model, given, active=dict.fromkeys(given, 1.0)).eval()
-        if recipe.task.endswith("classification"):
+        if self.is_classification:
             options["compute_metrics"] = _accuracy
-        if recipe.task == "sequence-classification":
-            options["data_collator"] = DataCollatorWithPadding(self.processing_class)
-        with self._refusals(trainer_class.__name__):
+        with _refusals(trainer_class.__name__):
             return trainer_class(
-                model=compiled, args=self.arguments, processing_class=self.processing_class, **rows, **options
+                model=compiled, args=self.arguments, processing_class=self.processing_class, **self.rows, **options
             )
-
-    @contextlib.contextmanager
-    def _refusals(self, who: str) -> Iterator[None]:
-        """Translate what a library raises about the recipe."""
-        try:
-            yield
-        except LoracError:
-            raise
-        except Exception as error:  # their checks raise anything, and so do templates
-            said = " ".join(str(error).split())
-            raise OptionError(
-                f"{who} refuses the recipe: {said}", next_step="change the field that it names, or the rows"
-            ) from error
-
-
-def _evaluation(recipe: Recipe) -> dict[str, str]:
-    """Return when to evaluate and what to stop by, where a recipe that evaluates does not say it."""
-    return {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}
 
 
 def _accuracy(predicted: Any) -> dict[str, float]:

@@ -22,7 +22,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from lorac.errors import ArtifactError, ChoiceError, LoracError, OptionError, Unavailable
 from lorac.trainer import checkpoints, losses
 from lorac.trainer.factories import make_losses, make_optimizer, make_rules
-from lorac.trainer.fused_head import move_fused_head
 from lorac.trainer.losses import EXPERTS, GATES, SAMPLED
 from lorac.trainer.recipe import Recipe
 from lorac.training import name_optimizer_state
@@ -56,7 +55,6 @@ class AdapterTrainer(Trainer):
         self.recipe, self.losses = recipe, make_losses(recipe.loss)
         self.rules: list[Rule] | None = None
         super().__init__(**settings)
-        move_fused_head(self.model)
         self._check_recipe()
         if GATES in self.losses:
             self.data_collator = losses.collate_experts(self.data_collator)

@@ -9,6 +9,7 @@ import pytest
 import trl
 
 from lorac.trainer import train
+from tests.limits import LOSSES
 from tests.trainer.runs import PAIRS, STEPS, TEXTS, losses, recipe, tokenizer, write_rows
 from tests.zoo import ZOO
 
@@ -67,5 +68,5 @@ def test_losses_are_those_of_trl_with_peft(task, checkpointing, tmp_path):
     train(LLAMA.fresh(), tokenizer(), ours, tmp_path / "lorac")
     found = losses(tmp_path / "lorac" / "trainer_state.json")
     assert len(found) == 20
-    assert found == pytest.approx(expected, rel=0, abs=1e-6)
+    assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) <= LOSSES
     assert len({round(loss, 5) for loss in found}) > 10

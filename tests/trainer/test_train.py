@@ -12,6 +12,7 @@ import yaml
 
 from lorac.cli import main
 from lorac.trainer import Recipe, train
+from tests.limits import LOSSES
 from tests.refusing import refuses
 from tests.trainer.runs import CPU, LORA, PAIRS, STEPS, TEXTS, recipe, tokenizer, write_rows
 from tests.zoo import ZOO
@@ -63,7 +64,7 @@ def test_an_adapter_that_trains_on_is_its_own_reference(tmp_path):
         model, tokenizer(), recipe(pairs, task="dpo", adapters=again, arguments={"max_steps": 2}), tmp_path / "second"
     )
     assert log(tmp_path / "first", "rewards/margins")[-1] > 0.01
-    assert abs(log(tmp_path / "second", "rewards/margins")[0]) < 1e-5
+    assert abs(log(tmp_path / "second", "rewards/margins")[0]) <= LOSSES
 
 
 def test_a_checkpoint_in_the_backward_pass_recomputes_with_the_adapters(texts, tmp_path):

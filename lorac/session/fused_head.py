@@ -1,0 +1,50 @@
+"""TRL's fused head, within a call of the compiled model.
+
+TRL's trainers assign another ``forward`` to the model they are given: with ``fused_lm_head=True`` it calls the model's
+body, and multiplies with the head's weight chunk by chunk. On a compiled model that would go past the call: nothing
+would be prepared for branches, a gradient checkpoint would recompute without adapters, and adapters at the head would
+do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from lorac.errors import Unavailable
+from lorac.ir.slots.plans import SitePlan
+
+
+def is_fused_head(forward: object) -> bool:
+    """Return whether a ``forward`` is TRL's; it bears the name and signature of what it replaces."""
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    return isinstance(code, types.CodeType) and "fused_lm_head" in code.co_varnames
+
+
+def install_fused_head(host: Any, fused: Any, plans: Mapping[str, SitePlan]) -> None:
+    """Run TRL's ``forward`` as that of the host, where it was to be the compiled model's.
+
+    Args:
+        host: the copy of the model that a call runs.
+        fused: a method of the compiled model.
+        plans: site path -> its slots.
+
+    Raises:
+        Unavailable: an adapter changes the head.
+    """
+    head, plain = host.get_output_embeddings(), host.forward
+    heads = {path for path, module in host.named_modules() if module is head}
+    for path, plan in plans.items():
+        if not plan.empty and (plan.site.within or path) in heads:
+            raise Unavailable(
+                f"an adapter changes '{path}', and TRL multiplies with the weight of the head itself",
+                next_step=f"leave '{path}' out of the adapter's targets and of its modules_to_save",
+            )
+
+    @functools.wraps(plain)
+    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return fused.__func__(host, *args, fused_lm_head=True, **kwargs) if fused_lm_head else plain(*args, **kwargs)
+
+    host.forward = forward
