@@ -22,7 +22,7 @@ from lorac.runtime.switchable_model import SwitchableModel
 from lorac.runtime.traits import ModelTraits
 from lorac.session.adapter_loading import make_adapter, outline_adapter
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
-from lorac.session.fused_head import install_fused_head, is_fused_head
+from lorac.session.fused_head import install_fused_head
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, explain, unknown_attribute
 from lorac.session.session import Session
@@ -237,9 +237,7 @@ class CompiledModule(nn.Module, Compiled):
         return Compiled.__call__(self, *args, adapters=adapters, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "forward" and is_fused_head(value):
-            install_fused_head(self.host, value, self.plans)
-        else:
+        if not (name == "forward" and install_fused_head(self.host, value, self.plans)):
             nn.Module.__setattr__(self, name, value)
 
     def train(self, mode: bool = True) -> CompiledModule:
@@ -261,10 +259,7 @@ class CompiledModule(nn.Module, Compiled):
         self.pool.given = {name: module.find_given for name, module in own.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapters as PEFT does: a single one into the folder, several each into a folder of its name in it.
-
-        Args:
-            folder: where to write; other files in it stay.
+        """Write the adapters as PEFT does: one into the folder, or each into a folder of its name; other files stay.
 
         Raises:
             FormatError: PEFT has no such method; ``lorac.save_adapter`` writes any method in lorac's own format.

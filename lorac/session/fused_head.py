@@ -17,23 +17,21 @@ from lorac.errors import Unavailable
 from lorac.ir.slots.plans import SitePlan
 
 
-def is_fused_head(forward: object) -> bool:
-    """Return whether a ``forward`` is TRL's; it bears the name and signature of what it replaces."""
-    code = getattr(getattr(forward, "__func__", None), "__code__", None)
-    return isinstance(code, types.CodeType) and "fused_lm_head" in code.co_varnames
-
-
-def install_fused_head(host: Any, fused: Any, plans: Mapping[str, SitePlan]) -> None:
-    """Run TRL's ``forward`` as that of the host, where it was to be the compiled model's.
+def install_fused_head(host: Any, forward: Any, plans: Mapping[str, SitePlan]) -> bool:
+    """Run TRL's ``forward`` as that of the host; return False for any other.
 
     Args:
         host: the copy of the model that a call runs.
-        fused: a method of the compiled model.
+        forward: what was assigned to the compiled model. TRL's bears the name and signature of what it replaces.
         plans: site path -> its slots.
 
     Raises:
         Unavailable: an adapter changes the head.
     """
+    fused = getattr(forward, "__func__", None)
+    code = getattr(fused, "__code__", None)
+    if not (isinstance(code, types.CodeType) and "fused_lm_head" in code.co_varnames):
+        return False
     head, plain = host.get_output_embeddings(), host.forward
     heads = {path for path, module in host.named_modules() if module is head}
     for path, plan in plans.items():
@@ -44,7 +42,8 @@ def install_fused_head(host: Any, fused: Any, plans: Mapping[str, SitePlan]) -> 
             )
 
     @functools.wraps(plain)
-    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        return fused.__func__(host, *args, fused_lm_head=True, **kwargs) if fused_lm_head else plain(*args, **kwargs)
+    def switched(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        return fused(host, *args, fused_lm_head=True, **kwargs) if fused_lm_head else plain(*args, **kwargs)
 
-    host.forward = forward
+    host.forward = switched
+    return True
