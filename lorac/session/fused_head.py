@@ -28,7 +28,7 @@ def install_fused_head(host: Any, forward: Any, plans: Mapping[str, SitePlan]) -
     Raises:
         Unavailable: an adapter changes the head.
     """
-    fused = getattr(forward, "__func__", None)
+    fused: Any = getattr(forward, "__func__", None)
     code = getattr(fused, "__code__", None)
     if not (isinstance(code, types.CodeType) and "fused_lm_head" in code.co_varnames):
         return False
