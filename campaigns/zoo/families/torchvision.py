@@ -58,10 +58,10 @@ def entries() -> list[Entry]:
     pixels = [
         (name, functools.partial(_build, name, weights_backbone=None, num_classes=5), 32) for name in SEGMENTATION
     ]
-    objects = [(name, functools.partial(_detector, name), 64) for name in DETECTION.split()]
+    objects = [(name, functools.partial(_detector, name), 128) for name in DETECTION.split()]
     fixed = [Entry(f"torchvision/{name}", "torchvision", build, _images(side)) for name, build, side in labels + pixels]
     resized = [
-        Entry(f"torchvision/{name}-resized", "torchvision", build, images(side), None, free_sizes)
+        Entry(f"torchvision/{name}-resized", "torchvision", build, images(max(side, 64)), None, free_sizes)
         for name, build, side in labels + pixels + objects
         if name not in _FIXED
     ]
