@@ -45,7 +45,8 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
         arguments = {"max_steps": given.steps, "per_device_train_batch_size": given.batch, "learning_rate": 1e-3}
         cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
         rest = {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "report_to": "none"}
-        config = trl.SFTConfig(output_dir=folder, **arguments, **cpu, **rest)
+        ready = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        config = trl.SFTConfig(output_dir=folder, **arguments, **cpu, **rest, **ready)
         begun, ended = [], []
 
         class Clock(transformers.TrainerCallback):
