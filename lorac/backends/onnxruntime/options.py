@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import onnxruntime
 import torch
 
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
 from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
-from lorac.errors import OptionError, nearest_name, not_one_of, short
+from lorac.errors import OptionError, Unavailable, nearest_name, not_one_of, short
 from lorac.target.backend import TargetOptions
 
 MAX_THREADS = 1024
@@ -25,6 +26,8 @@ FLOAT32_LEVEL = 1
 INT8_LEVEL = 4
 """The accuracy level of products that round what they read to int8."""
 _ACCURACY_LEVELS = (None, 0, FLOAT32_LEVEL, 2, 3, INT8_LEVEL)
+_CACHE_RELEASE = (1, 32)
+"""The first release whose GroupQueryAttention takes rows of several lengths, which a cache needs."""
 _QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level")
 """Options that say how weights are quantised."""
 
@@ -102,6 +105,13 @@ class OnnxRuntimeOptions(TargetOptions):
         return self.cache
 
     def check(self) -> None:
+        release = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+        if self.cache and release < _CACHE_RELEASE:
+            raise Unavailable(
+                f"generation over a cache needs ONNX Runtime {'.'.join(map(str, _CACHE_RELEASE))}, and this one is "
+                f"{onnxruntime.__version__}",
+                next_step="install onnxruntime in its place, or compile without cache=True",
+            )
         self._check_weights()
         self._check_device()
         if self.settle not in _SETTLE_TIMES:

@@ -17,6 +17,7 @@ from torch import nn
 import lorac
 from lorac.backends.onnxruntime.devices import providers
 from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
+from tests.refusing import refuses
 
 GPU_LIBRARY = os.environ.get("ONNXRUNTIME_GPU_LIBRARY")
 RTX_LIBRARY = os.environ.get("ONNXRUNTIME_RTX_LIBRARY")
@@ -117,6 +118,13 @@ def test_loading_says_the_same(tmp_path: Path) -> None:
 def test_a_cache_is_kept_on_the_cpu_alone() -> None:
     with pytest.raises(lorac.Unavailable, match="keep a cache do not run on 'cuda' yet"):
         compiled(device="cuda", cache=True)
+
+
+def test_a_cache_needs_a_release_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's packages for GPUs are published later than those for the CPU."""
+    monkeypatch.setattr(ort, "__version__", "1.31.1")
+    with refuses("unavailable", match="needs ONNX Runtime 1.32, and this one is 1.31.1"):
+        compiled(cache=True)
 
 
 def test_half_precision_on_the_cpu_is_said_and_computed_in_float32() -> None:
