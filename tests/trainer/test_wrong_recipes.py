@@ -110,6 +110,7 @@ def test_each_is_answered_in_a_sentence(tmp_path):
     for index, (name, given) in enumerate(RUNS.items()):
         said += answer(f"gives {name}", lambda given=given, index=index: run(tmp_path / f"{index}", given))
     said = re.sub(r"(refuses the recipe|cannot be read): .*", r"\1: …", said.replace(str(tmp_path), "…"))
+    said = re.sub(r"(it is one of adalora), .*", r"\1, …", said)  # other tests' methods are methods too
     goldens.check("wrong_recipes", said)  # without what TRL, transformers and datasets say
 
 

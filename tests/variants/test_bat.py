@@ -52,7 +52,7 @@ def test_two_together_are_a_sum_not_a_chain():
     """PEFT applies the second to the weight that the first left, which depends on their order."""
     case = Case(lorac.BAT(r=3), HOSTS["divisible"])
     W, (a, b) = case.weight, (adapter.tensors["site"]["miss_block"] for adapter in (case.a, case.b))
-    compiled = case.compiled(case.a, case.b, mode="fused", active={"a": 1.0, "b": 1.0})
+    compiled = case.compiled(case.a, case.b, mode="baked", active={"a": 1.0, "b": 1.0})
     assert_close(compiled.host.site.weight, adapted(W, a) + adapted(W, b) - W)
     chained, reversed_ = adapted(adapted(W, a), b), adapted(adapted(W, b), a)
     assert_apart(chained - W, reversed_ - W)

@@ -109,7 +109,7 @@ def test_scale_is_alpha_over_the_rank_used():
     model.add_module("site", nn.Linear(9, 9, bias=False, dtype=torch.float64))
     ones = {"lora_A": torch.ones(4, 9, dtype=torch.float64), "lora_B": torch.ones(9, 4, dtype=torch.float64)}
     adapter = lorac.Adapter("a", lorac.DyLoRA(r=4, alpha=8, targets=("site",)), {"site": ones})
-    compiled = lorac.compile(model, {"a": adapter}, mode="fused", active=at_rank(2))
+    compiled = lorac.compile(model, {"a": adapter}, mode="baked", active=at_rank(2))
     moved = compiled.host.site.weight - model.site.weight
     assert_close(moved, torch.full_like(moved, 4 * 2))
 
@@ -158,7 +158,7 @@ def test_layers_of_other_ranks_are_cut_each():
     with torch.no_grad():
         for at in tensors.values():
             at["lora_B"].normal_()
-    again = lorac.compile(model, {"a": compiled.adapters["a"]}, mode="fused", active=at_rank(2))
+    again = lorac.compile(model, {"a": compiled.adapters["a"]}, mode="baked", active=at_rank(2))
     for path, at in tensors.items():
         expected = model.get_submodule(path).weight + 6 / 2 * at["lora_B"][:, :2] @ at["lora_A"][:2]
         assert_close(again.host.get_submodule(path).weight, expected)

@@ -106,10 +106,10 @@ def test_convolutions(settings, expected, groups):
     elif w2 is None:
         w2 = p["lokr_w2_a"] @ p["lokr_w2_b"]
     kernel = torch.kron(p["lokr_w1"][:, :, None, None], w2.reshape(5, 3, 3, 2).contiguous()) * 3 / variant.r
-    fused = lorac.compile(host, {"a": compiled.adapters["a"]}, mode="fused")
-    assert_close(fused.host.site.weight, host.site.weight + kernel)
+    baked = lorac.compile(host, {"a": compiled.adapters["a"]}, mode="baked")
+    assert_close(baked.host.site.weight, host.site.weight + kernel)
     x = torch.randn(2, 6 * groups, 5, 5, dtype=torch.float64)
-    assert_close(compiled(x), fused(x))
+    assert_close(compiled(x), baked(x))
 
 
 def test_factors_below_one_are_refused():

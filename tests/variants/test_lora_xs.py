@@ -36,7 +36,7 @@ def best(W, r):
 @torch.no_grad()
 def merged(model, adapter, core):
     adapter.tensors["site"]["lora_latent"].copy_(core)
-    return lorac.compile(model, {"a": adapter}, mode="fused").host.site.weight
+    return lorac.compile(model, {"a": adapter}, mode="baked").host.site.weight
 
 
 @pytest.mark.parametrize(("r", "host"), [(3, "linear"), (2, "no_bias")])
@@ -141,7 +141,7 @@ def test_sb_begins_at_the_best_update_of_its_rank(r, alpha):
     assert_close(p["lora_B"].t() @ p["lora_B"], identity)
     assert_close(p["lora_A"] @ p["lora_A"].t(), identity)
     expected = update if r == 7 else best(update, r)
-    found = lorac.compile(model, {"a": adapter}, mode="fused").host.site.weight
+    found = lorac.compile(model, {"a": adapter}, mode="baked").host.site.weight
     assert_close(found, model.site.weight + expected)
 
 

@@ -113,12 +113,12 @@ def test_both_orientations_are_the_dense_sum():
     """100 -> 20 and 20 -> 50 -> 80, every site from its corner of A (6, 1, 50) and B (100, 9, 6)."""
     model = host()
     adapter = drawn(lorac.RandLoRA(r=6, alpha=30, targets=TARGETS), model)
-    fused = lorac.compile(model, {"a": adapter}, mode="fused")
+    baked = lorac.compile(model, {"a": adapter}, mode="baked")
     for path, tensors in adapter.tensors.items():
         weight = model.get_submodule(path).weight
         p = Params(**{name: value.numpy() for name, value in tensors.items()})
         expected = torch.from_numpy(oracle.weight(torch.zeros_like(weight).numpy(), p, adapter.variant))
-        assert_close(fused.host.get_submodule(path).weight, weight + expected)
+        assert_close(baked.host.get_submodule(path).weight, weight + expected)
 
 
 @pytest.mark.parametrize(("out", "columns"), [(11, 7), (7, 11)])
