@@ -8,14 +8,20 @@ import torch
 from torch import nn
 
 from lorac.frontend.parametrized_weights import read_module_tensor
-from lorac.frontend.quantised_weights import dequantise
+from lorac.frontend.quantised_weights import LayerWeight, dequantise, is_bitsandbytes_layer
 from lorac.ir.sites import BaseReader, Site
 
 
 def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """Return a parameter or buffer by its fully qualified name, or a tensor that its module computes at each call."""
+    """Return a parameter or buffer by its fully qualified name, or a tensor that its module computes at each call.
+
+    The weight of a layer of bitsandbytes comes as a ``LayerWeight``.
+    """
     owner, _, leaf = name.rpartition(".")
-    tensor = read_module_tensor(model.get_submodule(owner), leaf)
+    module = model.get_submodule(owner)
+    if leaf == "weight" and is_bitsandbytes_layer(module):
+        return LayerWeight(module)
+    tensor = read_module_tensor(module, leaf)
     assert isinstance(tensor, torch.Tensor)
     return tensor
 
@@ -23,7 +29,7 @@ def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
 def read_weight(site: Site, model: nn.Module) -> torch.Tensor:
     """Return the site's W (out, in), a stack as (E, out, in); of a quantised weight its float values."""
     assert site.weight is not None
-    return site.present(dequantise(read_stored_tensor(model, site.weight).detach()))
+    return site.present(dequantise(read_stored_tensor(model, site.weight)).detach())
 
 
 def read_bias(site: Site, model: nn.Module) -> torch.Tensor | None:

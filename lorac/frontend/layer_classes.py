@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lorac.errors import SiteError
 from lorac.frontend.copying import copy_structure
+from lorac.frontend.quantised_weights import is_bitsandbytes_layer
 from lorac.frontend.site_discovery import is_gpt2_conv1d
 from lorac.ir.sites import ConvGeometry
 
@@ -62,8 +63,9 @@ def has_plain_forward(module: nn.Module) -> bool:
     A forward that calls no other is counted as such if it gives the same result, as Falcon's product without
     ``F.linear`` does.
     """
-    base = find_layer_class(module)
-    return type(module).forward is base.forward or (not calls_super_forward(module) and _acts_as_linear(module))
+    if type(module).forward is find_layer_class(module).forward or is_bitsandbytes_layer(module):
+        return True
+    return not calls_super_forward(module) and _acts_as_linear(module)
 
 
 def calls_super_forward(module: nn.Module) -> bool:

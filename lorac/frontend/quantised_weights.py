@@ -8,16 +8,17 @@ integers. The libraries are not imported; their classes are recognised by their 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorac.argument_types import Fields
 from lorac.errors import CaptureError, warn
-from lorac.frontend.copying import copy_structure
+from lorac.frontend.copying import copy_layer, copy_structure
 
 _ORIGINS = "_lorac_quantised_origins"
 """Attribute of a copy's module that maps the names of its quantised weights to their ``QuantisedOrigin``."""
@@ -37,6 +38,44 @@ QUANTISATION_LEVELS = {
 }
 """Name -> the values that integers of 4 bits stand for. NF4 has the quantiles of a normal distribution ("QLoRA:
 Efficient Finetuning of Quantized LLMs", Dettmers et al. 2023, arXiv 2305.14314)."""
+
+
+class LayerWeight(Tensor):
+    """The weight (out, in) of a layer of bitsandbytes: products are the layer's own, all else reads float values.
+
+    Args:
+        layer: the layer, whose weight alone says neither sizes nor values.
+    """
+
+    @staticmethod
+    def __new__(cls, layer: nn.Linear) -> LayerWeight:
+        sizes = (layer.out_features, layer.in_features)
+        weight: Any = layer.weight
+        dtype = getattr(getattr(weight, "quant_state", None), "dtype", torch.float32)
+        made: LayerWeight = Tensor._make_wrapper_subclass(cls, sizes, dtype=dtype, device=weight.device)
+        return made
+
+    def __init__(self, layer: nn.Linear) -> None:
+        own: Any = copy_layer(layer)
+        own.bias = None
+        self.layer = own
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Fields | None = None
+    ) -> Any:
+        if function is not F.linear or not isinstance(args[1], cls):
+            return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
+        x, weight, bias = (*args, None)[:3]
+        y = weight.layer(x)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's is declared as an instance's method
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Fields | None = None
+    ) -> Any:
+        values = [dequantise(value) if isinstance(value, cls) else value for value in args]
+        return function(*values, **(kwargs or {}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +153,23 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
 
 
 def dequantise(weight: Tensor) -> Tensor:
-    """Return the float values of a quantised weight; any other tensor itself."""
-    found = None if type(weight) in (Tensor, nn.Parameter) else _read_quantised_tensor(weight)
+    """Return the float values of a quantised weight; any other tensor itself.
+
+    Raises:
+        CaptureError: as ``_read_bitsandbytes_layer``.
+    """
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight
+    if isinstance(weight, LayerWeight):
+        return next(_find_quantised_weights(weight.layer))[2]
+    found = _read_quantised_tensor(weight)
     return weight if found is None else found[1]
+
+
+def is_bitsandbytes_layer(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether a module is a linear layer of bitsandbytes whose weight is integers."""
+    weight = module._parameters.get("weight")
+    return _find_bitsandbytes_kind(module) is not None and weight is not None and not weight.is_floating_point()
 
 
 def _dequantise_module(module: nn.Module) -> None:
@@ -140,13 +193,14 @@ def find_quantised_class(module: nn.Module, leaf: str, weight: Tensor) -> str | 
     origin: QuantisedOrigin | None = module.__dict__.get(_ORIGINS, {}).get(leaf)
     if origin is not None:
         return origin.kind
+    if isinstance(weight, LayerWeight):
+        return type(module).__name__
     return None if type(weight) in (Tensor, nn.Parameter) else type(weight).__name__
 
 
 def _find_quantised_weights(module: nn.Module) -> Iterator[tuple[str, QuantisedOrigin, Tensor]]:
     """Yield name, origin and float value of each quantised weight of a module."""
-    classes = (cls.__name__ for cls in type(module).__mro__)
-    kind = next((name for name in classes if name in {_LINEAR_8_BIT, _LINEAR_4_BIT}), None)
+    kind = _find_bitsandbytes_kind(module)
     if kind is not None:
         found = _read_bitsandbytes_layer(kind, module)
         if found is not None:
@@ -156,6 +210,12 @@ def _find_quantised_weights(module: nn.Module) -> Iterator[tuple[str, QuantisedO
         found = None if weight is None or type(weight) is nn.Parameter else _read_quantised_tensor(weight)
         if found is not None:
             yield leaf, *found
+
+
+def _find_bitsandbytes_kind(module: nn.Module) -> str | None:
+    """Return the class of bitsandbytes that a module's class is, or derives from."""
+    classes = (cls.__name__ for cls in type(module).__mro__)
+    return next((name for name in classes if name in {_LINEAR_8_BIT, _LINEAR_4_BIT}), None)
 
 
 @torch.no_grad()

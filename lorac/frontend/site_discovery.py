@@ -13,7 +13,7 @@ from lorac.argument_types import check_type
 from lorac.errors import WrongType
 from lorac.frontend.components import strip_wrappers
 from lorac.frontend.parametrized_weights import get_tensor_identity, is_inside_parametrization, read_module_tensor
-from lorac.frontend.quantised_weights import find_quantised_class
+from lorac.frontend.quantised_weights import LayerWeight, find_quantised_class, is_bitsandbytes_layer
 from lorac.ir.sites import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
 from lorac.limits import pause_clock
 
@@ -50,6 +50,8 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 def _layer_site(path: str, module: nn.Module) -> Site | None:
     """Return the site of a linear layer, an embedding or a convolution; None for other modules."""
     weight = read_module_tensor(module, "weight") if path else None
+    if is_bitsandbytes_layer(module):
+        weight = LayerWeight(module)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         return None
     bias = f"{path}.bias" if isinstance(getattr(module, "bias", None), torch.Tensor) else None

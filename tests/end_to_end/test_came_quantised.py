@@ -237,6 +237,35 @@ def test_methods_that_read_weights_read_float_values_in_eager_mode(how: str, tmp
         assert_close(tensor.grad, oracle.adapters["dora"].tensors["site"][name].grad)
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("method", [lorac.LoRA, lorac.DoRA])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_of_bitsandbytes_train_in_eager_mode(bits: int, method: Any, tmp_path: Path) -> None:
+    """Products are the layer's own; the oracle is the layer with float weights."""
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 40)
+    own = nn.Sequential(InTable(layer) if bits == 4 else in_bitsandbytes(layer, Linear8bitLt))
+    quantised: Any = own[0]
+    held = quantised.weight
+    layer.weight.data = quantised.whole if bits == 4 else held.data * (held.SCB / 127)[:, None]
+    layer.bias = quantised.bias
+    plain, x = nn.Sequential(layer), torch.randn(3, 128)
+    assert lorac.sites(own)["0"].packed == type(quantised).__name__
+    trained = lorac.compile(own, {"a": method(r=2, targets=["0"])}, example_inputs=(x,)).train()
+    for tensor in trained.adapters["a"].parameters():
+        torch.nn.init.normal_(tensor, 0.5, 0.1)
+    lorac.save_adapter(trained.adapters["a"], tmp_path / "a", model=own)
+    read, oracle = (lorac.compile(host, tmp_path / "a", example_inputs=(x,)) for host in (own, plain))
+    for ours in (trained, read):
+        assert_close(ours(x), oracle(x))
+    trained(x).sum().backward()
+    oracle.train()(x).sum().backward()
+    for name, tensor in trained.adapters["a"].tensors["0"].items():
+        assert_close(tensor.grad, oracle.adapters["a"].tensors["0"][name].grad)
+    with refuses("not_mergeable", match="nothing can be merged into the Linear"):
+        lorac.compile(own, tmp_path / "a", mode="fused", example_inputs=(x,))
+
+
 LEVELS = Tensor(QUANTISATION_LEVELS["nf4"])
 
 
