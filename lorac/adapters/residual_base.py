@@ -57,7 +57,8 @@ def subtract_factors(adapter: Adapter, starts: Mapping[str, FactorPair]) -> Adap
     assert isinstance(variant, WeightVariant) and isinstance(variant, ScaledRank)
     scales = {path: cast(ScaledRank, variant.at_path(path)).scale for path in adapter.tensors}
     tensors = {
-        path: parameters | {"start_A": starts[path][0].clone(), "start_B": scales[path] * starts[path][1]}
+        path: parameters | {"start_A": a.contiguous().clone(), "start_B": scales[path] * b.contiguous()}
         for path, parameters in adapter.tensors.items()
+        for a, b in (starts[path],)
     }
     return replace(adapter, variant=Residual.around(variant, variant.r, variant.rank_pattern), tensors=tensors)

@@ -65,7 +65,7 @@ class LayerWeight(Tensor):
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Fields | None = None
     ) -> Any:
         if function is not F.linear or not isinstance(args[1], cls):
-            return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
+            return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch's
         x, weight, bias = (*args, None)[:3]
         y = weight.layer(x)
         return y if bias is None else y + bias.to(y.dtype)

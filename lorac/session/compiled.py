@@ -89,8 +89,7 @@ class Compiled(SwitchableModel):
         Args:
             inputs: token ids (rows, length), unless they are given as ``input_ids``; torch or NumPy.
             adapters: a choice for this call, or a list with one per row.
-            seed: seed of the random numbers, for the call or a list with one per row; torch's own generator is left as
-                it was. Default: torch's own generator.
+            seed: of a generator for the call, or a list with one per row. Default: torch's own generator.
             draft: a choice of adapters that proposes tokens ahead, which are then verified together: None for the
                 base, or an adapter cut to a lower rank. The result is that of the call's own choice. Default: none.
             prompt_cache: a ``lorac.PromptCache`` that keeps prompts between calls, on targets with a cache.
@@ -217,9 +216,10 @@ class CompiledModule(nn.Module, Compiled):
     Its state dict holds what training may change, each tensor once: the adapters' tensors under
     ``adapter_tensors.<name>.`` with each adapter's record, and the model's buffers under ``host.``. A ``/`` in a key
     stands for a dot within a name (``state_dict_key``). The model's parameters are left out. A model with the same
-    adapters takes the state dict by ``load_state_dict``, and ``lorac.load_adapter`` reads a file of it, as written by
-    transformers' ``Trainer``.
+    adapters takes the state dict by ``load_state_dict``, and ``lorac.load_adapter`` reads what ``Trainer`` saves of it.
     """
+
+    _hf_peft_config_loaded = True  # Trainer asks it whether a quantised model has adapters to train
 
     def __init__(self, session: Session, engine: Engine) -> None:
         assert engine.module is not None

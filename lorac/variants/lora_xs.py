@@ -98,8 +98,8 @@ class LoRAXS(InputDropout, WeightVariant):
             right = left.t() @ update
             norms = torch.linalg.vector_norm(right, dim=1)
             adapter.tensors[path] = {
-                "lora_B": left,
-                "lora_A": right / norms.clamp_min(torch.finfo(update.dtype).tiny)[:, None],
+                "lora_B": left.contiguous(),
+                "lora_A": (right / norms.clamp_min(torch.finfo(update.dtype).tiny)[:, None]).contiguous(),
                 "lora_latent": torch.diag(norms * r / variant.alpha),
             }
         return adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,12 @@ def test_arguments_of_the_trainers_own_optimizer_are_refused_beside_another(tmp_
     recipe = plan(optimizer="SGD", arguments={"weight_decay": 0.1})
     with refuses("option_error", match="weight_decay is of Trainer's own optimizer"):
         trainer_of(compiled_of({"a": LORA}, recipe), recipe, tmp_path)
+
+
+def test_a_quantised_base_has_adapters_to_train(tmp_path: Path) -> None:
+    quantised: Any = ZOO["tiny_llama"].model()
+    quantised.is_quantized, quantised.hf_quantizer = True, SimpleNamespace(is_trainable=True)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="Please attach trainable adapters"):
+        Trainer(quantised, arguments)
+    Trainer(lorac.compile(quantised, {"a": LORA}), arguments)

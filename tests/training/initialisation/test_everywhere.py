@@ -46,6 +46,7 @@ def test_begins_where_it_should_and_leaves_the_model(name: str) -> None:
     assert zoo.fingerprint(model)[1] == before[1]
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), stream)
+    assert all(t.is_contiguous() for own in adapter.tensors.values() for t in own.values())  # as Trainer saves them
     assert torch.equal(model.down.weight.grad, torch.ones_like(model.down.weight))
     assert model.up.weight.grad is None and model.up.weight.requires_grad
     x = batches(1)[0]["x"]
