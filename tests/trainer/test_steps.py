@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,7 +159,7 @@ def test_arguments_of_the_trainers_own_optimizer_are_refused_beside_another(tmp_
 
 
 def test_a_quantised_base_has_adapters_to_train(tmp_path: Path) -> None:
-    quantised: Any = ZOO["tiny_llama"].model()
+    quantised: Any = copy.deepcopy(ZOO["tiny_llama"].model())
     quantised.is_quantized, quantised.hf_quantizer = True, SimpleNamespace(is_trainable=True)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match="Please attach trainable adapters"):
