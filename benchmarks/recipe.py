@@ -1,4 +1,4 @@
-"""What a step of `lorac train` costs beside TRL's SFTTrainer with PEFT's LoRA: time, peak memory, and the same losses.
+"""Time, peak memory and losses of `lorac train`, compared with TRL's SFTTrainer over PEFT's LoRA.
 
     python -m benchmarks.recipe [--steps 5] [--length 128] [--batch 1] [--layers 30] [--processes 3]
 

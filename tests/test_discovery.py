@@ -1,4 +1,4 @@
-"""What other packages offer is found where they are installed while the process runs."""
+"""Entry points of packages that are installed or removed while the process runs."""
 
 from pathlib import Path
 

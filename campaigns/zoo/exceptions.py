@@ -150,7 +150,7 @@ def _series(context: calls.Context) -> Any:
 
 
 def _noise(context: calls.Context) -> Any:
-    """What the order of a mask is drawn from."""
+    """Return the noise by which a model orders the patches that it masks."""
     return torch.rand(context.batch, 16, generator=context.generator)
 
 

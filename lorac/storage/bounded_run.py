@@ -176,5 +176,5 @@ def _check(size: int, limit: int) -> None:
 
 
 def _get_machine_memory() -> int:
-    known = getattr(os, "sysconf_names", {})  # Windows has none
+    known = getattr(os, "sysconf_names", {})  # absent on Windows
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in known else sys.maxsize

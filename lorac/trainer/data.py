@@ -44,7 +44,7 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
         arguments: those of the trainer.
 
     Raises:
-        OptionError: there is no such data, it cannot be read, or has none of the task's columns; the tokenizer lacks a
+        OptionError: the data does not exist, cannot be read, or lacks the task's columns; the tokenizer lacks a
             chat template, or an end of text, which the rows need; a turn's content is not text.
         MissingExtra: ``datasets`` is not installed.
     """

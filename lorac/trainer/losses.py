@@ -1,4 +1,4 @@
-"""What routed methods add to a trainer's loss, by the names of ``lorac.training``'s functions."""
+"""Loss terms of routed methods, named like the functions of ``lorac.training`` that compute them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ State = dict[str, Any]
 
 
 def name_optimizer_state(compiled: Any, optimizer: Any) -> None:
-    """Have ``optimizer.state_dict()`` name tensors, and ``load_state_dict`` restore each to the tensor of its name.
+    """Make ``optimizer.state_dict()`` and ``load_state_dict`` identify tensors by name instead of position.
 
     The names are the keys of ``compiled.state_dict()``. The state also holds the optimizer's class and each tensor's
     shape. ``load_state_dict`` raises ``ChoiceError`` for a state of another class, or of other tensors or groups.

@@ -84,8 +84,8 @@ class Rule(ABC):
     before_gradients: bool = False
     """Whether the rule reads gradients before the step, which a closure would compute later."""
     decides: ClassVar[frozenset[str]] = frozenset()
-    """What it alone decides for the tensors of its terms: the "direction" or the "rate" of a step, or the "factors"
-    between steps (``check_compatible``)."""
+    """The part of an update that two rules on the same tensors may not both decide: the "direction" or the "rate" of a
+    step, or the "factors" between steps (``check_compatible``)."""
     saved: ClassVar[str] = ""
     """Key in the optimizer's state dict of the states of the rules of this class, in the order in which they were
     attached; empty without state."""

@@ -85,7 +85,7 @@ CALLED = {
     "torch": torch,
     "transformers": importlib.import_module("transformers"),
 }
-"""What messages call, or call a method of, and others define; what takes long to import by its name."""
+"""Names in messages that other libraries define, and modules that take long to import."""
 
 
 OF_MODELS = {

@@ -1,4 +1,4 @@
-"""What the newest and the lowest versions are, and what a suite's failures have in common."""
+"""The versions that `make latest` installs, and its grouping of failures."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_peft_reads_what_is_written_and_answers_the_same(
 
 @torch.no_grad()
 def test_the_authors_files(tmp_path: Path) -> None:
-    """The same mixture in their layout, and lorac's own format."""
+    """The authors' layout and lorac's own format hold the same mixture."""
     lorac.save_adapter(adapter(), tmp_path / "own.safetensors", format="native")
     for path in (authors(tmp_path), tmp_path / "own.safetensors"):
         found = lorac.load_adapter(path, model())

@@ -1,4 +1,4 @@
-"""What every test of training needs."""
+"""Fixtures of all tests of the trainer."""
 
 import datasets
 import pytest

@@ -38,7 +38,7 @@ class LoRAPlus(Rule):
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``.
-        ChoiceError: as ``Rule``; ratio is not above 0, a rate is below 0, or a group has none.
+        ChoiceError: as ``Rule``; ratio is not above 0, a rate is below 0, or a group has no rate.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA, DoRA)

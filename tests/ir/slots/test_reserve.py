@@ -1,4 +1,4 @@
-"""What a reserve's targets name."""
+"""Sites that the targets of a ``Reserve`` match."""
 
 import torch
 from torch import nn
