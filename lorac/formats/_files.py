@@ -19,8 +19,8 @@ from lorac.adapters.fit import check_finite
 from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._pickles import load_pickle
 from lorac.limits import claim_memory, pause_clock
+from lorac.storage.pickled_tensors import load_pickle
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
 from lorac.storage.tensor_file import DTYPES, hash_contents, write_safetensors
 

@@ -60,7 +60,7 @@ def record_function(
 
 def _record(tracer: PythonKeyTracer, function: Callable[..., Any], arguments: Any) -> fx.Graph:
     """Stand for ``fx.Tracer.trace``: run the function over proxies of its arguments."""
-    del vars(tracer)["trace"]  # a tracer that held itself would live until the next search for cycles
+    del vars(tracer)["trace"]  # a reference to itself would keep the tracer until the next garbage collection
     tracer.root, tracer.graph, tracer.tensor_attrs = torch.nn.Module(), fx.Graph(tracer_cls=type(tracer)), {}
     function, proxies = tracer.create_args_for_root(function, False, arguments)
     tracer.create_node("output", "output", (tracer.create_arg(function(*proxies)),), {})

@@ -23,7 +23,7 @@ from lorac.limits import get_chosen_memory
 from lorac.storage.op_guards import GuardedOp
 
 _KEPT_SHAPES = 4096
-"""Shapes of calls whose measure is kept; beyond that all are measured anew."""
+"""Number of input shapes whose peak is remembered; one more, and all are forgotten."""
 _META = torch.device("meta")
 Call = Callable[[fx.Node, Operands, Fields], object]
 LastUses = Mapping[fx.Node, Sequence[fx.Node]]
@@ -146,8 +146,8 @@ def _measure_result(node: fx.Node, args: Operands, kwargs: Fields) -> int:
         return _measure_by_values(
             node, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         )
-    held = {address for address, _ in _list_storages(given)}
-    return sum(size for address, size in _list_storages(made) if address not in held)
+    operands = {address for address, _ in _list_storages(given)}
+    return sum(size for address, size in _list_storages(made) if address not in operands)
 
 
 def _measure_by_values(node: fx.Node, tensors: Sequence[Tensor]) -> int:

@@ -24,13 +24,13 @@ from torch import nn
 import lorac
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.errors import ArtifactError, ChoiceError, FormatError, short
-from lorac.formats._pickles import check_archive
 from lorac.formats.checkpoint import FILE
 from lorac.formats.native import variant_config
 from lorac.session.saving import file_stems
 from lorac.storage.artifact import check_manifest, describe_files, open_checked, read_manifest, write_manifest
 from lorac.storage.atomic_folders import flush_folder, replace_atomically
 from lorac.storage.paths import translate_os_errors
+from lorac.storage.pickled_tensors import check_archive
 from lorac.storage.strict_json import Json, JsonObject, dump_json
 from lorac.trainer.recipe import Recipe
 from lorac.variants.adapter import Adapter

@@ -52,8 +52,8 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
     columns = next((found for found in COLUMNS[task] if {*found} <= {*rows.column_names}), None)
     if columns is None or not len(rows):
         known = ", or ".join(" and ".join(found) for found in COLUMNS[task])
-        held = f"the columns {', '.join(rows.column_names)}" if len(rows) else "no row"
-        raise OptionError(f"'{data}' has {held}", next_step=f"task: {task} takes {known}")
+        found = f"the columns {', '.join(rows.column_names)}" if len(rows) else "no row"
+        raise OptionError(f"'{data}' has {found}", next_step=f"task: {task} takes {known}")
     if task.endswith("classification"):
         return _encode(rows, task, tokenizer)
     if "instruction" in columns:
@@ -98,9 +98,9 @@ def _read(data: str) -> Dataset:
     kinds = {READERS[file.suffix.lower()] for file in files}
     is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if len(kinds) != 1 and not is_saved:
-        held = "holds files of several kinds" if kinds else "holds no rows" if path.exists() else "does not exist"
+        reason = "holds files of several kinds" if kinds else "holds no rows" if path.exists() else "does not exist"
         raise OptionError(
-            f"'{data}' {held}",
+            f"'{data}' {reason}",
             nearest=nearest_name(data, BUNDLED, alike=0.6),
             next_step=f"give {', '.join(READERS)}, a folder of one kind, or {', '.join(BUNDLED)}",
         )

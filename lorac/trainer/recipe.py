@@ -33,9 +33,9 @@ _LEAST: Mapping[str, float] = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **{"max_steps": 1, "max_length": 1, "learning_rate": 0},
 }
-"""The smallest values of arguments that nobody else checks before the first step."""
+"""Lower limits of arguments that TRL and transformers do not check before the first step."""
 _ELSEWHERE = {"output_dir", "resume_from_checkpoint", "model_init_kwargs"}
-"""Arguments that a recipe, or the command line, says in another way."""
+"""Arguments that ``out``, ``model`` and ``--resume`` stand for."""
 _EXAMPLE = "docs/training.md shows a recipe for each task"
 _MAX_BYTES, _MAX_DEPTH = 1 << 15, 20
 
@@ -61,7 +61,7 @@ class Recipe:
         start_batches: how many batches a start sees.
         early_stopping_patience: evaluations without a better one after which the run stops.
         arguments: of ``trl.SFTConfig``, ``DPOConfig`` or ``KTOConfig``, or of ``transformers.TrainingArguments``,
-            by their own names. In YAML they stand beside the other fields.
+            by their own names. In YAML they are top-level fields.
 
     Raises:
         WrongType, ChoiceError, OptionError: a field is unknown, of another kind, or out of its range.

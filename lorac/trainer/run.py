@@ -34,8 +34,8 @@ def train(
         model: the base, left unchanged.
         processing_class: the model's tokenizer; of images the processor. Left unchanged.
         recipe: what to train, and how.
-        out: a folder without a run in it, but for ``resume``.
-        resume: go on at the newest checkpoint in ``out``; the result is, to the bit, that of not having stopped.
+        out: the folder of the run; without ``resume`` it must not hold one yet.
+        resume: continue from the newest checkpoint in ``out``, bit for bit as if the run had not stopped.
 
     Returns:
         The model compiled for eager with the trained adapters, in eval mode.
@@ -62,7 +62,7 @@ def train(
 
 
 def _find_checkpoint(folder: Path, resume: bool) -> checkpoints.Checkpoint | None:
-    """Where to go on; None where a run begins."""
+    """Return the checkpoint to continue from; None for a new run."""
     found = checkpoints.find_checkpoint(folder)
     if resume and found is None:
         raise ChoiceError(
@@ -75,7 +75,7 @@ def _find_checkpoint(folder: Path, resume: bool) -> checkpoints.Checkpoint | Non
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Take back what trainers write into a model's configurations, such as the tokenizer's tokens."""
+    """Restore a model's configurations, into which trainers write, for example the tokenizer's tokens."""
     config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
     parts = [config, getattr(config, "get_text_config", lambda: None)(), generation]
     kept = [(part, dict(vars(part))) for part in parts if part is not None]
@@ -145,7 +145,7 @@ class _Run:
         """Yield the first batches of the run, for initialisers."""
         if self.is_preference:
             raise OptionError(
-                f"a start from data needs the model's own loss, which {self.recipe.task} has not",
+                f"a start from data needs the model's own loss, which {self.recipe.task} does not use",
                 next_step="begin from a start without data, such as PiSSA, or train by sft first",
             )
         trainer = self._construct(self.trainer_class, lorac.compile(self.model, {}))

@@ -75,11 +75,11 @@ def _check_same(own: State, state: State) -> None:
 def _list_names(compiled: Any, optimizer: Any) -> list[list[str]]:
     """Return the names of an optimizer's tensors, group by group."""
     known = {id(tensor): name for name, tensor in unwrap_ddp(compiled).named_parameters()}
-    held = [group["params"] for group in optimizer.param_groups]
-    foreign = next((tensor for group in held for tensor in group if id(tensor) not in known), None)
+    groups = [group["params"] for group in optimizer.param_groups]
+    foreign = next((tensor for group in groups for tensor in group if id(tensor) not in known), None)
     if foreign is not None:
         raise ChoiceError(
             f"the optimizer holds a tensor of shape {tuple(foreign.shape)} that no adapter has",
             next_step="give it tensors of compiled.parameters() alone, and other tensors an optimizer of their own",
         )
-    return [[known[id(tensor)] for tensor in group] for group in held]
+    return [[known[id(tensor)] for tensor in group] for group in groups]
