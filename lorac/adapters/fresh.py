@@ -164,6 +164,7 @@ def _initialise(spec: ParamSpec, context: InitContext, dtype: torch.dtype) -> Te
 
 
 def _fold_seed(*names: str) -> int:
+    # "0" stood for a seed once; without it fresh adapters would begin elsewhere.
     digest = hashlib.blake2b("\0".join(("0", *names)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

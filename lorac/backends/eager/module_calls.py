@@ -25,7 +25,7 @@ class OpaqueCall(Generic[T]):
         self._function = self._plain = function
 
     def __call__(self, *args: object, **kwargs: object) -> T:
-        """Call the function; whoever compiles has imported torch's compiler, which is not imported for this."""
+        """Call the function; torch's compiler is not imported here, since a caller that compiles has imported it."""
         if self._function is self._plain and "torch._dynamo" in sys.modules:
             self._function = torch.compiler.disable(self._plain)
         return self._function(*args, **kwargs)

@@ -34,16 +34,16 @@ class StoredTensor:
 
     def __post_init__(self) -> None:
         parameters, buffers = self.module._parameters, self.module._buffers
-        self._held: Mapping[str, Tensor | None] = parameters if self.leaf in parameters else buffers
+        self._tensors: Mapping[str, Tensor | None] = parameters if self.leaf in parameters else buffers
 
     @property
     def is_given(self) -> bool:
         """Whether the module has another tensor than at first."""
-        return self._held.get(self.leaf) is not self.first and self.read_now() is not self.first
+        return self._tensors.get(self.leaf) is not self.first and self.read_now() is not self.first
 
     def read_now(self) -> object:
         """Return the tensor that the module has now."""
-        found = self._held.get(self.leaf)
+        found = self._tensors.get(self.leaf)
         return getattr(self.module, self.leaf, None) if found is None else found
 
     def read(self) -> Tensor:
