@@ -51,7 +51,7 @@ def test_a_start_without_data_begins_preferences_and_one_with_data_does_not(tmp_
     for start, refused in (("PiSSA", False), ("LoRAGA", True)):
         begun = {"mine": {**LORA, "start": start}}
         said = recipe(pairs, task="dpo", adapters=begun, arguments={"max_steps": 1, "save_strategy": "no"})
-        with refuses("option_error", match="which dpo has not") if refused else contextlib.nullcontext():
+        with refuses("option_error", match="which dpo does not use") if refused else contextlib.nullcontext():
             train(LLAMA.fresh(), tokenizer(), said, tmp_path / start)
 
 
