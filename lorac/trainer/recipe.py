@@ -6,18 +6,15 @@ import dataclasses
 import functools
 import importlib
 import os
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 from lorac.argument_types import Count, OneOf, check_fields, format_type, matches_type
 from lorac.errors import ChoiceError, MissingExtra, OptionError, WrongType, nearest_name, short
-from lorac.limits import charge_reading, check_time
-from lorac.storage.paths import parse_path, translate_os_errors
-from lorac.storage.strict_json import dump_json
+from lorac.storage.paths import parse_path
+from lorac.storage.strict_yaml import read_yaml
 
 NamedSpec = str | Mapping[str, Any]
 """A name, or ``{"name": ..., <keyword>: ...}``."""
@@ -37,7 +34,6 @@ _LEAST: Mapping[str, float] = {
 _ELSEWHERE = {"output_dir", "resume_from_checkpoint", "model_init_kwargs"}
 """Arguments that ``out``, ``model`` and ``--resume`` stand for."""
 _EXAMPLE = "docs/training.md shows a recipe for each task"
-_MAX_BYTES, _MAX_DEPTH = 1 << 15, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +136,7 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
         WrongType, ChoiceError, OptionError: as ``Recipe``.
     """
     file = parse_path(path, "the recipe", OptionError)
-    given = _read_yaml(file)
+    given = read_yaml(file, next_step=_EXAMPLE)
     places: dict[str, str] = {key: given.pop(key) for key in ("model", "out") if key in given}
     for key, value in places.items():
         if not isinstance(value, str):
@@ -149,66 +145,3 @@ def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
         raise OptionError(f"'{file}' names no adapters", next_step="add adapters: {mine: {method: lora}}")
     arguments = {key: given.pop(key) for key in [*given] if key not in _OWN}
     return Recipe(**given, arguments=arguments), places
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise MissingExtra("pyyaml", "hf") from error
-    with translate_os_errors(file, OptionError, "read"), file.open("rb") as opened:
-        text = opened.read(_MAX_BYTES + 1)
-    if len(text) > _MAX_BYTES:
-        raise OptionError(f"'{file}' is larger than {_MAX_BYTES >> 10} KiB", next_step=_EXAMPLE)
-    try:
-        with charge_reading(file):
-            given = yaml.load(text, _recipe_loader())
-            dump_json(given)  # numbers are finite and of 64 bits, and texts can be written
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise OptionError(f"'{file}' is not a recipe: {_explain(error)}", next_step=_EXAMPLE) from error
-    if not isinstance(given, dict):
-        raise OptionError(f"'{file}' holds no fields with values", next_step=_EXAMPLE)
-    return given
-
-
-def _explain(error: Exception) -> str:
-    """Return the problem in one line, with the number of the file's line where YAML says one."""
-    problem, mark = getattr(error, "problem", None) or error, getattr(error, "problem_mark", None)
-    return " ".join(f"{problem}{'' if mark is None else f' (line {mark.line + 1})'}".split())
-
-
-@functools.cache
-def _recipe_loader() -> Any:
-    """Return PyYAML's safe loader without aliases, deep nesting and repeated keys, with YAML 1.2's numbers."""
-    import yaml
-
-    class RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-        _depth = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            check_time()
-            if self._depth == _MAX_DEPTH:
-                raise ValueError(f"it is nested deeper than {_MAX_DEPTH} values")
-            if self.check_event(yaml.AliasEvent):
-                mark = self.peek_event().start_mark
-                raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=mark)
-            self._depth += 1
-            node = super().compose_node(parent, index)
-            self._depth -= 1
-            return node
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key, _ in node.value:
-                is_text = key.tag == "tag:yaml.org,2002:str"
-                if not is_text or key.value in seen:
-                    problem = "is given twice" if is_text else "does not read as text: put it in quotes"
-                    raise yaml.MarkedYAMLError(
-                        problem=f"the name {key.value!r:.40} {problem}", problem_mark=key.start_mark
-                    )
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    exponent = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-    RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
-    return RecipeLoader

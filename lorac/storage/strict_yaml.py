@@ -1,0 +1,89 @@
+"""YAML of recipes, which may come from anyone: without aliases, repeated names, deep nesting, and classes of Python."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+from lorac.errors import MissingExtra, OptionError
+from lorac.limits import charge_reading, check_time
+from lorac.storage.paths import translate_os_errors
+from lorac.storage.strict_json import JsonObject, dump_json
+
+_MAX_BYTES, _MAX_DEPTH = 1 << 15, 20
+
+
+def read_yaml(file: Path, *, next_step: str) -> JsonObject:
+    """Read a mapping of names to values of JSON from a recipe.
+
+    Args:
+        file: the recipe, of at most 32 KiB.
+        next_step: what to do about a file that is not one.
+
+    Raises:
+        MissingExtra: PyYAML, which comes with transformers, is not installed.
+        OptionError: the file cannot be read, is not a mapping, has a name twice or an alias, or is too large or deep.
+        FormatError: reading it takes too long.
+    """
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise MissingExtra("pyyaml", "hf") from error
+    with translate_os_errors(file, OptionError, "read"), file.open("rb") as opened:
+        text = opened.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+        raise OptionError(f"'{file}' is larger than {_MAX_BYTES >> 10} KiB", next_step=next_step)
+    try:
+        with charge_reading(file):
+            given = yaml.load(text, _strict_loader())
+            dump_json(given)  # numbers are finite and of 64 bits, and texts can be written
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise OptionError(f"'{file}' is not a recipe: {_explain(error)}", next_step=next_step) from error
+    if not isinstance(given, dict):
+        raise OptionError(f"'{file}' holds no fields with values", next_step=next_step)
+    return given
+
+
+def _explain(error: Exception) -> str:
+    """Return the problem in one line, with the number of the file's line where YAML says one."""
+    problem, mark = getattr(error, "problem", None) or error, getattr(error, "problem_mark", None)
+    return " ".join(f"{problem}{'' if mark is None else f' (line {mark.line + 1})'}".split())
+
+
+@functools.cache
+def _strict_loader() -> Any:
+    """Return PyYAML's safe loader without aliases, deep nesting and repeated keys, with YAML 1.2's numbers."""
+    import yaml
+
+    class RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+        _depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            check_time()
+            if self._depth == _MAX_DEPTH:
+                raise ValueError(f"it is nested deeper than {_MAX_DEPTH} values")
+            if self.check_event(yaml.AliasEvent):
+                mark = self.peek_event().start_mark
+                raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=mark)
+            self._depth += 1
+            node = super().compose_node(parent, index)
+            self._depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                is_text = key.tag == "tag:yaml.org,2002:str"
+                if not is_text or key.value in seen:
+                    problem = "is given twice" if is_text else "does not read as text: put it in quotes"
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the name {key.value!r:.40} {problem}", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    exponent = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    return RecipeLoader
