@@ -31,7 +31,7 @@ from lorac.ir.slots.choice import Active as Active
 from lorac.ir.slots.planning import Reserve as Reserve
 from lorac.limits import budget as budget
 from lorac.runtime.generation.prompt_cache import PromptCache as PromptCache
-from lorac.runtime.switchable_model import SwapReport as SwapReport
+from lorac.runtime.swap_report import SwapReport as SwapReport
 from lorac.session.api import compile as compile
 from lorac.session.compiled import Compiled as Compiled
 from lorac.session.loading import load as load

@@ -30,6 +30,7 @@ INTERFACE = (
     "export",
     "generate",
     "graph",
+    "hold",
     "mode",
     "remove_adapter",
     "save",

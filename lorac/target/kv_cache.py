@@ -10,7 +10,7 @@ A decoder may also attend to the outputs of an encoder. These are computed once,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,6 +38,9 @@ class CacheSpec:
 class KeyValueCache(ABC):
     """Keys and values of the rows of a batch (``Engine.new_cache``). Only one thread may use it at a time.
 
+    Rows come and go while others are computed. A row that stays in its place is never copied: its keys and values lie
+    in one of the places that the cache has room for, and rows that join take free ones.
+
     Attributes:
         capacity: the most tokens of a row.
         lengths: number of tokens in each row.
@@ -53,16 +56,41 @@ class KeyValueCache(ABC):
         """Replace the rows by some of them, in this order; a row may be repeated or left out."""
 
     @abstractmethod
+    def join(self, other: KeyValueCache) -> None:
+        """Add copies of another cache's rows behind the rows; the capacity becomes the larger of both.
+
+        Raises:
+            InputMismatch: the other cache is of another program, or holds encoder outputs of another length.
+        """
+
+    def remove(self, rows: Collection[int]) -> list[int]:
+        """Drop some rows. The last rows take their places, and all others keep theirs.
+
+        Returns:
+            For each row that is left, the row that it was.
+        """
+        left = [row for row in range(len(self.lengths)) if row not in rows]
+        stay = [row for row in left if row < len(left)]
+        behind = iter(left[len(stay) :])
+        order = [row if row in stay else next(behind) for row in range(len(left))]
+        self.select(order)
+        return order
+
+    @abstractmethod
     def crop(self, lengths: Sequence[int]) -> None:
         """Drop each row's tokens from a length on, which is at most the present one."""
 
     @abstractmethod
-    def grow(self, capacity: int) -> None:
-        """Increase the capacity; the content stays."""
+    def grow(self, capacity: int = 0, rows: int = 0) -> None:
+        """Increase the capacity, or the number of rows that there is room for; the content stays."""
 
     @abstractmethod
-    def copy(self) -> KeyValueCache:
-        """Return another cache with the same content."""
+    def copy(self, rows: Sequence[int] | None = None) -> KeyValueCache:
+        """Return another cache with the same content.
+
+        Args:
+            rows: which rows it has, in this order; default: all.
+        """
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

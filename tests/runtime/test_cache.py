@@ -1,5 +1,7 @@
 """Caches of ONNX Runtime: rows that grow, leave, come back and are copied each answer as they would alone."""
 
+import random
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from lorac.testing.eager_checks import assert_close
 from tests.decoders import DECODERS, VOCABULARY
 from tests.parity import assert_parity
 from tests.passes.test_cache_attention import COUNTS, parts
+from tests.refusing import refuses
 
 IDS = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
 CAPACITY = 12
@@ -83,6 +86,13 @@ def test_a_plain_call_answers_every_token(compiled, eager):
 
 
 @torch.no_grad()
+def test_a_plain_call_may_have_one_token(compiled, eager):
+    compiled.swap("one")
+    found, expected = compiled(input_ids=IDS[:, :1]).logits, eager(input_ids=IDS[:, :1], adapters="one").logits
+    assert_parity(found, expected, eager(input_ids=IDS[:, :1], adapters=None).logits)
+
+
+@torch.no_grad()
 def test_rows_that_leave_and_come_are_none_of_the_others_business(compiled):
     compiled.swap("one")
     alone, expected = fed(compiled, [[6], [1]], IDS[1:])
@@ -94,6 +104,57 @@ def test_rows_that_leave_and_come_are_none_of_the_others_business(compiled):
     logits = extended(compiled, cache, IDS[1, 6].expand(3, 1), [1, 0, 1])
     assert_close(logits[[0, 2], 0], expected.expand(2, -1))
     assert cache.lengths == (7, 6, 7)
+
+
+@torch.no_grad()
+def test_a_row_leaves_and_another_joins_without_the_others_being_moved(compiled):
+    compiled.swap("one")
+    cache, _ = fed(compiled, [[3, 6]])
+    cache.grow(rows=3)
+    before = {name: buffer.data_ptr() for name, buffer in cache.buffers.items()}
+    stays = [buffer[1].clone() for buffer in cache.buffers.values()]
+    other, _ = fed(compiled, [[4]], IDS[:1])
+    cache.join(other)
+    assert (cache.lengths, cache.capacity, other.lengths) == ((3, 6, 4), CAPACITY, (4,))
+    assert cache.remove([0]) == [2, 1]
+    assert cache.lengths == (4, 6)
+    assert {name: buffer.data_ptr() for name, buffer in cache.buffers.items()} == before
+    assert all(torch.equal(buffer[1], row) for buffer, row in zip(cache.buffers.values(), stays, strict=True))
+    logits = extended(compiled, cache, torch.stack([IDS[0, 4:5], IDS[1, 6:7]]), [1, 1])
+    assert_close(logits[:1, 0], fed(compiled, [[5]], IDS[:1])[1])
+    assert_close(logits[1:, 0], fed(compiled, [[7]], IDS[1:])[1])
+
+
+@torch.no_grad()
+def test_rows_that_come_and_go_at_random_answer_as_they_would_alone(compiled):
+    compiled.swap("one")
+    generator = random.Random(0)
+    expected = compiled(input_ids=IDS).logits
+    cache, texts = compiled.engine.new_cache("main", 0, 4), []
+    for _ in range(60):
+        event = generator.random()
+        if event < 0.3 and len(texts) < 6:
+            text, length = generator.randrange(2), generator.randrange(1, 6)
+            cache.join(fed(compiled, [[length]], IDS[text : text + 1])[0])
+            texts.append(text)
+        elif event < 0.5 and texts:
+            order = cache.remove({generator.randrange(len(texts)) for _ in range(2)})
+            texts = [texts[row] for row in order]
+        done = [row for row, length in enumerate(cache.lengths) if length == IDS.shape[1]]
+        texts = [texts[row] for row in cache.remove(done)]
+        if texts:
+            places = torch.tensor(cache.lengths)
+            ids = IDS[texts, places][:, None]
+            assert_close(extended(compiled, cache, ids, [1] * len(texts))[:, 0], expected[texts, places])
+
+
+@torch.no_grad()
+def test_a_cache_of_another_program_does_not_join(compiled):
+    cache, _ = fed(compiled, [[3, 6]])
+    other = lorac.compile(DECODERS["gpt2"](), target="onnxruntime", cache=True, self_test=False)
+    with refuses("input_mismatch", match="of another program"):
+        cache.join(other.engine.new_cache("main", 1, 4))
+    assert cache.lengths == (3, 6)
 
 
 @torch.no_grad()

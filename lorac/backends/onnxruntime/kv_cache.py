@@ -1,7 +1,7 @@
 """Caches in ONNX Runtime: per layer one buffer that a session reads and writes, and calls that add tokens to its rows.
 
 Past and present are one memory, so that the cost of a call depends on its new tokens alone. A cache has one IOBinding,
-in which the buffers and the slots stay bound from call to call.
+in which the slots stay bound from call to call, and the buffers for as long as the rows are the same.
 """
 
 from __future__ import annotations
@@ -95,29 +95,33 @@ class CacheLayout:
 class OrtCache(KeyValueCache):
     """Keys and values as a session reads and writes them.
 
+    The rows are the first places of memory that may have more, so that a row joins or leaves without the others.
+
     Args:
         rows: the number of rows at first.
         capacity: the most tokens that a row may have.
 
     Attributes:
-        buffers: input of a layer's keys or values -> its buffer.
+        buffers: input of a layer's keys or values -> those of the rows.
         encoder_outputs: input -> the encoder's output for each row.
     """
 
     def __init__(self, layout: CacheLayout, rows: int, capacity: int) -> None:
         self.layout, self.capacity, self.lengths = layout, capacity, (0,) * rows
-        self.buffers = {
+        self._memory = {
             name: torch.zeros(rows, heads, capacity, size, dtype=dtype)
             for name, (heads, size, dtype) in layout.shapes.items()
         }
+        self.buffers: Mapping[str, Tensor] = self._memory
         self.encoder_outputs: dict[str, Tensor] = {}
         self._encoded_rows = tuple(range(rows))
         self._binding: tuple[weakref.ref[object], weakref.ref[object], ort.IOBinding] | None = None
+        self._is_bound = False
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # computed on request
-        """The bytes of all buffers."""
-        return sum(buffer.nbytes for buffer in (*self.buffers.values(), *self.encoder_outputs.values()))
+        """The bytes of all buffers, those of free places included."""
+        return sum(memory.nbytes for memory in (*self._memory.values(), *self.encoder_outputs.values()))
 
     def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
         """Store the encoder's outputs for each row, in the place of earlier ones.
@@ -131,46 +135,106 @@ class OrtCache(KeyValueCache):
                 f"the encoder's inputs have {rows} rows, and the text has {len(self.lengths)}",
                 next_step="give one of each per row",
             )
-        self.encoder_outputs, self._encoded_rows, self._binding = dict(outputs), tuple(range(rows)), None
+        self.encoder_outputs, self._encoded_rows, self._is_bound = dict(outputs), tuple(range(rows)), False
 
     def select(self, rows: Sequence[int]) -> None:
-        if list(rows) == list(range(len(self.lengths))):
+        rows = list(rows)
+        if rows == list(range(len(self.lengths))):
             return
-        index = torch.tensor(list(rows), dtype=torch.int64)
-        self._replace_buffers({name: buffer.index_select(0, index) for name, buffer in self.buffers.items()})
-        self.lengths = tuple(self.lengths[row] for row in rows)
+        moved = {place: row for place, row in enumerate(rows) if place != row}
+        longest = max((self.lengths[row] for row in moved.values()), default=0)
+        self._allocate(len(rows), self._room)
+        for memory in self._memory.values() if longest else ():
+            # Indexing copies, so that no row is overwritten before it has been moved.
+            memory[list(moved), :, :longest] = memory[list(moved.values()), :, :longest]
         encoded = tuple(self._encoded_rows[row] for row in rows)
         if encoded != self._encoded_rows:  # the beams of a row share its encoder outputs
-            outputs = self.encoder_outputs.items()
-            self.encoder_outputs = {name: value.index_select(0, index) for name, value in outputs}
-            self._encoded_rows = encoded
+            index = torch.tensor(rows, dtype=torch.int64)
+            self.encoder_outputs = {n: value.index_select(0, index) for n, value in self.encoder_outputs.items()}
+        self._set_rows(tuple(self.lengths[row] for row in rows), encoded)
+
+    def join(self, other: KeyValueCache) -> None:
+        first = len(self.lengths)
+        encoded = self._join_encoded(other)
+        assert isinstance(other, OrtCache)
+        rows, longest = first + len(other.lengths), max(other.lengths, default=0)
+        self.capacity = max(self.capacity, other.capacity)
+        places = next(iter(self._memory.values())).shape[0]
+        # Twice as many places at a time, so that rows which join one by one are not copied at each.
+        self._allocate(rows if rows <= places else max(rows, 2 * places), self.capacity)
+        for name, memory in self._memory.items() if longest else ():
+            memory[first:rows, :, :longest] = other.buffers[name][:, :, :longest]
+        self.encoder_outputs = encoded
+        behind = max(self._encoded_rows, default=-1) + 1
+        self._set_rows(
+            (*self.lengths, *other.lengths), (*self._encoded_rows, *(behind + row for row in other._encoded_rows))
+        )
+
+    def _join_encoded(self, other: KeyValueCache) -> dict[str, Tensor]:
+        """Return the encoder outputs of both caches' rows."""
+        if not isinstance(other, OrtCache) or other.layout.shapes != self.layout.shapes:
+            raise InputMismatch("the other cache is of another program", next_step="join caches of one graph")
+        if not self.lengths or not other.lengths:
+            return {**(self.encoder_outputs if self.lengths else other.encoder_outputs)}
+        sizes = [{name: value.shape[1:] for name, value in one.encoder_outputs.items()} for one in (self, other)]
+        if sizes[0] != sizes[1]:
+            raise InputMismatch(
+                "the rows of the other cache hold encoder outputs of another length",
+                next_step="pad the encoder's inputs of all rows to one length",
+            )
+        return {n: torch.cat([value, other.encoder_outputs[n]]) for n, value in self.encoder_outputs.items()}
 
     def crop(self, lengths: Sequence[int]) -> None:
         assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = tuple(lengths)
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, capacity: int = 0, rows: int = 0) -> None:
         self.capacity = max(capacity, self.capacity)
-        self.reserve(self.capacity)
+        self._allocate(max(rows, len(self.lengths)), self.capacity)
 
-    def copy(self) -> OrtCache:
-        copied = OrtCache(self.layout, 0, self.capacity)
-        copied.buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        copied.lengths, copied._encoded_rows = self.lengths, self._encoded_rows
-        copied.encoder_outputs = self.encoder_outputs  # they are never written to
+    def copy(self, rows: Sequence[int] | None = None) -> OrtCache:
+        rows = list(range(len(self.lengths)) if rows is None else rows)
+        copied = OrtCache(self.layout, len(rows), self.capacity)
+        copied.lengths = tuple(self.lengths[row] for row in rows)
+        longest = max(copied.lengths, default=0)
+        for name, memory in copied._memory.items() if longest else ():
+            memory[:, :, :longest] = self.buffers[name][rows, :, :longest]
+        copied._encoded_rows = tuple(self._encoded_rows[row] for row in rows)
+        same = copied._encoded_rows == self._encoded_rows  # they are never written to
+        copied.encoder_outputs = {n: value if same else value[rows] for n, value in self.encoder_outputs.items()}
         return copied
 
     def reserve(self, length: int) -> None:
         """Make the buffers long enough for rows of a length, padding included."""
-        missing = length - next(iter(self.buffers.values())).shape[2]
-        if missing > 0:
-            pad = (0, 0, 0, missing)
-            self._replace_buffers({name: torch.nn.functional.pad(old, pad) for name, old in self.buffers.items()})
+        self._allocate(len(self.lengths), length)
+
+    @property
+    def _room(self) -> int:
+        """Number of tokens that each place has memory for."""
+        return next(iter(self._memory.values())).shape[2]
+
+    def _allocate(self, places: int, room: int) -> None:
+        """Make the memory large enough; what it holds is copied only where it must become larger."""
+        places, room = max(places, next(iter(self._memory.values())).shape[0]), max(room, self._room)
+        rows, longest, larger = len(self.lengths), max(self.lengths, default=0), dict[str, Tensor]()
+        for name, old in self._memory.items():
+            if old.shape[0] >= places and old.shape[2] >= room:
+                return
+            larger[name] = torch.zeros(places, old.shape[1], room, old.shape[3], dtype=old.dtype)
+            larger[name][:rows, :, :longest] = old[:rows, :, :longest]
+        self._memory = larger
+        self._set_rows(self.lengths, self._encoded_rows)
+
+    def _set_rows(self, lengths: tuple[int, ...], encoded: tuple[int, ...]) -> None:
+        """Make the first places the rows."""
+        rows = len(lengths)
+        self.buffers = {name: memory[:rows] for name, memory in self._memory.items()}
+        self.lengths, self._encoded_rows, self._is_bound = lengths, encoded, False
 
     def binding(
         self, session: ort.InferenceSession, values: object, new_binding: Callable[[], ort.IOBinding]
     ) -> ort.IOBinding:
-        """Return an IOBinding with the slots and the buffers bound, the same one as long as none of them changes.
+        """Return an IOBinding with the slots and the buffers bound, the same one as long as the slots do not change.
 
         Args:
             session: runs the call.
@@ -178,18 +242,17 @@ class OrtCache(KeyValueCache):
             new_binding: () -> an IOBinding with the slots bound.
         """
         if self._binding is None or self._binding[0]() is not session or self._binding[1]() is not values:
-            binding = new_binding()
+            self._binding, self._is_bound = (weakref.ref(session), weakref.ref(values), new_binding()), False
+        binding = self._binding[2]
+        if not self._is_bound:
             for past, buffer in self.buffers.items():
                 value = as_ort_value(buffer)
                 binding.bind_ortvalue_input(past, value)
                 binding.bind_ortvalue_output(present_name(past), value)
             for name, tensor in self.encoder_outputs.items():
                 binding.bind_ortvalue_input(name, as_ort_value(tensor))
-            self._binding = weakref.ref(session), weakref.ref(values), binding
-        return self._binding[2]
-
-    def _replace_buffers(self, buffers: dict[str, Tensor]) -> None:
-        self.buffers, self._binding = buffers, None
+            self._is_bound = True
+        return binding
 
 
 def run_decode_step(

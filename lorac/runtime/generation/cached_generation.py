@@ -127,8 +127,9 @@ class CachedGeneration:
 
     def _keep(self, prompt_cache: PromptCache, key: CacheKey, cache: KeyValueCache, output: Output) -> None:
         """Keep the sequences of a run; copy the cache where the caller has it too."""
+        rows = range(0, len(cache.lengths), self.request.beams)
         shared = self.options.get("cache") is not None or not isinstance(output, torch.Tensor)
-        own = cache.copy() if shared else cache
+        own = cache.copy(rows) if shared or self.request.beams > 1 else cache
         assert self.prompts is not None
         prompt_cache.add(self.engine, key, _cached_tokens(self.prompts, output, own, beams=self.request.beams), own)
 
@@ -175,7 +176,6 @@ def _cached_tokens(prompts: Prompts, output: Output, cache: KeyValueCache, *, be
     """Return the tokens of each row that a cache holds after a run; with beams it is cropped to the prompts."""
     sequences = output if isinstance(output, torch.Tensor) else output["sequences"]
     if beams > 1:
-        cache.select(range(0, len(cache.lengths), beams))
         cache.crop(prompts.counts)
     rows = prompts.tokens(None if beams > 1 else sequences)
     return [row[:length] for row, length in zip(rows, cache.lengths, strict=True)]

@@ -92,8 +92,7 @@ class PromptCache:
             if not any(length for length, _ in matches):
                 return None
             self._entries = [*(entry for entry in self._entries if entry is not best), best]
-            cache = best.cache.copy()
-        cache.select([-index for _, index in matches])
+            cache = best.cache.copy([-index for _, index in matches])
         cache.crop([length for length, _ in matches])
         return cache
 

@@ -39,12 +39,15 @@ class Tokens(KeyValueCache):
         assert all(length <= own for length, own in zip(lengths, self.lengths, strict=True))
         self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
 
-    def grow(self, capacity: int) -> None:
-        assert capacity > self.capacity
-        self.capacity = capacity
+    def join(self, other: KeyValueCache) -> None:
+        assert isinstance(other, Tokens)
+        self.rows, self.capacity = [*self.rows, *other.rows], max(self.capacity, other.capacity)
 
-    def copy(self) -> Tokens:
-        return Tokens(self.rows, self.capacity)
+    def grow(self, capacity: int = 0, rows: int = 0) -> None:
+        self.capacity = max(self.capacity, capacity)
+
+    def copy(self, rows: Sequence[int] | None = None) -> Tokens:
+        return Tokens([self.rows[row] for row in (range(len(self.rows)) if rows is None else rows)], self.capacity)
 
 
 class Recomputing(Engine):

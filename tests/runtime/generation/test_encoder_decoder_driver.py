@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import lorac
-from lorac.target.kv_cache import DecodeStep
+from lorac.target.kv_cache import DecodeStep, KeyValueCache
 from lorac.testing.eager_checks import assert_close
 from tests.encoder_decoders import FAMILIES, VOCABULARY, adapted, batches, made
+from tests.refusing import refuses
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
 OPTIONS: list[dict[str, Any]] = [
@@ -227,22 +228,33 @@ def test_wrong_input_is_refused_and_changes_nothing(name: str, compiled: Any) ->
     assert torch.equal(program.generate(IDS, **GREEDY), before)
 
 
-def test_rows_that_leave_give_the_others_what_they_give_alone(compiled: Any) -> None:
+def test_rows_that_leave_and_join_give_what_they_give_alone(compiled: Any) -> None:
     program, _ = compiled
     batch, bound = batches("bart")[1], program._state.bound
 
-    def fed(rows: list[int], kept: list[int]) -> torch.Tensor:
+    def fed(rows: list[int]) -> KeyValueCache:
         cache = program.engine.new_cache("main", len(rows), 12)
         bound.encode("main", cache, {name: value[rows] for name, value in batch.items()})
         ids, last = torch.tensor([[2, 5, 6]] * len(rows)), torch.full((len(rows), 1), 2)
         bound.decode("main", cache, DecodeStep(ids=ids, counts=[3] * len(rows), wanted=last))
-        cache.select(kept)
-        more = torch.full((len(kept), 1), 7)
-        return bound.decode("main", cache, DecodeStep(ids=more, counts=[1] * len(kept), wanted=more * 0))
+        return cache
 
-    left = fed([0, 1, 2, 3], [3, 1])
-    for place, row in enumerate((3, 1)):
-        assert_close(left[place], fed([row], [0])[0])
+    def step(cache: KeyValueCache) -> torch.Tensor:
+        more = torch.full((len(cache.lengths), 1), 7)
+        return bound.decode("main", cache.copy(), DecodeStep(ids=more, counts=[1] * len(more), wanted=more * 0))
+
+    cache, alone = fed([0, 1, 2, 3]), [step(fed([row]))[0] for row in range(4)]
+    cache.select([3, 1])
+    assert_close(step(cache), torch.stack([alone[3], alone[1]]))
+    cache.join(fed([0, 2]))
+    cache.remove([0])
+    assert_close(step(cache), torch.stack([alone[2], alone[1], alone[0]]))
+    assert_close(step(cache.copy([2, 0, 2])), torch.stack([alone[0], alone[2], alone[0]]))
+    longer = program.engine.new_cache("main", 1, 12)
+    bound.encode("main", longer, {name: value[:1, :3] for name, value in batch.items()})
+    with refuses("input_mismatch", match="encoder outputs of another length"):
+        cache.join(longer)
+    assert len(cache.lengths) == 3
 
 
 @pytest.mark.slow
