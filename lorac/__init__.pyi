@@ -49,6 +49,7 @@ from lorac.variants.chain import Chain as Chain
 from lorac.variants.cp_lora import CPLoRA as CPLoRA
 from lorac.variants.dora import DoRA as DoRA
 from lorac.variants.dylora import DyLoRA as DyLoRA
+from lorac.variants.edit import Edit as Edit
 from lorac.variants.flexmore import FlexMoRE as FlexMoRE
 from lorac.variants.flylora import FlyLoRA as FlyLoRA
 from lorac.variants.fourierft import FourierFT as FourierFT

@@ -35,6 +35,7 @@ def factors(adapter: Adapter, model: Model | None = None, *, dtype: torch.dtype 
       ``parts``: those of the other operands that are not 1, by letter: ``"c"`` (out,), ``"d"`` (in,), ``"t"``, the
       blocks (n, k, k) of T, ``"g"`` (R,), ``"h"`` (out,). ``folded()`` multiplies g and h into b, ``rank`` is R.
     - ``Sparse``: ``values`` (k,) added to W at ``rows`` (k,) and ``cols`` (k,), and ``e``.
+    - ``Delta``: ``delta`` D (out, in) is added to W, and ``e``.
     - ``Dense``: ``weight`` is W' (out, in), and ``e``.
 
     W is the matrix (out, in) that sites present: kernels flattened, embeddings and GPT-2's layers transposed. A
@@ -45,7 +46,7 @@ def factors(adapter: Adapter, model: Model | None = None, *, dtype: torch.dtype 
         adapter: of a method that edits weights, or whose branch is equal to an edit; only read, but a change may share
             its memory.
         model: the base, or several by name; only read. Needed where a change depends on the base's weight or bias
-            (DoRA, HiRA, every dense change and replacement), and where the adapter's tensors do not determine the
+            (DoRA, HiRA, every ``Dense`` change and replacement), and where the adapter's tensors do not determine the
             site's shape.
         dtype: computation dtype; default: the factors' own, which is float32 over a base in half precision.
 

@@ -127,9 +127,9 @@ def _markdown_lines(rows: Sequence[MethodRow]) -> Iterator[str]:
     yield ""
     yield from (f"- {role.name}: {role.meaning}" for role in ROLES.values() if role.optional)
     yield ""
-    yield "Sparse and dense forms run as a merged weight, and a branch is a subgraph. Methods of the form `replace`"
-    yield "replace whole parameters. The files are lorac's own format (`native`), which stores every method, PEFT's"
-    yield "types, and, in small letters, the formats of the methods' authors."
+    yield "Sparse, delta and dense forms run as a merged weight, and a branch is a subgraph. Methods of the form"
+    yield "`replace` replace whole parameters. The files are lorac's own format (`native`), which stores every method,"
+    yield "PEFT's types, and, in small letters, the formats of the methods' authors."
     yield ""
     yield f"| {' | '.join(HEADERS)} |"
     yield "|" + " --- |" * len(HEADERS)

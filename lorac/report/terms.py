@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum
+from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, Sparse, SparseSum
 from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.sites import Site
 from lorac.ir.slots.choice import choice_strengths
@@ -229,6 +229,8 @@ def _describe_change(change: Change, site: Site) -> tuple[str, tuple[TermTensor,
         return f"low-rank r={change.rank}", _describe_tensors([*found, *shift])
     if isinstance(change, Dense):
         return "dense", _describe_tensors([(f"{ROLES[operands.WEIGHT].letter}'", change.weight), *shift])
+    if isinstance(change, Delta):
+        return "dense", _describe_tensors([("D", change.delta), *shift])
     terms = _sparse_terms(change)
     count = sum(term.values.numel() for term in terms)
     share = count / max(1, site.out_features * site.in_features)

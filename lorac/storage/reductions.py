@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from torch import Tensor, fx, nn
 
 from lorac.errors import ArtifactError, Unavailable
-from lorac.ir.algebra.reduction import BRANCH, DENSE, LOW_RANK, SPARSE, Reduction
+from lorac.ir.algebra.reduction import BRANCH, DELTA, DENSE, LOW_RANK, SPARSE, Reduction
 from lorac.storage.program import call_to_json, graph_from_json, operand_to_json
 from lorac.storage.program import check_sizes as check_graph_sizes
 from lorac.storage.strict_json import JsonObject
 
-_FORMS = frozenset({LOW_RANK, SPARSE, DENSE, BRANCH})
+_FORMS = frozenset({LOW_RANK, SPARSE, DELTA, DENSE, BRANCH})
 _NAMES = ("params", "outputs", "shared", "reasons")
 _ROOM, _SLACK = 16, 1 << 16
 """Limits of sizes in a reduction: so many times the values that it reads, and so many more."""

@@ -7,12 +7,13 @@ Each is a change of the base's output y = x·Wᵀ + b, so that forms add up:
     ========  ==========================================  ==================================
     LowRank   ``y' = c∘(d∘x)·T·Wᵀ + h∘((g∘x·A)·B)+b+e``   ``W' = c∘W·Tᵀ∘d + h∘(A∘g·B)ᵀ``, ``b' = b + e``
     Sparse    bound W'                                    ``W'[rows, cols] = W + values``, ``b' = b + e``
+    Delta     bound W'                                    ``W' = W + D``, ``b' = b + e``
     Dense     bound W'                                    ``W'``, ``b' = b + e``
     ========  ==========================================  ==================================
 
-c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W (out, in), and T (in, in) is block-diagonal, stored as its
-blocks (n, k, k). For stacked matrices, W (E, out, in), every tensor begins with E. A change is immutable; composing
-makes a new one, always from the original W, never by subtraction.
+c, e, h are (out,), d (in,), g (R,), A (in, R), B (R, out), W and D (out, in), and T (in, in) is block-diagonal, stored
+as its blocks (n, k, k). For stacked matrices, W (E, out, in), every tensor begins with E. A change is immutable;
+composing makes a new one, always from the original W, never by subtraction.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lorac.errors import CompileError
-from lorac.ir.algebra.operands import BIAS, FOLDABLE, MERGEABLE, WEIGHT, A, B, C, D, G, H, T
+from lorac.ir.algebra.operands import BIAS, DELTA, FOLDABLE, MERGEABLE, WEIGHT, A, B, C, D, G, H, T
 
 Tensor = torch.Tensor
 
@@ -76,6 +77,14 @@ class Sparse:
 
 
 @dataclass(frozen=True, eq=False)
+class Delta:
+    """A matrix D (out, in) added to W; ``e`` (out,) is added to the bias."""
+
+    delta: Tensor
+    e: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Dense:
     """W' (out, in) itself; ``e`` (out,) is added to the bias."""
 
@@ -91,7 +100,7 @@ class SparseSum:
     e: Tensor | None = None
 
 
-Change = LowRank | Sparse | SparseSum | Dense
+Change = LowRank | Sparse | SparseSum | Delta | Dense
 
 
 def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Change:
@@ -106,17 +115,21 @@ def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) 
     delta = None if new_bias is None else new_bias if bias is None else new_bias - bias
     if form == "dense":
         return Dense(outputs[WEIGHT], delta)
+    if form == "delta":
+        return Delta(outputs[DELTA], delta)
     if form == "sparse":
         return Sparse(outputs["rows"], outputs["cols"], outputs["values"], delta)
     scales = {name: tensor for name, tensor in outputs.items() if name not in {A, B, BIAS}}
     return LowRank(outputs[A], outputs[B], scales, delta)
 
 
-def to_outputs(change: LowRank | Sparse | Dense) -> tuple[str, dict[str, Tensor]]:
+def to_outputs(change: LowRank | Sparse | Delta | Dense) -> tuple[str, dict[str, Tensor]]:
     """Invert ``from_outputs`` for a base without bias: return the change's form and its tensors by operand."""
     shift = {} if change.e is None else {BIAS: change.e}
     if isinstance(change, Dense):
         return "dense", {WEIGHT: change.weight, **shift}
+    if isinstance(change, Delta):
+        return "delta", {DELTA: change.delta, **shift}
     if isinstance(change, Sparse):
         return "sparse", {"rows": change.rows, "cols": change.cols, "values": change.values, **shift}
     return "low-rank", {A: change.a, B: change.b, **change.scales, **shift}
@@ -158,6 +171,11 @@ def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor])
     sparse = [(t, change) for t, change in terms if isinstance(change, Sparse)]
     if len(sparse) == len(terms):
         return SparseSum(tuple(sparse), _weighted_sum([(t, change.e) for t, change in sparse]))
+    deltas = [(t, change) for t, change in terms if isinstance(change, Delta)]
+    if len(deltas) == len(terms):
+        total = _weighted_sum([(t, change.delta) for t, change in deltas])
+        assert total is not None
+        return Delta(total, _weighted_sum([(t, change.e) for t, change in deltas]))
     return _sum_dense(terms, weight())
 
 
@@ -173,9 +191,11 @@ def merge_weight(change: Change, weight: Tensor) -> Tensor:
         return add_sparse(weight.clone(), [(1.0, change)])
     if isinstance(change, SparseSum):
         return add_sparse(weight.clone(), change.terms)
+    wide = torch.promote_types(weight.dtype, (change.delta if isinstance(change, Delta) else change.a).dtype)
+    if isinstance(change, Delta):
+        return (weight.to(wide) + change.delta.to(wide)).to(weight.dtype)
     change = change.folded()
     _require_mergeable(change)
-    wide = torch.promote_types(weight.dtype, change.a.dtype)
     scaled, scales = weight.to(wide), {name: scale.to(wide) for name, scale in change.scales.items()}
     if T in scales:
         scaled = multiply_blocks(scaled, scales[T].transpose(1, 2))
@@ -192,13 +212,15 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None 
     return product(weight, left, right, out=out)
 
 
-def stack_changes(changes: Sequence[Change]) -> LowRank:
-    """Stack the changes of several matrices, E in front; methods that adapt stacks are low-rank."""
+def stack_changes(changes: Sequence[Change]) -> LowRank | Delta:
+    """Stack the changes of several matrices, E in front; methods that adapt stacks add pairs or matrices to them."""
+    shifts = [change.e for change in changes if change.e is not None]
+    e = torch.stack(shifts) if shifts else None
+    if all(isinstance(change, Delta) for change in changes):
+        return Delta(torch.stack([change.delta for change in changes if isinstance(change, Delta)]), e)
     pairs = [change for change in changes if isinstance(change, LowRank) and not change.scales]
     assert len(pairs) == len(changes)
-    shifts = [change.e for change in pairs if change.e is not None]
-    a, b = torch.stack([change.a for change in pairs]), torch.stack([change.b for change in pairs])
-    return LowRank(a, b, e=torch.stack(shifts) if shifts else None)
+    return LowRank(torch.stack([pair.a for pair in pairs]), torch.stack([pair.b for pair in pairs]), e=e)
 
 
 def _require_mergeable(change: LowRank) -> None:

@@ -26,6 +26,8 @@ H: Final = "h"
 """(out,): scales after the pair, separate where sites share B."""
 WEIGHT: Final = "weight"
 """(out, in): the whole W'."""
+DELTA: Final = "delta"
+"""(out, in): what is added to W where no factors are known."""
 BIAS: Final = "bias"
 """(out,): the whole b'; a change holds the difference from b."""
 

@@ -29,7 +29,7 @@ Params = SimpleNamespace
 aten = torch.ops.aten
 Tensor = torch.Tensor
 
-LOW_RANK, SPARSE, DENSE, BRANCH = "low-rank", "sparse", "dense", "branch"
+LOW_RANK, SPARSE, DELTA, DENSE, BRANCH = "low-rank", "sparse", "delta", "dense", "branch"
 _TOKENS = 5
 """The number of tokens in the example with which a branch is traced; at least 2."""
 
@@ -39,12 +39,13 @@ class Reduction:
     """A formula in its normal form.
 
     Attributes:
-        form: ``"low-rank"``, ``"sparse"``, ``"dense"`` or ``"branch"``.
+        form: ``"low-rank"``, ``"sparse"``, ``"delta"``, ``"dense"`` or ``"branch"``.
         graph: computes the form's tensors from (W (out, in), b (out,), *params); for a branch, the traced branch
             itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
         outputs: the operands (``lorac.ir.algebra.operands``) of the tensors it returns. low-rank: the pair, and scales
-            other than 1; sparse: rows, cols, values (k,); dense: the weight. Also the bias, if that changes.
+            other than 1; sparse: rows, cols, values (k,); delta: what is added; dense: the weight. Also the bias, if
+            that changes.
         shared: names of the parameters that all sites share.
         common: the outputs that depend on shared parameters alone: one tensor for all sites of a shape.
         rank: R of a low-rank form, else 0.
@@ -152,7 +153,9 @@ def _classify(
     elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
         kind, tensors, rank = SPARSE, _emit_sparse(found, form), 0
     else:
-        kind, tensors, rank = DENSE, {operands.WEIGHT: new_weight}, 0
+        added = _find_addend(found, new_weight, w)
+        kind, name = (DENSE, operands.WEIGHT) if added is None else (DELTA, operands.DELTA)
+        tensors, rank = {name: new_weight if added is None else added}, 0
         reasons = (*reasons, "the formula's result has no recognised structure" if form is None else "mixed structure")
     if new_bias is not b:
         tensors[operands.BIAS] = new_bias
@@ -162,6 +165,20 @@ def _classify(
     graph.lint()
     module.recompile()
     return Reduction(kind, module, names, tuple(tensors), rank, bool(w.users), tuple(shared), shared_outputs, reasons)
+
+
+def _find_addend(found: Analysis, new_weight: fx.Node, w: fx.Node) -> fx.Node | None:
+    """Return D of W' = W + D, if D does not depend on W; else None."""
+    if new_weight.target is not aten.add.Tensor or new_weight.kwargs:
+        return None
+    of_weight = {w}
+    of_weight.update(node for node in found.graph.nodes if not of_weight.isdisjoint(node.all_input_nodes))
+    for base, added in (new_weight.args[:2], new_weight.args[1::-1]):
+        if not isinstance(added, fx.Node) or added in of_weight or shape_of(added) != shape_of(w):
+            continue
+        if found.form(base) == Form(WEIGHT):
+            return added
+    return None
 
 
 def _total_rank(form: Form) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from lorac.errors import NeedsRecompile
 from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse, SparseSum, merge_bias, merge_weight
+from lorac.ir.algebra.changes import Change, LowRank, Sparse, SparseSum, merge_bias, merge_weight
 from lorac.ir.algebra.operands import FOLDABLE
 from lorac.ir.sites import Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
@@ -66,7 +66,7 @@ def filled_roles(plan: SitePlan, change: Change | None) -> tuple[str, ...]:
 
 def why_merged_weight(change: Change) -> str:
     """Return why a change that is not low-rank needs a merged weight."""
-    return f"is {'dense' if isinstance(change, Dense) else 'sparse'} and so needs a merged weight"
+    return f"is {'sparse' if isinstance(change, Sparse | SparseSum) else 'dense'} and so needs a merged weight"
 
 
 def _fold_to_fit(plan: SitePlan, change: LowRank) -> LowRank:
@@ -80,9 +80,7 @@ def find_misfit(plan: SitePlan, change: Change | None) -> str | None:
         return None
     if plan.bound:
         return None if low_rank_that_fits(plan, change) is not None else _find_weight_misfit(plan, change)
-    if isinstance(change, Dense | Sparse | SparseSum):
-        return "has no slot for a whole weight"
-    return find_missing_room(plan, change)
+    return find_missing_room(plan, change) if isinstance(change, LowRank) else "has no slot for a whole weight"
 
 
 def find_missing_room(plan: SitePlan, change: LowRank) -> str | None:

@@ -203,7 +203,10 @@ FORMULAS = {
         lambda W, p: torch.index_put(W, (p.rows, p.cols), p.v), {"v": (4,)}, "dense", integers=POSITIONS
     ),
     "product of entries": Formula(lambda W, p: W * (1 + p.B @ p.A), AB, "dense"),
-    "wide factor": Formula(lambda W, p: W + p.B @ p.A, {"B": (OUT, 4), "A": (4, IN)}, "dense"),
+    "wide factor": Formula(lambda W, p: W + p.B @ p.A, {"B": (OUT, 4), "A": (4, IN)}, "delta"),
+    "matrix": Formula(lambda W, p: 0.5 * p.M + W, {"M": (OUT, IN)}, "delta"),
+    "matrix of the base": Formula(lambda W, p: W + p.M * W, {"M": (OUT, IN)}, "dense"),
+    "two matrices": Formula(lambda W, p: (W + p.M) + p.N, {"M": (OUT, IN), "N": (OUT, IN)}, "dense"),
     "from the right": Formula(lambda W, p: W @ p.N, {"N": (IN, IN)}, "dense"),
     "without the base": Formula(lambda W, p: p.B @ p.A, AB, "dense"),
     "shifted": Formula(lambda W, p: W + 1.0, AB, "dense"),

@@ -30,7 +30,7 @@ AFFINE = {
     "scaled and shifted": (lambda x, y, p: p.m * y + p.e, {"m": (OUT,), "e": (OUT,)}, "low-rank"),
     "number": (lambda x, y, p: y * p.t, {"t": ()}, "low-rank"),
     "without the base": (lambda x, y, p: F.linear(x, p.M), {"M": (OUT, IN)}, "dense"),
-    "copied": (lambda x, y, p: y.clone() + F.linear(x.clone(), p.M), {"M": (OUT, IN)}, "dense"),
+    "copied": (lambda x, y, p: y.clone() + F.linear(x.clone(), p.M), {"M": (OUT, IN)}, "delta"),
 }
 NOT = {
     "squared": (lambda x, y, p: y + y * y * p.m, {"m": (OUT,)}),

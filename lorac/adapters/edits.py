@@ -1,0 +1,120 @@
+"""Adapters of given changes: a LoRA where every change is a pair, else an edit, which holds each in its normal form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lorac.adapters.branches import cast_tensor
+from lorac.adapters.lora_conversion import make_lora_variant
+from lorac.errors import BaseNeeded
+from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, Sparse, SparseSum
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.edit import PARTS, Edit
+
+Tensor = torch.Tensor
+_SIZED: Mapping[str, str] = {"a": "pair", "t": "t", "values": "sparse"}
+"""The tensors whose last axis is the size of a part -> the part."""
+
+
+@torch.no_grad()
+def hold_changes(
+    name: str,
+    changes: Mapping[str, Change],
+    *,
+    like: Variant | None = None,
+    weight: Callable[[str], Tensor] | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Return an adapter with the given changes at strength 1; its tensors may share memory with them.
+
+    It is a ``LoRA`` of scale 1 where every change is a pair without scales, with ``lora_bias`` if any changes the bias;
+    else an ``Edit``. Sites where nothing changes are left out.
+
+    Args:
+        name: name of the result.
+        changes: site path -> change.
+        like: a method with the result's ``dropout``, ``parameters``, ``modules_to_save`` and ``bias``.
+        weight: site path -> W (out, in); called for ``Dense`` changes, of which W' − W is held.
+        replaced: the parameters that the result replaces, by name.
+        dtype: of the tensors; default: as they are given.
+
+    Raises:
+        BaseNeeded: a change is ``Dense``, and there is no ``weight``.
+    """
+    like = like or Edit()
+    held = {path: parts for path, change in changes.items() if (parts := _hold(path, change, weight))}
+    if dtype is not None:
+        held = {path: {key: cast_tensor(part, dtype) for key, part in parts.items()} for path, parts in held.items()}
+    pairs = bool(held) and all({"a", "b"} <= parts.keys() <= {"a", "b", "e"} for parts in held.values())
+    made = (_make_lora if pairs else _make_edit)(name, held, like)
+    made.replaced |= replaced or {}
+    return made
+
+
+def _hold(path: str, change: Change, weight: Callable[[str], Tensor] | None) -> dict[str, Tensor]:
+    """Return a change's tensors by the names of ``Edit``."""
+    shift = {} if change.e is None else {"e": change.e}
+    if isinstance(change, LowRank):
+        folded = change.folded()
+        pair = {"a": folded.a, "b": folded.b} if folded.rank else {}
+        return {**pair, **folded.scales, **shift}
+    if isinstance(change, Delta):
+        return {"delta": change.delta, **shift}
+    if isinstance(change, Dense):
+        if weight is None:
+            raise BaseNeeded(
+                f"what is added to the weight of '{path}' depends on it",
+                next_step="pass model=, the base that the adapter was trained on",
+            )
+        base = weight(path)
+        wide = torch.promote_types(torch.promote_types(base.dtype, change.weight.dtype), torch.float32)
+        return {"delta": change.weight.to(wide) - base.to(wide), **shift}
+    summed = _add_up(change)
+    return {**(summed if summed["values"].numel() else {}), **shift}
+
+
+def _add_up(change: Sparse | SparseSum) -> dict[str, Tensor]:
+    """Return each position once, with the sum of its values."""
+    terms = change.terms if isinstance(change, SparseSum) else ((1.0, change),)
+    every = torch.stack([torch.cat([t.rows for _, t in terms]), torch.cat([t.cols for _, t in terms])])
+    indices, places = torch.unique(every, dim=1, return_inverse=True)
+    values = torch.cat([term.values if strength == 1 else strength * term.values for strength, term in terms])
+    return {"indices": indices, "values": values.new_zeros(indices.shape[1]).index_add_(0, places, values)}
+
+
+def _make_lora(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Variant) -> Adapter:
+    tensors = {}
+    biased = any("e" in parts for parts in held.values())
+    for path, parts in held.items():
+        tensors[path] = {"lora_A": parts["a"].mT.contiguous(), "lora_B": parts["b"].mT.contiguous()}
+        if biased:
+            tensors[path]["lora_bias"] = parts["e"] if "e" in parts else parts["b"].new_zeros(parts["b"].shape[-1])
+    ranks = {path: at["lora_A"].shape[-2] for path, at in tensors.items()}
+    fields = {"lora_bias": True} if biased else {}
+    return Adapter(name, make_lora_variant(ranks, ranks, like, **fields), tensors)
+
+
+def _make_edit(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Variant) -> Adapter:
+    sizes = {path: _measure_parts(parts) for path, parts in held.items()}
+    [(usual, _)] = Counter(tuple(parts.items()) for parts in sizes.values()).most_common(1) or [((), 0)]
+    variant = Edit(
+        parts=dict(usual),
+        by_site={path: parts for path, parts in sizes.items() if tuple(parts.items()) != usual},
+        targets=tuple(held),
+        parameters=like.parameters,
+        modules_to_save=like.modules_to_save,
+        bias="all" if like.bias == "all" else "none",
+    )
+    tensors = {path: {key: part.contiguous() for key, part in parts.items()} for path, parts in held.items()}
+    return Adapter(name, variant, tensors)
+
+
+def _measure_parts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the parts of an edit that these tensors are, with their sizes."""
+    sizes = {_SIZED.get(key, key): tensor.shape[-1] if key in _SIZED else 1 for key, tensor in tensors.items()}
+    return {part: sizes[part] for part in PARTS if part in sizes}
