@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
@@ -20,11 +21,12 @@ from lorac.runtime.held_choice import HeldChoice
 from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.swap_report import SwapReport
 from lorac.target.engine import BoundProgram, Engine
+from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
 
 
-class ChoiceSwitch:
+class ChoiceSwitch(ABC):
     """An engine with a choice of adapters. Every method may be called from any thread.
 
     Args:
@@ -45,6 +47,11 @@ class ChoiceSwitch:
         self._in_weights: ComposedWeights | None = self._state.snapshot
         if not engine.fused:
             self._activate(self._state)
+
+    @property
+    @abstractmethod
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Name -> adapter."""
 
     @contextlib.contextmanager
     def hold(self, adapters: ChoiceSpec = UNSET) -> Iterator[HeldChoice]:
