@@ -1,12 +1,9 @@
 """fuse_projections: sites of one module that read the same input are computed as one.
 
-The projections q, k and v (and gate and up) read one x. The fused site has their matrices one below the other, their A
-side by side, [K, ΣR], and their B block-diagonal, [ΣR, ΣN]. One product with weights and one low-rank pair take the
-place of several, and a split of constant sizes follows. Sites without adapters are fused too. The table of roles says
-how a slot of the fused site is made from the slots of its members (``SlotRole.join``).
-
-The zeros between the blocks of B are multiplied too. So few sites are fused at a time, and none whose pairs may be so
-wide that the zeros cost more than a product with weights saves.
+The projections q, k and v (and gate and up) read one x. One product with their matrices, one below the other, takes
+the place of several, and a split of constant sizes follows. Sites without adapters are fused too. An adapted site adds
+to its part what its own slots make of x. One pair for all would have a block-diagonal B, most of whose bytes are zeros.
+Slots that become constants are weights and biases alone, and are joined as the base's are.
 """
 
 from __future__ import annotations
@@ -30,18 +27,13 @@ from lorac.ir.graph.graph import FusedProjection, Graph, Level, find_written_ope
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites import Site, SiteKind
-from lorac.ir.slots.plans import RankPolicy, SitePlan
+from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.program_values import list_read_values, parse_value_name
-from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.role import Stage
 
 aten = torch.ops.aten
-_MAX_SITES = 4
-"""Sites of one fused projection. Each pair is multiplied by as many blocks of zeros as there are other sites."""
-_FREE_ZEROS, _ZERO_SHARE = 1 << 16, 1 / 8
-"""Zeros in a B for each computed row: as many cost less than the saved ops. More may be this share of the weights."""
 _COMMON_ROLES = (WEIGHT, BIAS)
 """Roles for which all fused sites have a slot, or none: next to a slot, the base's values would need another one."""
-_TOO_WIDE = "its pair may be so wide that the zeros in a fused B would cost more than fusing saves"
 
 
 @final
@@ -65,11 +57,9 @@ class FuseProjections(Pass):
         """
         calls = _find_calls(graph)
         unfit = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
-        groups = list(_group_fusable(graph, unfit))
+        groups = list(_group_fusable(graph, unfit, _COMMON_ROLES if self.constant else ()))
         candidates = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)
-        found = [_describe_fusion(graph, paths) for paths in candidates if _always_together(paths, groups)]
-        fused = [projection for projection in found if not _is_too_wide(graph, projection)]
-        unfit |= dict.fromkeys((path for each in found if each not in fused for path in each.sites), _TOO_WIDE)
+        fused = [self._describe_fusion(graph, paths) for paths in candidates if _always_together(paths, groups)]
         known: KnownCalls = {}
         for projection in fused:
             _replace_calls(graph, projection, calls, known)
@@ -96,9 +86,19 @@ class FuseProjections(Pass):
             return "a branch acts on what it computes"
         if plan.bound and not self.constant:
             return "its weight is bound by itself"
-        if plan.rank and plan.ranks is RankPolicy.FIXED:
-            return "its rank is fixed"
-        return next((role.unfused_reason for role, _ in plan.roles() if role.join is None), None)
+        changed = any(role.stage is Stage.INPUT for role, _ in plan.roles())
+        return "its input is changed before the product" if changed else None
+
+    def _describe_fusion(self, graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
+        """Describe sites as one with all their outputs, and with their slots where these become constants."""
+        sites = [graph.sites[path] for path in paths]
+        sizes = tuple(site.out_features for site in sites)
+        module = paths[0].rpartition(".")[0]
+        path = ".".join(filter(None, (module, "|".join(path.rpartition(".")[2] for path in paths))))
+        bias = f"{path}.{BIAS}" if any(site.bias for site in sites) else None
+        site = Site(path, SiteKind.LINEAR, sum(sizes), sites[0].in_features, sites[0].dtype, None, bias)
+        plan = graph.plans.get(paths[0])
+        return FusedProjection(paths, sizes, SitePlan(site, plan.room if plan is not None and self.constant else {}))
 
 
 def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) -> str | None:
@@ -129,16 +129,15 @@ def _find_calls(graph: Graph) -> dict[str, list[fx.Node]]:
     return calls
 
 
-def _group_fusable(graph: Graph, unfit: Mapping[str, str]) -> Iterator[list[str]]:
+def _group_fusable(graph: Graph, unfit: Mapping[str, str], common_roles: Sequence[str]) -> Iterator[list[str]]:
     """Yield groups of sites of one module that read one input and may be fused, in the order of their calls."""
     for paths in group_sites_by_input(graph).values():
         groups: dict[object, list[str]] = {}
         for path in (path for path in paths if path not in unfit and path not in graph.projections):
             plan, site = graph.plans.get(path), graph.sites[path]
-            common = () if plan is None else tuple(role for role in _COMMON_ROLES if role in plan.room)
+            common = () if plan is None else tuple(role for role in common_roles if role in plan.room)
             groups.setdefault((path.rpartition(".")[0], site.dtype, site.packed, common), []).append(path)
-        for group in groups.values():
-            yield from (group[start : start + _MAX_SITES] for start in range(0, len(group), _MAX_SITES))
+        yield from groups.values()
 
 
 def _always_together(paths: tuple[str, ...], groups: Sequence[Sequence[str]]) -> bool:
@@ -163,29 +162,6 @@ def _single_notes(graph: Graph, single: Mapping[str, str], unfit: Mapping[str, s
     for why, paths in by_reason.items():
         named = list_some(paths, 1)
         yield f"{named}: computed apart from layers that read the same input, since {why}"
-
-
-def _describe_fusion(graph: Graph, paths: tuple[str, ...]) -> FusedProjection:
-    """Describe sites as one with all their outputs, and with a slot for every role for which one of them has a slot."""
-    sites = [graph.sites[path] for path in paths]
-    plans = [graph.plans[path] for path in paths if path in graph.plans]
-    sizes = tuple(site.out_features for site in sites)
-    module = paths[0].rpartition(".")[0]
-    path = ".".join(filter(None, (module, "|".join(path.rpartition(".")[2] for path in paths))))
-    bias = f"{path}.{BIAS}" if any(site.bias for site in sites) else None
-    site = Site(path, SiteKind.LINEAR, sum(sizes), sites[0].in_features, sites[0].dtype, None, bias)
-    rooms = {name: [plan.room[name] for plan in plans if name in plan.room] for name in ROLES}
-    room = {name: sum(found) if ROLES[name].ranked else 1 for name, found in rooms.items() if found}
-    from_one = any(plan.ranks is RankPolicy.FROM_ONE for plan in plans)
-    ranks = RankPolicy.FROM_ONE if from_one else RankPolicy.FROM_ZERO
-    return FusedProjection(paths, sizes, SitePlan(site, room, ranks=ranks))
-
-
-def _is_too_wide(graph: Graph, projection: FusedProjection) -> bool:
-    ranks = [graph.plans[path].rank if path in graph.plans else 0 for path in projection.sites]
-    site = projection.plan.site
-    zeros = sum(ranks) * site.out_features - sum(rank * n for rank, n in zip(ranks, projection.sizes, strict=True))
-    return zeros > max(_FREE_ZEROS, _ZERO_SHARE * site.in_features * site.out_features)
 
 
 def _replace_calls(
@@ -214,12 +190,21 @@ def _insert_fused(
             node.meta["nn_module_stack"] = dict(modules[:-1])
         return node
 
+    own = [path for path in projection.sites if projection.plan.empty and _is_adapted(graph, path)]
     weight = insert(aten.cat.default, [call.args[1] for call in calls])
+    # An adapted site adds its own bias: it may scale the product, or have another bias.
+    biases = [None if path in own else call.args[2] for path, call in zip(projection.sites, calls, strict=True)]
     bias = None
-    if site.bias is not None:
-        parts = zip(projection.sizes, (call.args[2] for call in calls), strict=True)
+    if any(part is not None for part in biases):
         zeros = functools.partial(insert, aten.zeros.default, dtype=site.dtype)
+        parts = zip(projection.sizes, biases, strict=True)
         bias = insert(aten.cat.default, [zeros([size]) if part is None else part for size, part in parts])
-    y = insert(ops.LINEAR, calls[0].args[0], weight, bias, site.path)
-    split = insert(ops.SPLIT, y, list(projection.sizes), -1)
-    return [insert(operator.getitem, split, index) for index in range(len(calls))]
+    x = calls[0].args[0]
+    split = insert(ops.SPLIT, insert(ops.LINEAR, x, weight, bias, site.path), list(projection.sizes), -1)
+    parts = [insert(operator.getitem, split, index) for index in range(len(calls))]
+    members = zip(projection.sites, calls, parts, strict=True)
+    return [insert(ops.MEMBER, x, part, call.args[2], path) if path in own else part for path, call, part in members]
+
+
+def _is_adapted(graph: Graph, path: str) -> bool:
+    return path in graph.plans and not graph.plans[path].empty

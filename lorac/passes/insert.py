@@ -78,8 +78,8 @@ def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Nod
     nodes = add_inputs(graph.exported, inputs)
     for name, (path, role) in places.items():
         projection = graph.projections.get(path)
-        members, sizes = ((), ()) if projection is None else (projection.sites, projection.sizes)
-        graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members, sizes)
+        members = () if projection is None else projection.sites
+        graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members)
     return nodes
 
 
@@ -143,7 +143,7 @@ def _select_plans(
     """
     planned = {path: plan for path, plan in graph.plans.items() if not plan.empty and _is_in_model(plan)}
     projections = {path: each for path, each in graph.projections.items() if path in calls}
-    fused = {member for each in projections.values() for member in each.sites}
+    fused = {member for each in projections.values() if not each.plan.empty for member in each.sites}
     uncalled = [path for path in planned if path not in calls and path not in fused]
     unused = [path for path in uncalled if not _is_read(graph, planned[path], used)]
     if unused and len(unused) == len(planned):

@@ -95,7 +95,7 @@ def choice_from_json(stored: Mapping[str, JsonObject]) -> dict[str, Active] | No
 # ── Graphs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def graph_to_json(interface: Interface, slots: Iterable[SlotInput]) -> JsonObject:
     """Return a graph's interface and slot inputs as JSON."""
-    entries = [{**vars(slot), "members": list(slot.members), "sizes": list(slot.sizes)} for slot in slots]
+    entries = [{**vars(slot), "members": list(slot.members)} for slot in slots]
     return {"signature": interface.to_json(), "slots": entries}
 
 
@@ -105,8 +105,5 @@ def graph_from_json(stored: JsonObject) -> tuple[Interface, dict[str, SlotInput]
     Raises:
         ArtifactError: the interface contradicts itself.
     """
-    slots = [
-        SlotInput(**{**entry, "members": tuple(entry["members"]), "sizes": tuple(entry["sizes"])})
-        for entry in stored["slots"]
-    ]
+    slots = [SlotInput(**{**entry, "members": tuple(entry["members"])}) for entry in stored["slots"]]
     return Interface.from_json(stored["signature"]), {slot.name: slot for slot in slots}

@@ -114,13 +114,13 @@ def find_used_nodes(graph: Graph) -> set[fx.Node]:
 def group_sites_by_input(graph: Graph) -> dict[fx.Node, list[str]]:
     """Return the sites that read each value, with one entry for each used call, in the order of calls.
 
-    Blocks are left out, since sites inside them read the same input.
+    Blocks are left out, since sites inside them read the same input, and so are the sites of fused projections.
     """
     readers: dict[fx.Node, list[str]] = {}
     used = find_used_nodes(graph)
     for node in (node for node in graph.find(*ops.SITE_CALLS) if node in used):
         call = AdaptedCall.of(node) if node.target is ops.adapted else AdaptedCall.adapting(node, {})
-        if call.op is not ops.BLOCK:
+        if call.op not in {ops.BLOCK, ops.MEMBER}:
             readers.setdefault(call.x, []).append(call.site)
     return readers
 
@@ -150,6 +150,8 @@ def compute_adapted(
         x, block = call.tensors
         return run_site(plan, slots, x, None, None, ctx=ctx, block=block)
     x, matrix, *bias = call.tensors
+    if call.op is ops.MEMBER:
+        return run_site(plan, slots, x, None, bias[0] if bias else None, ctx=ctx, product=matrix)
     # The operand of a linear site is its matrix (out, in); run_site takes the weight as the module stores it.
     stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
     return run_site(plan, slots, x, stored, bias[0] if bias else None, ctx=ctx)

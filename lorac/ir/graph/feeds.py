@@ -12,7 +12,7 @@ from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.sites import factor_dtype
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import record_extra_outputs
-from lorac.ir.slots.roles import ROLES, slot_name, strength_role
+from lorac.ir.slots.roles import slot_name, strength_role
 
 Tensor = torch.Tensor
 
@@ -25,7 +25,7 @@ def collect_slot_tensors(
     by_site: dict[str, dict[str, Tensor]] = {}
     for name, slot in inputs.items():
         if slot.members:
-            tensors[name] = fuse_slot_tensors(slot, slots)
+            tensors[name] = torch.cat([slots[member].tensors[slot.role] for member in slot.members], -1)
             continue
         if slot.site not in by_site:
             by_site[slot.site] = slots[slot.site].named()
@@ -38,14 +38,6 @@ def select_reached_plans(inputs: Mapping[str, SlotInput], plans: Mapping[str, Si
     """Return the plans of the sites that have slot inputs, which are those that the program reaches."""
     reached = {path for slot in inputs.values() for path in (slot.site, *slot.members)}
     return {path: plan for path, plan in plans.items() if path in reached}
-
-
-def fuse_slot_tensors(slot: SlotInput, slots: Mapping[str, SiteSlots]) -> Tensor:
-    """Build the tensor of a fused projection's slot from its members' slots, some of which may be missing."""
-    join = ROLES[slot.role].join
-    assert join is not None
-    parts = [slots[member].tensors.get(slot.role) if member in slots else None for member in slot.members]
-    return join(parts, slot.sizes)
 
 
 def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor:

@@ -42,8 +42,7 @@ class SlotInput:
         site: path of the site, or of the fused projection.
         role: a row of the table of roles, or a tensor of a branch (``lorac.ir.slots.roles``).
         node: name of the placeholder.
-        members: the fused sites whose tensors lie in the slot; empty for a single site.
-        sizes: number of outputs of each member.
+        members: the fused sites whose weights or biases lie in the slot end to end; empty for a single site.
     """
 
     name: str
@@ -51,7 +50,6 @@ class SlotInput:
     role: str
     node: str
     members: tuple[str, ...] = ()
-    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class FusedProjection:
     Attributes:
         sites: paths, in the order of their outputs.
         sizes: number of outputs of each.
-        plan: the slots of all, as those of one site; empty where none is adapted.
+        plan: the slots of their weights and biases, which become constants; empty where slots are inputs.
     """
 
     sites: tuple[str, ...]

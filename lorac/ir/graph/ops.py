@@ -105,8 +105,20 @@ def _(x: Tensor, y: Tensor, site: str) -> Tensor:
     return torch.empty_like(y)
 
 
+@_site_op(lambda args: (aten.clone.default, (args[1],)) if args[2] is None else (aten.add.Tensor, args[1:3]))
+def member(x: Tensor, product: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    """Return the output of a site of a fused projection, which computed its product with x."""
+    return product.clone() if bias is None else product + bias
+
+
+@member.register_fake
+def _(x: Tensor, product: Tensor, bias: Tensor | None, site: str) -> Tensor:
+    return torch.empty_like(product)
+
+
 SITE_OPS = frozenset(_LOWERINGS)
 LINEAR, EMBEDDING, BLOCK = linear._opoverload, embedding._opoverload, block._opoverload
+MEMBER = member._opoverload
 
 
 @torch.library.custom_op("lorac::matmul", mutates_args=())

@@ -140,6 +140,7 @@ def run_site(
     *,
     ctx: FormulaContext | None = None,
     block: Tensor | None = None,
+    product: Tensor | None = None,
 ) -> Tensor:
     """Return the output of an adapted site.
 
@@ -151,6 +152,7 @@ def run_site(
         bias: its base bias.
         ctx: the context of branches.
         block: the output of a block, if the site is one.
+        product: the base's product W·x, if a fused projection computed it.
     """
     layout = layout_of(plan.site)
     if block is not None:
@@ -158,7 +160,9 @@ def run_site(
     if layout.keeps_bias_inside and not plan.branches and slots.leaves_base:
         assert weight is not None
         return _add_pair(layout, slots, x, layout.base(x, weight, bias))
-    linear = layout.base(x, weight, None) if weight is not None and (slots.leaves_base or plan.branches) else None
+    linear = product
+    if weight is not None and (slots.leaves_base or plan.branches):
+        linear = layout.base(x, weight, None)
     y = _add_pair(layout, slots, x, _base_product(layout, slots, x, weight, linear))
     # The bias is added last, where ONNX Runtime's fusions expect it.
     y = _add_bias(layout, y, slots.tensors.get(operands.BIAS, bias))

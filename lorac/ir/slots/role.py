@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,6 @@ class NoiseScale:
     rank: int
 
 
-JoinTensors = Callable[[Sequence[Tensor | None], Sequence[int]], Tensor]
-"""Joins the tensors of several sites into the tensor of their fused projection's slot."""
 AddNoise = Callable[[Tensor, NoiseScale, torch.Generator], None]
 """Changes a slot's neutral tensor by noise, in place."""
 
@@ -107,10 +105,6 @@ class SlotRole:
         of_base: it has the base's dtype; others have that of the factors (PEFT's rule).
         reserve: the field of ``Reserve`` that makes room for it; empty if only a bound weight can hold such a change.
         transposed: adapters store the transpose of a change's tensor, and reports show it.
-        join: (the tensors in this slot of several linear sites with one input, or None; their numbers of outputs) ->
-            the tensor in the slot of their fused projection, whose outputs are theirs in order. None if sites with such
-            a slot are not fused.
-        unfused_reason: why they are not.
     """
 
     name: str
@@ -129,8 +123,6 @@ class SlotRole:
     of_base: bool = False
     reserve: str = ""
     transposed: bool = False
-    join: JoinTensors | None = None
-    unfused_reason: str = ""
 
     @property
     def ranked(self) -> bool:

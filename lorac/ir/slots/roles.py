@@ -16,7 +16,7 @@ in slot layout (``lorac.ir.slots.layouts``) unless stated otherwise. The functio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -122,31 +122,6 @@ def _apply_down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
     return layout.down(x.to(a.dtype) if x.is_floating_point() else x, a)
 
 
-def _join_columns(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """Concatenate matrices (…, R) or (K, N) along their last axis; sites without one are left out."""
-    return torch.cat([tensor for tensor in tensors if tensor is not None], dim=-1)
-
-
-def _join_block_diagonal(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """Place matrices B (R, N) in a block-diagonal matrix: the rows of their own A, the columns of their own outputs."""
-    some = next(tensor for tensor in tensors if tensor is not None)
-    ranks = [0 if tensor is None else tensor.shape[0] for tensor in tensors]
-    joined = some.new_zeros(sum(ranks), sum(sizes))
-    row = column = 0
-    for tensor, rank, size in zip(tensors, ranks, sizes, strict=True):
-        if tensor is not None:
-            joined[row : row + rank, column : column + size] = tensor
-        row, column = row + rank, column + size
-    return joined
-
-
-def _join_scales(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-    """Concatenate scales (out,), with ones for sites without one."""
-    some = next(tensor for tensor in tensors if tensor is not None)
-    pairs = zip(tensors, sizes, strict=True)
-    return torch.cat([some.new_ones(size) if tensor is None else tensor for tensor, size in pairs])
-
-
 # ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 _TABLE = (
     SlotRole(
@@ -164,7 +139,6 @@ _TABLE = (
         rank_axis=1,
         reserve="rank",
         transposed=True,
-        join=_join_columns,
     ),
     SlotRole(
         name=operands.B,
@@ -181,7 +155,6 @@ _TABLE = (
         rank_axis=0,
         reserve="rank",
         transposed=True,
-        join=_join_block_diagonal,
     ),
     SlotRole(
         name=operands.C,
@@ -191,7 +164,6 @@ _TABLE = (
         apply=lambda layout, y, c: y * layout.per_output(c).to(y.dtype),
         shape=_per_output,
         reserve="scales",
-        join=_join_scales,
     ),
     SlotRole(
         name=operands.D,
@@ -200,7 +172,6 @@ _TABLE = (
         stage=Stage.INPUT,
         apply=lambda layout, x, d: (x * layout.per_input(d)).to(x.dtype),
         shape=_per_input,
-        unfused_reason="its input is scaled before the product",
     ),
     SlotRole(
         name=operands.T,
@@ -213,7 +184,6 @@ _TABLE = (
         flops=_count_product_flops,
         sized=lambda t: t.shape[-1],
         unit="input transforms in blocks of {}",
-        unfused_reason="its input is transformed before the product",
     ),
     SlotRole(
         name=operands.G,
@@ -224,7 +194,6 @@ _TABLE = (
         shape=_per_rank,
         unit="rank {}",
         rank_axis=0,
-        unfused_reason="its A is shared by sites already",
     ),
     SlotRole(
         name=operands.H,
@@ -233,7 +202,6 @@ _TABLE = (
         stage=Stage.AFTER,
         apply=lambda layout, u, h: u * layout.per_output(h),
         shape=_per_output,
-        join=_join_scales,
     ),
     SlotRole(
         name=operands.WEIGHT,
@@ -248,7 +216,6 @@ _TABLE = (
         into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
-        join=_join_columns,
     ),
     SlotRole(
         name=operands.BIAS,
@@ -260,7 +227,6 @@ _TABLE = (
         start=_base_bias,
         of_base=True,
         reserve="scales",
-        join=_join_columns,
     ),
 )
 
