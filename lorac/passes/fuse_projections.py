@@ -197,8 +197,8 @@ def _insert_fused(
     bias = None
     if any(part is not None for part in biases):
         zeros = functools.partial(insert, aten.zeros.default, dtype=site.dtype)
-        parts = zip(projection.sizes, biases, strict=True)
-        bias = insert(aten.cat.default, [zeros([size]) if part is None else part for size, part in parts])
+        pairs = zip(projection.sizes, biases, strict=True)
+        bias = insert(aten.cat.default, [zeros([size]) if part is None else part for size, part in pairs])
     x = calls[0].args[0]
     split = insert(ops.SPLIT, insert(ops.LINEAR, x, weight, bias, site.path), list(projection.sizes), -1)
     parts = [insert(operator.getitem, split, index) for index in range(len(calls))]
