@@ -95,7 +95,7 @@ def _check_cached(
         return _check_encoder_decoder(model, graph, traits, given, spec.encodes)
     request = GenerateRequest(_name_first_argument(given), traits.generation or {})
     request.check_names((IDS, MASK, CACHE), by_model=False)
-    request = _add_tokenizer(model, request)
+    request = add_tokenizer(model, request)
     if IDS not in request.options:
         raise _missing_prompt()
     prompts = Prompts.of(request.options[IDS], request.options.get(MASK), request.pad_id, request.end_ids)
@@ -111,7 +111,7 @@ def _check_encoder_decoder(
     options = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in named.items()}
     request = GenerateRequest(options, traits.generation or {})
     request.check_names((*encodes, *token_inputs, *_rules_options(traits)), by_model=False)
-    request = _add_tokenizer(model, request)
+    request = add_tokenizer(model, request)
     if main not in request.options:
         raise InputMismatch("the call gives the encoder no input", next_step=f"give {main}=, such as a processor makes")
     rows = _count_rows(main, request.options[main])
@@ -135,7 +135,7 @@ def _check_eager(model: SwitchableModel, graph: str, host: Any, given: Mapping[s
     if traits.generation is not None:
         inputs = (host.forward, host.prepare_inputs_for_generation, host.generate)
         request.check_names([name for f in inputs for name in inspect.signature(f).parameters], by_model=True)
-        request = _add_tokenizer(model, request)
+        request = add_tokenizer(model, request)
     ids, prompts = request.options.get(IDS), None
     tensors = [value for value in request.options.values() if isinstance(value, torch.Tensor | np.ndarray)]
     if is_decoder and ids is None and not tensors:
@@ -319,7 +319,7 @@ def _rules_options(traits: ModelTraits) -> list[str]:
     return [*inspect.signature(load_rules_class(traits.rules).generate).parameters]  # type: ignore[attr-defined]  # it has one
 
 
-def _add_tokenizer(model: SwitchableModel, request: GenerateRequest) -> GenerateRequest:
+def add_tokenizer(model: SwitchableModel, request: GenerateRequest) -> GenerateRequest:
     """Check the types of options, and add the model's tokenizer where an option needs it and the call gives none."""
     request.check_types()
     tokenizer = request.options.get("tokenizer")

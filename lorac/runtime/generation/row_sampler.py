@@ -1,0 +1,144 @@
+"""How rows of a running batch draw their tokens, each by options of its own, as ``generate`` would with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from lorac.errors import InputMismatch, Unavailable
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.runtime.generation.decoding_state import DecodingState
+from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver
+from lorac.runtime.generation.generate import add_tokenizer
+from lorac.runtime.generation.prompts import IDS
+from lorac.runtime.generation.request import GenerateRequest, translate_errors
+from lorac.runtime.generation.row_processors import RowProcessors
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    from lorac.runtime.switchable_model import SwitchableModel
+
+
+@dataclass(frozen=True, eq=False)
+class RowSampler:
+    """How one row draws its tokens, and when it ends.
+
+    Attributes:
+        processors: transformers' logits processors for its options.
+        criteria: transformers' stopping criteria.
+        most: the most tokens that it may have, those of its prompt included.
+        generator: where its random numbers come from; None: it takes the likeliest token.
+    """
+
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    most: int
+    generator: torch.Generator | None
+
+    @classmethod
+    def of(
+        cls, model: SwitchableModel, ids: Tensor, seed: int | None = None, graph: str = MAIN_GRAPH, **options: object
+    ) -> RowSampler:
+        """Return how a row draws its tokens with options of ``generate``.
+
+        Args:
+            model: the compiled model; it keeps a cache.
+            ids: the prompt (length,).
+            seed: of its random numbers; None: torch's own generator seeds it.
+
+        Raises:
+            Unavailable: the options ask for beams, for drafts or for several sequences, which are no row of their own.
+            InputMismatch, OptionError: as for ``generate``.
+        """
+        traits, spec = model.traits[graph], model.engine.cache_spec(graph)
+        if spec is None:
+            model.engine.refuse_cache()
+        request = GenerateRequest(options, traits.generation or {})
+        request.check_names((), by_model=False)
+        request = add_tokenizer(model, request)
+        if request.beams > 1 or request.drafts or (request.option("num_return_sequences") or 1) > 1 or spec.encodes:
+            raise Unavailable(
+                "a row of a running batch draws one token after the other",
+                next_step="leave num_beams=, num_return_sequences= and drafts out, or call compiled.generate",
+            )
+        if ids.dim() != 1 or not len(ids):
+            raise InputMismatch(f"the prompt has shape {list(ids.shape)}", next_step="give its token ids, one or more")
+        program = DecodingProgram(
+            decode=lambda cache, step: torch.empty(0),  # nothing is computed
+            new_cache=lambda rows, capacity: model.engine.new_cache(graph, 0, capacity),
+            cache_spec=spec,
+        )
+        driver = _RowPlanner(program, {**traits.settings, "vocab_size": spec.vocabulary}, traits.generation or {})
+        driver.width = len(ids)
+        translate_errors(lambda: driver.generate(**{**request.options, IDS: ids[None]}))
+        config = driver.planned[2]
+        generator = torch.Generator() if config.do_sample else None
+        if generator is not None:
+            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+        return cls(driver.planned[0], driver.planned[1], int(config.max_length), generator)
+
+    def ends(self, text: Tensor) -> bool:
+        """Return whether a row ends with the last token of its text (length,)."""
+        return bool(self.criteria(text[None], None))
+
+
+class BatchSampler:
+    """Draws a token for each row of a batch.
+
+    Args:
+        rows: how each row draws.
+    """
+
+    def __init__(self, rows: Sequence[RowSampler]) -> None:
+        self.rows, self._process = rows, RowProcessors([row.processors for row in rows])
+
+    def draw(self, texts: Sequence[Tensor], logits: Tensor) -> Tensor:
+        """Return the next token of each row (rows,): the one that ``generate`` would draw.
+
+        Args:
+            texts: the tokens of each row, of any lengths.
+            logits: (rows, vocabulary).
+        """
+        scores = self._process(texts, logits.to(torch.float32))
+        tokens = scores.argmax(-1)
+        drawn = [index for index, row in enumerate(self.rows) if row.generator is not None]
+        for index, chances in zip(drawn, scores[drawn].softmax(-1), strict=True):
+            tokens[index] = torch.multinomial(chances, 1, generator=self.rows[index].generator)[0]
+        return tokens
+
+
+@final
+class _RowPlanner(GenerationDriver):
+    """Lets transformers prepare a call, and notes what it prepared in place of generating.
+
+    Attributes:
+        width: tokens of the prompt.
+        planned: the processors, the criteria and the configuration.
+    """
+
+    width: int
+    planned: tuple[LogitsProcessorList, StoppingCriteriaList, GenerationConfig]
+
+    def _sample(
+        self,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: object = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        self.planned = logits_processor, stopping_criteria, generation_config
+        return input_ids
+
+    def _new_state(self, rows: int, capacity: int) -> DecodingState:
+        return DecodingState(self.program.new_cache(rows, capacity))
+
+    def _prompt_width(self, model_kwargs: Any, generation_config: Any) -> int:
+        return self.width
