@@ -8,6 +8,7 @@ integers. The libraries are not imported; their classes are recognised by their 
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -150,6 +151,20 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
             next_step="target='eager' runs the model's own products",
         )
     return copied
+
+
+def settle_dequantised_weights(model: nn.Module) -> None:
+    """Make the dequantised weights of a copy plain ones: of the dtype of most others, and with no quantised origin."""
+    names = {name for name, _ in iter_quantised_origins(model)}
+    sizes: Counter[torch.dtype] = Counter()
+    for name, parameter in model.named_parameters():
+        sizes[parameter.dtype] += parameter.numel() if name not in names and parameter.is_floating_point() else 0
+    dtype = sizes.most_common(1)[0][0] if sizes.total() else torch.float32
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        module.__dict__.pop(_ORIGINS, None)
 
 
 def dequantise(weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lorac.adapters.factors import factors
 from lorac.frontend.base_weights import read_bias
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.sites import Site
@@ -122,6 +123,14 @@ class Case:
     def mergeable(self) -> bool:
         """Whether the method has a weight form here, as every method that edits weights does."""
         return not any(self.live.plans[path].branches for path in self.host.paths)
+
+    @cached_property
+    def fits_weights(self) -> bool:
+        """Whether the model's own tensors can hold the change: layers without a bias hold no shift of it."""
+        if not self.mergeable:
+            return False
+        changes = factors(self.a, self.model).items()
+        return all(self.host.sites[path].bias or change.e is None or not change.e.any() for path, change in changes)
 
     @cached_property
     def model32(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,8 +20,9 @@ from lorac.frontend.base_weights import make_base_reader, read_bias
 from lorac.ir.algebra.changes import merge_bias, merge_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.slots.choice import ChoiceSpec
+from lorac.merging.merged_model import merge_into
 from lorac.session.api import compile
-from lorac.session.compiled import Compiled, CompiledModule
+from lorac.session.compiled import CompiledModule
 from lorac.testing.case import Case
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import typical_size
@@ -54,17 +56,21 @@ def check_formula(case: Case) -> None:
 
 
 def check_modes(case: Case) -> None:
-    """Check that fused and baked equal live; a method without a weight form refuses both."""
+    """Check that fused, baked and a merged model equal live; a method without a weight form refuses them."""
     needs_weight = isinstance(case.variant, WeightVariant) or (case.oracle is not None and case.oracle.weight)
     assert case.mergeable or not needs_weight, "a method with a weight form stayed a branch"
-    for mode in ("fused", "baked"):
-        if not case.mergeable:
-            assert_raises(CompileError, lambda mode=mode: case.compiled(case.a, mode=mode))  # type: ignore[misc]  # the default binds the loop's value
+    makers: list[tuple[bool, Callable[[], nn.Module]]] = [
+        *((case.mergeable, functools.partial(case.compiled, case.a, mode=mode)) for mode in ("fused", "baked")),
+        (case.fits_weights, lambda: merge_into(case.model, case.a)),
+    ]
+    for is_possible, make in makers:
+        if not is_possible:
+            assert_raises(CompileError, make)
             continue
-        compiled = case.compiled(case.a, mode=mode)
+        made = make()
         for batch in case.host.batches:
             x = case.inputs(batch)
-            assert_parity(_call(compiled, x), _call(case.live, x), case.base(x))
+            assert_parity(_call(made, x), _call(case.live, x), case.base(x))
 
 
 def check_strength(case: Case) -> None:
@@ -77,6 +83,9 @@ def check_strength(case: Case) -> None:
             expected = base + sum(t * moved[name] for name, t in choice.items())
             assert_parity(_call(compiled, case.x, choice), expected, base)
             assert_parity(compiled(case.x, adapters=choice), expected, base)
+    if case.fits_weights:
+        merged = merge_into(case.model, [case.a, case.b], MIX)
+        assert_parity(_call(merged, case.x), base + sum(t * moved[name] for name, t in MIX.items()), base)
 
 
 def check_identity_at_init(case: Case) -> None:
@@ -287,7 +296,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     assert error <= ROUNDING[expected.dtype] * size, f"off by {error / size if size else error:.2e} of its size"
 
 
-def _call(compiled: Compiled, x: Tensor, *choice: ChoiceSpec) -> Tensor:
+def _call(compiled: Callable[..., Tensor], x: Tensor, *choice: ChoiceSpec) -> Tensor:
     chosen = {"adapters": choice[0]} if choice else {}
     with torch.no_grad():
         return compiled(x, **chosen)

@@ -56,7 +56,7 @@ def compose_choice(
     Raises:
         ChoiceError: a rank is given for a method that cannot be truncated.
     """
-    active = [(name, how.strength, _truncate(name, prepared[name], how.rank)) for name, how in choice]
+    active = [(name, how.strength, truncate_adapter(name, prepared[name], how.rank)) for name, how in choice]
     composed = {}
     for path, plan in plans.items():
         terms = {name: (t, p.changes[path]) for name, t, p in active if path in p.changes}
@@ -125,7 +125,12 @@ def _fill_composed(plan: SitePlan, composed: ComposedSite, base: BaseReader) -> 
     return replace(slots, branches=fill_branches(plan, composed.branches))
 
 
-def _truncate(name: str, prepared: PreparedAdapter, rank: int | None) -> PreparedAdapter:
+def truncate_adapter(name: str, prepared: PreparedAdapter, rank: int | None) -> PreparedAdapter:
+    """Return an adapter with the first components of its low-rank changes.
+
+    Raises:
+        ChoiceError: its method cannot be truncated.
+    """
     if rank is None:
         return prepared
     power = prepared.truncatable

@@ -1,0 +1,207 @@
+"""The tensors of a model that a mixture of adapters changes, with the adapters in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorac.adapters.adapter_sites import add_adapted_modules
+from lorac.adapters.fit import check_adapter
+from lorac.adapters.fresh import add_replaced_parameters
+from lorac.adapters.preparation import Preparer
+from lorac.errors import AdapterError, CompileError, SiteError, list_some, warn
+from lorac.frontend.layer_classes import is_only_read
+from lorac.frontend.model_view import ModelView
+from lorac.ir.algebra.changes import Change, compose, merge_bias, merge_weight
+from lorac.ir.algebra.operands import BIAS
+from lorac.ir.algebra.reduction import BRANCH
+from lorac.ir.sites import Site
+from lorac.ir.slots.choice import Active, Choice
+from lorac.ir.slots.composition import truncate_adapter
+from lorac.ir.slots.plans import BranchTerm, PreparedAdapter
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant
+
+
+class MergedWeights(Mapping[str, Tensor]):
+    """Name -> merged tensor, as the model stores it: computed when it is read, in float32 or wider, and rounded once.
+
+    Args:
+        view: the model, whose tensors are only read.
+        adapters: by name.
+        choice: the active adapters. Each changes the original weight, and their changes are summed.
+
+    Attributes:
+        sites: name of a tensor -> the site that it is the weight or the bias of.
+
+    Raises:
+        AdapterError, SiteError, FormatError: an adapter does not fit the model.
+        ChoiceError: a rank is given for a method that cannot be truncated.
+        CompileError: an adapter is not a change of weights, or a weight cannot hold its change.
+    """
+
+    def __init__(self, view: ModelView, adapters: Mapping[str, Adapter], choice: Choice) -> None:
+        self._base = view.base
+        self._parts = [_ActiveAdapter(adapters[name], how, view) for name, how in choice]
+        self.sites: dict[str, Site] = {}
+        for part in self._parts:
+            self.sites |= part.changed
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Tensor:
+        site = self.sites[name]
+        if self._last[0] != site.path:
+            self.forget()  # the tensors of the last site must not take memory while these are computed
+            self._last = (site.path, self._merge(site))
+        return self._last[1][name]
+
+    def forget(self) -> None:
+        """Release the tensors of the site that was read last, which are kept for its other tensor."""
+        self._last = ("", {})
+
+    @torch.no_grad()
+    def _merge(self, site: Site) -> dict[str, Tensor]:
+        """Return the merged tensors of a site by name."""
+        weight, bias = self._base.weight(site), self._base.bias(site)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        parts = [part for part in self._parts if site.path in part.paths]
+        change = compose([(part.strength, part.read(site.path)) for part in parts], lambda: wide)
+        assert change is not None
+        merged = merge_weight(change, wide)
+        if site.leaves_blocks(merged):
+            raise _not_mergeable(parts[0].adapter, site, "leaves the blocks of a grouped convolution")
+        found = {str(site.weight): _round(site.store(merged), weight.dtype, site)}
+        if bias is not None:
+            shifted = merge_bias(change, bias.to(torch.promote_types(bias.dtype, torch.float32)))
+            assert shifted is not None
+            found[str(site.bias)] = _round(shifted, bias.dtype, site)
+        return found
+
+
+class _ActiveAdapter:
+    """An adapter that is merged, and the tensors that it changes.
+
+    Attributes:
+        adapter, strength: the adapter, and t in W + t·(W' − W).
+        paths: the sites that it changes.
+        changed: name of each tensor that it changes -> the site.
+    """
+
+    def __init__(self, adapter: Adapter, how: Active, view: ModelView) -> None:
+        check_adapter(adapter, view)
+        sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
+        self.adapter, self.strength, self._rank = adapter, how.strength, how.rank
+        self._preparer = Preparer(sites, view.base, keep_factors=True)
+        self._truncate({})
+        self.paths = frozenset(_leave_out_read_layers(adapter, self._preparer.touched(adapter), view))
+        known = view.named_tensors()
+        self.changed: dict[str, Site] = {}
+        for path in sorted(self.paths):
+            _check_mergeable(adapter, sites[path], known)
+            self.changed |= {name: sites[path] for name in self._find_changed(sites[path])}
+
+    @torch.no_grad()
+    def read(self, path: str) -> Change:
+        """Return the change at a site at strength 1."""
+        change = self._preparer.term(self.adapter, path)
+        assert not isinstance(change, BranchTerm)
+        return self._truncate({path: change}).changes[path]
+
+    def _truncate(self, changes: Mapping[str, Change]) -> PreparedAdapter:
+        prepared = PreparedAdapter(changes, {}, self.adapter.variant.truncatable)
+        return truncate_adapter(self.adapter.name, prepared, self._rank)
+
+    def _find_changed(self, site: Site) -> Iterator[str]:
+        """Yield the names of the tensors that change at a site.
+
+        Raises:
+            CompileError: the change is not one of a weight, or needs a bias that the site does not have.
+        """
+        adapter, shifts = self.adapter, site.bias in self.adapter.replaced
+        if site.path in adapter.tensors:
+            reduction = self._preparer.reduction(adapter.variant, site, adapter.tensors[site.path])
+            if reduction.form == BRANCH:
+                raise _not_mergeable(adapter, site, "computes what no weight can")
+            shifts |= BIAS in reduction.outputs
+        if site.bias is None and shifts and _shifts_bias(self.read(site.path)):
+            raise _not_mergeable(adapter, site, "needs a bias, and the layer has none")
+        if site.weight is not None and (site.path in adapter.tensors or site.weight in adapter.replaced):
+            yield site.weight
+        if site.bias is not None and shifts:
+            yield site.bias
+
+
+def _shifts_bias(change: Change) -> bool:
+    return change.e is not None and bool(change.e.any())
+
+
+def _check_mergeable(adapter: Adapter, site: Site, known: Mapping[str, Tensor]) -> None:
+    """Refuse a site whose weight is not stored as the numbers that it stands for."""
+    stored = known.get(str(site.weight))
+    if stored is not None and (type(stored) not in {Tensor, nn.Parameter} or site.dtype.itemsize < 2):
+        raise CompileError(
+            f"nothing can be merged into the {site.packed or stored.dtype} weight of '{site.path}', which is quantised",
+            next_step="dequantize=True merges into its float values; or give the model as it was before quantisation",
+            code="not_mergeable",
+        )
+    if site.weight is not None and site.weight not in known:
+        raise CompileError(
+            f"the weight of '{site.path}', which adapter '{adapter.name}' changes, is computed at each call",
+            next_step="make it a parameter: torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+            code="not_mergeable",
+        )
+
+
+def _not_mergeable(adapter: Adapter, site: Site, why: str) -> CompileError:
+    instead = adapter.variant.instead if isinstance(adapter.variant, BranchVariant) else ""
+    return CompileError(
+        f"adapter '{adapter.name}' ({adapter.variant.name}) cannot be merged: at '{site.path}' it {why}",
+        next_step=instead or "compiled.save(folder) saves the model with the adapter as it is",
+        code="not_mergeable",
+    )
+
+
+def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], view: ModelView) -> list[str]:
+    """Return the paths without layers that are never called, at which the adapter had no effect in training either.
+
+    Raises:
+        SiteError: there is no other.
+    """
+    paths = list(paths)
+    layers = (path for path in paths if path in view.sites and view.sites[path].is_layer)
+    read = [path for path in layers if is_only_read(path, view.module)]
+    if not read:
+        return paths
+    what = f"{list_some(read, 3)}, whose weights are read and which are never called, as in PEFT"
+    if len(read) == len(paths):
+        raise SiteError(
+            f"adapter '{adapter.name}' has no effect: it acts on {what}",
+            next_step="there is nothing to merge",
+            code="site_unreached",
+        )
+    warn(f"adapter '{adapter.name}' has no effect at {what}: nothing is merged there")
+    return [path for path in paths if path not in read]
+
+
+def _round(wide: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
+    """Return a tensor in the dtype that the model stores.
+
+    Raises:
+        AdapterError: it has values that the dtype does not have.
+    """
+    rounded = wide.to(dtype).contiguous()
+    if dtype is torch.float16 and not torch.isfinite(rounded).all():
+        raise AdapterError(
+            f"a merged value of '{site.path}' is larger than float16 can hold",
+            next_step="load the model in bfloat16 or float32, and merge into that",
+            code="non_finite",
+        )
+    return rounded
