@@ -204,8 +204,8 @@ def _training(folder: Path) -> Iterator[Sound]:
     name_optimizer_state(compiled, optimizer)
     torch.save(optimizer.state_dict(), place / "optimizer.pt")
     (place / "trainer_state.json").write_text('{"global_step": 1}')
-    run = checkpoints.describe_run(compiled, recipe, checkpoints.hash_base(compiled), 8, 1)
-    checkpoints.finish_checkpoint(place, 1, run)
+    run = {"adapters": {"a": {"method": "vera", "settings": {}}}, "base": None, "rows": 8, "processes": 1}
+    checkpoints.finish_checkpoint(place, 1, {**run, "recipe": dataclasses.asdict(recipe)})
     yield Sound("training", "vera", "training/checkpoint-1", "two_linear")
 
 
@@ -226,9 +226,8 @@ def _recipes(folder: Path) -> Iterator[Sound]:
     text = (Path(examples.__path__[0]) / "recipes" / "docs.yaml").read_bytes()
     (folder / "recipe").mkdir()
     (folder / "recipe" / "docs.yaml").write_bytes(text)
-    recipe, places = read_recipe(folder / "recipe" / "docs.yaml")
-    fields = dataclasses.asdict(recipe)
-    said = {**places, **fields.pop("arguments"), **fields}
+    fields = dataclasses.asdict(read_recipe(folder / "recipe" / "docs.yaml"))
+    said = {**fields.pop("arguments"), **fields}
     (folder / "recipe" / "docs.json").write_text(json.dumps(said))
     for file in ("docs.yaml", "docs.json"):
         yield Sound("recipe", file, f"recipe/{file}", "")

@@ -62,10 +62,8 @@ def main() -> None:
 
 def by_hand(model: Any, tokenizer: Any, steps: int) -> None:
     """Train without the recipe's trainer; whatever it does not offer goes in here."""
-    rows: Any = [
-        tokenizer(row["text"], truncation=True, max_length=LENGTH)
-        for row in islice(BUNDLED["python-docs"](), steps * BATCH)
-    ]
+    texts = islice(BUNDLED["python-docs"](), steps * BATCH)
+    rows: Any = [tokenizer(text, truncation=True, max_length=LENGTH) for text in texts]
     loader = DataLoader(rows, BATCH, collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False))
     accelerator = Accelerator()
     compiled = lorac.compile(model, {"docs": lorac.LoRA(r=8, alpha=16, targets=["q_proj", "v_proj"])})

@@ -29,11 +29,12 @@ A ``LoracWarning`` tells what is not an error but must not pass in silence.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -268,6 +269,24 @@ def warn(what: str, *, next_step: str | None = None) -> None:
         level, frame = level + 1, frame.f_back
     text = what if next_step is None else f"{what}\n  {next_step}"
     warnings.warn(escape_controls(text), LoracWarning, stacklevel=level)
+
+
+@contextlib.contextmanager
+def translate_errors(kind: type[LoracError], what: str, *, next_step: str | None = None) -> Iterator[None]:
+    """Turn what other libraries raise inside the block into an error of lorac's, with their message in one line.
+
+    Args:
+        kind: the error to raise.
+        what: what goes wrong; what they say follows.
+        next_step: what to do about it.
+    """
+    try:
+        yield
+    except LoracError:
+        raise
+    except Exception as error:  # others raise anything
+        said = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
+        raise kind(f"{what}: {' '.join(said.split())}", next_step=next_step) from error
 
 
 def escape_controls(text: str) -> str:

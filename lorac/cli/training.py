@@ -25,8 +25,8 @@ def train(
     from lorac.trainer import read_recipe
     from lorac.trainer import train as run
 
-    recipe, paths = read_recipe(config)
-    host, folder = model or paths.get("model"), out or paths.get("out")
+    recipe = read_recipe(config)
+    host, folder = model or recipe.model, out or recipe.out
     for field, path in (("model", host), ("out", folder)):
         if path is None:
             raise OptionError(f"'{config}' has no {field}", next_step=f"add it, or give --{field}")
@@ -36,8 +36,7 @@ def train(
     if processing_class is None:
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     with contextlib.redirect_stdout(sys.stderr):  # trainers print what they log
-        compiled = run(loaded, processing_class, recipe, Path(str(folder)), resume=resume)
-    names = list(compiled.adapters)
+        names = [*run(loaded, processing_class, recipe, str(folder), resume=resume).adapters]
     print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
 
 

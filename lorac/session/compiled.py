@@ -26,7 +26,7 @@ from lorac.session.fused_head import install_fused_head
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, explain, unknown_attribute
 from lorac.session.session import Session
-from lorac.storage.paths import parse_path
+from lorac.storage.paths import file_stems, parse_path
 from lorac.target.engine import Engine
 
 if TYPE_CHECKING:
@@ -259,15 +259,15 @@ class CompiledModule(nn.Module, Compiled):
         self.pool.given = {name: module.find_given for name, module in own.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapters as PEFT does: one into the folder, or each into a folder of its name; other files stay.
+        """Write the adapters as PEFT does: one into the folder, or each into a folder of its own; other files stay.
 
         Raises:
             FormatError: PEFT has no such method; ``lorac.save_adapter`` writes any method in lorac's own format.
         """
         adapters, root = self.adapters, parse_path(folder, "where save_pretrained writes to", FormatError, "unreadable")
-        for name, adapter in adapters.items():
-            path = root if len(adapters) == 1 else root / name
-            save_adapter(adapter, path, model=self.session.view)
+        for name, stem in file_stems(sorted(adapters)).items():
+            path = root if len(adapters) == 1 else root / stem
+            save_adapter(adapters[name], path, model=self.session.view)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> CompiledModule:
         """Move the parameters, behind ``to``, ``half`` and ``cuda``, and bind the moved tensors.

@@ -1,9 +1,8 @@
 """TRL's fused head, within a call of the compiled model.
 
 TRL's trainers assign another ``forward`` to the model they are given: with ``fused_lm_head=True`` it calls the model's
-body, and multiplies with the head's weight chunk by chunk. On a compiled model that would go past the call: nothing
-would be prepared for branches, a gradient checkpoint would recompute without adapters, and adapters at the head would
-do nothing.
+body, and multiplies with the head's weight chunk by chunk. On a compiled model that would go past the call, and so past
+its adapters wherever a layer is recomputed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -17,13 +15,10 @@ from lorac.runtime.switchable_model import SwitchableModel
 from lorac.session.session import Session
 from lorac.storage.artifact import ADAPTERS, FORMS, RECORD, write_artifact
 from lorac.storage.normal_forms import write_normal_forms
-from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.paths import file_stems, parse_path, translate_os_errors
 from lorac.storage.plans import choice_to_json, plan_to_json
 from lorac.variants._missing_method import class_modules
 from lorac.version import VERSION
-
-_PORTABLE_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
-"""Names of adapters that every system accepts as file names; on Windows some are devices, with any ending."""
 
 
 def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer: object) -> None:
@@ -105,21 +100,6 @@ def _save_portable(model: SwitchableModel, name: str, stem: Path) -> dict[str, s
         warn(f"adapter '{name}' is saved for lorac alone: {error.what}")
         return {}
     return {graph: f"{stem.parent.name}/{file}" for graph, file in files.items()}
-
-
-def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) -> dict[str, str]:
-    """Return the name of each adapter's files: the adapter's own if every system accepts it, else a number.
-
-    Args:
-        names: of the adapters.
-        reserved: what files of adapters are not called.
-    """
-    stems: dict[str, str] = {}
-    for index, name in enumerate(names):
-        taken = name.lower() in {stem.lower() for stem in stems.values()} or (reserved and reserved.fullmatch(name))
-        own = _PORTABLE_NAME.fullmatch(name) and not taken
-        stems[name] = name if own else f"_{index}"
-    return stems
 
 
 def _installed_versions(*names: str) -> dict[str, str]:

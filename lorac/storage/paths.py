@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorac.argument_types import check_type
@@ -14,6 +14,8 @@ from lorac.errors import LoracError, short
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """The beginning of an address on the web, also if a Path has shortened its slashes; a drive has one letter."""
 _STEP = "give the path of a file or folder"
+_PORTABLE_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)$)[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
+"""Names of adapters that every system accepts as file names; on Windows some are devices, with any ending."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -72,6 +74,21 @@ def find_inner_path(folder: Path, name: str) -> Path | None:
         return None
     steps = [folder.joinpath(*parts[: i + 1]) for i in range(len(parts))]
     return None if any(step.is_symlink() for step in steps) else steps[-1]
+
+
+def file_stems(names: Sequence[str], reserved: re.Pattern[str] | None = None) -> dict[str, str]:
+    """Return the name of each adapter's files: the adapter's own if every system accepts it, else a number.
+
+    Args:
+        names: of the adapters.
+        reserved: what files of adapters are not called.
+    """
+    stems: dict[str, str] = {}
+    for index, name in enumerate(names):
+        taken = name.lower() in {stem.lower() for stem in stems.values()} or (reserved and reserved.fullmatch(name))
+        own = _PORTABLE_NAME.fullmatch(name) and not taken
+        stems[name] = name if own else f"_{index}"
+    return stems
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from lorac.limits import charge_reading, check_time
 from lorac.storage.paths import translate_os_errors
 from lorac.storage.strict_json import JsonObject, dump_json
 
-_MAX_BYTES, _MAX_DEPTH = 1 << 15, 20
+_MAX_BYTES = 1 << 15
 
 
 def read_yaml(file: Path, *, next_step: str) -> JsonObject:
@@ -38,50 +38,40 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
     try:
         with charge_reading(file):
             given = yaml.load(text, _strict_loader())
-            dump_json(given)  # numbers are finite and of 64 bits, and texts can be written
+            dump_json(given)  # numbers are finite and of 64 bits, texts can be written, and it is not too deep
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise OptionError(f"'{file}' is not a recipe: {_explain(error)}", next_step=next_step) from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        problem = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(problem).split())
+        said = problem if mark is None else f"{problem} (line {mark.line + 1})"
+        raise OptionError(f"'{file}' is not a recipe: {said}", next_step=next_step) from error
     if not isinstance(given, dict):
         raise OptionError(f"'{file}' holds no fields with values", next_step=next_step)
     return given
 
 
-def _explain(error: Exception) -> str:
-    """Return the problem in one line, with the number of the file's line where YAML says one."""
-    problem, mark = getattr(error, "problem", None) or error, getattr(error, "problem_mark", None)
-    return " ".join(f"{problem}{'' if mark is None else f' (line {mark.line + 1})'}".split())
-
-
 @functools.cache
 def _strict_loader() -> Any:
-    """Return PyYAML's safe loader without aliases, deep nesting and repeated keys, with YAML 1.2's numbers."""
+    """Return PyYAML's safe loader without aliases and repeated names, with YAML 1.2's numbers."""
     import yaml
 
     class RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-        _depth = 0
-
         def compose_node(self, parent: Any, index: Any) -> Any:
             check_time()
-            if self._depth == _MAX_DEPTH:
-                raise ValueError(f"it is nested deeper than {_MAX_DEPTH} values")
             if self.check_event(yaml.AliasEvent):
                 mark = self.peek_event().start_mark
                 raise yaml.MarkedYAMLError(problem="a recipe has no aliases", problem_mark=mark)
-            self._depth += 1
-            node = super().compose_node(parent, index)
-            self._depth -= 1
-            return node
+            return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
+            names: set[str] = set()
             for key, _ in node.value:
                 is_text = key.tag == "tag:yaml.org,2002:str"
-                if not is_text or key.value in seen:
+                if not is_text or key.value in names:
                     problem = "is given twice" if is_text else "does not read as text: put it in quotes"
                     raise yaml.MarkedYAMLError(
                         problem=f"the name {key.value!r:.40} {problem}", problem_mark=key.start_mark
                     )
-                seen.add(key.value)
+                names.add(key.value)
             return super().construct_mapping(node, deep)
 
     exponent = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")

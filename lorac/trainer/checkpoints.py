@@ -9,38 +9,30 @@ checkpoint.json is written last: a folder without it is not a checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 import lorac
-from lorac.adapters.base_hash import compute_base_hash
 from lorac.errors import ArtifactError, ChoiceError, FormatError, short
 from lorac.formats.checkpoint import FILE
-from lorac.formats.native import variant_config
-from lorac.session.saving import file_stems
 from lorac.storage.artifact import check_manifest, describe_files, open_checked, read_manifest, write_manifest
 from lorac.storage.atomic_folders import flush_folder, replace_atomically
 from lorac.storage.paths import translate_os_errors
 from lorac.storage.pickled_tensors import check_archive
-from lorac.storage.strict_json import Json, JsonObject, dump_json
-from lorac.trainer.recipe import Recipe
+from lorac.storage.strict_json import Json, JsonObject
 from lorac.variants.adapter import Adapter
 
 MANIFEST = "checkpoint.json"
-_FOLDER = re.compile(r"checkpoint-([0-9]{1,18})", re.ASCII)
-_RUN = ("adapters", "recipe", "base", "rows", "processes")
+FOLDER = re.compile(r"checkpoint-([0-9]{1,18})", re.ASCII)
 _FIELDS = {"lorac_checkpoint": int, "step": int, "adapters": dict, "recipe": dict, "files": dict, "seal": str}
 _UNBOUND = re.compile(
-    r"arguments\.(logging_|log_|save_|hub_|push_to_hub|report_to|run_name|project|disable_tqdm"
+    r"(model|out)$|arguments\.(logging_|log_|save_|hub_|push_to_hub|report_to|run_name|project|disable_tqdm"
     r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor))"
 )
 """Settings of a run that change nothing of what it computes."""
@@ -53,7 +45,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         step: how many steps of the optimizer were taken.
-        run: the run that wrote it (``describe_run``).
+        run: the run that wrote it, among the manifest's other fields: its adapters, recipe, base, rows, processes.
     """
 
     folder: Path
@@ -70,7 +62,7 @@ class Checkpoint:
         Raises:
             ChoiceError: it has another recipe, base or set of adapters, or another number of rows or processes.
         """
-        for path, there, here in _iterate_differences(self.run, run):
+        for path, there, here in _iterate_differences({name: self.run.get(name) for name in run}, run):
             if not _UNBOUND.match(path):
                 raise ChoiceError(
                     f"'{self.folder}' is of another run: {path} is {short(there)} there, and {short(here)} here",
@@ -78,12 +70,24 @@ class Checkpoint:
                 )
 
 
-def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest finished checkpoint in a run's folder; raises what ``open_checkpoint`` does."""
-    found = [path for path in folder.glob("checkpoint-*") if _FOLDER.fullmatch(path.name)]
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the finished checkpoints in a run's folder, the newest last."""
+    found = [path for path in folder.glob("checkpoint-*") if FOLDER.fullmatch(path.name)]
     finished = [path for path in found if (path / MANIFEST).is_file()]
-    newest = max(finished, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else open_checkpoint(newest)
+    return sorted(finished, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def find_checkpoint(folder: Path) -> Checkpoint:
+    """Open the newest finished checkpoint in a run's folder.
+
+    Raises:
+        ChoiceError: there is none.
+        ArtifactError, FormatError: as ``open_checkpoint``.
+    """
+    if not (found := list_checkpoints(folder)):
+        what = f"'{folder}' holds no finished checkpoint"
+        raise ChoiceError(what, next_step="train without resuming; save_steps says how often one is written")
+    return open_checkpoint(found[-1])
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
@@ -105,7 +109,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         files = [open_checked(folder, name, entry).where for name, entry in fields["files"].items()]
         for file in (file for file in files if file.suffix in (".pt", ".pth")):
             check_archive(file, functools.partial(_damaged, file))
-    return Checkpoint(folder, fields["step"], {name: fields.get(name) for name in _RUN})
+    return Checkpoint(folder, fields["step"], fields)
 
 
 def _damaged(file: Path, reason: str) -> FormatError:
@@ -117,56 +121,8 @@ def finish_checkpoint(folder: Path, step: int, run: JsonObject) -> None:
     with translate_os_errors(folder, FormatError, "written", "unreadable"):
         flush_folder(folder)
         files = {name: entry for name, entry in describe_files(folder).items() if name != MANIFEST}
-        fields = {"lorac_checkpoint": 1, "step": step, **run, "files": files}
         with replace_atomically(folder / MANIFEST) as staged:
-            write_manifest(staged, fields)
-
-
-def hash_base(compiled: Any) -> str | None:
-    """Return a hash of the base's weights at all sites, but for quantised ones."""
-    view = compiled.session.view
-    weights = [path for path, site in view.sites.items() if site.weight is not None and not site.packed]
-    return compute_base_hash(view, weights)
-
-
-def describe_run(compiled: Any, recipe: Recipe, base: str | None, rows: int | None, processes: int) -> JsonObject:
-    """Return what a checkpoint is bound to.
-
-    Args:
-        compiled: the model that trains.
-        recipe: of the run.
-        base: ``hash_base``.
-        rows: how many it trains on.
-        processes: how many train together.
-    """
-    adapters = {
-        name: {"method": adapter.variant.name, "settings": variant_config(adapter.variant)[0]}
-        for name, adapter in sorted(compiled.adapters.items())
-    }
-    run = (adapters, dataclasses.asdict(recipe), base, rows, processes)
-    made: JsonObject = json.loads(dump_json(dict(zip(_RUN, run, strict=True))))
-    return made
-
-
-def save_trained_adapters(adapters: Mapping[str, Adapter], folder: Path, model: nn.Module) -> dict[str, Path]:
-    """Write each adapter as PEFT does, or where PEFT has no place for it in lorac's own format.
-
-    Returns:
-        Name -> what was written. A name that not every system accepts, or that a checkpoint has, becomes a number.
-    """
-    stems = file_stems(sorted(adapters), reserved=_FOLDER)
-    return {name: _save_adapter(adapters[name], folder / stem, model) for name, stem in stems.items()}
-
-
-def _save_adapter(adapter: Adapter, folder: Path, model: nn.Module) -> Path:
-    try:
-        lorac.save_adapter(adapter, folder, model=model)
-    except FormatError as error:
-        if error.code != "unsupported_field":
-            raise
-        folder = folder.with_name(f"{folder.name}.safetensors")
-        lorac.save_adapter(adapter, folder, format="native", model=model)
-    return folder
+            write_manifest(staged, {**run, "lorac_checkpoint": 1, "step": step, "files": files})
 
 
 def _iterate_differences(there: Json, here: Json, path: str = "") -> Iterator[tuple[str, Json, Json]]:

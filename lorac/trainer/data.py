@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorac.errors import MissingExtra, OptionError, nearest_name, short
+from lorac.errors import MissingExtra, OptionError, nearest_name, short, translate_errors
 from lorac.storage.paths import parse_path
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ READERS: Mapping[str, str] = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "imagefolder"),
 }
 """Suffix -> the reader of ``datasets``."""
-_TALKS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+_TALKS = ("prompt", "completion", "chosen", "rejected", "messages")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _SOURCE_FILES = 200
 
@@ -58,31 +58,29 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
         return _encode(rows, task, tokenizer)
     if "instruction" in columns:
         rows = rows.map(_ask, remove_columns=rows.column_names)
+    if "conversations" in columns:
+        rows = rows.rename_column("conversations", "messages")
     talks = [name for name in _TALKS if name in rows.column_names and isinstance(rows[0][name], list)]
-    if talks and not (tokenizer.chat_template or getattr(arguments, "chat_template_path", None)):
-        raise OptionError(
-            f"'{data}' holds conversations, and the tokenizer has no chat template",
-            next_step="name a file with one: chat_template_path: template.jinja",
-        )
-    if not talks and tokenizer.eos_token is None and getattr(arguments, "eos_token", None) is None:
-        raise OptionError("the tokenizer has no token that ends a text", next_step="name one of its tokens: eos_token")
-    rows = rows.map(lambda row: {name: _plain_turns(row[name]) for name in talks}) if talks else rows
-    return rows.rename_column("conversations", "messages") if "conversations" in talks else rows
+    needed, given = ("chat_template", "chat_template_path") if talks else ("eos_token", "eos_token")
+    if not getattr(tokenizer, needed) and getattr(arguments, given, None) is None:
+        what = f"the rows of '{data}' need the tokenizer's {needed}, and it has none"
+        raise OptionError(what, next_step=f"name one by {given}:")
+    return rows.map(lambda row: {name: _plain_turns(row[name]) for name in talks}) if talks else rows
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _python_docs() -> Iterator[Row]:
+def _python_docs() -> Iterable[str]:
     from pydoc_data.topics import topics
 
-    return ({"text": topics[name]} for name in sorted(topics))
+    return (topics[name] for name in sorted(topics))
 
 
-def _python_source() -> Iterator[Row]:
+def _python_source() -> Iterable[str]:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:_SOURCE_FILES]
-    return ({"text": file.read_text(errors="replace")} for file in files)
+    return (file.read_text(errors="replace") for file in files)
 
 
-BUNDLED: Mapping[str, Callable[[], Iterator[Row]]] = {"python-docs": _python_docs, "python-source": _python_source}
+BUNDLED: Mapping[str, Callable[[], Iterable[str]]] = {"python-docs": _python_docs, "python-source": _python_source}
 """Name -> texts that are on every machine."""
 
 
@@ -92,7 +90,7 @@ def _read(data: str) -> Dataset:
     except ModuleNotFoundError as error:
         raise MissingExtra("datasets", "train") from error
     if data in BUNDLED:
-        return datasets.Dataset.from_list(list(BUNDLED[data]()))
+        return datasets.Dataset.from_dict({"text": [*BUNDLED[data]()]})
     path = parse_path(data, "data", OptionError)
     files = [file for file in sorted(path.rglob("*")) or [path] if file.suffix.lower() in READERS and file.is_file()]
     kinds = {READERS[file.suffix.lower()] for file in files}
@@ -104,15 +102,12 @@ def _read(data: str) -> Dataset:
             nearest=nearest_name(data, BUNDLED, alike=0.6),
             next_step=f"give {', '.join(READERS)}, a folder of one kind, or {', '.join(BUNDLED)}",
         )
-    try:
+    options = {"sample_by": "document"} if kinds == {"text"} else {}
+    with translate_errors(OptionError, f"'{data}' cannot be read", next_step="give every row the same fields"):
         if is_saved:
             rows = datasets.load_from_disk(str(path))
         else:
-            options = {"sample_by": "document"} if kinds == {"text"} else {}
-            rows = datasets.load_dataset(*kinds, data_files=[str(file) for file in files], **options)
-    except Exception as error:  # a damaged file may make datasets raise anything
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise OptionError(f"'{data}' cannot be read: {reason}", next_step="give every row the same fields") from error
+            rows = datasets.load_dataset(*kinds, data_files=[*map(str, files)], **options)
     return rows["train"] if isinstance(rows, dict) else rows
 
 

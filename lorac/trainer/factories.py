@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch import nn
 import lorac
 from lorac import training
 from lorac.argument_types import matches_type
-from lorac.errors import LoracError, OptionError, nearest_name, not_one_of, short
+from lorac.errors import OptionError, nearest_name, not_one_of, short, translate_errors
 from lorac.trainer import losses
 from lorac.trainer.recipe import NamedSpec
-from lorac.training import initialisation as starts
+from lorac.training import initialisation
 from lorac.training.rule import Rule, check_compatible
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -27,12 +27,7 @@ GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 def make_adapters(
     given: Mapping[str, Mapping[str, Any]], model: nn.Module, batches: Callable[[], Iterable[Any]]
 ) -> dict[str, Adapter | Variant]:
-    """Make the adapters of a recipe: read from files, fresh, or initialised.
-
-    Args:
-        given: name -> what the recipe says of it.
-        model: the base.
-        batches: gives what a start sees.
+    """Make the adapters of a recipe: read from files, fresh, or begun on the model, with batches if a start reads some.
 
     Raises:
         OptionError: there is no such method, start or keyword.
@@ -41,47 +36,42 @@ def make_adapters(
     return {name: _make_adapter(name, dict(said), model, batches) for name, said in given.items()}
 
 
-def make_optimizer(named: NamedSpec, compiled: Any, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(spec: NamedSpec, compiled: Any, learning_rate: float) -> torch.optim.Optimizer:
     """Make the optimizer of the trainable parameters."""
     own, torchs = (_list_classes(module, torch.optim.Optimizer) for module in (training, torch.optim))
     torchs.pop("LBFGS", None)  # it takes a closure at each step
-    name, keywords, kind = _look_up(named, "optimizer", {**torchs, **own})
+    name, keywords = _look_up(spec, "there is no optimizer", {**torchs, **own})
     tensors: Any = [tensor for tensor in compiled.parameters() if tensor.requires_grad]
     if name in own:
         of_groups = {key: keywords.pop(key) for key in GROUP_SETTINGS if key in keywords}
         tensors = training.galore_groups(compiled, **of_groups)
-    made: torch.optim.Optimizer = _construct(kind, name, (tensors,), {"lr": learning_rate, **keywords})
+    made: torch.optim.Optimizer = _construct({**torchs, **own}[name], {"lr": learning_rate, **keywords}, tensors)
     return made
 
 
-def make_rules(named: Sequence[NamedSpec], compiled: Any, optimizer: torch.optim.Optimizer) -> list[Rule]:
+def make_rules(specs: Sequence[NamedSpec], compiled: Any, optimizer: torch.optim.Optimizer) -> list[Rule]:
     """Attach rules to an optimizer, in their order; raises ``ChoiceError`` if two do not go together."""
-    rules: list[Rule] = []
-    for spec in named:
-        name, keywords, kind = _look_up(spec, "rule", _list_classes(training, Rule))
-        rules.append(_construct(kind, name, (compiled, optimizer), keywords))
+    known, rules = _list_classes(training, Rule), list[Rule]()
+    for spec in specs:
+        name, keywords = _look_up(spec, "there is no rule", known)
+        rules.append(_construct(known[name], keywords, compiled, optimizer))
         check_compatible(rules)
     return rules
 
 
-def make_losses(named: Sequence[NamedSpec]) -> dict[str, dict[str, Any]]:
+def make_losses(specs: Sequence[NamedSpec]) -> dict[str, dict[str, Any]]:
     """Return name -> keywords of what is added to the loss."""
     found = {}
-    for spec in named:
-        name, keywords, known = _look_up(spec, "loss", losses.SETTINGS)
-        _check_keywords(name, keywords, [*known])
-        found[name] = {**known, **keywords}
+    for spec in specs:
+        name, keywords = _look_up(spec, "there is no loss", losses.LOSSES)
+        known = losses.LOSSES[name][1]
+        _check_keywords(name, keywords, known)
         wrong = [key for key, value in keywords.items() if not matches_type(value, type(known[key]))]
-        if wrong or found[name].get("draws", 2) < 2:
-            key = wrong[0] if wrong else "draws"
-            next_step = f"give a value such as {known[key]}"
-            raise OptionError(f"{name} takes no {key}={short(keywords[key])}", next_step=next_step)
+        found[name] = {**known, **keywords}
+        for key in wrong or ["draws"] * (found[name].get("draws", 2) < 2):
+            what = f"{name} takes no {key}={short(keywords[key])}"
+            raise OptionError(what, next_step=f"give a value such as {known[key]}")
     return found
-
-
-def extra_outputs(named: Sequence[NamedSpec]) -> tuple[str, ...]:
-    """Return the names of the extra outputs that losses read, for ``lorac.compile(..., aux=)``."""
-    return losses.extra_outputs(make_losses(named))
 
 
 def _make_adapter(
@@ -90,31 +80,27 @@ def _make_adapter(
     if "path" in said:
         path = said.pop("path")
         if said:
-            raise OptionError(
-                f"adapter '{name}' has a path, and {', '.join(said)} besides", next_step="its file says what it is"
-            )
+            what = f"adapter '{name}' has a path, and {', '.join(said)} besides"
+            raise OptionError(what, next_step="its file says what it is")
         return lorac.load_adapter(path, model, name)
-    method, start = said.pop("method", None), said.pop("start", None)
-    known = lorac.variants()
-    if method not in known:
-        raise not_one_of(f"adapter '{name}': there is no method", method, known)
-    variant: Variant = _construct(known[method], f"method {method}", (), said)
+    start, spec, known = said.pop("start", None), {"name": said.pop("method", None), **said}, lorac.variants()
+    method, keywords = _look_up(spec, f"adapter '{name}': there is no method", known)
+    variant: Variant = _construct(known[method], keywords)
     if start is None:
         return variant
-    begin, keywords, kind = _look_up(start, "start", _list_classes(starts, starts.Initialiser), f"adapter '{name}': ")
-    begun: Adapter = _construct(kind, begin, (), keywords)(variant, model, batches())
+    starts = _list_classes(initialisation, initialisation.Initialiser)
+    begin, keywords = _look_up(start, f"adapter '{name}': there is no start", starts)
+    begun: Adapter = _construct(starts[begin], keywords)(variant, model, batches())
     return begun
 
 
-def _look_up(named: NamedSpec, what: str, known: Mapping[str, Any], where: str = "") -> tuple[str, dict[str, Any], Any]:
-    """Return the name of a spec, its keywords and what has that name."""
-    keywords = {"name": named} if isinstance(named, str) else dict(named)
+def _look_up(spec: NamedSpec, what: str, known: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """Return the name of a spec, one of those that are known, and its keywords."""
+    keywords = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = keywords.pop("name", None)
-    if not isinstance(name, str):
-        raise OptionError(f"{where}the {what} has no name", next_step="give {name: ..., and its keywords}")
-    if name not in known:
-        raise not_one_of(f"{where}there is no {what}", name, sorted(known))
-    return name, keywords, known[name]
+    if not isinstance(name, str) or name not in known:
+        raise not_one_of(what, name, sorted(known))
+    return name, keywords
 
 
 def _list_classes(module: object, kind: type) -> dict[str, type[Any]]:
@@ -123,26 +109,23 @@ def _list_classes(module: object, kind: type) -> dict[str, type[Any]]:
     return {name: cls for name, cls in found if issubclass(cls, kind)}
 
 
-def _check_keywords(name: str, keywords: Iterable[str], known: Sequence[str]) -> None:
+def _check_keywords(name: str, keywords: Iterable[str], known: Collection[str]) -> None:
     for key in keywords:
         if key not in known:
             nearest = nearest_name(key, known)
             raise OptionError(f"{name} has no {key}", nearest=nearest, next_step=f"it takes {', '.join(known)}")
 
 
-def _construct(cls: Any, name: str, given: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+def _construct(cls: Any, keywords: Mapping[str, Any], *given: Any) -> Any:
     """Make an object with keywords that it takes: a list as a tuple, and settings of an object as that object."""
-    parameters = dict(list(inspect.signature(cls).parameters.items())[len(given) :])
-    _check_keywords(name, keywords, [*parameters])
-    try:
-        return cls(*given, **{key: _convert(key, item, parameters[key].default) for key, item in keywords.items()})
-    except LoracError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise OptionError(f"{name} cannot be made: {error}", next_step=f"it takes {', '.join(parameters)}") from error
+    parameters = dict([*inspect.signature(cls).parameters.items()][len(given) :])
+    _check_keywords(cls.__name__, keywords, parameters)
+    values = {key: _convert(item, parameters[key].default) for key, item in keywords.items()}
+    with translate_errors(OptionError, f"{cls.__name__} cannot be made", next_step=f"it takes {', '.join(parameters)}"):
+        return cls(*given, **values)
 
 
-def _convert(key: str, item: Any, default: object) -> Any:
+def _convert(item: Any, default: object) -> Any:
     if isinstance(item, Mapping) and dataclasses.is_dataclass(default):
-        return _construct(type(default), key, (), item)
+        return _construct(type(default), item)
     return tuple(item) if isinstance(item, list) else item

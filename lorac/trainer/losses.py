@@ -13,34 +13,42 @@ from lorac import training
 from lorac.errors import ChoiceError, Unavailable
 
 Tensor = torch.Tensor
+Losses = Mapping[str, Mapping[str, Any]]
+"""Name -> keywords."""
 GATES, PENALTY, SAMPLED = "gate_loss", "gate_penalty", "sampled_selection_loss"
-EMITTED: Mapping[str, str | None] = {GATES: "router", PENALTY: None, SAMPLED: "log_prob"}
-"""Loss -> the extra output that it reads."""
-SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    GATES: {"weight": 50.0, "shifted": True},
-    PENALTY: {"weight": 1e-3},
-    SAMPLED: {"draws": 2},
+LOSSES: Mapping[str, tuple[str | None, Mapping[str, Any]]] = {
+    GATES: ("router", {"weight": 50.0, "shifted": True}),
+    PENALTY: (None, {"weight": 1e-3}),
+    SAMPLED: ("log_prob", {"draws": 2}),
 }
-"""Loss -> its keywords with their defaults."""
+"""Loss -> the extra output that it reads, and its keywords with their defaults."""
 EXPERTS = "experts"
 """The column of the data with the expert of each row, or of each token."""
 _IGNORED_LABEL = -100
 
 
 def extra_outputs(losses: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of the extra outputs that losses read."""
-    return tuple(sorted(output for output in {EMITTED[name] for name in losses} if output is not None))
+    """Return the names of the extra outputs that losses read, for ``lorac.compile(..., aux=)``."""
+    return tuple(sorted(output for output in (LOSSES[name][0] for name in losses) if output is not None))
 
 
 def check_learning(compiled: Any, losses: Collection[str]) -> None:
-    """Raise ``ChoiceError`` if a tensor learns from an extra output alone that none of the losses reads."""
-    names = {output: name for name, output in EMITTED.items() if output is not None}
+    """Check that losses and extra outputs go together.
+
+    Raises:
+        ChoiceError: a tensor learns from an extra output alone that none of the losses reads.
+        Unavailable: a loss reads what the model does not give.
+    """
+    read, names = extra_outputs(losses), {output: name for name, (output, _) in LOSSES.items()}
     for module in compiled.adapter_tensors.values():
-        for tensor, output in module.find_untrained(extra_outputs(losses)):
+        for tensor, output in module.find_untrained(read):
             raise ChoiceError(
                 f"'{tensor}' of adapter '{module.adapter.name}' learns from '{output}' alone, and no loss reads it",
                 next_step=f"add loss: [{names.get(output, 'one that does')}]",
             )
+    for name in {*read} - {*compiled.session.options.aux}:
+        what = f"a loss of the recipe reads '{name}', which the model does not give"
+        raise Unavailable(what, next_step=f'compile with aux=["{name}"]')
 
 
 def check_gradients(compiled: Any, losses: Collection[str]) -> None:
@@ -53,25 +61,20 @@ def check_gradients(compiled: Any, losses: Collection[str]) -> None:
             )
 
 
-def mean_terms(compiled: Any, losses: Mapping[str, Mapping[str, Any]], experts: Tensor | None) -> Tensor | float:
+def mean_terms(compiled: Any, losses: Losses, experts: Tensor | None) -> Tensor | float:
     """Return the sum of the losses that are means over a call, which has just run.
 
-    Args:
-        compiled: what was called.
-        losses: name -> keywords.
-        experts: the column of the data.
-
     Raises:
-        Unavailable: the data has no such column, and a loss reads it.
+        Unavailable: the data has no column of experts, and a loss reads it.
     """
     total: Tensor | float = 0.0
-    if GATES in losses and experts is None:
-        raise Unavailable(
-            f"{GATES} needs the expert of each row, and the data has no column '{EXPERTS}'",
-            next_step=f"give '{EXPERTS}' a number for each row, or a list with one for each token",
-        )
-    if GATES in losses and experts is not None:
-        total = total + training.gate_loss(compiled, experts, **losses[GATES])
+    if GATES in losses:
+        if experts is None:
+            raise Unavailable(
+                f"{GATES} needs the expert of each row, and the data has no column '{EXPERTS}'",
+                next_step=f"give '{EXPERTS}' a number for each row, or a list with one for each token",
+            )
+        total = training.gate_loss(compiled, experts, **losses[GATES])
     return total + training.gate_penalty(compiled, **losses[PENALTY]) if PENALTY in losses else total
 
 
@@ -81,11 +84,9 @@ def policy_term(compiled: Any, draws: int, loss: Tensor, output: Any, labels: ob
     The draws of a row are compared by its share of the batch's cross-entropy.
 
     Args:
-        compiled: what was called, each row ``draws`` times.
-        draws: as ``repeat_rows`` took them.
-        loss: the trainer's, of that call.
-        output: the model's.
-        labels: of the call.
+        compiled: what was called, each row ``draws`` times (``repeat_rows``).
+        draws: two or more.
+        loss, output, labels: the trainer's and the model's, of that call.
         shifted: whether a token's logits are compared with the next one's label.
 
     Raises:
@@ -93,7 +94,7 @@ def policy_term(compiled: Any, draws: int, loss: Tensor, output: Any, labels: ob
     """
     rows = _row_losses(output, labels, shifted).detach().view(draws, -1)
     share = loss.detach() / rows.sum().clamp_min(torch.finfo(rows.dtype).tiny)
-    chances = training.sum_by_row(compiled.aux[EMITTED[SAMPLED]]).view(draws, -1).to(rows.dtype)
+    chances = training.sum_by_row(compiled.aux[LOSSES[SAMPLED][0]]).view(draws, -1).to(rows.dtype)
     drawn = training.leave_one_out(share * rows.numel() * rows, chances)
     return drawn - drawn.detach()
 

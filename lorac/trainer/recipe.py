@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import os
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from lorac.argument_types import Count, OneOf, check_fields, format_type, matches_type
+from lorac.argument_types import Count, OneOf, check_fields, field_types, format_type, matches_type
 from lorac.errors import ChoiceError, MissingExtra, OptionError, WrongType, nearest_name, short
 from lorac.storage.paths import parse_path
 from lorac.storage.strict_yaml import read_yaml
@@ -31,8 +29,10 @@ _LEAST: Mapping[str, float] = {
     **{"max_steps": 1, "max_length": 1, "learning_rate": 0},
 }
 """Lower limits of arguments that TRL and transformers do not check before the first step."""
-_ELSEWHERE = {"output_dir", "resume_from_checkpoint", "model_init_kwargs"}
-"""Arguments that ``out``, ``model`` and ``--resume`` stand for."""
+_ELSEWHERE = {"output_dir": "out", "resume_from_checkpoint": "--resume", "model_init_kwargs": "model"}
+"""Argument that a recipe does not take -> what stands for it."""
+_OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+"""Arguments of the trainer's own optimizer."""
 _EXAMPLE = "docs/training.md shows a recipe for each task"
 
 
@@ -41,30 +41,29 @@ class Recipe:
     """A training run.
 
     Attributes:
-        adapters: name -> ``{"method": <a name of `lorac variants`>, <hyper-parameter>: ...}`` with, if wanted,
-            ``"start"``, the name of one of ``lorac.training.initialisation`` or ``{"name": ..., <setting>: ...}``; or
-            ``{"path": <an adapter's file>}``, trained on.
+        adapters: name -> ``{"method": <one of `lorac variants`>, <hyper-parameter>: ...}``, perhaps with ``"start"``,
+            one of ``lorac.training.initialisation``; or ``{"path": <an adapter's file>}``, trained on.
+        model, out: for the command line: what `lorac train` loads, and the folder that it writes.
         active: name -> strength, as ``swap`` takes it; default: all, at strength 1.
         task: what is learnt, a key of ``TASKS``.
-        data: a file or folder (``lorac.trainer.data.load_rows``), or what comes with Python: ``python-docs``,
-            ``python-source``.
+        data: the rows (``lorac.trainer.data.load_rows``).
         eval_data: as ``data``, to evaluate on.
         test_size: the number, or the part, of ``data``'s rows to evaluate on.
-        optimizer: one of torch.optim's, or of ``lorac.training``'s, with its keywords; default: the one that the
-            argument ``optim`` names.
-        rules: those of ``lorac.training`` to attach to it, each with its keywords.
-        loss: what is added to the model's loss, one of ``lorac.training``'s functions each, with its keywords.
+        optimizer: one of torch.optim's or of ``lorac.training``'s; default: the one of the argument ``optim``.
+        rules: those of ``lorac.training`` to attach to it.
+        loss: what is added to the model's loss, by the names of ``lorac.training``'s functions.
         start_batches: how many batches a start sees.
         early_stopping_patience: evaluations without a better one after which the run stops.
-        arguments: of ``trl.SFTConfig``, ``DPOConfig`` or ``KTOConfig``, or of ``transformers.TrainingArguments``,
-            by their own names. In YAML they are top-level fields.
+        arguments: of the task's dataclass in ``TASKS``, by their own names. In YAML they are top-level fields.
 
     Raises:
         WrongType, ChoiceError, OptionError: a field is unknown, of another kind, or out of its range.
         MissingExtra: TRL or transformers is not installed.
     """
 
-    adapters: Mapping[str, Mapping[str, Any]]
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    model: str | None = None
+    out: str | None = None
     active: Mapping[str, float] | None = None
     task: Annotated[str, OneOf(TASKS)] = "sft"
     data: str = "python-docs"
@@ -80,7 +79,9 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.adapters:
-            raise ChoiceError("a recipe without adapters trains nothing", next_step="name one under adapters")
+            raise ChoiceError(
+                "a recipe without adapters trains nothing", next_step="add adapters: {mine: {method: lora}}"
+            )
         if self.eval_data is not None and self.test_size is not None:
             raise ChoiceError("eval_data and test_size both say what to evaluate on", next_step="give one of them")
         if self.early_stopping_patience is not None and not self.evaluates:
@@ -104,44 +105,35 @@ class Recipe:
 
     def _check_argument(self, name: str, value: object) -> None:
         config = self.load_classes()[1]
-        hints = _argument_types(config)
-        if name not in hints:
-            longer = (known for known in hints if known.endswith(f"_{name}"))
-            nearest = next(longer, nearest_name(name, [*_OWN, *hints, "model", "out"], alike=0.6))
+        types = field_types(config)
+        if name in _ELSEWHERE or name not in types:
+            longer = (known for known in types if known.endswith(f"_{name}"))
+            nearest = _ELSEWHERE.get(name) or next(longer, nearest_name(name, [*_OWN, *types], alike=0.6))
             what = f"a recipe of the task {self.task} has no field {short(name)}"
             raise OptionError(what, nearest=nearest, next_step=_EXAMPLE)
         what = f"{config.__name__} takes no {name}={short(value)}"
-        if not matches_type(value, hints[name]):
-            raise WrongType(what, next_step=f"it takes {format_type(hints[name])}")
-        if isinstance(value, int | float) and value < _LEAST.get(name, value):
+        if not matches_type(value, types[name]):
+            raise WrongType(what, next_step=f"it takes {format_type(types[name])}")
+        is_default = value == getattr(config, name, None)
+        if isinstance(value, int | float) and value < _LEAST.get(name, value) and not is_default:
             raise ChoiceError(what, next_step=f"it takes numbers from {_LEAST[name]:g}")
+        if self.optimizer is not None and name in _OPTIMIZER:
+            what = f"{name} is of the trainer's own optimizer, and the recipe names another"
+            raise OptionError(what, next_step="give it as a keyword of optimizer:, or leave optimizer: out")
 
 
 _OWN = frozenset(one.name for one in dataclasses.fields(Recipe)) - {"arguments"}
 
 
-@functools.cache
-def _argument_types(config: type) -> Mapping[str, object]:
-    hints = typing.get_type_hints(config)
-    return {one.name: hints[one.name] for one in dataclasses.fields(config) if one.name not in _ELSEWHERE}
-
-
-def read_recipe(path: str | os.PathLike[str]) -> tuple[Recipe, dict[str, str]]:
-    """Read a recipe from a YAML file; return it with the file's ``model`` and ``out``.
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe from a YAML file.
 
     Raises:
         MissingExtra: PyYAML, which comes with transformers, is not installed.
-        OptionError: the file cannot be read, is not a mapping, has a key twice or an alias, or is too large or deep.
+        OptionError: the file cannot be read, is not a mapping, has a name twice or an alias, or is too large or deep.
         FormatError: reading it takes too long.
         WrongType, ChoiceError, OptionError: as ``Recipe``.
     """
-    file = parse_path(path, "the recipe", OptionError)
-    given = read_yaml(file, next_step=_EXAMPLE)
-    places: dict[str, str] = {key: given.pop(key) for key in ("model", "out") if key in given}
-    for key, value in places.items():
-        if not isinstance(value, str):
-            raise WrongType(f"'{file}': {key} is {short(value)}", next_step="give the path of a folder")
-    if "adapters" not in given:
-        raise OptionError(f"'{file}' names no adapters", next_step="add adapters: {mine: {method: lora}}")
-    arguments = {key: given.pop(key) for key in [*given] if key not in _OWN}
-    return Recipe(**given, arguments=arguments), places
+    given = read_yaml(parse_path(path, "the recipe", OptionError), next_step=_EXAMPLE)
+    own = {name: given.pop(name) for name in _OWN & given.keys()}
+    return Recipe(**own, arguments=given)

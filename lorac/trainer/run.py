@@ -12,29 +12,30 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import lorac
-from lorac.errors import ChoiceError, LoracError, OptionError
-from lorac.storage.paths import parse_path
-from lorac.trainer import checkpoints, factories
+from lorac.errors import ChoiceError, FormatError, OptionError, translate_errors
+from lorac.storage.paths import file_stems, parse_path
+from lorac.trainer import checkpoints, factories, losses
 from lorac.trainer.data import load_rows
 from lorac.trainer.recipe import Recipe
+from lorac.variants.adapter import Adapter
 
 if TYPE_CHECKING:
     from lorac.session.compiled import CompiledModule
+
+_STEP = "change the field that it names, or the rows"
 
 
 def train(
     model: nn.Module, processing_class: Any, recipe: Recipe, out: str | Path, *, resume: bool = False
 ) -> CompiledModule:
-    """Train the adapters of a recipe, and save each in ``out``: in PEFT's format, or where it has no place in lorac's.
-
-    Besides, ``out`` gets the trainer's checkpoints, and ``trainer_state.json`` with everything it logged. Under
-    ``torchrun`` or ``accelerate launch`` it trains on several processes.
+    """Train the adapters of a recipe, under ``torchrun`` or ``accelerate launch`` on several processes.
 
     Args:
         model: the base, left unchanged.
         processing_class: the model's tokenizer; of images the processor. Left unchanged.
         recipe: what to train, and how.
-        out: the folder of the run; without ``resume`` it must not hold one yet.
+        out: a folder without a run; it gets each adapter, in PEFT's format or where it has no place there in lorac's,
+            the trainer's checkpoints, and ``trainer_state.json`` with everything it logged.
         resume: continue from the newest checkpoint in ``out``, bit for bit as if the run had not stopped.
 
     Returns:
@@ -47,99 +48,92 @@ def train(
         LoracError: what the recipe's names, files and data raise.
     """
     folder = parse_path(out, "out", OptionError)
-    found = _find_checkpoint(folder, resume)
+    checkpoint = checkpoints.find_checkpoint(folder) if resume else None
+    if not resume and (checkpoints.list_checkpoints(folder) or (folder / "trainer_state.json").exists()):
+        raise ChoiceError(f"'{folder}' holds a run already", next_step="resume it, or give another folder")
     with _unchanged(model):
         run = _Run(model, copy.deepcopy(processing_class), recipe, folder)
-        adapters = run.make_adapters(recipe.adapters) if found is None else found.adapters(model)
-        trainer = run.make_trainer(adapters)
-        trainer.train(resume_from_checkpoint=None if found is None else str(found.folder))
+        trainer = run.make_trainer(None if checkpoint is None else checkpoint.adapters(model))
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_state()
         compiled: CompiledModule = trainer.model
         if trainer.is_world_process_zero():
-            checkpoints.save_trained_adapters(compiled.adapters, folder, model)
+            for name, stem in file_stems(sorted(compiled.adapters), reserved=checkpoints.FOLDER).items():
+                _save_adapter(compiled.adapters[name], folder / stem, model)
         trainer.accelerator.wait_for_everyone()
     return compiled.eval()
 
 
-def _find_checkpoint(folder: Path, resume: bool) -> checkpoints.Checkpoint | None:
-    """Return the checkpoint to continue from; None for a new run."""
-    found = checkpoints.find_checkpoint(folder)
-    if resume and found is None:
-        raise ChoiceError(
-            f"'{folder}' holds no checkpoint", next_step="train without resume; save_steps says how often"
-        )
-    if not resume and (found is not None or (folder / "trainer_state.json").exists()):
-        raise ChoiceError(f"'{folder}' holds a run already", next_step="resume it, or give another folder")
-    return found
+def _save_adapter(adapter: Adapter, folder: Path, model: nn.Module) -> None:
+    """Write an adapter as PEFT does, or where PEFT has no place for it in lorac's own format."""
+    try:
+        lorac.save_adapter(adapter, folder, model=model)
+    except FormatError as error:
+        if error.code != "unsupported_field":
+            raise
+        lorac.save_adapter(adapter, folder.with_name(f"{folder.name}.safetensors"), format="native", model=model)
 
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Restore a model's configurations, into which trainers write, for example the tokenizer's tokens."""
-    config, generation = getattr(model, "config", None), getattr(model, "generation_config", None)
-    parts = [config, getattr(config, "get_text_config", lambda: None)(), generation]
-    kept = [(part, dict(vars(part))) for part in parts if part is not None]
+    config = getattr(model, "config", None)
+    parts = [config, getattr(config, "get_text_config", lambda: None)(), getattr(model, "generation_config", None)]
+    kept = [(vars(part), {**vars(part)}) for part in parts if part is not None]
     try:
         yield
     finally:
-        for part, values in kept:
-            vars(part).clear()
-            vars(part).update(values)
-
-
-@contextlib.contextmanager
-def _refusals(who: str) -> Iterator[None]:
-    """Translate what a library raises about the recipe."""
-    try:
-        yield
-    except LoracError:
-        raise
-    except Exception as error:  # their checks raise anything, and so do templates
-        said = " ".join(str(error).split())
-        step = "change the field that it names, or the rows"
-        raise OptionError(f"{who} refuses the recipe: {said}", next_step=step) from error
+        for fields, values in kept:
+            fields.clear()
+            fields.update(values)
 
 
 class _Run:
     """The rows and the arguments of a run, from which its trainer is made."""
 
     def __init__(self, model: nn.Module, processing_class: Any, recipe: Recipe, folder: Path) -> None:
-        self.model, self.processing_class, self.recipe = model, processing_class, recipe
-        self.is_preference, self.is_classification = recipe.task in ("dpo", "kto"), "classification" in recipe.task
+        self.model, self.recipe = model, recipe
+        self.is_preference = recipe.task in ("dpo", "kto")
         self.trainer_class, config = recipe.load_classes()
         evaluation = {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}
-        with _refusals(config.__name__):
-            self.arguments = config(output_dir=str(folder), **{**evaluation, **recipe.arguments})
-        data = [recipe.data] if recipe.eval_data is None else [recipe.data, recipe.eval_data]
-        rows = [load_rows(one, recipe.task, processing_class, self.arguments) for one in data]
+        with translate_errors(OptionError, f"{config.__name__} refuses the recipe", next_step=_STEP):
+            arguments = config(output_dir=str(folder), **{**evaluation, **recipe.arguments})
+        given = [data for data in (recipe.data, recipe.eval_data) if data is not None]
+        rows = [load_rows(data, recipe.task, processing_class, arguments) for data in given]
         if recipe.test_size is not None:
-            with _refusals("datasets"):
-                split = rows[0].train_test_split(test_size=recipe.test_size, seed=self.arguments.seed)
-            rows = [split["train"], split["test"]]
-        self.rows = dict(zip(("train_dataset", "eval_dataset"), rows, strict=False))
+            with translate_errors(OptionError, "datasets refuses the recipe", next_step=_STEP):
+                rows = [*rows[0].train_test_split(test_size=recipe.test_size, seed=arguments.seed).values()]
+        self.settings: dict[str, Any] = {
+            "args": arguments,
+            "processing_class": processing_class,
+            **dict(zip(("train_dataset", "eval_dataset"), rows, strict=False)),
+            **({"compute_metrics": _accuracy} if recipe.task.endswith("classification") else {}),
+        }
 
-    def make_adapters(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Make adapters from the run's seed."""
-        from transformers import set_seed
-
-        set_seed(self.arguments.seed)
-        return factories.make_adapters(given, self.model, self._batches)
-
-    def make_trainer(self, adapters: Mapping[str, Any]) -> Any:
-        """Make the trainer of the model compiled with some adapters."""
+    def make_trainer(self, adapters: Mapping[str, Any] | None) -> Any:
+        """Make the trainer of the model compiled with some adapters; None: those that the recipe begins with."""
         from transformers import EarlyStoppingCallback
 
         from lorac.trainer.trainer import adapter_trainer
 
         recipe, options = self.recipe, dict[str, Any](recipe=self.recipe)
+        adapters = self._make_adapters(recipe.adapters) if adapters is None else adapters
         if recipe.early_stopping_patience is not None:
             options["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
         if self.is_preference:  # the run begins at the base with the adapters that it trains on
-            begun = self.make_adapters({name: said for name, said in recipe.adapters.items() if "path" in said})
+            begun = self._make_adapters({name: said for name, said in recipe.adapters.items() if "path" in said})
             options["ref_model"] = lorac.compile(self.model, begun, active=dict.fromkeys(begun, 1.0)).eval()
         active = recipe.active or dict.fromkeys(adapters, 1.0)
-        compiled = lorac.compile(self.model, adapters, active=active, aux=factories.extra_outputs(recipe.loss))
+        aux = losses.extra_outputs(factories.make_losses(recipe.loss))
+        compiled = lorac.compile(self.model, adapters, active=active, aux=aux)
         return self._construct(adapter_trainer(self.trainer_class), compiled, **options)
+
+    def _make_adapters(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Make adapters from the run's seed."""
+        from transformers import set_seed
+
+        set_seed(self.settings["args"].seed)
+        return factories.make_adapters(given, self.model, self._batches)
 
     def _batches(self) -> Iterator[Any]:
         """Yield the first batches of the run, for initialisers."""
@@ -152,12 +146,8 @@ class _Run:
         yield from itertools.islice(trainer.get_train_dataloader(), self.recipe.start_batches)
 
     def _construct(self, trainer_class: Any, compiled: Any, **options: Any) -> Any:
-        if self.is_classification:
-            options["compute_metrics"] = _accuracy
-        with _refusals(trainer_class.__name__):
-            return trainer_class(
-                model=compiled, args=self.arguments, processing_class=self.processing_class, **self.rows, **options
-            )
+        with translate_errors(OptionError, f"{trainer_class.__name__} refuses the recipe", next_step=_STEP):
+            return trainer_class(model=compiled, **self.settings, **options)
 
 
 def _accuracy(predicted: Any) -> dict[str, float]:

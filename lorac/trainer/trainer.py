@@ -8,9 +8,10 @@ This file alone overrides private functions of ``Trainer``; ``tests/trainer/test
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
-from collections.abc import Iterator, Sized
+import json
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from lorac.errors import ArtifactError, ChoiceError, LoracError, OptionError, Unavailable
+from lorac.adapters.base_hash import compute_base_hash
+from lorac.errors import ArtifactError, translate_errors
+from lorac.formats.native import variant_config
+from lorac.storage.strict_json import JsonObject, dump_json
 from lorac.trainer import checkpoints, losses
+from lorac.trainer.checkpoints import Checkpoint
 from lorac.trainer.factories import make_losses, make_optimizer, make_rules
 from lorac.trainer.losses import EXPERTS, GATES, SAMPLED
 from lorac.trainer.recipe import Recipe
@@ -28,22 +33,18 @@ from lorac.training import name_optimizer_state
 from lorac.training.rule import Rule
 from lorac.training.rules.routing import repeat_rows
 
-_OWN_OPTIMIZER = ("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
-"""Arguments of Trainer's own optimizer."""
-
 
 class AdapterTrainer(Trainer):
     """``transformers.Trainer`` over a compiled model.
 
     Args:
         recipe: its optimizer, rules and losses are used, and a checkpoint is bound to all of it.
-        **settings: of ``Trainer``, or of the class below it; ``model`` is what ``lorac.compile(..., target="eager")``
-            returned.
+        **settings: of the class below; ``model`` is what ``lorac.compile(..., target="eager")`` returned.
 
     Raises:
         ChoiceError: a tensor learns from an extra output alone, and no loss reads it.
         Unavailable: a loss reads what the model does not give.
-        OptionError: the recipe names what does not exist, or an optimizer and arguments of Trainer's own.
+        OptionError: the recipe names what does not exist.
     """
 
     model: Any
@@ -55,19 +56,9 @@ class AdapterTrainer(Trainer):
         self.recipe, self.losses = recipe, make_losses(recipe.loss)
         self.rules: list[Rule] | None = None
         super().__init__(**settings)
-        self._check_recipe()
+        losses.check_learning(self.model, self.losses)
         if GATES in self.losses:
             self.data_collator = losses.collate_experts(self.data_collator)
-
-    def _check_recipe(self) -> None:
-        losses.check_learning(self.model, self.losses)
-        for name in {*losses.extra_outputs(self.losses)} - {*self.model.session.options.aux}:
-            what = f"a loss of the recipe reads '{name}', which the model does not give"
-            raise Unavailable(what, next_step=f'compile with aux=["{name}"]')
-        foreign = next((name for name in _OWN_OPTIMIZER if name in self.recipe.arguments), None)
-        if self.recipe.optimizer is not None and foreign is not None:
-            what = f"{foreign} is of Trainer's own optimizer, and the recipe names another"
-            raise OptionError(what, next_step="give it as a keyword of optimizer:, or leave optimizer: out")
 
     # --- Steps ---------------------------------------------------------------------------------------------------
 
@@ -96,11 +87,8 @@ class AdapterTrainer(Trainer):
         given = repeat_rows(inputs, draws)
         items = None if num_items_in_batch is None else num_items_in_batch * draws
         outputs: list[Any] = []
-        handle = self.model.register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
+        with self.model.register_forward_hook(lambda module, args, output: outputs.append(output)):
             result: Any = super().compute_loss(model, given, return_outputs, items)
-        finally:
-            handle.remove()
         loss, *others = result if return_outputs else (result,)
         losses.check_gradients(self.model, self.losses)
         experts = None if experts is None else torch.cat([experts] * draws)
@@ -112,10 +100,10 @@ class AdapterTrainer(Trainer):
 
     def _share(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """Return what a mean over one call counts in a step whose loss Trainer does not divide by its calls."""
-        counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        scaled = counted or self.compute_loss_func is not None
-        if self.loss_is_scaled_for_ga is not None:
-            scaled = self.loss_is_scaled_for_ga
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
         return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -125,42 +113,45 @@ class AdapterTrainer(Trainer):
 
     # --- Checkpoints ---------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **settings: Any) -> Any:
-        """Train as ``Trainer`` does.
-
-        Args:
-            resume_from_checkpoint: the folder of a checkpoint; True: the newest in the output's folder.
-            *args, **settings: of ``Trainer.train``.
+    def train(self, resume_from_checkpoint: Checkpoint | str | bool | None = None, *args: Any, **settings: Any) -> Any:
+        """Train as ``Trainer`` does, perhaps from a checkpoint or its folder, or True for the newest of the run.
 
         Raises:
             ArtifactError: the checkpoint was not finished, or changed since.
             ChoiceError: it is of another run, or there is none.
         """
-        folder = self._open(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(folder, *args, **settings)
-
-    def _open(self, given: str | bool) -> str:
-        named = None if given is True else checkpoints.open_checkpoint(str(given))
-        found = named or checkpoints.find_checkpoint(Path(str(self.args.output_dir)))
-        if found is None:
-            what = f"'{self.args.output_dir}' holds no finished checkpoint"
-            raise ChoiceError(what, next_step="train without resuming")
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **settings)
+        found = resume_from_checkpoint
+        if found is True:
+            found = checkpoints.find_checkpoint(Path(str(self.args.output_dir)))
+        elif not isinstance(found, Checkpoint):
+            found = checkpoints.open_checkpoint(found)
         found.check_run(self._describe_run())
-        return str(found.folder)
+        return super().train(str(found.folder), *args, **settings)
 
     @functools.cached_property
     def _base(self) -> str | None:
-        return checkpoints.hash_base(self.model)
+        """The hash of the base's weights at all sites, but for quantised ones."""
+        sites = self.model.session.view.sites
+        weights = [path for path, site in sites.items() if site.weight is not None and not site.packed]
+        return compute_base_hash(self.model.session.view, weights)
 
-    def _describe_run(self) -> dict[str, Any]:
+    def _describe_run(self) -> JsonObject:
+        """Return what a checkpoint is bound to."""
+        adapters = {
+            name: {"method": adapter.variant.name, "settings": variant_config(adapter.variant)[0]}
+            for name, adapter in self.model.adapters.items()
+        }
         rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
-        return checkpoints.describe_run(self.model, self.recipe, self._base, rows, self.args.world_size)
+        run = {"adapters": adapters, "recipe": dataclasses.asdict(self.recipe), "base": self._base, "rows": rows}
+        described: JsonObject = json.loads(dump_json({**run, "processes": self.args.world_size}))
+        return described
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_folder = self._get_output_dir(trial)
         folder = Path(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            # The manifest of an older checkpoint, which is about to be written over.
+        if self.args.should_save:  # an older checkpoint there is about to be written over
             (folder / checkpoints.MANIFEST).unlink(missing_ok=True)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -175,29 +166,14 @@ class AdapterTrainer(Trainer):
         rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _refusals(checkpoint):
+        with translate_errors(ArtifactError, f"'{checkpoint}' holds no state of this run"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _refusals(checkpoint):
+        with translate_errors(ArtifactError, f"'{checkpoint}' holds no state of this run"):
             super()._load_rng_state(checkpoint)
 
 
-@contextlib.contextmanager
-def _refusals(checkpoint: str | None) -> Iterator[None]:
-    """Translate what the readers of pickles, and those who are given their content, raise for garbage."""
-    try:
-        yield
-    except LoracError:
-        raise
-    except Exception as error:
-        raise ArtifactError(f"'{checkpoint}' holds no state of this run: {error}") from error
-
-
 def adapter_trainer(base: type[Trainer]) -> type[Any]:
-    """Return a class that trains as ``base`` does, with what ``AdapterTrainer`` adds.
-
-    Args:
-        base: ``transformers.Trainer``, or one of TRL's trainers.
-    """
-    return AdapterTrainer if base is Trainer else type(f"Adapter{base.__name__}", (AdapterTrainer, base), {})
+    """Return a class that trains as ``Trainer``, or one of TRL's trainers, does, with what ``AdapterTrainer`` adds."""
+    return type(f"Adapter{base.__name__}", (AdapterTrainer, base), {})

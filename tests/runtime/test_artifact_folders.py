@@ -14,8 +14,8 @@ import pytest
 
 import lorac
 from lorac.ir.output_structure import find_output_class
-from lorac.session.saving import file_stems
 from lorac.storage import artifact
+from lorac.storage.paths import file_stems
 from tests.limits import within_budget
 from tests.runtime.artifacts import assert_same_folders, make_compiled
 

@@ -22,9 +22,9 @@ LEARNS = {
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_it_is_a_recipe(file):
-    recipe, places = read_recipe(file)
+    recipe = read_recipe(file)
     assert recipe.adapters.keys() == {file.stem}
-    assert places["out"] == f"build/runs/{file.stem}"
+    assert recipe.out == f"build/runs/{file.stem}"
     assert file.stem in LEARNS
 
 

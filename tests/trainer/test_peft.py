@@ -20,6 +20,11 @@ TURNS = [
 TASKS = {
     "sft": ([{"text": text} for text in TEXTS], trl.SFTTrainer, trl.SFTConfig),
     "sft of turns": (TURNS, trl.SFTTrainer, trl.SFTConfig),
+    "sft of answers": (
+        [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS],
+        trl.SFTTrainer,
+        trl.SFTConfig,
+    ),
     "dpo": (PAIRS, trl.DPOTrainer, trl.DPOConfig),
     "kto": (
         [

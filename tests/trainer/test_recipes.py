@@ -91,7 +91,7 @@ def test_an_adapter_goes_on_from_its_file_and_a_run_without_checkpoints_begins_a
     assert same(run(second, tmp_path / "second").adapters["mine"], first.adapters["mine"])
     with pytest.raises(lorac.ChoiceError, match="holds a run already"):
         run(recipe(data, arguments=steps), tmp_path / "run")
-    with pytest.raises(lorac.ChoiceError, match="holds no checkpoint"):
+    with pytest.raises(lorac.ChoiceError, match="holds no finished checkpoint"):
         run(recipe(data, arguments=steps), tmp_path / "second", resume=True)
 
 

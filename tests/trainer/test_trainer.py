@@ -53,7 +53,7 @@ def gone_on(adapters: Any, recipe: Any, folder: Path, step: int, **settings: Any
     with pytest.raises(KeyboardInterrupt):
         trainer_of(stopped, recipe, folder / "run", callbacks=[Stop(step)], **settings).train()
     found = find_checkpoint(folder / "run")
-    assert found is not None and found.step == step - 1
+    assert found.step == step - 1
     torch.manual_seed(99)
     resumed = compiled_of(found.adapters(host("tiny_llama")), recipe)
     assert not same(whole, resumed)
@@ -111,7 +111,6 @@ def test_every_rule_goes_on(name: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer_of(stopped, recipe, tmp_path / "run", callbacks=[Stop(4)], **settings).train()
     found = find_checkpoint(tmp_path / "run")
-    assert found is not None
     resumed = ruled.compiled(found.adapters(every_rule.Host()))
     torch.manual_seed(5)
     trainer_of(resumed, recipe, tmp_path / "run", **settings).train(resume_from_checkpoint=True)
@@ -133,7 +132,7 @@ def test_a_killed_run_goes_on(where: str, tmp_path: Path) -> None:
     assert by_process(tmp_path / "whole") == 0
     assert by_process(tmp_path / "run", "--kill", where) == -signal.SIGKILL
     found = find_checkpoint(tmp_path / "run")
-    assert found is not None and found.step == 2
+    assert found.step == 2
     assert (tmp_path / "run" / "checkpoint-3").exists() == (where == "checkpoint")
     assert by_process(tmp_path / "run", "--resume") == 0
     ends = [open_checkpoint(tmp_path / name / f"checkpoint-{STEPS}") for name in ("whole", "run")]
@@ -221,9 +220,9 @@ def test_what_is_no_finished_checkpoint_is_not_taken(written: Path, tmp_path: Pa
     (tmp_path / "checkpoint-2" / "checkpoint.json").unlink()
     for name in ("checkpoint-99999", "checkpoint-٤", f"checkpoint-{'9' * 5000}"[:200], "checkpoint-x"):
         (tmp_path / name).mkdir()
-    found = find_checkpoint(tmp_path)
-    assert found is not None and found.step == 1
-    assert find_checkpoint(tmp_path / "checkpoint-x") is None
+    assert find_checkpoint(tmp_path).step == 1
+    with pytest.raises(lorac.ChoiceError, match="holds no finished checkpoint"):
+        find_checkpoint(tmp_path / "checkpoint-x")
     for name in ("checkpoint-2", "checkpoint-x", "nowhere"):
         with pytest.raises(lorac.ArtifactError, match=r"it has no checkpoint\.json"):
             open_checkpoint(tmp_path / name)

@@ -125,7 +125,7 @@ def run(folder, given):
         said["data"] = str(folder / "rows.jsonl")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(said))
     try:
-        train(ZOO["tiny_llama"].model(), tokenizer(), read_recipe(folder / "recipe.yaml")[0], folder / "out")
+        train(ZOO["tiny_llama"].model(), tokenizer(), read_recipe(folder / "recipe.yaml"), folder / "out")
     finally:
         assert not any((folder / "out").rglob("*"))
 
@@ -133,8 +133,8 @@ def run(folder, given):
 def test_an_exponent_is_a_number_and_fields_part_from_arguments(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(f"{ADAPTERS}\nmodel: here\nout: there\nlearning_rate: 1e-3\nweight_decay: 1E2\ntest_size: .5\n")
-    recipe, places = read_recipe(file)
-    assert places == {"model": "here", "out": "there"}
+    recipe = read_recipe(file)
+    assert (recipe.model, recipe.out) == ("here", "there")
     assert recipe.arguments == {"learning_rate": 1e-3, "weight_decay": 100.0}
     assert recipe.test_size == 0.5
     assert json.dumps(recipe.adapters) == '{"mine": {"method": "lora", "r": 2, "targets": ["q_proj"]}}'

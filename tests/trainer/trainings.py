@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lorac
 from lorac.trainer import Recipe
-from lorac.trainer.factories import extra_outputs
+from lorac.trainer.factories import make_losses
+from lorac.trainer.losses import extra_outputs
 from lorac.trainer.trainer import adapter_trainer
 from tests.training.loops import data, host
 
@@ -39,7 +40,7 @@ class Stop(TrainerCallback):
 
 def compiled_of(adapters: Mapping[str, Any], recipe: Recipe, *, name: str = "tiny_llama") -> Any:
     """Compile adapters, all of them active, as a run of a recipe does."""
-    options: dict[str, Any] = {"aux": list(extra_outputs(recipe.loss))}
+    options: dict[str, Any] = {"aux": list(extra_outputs(make_losses(recipe.loss)))}
     return lorac.compile(host(name), adapters, active=dict.fromkeys(adapters, 1.0), **options)
 
 

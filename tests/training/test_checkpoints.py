@@ -169,3 +169,14 @@ def test_save_pretrained_writes_the_adapters_as_peft_does(tmp_path: Path) -> Non
     two.save_pretrained(tmp_path / "two")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["a", "b"]
     assert lorac.load_adapter(tmp_path / "two" / "b", model).name == "b"
+
+
+def test_a_name_is_never_a_path(tmp_path: Path) -> None:
+    model = ZOO["plain_mlp"].model()
+    lora = lorac.LoRA(r=2, targets=["up"])
+    compiled: Any = lorac.compile(model, {"../evil": lora, "a/b": lora, "NUL": lora})
+    compiled.save_pretrained(tmp_path / "out" / "all")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["all"]
+    folders = sorted((tmp_path / "out" / "all").iterdir())
+    assert len(folders) == 3
+    assert {lorac.load_adapter(folder, model).variant.name for folder in folders} == {"lora"}
