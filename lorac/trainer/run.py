@@ -57,9 +57,9 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_state()
         compiled: CompiledModule = trainer.model
-        if trainer.is_world_process_zero():
-            for name, stem in file_stems(sorted(compiled.adapters), reserved=checkpoints.FOLDER).items():
-                _save_adapter(compiled.adapters[name], folder / stem, model)
+        names = sorted(compiled.adapters) if trainer.is_world_process_zero() else ()
+        for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
+            _save_adapter(compiled.adapters[name], folder / stem, model)
         trainer.accelerator.wait_for_everyone()
     return compiled.eval()
 
