@@ -10,59 +10,69 @@ from typing import Any, TypeVar
 import torch
 
 from lorac.adapters.factors import factors, iter_changes
+from lorac.adapters.truncation import Truncation, truncate_matrix, truncate_product
 from lorac.errors import BaseNeeded, CompileError, OptionError
 from lorac.frontend.model_view import Model, ModelView
-from lorac.ir.algebra.changes import Change, LowRank, merge_weight
+from lorac.ir.algebra.changes import Change, Delta, LowRank, merge_weight
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
 T = TypeVar("T")
-FactorPair = tuple[Tensor, Tensor]
-"""A (r, in) and B (out, r)."""
 
 
 @torch.no_grad()
 def to_lora(
-    adapter: Adapter, model: Model | None = None, *, rank: int | None = None, name: str | None = None
+    adapter: Adapter,
+    model: Model | None = None,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    name: str | None = None,
 ) -> Adapter:
     """Convert an adapter to the LoRA with the same change at strength 1: exactly, or as nearly as a rank allows.
 
-    Its scale is 1 everywhere, its rank at each site that of the change there. A change of the bias becomes
-    ``lora_bias``; replaced tensors stay replaced.
+    Its scale is 1 everywhere, its rank at each site the smallest that is exact, or whose error keeps to a bound. Errors
+    are ‖ΔW − B·A‖ / ‖ΔW‖ in the Frobenius norm, with ΔW = W' − W. Each site's is recorded in the result's
+    ``provenance["errors"]``, which lorac's own format stores. A change of the bias becomes ``lora_bias``; replaced
+    tensors stay replaced.
 
     Args:
         adapter: of a method that edits weights; only read.
         model: the base, or several by name, needed where ``lorac.factors`` needs it, and for the nearest LoRA of a
-            change without factors.
-        rank: None: exactly. Else the largest rank; the error in W' − W is then as small as it can be in the Frobenius
-            norm.
-        name: of the result; default: the adapter's edits.
+            change that scales, turns or replaces the weight.
+        rank: the largest rank; the error is then as small as it can be.
+        tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
+            that cannot is refused.
+        name: of the result; default: the adapter's.
 
     Raises:
-        OptionError: ``rank`` is below 1.
-        CompileError: no LoRA has the same change, and no rank is given.
+        OptionError: ``rank`` is below 1, or ``tolerance`` is no number from 0 to 1.
+        CompileError: no LoRA has the same change, and neither rank nor tolerance is given; or an error is above it.
         BaseNeeded, SiteError, AdapterError: as ``lorac.factors``.
     """
-    if rank is not None and rank < 1:
-        raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
+    check_sizes(rank, tolerance)
     edits, view = replace(adapter, replaced={}), None if model is None else ModelView.of(model)
     changes: Iterable[tuple[str, Change]] = factors(edits).items() if view is None else iter_changes(None, edits, view)
-    pairs: dict[str, FactorPair] = {}
+    found: dict[str, Truncation] = {}
     shifts: dict[str, Tensor] = {}
     for path, change in changes:
-        pairs[path] = (
-            _exact_factors(adapter, path, change) if rank is None else _nearest_factors(path, change, view, rank)
-        )
+        if rank is None and tolerance is None:
+            _require_pair(adapter, path, change)
+        found[path] = truncate_change(path, change, view, rank, tolerance or 0.0)
+        if rank is not None and tolerance is not None:
+            check_error(adapter.name, path, found[path].rank, found[path].error, tolerance)
         if change.e is not None:
             shifts[path] = change.e.clone()
-    tensors = {path: {"lora_A": a.contiguous(), "lora_B": b.contiguous()} for path, (a, b) in pairs.items()}
-    for path, (_, b) in pairs.items() if shifts else ():
-        tensors[path]["lora_bias"] = shifts.get(path, b.new_zeros(b.shape[-2]))
-    ranks = {path: a.shape[-2] for path, (a, _) in pairs.items()}
+    tensors = {path: {"lora_A": cut.a.contiguous(), "lora_B": cut.b.contiguous()} for path, cut in found.items()}
+    for path, cut in found.items() if shifts else ():
+        tensors[path]["lora_bias"] = shifts.get(path, cut.b.new_zeros(cut.b.shape[-2]))
+    ranks = {path: cut.rank for path, cut in found.items()}
     variant = make_lora_variant(ranks, ranks, adapter.variant, lora_bias=bool(shifts))
-    return Adapter(name or adapter.name, variant, tensors, dict(adapter.replaced))
+    made = Adapter(name or adapter.name, variant, tensors, dict(adapter.replaced))
+    made.provenance["errors"] = {path: cut.error for path, cut in found.items()}
+    return made
 
 
 def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], like: Variant, **fields: Any) -> LoRA:
@@ -82,41 +92,78 @@ def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], lik
     )
 
 
-def _exact_factors(adapter: Adapter, path: str, change: Change) -> FactorPair:
-    if not isinstance(change, LowRank) or change.folded().scales:
-        what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
+def check_sizes(rank: int | None, tolerance: float | None) -> None:
+    """Refuse a rank below 1, and a tolerance that is no share.
+
+    Raises:
+        OptionError: one of them is.
+    """
+    if rank is not None and rank < 1:
+        raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
+    if tolerance is not None and not 0 <= tolerance <= 1:
+        raise OptionError(
+            f"tolerance={tolerance} is no share of a change's norm", next_step="give a number from 0 to 1, such as 0.1"
+        )
+
+
+def check_error(name: str, path: str, rank: int, error: float, tolerance: float) -> None:
+    """Refuse a truncation with an error above a tolerance.
+
+    Raises:
+        CompileError: naming the site and its error.
+    """
+    if error > tolerance:
         raise CompileError(
-            f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
-            next_step="rank= makes the nearest LoRA of a rank",
+            f"the nearest LoRA of rank {rank} misses {error:.3g} of what '{name}' does to '{path}', more "
+            f"than tolerance={tolerance:g}",
+            next_step="give a larger rank= or tolerance=; tolerance= alone finds the ranks that it takes",
             code="not_mergeable",
         )
-    folded = change.folded()
-    a, b = folded.a.mT, folded.b.mT
-    return (a, b) if folded.rank else (a.new_zeros(*a.shape[:-2], 1, a.shape[-1]), b.new_zeros(*b.shape[:-1], 1))
 
 
-def _nearest_factors(path: str, change: Change, view: ModelView | None, rank: int) -> FactorPair:
-    """Return the first components of W' − W by their size; factors are decomposed without a product as large as W."""
+def truncate_change(
+    path: str, change: Change, view: ModelView | None, rank: int | None, tolerance: float
+) -> Truncation:
+    """Return the nearest pair to the change W' − W of a site, of the smallest rank with an error within a tolerance.
+
+    Args:
+        path: the site's.
+        change: of its weight; a pair is decomposed without a product as large as W.
+        view: the base; None where it is not known.
+        rank: the largest rank; None: any.
+        tolerance: the largest error, unless the rank is reached.
+
+    Raises:
+        BaseNeeded: the change depends on the base, which is not known.
+    """
     if isinstance(change, LowRank) and not change.folded().scales:
         folded = change.folded()
-        u, s, vh = compute_product_svd(folded.b.mT, folded.a.mT)
-    elif view is None:
+        return truncate_product(folded.b.mT, folded.a.mT, rank, tolerance)
+    if isinstance(change, Delta):
+        return truncate_matrix(change.delta, rank, tolerance)
+    if view is None:
         raise BaseNeeded(
             f"the change of the weight of '{path}' depends on the base",
             next_step="pass model=, the base that the adapter was trained on",
         )
-    else:
-        weight = view.base.weight(view.sites[path])
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        u, s, vh = torch.linalg.svd(merge_weight(change, wide) - wide, full_matrices=False)
-    return vh[..., :rank, :], u[..., :, :rank] * s[..., None, :rank]
+    return truncate_matrix(compute_delta(change, view.base.weight(view.sites[path])), rank, tolerance)
 
 
-def compute_product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (…, m, r), Σ (…, r) and Vᵀ (…, r, n) of B·A from its factors, without the product."""
-    (left, inner), (right, outer) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
-    u, s, vh = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
-    return left @ u, s, vh @ right.mT
+def compute_delta(change: Change, weight: Tensor) -> Tensor:
+    """Return W' − W (out, in) in float32 or wider."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return change.delta.to(wide) if isinstance(change, Delta) else merge_weight(change, wide) - wide
+
+
+def _require_pair(adapter: Adapter, path: str, change: Change) -> None:
+    if isinstance(change, LowRank) and not change.folded().scales:
+        return
+    what = "is not low-rank" if not isinstance(change, LowRank) else "scales or turns the weight itself"
+    raise CompileError(
+        f"what '{adapter.name}' ({adapter.variant.name}) does to '{path}' {what}, so that no LoRA is the same",
+        next_step="rank= makes the nearest LoRA of a rank, tolerance= the smallest with an error within it",
+        code="not_mergeable",
+    )
 
 
 def _differing_patterns(values: Mapping[str, T], path: str) -> dict[str, T]:

@@ -1,15 +1,19 @@
-"""Reduction of a trained LoRA to a lower rank: the nearest one in the Frobenius norm, which can be trained further.
+"""Other ranks of a trained LoRA: the nearest of a lower one in the Frobenius norm, which can be trained further.
 
 Vulić et al. 2026, arXiv 2602.10993, in the form that never makes a matrix as large as the weight (Algorithm 2).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch.nn import functional as F
 
-from lorac.adapters.lora_conversion import compute_product_svd, make_lora_variant
+from lorac.adapters.lora_conversion import check_error, check_sizes, make_lora_variant
+from lorac.adapters.truncation import compute_product_svd, find_rank, tail_errors
 from lorac.errors import AdapterNotFound, OptionError
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
@@ -38,37 +42,94 @@ def reduce_rank(
         AdapterNotFound: the adapter is of another method.
         OptionError: neither or both of rank and energy are given, or one out of range.
     """
+    _check_sizes(rank, energy)
+
+    def choose(s: Tensor) -> int:
+        return min(rank, s.shape[-1]) if rank is not None else _rank_for_energy(s, energy or 1.0)
+
+    return _change_ranks(adapter, choose, name, seed)
+
+
+@torch.no_grad()
+def resize(
+    adapter: Adapter,
+    rank: int | None = None,
+    *,
+    tolerance: float | None = None,
+    name: str | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """Return a LoRA with another rank, and its present scale: the nearest of a lower rank, or the same in a higher one.
+
+    Σ^½ of the change's singular values goes to each factor. A rank above that of a change adds columns of zeros to B
+    and random rows of length 1 to A, which training moves. Errors, ‖ΔW − ΔW'‖ / ‖ΔW‖, are recorded by site in the
+    result's ``provenance["errors"]``.
+
+    Args:
+        adapter: of method lora; its tensors are copied.
+        rank: the new rank, everywhere.
+        tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
+            that cannot is refused.
+        name: of the result; default: the adapter's own.
+        seed: of the random rows.
+
+    Raises:
+        AdapterNotFound: the adapter is of another method.
+        OptionError: neither rank nor tolerance is given, or one out of range.
+        CompileError: an error is above ``tolerance`` at this rank.
+    """
+    if rank is None and tolerance is None:
+        raise OptionError("rank= or tolerance= is needed", next_step="give one of them, or both")
+    check_sizes(rank, tolerance)
+
+    def choose(s: Tensor) -> int:
+        return rank if rank is not None else find_rank(s, tolerance or 0.0)
+
+    made = _change_ranks(adapter, choose, name, seed)
+    for path, error in made.provenance["errors"].items():
+        if tolerance is not None:
+            check_error(adapter.name, path, made.tensors[path]["lora_A"].shape[-2], error, tolerance)
+    return made
+
+
+def _change_ranks(adapter: Adapter, choose: Callable[[Tensor], int], name: str | None, seed: int) -> Adapter:
+    """Return a LoRA with the rank at each site that its singular values (…, r) choose."""
     if not isinstance(adapter.variant, LoRA):
         raise AdapterNotFound(
             f"'{adapter.name}' is {adapter.variant.name}, which is not LoRA",
             next_step="convert it with lorac.to_lora",
         )
-    _check_sizes(rank, energy)
     generator = torch.Generator().manual_seed(seed)
-    tensors, ranks, alphas = {}, {}, {}
+    tensors, ranks, alphas, errors = {}, {}, {}, {}
     for path, parameters in adapter.tensors.items():
         variant = cast(ScaledRank, adapter.variant.at_path(path))
         u, s, vh = compute_product_svd(variant.scale * parameters["lora_B"].detach(), parameters["lora_A"].detach())
-        width = min(rank, s.shape[-1]) if rank is not None else _rank_for_energy(s, energy or 1.0)
+        width = choose(s)
+        more = max(0, width - s.shape[-1])
+        errors[path] = 0.0 if more else float(tail_errors(s)[width])
+        u, s, vh = F.pad(u, (0, more)), F.pad(s, (0, more)), F.pad(vh, (0, 0, 0, more))
         b, a = _balanced_factors(u[..., :width], s[..., :width], vh[..., :width, :], variant.scale, generator)
         rest = {key: value.detach().clone() for key, value in parameters.items() if key not in {"lora_A", "lora_B"}}
         tensors[path] = {"lora_A": a.to(parameters["lora_A"].dtype), "lora_B": b.to(parameters["lora_B"].dtype), **rest}
         ranks[path], alphas[path] = width, variant.scale * width
     lora = make_lora_variant(ranks, alphas, adapter.variant, lora_bias=adapter.variant.lora_bias)
-    return Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced))
+    made = Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced))
+    made.provenance["errors"] = errors
+    return made
 
 
 def _balanced_factors(
     u: Tensor, s: Tensor, vh: Tensor, scale: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return B' and A'."""
-    root = (s / scale).sqrt()
+    root = (s / (abs(scale) or 1.0)).sqrt()
     noise = s.shape[-1] * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)
     empty = (s <= noise).unsqueeze(-1)
     random = torch.randn(vh.shape, generator=generator).to(vh)
     random = random / torch.linalg.vector_norm(random, dim=-1, keepdim=True)
     a = torch.where(empty, random, root.unsqueeze(-1) * vh)
-    return torch.where(empty.mT, 0, u * root.unsqueeze(-2)).contiguous(), a.contiguous()
+    b = math.copysign(1.0, scale) * u * root.unsqueeze(-2)
+    return torch.where(empty.mT, 0, b).contiguous(), a.contiguous()
 
 
 def _rank_for_energy(s: Tensor, energy: float) -> int:
@@ -80,7 +141,6 @@ def _rank_for_energy(s: Tensor, energy: float) -> int:
 def _check_sizes(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
         raise OptionError("exactly one of rank= and energy= is needed", next_step="give one of them")
-    if rank is not None and rank < 1:
-        raise OptionError(f"a LoRA of rank {rank} does nothing", next_step="give rank= a whole number above 0")
+    check_sizes(rank, None)
     if energy is not None and not 0 < energy <= 1:
         raise OptionError(f"energy={energy} is not a share of Σσ²", next_step="give a number above 0, up to 1")

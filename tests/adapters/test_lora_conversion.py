@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,10 +84,13 @@ def test_what_is_no_lora_says_so():
 @torch.no_grad()
 @pytest.mark.parametrize("r", [3, 5, 20])
 def test_a_lora_is_itself_whatever_its_factors_cost(r):
-    """At 6 -> 9 and 9 -> 4 the factors of rank 5 are larger than the weight, and of rank 20 wider than it is."""
+    """At 6 -> 9 and 9 -> 4 the factors of rank 5 are larger than the weight, and of rank 20 wider than it is.
+
+    The rank is then the smallest that gives the same.
+    """
     model, x, adapter = made(lorac.LoRA(r=r, alpha=2, targets=("0", "2")))
     for lora in (lorac.to_lora(adapter), lorac.to_lora(adapter, model)):
-        assert all(tensors["lora_A"].shape[0] == r for tensors in lora.tensors.values())
+        assert [len(tensors["lora_A"]) for tensors in lora.tensors.values()] == [min(r, 6), min(r, 4)]
         expected = lorac.compile(model, {"a": adapter})(x)
         parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
 
@@ -98,3 +102,43 @@ def test_factors_are_told_where_the_sum_costs_less(method):
     model, x, adapter = made(dataclasses.replace(method, targets=("0", "2")))
     expected = lorac.compile(model, {"a": adapter})(x)
     parity.assert_parity(lorac.compile(model, {"b": lorac.to_lora(adapter, model)})(x), expected, model(x))
+
+
+@torch.no_grad()
+def test_a_tolerance_finds_the_rank_of_each_site():
+    model, _, adapter = made(lorac.HiRA(r=2, targets=("0", "2")))
+    lora = lorac.to_lora(adapter, model, tolerance=0.4)
+    for path, change in lorac.factors(adapter, model).items():
+        weight, at = model.get_submodule(path).weight, lora.tensors[path]
+        delta = (merge_weight(change, weight) - weight).numpy()
+        s = np.linalg.svd(delta, compute_uv=False)
+        tails = [np.linalg.norm(s[k:]) / np.linalg.norm(s) for k in range(len(s) + 1)]
+        assert len(at["lora_A"]) == next(k for k, share in enumerate(tails) if share <= 0.4)
+        missed = np.linalg.norm(delta - (at["lora_B"] @ at["lora_A"]).numpy()) / np.linalg.norm(delta)
+        assert lora.provenance["errors"][path] == pytest.approx(missed)
+
+
+@torch.no_grad()
+def test_an_error_above_the_tolerance_is_refused():
+    model, _, adapter = made(lorac.HiRA(r=2, targets=("0", "2")))
+    with refuses("not_mergeable", match=r"rank 1 misses 0\.\d+ of what 'a' does to '0', more than tolerance=0\.01"):
+        lorac.to_lora(adapter, model, rank=1, tolerance=0.01)
+    with pytest.raises(lorac.OptionError, match="tolerance=2 is no share"):
+        lorac.to_lora(adapter, model, tolerance=2)
+
+
+@torch.no_grad()
+def test_what_is_added_needs_no_model():
+    model, x, adapter = made(lorac.Edit(targets=("0", "2")))
+    lora = lorac.to_lora(adapter, tolerance=1e-12)
+    expected = lorac.compile(model, {"a": adapter})(x)
+    parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
+
+
+@torch.no_grad()
+def test_errors_are_stored_with_it(tmp_path):
+    model, _, adapter = made(lorac.LoRA(r=3, targets=("0", "2")))
+    lora = lorac.to_lora(adapter, model, rank=2)
+    lorac.save_adapter(lora, tmp_path / "file", format="native")
+    assert lorac.load_adapter(tmp_path / "file").provenance["errors"] == lora.provenance["errors"]
+    assert all(0 < error < 1 for error in lora.provenance["errors"].values())

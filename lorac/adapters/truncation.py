@@ -1,0 +1,144 @@
+"""The nearest matrices of a lower rank, from factors without their product, or from a matrix by random projections.
+
+The nearest in the Frobenius norm has the largest singular values, and its error is the norm of the others (Eckart,
+Young 1936). Random projections: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+Tensor = torch.Tensor
+_WHOLE = 256
+"""Matrices with a side up to this length are decomposed whole, which takes milliseconds."""
+_SPARE = 16
+"""Columns of a projection beyond the wanted rank."""
+_ROUNDS = 4
+"""Times that a projection is multiplied by the matrix and its transpose."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A matrix of a lower rank, or a stack of such.
+
+    Attributes:
+        a: A (…, r, in).
+        b: B (…, out, r).
+        error: ‖D − B·A‖ / ‖D‖ in the Frobenius norm, the largest of a stack; 0 for D = 0.
+    """
+
+    a: Tensor
+    b: Tensor
+    error: float
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.a.shape[-2]
+
+
+def compute_product_svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (…, m, r), Σ (…, r) and Vᵀ (…, r, n) of B·A from its factors, without the product."""
+    (left, inner), (right, outer) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+    u, s, vh = torch.linalg.svd(inner @ outer.mT, full_matrices=False)
+    return left @ u, s, vh @ right.mT
+
+
+def truncate_product(b: Tensor, a: Tensor, rank: int | None = None, tolerance: float = 0.0) -> Truncation:
+    """Return the nearest matrix to B·A, of the smallest rank with an error within a tolerance and rounding.
+
+    Args:
+        b: B (…, out, R).
+        a: A (…, R, in).
+        rank: the largest rank, whatever the error is; None: any.
+        tolerance: of the error.
+
+    Returns:
+        The truncation; with the given factors themselves where no lower rank will do.
+    """
+    if not a.shape[-2]:
+        return Truncation(a.new_zeros(*a.shape[:-2], 1, a.shape[-1]), b.new_zeros(*b.shape[:-1], 1), 0.0)
+    wide = torch.promote_types(b.dtype, torch.float32)
+    u, s, vh = compute_product_svd(b.to(wide), a.to(wide))
+    made = _cut(u, s, vh, min(find_rank(s, tolerance), rank or s.shape[-1]), tail_errors(s))
+    if made.rank >= a.shape[-2]:
+        return Truncation(a, b, 0.0)
+    return Truncation(made.a.to(a.dtype), made.b.to(b.dtype), made.error)
+
+
+def truncate_matrix(matrix: Tensor, rank: int | None = None, tolerance: float = 0.0) -> Truncation:
+    """Return the nearest matrix to D (…, out, in), of the smallest rank with an error within a tolerance and rounding.
+
+    Large matrices are projected on random columns from a seed of their own, so that equal ones give equal results. The
+    error then exceeds the smallest possible a little; it is measured, and keeps to the tolerance all the same.
+
+    Args:
+        rank: the largest rank, whatever the error is; None: any.
+        tolerance: of the error.
+    """
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    least, width = min(matrix.shape[-2:]), rank or 2 * _SPARE
+    while least > _WHOLE and width + _SPARE < least // 2:
+        u, s, vh = _project(matrix, width + _SPARE)
+        errors = _missing_errors(matrix, s)
+        enough = int((errors[: width + 1] > tolerance).sum())
+        if rank is not None or enough <= width:
+            return _cut(u, s, vh, max(1, min(enough, width)), errors)
+        width *= 2
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return _cut(u, s, vh, min(find_rank(s, tolerance), rank or least), tail_errors(s))
+
+
+def measure_effective_rank(s: Tensor) -> float:
+    """Return exp(H), H being the entropy of singular values (r,) as shares of their sum; 0 where all are 0.
+
+    Roy, Vetterli 2007, "The effective rank: a measure of effective dimensionality".
+    """
+    if not bool(s.any()):
+        return 0.0
+    return math.exp(float(torch.special.entr(s.double() / s.double().sum()).sum()))
+
+
+def _cut(u: Tensor, s: Tensor, vh: Tensor, width: int, errors: Tensor) -> Truncation:
+    return Truncation(vh[..., :width, :], u[..., :width] * s[..., None, :width], float(errors[width]))
+
+
+def find_rank(s: Tensor, tolerance: float) -> int:
+    """Return the smallest rank above 0 with an error within a tolerance, without components that rounding made."""
+    noise = s.shape[-1] * torch.finfo(s.dtype).eps * s.amax(-1, keepdim=True)
+    enough = int((tail_errors(s) > tolerance).sum())
+    return max(1, min(enough, int((s > noise).sum(-1).amax())))
+
+
+def tail_errors(s: Tensor) -> Tensor:
+    """Return the error of every rank from 0 to r, the largest of a stack, from all singular values (…, r)."""
+    squares = s.double().square()
+    tails = torch.cat([squares.flip(-1).cumsum(-1).flip(-1), squares.new_zeros(*s.shape[:-1], 1)], dim=-1)
+    return _as_errors(tails, tails[..., :1])
+
+
+def _missing_errors(matrix: Tensor, s: Tensor) -> Tensor:
+    """Return the error of every rank from 0 to r, from a matrix and some of its singular values (…, r)."""
+    total = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square().unsqueeze(-1)
+    found = s.double().square().cumsum(-1)
+    return _as_errors(torch.cat([total, (total - found).clamp_min(0)], dim=-1), total)
+
+
+def _as_errors(left_out: Tensor, total: Tensor) -> Tensor:
+    """Return ‖left out‖ / ‖D‖ from their squares (…, r + 1) and (…, 1), the largest of a stack."""
+    shares = (left_out / total.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    return shares.reshape(-1, shares.shape[-1]).amax(0)
+
+
+def _project(matrix: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first singular vectors and values of a matrix, nearly: those of its projection on ``size`` columns."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(matrix.shape[-1], size, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ noise)[0]
+    for _ in range(_ROUNDS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis)[0])[0]
+    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ u, s, vh

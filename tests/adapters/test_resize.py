@@ -1,0 +1,71 @@
+"""Other ranks of a LoRA: lower ones lose the tail of its singular values, higher ones nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+import lorac
+from tests.refusing import refuses
+
+SHAPES = {"a": (9, 6), "b.c": (4, 9)}
+
+
+def lora(**fields):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        tensors = {
+            path: {"lora_A": torch.randn(3, columns).double(), "lora_B": torch.randn(out, 3).double()}
+            for path, (out, columns) in SHAPES.items()
+        }
+    return lorac.Adapter("x", lorac.LoRA(r=3, targets=tuple(SHAPES), **fields), tensors)
+
+
+def deltas(adapter):
+    return {
+        path: adapter.variant.at_path(path).scale * (at["lora_B"] @ at["lora_A"]).numpy()
+        for path, at in adapter.tensors.items()
+    }
+
+
+@pytest.mark.parametrize("fields", [{"alpha": 5.0}, {"alpha": -2.0}, {"alpha": 4.0, "rslora": True}], ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3, 7])
+def test_a_rank(rank, fields):
+    adapter = lora(**fields)
+    resized = lorac.resize(adapter, rank)
+    for path, delta in deltas(adapter).items():
+        s = np.linalg.svd(delta, compute_uv=False)
+        missed = np.linalg.norm(delta - deltas(resized)[path])
+        assert missed == pytest.approx(np.linalg.norm(s[rank:]), abs=1e-12)
+        assert resized.provenance["errors"][path] == pytest.approx(missed / np.linalg.norm(s), abs=1e-12)
+        assert resized.tensors[path]["lora_A"].shape == (rank, SHAPES[path][1])
+        assert resized.variant.at_path(path).scale == pytest.approx(adapter.variant.at_path(path).scale)
+
+
+def test_new_columns_can_learn():
+    at = lorac.resize(lora(), 5).tensors["a"]
+    assert not at["lora_B"][:, 3:].any()
+    assert torch.allclose(torch.linalg.vector_norm(at["lora_A"][3:], dim=1), torch.ones(2).double())
+
+
+def test_a_tolerance_finds_the_rank_of_each_site():
+    adapter = lora()
+    resized = lorac.resize(adapter, tolerance=0.4)
+    for path, delta in deltas(adapter).items():
+        s = np.linalg.svd(delta, compute_uv=False)
+        tails = [np.linalg.norm(s[k:]) / np.linalg.norm(s) for k in range(4)]
+        assert len(resized.tensors[path]["lora_A"]) == next(k for k, share in enumerate(tails) if share <= 0.4)
+
+
+def test_what_changes_nothing_still_does():
+    for adapter in (lora(alpha=0.0), lora()):
+        adapter.tensors["a"]["lora_B"].zero_()
+        assert not deltas(lorac.resize(adapter, 2))["a"].any()
+
+
+def test_refusals():
+    with refuses("not_mergeable", match=r"rank 1 misses 0.\d+ of what 'x' does to 'a', more than tolerance=0.01"):
+        lorac.resize(lora(), 1, tolerance=0.01)
+    with pytest.raises(lorac.OptionError, match="rank= or tolerance= is needed"):
+        lorac.resize(lora())
+    with pytest.raises(lorac.AdapterNotFound, match="which is not LoRA"):
+        lorac.resize(lorac.Adapter("x", lorac.Edit()), 1)

@@ -1,0 +1,109 @@
+"""Truncations in NumPy float64: their error is the norm of the singular values that they leave out."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorac.adapters.truncation import measure_effective_rank, truncate_matrix, truncate_product
+from lorac.testing.eager_checks import assert_close
+
+DRAWN = np.random.default_rng(3)
+
+
+def matrix(out, columns, decay=0.7, rank=None):
+    """A matrix (out, in) whose singular values fall."""
+    size = rank or min(out, columns)
+    u, v = (np.linalg.qr(DRAWN.normal(size=(n, size)))[0] for n in (out, columns))
+    return torch.from_numpy((u * decay ** np.arange(size)) @ v.T)
+
+
+def error_of(cut, whole):
+    return np.linalg.norm(whole.numpy() - cut.b.numpy() @ cut.a.numpy()) / np.linalg.norm(whole.numpy())
+
+
+def tail(whole, rank):
+    s = np.linalg.svd(whole.numpy(), compute_uv=False)
+    return np.linalg.norm(s[rank:]) / np.linalg.norm(s)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (300, 700), (520, 270)])
+def test_a_rank(shape):
+    whole = matrix(*shape)
+    cut = truncate_matrix(whole, 5)
+    assert cut.rank == 5
+    assert error_of(cut, whole) == pytest.approx(tail(whole, 5), rel=1e-6)
+    assert cut.error == pytest.approx(error_of(cut, whole), rel=1e-6)
+
+
+def test_a_rank_of_values_that_hardly_fall():
+    """Random projections are as good as the best within some per cent where all directions matter alike."""
+    whole = matrix(600, 500, decay=0.998)
+    cut = truncate_matrix(whole, 20)
+    assert cut.error == pytest.approx(error_of(cut, whole), rel=1e-6)
+    assert tail(whole, 20) <= cut.error < 1.01 * tail(whole, 20)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (300, 700)])
+@pytest.mark.parametrize("tolerance", [0.5, 0.1, 1e-3])
+def test_a_tolerance(shape, tolerance):
+    whole = matrix(*shape)
+    cut = truncate_matrix(whole, tolerance=tolerance)
+    assert error_of(cut, whole) <= tolerance < tail(whole, cut.rank - 1) * (1 + 1e-9)
+
+
+def test_a_rank_bounds_a_tolerance():
+    whole = matrix(9, 6)
+    assert truncate_matrix(whole, 2, 1e-3).rank == 2
+    assert truncate_matrix(whole, 5, 0.5).rank == truncate_matrix(whole, tolerance=0.5).rank < 5
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (300, 700)])
+def test_the_smallest_exact_rank(shape):
+    whole = matrix(*shape, rank=4)
+    for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        cut = truncate_matrix(whole.to(dtype))
+        assert cut.rank == 4
+        assert error_of(cut, whole) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_factors_without_their_product(dtype):
+    b, a = matrix(40, 12).to(dtype), matrix(12, 30).to(dtype)
+    whole = b.double() @ a.double()
+    for rank in (3, 7):
+        cut = truncate_product(b, a, rank)
+        assert (cut.rank, cut.a.dtype, cut.b.dtype) == (rank, dtype, dtype)
+        assert cut.error == pytest.approx(tail(whole, rank), rel=1e-3 if dtype is not torch.float64 else 1e-9)
+    twice = truncate_product(torch.cat([b, b], 1), torch.cat([a, a]))
+    assert twice.rank == 12
+    same = truncate_product(b, a)
+    assert same.a is a
+    assert same.b is b
+    assert same.error == 0
+
+
+def test_a_stack_has_one_rank():
+    stack = torch.stack([matrix(9, 6, rank=2), matrix(9, 6, rank=3)])
+    assert truncate_matrix(stack).rank == 3
+    assert truncate_matrix(stack, tolerance=0.3).error <= 0.3
+    b, a = torch.linalg.qr(stack)
+    assert_close(truncate_product(b, a).b @ truncate_product(b, a).a, stack)
+
+
+def test_nothing_stays_nothing():
+    for cut in (truncate_matrix(torch.zeros(5, 4)), truncate_product(torch.zeros(5, 3), torch.rand(3, 4))):
+        assert (cut.rank, cut.error, float(cut.b.abs().sum())) == (1, 0.0, 0.0)
+
+
+def test_equal_matrices_give_equal_results_whatever_was_drawn_before():
+    whole = matrix(300, 700, decay=0.99)
+    first = truncate_matrix(whole, 3)
+    state = torch.get_rng_state()
+    assert torch.equal(truncate_matrix(whole, 3).a, first.a)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_effective_rank():
+    assert measure_effective_rank(torch.tensor([2.0, 2.0, 2.0])) == pytest.approx(3)
+    assert measure_effective_rank(torch.tensor([1.0, 0.0])) == pytest.approx(1)
+    assert measure_effective_rank(torch.zeros(3)) == 0
