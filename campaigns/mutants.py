@@ -1,6 +1,6 @@
 """Lines of lorac with a fault put in, and whether the suite finds it.
 
-python -m campaigns.mutants [--count N] [--seed N] [--only PATTERN] [--then PATH ...]
+python -m campaigns.mutants [--count N] [--seed N] [--only PATTERN] [--numbers N ...] [--then PATH ...]
 
 A mutant is one line of ir, passes, backends, formats or runtime, as many from each: a comparison turned round, a number
 or a truth value changed, a condition negated, two arguments exchanged, a statement left out. It is run in a worktree of
@@ -132,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="*", help="a pattern of the files")
+    parser.add_argument("--numbers", nargs="*", type=int, help="those of the drawn ones; default: all")
     parser.add_argument("--then", nargs="*", default=["tests"], help="tests that follow those that mirror the file")
     given = parser.parse_args(arguments)
     survived = 0
@@ -139,7 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         root = Path(folder, "lorac")
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(root)], cwd=ROOT, check=True)
         try:
-            for number, mutant in enumerate(choose(given.count, given.seed, given.only), 1):
+            drawn = enumerate(choose(given.count, given.seed, given.only), 1)
+            for number, mutant in [pair for pair in drawn if not given.numbers or pair[0] in given.numbers]:
                 begun, source = time.monotonic(), (root / mutant.path).read_text()
                 (root / mutant.path).write_text(mutant.apply(source))
                 killer = _failing(mirrored(mutant.path, root), root) or _failing(given.then, root)
