@@ -311,7 +311,7 @@ def damage(kind: str, place: Path, random: random.Random) -> None:
     how = checkpoint if kind == "checkpoint" and random.random() < 0.6 else by_suffix.get(target.suffix, octets)
     target.write_bytes(how(target.read_bytes(), random))
     if place.is_dir() and random.random() < 0.95:
-        _unseal(place)
+        unseal(place)
 
 
 def _replace(target: Path, random: random.Random) -> None:
@@ -339,7 +339,7 @@ def checkpoint(data: bytes, random: random.Random) -> bytes:
     return _file(tensors, metadata, random)
 
 
-def _unseal(folder: Path) -> None:
+def unseal(folder: Path) -> None:
     """Take lorac's seals off a folder, as a tool does that knows nothing of them."""
     for path in folder.rglob("*.safetensors"):
         data = path.read_bytes()

@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ class Sound:
         """Whether reading it is refused as it is: the gates of a merger are no adapter without its LoRAs."""
         return self.kind == "autolora"
 
+    def below(self, folder: Path) -> Sound:
+        """Return the same file with its whole path."""
+        return dataclasses.replace(self, place=str(folder / self.place))
+
 
 class Two(nn.Module):
     """What artifacts are compiled from; its weights are large enough to lie beside an ONNX model."""
@@ -99,7 +103,7 @@ def write(folder: Path, *, quick: bool = False, artifacts: bool = True, methods:
     """Write everything, or in a hurry what a few methods and targets give, and a list of it."""
     keys, targets = (QUICK, ARTEFACTS[:2]) if quick else (lorac.variants(), ARTEFACTS)
     found = [
-        *_adapters(folder, keys if methods is None else methods),
+        *write_methods(folder, keys if methods is None else methods),
         *_artifacts(folder, targets if artifacts else ()),
     ]
     found += [sound for sample in ([_training] if quick else SAMPLES.values()) for sound in sample(folder)]
@@ -112,7 +116,8 @@ def read(folder: Path) -> list[Sound]:
 
 
 # ── Methods ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _adapters(folder: Path, keys: Iterable[str]) -> Iterator[Sound]:
+def write_methods(folder: Path, keys: Iterable[str]) -> Iterator[Sound]:
+    """Write adapters of methods in lorac's own format, and PEFT's where it has a type for them."""
     for key in keys:
         variant, host = configured(key)
         here = model(host.name)
@@ -233,11 +238,30 @@ def _recipes(folder: Path) -> Iterator[Sound]:
         yield Sound("recipe", file, f"recipe/{file}", "")
 
 
+def _of_llama(format: str, place: str, *variants: Variant) -> Callable[[Path], Iterator[Sound]]:
+    """Return what writes adapters of a tiny Llama in a format, one of each variant."""
+
+    def write(folder: Path) -> Iterator[Sound]:
+        here = model("tiny_llama")
+        (folder / format).mkdir()
+        for variant in variants:
+            adapter = lorac.compile(here, {variant.name: variant}).adapters[variant.name]
+            where = f"{format}/{place.format(variant.name)}"
+            lorac.save_adapter(adapter, folder / where, format, here)
+            yield Sound(format, variant.name, where, "tiny_llama")
+
+    return write
+
+
+_PAIR = lorac.LoRA(r=2, targets=["q_proj", "down_proj"])
 SAMPLES = {
+    "gguf": _of_llama("gguf", "{}.gguf", _PAIR),
+    "mlx": _of_llama("mlx", "{}", _PAIR, lorac.DoRA(r=2, targets=["v_proj"]), lorac.Full(targets=["k_proj"])),
+    "onnx_adapter": _of_llama("onnx_adapter", "{}.onnx_adapter", _PAIR),
     "adapterhub": _adapterhub, "xlora": _xlora, "autolora": _autolora, "checkpoint": _checkpoint, "flylora": _flylora,
     "recipe": _recipes, "training": _training,
 }  # fmt: skip
-"""Formats, and layouts of a format, that ``_adapters`` does not write -> what writes sound ones."""
+"""Formats, and layouts of a format, that ``write_methods`` does not write -> what writes sound ones."""
 FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora", "recipe", "training"}
 """The formats of which there are sound files."""
 

@@ -51,7 +51,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             overlapping tensors, or leaves bytes that belong to none.
     """
     header, size = _read_raw_header(path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
     _check_offsets(path, {name: _parse_offsets(path, name, entry) for name, entry in header.items()}, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +11,17 @@ from lorac.errors import FormatError
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
+
+
+class Evidence(enum.IntEnum):
+    """What a format recognises its files by, from the surest."""
+
+    METADATA = 0
+    """Metadata that lorac writes."""
+    LAYOUT = 1
+    """The name of a file, its first bytes, or a configuration."""
+    NAMES = 2
+    """The names of tensors."""
 
 
 class Format(ABC):
@@ -22,17 +34,23 @@ class Format(ABC):
         name: what ``save_adapter(format=)`` calls it.
         looks_for: what ``recognises`` looks at, as a phrase for error messages.
         methods: the methods whose adapters its files hold, for the documentation.
+        written_by: the tools that write such files, for the documentation.
+        evidence: what ``recognises`` goes by. Of several formats that recognise a file, it is of the surest.
+        refines: the format whose files these are too, with something more; this one then wins over it.
     """
 
     name: ClassVar[str]
     looks_for: ClassVar[str]
     methods: ClassVar[tuple[type[Variant], ...]] = ()
+    written_by: ClassVar[str] = ""
+    evidence: ClassVar[Evidence] = Evidence.NAMES
+    refines: ClassVar[str | None] = None
 
     @abstractmethod
     def recognises(self, path: Path) -> bool:
         """Return whether a path, which exists, is of this format.
 
-        It is cheap, exclusive among the formats, and never raises on a damaged file.
+        It is cheap, and never raises on a damaged file.
         """
 
     @abstractmethod

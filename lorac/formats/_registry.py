@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorac.argument_types import check_type
@@ -154,8 +154,8 @@ def _find_format(path: Path) -> Format:
             code="unknown_format",
         )
     matching = [format for format in formats().values() if format.recognises(path)]
-    if len(matching) == 1:
-        return matching[0]
+    if matching:
+        return _choose_surest(path, matching)
     if path.is_file() and path.suffix == ".safetensors":
         read_metadata(path)  # the error of a damaged file says more
     names = {name for file in ([path] if path.is_file() else path.glob("*.safetensors")) for name in peek_names(file)}
@@ -173,6 +173,26 @@ def _find_format(path: Path) -> Format:
         next_step=_suggest_path(path),
         code="unknown_format",
     )
+
+
+def _choose_surest(path: Path, matching: Sequence[Format]) -> Format:
+    """Return the format of the surest evidence; of several, the one that refines the others.
+
+    Raises:
+        FormatError: two formats have equal claims.
+    """
+    surest = min(format.evidence for format in matching)
+    found = [format for format in matching if format.evidence is surest]
+    refined = {format.refines for format in found}
+    found = [format for format in found if format.name not in refined]
+    if len(found) > 1:
+        raise FormatError(
+            f"'{path}' is as much of the format '{found[0].name}' ({found[0].looks_for}) as of '{found[1].name}' "
+            f"({found[1].looks_for})",
+            next_step="put the files, or the tensors, of one of them into a folder of their own",
+            code="unknown_format",
+        )
+    return found[0]
 
 
 def _suggest_path(path: Path) -> str:

@@ -22,6 +22,7 @@ class AutoLoraFormat(Format):
 
     name = "autolora"
     looks_for = f"a file with tensors {_PREFIX}<layer>{_SUFFIX}"
+    written_by = "AutoLoRA's authors"
     methods = (AutoLoRA,)
 
     def recognises(self, path: Path) -> bool:

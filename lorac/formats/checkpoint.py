@@ -20,7 +20,7 @@ from lorac.argument_types import JsonMapping, matches_type
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._errors import corrupt_error
 from lorac.formats._files import agrees_with_seal, encode_config, peek_names, read_safetensors
-from lorac.formats._format import Format
+from lorac.formats._format import Evidence, Format
 from lorac.formats.native import assemble_adapter, build_variant, parse_record, tensor_key
 from lorac.frontend.model_view import ModelView
 from lorac.storage.strict_json import parse_object
@@ -40,6 +40,8 @@ class CheckpointFormat(Format):
 
     name = "checkpoint"
     looks_for = f"{FILE} with the state dict of a compiled model"
+    written_by = "transformers' `Trainer`, of a compiled model"
+    evidence = Evidence.METADATA
 
     def recognises(self, path: Path) -> bool:
         file = _checkpoint_file(path)

@@ -22,7 +22,7 @@ from lorac.argument_types import Fields, JsonMapping, field_types, matches_type
 from lorac.errors import FormatError, UnknownMethod, nearest_name, short
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import check_seal, encode_config, peek_metadata, read_safetensors, write_sealed
-from lorac.formats._format import Format
+from lorac.formats._format import Evidence, Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
 from lorac.frontend.model_view import ModelView
 from lorac.limits import charge_reading
@@ -64,6 +64,8 @@ class NativeFormat(Format):
 
     name = "native"
     looks_for = "a safetensors file with lorac's description in its metadata"
+    written_by = "lorac"
+    evidence = Evidence.METADATA
 
     def recognises(self, path: Path) -> bool:
         return path.is_file() and _ENTRY in peek_metadata(path)

@@ -16,7 +16,7 @@ from lorac.adapters.fit import check_adapter
 from lorac.formats._config_fields import Applied, Field, Irrelevant, Refused, read_fields, read_flag, read_size
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import check_seal, containing_folder, read_json, read_safetensors, write_json, write_sealed
-from lorac.formats._format import Format
+from lorac.formats._format import Evidence, Format
 from lorac.formats._xlora import CLASSIFIER_FIELDS, XLoraFolder, read_expert_paths, split_xlora
 from lorac.formats.peft.writer import seal_experts, seal_text, write_folder
 from lorac.frontend.model_view import ModelView
@@ -57,6 +57,8 @@ class XLoraFormat(Format):
 
     name = "xlora"
     looks_for = f"a folder with {CONFIG}"
+    written_by = "X-LoRA's authors"
+    evidence = Evidence.LAYOUT
     methods = (XLoRA,)
 
     def recognises(self, path: Path) -> bool:

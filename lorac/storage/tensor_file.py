@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,24 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(raw_bytes(tensors[name]))
+
+
+def read_tensor(file: BufferedReader, dtype: torch.dtype, shape: Sequence[int], begin: int) -> Tensor:
+    """Return a tensor in memory of its own, copied once from an open file.
+
+    Raises:
+        EOFError: the file ends before the tensor does.
+    """
+    tensor = torch.empty(tuple(shape), dtype=dtype)
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    left = memoryview(values)
+    file.seek(begin)
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise EOFError(f"it ends {len(left)} bytes before a tensor does")
+        left = left[count:]
+    return tensor
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -8,12 +8,9 @@ two contents, so a mixture is a file of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import onnxruntime as ort
 import torch
 
-from lorac.errors import Unavailable
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.sites import BaseReader
@@ -22,31 +19,6 @@ from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.plans import SitePlan
 
 Tensor = torch.Tensor
-_VERSION = 1
-"""Version of the adapter and of the model; ONNX Runtime requires numbers, and compares them with nothing."""
-_MAX_BYTES = (1 << 31) - (1 << 20)
-"""The most bytes of tensors in a file: less than 2 GiB, descriptions included."""
-
-
-def write_adapter_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as an ``.onnx_adapter``; equal tensors give equal bytes.
-
-    Raises:
-        Unavailable: the tensors are too large for such a file.
-    """
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    if size > _MAX_BYTES:
-        raise Unavailable(
-            f"'{path.name}' would have {size} bytes, and an .onnx_adapter holds less than 2 GiB",
-            next_step="mode='live' binds factors instead of merged weights where the method has them",
-        )
-    arrays = {name: tensors[name].detach().contiguous().numpy() for name in sorted(tensors)}
-    adapter = ort.AdapterFormat()
-    adapter.set_adapter_version(_VERSION)
-    adapter.set_model_version(_VERSION)
-    adapter.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    adapter.export_adapter(str(path))
 
 
 def bound_tensors(

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 
 from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, convert_inputs
-from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors, write_adapter_file
+from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors
 from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
 from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_settled_session
@@ -33,6 +33,7 @@ from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.storage.onnx_adapter import write_onnx_adapter
 from lorac.storage.tensor_file import write_safetensors
 from lorac.target.engine import CallResult
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
@@ -169,7 +170,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         if self.options.portable:
             write_safetensors(path, tensors, {})
         else:
-            write_adapter_file(path, tensors)
+            write_onnx_adapter(path, tensors)
 
     @property
     def folder(self) -> Path:

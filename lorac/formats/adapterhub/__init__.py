@@ -24,7 +24,7 @@ from lorac.formats._files import (
     write_json,
     write_sealed,
 )
-from lorac.formats._format import Format
+from lorac.formats._format import Evidence, Format
 from lorac.formats.adapterhub.bottlenecks import write_bottlenecks
 from lorac.formats.adapterhub.components import ComponentFile, ModelLayout
 from lorac.formats.adapterhub.config import VERSION, join_configs, read_config
@@ -57,6 +57,9 @@ class AdapterHubFormat(Format):
 
     name = "adapterhub"
     looks_for = f"a folder with {CONFIG} and {WEIGHTS} or {PICKLED}"
+    written_by = "AdapterHub's `adapters`"
+    evidence = Evidence.LAYOUT
+    refines = "peft"
     methods = (Bottleneck, DoRA, IA3, LoRA, Split, Union)
 
     def recognises(self, path: Path) -> bool:

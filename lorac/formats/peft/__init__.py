@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorac.formats._files import HUB_WEIGHTS, containing_folder
-from lorac.formats._format import Format
+from lorac.formats._files import containing_folder
+from lorac.formats._format import Evidence, Format
 from lorac.formats.peft.reader import PICKLED, read_folder
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, write_folder
 from lorac.frontend.model_view import ModelView
@@ -20,11 +20,11 @@ class PeftFormat(Format):
 
     name = "peft"
     looks_for = f"a folder with {CONFIG}"
+    written_by = "PEFT"
+    evidence = Evidence.LAYOUT
 
     def recognises(self, path: Path) -> bool:
-        folder = containing_folder(path, CONFIG, WEIGHTS, PICKLED)
-        is_adapterhub = any((folder / name).is_file() for name in HUB_WEIGHTS)
-        return (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or not is_adapterhub)
+        return (containing_folder(path, CONFIG, WEIGHTS, PICKLED) / CONFIG).is_file()
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
         return read_folder(containing_folder(path, CONFIG, WEIGHTS, PICKLED), view, name)

@@ -1,0 +1,164 @@
+"""LoRAs in files that hold A and B of every layer and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lorac.adapters.fit import check_adapter, check_numbers, sort_by_site
+from lorac.adapters.lora_conversion import make_lora_variant
+from lorac.errors import FormatError, SiteError, nearest_name
+from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
+from lorac.formats._site_layouts import LAYOUT, remembered_sites, site_to_json
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import Site, SiteKind
+from lorac.variants.adapter import Adapter
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+
+A, B = "lora_A", "lora_B"
+LINEAR = frozenset({SiteKind.LINEAR})
+Stored = Mapping[str, Mapping[str, Tensor]]
+"""Path of a layer, as a file has it -> parameter -> tensor."""
+
+
+def group_by_layer(tensors: Mapping[str, Tensor], suffixes: Mapping[str, str], path: Path) -> dict[str, dict[str, str]]:
+    """Return the keys of a file by layer and parameter.
+
+    Args:
+        tensors: those of the file, by key.
+        suffixes: what follows the path of a layer in a key -> parameter; longer ones first.
+        path: the file.
+
+    Raises:
+        FormatError: a key ends in none of them, or two keys are of one parameter; or the file has no tensors.
+    """
+    layers: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        suffix = next((end for end in suffixes if key.endswith(end) and key != end), None)
+        if suffix is None:
+            raise leftover_error(path, key, (layer + end for layer in layers for end in suffixes), suffixes)
+        names = layers.setdefault(key.removesuffix(suffix), {})
+        if names.setdefault(suffixes[suffix], key) != key:
+            raise corrupt_error(f"'{path}' holds '{names[suffixes[suffix]]}' and '{key}', which are one tensor")
+    if not layers:
+        raise corrupt_error(f"'{path}' holds no tensors")
+    return layers
+
+
+def leftover_error(path: Path, key: str, expected: Iterable[str], suffixes: Iterable[str]) -> FormatError:
+    """Return the error for a tensor that no rule of a format accounts for."""
+    return FormatError(
+        f"'{path}' holds '{key}', which is not a tensor of this format",
+        nearest=nearest_name(key, expected),
+        next_step=f"keys are <path of a layer> and one of {', '.join(suffixes)}",
+        code="unused_tensors",
+    )
+
+
+def transpose_matrix(tensor: Tensor) -> Tensor:
+    """Return a matrix transposed and contiguous; what is no matrix stays, for ``check_pair`` to refuse."""
+    return tensor.mT.contiguous() if tensor.ndim == 2 else tensor
+
+
+def check_pair(path: Path, layer: str, stored: Mapping[str, Tensor]) -> int:
+    """Return the rank of A (r, in) and B (out, r) at a layer.
+
+    Raises:
+        FormatError: one of them is missing, or they are no such matrices.
+    """
+    for name in (A, B):
+        if name not in stored:
+            raise corrupt_error(f"'{path}' lacks {name} at '{layer}'")
+    a, b = stored[A], stored[B]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise corrupt_error(
+            f"A {tuple(a.shape)} and B {tuple(b.shape)} at '{layer}' in '{path}' have no rank in common",
+            next_step="copy or download the file again; A is (r, in) and B is (out, r), as lorac has them",
+        )
+    return a.shape[0]
+
+
+def make_lora(
+    name: str,
+    tensors: Stored,
+    alphas: Mapping[str, float],
+    view: ModelView | None,
+    *,
+    dropout: float = 0.0,
+    provenance: Mapping[str, object],
+) -> Adapter:
+    """Return a LoRA from its pairs, checked.
+
+    Args:
+        tensors: path of a site -> A and B, which ``check_pair`` has checked.
+        alphas: path of a site -> rank times scale.
+    """
+    ordered = {path: dict(stored) for path, stored in sort_by_site(tensors, view).items()}
+    ranks = {path: stored[A].shape[0] for path, stored in ordered.items()}
+    variant = make_lora_variant(ranks, alphas, LoRA(dropout=dropout))
+    adapter = Adapter(name, variant, ordered, provenance=dict(provenance))
+    return check_read(adapter, view)
+
+
+def check_read(adapter: Adapter, view: ModelView | None) -> Adapter:
+    """Return an adapter that was read, checked against its model, whose layout it keeps."""
+    check_numbers(adapter.name, adapter.variant)
+    if view is not None:
+        check_adapter(adapter, view)
+        adapter.provenance[LAYOUT] = {path: site_to_json(view.sites[path]) for path in adapter.tensors}
+    return adapter
+
+
+def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
+    """Return the variant of an adapter of which a format can hold everything.
+
+    Raises:
+        FormatError: it is of another method, has biases or replaces parameters.
+    """
+    variant = adapter.variant
+    if type(variant) is not LoRA:
+        raise unsupported_error(
+            f"the format '{format}' holds LoRAs, and adapter '{adapter.name}' is of {variant.name}",
+            next_step=native_or_lora(variant),
+        )
+    what = f"replaces '{next(iter(adapter.replaced))}' whole" if adapter.replaced else "has biases"
+    if adapter.replaced or variant.lora_bias:
+        raise unsupported_error(
+            f"adapter '{adapter.name}' {what}, for which the format '{format}' has no place",
+            next_step="use format='peft' or 'native'",
+        )
+    return variant
+
+
+def settings_at(variant: LoRA | DoRA, path: str) -> LoRA | DoRA:
+    """Return the variant as it is at a layer."""
+    here = variant.at_path(path)
+    assert isinstance(here, LoRA | DoRA)
+    return here
+
+
+def find_layers(
+    adapter: Adapter, view: ModelView | None, format: str, kinds: frozenset[SiteKind] = LINEAR
+) -> dict[str, Site]:
+    """Return the sites of an adapter, which are all of some kinds.
+
+    Raises:
+        BaseNeeded: the adapter comes from no file, and no model is given.
+        SiteError: a site is of another kind, or part of a module that reads its weight itself.
+        AdapterError, FormatError: the adapter does not fit the model.
+    """
+    if view is not None:
+        check_adapter(adapter, view)
+    known = remembered_sites(adapter) if view is None else view.sites
+    sites = {path: known[path] for path in adapter.tensors}
+    for path, site in sites.items():
+        if site.kind not in kinds or site.stack or site.within is not None:
+            raise SiteError(
+                f"the format '{format}' has no place for '{path}' of adapter '{adapter.name}', which is "
+                f"{f'a weight within {site.within}' if site.within else f'of kind {site.kind}'}",
+                next_step="use format='native', or exclude= the module",
+            )
+    return sites

@@ -1,0 +1,205 @@
+"""llama.cpp's adapter files: GGUF with the factors of LoRAs, ``<weight>.lora_a`` (r, in) and ``.lora_b`` (out, r).
+
+Source: convert_lora_to_gguf.py and src/llama-adapter.cpp of llama.cpp. One alpha is stored for all layers, and a
+layer's scale is alpha / r; without it, or with 0, it is 1. A of the token embedding is stored as (vocabulary, r).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorac.adapters.fit import check_finite
+from lorac.errors import BaseNeeded, FormatError, SiteError, nearest_name
+from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats._format import Evidence, Format
+from lorac.formats._lora_pairs import (
+    LINEAR,
+    A,
+    B,
+    check_pair,
+    find_layers,
+    group_by_layer,
+    make_lora,
+    require_plain_lora,
+    settings_at,
+    transpose_matrix,
+)
+from lorac.formats.gguf.file import MAGIC, GgufFile, read_gguf
+from lorac.formats.gguf.names import EMBEDDING, GgufNames
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import SiteKind
+from lorac.variants.adapter import Adapter
+from lorac.variants.lora import LoRA
+
+_SUFFIXES = {".lora_a": A, ".lora_b": B}
+_GENERAL, _TYPE, _ARCHITECTURE = "general.", "general.type", "general.architecture"
+_ADAPTER_TYPE, _ALPHA, _TOKENS = "adapter.type", "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+_IRRELEVANT = ("adapter.lora.task_name", "adapter.lora.prompt_prefix")
+_KINDS = LINEAR | {SiteKind.EMBEDDING}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes of tensors that llama.cpp computes with."""
+
+
+class GgufFormat(Format):
+    """llama.cpp's adapter files."""
+
+    name = "gguf"
+    looks_for = f"a file that begins with {MAGIC.decode()}"
+    written_by = "llama.cpp's `convert_lora_to_gguf.py`"
+    evidence = Evidence.LAYOUT
+    methods = (LoRA,)
+
+    def recognises(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(4) == MAGIC
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        file = read_gguf(path)
+        alpha = _read_fields(path, file)
+        check_finite(file.tensors, f"'{path}'")
+        if view is None:
+            raise BaseNeeded(
+                f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",
+                next_step="load_adapter(path, model); on the command line, --model",
+            )
+        names = GgufNames.of(view, f"'{path}'")
+        stored_for = str(file.fields[_ARCHITECTURE])
+        if stored_for != names.architecture.name:
+            raise FormatError(
+                f"'{path}' is for a model of the architecture '{stored_for}', and this one's is "
+                f"'{names.architecture.name}'",
+                next_step="load the base model that the adapter was trained on",
+                code="unsupported_field",
+            )
+        tensors = {}
+        for weight, keys in group_by_layer(file.tensors, _SUFFIXES, path).items():
+            if weight not in names.paths:
+                raise SiteError(
+                    f"'{path}' has tensors for '{weight}', which is not a layer of the model",
+                    nearest=nearest_name(weight, names.paths),
+                    next_step="load the model that the adapter was trained on; experts of a mixture are not read",
+                    code="site_not_found",
+                )
+            stored = {key: file.tensors[key_name] for key, key_name in keys.items()}
+            tensors[names.paths[weight]] = _to_parameters(path, weight, stored, names)
+        alphas = {layer: alpha or float(found[A].shape[0]) for layer, found in tensors.items()}
+        provenance = {"format": self.name, "source": str(path)}
+        return make_lora(name or path.stem, tensors, alphas, view, provenance=provenance)
+
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        """Write the factors; scales that one alpha for all layers does not give are multiplied into B.
+
+        Raises:
+            FormatError: the adapter is not a plain LoRA, or llama.cpp's names of the model's layers are not known.
+            SiteError: llama.cpp adapts no such layer.
+            BaseNeeded: no model is given.
+        """
+        variant = require_plain_lora(adapter, self.name)
+        if view is None:
+            raise BaseNeeded(
+                f"llama.cpp's names of the layers of adapter '{adapter.name}' depend on the model",
+                next_step="save_adapter(adapter, path, format='gguf', model=model); on the command line, --model",
+            )
+        names = GgufNames.of(view, "a GGUF file")
+        weights = {layer: weight for weight, layer in names.paths.items()}
+        sites = find_layers(adapter, view, self.name, _KINDS)
+        here = {layer: settings_at(variant, layer) for layer in sites}
+        alphas = {_to_float32(one.scale * one.r) for one in here.values()}
+        alpha = alphas.pop() if len(alphas) == 1 else 0.0
+        tensors: dict[str, Tensor] = {}
+        for layer, site in sites.items():
+            weight = weights.get(layer)
+            if weight is None or site.shares:
+                what = f"shares its weight with '{min(site.shares)}'" if site.shares else "has no name in llama.cpp"
+                raise SiteError(
+                    f"'{layer}' of adapter '{adapter.name}' {what}, and llama.cpp does not adapt it",
+                    next_step="exclude= the module, or use format='peft'",
+                )
+            a, b = adapter.tensors[layer][A], adapter.tensors[layer][B]
+            b = names.to_file(weight, b if alpha else here[layer].scale * b)
+            tensors[f"{weight}.lora_a"], tensors[f"{weight}.lora_b"] = a.mT if weight == EMBEDDING else a, b
+        _write_file(path, names.architecture.name, alpha, tensors)
+
+
+def _read_fields(path: Path, file: GgufFile) -> float:
+    """Return alpha of a file's fields, checked; 0 where the scale is 1.
+
+    Raises:
+        FormatError: the file is no adapter, or a field is unknown.
+    """
+    fields = file.fields
+    expected = {_TYPE: "adapter", _ADAPTER_TYPE: "lora"}
+    for key, value in expected.items():
+        if fields.get(key) != value:
+            raise unsupported_error(
+                f"'{path}' says {key}={fields.get(key)!r}, and what lorac reads of GGUF is {key}={value!r}",
+                next_step="give the adapter that convert_lora_to_gguf.py of llama.cpp wrote",
+            )
+    if _TOKENS in fields:
+        raise unsupported_error(
+            f"'{path}' sets {_TOKENS}: the adapter acts on the tokens after these only, which lorac does not build",
+            next_step="run it in llama.cpp",
+        )
+    known = {*expected, _ARCHITECTURE, _ALPHA, *_IRRELEVANT}
+    unknown = next((key for key in fields if key not in known and not key.startswith(_GENERAL)), None)
+    if unknown is not None:
+        raise FormatError(
+            f"'{path}' sets the unknown field '{unknown}'",
+            nearest=nearest_name(unknown, known),
+            next_step="it may change the result, so it is not ignored; a newer lorac may know it",
+            code="unknown_field",
+        )
+    alpha = fields.get(_ALPHA, 0.0)
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise corrupt_error(f"'{path}' sets {_ALPHA}={alpha!r}, and it is a finite number")
+    if not isinstance(fields.get(_ARCHITECTURE), str):
+        raise corrupt_error(f"'{path}' names no {_ARCHITECTURE}")
+    return alpha
+
+
+def _to_parameters(path: Path, weight: str, stored: dict[str, Tensor], names: GgufNames) -> dict[str, Tensor]:
+    """Return A (r, in) and B (out, r) of a layer as transformers has its rows."""
+    if weight == EMBEDDING and A in stored:
+        stored[A] = transpose_matrix(stored[A])
+    check_pair(path, weight, stored)
+    return {A: stored[A], B: names.from_file(weight, stored[B])}
+
+
+def _to_float32(value: float) -> float:
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def _write_file(path: Path, architecture: str, alpha: float, tensors: dict[str, Tensor]) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string(_TYPE, "adapter")
+    writer.add_string(_ADAPTER_TYPE, "lora")
+    writer.add_float32(_ALPHA, alpha)
+    for key, tensor in tensors.items():
+        values: Any = tensor.detach().contiguous()
+        if tensor.dtype not in _DTYPES:
+            raise unsupported_error(
+                f"'{key}' is {tensor.dtype}, and llama.cpp computes with {', '.join(map(str, _DTYPES))}",
+                next_step="convert the adapter's tensors, or use format='peft'",
+            )
+        if tensor.dtype is torch.bfloat16:
+            kind = gguf.GGMLQuantizationType.BF16
+            writer.add_tensor(key, values.view(torch.uint8).numpy(), raw_dtype=kind)
+        else:
+            writer.add_tensor(key, values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+FORMAT = GgufFormat()

@@ -1,0 +1,133 @@
+"""The names of layers in GGUF, and the order of their rows, as llama.cpp's converter chooses them for an architecture.
+
+The names are those of the library ``gguf``, tried on every layer of the model. llama.cpp rotates neighbouring features
+of queries and keys in some architectures, where transformers rotates the two halves of a head. There the converter
+reorders the rows of both projections, and with them those of a LoRA's B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lorac.errors import MissingExtra, nearest_name
+from lorac.formats._errors import unsupported_error
+from lorac.frontend.model_view import ModelView
+
+_PREFIX = "model."
+"""What files have before the paths of a model without its output layer."""
+_REORDERED = (".attn_q.weight", ".attn_k.weight")
+WEIGHT = ".weight"
+EMBEDDING = "token_embd.weight"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture of llama.cpp.
+
+    Attributes:
+        name: its name in GGUF.
+        neighbours: whether neighbouring features are rotated there, and halves in transformers.
+    """
+
+    name: str
+    neighbours: bool = False
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "arcee": Architecture("arcee", neighbours=True),
+    "bert": Architecture("bert"),
+    "cohere": Architecture("command-r"),
+    "cohere2": Architecture("cohere2"),
+    "gemma": Architecture("gemma"),
+    "gemma2": Architecture("gemma2"),
+    "gemma3_text": Architecture("gemma3"),
+    "gpt2": Architecture("gpt2"),
+    "granite": Architecture("granite", neighbours=True),
+    "llama": Architecture("llama", neighbours=True),
+    "mistral": Architecture("llama", neighbours=True),
+    "mixtral": Architecture("llama", neighbours=True),
+    "olmo": Architecture("olmo", neighbours=True),
+    "olmo2": Architecture("olmo2"),
+    "phi3": Architecture("phi3"),
+    "qwen2": Architecture("qwen2"),
+    "qwen2_moe": Architecture("qwen2moe"),
+    "qwen3": Architecture("qwen3"),
+    "qwen3_moe": Architecture("qwen3moe"),
+    "smollm3": Architecture("smollm3", neighbours=True),
+    "stablelm": Architecture("stablelm"),
+    "starcoder2": Architecture("starcoder2"),
+}
+"""model_type of transformers -> the architecture whose converter leaves weights as they are, but for these rows."""
+
+
+@dataclass(frozen=True)
+class GgufNames:
+    """The layers of one model in GGUF.
+
+    Attributes:
+        architecture: the model's.
+        paths: name of a weight in GGUF -> path of its site.
+        heads: number of heads of queries, and of keys.
+    """
+
+    architecture: Architecture
+    paths: Mapping[str, str]
+    heads: tuple[int, int]
+
+    @classmethod
+    def of(cls, view: ModelView, subject: str) -> GgufNames:
+        """Return the names of a model's layers.
+
+        Args:
+            subject: what needs them, for the error.
+
+        Raises:
+            FormatError: the model's architecture is not in the table.
+            MissingExtra: ``gguf`` is not installed.
+        """
+        try:
+            import gguf
+        except ImportError as error:
+            raise MissingExtra("gguf", "gguf") from error
+        config: Any = getattr(view.module, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        model_type = str(getattr(config, "model_type", "without a config"))
+        architecture = ARCHITECTURES.get(model_type)
+        if architecture is None:
+            raise unsupported_error(
+                f"{subject} names layers as llama.cpp does, and its names for a model of type '{model_type}' are not "
+                "known here",
+                nearest=nearest_name(model_type, ARCHITECTURES),
+                next_step=f"models are of type {', '.join(ARCHITECTURES)}; format='peft' holds LoRAs of all",
+            )
+        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+        table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+        paths: dict[str, str] = {}
+        inner = f"{getattr(view.module, 'base_model_prefix', '')}."
+        for path in view.sites:
+            spellings = (path, _PREFIX + path, path.removeprefix(inner))
+            name = next(filter(None, (table.get_name(f"{one}{WEIGHT}", (WEIGHT,)) for one in spellings)), None)
+            if name is not None:
+                paths.setdefault(name, path)
+        heads = config.num_attention_heads
+        return cls(architecture, paths, (heads, getattr(config, "num_key_value_heads", None) or heads))
+
+    def to_file(self, name: str, b: Tensor) -> Tensor:
+        """Return B (out, r) with its rows in llama.cpp's order."""
+        return self._reorder(name, b, (2, -1))
+
+    def from_file(self, name: str, b: Tensor) -> Tensor:
+        """Return B (out, r) with its rows in transformers' order."""
+        return self._reorder(name, b, (-1, 2))
+
+    def _reorder(self, name: str, b: Tensor, sizes: tuple[int, int]) -> Tensor:
+        """Exchange the two axes that the rows of a head are split into; rows of another number stay."""
+        ends = [end for end in _REORDERED if name.endswith(end)] if self.architecture.neighbours else []
+        heads = self.heads[_REORDERED.index(ends[0])] if ends else 1
+        if not ends or b.shape[0] % (2 * heads):
+            return b
+        return b.unflatten(0, (heads, *sizes)).transpose(1, 2).reshape(b.shape)

@@ -1,0 +1,86 @@
+"""ONNX Runtime's adapter files: ``.onnx_adapter``, with the factors of LoRAs by the names of a program's inputs.
+
+    <path of a layer>.lora_A.weight, .lora_B.weight     as Olive (olive convert-adapters) names them
+    <path of a layer>:a, :b                             as the programs that lorac saves name them
+
+Both have A as (in, r) and B as (r, out) with the scale in it, and no metadata.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorac.adapters.fit import check_finite
+from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats._format import Evidence, Format
+from lorac.formats._lora_pairs import (
+    A,
+    B,
+    check_pair,
+    find_layers,
+    group_by_layer,
+    make_lora,
+    require_plain_lora,
+    settings_at,
+    transpose_matrix,
+)
+from lorac.frontend.model_view import ModelView
+from lorac.storage.onnx_adapter import MAGIC, read_onnx_adapter, write_onnx_adapter
+from lorac.variants.adapter import Adapter
+from lorac.variants.lora import LoRA
+
+_SUFFIXES = {".lora_A.weight": A, ".lora_B.weight": B, ":a": A, ":b": B}
+_FUSED = "|"
+"""Separates the layers of a projection that a program computes as one."""
+
+
+class OnnxAdapterFormat(Format):
+    """ONNX Runtime's adapter files."""
+
+    name = "onnx_adapter"
+    looks_for = f"a file with {MAGIC.decode()} at byte 4"
+    written_by = "Olive's `convert-adapters`; programs that lorac saves"
+    evidence = Evidence.LAYOUT
+    methods = (LoRA,)
+
+    def recognises(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(8)[4:] == MAGIC
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        stored = read_onnx_adapter(path, lambda reason: corrupt_error(f"'{path}' is damaged: {reason}"))
+        check_finite(stored, f"'{path}'")
+        layers = group_by_layer(stored, _SUFFIXES, path)
+        fused = next((layer for layer in layers if _FUSED in layer), None)
+        if fused is not None:
+            raise unsupported_error(
+                f"'{path}' holds the factors of '{fused}', layers that a program of lorac's computes as one",
+                next_step="load the file of the same name that ends in .safetensors, which lies next to it",
+            )
+        tensors = {
+            layer: {key: transpose_matrix(stored[name]) for key, name in names.items()}
+            for layer, names in layers.items()
+        }
+        ranks = {layer: float(check_pair(path, layer, found)) for layer, found in tensors.items()}
+        return make_lora(name or path.stem, tensors, ranks, view, provenance={"format": self.name, "source": str(path)})
+
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        """Write the factors by Olive's names, with the scale in B.
+
+        Raises:
+            FormatError: the adapter is not a plain LoRA.
+            SiteError: it adapts other layers than linear ones.
+            BaseNeeded: it comes from no file, and no model is given.
+        """
+        variant = require_plain_lora(adapter, self.name)
+        tensors = {}
+        for layer in find_layers(adapter, view, self.name):
+            here, own = settings_at(variant, layer), adapter.tensors[layer]
+            tensors[f"{layer}.lora_A.weight"] = own[A].mT
+            tensors[f"{layer}.lora_B.weight"] = (here.scale * own[B]).mT
+        write_onnx_adapter(path, tensors)
+
+
+FORMAT = OnnxAdapterFormat()

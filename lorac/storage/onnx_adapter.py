@@ -1,0 +1,183 @@
+"""Tensors by name in an ``.onnx_adapter``, the file of adapters of ONNX Runtime.
+
+It is a flat buffer: https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/lora/adapter_format/adapter_schema.fbs.
+ONNX Runtime does not compare the length of a parameter with its shape, so the file is read here instead.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from math import prod
+from pathlib import Path
+
+import torch
+
+from lorac.errors import FormatError, Unavailable
+from lorac.limits import check_time, claim_memory, pause_clock
+from lorac.storage.tensor_file import read_tensor
+
+Tensor = torch.Tensor
+MAGIC = b"TORT"
+"""Bytes 4 to 8 of every file."""
+_VERSION = 1
+"""Version of the adapter and of the model; ONNX Runtime requires numbers, and compares them with nothing."""
+_MAX_BYTES = (1 << 31) - (1 << 20)
+"""The most bytes of tensors in a file: less than 2 GiB, descriptions included."""
+_DTYPES = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    6: torch.int32,
+    7: torch.int64,
+    10: torch.float16,
+    11: torch.float64,
+    16: torch.bfloat16,
+}
+"""Number of ONNX -> dtype."""
+_PARAMETERS = 3
+"""Field of the root: the vector of parameters."""
+_NAME, _DIMS, _TYPE, _DATA = range(4)
+"""Fields of a parameter."""
+_LONGEST_NAME, _MOST_AXES = 1000, 8
+
+
+def write_onnx_adapter(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as an ``.onnx_adapter``; equal tensors give equal bytes.
+
+    Raises:
+        Unavailable: the tensors are too large for such a file.
+    """
+    import onnxruntime as ort
+
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > _MAX_BYTES:
+        raise Unavailable(
+            f"'{path.name}' would have {size} bytes, and an .onnx_adapter holds less than 2 GiB",
+            next_step="mode='live' binds factors instead of merged weights where the method has them",
+        )
+    kept = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(_VERSION)
+    adapter.set_model_version(_VERSION)
+    adapter.set_parameters({name: _to_ort_value(tensor) for name, tensor in kept.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    adapter.export_adapter(str(path))
+
+
+def _to_ort_value(tensor: Tensor) -> object:
+    import onnxruntime as ort
+
+    if tensor.dtype is not torch.bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint16).numpy(), 16)
+
+
+def read_onnx_adapter(path: Path, refuse: Callable[[str], FormatError]) -> dict[str, Tensor]:
+    """Return the tensors of an ``.onnx_adapter`` in memory of their own.
+
+    Args:
+        refuse: makes the error from what is wrong.
+
+    Raises:
+        FormatError: that of ``refuse``, where the file is damaged.
+    """
+    with path.open("rb") as file:
+        try:
+            places = _FlatBuffer(file, path.stat().st_size).parameters()
+        except (struct.error, UnicodeDecodeError) as error:
+            raise refuse(f"it is no adapter of ONNX Runtime ({error})") from error
+        except ValueError as error:
+            raise refuse(str(error)) from error
+        claim_memory(sum(place.size for place in places.values()) - path.stat().st_size, "its tensors share bytes")
+        with pause_clock():
+            return {name: read_tensor(file, one.dtype, one.shape, one.begin) for name, one in places.items()}
+
+
+@dataclass(frozen=True)
+class _StoredParameter:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _FlatBuffer:
+    """The part of a flat buffer's layout that adapters use; every offset is checked against the size of the file."""
+
+    file: BufferedReader
+    length: int
+
+    def parameters(self) -> dict[str, _StoredParameter]:
+        """Return the places of all tensors by name.
+
+        Raises:
+            ValueError, struct.error, UnicodeDecodeError: the file is damaged.
+        """
+        if self._read(4, 4) != MAGIC:
+            raise ValueError("it is no adapter of ONNX Runtime")
+        vector = self._field(self._follow(0), _PARAMETERS)
+        first, count = (0, 0) if vector is None else self._vector(vector, 4)
+        found: dict[str, _StoredParameter] = {}
+        for index in range(count):
+            check_time(index)
+            name, place = self._parameter(self._follow(first + 4 * index))
+            if name in found:
+                raise ValueError(f"'{name}' is given twice")
+            found[name] = place
+        return found
+
+    def _parameter(self, table: int) -> tuple[str, _StoredParameter]:
+        name, dims, kind, data = (self._field(table, field) for field in (_NAME, _DIMS, _TYPE, _DATA))
+        if name is None or data is None:
+            raise ValueError("a parameter lacks its name or its values")
+        begin, length = self._vector(name, 1)
+        if length > _LONGEST_NAME:
+            raise ValueError(f"the name of a parameter has {length} characters, more than {_LONGEST_NAME}")
+        text = self._read(begin, length).decode()
+        first, axes = (0, 0) if dims is None else self._vector(dims, 8)
+        if axes > _MOST_AXES:
+            raise ValueError(f"'{text}' has {axes} axes, more than {_MOST_AXES}")
+        shape = struct.unpack(f"<{axes}q", self._read(first, 8 * axes))
+        number = 0 if kind is None else struct.unpack("<i", self._read(kind, 4))[0]
+        if number not in _DTYPES:
+            raise ValueError(f"'{text}' has the data type {number}, which is none of {', '.join(map(str, _DTYPES))}")
+        begin, size = self._vector(data, 1)
+        place = _StoredParameter(_DTYPES[number], shape, begin)
+        if min(shape, default=0) < 0 or place.size != size:
+            raise ValueError(f"'{text}' is {place.dtype} {shape}, but has {size} bytes")
+        return text, place
+
+    def _read(self, at: int, count: int) -> bytes:
+        if at < 0 or at + count > self.length:
+            raise ValueError(f"an offset leads to byte {at + count} of {self.length}")
+        self.file.seek(at)
+        return self.file.read(count)
+
+    def _follow(self, at: int) -> int:
+        """Return the place that the offset at a place leads to."""
+        return at + int.from_bytes(self._read(at, 4), "little")
+
+    def _vector(self, at: int, itemsize: int) -> tuple[int, int]:
+        """Return the place of the first item of a vector, whose offset is at a place, and the number of items."""
+        begin = self._follow(at)
+        count = int.from_bytes(self._read(begin, 4), "little")
+        if begin + 4 + count * itemsize > self.length:
+            raise ValueError(f"a vector of {count} items ends behind byte {self.length}, the last")
+        return begin + 4, count
+
+    def _field(self, table: int, number: int) -> int | None:
+        """Return the place of a field of a table; None where it has its default."""
+        layout = table - struct.unpack("<i", self._read(table, 4))[0]
+        size = int.from_bytes(self._read(layout, 2), "little")
+        if 4 + 2 * number + 2 > size:
+            return None
+        offset = int.from_bytes(self._read(layout + 4 + 2 * number, 2), "little")
+        return table + offset if offset else None
