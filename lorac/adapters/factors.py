@@ -88,6 +88,12 @@ def iter_changes(
         yield path, _change(preparer, adapter, path)
 
 
+def touched_paths(adapter: Adapter, view: ModelView) -> list[str]:
+    """Return the paths of the sites that an adapter touches, and the names of other parameters that it replaces."""
+    view = add_adapted_modules(adapter, add_replaced_parameters(adapter, view))
+    return Preparer(view.sites, view.base).touched(adapter)
+
+
 @torch.no_grad()
 def _iter_changes_without_model(adapter: Adapter, dtype: torch.dtype | None) -> Iterator[tuple[str, Change]]:
     """Yield the changes that the adapter's tensors alone determine."""

@@ -1,1 +1,5 @@
-"""One adapter from several, and adapters merged into the weights of a model."""
+"""One adapter from several, one file per way, and adapters merged into the weights of a model."""
+
+from lorac.merging.registry import ways
+
+__all__ = ["ways"]

@@ -166,7 +166,7 @@ def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor])
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
     low_rank = [(t, change) for t, change in terms if isinstance(change, LowRank)]
-    if len(low_rank) == len(terms) and _are_summable([change for _, change in low_rank]):
+    if len(low_rank) == len(terms) and are_summable([change for _, change in low_rank]):
         return _sum_low_rank(low_rank)
     sparse = [(t, change) for t, change in terms if isinstance(change, Sparse)]
     if len(sparse) == len(terms):
@@ -261,7 +261,7 @@ def identity_blocks(width: int, size: int, dtype: torch.dtype, device: torch.dev
     return torch.eye(size, dtype=dtype, device=device).expand(width // size, size, size)
 
 
-def _are_summable(changes: Sequence[LowRank]) -> bool:
+def are_summable(changes: Sequence[LowRank]) -> bool:
     """Return whether the sum is c∘W or W·Tᵀ again: all change outputs, or all inputs in blocks of one size."""
     names = {name for change in changes for name in change.scales}
     sizes = {change.scales[T].shape[-1] for change in changes if T in change.scales}

@@ -1,0 +1,240 @@
+"""``lorac.merge``: one adapter from several, in any of the ways of ``lorac.merging.ways``."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import math
+import operator
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lorac.adapters.adapter_sites import add_adapted_modules
+from lorac.adapters.edits import hold_changes
+from lorac.adapters.factors import factors, iter_changes, touched_paths
+from lorac.adapters.fresh import add_replaced_parameters
+from lorac.adapters.lora_conversion import truncate_change
+from lorac.argument_types import describe_value, matches_type
+from lorac.errors import AdapterError, ChoiceError, short
+from lorac.formats import load_adapter
+from lorac.frontend.model_view import Model, ModelView
+from lorac.ir.algebra.changes import Change, LowRank, merge_bias, merge_weight
+from lorac.merging.registry import make_way, order_by_name
+from lorac.merging.spaces import sum_changes
+from lorac.merging.terms import SiteTerms, scale_change, shape_of
+from lorac.merging.way import AdaptersWay, CombiningWay, SiteWay
+from lorac.progress import progress
+from lorac.session.request.sources import read_sources
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.lora import LoRA
+
+Tensor = torch.Tensor
+Weights = Mapping[str, float] | Sequence[float]
+
+
+@torch.no_grad()
+def merge(
+    adapters: Mapping[str, Adapter | str | os.PathLike[str]] | Iterable[Adapter | str | os.PathLike[str]],
+    method: str = "ties",
+    weights: Weights | None = None,
+    model: Model | None = None,
+    *,
+    name: str = "merged",
+    **options: object,
+) -> Adapter:
+    """Merge several adapters into one, whatever their methods and ranks.
+
+    The result is a LoRA where every site's merged change is a product of factors, else an ``Edit``. What an adapter
+    replaces whole (``modules_to_save``, biases) is merged as a change from the base. An adapter that leaves a site as
+    it is has the change 0 there. One adapter at weight 1 stays as it is, unless an option leaves part of it out.
+
+    Args:
+        adapters: adapters, or paths of their files, by name or in a list; only read.
+        method: the name of a way: ``lorac.merging.ways()`` has them, and docs/merging.md a table.
+        weights: the adapters' weights, by name or in order; default: 1 each.
+        model: the base, or several by name; only read. Needed where a change depends on the base's weight: for methods
+            such as DoRA unless their changes are added up, and for whatever is replaced whole.
+        name: of the result.
+        **options: of the way, by the names of its fields. One for each adapter may be a list, or a mapping by name.
+
+    Raises:
+        OptionError: there is no such way, or it has no such option or value.
+        ChoiceError: the weights are not one finite number for each adapter, or do not suit the way.
+        AdapterError: two adapters have one name, or were made for different models.
+        CompileError: an adapter's change is not what the way reads (code ``not_mergeable``).
+        BaseNeeded: there is no model, and a change depends on the base.
+        FormatError, SiteError: a file cannot be read, or does not fit the model.
+    """
+    view = None if model is None else ModelView.of(model)
+    sources = _read_adapters(adapters, view)
+    names = [adapter.name for adapter in sources]
+    way, strengths = make_way(method, options, names), _read_weights(weights, names)
+    if len(sources) == 1 and strengths == [1] and way.keeps_one:
+        merged = replace(sources[0], name=name)
+    elif isinstance(way, AdaptersWay):
+        merged = way.assemble(sources, strengths, name, view)
+    else:
+        assert isinstance(way, SiteWay)
+        merged = merge_sites(way, sources, strengths, view, name)
+    described = {"method": method, "weights": dict(zip(names, strengths, strict=True)), "options": dict(options)}
+    merged.provenance = {**merged.provenance, "merged": {**described, **merged.provenance.get("merged", {})}}
+    return merged
+
+
+def _read_adapters(given: object, view: ModelView | None) -> list[Adapter]:
+    found = []
+    for name, source in read_sources(given):
+        if isinstance(source, str | Path):
+            found.append(load_adapter(source, None if view is None else view.module, name))
+        elif isinstance(source, Adapter):
+            found.append(replace(source, name=name or source.name))
+        else:
+            what = "a fresh method" if isinstance(source, Variant) else "one adapter for each of several models"
+            raise AdapterError(
+                f"adapter '{name or 'unnamed'}' is {what}, which cannot be merged",
+                next_step="give lorac.Adapter objects, or paths of their files",
+            )
+    twice = [name for name, number in Counter(one.name for one in found).items() if number > 1]
+    if twice:
+        raise AdapterError(
+            f"two adapters are called '{twice[0]}'", next_step="give a dict with a name for each", code="adapter_exists"
+        )
+    if not found:
+        raise ChoiceError("there are no adapters to merge", next_step="give at least one")
+    return found
+
+
+def _read_weights(given: object, names: Sequence[str]) -> list[float]:
+    values = [1.0] * len(names) if given is None else given
+    values = order_by_name("weights", values, names) if isinstance(values, Mapping) else values
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(names):
+        raise ChoiceError(
+            f"weights is {describe_value(given)}, and there are {len(names)} adapters",
+            next_step=f"give a number for each: {{{', '.join(f'{name!r}: 1.0' for name in names)}}}",
+        )
+    for name, value in zip(names, values, strict=True):
+        if not matches_type(value, float) or not math.isfinite(value):
+            raise ChoiceError(f"the weight of '{name}' is {short(value)}", next_step="give a finite number")
+    return [float(value) for value in values]
+
+
+def merge_sites(
+    way: SiteWay, adapters: Sequence[Adapter], weights: Sequence[float], view: ModelView | None, name: str
+) -> Adapter:
+    """Merge adapters site by site; the errors of truncation are in the result's provenance."""
+    view = None if view is None else _with_sites_of(view, adapters)
+    adapted = {path for adapter in adapters for path in adapter.tensors}
+    found: dict[str, Change] = {}
+    errors: dict[str, float] = {}
+    with progress("merge", total=len(adapted)) as report:
+        for terms in _iter_terms(adapters, weights, view, torch.Generator().manual_seed(way.seed)):
+            report.step(terms.path)
+            merge_terms = _merge_site if terms.path in adapted else _merge_replaced
+            found[terms.path], errors[terms.path] = merge_terms(way, terms, view)
+    dtype = _result_dtype(adapters)
+    changes = {path: change for path, change in found.items() if path in adapted}
+    replaced = {path: change for path, change in found.items() if path not in adapted}
+    whole = {} if view is None else _merged_parameters(view, replaced, dtype)
+    merged = hold_changes(name, changes, like=_common_fields(adapters), replaced=whole, dtype=dtype)
+    inexact = {path: error for path, error in errors.items() if error}
+    merged.provenance["merged"] = {"error": inexact} if inexact else {}
+    return merged
+
+
+def _with_sites_of(view: ModelView, adapters: Iterable[Adapter]) -> ModelView:
+    """Return a view with sites for every module and parameter that some adapter names."""
+    for adapter in adapters:
+        view = add_adapted_modules(adapter, add_replaced_parameters(adapter, view))
+    return view
+
+
+def _result_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+    """Return the dtype that holds the tensors of all adapters; those of 8 bits count as float32."""
+    tensors = (tensor for adapter in adapters for tensor in adapter.parameters() if tensor.is_floating_point())
+    return functools.reduce(torch.promote_types, [torch.float32 if t.itemsize == 1 else t.dtype for t in tensors])
+
+
+def _iter_terms(
+    adapters: Sequence[Adapter], weights: Sequence[float], view: ModelView | None, generator: torch.Generator
+) -> Iterator[SiteTerms]:
+    """Yield the changes of each site, in the order of the sites' names; of each adapter one change is in memory."""
+    streams = [_iter_changes(index, adapter, view) for index, adapter in enumerate(adapters)]
+    in_order = heapq.merge(*streams, key=operator.itemgetter(0, 1))
+    for path, group in itertools.groupby(in_order, operator.itemgetter(0)):
+        found = {index: change for _, index, change in group}
+        changes = [found.get(index) for index in range(len(adapters))]
+        _check_shapes(path, adapters, changes)
+        reader = None if view is None else functools.partial(view.base.weight, view.sites[path])
+        yield SiteTerms(path, adapters, weights, changes, reader, generator)
+
+
+def _iter_changes(index: int, adapter: Adapter, view: ModelView | None) -> Iterator[tuple[str, int, Change]]:
+    if view is None:
+        found: Iterable[tuple[str, Change]] = sorted(factors(adapter).items())
+    else:
+        found = iter_changes(sorted(touched_paths(adapter, view)), adapter, view)
+    for path, change in found:
+        yield path, index, change
+
+
+def _check_shapes(path: str, adapters: Sequence[Adapter], changes: Sequence[Change | None]) -> None:
+    shapes = {one.name: shape_of(change) for one, change in zip(adapters, changes, strict=True) if change is not None}
+    known = {name: shape for name, shape in shapes.items() if shape is not None}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{shape} in '{name}'" for name, shape in known.items())
+        raise AdapterError(
+            f"the adapters were made for different layers at '{path}': {listed}",
+            next_step="merge adapters of one base model",
+            code="shape_mismatch",
+        )
+
+
+def _merge_site(way: SiteWay, terms: SiteTerms, view: ModelView | None) -> tuple[Change, float]:
+    """Return the merged change of a site, and the relative error of its truncation."""
+    merged, rank = way.merge_site(terms), way.result_rank(terms)
+    if way.scale != 1:
+        merged = scale_change(merged, way.scale)
+    if rank is None and way.tolerance is None:
+        return merged, 0.0
+    nearest = truncate_change(terms.path, merged, view, rank, way.tolerance or 0.0)
+    return LowRank(nearest.a.mT, nearest.b.mT, e=merged.e), nearest.error
+
+
+def _merge_replaced(way: SiteWay, terms: SiteTerms, view: ModelView | None) -> tuple[Change, float]:
+    """Return the merged change of parameters that adapters only replace, which have no factors, and the error 0."""
+    if isinstance(way, CombiningWay):
+        merged = replace(way, space="deltas").merge_site(terms)
+    else:
+        merged = sum_changes(terms.weights, terms)
+    return (merged if way.scale == 1 else scale_change(merged, way.scale)), 0.0
+
+
+def _merged_parameters(view: ModelView, changes: Mapping[str, Change], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the parameters that changes of sites without an adapter's own tensors replace, by name."""
+    found = {}
+    for path, change in changes.items():
+        site, bias = view.sites[path], merge_bias(change, view.base.bias(view.sites[path]))
+        if site.weight and not (isinstance(change, LowRank) and change.rank == 0):
+            weight = view.base.weight(site)
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            found[site.weight] = site.store(merge_weight(change, wide)).to(dtype)
+        if site.bias and change.e is not None and bias is not None:
+            found[site.bias] = bias.to(dtype)
+    return found
+
+
+def _common_fields(adapters: Sequence[Adapter]) -> Variant:
+    """Return a method with what the adapters' methods train besides their own tensors."""
+    variants = [adapter.variant for adapter in adapters]
+    return LoRA(
+        parameters=tuple(dict.fromkeys(name for one in variants for name in one.parameters)),
+        modules_to_save=tuple(dict.fromkeys(name for one in variants for name in one.modules_to_save)),
+        bias="all" if any(one.bias == "all" for one in variants) else "none",
+    )

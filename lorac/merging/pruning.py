@@ -1,0 +1,74 @@
+"""How ways of merging leave entries of a change out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, TypeAlias
+
+import torch
+
+from lorac.argument_types import Bounds
+from lorac.errors import OptionError
+from lorac.variants._mixtures import top_k_mask
+
+Tensor = torch.Tensor
+Part: TypeAlias = Annotated[float | Sequence[float], Bounds(0, 1, exclusive=True)]
+"""A part of the entries, above 0, for all adapters or for each."""
+Share: TypeAlias = Annotated[float | Sequence[float], Bounds(0, 1)]
+"""A part of the entries, for all adapters or for each."""
+
+
+def keep_largest(tensor: Tensor, density: float) -> Tensor:
+    """Return a mask of the largest entries by size, a part ``density`` of them and at least one."""
+    return _mask_largest(tensor, max(1, int(density * tensor.numel())))
+
+
+def drop_outliers(tensor: Tensor, density: float, gamma: float) -> Tensor:
+    """Return a mask of a part ``density`` of the entries: the largest by size but a part ``gamma`` of all.
+
+    Of the outliers only as many are left out as the density allows.
+    """
+    kept = max(1, int(density * tensor.numel()))
+    outliers = min(int(gamma * tensor.numel()), tensor.numel() - kept)
+    return _mask_largest(tensor, kept + outliers) & ~_mask_largest(tensor, outliers)
+
+
+def keep_at_random(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a mask that holds each entry with its own probability."""
+    drawn = torch.bernoulli(probabilities.to(generator.device), generator=generator)
+    return drawn.to(probabilities.device).bool()
+
+
+def keep_by_rank(tensor: Tensor, density: float, epsilon: float, generator: torch.Generator) -> Tensor:
+    """Return a mask of entries drawn with probabilities that rise linearly with their rank by size in the row.
+
+    A row's smallest entry has the probability density − ε, its largest density + ε.
+
+    Raises:
+        OptionError: these are not probabilities.
+    """
+    if not 0 < density - epsilon <= density + epsilon < 1:
+        raise OptionError(
+            f"density ± epsilon, here {density:g} ± {epsilon:g}, is not between 0 and 1",
+            next_step=f"give epsilon= a number below {min(density, 1 - density):g}, or density=1 to keep every entry",
+        )
+    ranks = tensor.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(tensor.dtype)
+    step = 2 * epsilon / max(tensor.shape[-1] - 1, 1)
+    return keep_at_random(density - epsilon + ranks * step, generator)
+
+
+def match_norms(pruned: Tensor, whole: Tensor) -> Tensor:
+    """Return a pruned tensor scaled to the sum of absolute values that it had."""
+    before, after = whole.abs().sum(), pruned.abs().sum()
+    return pruned if after == 0 else pruned * (before / after)
+
+
+def per_adapter(value: float | Sequence[float], count: int) -> list[float]:
+    """Return an option for each adapter that may be given once for all."""
+    return [*value] if isinstance(value, Sequence) else [value] * count
+
+
+def _mask_largest(tensor: Tensor, count: int) -> Tensor:
+    if count <= 0:
+        return torch.zeros_like(tensor, dtype=torch.bool)
+    return top_k_mask(tensor.abs().flatten(), count).view(tensor.shape)

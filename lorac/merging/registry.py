@@ -1,0 +1,99 @@
+"""Finding ways of merging, and reading their options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+
+from lorac.argument_types import Fields
+from lorac.discovery import import_modules
+from lorac.errors import ChoiceError, OptionError, nearest_name, not_one_of
+from lorac.merging import ways as _ways
+from lorac.merging.spaces import SPACES
+from lorac.merging.way import CombiningWay, Way
+
+
+@functools.cache
+def ways() -> dict[str, type[Way]]:
+    """Return every way by name."""
+    found = (one for module in import_modules(_ways) for one in vars(module).values())
+    classes = (one for one in found if inspect.isclass(one) and issubclass(one, Way) and not inspect.isabstract(one))
+    return {one.name: one for one in classes}
+
+
+def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -> Way:
+    """Return a way with its options.
+
+    Args:
+        method: the name of the way.
+        options: its fields; one that each adapter may have its own of may be a mapping from the adapters' names.
+        names: the adapters' names, in order.
+
+    Raises:
+        OptionError: there is no such way, or it has no such option, or the option has another range.
+        ChoiceError: an option is given for each adapter, and not for these; or the way takes another number of them.
+        WrongType: an option is of another kind.
+    """
+    if method in SPACES:
+        raise OptionError(
+            f"'{method}' is a space in which ways combine changes, not a way",
+            next_step=f"give method='ties', space='{method}', or another way that combines",
+        )
+    if method not in ways():
+        raise not_one_of("there is no way of merging", method, ways())
+    way = ways()[method]
+    known = {field.name: field for field in dataclasses.fields(way)}
+    for name in options:
+        if name not in known:
+            raise OptionError(
+                f"method '{method}' has no option '{name}'",
+                nearest=nearest_name(name, known),
+                next_step=f"it takes {', '.join(known)}",
+            )
+    if len(names) < way.least or (way.most is not None and len(names) > way.most):
+        raise ChoiceError(
+            f"method '{method}' takes {_count(way)} adapters, and there are {len(names)}",
+            next_step="give that many, or another method",
+        )
+    fields: Fields = {name: _by_order(name, value, names) for name, value in options.items()}
+    return way(**fields)
+
+
+def combining_ways() -> list[str]:
+    """Return the names of the ways that have spaces."""
+    return [name for name, way in ways().items() if issubclass(way, CombiningWay)]
+
+
+def _count(way: type[Way]) -> str:
+    return f"{way.least} to {way.most}" if way.most is not None else f"{way.least} or more"
+
+
+def _by_order(option: str, value: object, names: Sequence[str]) -> object:
+    """Return an option's values in the order of the adapters, where there is one for each."""
+    if isinstance(value, Mapping):
+        return tuple(order_by_name(option, value, names))
+    if isinstance(value, list | tuple) and len(value) != len(names):
+        raise ChoiceError(
+            f"{option} has {len(value)} values for {len(names)} adapters", next_step="give one for all, or one for each"
+        )
+    return value
+
+
+def order_by_name(what: str, values: Mapping[str, object], names: Sequence[str]) -> list[object]:
+    """Return the values of a mapping in the order of the adapters.
+
+    Raises:
+        ChoiceError: an adapter has none, or one is for no adapter.
+    """
+    for name in [*values, *names]:
+        if name not in names:
+            raise ChoiceError(
+                f"{what} names '{name}', which is none of the adapters",
+                nearest=nearest_name(str(name), names),
+                next_step=f"they are {', '.join(names)}",
+            )
+        if name not in values:
+            raise ChoiceError(f"{what} has no value for '{name}'", next_step="give one for each adapter")
+    return [values[name] for name in names]

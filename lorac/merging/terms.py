@@ -1,0 +1,191 @@
+"""What several adapters do to one site, in the forms that ways of merging read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+
+from lorac.adapters.lora_conversion import compute_delta
+from lorac.errors import BaseNeeded, ChoiceError, CompileError
+from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum, compose
+from lorac.variants.adapter import Adapter
+from lorac.variants.low_rank import ScaledRank
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledPair:
+    """The change scale·B·A of a weight, as a LoRA stores it; methods of low rank that store no such pair have scale 1.
+
+    Attributes:
+        b: B (out, r).
+        a: A (r, in).
+        scale: the method's own scale, such as alpha/r.
+    """
+
+    b: Tensor
+    a: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class SiteTerms:
+    """The changes of one site.
+
+    Attributes:
+        path: of the site, or the name of a parameter that belongs to none.
+        adapters: all adapters, in their order.
+        weights: their weights.
+        changes: what each does to the site; None where it leaves the site as it is.
+        read_weight: reads W (out, in); None without a model.
+        generator: source of the random choices.
+    """
+
+    path: str
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+    changes: Sequence[Change | None]
+    read_weight: Callable[[], Tensor] | None
+    generator: torch.Generator
+
+    @functools.cached_property
+    def is_low_rank(self) -> bool:
+        """Whether every change is a pair of factors without scales of the weight itself."""
+        return all(change is None or is_pair(change) for change in self.changes)
+
+    @functools.cached_property
+    def deltas(self) -> Tensor:
+        """W' − W of each adapter (N, out, in), 0 where it leaves the site as it is.
+
+        Raises:
+            BaseNeeded: one of them depends on W, and there is no model.
+        """
+        found = [None if change is None else self.delta(change) for change in self.changes]
+        shape = next(one for one in found if one is not None)
+        return torch.stack([torch.zeros_like(shape) if one is None else one for one in found])
+
+    @functools.cached_property
+    def shifts(self) -> Tensor | None:
+        """The changes of the bias (N, out), or None where no adapter changes it."""
+        found = [None if change is None else change.e for change in self.changes]
+        first = next((e for e in found if e is not None), None)
+        return None if first is None else torch.stack([torch.zeros_like(first) if e is None else e for e in found])
+
+    @functools.cached_property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """B (out, r) and A (r, in) of each adapter, every scale in B; of rank 0 where it leaves the site as it is.
+
+        Raises:
+            CompileError: one of them is not a product of factors.
+        """
+        found = [None if change is None else self._pair(i, change) for i, change in enumerate(self.changes)]
+        b, a = next(pair for pair in found if pair is not None)
+        return [(b[..., :0], a[..., :0, :]) if pair is None else pair for pair in found]
+
+    def scaled_pairs(self) -> list[ScaledPair | None]:
+        """Return the factors of each adapter as it stores them, or None where it leaves the site as it is.
+
+        Raises:
+            CompileError: one of them is not a product of factors.
+        """
+        return [None if change is None else self._scaled_pair(i, change) for i, change in enumerate(self.changes)]
+
+    def gram(self) -> Tensor:
+        """Return the inner products (N, N) of the changes, of the weight and the bias together, in float64."""
+        shifts = 0 if self.shifts is None else inner_products(self.shifts.double())
+        if not self.is_low_rank:
+            return inner_products(self.deltas.double()) + shifts
+        pairs = [(b.double(), a.double()) for b, a in self.pairs]
+        products = [[((b.mT @ d) * (a @ c.mT)).sum() for d, c in pairs] for b, a in pairs]
+        return torch.stack([torch.stack(row) for row in products]) + shifts
+
+    def delta(self, change: Change) -> Tensor:
+        """Return W' − W (out, in) of one change.
+
+        Raises:
+            BaseNeeded: it depends on W, and there is no model.
+        """
+        if isinstance(change, Delta):
+            return change.delta
+        if is_pair(change):
+            b, a = factors_of(change)
+            return b @ a
+        if self.read_weight is None:
+            raise BaseNeeded(
+                f"the change of '{self.path}' as a matrix depends on the base",
+                next_step="pass model=, the base that the adapters were trained on",
+            )
+        return compute_delta(change, self.read_weight())
+
+    def _pair(self, index: int, change: Change) -> tuple[Tensor, Tensor]:
+        if is_pair(change):
+            return factors_of(change)
+        adapter = self.adapters[index]
+        raise CompileError(
+            f"what '{adapter.name}' ({adapter.variant.name}) does to '{self.path}' is not a product of two factors",
+            next_step="space='deltas' takes any change; lorac.to_lora(adapter, model, rank=…) makes factors",
+            code="not_mergeable",
+        )
+
+    def _scaled_pair(self, index: int, change: Change) -> ScaledPair:
+        adapter = self.adapters[index]
+        tensors, variant = adapter.tensors.get(self.path, {}), adapter.variant.at_path(self.path)
+        b, a = self._pair(index, change)
+        if isinstance(variant, ScaledRank) and tensors.keys() - {"lora_bias"} == {"lora_A", "lora_B"}:
+            return ScaledPair(tensors["lora_B"].detach().to(b), tensors["lora_A"].detach().to(a), variant.scale)
+        return ScaledPair(b, a)
+
+
+def inner_products(tensors: Tensor) -> Tensor:
+    """Return the inner products (N, N) of stacked tensors (N, …)."""
+    flat = tensors.flatten(1)
+    return flat @ flat.mT
+
+
+def require_equal_ranks(pairs: Sequence[ScaledPair | None], path: str) -> None:
+    """Raise ``ChoiceError`` if factors cannot be added one by one since their ranks differ."""
+    ranks = sorted({pair.a.shape[-2] for pair in pairs if pair is not None})
+    if len(ranks) > 1:
+        raise ChoiceError(
+            f"the factors at '{path}' have the ranks {', '.join(map(str, ranks))}, and cannot be added one by one",
+            next_step="space='deltas' takes any ranks; lorac.to_lora(adapter, rank=…) changes one",
+        )
+
+
+def is_pair(change: Change) -> TypeGuard[LowRank]:
+    """Return whether a change is a product of two factors added to W, without scales of W itself."""
+    return isinstance(change, LowRank) and not change.folded().scales
+
+
+def factors_of(change: LowRank) -> tuple[Tensor, Tensor]:
+    """Return B (out, r), with every scale, and A (r, in)."""
+    folded = change.folded()
+    return folded.b.mT, folded.a.mT
+
+
+def shape_of(change: Change) -> tuple[int, ...] | None:
+    """Return the shape (out, in) of the weight that a change is for, or None where it does not tell."""
+    if isinstance(change, LowRank):
+        return change.b.shape[-1], change.a.shape[-2]
+    matrix = change.weight if isinstance(change, Dense) else change.delta if isinstance(change, Delta) else None
+    return None if matrix is None else tuple(matrix.shape[-2:])
+
+
+def scale_change(change: Change, strength: float) -> Change:
+    """Return strength·(W' − W) of a change that does not hold W' itself."""
+    if isinstance(change, SparseSum):
+        shift = None if change.e is None else strength * change.e
+        return SparseSum(tuple((strength * t, term) for t, term in change.terms), shift)
+    scaled = compose([(strength, change)], refuse_weight)
+    assert scaled is not None
+    return scaled
+
+
+def refuse_weight() -> Tensor:
+    """Stand for the base where a change does not depend on it."""
+    raise AssertionError("a change of this form needs no base")

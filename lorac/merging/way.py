@@ -1,0 +1,249 @@
+"""Ways of making one adapter from several. Each is a frozen dataclass of options in a file of ``lorac.merging.ways``.
+
+A way subclasses the class that says what it reads: ``SumWay`` the inner products of the changes, ``EntryWay`` the
+changes entry by entry, ``FactorsWay`` factors, ``AdaptersWay`` whole adapters. Loading, sites that only some adapters
+touch, dtypes, seeds, truncation and the form of the result are done for all of them in ``lorac.merging.merge``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+
+from lorac.argument_types import Count, OneOf, Rate, check_fields
+from lorac.frontend.model_view import ModelView
+from lorac.ir.algebra.changes import Change, LowRank
+from lorac.merging.pruning import Part, match_norms, per_adapter
+from lorac.merging.spaces import SPACES, sum_changes
+from lorac.merging.terms import ScaledPair, SiteTerms
+from lorac.variants.adapter import Adapter
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way(ABC):
+    """The options that all ways have.
+
+    Attributes:
+        rank: the result's largest rank at a site; it is then the nearest LoRA of that rank. None: any.
+        tolerance: the result is the LoRA of the smallest ranks with a relative error up to this at each site, unless
+            the rank is reached. Without rank and tolerance the result is exact.
+        scale: factor of the merged change, mergekit's ``lambda``.
+        seed: seed of random choices; sites draw in the order of their names.
+    """
+
+    rank: Count | None = None
+    tolerance: Rate | None = None
+    scale: float = 1.0
+    seed: int = 0
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    """Title and arXiv number, or where the way is defined."""
+    least: ClassVar[int] = 1
+    most: ClassVar[int | None] = None
+    """How many adapters it takes."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.name)
+
+    @property
+    @abstractmethod
+    def reads(self) -> str:
+        """What it reads of the adapters, in words."""
+
+    @property
+    def keeps_one(self) -> bool:
+        """Whether one adapter at weight 1 is left as it is, whatever its method."""
+        return self.rank is None and self.tolerance is None and self.scale == 1
+
+
+class SiteWay(Way):
+    """A way that merges each site by itself."""
+
+    @property
+    def reads(self) -> str:
+        return "each site's change in its own form"
+
+    @abstractmethod
+    def merge_site(self, terms: SiteTerms) -> Change:
+        """Return the merged change of one site, without ``scale`` and ``rank``."""
+
+    def result_rank(self, terms: SiteTerms) -> int | None:
+        """Return the largest rank that the result may have at a site, or None."""
+        return self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombiningWay(SiteWay):
+    """A way that combines tensors of one shape.
+
+    Attributes:
+        space: what is combined: whole changes (``deltas``), stored factors each by itself (``factors``, as PEFT does),
+            changes in one basis (``knots``) or in two (``core``).
+    """
+
+    space: Annotated[str, OneOf(tuple(SPACES))] = "deltas"
+
+    @property
+    def reads(self) -> str:
+        return "changes, entry by entry, in a space"
+
+    @abstractmethod
+    def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Return one tensor (…) from tensors (N, …) and weights (N,); an adapter without a change has zeros."""
+
+    def merge_site(self, terms: SiteTerms) -> Change:
+        return SPACES[self.space](self.combine, terms)
+
+    @property
+    def is_like_peft(self) -> bool:
+        """Whether options that are left open follow PEFT: in the space of factors, which PEFT alone has."""
+        return self.space == "factors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumWay(CombiningWay):
+    """A way whose result is Σ cᵢ·Δᵢ, so that factors stay factors."""
+
+    @property
+    def reads(self) -> str:
+        return "inner products of the changes; factors stay factors"
+
+    @abstractmethod
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        """Return c (N,) from the inner products (N, N) of the changes and the weights (N,), all in float64."""
+
+    def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        flat = tensors.flatten(1).double()
+        found = self.coefficients(flat @ flat.mT, weights.double())
+        return torch.tensordot(found.to(tensors), tensors, dims=1)
+
+    def merge_site(self, terms: SiteTerms) -> Change:
+        if self.space != "deltas":
+            return super().merge_site(terms)
+        gram = terms.gram()
+        return sum_changes(self.coefficients(gram, gram.new_tensor(terms.weights)).tolist(), terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningWay(CombiningWay):
+    """A way that leaves entries of each change out, and adds up the rest.
+
+    Attributes:
+        density: the part of the entries that is kept, for all adapters or for each.
+        normalize: divide by the sum of the weights; default: for ties and della, as mergekit, and in the
+            space of factors as PEFT.
+        rescale: scale what is kept up to the size of the whole; default: for random ways.
+        rescale_norm: ``l1``: to the same sum of absolute values, as mergekit; ``density``: by 1/density, as PEFT.
+    """
+
+    density: Part = 1.0
+    normalize: bool | None = None
+    rescale: bool | None = None
+    rescale_norm: Annotated[str | None, OneOf(("l1", "density"))] = None
+
+    normalizes: ClassVar[bool] = False
+    """mergekit's default of ``normalize``."""
+    rescales: ClassVar[bool] = False
+    """The default of ``rescale``."""
+
+    @abstractmethod
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        """Return which entries of the tensor of the adapter ``index`` are kept."""
+
+    @property
+    def keeps_one(self) -> bool:
+        return super().keeps_one and min(per_adapter(self.density, 1)) == 1
+
+    def pruned(self, tensors: Tensor, generator: torch.Generator) -> Tensor:
+        """Return tensors (N, …) without the entries left out."""
+        densities = per_adapter(self.density, len(tensors))
+        return torch.stack([self._prune(t, densities[i], i, generator) for i, t in enumerate(tensors)])
+
+    def _prune(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        if density >= 1 or not tensor.any():
+            return tensor
+        kept = tensor * self.mask(tensor, density, index, generator)
+        if not (self.rescales if self.rescale is None else self.rescale):
+            return kept
+        by_density = self.is_like_peft if self.rescale_norm is None else self.rescale_norm == "density"
+        return kept / density if by_density else match_norms(kept, tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedSumWay(PruningWay):
+    """A way that adds up pruned changes: Σ wᵢ·Δ̂ᵢ."""
+
+    def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        total = torch.tensordot(weights, self.pruned(tensors, generator), dims=1)
+        return total / _nonzero(weights.sum()) if self.normalize else total
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignElectionWay(PruningWay):
+    """A way that elects a sign for each entry, and adds up the pruned changes that have it.
+
+    Attributes:
+        majority_sign_method: what elects the sign: the sum of the changes (``total``) or their number (``frequency``).
+        weighted: elect signs, and divide, by weighted changes and weights; without, by changes and their number, as
+            PEFT does. Default: True, but in the space of factors.
+    """
+
+    majority_sign_method: Annotated[str, OneOf(("total", "frequency"))] = "total"
+    weighted: bool | None = None
+
+    def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        pruned = self.pruned(tensors, generator)
+        column = weights.view(-1, *[1] * (tensors.dim() - 1))
+        weighs = not self.is_like_peft if self.weighted is None else self.weighted
+        voters = pruned * column if weighs else pruned
+        votes = (voters if self.majority_sign_method == "total" else voters.sign()).sum(0)
+        agreeing = voters.sign() == torch.where(votes >= 0, 1.0, -1.0)
+        total = (pruned * column * agreeing).sum(0)
+        if not (self.normalizes or self.is_like_peft if self.normalize is None else self.normalize):
+            return total
+        return total / _nonzero((agreeing * column if weighs else agreeing.to(total.dtype)).sum(0))
+
+
+class FactorsWay(SiteWay):
+    """A way that makes one pair of factors from several, of any ranks."""
+
+    @property
+    def reads(self) -> str:
+        return "factors"
+
+    @abstractmethod
+    def join(self, pairs: Sequence[ScaledPair], weights: Sequence[float], generator: torch.Generator) -> ScaledPair:
+        """Return one pair from those of the adapters that touch a site, and their weights."""
+
+    def merge_site(self, terms: SiteTerms) -> Change:
+        pairs = zip(terms.scaled_pairs(), terms.weights, strict=True)
+        present = [(pair, weight) for pair, weight in pairs if pair is not None]
+        joined = self.join([pair for pair, _ in present], [weight for _, weight in present], terms.generator)
+        shifts = terms.shifts
+        shift = None if shifts is None else torch.tensordot(shifts.new_tensor(terms.weights), shifts, dims=1)
+        return LowRank(joined.a.mT, joined.scale * joined.b.mT, e=shift)
+
+
+class AdaptersWay(Way):
+    """A way that puts whole adapters together, such as LoRAs behind a router."""
+
+    @property
+    def reads(self) -> str:
+        return "whole adapters"
+
+    @abstractmethod
+    def assemble(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
+    ) -> Adapter:
+        """Return the adapter called ``name``; ``view`` is of the base, if it is given."""
+
+
+def _nonzero(divisor: Tensor) -> Tensor:
+    return torch.where(divisor.abs() < 1e-8, torch.ones_like(divisor), divisor)

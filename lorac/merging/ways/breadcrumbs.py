@@ -1,0 +1,29 @@
+"""Model Breadcrumbs: leave the smallest entries and the outliers out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorac.merging.pruning import Share, drop_outliers, per_adapter
+from lorac.merging.way import PrunedSumWay
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breadcrumbs(PrunedSumWay):
+    """The sum of each change's entries but the smallest and the very largest.
+
+    Attributes:
+        gamma: the part of the entries that are outliers, for all adapters or for each.
+    """
+
+    gamma: Share = 0.01
+
+    name = "breadcrumbs"
+    paper = "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, arXiv 2312.06795"
+
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        return drop_outliers(tensor, density, per_adapter(self.gamma, index + 1)[index])

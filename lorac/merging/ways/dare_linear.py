@@ -1,0 +1,26 @@
+"""DARE: drop entries at random and rescale the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorac.merging.pruning import keep_at_random
+from lorac.merging.way import PrunedSumWay
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareLinear(PrunedSumWay):
+    """The sum of random entries, scaled up to the size of the whole; the paper's p is 1 − density."""
+
+    name = "dare_linear"
+    paper = (
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, arXiv 2311.03099"
+    )
+    rescales = True
+
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        return keep_at_random(torch.full_like(tensor, density), generator)

@@ -1,0 +1,36 @@
+"""The weighted mean of changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorac.errors import ChoiceError
+from lorac.merging.way import SumWay
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(SumWay):
+    """Σ wᵢ·Δᵢ / Σ wᵢ.
+
+    Attributes:
+        normalize: divide by Σ wᵢ; default: True, but in the space of factors, where PEFT does not.
+    """
+
+    normalize: bool | None = None
+
+    name = "linear"
+    paper = "Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482"
+
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        if not (not self.is_like_peft if self.normalize is None else self.normalize):
+            return weights
+        if weights.sum() == 0:
+            raise ChoiceError(
+                "the weights add up to 0, so that there is no mean",
+                next_step="give others, or normalize=False for their sum",
+            )
+        return weights / weights.sum()

@@ -1,0 +1,22 @@
+"""Task arithmetic: the weighted sum of changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorac.merging.way import SumWay
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmetic(SumWay):
+    """Σ wᵢ·Δᵢ; in the space of factors PEFT's ``linear``, which also multiplies each B by the others' A."""
+
+    name = "task_arithmetic"
+    paper = "Editing Models with Task Arithmetic, arXiv 2212.04089"
+
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        return weights

@@ -1,0 +1,112 @@
+"""One adapter at weight 1 is the identity: every way, every method."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorac
+from lorac.errors import SiteError
+from lorac.frontend.model_view import ModelView
+from lorac.ir.algebra.changes import merge_bias, merge_weight
+from lorac.merging import ways
+from lorac.merging.merge import merge_sites
+from lorac.merging.registry import make_way
+from lorac.merging.way import SiteWay
+from lorac.testing import samples
+from lorac.testing.eager_checks import assert_close
+from lorac.variants.base import WeightVariant
+from tests.merging.hosts import host, lora
+from tests.refusing import refuses
+
+ORACLES = Path(__file__).parents[1] / "oracles"
+SITES = ("fc1", "fc2")
+MADE_OF_METHODS = {"chain": {"parts": (lorac.LoRA(), lorac.DoRA())}, "residual": {"method": lorac.LoRA()}}
+OF_FACTORS = {"svd"}
+"""Ways that read factors, which not every change has."""
+METHODS = {
+    name: method
+    for name, method in lorac.variants().items()
+    if method.__module__.startswith("lorac.") and issubclass(method, WeightVariant)
+    if (ORACLES / f"{name}.py").exists()  # the others replace rows, or parts of packed layers
+}
+
+
+@functools.cache
+def model():
+    return host()
+
+
+@functools.cache
+def adapter(name):
+    """An adapter of a method, every tensor drawn."""
+    method = METHODS[name]
+    fields = getattr(importlib.import_module(f"tests.oracles.{name}"), "FIELDS", {})
+    for targets in (SITES, ("conv",)):
+        variant = samples(method, **{**fields, **MADE_OF_METHODS.get(name, {}), "targets": targets})[0]
+        with contextlib.suppress(SiteError):
+            compiled = lorac.compile(model(), {name: variant})
+            break
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in filter(torch.is_floating_point, compiled.adapters[name].parameters()):
+            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+    return compiled.adapters[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_adapter_at_weight_1_stays_as_it_is(name):
+    one = adapter(name)
+    for method in ways():
+        merged = lorac.merge({"one": one}, method, model=model(), name="merged")
+        assert merged.name == "merged" and merged.variant == one.variant
+        assert merged.tensors.keys() == one.tensors.keys()
+        for path, tensors in one.tensors.items():
+            assert all(torch.equal(merged.tensors[path][key], tensor) for key, tensor in tensors.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+def test_each_way_computes_what_it_stays(name):
+    """The same by the ways themselves, where each site's change goes through their formulas."""
+    one, view = adapter(name), ModelView.of(model())
+    expected = lorac.factors(one, model())
+    for method, way in ways().items():
+        if not issubclass(way, SiteWay) or method in OF_FACTORS:
+            continue
+        merged = lorac.factors(merge_sites(make_way(method, {}, ["one"]), [one], [1.0], view, "merged"), model())
+        for path, change in expected.items():
+            site = view.sites[path]
+            weight, bias = view.base.weight(site), view.base.bias(site)
+            assert_close(merge_weight(merged[path], weight), merge_weight(change, weight))
+            if bias is not None:
+                assert_close(merge_bias(merged[path], bias), merge_bias(change, bias))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("space", ["factors", "knots", "core"])
+def test_the_spaces_of_factors(space):
+    one, view = lora("one", 1, r=3, alpha=5), ModelView.of(model())
+    for method in ("ties", "dare_ties", "task_arithmetic", "sce"):
+        way = make_way(method, {"space": space}, ["one"])
+        merged = merge_sites(way, [one], [1.0], view, "merged")
+        for path, change in lorac.factors(one, model()).items():
+            weight = view.base.weight(view.sites[path])
+            assert_close(merge_weight(lorac.factors(merged)[path], weight), merge_weight(change, weight))
+
+
+def test_an_option_that_leaves_entries_out_does_so():
+    one = lora("one", 1, r=3)
+    thinned = lorac.merge([one], "magnitude_prune", density=0.25)
+    [delta] = {float((at["delta"] != 0).double().mean()) for at in thinned.tensors.values()}
+    assert delta == 0.25
+
+
+@pytest.mark.parametrize("method", sorted(OF_FACTORS))
+def test_what_has_no_factors_is_refused_where_they_are_read(method):
+    with refuses("not_mergeable", match="DoRA|dora"):
+        lorac.merge([adapter("dora"), dataclasses.replace(adapter("lora"))], method, model=model())
