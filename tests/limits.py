@@ -29,6 +29,9 @@ FIRST_ORDER = 1e-2
 SKETCHED = 1e-4
 """How far the best approximation of low rank may be from what a sketch of the matrix finds, as a share of its size: the
 power iterations leave (σₖ₊₁/σₖ) to a high power, not 0."""
+PROJECTED = 1e-2
+"""How much the error of a projection on random columns may exceed the smallest error of its rank, as a share of it,
+where singular values hardly fall."""
 TRAINED = 1e-3
 """How far a trained float32 tensor may be from the reference's, as a share of what training changed: AdamW divides by
 the size of a gradient, and so makes of a rounding in a small one a step that shows."""
