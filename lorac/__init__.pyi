@@ -4,6 +4,8 @@ from lorac.adapters.factors import factors as factors
 from lorac.adapters.lora_conversion import to_lora as to_lora
 from lorac.adapters.rank_reduction import resize as resize
 from lorac.adapters.router_freezing import freeze_router as freeze_router
+from lorac.analysis.measures import diff as diff
+from lorac.analysis.measures import inspect as inspect
 from lorac.errors import AdapterError as AdapterError
 from lorac.errors import AdapterNotFound as AdapterNotFound
 from lorac.errors import ArtifactError as ArtifactError

@@ -70,9 +70,8 @@ def to_lora(
         tensors[path]["lora_bias"] = shifts.get(path, cut.b.new_zeros(cut.b.shape[-2]))
     ranks = {path: cut.rank for path, cut in found.items()}
     variant = make_lora_variant(ranks, ranks, adapter.variant, lora_bias=bool(shifts))
-    made = Adapter(name or adapter.name, variant, tensors, dict(adapter.replaced))
-    made.provenance["errors"] = {path: cut.error for path, cut in found.items()}
-    return made
+    provenance = {**adapter.base_facts, "errors": {path: cut.error for path, cut in found.items()}}
+    return Adapter(name or adapter.name, variant, tensors, dict(adapter.replaced), provenance)
 
 
 def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], like: Variant, **fields: Any) -> LoRA:

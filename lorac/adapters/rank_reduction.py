@@ -113,9 +113,8 @@ def _change_ranks(adapter: Adapter, choose: Callable[[Tensor], int], name: str |
         tensors[path] = {"lora_A": a.to(parameters["lora_A"].dtype), "lora_B": b.to(parameters["lora_B"].dtype), **rest}
         ranks[path], alphas[path] = width, variant.scale * width
     lora = make_lora_variant(ranks, alphas, adapter.variant, lora_bias=adapter.variant.lora_bias)
-    made = Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced))
-    made.provenance["errors"] = errors
-    return made
+    provenance = {**adapter.base_facts, "errors": errors}
+    return Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced), provenance)
 
 
 def _balanced_factors(

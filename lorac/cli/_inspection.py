@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING, TypeAlias
 from rich.table import Table
 
 from lorac.argument_types import JsonMapping
-from lorac.cli._output import make_table
+from lorac.cli._output import format_number, make_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorac.analysis.measures import AdapterMeasures, SiteMeasures
     from lorac.ir.interface import Interface
     from lorac.variants.adapter import Adapter
 
 Inspection: TypeAlias = JsonMapping
 """The report as data for JSON."""
+_MEASURES = {
+    "form": "change",
+    "rank": "rank",
+    "effective_rank": "effective rank",
+    "norm": "norm",
+    "share": "share of the weight's norm",
+}
+"""Fields of ``SiteMeasures`` -> headings."""
 _EMPTY_VALUES: tuple[object, ...] = ((), [], {}, None, "")
 
 
@@ -70,8 +79,8 @@ def _describe_graph(interface: Interface) -> Inspection:
     }
 
 
-def describe_adapter_file(adapter: Adapter, path: Path) -> Inspection:
-    """Return the contents of an adapter's file."""
+def describe_adapter_file(adapter: Adapter, path: Path, measures: AdapterMeasures) -> Inspection:
+    """Return the contents of an adapter's file, with what the adapter does at each site."""
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()]
     return {
         "path": str(path),
@@ -85,6 +94,8 @@ def describe_adapter_file(adapter: Adapter, path: Path) -> Inspection:
             site: {n: _format_tensor(t) for n, t in tensors.items()} for site, tensors in adapter.tensors.items()
         },
         "replaced": {name: _format_tensor(tensor) for name, tensor in adapter.replaced.items()},
+        "changes": measures.sites,
+        "mismatches": measures.mismatches,
         "files": {file.name: file.stat().st_size for file in files},
     }
 
@@ -129,9 +140,20 @@ def _format_adapter(contents: Inspection) -> Iterator[Table | str]:
     settings, sites, replaced = _format_settings(contents["hyperparameters"]), contents["sites"], contents["replaced"]
     yield f"{contents['name']}: {contents['class']}({settings}), {contents['format']}"
     yield f"{len(sites)} sites, {len(replaced)} replaced parameters, {contents['values']:,} values"
-    rows = [(site, "  ".join(f"{n} {t}" for n, t in tensors.items())) for site, tensors in sites.items()]
-    rows += [(name, f"replaced by {tensor}") for name, tensor in replaced.items()]
-    yield make_table(("site", "tensors"), rows)
+    rows = [
+        (site, "  ".join(f"{n} {t}" for n, t in tensors.items()), *_format_measures(contents["changes"][site]))
+        for site, tensors in sites.items()
+    ]
+    rows += [(name, f"replaced by {tensor}", *[""] * len(_MEASURES)) for name, tensor in replaced.items()]
+    yield make_table(("site", "tensors", *_MEASURES.values()), rows)
+    if contents["mismatches"]:
+        yield "does not fit the model:"
+        yield from contents["mismatches"]
+
+
+def _format_measures(measures: SiteMeasures) -> Iterator[str]:
+    for field in _MEASURES:
+        yield format_number(getattr(measures, field))
 
 
 def _format_settings(settings: Mapping[str, object]) -> str:

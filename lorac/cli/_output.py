@@ -50,6 +50,11 @@ def print_report(report: object, *parts: Table | str, as_json: bool) -> None:
         console.print(Text(escape_controls(part)) if isinstance(part, str) else part)
 
 
+def format_number(value: object) -> str:
+    """Return a value as the cell of a table: numbers with three digits, nothing for None."""
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def format_error(error: LoracError) -> str:
     """Return the text of an error."""
     return f"lorac.{type(error).__name__}: {error}"

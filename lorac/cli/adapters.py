@@ -1,17 +1,24 @@
-"""Commands about files: inspect, convert."""
+"""Commands about files: inspect, convert, resize, diff."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_contents
 from lorac.cli._models import MODEL_HELP, load_model
-from lorac.cli._output import JsonOption, print_report
+from lorac.cli._output import JsonOption, format_number, make_table, print_report
+from lorac.errors import LoracError, OptionError, nearest_name
 from lorac.progress import progress
 from lorac.storage.atomic_folders import MANIFEST
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lorac.variants.adapter import Adapter
 
 
 def _list_formats() -> list[str]:
@@ -20,9 +27,23 @@ def _list_formats() -> list[str]:
     return [name for name, found in formats().items() if found.writes]
 
 
+MISFIT = 1
+"""The exit code of ``inspect`` where an adapter does not fit the model."""
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+SourceArgument = Annotated[Path, typer.Argument(help="An adapter's file or folder.")]
+DestinationArgument = Annotated[Path, typer.Argument(help="Where to write.")]
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 FormatOption = Annotated[
-    str, typer.Option("--format", "-f", help="peft, adapterhub or native.", autocompletion=_list_formats)
+    str,
+    typer.Option("--to", "--format", "-f", help="The format, such as peft or native.", autocompletion=_list_formats),
+]
+RankOption = Annotated[int | None, typer.Option("--rank", "-r", help="The largest rank, a whole number above 0.")]
+ToleranceOption = Annotated[
+    float | None,
+    typer.Option("--tolerance", "-t", help="The largest error of a site, as a share of its change's norm."),
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="float64, float32, float16 or bfloat16.", autocompletion=lambda: [*_DTYPES])
 ]
 
 
@@ -31,35 +52,134 @@ def inspect(
     model: ModelOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Print the contents of a compiled folder or an adapter's file; --model checks the adapter against a model."""
-    from lorac.formats import load_adapter
-
+    """Print the contents of a compiled folder or an adapter's file; with --model also what does not fit the model."""
     with progress("inspect") as report:
         report.step("reading")
         if (path / MANIFEST).is_file():
             contents = describe_folder(path)
         else:
-            contents = describe_adapter_file(load_adapter(path, load_model(model) if model else None), path)
+            contents = _inspect_adapter(path, load_model(model) if model else None)
     print_report(contents, *format_contents(contents), as_json=json)
+    if contents.get("mismatches"):
+        raise typer.Exit(MISFIT)
+
+
+def _inspect_adapter(path: Path, model: nn.Module | None) -> dict[str, object]:
+    import lorac
+
+    try:
+        adapter, refusal = lorac.load_adapter(path, model), None
+    except LoracError as error:
+        if model is None:
+            raise
+        # A file may be read without the model that it does not fit, for a list of everything that does not.
+        adapter, refusal = lorac.load_adapter(path), error
+    measures = lorac.inspect(adapter, model)
+    if refusal is not None and not measures.mismatches:
+        raise refusal
+    return dict(describe_adapter_file(adapter, path, measures))
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="An adapter's file or folder.")],
-    destination: Annotated[Path, typer.Argument(help="Where to write.")],
+    source: SourceArgument,
+    destination: DestinationArgument,
     format: FormatOption = "peft",
     model: ModelOption = "",
+    rank: RankOption = None,
+    tolerance: ToleranceOption = None,
+    dtype: DtypeOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Write an adapter in another format."""
-    from lorac.formats import load_adapter, save_adapter
+    """Write an adapter in another format; with --rank or --tolerance as the nearest LoRA, which every tool reads."""
+    import lorac
 
     with progress("convert") as report:
         report.step("reading")
         host = load_model(model) if model else None
-        adapter = load_adapter(source, host)
+        adapter = lorac.load_adapter(source, host)
+        if rank is not None or tolerance is not None:
+            report.step("making a LoRA")
+            adapter = lorac.to_lora(adapter, host, rank=rank, tolerance=tolerance)
         report.step("writing")
-        save_adapter(adapter, destination, format=format, model=host)
-    print_report({"path": str(destination), "format": format}, f"{destination}: {format}", as_json=json)
+        save(adapter if not dtype else adapter.to(parse_dtype(dtype)), destination, format, host, as_json=json)
 
 
-COMMANDS = (inspect, convert)
+def resize(
+    source: SourceArgument,
+    destination: DestinationArgument,
+    format: FormatOption = "peft",
+    model: ModelOption = "",
+    rank: RankOption = None,
+    tolerance: ToleranceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Give a LoRA another rank: the nearest of a lower one, or the same in a higher one."""
+    import lorac
+
+    with progress("resize") as report:
+        report.step("reading")
+        host = load_model(model) if model else None
+        adapter = lorac.resize(lorac.load_adapter(source, host), rank, tolerance=tolerance)
+        report.step("writing")
+        save(adapter, destination, format, host, as_json=json)
+
+
+def diff(
+    first: SourceArgument,
+    second: SourceArgument,
+    model: ModelOption = "",
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", help="Compare the spaces of so many largest singular values.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare two adapters site by site: norms, and how far they write to the same outputs and read the same inputs."""
+    import lorac
+
+    with progress("diff") as report:
+        report.step("reading")
+        host = load_model(model) if model else None
+        adapters = [lorac.load_adapter(path, host) for path in (first, second)]
+        report.step("comparing")
+        found = lorac.diff(*adapters, host, rank=rank)
+    rows = [
+        (path, site.first, site.second, site.difference, site.cosine, *(site.overlap if site.outputs else ()))
+        for path, site in found.items()
+    ]
+    headers = ("site", str(first), str(second), "difference", "cosine", "overlap of outputs", "of inputs")
+    cells = [[format_number(cell) for cell in (*row, *[None] * (len(headers) - len(row)))] for row in rows]
+    print_report(found, make_table(headers, cells), as_json=json)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name.
+
+    Raises:
+        OptionError: it is none that an adapter is stored in.
+    """
+    import torch
+
+    if name not in _DTYPES:
+        raise OptionError(
+            f"--dtype {name} is none that adapters are stored in",
+            nearest=nearest_name(name, _DTYPES),
+            next_step=f"give one of {', '.join(_DTYPES)}",
+        )
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def save(adapter: Adapter, destination: Path, format: str, model: nn.Module | None, *, as_json: bool) -> None:
+    """Write an adapter, and print where, with the rank and the error of each site where it was approximated."""
+    import lorac
+
+    lorac.save_adapter(adapter, destination, format=format, model=model)
+    errors = adapter.provenance.get("errors", {})
+    ranks = {path: adapter.variant.at_path(path).settings.get("r") for path in errors}
+    rows = [(path, format_number(ranks[path]), format_number(error)) for path, error in errors.items()]
+    report = {"path": str(destination), "format": format, **({"ranks": ranks, "errors": errors} if errors else {})}
+    table = [make_table(("site", "rank", "error"), rows)] if rows else []
+    print_report(report, f"{destination}: {format}", *table, as_json=as_json)
+
+
+COMMANDS = (inspect, convert, resize, diff)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from lorac.errors import AdapterError
 from lorac.variants.base import Tensor, Variant
+
+_BASE_FACTS = ("base", "layout")
+"""Entries of the provenance: the hash of the base's weights, and the layouts of the sites."""
 
 
 @dataclass(eq=False)
@@ -29,6 +35,11 @@ class Adapter:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def base_facts(self) -> dict[str, Any]:
+        """What the provenance says of the base, which also holds for another adapter of the same sites."""
+        return {name: self.provenance[name] for name in _BASE_FACTS if name in self.provenance}
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """The paths of the sites that it adapts, in order."""
         return tuple(self.tensors)
@@ -38,6 +49,29 @@ class Adapter:
         own = [tensor for at in self.tensors.values() for tensor in at.values()]
         return {id(tensor): tensor for tensor in (*own, *self.replaced.values())}.values()
 
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """Return a copy with its floating-point tensors in a dtype; tensors that sites share stay one.
+
+        Raises:
+            AdapterError: a value is larger than the dtype can hold.
+        """
+        cast = {id(tensor): _cast(self.name, tensor, dtype) for tensor in self.parameters()}
+        tensors = {path: {key: cast[id(tensor)] for key, tensor in at.items()} for path, at in self.tensors.items()}
+        return replace(self, tensors=tensors, replaced={name: cast[id(one)] for name, one in self.replaced.items()})
+
     def numel(self) -> int:
         """Return the number of stored values; shared tensors count once."""
         return sum(t.numel() for t in self.parameters())
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.detach().to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise AdapterError(
+            f"a value of adapter '{name}' is larger than {str(dtype).removeprefix('torch.')} can hold",
+            next_step="keep a wider dtype; bfloat16 has the range of float32",
+            code="non_finite",
+        )
+    return cast

@@ -1,0 +1,127 @@
+"""Commands about adapters' files: ranks, dtypes, and what adapters do, in the words of the Python functions."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import lorac
+from lorac.cli import main
+from tests.mistakes import Tiny
+
+MODEL = "tests.mistakes:Tiny"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three trained adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    methods = {
+        "sql": lorac.LoRA(r=4, alpha=6, targets=["q_proj"]),
+        "conv": lorac.LoRA(r=2, targets=["conv", "q_proj"]),
+        "dora": lorac.DoRA(r=2, targets=["q_proj"]),
+    }
+    compiled = lorac.compile(Tiny(), methods)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, adapter in compiled.adapters.items():
+            for tensor in adapter.parameters():
+                tensor.add_(0.1 * torch.randn_like(tensor))
+            lorac.save_adapter(adapter, folder / name, model=Tiny())
+    return folder
+
+
+@pytest.fixture
+def cli(folder, monkeypatch, capsys):
+    """(words) -> (exit code, output, errors), run in the folder."""
+    monkeypatch.chdir(folder)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["lorac", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return call
+
+
+def test_convert_to_a_rank(cli, folder):
+    code, out, _ = cli("convert", "dora", "near", "--model", MODEL, "--rank", 3, "--json")
+    assert code == 0
+    made, wanted = (
+        lorac.load_adapter(folder / "near"),
+        lorac.to_lora(lorac.load_adapter(folder / "dora"), Tiny(), rank=3),
+    )
+    assert json.loads(out)["errors"] == wanted.provenance["errors"]
+    for path, tensors in wanted.tensors.items():
+        assert all(torch.equal(made.tensors[path][name], tensor) for name, tensor in tensors.items())
+    assert "error" in cli("convert", "dora", "near", "--model", MODEL, "--rank", 1)[1]
+
+
+def test_convert_with_a_bound(cli, folder):
+    code, out, err = cli("convert", "dora", "bounded", "-m", MODEL, "--rank", 1, "--tolerance", 0.01)
+    assert (code, out) == (1, "")
+    assert "more than tolerance=0.01" in err
+    assert not (folder / "bounded").exists()
+
+
+def test_convert_to_a_dtype(cli, folder):
+    code, out, _ = cli("convert", "sql", "half.safetensors", "--to", "native", "--dtype", "bfloat16")
+    assert (code, out) == (0, "half.safetensors: native\n")
+    assert {tensor.dtype for tensor in lorac.load_adapter(folder / "half.safetensors").parameters()} == {torch.bfloat16}
+    code, _, err = cli("convert", "sql", "x", "--dtype", "float12")
+    assert code == 1
+    assert "nearest: float" in err
+
+
+def test_resize(cli, folder):
+    code, out, _ = cli("resize", "sql", "small", "--rank", 2)
+    assert code == 0
+    assert out.startswith("small: peft\n")
+    wanted = lorac.resize(lorac.load_adapter(folder / "sql"), 2)
+    made = lorac.load_adapter(folder / "small")
+    assert made.variant.r == 2
+    for path, tensors in wanted.tensors.items():
+        assert all(torch.equal(made.tensors[path][name], tensor) for name, tensor in tensors.items())
+    code, _, err = cli("resize", "dora", "small-dora", "--rank", 1)
+    assert code == 1
+    assert "lorac.to_lora" in err
+
+
+def test_diff(cli, folder):
+    code, out, _ = cli("diff", "sql", "conv", "--json")
+    assert code == 0
+    found = json.loads(out)
+    wanted = lorac.diff(*(lorac.load_adapter(folder / name) for name in ("sql", "conv")))
+    assert list(found) == list(wanted)
+    assert found["layers.0.q_proj"]["cosine"] == wanted["layers.0.q_proj"].cosine
+    table = cli("diff", "sql", "dora", "--model", MODEL)[1]
+    assert "overlap of outputs" in table
+    assert "layers.1.q_proj" in table
+    code, _, err = cli("diff", "sql", "dora")
+    assert code == 1
+    assert "pass model=" in err
+
+
+def test_inspect_measures_each_site(cli, folder):
+    code, out, _ = cli("inspect", "sql")
+    assert code == 0
+    assert "effective rank" in out
+    found = json.loads(cli("inspect", "conv", "--model", MODEL, "--json")[1])
+    wanted = lorac.inspect(lorac.load_adapter(folder / "conv", Tiny()), Tiny())
+    assert found["changes"]["conv"]["norm"] == wanted.sites["conv"].norm
+    assert found["changes"]["conv"]["rank"] == 2
+    assert found["mismatches"] == []
+
+
+def test_inspect_lists_everything_that_does_not_fit(cli, tmp_path):
+    other = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 3))
+    compiled = lorac.compile(other, {"a": lorac.LoRA(r=1, targets=["0", "1"])})
+    lorac.save_adapter(compiled.adapters["a"], tmp_path / "other", model=other)
+    code, out, _ = cli("inspect", tmp_path / "other", "--model", MODEL)
+    assert code == 1
+    assert "does not fit the model:" in out
+    assert "has tensors for '0', which is not a module of the model" in out
+    assert "has tensors for '1', which is not a module of the model" in out
