@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 
@@ -174,7 +175,7 @@ def _measure_site(adapter: Adapter, path: str, view: ModelView | None) -> SiteMe
     if parts is None:
         return SiteMeasures(form, change.rank if isinstance(change, LowRank) else None)
     b, a = parts
-    norm = _norm(b, a)
+    norm = _norm(parts)
     share = None if weight is None else norm / (float(torch.linalg.vector_norm(weight)) or 1.0)
     if a is None and max(b.shape) > _LARGEST:
         return SiteMeasures(form, None, None, norm, share)
@@ -202,31 +203,41 @@ def _product_norm(b: Tensor, a: Tensor) -> float:
 def _compare(
     path: str, one: Change | None, other: Change | None, weight: Tensor | None, rank: int | None
 ) -> SiteDifference:
-    pairs = [None if change is None else _require_parts(path, change, weight) for change in (one, other)]
-    norms = [None if pair is None else _norm(*pair) for pair in pairs]
-    first, second = pairs
+    first, second = (None if change is None else _require_parts(path, change, weight) for change in (one, other))
     if first is None or second is None:
-        return SiteDifference(*norms)
-    shapes = [(*b.shape[:-1], (b if a is None else a).shape[-1]) for b, a in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise AdapterError(
-            f"the adapters were made for different layers at '{path}': {shapes[0]} and {shapes[1]}",
-            next_step="give two adapters of one model",
-            code="shape_mismatch",
-        )
+        return SiteDifference(_norm(first), _norm(second))
+    _check_shapes(path, *((*b.shape[:-1], (b if a is None else a).shape[-1]) for b, a in (first, second)))
+    norms = _norm(first), _norm(second)
     difference, inner = _subtract(first, second)
-    size = (norms[0] or 0.0) * (norms[1] or 0.0)
+    size = norms[0] * norms[1]
     cosine = inner / size if size else 0.0
     outputs, inputs = _find_cosines([_find_spaces(*pair, rank) for pair in (first, second)])
     shifts = [change.e for change in (one, other) if change is not None and change.e is not None]
     bias = shifts[0] - shifts[1] if len(shifts) == 2 else next(iter(shifts), torch.zeros(()))
-    return SiteDifference(*norms, difference, cosine, outputs, inputs, float(torch.linalg.vector_norm(bias)))
+    return SiteDifference(
+        norms[0], norms[1], difference, cosine, outputs, inputs, float(torch.linalg.vector_norm(bias))
+    )
 
 
 def _compare_replaced(one: Tensor | None, other: Tensor | None, name: str, view: ModelView | None) -> SiteDifference:
+    """Compare two replacements of a parameter; a model tells their distances to its own."""
     base = None if view is None else view.tensor(name)
-    norms = [None if t is None or base is None else _norm(t.double() - base.double(), None) for t in (one, other)]
-    return SiteDifference(*norms, None if one is None or other is None else _norm(one.double() - other.double(), None))
+    if one is not None and other is not None:
+        _check_shapes(name, tuple(one.shape), tuple(other.shape))
+    return SiteDifference(_distance(one, base), _distance(other, base), _distance(one, other))
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
+    return None if one is None or other is None else float(torch.linalg.vector_norm(one.double() - other.double()))
+
+
+def _check_shapes(path: str, one: tuple[int, ...], other: tuple[int, ...]) -> None:
+    if one != other:
+        raise AdapterError(
+            f"the adapters were made for different layers at '{path}': {one} and {other}",
+            next_step="give two adapters of one model",
+            code="shape_mismatch",
+        )
 
 
 def _require_parts(path: str, change: Change, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -238,7 +249,14 @@ def _require_parts(path: str, change: Change, weight: Tensor | None) -> tuple[Te
     return found
 
 
-def _norm(b: Tensor, a: Tensor | None) -> float:
+@overload
+def _norm(parts: tuple[Tensor, Tensor | None]) -> float: ...
+@overload
+def _norm(parts: tuple[Tensor, Tensor | None] | None) -> float | None: ...
+def _norm(parts: tuple[Tensor, Tensor | None] | None) -> float | None:
+    if parts is None:
+        return None
+    b, a = parts
     return float(torch.linalg.vector_norm(b)) if a is None else _product_norm(b, a)
 
 

@@ -139,9 +139,9 @@ def diff(
     with progress("diff") as report:
         report.step("reading")
         host = load_model(model) if model else None
-        adapters = [lorac.load_adapter(path, host) for path in (first, second)]
+        one, other = (lorac.load_adapter(path, host) for path in (first, second))
         report.step("comparing")
-        found = lorac.diff(*adapters, host, rank=rank)
+        found = lorac.diff(one, other, host, rank=rank)
     rows = [
         (path, site.first, site.second, site.difference, site.cosine, *(site.overlap if site.outputs else ()))
         for path, site in found.items()
