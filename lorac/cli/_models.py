@@ -12,22 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorac.errors import AdapterError, ChoiceError, MissingExtra, OptionError, nearest_name, short, warn
+from lorac.errors import AdapterError, ChoiceError, OptionError, nearest_name, warn
+from lorac.session.model_folders import CONFIG, MODEL_HELP, load_model_folder
 from lorac.storage.atomic_folders import MANIFEST
-from lorac.storage.paths import translate_os_errors
-from lorac.storage.strict_json import parse_object, read_json_text
-from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorac.session.compiled import Compiled
 
-MODEL_HELP = "A folder saved by transformers, or package.module:function returning an nn.Module."
 COMPILED_HELP = (
     "A folder written by `lorac compile`; or a model: a folder saved by transformers, or package.module:function."
 )
-CONFIG = "config.json"
 CompiledOrModel = Annotated[str, typer.Argument(help=COMPILED_HELP, metavar="MODEL")]
 AdapterOption = Annotated[
     list[str], typer.Option("--adapter", "-a", help="NAME=PATH, or PATH; may be given several times.")
@@ -82,7 +78,7 @@ def load_with_tokenizer(spec: str) -> tuple[nn.Module, object]:
         MissingExtra: the folder needs transformers.
     """
     if Path(spec).is_dir():
-        return _load_folder(Path(spec)), load_tokenizer(spec)
+        return load_model_folder(Path(spec)), load_tokenizer(spec)
     from torch import nn
 
     module, separator, function = spec.partition(":")
@@ -135,48 +131,6 @@ def _is_dotted(text: str) -> bool:
 
 def _format_exception(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _load_folder(folder: Path) -> nn.Module:
-    config = folder / CONFIG
-    if not config.is_file():
-        raise OptionError(f"'{folder}' has no {CONFIG}", next_step=MODEL_HELP)
-    from torch import nn
-
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise MissingExtra("transformers", "hf") from error
-    name = _read_architecture(config)
-    cls = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
-    if not callable(getattr(cls, "from_pretrained", None)):
-        raise OptionError(
-            f"'{config}' names the architecture {short(name)}, no model of transformers {transformers.__version__}",
-            next_step="pip install -U transformers, or give package.module:function",
-        )
-    try:
-        with suppress_third_party_output(), hide_progress_bars():
-            model: nn.Module = cls.from_pretrained(folder)  # type: ignore[union-attr]  # a class that has it
-    except Exception as error:  # a damaged folder may make transformers raise anything
-        raise OptionError(f"'{folder}' cannot be loaded: {_format_exception(error)}", next_step=MODEL_HELP) from error
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"'{folder}' holds a {type(model).__name__}, not an nn.Module", next_step=MODEL_HELP)
-    return model.eval()
-
-
-def _read_architecture(config: Path) -> str:
-    """Return the class that a transformers configuration names; default: "AutoModel"."""
-
-    def refuse(reason: str) -> OptionError:
-        return OptionError(f"'{config}' {reason}", next_step=MODEL_HELP)
-
-    with translate_os_errors(config, OptionError, "read"):
-        named = parse_object(read_json_text(config), refuse).get("architectures")
-    if named is None or named == []:
-        return "AutoModel"
-    if not isinstance(named, list) or not isinstance(named[0], str):
-        raise refuse(f"names no architecture by architectures={short(named)}")
-    return named[0]
 
 
 def parse_adapters(specs: Sequence[str]) -> dict[str, str]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_contents
-from lorac.cli._models import MODEL_HELP, load_model
+from lorac.cli._models import load_model
 from lorac.cli._output import JsonOption, format_number, make_table, print_report
 from lorac.errors import LoracError, OptionError, nearest_name
 from lorac.progress import progress
+from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.atomic_folders import MANIFEST
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ import typer
 from lorac.cli._compile_options import DYNAMIC_HELP, RESERVE_HELP, parse_dynamic_shapes, parse_reserve, parse_targets
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._models import (
-    MODEL_HELP,
     AdapterOption,
     CompiledOrModel,
     load_compiled,
@@ -21,6 +20,7 @@ from lorac.cli._models import (
 )
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.progress import progress
+from lorac.session.model_folders import MODEL_HELP
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from lorac.cli._models import MODEL_HELP, load_image_processor, load_with_tokenizer
+from lorac.cli._models import load_image_processor, load_with_tokenizer
 from lorac.cli._output import JsonOption, print_report
 from lorac.errors import OptionError
+from lorac.session.model_folders import MODEL_HELP
 
 
 def train(

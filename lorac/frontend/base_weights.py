@@ -37,9 +37,17 @@ def read_bias(site: Site, model: nn.Module) -> torch.Tensor | None:
     return read_stored_tensor(model, site.bias).detach() if site.bias else None
 
 
-def make_base_reader(model: nn.Module) -> BaseReader:
-    """Return a reader of the model's weights, which keeps the model alive."""
-    return BaseReader(lambda site: read_weight(site, model), lambda site: read_bias(site, model))
+def make_base_reader(model: nn.Module, stored: Mapping[str, torch.Tensor] | None = None) -> BaseReader:
+    """Return a reader of the model's weights, which keeps the model alive.
+
+    Args:
+        stored: tensors by name to read in place of the model's own.
+    """
+    if not stored:
+        return BaseReader(lambda site: read_weight(site, model), lambda site: read_bias(site, model))
+    return BaseReader(
+        lambda site: site.present(stored[str(site.weight)]), lambda site: stored[site.bias] if site.bias else None
+    )
 
 
 def collect_base_tensors(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, torch.Tensor]:

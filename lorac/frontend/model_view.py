@@ -27,10 +27,12 @@ class ModelView:
     Attributes:
         module: the model, several models as ``Components``, or the skeleton of a model that is gone.
         sites: its sites by path, in module order.
+        stored: tensors of a module on the meta device by name, read from a file when they are needed.
     """
 
     module: nn.Module
     sites: Mapping[str, Site]
+    stored: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Model) -> ModelView:
@@ -80,12 +82,12 @@ class ModelView:
 
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer by its name, or a tensor that its module computes at each call."""
-        return read_stored_tensor(self.module, name)
+        return self.stored[name] if name in self.stored else read_stored_tensor(self.module, name)
 
     @functools.cached_property
     def base(self) -> BaseReader:
         """The reader of the model's weights."""
-        return make_base_reader(self.module)
+        return make_base_reader(self.module, self.stored)
 
     def make_parameter_site(self, name: str) -> Site:
         """Return the site of a bare parameter or buffer (a norm's scale, a class token), which is replaced whole."""

@@ -70,19 +70,19 @@ class MergedWeights(Mapping[str, Tensor]):
     @torch.no_grad()
     def _merge(self, site: Site) -> dict[str, Tensor]:
         """Return the merged tensors of a site by name."""
-        weight, bias = self._base.weight(site), self._base.bias(site)
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         parts = [part for part in self._parts if site.path in part.paths]
-        change = compose([(part.strength, part.read(site.path)) for part in parts], lambda: wide)
+        weight, bias = _Widened(self._base.weight(site)), self._base.bias(site)
+        change = compose([(part.strength, part.read(site.path)) for part in parts], lambda: weight.values)
         assert change is not None
-        merged = merge_weight(change, wide)
+        merged = merge_weight(change, weight.values)
         if site.leaves_blocks(merged):
             raise _not_mergeable(parts[0].adapter, site, "leaves the blocks of a grouped convolution")
-        found = {str(site.weight): _round(site.store(merged), weight.dtype, site)}
+        found = {str(site.weight): weight.round(site.store(merged), site)}
         if bias is not None:
-            shifted = merge_bias(change, bias.to(torch.promote_types(bias.dtype, torch.float32)))
+            wide_bias = _Widened(bias)
+            shifted = merge_bias(change, wide_bias.values)
             assert shifted is not None
-            found[str(site.bias)] = _round(shifted, bias.dtype, site)
+            found[str(site.bias)] = wide_bias.round(shifted, site)
         return found
 
 
@@ -191,17 +191,24 @@ def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], view: ModelVi
     return [path for path in paths if path not in read]
 
 
-def _round(wide: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
-    """Return a tensor in the dtype that the model stores.
+class _Widened:
+    """A tensor in float32 or wider, and the dtype that it is stored in; the stored values are released."""
 
-    Raises:
-        AdapterError: it has values that the dtype does not have.
-    """
-    rounded = wide.to(dtype).contiguous()
-    if dtype is torch.float16 and not torch.isfinite(rounded).all():
-        raise AdapterError(
-            f"a merged value of '{site.path}' is larger than float16 can hold",
-            next_step="load the model in bfloat16 or float32, and merge into that",
-            code="non_finite",
-        )
-    return rounded
+    def __init__(self, stored: Tensor) -> None:
+        self._dtype = stored.dtype
+        self.values = stored.to(torch.promote_types(stored.dtype, torch.float32))
+
+    def round(self, merged: Tensor, site: Site) -> Tensor:
+        """Return a merged tensor in the stored dtype.
+
+        Raises:
+            AdapterError: it has values that the dtype does not have.
+        """
+        rounded = merged.to(self._dtype).contiguous()
+        if self._dtype is torch.float16 and not torch.isfinite(rounded).all():
+            raise AdapterError(
+                f"a merged value of '{site.path}' is larger than float16 can hold",
+                next_step="load the model in bfloat16 or float32, and merge into that",
+                code="non_finite",
+            )
+        return rounded

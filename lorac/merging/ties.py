@@ -36,5 +36,5 @@ def find_kept_ties(model: nn.Module, merged: Mapping[str, Tensor]) -> Iterator[l
             warn(
                 f"{list_some(names)} were one tensor, and are several now, since the adapters change "
                 f"{list_some(changed)} {'differently' if len(changed) == len(names) else 'alone'}",
-                next_step="a checkpoint stores each of them, and its configuration says so",
+                next_step="a checkpoint of the merged model stores each of them",
             )

@@ -46,16 +46,23 @@ _ALIAS, _TRANSPOSED, _ELSEWHERE = "alias", "transposed", "elsewhere"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], outline: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a safetensors file, whose bytes depend on names, values and metadata alone.
 
     As in the library, larger element types come first, so that every tensor is aligned.
+
+    Args:
+        tensors: by name; each is read once, when its turn comes.
+        outline: tensors of the same names, shapes and dtypes on the meta device, for tensors that take long to make.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    outline = tensors if outline is None else outline
+    names = sorted(outline, key=lambda name: (-outline[name].itemsize, name))
     header: JsonObject = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}}
     end = 0
     for name in names:
-        tensor, begin = tensors[name], end
+        tensor, begin = outline[name], end
         end = begin + tensor.numel() * tensor.itemsize
         kind = _NAMES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -202,6 +209,14 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def outline(self) -> dict[str, Tensor]:
+        """Return the tensors that lie in the file itself, on the meta device: their shapes and dtypes."""
+        return {
+            name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+            for name, entry in self._header.items()
+            if name != "__metadata__"
+        }
 
     def load_all(self) -> dict[str, Tensor]:
         """Copy all tensors into memory; those with several names are one tensor again."""

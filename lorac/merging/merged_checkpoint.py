@@ -1,0 +1,191 @@
+"""Adapters merged into a model's folder: the weights pass through memory one at a time, shard by shard."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lorac.argument_types import JsonMapping
+from lorac.errors import CompileError, OptionError, list_some, warn
+from lorac.frontend.hugging_face import TIES, record_untied_weights
+from lorac.ir.slots.choice import ChoiceSpec
+from lorac.merging.merged_model import choose_active, read_adapters
+from lorac.merging.merged_weights import MergedWeights
+from lorac.merging.stored_model import StoredModel, separate_names
+from lorac.merging.ties import find_kept_ties, find_ties
+from lorac.progress import progress, step
+from lorac.session.api import Adapters
+from lorac.session.model_folders import CONFIG
+from lorac.session.request.sources import read_sources
+from lorac.storage.atomic_folders import replace_atomically
+from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.strict_json import dump_json
+from lorac.storage.tensor_file import write_safetensors
+
+_WEIGHTS = frozenset(
+    {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".safetensors"}
+)
+"""Suffixes of files that hold weights, in which the adapters are not."""
+_INDEX, _ADAPTER = ".index.json", "adapter_"
+"""End of the names of indices, and beginning of those of PEFT's files, which transformers would load on top."""
+
+
+@dataclass(frozen=True)
+class MergedCheckpoint:
+    """The folder of a model with adapters merged into it.
+
+    Attributes:
+        folder: where it is.
+        merged: the number of tensors that the adapters changed.
+        size: the size of all tensors in bytes.
+        left_out: files of the model's folder that are not in it, since they hold weights without the adapters.
+    """
+
+    folder: Path
+    merged: int
+    size: int
+    left_out: tuple[str, ...]
+
+
+def merge_checkpoint(
+    folder: str | os.PathLike[str],
+    adapters: Adapters,
+    destination: str | os.PathLike[str],
+    active: ChoiceSpec = "auto",
+) -> MergedCheckpoint:
+    """Write a model's folder with adapters merged into its weights, without loading the model.
+
+    The result has the files of the model's folder: its configuration, its tokenizer, and its weights in as many
+    safetensors files. One weight at a time is in memory, in float32. The folder appears whole, once it is finished.
+
+    Args:
+        folder: where transformers saved a model, or diffusers one of a pipeline's.
+        adapters: as ``merge_into`` takes them.
+        destination: the folder to write; it must not exist, or be empty.
+        active: as ``merge_into`` takes it.
+
+    Raises:
+        OptionError: the folder holds no model that can be built, or the destination holds something.
+        FormatError: the model's weights are missing, damaged, of other shapes, or not in safetensors files.
+        CompileError: the weights are quantised, or an adapter cannot be merged into them.
+        AdapterError, SiteError, ChoiceError: as ``merge_into``.
+    """
+    folder = parse_path(folder, "the model's folder", OptionError)
+    destination = parse_path(destination, "where the merged model is written to", OptionError)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise OptionError(f"'{destination}' exists already", next_step="give the path of a new folder")
+    with progress("merge") as report:
+        report.step("reading")
+        source = StoredModel.open(folder)
+        given = read_adapters(read_sources(adapters), source.view)
+        merged = MergedWeights(source.view, given, choose_active(active, given))
+        with translate_os_errors(destination, OptionError, "written"), replace_atomically(destination) as staged:
+            staged.mkdir()
+            left_out = _copy_files(source, staged)
+            size = _write_weights(source, merged, staged)
+    return MergedCheckpoint(destination, len(merged), size, left_out)
+
+
+def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
+    """Copy what is not weights, and return the names of files that hold weights without the adapters."""
+    left_out, own = [], {*source.tensors.shards, source.tensors.index_name}
+    for path in sorted(source.folder.rglob("*")):
+        name = path.relative_to(source.folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or not path.is_file() or name.as_posix() in own:
+            continue
+        if path.suffix in _WEIGHTS or name.name.endswith(_INDEX) or name.name.startswith(_ADAPTER):
+            left_out.append(name.as_posix())
+            continue
+        (staged / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, staged / name)
+    if left_out:
+        warn(f"left out of '{source.folder}', since they hold weights without the adapters: {list_some(left_out)}")
+    return tuple(left_out)
+
+
+class _OutputTensors(Mapping[str, Tensor]):
+    """The tensors of the result by the names that they are stored under; each is made when it is read.
+
+    Attributes:
+        added: name of a tensor that the model's folder does not store -> the tied one that it does.
+    """
+
+    def __init__(self, source: StoredModel, merged: MergedWeights) -> None:
+        self._source, self._merged, self.added = source, merged, dict[str, str]()
+        _check_stored(source, merged)
+        model, kept = source.view.module, list(find_kept_ties(source.view.module, merged))
+        self._names = {source.keys[name]: name for name in merged if name in source.keys}
+        for names in find_ties(model):
+            if names in kept or not any(name in merged for name in names):
+                continue
+            stored = next(source.keys[name] for name in names if name in source.keys)
+            self._names |= {name: name for name in names if name not in source.keys}
+            self.added |= {name: stored for name in names if name not in source.keys}
+            separate_names(model, names)
+        record_untied_weights(model)
+
+    def __getitem__(self, key: str) -> Tensor:
+        name = self._names.get(key)
+        if name is None:
+            return self._source.tensors[key]
+        return self._merged[name] if name in self._merged else self._source.view.stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._source.tensors
+        yield from self.added
+
+    def __len__(self) -> int:
+        return len(self._source.tensors) + len(self.added)
+
+    def outline(self, shard: str) -> dict[str, Tensor]:
+        """Return the tensors of a file on the meta device."""
+        found = self._source.tensors.shards[shard].outline()
+        return found | {name: found[stored] for name, stored in self.added.items() if stored in found}
+
+    def changes(self, shard: str) -> bool:
+        """Return whether a file differs from that of the model's folder."""
+        return not self._names.keys().isdisjoint(self.outline(shard))
+
+
+def _check_stored(source: StoredModel, merged: MergedWeights) -> None:
+    """Refuse tensors that are not stored as the model has them."""
+    missing = [name for name in merged if name not in source.view.stored]
+    if missing:
+        raise CompileError(
+            f"'{source.folder}' does not store {list_some(missing)} as the model has it",
+            next_step="load the model, and save lorac.merge_into(model, adapters) by its save_pretrained",
+            code="not_mergeable",
+        )
+
+
+def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> int:
+    """Write the weights, with what says where they are and which are tied, and return their size in bytes."""
+    tensors, size = _OutputTensors(source, merged), 0
+    for shard, file in source.tensors.shards.items():
+        step(shard)
+        outline = tensors.outline(shard)
+        size += sum(tensor.nbytes for tensor in outline.values())
+        if tensors.changes(shard):
+            write_safetensors(staged / shard, tensors, {"format": "pt", **file.notes}, outline)
+        else:
+            shutil.copyfile(file.file.path, staged / shard)
+    if source.tensors.index is not None:
+        places = {name: source.tensors.shard_of(stored) for name, stored in tensors.added.items()}
+        index = {**source.tensors.index, "weight_map": {**source.tensors.index["weight_map"], **places}}
+        index["metadata"] = {**index.get("metadata", {}), "total_size": size}
+        (staged / source.tensors.index_name).write_text(dump_json(index, indent=2))
+    if tensors.added and getattr(source.view.module.config, TIES, None) is False:
+        (staged / CONFIG).write_text(dump_json(_untie_config(source.config), indent=2))
+    return size
+
+
+def _untie_config(config: JsonMapping) -> dict[str, object]:
+    """Return a configuration, and those inside it, without tied embeddings."""
+    inner = {name: _untie_config(value) for name, value in config.items() if isinstance(value, dict) and TIES in value}
+    return {**config, **inner, TIES: False}

@@ -1,0 +1,140 @@
+"""A model's weights as transformers and diffusers save them: one safetensors file, or several with an index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lorac.argument_types import JsonMapping, matches_type
+from lorac.errors import ArtifactError, FormatError, list_some
+from lorac.storage.open_file import OpenFile
+from lorac.storage.paths import translate_os_errors
+from lorac.storage.strict_json import parse_object, read_json_text
+from lorac.storage.tensor_file import TensorFile
+
+_NAMES = ("model", "diffusion_pytorch_model")
+"""How the libraries call a model's weights."""
+_OTHERS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
+_STEP = "download the whole folder again"
+
+
+class ShardedTensors(Mapping[str, Tensor]):
+    """The tensors of a model's folder by name; each is mapped when it is read, and unmapped with its last reader.
+
+    Args:
+        path: the folder, or one safetensors file.
+
+    Attributes:
+        shards: file name -> the open file.
+        index: the contents of the index by entry; None where one file holds all.
+        index_name: its name.
+
+    Raises:
+        FormatError: there are no such files, one is missing, damaged, or lacks a tensor that the index names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        folder = path.parent if path.is_file() else path
+        only, self.index_name = (path.name, "") if path.is_file() else _find_weights(folder)
+        self.index: JsonMapping | None = None
+        if (folder / only).is_file():
+            self.shards = {only: _open_shard(folder / only)}
+        else:
+            self.index = _read_index(folder / self.index_name)
+            self.shards = {name: _open_shard(folder / name) for name in sorted({*self.index["weight_map"].values()})}
+        self._places = {name: shard for shard, file in self.shards.items() for name in file}
+        named: Mapping[str, str] = self._places if self.index is None else self.index["weight_map"]
+        absent = [name for name, shard in named.items() if self._places.get(name) != shard]
+        if absent:
+            raise _damaged(folder / self.index_name, f"names {list_some(absent)}, which the files do not hold")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.shards[self._places[name]][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def outline(self) -> dict[str, Tensor]:
+        """Return all tensors on the meta device: their shapes and dtypes."""
+        return {name: tensor for file in self.shards.values() for name, tensor in file.outline().items()}
+
+    def shard_of(self, name: str) -> str:
+        """Return the name of the file that holds a tensor."""
+        return self._places[name]
+
+
+def _find_weights(folder: Path) -> tuple[str, str]:
+    """Return the names of the file that holds all weights and of the index of several, one of which exists."""
+    found = [names for names in map(_file_names, _NAMES) if any((folder / name).is_file() for name in names)]
+    if not found:
+        raise _no_weights(folder)
+    return found[0]
+
+
+def _file_names(stem: str) -> tuple[str, str]:
+    return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+
+
+def _open_shard(path: Path) -> TensorFile:
+    if not path.is_file():
+        raise FormatError(f"'{path}' is missing, and the folder's index names it", next_step=_STEP, code="corrupt_file")
+    try:
+        with translate_os_errors(path, FormatError, "read", "unreadable"):
+            return TensorFile(OpenFile(path.resolve()))  # the hub's folders hold links to the files
+    except (SafetensorError, ArtifactError) as error:
+        raise _damaged(path, f"is damaged: {error}") from error
+
+
+def _read_index(path: Path) -> JsonMapping:
+    with translate_os_errors(path, FormatError, "read", "unreadable"):
+        index = parse_object(read_json_text(path), lambda reason: _damaged(path, reason))
+    places = index.get("weight_map")
+    if not matches_type(places, dict[str, str]) or not places:
+        raise _damaged(path, "has no weight_map, which says of each tensor what file holds it")
+    outside = next((name for name in places.values() if PurePath(name).name != name or name in {"", ".."}), None)
+    if outside is not None:
+        raise _damaged(path, f"names the file {outside!r}, which is not one of its folder")
+    return index
+
+
+def _damaged(path: Path, reason: str) -> FormatError:
+    return FormatError(f"'{path}' {reason}", next_step=_STEP, code="corrupt_file")
+
+
+def _no_weights(folder: Path) -> FormatError:
+    others = sorted(path.name for pattern in _OTHERS for path in folder.glob(pattern))
+    held = f", but {list_some(others, 3)}" if others else ""
+    return FormatError(
+        f"'{folder}' has neither {_file_names(_NAMES[0])[0]} nor an index of several{held}",
+        next_step="from_pretrained(folder) and save_pretrained(another) write it as safetensors"
+        if others
+        else "download the model's weights too",
+        code="unreadable",
+    )
+
+
+class RenamedTensors(Mapping[str, Tensor]):
+    """Some tensors of a mapping under other names.
+
+    Args:
+        tensors: by their own names.
+        names: the other name -> a tensor's own.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

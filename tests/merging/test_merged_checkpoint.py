@@ -1,0 +1,216 @@
+"""A model's folder with adapters merged into it, as the library that wrote the folder reads it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorac
+from lorac.merging.merged_checkpoint import merge_checkpoint
+from tests.merging.test_merged_model import drawn
+from tests.refusing import refuses
+from tests.zoo import ZOO, tiny_unet
+
+INDEX = "model.safetensors.index.json"
+MORE = {"tiny_gpt2": ["wte"], "tiny_t5": ["lm_head"]}
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A folder of a Llama in several shards, an adapter of its q_proj, and where to write."""
+    model = ZOO["tiny_llama"].model()
+    model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    adapter = drawn(model, {"a": lorac.LoRA(r=2, targets=["q_proj"])}, 0.1).adapters["a"]
+    lorac.save_adapter(adapter, tmp_path / "a", model=model)
+    return tmp_path / "model", tmp_path / "a", tmp_path / "out"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.* were one tensor")
+@pytest.mark.parametrize("size", ["40KB", "1GB"])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_bert", "tiny_vit", "tiny_t5", "tiny_albert"])
+def test_it_is_the_merged_model(name, size, tmp_path):
+    entry = ZOO[name]
+    model, inputs = entry.model(), entry.inputs()
+    adapters = drawn(
+        model,
+        {
+            "a": lorac.LoRA(r=2, targets=[*entry.targets, *MORE.get(name, [])], bias="all"),
+            "b": lorac.DoRA(r=1, targets=list(entry.targets[:1])),
+        },
+        0.05,
+    ).adapters
+    choice = {"a": 0.7, "b": 0.3}
+    model.save_pretrained(tmp_path / "model", max_shard_size=size)
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    (tmp_path / "model" / "templates").mkdir()
+    (tmp_path / "model" / "templates" / "chat.jinja").write_text("chat")
+    merge_checkpoint(tmp_path / "model", adapters, tmp_path / "out", choice)
+    read = type(model).from_pretrained(tmp_path / "out").eval()
+    expected = lorac.merge_into(model, adapters, choice)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in read.state_dict().items())
+    assert torch.equal(read(**inputs).logits, expected(**inputs).logits)
+    assert (tmp_path / "out" / "templates" / "chat.jinja").read_text() == "chat"
+    kept = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == kept
+    if size == "40KB":
+        index = json.loads((tmp_path / "out" / INDEX).read_text())
+        held = {name: path.name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
+        assert index["weight_map"] == held
+        assert index["metadata"]["total_size"] == sum(
+            tensor.nbytes for path in (tmp_path / "out").glob("*.safetensors") for tensor in load_file(path).values()
+        )
+
+
+@torch.no_grad()
+def test_a_component_of_diffusers(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    unet = tiny_unet(12)
+    adapter = drawn(unet, {"a": lorac.LoRA(r=2, targets=["to_q", "conv1"])}, 0.1).adapters["a"]
+    unet.save_pretrained(tmp_path / "unet", max_shard_size="30KB")
+    lorac.save_adapter(adapter, tmp_path / "a", model=unet)
+    merge_checkpoint(tmp_path / "unet", tmp_path / "a", tmp_path / "out")
+    read = UNet2DConditionModel.from_pretrained(tmp_path / "out").eval()
+    expected = lorac.merge_into(unet, adapter)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in read.state_dict().items())
+
+
+@torch.no_grad()
+def test_each_tensor_keeps_its_dtype_and_is_rounded_once(given):
+    model, adapter, out = given
+    changed = {}
+    for number, path in enumerate(sorted(model.glob("*.safetensors"))):
+        dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
+        changed |= {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+        save_file({n: t.to(dtype) for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+    merge_checkpoint(model, adapter, out)
+    found = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    factors = lorac.load_adapter(adapter)
+    for name, before in changed.items():
+        site = name.removesuffix(".weight")
+        wide = before.float()
+        if site in factors.tensors:
+            at = factors.tensors[site]
+            wide = torch.addmm(wide, at["lora_B"] * (factors.variant.alpha / 2), at["lora_A"])
+        assert torch.equal(found[name], wide.to(before.dtype))
+
+
+def test_names_that_transformers_changes_are_found(given):
+    """A checkpoint of the base model alone lacks the prefix that the model with a head has."""
+    model, adapter, out = given
+    for path in model.glob("*.safetensors"):
+        renamed = {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+        save_file(renamed, path, metadata={"format": "pt"})
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"] = {name.removeprefix("model."): shard for name, shard in index["weight_map"].items()}
+    (model / INDEX).write_text(json.dumps(index))
+    made = merge_checkpoint(model, adapter, out)
+    read = type(ZOO["tiny_llama"].model()).from_pretrained(out)
+    expected = lorac.merge_into(ZOO["tiny_llama"].model(), adapter)
+    assert made.merged == 3
+    assert torch.equal(read.model.layers[2].self_attn.q_proj.weight, expected.model.layers[2].self_attn.q_proj.weight)
+
+
+def test_links_are_followed_as_the_hub_lays_them_out(given, tmp_path):
+    model, adapter, out = given
+    (tmp_path / "snapshot").mkdir()
+    for path in model.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    merge_checkpoint(tmp_path / "snapshot", adapter, out)
+    assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_files_that_hold_other_weights_are_left_out_with_a_word(given):
+    model, adapter, out = given
+    for name in ("pytorch_model.bin", "adapter_config.json", "consolidated.safetensors"):
+        (model / name).write_bytes(b"old")
+    with pytest.warns(lorac.LoracWarning, match="left out.*'adapter_config.json', 'consolidated.safetensors', 'pyt"):
+        made = merge_checkpoint(model, adapter, out)
+    assert made.left_out == ("adapter_config.json", "consolidated.safetensors", "pytorch_model.bin")
+    assert not any((out / name).exists() for name in made.left_out)
+
+
+def test_nothing_is_written_where_something_is(given):
+    model, adapter, out = given
+    out.mkdir()
+    merge_checkpoint(model, adapter, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with refuses("option_error", match="exists already"):
+        merge_checkpoint(model, adapter, out)
+    with refuses("option_error", match="exists already"):
+        merge_checkpoint(model, adapter, model)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_interrupted_merge_leaves_nothing(given, monkeypatch):
+    model, adapter, out = given
+    from lorac.merging import merged_checkpoint
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merged_checkpoint, "dump_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(model, adapter, out)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["a", "model"]
+
+
+def shard(model):
+    return sorted(model.glob("*.safetensors"))[1]
+
+
+def changed(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+WRONG = {
+    "missing shard": ("corrupt_file", lambda m: shard(m).unlink()),
+    "cut shard": ("corrupt_file", lambda m: shard(m).write_bytes(shard(m).read_bytes()[:-9])),
+    "index names more": ("corrupt_file", lambda m: changed(m / INDEX, weight_map={"x": shard(m).name})),
+    "index leads out": ("corrupt_file", lambda m: changed(m / INDEX, weight_map={"x": "../a/x.safetensors"})),
+    "index is damaged": ("corrupt_file", lambda m: (m / INDEX).write_text("{")),
+    "no weights": ("unreadable", lambda m: [path.unlink() for path in m.glob("*.safetensors*")]),
+    "other shapes": ("corrupt_file", lambda m: changed(m / "config.json", hidden_size=32)),
+    "quantised": ("not_mergeable", lambda m: changed(m / "config.json", quantization_config={"quant_method": "fp8"})),
+    "no configuration": ("option_error", lambda m: (m / "config.json").unlink()),
+    "unknown class": ("option_error", lambda m: changed(m / "config.json", architectures=["Nothing"])),
+    "a pipeline": ("option_error", lambda m: (m / "model_index.json").write_text("{}")),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_folders_are_refused(what, given):
+    model, adapter, out = given
+    code, spoil = WRONG[what]
+    spoil(model)
+    with refuses(code):
+        merge_checkpoint(model, adapter, out)
+    assert not out.exists()
+
+
+def test_weights_that_transformers_computes_when_it_loads_are_refused(tmp_path):
+    """Experts are stored one by one, and are one stack in the model."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=20))
+    model.save_pretrained(tmp_path / "model")
+    stack = "model.layers.0.mlp.experts.down_proj"
+    adapter = drawn(model, {"a": lorac.LoRA(r=1, parameters=[stack])}, 0.1).adapters["a"]
+    with refuses("not_mergeable", match=f"does not store '{stack}'.*\n.*merge_into"):
+        merge_checkpoint(tmp_path / "model", adapter, tmp_path / "out")
+    other = drawn(model, {"a": lorac.LoRA(r=1, targets=["q_proj"])}, 0.1).adapters["a"]
+    merge_checkpoint(tmp_path / "model", other, tmp_path / "out")
+    read = MixtralForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = lorac.merge_into(model, other).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in read.items())
+
+
+def test_an_adapter_of_another_model_is_refused(given):
+    model, adapter, out = given
+    with refuses("base_mismatch"):
+        path = next(path for path in model.glob("*.safetensors") if any("q_proj" in name for name in load_file(path)))
+        save_file({n: t + 1 for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+        merge_checkpoint(model, adapter, out)
