@@ -75,12 +75,13 @@ class Campaign:
     Args:
         seed: of all cases.
         folder: with the sound files, and room for damaged ones.
+        kinds: those of the cases; empty: all.
     """
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, kinds: Sequence[str] = ()) -> None:
         self.seed, self.folder = seed, folder
         self.sound = collections.defaultdict(list)
-        for one in sound.read(folder):
+        for one in (one for one in sound.read(folder) if not kinds or one.kind in kinds):
             self.sound[one.kind].append(one)
         self.hosts = {one.host: sound.model(one.host) for ones in self.sound.values() for one in ones if one.host}
 
@@ -255,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="files of a few methods and targets alone")
+    parser.add_argument("--kind", action="append", default=[], help="files of this kind alone; may be repeated")
     parser.add_argument("--only", type=int, help="run this case alone, in this process, and keep its file")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="lorac-fuzz-") as name:
@@ -264,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os._exit(0)
         if os.wait()[1]:
             raise SystemExit("the sound files could not be written")
-        campaign = Campaign(given.seed, folder)
+        campaign = Campaign(given.seed, folder, given.kind)
         campaign.check()
         if given.only is not None:
             _keep(campaign, given.only)

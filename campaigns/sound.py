@@ -106,7 +106,7 @@ def write(folder: Path, *, quick: bool = False, artifacts: bool = True, methods:
         *write_methods(folder, keys if methods is None else methods),
         *_artifacts(folder, targets if artifacts else ()),
     ]
-    found += [sound for sample in ([_training] if quick else SAMPLES.values()) for sound in sample(folder)]
+    found += [sound for sample in ((_training, _recipes) if quick else SAMPLES.values()) for sound in sample(folder)]
     (folder / INDEX).write_text(json.dumps([dataclasses.asdict(sound) for sound in found]))
 
 

@@ -34,7 +34,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -272,19 +272,22 @@ def warn(what: str, *, next_step: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def translate_errors(kind: type[LoracError], what: str, *, next_step: str | None = None) -> Iterator[None]:
+def translate_errors(
+    kind: type[LoracError], what: str, *, next_step: str | None = None, unless: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Turn what other libraries raise inside the block into an error of lorac's, with their message in one line.
 
     Args:
         kind: the error to raise.
         what: what goes wrong; what they say follows.
         next_step: what to do about it.
+        unless: asked when they raise; True leaves the error as it is.
     """
     try:
         yield
-    except LoracError:
-        raise
     except Exception as error:  # others raise anything
+        if isinstance(error, LoracError) or unless():
+            raise
         said = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
         raise kind(f"{what}: {' '.join(said.split())}", next_step=next_step) from error
 

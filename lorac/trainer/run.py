@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
@@ -51,16 +50,15 @@ def train(
     checkpoint = checkpoints.find_checkpoint(folder) if resume else None
     if not resume and (checkpoints.list_checkpoints(folder) or (folder / "trainer_state.json").exists()):
         raise ChoiceError(f"'{folder}' holds a run already", next_step="resume it, or give another folder")
-    with _unchanged(model):
-        run = _Run(model, copy.deepcopy(processing_class), recipe, folder)
-        trainer = run.make_trainer(None if checkpoint is None else checkpoint.adapters(model))
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_state()
-        compiled: CompiledModule = trainer.model
-        names = sorted(compiled.adapters) if trainer.is_world_process_zero() else ()
-        for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
-            _save_adapter(compiled.adapters[name], folder / stem, model)
-        trainer.accelerator.wait_for_everyone()
+    run = _Run(model, copy.deepcopy(processing_class), recipe, folder)
+    trainer = run.make_trainer(None if checkpoint is None else checkpoint.adapters(model))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    compiled: CompiledModule = trainer.model
+    names = sorted(compiled.adapters) if trainer.is_world_process_zero() else ()
+    for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
+        _save_adapter(compiled.adapters[name], folder / stem, model)
+    trainer.accelerator.wait_for_everyone()
     return compiled.eval()
 
 
@@ -74,30 +72,19 @@ def _save_adapter(adapter: Adapter, folder: Path, model: nn.Module) -> None:
         lorac.save_adapter(adapter, folder.with_name(f"{folder.name}.safetensors"), format="native", model=model)
 
 
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore a model's configurations, into which trainers write, for example the tokenizer's tokens."""
-    config = getattr(model, "config", None)
-    parts = [config, getattr(config, "get_text_config", lambda: None)(), getattr(model, "generation_config", None)]
-    kept = [(vars(part), {**vars(part)}) for part in parts if part is not None]
-    try:
-        yield
-    finally:
-        for fields, values in kept:
-            fields.clear()
-            fields.update(values)
-
-
 class _Run:
     """The rows and the arguments of a run, from which its trainer is made."""
 
     def __init__(self, model: nn.Module, processing_class: Any, recipe: Recipe, folder: Path) -> None:
+        from transformers import set_seed
+
         self.model, self.recipe = model, recipe
         self.is_preference = recipe.task in ("dpo", "kto")
         self.trainer_class, config = recipe.load_classes()
         evaluation = {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}
         with translate_errors(OptionError, f"{config.__name__} refuses the recipe", next_step=_STEP):
             arguments = config(output_dir=str(folder), **{**evaluation, **recipe.arguments})
+            set_seed(arguments.seed)
         given = [data for data in (recipe.data, recipe.eval_data) if data is not None]
         rows = [load_rows(data, recipe.task, processing_class, arguments) for data in given]
         if recipe.test_size is not None:
@@ -117,23 +104,18 @@ class _Run:
         from lorac.trainer.trainer import adapter_trainer
 
         recipe, options = self.recipe, dict[str, Any](recipe=self.recipe)
-        adapters = self._make_adapters(recipe.adapters) if adapters is None else adapters
+        if adapters is None:
+            adapters = factories.make_adapters(recipe.adapters, self.model, self._batches)
         if recipe.early_stopping_patience is not None:
             options["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
         if self.is_preference:  # the run begins at the base with the adapters that it trains on
-            begun = self._make_adapters({name: said for name, said in recipe.adapters.items() if "path" in said})
+            given = {name: said for name, said in recipe.adapters.items() if "path" in said}
+            begun = factories.make_adapters(given, self.model, self._batches)
             options["ref_model"] = lorac.compile(self.model, begun, active=dict.fromkeys(begun, 1.0)).eval()
         active = recipe.active or dict.fromkeys(adapters, 1.0)
         aux = losses.extra_outputs(factories.make_losses(recipe.loss))
         compiled = lorac.compile(self.model, adapters, active=active, aux=aux)
         return self._construct(adapter_trainer(self.trainer_class), compiled, **options)
-
-    def _make_adapters(self, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Make adapters from the run's seed."""
-        from transformers import set_seed
-
-        set_seed(self.settings["args"].seed)
-        return factories.make_adapters(given, self.model, self._batches)
 
     def _batches(self) -> Iterator[Any]:
         """Yield the first batches of the run, for initialisers."""

@@ -21,7 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lorac.adapters.base_hash import compute_base_hash
-from lorac.errors import ArtifactError, translate_errors
+from lorac.errors import ArtifactError, OptionError, translate_errors
 from lorac.formats.native import variant_config
 from lorac.storage.strict_json import JsonObject, dump_json
 from lorac.trainer import checkpoints, losses
@@ -117,18 +117,24 @@ class AdapterTrainer(Trainer):
         """Train as ``Trainer`` does, perhaps from a checkpoint or its folder, or True for the newest of the run.
 
         Raises:
-            ArtifactError: the checkpoint was not finished, or changed since.
+            OptionError: no step can be taken as the arguments say.
+            ArtifactError: the checkpoint was not finished, changed since, or holds no state that goes on.
             ChoiceError: it is of another run, or there is none.
         """
-        if not resume_from_checkpoint:
-            return super().train(None, *args, **settings)
-        found = resume_from_checkpoint
+        found: Any = resume_from_checkpoint or None
         if found is True:
             found = checkpoints.find_checkpoint(Path(str(self.args.output_dir)))
-        elif not isinstance(found, Checkpoint):
+        elif isinstance(found, str):
             found = checkpoints.open_checkpoint(found)
-        found.check_run(self._describe_run())
-        return super().train(str(found.folder), *args, **settings)
+        if found is None:
+            what, step = f"{type(self).__name__} refuses the recipe", "change the field that it names, or the rows"
+            refusals = translate_errors(OptionError, what, next_step=step, unless=lambda: self.state.global_step > 0)
+        else:
+            found.check_run(self._describe_run())
+            what = f"the run cannot go on from '{found.folder}'"
+            refusals = translate_errors(ArtifactError, what, unless=lambda: self.state.global_step > found.step)
+        with refusals:
+            return super().train(None if found is None else str(found.folder), *args, **settings)
 
     @functools.cached_property
     def _base(self) -> str | None:
@@ -164,14 +170,6 @@ class AdapterTrainer(Trainer):
         if not self.args.save_only_model:
             checkpoints.finish_checkpoint(folder, self.state.global_step, self._describe_run())
         rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with translate_errors(ArtifactError, f"'{checkpoint}' holds no state of this run"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with translate_errors(ArtifactError, f"'{checkpoint}' holds no state of this run"):
-            super()._load_rng_state(checkpoint)
 
 
 def adapter_trainer(base: type[Trainer]) -> type[Any]:

@@ -13,7 +13,6 @@ import torch
 import transformers
 from PIL import Image
 
-import lorac
 from lorac.trainer import Recipe, train
 from tests.letters import CHAT
 from tests.trainer.runs import CPU, LORA, TEXTS, recipe, tokenizer, write_rows
@@ -122,11 +121,3 @@ def test_a_run_is_reported(library: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     state(ROWS, tmp_path, report_to=library)
     assert [*tmp_path.glob(f"{library}/**/*.wandb"), *tmp_path.glob(f"{library}/**/events.out.tfevents.*")]
-
-
-@pytest.mark.parametrize("asked", [{"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": "full_shard"}])
-def test_a_base_in_parts_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(lorac.LoracError) as caught:
-        state(ROWS, tmp_path, **asked)
-    assert caught.value.next_step
-    assert not (tmp_path / "run").exists()
