@@ -10,20 +10,23 @@ import functools
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, OptionError, WrongType, nearest_name, warn
 from lorac.formats._files import peek_names, read_metadata
 from lorac.formats._format import Format
+from lorac.formats.checkpoint import CheckpointFormat
 from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
 from lorac.storage.atomic_folders import MANIFEST, read_consistently, replace_atomically
 from lorac.storage.paths import parse_path, suggest_download, translate_os_errors
 from lorac.variants.adapter import Adapter
 
+T = TypeVar("T")
 GROUP = "lorac.formats"
 """The package of lorac's own formats, and the entry-point group of others."""
 _OF_IMAGE_MODELS = {
@@ -75,15 +78,24 @@ def load_adapter(path: str | os.PathLike[str], model: Model | None = None, name:
         AdapterError: a tensor does not fit its site, or the adapter is for other base weights.
         SiteError: the model lacks a site, or lorac cannot adapt it.
     """
+    return _read(path, model, lambda path, view: _find_format(path).read(path, view, name))
+
+
+def load_checkpoint(path: str | os.PathLike[str], model: Model | None = None) -> dict[str, Adapter]:
+    """Load every adapter of a checkpoint of Trainer's by its name; raises what ``load_adapter`` does."""
+    return _read(path, model, CheckpointFormat().read_all)
+
+
+def _read(path: str | os.PathLike[str], model: Model | None, read: Callable[[Path, ModelView | None], T]) -> T:
     path = parse_path(path, "what lorac.load_adapter reads", FormatError, "unreadable")
     view = None if model is None else ModelView.of(model)
 
-    def read() -> Adapter:
+    def read_charged() -> T:
         with charge_reading(path), _blame_file(path):
-            return _find_format(path).read(path, view, name)
+            return read(path, view)
 
     with translate_os_errors(path, FormatError, "read", "unreadable"):
-        return read_consistently(path, read)
+        return read_consistently(path, read_charged)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ SEAL = "seal"
 _PREFIX, _RECORD = "adapter_tensors.", "._extra_state"
 Places = Mapping[str, Sequence[tuple[str | None, str]]]
 """Key -> (site path or None, parameter) of every place that holds its tensor."""
+Record = tuple[str, JsonMapping, Places]
+"""How an adapter's keys begin, its record, and its places."""
 
 
 class CheckpointFormat(Format):
@@ -49,33 +51,51 @@ class CheckpointFormat(Format):
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
         file = _checkpoint_file(path)
-        tensors, _ = read_safetensors(file)
-        records: dict[str, tuple[str, JsonMapping, Places]] = {}
-        for key in filter(_is_record, tensors):
-            if tensors[key].dtype is not torch.uint8 or tensors[key].ndim != 1:
-                raise corrupt_error(f"'{key}' in '{file}' is not a text")
-            text = bytes(tensors[key].tolist())
-            stored = parse_object(text, lambda reason: corrupt_error(f"a record in '{file}' {reason}"))
-            prefix = key.removesuffix(_RECORD)
-            _check_record(file, stored, tensors, prefix)
-            parsed = parse_record(file, encode_config(stored["record"]))
-            records[parsed["name"]] = (prefix, parsed, stored["places"])
-        known = {f"{prefix}.{key}" for prefix, _, places in records.values() for key in places}
-        unused = next((k for k in tensors if _PREFIX in k and not _is_record(k) and k not in known), None)
-        if unused is not None:
-            raise FormatError(
-                f"'{file}' holds '{unused}', which no record in it names",
-                next_step="copy the file again",
-                code="unused_tensors",
-            )
-        prefix, record, places = records[_choose_adapter(file, sorted(records), name)]
-        stored_tensors = _select_tensors(tensors, prefix, places)
-        adapter = assemble_adapter(file, record, build_variant(file, record), stored_tensors, name)
+        tensors, records = _read_records(file)
+        return self._assemble(file, tensors, records[_choose_adapter(file, sorted(records), name)], view, name)
+
+    def read_all(self, path: Path, view: ModelView | None) -> dict[str, Adapter]:
+        """Return every adapter of a checkpoint by its name; raises as ``read``."""
+        file = _checkpoint_file(path)
+        tensors, records = _read_records(file)
+        return {name: self._assemble(file, tensors, record, view, name) for name, record in records.items()}
+
+    def _assemble(
+        self, file: Path, tensors: Mapping[str, Tensor], record: Record, view: ModelView | None, name: str | None
+    ) -> Adapter:
+        prefix, stored, places = record
+        adapter = assemble_adapter(
+            file, stored, build_variant(file, stored), _select_tensors(tensors, prefix, places), name
+        )
         adapter.provenance["format"] = self.name
         adapter.tensors = sort_by_site(adapter.tensors, view)
         if view is not None:
             check_adapter(adapter, view)
         return adapter
+
+
+def _read_records(file: Path) -> tuple[Mapping[str, Tensor], dict[str, Record]]:
+    """Return a checkpoint's tensors, and the record of each adapter by its name."""
+    tensors, _ = read_safetensors(file)
+    records: dict[str, Record] = {}
+    for key in filter(_is_record, tensors):
+        if tensors[key].dtype is not torch.uint8 or tensors[key].ndim != 1:
+            raise corrupt_error(f"'{key}' in '{file}' is not a text")
+        text = bytes(tensors[key].tolist())
+        stored = parse_object(text, lambda reason: corrupt_error(f"a record in '{file}' {reason}"))
+        prefix = key.removesuffix(_RECORD)
+        _check_record(file, stored, tensors, prefix)
+        parsed = parse_record(file, encode_config(stored["record"]))
+        records[parsed["name"]] = (prefix, parsed, stored["places"])
+    known = {f"{prefix}.{key}" for prefix, _, places in records.values() for key in places}
+    unused = next((k for k in tensors if _PREFIX in k and not _is_record(k) and k not in known), None)
+    if unused is not None:
+        raise FormatError(
+            f"'{file}' holds '{unused}', which no record in it names",
+            next_step="copy the file again",
+            code="unused_tensors",
+        )
+    return tensors, records
 
 
 def _checkpoint_file(path: Path) -> Path:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from torch import nn
 
-import lorac
 from lorac.errors import ArtifactError, ChoiceError, FormatError, short
+from lorac.formats import load_checkpoint
 from lorac.formats.checkpoint import FILE
 from lorac.storage.artifact import check_manifest, describe_files, open_checked, read_manifest, write_manifest
 from lorac.storage.atomic_folders import flush_folder, replace_atomically
@@ -53,8 +53,16 @@ class Checkpoint:
     run: JsonObject
 
     def adapters(self, model: nn.Module) -> dict[str, Adapter]:
-        """Return the adapters as they were at that step; raises what ``lorac.load_adapter`` does."""
-        return {name: lorac.load_adapter(self.folder / FILE, model, name) for name in self.run["adapters"]}
+        """Return the adapters as they were at that step.
+
+        Raises:
+            ArtifactError: they are not those of the manifest.
+            LoracError: what ``lorac.load_adapter`` raises.
+        """
+        found, written = load_checkpoint(self.folder / FILE, model), sorted(self.run["adapters"])
+        if sorted(found) != written:
+            raise ArtifactError(f"'{self.folder}' holds the adapters {short(sorted(found))}, and says {short(written)}")
+        return found
 
     def check_run(self, run: JsonObject) -> None:
         """Check that a run is the one that wrote the checkpoint.

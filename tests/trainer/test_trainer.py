@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,19 @@ def test_a_state_of_strangers_is_answered_in_lorac_words(written: Path, tmp_path
         with pytest.raises(lorac.ArtifactError, match="the run cannot go on from"):
             trainer.train(resume_from_checkpoint=str(folder))
         shutil.copyfile(written / "checkpoint-2" / name, folder / name)
+
+
+def test_the_adapters_of_a_manifest_are_those_of_the_file(written: Path, tmp_path: Path) -> None:
+    """A file is read once, however many adapters a manifest promises."""
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(written / "checkpoint-2", folder)
+    run = open_checkpoint(folder).run
+    for promised in ({}, {str(number): {} for number in range(2000)}, {"b": {}}):
+        finish_checkpoint(folder, 2, {**run, "adapters": promised})
+        begun = time.process_time()
+        with pytest.raises(lorac.ArtifactError, match=r"holds the adapters \['a'\], and says"):
+            open_checkpoint(folder).adapters(host("tiny_llama"))
+        assert time.process_time() - begun < 2
 
 
 def test_a_changed_byte_is_found_in_every_file(written: Path, tmp_path: Path) -> None:
