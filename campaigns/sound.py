@@ -23,6 +23,7 @@ from torch import nn
 import examples
 import lorac
 from lorac.errors import LoracError
+from lorac.formats import formats
 from lorac.testing import samples
 from lorac.testing.hosts import HOSTS, Host
 from lorac.trainer import Recipe, checkpoints, read_recipe
@@ -53,6 +54,15 @@ HUB = {
 """Methods that AdapterHub's files hold, on BERT."""
 FORK = {"peft_type": "LORA", "r": 6, "lora_alpha": 9, "target_modules": ["site"], "init_lora_weights": "sparse"}
 """FlyLoRA's fork of PEFT, which lorac reads and does not write."""
+
+
+OF_LYCORIS: Mapping[str, Mapping[str, Any]] = {
+    "boft": {"block_size": 2, "rotates_output": True},
+    "ia3": {"scales_bias": False},
+}
+"""Fields of methods by which they are LyCORIS's."""
+PIPELINE = {"unet": "conv", "text_encoder": "two_linear"}
+"""Component -> its host."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,10 @@ class Two(nn.Module):
 
 
 @functools.cache
-def model(host: str) -> nn.Module:
-    """Return a host by name, in float32."""
+def model(host: str) -> Any:
+    """Return a host by name, in float32; several by their names in a pipeline."""
+    if host == "pipeline":
+        return {component: model(name) for component, name in PIPELINE.items()}
     return ZOO[host].model() if host in ZOO else HOSTS[host].model(torch.float32)
 
 
@@ -189,6 +201,25 @@ def _autolora(folder: Path) -> Iterator[Sound]:
     yield Sound("autolora", "autolora", "autolora/merger.safetensors", "linear")
 
 
+def _diffusers(folder: Path) -> Iterator[Sound]:
+    here = model("pipeline")
+    adapter = lorac.compile(here, {"style": lorac.LoRA(r=2, alpha=3, targets=["site", "first"])}).adapters["style"]
+    (folder / "diffusers").mkdir()
+    lorac.save_adapter(adapter, folder / "diffusers" / "lora.safetensors", "diffusers", here)
+    yield Sound("diffusers", "lora", "diffusers/lora.safetensors", "pipeline")
+
+
+def _kohya(folder: Path) -> Iterator[Sound]:
+    (folder / "kohya").mkdir()
+    for kind in formats()["kohya"].methods:
+        for host in ("divisible", "conv"):
+            variant = dataclasses.replace(samples(kind, **OF_LYCORIS.get(kind.name, {}))[0], targets=HOSTS[host].paths)
+            adapter = lorac.compile(model(host), {kind.name: variant}).adapters[kind.name]
+            place = f"kohya/{kind.name}_{host}.safetensors"
+            lorac.save_adapter(adapter, folder / place, "kohya", model(host))
+            yield Sound("kohya", kind.name, place, host)
+
+
 def _checkpoint(folder: Path) -> Iterator[Sound]:
     compiled = lorac.compile(model("two_linear"), {"a": lorac.VeRA(r=2, targets=["first", "second"])})
     (folder / "checkpoint").mkdir()
@@ -258,8 +289,8 @@ SAMPLES = {
     "gguf": _of_llama("gguf", "{}.gguf", _PAIR),
     "mlx": _of_llama("mlx", "{}", _PAIR, lorac.DoRA(r=2, targets=["v_proj"]), lorac.Full(targets=["k_proj"])),
     "onnx_adapter": _of_llama("onnx_adapter", "{}.onnx_adapter", _PAIR),
-    "adapterhub": _adapterhub, "xlora": _xlora, "autolora": _autolora, "checkpoint": _checkpoint, "flylora": _flylora,
-    "recipe": _recipes, "training": _training,
+    "adapterhub": _adapterhub, "diffusers": _diffusers, "kohya": _kohya, "xlora": _xlora, "autolora": _autolora,
+    "checkpoint": _checkpoint, "flylora": _flylora, "recipe": _recipes, "training": _training,
 }  # fmt: skip
 """Formats, and layouts of a format, that ``write_methods`` does not write -> what writes sound ones."""
 FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora", "recipe", "training"}

@@ -59,6 +59,7 @@ from lorac.variants.flexmore import FlexMoRE as FlexMoRE
 from lorac.variants.flylora import FlyLoRA as FlyLoRA
 from lorac.variants.fourierft import FourierFT as FourierFT
 from lorac.variants.full import Full as Full
+from lorac.variants.glora import GLoRA as GLoRA
 from lorac.variants.hira import HiRA as HiRA
 from lorac.variants.hra import HRA as HRA
 from lorac.variants.hydra import Hydra as Hydra
@@ -70,6 +71,7 @@ from lorac.variants.loldu import LoLDU as LoLDU
 from lorac.variants.lora import LoRA as LoRA
 from lorac.variants.lora_c import LoRAC as LoRAC
 from lorac.variants.lora_xs import LoRAXS as LoRAXS
+from lorac.variants.magnitude import Magnitude as Magnitude
 from lorac.variants.meteora import MeteoRA as MeteoRA
 from lorac.variants.miss import MiSS as MiSS
 from lorac.variants.mps import MPS as MPS

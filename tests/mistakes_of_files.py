@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import diffusers
 import huggingface_hub
 import torch
 import transformers
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 
 import lorac
 from tests.mistakes import Mistake, World, lora
+from tests.zoo import tiny_unet
 
 
 def _fresh_at(w: World, name: str) -> str:
@@ -17,8 +17,8 @@ def _fresh_at(w: World, name: str) -> str:
 
 
 def _image_lora(w: World) -> str:
-    layer, path = "lora_unet_down_blocks_0_attentions_0_proj_in", w.path("style.safetensors")
-    pair = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2)}
+    layer, path = "lora_unet_conv_in", w.path("style.safetensors")
+    pair = {"lora_down.weight": torch.ones(2, 4, 3, 3), "lora_up.weight": torch.ones(8, 2, 1, 1)}
     save_file({f"{layer}.{name}": tensor for name, tensor in pair.items()}, path)
     return path
 
@@ -61,9 +61,9 @@ FILES = [
         lambda w, said: huggingface_hub.snapshot_download,
     ),
     Mistake(
-        "an image model's adapter as kohya's scripts write it",
+        "an image model's adapter loaded without the model",
         lambda w: lorac.load_adapter(_image_lora(w)),
-        lambda w, said: (diffusers.StableDiffusionPipeline.load_lora_weights, lorac.compile({"unet": w.model})),
+        lambda w, said: lorac.load_adapter(_image_lora(w), {"unet": tiny_unet(16)}),
     ),
     Mistake("a path that no file can have", lambda w: lorac.load("a\0b")),
     Mistake(

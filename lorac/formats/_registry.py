@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +16,7 @@ from typing import TypeVar
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, OptionError, WrongType, nearest_name, warn
-from lorac.formats._files import peek_names, read_metadata
+from lorac.formats._files import read_metadata
 from lorac.formats._format import Format
 from lorac.formats.checkpoint import CheckpointFormat
 from lorac.frontend.model_view import Model, ModelView
@@ -29,11 +28,6 @@ from lorac.variants.adapter import Adapter
 T = TypeVar("T")
 GROUP = "lorac.formats"
 """The package of lorac's own formats, and the entry-point group of others."""
-_OF_IMAGE_MODELS = {
-    "kohya's sd-scripts": re.compile(r"(lora|lycoris|oft)_(unet|te\d?|transformer)_"),
-    "diffusers": re.compile(r"(unet|transformer|text_encoder(_\d)?)\..*(lora|processor)"),
-}
-"""Who writes files that diffusers reads -> how the names of their tensors begin."""
 
 
 @functools.cache
@@ -170,15 +164,6 @@ def _find_format(path: Path) -> Format:
         return _choose_surest(path, matching)
     if path.is_file() and path.suffix == ".safetensors":
         read_metadata(path)  # the error of a damaged file says more
-    names = {name for file in ([path] if path.is_file() else path.glob("*.safetensors")) for name in peek_names(file)}
-    origin = next((who for who, pattern in _OF_IMAGE_MODELS.items() if any(map(pattern.match, names))), None)
-    if origin is not None:
-        raise FormatError(
-            f"'{path}' is an adapter of an image model as {origin} writes it, which lorac does not read",
-            next_step="load it with diffusers, pipeline.load_lora_weights(path), and compile the pipeline's models: "
-            "lorac.compile({'unet': pipeline.unet}) takes the adapter from them",
-            code="unknown_format",
-        )
     raise FormatError(
         f"'{path}' is an adapter of no known format; looked for "
         + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),

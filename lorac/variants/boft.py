@@ -1,6 +1,7 @@
-"""BOFT: rotations of a layer's input as a product of butterfly factors.
+"""BOFT: rotations of a layer's input or output as a product of butterfly factors.
 
-Liu et al. 2023, arXiv 2311.06243.
+Liu et al. 2023, arXiv 2311.06243; of outputs as in LyCORIS (https://github.com/KohakuBlueleaf/LyCORIS), whose
+"diag-oft" is one factor.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class BOFT(WeightVariant):
         block_size: β, PEFT's boft_block_size; 0 where block_num is given.
         block_num: number of blocks; 0 where block_size is given.
         n_butterfly_factor: m.
+        rotates_output: ``W' = diag(s)·R·W`` instead; the bias is not rotated.
     """
 
     block_size: Annotated[int, Bounds(0)] = 4
     block_num: Annotated[int, Bounds(0)] = 0
     n_butterfly_factor: Count = 1
+    rotates_output: bool = False
 
     name = "boft"
     paper = "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, arXiv 2311.06243"
@@ -47,7 +50,7 @@ class BOFT(WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        width, m = site.in_features, self.n_butterfly_factor
+        width, m = self._width(site), self.n_butterfly_factor
         size, number = self._blocks(site)
         group = 2 ** min(m - 1, number.bit_length())  # no higher power divides the number
         if width % (divisor := self.block_size or self.block_num):
@@ -57,7 +60,8 @@ class BOFT(WeightVariant):
         else:
             return
         raise SiteError(
-            f"BOFT cannot cut the input of '{site.path}': {problem} {width} features",
+            f"BOFT cannot cut the {'output' if self.rotates_output else 'input'} of '{site.path}': {problem} {width} "
+            "features",
             next_step="give another block_size or block_num, or exclude= the module",
         )
 
@@ -69,13 +73,17 @@ class BOFT(WeightVariant):
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
+        rows = W.t() if self.rotates_output else W
         for i, x in enumerate(p.boft_R):
-            W = _times_factor(W, cayley(0.5 * (x - x.transpose(1, 2))), 2**i)
-        return p.boft_s * W
+            rows = _times_factor(rows, cayley(0.5 * (x - x.transpose(1, 2))), 2**i)
+        return p.boft_s * (rows.t() if self.rotates_output else rows)
+
+    def _width(self, site: Site) -> int:
+        return site.out_features if self.rotates_output else site.in_features
 
     def _blocks(self, site: Site) -> tuple[int, int]:
         """Return the size and the number of the blocks."""
-        width = site.in_features
+        width = self._width(site)
         size = self.block_size or width // self.block_num
         return size, self.block_num or width // size
 

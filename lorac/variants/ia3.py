@@ -25,9 +25,11 @@ class IA3(WeightVariant):
     Attributes:
         feedforward: PEFT's feedforward_modules, the modules whose input is scaled: endings of paths, or one regular
             expression for the whole path.
+        scales_bias: where outputs are scaled, the bias is as well; LyCORIS leaves it.
     """
 
     feedforward: str | Sequence[str] = ()
+    scales_bias: bool = True
 
     name = "ia3"
     paper = "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, arXiv 2205.05638"
@@ -55,4 +57,4 @@ class IA3(WeightVariant):
         return W * scale
 
     def new_bias(self, b: Tensor, p: Params) -> Tensor:
-        return b if self.feedforward else b * p.ia3_l[:, 0]
+        return b if self.feedforward or not self.scales_bias else b * p.ia3_l[:, 0]

@@ -25,13 +25,14 @@ class LoKr(ScaledRank, WeightVariant):
     Attributes:
         r: rank of the factored matrices: w2 where r < max(k, n)/2, and w1 only under ``decompose_both``.
         decompose_both: factor w1 too, where r < max(l, m)/2.
-        decompose_factor: l and m, where they divide; else the nearest divisor below. −1: nearest to the square root.
+        decompose_factor: l and m, where they divide; else the nearest divisor below. −1: nearest to the square root. A
+            pair is l and m themselves.
         effective_conv2d: PEFT's use_effective_conv2d: a factored w2 of more than one tap has a core ``lokr_t2``
             (r, r, taps).
     """
 
     decompose_both: bool = False
-    decompose_factor: int = -1
+    decompose_factor: int | tuple[int, int] = -1
     effective_conv2d: bool = False
 
     name = "lokr"
@@ -39,21 +40,32 @@ class LoKr(ScaledRank, WeightVariant):
 
     def check(self, site: Site) -> None:
         super().check(site)
-        if self.decompose_factor < 1 and self.decompose_factor != -1:
+        factor = self.decompose_factor
+        sizes = (site.out_features, kernel_columns(site)[0])
+        if isinstance(factor, int):
+            wrong = factor < 1 and factor != -1
+        else:
+            wrong = any(part < 1 or size % part for size, part in zip(sizes, factor, strict=True))
+        if wrong:
             raise SiteError(
-                f"decompose_factor={self.decompose_factor} divides neither side of '{site.path}'",
+                f"decompose_factor={factor} divides neither side of '{site.path}'",
                 next_step="give a number above 0, or -1 for the divisors nearest to the square root",
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         channels, taps = kernel_columns(site)
-        left, small = factors(site.out_features, self.decompose_factor)
-        middle, columns = factors(channels, self.decompose_factor)
+        left, small = self._divide(site.out_features, 0)
+        middle, columns = self._divide(channels, 1)
         return {**self._first(left, middle), **self._second(small, columns, taps)}
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         w1, w2 = (getattr(p, name) if hasattr(p, name) else _product(p, name) for name in ("lokr_w1", "lokr_w2"))
         return W + expand_groups(self.scale * torch.kron(w1, w2), W)
+
+    def _divide(self, number: int, side: int) -> tuple[int, int]:
+        """Return the two sizes whose product is a side of the weight."""
+        factor = self.decompose_factor
+        return factors(number, factor) if isinstance(factor, int) else (factor[side], number // factor[side])
 
     def _first(self, rows: int, columns: int) -> dict[str, ParamSpec]:
         """Return the specs of w1, which starts at zero."""

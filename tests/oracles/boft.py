@@ -33,9 +33,11 @@ def rotation(boft_R):
 
 
 def weight(W, p, variant):
-    return np.diag(p.boft_s.ravel()) @ W @ rotation(p.boft_R).T
+    R = rotation(p.boft_R)
+    return np.diag(p.boft_s.ravel()) @ (R @ W if variant.rotates_output else W @ R.T)
 
 
 def count(out, columns, variant):
-    size = variant.block_size or columns // variant.block_num
-    return variant.n_butterfly_factor * columns * size + out
+    width = out if variant.rotates_output else columns
+    size = variant.block_size or width // variant.block_num
+    return variant.n_butterfly_factor * width * size + out

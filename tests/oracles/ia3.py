@@ -15,7 +15,7 @@ def weight(W, p, variant):
 
 
 def bias(b, W, p, variant):
-    return b if _scales_input(p) else p.ia3_l.ravel() * b
+    return b if _scales_input(p) or not variant.scales_bias else p.ia3_l.ravel() * b
 
 
 def count(out, columns, variant):

@@ -122,7 +122,7 @@ def _convert_method(
         fields = LoraFields(r=method.r, alpha=float(method.r), dropout=float(method.dropout), use_dora=True)
         up = tensors["lora_B"] if method.scale == 1 else tensors["lora_B"] * method.scale
         return fields, {A: tensors["lora_A"], B: up, MAGNITUDE: tensors["magnitude"][:, None]}
-    if isinstance(method, IA3) and not method.feedforward:
+    if isinstance(method, IA3) and not method.feedforward and (method.scales_bias or site.bias is None):
         return LoraFields(r=1, alpha=1.0, composition_mode=SCALE, init_weights="ia3"), {B: tensors["ia3_l"]}
     raise unsupported_error(
         f"adapter '{name}' has '{method.name}' at '{site.path}', which lorac cannot write to AdapterHub's files: they "

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_count, read_size
+from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
@@ -52,6 +53,11 @@ class BoftType(PeftType[BOFT]):
         return site, {ROTATION: rotation, SCALE: scale.reshape(-1, 1)}
 
     def write_site(self, variant: BOFT, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        if variant.rotates_output:
+            raise unsupported_error(
+                f"PEFT's BOFT rotates the input of '{site.path}', and rotates_output=True its output",
+                next_step="use format='kohya', or 'native'",
+            )
         return {**tensors, SCALE: tensors[SCALE] if site.conv is None else tensors[SCALE].t()}
 
     def refine_variant(self, variant: BOFT, stored: Mapping[str, Tensors]) -> BOFT:

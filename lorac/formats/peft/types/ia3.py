@@ -12,6 +12,7 @@ import re
 from torch import Tensor
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_pattern
+from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import COMMON, EXCLUDE
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
@@ -58,5 +59,10 @@ class Ia3Type(PeftType[IA3]):
         return site, {SCALE: scale.reshape(shape)}
 
     def write_site(self, variant: IA3, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        if not (variant.scales_bias or variant.scales_input(site.path)):
+            raise unsupported_error(
+                f"PEFT's IA3 scales the bias of '{site.path}' with its weight, and scales_bias=False does not",
+                next_step="use format='kohya', or 'native'",
+            )
         scale = tensors[SCALE]
         return {SCALE: scale if site.conv is None else scale.reshape(1, -1, *(1,) * len(site.conv.kernel))}

@@ -33,6 +33,20 @@ def read_factor(value: object) -> int:
     return -1 if value == -1 and not isinstance(value, bool) else read_size(value)
 
 
+def write_factor(value: object) -> object:
+    """Return a whole number.
+
+    Raises:
+        FormatError: it is a pair.
+    """
+    if not isinstance(value, int):
+        raise unsupported_error(
+            f"PEFT's LOKR takes one decompose_factor for both sides, not {value}",
+            next_step="use format='kohya', or 'native'",
+        )
+    return value
+
+
 class LokrType(PeftType[LoKr]):
     """LOKR."""
 
@@ -41,7 +55,7 @@ class LokrType(PeftType[LoKr]):
     fields = {
         **LYCORIS,
         "decompose_both": Applied(False, to="decompose_both", read=read_flag),
-        "decompose_factor": Applied(-1, to="decompose_factor", read=read_factor),
+        "decompose_factor": Applied(-1, to="decompose_factor", read=read_factor, write=write_factor),
         "rank_dropout_scale": TrainingOnly(False, preserved=True),
     }
     suffixes = (W1, f"{W1}_a", f"{W1}_b", W2, f"{W2}_a", f"{W2}_b", CORE)
@@ -96,7 +110,7 @@ def _guess_kernel(variant: LoKr, path: str, stored: Tensors, m: int, columns: in
     """Return (n, kernel) of a flat w2_b (r, n·taps): those of a linear layer where that is possible."""
     for taps in (taps for taps in range(1, columns + 1) if columns % taps == 0):
         n = columns // taps
-        if factors(m * n, variant.decompose_factor) == (m, n):
+        if factors(m * n, read_factor(variant.decompose_factor)) == (m, n):
             return n, (taps, 1) if taps > 1 else ()
     expected = f"no layer is so divided by decompose_factor={variant.decompose_factor}"
     raise mismatched_shapes(path, stored, expected)

@@ -1,0 +1,20 @@
+"""The layouts of methods, one class each."""
+
+from __future__ import annotations
+
+from lorac.formats._image_files.layout import ModuleLayout
+from lorac.formats._image_files.layouts.differences import DifferenceLayout
+from lorac.formats._image_files.layouts.loras import LoraLayout
+from lorac.formats._image_files.layouts.products import LohaLayout, LokrLayout
+from lorac.formats._image_files.layouts.rotations import RotationLayout
+from lorac.formats._image_files.layouts.scales import GloraLayout, ScaleLayout
+
+LAYOUTS: tuple[ModuleLayout, ...] = (
+    LoraLayout(),
+    LohaLayout(),
+    LokrLayout(),
+    RotationLayout(),
+    ScaleLayout(),
+    GloraLayout(),
+    DifferenceLayout(),
+)

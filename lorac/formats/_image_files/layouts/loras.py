@@ -1,0 +1,81 @@
+"""LoRA, whose factor A of a convolution may itself be a product.
+
+Source: sd-scripts, networks/lora.py; LyCORIS, lycoris/modules/locon.py. Shapes in a file:
+
+    ==============================  ==================  ==================  ===========
+    site                            lora_down           lora_up             lora_mid
+    ==============================  ==================  ==================  ===========
+    linear                          (r, in)             (out, r)            –
+    convolution                     (r, in, *kernel)    (out, r, 1, …)      –
+    convolution, use_tucker         (r, in, 1, …)       (out, r, 1, …)      (r, r, *kernel)
+    ==============================  ==================  ==================  ===========
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorac.formats._errors import unsupported_error
+from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
+from lorac.ir.sites import Site
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+from lorac.variants.low_rank import ScaledRank
+
+
+class LoraLayout(ModuleLayout):
+    """LoRA's factors, those of DoRA among them."""
+
+    required = ("lora_down", "lora_up")
+    optional = ("lora_mid", "lora_bias")
+    variants = (LoRA, DoRA)
+    rows = ("lora_B", "lora_bias", "magnitude")
+
+    def read(self, module: StoredModule) -> Method:
+        site, rank = module.site, module.length("lora_down")
+        if site.conv is not None and site.conv.groups > 1:
+            raise unsupported_error(
+                f"'{module.keys['lora_down']}' is of '{site.path}', a convolution of {site.conv.groups} groups, whose "
+                "groups would share one factor",
+                next_step="train it with a LoHa or LoKr there, or without the layer",
+            )
+        tensors = {"lora_A": self._read_down(module, rank), "lora_B": module.matrix("lora_up", site.out_features, rank)}
+        if "lora_bias" in module.tensors:
+            tensors["lora_bias"] = module.matrix("lora_bias", site.out_features).flatten()
+        alpha = rank if module.alpha is None else module.alpha
+        return LoRA(r=rank, alpha=alpha, lora_bias="lora_bias" in tensors), tensors
+
+    def _read_down(self, module: StoredModule, rank: int) -> Tensor:
+        """Return A (r, in), multiplied out in at least float32 where it is a product."""
+        if "lora_mid" not in module.tensors:
+            return module.matrix("lora_down", rank, *module.columns)
+        channels, *kernel = module.columns
+        down = module.matrix("lora_down", rank, channels)
+        core = module.matrix("lora_mid", rank, rank, *kernel).unflatten(1, (rank, -1))
+        wide = torch.promote_types(down.dtype, torch.float32)
+        product: Tensor = torch.einsum("ijt,jq->iqt", core.to(wide), down.to(wide)).flatten(1)
+        return product
+
+    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        down, up = tensors["lora_A"], tensors["lora_B"]
+        if site.conv is not None:
+            if site.conv.groups > 1:
+                raise unsupported_error(
+                    f"'{site.path}' is a convolution of {site.conv.groups} groups, for whose factors these files have "
+                    "no place",
+                    next_step="use format='native', or exclude= the module",
+                )
+            down, up = down.reshape(-1, *site.kernel[1:]), up.reshape(*up.shape, *(1,) * len(site.conv.kernel))
+        written = {"lora_down": down, "lora_up": up}
+        return written | ({"lora_bias": tensors["lora_bias"]} if "lora_bias" in tensors else {})
+
+    def alpha(self, variant: Any) -> float:
+        return find_alpha(variant)
+
+
+def find_alpha(variant: ScaledRank) -> float:
+    """Return the alpha by which alpha/r is the scale of a LoRA, which under rsLoRA is another."""
+    return variant.alpha if variant.alpha / variant.r == variant.scale else variant.scale * variant.r

@@ -1,0 +1,152 @@
+"""LoHa and LoKr: Hadamard and Kronecker products, in factors.
+
+Source: LyCORIS, lycoris/modules/loha.py and lokr.py. With in the channels of a group, shapes in a file are
+
+    ====================================  ========  ===================  ===============
+    LoHa                                  w1_a …    w1_b …               t1, t2
+    ====================================  ========  ===================  ===============
+    linear, or convolution                (out, r)  (r, in·kernel)       –
+    convolution, use_tucker               (r, out)  (r, in)              (r, r, *kernel)
+    ====================================  ========  ===================  ===============
+
+and with out = l·k, in = m·n those of LoKr
+
+    w1    (l, m), or w1_a (l, r) and w1_b (r, m)
+    w2    (k, n, *kernel), or w2_a (k, r) and w2_b (r, n·kernel), or with t2 (r, r, *kernel) w2_a (r, k), w2_b (r, n)
+
+A LoKr of two whole matrices has the scale 1, whatever alpha its file has.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from lorac.formats._errors import unsupported_error
+from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
+from lorac.ir.sites import Site
+from lorac.variants.loha import LoHa
+from lorac.variants.lokr import LoKr, factors
+
+_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
+
+
+class LohaLayout(ModuleLayout):
+    """LoHa's four factors, and two cores."""
+
+    required = _FACTORS
+    optional = _CORES
+    variants = (LoHa,)
+    rows = ("hada_w1_a", "hada_w2_a")
+
+    def read(self, module: StoredModule) -> Method:
+        out, (channels, *kernel) = module.site.out_features, module.columns
+        rank, core = module.length("hada_w1_b"), _CORES[0] in module.tensors
+        if core != (_CORES[1] in module.tensors):
+            raise unsupported_error(
+                f"'{module.keys[_FACTORS[0]]}' has one core of two", next_step="save the adapter again from LyCORIS"
+            )
+        a, b = ((rank, out), (rank, channels)) if core else ((out, rank), (rank, channels * prod(kernel)))
+        tensors = {name: module.matrix(name, *(a if name.endswith("a") else b)) for name in _FACTORS}
+        for name in _CORES if core else ():
+            tensors[name] = module.matrix(name, rank, rank, *kernel).unflatten(1, (rank, -1))
+        alpha = rank if module.alpha is None else module.alpha
+        return LoHa(r=rank, alpha=alpha, effective_conv2d=core), tensors
+
+    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        return {**tensors, **{name: _as_kernel(site, tensors[name]) for name in _CORES if name in tensors}}
+
+    def alpha(self, variant: Any) -> float:
+        return float(variant.alpha)
+
+
+class LokrLayout(ModuleLayout):
+    """LoKr's two matrices, each whole or in factors."""
+
+    optional = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    variants = (LoKr,)
+    adds = True
+
+    def read(self, module: StoredModule) -> Method:
+        first, second = self._names(module)
+        left, middle = module.length(first[0]), module.length(first[-1], 1)
+        out, (channels, *kernel) = module.site.out_features, module.columns
+        small, columns = out // max(left, 1), channels // max(middle, 1)
+        ranked = [name for name in (*first, *second) if name.endswith("_b")]
+        rank = module.length(ranked[-1]) if ranked else max(small, columns, 1)
+        core = "lokr_t2" in second
+        shapes: dict[str, tuple[int, ...]] = {
+            "lokr_w1": (left, middle),
+            "lokr_w1_a": (left, rank),
+            "lokr_w1_b": (rank, middle),
+            "lokr_w2": (small, columns, *kernel),
+            "lokr_w2_a": (rank, small) if core else (small, rank),
+            "lokr_w2_b": (rank, columns) if core else (rank, columns * prod(kernel)),
+            "lokr_t2": (rank, rank, *kernel),
+        }
+        if not core and "lokr_w2_b" in second and module.tensors["lokr_w2_b"].ndim > 2:
+            shapes["lokr_w2_b"] = (rank, columns, *kernel)
+        tensors = {name: module.matrix(name, *shapes[name]) for name in (*first, *second)}
+        if core:
+            tensors["lokr_t2"] = tensors["lokr_t2"].unflatten(1, (rank, -1))
+        variant = LoKr(
+            r=rank,
+            alpha=rank if module.alpha is None or not ranked else module.alpha,
+            decompose_both=len(first) > 1,
+            decompose_factor=_find_factor((out, channels), (left, middle)),
+            effective_conv2d=core,
+        )
+        if variant.params(module.site).keys() != tensors.keys():
+            raise unsupported_error(
+                f"'{module.keys[first[0]]}' is of a LoKr whose matrices of '{module.site.path}' are divided, or in "
+                f"factors, as no rank {rank} gives",
+                next_step="train it without full_matrix and unbalanced_factorization",
+            )
+        return variant, tensors
+
+    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+        written = dict(tensors)
+        if "lokr_t2" in written:
+            written["lokr_t2"] = _as_kernel(site, written["lokr_t2"])
+        if "lokr_w2" in written and site.conv is not None:
+            written["lokr_w2"] = written["lokr_w2"].reshape(written["lokr_w2"].shape[0], -1, *site.conv.kernel)
+        if "lokr_w1" in written and "lokr_w2" in written and variant.scale != 1:
+            written["lokr_w1"] = written["lokr_w1"] * variant.scale
+        return written
+
+    def alpha(self, variant: Any) -> float:
+        return float(variant.alpha)
+
+    def _names(self, module: StoredModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the tensors of w1 and of w2.
+
+        Raises:
+            FormatError: there are too many or too few.
+        """
+        first = ("lokr_w1",) if "lokr_w1" in module.tensors else ("lokr_w1_a", "lokr_w1_b")
+        second: tuple[str, ...] = ("lokr_w2",) if "lokr_w2" in module.tensors else ("lokr_w2_a", "lokr_w2_b")
+        if "lokr_t2" in module.tensors:
+            second = ("lokr_t2", *second)
+        if {*first, *second} != set(module.tensors) or {"lokr_w2", "lokr_t2"} <= {*second}:
+            raise unsupported_error(
+                f"'{next(iter(module.keys.values()))}' is of a LoKr with the tensors {', '.join(module.tensors)}",
+                next_step="it has lokr_w1, or lokr_w1_a and lokr_w1_b; and the same of lokr_w2, with or without "
+                "lokr_t2; save it again from LyCORIS",
+            )
+        return first, second
+
+
+def _find_factor(sizes: tuple[int, int], parts: tuple[int, int]) -> int | tuple[int, int]:
+    """Return the ``decompose_factor`` that divides both sizes as a file does: one number if one does."""
+    candidates = (-1, *parts, max(parts))
+    fits = (c for c in candidates if all(factors(s, c)[0] == part for s, part in zip(sizes, parts, strict=True)))
+    return next(fits, parts)
+
+
+def _as_kernel(site: Site, core: Tensor) -> Tensor:
+    """Return a core (r, r, taps) as (r, r, *kernel)."""
+    assert site.conv is not None
+    return core.reshape(*core.shape[:2], *site.conv.kernel)

@@ -1,0 +1,71 @@
+"""DoRA's trained norms of the rows or columns of W', which a file may have besides the tensors of any method.
+
+dora_scale               (out, 1, …), or (1, in, 1, …) of LyCORIS with wd_on_out=False
+lora_magnitude_vector    (out,), or (1, out, 1, …) at convolutions, of PEFT
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lorac.formats._errors import unsupported_error
+from lorac.formats._image_files.layout import Method, StoredModule
+from lorac.ir.sites import Site
+from lorac.variants.chain import Chain
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+from lorac.variants.magnitude import Magnitude
+
+PEFT, LYCORIS = "magnitude", "dora_scale"
+MAGNITUDES = (PEFT, LYCORIS)
+_FIRST, _SECOND = "part0_", "part1_"
+"""What ``Chain`` calls the tensors of its two parts."""
+
+
+def add_magnitude(method: Method, module: StoredModule) -> Method:
+    """Return a method with the norms that a module has, if any.
+
+    Raises:
+        AdapterError: they have another shape than the site asks for.
+        FormatError: PEFT does not combine them with the method.
+    """
+    leaf = next((leaf for leaf in MAGNITUDES if leaf in module.tensors), None)
+    if leaf is None:
+        return method
+    variant, tensors = method
+    if len([other for other in MAGNITUDES if other in module.tensors]) > 1:
+        raise unsupported_error(
+            f"'{module.keys[LYCORIS]}' and '{module.keys[PEFT]}' are of one module",
+            next_step="save it again from its trainer: it holds two adapters, or one in two spellings",
+        )
+    columns = leaf == LYCORIS and _is_row(module.tensors[leaf], module.site)
+    length = module.columns[0] if columns else module.site.out_features
+    shape = (length,) if module.tensors[leaf].shape[0] == length else (1, length)
+    vector = module.matrix(leaf, *shape).flatten()
+    if isinstance(variant, LoRA) and not columns and not variant.lora_bias:
+        return DoRA(r=variant.r, alpha=variant.alpha), {**tensors, "magnitude": vector}
+    chain = Chain(parts=(variant, Magnitude(columns=columns)))
+    return chain, {**{_FIRST + name: t for name, t in tensors.items()}, f"{_SECOND}magnitude": vector}
+
+
+def _is_row(scale: Tensor, site: Site) -> bool:
+    """Return whether a scale is of the columns: its first axis has length 1, where the weight has more rows."""
+    return scale.ndim > 1 and scale.shape[0] == 1 and (site.out_features > 1 or scale.shape[1] > 1)
+
+
+def take_magnitude(
+    variant: Any, tensors: Mapping[str, Tensor], site: Site
+) -> tuple[Any, dict[str, Tensor], Tensor | None]:
+    """Return a method and its tensors without norms, and the norms as LyCORIS has them; None for a method without."""
+    rest = dict(tensors)
+    ones = (1,) * max(len(site.kernel) - 1, 1)
+    if isinstance(variant, DoRA):
+        return variant, rest, rest.pop("magnitude").reshape(-1, *ones)
+    if not isinstance(variant, Chain) or len(variant.parts) != 2 or not isinstance(variant.parts[1], Magnitude):
+        return variant, rest, None
+    norms = rest.pop(f"{_SECOND}magnitude").reshape(-1, *ones)
+    inner = {name.removeprefix(_FIRST): tensor for name, tensor in rest.items()}
+    return variant.parts[0], inner, norms.transpose(0, 1) if variant.parts[1].columns else norms

@@ -1,0 +1,63 @@
+"""The metadata of files: diffusers' configurations of PEFT, and lorac's own entries.
+
+diffusers writes one JSON object, in which the fields of a component's LoraConfig are called ``<component>.<field>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lorac.formats._errors import corrupt_error
+from lorac.formats._files import BASE_HASH, encode_config
+from lorac.formats.peft.config import peft_types, read_config, variant_of, write_config
+from lorac.storage.strict_json import parse_object
+from lorac.variants.low_rank import ScaledRank
+
+CONFIGS = "lora_adapter_metadata"
+"""The metadata entry of diffusers."""
+_LORA = "LORA"
+
+
+def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, ScaledRank]:
+    """Return component -> the LoRA that its configuration describes.
+
+    Raises:
+        FormatError: the entry is not JSON, or a configuration is not one that lorac builds.
+    """
+    text = metadata.get(CONFIGS, "{}")
+    fields = parse_object(text, lambda reason: corrupt_error(f"the metadata entry '{CONFIGS}' of '{path}' {reason}"))
+    configs: dict[str, dict[str, object]] = {}
+    for name, value in fields.items():
+        component, _, field = name.partition(".")
+        configs.setdefault(component, {})[field] = value
+    peft_type, found = peft_types()[_LORA], {}
+    for component, raw in configs.items():
+        variant = variant_of(read_config(raw, peft_type, path), peft_type, path)
+        assert isinstance(variant, ScaledRank)
+        found[component] = variant
+    return found
+
+
+def write_configs(variants: Mapping[str, ScaledRank]) -> dict[str, str]:
+    """Return the metadata entry with the configurations of components; none where every scale is 1.
+
+    diffusers takes a component without a configuration for one of rank 8, so that all have one or none.
+    """
+    if all(_is_plain(variant) for variant in variants.values()):
+        return {}
+    fields: dict[str, object] = {}
+    for component, variant in variants.items():
+        config = write_config(variant, peft_types()[_LORA], {"target_modules": list(variant.targets)}, {})
+        fields |= {f"{component}.{name}": value for name, value in config.items()}
+    return {CONFIGS: encode_config(fields)}
+
+
+def _is_plain(variant: ScaledRank) -> bool:
+    """Return whether the scale is 1 at every site."""
+    return not variant.alpha_pattern and not variant.rank_pattern and variant.scale == 1
+
+
+def seal_text(metadata: Mapping[str, str]) -> str:
+    """Return the text that is sealed with the tensors."""
+    return encode_config({name: metadata[name] for name in (CONFIGS, BASE_HASH) if name in metadata})

@@ -1,0 +1,72 @@
+"""One method for many sites, of methods at single ones: files have a rank and an alpha at every module."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lorac.argument_types import Fields
+from lorac.ir.patterns import MAX_PATTERN_LENGTH
+from lorac.variants.base import Variant
+from lorac.variants.union import Union
+
+T = TypeVar("T")
+
+
+def join_methods(methods: Mapping[str, Variant]) -> Variant:
+    """Return one method that is at each site the one given for its path.
+
+    Methods that differ in what a pattern can say, such as their ranks, become one with patterns, others parts of a
+    ``Union``.
+    """
+    groups: list[tuple[Variant, dict[str, Variant]]] = []
+    for path, method in methods.items():
+        common = _without_patterned(method)
+        group = next((members for kind, members in groups if kind == common), None)
+        if group is None:
+            group = {}
+            groups.append((common, group))
+        group[path] = method
+    parts = [_join_group(members) for _, members in groups]
+    return parts[0] if len(parts) == 1 else Union.over(*parts)
+
+
+def _without_patterned(method: Variant) -> Variant:
+    defaults: Fields = {field.name: field.default for field in dataclasses.fields(method)}
+    patterned: Fields = {name: defaults[name] for name in method.patterned.values()}
+    return dataclasses.replace(method, **patterned)
+
+
+def _join_group(methods: Mapping[str, Variant]) -> Variant:
+    first = next(iter(methods.values()))
+    fields: dict[str, Any] = {"targets": tuple(methods)}
+    for pattern, name in first.patterned.items():
+        values = {path: getattr(method, name) for path, method in methods.items()}
+        fields[name] = Counter(values.values()).most_common(1)[0][0]
+        others = {path: value for path, value in values.items() if value != fields[name]}
+        fields[pattern] = {key: value for value, key in _list_patterns(others)}
+    return dataclasses.replace(first, **fields)
+
+
+def _list_patterns(values: Mapping[str, T]) -> Iterator[tuple[T, str]]:
+    """Yield each value with patterns that match exactly its paths, as few as their length allows."""
+    for value in dict.fromkeys(values.values()):
+        paths = [re.escape(path) for path, other in values.items() if other == value]
+        for chunk in _split(paths):
+            yield value, f"^{chunk[0]}" if len(chunk) == 1 else f"^(?:{'|'.join(chunk)})"
+
+
+def _split(names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the names in lists whose text is no longer than half a pattern may be."""
+    chunk: list[str] = []
+    length = 0
+    for name in names:
+        if chunk and length + len(name) > MAX_PATTERN_LENGTH // 2:
+            yield chunk
+            chunk, length = [], 0
+        chunk.append(name)
+        length += len(name) + 1
+    yield chunk

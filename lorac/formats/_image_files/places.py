@@ -1,0 +1,133 @@
+"""Which layers of a model the names of a file mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorac.errors import FormatError, SiteError, nearest_name
+from lorac.formats._image_files.original_names import Place, find_original_names, prefers_original_names
+from lorac.formats._image_files.spellings import COMPONENTS, DENOISERS, TensorName
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.frontend.model_view import ModelView
+
+_TEXT_MODEL = "text_model."
+"""What paths of CLIP's layers began with before transformers 5, and still begin with in files."""
+
+
+@dataclass(frozen=True)
+class PipelineModel:
+    """One model of a pipeline, and the names that files have for its modules.
+
+    Attributes:
+        name: its name in the pipeline.
+        prefix: what the paths of its sites begin with.
+        model: the model.
+    """
+
+    name: str
+    prefix: str
+    model: nn.Module
+
+    @functools.cached_property
+    def original(self) -> Mapping[str, Place]:
+        """The authors' names of modules."""
+        return find_original_names(self.model)
+
+    @functools.cached_property
+    def uses_original_names(self) -> bool:
+        """Whether sd-scripts writes the authors' names."""
+        return prefers_original_names(self.model)
+
+    @functools.cached_property
+    def _modules(self) -> frozenset[str]:
+        """Paths of modules."""
+        return frozenset(path for path, _ in self.model.named_modules() if path)
+
+    @functools.cached_property
+    def _places(self) -> Mapping[str, frozenset[Place]]:
+        """Name of a module, with underscores for its dots -> its place; several where the name is ambiguous."""
+        own = self._modules
+        named = [(path, Place((path,))) for path in own]
+        named += [(f"{_TEXT_MODEL}{path}", Place((path,))) for path in own]
+        named += [(path.removeprefix(_TEXT_MODEL), Place((path,))) for path in own if path.startswith(_TEXT_MODEL)]
+        known: dict[str, set[Place]] = {}
+        for name, place in (*named, *self.original.items()):
+            known.setdefault(_underscore(name), set()).add(place)
+        return {name: frozenset(places) for name, places in known.items()}
+
+    def find(self, name: TensorName, adapter: str) -> Place:
+        """Return the place of a module of a file.
+
+        Raises:
+            SiteError: the model has no such module.
+            FormatError: it has several.
+        """
+        if "." in name.module and name.module in self._modules:
+            return Place((name.module,))
+        found = self._places.get(_underscore(name.module), frozenset())
+        if not found:
+            raise SiteError(
+                f"adapter '{adapter}' has the tensor '{name.key}', and no module of {self.described} has that name",
+                nearest=nearest_name(_underscore(name.module), self._places),
+                next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
+                code="site_not_found",
+            )
+        if len(found) > 1:
+            paths = " and ".join(sorted(f"'{place.paths[0]}'" for place in found))
+            raise FormatError(
+                f"adapter '{adapter}' has the tensor '{name.key}', which may be of {paths}: without dots their names "
+                "are the same",
+                next_step="save it from its trainer with dots in the names, as diffusers does",
+            )
+        return next(iter(found))
+
+    @property
+    def described(self) -> str:
+        """The component in words."""
+        return f"'{self.name}'" if self.prefix else f"the {type(self.model).__name__}"
+
+
+def _underscore(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def list_pipeline(view: ModelView) -> dict[str, PipelineModel]:
+    """Return the models of a view by their names in a pipeline; one model alone is named by its class."""
+    models = view.components
+    if MAIN_GRAPH in models:
+        name = name_component(models[MAIN_GRAPH])
+        return {name: PipelineModel(name, "", models[MAIN_GRAPH])}
+    return {name: PipelineModel(name, f"{name}.", model) for name, model in models.items()}
+
+
+def name_component(model: nn.Module) -> str:
+    """Return what a pipeline calls a model of its class; "model" for classes that are in none."""
+    library = type(model).__module__.partition(".")[0]
+    if library == "diffusers":
+        return "unet" if "UNet" in type(model).__name__ else "transformer"
+    return "text_encoder" if library == "transformers" else "model"
+
+
+def choose_component(beginning: str, pipeline: Mapping[str, PipelineModel]) -> PipelineModel | None:
+    """Return the component that a beginning of names means, or None where the model has none of that name.
+
+    One model alone is whatever component a file names.
+    """
+    if len(pipeline) == 1 and not next(iter(pipeline.values())).prefix:
+        return next(iter(pipeline.values()))
+    names = COMPONENTS.get(beginning, (beginning.removesuffix("."),))
+    return next((pipeline[name] for name in names if name in pipeline), None)
+
+
+def pipeline_names(beginning: str) -> tuple[str, ...]:
+    """Return what pipelines call the component that a beginning of names means."""
+    return COMPONENTS.get(beginning, (beginning.removesuffix("."),))
+
+
+def is_denoiser(name: str) -> bool:
+    """Return whether a component is the one that makes images."""
+    return name in DENOISERS

@@ -1,0 +1,279 @@
+"""Reading a file of image models: every tensor is of a module of the model, and of a method there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorac.adapters.fit import check_adapter, no_site_error, sort_by_site
+from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, short
+from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats._files import BASE_HASH, check_seal, read_safetensors
+from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, unused_tensor
+from lorac.formats._image_files.layouts import LAYOUTS
+from lorac.formats._image_files.layouts.loras import find_alpha
+from lorac.formats._image_files.magnitudes import MAGNITUDES, add_magnitude
+from lorac.formats._image_files.metadata import read_configs, seal_text
+from lorac.formats._image_files.methods import join_methods
+from lorac.formats._image_files.original_names import Place
+from lorac.formats._image_files.places import PipelineModel, choose_component, list_pipeline, pipeline_names
+from lorac.formats._image_files.rows import split_rows
+from lorac.formats._image_files.spellings import COMPONENTS, TensorName, parse_name
+from lorac.formats._site_layouts import LAYOUT, matrix_site, site_to_json
+from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.ln_tuning import LNTuning
+from lorac.variants.low_rank import ScaledRank
+
+DIFFERENCES = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
+"""Tensors that are the difference of a whole parameter -> its name."""
+ALPHA = "alpha"
+_LAYERS = frozenset({SiteKind.LINEAR, *CONVOLUTION_KINDS.values()})
+_AGAIN = "save it again from its trainer: it holds two adapters, or one in two spellings"
+
+
+@dataclass
+class _Module:
+    """What a file has for one module of a component."""
+
+    component: PipelineModel
+    place: Place
+    beginning: str
+    names: dict[str, TensorName] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The name of one of its tensors, for messages."""
+        return next(iter(self.names.values())).key
+
+    @property
+    def name(self) -> str:
+        """Its name in the file."""
+        return next(iter(self.names.values())).module
+
+
+def read_file(path: Path, view: ModelView | None, name: str, format: str) -> Adapter:
+    """Return the adapter of a safetensors file.
+
+    Raises:
+        BaseNeeded: no model is given.
+        FormatError, AdapterError, SiteError: as ``load_adapter``.
+    """
+    if view is None:
+        raise BaseNeeded(
+            f"'{path}' names modules of image models in ways that only the model resolves",
+            next_step="load_adapter(path, model), with all models that it adapts: {'unet': unet, 'text_encoder': …}",
+        )
+    tensors, metadata = read_safetensors(path)
+    check_seal(path, seal_text(metadata), tensors, metadata)
+    return _FileReader(path, view, name, tensors, metadata).read(format)
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    path: Path
+    view: ModelView
+    name: str
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+    def read(self, format: str) -> Adapter:
+        """Return the adapter, checked against the model."""
+        adapter = Adapter(self.name, LNTuning())
+        methods: dict[str, Variant] = {}
+        configs = read_configs(self.metadata, self.path)
+        for module in self._list_modules():
+            adapter.replaced |= self._read_differences(module)
+            found = dict(self._read_methods(module, configs))
+            self._refuse_twice(module, found.keys() & methods.keys())
+            methods |= {path: method for path, (method, _) in found.items()}
+            adapter.tensors |= {path: tensors for path, (_, tensors) in found.items()}
+        whole = LNTuning(targets=tuple({key.rpartition(".")[0] for key in adapter.replaced}))
+        adapter.variant = join_methods(methods) if methods else whole
+        adapter.tensors = sort_by_site(adapter.tensors, self.view)
+        adapter.provenance = {
+            "format": format,
+            "source": str(self.path),
+            "base": self.metadata.get(BASE_HASH),
+            LAYOUT: {path: site_to_json(self.view.sites[path]) for path in adapter.tensors},
+        }
+        check_adapter(adapter, self.view)
+        return adapter
+
+    # ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _list_modules(self) -> list[_Module]:
+        """Return the modules of the file.
+
+        Raises:
+            FormatError: a name is none of a module's tensor, or of a component that the model does not have.
+            SiteError: the model has no such module.
+        """
+        modules: dict[tuple[str, str], _Module] = {}
+        for name, component in self._list_names():
+            at = (component.name, name.module)
+            if at not in modules:
+                modules[at] = _Module(component, component.find(name, self.name), name.component)
+            if name.leaf in modules[at].names:
+                other = modules[at].names[name.leaf].key
+                raise FormatError(f"'{self.path}' has both '{name.key}' and '{other}'", next_step=_AGAIN)
+            modules[at].names[name.leaf] = name
+        return list(modules.values())
+
+    def _list_names(self) -> list[tuple[TensorName, PipelineModel]]:
+        """Return every name of the file, taken apart, and the model that it is for."""
+        pipeline = list_pipeline(self.view)
+        beginnings = {*COMPONENTS, *(f"{name}." for name in pipeline)}
+        found = []
+        for key in self.tensors:
+            name = parse_name(key, beginnings)
+            if name is None:
+                raise unused_tensor(f"'{self.path}'", key, "under that name")
+            component = choose_component(name.component, pipeline)
+            if component is None:
+                raise self._missing_component(name, pipeline)
+            found.append((name, component))
+        self._refuse_several(found)
+        return found
+
+    def _missing_component(self, name: TensorName, pipeline: Mapping[str, PipelineModel]) -> FormatError:
+        wanted, given = pipeline_names(name.component)[0], ", ".join(f"'{known}': …" for known in pipeline)
+        return FormatError(
+            f"'{self.path}' has '{name.key}' of the pipeline's {wanted}, which is not one of the models given",
+            next_step=f"give that model as well: {{{given}, '{wanted}': …}}",
+        )
+
+    def _refuse_several(self, names: Iterable[tuple[TensorName, PipelineModel]]) -> None:
+        """Refuse a file of several components where one model alone is given."""
+        found = dict.fromkeys(pipeline_names(name.component) for name, component in names if not component.prefix)
+        if len(found) > 1:
+            wanted = [names[0] for names in found]
+            raise FormatError(
+                f"'{self.path}' adapts several models of a pipeline, {' and '.join(wanted)}, and one model is given",
+                next_step="give all of them by name: {" + ", ".join(f"'{name}': …" for name in wanted) + "}",
+            )
+
+    def _refuse_twice(self, module: _Module, paths: Iterable[str]) -> None:
+        for path in paths:
+            raise FormatError(
+                f"'{self.path}' has '{module.key}', and another module that stands for '{path}' as well",
+                next_step=_AGAIN,
+                code="unused_tensors",
+            )
+
+    # ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _read_differences(self, module: _Module) -> dict[str, Tensor]:
+        """Take the differences of norms and of single biases from a module; return these parameters by name."""
+        paths = [module.component.prefix + path for path in module.place.paths]
+        if "diff" in module.names and self._adapts(paths[0]):
+            return {}
+        taken = {leaf: module.names.pop(leaf) for leaf in DIFFERENCES if leaf in module.names}
+        if taken and len(paths) > 1:
+            raise unsupported_error(
+                f"'{next(iter(taken.values())).key}' is the difference of a layer that is {len(paths)} of the model's",
+                next_step="save it from its trainer under the names of diffusers",
+            )
+        known, found = self.view.named_tensors(), {}
+        for leaf, name in taken.items():
+            parameter = f"{paths[0]}.{DIFFERENCES[leaf]}"
+            if parameter not in known or known[parameter].shape != self.tensors[name.key].shape:
+                shape = tuple(known[parameter].shape) if parameter in known else "no such parameter"
+                raise AdapterError(
+                    f"'{name.key}' has shape {tuple(self.tensors[name.key].shape)}, and '{parameter}' {shape}",
+                    next_step="load the base model that the adapter was trained on",
+                    code="shape_mismatch",
+                )
+            base, change = known[parameter].detach(), self.tensors[name.key]
+            found[parameter] = base.to(torch.promote_types(base.dtype, change.dtype)) + change.to(base.device)
+        return found
+
+    def _read_methods(self, module: _Module, configs: Mapping[str, ScaledRank]) -> Iterator[tuple[str, Method]]:
+        """Yield the method and the tensors of every layer that a module of the file stands for."""
+        if not module.names:
+            return
+        sites = [self._find_site(module.component.prefix + path) for path in module.place.paths]
+        layout = self._find_layout(module)
+        names = dict(module.names)
+        alpha = self._read_alpha(names.pop(ALPHA)) if ALPHA in names else None
+        stored = StoredModule(
+            _join_sites(module, sites),
+            {leaf: self.tensors[name.key] for leaf, name in names.items()},
+            {leaf: name.key for leaf, name in names.items()},
+            alpha,
+        )
+        own = stored.without(MAGNITUDES)
+        layout.check(own, f"'{self.path}'")
+        config = configs.get(module.beginning.removesuffix("."))
+        if config is not None and alpha is None:
+            own = self._configure(own, module, config)
+        method = add_magnitude(layout.read(own), stored)
+        if len(sites) == 1 and not module.place.swapped:
+            yield sites[0].path, method
+            return
+        widths = [site.out_features for site in sites]
+        for site, part in zip(
+            sites, split_rows(method, layout, module.place, widths, sites[0].in_features, module.key), strict=True
+        ):
+            if part is not None:
+                yield site.path, part
+
+    def _adapts(self, path: str) -> bool:
+        """Return whether a path is that of a layer that a formula can change."""
+        return path in self.view.sites and self.view.sites[path].kind in _LAYERS
+
+    def _find_site(self, path: str) -> Site:
+        site = self.view.sites.get(path)
+        if site is None:
+            raise no_site_error(self.name, path, self.view)
+        if site.kind not in _LAYERS or site.within is not None:
+            raise SiteError(
+                f"adapter '{self.name}' has tensors for '{path}', of kind {site.kind}, which these files do not adapt",
+                next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
+            )
+        return site
+
+    def _find_layout(self, module: _Module) -> ModuleLayout:
+        """Return the layout that one of a module's tensors is of."""
+        found = next((layout for layout in LAYOUTS if not module.names.keys().isdisjoint(layout.leaves)), None)
+        if found is None:
+            raise unused_tensor(f"'{self.path}'", module.key, "without other tensors of its module")
+        return found
+
+    def _read_alpha(self, name: TensorName) -> float | None:
+        """Return an alpha; None for 0, which says that the scale is 1."""
+        tensor = self.tensors[name.key]
+        if tensor.numel() != 1:
+            raise AdapterError(
+                f"'{name.key}' has shape {tuple(tensor.shape)}, expected one number",
+                next_step="copy the file again, or save the adapter again from its trainer",
+                code="shape_mismatch",
+            )
+        return float(tensor) or None
+
+    def _configure(self, stored: StoredModule, module: _Module, config: ScaledRank) -> StoredModule:
+        """Return a module with the alpha of its component's configuration.
+
+        Raises:
+            FormatError: the configuration has another rank there.
+        """
+        here = config.at_path(module.name)
+        assert isinstance(here, ScaledRank)
+        rank = stored.tensors["lora_down"].shape[0] if "lora_down" in stored.tensors else here.r
+        if rank != here.r:
+            raise corrupt_error(
+                f"'{module.key}' has rank {rank}, and the configuration in the metadata of '{self.path}' says "
+                f"{short(here.r)}"
+            )
+        return stored.with_alpha(find_alpha(here))
+
+
+def _join_sites(module: _Module, sites: list[Site]) -> Site:
+    """Return the site of a module; of one that is several layers, a linear one with all their rows."""
+    if len(sites) == 1:
+        return sites[0]
+    return matrix_site(module.name, sum(site.out_features for site in sites), sites[0].in_features)

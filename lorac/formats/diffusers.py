@@ -1,0 +1,95 @@
+"""LoRA files of diffusers' pipelines: one file with the tensors of several models, by their names in the pipeline.
+
+Written are PEFT's names, ``<component>.<module>.lora_A.weight``; read also those of earlier releases, and mixtures,
+as diffusers 0.42 itself writes (``.lora.down.weight``, ``.lora_linear_layer.down.weight``, ``.processor.to_q_lora``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from lorac.formats._errors import unsupported_error
+from lorac.formats._files import peek_names
+from lorac.formats._format import Format
+from lorac.formats._image_files.metadata import write_configs
+from lorac.formats._image_files.methods import join_methods
+from lorac.formats._image_files.original_names import Place
+from lorac.formats._image_files.places import PipelineModel
+from lorac.formats._image_files.reader import read_file
+from lorac.formats._image_files.spellings import is_dotted
+from lorac.formats._image_files.writer import Spelling, write_file
+from lorac.frontend.model_view import ModelView
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+from lorac.variants.dora import DoRA
+from lorac.variants.lora import LoRA
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+class DiffusersSpelling(Spelling):
+    """PEFT's names behind those of components."""
+
+    format = "diffusers"
+    leaves: ClassVar[Mapping[str, str]] = {
+        "lora_down": "lora_A.weight",
+        "lora_up": "lora_B.weight",
+        "lora_bias": "lora_B.bias",
+        "dora_scale": "lora_magnitude_vector",
+    }
+    stores_alpha = False
+
+    def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
+        if component.name == "model":
+            raise unsupported_error(
+                f"a {type(component.model).__name__} has no name in diffusers' pipelines",
+                next_step="give model= by its name there: {'unet': model}; or use format='peft' or 'kohya'",
+            )
+        return f"{component.name}.{module}"
+
+    def list_places(self, component: PipelineModel) -> Mapping[str, Place]:
+        return {}
+
+    def write_norms(self, norms: Tensor) -> Tensor:
+        return norms.flatten() if norms.ndim == 2 else norms.transpose(0, 1)
+
+    def describe(self, methods: Mapping[str, Mapping[str, Variant]]) -> dict[str, str]:
+        joined = {}
+        for component, at in methods.items():
+            variant = join_methods(at)
+            if not isinstance(variant, LoRA | DoRA):
+                raise unsupported_error(
+                    f"diffusers gives '{component}' one LoRA or DoRA, and the adapter has {variant.name} there",
+                    next_step="use format='kohya', or 'native'",
+                )
+            joined[component] = variant
+        return write_configs(joined)
+
+
+class DiffusersFormat(Format):
+    """diffusers' LoRA files."""
+
+    name = "diffusers"
+    looks_for = f"a safetensors file, or a folder with {WEIGHTS}, with names such as unet.<module>.lora_A.weight"
+    methods = (DoRA, LoRA)
+
+    def recognises(self, path: Path) -> bool:
+        names = peek_names(_find_file(path))
+        return any(map(is_dotted, names))
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        return read_file(_find_file(path), view, name or path.stem, self.name)
+
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        write_file(adapter, path, view, DiffusersSpelling())
+
+
+def _find_file(path: Path) -> Path:
+    return path / WEIGHTS if path.is_dir() else path
+
+
+FORMAT = DiffusersFormat()

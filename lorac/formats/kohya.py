@@ -1,0 +1,93 @@
+"""Files of sd-scripts (kohya) and LyCORIS: a module is named by its path with underscores for dots.
+
+Modules of Stable Diffusion XL's U-Net and of the transformers of Flux and SD3 are named as their authors named them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from lorac.formats._errors import unsupported_error
+from lorac.formats._files import peek_names
+from lorac.formats._format import Format
+from lorac.formats._image_files.layouts import LAYOUTS
+from lorac.formats._image_files.original_names import Place
+from lorac.formats._image_files.places import PipelineModel, is_denoiser
+from lorac.formats._image_files.reader import read_file
+from lorac.formats._image_files.spellings import is_underscored
+from lorac.formats._image_files.writer import Spelling, write_file
+from lorac.frontend.model_view import ModelView
+from lorac.variants.adapter import Adapter
+
+_WITH_ENDING = ("lora_down", "lora_up", "a1", "a2", "b1", "b2")
+_OWN = ("dora_scale", "diff", "diff_b", "rescale", "weight", "on_input", "oft_blocks")
+_TEXT_MODEL = "text_model."
+
+
+class KohyaSpelling(Spelling):
+    """Paths with underscores."""
+
+    format = "kohya"
+    leaves: ClassVar[Mapping[str, str]] = {
+        **{
+            leaf: leaf
+            for leaf in (*_OWN, *(leaf for layout in LAYOUTS for leaf in layout.leaves))
+            if leaf != "lora_bias"
+        },
+        **{leaf: f"{leaf}.weight" for leaf in _WITH_ENDING},
+    }
+    stores_alpha = True
+
+    def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
+        beginning = _find_beginning(component, pipeline)
+        if "CLIPText" in type(component.model).__name__:
+            module = _TEXT_MODEL + module.removeprefix(_TEXT_MODEL)
+        return beginning + module.replace(".", "_")
+
+    def list_places(self, component: PipelineModel) -> Mapping[str, Place]:
+        return component.original if component.uses_original_names else {}
+
+
+def _find_beginning(component: PipelineModel, pipeline: Mapping[str, PipelineModel]) -> str:
+    """Return how sd-scripts begins the names of a component.
+
+    Raises:
+        FormatError: it has no name for it.
+    """
+    if is_denoiser(component.name):
+        return "lora_unet_"
+    numbered = "text_encoder_2" in pipeline or any(other.uses_original_names for other in pipeline.values())
+    names = {
+        "model": "lycoris_",
+        "text_encoder": "lora_te1_" if numbered else "lora_te_",
+        "text_encoder_2": "lora_te3_" if "T5" in type(component.model).__name__ else "lora_te2_",
+        "text_encoder_3": "lora_te3_",
+    }
+    if component.name not in names:
+        raise unsupported_error(
+            f"sd-scripts and LyCORIS have no name for the component '{component.name}'",
+            next_step="use format='diffusers', or 'native'",
+        )
+    return names[component.name]
+
+
+class KohyaFormat(Format):
+    """sd-scripts' and LyCORIS's files."""
+
+    name = "kohya"
+    looks_for = "a safetensors file with names such as lora_unet_<module>.lora_down.weight"
+    methods = tuple(variant for layout in LAYOUTS for variant in layout.variants)
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_file() and any(map(is_underscored, peek_names(path)))
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        return read_file(path, view, name or path.stem, self.name)
+
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        write_file(adapter, path, view, KohyaSpelling())
+
+
+FORMAT = KohyaFormat()

@@ -1,0 +1,57 @@
+"""Magnitude: trained norms of the rows or columns of a weight, the half of DoRA that any method can have.
+
+LyCORIS: ``weight_decompose`` of all its algorithms (https://github.com/KohakuBlueleaf/LyCORIS); Liu et al. 2024, arXiv
+2402.09353, where the norms are those of the columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorac.variants._conv_kernels import kernel_columns, require_one_group
+from lorac.variants.base import MATRIX_KINDS, InitContext, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.initialisers import row_norms
+from lorac.variants.low_rank import rescale_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(WeightVariant):
+    """``W' = (m/n)∘W`` with n the norms of the rows (out,), constant in the backward pass.
+
+    In a ``Chain`` behind another method, W is what that method makes of the base's.
+
+    Attributes:
+        columns: n are the norms of the columns instead, (in,); of a convolution those of its input channels.
+    """
+
+    columns: bool = False
+
+    name = "magnitude"
+    paper = "DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353; LyCORIS, arXiv 2309.14859"
+    kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.columns:
+            require_one_group("magnitude with columns=True", site)
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        length = kernel_columns(site)[0] if self.columns else site.out_features
+        return {"magnitude": ParamSpec((length,), _column_norms if self.columns else row_norms)}
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        if not self.columns:
+            return rescale_rows(W, p.magnitude)
+        channels = _channel_rows(W, p.magnitude.shape[0])
+        return rescale_rows(channels, p.magnitude).unflatten(1, (W.shape[0], -1)).transpose(0, 1).flatten(1)
+
+
+def _channel_rows(W: Tensor, channels: int) -> Tensor:
+    """Return W (out, channels·taps) with a row (out·taps) for each channel."""
+    return W.unflatten(1, (channels, -1)).transpose(0, 1).flatten(1)
+
+
+def _column_norms(context: InitContext) -> Tensor:
+    return torch.linalg.vector_norm(_channel_rows(context.weight(), context.shape[0]), dim=1)

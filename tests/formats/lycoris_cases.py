@@ -1,0 +1,31 @@
+"""The cases of LyCORIS of which files and answers are recorded: the fields of its ``create_lycoris``."""
+
+CASES = {
+    "lora": {"algo": "lora"},
+    "lora_tucker": {"algo": "lora", "use_tucker": True},
+    "lora_rs": {"algo": "lora", "rs_lora": True},
+    "dora": {"algo": "lora", "dora_wd": True, "wd_on_output": True},
+    "dora_columns": {"algo": "lora", "dora_wd": True, "wd_on_output": False},
+    "loha": {"algo": "loha"},
+    "loha_tucker": {"algo": "loha", "use_tucker": True},
+    "loha_dora": {"algo": "loha", "dora_wd": True, "wd_on_output": True},
+    "lokr": {"algo": "lokr", "factor": 2},
+    "lokr_tucker": {
+        "algo": "lokr",
+        "factor": 4,
+        "use_tucker": True,
+        "decompose_both": True,
+        "linear_dim": 1,
+        "conv_dim": 1,
+    },
+    "lokr_whole": {"algo": "lokr", "factor": 2, "linear_dim": 100, "conv_dim": 100},
+    "lokr_dora": {"algo": "lokr", "factor": 2, "dora_wd": True, "wd_on_output": False},
+    "full": {"algo": "full"},
+    "diag_oft": {"algo": "diag-oft"},
+    "diag_oft_rescaled": {"algo": "diag-oft", "rescaled": True, "constraint": 0.01},
+    "boft": {"algo": "boft"},
+    "boft_rescaled": {"algo": "boft", "rescaled": True},
+    "glora": {"algo": "glora"},
+    "ia3": {"algo": "ia3"},
+    "ia3_input": {"algo": "ia3", "train_on_input": True},
+}
