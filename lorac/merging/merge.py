@@ -47,6 +47,7 @@ def merge(
     model: Model | None = None,
     *,
     name: str = "merged",
+    dtype: torch.dtype | None = None,
     **options: object,
 ) -> Adapter:
     """Merge several adapters into one, whatever their methods and ranks.
@@ -62,6 +63,7 @@ def merge(
         model: the base, or several by name; only read. Needed where a change depends on the base's weight: for methods
             such as DoRA unless their changes are added up, and for whatever is replaced whole.
         name: of the result.
+        dtype: of the result; default: the one that holds all adapters' tensors.
         **options: of the way, by the names of its fields. One for each adapter may be a list, or a mapping by name.
 
     Raises:
@@ -84,6 +86,8 @@ def merge(
         assert isinstance(way, SiteWay)
         merged = merge_sites(way, sources, strengths, view, name)
     described = {"method": method, "weights": dict(zip(names, strengths, strict=True)), "options": dict(options)}
+    if dtype is not None:
+        merged = merged.to(dtype)
     merged.provenance = {**merged.provenance, "merged": {**described, **merged.provenance.get("merged", {})}}
     return merged
 

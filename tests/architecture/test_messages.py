@@ -26,6 +26,7 @@ from lorac.formats import formats
 from lorac.formats.adapterhub.loras import LoraFields
 from lorac.formats.peft.config import peft_types
 from lorac.ir.slots.planning import MODES
+from lorac.merging import ways
 from lorac.session.compiled import CompiledModule
 from lorac.session.targets import find_backend, targets
 
@@ -160,6 +161,8 @@ def arguments():
             known |= _taken(getattr(module, name))
     for target in targets():
         known |= {field.name for field in dataclasses.fields(find_backend(target).options)}
+    for way in ways().values():
+        known |= {field.name for field in dataclasses.fields(way)}
     for kind in peft_types().values():
         known |= set(kind.fields)
     return known | {field.name for field in dataclasses.fields(LoraFields)} | FOREIGN.keys()

@@ -1,0 +1,165 @@
+"""Recipes of merging: YAML in mergekit's words.
+
+merge_method: ties
+base_model: path/to/model            # only where the way needs it
+adapters:                            # or models:
+  - adapter: path/to/sql             # or model: BASE+ADAPTER, as mergekit writes it
+    parameters: {weight: 0.7, density: 0.5}
+  - adapter: path/to/chat
+    parameters: {weight: 0.3}
+parameters: {normalize: true, lambda: 1.0}
+dtype: float16
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorac.argument_types import describe_value, matches_type
+from lorac.errors import OptionError, WrongType, nearest_name, not_one_of
+from lorac.merging.registry import ways
+from lorac.storage.paths import parse_path
+from lorac.storage.strict_json import Json, JsonObject
+from lorac.storage.strict_yaml import read_yaml
+
+_EXAMPLE = "docs/merging.md shows a recipe"
+_FIELDS = ("merge_method", "base_model", "adapters", "models", "parameters", "dtype")
+_RENAMED: Mapping[str, str] = {"lambda": "scale"}
+"""mergekit's parameter -> the option of that meaning."""
+_IRRELEVANT = {"int8_mask"}
+"""Parameters of mergekit that change no number."""
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """The arguments of ``lorac.merge``, with paths in place of objects.
+
+    Attributes:
+        adapters: name -> path.
+        method: the name of a way.
+        weights: name -> weight.
+        options: of the way; for each adapter by name where the recipe says so.
+        base_model: the path of the model, or None.
+        dtype: of the result, or None.
+    """
+
+    adapters: Mapping[str, str]
+    method: str
+    weights: Mapping[str, float]
+    options: Mapping[str, object]
+    base_model: str | None = None
+    dtype: torch.dtype | None = None
+
+
+def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
+    """Read a recipe of merging from a YAML file.
+
+    Raises:
+        MissingExtra: PyYAML, which comes with transformers, is not installed.
+        OptionError, WrongType: the file cannot be read, or has fields, adapters or parameters that mean nothing here.
+        FormatError: reading it takes too long.
+    """
+    file = parse_path(path, "the recipe", OptionError)
+    given = read_yaml(file, next_step=_EXAMPLE)
+    _check_names(file, "a recipe of merging", given, _FIELDS)
+    method = given.get("merge_method")
+    if method not in ways():
+        raise not_one_of(f"'{file}': there is no merge_method", method, ways())
+    entries = _read_entries(file, given)
+    common = _read_parameters(file, given.get("parameters", {}), method)
+    own = {name: _read_parameters(file, entry.get("parameters", {}), method) for name, entry in entries.items()}
+    return MergeRecipe(
+        {name: entry["path"] for name, entry in entries.items()},
+        method,
+        {name: _read_weight(file, {**common, **parameters}) for name, parameters in own.items()},
+        _join_parameters(common, own, method),
+        _read_text(file, given, "base_model"),
+        _read_dtype(file, given),
+    )
+
+
+def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
+    """Return name -> entry with its path."""
+    if ("adapters" in given) == ("models" in given):
+        raise OptionError(f"'{file}' has one list of adapters, under adapters or models", next_step=_EXAMPLE)
+    entries = given.get("adapters", given.get("models"))
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise WrongType(f"'{file}': the adapters are {describe_value(entries)}", next_step=f"{_EXAMPLE}, with a list")
+    found: dict[str, JsonObject] = {}
+    for entry in entries:
+        _check_names(file, "an adapter of a recipe", entry, ("adapter", "model", "name", "parameters"))
+        text = _read_text(file, entry, "adapter") or _read_text(file, entry, "model")
+        if text is None:
+            raise OptionError(f"'{file}' has an adapter without a path", next_step="give adapter: <path>")
+        path = text if Path(text).exists() else text.rpartition("+")[2]
+        name = _read_text(file, entry, "name") or Path(path).stem
+        if name in found:
+            raise OptionError(f"'{file}' has two adapters called '{name}'", next_step="give one of them a name:")
+        found[name] = {**entry, "path": path}
+    return found
+
+
+def _read_parameters(file: Path, given: Json, method: str) -> dict[str, object]:
+    """Return parameters by the names of a way's options, and the weight."""
+    if not isinstance(given, dict):
+        raise WrongType(f"'{file}': parameters is {describe_value(given)}", next_step=_EXAMPLE)
+    known = {"weight", *_RENAMED, *_IRRELEVANT, *(field.name for field in dataclasses.fields(ways()[method]))}
+    _check_names(file, f"merge_method {method}", given, sorted(known))
+    for name, value in given.items():
+        if isinstance(value, Mapping | list):
+            raise OptionError(
+                f"'{file}': {name} differs by layer, which merging does not do",
+                next_step="give one value for each adapter",
+            )
+    return {_RENAMED.get(name, name): value for name, value in given.items() if name not in _IRRELEVANT}
+
+
+def _join_parameters(
+    common: Mapping[str, object], own: Mapping[str, Mapping[str, object]], method: str
+) -> dict[str, object]:
+    """Return the options of a way; one that some adapter has for itself is given for each."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ways()[method])}
+    names = dict.fromkeys(name for parameters in own.values() for name in parameters if name != "weight")
+    options = {name: value for name, value in common.items() if name != "weight"}
+    for name in names:
+        shared = options.get(name, defaults[name])
+        options[name] = {adapter: parameters.get(name, shared) for adapter, parameters in own.items()}
+    return options
+
+
+def _read_weight(file: Path, parameters: Mapping[str, object]) -> float:
+    weight = parameters.get("weight", 1.0)
+    if not matches_type(weight, float):
+        raise WrongType(f"'{file}': weight is {describe_value(weight)}", next_step="give a number")
+    return float(weight)  # type: ignore[arg-type]  # it is a number
+
+
+def _read_text(file: Path, given: Mapping[str, object], name: str) -> str | None:
+    value = given.get(name)
+    if value is not None and not isinstance(value, str):
+        raise WrongType(f"'{file}': {name} is {describe_value(value)}", next_step="give a text")
+    return value
+
+
+def _read_dtype(file: Path, given: Mapping[str, object]) -> torch.dtype | None:
+    name = _read_text(file, given, "dtype")
+    if name is not None and name not in _DTYPES:
+        raise not_one_of(f"'{file}': there is no dtype", name, _DTYPES)
+    return None if name is None else getattr(torch, name)
+
+
+def _check_names(file: Path, owner: str, given: Mapping[str, object], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise OptionError(
+                f"'{file}': {owner} has no field '{name}'",
+                nearest=nearest_name(name, known),
+                next_step=f"it has {', '.join(known)}",
+            )
