@@ -44,6 +44,7 @@ from lorac.variants import variants as variants
 from lorac.variants.adalora import AdaLoRA as AdaLoRA
 from lorac.variants.adapter import Adapter as Adapter
 from lorac.variants.adaptertune import AdapterTune as AdapterTune
+from lorac.variants.arrow import Arrow as Arrow
 from lorac.variants.autolora import AutoLoRA as AutoLoRA
 from lorac.variants.base import BranchVariant as BranchVariant
 from lorac.variants.base import WeightVariant as WeightVariant
@@ -64,6 +65,7 @@ from lorac.variants.hira import HiRA as HiRA
 from lorac.variants.hra import HRA as HRA
 from lorac.variants.hydra import Hydra as Hydra
 from lorac.variants.ia3 import IA3 as IA3
+from lorac.variants.learned_cat import LearnedCat as LearnedCat
 from lorac.variants.ln_tuning import LNTuning as LNTuning
 from lorac.variants.loha import LoHa as LoHa
 from lorac.variants.lokr import LoKr as LoKr

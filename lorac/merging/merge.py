@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -25,7 +26,7 @@ from lorac.errors import AdapterError, ChoiceError, short
 from lorac.formats import load_adapter
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_bias, merge_weight
-from lorac.merging.registry import make_way, order_by_name
+from lorac.merging.registry import check_count, make_way, order_by_name
 from lorac.merging.spaces import sum_changes
 from lorac.merging.terms import SiteTerms, scale_change, shape_of
 from lorac.merging.way import AdaptersWay, CombiningWay, SiteWay
@@ -80,11 +81,10 @@ def merge(
     way, strengths = make_way(method, options, names), _read_weights(weights, names)
     if len(sources) == 1 and strengths == [1] and way.keeps_one:
         merged = replace(sources[0], name=name)
-    elif isinstance(way, AdaptersWay):
-        merged = way.assemble(sources, strengths, name, view)
     else:
-        assert isinstance(way, SiteWay)
-        merged = merge_sites(way, sources, strengths, view, name)
+        check_count(way, len(sources))
+        made_of = way.assemble if isinstance(way, AdaptersWay) else functools.partial(merge_sites, cast(SiteWay, way))
+        merged = made_of(sources, strengths, name, view)
     described = {"method": method, "weights": dict(zip(names, strengths, strict=True)), "options": dict(options)}
     if dtype is not None:
         merged = merged.to(dtype)
@@ -130,9 +130,9 @@ def _read_weights(given: object, names: Sequence[str]) -> list[float]:
 
 
 def merge_sites(
-    way: SiteWay, adapters: Sequence[Adapter], weights: Sequence[float], view: ModelView | None, name: str
+    way: SiteWay, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
 ) -> Adapter:
-    """Merge adapters site by site; the errors of truncation are in the result's provenance."""
+    """Merge adapters site by site; the errors of truncated sites are in the result's ``provenance["errors"]``."""
     view = None if view is None else _with_sites_of(view, adapters)
     adapted = {path for adapter in adapters for path in adapter.tensors}
     found: dict[str, Change] = {}
@@ -148,7 +148,7 @@ def merge_sites(
     whole = {} if view is None else _merged_parameters(view, replaced, dtype)
     merged = hold_changes(name, changes, like=_common_fields(adapters), replaced=whole, dtype=dtype)
     inexact = {path: error for path, error in errors.items() if error}
-    merged.provenance["merged"] = {"error": inexact} if inexact else {}
+    merged.provenance |= {"errors": inexact} if inexact else {}
     return merged
 
 

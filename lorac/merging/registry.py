@@ -12,7 +12,7 @@ from lorac.discovery import import_modules
 from lorac.errors import ChoiceError, OptionError, nearest_name, not_one_of
 from lorac.merging import ways as _ways
 from lorac.merging.spaces import SPACES
-from lorac.merging.way import CombiningWay, Way
+from lorac.merging.way import Way
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -
 
     Raises:
         OptionError: there is no such way, or it has no such option, or the option has another range.
-        ChoiceError: an option is given for each adapter, and not for these; or the way takes another number of them.
+        ChoiceError: an option is given for each adapter, and not for these.
         WrongType: an option is of another kind.
     """
     if method in SPACES:
@@ -52,22 +52,18 @@ def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -
                 nearest=nearest_name(name, known),
                 next_step=f"it takes {', '.join(known)}",
             )
-    if len(names) < way.least or (way.most is not None and len(names) > way.most):
-        raise ChoiceError(
-            f"method '{method}' takes {_count(way)} adapters, and there are {len(names)}",
-            next_step="give that many, or another method",
-        )
     fields: Fields = {name: _by_order(name, value, names) for name, value in options.items()}
     return way(**fields)
 
 
-def combining_ways() -> list[str]:
-    """Return the names of the ways that have spaces."""
-    return [name for name, way in ways().items() if issubclass(way, CombiningWay)]
-
-
-def _count(way: type[Way]) -> str:
-    return f"{way.least} to {way.most}" if way.most is not None else f"{way.least} or more"
+def check_count(way: Way, count: int) -> None:
+    """Raise ``ChoiceError`` if a way takes another number of adapters."""
+    if not way.least <= count <= (count if way.most is None else way.most):
+        most = " or more" if way.most is None else "" if way.most == way.least else f" to {way.most}"
+        raise ChoiceError(
+            f"method '{way.name}' takes {way.least}{most} adapters, and there are {count}",
+            next_step="give that many, or another method",
+        )
 
 
 def _by_order(option: str, value: object, names: Sequence[str]) -> object:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
 
+from lorac.adapters.lora_conversion import to_lora
 from lorac.argument_types import Count, OneOf, Rate, check_fields
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, LowRank
@@ -21,6 +22,7 @@ from lorac.merging.pruning import Part, match_norms, per_adapter
 from lorac.merging.spaces import SPACES, sum_changes
 from lorac.merging.terms import ScaledPair, SiteTerms
 from lorac.variants.adapter import Adapter
+from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
 
@@ -234,6 +236,26 @@ class FactorsWay(SiteWay):
 class AdaptersWay(Way):
     """A way that puts whole adapters together, such as LoRAs behind a router."""
 
+    def to_loras(
+        self, adapters: Sequence[Adapter], view: ModelView | None, weights: Sequence[float] | None = None
+    ) -> list[Adapter]:
+        """Return adapters as LoRAs, of the way's rank if it has one, their changes times ``scale`` and their weights.
+
+        Raises:
+            CompileError: one is no LoRA, and there is neither ``rank`` nor ``tolerance``.
+            BaseNeeded: there is no view of the base, and the change of one depends on it.
+        """
+        exact = self.rank is None and self.tolerance is None
+        loras = [
+            one
+            if exact and isinstance(one.variant, LoRA)
+            else to_lora(one, view, rank=self.rank, tolerance=self.tolerance)
+            for one in adapters
+        ]
+        if weights is None:
+            return loras
+        return [_scale_lora(one, self.scale * weight) for one, weight in zip(loras, weights, strict=True)]
+
     @property
     def reads(self) -> str:
         return "whole adapters"
@@ -243,6 +265,11 @@ class AdaptersWay(Way):
         self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
     ) -> Adapter:
         """Return the adapter called ``name``; ``view`` is of the base, if it is given."""
+
+
+def _scale_lora(lora: Adapter, strength: float) -> Adapter:
+    tensors = {path: {**at, "lora_B": strength * at["lora_B"]} for path, at in lora.tensors.items()}
+    return replace(lora, tensors=tensors)
 
 
 def _nonzero(divisor: Tensor) -> Tensor:

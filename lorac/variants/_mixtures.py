@@ -14,7 +14,7 @@ from lorac.errors import AdapterError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import BranchVariant
+from lorac.variants.base import BranchVariant, Variant
 from lorac.variants.low_rank import ScaledRank
 from lorac.variants.params import InitContext
 
@@ -151,13 +151,13 @@ def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, metho
 def route_loras(
     adapters: Sequence[Adapter],
     method: str,
-    make_variant: Callable[[tuple[str, ...], int, int], BranchVariant],
+    make_variant: Callable[[tuple[str, ...], int, int], Variant],
     *,
     name: str,
     seed: int,
     sites: Sequence[str] = (),
 ) -> Adapter:
-    """Return one routed adapter made from several LoRAs, in their order; tensors of its own are freshly initialised.
+    """Return one adapter with several LoRAs as its parts, in their order; tensors of its own are freshly initialised.
 
     Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of the
     LoRAs adapt a site, the others' factors are zero.
@@ -191,7 +191,7 @@ def route_loras(
 
 
 def _initialise_site(
-    variant: BranchVariant,
+    variant: Variant,
     path: str,
     factors: Factors,
     shared: dict[str, Tensor],

@@ -78,7 +78,7 @@ def test_each_way_computes_what_it_stays(name):
     for method, way in ways().items():
         if not issubclass(way, SiteWay) or method in OF_FACTORS:
             continue
-        merged = lorac.factors(merge_sites(make_way(method, {}, ["one"]), [one], [1.0], view, "merged"), model())
+        merged = lorac.factors(merge_sites(make_way(method, {}, ["one"]), [one], [1.0], "merged", view), model())
         for path, change in expected.items():
             site = view.sites[path]
             weight, bias = view.base.weight(site), view.base.bias(site)
@@ -93,7 +93,7 @@ def test_the_spaces_of_factors(space):
     one, view = lora("one", 1, r=3, alpha=5), ModelView.of(model())
     for method in ("ties", "dare_ties", "task_arithmetic", "sce"):
         way = make_way(method, {"space": space}, ["one"])
-        merged = merge_sites(way, [one], [1.0], view, "merged")
+        merged = merge_sites(way, [one], [1.0], "merged", view)
         for path, change in lorac.factors(one, model()).items():
             weight = view.base.weight(view.sites[path])
             assert_close(merge_weight(lorac.factors(merged)[path], weight), merge_weight(change, weight))

@@ -137,9 +137,9 @@ def test_sums_keep_the_form_of_their_parts():
 def test_the_error_of_a_lower_rank_is_said():
     merged = lorac.merge([lora("a", 1, r=3), lora("b", 2, r=4)], "cat", rank=5)
     s = torch.linalg.svdvals(deltas(lorac.merge([lora("a", 1, r=3), lora("b", 2, r=4)], "cat"), host())["fc1"])
-    error = torch.tensor(merged.provenance["merged"]["error"]["fc1"], dtype=torch.float64)
+    error = torch.tensor(merged.provenance["errors"]["fc1"], dtype=torch.float64)
     assert_close(error, (s[5:].square().sum() / s.square().sum()).sqrt())
-    assert "error" not in lorac.merge([lora("a", 1, r=3), lora("b", 2, r=4)], "cat", rank=7).provenance["merged"]
+    assert "errors" not in lorac.merge([lora("a", 1, r=3), lora("b", 2, r=4)], "cat", rank=7).provenance
 
 
 def test_half_precision_stays_half_and_is_computed_in_float32():

@@ -26,6 +26,7 @@ BUILT_IN = {name: method for name, method in lorac.variants().items() if method.
 HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 """Of each group a method trains on the first host that has a place for it. BERT has layers that 3 divides."""
 GIVEN: dict[str, dict[str, Any]] = {
+    "arrow": {"train_experts": True},
     "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
     "remix": {"experts": 3, "top_k": 3},
     "qst": {"blocks": ("model.layers.0", "model.layers.1"), "heads": 2, "intermediate": 128, "r": 4},
@@ -39,7 +40,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     },
     "x_lora": {"hidden": "model.norm", "hidden_size": 64, "experts": 3},
 }
-"""Fields that have no default; and of ReMix, whose router learns from its draws alone, all experts at once."""
+"""Fields that have no default; of Arrow, of which else nothing is trained; and of ReMix, whose router learns from its
+draws alone, all experts at once."""
 STEPS, LR, FALL = 15, 3e-2, 0.95
 
 

@@ -1,0 +1,34 @@
+"""Arrow: LoRAs behind a router that is not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorac.argument_types import Count, Positive
+from lorac.frontend.model_view import ModelView
+from lorac.merging.way import AdaptersWay
+from lorac.variants.adapter import Adapter
+from lorac.variants.arrow import Arrow
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrowRouting(AdaptersWay):
+    """An `Arrow`: each token is given to the adapters whose largest direction it has most of.
+
+    Attributes:
+        top_k: number of adapters per token.
+        temperature: flattens their shares.
+    """
+
+    top_k: Count = 3
+    temperature: Positive = 1.0
+
+    name = "arrow"
+    paper = Arrow.paper
+
+    def assemble(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
+    ) -> Adapter:
+        loras = self.to_loras(adapters, view, weights)
+        return Arrow.from_loras(loras, top_k=self.top_k, temperature=self.temperature, name=name)

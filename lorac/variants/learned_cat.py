@@ -1,0 +1,71 @@
+"""Learned concatenation: existing LoRAs side by side, with a learned weight for each in every layer.
+
+"LoRA Soups: Merging LoRAs for Practical Skill Composition Tasks", Prabhakar et al. 2024, arXiv 2410.13025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorac.argument_types import Count
+from lorac.variants._mixtures import route_loras
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
+from lorac.variants.initialisers import ones
+from lorac.variants.low_rank import factor_specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedCat(WeightVariant):
+    """``W' = W + Σ_i w_i·B_i·A_i``, w (experts,) learned at each site.
+
+    A (experts·r, in) and B (out, experts·r) are the LoRAs' factors stacked, each one's scale in its B.
+
+    Attributes:
+        r: rank of each LoRA.
+        experts: their number.
+        train_experts: train A and B too.
+    """
+
+    r: Count = 8
+    experts: Count = 2
+    train_experts: bool = False
+
+    name = "learned_cat"
+    paper = "LoRA Soups: Merging LoRAs for Practical Skill Composition Tasks, arXiv 2410.13025"
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        role = Role.TRAINABLE if self.train_experts else Role.FROZEN
+        weights = ParamSpec((self.experts,), ones, decay=False)
+        return factor_specs(site, self.experts * self.r, role) | {"weights": weights}
+
+    def weight(self, W: Tensor, p: Params) -> Tensor:
+        weighted = p.lora_B.unflatten(1, (self.experts, self.r)) * p.weights.unsqueeze(-1)
+        return W + weighted.flatten(1) @ p.lora_A
+
+    @staticmethod
+    def from_loras(
+        adapters: Sequence[Adapter], *, weights: Sequence[float] | None = None, name: str = "learned_cat"
+    ) -> Adapter:
+        """Return one adapter made from several LoRAs, in their order; its weights are to be trained.
+
+        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
+        the LoRAs adapt a site, the others' factors are zero.
+
+        Args:
+            adapters: plain LoRAs.
+            weights: start values of each site's weights; default: 1 each.
+            name: the new adapter's name.
+
+        Raises:
+            AdapterError: there is no LoRA, one has more than its two factors, or two were made for different models.
+        """
+
+        def make_variant(paths: tuple[str, ...], rank: int, number: int) -> LearnedCat:
+            return LearnedCat(targets=paths, r=rank, experts=number)
+
+        made = route_loras(adapters, "LearnedCat", make_variant, name=name, seed=0)
+        for tensors in made.tensors.values() if weights is not None else ():
+            tensors["weights"] = tensors["weights"].new_tensor(weights)
+        return made
