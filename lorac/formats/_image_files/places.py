@@ -59,6 +59,10 @@ class PipelineModel:
             known.setdefault(_underscore(name), set()).add(place)
         return {name: frozenset(places) for name, places in known.items()}
 
+    def knows(self, name: TensorName) -> bool:
+        """Return whether the model has a module of that name."""
+        return name.module in self._modules or _underscore(name.module) in self._places
+
     def find(self, name: TensorName, adapter: str) -> Place:
         """Return the place of a module of a file.
 

@@ -13,6 +13,7 @@ from lorac.adapters.fit import check_adapter, no_site_error, sort_by_site
 from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, short
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import BASE_HASH, check_seal, read_safetensors
+from lorac.formats._image_files.converters import convert_names
 from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, unused_tensor
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.layouts.loras import find_alpha
@@ -72,7 +73,7 @@ def read_file(path: Path, view: ModelView | None, name: str, format: str) -> Ada
         )
     tensors, metadata = read_safetensors(path)
     check_seal(path, seal_text(metadata), tensors, metadata)
-    return _FileReader(path, view, name, tensors, metadata).read(format)
+    return _FileReader(path, view, name, convert_names(path, tensors, view), metadata).read(format)
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,14 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "transformer.": DENOISERS,
     "transformer_2.": ("transformer_2",),
     "diffusion_model.": DENOISERS,
+    "": DENOISERS,
     "text_encoder.": ("text_encoder",),
     "text_encoder_2.": ("text_encoder_2",),
     "text_encoder_3.": ("text_encoder_3",),
 }
 """How the names of a component's tensors begin -> what pipelines call it; the first that the model has."""
+BARE = re.compile(r"(double_blocks|single_blocks|blocks|transformer_blocks|single_transformer_blocks)\.\d+\.")
+"""How names begin in files that name no component: those of XLabs, DiffSynth and others, of a transformer alone."""
 _UNDERSCORED = re.compile(r"(lora|lycoris|oft)_[a-z0-9_]+$", re.IGNORECASE)
 LEAVES: Mapping[str, str] = {
     "lora_A.weight": "lora_down",
@@ -37,6 +40,8 @@ LEAVES: Mapping[str, str] = {
     "lora.up.weight": "lora_up",
     "lora_linear_layer.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
+    "lora_A.default.weight": "lora_down",
+    "lora_B.default.weight": "lora_up",
     "lora_mid.weight": "lora_mid",
     "lora_B.bias": "lora_bias",
     "lora_magnitude_vector": "magnitude",
@@ -80,7 +85,9 @@ def parse_name(key: str, components: Iterable[str]) -> TensorName | None:
     Args:
         components: known beginnings.
     """
-    component = max((known for known in components if key.startswith(known)), key=len, default=None)
+    component = max((known for known in components if known and key.startswith(known)), key=len, default=None)
+    if component is None and BARE.match(key):
+        component = ""
     if component is None:
         return None
     rest = _LEAF_OF_ATTENTION.sub(r".\1.lora.\2.weight", key[len(component) :].replace(".processor.", "."))
@@ -100,4 +107,6 @@ def is_underscored(key: str) -> bool:
 def is_dotted(key: str) -> bool:
     """Return whether a name is one of a component's LoRA as diffusers writes it."""
     named = parse_name(key, [component for component in COMPONENTS if component.endswith(".")])
+    if BARE.match(key):
+        return key.endswith((".down.weight", ".up.weight")) or named is not None
     return named is not None and named.leaf.startswith(("lora_", "magnitude"))

@@ -1,0 +1,124 @@
+"""Files whose names only diffusers' converters know: Wan, Hunyuan, Qwen, LTX and others.
+
+A converter may leave out what it does not know, without a word. So an account is kept: every tensor of the file must
+reach what the converter returns, by autograd, and numbers must have been read. What the converter returns is then
+looked up in the model, as the tensors of any file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorac.errors import FormatError
+from lorac.formats._image_files.places import PipelineModel, choose_component, list_pipeline
+from lorac.formats._image_files.spellings import COMPONENTS, parse_name
+from lorac.frontend.model_view import ModelView
+
+_LIBRARY = "diffusers"
+_FAMILIES = {
+    "AnyFlow": "Wan",
+    "AnyFlowFAR": "Wan",
+    "BriaFibo": "Flux",
+    "Chroma": "Flux",
+    "ChronoEdit": "Wan",
+    "ConsisID": "CogVideoX",
+    "HunyuanVideoFramepack": "HunyuanVideo",
+    "Kandinsky5": "Kandinsky",
+    "LTX2Video": "LTX2",
+    "Mochi": "Mochi1",
+    "QwenImage21": "QwenImage",
+    "SanaVideo": "Sana",
+    "WanAnimate": "Wan",
+    "WanVACE": "Wan",
+}
+"""What the class of a transformer is called before that word -> the pipelines that load LoRAs for it, where another."""
+Converter = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+_READS = frozenset({"item", "tolist", "__float__", "__int__"})
+
+
+class WatchedNumber(Tensor):
+    """A tensor of one number that notes when it is read as one, which autograd does not see."""
+
+    was_read: bool
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run a function of torch, noting those that read a number."""
+        if getattr(function, "__name__", "") in _READS and isinstance(args[0], WatchedNumber):
+            args[0].was_read = True
+        return super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch's
+
+
+def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) -> Mapping[str, Tensor]:
+    """Return the tensors of a file by names that the models have; unchanged where they have them already.
+
+    Raises:
+        FormatError: diffusers' converter for the model leaves out a tensor, or fails.
+    """
+    pipeline = list_pipeline(view)
+    unknown = [key for key in tensors if not _is_known(key, pipeline)]
+    convert = next((found for one in pipeline.values() if (found := _find_converter(one.model))), None)
+    if not unknown or convert is None:
+        return tensors
+    try:
+        converted = convert(dict(tensors))
+        dropped = find_dropped(convert, tensors) if converted.keys() != tensors.keys() else []
+    except Exception as error:  # a converter may raise anything on names that it does not expect
+        raise FormatError(
+            f"'{path}' has names such as '{unknown[0]}', and diffusers' converter for the model fails on it: "
+            f"{type(error).__name__}: {error}",
+            next_step="load the class of model that the adapter was trained on",
+        ) from error
+    if dropped:
+        raise FormatError(
+            f"'{path}' has the tensor '{dropped[0]}', which diffusers' converter for the model leaves out",
+            next_step="it may change the result, so it is not left out; save the adapter in diffusers' own names",
+            code="unused_tensors",
+        )
+    return converted
+
+
+def _is_known(key: str, pipeline: Mapping[str, PipelineModel]) -> bool:
+    name = parse_name(key, {*COMPONENTS, *(f"{component}." for component in pipeline)})
+    component = None if name is None else choose_component(name.component, pipeline)
+    return name is not None and component is not None and component.knows(name)
+
+
+def _find_converter(model: nn.Module) -> Converter | None:
+    """Return what makes diffusers' names of a file's for a model; None for classes that diffusers has none for."""
+    if type(model).__module__.partition(".")[0] != _LIBRARY:
+        return None
+    stem = type(model).__name__.partition("Transformer")[0]
+    loaders = importlib.import_module(f"{_LIBRARY}.loaders")
+    mixin = getattr(loaders, f"{_FAMILIES.get(stem, stem)}LoraLoaderMixin", None)
+    return None if mixin is None else lambda tensors: _join_alphas(mixin.lora_state_dict(tensors))
+
+
+def _join_alphas(answer: Any) -> Mapping[str, Tensor]:
+    """Return one mapping of the tensors and the alphas that some pipelines return apart."""
+    tensors, alphas = answer if isinstance(answer, tuple) else (answer, None)
+    return {**tensors, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}
+
+
+def find_dropped(convert: Converter, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors of which no number reaches what a converter returns."""
+    with torch.enable_grad():
+        leaves = {name: tensor.detach().clone().float().requires_grad_() for name, tensor in tensors.items()}
+        given = {name: _watch(leaf.clone()) for name, leaf in leaves.items()}
+        returned = [tensor.sum() for tensor in convert(dict(given)).values() if tensor.requires_grad]
+        reached = torch.autograd.grad(returned, list(leaves.values()), allow_unused=True) if returned else ()
+    found = dict(zip(leaves, reached or [None] * len(leaves), strict=True))
+    return [
+        name for name, gradient in found.items() if gradient is None and not getattr(given[name], "was_read", False)
+    ]
+
+
+def _watch(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(WatchedNumber) if tensor.numel() == 1 else tensor
