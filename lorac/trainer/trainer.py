@@ -21,7 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from lorac.adapters.base_hash import compute_base_hash
-from lorac.errors import ArtifactError, OptionError, translate_errors
+from lorac.errors import ArtifactError, OptionError, Unavailable, translate_errors
 from lorac.formats.native import variant_config
 from lorac.storage.strict_json import JsonObject, dump_json
 from lorac.trainer import checkpoints, losses
@@ -43,7 +43,7 @@ class AdapterTrainer(Trainer):
 
     Raises:
         ChoiceError: a tensor learns from an extra output alone, and no loss reads it.
-        Unavailable: a loss reads what the model does not give.
+        Unavailable: a loss reads what the model does not give; or the model is to lie in parts.
         OptionError: the recipe names what does not exist.
     """
 
@@ -56,6 +56,9 @@ class AdapterTrainer(Trainer):
         self.recipe, self.losses = recipe, make_losses(recipe.loss)
         self.rules: list[Rule] | None = None
         super().__init__(**settings)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            what = "DeepSpeed and FSDP keep a model in parts, and a compiled one trains as a whole in each process"
+            raise Unavailable(what, next_step="leave deepspeed and fsdp out: torchrun trains on several processes")
         losses.check_learning(self.model, self.losses)
         if GATES in self.losses:
             self.data_collator = losses.collate_experts(self.data_collator)

@@ -157,6 +157,17 @@ def test_arguments_of_the_trainers_own_optimizer_are_refused_beside_another() ->
         plan(optimizer="SGD", arguments={"weight_decay": 0.1})
 
 
+@pytest.mark.parametrize("plugin", ["deepspeed", "fsdp"])
+def test_a_model_in_parts_is_refused(plugin: str, tmp_path: Path) -> None:
+    class Parted(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            setattr(self, f"is_{plugin}_enabled", True)
+
+    with refuses("unavailable", match="DeepSpeed and FSDP keep a model in parts"):
+        trainer_of(compiled_of({"a": LORA}, PLAN), PLAN, tmp_path, base=Parted)
+
+
 def test_a_quantised_base_has_adapters_to_train(tmp_path: Path) -> None:
     quantised: Any = copy.deepcopy(ZOO["tiny_llama"].model())
     quantised.is_quantized, quantised.hf_quantizer = True, SimpleNamespace(is_trainable=True)
