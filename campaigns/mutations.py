@@ -241,16 +241,17 @@ def pickled(data: bytes, random: random.Random) -> bytes:
         return octets(data, random)
     if how < 0.34:
         return _bomb(random)
-    tensors = torch.load(io.BytesIO(data), weights_only=True)
+    loaded = torch.load(io.BytesIO(data), weights_only=True)
+    tensors = loaded.get("model", loaded)
     name = random.choice(list(tensors))
     if how < 0.8:
         tensors[name] = random.choice(STRANGE if tensors[name].is_floating_point() else STRANGE[:10])(tensors[name])
     elif how < 0.9:
         tensors[random.choice((*TEXTS, 3, None))] = tensors.pop(name)
     else:
-        return pickle.dumps(tensors)
+        return pickle.dumps(loaded)
     written = io.BytesIO()
-    torch.save(tensors, written, _use_new_zipfile_serialization=random.random() < 0.95)
+    torch.save(loaded, written, _use_new_zipfile_serialization=random.random() < 0.95)
     return written.getvalue()
 
 
@@ -307,7 +308,7 @@ def damage(kind: str, place: Path, random: random.Random) -> None:
     if place.is_dir() and random.random() < 0.05:
         _replace(target, random)
         return
-    by_suffix = {".json": json_text, ".safetensors": safetensors, ".bin": pickled}
+    by_suffix = {".json": json_text, ".safetensors": safetensors, ".bin": pickled, ".pt": pickled}
     how = checkpoint if kind == "checkpoint" and random.random() < 0.6 else by_suffix.get(target.suffix, octets)
     target.write_bytes(how(target.read_bytes(), random))
     if place.is_dir() and random.random() < 0.95:

@@ -108,6 +108,8 @@ def model(host: str) -> Any:
     """Return a host by name, in float32; several by their names in a pipeline."""
     if host == "pipeline":
         return {component: model(name) for component, name in PIPELINE.items()}
+    if host in OWN:
+        return OWN[host]()
     return ZOO[host].model() if host in ZOO else HOSTS[host].model(torch.float32)
 
 
@@ -269,26 +271,56 @@ def _recipes(folder: Path) -> Iterator[Sound]:
         yield Sound("recipe", file, f"recipe/{file}", "")
 
 
-def _of_llama(format: str, place: str, *variants: Variant) -> Callable[[Path], Iterator[Sound]]:
-    """Return what writes adapters of a tiny Llama in a format, one of each variant."""
+def _tiny_vision() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=8, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=3).eval()
+
+
+OWN = {"tiny_vision": _tiny_vision}
+"""Hosts of authors' files, which name the modules of a library's models."""
+
+
+def _on(host: str, format: str, place: str, *variants: Variant) -> Callable[[Path], Iterator[Sound]]:
+    """Return what writes adapters of a host in a format, one of each variant."""
 
     def write(folder: Path) -> Iterator[Sound]:
-        here = model("tiny_llama")
         (folder / format).mkdir()
         for variant in variants:
-            adapter = lorac.compile(here, {variant.name: variant}).adapters[variant.name]
+            adapter = lorac.compile(model(host), {variant.name: variant}).adapters[variant.name]
             where = f"{format}/{place.format(variant.name)}"
-            lorac.save_adapter(adapter, folder / where, format, here)
-            yield Sound(format, variant.name, where, "tiny_llama")
+            lorac.save_adapter(adapter, folder / where, format, model(host))
+            yield Sound(format, variant.name, where, host)
 
     return write
 
 
+def _meteora(folder: Path) -> Iterator[Sound]:
+    here = model("tiny_llama")
+    loras = lorac.compile(here, {name: lorac.LoRA(r=2, targets=["q_proj"]) for name in "ab"}).adapters.values()
+    (folder / "meteora").mkdir()
+    lorac.save_adapter(lorac.MeteoRA.from_loras([*loras], top_k=1), folder / "meteora/it", "meteora", here)
+    yield Sound("meteora", "meteora", "meteora/it", "tiny_llama")
+
+
 _PAIR = lorac.LoRA(r=2, targets=["q_proj", "down_proj"])
 SAMPLES = {
-    "gguf": _of_llama("gguf", "{}.gguf", _PAIR),
-    "mlx": _of_llama("mlx", "{}", _PAIR, lorac.DoRA(r=2, targets=["v_proj"]), lorac.Full(targets=["k_proj"])),
-    "onnx_adapter": _of_llama("onnx_adapter", "{}.onnx_adapter", _PAIR),
+    "gguf": _on("tiny_llama", "gguf", "{}.gguf", _PAIR),
+    "mlx": _on("tiny_llama", "mlx", "{}", _PAIR, lorac.DoRA(r=2, targets=["v_proj"]), lorac.Full(targets=["k_proj"])),
+    "onnx_adapter": _on("tiny_llama", "onnx_adapter", "{}.onnx_adapter", _PAIR),
+    "adaptertune": _on("tiny_vision", "adaptertune", "{}", lorac.AdapterTune(r=2)),
+    "bone": _on(
+        "tiny_llama", "bone", "{}", lorac.BAT(r=2, targets=["q_proj"]), lorac.MiSS(r=3, targets=["up_proj"])
+    ),
+    "break_for_make": _on("tiny_llama", "break_for_make", "{}", lorac.PLP(r=2, targets=["q_proj"])),
+    "hydra": _on(
+        "tiny_vision", "hydra", "{}",
+        lorac.Hydra(r=2, r_sequential=1, branch_bias=True, targets=["mlp.fc2", "attn.proj"], modules_to_save=["head"]),
+    ),
+    "loldu": _on("tiny_llama", "loldu", "{}", lorac.LoLDU(r=3, targets=["q_proj", "down_proj"])),
+    "meteora": _meteora,
+    "sora": _on("tiny_llama", "sora", "{}", lorac.SoRA(r=3, targets=["q_proj", "down_proj"])),
     "adapterhub": _adapterhub, "diffusers": _diffusers, "kohya": _kohya, "xlora": _xlora, "autolora": _autolora,
     "checkpoint": _checkpoint, "flylora": _flylora, "recipe": _recipes, "training": _training,
 }  # fmt: skip

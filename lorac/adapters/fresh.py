@@ -77,6 +77,16 @@ def _make_specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]
     return specs
 
 
+def make_site_tensors(variant: Variant, name: str, site: Site, base: BaseReader) -> dict[str, Tensor]:
+    """Return the initial tensors of an adapter at one site, those that share with no other.
+
+    Raises:
+        SiteError: the method is not defined on the site.
+    """
+    variant.at(site).check(site)
+    return _make_initial_tensors(_make_specs(name, variant, site), site, name, base, _SharedTensors({}, {}))
+
+
 def select_target_sites(variant: Variant, view: ModelView) -> list[Site]:
     """Return the sites that a variant's ``targets`` name."""
     found = variant.named_sites(view)

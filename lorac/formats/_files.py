@@ -6,6 +6,7 @@ file, so that the error names the fault. ``lorac.storage.tensor_file`` writes su
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -20,7 +21,7 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.limits import claim_memory, pause_clock
-from lorac.storage.pickled_tensors import load_pickle
+from lorac.storage import pickled_tensors
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
 from lorac.storage.tensor_file import DTYPES, hash_contents, write_safetensors
 
@@ -34,6 +35,8 @@ EXPERTS = "lorac_experts"
 """Metadata entry that holds the seals of an X-LoRA's experts by name."""
 BASE_HASH = "lorac_base"
 """Metadata entry that holds the hash over the base weights."""
+PICKLES = (".pt", ".pth", ".bin")
+"""Suffixes of the files that torch.save writes."""
 HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 """Files of tensors in AdapterHub's folders, whose configuration has the name of PEFT's."""
 
@@ -72,11 +75,35 @@ def peek_names(path: Path) -> frozenset[str]:
     return frozenset(_peek_header(path))
 
 
+def peek_texts(path: Path) -> frozenset[str]:
+    """Return the texts in a pickle, names of tensors among them; empty where it is something else, or damaged."""
+    return _peek_pickle(path, _identify(path))
+
+
 def _peek_header(path: Path) -> JsonMapping:
+    return _peek_known_header(path, _identify(path))
+
+
+def _identify(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file does, so that the formats do not each read it anew to recognise it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)
+def _peek_known_header(path: Path, identity: tuple[int, ...]) -> JsonMapping:
     try:
         return _read_raw_header(path)[0]
     except (LoracError, OSError):
         return {}
+
+
+@functools.lru_cache(maxsize=4)
+def _peek_pickle(path: Path, identity: tuple[int, ...]) -> frozenset[str]:
+    return pickled_tensors.peek_names(path)
 
 
 def read_weights(folder: Path, config: str, weights: str, pickled: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -125,7 +152,25 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             tensors are larger than the file.
         AdapterError: a tensor holds NaN or infinity.
     """
-    loaded = load_pickle(path, lambda reason: _corrupt(path, reason))
+    return check_named_tensors(path, load_pickle(path))
+
+
+def load_pickle(path: Path) -> object:
+    """Return the content of a pickle of tensors, numbers and texts, which ``check_named_tensors`` has not seen.
+
+    Raises:
+        FormatError: it is damaged, or names what no tensors need.
+    """
+    return pickled_tensors.load_pickle(path, lambda reason: _corrupt(path, reason))
+
+
+def write_pickle(path: Path, value: object) -> None:
+    """Write tensors as torch.save does."""
+    torch.save(value, path)
+
+
+def check_named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
+    """Return named tensors from a pickle, checked as ``read_pickle`` says."""
     if not isinstance(loaded, dict):
         raise _corrupt(path, f"it holds a {type(loaded).__name__}, not named tensors")
     for name, value in loaded.items():

@@ -8,6 +8,7 @@ that a dictionary of dense tensors needs.
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickletools
 import zipfile
@@ -27,6 +28,10 @@ MOST_STEPS = 1_000_000
 _PICKLE = "data.pkl"
 _NAMES = frozenset({"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"})
 """The names in a pickle of named tensors, apart from the types of storages."""
+_PEEKED = 1 << 24
+"""Longest pickle that is read for its names alone."""
+_TEXTS = frozenset({"BINUNICODE", "SHORT_BINUNICODE", "UNICODE"})
+"""Steps of a pickle that make a text."""
 _PER_MEMBER = 1024
 """Most bytes that Python holds for every file in a zip file."""
 _END, _END_64 = 22, 76
@@ -49,6 +54,19 @@ def load_pickle(path: Path, refuse: Refuse) -> object:
     except Exception as error:  # and so may the unpickler
         reason = str(error).strip().partition("\n")[0]
         raise refuse(f"torch.load(weights_only=True) refuses it: {reason}") from error
+
+
+def peek_names(path: Path) -> frozenset[str]:
+    """Return the short texts in a `.bin` file's pickle, names of tensors among them; empty if it is something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.rpartition("/")[2] == _PICKLE]
+            if len(members) != 1 or members[0].file_size > _PEEKED:
+                return frozenset()
+            steps = itertools.islice(pickletools.genops(archive.read(members[0])), MOST_STEPS)
+            return frozenset(str(argument) for opcode, argument, _ in steps if opcode.name in _TEXTS)
+    except Exception:  # a reader of zip files, or of pickles, fed with garbage may raise anything
+        return frozenset()
 
 
 def check_archive(path: Path, refuse: Refuse, check: Callable[[zipfile.ZipFile], None] = lambda _: None) -> None:

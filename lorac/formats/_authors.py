@@ -1,0 +1,307 @@
+"""Files of methods' authors: one file of tensors by names of their own, and hyper-parameters in a JSON file beside it.
+
+Authors' code saves the tensors and leaves the hyper-parameters in the arguments of a run. What a file lacks is read
+from a JSON object in a file of its name with the suffix ``.json``, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lorac.adapters.base_hash import compute_tensor_hash
+from lorac.adapters.fit import check_adapter, sort_by_site
+from lorac.argument_types import JsonMapping
+from lorac.errors import FormatError, nearest_name
+from lorac.formats._config_fields import Applied, Field, read_fields
+from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
+from lorac.formats._files import (
+    PICKLES,
+    encode_config,
+    peek_names,
+    peek_texts,
+    read_json,
+    read_pickle,
+    read_safetensors,
+    write_json,
+    write_pickle,
+)
+from lorac.formats._format import Format
+from lorac.formats._lora_pairs import check_read
+from lorac.frontend.model_view import ModelView
+from lorac.storage.tensor_file import write_safetensors
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+
+Tensors = Mapping[str, Tensor]
+REQUIRED = object()
+"""Default of a hyper-parameter that no file of tensors holds, and that cannot be guessed."""
+_SUFFIXES = (".safetensors", *PICKLES)
+
+
+@dataclass(frozen=True)
+class KeyRow:
+    """A parameter of a method at the sites of one name.
+
+    Attributes:
+        key: the key in a file, with ``*`` for the path that it has in common with the site.
+        site: the path of the site, with ``*``.
+        parameter: the parameter there.
+        is_row: the file has the vector as a matrix of one row.
+    """
+
+    key: str
+    site: str
+    parameter: str
+    is_row: bool = False
+
+    def find_site(self, key: str) -> str | None:
+        """Return the path of the site that a key is of, or None."""
+        return _translate(key, self.key, self.site)
+
+    def find_key(self, path: str) -> str | None:
+        """Return the key of the parameter at a site, or None where the row is of other sites."""
+        return _translate(path, self.site, self.key)
+
+
+def _translate(name: str, pattern: str, other: str) -> str | None:
+    before, _, behind = pattern.partition("*")
+    shortest = len(before) + len(behind)
+    if len(name) <= shortest or not name.startswith(before) or not name.endswith(behind):
+        return None
+    return other.replace("*", name[len(before) : len(name) - len(behind)])
+
+
+class AuthorsFormat(Format):
+    """The base class of authors' formats.
+
+    Attributes:
+        rows: the keys that hold parameters; of several, the first that a key fits is read, the last that a site fits
+            is written.
+        mark: what a key has that no other format's has.
+        weights: the name of the file of tensors that lorac writes into a folder.
+        settings: hyper-parameters that the file of tensors lacks, by the authors' names.
+        settings_file: the name of their file; None for that of the tensors with the suffix ``.json``.
+        trained: beginnings of the names of parameters that are trained as well, such as a head's, and replaced whole.
+    """
+
+    rows: ClassVar[tuple[KeyRow, ...]]
+    mark: ClassVar[re.Pattern[str]]
+    weights: ClassVar[str]
+    settings: ClassVar[Mapping[str, Field]] = {}
+    settings_file: ClassVar[str | None] = None
+    trained: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def make_variant(self, values: JsonMapping, tensors: Mapping[str, Tensors], file: Path) -> Variant:
+        """Return the method, with ``values`` and the sizes that the tensors show; ``targets`` are filled in later."""
+
+    def read_tensors(self, file: Path) -> dict[str, Tensor]:
+        """Return the tensors of a file by key."""
+        return read_safetensors(file)[0] if file.suffix == ".safetensors" else read_pickle(file)
+
+    def write_tensors(self, file: Path, tensors: Tensors, view: ModelView | None) -> None:
+        """Write tensors by key."""
+        contiguous = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
+        if file.suffix == ".safetensors":
+            write_safetensors(file, contiguous, {"format": "pt"})
+        else:
+            write_pickle(file, contiguous)
+
+    def is_trained(self, key: str, values: JsonMapping) -> bool:
+        """Return whether a key is of a parameter that is trained as well."""
+        return key.startswith(self.trained)
+
+    def name_copy(self, key: str) -> str | None:
+        """Return the parameter of the base that a key holds a copy of, where the format has such copies."""
+        return None
+
+    def to_parameters(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters of a site from the tensors that the file has there."""
+        return stored
+
+    def to_stored(self, adapter: Adapter, path: str) -> Tensors:
+        """Return the tensors that the file has for a site; the inverse of ``to_parameters``."""
+        return adapter.tensors[path]
+
+    def complete(self, adapter: Adapter, view: ModelView | None) -> None:
+        """Add the parameters that no file holds, as the model tells them."""
+
+    def describe(self, variant: Variant) -> JsonMapping:
+        """Return the settings to write."""
+        return {name: field.write(getattr(variant, field.to)) for name, field in self.settings.items() if field.to}
+
+    # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def recognises(self, path: Path) -> bool:
+        file = self.find_file(path)
+        if file is None:
+            return False
+        names = peek_texts(file) if file.suffix in PICKLES else peek_names(file)
+        return any(map(self.mark.search, names))
+
+    def find_file(self, path: Path) -> Path | None:
+        """Return the file of tensors at a path: the path itself, or the only such file in a folder."""
+        if path.is_file():
+            return path if path.suffix in _SUFFIXES else None
+        if not path.is_dir():
+            return None
+        found = [inner for inner in sorted(path.iterdir()) if inner.suffix in _SUFFIXES and inner.is_file()]
+        return found[0] if len(found) == 1 else None
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        file = self.find_file(path)
+        if file is None:
+            raise corrupt_error(f"'{path}' holds no file of tensors, or several")
+        raw, values = self._read_settings(file)
+        name = name or (path.resolve().name if path.is_dir() else path.stem)
+        stored, rest = self._assign(self.read_tensors(file))
+        if not stored:
+            raise corrupt_error(f"'{file}' holds no tensor of {self.written_by}")
+        adapter = Adapter(name, self.make_variant(values, stored, file), stored)
+        adapter.provenance |= {"format": self.name, "source": str(path), "config": raw}
+        self._account(file, adapter, rest, values)
+        placed = {_locate(site, view): tensors for site, tensors in stored.items()}
+        adapter.tensors = {site: self.to_parameters(dict(tensors)) for site, tensors in placed.items()}
+        saved = adapter.variant.modules_to_save or sorted({name.partition(".")[0] for name in adapter.replaced})
+        targets = tuple(sort_by_site(placed, view))
+        adapter.variant = replace(adapter.variant, targets=targets, modules_to_save=tuple(saved))
+        self.complete(adapter, view)
+        adapter.tensors = sort_by_site(adapter.tensors, view)
+        return check_read(adapter, view)
+
+    def settings_path(self, file: Path) -> Path:
+        """Return the path of the file of hyper-parameters."""
+        return file.with_suffix(".json") if self.settings_file is None else file.with_name(self.settings_file)
+
+    def _read_settings(self, file: Path) -> tuple[JsonMapping, JsonMapping]:
+        """Return the settings as they are stored, and as lorac has them.
+
+        Raises:
+            FormatError: one that is required is missing, or one is not known.
+        """
+        path = self.settings_path(file)
+        raw = read_json(path) if path.is_file() else {}
+        missing = [name for name, field in self.settings.items() if field.default is REQUIRED and name not in raw]
+        if missing:
+            example = encode_config({**raw, **dict.fromkeys(missing, 1)})
+            raise unsupported_error(
+                f"'{file}' does not hold {', '.join(missing)} of its training, which the result depends on",
+                next_step=f"write them into '{path}' as JSON, with the values of the training: {example}",
+            )
+        return raw, read_fields(raw, self.settings, path)
+
+    def _assign(self, tensors: Tensors) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Return the tensors of sites by path and parameter, and those that no row is of."""
+        stored: dict[str, dict[str, Tensor]] = {}
+        rest: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            row = next((row for row in self.rows if row.find_site(key)), None)
+            path = None if row is None else row.find_site(key)
+            if row is None or path is None or row.parameter in stored.get(path, {}):
+                rest[key] = tensor
+            else:
+                is_row = row.is_row and tensor.ndim == 2 and len(tensor) == 1
+                stored.setdefault(path, {})[row.parameter] = tensor[0] if is_row else tensor
+        return stored, rest
+
+    def _account(self, file: Path, adapter: Adapter, rest: Tensors, values: JsonMapping) -> None:
+        """Take replacements, and note copies of the base.
+
+        Raises:
+            FormatError: a tensor is left.
+        """
+        for key, tensor in rest.items():
+            copied = self.name_copy(key)
+            if self.is_trained(key, values):
+                adapter.replaced[key] = tensor
+            elif copied is not None:
+                adapter.provenance.setdefault("copies", {})[copied] = compute_tensor_hash(tensor)
+            else:
+                expected = [row.key.replace("*", "…") for row in self.rows]
+                raise FormatError(
+                    f"'{file}' holds '{key}', which is not a tensor of {self.written_by}",
+                    nearest=nearest_name(key, [name for row in self.rows for name in self._names(row, adapter)]),
+                    next_step=f"keys are {', '.join(expected)}",
+                    code="unused_tensors",
+                )
+
+    @staticmethod
+    def _names(row: KeyRow, adapter: Adapter) -> list[str]:
+        return [key for key in map(row.find_key, adapter.tensors) if key is not None]
+
+    # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        """Write the file of tensors, and that of hyper-parameters where the format has some, into a folder.
+
+        Raises:
+            FormatError: the format has no place for the method, a site, a parameter or a replacement.
+        """
+        if type(adapter.variant) not in self.methods:
+            raise unsupported_error(
+                f"the format '{self.name}' holds {' or '.join(method.name for method in self.methods)}, and adapter "
+                f"'{adapter.name}' is of {adapter.variant.name}",
+                next_step=native_or_lora(adapter.variant),
+            )
+        if view is not None:
+            check_adapter(adapter, view)
+        tensors: dict[str, Tensor] = {}
+        settings = self.describe(adapter.variant)
+        for name, tensor in adapter.replaced.items():
+            if not self.is_trained(name, settings):
+                raise self._no_place(adapter, f"'{name}', which it replaces")
+            tensors[name] = tensor
+        for site in adapter.tensors:
+            for parameter, tensor in self.to_stored(adapter, site).items():
+                rows = [row for row in self.rows if row.parameter == parameter and row.find_key(site)]
+                if not rows:
+                    raise self._no_place(adapter, f"'{parameter}' at '{site}'")
+                tensors[str(rows[-1].find_key(site))] = tensor[None] if rows[-1].is_row else tensor
+        path.mkdir()
+        self.write_tensors(path / self.weights, tensors, view)
+        if self.settings:
+            write_json(self.settings_path(path / self.weights), settings)
+
+    def _no_place(self, adapter: Adapter, what: str) -> FormatError:
+        places = dict.fromkeys(row.site.replace("*", "…") for row in self.rows)
+        return unsupported_error(
+            f"the format '{self.name}' has no place for {what} of adapter '{adapter.name}'",
+            next_step=f"it has layers at {', '.join(places)}; format='native' holds every adapter",
+        )
+
+
+def _locate(path: str, view: ModelView | None) -> str:
+    """Return the path of a site in a model of several components, where the file has that within one."""
+    if view is None or path in view.sites:
+        return path
+    return next((inner for inner in (f"{name}.{path}" for name in view.components) if inner in view.sites), path)
+
+
+def required(to: str, read: Any) -> Field:
+    """Return a hyper-parameter that has to be given."""
+    return Applied(REQUIRED, to=to, read=read)
+
+
+def find_size(tensors: Mapping[str, Tensors], parameter: str, axis: int, file: Path) -> int:
+    """Return the size that a parameter has along an axis at every site.
+
+    Raises:
+        FormatError: it has several, or a site lacks the parameter.
+    """
+    sizes: dict[int, str] = {}
+    for path, stored in tensors.items():
+        if parameter not in stored or stored[parameter].ndim <= axis:
+            raise corrupt_error(f"'{file}' lacks {parameter} at '{path}', or it has other axes")
+        sizes.setdefault(stored[parameter].shape[axis], path)
+    if len(sizes) > 1:
+        (first, here), (second, there), *_ = sizes.items()
+        raise unsupported_error(
+            f"{parameter} in '{file}' has the size {first} at '{here}' and {second} at '{there}'",
+            next_step="the authors' code has one for all; copy or download the file again",
+        )
+    return next(iter(sizes))

@@ -1,0 +1,90 @@
+"""AdapterTune's own checkpoints: ``{"model", "optimizer", "epoch"}`` with ``blocks.<n>.adapter.down.weight`` and so on.
+
+Source: salimkhazem/adaptertune. The model is timm's, whose blocks lie one level deeper, at ``blocks.<n>.block``; all of
+it is in the file, and what is not the adapter's or the head's is compared with the base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lorac.argument_types import JsonMapping
+from lorac.errors import BaseNeeded, FormatError
+from lorac.formats._authors import AuthorsFormat, KeyRow, Tensors, find_size, required
+from lorac.formats._config_fields import Field, read_number
+from lorac.formats._files import check_named_tensors, load_pickle, read_safetensors, write_pickle
+from lorac.frontend.model_view import ModelView
+from lorac.variants.adaptertune import AdapterTune
+
+_MODEL, _OF_TRAINING = "model", {"optimizer", "epoch"}
+_BLOCK = re.compile(r"(.*\bblocks\.\d+)\.(.+)")
+_SETTINGS: Mapping[str, Field] = {"adapter_alpha": required("alpha", read_number)}
+
+
+class AdapterTuneFormat(AuthorsFormat):
+    """AdapterTune's own checkpoints."""
+
+    name = "adaptertune"
+    looks_for = "a file with tensors blocks.<n>.adapter.down.weight"
+    written_by = "AdapterTune's authors"
+    methods = (AdapterTune,)
+    rows = tuple(
+        KeyRow(f"*.adapter.{half}.{leaf}", "*", f"{half}{end}")
+        for half in ("down", "up")
+        for leaf, end in (("weight", ""), ("bias", "_bias"))
+    )
+    mark = re.compile(r"\bblocks\.\d+\.adapter\.(down|up)\.weight$")
+    weights = "best.pt"
+    settings = _SETTINGS
+    trained = ("head.",)
+
+    def make_variant(self, values: JsonMapping, tensors: Mapping[str, Tensors], file: Path) -> AdapterTune:
+        return AdapterTune(r=find_size(tensors, "down", 0, file), alpha=values["adapter_alpha"])
+
+    def read_tensors(self, file: Path) -> dict[str, Tensor]:
+        if file.suffix == ".safetensors":
+            return read_safetensors(file)[0]
+        loaded = load_pickle(file)
+        if not isinstance(loaded, dict) or _MODEL not in loaded:
+            return check_named_tensors(file, loaded)
+        unknown = next((key for key in loaded if key not in {_MODEL, *_OF_TRAINING}), None)
+        if unknown is not None:
+            raise FormatError(
+                f"'{file}' holds '{unknown}', which is not a part of AdapterTune's checkpoints",
+                next_step=f"they hold {_MODEL}, {', '.join(sorted(_OF_TRAINING))}",
+                code="unused_tensors",
+            )
+        return check_named_tensors(file, loaded[_MODEL])
+
+    def write_tensors(self, file: Path, tensors: Tensors, view: ModelView | None) -> None:
+        """Write the whole model, as the authors' code loads it.
+
+        Raises:
+            BaseNeeded: no model is given.
+        """
+        if view is None:
+            raise BaseNeeded(
+                "AdapterTune's checkpoints hold the whole model", next_step="pass model=; on the command line, --model"
+            )
+        whole = {_deepen(name): tensor for name, tensor in view.module.state_dict().items()}
+        contiguous = {key: tensor.detach().contiguous().clone() for key, tensor in {**whole, **tensors}.items()}
+        write_pickle(file, {_MODEL: contiguous})
+
+    def name_copy(self, key: str) -> str | None:
+        found = _BLOCK.fullmatch(key)
+        if found is None:
+            return key
+        return f"{found[1]}.{found[2].removeprefix('block.')}" if found[2].startswith("block.") else None
+
+
+def _deepen(name: str) -> str:
+    """Return the key of a parameter in a file, which has a level more within blocks."""
+    found = _BLOCK.fullmatch(name)
+    return name if found is None else f"{found[1]}.block.{found[2]}"
+
+
+FORMAT = AdapterTuneFormat()
