@@ -9,7 +9,6 @@ import torch
 
 from lorac.argument_types import Bounds
 from lorac.errors import OptionError
-from lorac.variants._mixtures import top_k_mask
 
 Tensor = torch.Tensor
 Part: TypeAlias = Annotated[float | Sequence[float], Bounds(0, 1, exclusive=True)]
@@ -69,6 +68,13 @@ def per_adapter(value: float | Sequence[float], count: int) -> list[float]:
 
 
 def _mask_largest(tensor: Tensor, count: int) -> Tensor:
+    """Return a mask of the largest entries by size; of equal ones those that come first."""
     if count <= 0:
         return torch.zeros_like(tensor, dtype=torch.bool)
-    return top_k_mask(tensor.abs().flatten(), count).view(tensor.shape)
+    sizes = tensor.abs().flatten()
+    threshold = sizes.kthvalue(sizes.numel() - count + 1).values
+    above, equal = sizes > threshold, sizes == threshold
+    room = count - int(above.sum())
+    if int(equal.sum()) > room:
+        equal &= equal.cumsum(0) <= room
+    return (above | equal).view(tensor.shape)

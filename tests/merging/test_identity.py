@@ -69,6 +69,14 @@ def test_one_adapter_at_weight_1_stays_as_it_is(name):
             assert all(torch.equal(merged.tensors[path][key], tensor) for key, tensor in tensors.items())
 
 
+def test_one_adapter_of_no_weight_form_stays_as_it_is():
+    router = lorac.MeteoRA.from_loras([lora("a", 1, r=2), lora("b", 2, r=2)])
+    for method in ways():
+        assert lorac.merge([router], method).tensors is router.tensors
+    with refuses("not_mergeable"):
+        lorac.merge([router, lora("a", 1, r=2)], "cat", model=model())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_each_way_computes_what_it_stays(name):

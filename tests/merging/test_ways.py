@@ -92,6 +92,11 @@ def test_breadcrumbs_of_a_small_matrix_is_not_empty():
     assert_close(merged, tensor([3, 0, 2, 0]))
 
 
+def test_of_equal_entries_the_first_are_kept():
+    merged = matrix(lorac.merge([of_delta("a", tensor([1, -1, 2, 1]))], "magnitude_prune", density=0.5))
+    assert_close(merged, tensor([1, 0, 2, 0]))
+
+
 @pytest.mark.parametrize("space", ["knots", "core"])
 def test_a_sum_in_a_joint_basis_is_the_sum(space):
     adapters = [lora("a", 1, r=3), lora("b", 2, r=2, alpha=3), lora("c", 3, sites=("fc1",), r=4)]
