@@ -5,6 +5,7 @@ Everything is computed in float64, from factors where a change has them. With Δ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import overload
@@ -287,22 +288,21 @@ def _find_cosines(spaces: list[tuple[Tensor, Tensor]]) -> tuple[tuple[float, ...
 # ── What does not fit ────────────────────────────────────────────────────────────────────────────────────────────────
 def _iter_mismatches(adapter: Adapter, view: ModelView) -> Iterator[str]:
     """Yield what of an adapter does not fit a model, where ``check_adapter`` stops at the first."""
-    known = view.named_tensors()
-    for path, tensors in adapter.tensors.items():
-        try:
-            if path not in view.sites:
-                raise no_site_error(adapter.name, path, view)
-            check_site(adapter.name, adapter.variant, view.sites[path], tensors)
-        except LoracError as error:
-            yield error.what
-    for name, tensor in adapter.replaced.items():
-        try:
-            check_replaced(adapter.name, name, tensor, known)
-        except LoracError as error:
-            yield error.what
-    recorded = adapter.provenance.get("base")
+    known, recorded = view.named_tensors(), adapter.provenance.get("base")
+    checks = [functools.partial(_check_site, adapter, path, view) for path in adapter.tensors]
+    checks += [
+        functools.partial(check_replaced, adapter.name, name, one, known) for name, one in adapter.replaced.items()
+    ]
     if recorded and adapter.tensors.keys() <= view.sites.keys():
+        checks.append(functools.partial(check_base, adapter.name, str(recorded), view, adapter.tensors))
+    for check in checks:
         try:
-            check_base(adapter.name, str(recorded), view, adapter.tensors)
+            check()
         except LoracError as error:
             yield error.what
+
+
+def _check_site(adapter: Adapter, path: str, view: ModelView) -> None:
+    if path not in view.sites:
+        raise no_site_error(adapter.name, path, view)
+    check_site(adapter.name, adapter.variant, view.sites[path], adapter.tensors[path])
