@@ -33,6 +33,7 @@ from lorac.frontend.model_view import sites as sites
 from lorac.ir.slots.choice import Active as Active
 from lorac.ir.slots.planning import Reserve as Reserve
 from lorac.limits import budget as budget
+from lorac.merging.extraction import extract as extract
 from lorac.merging.merge import merge as merge
 from lorac.merging.merged_model import merge_into as merge_into
 from lorac.runtime.generation.prompt_cache import PromptCache as PromptCache

@@ -1,4 +1,4 @@
-"""Commands about files: inspect, convert, resize, diff."""
+"""Commands about files: inspect, convert, resize, extract, diff."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def _list_formats() -> list[str]:
     return [name for name, found in formats().items() if found.writes]
 
 
+CHECKPOINT_HELP = "A folder saved by transformers or diffusers, read a tensor at a time; or package.module:function."
 MISFIT = 1
 """The exit code of ``inspect`` where an adapter does not fit the model."""
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -125,6 +126,29 @@ def resize(
         save(adapter, destination, format, host, as_json=json)
 
 
+def extract(
+    tuned: Annotated[str, typer.Argument(help=CHECKPOINT_HELP)],
+    base: Annotated[str, typer.Argument(help="The model that it was tuned from, likewise.")],
+    destination: DestinationArgument,
+    format: Annotated[
+        str,
+        typer.Option("--to", "--format", "-f", help="The format; by default peft for a LoRA, else native."),
+    ] = "",
+    rank: RankOption = None,
+    tolerance: ToleranceOption = None,
+    dtype: DtypeOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Write the difference of two models as an adapter: the nearest LoRA, or without --rank and --tolerance exactly."""
+    import lorac
+
+    checkpoints = [spec if Path(spec).is_dir() else load_model(spec) for spec in (tuned, base)]
+    adapter = lorac.extract(*checkpoints, rank=rank, tolerance=tolerance, name=destination.stem)
+    host = checkpoints[1] if not isinstance(checkpoints[1], str) else None
+    format = format or ("peft" if adapter.variant.name == "lora" else "native")
+    save(adapter.to(parse_dtype(dtype)) if dtype else adapter, destination, format, host, as_json=json)
+
+
 def diff(
     first: SourceArgument,
     second: SourceArgument,
@@ -183,4 +207,4 @@ def save(adapter: Adapter, destination: Path, format: str, model: nn.Module | No
     print_report(report, f"{destination}: {format}", *table, as_json=as_json)
 
 
-COMMANDS = (inspect, convert, resize, diff)
+COMMANDS = (inspect, convert, resize, extract, diff)

@@ -125,3 +125,25 @@ def test_inspect_lists_everything_that_does_not_fit(cli, tmp_path):
     assert "does not fit the model:" in out
     assert "has tensors for '0', which is not a module of the model" in out
     assert "has tensors for '1', which is not a module of the model" in out
+
+
+def test_extract(cli, tmp_path, monkeypatch):
+    (tmp_path / "tuned_tiny.py").write_text(
+        "import torch\nfrom tests.mistakes import Tiny\n\ndef make():\n    model = Tiny()\n"
+        "    with torch.no_grad():\n        model.conv.weight += 0.1 * torch.rand(6, 24, 3)\n"
+        "        model.layers[0].q_proj.weight += torch.ones(24)\n    return model\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = cli("extract", "tuned_tiny:make", MODEL, tmp_path / "made", "--rank", 2, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["format"] == "peft"
+    assert found["ranks"]["conv"] == 2
+    assert set(lorac.load_adapter(tmp_path / "made", Tiny()).tensors) == {"layers.0.q_proj", "conv"}
+    code, out, _ = cli("extract", "tuned_tiny:make", MODEL, tmp_path / "whole")
+    assert out.startswith(f"{tmp_path / 'whole'}: native\n")
+    assert lorac.load_adapter(tmp_path / "whole", Tiny()).variant.name == "edit"
+    code, _, err = cli("extract", MODEL, MODEL, tmp_path / "none")
+    assert code == 1
+    assert "the same weights" in err
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,211 @@
+"""``extract``: the difference of two checkpoints of one model as an adapter, site by site."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorac.adapters.edits import hold_changes
+from lorac.adapters.fit import check_finite
+from lorac.adapters.lora_conversion import check_error, check_sizes
+from lorac.adapters.truncation import truncate_matrix
+from lorac.errors import AdapterError, CompileError, FormatError, SiteError, nearest_name
+from lorac.formats._site_layouts import LAYOUT, site_to_json
+from lorac.frontend.model_view import ModelView
+from lorac.ir.algebra.changes import Change, Delta, LowRank
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site, SiteKind
+from lorac.merging.stored_model import StoredModel
+from lorac.progress import progress
+from lorac.storage.paths import parse_path
+from lorac.variants.adapter import Adapter
+from lorac.variants.lora import LoRA
+
+Checkpoint = str | os.PathLike[str] | nn.Module | Mapping[str, nn.Module]
+"""A model's folder, the model, or several models by name."""
+
+
+@torch.no_grad()
+def extract(
+    tuned: Checkpoint,
+    base: Checkpoint,
+    *,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    name: str | None = None,
+) -> Adapter:
+    """Return the adapter that makes a base model of a fine-tuned one: exactly, or as nearly as a rank allows.
+
+    The result is a ``LoRA`` if a rank or tolerance is given, else an ``Edit`` as large as the model. Parameters that
+    belong to no layer, such as a norm's scale, are replaced whole. Folders are read one tensor at a time, so that
+    neither model is ever in memory.
+
+    Args:
+        tuned, base: folders that transformers or diffusers wrote, or models; only read.
+        rank: the largest rank at each site; the error, ‖ΔW − B·A‖ / ‖ΔW‖, is then nearly as small as it can be.
+        tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
+            that cannot is refused.
+        name: of the result; default: that of the tuned model's folder.
+
+    Returns:
+        The adapter, with the error of each site in ``provenance["errors"]``.
+
+    Raises:
+        OptionError: ``rank`` or ``tolerance`` is out of range, or a folder holds no model.
+        FormatError: a folder's weights are missing or damaged.
+        SiteError, AdapterError: the two are not of one model, have other sizes, hold NaN, or are the same.
+        CompileError: a weight is quantised, or an error is above ``tolerance`` at this rank.
+    """
+    check_sizes(rank, tolerance)
+    views = _open(tuned, "tuned"), _open(base, "base")
+    _check_alike(*views)
+    changes: dict[str, Change] = {}
+    errors: dict[str, float] = {}
+    with progress("extract", total=len(views[1].sites)) as report:
+        for path, change in _iter_differences(*views):
+            report.step(path)
+            changes[path] = change
+            if rank is not None or tolerance is not None:
+                changes[path], errors[path] = _truncate(path, change, rank, tolerance)
+    replaced = _find_replaced(*views)
+    if not changes and not replaced:
+        raise AdapterError(
+            "the two models have the same weights, so that there is nothing to extract",
+            next_step="give the fine-tuned model first, and then its base",
+        )
+    made = hold_changes(name or _name(tuned), changes, like=_common_fields(views[1], changes, replaced))
+    made.replaced |= replaced
+    made.provenance |= {"errors": errors, LAYOUT: {path: site_to_json(views[1].sites[path]) for path in changes}}
+    return made
+
+
+def _open(given: Checkpoint, role: str) -> ModelView:
+    if isinstance(given, nn.Module | Mapping):
+        return ModelView.of(given)
+    return StoredModel.open(parse_path(given, f"the {role} model of lorac.extract", FormatError, "unreadable")).view
+
+
+def _name(tuned: Checkpoint) -> str:
+    return "extracted" if isinstance(tuned, nn.Module | Mapping) else Path(tuned).name or "extracted"
+
+
+def _list_names(view: ModelView) -> Collection[str]:
+    """Return the names of a model's tensors that a checkpoint stores."""
+    return view.stored.keys() or view.module.state_dict().keys()
+
+
+def _weighted_sites(view: ModelView) -> dict[str, Site]:
+    return {path: site for path, site in view.sites.items() if site.weight and site.kind not in KINDS_WITHOUT_WEIGHT}
+
+
+def _check_alike(tuned: ModelView, base: ModelView) -> None:
+    """Refuse two models with other layers, layers of other sizes, or quantised ones.
+
+    Raises:
+        SiteError, AdapterError, CompileError: naming the layer.
+    """
+    own, other = _weighted_sites(tuned), _weighted_sites(base)
+    for path in [*other, *own]:
+        if path not in own or path not in other:
+            which, known = ("tuned", own) if path not in own else ("base", other)
+            raise SiteError(
+                f"the {which} model has no layer '{path}', which the other has",
+                nearest=nearest_name(path, known),
+                next_step="give two checkpoints of one class of model",
+                code="site_not_found",
+            )
+        for which, site in (("tuned", own[path]), ("base", other[path])):
+            if site.packed or site.dtype.itemsize < 2:
+                raise CompileError(
+                    f"the weight of '{path}' of the {which} model is quantised, and has no exact difference",
+                    next_step="give the models as they were before quantisation",
+                    code="not_mergeable",
+                )
+        shapes = [site.kernel for site in (own[path], other[path])]
+        if shapes[0] != shapes[1] or (own[path].bias is None) != (other[path].bias is None):
+            raise AdapterError(
+                f"'{path}' has shape {shapes[0]} in the tuned model and {shapes[1]} in the base"
+                + ("" if shapes[0] != shapes[1] else ", and only one of them has a bias"),
+                next_step="give its base; model.resize_token_embeddings makes the vocabulary of one that of the other",
+                code="shape_mismatch",
+            )
+
+
+def _iter_differences(tuned: ModelView, base: ModelView) -> Iterator[tuple[str, Change]]:
+    """Yield the changes of the sites that differ; tensors of one site are in memory."""
+    for path, site in _weighted_sites(base).items():
+        weights = tuned.base.weight(tuned.sites[path]), base.base.weight(site)
+        delta = _subtract(*weights)
+        biases = tuned.base.bias(tuned.sites[path]), base.base.bias(site)
+        shift = None if biases[0] is None or biases[1] is None else _subtract(*biases)
+        found = {name: part for name, part in (("weight", delta), ("bias", shift)) if part is not None}
+        check_finite({f"{path}.{name}": part for name, part in found.items()}, "the difference of the models")
+        if delta is not None:
+            yield path, Delta(delta, shift)
+        elif shift is not None:
+            rows, columns = site.out_features, site.in_features
+            yield (
+                path,
+                LowRank(shift.new_zeros(*site.stacked, columns, 0), shift.new_zeros(*site.stacked, 0, rows), e=shift),
+            )
+
+
+def _subtract(tuned: Tensor, base: Tensor) -> Tensor | None:
+    """Return the difference in float32 or wider; None where there is none."""
+    wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
+    delta = tuned.to(wide) - base.to(wide)
+    return delta if bool(delta.any()) else None
+
+
+def _truncate(path: str, change: Change, rank: int | None, tolerance: float | None) -> tuple[Change, float]:
+    """Return the pair nearest to a change, and its error."""
+    if not isinstance(change, Delta):
+        assert isinstance(change, LowRank)
+        (*stack, columns, _), rows = change.a.shape, change.b.shape[-1]
+        return LowRank(change.a.new_zeros(*stack, columns, 1), change.b.new_zeros(*stack, 1, rows), e=change.e), 0.0
+    cut = truncate_matrix(change.delta, rank, tolerance or 0.0)
+    if rank is not None and tolerance is not None:
+        check_error("the tuned model", path, cut.rank, cut.error, tolerance)
+    return LowRank(cut.a.mT, cut.b.mT, e=change.e), cut.error
+
+
+def _find_replaced(tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
+    """Return the tensors that belong to no site and differ, with all parameters of the modules that hold them.
+
+    Raises:
+        AdapterError: one has another shape, or only one of the models has it.
+    """
+    at_sites = {name for site in _weighted_sites(base).values() for name in (site.weight, site.bias)}
+    at_sites |= {name for site in _weighted_sites(tuned).values() for name in (site.weight, site.bias)}
+    own, other = (set(_list_names(view)) - at_sites for view in (tuned, base))
+    found = {}
+    for name in sorted(own | other):
+        present = name in own and name in other
+        tensors = [view.tensor(name) for view in (tuned, base)] if present else []
+        if not present or tensors[0].shape != tensors[1].shape:
+            raise AdapterError(
+                f"the tensor '{name}' of one of the models is missing in the other, or has another shape there",
+                next_step="give the base that the model was tuned from",
+                code="shape_mismatch",
+            )
+        if not torch.equal(tensors[0], tensors[1].to(tensors[0].dtype)):
+            found[name] = tensors[0].detach().clone()
+    whole = {name.rpartition(".")[0] for name in found}
+    parameters = {name for name, _ in base.module.named_parameters()}
+    for name in sorted((own & other & parameters) - found.keys()):
+        if name.rpartition(".")[0] in whole - {""}:
+            found[name] = tuned.tensor(name).detach().clone()
+    check_finite(found, "the tuned model")
+    return found
+
+
+def _common_fields(base: ModelView, changes: Collection[str], replaced: Collection[str]) -> LoRA:
+    """Return a method with what the result has besides factors."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in replaced)
+    return LoRA(
+        parameters=tuple(path for path in changes if base.sites[path].kind is SiteKind.MATRIX),
+        modules_to_save=tuple(module for module in modules if module),
+    )
