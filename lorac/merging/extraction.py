@@ -137,10 +137,8 @@ def _check_alike(tuned: ModelView, base: ModelView) -> None:
 def _iter_differences(tuned: ModelView, base: ModelView) -> Iterator[tuple[str, Change]]:
     """Yield the changes of the sites that differ; tensors of one site are in memory."""
     for path, site in _weighted_sites(base).items():
-        weights = tuned.base.weight(tuned.sites[path]), base.base.weight(site)
-        delta = _subtract(*weights)
-        biases = tuned.base.bias(tuned.sites[path]), base.base.bias(site)
-        shift = None if biases[0] is None or biases[1] is None else _subtract(*biases)
+        delta = _subtract(tuned.base.weight(tuned.sites[path]), base.base.weight(site))
+        shift = _subtract(tuned.base.bias(tuned.sites[path]), base.base.bias(site))
         found = {name: part for name, part in (("weight", delta), ("bias", shift)) if part is not None}
         check_finite({f"{path}.{name}": part for name, part in found.items()}, "the difference of the models")
         if delta is not None:
@@ -153,8 +151,10 @@ def _iter_differences(tuned: ModelView, base: ModelView) -> Iterator[tuple[str, 
             )
 
 
-def _subtract(tuned: Tensor, base: Tensor) -> Tensor | None:
-    """Return the difference in float32 or wider; None where there is none."""
+def _subtract(tuned: Tensor | None, base: Tensor | None) -> Tensor | None:
+    """Return the difference in float32 or wider; None where there is none, or where both are None."""
+    if tuned is None or base is None:
+        return None
     wide = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), torch.float32)
     delta = tuned.to(wide) - base.to(wide)
     return delta if bool(delta.any()) else None
