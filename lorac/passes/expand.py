@@ -65,7 +65,7 @@ def _expand_call(
     function, emitted = _make_function(graph.sites, plan, call, aux, attention)
     inputs = [*operands, *call.operands.values()]
     shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
-    key = (call.op, tuple(call.operands), _describe_structure(plan), *shapes)
+    key = (call.op, len(operands), tuple(call.operands), _describe_structure(plan), *shapes)
     known = traces.get(key)
     if plan.branches:  # which close over their formula: their trace serves no other site
         strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
@@ -110,7 +110,7 @@ def _describe_structure(plan: SitePlan) -> tuple[object, ...]:
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
     free = plan.ranks is not RankPolicy.FIXED
     rooms = ((role.name, 1 if role.ranked and free else room) for role, room in plan.roles())
-    return (*shape, site.bias is not None, *rooms)
+    return (*shape, site.bias is not None, plan.placed, *rooms)
 
 
 def _make_function(

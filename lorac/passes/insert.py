@@ -22,6 +22,8 @@ from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.role import SlotSpec
 from lorac.ir.slots.roles import slot_name
+from lorac.ir.slots.rows import placed_shape
+from lorac.passes.row_places import ADAPTERS_AXIS, add_places, is_placed
 
 _MAX_NAMED = 3
 """Sites that a note names; further ones are counted."""
@@ -30,11 +32,16 @@ _MAX_NAMED = 3
 @final
 @dataclass(frozen=True)
 class InsertAdaptedCalls(Pass):
-    """host -> adapted. Slots become inputs of the graph, named ``<site>:<role>``."""
+    """host -> adapted. Slots become inputs of the graph, named ``<site>:<role>``.
+
+    Attributes:
+        rows: whether rows of a batch may have slots of their own, where the graph can tell rows apart.
+    """
 
     name: ClassVar[str] = "insert"
     reads: ClassVar[Level] = Level.HOST
     leaves: ClassVar[Level] = Level.ADAPTED
+    rows: bool = False
 
     def apply(self, graph: Graph) -> PassResult:
         """Replace the calls; skip planned sites whose results the graph does not use.
@@ -50,6 +57,8 @@ class InsertAdaptedCalls(Pass):
         for node in (node for node in graph.find(*ops.SITE_OPS) if node in used):
             calls.setdefault(ops.site_of(node), []).append(node)
         planned, unused = _select_plans(graph, calls, used)
+        if self.rows:
+            planned = add_places(graph, planned, calls)
         nodes = add_slots(graph, planned)
         slots_at: dict[str, dict[str, fx.Node]] = {path: {} for path in planned}
         for slot in graph.slots.values():
@@ -70,16 +79,20 @@ class InsertAdaptedCalls(Pass):
 def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Node]:
     """Add the slots of these plans to the inputs of a graph; return the nodes by public name."""
     inputs: dict[str, tuple[Sequence[int | torch.SymInt], torch.dtype]] = {}
-    places: dict[str, tuple[str, str]] = {}
+    owners: dict[str, tuple[str, str]] = {}
+    adapters: int | torch.SymInt = 1
+    if any(plan.placed for plan in planned.values()):
+        adapters = add_dimension(graph.exported, ADAPTERS_AXIS, 2, 1)
+        graph.axes[str(adapters)] = ADAPTERS_AXIS
     for path, plan in planned.items():
         for role, shape, dtype in _slot_inputs(graph, plan):
-            name = slot_name(path, role)
-            inputs[name], places[name] = (shape, dtype), (path, role)
+            name, placed = slot_name(path, role), is_placed(plan, role)
+            inputs[name], owners[name] = (placed_shape(shape, adapters) if placed else shape, dtype), (path, role)
     nodes = add_inputs(graph.exported, inputs)
-    for name, (path, role) in places.items():
+    for name, (path, role) in owners.items():
         projection = graph.projections.get(path)
         members = () if projection is None else projection.sites
-        graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members)
+        graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members, is_placed(graph.plan_of(path), role))
     return nodes
 
 

@@ -30,18 +30,19 @@ ANY_DIALECT: AnyDialect = Dialect(name="any")
 
 
 def lowering_passes(
-    dialect: AnyDialect = ANY_DIALECT, aux: tuple[str, ...] = (), *, constant: bool = False
+    dialect: AnyDialect = ANY_DIALECT, aux: tuple[str, ...] = (), *, constant: bool = False, rows: bool = False
 ) -> tuple[Pass, ...]:
     """Return the passes that lower a captured graph to aten ops with slots as inputs, then the dialect's own.
 
     Args:
         aux: names of extra outputs.
         constant: whether the slots become constants of the program.
+        rows: whether rows of a batch may have slots of their own.
     """
     fused = (FuseProjections(constant),) if dialect.fuses_projections else ()
     return (
         *fused,
-        InsertAdaptedCalls(),
+        InsertAdaptedCalls(rows),
         ConnectValues(),
         ExpandAdaptedCalls(aux),
         CacheAttention(),

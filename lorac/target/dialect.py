@@ -44,6 +44,7 @@ class Dialect(Generic[RewriteT_co]):
         ranks: kinds of sites whose pairs have other ranks than ``FROM_ZERO``.
         dtypes: floating-point dtypes that the target computes in, best first; a model in another is cast to the first.
         fuses_projections: whether sites that read the same input are computed as one.
+        rows: whether rows of a batch may have slots of their own.
         functions: whether an op that is not claimed may be used where ONNX defines it as a function of other ops.
     """
 
@@ -56,6 +57,7 @@ class Dialect(Generic[RewriteT_co]):
     ranks: Mapping[SiteKind, RankPolicy] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     fuses_projections: bool = True
+    rows: bool = False
     functions: bool = True
 
     def ranks_at(self, site: Site) -> RankPolicy:

@@ -71,6 +71,7 @@ _ON_CPU: OnnxDialect = Dialect(
     early_rewrites=(*_FUSIONS, FuseTopK()),
     late_rewrites=(CheckRecurrentKernels(), FlattenToRows(), CopyReshapeSizes()),
     gates=BranchGate.IF,
+    rows=True,
 )
 _ON_CUDA = dataclasses.replace(
     _ON_CPU,

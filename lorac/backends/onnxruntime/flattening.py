@@ -2,10 +2,12 @@
 
 ONNX Runtime multiplies one matrix faster than a stack of them, and its ``Gemm`` adds a product to another value without
 an op for the sum. Ops that act on each row alone (sums, scales, norms) stay on rows too; all others see the full shape.
+Where slots have places (``lorac.ir.slots.rows``), rows are computed as segments (places, rows, features) instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +21,7 @@ from lorac.ir.graph.passes import PassResult, Skip
 _ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Exp", "Erf", "Sqrt", "Tanh", "Sigmoid", "Relu", "Gelu", "Identity")
 )
+_MATRIX = 2
 _AXIS_OPS = {"LayerNormalization": -1, "SimplifiedLayerNormalization": -1, "Split": 0}
 """Op -> the axis it acts along by default; it acts on each row alone where that is the last axis."""
 
@@ -37,7 +40,8 @@ class FlattenToRows(OnnxPass):
             if node.op_type == "Add":
                 changed |= _add_by_product(model.graph, node, slots)
         RemoveUnusedNodesPass()(model)
-        left = [node for node in model.graph if node.op_type == "MatMul" and _is_second_factor(node, slots)]
+        products = (node for node in model.graph if node.op_type == "MatMul" and _rank(node.inputs[1]) == _MATRIX)
+        left = [node for node in products if _is_second_factor(node, slots)]
         skips = dict.fromkeys(
             Skip(module_around(node), "its product is not added to rows of one shape") for node in left
         )
@@ -81,12 +85,16 @@ class _Flattener:
         adapted: values that a slot's product reads.
         rows: values that are on rows so far.
         first, sizes, shapes: where leading dimensions first occur; the values that hold them, and full shapes.
+        segments: the cuts into segments; None where no slot has places.
         changed: whether a ``Reshape`` reads rows now.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph, slots = graph, set(graph.inputs)
-        self.adapted = {node.inputs[0] for node in graph if node.op_type == "MatMul" and node.inputs[1] in slots}
+        products = [node for node in graph if node.op_type == "MatMul" and node.inputs[1] in slots]
+        self.segments = _Segments.of(graph)
+        self.adapted = {node.inputs[0] for node in products if _rank(node.inputs[1]) == _MATRIX}
+        self.adapted |= set() if self.segments is None else {cut.inputs[0] for cut in self.segments.cuts}
         self.rows: dict[ir.Value, _RowMatrix] = {}
         self.first: dict[str, ir.Value] = {}
         self.sizes: dict[str, ir.Value] = {}
@@ -105,6 +113,11 @@ class _Flattener:
     def _moves(self, node: ir.Node) -> bool:
         """Give a node a twin on rows where it acts on each row alone; return whether it did."""
         first = node.inputs[0] if node.inputs else None
+        if self.segments is not None and first is not None and node.op_type == "Reshape":
+            if node in self.segments.cuts:
+                return self._take_cut(node, first)
+            if self.segments.joins(node):
+                return self._take_join(node, first)
         if node.op_type == "Reshape" and first in self.rows and not _copies_a_dimension(node):
             node.replace_input_with(0, self.rows[first].matrix)
             self.changed = True
@@ -119,11 +132,34 @@ class _Flattener:
         self._add_twin(node, found)
         return True
 
+    def _take_cut(self, cut: ir.Node, x: ir.Value) -> bool:
+        """Note the segments of a value, or use those that it has; return whether the cut is not needed."""
+        if x in self.rows:
+            cut.outputs[0].replace_all_uses_with(self.rows[x].matrix)
+            return True
+        if x.shape is not None and cut.outputs[0].shape is not None and x.shape[-1] == cut.outputs[0].shape[-1]:
+            self._note(x, _RowMatrix(cut.outputs[0], x))
+        made = x.producer()
+        if made is not None and made.op_type == "Reshape" and made.inputs[0] is not None:
+            cut.replace_input_with(0, made.inputs[0])
+        return False
+
+    def _take_join(self, join: ir.Node, segments: ir.Value) -> bool:
+        """Note the segments that a value is joined from; return whether it can be joined again where it is read."""
+        value = join.outputs[0]
+        full = self.first.get(_RowMatrix(segments, value).leading)
+        self._note(value, _RowMatrix(segments, value if full is None else full))
+        return full is not None
+
+    def _note(self, value: ir.Value, rows: _RowMatrix) -> None:
+        self.rows[value] = rows
+        self.first.setdefault(rows.leading, value)
+
     def _operands(self, node: ir.Node) -> list[ir.Value]:
         """Return the inputs of a row-wise op that have rows; an empty list for other ops."""
         values = [value for value in node.inputs if value is not None]
         if node.op_type == "MatMul":
-            return values[:1] if _rank(values[1]) == 2 and self._has_rows(values[0]) else []
+            return values[:1] if _rank(values[1]) == _MATRIX and self._has_rows(values[0]) else []
         if node.op_type in _AXIS_OPS:
             axis = node.attributes.get_int("axis", _AXIS_OPS[node.op_type])
             last = axis in (-1, (_rank(values[0]) or 0) - 1)
@@ -145,10 +181,11 @@ class _Flattener:
             return None
         producer = value.producer()
         reshaped = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
-        reshape = ir.Node("", "Reshape", [reshaped or value, _constant(self.graph, [-1, features])])
+        flat = _constant(self.graph, [-1, features])
+        shape = flat if self.segments is None else self.segments.shape(flat)
+        reshape = ir.Node("", "Reshape", [reshaped or value, shape])
         self._insert(value, reshape)
-        self.rows[value] = _RowMatrix(reshape.outputs[0], value)
-        self.first.setdefault(self.rows[value].leading, value)
+        self._note(value, _RowMatrix(reshape.outputs[0], value))
         self._describe(reshape.outputs[0], value, self.rows[value])
         return self.rows[value]
 
@@ -166,7 +203,8 @@ class _Flattener:
 
     def _describe(self, matrix: ir.Value, value: ir.Value, rows: _RowMatrix) -> None:
         features = value.shape[-1] if value.shape is not None else None
-        matrix.shape, matrix.type = ir.Shape([f"rows_{rows.leading}", features]), value.type or rows.full.type
+        places = [] if self.segments is None else [self.segments.places]
+        matrix.shape, matrix.type = ir.Shape([*places, f"rows_{rows.leading}", features]), value.type or rows.full.type
 
     def _restore(self, value: ir.Value) -> None:
         """Give the remaining readers of a value its full shape."""
@@ -186,7 +224,7 @@ class _Flattener:
         """
         features = value.shape[-1] if value.shape is not None else None
         if not isinstance(features, int):
-            last = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", 1)])
+            last = ir.Node("", "Shape", [rows.matrix], [ir.AttrInt64("start", -1)])
             shape = ir.Node("", "Concat", [self._leading_sizes(rows), last.outputs[0]], [ir.AttrInt64("axis", 0)])
             return shape.outputs[0], [last, shape]
         key = (rows.leading, features)
@@ -212,6 +250,62 @@ class _Flattener:
             self.graph.insert_before(self.graph[0], nodes)
         else:
             self.graph.insert_after(producer, nodes)
+
+
+class _Segments:
+    """The segments of a graph whose slots have places.
+
+    Attributes:
+        places: the size of the axis of places.
+        cuts: the ops that cut a value with features into segments.
+    """
+
+    def __init__(self, graph: ir.Graph, slot: ir.Value, cuts: Collection[ir.Node]) -> None:
+        assert slot.shape is not None
+        self.graph, self.places, self.cuts = graph, slot.shape[0], cuts
+        size = ir.Node("", "Shape", [slot], [ir.AttrInt64("start", 0), ir.AttrInt64("end", 1)])
+        graph.insert_before(graph[0], size)
+        self._size, self._shapes = size, dict[ir.Value, ir.Value]()
+        for cut in cuts:
+            features = cut.outputs[0].shape
+            assert features is not None
+            cut.replace_input_with(1, self.shape(_constant(graph, [-1, features[-1]])))
+
+    @classmethod
+    def of(cls, graph: ir.Graph) -> _Segments | None:
+        """Return the segments of a graph; None where it has none."""
+        slots = {cut: slot for cut in graph if (slot := _cutting_slot(cut)) is not None}
+        return cls(graph, next(iter(slots.values())), slots.keys()) if slots else None
+
+    def shape(self, flat: ir.Value) -> ir.Value:
+        """Return the shape of segments; it is made once for all values with these features.
+
+        Args:
+            flat: the shape of rows, (-1, features).
+        """
+        if flat not in self._shapes:
+            shape = ir.Node("", "Concat", [self._size.outputs[0], flat], [ir.AttrInt64("axis", 0)])
+            self.graph.insert_after(self._size, shape)
+            self._shapes[flat] = shape.outputs[0]
+        return self._shapes[flat]
+
+    def joins(self, node: ir.Node) -> bool:
+        """Return whether a ``Reshape`` joins segments to a value with the same features."""
+        segments, value = node.inputs[0], node.outputs[0]
+        if segments is None or segments.shape is None or value.shape is None or len(segments.shape) != _MATRIX + 1:
+            return False
+        return bool(segments.shape[0] == self.places and segments.shape[-1] == value.shape[-1])
+
+
+def _cutting_slot(node: ir.Node) -> ir.Value | None:
+    """Return the slot whose number of places a ``Reshape`` gives a value with features; None for any other op."""
+    shape = node.inputs[1].producer() if node.op_type == "Reshape" and node.inputs[1] is not None else None
+    size = shape.inputs[0].producer() if shape is not None and shape.op_type == "Concat" and shape.inputs[0] else None
+    made = node.outputs[0].shape if size is not None and size.op_type == "Shape" else None
+    if size is None or made is None or len(made) != _MATRIX + 1 or size.attributes.get_int("end", 0) != 1:
+        return None
+    slot = size.inputs[0]
+    return slot if slot is not None and slot.is_graph_input() and isinstance(made[-1], int) else None
 
 
 def _is_second_factor(product: ir.Node, slots: set[ir.Value]) -> bool:

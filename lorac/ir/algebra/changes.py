@@ -249,8 +249,13 @@ def add_sparse(matrix: Tensor, terms: Sequence[tuple[float, Sparse]]) -> Tensor:
 
 
 def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """Multiply x (…, in) by the block-diagonal matrix of ``blocks`` (n, k, k)."""
-    number, size, _ = blocks.shape
+    """Multiply x (…, in) by the block-diagonal matrix of ``blocks`` (n, k, k).
+
+    With a matrix for each segment of x (D, tokens, in), the blocks are (D, n, k, k).
+    """
+    number, size, _ = blocks.shape[-3:]
+    if blocks.dim() > 3:
+        return torch.matmul(x.unflatten(-1, (number, size)).transpose(1, 2), blocks).transpose(1, 2).flatten(-2)
     split = x.unflatten(-1, (number, size)).movedim(-2, 0)
     product = torch.bmm(split.reshape(number, -1, size), blocks)
     return product.reshape(split.shape).movedim(0, -2).flatten(-2)

@@ -16,14 +16,16 @@ from torch import fx
 
 from lorac.argument_types import Fields, Operands
 from lorac.ir.graph import attention_ops as attending
-from lorac.ir.graph import ops
+from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.execution import FormulaContext, run_site
+from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import IN, OUTPUT, PASS, list_read_values, parse_value_name, present_weights
+from lorac.ir.slots.roles import ROLES
 
 Tensor = torch.Tensor
 VALUE_PREFIX = "value:"
@@ -149,9 +151,20 @@ def compute_adapted(
     if call.op is ops.BLOCK:
         x, block = call.tensors
         return run_site(plan, slots, x, None, None, ctx=ctx, block=block)
-    x, matrix, *bias = call.tensors
-    if call.op is ops.MEMBER:
-        return run_site(plan, slots, x, None, bias[0] if bias else None, ctx=ctx, product=matrix)
-    # The operand of a linear site is its matrix (out, in); run_site takes the weight as the module stores it.
-    stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
-    return run_site(plan, slots, x, stored, bias[0] if bias else None, ctx=ctx)
+    x, matrix, *rest = call.tensors
+    bias = rest[0] if rest else None
+
+    def run(x: Tensor, product: Tensor | None = None) -> Tensor:
+        if product is not None:
+            return run_site(plan, slots, x, None, bias, ctx=ctx, product=product)
+        # The operand of a linear site is its matrix (out, in); run_site takes the weight as the module stores it.
+        stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
+        return run_site(plan, slots, x, stored, bias, ctx=ctx)
+
+    product = matrix if call.op is ops.MEMBER else None
+    if not plan.placed:
+        return run(x, product)
+    slot = next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)
+    features = int(layout_of(plan.site).has_input_axis)
+    y = run(row_ops.cut(x, slot, features), None if product is None else row_ops.cut(product, slot, 1))
+    return row_ops.join(y, x, features)

@@ -13,6 +13,7 @@ from lorac.ir.sites import factor_dtype
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import record_extra_outputs
 from lorac.ir.slots.roles import slot_name, strength_role
+from lorac.ir.slots.rows import as_place
 
 Tensor = torch.Tensor
 
@@ -30,7 +31,8 @@ def collect_slot_tensors(
         if slot.site not in by_site:
             by_site[slot.site] = slots[slot.site].named()
         filled = by_site[slot.site].get(slot.role)
-        tensors[name] = filled if filled is not None else make_idle_tensor(plans[slot.site], slot.role)
+        tensor = filled if filled is not None else make_idle_tensor(plans[slot.site], slot.role)
+        tensors[name] = as_place(tensor) if slot.placed else tensor
     return tensors
 
 

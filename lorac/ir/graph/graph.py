@@ -43,6 +43,7 @@ class SlotInput:
         role: a row of the table of roles, or a tensor of a branch (``lorac.ir.slots.roles``).
         node: name of the placeholder.
         members: the fused sites whose weights or biases lie in the slot end to end; empty for a single site.
+        placed: whether it has a first axis of places, for rows with adapters of their own (``lorac.ir.slots.rows``).
     """
 
     name: str
@@ -50,6 +51,7 @@ class SlotInput:
     role: str
     node: str
     members: tuple[str, ...] = ()
+    placed: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     matrix     –               –               as it is stored
     =========  ==============  ==============  =====================
 
+Where rows of a batch have slots of their own, A, B and vectors have a first axis of places (``lorac.ir.slots.rows``).
+
 A site whose weight is read ``within`` its module's forward has a slot for W only, and its module does the computation.
 
 Elsewhere (``lorac.ir.algebra.changes``) tensors are matrices A (K, R), B (R, N), W (N, K); ``slot_*`` converts them.
@@ -28,6 +30,7 @@ from lorac.ir.algebra.changes import multiply_blocks
 from lorac.ir.sites import Site, SiteKind
 
 Tensor = torch.Tensor
+_MATRIX = 2
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -38,6 +41,8 @@ class SiteLayout(ABC):
     """Whether the base's op adds the bias itself (a convolution's); elsewhere it is added last."""
     has_input_axis: bool = True
     """Whether the input has an axis of features, along which it can be scaled and transformed."""
+    why_shared: str = ""
+    """Why all rows of a batch share the slots; empty where each may have its own (``lorac.ir.slots.rows``)."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -126,6 +131,9 @@ class EmbeddingLayout(SiteLayout):
         return y if bias is None else y + bias.to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
+        if a.dim() > _MATRIX:  # one table behind the other
+            places, size, rank = a.shape
+            x, a = x + torch.arange(places, device=x.device)[:, None] * size, a.reshape(places * size, rank)
         return F.embedding(x, a)
 
 
@@ -134,6 +142,7 @@ class ConvLayout(SiteLayout):
 
     keeps_bias_inside = True
     has_input_axis = False
+    why_shared = "the number of groups of a convolution is fixed in a program"
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -183,6 +192,8 @@ class ConvLayout(SiteLayout):
 
 class ParameterLayout(SiteLayout):
     """A parameter that its module uses in its own way, or a block: no product; a slot is the parameter as stored."""
+
+    why_shared = "its module computes with it in its own way"
 
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         raise self._computes_nothing()

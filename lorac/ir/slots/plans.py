@@ -86,6 +86,7 @@ class SitePlan:
             input transforms; else 1. An absent role has no slot.
         reasons: why the weight is bound.
         ranks: the ranks that the pair may have, by the target's dialect.
+        placed: whether rows of a batch may have slots of their own, so that slots have a first axis of places.
     """
 
     site: Site
@@ -93,6 +94,7 @@ class SitePlan:
     branches: tuple[BranchSlot, ...] = ()
     reasons: tuple[Reason, ...] = ()
     ranks: RankPolicy = RankPolicy.FROM_ZERO
+    placed: bool = False
 
     @property
     def empty(self) -> bool:

@@ -104,6 +104,7 @@ class SlotRole:
             rank of the site's pair, and the rank may differ between calls.
         of_base: it has the base's dtype; others have that of the factors (PEFT's rule).
         reserve: the field of ``Reserve`` that makes room for it; empty if only a bound weight can hold such a change.
+        why_shared: why all rows of a batch share such a slot; empty where each may have its own.
         transposed: adapters store the transpose of a change's tensor, and reports show it.
     """
 
@@ -122,6 +123,7 @@ class SlotRole:
     rank_axis: int | None = None
     of_base: bool = False
     reserve: str = ""
+    why_shared: str = ""
     transposed: bool = False
 
     @property

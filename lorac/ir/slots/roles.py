@@ -216,6 +216,7 @@ _TABLE = (
         into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
+        why_shared="a merged weight for each row would be read as often as there are rows",
     ),
     SlotRole(
         name=operands.BIAS,

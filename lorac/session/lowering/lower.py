@@ -117,6 +117,7 @@ def _component_example(session: Session, argument: str, name: str) -> object:
 def _run_passes(session: Session, graph: Graph, aux: tuple[str, ...]) -> None:
     dialect = session.backend.dialect_for(session.options)
     history = session.history = session.history or PassHistory()
-    passes = lowering_passes(dialect, aux, constant=session.mode == "baked")
+    rows = dialect.rows and session.mode == "live"
+    passes = lowering_passes(dialect, aux, constant=session.mode == "baked", rows=rows)
     outcomes = run_pipeline(graph, passes, history.record)
     history.skips[graph.name] = {name: outcome.skipped for name, outcome in outcomes if outcome.skipped}

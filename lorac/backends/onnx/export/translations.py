@@ -10,7 +10,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 
 from lorac.backends.onnx.export.attention import attention, cached_attention
 from lorac.backends.onnx.export.opsets import Outputs, op
-from lorac.ir.graph import attention_ops, ops
+from lorac.ir.graph import attention_ops, ops, row_ops
 
 aten = torch.ops.aten
 _MATRIX = 2
@@ -134,10 +134,26 @@ def gather_rows(x: ir.Value, positions: ir.Value) -> Outputs:
     return op.GatherND(x, op.Unsqueeze(positions, op.Constant(value_ints=[-1])), batch_dims=1)
 
 
+def cut_segments(x: ir.Value, slot: ir.Value, features: int) -> Outputs:
+    """Write ``Reshape`` to the number of places, whatever number of tokens, and the features."""
+    assert x.shape is not None
+    sizes = [-1, *x.shape[len(x.shape) - features :]]
+    return op.Reshape(x, op.Concat(op.Shape(slot, start=0, end=1), op.Constant(value_ints=sizes), axis=0))
+
+
+def join_segments(y: ir.Value, like: ir.Value, features: int) -> Outputs:
+    """Write ``Reshape`` to the leading sizes of another value, and the features."""
+    assert y.shape is not None
+    leading = op.Shape(like, start=0, end=-1) if features else op.Shape(like)
+    return op.Reshape(y, op.Concat(leading, op.Constant(value_ints=[y.shape[-1]]), axis=0))
+
+
 TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     ops.SPLIT: split_with_sizes,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
+    row_ops.CUT: cut_segments,
+    row_ops.JOIN: join_segments,
     aten.slice.Tensor: slice_tensor,
     aten.conv3d.default: conv3d,
     aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,

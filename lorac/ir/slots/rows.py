@@ -1,0 +1,107 @@
+"""Rows of a batch that choose their own adapters: the places of slots, and the segments of rows that take them.
+
+A slot may hold several places, one behind the other along a new first axis. A batch is then cut into as many segments
+of neighbouring rows, all of one size, and each takes its own place: one place serves all rows, as many places as rows
+serve each row by itself, and rows that are sorted by their choice share the places between. Since a segment is a part
+of the batch as it lies in memory, cutting copies nothing, and a row count needs no divisor: there is always one place
+per row.
+
+Within a segment, tokens lie along one axis, so that vectors broadcast and matrices are multiplied in one batch. The
+computation of a site (``lorac.ir.slots.execution.run_site``) is the same with places and without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Tensor = torch.Tensor
+Size = int | torch.SymInt
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+# ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def placed_shape(shape: Sequence[Size], places: Size) -> tuple[Size, ...]:
+    """Return the shape of a slot with places; a vector gets an axis along which the tokens of a segment lie."""
+    return (places, 1, *shape) if len(shape) == 1 else (places, *shape)
+
+
+def as_place(tensor: Tensor) -> Tensor:
+    """Return a slot's tensor as the only place of a slot with places; nothing is copied."""
+    return tensor.view(placed_shape(tensor.shape, 1))
+
+
+def stack_places(tensors: Sequence[Tensor]) -> Tensor:
+    """Return places one behind the other; smaller ranks are padded with zeros."""
+    widest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    stacked = tensors[0].new_zeros(len(tensors), *widest)
+    for place, tensor in zip(stacked, tensors, strict=True):
+        write_place(place, tensor)
+    return stacked
+
+
+def write_place(place: Tensor, tensor: Tensor) -> None:
+    """Write a slot's tensor (1, …) into one place (…) of it, which it may fill in part; the rest becomes zero."""
+    if place.shape == tensor.shape[1:]:
+        place.copy_(tensor[0])
+        return
+    place.zero_()
+    place[tuple(slice(size) for size in tensor.shape[1:])].copy_(tensor[0])
+
+
+# ── Segments ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def cut_segments(x: Tensor, places: Size, features: int) -> Tensor:
+    """Return the tokens of each segment: (places, tokens), and the axis of features if x (rows, …) has one.
+
+    Args:
+        x: the batch.
+        places: how many segments; it divides the number of rows.
+        features: the number of axes of features, 0 for ids.
+    """
+    return x.reshape(places, -1, *x.shape[x.dim() - features :])
+
+
+def join_segments(y: Tensor, like: Tensor, features: int) -> Tensor:
+    """Return the tokens of all segments (places, tokens, N) as a batch (…, N) with the leading axes of ``like``."""
+    return y.reshape(*like.shape[: like.dim() - features], y.shape[-1])
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The places of a batch's rows.
+
+    Attributes:
+        order: the rows in the order in which they are computed.
+        places: for each place, one of the rows that take it.
+    """
+
+    order: tuple[int, ...]
+    places: tuple[int, ...]
+
+    @property
+    def sorted(self) -> bool:
+        """Whether the rows are computed in the order of the batch."""
+        return self.order == tuple(range(len(self.order)))
+
+    @property
+    def inverse(self) -> tuple[int, ...]:
+        """For each row of the batch, where it is computed."""
+        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
+
+
+def arrange_rows(keys: Sequence[KeyT]) -> Arrangement:
+    """Return the fewest places of one size for rows of equal keys.
+
+    Rows of equal keys are neighbours. A segment has as many rows as divide the numbers of rows of all keys; with a
+    segment for each row the order stays as it is.
+    """
+    groups: dict[KeyT, list[int]] = {}
+    for row, key in enumerate(keys):
+        groups.setdefault(key, []).append(row)
+    size = math.gcd(*map(len, groups.values()))
+    order = range(len(keys)) if size == 1 else [row for rows in groups.values() for row in rows]
+    return Arrangement(tuple(order), tuple(order)[::size])
