@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import fx
 
-from lorac.ir.graph import ops
+from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted, select_attention
 from lorac.ir.graph.edit import inline, trace_function
 from lorac.ir.graph.graph import Graph, Level
@@ -44,6 +44,8 @@ class ExpandAdaptedCalls(Pass):
         adapted, attention = list(graph.find(ops.adapted)), select_attention(graph)
         for node in adapted:
             _expand_call(graph, node, traces, self.aux, extra, attention)
+        for cut in graph.find(row_ops.CUT):
+            graph.axes.setdefault(str(cut.meta["val"].shape[1]), f"segment_{len(graph.axes)}")
         lowered = ops.lower_sites(graph.exported.graph_module)
         if extra:
             graph.add_outputs(extra)

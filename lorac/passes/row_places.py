@@ -45,7 +45,9 @@ def add_places(
         found[path] = replace(plan, placed=any(not role.why_shared for role, _ in plan.roles()))
     graph.plans = {path: found.get(path, plan) for path, plan in graph.plans.items()}
     for why, paths in shared.items():
-        graph.add_notes(f"{list_some(paths, 1)}: rows with adapters of their own take a call for each choice, since {why}")
+        graph.add_notes(
+            f"{list_some(paths, 1)}: rows with adapters of their own take a call for each choice, since {why}"
+        )
     return found
 
 

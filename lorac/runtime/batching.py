@@ -1,4 +1,7 @@
-"""One choice of adapters per row of a batch: the batch is split, each part runs with its choice, the rows are joined.
+"""Rows of a batch that several calls compute: the batch is split, each part runs by itself, the rows are joined.
+
+One call computes rows of several choices of adapters where the program has places for them
+(``lorac.ir.slots.rows``); what this module does is left for other rows.
 
 Rows are found in any nesting: in mappings, tuples and lists, and in the attributes of objects, such as the caches of
 decoders, whose layers hold a tensor with one row per sequence. Each call gets a copy of such an object with the call's
@@ -9,16 +12,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 
 from lorac.argument_types import Fields
 from lorac.errors import ChoiceError, Unavailable
-from lorac.ir.slots.choice import ChoiceSpec
 from lorac.target.engine import AuxOutputs, CallResult
 
 Array = torch.Tensor | np.ndarray
@@ -37,7 +39,7 @@ def batch_size(args: Args, kwargs: Mapping[str, object]) -> int:
     )
 
 
-def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[ChoiceSpec]) -> None:
+def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[object]) -> None:
     """Raise ``ChoiceError`` unless there is one choice per row."""
     rows = batch_size(args, kwargs)
     if rows != len(choices):
@@ -47,43 +49,43 @@ def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[Choic
         )
 
 
+class Group(Protocol):
+    """Rows that one call computes."""
+
+    @property
+    def rows(self) -> list[int]: ...
+
+
+GroupT = TypeVar("GroupT", bound=Group)
+
+
 def run_rows(
-    run: Callable[[Args, Kwargs, ChoiceSpec], CallResult],
+    run: Callable[[Args, Kwargs, GroupT], CallResult],
     args: Args,
     kwargs: Mapping[str, object],
-    choices: Sequence[ChoiceSpec],
+    groups: Sequence[GroupT],
 ) -> CallResult:
-    """Run a batch with one call per distinct choice, and join the outputs in the order of the batch.
+    """Run a batch with one call per group of rows, and join the outputs in the order of the batch.
 
     Rows whose adapters do not give an extra output that others give are NaN in it, or 0 if it is of integers.
 
     Args:
         args, kwargs: the inputs of all rows.
-        choices: the choice of each row, equal choices spelled alike.
+        groups: all rows, each in one of them.
 
     Raises:
-        ChoiceError: rows and choices differ in number.
         Unavailable: an output or extra output has no row per input row and differs between the calls.
     """
-    check_rows(args, kwargs, choices)
-    groups = group_rows([repr(choice) for choice in choices])
     if len(groups) == 1:
-        return run(args, dict(kwargs), choices[0])
-    selections = [_RowSelection(rows, len(choices)) for rows in groups]
+        return run(args, dict(kwargs), groups[0])
+    total = sum(len(group.rows) for group in groups)
+    selections = [_RowSelection(group.rows, total) for group in groups]
     inputs = [(selection.select(args), selection.select(dict(kwargs))) for selection in selections]
-    results = [run(*own, choices[rows[0]]) for rows, own in zip(groups, inputs, strict=True)]
+    results = [run(*own, group) for group, own in zip(groups, inputs, strict=True)]
     merger = _RowMerger(selections)
     merged = CallResult(merger.merge([r.output for r in results]), merger.merge_aux([r.aux for r in results]))
     merger.update_originals()
     return merged
-
-
-def group_rows(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Return the rows of each key, in the order in which the keys come first."""
-    groups: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +27,10 @@ from lorac.variants.adapter import Adapter
 
 _MAX_MIXTURES = 8
 """Cached states of mixtures and strengths. The state of one whole adapter is cached as long as the adapter exists."""
+
+
+_MAX_TOGETHER = 4
+"""Cached bindings of several choices in one call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +87,7 @@ class ChoiceStates:
         self._lock = lock
         self.cached: dict[Choice, ChoiceState] = {}
         self._idle: dict[str, SiteSlots] = {}
+        self._together: list[tuple[tuple[ChoiceState, ...], BoundProgram]] = []
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
         """Return the state of a choice.
@@ -102,6 +108,17 @@ class ChoiceStates:
             for oldest in mixtures[:-_MAX_MIXTURES]:
                 del self.cached[oldest]
             return state
+
+    def bind_rows(self, states: Sequence[ChoiceState]) -> BoundProgram:
+        """Return the engine's binding of states that may share a call, one for each part of its rows."""
+        with self._lock:
+            for known, bound in self._together:
+                if len(known) == len(states) and all(map(operator.is_, known, states)):
+                    return bound
+            programs = [state.bound for state in states if state.bound is not None]
+            bound = self._engine.bind_rows([program.content for program in programs])  # type: ignore[misc]  # its own
+            self._together = [*self._together[1 - _MAX_TOGETHER :], (tuple(states), bound)]
+            return bound
 
     def new(self, choice: Choice) -> ChoiceState:
         """Make the state of a choice, without looking into the cache or storing it there."""
@@ -147,10 +164,13 @@ class ChoiceStates:
     def forget(self, name: str) -> None:
         """Drop every state that an adapter is part of."""
         self.cached = {choice: state for choice, state in self.cached.items() if name not in dict(choice)}
+        self._together = [
+            entry for entry in self._together if all(name not in dict(state.choice) for state in entry[0])
+        ]
 
     def clear(self) -> None:
         """Drop all states, because the model's own tensors were exchanged."""
-        self.cached, self._idle = {}, {}
+        self.cached, self._idle, self._together = {}, {}, []
 
 
 def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,9 +16,11 @@ from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.rows import choose_places
 from lorac.runtime.choice_states import ChoiceState, ChoiceStates
 from lorac.runtime.held_choice import HeldChoice
 from lorac.runtime.locks import ReadWriteLock
+from lorac.runtime.row_group import RowGroup
 from lorac.runtime.swap_report import SwapReport
 from lorac.target.engine import BoundProgram, Engine
 from lorac.variants.adapter import Adapter
@@ -103,6 +105,47 @@ class ChoiceSwitch(ABC):
         state = state if training else self._refresh(state)
         assert state.bound is not None
         return work(state.bound, state)
+
+    def group_rows(
+        self, adapters: Sequence[ChoiceSpec | HeldChoice], graph: str, *, together: bool = True
+    ) -> list[RowGroup]:
+        """Return the rows of a batch by the calls that compute them, in the order in which the rows come.
+
+        Args:
+            adapters: the choice of each row, which may be held.
+            graph: which graph is called.
+            together: whether rows of several choices may share a call.
+
+        Raises:
+            AdapterNotFound, ChoiceError: as for ``swap``.
+        """
+        together = together and self.mode == "live" and not self.engine.computes_terms
+        chosen = [self._row_choice(spec, together) for spec in adapters]
+        states = {key: state for key, (_, state) in chosen if state is not None}
+        shared = {key for key, state in states.items() if not self.engine.why_apart(state.snapshot, graph)}
+        groups: dict[Hashable, RowGroup] = {}
+        for row, (key, (choice, state)) in enumerate(chosen):
+            group = groups.setdefault("together" if key in shared else key, RowGroup(choice))
+            group.rows.append(row)
+            group.states += [] if state is None else [states[key]]
+        return list(groups.values())
+
+    def _row_choice(
+        self, spec: ChoiceSpec | HeldChoice, together: bool
+    ) -> tuple[Hashable, tuple[ChoiceSpec | HeldChoice, ChoiceState | None]]:
+        """Return a key that rows of one choice have in common, the choice, and its state if rows may share a call."""
+        if isinstance(spec, HeldChoice):
+            spec.program_of(self.engine)
+            return id(spec.state), (spec, spec.state if together else None)
+        choice = parse_choice(spec, self.pool)
+        state = self._refresh(self._states.of(choice)) if together else None
+        return choice, (dict(choice) or None, state)
+
+    def with_rows(self, group: RowGroup, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
+        """Run some work for rows of a group: with their choice, or with the choices of all of them in one call."""
+        if not group.mixed:
+            return self.with_choice(group.choice, work)
+        return work(self._states.bind_rows(choose_places(group.states)), group.states[0])
 
     def _with_written(self, adapters: ChoiceSpec, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         if adapters is not UNSET:

@@ -17,11 +17,12 @@ from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import UNSET, Active, ChoiceSpec, parse_choice
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
-from lorac.runtime.batching import run_rows
+from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.choice_switch import ChoiceSwitch
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.held_choice import HeldChoice
+from lorac.runtime.row_group import RowGroup
 from lorac.runtime.traits import ModelTraits
 from lorac.target.engine import BoundProgram, CallResult, Engine
 from lorac.variants.adapter import Adapter
@@ -65,7 +66,7 @@ class SwitchableModel(ChoiceSwitch, ABC):
         self,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        adapters: ChoiceSpec | HeldChoice | Sequence[ChoiceSpec] = UNSET,
+        adapters: ChoiceSpec | HeldChoice | Sequence[ChoiceSpec | HeldChoice] = UNSET,
         *,
         graph: str = MAIN_GRAPH,
     ) -> Any:
@@ -92,14 +93,18 @@ class SwitchableModel(ChoiceSwitch, ABC):
         return result
 
     def _call_rows(
-        self, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Sequence[ChoiceSpec], graph: str
+        self,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        adapters: Sequence[ChoiceSpec | HeldChoice],
+        graph: str,
     ) -> object:
-        def run(args: tuple[object, ...], kwargs: dict[str, object], choice: ChoiceSpec) -> CallResult:
-            return CallResult(self.call(args, kwargs, choice, graph=graph), self.aux)
+        def run(args: tuple[object, ...], kwargs: dict[str, object], group: RowGroup) -> CallResult:
+            output = self.with_rows(group, lambda bound, _: self._run(bound, graph, args, kwargs))
+            return CallResult(output, self.aux)
 
-        # In canonical form, so that rows of equal choices run together however these were written.
-        choices = [dict(parse_choice(choice, self.pool)) or None for choice in adapters]
-        result = run_rows(run, args, kwargs, choices)
+        check_rows(args, kwargs, adapters)
+        result = run_rows(run, args, kwargs, self.group_rows(adapters, graph))
         self._last_call.aux = result.aux
         return result.output
 

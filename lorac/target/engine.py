@@ -6,7 +6,7 @@ An engine binds slot tensors once for each choice of adapters. Any number of cal
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -102,6 +102,26 @@ class Engine(ABC, Generic[Content_contra]):
     @abstractmethod
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[Content_contra]:
         """Bind the tensors of a choice to the program's slots."""
+
+    def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
+        """Return why rows with a choice cannot share a call of a graph with rows of other choices; None where they can.
+
+        Args:
+            snapshot: the choice.
+            graph: which of the program's graphs.
+        """
+        return f"target '{self.target}' takes one choice for all rows of a call"
+
+    def bind_rows(self, contents: Sequence[Content_contra]) -> BoundProgram[Content_contra]:
+        """Bind choices that may share a call, one for each part of its rows.
+
+        Args:
+            contents: what ``bind`` made of each choice; the rows of a call are cut into as many parts of one size.
+
+        Raises:
+            NotImplementedError: the target takes one choice for all rows of a call.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def call(

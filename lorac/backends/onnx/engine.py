@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from lorac.frontend.components import check_component
+from lorac.frontend.components import check_component, get_encoder_graph_name
 from lorac.ir.graph.feeds import collect_slot_tensors, convert_input, group_aux_outputs, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
@@ -18,6 +19,8 @@ from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.ir.slots.roles import branch_name, slot_name, strength_role
+from lorac.ir.slots.rows import stack_places
 from lorac.target.backend import TargetOptions
 from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
 
@@ -138,6 +141,26 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ContentT]:
         """Lay out the slots' tensors; a baked program has no slots to fill."""
         tensors = {} if self.constant else collect_slot_tensors(self.slots, self.plans, slots)
+        return BoundProgram(self, self.lay_out(tensors))
+
+    def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
+        names = [name for name in (graph, get_encoder_graph_name(graph)) if name in self.graphs]
+        slots = ChainMap(*(dict(self.graphs[name].slots) for name in names))
+        for path, composed in snapshot.composed.items():
+            roles = (*composed.roles, *((strength_role(branch_name(0)),) if composed.branches else ()))
+            found = (slots.get(slot_name(path, role)) for role in roles)
+            shared = next((slot for slot in found if slot is not None and not slot.placed), None)
+            if shared is not None:
+                return f"all rows of a call share '{shared.name}'"
+        return None
+
+    def bind_rows(self, contents: Sequence[ContentT]) -> BoundProgram[ContentT]:
+        """Lay out the choices' tensors one behind the other, in the slots that have places."""
+        first, *_ = contents
+        tensors = {
+            name: stack_places([content.tensors[name] for content in contents]) if self.slots[name].placed else tensor
+            for name, tensor in first.tensors.items()
+        }
         return BoundProgram(self, self.lay_out(tensors))
 
     @property

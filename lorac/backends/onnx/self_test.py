@@ -38,9 +38,12 @@ from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.role import NoiseScale, SlotSpec
 from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.rows import stack_places
 
 Tensor = torch.Tensor
 _NOISE_RANK = 3
+_FEW_ROWS = 2
+"""Rows, or equal parts of a batch, that get noise of their own."""
 _SAMPLE_ROWS = 8
 _MIN_ELEMENTS = 4
 """Tensors with fewer elements may be equal by chance."""
@@ -218,6 +221,7 @@ class _ProgramComparison:
         if self._differs(noise) and self._differs(noise := contents.noise(1)):
             raise self._diagnosed(_tensors_of_graph(noise, self.graph))
         self._check_sizes(noise, lambda: contents.noise(2))
+        self._check_places()
         after = self._run(contents.old())
         if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
             raise self_test_failure(slots, "keep traces of what was in them: the old tensors give other bits")
@@ -242,6 +246,21 @@ class _ProgramComparison:
                 next_step="dynamic_shapes= that leave these sizes fixed make a program for the example's alone",
                 code="self_test_failed",
             )
+
+    def _check_places(self) -> None:
+        """Compare with noise of their own for the parts of a batch, where slots have places."""
+        placed = [name for name, slot in self.graph.slots.items() if slot.placed]
+        rows = next((value.shape[0] for value in self.inputs.values() if value.dim()), 1)
+        if not placed or rows < _FEW_ROWS:
+            return
+
+        def stack(seeds: range) -> dict[str, Tensor]:
+            drawn = [_tensors_of_graph(self.contents.noise(seed), self.graph) for seed in seeds]
+            return drawn[0] | {name: stack_places([one[name] for one in drawn]) for name in placed}
+
+        count = _FEW_ROWS if rows % _FEW_ROWS == 0 else rows
+        if all(self._differs(stack(range(first, first + count))) for first in (0, 1)):
+            raise self_test_failure(placed, "give other answers where rows have adapters of their own")
 
     def _draws(self) -> bool:
         """Return whether the captured program draws random numbers."""

@@ -246,6 +246,8 @@ class _Flattener:
 
     def _insert(self, after: ir.Value, *nodes: ir.Node) -> None:
         producer = after.producer()
+        if producer is None and self.segments is not None:
+            producer = self.segments.last
         if producer is None:
             self.graph.insert_before(self.graph[0], nodes)
         else:
@@ -258,18 +260,22 @@ class _Segments:
     Attributes:
         places: the size of the axis of places.
         cuts: the ops that cut a value with features into segments.
+        last: the last of the ops that compute the shapes of segments, at the beginning of the graph.
     """
 
     def __init__(self, graph: ir.Graph, slot: ir.Value, cuts: Collection[ir.Node]) -> None:
         assert slot.shape is not None
         self.graph, self.places, self.cuts = graph, slot.shape[0], cuts
         size = ir.Node("", "Shape", [slot], [ir.AttrInt64("start", 0), ir.AttrInt64("end", 1)])
+        size.metadata_props.update(next(iter(cuts)).metadata_props)
         graph.insert_before(graph[0], size)
         self._size, self._shapes = size, dict[ir.Value, ir.Value]()
+        self.last: ir.Node | None = None
         for cut in cuts:
-            features = cut.outputs[0].shape
-            assert features is not None
-            cut.replace_input_with(1, self.shape(_constant(graph, [-1, features[-1]])))
+            made = cut.outputs[0].shape
+            features = None if made is None else made[-1]
+            assert isinstance(features, int)
+            cut.replace_input_with(1, self.shape(_constant(graph, [-1, features])))
 
     @classmethod
     def of(cls, graph: ir.Graph) -> _Segments | None:
@@ -287,6 +293,7 @@ class _Segments:
             shape = ir.Node("", "Concat", [self._size.outputs[0], flat], [ir.AttrInt64("axis", 0)])
             self.graph.insert_after(self._size, shape)
             self._shapes[flat] = shape.outputs[0]
+            self.last = shape if self.last is None else self.last
         return self._shapes[flat]
 
     def joins(self, node: ir.Node) -> bool:

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from lorac.ir.function_tracing import Decompositions, record_function
 from lorac.ir.graph import ops
+from lorac.ir.graph.new_sizes import make_size
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
@@ -57,26 +58,11 @@ def find_fake_mode(program: ExportedProgram) -> FakeTensorMode:
 
 def add_dimension(program: ExportedProgram, name: str, hint: int, least: int = 0) -> torch.SymInt:
     """Add a symbolic size that may be any number from ``least`` on."""
-    from torch._dynamo.source import LocalSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic
-    from torch.utils._sympy.numbers import int_oo
-    from torch.utils._sympy.value_ranges import ValueRanges
-
     environment = find_fake_mode(program).shape_env
     assert environment is not None
-    source = LocalSource(name)
-    symbol = environment.create_symbol(
-        hint,
-        source,
-        dynamic_dim=DimDynamic.DYNAMIC,
-        constraint_dim=None,
-        positive=None,
-        do_not_specialize_zero_one=True,
-    )
-    bounds = ValueRanges(least, int_oo)
-    environment.var_to_range[symbol] = bounds
-    program._range_constraints[symbol] = bounds
-    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int
+    size = make_size(environment, name, hint, least)
+    program._range_constraints[size.node.expr] = environment.var_to_range[size.node.expr]
+    return size
 
 
 def add_inputs(

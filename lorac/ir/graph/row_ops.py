@@ -7,10 +7,13 @@ and fix the sizes of the example by its answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
+from lorac.ir.graph.new_sizes import make_size
 from lorac.ir.slots.rows import cut_segments, join_segments
 
 
@@ -23,7 +26,7 @@ def cut(x: Tensor, slot: Tensor, features: int) -> Tensor:
 @cut.register_fake
 def _(x: Tensor, slot: Tensor, features: int) -> Tensor:
     leading = x.dim() - features
-    tokens = math.prod(x.shape[:leading]) // slot.shape[0]
+    tokens = _segment_size(x, x.shape[:leading], slot.shape[0])
     return x.new_empty((slot.shape[0], tokens, *x.shape[leading:]))
 
 
@@ -38,4 +41,21 @@ def _(y: Tensor, like: Tensor, features: int) -> Tensor:
     return y.new_empty((*like.shape[: like.dim() - features], y.shape[-1]))
 
 
+def _segment_size(x: Tensor, sizes: Sequence[int | torch.SymInt], places: int | torch.SymInt) -> int | torch.SymInt:
+    """Return the number of tokens in a segment, a size of its own: of a quotient torch knows the example's value alone.
+
+    The example's value may be 0 or 1, which torch would take for a constant.
+    """
+    mode = detect_fake_mode([x])
+    if mode is None or mode.shape_env is None or isinstance(places, int):
+        return math.prod(sizes) // places
+    known: dict[object, torch.SymInt] = vars(mode.shape_env).setdefault("lorac_segment_sizes", {})
+    key = (*map(str, sizes), str(places))
+    if key not in known:
+        known[key] = make_size(mode.shape_env, f"segment_{len(known)}", _TOKENS)
+    return known[key]
+
+
+_TOKENS = 13
+"""The tokens of a segment in an example: a number that sizes of models rarely are."""
 CUT, JOIN = cut._opoverload, join._opoverload

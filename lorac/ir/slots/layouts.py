@@ -131,9 +131,8 @@ class EmbeddingLayout(SiteLayout):
         return y if bias is None else y + bias.to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        if a.dim() > _MATRIX:  # one table behind the other
-            places, size, rank = a.shape
-            x, a = x + torch.arange(places, device=x.device)[:, None] * size, a.reshape(places * size, rank)
+        if a.dim() > _MATRIX:  # a table for each segment
+            return a[torch.arange(a.shape[0], device=x.device)[:, None], x]
         return F.embedding(x, a)
 
 

@@ -12,16 +12,16 @@ computation of a site (``lorac.ir.slots.execution.run_site``) is the same with p
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 
 Tensor = torch.Tensor
 Size = int | torch.SymInt
-KeyT = TypeVar("KeyT", bound=Hashable)
+KeyT = TypeVar("KeyT")
 
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -70,38 +70,10 @@ def join_segments(y: Tensor, like: Tensor, features: int) -> Tensor:
     return y.reshape(*like.shape[: like.dim() - features], y.shape[-1])
 
 
-@dataclass(frozen=True)
-class Arrangement:
-    """The places of a batch's rows.
+def choose_places(keys: Sequence[KeyT]) -> tuple[KeyT, ...]:
+    """Return the key of each place, for as few places as rows of these keys need in the order in which they come.
 
-    Attributes:
-        order: the rows in the order in which they are computed.
-        places: for each place, one of the rows that take it.
+    All places serve the same number of rows: as many as divide the numbers of neighbours with equal keys.
     """
-
-    order: tuple[int, ...]
-    places: tuple[int, ...]
-
-    @property
-    def sorted(self) -> bool:
-        """Whether the rows are computed in the order of the batch."""
-        return self.order == tuple(range(len(self.order)))
-
-    @property
-    def inverse(self) -> tuple[int, ...]:
-        """For each row of the batch, where it is computed."""
-        return tuple(sorted(range(len(self.order)), key=self.order.__getitem__))
-
-
-def arrange_rows(keys: Sequence[KeyT]) -> Arrangement:
-    """Return the fewest places of one size for rows of equal keys.
-
-    Rows of equal keys are neighbours. A segment has as many rows as divide the numbers of rows of all keys; with a
-    segment for each row the order stays as it is.
-    """
-    groups: dict[KeyT, list[int]] = {}
-    for row, key in enumerate(keys):
-        groups.setdefault(key, []).append(row)
-    size = math.gcd(*map(len, groups.values()))
-    order = range(len(keys)) if size == 1 else [row for rows in groups.values() for row in rows]
-    return Arrangement(tuple(order), tuple(order)[::size])
+    neighbours = [len(list(same)) for _, same in itertools.groupby(keys)]
+    return tuple(keys[:: math.gcd(*neighbours)])

@@ -15,12 +15,13 @@ from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
 from lorac.frontend.components import check_component, list_components
 from lorac.ir.graph.attention_ops import DECODER_IDS
-from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, parse_choice
-from lorac.runtime.batching import OutputMerger, batch_size, check_rows, group_rows, select_rows
+from lorac.ir.slots.choice import UNSET, ChoiceSpec
+from lorac.runtime.batching import OutputMerger, batch_size, check_rows, select_rows
 from lorac.runtime.generation.eager_generation import EagerGeneration, refuse_prompt_cache
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK, Prompts, main_input
 from lorac.runtime.generation.request import GenerateRequest, translate_errors
+from lorac.runtime.row_group import RowGroup
 from lorac.runtime.traits import ModelTraits
 
 if TYPE_CHECKING:
@@ -169,32 +170,33 @@ class _GenerateCall:
     def generate(self, adapters: Any, seed: object, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
         """Run the rows, those of one kind together, and join the outputs in the order of the batch."""
         rows = batch_size((), self.request.options)
-        seeds, choices = _parse_seeds(seed, rows), self._parse_choices(adapters, rows)
+        seeds = _parse_seeds(seed, rows)
         seed_apart = isinstance(seeds, list) and not (self.request.samples_rows and self._over_cache)
         apart = seed_apart or self.request.drafts
-        groups = group_rows([(choices and choices[row], apart and row) for row in range(rows)])
-        specs = [adapters if choices is None else dict(choices[group[0]]) or None for group in groups]
+        groups = self._group_rows(adapters, rows, together=not apart and prompt_cache is None)
+        groups = [RowGroup(group.choice, [row]) for group in groups for row in group.rows] if apart else groups
         if len(groups) == 1:
-            return self._convert(self._run(specs[0], seeds, draft, prompt_cache))
+            return self._convert(self._run(groups[0], seeds, draft, prompt_cache))
         self._check_splittable(groups)
         outputs = []
-        for group, spec in zip(groups, specs, strict=True):
-            own = [seeds[row] for row in group] if isinstance(seeds, list) else seeds
-            outputs.append(self._select(group, rows)._run(spec, own, draft, prompt_cache))
-        return self._convert(OutputMerger(groups, self.request.fill_id, self.request.beams).merge(outputs))
+        for group in groups:
+            own = [seeds[row] for row in group.rows] if isinstance(seeds, list) else seeds
+            outputs.append(self._select(group.rows, rows)._run(group, own, draft, prompt_cache))
+        merger = OutputMerger([group.rows for group in groups], self.request.fill_id, self.request.beams)
+        return self._convert(merger.merge(outputs))
 
     @property
     def _over_cache(self) -> bool:
         return self.model.engine.module is None
 
-    def _parse_choices(self, adapters: object, rows: int) -> list[Choice] | None:
-        """Return the choice of each row; None for one choice of all rows."""
+    def _group_rows(self, adapters: Any, rows: int, *, together: bool) -> list[RowGroup]:
+        """Return the rows by the runs that generate them."""
         if not isinstance(adapters, Sequence) or isinstance(adapters, str):
-            return None
+            return [RowGroup(adapters, list(range(rows)))]
         check_rows((torch.empty(rows),), {}, adapters)
-        return [parse_choice(choice, self.model.pool) for choice in adapters]
+        return self.model.group_rows(adapters, self.graph, together=together)
 
-    def _check_splittable(self, groups: Sequence[Sequence[int]]) -> None:
+    def _check_splittable(self, groups: Sequence[RowGroup]) -> None:
         """Raise ``Unavailable`` for options that belong to one run alone."""
         for name in ("streamer", CACHE):
             if self.request.options.get(name) is not None:
@@ -219,15 +221,15 @@ class _GenerateCall:
 
     # --- one run -----------------------------------------------------------------------------------------------------
 
-    def _run(self, adapters: ChoiceSpec, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
-        """Generate for all rows with one choice of adapters, as one call (invariant 7)."""
+    def _run(self, group: RowGroup, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
+        """Generate for all rows of a group, as one call (invariant 7)."""
         options, prompts = dict(self.request.options), self.prompts
         if prompts is not None:
             prompts = prompts.trim() if self.request.drafts else prompts
             options = {name: prompts.arrange(value) for name, value in options.items()}
             mask = torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask
             options |= dict(zip(self.token_inputs, (prompts.ids, mask), strict=True))
-        output = self._bind(adapters, draft, self._make_run(options, prompts, seeds, prompt_cache))
+        output = self._bind(group, draft, self._make_run(options, prompts, seeds, prompt_cache))
         if prompts is None:
             return output
         if isinstance(output, torch.Tensor):
@@ -261,14 +263,12 @@ class _GenerateCall:
             prompt_cache=prompt_cache,
         )
 
-    def _bind(self, adapters: ChoiceSpec, draft: ChoiceSpec, run: Run) -> Output:
-        """Run with a choice of adapters and, where there is a draft, with that choice too."""
+    def _bind(self, group: RowGroup, draft: ChoiceSpec, run: Run) -> Output:
+        """Run with the choices of a group and, where there is a draft, with that choice too."""
         model = self.model
 
         def bind(drafting: BoundProgram | None) -> Output:
-            return model.with_choice(
-                adapters, lambda bound, state: translate_errors(lambda: run(bound, state, drafting))
-            )
+            return model.with_rows(group, lambda bound, state: translate_errors(lambda: run(bound, state, drafting)))
 
         if draft is UNSET:
             return bind(None)

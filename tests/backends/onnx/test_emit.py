@@ -40,7 +40,8 @@ def test_a_language_model(llama: lorac.Compiled) -> None:
     assert found["input_ids"] == found["attention_mask"] == ["batch", "length"]
     assert found["logits"][:2] == ["batch", "length"]
     path = "model.layers.0.mlp.down_proj"
-    assert found[f"{path}:a"][1] == found[f"{path}:b"][0] == f"{path}:rank"
+    assert found[f"{path}:a"][2] == found[f"{path}:b"][1] == f"{path}:rank"
+    assert found[f"{path}:a"][0] == found[f"{path}:b"][0] == "adapters"
     assert not any(name.startswith("linear") for name in found)
 
 

@@ -37,7 +37,7 @@ def test_it_is_a_stage_after_all_others(compiled: lorac.Compiled) -> None:
 
 def test_nodes_stand_in_their_module_and_read_its_slots(compiled: lorac.Compiled) -> None:
     text = str(compiled.graph["main"].emitted.at("body.layers.0"))
-    assert re.search(r"= Gemm .*query:b\[query:rank, 14\]!", text), "a slot, with the name of its size"
+    assert re.search(r"= MatMul .*query:b\[adapters, query:rank, 14\]!", text), "a slot, with the name of its size"
     assert re.search(r"%out\.\w+ = MatMul .*out:weight\[14, 10\]!", text)
     assert "captured.py:" in text, "the line that asks for it"
     branch = str(compiled.graph["main"].emitted.at("body.layers.1"))

@@ -1,0 +1,36 @@
+"""New symbolic sizes of traced values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> torch.SymInt:
+    """Return a new symbolic size that may be any number from ``least`` on.
+
+    Args:
+        environment: torch's record of symbolic sizes.
+        name: where the size is said to come from.
+        hint: its value in the example, by which torch decides what it asks of the size.
+    """
+    from torch._dynamo.source import LocalSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    source = LocalSource(name)
+    symbol = environment.create_symbol(
+        hint,
+        source,
+        dynamic_dim=DimDynamic.DYNAMIC,
+        constraint_dim=None,
+        positive=None,
+        do_not_specialize_zero_one=True,
+    )
+    environment.var_to_range[symbol] = ValueRanges(least, int_oo)
+    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int
