@@ -123,6 +123,6 @@ def test_what_all_rows_share_is_said(variant: Any, why: str) -> None:
 def test_a_program_for_one_number_of_rows_has_no_places() -> None:
     host = Shared().eval()
     compiled = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["branch"])})
-    graph = _lowered(host, compiled, None, X.float())
+    graph = _lowered(host, compiled, ({},), X.float())
     assert not any(slot.placed for slot in graph.slots.values())
     assert any("for one number of rows" in note for note in graph.interface.notes)
