@@ -1,51 +1,113 @@
-"""Commands that put adapters into a model's weights: merge."""
+"""Commands that put adapters together, or into a model's weights: merge."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import json as json_text
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorac.argument_types import Fields
+from lorac.cli._models import load_model
 from lorac.cli._output import JsonOption, print_report
-from lorac.errors import AdapterError
+from lorac.cli.adapters import FormatOption, ModelOption, save
+from lorac.errors import AdapterError, OptionError
+from lorac.progress import progress
 
-_FOLDER_HELP = "A folder that transformers saved, or diffusers of one model."
+if TYPE_CHECKING:
+    from lorac.frontend.model_view import Model
+    from lorac.merging.merged_checkpoint import MergedCheckpoint
+    from lorac.merging.recipe import MergeRecipe
+    from lorac.variants.adapter import Adapter
 
-
-@dataclass(frozen=True)
-class _WeightedAdapters:
-    """The adapters of a command line: name -> path, and name -> weight, 1 where none is given."""
-
-    paths: dict[str, str]
-    weights: dict[str, float]
-
-    @classmethod
-    def parse(cls, specs: Sequence[str]) -> _WeightedAdapters:
-        """Parse adapters given as PATH, PATH=WEIGHT, NAME=PATH or NAME=PATH=WEIGHT.
-
-        Raises:
-            AdapterError: two have one name.
-        """
-        paths: dict[str, str] = {}
-        weights: dict[str, float] = {}
-        for spec in specs:
-            name, path, weight = _split(spec)
-            if name in paths:
-                raise AdapterError(
-                    f"two adapters are called '{name}'",
-                    next_step="name them: -a NAME=PATH=WEIGHT",
-                    code="adapter_exists",
-                )
-            paths[name], weights[name] = path, weight
-        return cls(paths, weights)
+_FOLDER_HELP = "A folder saved by transformers or diffusers, into whose weights the adapters go; else into an adapter."
+_ADAPTER_HELP = "PATH=WEIGHT or NAME=PATH=WEIGHT, with weight 1 if there is none; may be given several times."
+_OPTION_HELP = "KEY=VALUE, an option of the method, such as density=0.5; may be given several times."
+_SUM = "cat"
+"""The way of the command if none is given: the weighted sum, which a model's weights hold of any adapters."""
 
 
-def _split(spec: str) -> tuple[str, str, float]:
+def _list_methods() -> list[str]:
+    from lorac.merging.registry import ways
+
+    return list(ways())
+
+
+def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")],
+    folder: Annotated[str, typer.Argument(help=_FOLDER_HELP, metavar="[MODEL]", show_default=False)] = "",
+    adapter: Annotated[list[str], typer.Option("--adapter", "-a", help=_ADAPTER_HELP)] = [],  # noqa: B006  (typer's way to say "any number")
+    method: Annotated[str, typer.Option(help="How; docs/ways.md lists the ways.", autocompletion=_list_methods)] = _SUM,
+    option: Annotated[list[str], typer.Option("--set", "-s", help=_OPTION_HELP)] = [],  # noqa: B006  (the same)
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file in mergekit's words, in place of -a, -s.")] = None,
+    model: ModelOption = "",
+    format: FormatOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Merge adapters into the weights of MODEL, and write its folder; without MODEL into one adapter."""
+    given = _read_request(adapter, method, option, recipe)
+    with progress("merge") as report:
+        if folder:
+            made = _merge_into_folder(folder, given, out)
+            mixed = ", ".join(f"{name}*{weight:g}" for name, weight in given.weights.items())
+            contents = {"path": str(out), "method": given.method, "weights": given.weights, "merged": made.merged}
+            rest = {"bytes": made.size, "left_out": made.left_out}
+            line = f"{out}: {mixed} merged by {given.method} into {made.merged} tensors"
+            print_report({**contents, **rest}, line, as_json=json)
+            return
+        report.step("reading")
+        base = model or given.base_model
+        host = load_model(base) if base else None
+        merged = _merge_adapters(given, host)
+        report.step("writing")
+        save(merged, out, format or ("peft" if merged.variant.name == "lora" else "native"), host, as_json=json)
+
+
+def _merge_into_folder(folder: str, given: MergeRecipe, out: Path) -> MergedCheckpoint:
+    from lorac.merging.merged_checkpoint import merge_checkpoint
+    from lorac.merging.stored_model import StoredModel
+
+    if given.method == _SUM and not given.options:
+        return merge_checkpoint(folder, given.adapters, out, given.weights)
+    return merge_checkpoint(folder, _merge_adapters(given, StoredModel.open(Path(folder)).view), out)
+
+
+def _merge_adapters(given: MergeRecipe, model: Model | None) -> Adapter:
+    import lorac
+
+    options: Fields = given.options
+    return lorac.merge(given.adapters, given.method, given.weights, model, dtype=given.dtype, **options)
+
+
+def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], recipe: Path | None) -> MergeRecipe:
+    """Return what to merge and how, as the command line or a recipe says.
+
+    Raises:
+        OptionError: both say it, or neither; or an option is no KEY=VALUE.
+        AdapterError: two adapters have one name.
+    """
+    from lorac.merging.recipe import MergeRecipe, read_merge_recipe
+
+    if bool(adapters) == (recipe is not None) or (recipe is not None and options):
+        raise OptionError("adapters come from -a, or from --recipe", next_step="give one of the two")
+    if recipe is not None:
+        return read_merge_recipe(recipe)
+    paths: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    for spec in adapters:
+        name, path, weight = _split_adapter(spec)
+        if name in paths:
+            raise AdapterError(
+                f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH=WEIGHT", code="adapter_exists"
+            )
+        paths[name], weights[name] = path, weight
+    return MergeRecipe(paths, method, weights, dict(map(_split_option, options)))
+
+
+def _split_adapter(spec: str) -> tuple[str, str, float]:
     """Return name, path and weight of an adapter; what exists as a whole is a path."""
     rest, weight = spec, 1.0
     if "=" in spec and not Path(spec).exists():
@@ -56,24 +118,15 @@ def _split(spec: str) -> tuple[str, str, float]:
     return (name, path, weight) if separator else (Path(rest).stem, rest, weight)
 
 
-def merge(
-    model: Annotated[str, typer.Argument(help=_FOLDER_HELP, metavar="MODEL")],
-    adapter: Annotated[
-        list[str],
-        typer.Option("--adapter", "-a", help="PATH=WEIGHT or NAME=PATH=WEIGHT, weight 1 if none; several times."),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.")],
-    json: JsonOption = False,
-) -> None:
-    """Merge adapters into the weights of a model's folder, and write it with its configuration and its tokenizer."""
-    from lorac.merging.merged_checkpoint import merge_checkpoint
-    from lorac.report.terms import format_size
-
-    given = _WeightedAdapters.parse(adapter)
-    made = merge_checkpoint(model, given.paths, out, given.weights)
-    mixed = ", ".join(f"{name}*{weight:g}" for name, weight in given.weights.items())
-    line = f"{out}: {mixed} merged into {made.merged} tensors; {format_size(made.size)} in all"
-    print_report({**dataclasses.asdict(made), "weights": given.weights}, line, as_json=json)
+def _split_option(spec: str) -> tuple[str, object]:
+    """Return name and value of an option; a value is JSON, or else text."""
+    name, separator, text = spec.partition("=")
+    if not separator or not name:
+        raise OptionError(f"'{spec}' is no option of a method", next_step="write KEY=VALUE, such as -s density=0.5")
+    try:
+        return name, json_text.loads(text)
+    except ValueError:
+        return name, text
 
 
 COMMANDS = (merge,)

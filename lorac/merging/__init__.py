@@ -1,5 +1,7 @@
 """One adapter from several, one file per way, and adapters merged into the weights of a model."""
 
+from lorac.merging.federation import FederatedStack
+from lorac.merging.merged_checkpoint import MergedCheckpoint, merge_checkpoint
 from lorac.merging.registry import ways
 
-__all__ = ["ways"]
+__all__ = ["FederatedStack", "MergedCheckpoint", "merge_checkpoint", "ways"]

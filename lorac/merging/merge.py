@@ -24,12 +24,13 @@ from lorac.adapters.lora_conversion import truncate_change
 from lorac.argument_types import describe_value, matches_type
 from lorac.errors import AdapterError, ChoiceError, short
 from lorac.formats import load_adapter
+from lorac.formats._site_layouts import LAYOUT
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_bias, merge_weight
 from lorac.merging.registry import check_count, make_way, order_by_name
 from lorac.merging.spaces import sum_changes
 from lorac.merging.terms import SiteTerms, scale_change, shape_of
-from lorac.merging.way import AdaptersWay, CombiningWay, SiteWay
+from lorac.merging.way import AdaptersWay, CombiningWay, FactorsWay, SiteWay
 from lorac.progress import progress
 from lorac.session.request.sources import read_sources
 from lorac.variants.adapter import Adapter
@@ -96,7 +97,7 @@ def _read_adapters(given: object, view: ModelView | None) -> list[Adapter]:
     found = []
     for name, source in read_sources(given):
         if isinstance(source, str | Path):
-            found.append(load_adapter(source, None if view is None else view.module, name))
+            found.append(load_adapter(source, view, name))
         elif isinstance(source, Adapter):
             found.append(replace(source, name=name or source.name))
         else:
@@ -148,7 +149,8 @@ def merge_sites(
     whole = {} if view is None else _merged_parameters(view, replaced, dtype)
     merged = hold_changes(name, changes, like=_common_fields(adapters), replaced=whole, dtype=dtype)
     inexact = {path: error for path, error in errors.items() if error}
-    merged.provenance |= {"errors": inexact} if inexact else {}
+    layouts = {path: layout for one in adapters for path, layout in one.provenance.get(LAYOUT, {}).items()}
+    merged.provenance |= {**({"errors": inexact} if inexact else {}), LAYOUT: layouts}
     return merged
 
 
@@ -216,7 +218,7 @@ def _merge_replaced(way: SiteWay, terms: SiteTerms, view: ModelView | None) -> t
     if isinstance(way, CombiningWay):
         merged = replace(way, space="deltas").merge_site(terms)
     else:
-        merged = sum_changes(terms.weights, terms)
+        merged = sum_changes(way.shares(terms.weights) if isinstance(way, FactorsWay) else terms.weights, terms)
     return (merged if way.scale == 1 else scale_change(merged, way.scale)), 0.0
 
 

@@ -17,7 +17,7 @@ from lorac.ir.slots.choice import ChoiceSpec
 from lorac.merging.merged_model import choose_active, read_adapters
 from lorac.merging.merged_weights import MergedWeights
 from lorac.merging.stored_model import StoredModel, separate_names
-from lorac.merging.ties import find_kept_ties, find_ties
+from lorac.merging.tied_weights import find_kept_ties, find_ties
 from lorac.progress import progress, step
 from lorac.session.api import Adapters
 from lorac.session.model_folders import CONFIG

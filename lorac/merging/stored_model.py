@@ -14,7 +14,7 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, FormatError
 from lorac.frontend.checkpoint_names import find_stored_names
 from lorac.frontend.model_view import ModelView
-from lorac.merging.ties import find_ties
+from lorac.merging.tied_weights import find_ties
 from lorac.session.model_folders import CONFIG, outline_model, read_model_config
 from lorac.storage.sharded_tensors import RenamedTensors, ShardedTensors
 

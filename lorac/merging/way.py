@@ -220,6 +220,10 @@ class FactorsWay(SiteWay):
     def reads(self) -> str:
         return "factors"
 
+    def shares(self, weights: Sequence[float]) -> Sequence[float]:
+        """Return the factors of the changes that are no pairs: of biases, and of parameters that are replaced."""
+        return weights
+
     @abstractmethod
     def join(self, pairs: Sequence[ScaledPair], weights: Sequence[float], generator: torch.Generator) -> ScaledPair:
         """Return one pair from those of the adapters that touch a site, and their weights."""
@@ -229,7 +233,9 @@ class FactorsWay(SiteWay):
         present = [(pair, weight) for pair, weight in pairs if pair is not None]
         joined = self.join([pair for pair, _ in present], [weight for _, weight in present], terms.generator)
         shifts = terms.shifts
-        shift = None if shifts is None else torch.tensordot(shifts.new_tensor(terms.weights), shifts, dims=1)
+        shift = (
+            None if shifts is None else torch.tensordot(shifts.new_tensor(self.shares(terms.weights)), shifts, dims=1)
+        )
         return LowRank(joined.a.mT, joined.scale * joined.b.mT, e=shift)
 
 

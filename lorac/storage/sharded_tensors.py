@@ -112,7 +112,7 @@ def _no_weights(folder: Path) -> FormatError:
     held = f", but {list_some(others, 3)}" if others else ""
     return FormatError(
         f"'{folder}' has neither {_file_names(_NAMES[0])[0]} nor an index of several{held}",
-        next_step="from_pretrained(folder) and save_pretrained(another) write it as safetensors"
+        next_step="load the model with its library and save it again, which writes safetensors"
         if others
         else "download the model's weights too",
         code="unreadable",

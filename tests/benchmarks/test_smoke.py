@@ -50,6 +50,7 @@ ROWS = {
         ]
     ],
     "load": [["bare session", "bare session, A/A", "lorac.load"]],
+    "merged_checkpoint": [["copy", "copy, A/A", "lorac merge"]],
     "overhead": [
         [
             "base / plain export",

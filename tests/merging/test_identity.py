@@ -26,7 +26,7 @@ from tests.refusing import refuses
 ORACLES = Path(__file__).parents[1] / "oracles"
 SITES = ("fc1", "fc2")
 MADE_OF_METHODS = {"chain": {"parts": (lorac.LoRA(), lorac.DoRA())}, "residual": {"method": lorac.LoRA()}}
-OF_FACTORS = {"svd"}
+OF_FACTORS = {"lego", "svd"}
 """Ways that read factors, which not every change has."""
 METHODS = {
     name: method

@@ -1,6 +1,10 @@
 """A model's folder with adapters merged into it, as the library that wrote the folder reads it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +218,48 @@ def test_an_adapter_of_another_model_is_refused(given):
         path = next(path for path in model.glob("*.safetensors") if any("q_proj" in name for name in load_file(path)))
         save_file({n: t + 1 for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
         merge_checkpoint(model, adapter, out)
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file
+from lorac.merging import merge_checkpoint
+
+def peak():
+    marks = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(marks["VmHWM"].split()[0]) * 1024
+
+folder = Path(sys.argv[1])
+merge_checkpoint(folder / "model", folder / "a", folder / "first")  # imports what is needed
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+merge_checkpoint(folder / "model", folder / "a", folder / "second")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark that starts anew")
+def test_one_weight_at_a_time_is_in_memory(tmp_path):
+    """Of a model of four shards, its peak is below 1.3 times the largest shard."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).bfloat16()
+    model.save_pretrained(tmp_path / "model", max_shard_size="20MB")
+    adapter = drawn(model, {"a": lorac.LoRA(r=4, targets="all-linear")}, 0.01).adapters["a"]
+    lorac.save_adapter(adapter, tmp_path / "a", model=model)
+    shards = [path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")]
+    assert len(shards) > 3
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.3 * max(shards), done.stdout
+    assert_same_files(tmp_path / "first", tmp_path / "second")
+
+
+def assert_same_files(one, other):
+    """Equal input gives equal bytes."""
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes()

@@ -1,0 +1,77 @@
+"""Weighted k-means, whose result does not depend on the order of the points."""
+
+from __future__ import annotations
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def cluster(points: Tensor, weights: Tensor, k: int, generator: torch.Generator, tries: int, steps: int) -> Tensor:
+    """Return the cluster of each point, from 0 to k − 1, with the least Σ w·‖u − μ‖² of several tries.
+
+    The first centres are drawn far from each other (Arthur and Vassilvitskii 2007, k-means++), then each is moved to
+    the mean of its points until none changes its cluster (Lloyd 1982).
+
+    Args:
+        points: (M, d), in the order of ``sort_points``.
+        weights: (M,), above 0.
+        k: the number of clusters, at most M.
+        generator: draws the first centres.
+        tries: the number of first centres that are tried.
+        steps: the largest number of moves.
+    """
+    if k >= len(points):
+        return torch.arange(len(points))
+    found = [_settle(points, weights, _draw_centres(points, weights, k, generator), steps) for _ in range(tries)]
+    return min(found, key=lambda one: float(one[1]))[0]
+
+
+def sort_points(points: Tensor) -> Tensor:
+    """Return the order (M,) of points (M, d) by their coordinates."""
+    _, places = torch.unique(points, dim=0, return_inverse=True)
+    return places.argsort(stable=True)
+
+
+def average(points: Tensor, weights: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Return the weighted mean (k, d) of the points of each cluster, 0 of an empty one."""
+    total = points.new_zeros(k, points.shape[1]).index_add_(0, labels, points * weights[:, None])
+    return total / _count(weights, labels, k)[:, None].clamp_min(torch.finfo(points.dtype).tiny)
+
+
+def _count(weights: Tensor, labels: Tensor, k: int) -> Tensor:
+    return weights.new_zeros(k).index_add_(0, labels, weights)
+
+
+def _draw_centres(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    chosen = [int(torch.multinomial(weights, 1, generator=generator))]
+    distances = _distances(points, points[chosen])[:, 0]
+    while len(chosen) < k:
+        chances = weights * distances
+        chosen.append(int(torch.multinomial(chances if chances.any() else weights, 1, generator=generator)))
+        distances = torch.minimum(distances, _distances(points, points[chosen[-1:]])[:, 0])
+    return points[chosen]
+
+
+def _settle(points: Tensor, weights: Tensor, centres: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the clusters around centres that are moved until they stay, and Σ w·‖u − μ‖²."""
+    labels, nearest = _assign(points, centres)
+    for _ in range(steps):
+        centres = average(points, weights, labels, len(centres))
+        for empty in (_count(weights, labels, len(centres)) == 0).nonzero().flatten().tolist():
+            centres[empty] = points[int((weights * nearest).argmax())]
+            nearest = torch.minimum(nearest, _distances(points, centres[empty : empty + 1])[:, 0])
+        before, (labels, nearest) = labels, _assign(points, centres)
+        if torch.equal(before, labels):
+            break
+    return labels, (weights * nearest).sum()
+
+
+def _assign(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    distances, labels = _distances(points, centres).min(1)
+    return labels, distances
+
+
+def _distances(points: Tensor, centres: Tensor) -> Tensor:
+    """Return the squared distances (M, k)."""
+    return torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -1,0 +1,136 @@
+"""Federated training by stacked factors: clients of any ranks, whose rounds add up to one adapter without an error.
+
+The mean of Bₖ times the mean of Aₖ is not the mean of Bₖ·Aₖ; factors that are stacked give that exactly. Wang et al.
+2024, arXiv 2409.05976.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lorac.errors import AdapterNotFound, ChoiceError, nearest_name
+from lorac.merging.merge import merge
+from lorac.session.api import compile
+from lorac.session.compiled import CompiledModule
+from lorac.session.request.sources import AdapterSource
+from lorac.variants.adapter import Adapter
+from lorac.variants.base import Variant
+
+Train = Callable[[str, CompiledModule], object]
+"""Trains a client's adapter, by the client's name, in the model that it is given."""
+STACK = "stack"
+"""Name of the adapter that holds all rounds before."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a client gave to a round.
+
+    Attributes:
+        adapter: what it trained.
+        weight: its weight in the round, such as the number of its samples.
+    """
+
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True)
+class FederatedStack:
+    """The rounds of a federation. Each changes the model by Σ pₖ·ΔWₖ, pₖ a client's share of the round's weights.
+
+    The model itself never changes: clients train next to the stack, which is active and frozen. So every client can be
+    taken out again exactly, and the whole is one adapter that is swapped like any other.
+
+    Attributes:
+        rounds: client -> its contribution, for each round.
+    """
+
+    rounds: tuple[Mapping[str, Contribution], ...] = ()
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The names of all clients, in the order of their first contributions."""
+        return tuple(dict.fromkeys(client for one in self.rounds for client in one))
+
+    def add_round(self, adapters: Mapping[str, Adapter], weights: Mapping[str, float] | None = None) -> FederatedStack:
+        """Return the stack with one more round.
+
+        Args:
+            adapters: client -> the adapter that it trained next to this stack.
+            weights: client -> its weight, above 0; default: 1 for each.
+
+        Raises:
+            ChoiceError: a client has no weight, or one that is not above 0; or there is no client.
+        """
+        given = dict.fromkeys(adapters, 1.0) if weights is None else weights
+        if given.keys() != adapters.keys() or not adapters or min(given.values()) <= 0:
+            raise ChoiceError(
+                f"the clients of a round are {', '.join(adapters) or 'none'}, and their weights {dict(given)}",
+                next_step="give each client a weight above 0, such as the number of its samples",
+            )
+        contributions = {client: Contribution(adapter, float(given[client])) for client, adapter in adapters.items()}
+        return replace(self, rounds=(*self.rounds, contributions))
+
+    def without(self, client: str) -> FederatedStack:
+        """Return the stack without a client; the others' shares of each round add up to 1 again.
+
+        Raises:
+            AdapterNotFound: no round has a client of that name.
+        """
+        if client not in self.clients:
+            raise AdapterNotFound(
+                f"no round has a client '{client}'",
+                nearest=nearest_name(client, self.clients),
+                next_step=f"the clients are {', '.join(self.clients) or 'none'}",
+            )
+        left = [{name: one for name, one in contributions.items() if name != client} for contributions in self.rounds]
+        return replace(self, rounds=tuple(contributions for contributions in left if contributions))
+
+    def merged(self, name: str = STACK) -> Adapter | None:
+        """Return all rounds as one adapter, for LoRAs a LoRA whose rank is the sum of theirs; None without rounds."""
+        parts: dict[str, Adapter] = {}
+        shares: dict[str, float] = {}
+        for number, contributions in enumerate(self.rounds):
+            total = sum(one.weight for one in contributions.values())
+            for client in sorted(contributions):
+                parts[f"{number}:{client}"] = contributions[client].adapter
+                shares[f"{number}:{client}"] = contributions[client].weight / total
+        return merge(parts, "cat", shares, name=name) if parts else None
+
+    def train_round(
+        self,
+        model: nn.Module,
+        methods: Mapping[str, Variant],
+        train: Train,
+        weights: Mapping[str, float] | None = None,
+    ) -> FederatedStack:
+        """Return the stack with one more round, in which each client trains a fresh adapter next to it.
+
+        Args:
+            model: the base; it stays as it was.
+            methods: client -> its method; ranks and targets may differ. Where it starts as the base, a round begins
+                with the outputs of the stack alone.
+            train: called with each client's name and the model in training mode, where the client's adapter alone
+                requires gradients.
+            weights: as ``add_round`` takes them.
+        """
+        stack = self.merged()
+        before = {} if stack is None else {STACK: stack}
+        trained = {client: self._train_client(model, client, methods[client], train, before) for client in methods}
+        return self.add_round(trained, weights)
+
+    def _train_client(
+        self, model: nn.Module, client: str, method: Variant, train: Train, before: Mapping[str, Adapter]
+    ) -> Adapter:
+        name = f"{client}-{len(self.rounds)}"  # a fresh adapter is drawn by its name
+        adapters: dict[str, AdapterSource] = {**before, name: method}
+        compiled = compile(model, adapters, active=dict.fromkeys(adapters, 1.0))
+        for adapter in before:
+            for tensor in compiled.adapters[adapter].parameters():
+                tensor.requires_grad_(False)
+        train(client, compiled.train())
+        return compiled.adapters[name]

@@ -1,0 +1,105 @@
+"""LoRAs taken apart into their ranks, and put together from clusters of like ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+
+from lorac.argument_types import Count, OneOf
+from lorac.errors import ChoiceError
+from lorac.merging.clustering import average, cluster, sort_points
+from lorac.merging.terms import ScaledPair, SiteTerms
+from lorac.merging.way import FactorsWay
+
+Tensor = torch.Tensor
+_NORMS = {"inf": math.inf, "l2": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lego(FactorsWay):
+    """Clusters of the parts' ranks, each a row of A with a column of B; a cluster's mean is a rank of the result.
+
+    A mean is scaled to the mean norm of its cluster, and the result by √(r/k), r the largest rank of the parts and k
+    its own, which is ``rank`` or r. It is like a mean of the parts, not their sum: their weights are those of the ranks
+    in the clusters, and equal ones change nothing.
+
+    Attributes:
+        feature: what ranks are compared by: their entries (``raw``), or their directions (``normalized``).
+        norm: the norm of the scaling: the largest entry (``inf``) or the length (``l2``).
+        reweight_output: scale the result by √(r/k).
+        canonicalize_sign: turn the signs of a rank so that the largest entry of its row is positive.
+        balance: give the row and the column of a rank one length before they are compared.
+        n_init: the number of first centres that are tried.
+        max_iter: the largest number of steps from each.
+    """
+
+    feature: Annotated[str, OneOf(("raw", "normalized"))] = "raw"
+    norm: Annotated[str, OneOf(tuple(_NORMS))] = "inf"
+    reweight_output: bool = True
+    canonicalize_sign: bool = False
+    balance: bool = False
+    n_init: Count = 10
+    max_iter: Count = 300
+
+    name = "lego"
+    paper = (
+        "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise Clustering, "
+        "arXiv 2409.16167"
+    )
+
+    def result_rank(self, terms: SiteTerms) -> int | None:
+        return None  # the clusters are as many
+
+    def shares(self, weights: Sequence[float]) -> Sequence[float]:
+        return [weight / sum(weights) for weight in weights]
+
+    def join(self, pairs: Sequence[ScaledPair], weights: Sequence[float], generator: torch.Generator) -> ScaledPair:
+        if min(weights) <= 0:
+            raise ChoiceError(
+                f"a weight is {min(weights):g}, and those of method 'lego' are shares of clusters",
+                next_step="give weights above 0, or leave the adapter out",
+            )
+        if pairs[0].b.dim() > 2:
+            matrices = [[ScaledPair(b, a, p.scale) for b, a in zip(p.b, p.a, strict=True)] for p in pairs]
+            joined = [self.join(slices, weights, generator) for slices in zip(*matrices, strict=True)]
+            return ScaledPair(torch.stack([one.b for one in joined]), torch.stack([one.a for one in joined]))
+        units = torch.cat([self._units(pair) for pair in pairs]).double()
+        shares = torch.cat([units.new_full((pair.a.shape[0],), w) for pair, w in zip(pairs, weights, strict=True)])
+        largest = max(pair.a.shape[0] for pair in pairs)
+        ranks = self._cluster(units, shares, min(self.rank or largest, len(units)), generator)
+        ranks = ranks.to(pairs[0].a.dtype)
+        factor = math.sqrt(largest / len(ranks)) if self.reweight_output else 1.0
+        width = pairs[0].a.shape[1]
+        return ScaledPair(factor * ranks[:, width:].mT, ranks[:, :width])
+
+    def _units(self, pair: ScaledPair) -> Tensor:
+        """Return each rank as its row and its column (r, in + out), √scale in both."""
+        root = math.sqrt(abs(pair.scale))
+        rows, columns = root * pair.a, math.copysign(root, pair.scale) * pair.b.mT
+        if self.balance:
+            ratio = _length(columns) / _length(rows)
+            rows, columns = rows * ratio.sqrt(), columns / ratio.sqrt()
+        if self.canonicalize_sign:
+            signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+            rows, columns = rows * signs, columns * signs
+        return torch.cat([rows, columns], 1)
+
+    def _cluster(self, units: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        """Return the scaled means (k, in + out) of clusters of units, whose order does not matter."""
+        order = sort_points(units)
+        units, weights = units[order], weights[order]
+        points = units / _length(units) if self.feature == "normalized" else units
+        labels = cluster(points, weights, k, generator, self.n_init, self.max_iter)
+        means = average(units, weights, labels, k)
+        sizes = torch.linalg.vector_norm(units, ord=_NORMS[self.norm], dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(means, ord=_NORMS[self.norm], dim=1, keepdim=True)
+        scales = average(sizes, weights, labels, k) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return torch.where(torch.linalg.vector_norm(means, dim=1, keepdim=True) < 1e-12, means, means * scales)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
