@@ -22,6 +22,7 @@ from lorac.errors import LoracWarning as LoracWarning
 from lorac.errors import MissingExtra as MissingExtra
 from lorac.errors import NeedsRecompile as NeedsRecompile
 from lorac.errors import OptionError as OptionError
+from lorac.errors import OverBudget as OverBudget
 from lorac.errors import SiteError as SiteError
 from lorac.errors import Unavailable as Unavailable
 from lorac.errors import UnknownAttribute as UnknownAttribute

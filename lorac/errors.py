@@ -17,6 +17,7 @@ next step, and a stable ``code``. A class exists where a caller would catch it a
     ├── NeedsRecompile            the adapter does not fit what was reserved
     ├── ChoiceError               a choice of adapters that makes no sense
     ├── InputMismatch             an input that the program was not captured for
+    ├── OverBudget                there is no memory left for it now
     ├── Unavailable               the target cannot do this at all
     │   └── EagerOnly             an attribute that only target="eager" has (also an AttributeError)
     ├── UnknownAttribute          an attribute that a compiled model lacks (also an AttributeError)
@@ -54,6 +55,7 @@ __all__ = [
     "MissingExtra",
     "NeedsRecompile",
     "OptionError",
+    "OverBudget",
     "SiteError",
     "Unavailable",
     "UnknownAttribute",
@@ -199,6 +201,10 @@ class ChoiceError(LoracError):
 
 class InputMismatch(LoracError):
     """An argument of a call has a size, or a value, that the program was not captured for; the message names both."""
+
+
+class OverBudget(LoracError):
+    """``compiled.memory`` has no room for it now: what is held leaves too little. Nothing was changed."""
 
 
 class Unavailable(LoracError):

@@ -1,15 +1,17 @@
-"""The state of an engine for each choice of adapters, made when it is first needed and cached."""
+"""The state of an engine for each choice of adapters, made when it is needed and kept while there is room."""
 
 from __future__ import annotations
 
 import contextlib
-import operator
+import functools
+import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from lorac.adapters.pool import AdapterPool, TensorVersions
+from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
 from lorac.errors import FormatError, NeedsRecompile
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import LowRank
@@ -23,14 +25,12 @@ from lorac.ir.slots.roles import ROLES, roles_needed
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.target.engine import BoundProgram, Engine
-from lorac.variants.adapter import Adapter
+from lorac.target.memory_budget import Charge
 
 _MAX_MIXTURES = 8
-"""Cached states of mixtures and strengths. The state of one whole adapter is cached as long as the adapter exists."""
-
-
+"""Kept states of mixtures and strengths, whatever the room."""
 _MAX_TOGETHER = 4
-"""Cached bindings of several choices in one call."""
+"""Kept bindings of several choices in one call, whatever the room."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +44,21 @@ class ChoiceState:
         snapshot: the choice, composed at every site.
         bound: the engine's binding; None if the engine writes weights instead.
         pool: reads the versions of tensors.
-        adapters: the adapters of the choice.
+        entries: the adapters of the choice.
         versions: the versions of their tensors from which the state was made.
         nbytes: size of its slots in bytes.
+        charge: the memory of its tensors.
+        lease: an object that lives as long as somebody uses the state; None in the state that is kept.
     """
 
     snapshot: ComposedWeights
     bound: BoundProgram | None
     pool: AdapterPool
-    adapters: tuple[Adapter, ...]
+    entries: tuple[PoolEntry, ...]
     versions: TensorVersions
     nbytes: int
+    charge: Charge
+    lease: _Lease | None = None
 
     @property
     def choice(self) -> Choice:
@@ -64,7 +68,61 @@ class ChoiceState:
     @property
     def stale(self) -> bool:
         """Whether a tensor of its adapters was written or exchanged since the state was made."""
-        return not self.versions.agrees(self.pool.read_versions(self.adapters, self.versions))
+        return not self.versions.agrees(self.pool.read_versions(self.entries, self.versions))
+
+
+class _Lease:
+    """Lives as long as a state is in use."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _KeptState:
+    """A state that is kept, and what was handed out of it.
+
+    Args:
+        state: the state, without a lease.
+    """
+
+    def __init__(self, state: ChoiceState) -> None:
+        self.state, self._lock = state, threading.Lock()
+        self._lease: Callable[[], _Lease | None] = lambda: None
+        self._handed: Callable[[], ChoiceState | None] = lambda: None
+
+    def hand_out(self) -> ChoiceState:
+        """Return the state for use, the same object as long as somebody holds that."""
+        with self._lock:
+            handed = self._handed()
+            if handed is None:
+                lease = self._lease() or _Lease()
+                handed = replace(self.state, lease=lease)
+                self._lease, self._handed = weakref.ref(lease), weakref.ref(handed)
+            return handed
+
+    def is_in_use(self) -> bool:
+        """Return whether somebody holds the state."""
+        return self._lease() is not None
+
+
+@dataclass(frozen=True, eq=False)
+class _RowsBinding:
+    """A binding of several choices in one call.
+
+    Attributes:
+        choices: the choice of each place.
+        charges: the memory of their states, as long as these are kept or in use.
+        bound: the binding, which holds its own memory's charge.
+    """
+
+    choices: tuple[Choice, ...]
+    charges: tuple[weakref.ref[Charge], ...]
+    bound: BoundProgram
+
+    def is_of(self, states: Sequence[ChoiceState]) -> bool:
+        """Return whether it was made of these states."""
+        return len(self.charges) == len(states) and all(
+            charge() is state.charge for charge, state in zip(self.charges, states, strict=True)
+        )
 
 
 class ChoiceStates:
@@ -75,9 +133,6 @@ class ChoiceStates:
         plans: the slots of every site.
         base: reads base weights.
         lock: held while a state is made and while the pool changes.
-
-    Attributes:
-        cached: choice -> its state.
     """
 
     def __init__(
@@ -85,9 +140,10 @@ class ChoiceStates:
     ) -> None:
         self._engine, self._plans, self._pool, self._base = engine, plans, pool, base
         self._lock = lock
-        self.cached: dict[Choice, ChoiceState] = {}
+        self._kept: dict[Choice, _KeptState] = {}
         self._idle: dict[str, SiteSlots] = {}
-        self._together: list[tuple[tuple[ChoiceState, ...], BoundProgram]] = []
+        self._together: dict[int, _RowsBinding] = {}
+        self._numbers = itertools.count()
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
         """Return the state of a choice.
@@ -98,42 +154,84 @@ class ChoiceStates:
         Raises:
             AdapterNotFound: an adapter of the choice was removed.
             NeedsRecompile: its adapters do not fit together.
+            OverBudget: there is no room for it.
         """
-        with self._lock:
-            cached = self.cached.get(choice)
-            if cached is not None and (stale or not cached.stale):
-                return cached
-            state = self.cached[choice] = self.new(choice)
-            mixtures = [known for known in self.cached if len(known) > 1 or (known and known[0][1] != Active())]
-            for oldest in mixtures[:-_MAX_MIXTURES]:
-                del self.cached[oldest]
+        state = self._find(choice, stale=stale)
+        if state is not None:
             return state
+        # Adapters are read and prepared without the lock, which other calls need.
+        prepared = {name: self._pool[name] for name, _ in choice}
+        with self._lock:
+            state = self._find(choice, stale=stale)
+            return self._keep(self.new(choice, prepared)) if state is None else state
+
+    def _find(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
+        """Return the state of a choice if it is kept."""
+        kept = self._kept.get(choice)
+        if kept is None or not (stale or not kept.state.stale):
+            return None
+        self._pool.budget.touch((id(self), choice))
+        return kept.hand_out()
+
+    def _keep(self, state: ChoiceState) -> ChoiceState:
+        """Keep a state while there is room, and return it for use."""
+        choice = state.choice
+        kept = self._kept[choice] = _KeptState(state)
+        drop = functools.partial(self._kept.pop, choice, None)
+        self._pool.budget.keep((id(self), choice), state.charge, drop, kept.is_in_use)
+        mixtures = [known for known in self._kept if len(known) > 1 or (known and known[0][1] != Active())]
+        for oldest in mixtures[:-_MAX_MIXTURES]:
+            self._drop(oldest)
+        return kept.hand_out()
+
+    def _drop(self, choice: Choice) -> None:
+        self._kept.pop(choice, None)
+        self._pool.budget.forget((id(self), choice))
 
     def bind_rows(self, states: Sequence[ChoiceState]) -> BoundProgram:
-        """Return the engine's binding of states that may share a call, one for each part of its rows."""
+        """Return the engine's binding of states that may share a call, one for each part of its rows.
+
+        Raises:
+            OverBudget: there is no room for it.
+        """
+        budget = self._pool.budget
         with self._lock:
-            for known, bound in self._together:
-                if len(known) == len(states) and all(map(operator.is_, known, states)):
-                    return bound
+            for number, known in self._together.items():
+                if known.is_of(states):
+                    budget.touch((id(self), number))
+                    return known.bound
             programs = [state.bound for state in states if state.bound is not None]
-            bound = self._engine.bind_rows([program.content for program in programs])  # type: ignore[misc]  # its own
-            self._together = [*self._together[1 - _MAX_TOGETHER :], (tuple(states), bound)]
+            made = self._engine.bind_rows([program.content for program in programs])  # type: ignore[misc]  # its own
+            charge = budget.charge(made.own)
+            number, bound = next(self._numbers), replace(made, charge=charge)
+            charges = tuple(weakref.ref(state.charge) for state in states)
+            self._together[number] = _RowsBinding(tuple(state.choice for state in states), charges, bound)
+            budget.keep((id(self), number), charge, functools.partial(self._together.pop, number, None))
+            for oldest in tuple(self._together)[:-_MAX_TOGETHER]:
+                self._together.pop(oldest, None)
             return bound
 
-    def new(self, choice: Choice) -> ChoiceState:
-        """Make the state of a choice, without looking into the cache or storing it there."""
+    def new(self, choice: Choice, prepared: Mapping[str, PreparedAdapter] | None = None) -> ChoiceState:
+        """Make the state of a choice, without looking for one that is kept, or keeping it.
+
+        Args:
+            prepared: the adapters of the choice; default: the pool's.
+        """
         with self._lock:
-            adapters = self._pool.select([name for name, _ in choice])
-            versions = self._pool.read_versions(adapters)
-            snapshot = compose_choice(self._plans, self._pool, choice, self._base)
-            if self._engine.fused:
-                return ChoiceState(snapshot, None, self._pool, adapters, versions, 0)
+            entries = self._pool.select([name for name, _ in choice])
+            versions = self._pool.read_versions(entries)
+            snapshot = compose_choice(self._plans, self._pool if prepared is None else prepared, choice, self._base)
+            bound, slots = None, dict[str, SiteSlots]()
             if self._engine.constant:
-                return ChoiceState(snapshot, self._engine.bind(snapshot, {}), self._pool, adapters, versions, 0)
-            with self._suggesting_reserve(choice):
-                slots = fill_slots(self._plans, snapshot, self._base, self._idle)
-            nbytes = sum(t.nbytes for path in snapshot.composed for t in slots[path].named().values())
-            return ChoiceState(snapshot, self._engine.bind(snapshot, slots), self._pool, adapters, versions, nbytes)
+                bound = self._engine.bind(snapshot, {})
+            elif not self._engine.fused:
+                with self._suggesting_reserve(choice):
+                    slots = fill_slots(self._plans, snapshot, self._base, self._idle)
+                bound = self._engine.bind(snapshot, slots)
+            filled = [tensor for path in snapshot.composed if slots for tensor in slots[path].named().values()]
+            charge = self._pool.budget.charge((*snapshot.tensors(), *filled))
+            nbytes = sum(tensor.nbytes for tensor in filled)
+            return ChoiceState(snapshot, bound, self._pool, entries, versions, nbytes, charge)
 
     def save(self, choice: Choice, graph: str, path: str | Path) -> None:
         """Write a choice as a file of the engine's own kind, in one step. No state is made of the choice."""
@@ -155,22 +253,20 @@ class ChoiceStates:
                 next_step=f"compile again with {reserve}",
             ) from error
 
-    def touched(self, before: ChoiceState, choice: Choice) -> set[str]:
-        """Return the sites whose slots change when a choice replaces a state."""
-        if choice == before.choice and not before.stale:
-            return set()
-        return {path for name, _ in (*choice, *before.choice) for path in self._pool[name].paths}
-
     def forget(self, name: str) -> None:
-        """Drop every state that an adapter is part of."""
-        self.cached = {choice: state for choice, state in self.cached.items() if name not in dict(choice)}
-        self._together = [
-            entry for entry in self._together if all(name not in dict(state.choice) for state in entry[0])
-        ]
+        """Keep no state that an adapter is part of; those in use last until nobody uses them."""
+        for choice in [choice for choice in self._kept if name in dict(choice)]:
+            self._drop(choice)
+        for number, known in tuple(self._together.items()):
+            if any(name in dict(choice) for choice in known.choices):
+                self._together.pop(number, None)
 
     def clear(self) -> None:
         """Drop all states, because the model's own tensors were exchanged."""
-        self.cached, self._idle, self._together = {}, {}, []
+        self._idle = {}
+        self._together.clear()
+        for choice in tuple(self._kept):
+            self._drop(choice)
 
 
 def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:

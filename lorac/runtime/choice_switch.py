@@ -43,6 +43,7 @@ class ChoiceSwitch(ABC):
     ) -> None:
         self.engine, self.plans, self.pool, self.base, self.mode = engine, plans, pool, base, mode
         self._swap_lock, self._call_lock = threading.RLock(), ReadWriteLock()
+        engine.memory_budget = pool.budget
         self._states = ChoiceStates(engine, plans, pool, base, self._swap_lock)
         self._state = self._states.of(())
         # What the weights hold in fused mode; None while they are written, and after a write that was interrupted.
@@ -216,9 +217,11 @@ class ChoiceSwitch(ABC):
         self._call_lock.refuse_within()
         choice = parse_choice(adapters, self.pool)
         with self._swap_lock:
-            touched, before = self._states.touched(self._state, choice), self._state
+            before = self._state
+            unchanged = choice == before.choice and not before.stale
             written, blocked = self._write(choice) if self.engine.fused else (self._bind(choice), 0.0)
             changed = self._state
+            touched = set() if unchanged else before.snapshot.composed.keys() | changed.snapshot.composed.keys()
         try:
             self._settle(settle)
         except BaseException:

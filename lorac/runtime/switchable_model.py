@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from lorac.runtime.held_choice import HeldChoice
 from lorac.runtime.row_group import RowGroup
 from lorac.runtime.traits import ModelTraits
 from lorac.target.engine import BoundProgram, CallResult, Engine
+from lorac.target.memory_budget import MemoryBudget
 from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
@@ -119,41 +120,50 @@ class SwitchableModel(ChoiceSwitch, ABC):
         """Name -> adapter."""
         return self.pool.adapters
 
+    @property
+    def memory(self) -> MemoryBudget:
+        """The bytes that adapters and caches take, and the most that they may: ``memory.limit = 1 << 30``."""
+        return self.pool.budget
+
     def add_prepared(self, adapter: Adapter, prepared: PreparedAdapter) -> None:
         """Add an adapter that fits the plans; one that fails to be added leaves no trace."""
-
-        def add() -> None:
-            self.pool.add(adapter, prepared)
-            self._on_adapters_changed()
-            if not self.engine.fused:
-                self._states.of(((adapter.name, Active()),))
-
-        self._all_or_nothing(add)
-
-    def remove_adapter(self, name: str) -> None:
-        """Remove an adapter, and take it out of the active choice; if that fails, nothing changes."""
-
-        def remove() -> None:
-            if name in dict(self._state.choice):
-                self.swap({n: active for n, active in self._state.choice if n != name})
-            self.pool.remove(name)
-            self._states.forget(name)
-            for cache in filter(None, (ref() for ref in self.prompt_caches.valuerefs())):
-                cache.forget(self.engine, name)
-            self._on_adapters_changed()
-
-        self.refuse_baked()
-        self._all_or_nothing(remove)
-
-    def _all_or_nothing(self, change: Callable[[], None]) -> None:
-        """Add or remove adapters; an error or interruption leaves everything as before."""
         self._call_lock.refuse_within()
         with self._swap_lock:
-            state, entries, states = self._state, self.pool.entries, dict(self._states.cached)
+            self.pool.check_name_free(adapter.name)
             try:
-                change()
+                self.pool.add(adapter, prepared)
+                self._on_adapters_changed()
+                if not self.engine.fused:
+                    self._states.of(((adapter.name, Active()),))
             except BaseException:
-                self.pool.entries, self._states.cached = entries, states
+                self._forget(adapter.name)
+                raise
+
+    def _forget(self, name: str) -> None:
+        if name in self.pool:
+            self.pool.remove(name)
+        self._states.forget(name)
+        self._on_adapters_changed()
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter, and take it out of the active choice; if that fails, nothing changes.
+
+        What it takes is free when the last call ends that it is part of.
+        """
+        self.refuse_baked()
+        self._call_lock.refuse_within()
+        with self._swap_lock:
+            state, entries = self._state, self.pool.entries
+            try:
+                if name in dict(state.choice):
+                    self.swap({n: active for n, active in state.choice if n != name})
+                self.pool.remove(name)
+                self._states.forget(name)
+                for cache in filter(None, (ref() for ref in self.prompt_caches.valuerefs())):
+                    cache.forget(self.engine, name)
+                self._on_adapters_changed()
+            except BaseException:
+                self.pool.entries = entries
                 self._restore(state)
                 self._on_adapters_changed()
                 raise

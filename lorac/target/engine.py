@@ -24,6 +24,7 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SiteSlots
 from lorac.storage.open_file import OpenFile
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
+from lorac.target.memory_budget import Charge, MemoryBudget
 
 if TYPE_CHECKING:
     from lorac.report.dump import Dump
@@ -61,6 +62,7 @@ class Engine(ABC, Generic[Content_contra]):
         interfaces: the interface of each graph of its program; empty where it runs the model itself.
         skipped: graph -> pass over the emitted program -> what the pass left alone; empty for a loaded program.
         settles_in_background: whether a swap starts ``settle`` by itself.
+        memory_budget: counts the caches of its graphs.
     """
 
     target: str
@@ -72,6 +74,7 @@ class Engine(ABC, Generic[Content_contra]):
     interfaces: Mapping[str, Interface] = MappingProxyType({})
     skipped: Mapping[str, Mapping[str, tuple[Skip, ...]]] = MappingProxyType({})
     settles_in_background: bool = False
+    memory_budget: MemoryBudget | None = None
 
     @property
     def fused(self) -> bool:
@@ -151,6 +154,7 @@ class Engine(ABC, Generic[Content_contra]):
 
         Raises:
             Unavailable: the graph has no cache.
+            OverBudget: there is no room for it.
         """
         self.refuse_cache()
 
@@ -236,10 +240,16 @@ class BoundProgram(Generic[Content_co]):
     """An engine's program with the tensors of one choice of adapters; many threads may run it.
 
     Engines keep no reference to it, so that neither keeps the other alive.
+
+    Attributes:
+        own: the tensors that were made for it alone.
+        charge: their memory, where that is counted.
     """
 
     engine: Engine[Content_co]
     content: Content_co
+    own: tuple[torch.Tensor, ...] = ()
+    charge: Charge | None = None
 
     def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallResult:
         """Call a graph (``Engine.call``)."""

@@ -147,7 +147,7 @@ def test_states_of_many_strengths_are_not_kept_for_ever():
     compiled = build(pair("lora", "shira"), "eager")
     for i in range(1, 50):
         compiled.swap({"a": i / 50})
-    assert len(compiled._states.cached) < 20
+    assert len(compiled._states._kept) < 20
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -161,7 +161,8 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
             name: stack_places([content.tensors[name] for content in contents]) if self.slots[name].placed else tensor
             for name, tensor in first.tensors.items()
         }
-        return BoundProgram(self, self.lay_out(tensors))
+        own = tuple(tensor for name, tensor in tensors.items() if self.slots[name].placed)
+        return BoundProgram(self, self.lay_out(tensors), own)
 
     @property
     def written_program(self) -> BoundProgram[ContentT]:

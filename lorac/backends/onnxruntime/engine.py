@@ -225,7 +225,11 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
     def new_cache(self, graph: str, rows: int, capacity: int) -> KeyValueCache:
         layout = self.graphs[check_component(graph, self.graphs)].cache
-        return super().new_cache(graph, rows, capacity) if layout is None else OrtCache(layout, rows, capacity)
+        return (
+            super().new_cache(graph, rows, capacity)
+            if layout is None
+            else OrtCache(layout, rows, capacity, self.memory_budget)
+        )
 
     def decode(self, content: SlotValues, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
         assert isinstance(cache, OrtCache)

@@ -31,6 +31,7 @@ from lorac.ir.graph.attention_ops import (
 )
 from lorac.ir.graph.feeds import CacheInputShape, convert_input
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
+from lorac.target.memory_budget import MemoryBudget
 
 Tensor = torch.Tensor
 _MASK = "attention_mask"
@@ -83,6 +84,17 @@ class CacheLayout:
             },
         )
 
+    def allocate(self, rows: int, room: int) -> dict[str, Tensor]:
+        """Return buffers for rows of so many tokens; pages that nothing writes to take no memory."""
+        return {
+            name: torch.zeros(rows, heads, room, size, dtype=dtype)
+            for name, (heads, size, dtype) in self.shapes.items()
+        }
+
+    def measure(self, rows: int, room: int) -> int:
+        """Return the bytes of such buffers."""
+        return rows * room * sum(heads * size * dtype.itemsize for heads, size, dtype in self.shapes.values())
+
     def check_length(self, count: int) -> None:
         """Raise ``InputMismatch`` for a sequence of more tokens than the model has positions."""
         limit = self.spec.limit
@@ -100,20 +112,21 @@ class OrtCache(KeyValueCache):
     Args:
         rows: the number of rows at first.
         capacity: the most tokens that a row may have.
+        budget: counts its memory.
 
     Attributes:
         buffers: input of a layer's keys or values -> those of the rows.
         encoder_outputs: input -> the encoder's output for each row.
     """
 
-    def __init__(self, layout: CacheLayout, rows: int, capacity: int) -> None:
+    def __init__(self, layout: CacheLayout, rows: int, capacity: int, budget: MemoryBudget | None = None) -> None:
         self.layout, self.capacity, self.lengths = layout, capacity, (0,) * rows
-        self._memory = {
-            name: torch.zeros(rows, heads, capacity, size, dtype=dtype)
-            for name, (heads, size, dtype) in layout.shapes.items()
-        }
+        self.budget = MemoryBudget() if budget is None else budget
+        self._charge = self.budget.claim(layout.measure(rows, capacity))
+        self._memory = layout.allocate(rows, capacity)
         self.buffers: Mapping[str, Tensor] = self._memory
-        self.encoder_outputs: dict[str, Tensor] = {}
+        self.encoder_outputs: Mapping[str, Tensor] = {}
+        self._encoded_charge = self.budget.charge(())
         self._encoded_rows = tuple(range(rows))
         self._binding: tuple[weakref.ref[object], weakref.ref[object], ort.IOBinding] | None = None
         self._is_bound = False
@@ -121,7 +134,7 @@ class OrtCache(KeyValueCache):
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # computed on request
         """The bytes of all buffers, those of free places included."""
-        return sum(memory.nbytes for memory in (*self._memory.values(), *self.encoder_outputs.values()))
+        return sum(tensor.nbytes for tensor in (*self._memory.values(), *self.encoder_outputs.values()))
 
     def set_encoder_outputs(self, outputs: Mapping[str, Tensor]) -> None:
         """Store the encoder's outputs for each row, in the place of earlier ones.
@@ -135,7 +148,12 @@ class OrtCache(KeyValueCache):
                 f"the encoder's inputs have {rows} rows, and the text has {len(self.lengths)}",
                 next_step="give one of each per row",
             )
-        self.encoder_outputs, self._encoded_rows, self._is_bound = dict(outputs), tuple(range(rows)), False
+        self._set_encoded(outputs)
+        self._encoded_rows, self._is_bound = tuple(range(rows)), False
+
+    def _set_encoded(self, outputs: Mapping[str, Tensor]) -> None:
+        self._encoded_charge = self.budget.charge(outputs.values())
+        self.encoder_outputs = outputs
 
     def select(self, rows: Sequence[int]) -> None:
         rows = list(rows)
@@ -150,7 +168,7 @@ class OrtCache(KeyValueCache):
         encoded = tuple(self._encoded_rows[row] for row in rows)
         if encoded != self._encoded_rows:  # the beams of a row share its encoder outputs
             index = torch.tensor(rows, dtype=torch.int64)
-            self.encoder_outputs = {n: value.index_select(0, index) for n, value in self.encoder_outputs.items()}
+            self._set_encoded({n: value.index_select(0, index) for n, value in self.encoder_outputs.items()})
         self._set_rows(tuple(self.lengths[row] for row in rows), encoded)
 
     def join(self, other: KeyValueCache) -> None:
@@ -164,7 +182,7 @@ class OrtCache(KeyValueCache):
         self._allocate(rows if rows <= places else max(rows, 2 * places), self.capacity)
         for name, memory in self._memory.items() if longest else ():
             memory[first:rows, :, :longest] = other.buffers[name][:, :, :longest]
-        self.encoder_outputs = encoded
+        self._set_encoded(encoded)
         behind = max(self._encoded_rows, default=-1) + 1
         self._set_rows(
             (*self.lengths, *other.lengths), (*self._encoded_rows, *(behind + row for row in other._encoded_rows))
@@ -175,7 +193,7 @@ class OrtCache(KeyValueCache):
         if not isinstance(other, OrtCache) or other.layout.shapes != self.layout.shapes:
             raise InputMismatch("the other cache is of another program", next_step="join caches of one graph")
         if not self.lengths or not other.lengths:
-            return {**(self.encoder_outputs if self.lengths else other.encoder_outputs)}
+            return dict(self.encoder_outputs if self.lengths else other.encoder_outputs)
         sizes = [{name: value.shape[1:] for name, value in one.encoder_outputs.items()} for one in (self, other)]
         if sizes[0] != sizes[1]:
             raise InputMismatch(
@@ -194,14 +212,14 @@ class OrtCache(KeyValueCache):
 
     def copy(self, rows: Sequence[int] | None = None) -> OrtCache:
         rows = list(range(len(self.lengths)) if rows is None else rows)
-        copied = OrtCache(self.layout, len(rows), self.capacity)
+        copied = OrtCache(self.layout, len(rows), self.capacity, self.budget)
         copied.lengths = tuple(self.lengths[row] for row in rows)
         longest = max(copied.lengths, default=0)
         for name, memory in copied._memory.items() if longest else ():
             memory[:, :, :longest] = self.buffers[name][rows, :, :longest]
         copied._encoded_rows = tuple(self._encoded_rows[row] for row in rows)
         same = copied._encoded_rows == self._encoded_rows  # they are never written to
-        copied.encoder_outputs = {n: value if same else value[rows] for n, value in self.encoder_outputs.items()}
+        copied._set_encoded({n: value if same else value[rows] for n, value in self.encoder_outputs.items()})
         return copied
 
     def reserve(self, length: int) -> None:
@@ -216,14 +234,17 @@ class OrtCache(KeyValueCache):
     def _allocate(self, places: int, room: int) -> None:
         """Make the memory large enough; what it holds is copied only where it must become larger."""
         places, room = max(places, next(iter(self._memory.values())).shape[0]), max(room, self._room)
-        rows, longest, larger = len(self.lengths), max(self.lengths, default=0), dict[str, Tensor]()
-        for name, old in self._memory.items():
-            if old.shape[0] >= places and old.shape[2] >= room:
-                return
-            larger[name] = torch.zeros(places, old.shape[1], room, old.shape[3], dtype=old.dtype)
-            larger[name][:rows, :, :longest] = old[:rows, :, :longest]
+        size, rows, longest = self.layout.measure(places, room), len(self.lengths), max(self.lengths, default=0)
+        old = self.layout.measure(next(iter(self._memory.values())).shape[0], self._room)
+        if size == old:
+            return
+        self._charge.resize(old + size)
+        larger = self.layout.allocate(places, room)
+        for name, memory in self._memory.items():
+            larger[name][:rows, :, :longest] = memory[:rows, :, :longest]
         self._memory = larger
         self._set_rows(self.lengths, self._encoded_rows)
+        self._charge.resize(size)
 
     def _set_rows(self, lengths: tuple[int, ...], encoded: tuple[int, ...]) -> None:
         """Make the first places the rows."""

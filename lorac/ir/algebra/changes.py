@@ -18,7 +18,7 @@ composing makes a new one, always from the original W, never by subtraction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -101,6 +101,17 @@ class SparseSum:
 
 
 Change = LowRank | Sparse | SparseSum | Delta | Dense
+
+
+def iter_tensors(change: Change) -> Iterator[Tensor]:
+    """Yield the tensors of a change."""
+    for value in vars(change).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from value.values()
+    for _, term in change.terms if isinstance(change, SparseSum) else ():
+        yield from iter_tensors(term)
 
 
 def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Change:

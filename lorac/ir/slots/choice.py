@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lorac.argument_types import check_fields
-from lorac.errors import AdapterNotFound, ChoiceError, nearest_name, short
+from lorac.errors import AdapterNotFound, ChoiceError, list_some, nearest_name, short
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ ChoiceSpec = str | Mapping[str, "float | Active"] | None
 
 _STRENGTH_HINT = "a strength is a number: 0 is off, 1 is as trained"
 
+_LISTED = 20
+"""Number of adapters that a message names."""
 UNSET: Any = object()
 """Stands for a choice that was not given: the active one is used."""
 
@@ -77,15 +79,16 @@ def describe_choice(choice: Choice) -> str:
     return ", ".join(f"{name}*{active.strength:g}" for name, active in choice) or "none"
 
 
-def require_adapter(name: object, known: Iterable[str]) -> None:
+def require_adapter(name: object, known: Collection[str]) -> None:
     """Raise ``AdapterNotFound`` unless ``name`` is registered."""
-    known = sorted(known)
-    if name not in known:
-        raise AdapterNotFound(
-            f"no adapter is called {short(name)}",
-            nearest=nearest_name(str(name), known) or ", ".join(known) or None,
-            next_step="give it to compile in adapters=, or add it by add_adapter(source, name=...)",
-        )
+    if name in known:
+        return
+    names = sorted(known)
+    raise AdapterNotFound(
+        f"no adapter is called {short(name)}",
+        nearest=nearest_name(str(name), names) or list_some(names, _LISTED, quote="") or None,
+        next_step="give it to compile in adapters=, or add it by add_adapter(source, name=...)",
+    )
 
 
 def _parse_active(name: str, value: object, known: Collection[str]) -> Active:

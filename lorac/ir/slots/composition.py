@@ -7,14 +7,14 @@ registered adapters. This makes a swap bit-identical to a fresh compile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from lorac.errors import ChoiceError
 from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import Change, LowRank, compose
+from lorac.ir.algebra.changes import Change, LowRank, compose, iter_tensors
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_branches, fill_site, filled_roles, find_missing_room, why_merged_weight
@@ -46,6 +46,12 @@ class ComposedWeights:
 
     choice: Choice
     composed: Mapping[str, ComposedSite] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of all changes and branches."""
+        for site in self.composed.values():
+            yield from () if site.change is None else iter_tensors(site.change)
+            yield from (tensor for _, term in site.branches for tensor in term.params)
 
 
 def compose_choice(

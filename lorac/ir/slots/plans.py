@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import Change
+from lorac.ir.algebra.changes import Change, iter_tensors
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.role import SlotRole, Stage
@@ -215,6 +215,13 @@ class PreparedAdapter:
     branches: Mapping[str, BranchTerm] = field(default_factory=dict)
     truncatable: float | None = None
     reasons: tuple[Reason, ...] = ()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all its tensors."""
+        for change in self.changes.values():
+            yield from iter_tensors(change)
+        for term in self.branches.values():
+            yield from term.params
 
     @property
     def paths(self) -> frozenset[str]:

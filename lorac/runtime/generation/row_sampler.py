@@ -64,7 +64,7 @@ class RowSampler:
         if request.beams > 1 or request.drafts or (request.option("num_return_sequences") or 1) > 1 or spec.encodes:
             raise Unavailable(
                 "a row of a running batch draws one token after the other",
-                next_step="leave num_beams=, num_return_sequences= and drafts out, or call compiled.generate",
+                next_step="leave beams, drafts and further sequences out, or call compiled.generate",
             )
         if ids.dim() != 1 or not len(ids):
             raise InputMismatch(f"the prompt has shape {list(ids.shape)}", next_step="give its token ids, one or more")

@@ -1,0 +1,229 @@
+"""One limit on the memory that adapters and caches take in a compiled model.
+
+What can be made again (prepared adapters, choices bound to the program, cached prompts) is kept while there is room,
+and the least recently used goes first. What somebody holds stays, and counts, until the last holder lets go of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorac.argument_types import check_type
+from lorac.errors import OverBudget
+
+Block = tuple[int, int]
+"""The address of some memory and its size in bytes. Tensors that share memory share a block, which counts once."""
+
+
+class Charge:
+    """Bytes that count as used for as long as this object lives.
+
+    Args:
+        budget: counts them.
+
+    Attributes:
+        blocks: the memory that is counted.
+    """
+
+    __slots__ = ("__weakref__", "_budget", "blocks")
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self.blocks: tuple[Block, ...] = ()
+
+    def resize(self, nbytes: int) -> None:
+        """Change the number of bytes of memory that is counted without an address, such as a cache's.
+
+        Raises:
+            OverBudget: there is no room for it; then nothing changes.
+        """
+        self._budget.exchange(self, ((-id(self), nbytes),))
+
+    def __del__(self) -> None:
+        self._budget.released.append(self.blocks)  # without the budget's lock, which this thread may hold
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Something that is kept while there is room.
+
+    Attributes:
+        charge: its memory; gone when its owner let it go.
+        in_use: whether somebody holds it, so that letting it go would free nothing.
+        drop: lets it go.
+    """
+
+    charge: weakref.ref[Charge]
+    in_use: Callable[[], bool]
+    drop: Callable[[], object]
+
+
+class MemoryBudget:
+    """The bytes that adapters and caches of a compiled model take, and the most that they may. Threads may share it.
+
+    Args:
+        limit: the most bytes; None: any number.
+
+    Attributes:
+        released: the blocks of charges that are gone, to be subtracted; a collector may append at any time.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._lock = threading.RLock()
+        self._blocks: dict[Block, int] = {}
+        self._used = 0
+        self._kept: collections.OrderedDict[Hashable, _Kept] = collections.OrderedDict()
+        self.released: collections.deque[tuple[Block, ...]] = collections.deque()
+        self._limit = limit
+
+    @property
+    def limit(self) -> int | None:
+        """The most bytes; None: any number. A lower limit lets go of what is not in use."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int | None) -> None:
+        check_type(
+            limit, (int, type(None)), "the limit of a memory budget", next_step="give a number of bytes, or None"
+        )
+        self._make_room(0, limit)
+        self._limit = limit
+
+    @property
+    def used(self) -> int:
+        """The bytes in use and kept."""
+        with self._lock:
+            self._settle()
+            return self._used
+
+    def charge(self, tensors: Iterable[Tensor]) -> Charge:
+        """Count the memory of tensors until the returned object is gone; what is counted already counts once.
+
+        Raises:
+            OverBudget: there is no room for it, whatever is let go of. Then nothing was.
+        """
+        charge = Charge(self)
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        blocks = dict.fromkeys((storage.data_ptr(), storage.nbytes()) for storage in storages)
+        self.exchange(charge, tuple(block for block in blocks if block[1]))
+        return charge
+
+    def claim(self, nbytes: int) -> Charge:
+        """Count a number of bytes until the returned object is gone (``Charge.resize``).
+
+        Raises:
+            OverBudget: as ``charge``.
+        """
+        charge = Charge(self)
+        charge.resize(nbytes)
+        return charge
+
+    def exchange(self, charge: Charge, blocks: tuple[Block, ...]) -> None:
+        """Count other blocks in the place of those of a charge.
+
+        Raises:
+            OverBudget: as ``charge``; then the charge is as before.
+        """
+        while True:
+            with self._lock:
+                self._settle()
+                before, after = {*charge.blocks}, {*blocks}
+                new = sum(block[1] for block in after - before if block not in self._blocks)
+                old = sum(block[1] for block in before - after if self._blocks[block] == 1)
+                if self._limit is None or new <= old or self._used + new - old <= self._limit:
+                    self._add(blocks)
+                    self._subtract(charge.blocks)
+                    charge.blocks = blocks
+                    return
+            self._make_room(new - old, self._limit)
+
+    # --- what is kept --------------------------------------------------------------------------------------------
+
+    def keep(
+        self, key: Hashable, charge: Charge, drop: Callable[[], object], in_use: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Keep something while there is room, as the most recently used.
+
+        Args:
+            key: names it.
+            charge: its memory, which its owner holds.
+            drop: makes its owner let it go; called without a lock, from the thread that needs the room.
+            in_use: whether somebody else holds it, so that letting it go would free nothing.
+        """
+        with self._lock:
+            self._kept[key] = _Kept(weakref.ref(charge), in_use, drop)
+            self._kept.move_to_end(key)
+
+    def touch(self, key: Hashable) -> None:
+        """Make something the most recently used, if it is kept."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+
+    def forget(self, key: Hashable) -> None:
+        """Keep something no longer; whoever kept it lets it go."""
+        with self._lock:
+            self._kept.pop(key, None)
+
+    def _make_room(self, nbytes: int, limit: int | None) -> None:
+        """Let go of what was used least recently until so many bytes are free.
+
+        Raises:
+            OverBudget: everything that is not in use would not be enough.
+        """
+        with self._lock:
+            self._settle()
+            for key in [key for key, kept in self._kept.items() if kept.charge() is None]:
+                del self._kept[key]
+            victims = self._victims(nbytes, limit)
+            for key, _ in victims:
+                del self._kept[key]
+        for _, kept in victims:  # without the lock: owners have locks of their own
+            kept.drop()
+
+    def _victims(self, nbytes: int, limit: int | None) -> list[tuple[Hashable, _Kept]]:
+        """Return what to let go of for so many bytes."""
+        missing = 0 if limit is None else self._used + nbytes - limit
+        found, dropped = list[tuple[Hashable, _Kept]](), collections.Counter[Block]()
+        for key, kept in self._kept.items():
+            charge = kept.charge()
+            if missing <= 0:
+                break
+            if charge is None or kept.in_use():
+                continue
+            found.append((key, kept))
+            dropped.update(charge.blocks)
+            missing -= sum(block[1] for block in charge.blocks if dropped[block] == self._blocks[block])
+        if missing > 0:
+            raise OverBudget(
+                f"{nbytes} bytes do not fit into the budget of {limit}: {self._used} are taken, and {missing} too many "
+                "of them are held by calls, choices and caches",
+                next_step="wait until one of these ends, or raise compiled.memory.limit",
+            )
+        return found
+
+    # --- counting ------------------------------------------------------------------------------------------------
+
+    def _add(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            count = self._blocks.get(block, 0)
+            self._blocks[block] = count + 1
+            self._used += 0 if count else block[1]
+
+    def _subtract(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            self._blocks[block] -= 1
+            if not self._blocks[block]:
+                del self._blocks[block]
+                self._used -= block[1]
+
+    def _settle(self) -> None:
+        """Subtract what charges that are gone had counted."""
+        while self.released:
+            self._subtract(self.released.popleft())
