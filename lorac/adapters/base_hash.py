@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
 from lorac.errors import AdapterError
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.parametrized_weights import materialize_weights
+from lorac.frontend.skeleton import Skeleton
 from lorac.limits import pause_clock
 from lorac.storage.tensor_file import raw_bytes
 
 _MIXED = "mixed"
 _FORM = re.compile(r"[0-9a-f]{32}")
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, tuple[str, ...]]]] = weakref.WeakKeyDictionary()
+"""Skeleton, whose weights nothing writes to -> recorded hashes and paths that agreed with it."""
 
 
 @pause_clock()
@@ -88,6 +93,9 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
     if _is_quantised(view, paths):
         return
     own_dtype = _dtype_name({weight.dtype for _, weight in _iter_weights(view, paths)})
+    known = _CHECKED.setdefault(view.module, set()) if isinstance(view.module, Skeleton) else set()
+    if (recorded, paths) in known:
+        return
     if recorded_dtype == own_dtype:
         found = compute_base_hash(view, paths)
     elif _is_wider(own_dtype, recorded_dtype):
@@ -101,6 +109,7 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
             next_step="load the base model, and the revision of it, that the adapter was trained on",
             code="base_mismatch",
         )
+    known.add((recorded, paths))
 
 
 def _is_quantised(view: ModelView, paths: Iterable[str]) -> bool:

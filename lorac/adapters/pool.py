@@ -156,8 +156,10 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         if adapter is None:
             assert isinstance(entry.source, StoredAdapter)
             room = self.budget.claim(entry.source.nbytes)
-            prepared = self._preparer.prepare(entry.source.read(name))
-            del room
+            try:
+                prepared = self._preparer.prepare(entry.source.read(name))
+            finally:
+                room.resize(0)  # an error's traceback would hold it
             return self._keep(name, entry, prepared, self.read_versions((entry,)))
         before = _NEVER if known is None else known.versions
         now = self.read_versions((entry,), before)

@@ -5,6 +5,22 @@ formats by entry points of the group ``lorac.formats``.
 """
 
 from lorac.formats._format import Evidence, Format
-from lorac.formats._registry import formats, is_adapter, load_adapter, load_checkpoint, save_adapter
+from lorac.formats._registry import (
+    formats,
+    is_adapter,
+    load_adapter,
+    load_checkpoint,
+    outline_adapter,
+    save_adapter,
+)
 
-__all__ = ["Evidence", "Format", "formats", "is_adapter", "load_adapter", "load_checkpoint", "save_adapter"]
+__all__ = [
+    "Evidence",
+    "Format",
+    "formats",
+    "is_adapter",
+    "load_adapter",
+    "load_checkpoint",
+    "outline_adapter",
+    "save_adapter",
+]

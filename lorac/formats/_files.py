@@ -6,10 +6,13 @@ file, so that the error names the fault. ``lorac.storage.tensor_file`` writes su
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,11 +42,22 @@ PICKLES = (".pt", ".pth", ".bin")
 """Suffixes of the files that torch.save writes."""
 HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 """Files of tensors in AdapterHub's folders, whose configuration has the name of PEFT's."""
+_HEADERS_ONLY: ContextVar[bool] = ContextVar("headers_only", default=False)
 
 
 def containing_folder(path: Path, *files: str) -> Path:
     """Return the folder of a path that is one of the named files; any other path unchanged."""
     return path.parent if path.name in files and path.is_file() else path
+
+
+@contextlib.contextmanager
+def read_headers_only() -> Iterator[None]:
+    """Read safetensors files without their values in the block: tensors are on the meta device, and seals unchecked."""
+    token = _HEADERS_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _HEADERS_ONLY.reset(token)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -53,13 +67,20 @@ def read_metadata(path: Path) -> dict[str, str]:
         FormatError: the header is truncated, not JSON, has an unknown dtype, shapes that do not fit the offsets,
             overlapping tensors, or leaves bytes that belong to none.
     """
+    return _read_header(path)[0]
+
+
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata of a safetensors file, and its tensors without values."""
     header, size = _read_raw_header(path)
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
     _check_offsets(path, {name: _parse_offsets(path, name, entry) for name, entry in header.items()}, size)
-    return metadata
+    entries: Mapping[str, Any] = header  # as checked
+    tensors = {n: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]], device="meta") for n, e in entries.items()}
+    return metadata, tensors
 
 
 def peek_metadata(path: Path) -> dict[str, str]:
@@ -133,7 +154,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FormatError: as ``read_metadata``.
         AdapterError: a tensor holds NaN or infinity.
     """
-    metadata = read_metadata(path)
+    metadata, outlines = _read_header(path)
+    if _HEADERS_ONLY.get():
+        return outlines, metadata
     try:
         with pause_clock():
             # The library maps the file; clones outlive whatever happens to it.
@@ -242,7 +265,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def agrees_with_seal(seal: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a seal, if there is one, is the hash over a description and its tensors."""
     with pause_clock():
-        return seal is None or seal == hash_contents(text, tensors)
+        return seal is None or _HEADERS_ONLY.get() or seal == hash_contents(text, tensors)
 
 
 def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
-from lorac.errors import FormatError, OptionError, WrongType, nearest_name, warn
-from lorac.formats._files import read_metadata
+from lorac.errors import FormatError, LoracError, OptionError, WrongType, nearest_name, warn
+from lorac.formats._files import read_headers_only, read_metadata
 from lorac.formats._format import Format
 from lorac.formats.checkpoint import CheckpointFormat
 from lorac.frontend.model_view import Model, ModelView
@@ -90,6 +90,20 @@ def _read(path: str | os.PathLike[str], model: Model | None, read: Callable[[Pat
 
     with translate_os_errors(path, FormatError, "read", "unreadable"):
         return read_consistently(path, read_charged)
+
+
+def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Adapter:
+    """Read an adapter as ``load_adapter`` does, but for its values: tensors are on the meta device where that suffices.
+
+    Raises:
+        FormatError, AdapterError, SiteError: as ``load_adapter``.
+    """
+    with read_headers_only():
+        try:
+            return load_adapter(path, model, name)
+        except (LoracError, NotImplementedError, RuntimeError):
+            pass  # the format looks at values
+    return load_adapter(path, model, name)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import functools
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -85,6 +87,27 @@ class ChoiceSwitch(ABC):
                 yield held
             finally:
                 held.end()
+
+    def prefetch(self, adapters: ChoiceSpec) -> concurrent.futures.Future[None]:
+        """Read and prepare a choice of adapters in a thread, so that the first call with it does not wait.
+
+        It is a hint: where the memory budget has no room, nothing is kept.
+
+        Args:
+            adapters: the choice.
+
+        Returns:
+            What ends when the adapters are ready; its ``result()`` raises what reading them raised.
+
+        Raises:
+            AdapterNotFound, ChoiceError: as for ``swap``.
+        """
+        choice = parse_choice(adapters, self.pool)
+        return self._readers.submit(lambda: (self._states.of(choice), None)[1])
+
+    @functools.cached_property
+    def _readers(self) -> concurrent.futures.Executor:
+        return concurrent.futures.ThreadPoolExecutor(1, "lorac-prefetch")
 
     def with_choice(self, adapters: ChoiceSpec | HeldChoice, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         """Run some work with one choice of adapters throughout; no swap comes in between.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorac.errors import ChoiceError
-from lorac.ir.slots.choice import Choice
+from lorac.ir.slots.choice import Choice, describe_choice
 from lorac.runtime.choice_states import ChoiceState
 from lorac.target.engine import BoundProgram, Engine
 
@@ -42,7 +42,8 @@ class HeldChoice:
         assert self._program is not None
         if self._program.engine is not engine:
             raise ChoiceError(
-                f"the choice {state.choice} is held by another model", next_step="hold one of this model's adapters"
+                f"the choice {describe_choice(state.choice)} is held by another model",
+                next_step="hold one of this model's adapters",
             )
         return self._program
 

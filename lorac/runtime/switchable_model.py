@@ -121,6 +121,12 @@ class SwitchableModel(ChoiceSwitch, ABC):
         return self.pool.adapters
 
     @property
+    def prepared_adapters(self) -> dict[str, PreparedAdapter]:
+        """Name -> prepared adapter, of the adapters in memory and those of the active choice."""
+        names = dict.fromkeys((*self.adapters, *dict(self.choice)))
+        return {name: self.pool[name] for name in names if name in self.pool}
+
+    @property
     def memory(self) -> MemoryBudget:
         """The bytes that adapters and caches take, and the most that they may: ``memory.limit = 1 << 30``."""
         return self.pool.budget

@@ -47,7 +47,7 @@ def make_adapter(session: Session, given: object, name: str | None) -> Adapter:
     session.pool.check_name_free(adapter.name)
     if any(tensor.is_meta for tensor in adapter.parameters()):
         raise _missing_base_weights(adapter.name)
-    _add_sites(session, adapter)
+    add_sites(session, adapter)
     return make_trainable(adapter, session.view)
 
 
@@ -74,11 +74,11 @@ def _restore_record(session: Session, path: Path, name: str, *, has_forms: bool)
         if not has_forms:
             raise
     adapter = load_record(path, name)
-    _add_sites(session, adapter)
+    add_sites(session, adapter)
     return adapter
 
 
-def outline_adapter(session: Session, adapter: Adapter) -> PreparedAdapter:
+def outline_adapter_forms(session: Session, adapter: Adapter) -> PreparedAdapter:
     """Return an adapter's normal forms, which are right in shape only; no base weights are needed."""
     return Preparer(session.sites, SHAPES_ONLY).prepare(adapter)
 
@@ -108,7 +108,7 @@ def _read_components(session: Session, sources: Mapping[str, str | Path | Adapte
     return join_components(parts, name or next(iter(parts.values())).name)
 
 
-def _add_sites(session: Session, adapter: Adapter) -> None:
+def add_sites(session: Session, adapter: Adapter) -> None:
     """Make a site of every module that an adapter names, and of every parameter that it replaces."""
     view = add_adapted_modules(adapter, session.view)
     view = view.with_sites(make_once_sites(adapter, view.sites))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
@@ -14,17 +13,17 @@ from torch import nn
 
 from lorac.errors import BaseNeeded, FormatError, Unavailable
 from lorac.formats import save_adapter
-from lorac.frontend.components import MAIN_GRAPH, check_component, get_graph_scope
-from lorac.frontend.skeleton import build_skeleton
+from lorac.frontend.components import MAIN_GRAPH, check_component
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec
 from lorac.runtime.choice_states import check_capacity
 from lorac.runtime.switchable_model import SwitchableModel
-from lorac.runtime.traits import ModelTraits
-from lorac.session.adapter_loading import make_adapter, outline_adapter
+from lorac.session.adapter_loading import make_adapter, outline_adapter_forms
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key
+from lorac.session.component import Component
 from lorac.session.fused_head import install_fused_head
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, explain, unknown_attribute
+from lorac.session.registry import AdapterRegistry
 from lorac.session.session import Session
 from lorac.storage.paths import file_stems, parse_path
 from lorac.target.engine import Engine
@@ -59,7 +58,7 @@ class Compiled(SwitchableModel):
             input_dtypes=session.precision.inputs,
         )
         self.session, self.sites = session, session.sites
-        self._add_lock = threading.Lock()
+        self._add_lock, self._registry = threading.Lock(), AdapterRegistry(session)
 
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does: with its own output type, in torch or NumPy like the inputs."""
@@ -126,11 +125,29 @@ class Compiled(SwitchableModel):
             try:
                 prepared = self.pool.prepare(adapter)
             except BaseNeeded:  # base weights exist wherever there are slots, so a missing slot is the better reason
-                check_capacity(adapter.name, outline_adapter(self.session, adapter), self.plans, self.sites)
+                check_capacity(adapter.name, outline_adapter_forms(self.session, adapter), self.plans, self.sites)
                 raise
             check_capacity(adapter.name, prepared, self.plans, self.sites)
             self.add_prepared(adapter, prepared)
         return adapter.name
+
+    def register(self, folder: str | Path) -> list[str]:
+        """Register every adapter in a folder, to be read when it is used; return the names.
+
+        The name of a file or folder is the adapter's, wherever an adapter's name is asked for. Thousands may be
+        registered: each takes less than a kilobyte of memory until it is used, and ``compiled.memory`` bounds what
+        those in use take. They are not part of ``compiled.adapters``, nor of what ``save`` writes.
+
+        Args:
+            folder: holds adapters, one file or folder each.
+
+        Raises:
+            FormatError, AdapterError, SiteError: there is none, or one does not fit the model; then none is registered.
+            NeedsRecompile: one needs more sites, rank or kinds of slots than were reserved.
+        """
+        self.refuse_baked()
+        with self._add_lock:
+            return self._registry.register(folder)
 
     def _on_adapters_changed(self) -> None:
         """Do nothing; the eager class updates its parameters."""
@@ -306,63 +323,6 @@ class CompiledModule(nn.Module, Compiled):
             return getattr(self._modules["host"], name)
         except AttributeError as error:
             raise unknown_attribute(self, name) from error
-
-
-class Component:
-    """One of several models compiled together, in place of the original.
-
-    It is called as the model was, and has its ``config``, ``dtype`` and ``device``, so that a pipeline takes it, and
-    its modules by name, to be looked at. ``adapters=`` in a call chooses adapters for that call only.
-
-    Args:
-        compiled: all of the models.
-        name: the name of this one.
-        traits: configuration, dtype and device of the original.
-    """
-
-    def __init__(self, compiled: Compiled, name: str, traits: ModelTraits) -> None:
-        self._compiled, self._name = compiled, name
-        self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
-
-    def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
-        """Answer as the model does."""
-        refuse_strength_in_call(kwargs)
-        return self._compiled.call(args, kwargs, adapters, graph=self._name)
-
-    def generate(self, inputs: Any = None, **options: Any) -> Any:
-        """Continue prompts as ``Compiled.generate`` does."""
-        return self._compiled.generate(inputs, component=self._name, **options)
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Iterate over the modules of the model; those of an emitted program have shapes and no forward."""
-        return self._structure.modules()
-
-    @functools.cached_property
-    def _structure(self) -> nn.Module:
-        root = self._compiled.engine.module
-        if root is None:
-            root = build_skeleton(self._compiled.session.host.skeleton)
-            for module in root.modules():
-                module.register_forward_pre_hook(_refuse_part)
-        return root.get_submodule(get_graph_scope(self._name).removesuffix("."))
-
-    def __repr__(self) -> str:
-        return f"<component {self._name} of {self._compiled!r}>"
-
-    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
-
-        def __getattr__(self, name: str) -> nn.Module:
-            children = {} if name.startswith("_") else dict(self._structure.named_children())
-            if name not in children:
-                raise unknown_attribute(self, name)
-            return children[name]
-
-
-def _refuse_part(module: nn.Module, _: object) -> NoReturn:
-    raise Unavailable(
-        f"a {type(module).__name__} of an emitted program cannot be called: only the whole component can",
-        next_step="call compiled[name](...), or compile with target='eager', whose modules can be called alone",
-    )
 
 
 def build_compiled(source: ModelSource, request: CompileRequest) -> Compiled:

@@ -58,7 +58,7 @@ def _picture_context(session: Session, model: SwitchableModel, calls: Mapping[st
     adapters = model.adapters
     notes = AdapterNotes(
         adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
-        terms=describe_terms(model.pool, model.plans, mode=model.mode, snapshot=model.snapshot),
+        terms=describe_terms(model.prepared_adapters, model.plans, mode=model.mode, snapshot=model.snapshot),
         trainable=_count_trainable(adapters),
         calls=calls,
     )

@@ -31,7 +31,10 @@ INTERFACE = (
     "generate",
     "graph",
     "hold",
+    "memory",
     "mode",
+    "prefetch",
+    "register",
     "remove_adapter",
     "save",
     "save_choice",
@@ -83,7 +86,7 @@ def explain(
 ) -> Explanation:
     """Return the explanation of a compiled model in its present state; the last two arguments are as there."""
     plans = compiled.plans
-    terms = describe_terms(compiled.pool, plans, mode=compiled.mode, snapshot=compiled.snapshot)
+    terms = describe_terms(compiled.prepared_adapters, plans, mode=compiled.mode, snapshot=compiled.snapshot)
     unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
     rows = tuple(_mark_unused(row) if row.site in unused else row for found in terms.values() for row in found)
     adaptable = [path for path, s in session.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorac.target.memory_budget import Charge
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
@@ -45,11 +47,13 @@ class KeyValueCache(ABC):
         capacity: the most tokens of a row.
         lengths: number of tokens in each row.
         nbytes: size of its buffers.
+        charge: their memory in the engine's budget; None where nothing counts it.
     """
 
     capacity: int
     lengths: tuple[int, ...]
     nbytes: int
+    charge: Charge | None = None
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:

@@ -202,8 +202,8 @@ class MemoryBudget:
             missing -= sum(block[1] for block in charge.blocks if dropped[block] == self._blocks[block])
         if missing > 0:
             raise OverBudget(
-                f"{nbytes} bytes do not fit into the budget of {limit}: {self._used} are taken, and {missing} too many "
-                "of them are held by calls, choices and caches",
+                f"a budget of {limit} bytes is too small by {missing}: {self._used} are taken, {nbytes} more needed, "
+                "and calls, held choices and caches keep theirs",
                 next_step="wait until one of these ends, or raise compiled.memory.limit",
             )
         return found

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_let_go_of() -> None:
     shelf = Shelf(MemoryBudget(4 * BLOCK))
     held = [shelf.take(key, 1) for key in (0, 1)]
     shelf.take(2, 2)
-    with refuses("over_budget", match="held by calls, choices and caches"):
+    with refuses("over_budget", match="too small by 256"):
         shelf.take(3, 3)
     assert sorted(shelf.kept) == [0, 1, 2]
     with refuses("over_budget"):

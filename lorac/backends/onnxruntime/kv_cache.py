@@ -31,7 +31,7 @@ from lorac.ir.graph.attention_ops import (
 )
 from lorac.ir.graph.feeds import CacheInputShape, convert_input
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
-from lorac.target.memory_budget import MemoryBudget
+from lorac.target.memory_budget import Charge, MemoryBudget
 
 Tensor = torch.Tensor
 _MASK = "attention_mask"
@@ -122,7 +122,7 @@ class OrtCache(KeyValueCache):
     def __init__(self, layout: CacheLayout, rows: int, capacity: int, budget: MemoryBudget | None = None) -> None:
         self.layout, self.capacity, self.lengths = layout, capacity, (0,) * rows
         self.budget = MemoryBudget() if budget is None else budget
-        self._charge = self.budget.claim(layout.measure(rows, capacity))
+        self.charge: Charge = self.budget.claim(layout.measure(rows, capacity))
         self._memory = layout.allocate(rows, capacity)
         self.buffers: Mapping[str, Tensor] = self._memory
         self.encoder_outputs: Mapping[str, Tensor] = {}
@@ -238,13 +238,13 @@ class OrtCache(KeyValueCache):
         old = self.layout.measure(next(iter(self._memory.values())).shape[0], self._room)
         if size == old:
             return
-        self._charge.resize(old + size)
+        self.charge.resize(old + size)
         larger = self.layout.allocate(places, room)
         for name, memory in self._memory.items():
             larger[name][:rows, :, :longest] = memory[:rows, :, :longest]
         self._memory = larger
         self._set_rows(self.lengths, self._encoded_rows)
-        self._charge.resize(size)
+        self.charge.resize(size)
 
     def _set_rows(self, lengths: tuple[int, ...], encoded: tuple[int, ...]) -> None:
         """Make the first places the rows."""

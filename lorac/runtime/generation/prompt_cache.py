@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lorac.argument_types import check_type
 from lorac.ir.slots.choice import Choice
+from lorac.target.engine import Engine
 from lorac.target.kv_cache import KeyValueCache
 
 CacheKey = tuple[str, Choice, Hashable]
@@ -28,7 +30,7 @@ class _CachedPrompts:
         cache: holds them.
     """
 
-    engine: weakref.ref[object]
+    engine: weakref.ref[Engine]
     key: CacheKey
     rows: Sequence[Tensor]
     cache: KeyValueCache
@@ -68,14 +70,14 @@ class PromptCache:
         with self._lock:
             self._entries = []
 
-    def forget(self, engine: object, adapter: str) -> None:
+    def forget(self, engine: Engine, adapter: str) -> None:
         """Forget the sequences that an engine computed with an adapter."""
         with self._lock:
             self._entries = [
                 entry for entry in self._entries if entry.engine() is not engine or adapter not in dict(entry.key[1])
             ]
 
-    def find(self, engine: object, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
+    def find(self, engine: Engine, key: CacheKey, rows: Sequence[Tensor]) -> KeyValueCache | None:
         """Return a copy of what is known of some rows, without the last token of each; None for nothing.
 
         Args:
@@ -92,11 +94,15 @@ class PromptCache:
             if not any(length for length, _ in matches):
                 return None
             self._entries = [*(entry for entry in self._entries if entry is not best), best]
-            cache = best.cache.copy([-index for _, index in matches])
+        if engine.memory_budget is not None:
+            engine.memory_budget.touch((id(self), id(best)))
+        cache = best.cache.copy(
+            [-index for _, index in matches]
+        )  # without the lock: it may need memory of other entries
         cache.crop([length for length, _ in matches])
         return cache
 
-    def add(self, engine: object, key: CacheKey, rows: Sequence[Tensor], cache: KeyValueCache) -> None:
+    def add(self, engine: Engine, key: CacheKey, rows: Sequence[Tensor], cache: KeyValueCache) -> None:
         """Keep sequences; forget those that begin them or are of older tensors, and the oldest beyond the budget.
 
         Args:
@@ -110,9 +116,24 @@ class PromptCache:
             self._entries = [*(entry for entry in self._entries if not _is_obsolete(entry, new)), new]
             while self._entries and self.used > self.bytes:
                 del self._entries[0]
+        if engine.memory_budget is not None and cache.charge is not None:
+            drop = functools.partial(_drop, weakref.ref(self), weakref.ref(new))
+            engine.memory_budget.keep((id(self), id(new)), cache.charge, drop)
 
-    def _entries_of(self, engine: object, key: CacheKey) -> list[_CachedPrompts]:
+    def drop(self, entry: _CachedPrompts) -> None:
+        """Forget one call's sequences, where others need the memory."""
+        with self._lock:
+            self._entries = [other for other in self._entries if other is not entry]
+
+    def _entries_of(self, engine: Engine, key: CacheKey) -> list[_CachedPrompts]:
         return [entry for entry in self._entries if entry.engine() is engine and entry.key == key]
+
+
+def _drop(owner: Callable[[], PromptCache | None], entry: Callable[[], _CachedPrompts | None]) -> None:
+    """Make a prompt cache forget an entry, if both still exist."""
+    cache, found = owner(), entry()
+    if cache is not None and found is not None:
+        cache.drop(found)
 
 
 def _common_prefix_length(one: Tensor, other: Tensor) -> int:

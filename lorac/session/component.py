@@ -1,0 +1,77 @@
+"""One of several models that were compiled together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import nn
+
+from lorac.errors import Unavailable
+from lorac.frontend.components import get_graph_scope
+from lorac.frontend.skeleton import build_skeleton
+from lorac.ir.slots.choice import UNSET
+from lorac.runtime.traits import ModelTraits
+from lorac.session.other_vocabularies import refuse_strength_in_call
+from lorac.session.presentation import unknown_attribute
+
+if TYPE_CHECKING:
+    from lorac.session.compiled import Compiled
+
+
+class Component:
+    """One of several models compiled together, in place of the original.
+
+    It is called as the model was, and has its ``config``, ``dtype`` and ``device``, so that a pipeline takes it, and
+    its modules by name, to be looked at. ``adapters=`` in a call chooses adapters for that call only.
+
+    Args:
+        compiled: all of the models.
+        name: the name of this one.
+        traits: configuration, dtype and device of the original.
+    """
+
+    def __init__(self, compiled: Compiled, name: str, traits: ModelTraits) -> None:
+        self._compiled, self._name = compiled, name
+        self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
+
+    def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        """Answer as the model does."""
+        refuse_strength_in_call(kwargs)
+        return self._compiled.call(args, kwargs, adapters, graph=self._name)
+
+    def generate(self, inputs: Any = None, **options: Any) -> Any:
+        """Continue prompts as ``Compiled.generate`` does."""
+        return self._compiled.generate(inputs, component=self._name, **options)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Iterate over the modules of the model; those of an emitted program have shapes and no forward."""
+        return self._structure.modules()
+
+    @functools.cached_property
+    def _structure(self) -> nn.Module:
+        root = self._compiled.engine.module
+        if root is None:
+            root = build_skeleton(self._compiled.session.host.skeleton)
+            for module in root.modules():
+                module.register_forward_pre_hook(_refuse_part)
+        return root.get_submodule(get_graph_scope(self._name).removesuffix("."))
+
+    def __repr__(self) -> str:
+        return f"<component {self._name} of {self._compiled!r}>"
+
+    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
+
+        def __getattr__(self, name: str) -> nn.Module:
+            children = {} if name.startswith("_") else dict(self._structure.named_children())
+            if name not in children:
+                raise unknown_attribute(self, name)
+            return children[name]
+
+
+def _refuse_part(module: nn.Module, _: object) -> NoReturn:
+    raise Unavailable(
+        f"a {type(module).__name__} of an emitted program cannot be called: only the whole component can",
+        next_step="call compiled[name](...), or compile with target='eager', whose modules can be called alone",
+    )

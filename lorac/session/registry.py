@@ -1,0 +1,147 @@
+"""Adapters that stay on disk: registered by their headers, and read when they are used.
+
+A registered adapter takes a few hundred bytes of memory. Its file is checked when it is registered, but for its values:
+its sites, shapes and configuration, and whether it fits the program. Files that say the same are checked once. When the
+adapter is used, its file is read and checked as any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lorac.adapters.pool import StoredAdapter
+from lorac.errors import FormatError
+from lorac.formats import is_adapter, load_adapter, outline_adapter
+from lorac.frontend.model_view import ModelView
+from lorac.runtime.choice_states import check_capacity
+from lorac.session.adapter_loading import add_sites, outline_adapter_forms
+from lorac.session.session import Session
+from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.variants.adapter import Adapter
+
+_TENSORS, _TEXTS = (".safetensors",), (".json", ".yaml", ".yml")
+_MOST_HEADER = 100_000_000
+_SEAL = re.compile(rb'"lorac_seal":"[0-9a-f]*"')
+"""What says which values a file holds; they are checked when the file is read."""
+_UNREAD = (".md",)
+"""Endings of files that no format reads."""
+
+
+class AdapterRegistry:
+    """The adapters on disk of a compiled model.
+
+    Args:
+        session: the model that they are for.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._view: ModelView | None = None
+        self._checked: set[bytes] = set()
+
+    @property
+    def view(self) -> ModelView:
+        """The model with its sites, which is searched once for all adapters."""
+        module = self._session.host.module if self._view is None else self._view.module
+        if self._view is None or self._view.sites is not self._session.sites:
+            self._view = ModelView(module, self._session.sites)
+        return self._view
+
+    def register(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Register every adapter in a folder under the name of its file or folder; return the names, sorted.
+
+        Raises:
+            FormatError, AdapterError, SiteError: there is none, or one does not fit the model; then none is registered.
+            NeedsRecompile: one does not fit what was reserved.
+        """
+        path = parse_path(folder, "what register reads", FormatError, "unreadable")
+        with translate_os_errors(path, FormatError, "read", "unreadable"):
+            found = {_name_of(inner): inner for inner in sorted(path.iterdir()) if is_adapter(inner)}
+            if not found:
+                raise FormatError(
+                    f"there are no adapters in '{path}'",
+                    next_step="give the folder that holds them, one file or folder each",
+                    code="unknown_format",
+                )
+            stored = {name: self._check(name, inner) for name, inner in found.items()}
+        self._session.pool.register(stored)
+        return list(stored)
+
+    def _check(self, name: str, path: Path) -> StoredFile:
+        """Check an adapter but for its values, unless one of equal headers was checked before."""
+        self._session.pool.check_name_free(name)
+        headers, size = _read_headers(path)
+        if headers not in self._checked:
+            outline = outline_adapter(path, self.view, name)
+            add_sites(self._session, outline)
+            forms = outline_adapter_forms(self._session, _with_zeros(outline))
+            check_capacity(name, forms, self._session.plans, self._session.sites)
+            self._checked.add(headers)
+        return StoredFile(self, str(path), size)
+
+
+class StoredFile(StoredAdapter):
+    """An adapter's file or folder.
+
+    Args:
+        registry: reads it.
+        path: where it lies.
+        nbytes: the size of its tensors.
+    """
+
+    __slots__ = ("_path", "_registry")
+
+    def __init__(self, registry: AdapterRegistry, path: str, nbytes: int) -> None:
+        self._registry, self._path, self.nbytes = registry, path, nbytes
+
+    def read(self, name: str) -> Adapter:
+        return load_adapter(self._path, self._registry.view, name)
+
+
+def _name_of(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    yield from (file for file in files if file.is_file() and file.suffix not in _UNREAD)
+
+
+def _read_headers(path: Path) -> tuple[bytes, int]:
+    """Return a hash of all that an adapter's files say besides values, and the size of those.
+
+    Of a file of tensors it is the header, of a text the contents. Of any other file it is the path, which no other
+    adapter has.
+    """
+    digest, size = hashlib.blake2b(digest_size=16), 0
+    for file in _files_of(path):
+        length = file.stat().st_size
+        with file.open("rb") as opened:
+            if file.suffix in _TENSORS:
+                count = int.from_bytes(opened.read(8), "little")
+                header = _SEAL.sub(b"", opened.read(min(count, length, _MOST_HEADER)))
+                size += max(length - 8 - count, 0)
+            elif file.suffix in _TEXTS:
+                header = opened.read(_MOST_HEADER)
+            else:
+                header = str(file).encode()
+                size += length
+        digest.update(f"{file.suffix} {len(header)}\n".encode())
+        digest.update(header)
+    return digest.digest(), size
+
+
+def _with_zeros(adapter: Adapter) -> Adapter:
+    """Return an adapter with zeros in the place of values that were not read."""
+
+    def filled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else t for name, t in tensors.items()}
+
+    tensors = {path: filled(at) for path, at in adapter.tensors.items()}
+    return Adapter(adapter.name, adapter.variant, tensors, filled(adapter.replaced), dict(adapter.provenance))

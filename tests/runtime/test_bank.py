@@ -1,0 +1,296 @@
+"""Thousands of adapters on disk, and as many of them in memory as a budget has room for."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import shutil
+import tracemalloc
+from concurrent.futures import wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from lorac.session.registry import AdapterRegistry
+from lorac.testing import adapter_away
+from lorac.variants.base import Variant
+from tests.decoders import DECODERS
+from tests.refusing import refuses
+from tests.runtime.switching import ENTRY, X, adapter, answer, build, raw
+from tests.runtime.test_threads import running
+
+ROOM = lorac.Reserve(targets=("up", "down", "head"), rank=4, adapters=2, scales=True)
+METHODS: tuple[Variant, ...] = (
+    lorac.LoRA(r=3, alpha=5, targets=("up", "down", "head")),
+    lorac.DoRA(r=2, targets=("up", "head")),
+    lorac.LoRA(r=1, targets=("down",)),
+)
+
+
+def made(count: int = 6) -> list[lorac.Adapter]:
+    host = ENTRY.fresh(torch.float32)
+    return [adapter_away(METHODS[i % 3], host, X, name=f"n{i}", seed=i) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of three methods, in the formats of PEFT and of lorac."""
+    folder = tmp_path_factory.mktemp("bank")
+    for i, one in enumerate(made()):
+        path = folder / (one.name if i % 2 else f"{one.name}.safetensors")
+        lorac.save_adapter(one, path, format="peft" if i % 2 else "native", model=ENTRY.fresh(torch.float32))
+    return folder
+
+
+@pytest.fixture
+def compiled(folder: Path) -> Any:
+    compiled = build([], "onnxruntime", reserve=ROOM, self_test=False)
+    assert compiled.register(folder) == [f"n{i}" for i in range(6)]
+    return compiled
+
+
+def in_memory() -> Any:
+    model = build([], "onnxruntime", reserve=ROOM, self_test=False)
+    for one in made():
+        model.add_adapter(one)
+    return model
+
+
+def test_registered_names_work_wherever_a_name_does(compiled: Any) -> None:
+    other = in_memory()
+    assert (compiled.memory.used, compiled.adapters) == (0, {})
+    for choice in ("n0", {"n1": 0.5, "n2": 0.5}, {"n4": lorac.Active(0.3)}, None, [None, "n3", "n0"]):
+        assert raw(answer(compiled, adapters=choice)) == raw(answer(other, adapters=choice))
+    compiled.swap("n5")
+    other.swap("n5")
+    assert compiled.active == {"n5": 1.0}
+    assert raw(answer(compiled)) == raw(answer(other))
+    assert "n5" in str(compiled.explain())
+    assert "n0" not in str(compiled.explain())
+    compiled.remove_adapter("n5")
+    assert compiled.active == {}
+    with refuses("adapter_not_found"):
+        compiled.swap("n5")
+    compiled.add_adapter(adapter("lora", "a"), name="n5")
+
+
+@pytest.mark.parametrize("mode", ["live", "fused"])
+def test_on_target_eager(mode: str, folder: Path) -> None:
+    eager = build([], "eager", mode, reserve=ROOM)
+    eager.register(folder)
+    eager.swap("n1")
+    torch.testing.assert_close(answer(eager), answer(in_memory(), adapters="n1"))
+
+
+def test_what_nobody_uses_is_let_go_of_and_made_again(compiled: Any) -> None:
+    expected = {f"n{i}": raw(answer(compiled, adapters=f"n{i}")) for i in range(6)}
+    everything = compiled.memory.used
+    compiled.swap("n0")
+    limit = compiled.memory.limit = everything * 3 // 4
+    for name in [*expected, *reversed(expected), *expected]:
+        assert raw(answer(compiled, adapters=name)) == expected[name]
+        assert compiled.memory.used <= limit
+    assert raw(answer(compiled)) == expected["n0"]
+    compiled.swap(None)
+    compiled.memory.limit = 0
+    assert compiled.memory.used == 0
+
+
+def test_beyond_the_budget_a_typed_refusal_leaves_everything_as_it_was(compiled: Any) -> None:
+    compiled.swap("n0")
+    expected, used = raw(answer(compiled)), compiled.memory.used
+    compiled.memory.limit = used + 10
+    with compiled.hold("n0"):
+        for refused in (
+            lambda: compiled.swap("n1"),
+            lambda: answer(compiled, adapters="n3"),
+            lambda: compiled.add_adapter(adapter("lora", "a"), name="late"),
+        ):
+            with refuses("over_budget"):
+                refused()
+            gc.collect()
+            assert (compiled.memory.used, compiled.active) == (used, {"n0": 1.0})
+            assert "late" not in compiled.adapters
+            assert raw(answer(compiled)) == expected
+    with refuses("over_budget"):
+        compiled.prefetch("n1").result()
+
+
+def test_a_removed_adapters_bytes_are_back_when_the_last_holder_ends(compiled: Any) -> None:
+    with compiled.hold("n0") as first:
+        expected, used = raw(answer(compiled, adapters=first)), compiled.memory.used
+        compiled.remove_adapter("n0")
+        assert compiled.memory.used == used
+        assert raw(answer(compiled, adapters=first)) == expected
+    assert compiled.memory.used == 0
+
+
+def test_a_thread_reads_ahead(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled.prefetch({"n1": 0.5, "n2": 0.5}).result(20)
+    monkeypatch.setattr("lorac.session.registry.load_adapter", None)
+    answer(compiled, adapters={"n1": 0.5, "n2": 0.5})
+    with refuses("adapter_not_found"):
+        compiled.prefetch("n9")
+
+
+def test_caches_share_the_budget_with_adapters() -> None:
+    model = lorac.compile(
+        DECODERS["llama"](),
+        {"a": lorac.LoRA(r=2, targets=["q_proj"])},
+        target="onnxruntime",
+        cache=True,
+        self_test=False,
+    )
+    before = model.memory.used
+    cache, prompts = model.engine.new_cache("main", 2, 8), lorac.PromptCache()
+    assert model.memory.used == before + cache.nbytes
+    ids = torch.arange(3, 9)[None]
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False, prompt_cache=prompts)
+    assert model.memory.used == before + cache.nbytes + prompts.used > before + cache.nbytes
+    model.memory.limit = before + cache.nbytes + prompts.used // 2
+    assert (len(prompts), prompts.used) == (0, 0), "prompts make room"
+    with refuses("over_budget"):
+        cache.grow(1 << 20)
+    with refuses("over_budget"):
+        model.generate(ids, max_new_tokens=20, do_sample=False)
+    model.memory.limit = None
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, prompt_cache=prompts).equal(expected)
+    model.remove_adapter("a")
+    del cache, prompts
+    gc.collect()
+    assert model.memory.used == 0
+
+
+def test_two_thousand_registered_adapters_take_next_to_nothing(folder: Path, tmp_path: Path) -> None:
+    source = folder / "n1"
+    for i in range(2000):
+        shutil.copytree(source, tmp_path / "many" / f"r{i}", copy_function=lambda a, b: Path(b).hardlink_to(a))
+    compiled = build([], "onnxruntime", reserve=ROOM, self_test=False)
+    compiled.register(folder)
+    tracemalloc.start()
+    compiled.register(tmp_path / "many")
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert taken / 2000 < 1000
+    assert compiled.memory.used == 0
+    assert raw(answer(compiled, adapters="r1999")) == raw(answer(compiled, adapters="n1"))
+
+
+def test_what_does_not_fit_is_refused_when_it_is_registered(folder: Path, tmp_path: Path) -> None:
+    compiled = build([], "onnxruntime", reserve=dataclasses.replace(ROOM, rank=1), self_test=False)
+    with refuses("needs_recompile"):
+        compiled.register(folder)
+    assert list(compiled.pool) == []
+    with refuses("unknown_format", match="no adapters"):
+        compiled.register(tmp_path)
+    compiled.add_adapter(made()[2], name="n4")
+    shutil.copytree(folder / "n1", tmp_path / "n1")
+    shutil.copytree(folder / "n1", tmp_path / "n4")
+    with refuses("adapter_exists"):
+        compiled.register(tmp_path)
+    assert list(compiled.pool) == ["n4"]
+
+
+def test_a_file_that_changed_since_is_checked_when_it_is_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "them")
+    compiled = build([], "onnxruntime", reserve=ROOM, self_test=False)
+    compiled.register(tmp_path / "them")
+    path = tmp_path / "them" / "n1" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with refuses("corrupt_file"):
+        compiled.swap("n1")
+    assert (compiled.active, compiled.memory.used) == ({}, 0)
+
+
+def test_headers_alone_are_read(compiled: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But of files that a format asks for values."""
+    monkeypatch.setattr("lorac.formats._files.load_file", None)
+    registry = AdapterRegistry(compiled.session)
+    for i in range(6):
+        registry._check(f"new{i}", folder / (f"n{i}" if i % 2 else f"n{i}.safetensors"))
+    assert len(registry._checked) == 6
+
+
+class Client:
+    """Does things at random with a compiled model, and checks every answer."""
+
+    def __init__(self, compiled: Any, seed: int) -> None:
+        names = [f"n{i}" for i in range(6)]
+        self.compiled, self.generator = compiled, random.Random(seed)
+        self.choices = [*names, None, {"n0": 0.5, "n3": 0.5}, {"n1": 0.3}]
+        self.expected = {str(choice): raw(answer(compiled, adapters=choice)) for choice in self.choices}
+        self.late, self.held = adapter("lora", "a"), list[Any]()
+
+    def call(self) -> None:
+        choice = self.generator.choice(self.choices)
+        assert raw(answer(self.compiled, adapters=choice)) == self.expected[str(choice)]
+
+    def swap(self) -> None:
+        self.compiled.swap(self.generator.choice(self.choices))
+
+    def hold(self) -> None:
+        choice = self.generator.choice(self.choices)
+        block = self.compiled.hold(choice)
+        self.held.append((choice, block, block.__enter__()))
+
+    def let_go(self) -> None:
+        if not self.held:
+            return
+        choice, block, holder = self.held.pop(self.generator.randrange(len(self.held)))
+        assert raw(answer(self.compiled, adapters=holder)) == self.expected[str(choice)]
+        block.__exit__(None, None, None)
+
+    def add_or_remove(self) -> None:
+        if "late" in self.compiled.adapters:
+            self.compiled.remove_adapter("late")
+        else:
+            self.compiled.add_adapter(self.late, name="late")
+
+
+@pytest.mark.parametrize("steps", [400, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_random_operations_keep_to_the_limit_and_end_at_zero(steps: int, compiled: Any) -> None:
+    client, refused = Client(compiled, steps), 0
+    limit = compiled.memory.limit = compiled.memory.used // 2
+    works = [client.call, client.call, client.swap, client.hold, client.let_go, client.add_or_remove]
+    for _ in range(steps):
+        before = compiled.active, list(compiled.adapters)
+        try:
+            client.generator.choice(works)()
+        except lorac.OverBudget:
+            refused += 1
+            assert (compiled.active, list(compiled.adapters)) == before
+        assert compiled.memory.used <= limit
+    assert refused
+    while client.held:
+        client.let_go()
+    compiled.swap(None)
+    for name in list(compiled.pool):
+        compiled.remove_adapter(name)
+    gc.collect()
+    assert compiled.memory.used == 0
+
+
+def test_threads_share_the_bank(compiled: Any) -> None:
+    names = [f"n{i}" for i in range(6)]
+    expected = {name: raw(answer(compiled, adapters=name)) for name in names}
+    compiled.memory.limit = compiled.memory.used * 2 // 3
+    generator = random.Random(0)
+
+    def call() -> bool:
+        name = generator.choice(names)
+        try:
+            return raw(answer(compiled, adapters=name)) == expected[name]
+        except lorac.OverBudget:  # the other threads hold all that there is room for
+            return True
+
+    with running(call, times=6) as found:
+        wait([compiled.prefetch(generator.choice(names)) for _ in range(60)])
+    assert found
+    assert all(found)
+    compiled.memory.limit = 0
+    assert compiled.memory.used == 0
