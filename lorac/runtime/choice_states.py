@@ -179,7 +179,7 @@ class ChoiceStates:
         kept = self._kept[choice] = _KeptState(state)
         drop = functools.partial(self._kept.pop, choice, None)
         self._pool.budget.keep((id(self), choice), state.charge, drop, kept.is_in_use)
-        mixtures = [known for known in self._kept if len(known) > 1 or (known and known[0][1] != Active())]
+        mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != Active())]
         for oldest in mixtures[:-_MAX_MIXTURES]:
             self._drop(oldest)
         return kept.hand_out()
@@ -196,7 +196,7 @@ class ChoiceStates:
         """
         budget = self._pool.budget
         with self._lock:
-            for number, known in self._together.items():
+            for number, known in tuple(self._together.items()):
                 if known.is_of(states):
                     budget.touch((id(self), number))
                     return known.bound
@@ -255,7 +255,7 @@ class ChoiceStates:
 
     def forget(self, name: str) -> None:
         """Keep no state that an adapter is part of; those in use last until nobody uses them."""
-        for choice in [choice for choice in self._kept if name in dict(choice)]:
+        for choice in [choice for choice in tuple(self._kept) if name in dict(choice)]:
             self._drop(choice)
         for number, known in tuple(self._together.items()):
             if any(name in dict(choice) for choice in known.choices):
