@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lorac.argument_types import check_type
 from lorac.errors import ChoiceError, CompileError, OptionError, nearest_name
 
 MAIN_GRAPH = "main"
@@ -18,14 +19,16 @@ class Components(nn.ModuleDict):
 
     Raises:
         OptionError: there is no model, or a name cannot begin a path or name a folder.
+        WrongType: one of them is not a module.
     """
 
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         if not models:
             raise OptionError("there is no model to compile", next_step="give one, or several by name: {'unet': model}")
-        for name in models:
+        for name, model in models.items():
             if not name.isidentifier():
                 raise OptionError(f"'{name}' cannot name a component", next_step="names are letters, digits and _")
+            check_type(model, nn.Module, f"the model '{name}'", next_step="give an nn.Module that is loaded")
         super().__init__({name: strip_wrappers(model) for name, model in models.items()})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,31 @@ def _spell(spelling: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
         return image_files.to_mixture(tensors)
     if spelling == "kohya":
         return image_files.to_kohya(tensors, ALPHAS)
+    if spelling == "oldest":
+        return {_name_as_oldest(key): tensor for key, tensor in tensors.items()}
+    if spelling == "both":
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
+        texts = {key: tensor for key, tensor in tensors.items() if key not in own}
+        return own | image_files.to_kohya(texts, ALPHAS)
     if spelling == "text_model":
         return {key.replace("text_encoder.", "text_encoder.text_model."): t for key, t in tensors.items()}
     return tensors
 
 
-@pytest.mark.parametrize("spelling", ["peft", "mixture", "text_model", "kohya"])
+def _name_as_oldest(key: str) -> str:
+    """Return a name in the first releases of diffusers, of the layers that these adapted."""
+    for side, old in (("A", "down"), ("B", "up")):
+        key = re.sub(rf"\.(to_[qkv])\.lora_{side}\.", rf".processor.\1_lora.{old}.", key)
+        key = re.sub(rf"\.to_out\.0\.lora_{side}\.", rf".processor.to_out_lora.{old}.", key)
+        key = re.sub(
+            rf"encoder\.encoder(.*)\.([qkv]|out)_proj\.lora_{side}\.",
+            rf"encoder.text_model.encoder\1.to_\2_lora.{old}.",
+            key,
+        )
+    return key
+
+
+@pytest.mark.parametrize("spelling", ["peft", "mixture", "text_model", "oldest", "kohya", "both"])
 def test_every_spelling_is_read_whole(
     spelling: str, pair: dict[str, Any], adapted: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -170,3 +190,19 @@ def test_what_is_left_over_is_refused_by_name(
     with pytest.raises(lorac.LoracError, match=named) as error:
         load_adapter(tmp_path / "a.safetensors", pair)
     assert code is None or error.value.code == code
+
+
+@pytest.mark.parametrize("format", ["native", "peft", "diffusers", "kohya"])
+def test_several_models_are_given_by_name_everywhere(format: str, pair: dict[str, Any], tmp_path: Path) -> None:
+    """One file, one adapter, of which compile() takes the path."""
+    made = lorac.compile(pair, {"a": lorac.LoRA(r=2, targets=["to_q", "q_proj", "conv1"])}).adapters["a"]
+    for tensor in made.parameters():
+        tensor.data.normal_()
+    assert made.tensors.keys() < lorac.sites(pair).keys()
+    assert lorac.factors(made, pair).keys() == lorac.to_lora(made, pair, rank=1).tensors.keys() == made.tensors.keys()
+    save_adapter(made, tmp_path / "a", format, pair)
+    again = load_adapter(tmp_path / "a", pair)
+    assert_equal(again, made)
+    assert_equal(lorac.compile(pair, {"a": str(tmp_path / "a")}).adapters["a"], made)
+    with pytest.raises(lorac.WrongType, match="the model 'text_encoder' is None"):
+        load_adapter(tmp_path / "a", {"unet": pair["unet"], "text_encoder": None})

@@ -18,6 +18,7 @@ from tests import image_files
 from tests.formats.lycoris_cases import CASES
 from tests.formats.oracle import assert_equal
 from tests.parity import assert_parity
+from tests.refusing import refuses
 
 RECORDED = Path(__file__).parent / "lycoris.safetensors"
 
@@ -136,6 +137,15 @@ def test_alpha_of_a_module_is_its_own(alpha: float | None, scale: float, tmp_pat
     variant = load_adapter(tmp_path / "a.safetensors", model).variant
     scales: Any = [variant.at_path(path).scale for path in ("a", "b")]
     assert scales == [scale, 4.0]
+
+
+def test_a_scalar_in_place_of_a_matrix(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(12, 16)})
+    file = _lora("lycoris_a", None)
+    for name in (*file, "lycoris_a.dora_scale"):
+        save_file({**file, name: torch.tensor(1.0)}, tmp_path / "a.safetensors")
+        with refuses("shape_mismatch", match=name.removesuffix(".weight")):
+            load_adapter(tmp_path / "a.safetensors", model)
 
 
 def test_an_alpha_without_factors_is_refused(tmp_path: Path) -> None:

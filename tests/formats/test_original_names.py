@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.formats import load_adapter, save_adapter
+from lorac.formats._image_files.converters import name_loader
+from lorac.formats._image_files.original_names import find_original_names
 from tests.formats.oracle import assert_equal
 
 diffusers = pytest.importorskip("diffusers")
@@ -99,8 +102,6 @@ def test_names_of_flux_are_those_of_diffusers_converter(tmp_path: Path) -> None:
 
 
 def _authors_names(model: Any) -> dict[str, tuple[str, ...]]:
-    from lorac.formats._image_files.original_names import find_original_names
-
     return {name: place.paths for name, place in find_original_names(model).items()}
 
 
@@ -182,3 +183,39 @@ def test_what_a_converter_leaves_out_is_refused_by_name(left_out: str, tmp_path:
     with pytest.raises(lorac.FormatError) as error:
         load_adapter(tmp_path / "a.safetensors", tiny_wan())
     assert left_out in str(error.value)
+
+
+def test_xlabs(tmp_path: Path) -> None:
+    """Names without a component; queries, keys and values are taken apart by widths that the converter knows."""
+    with torch.device("meta"):
+        model = _flux(24, 128)
+    down, up = torch.randn(1, FLUX_WIDTH), torch.randn(3 * FLUX_WIDTH, 1)
+    name = "double_blocks.0.processor.qkv_lora1"
+    save_file({f"{name}.down.weight": down, f"{name}.up.weight": up}, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors", model)
+    found = [adapter.tensors[f"transformer_blocks.0.attn.to_{part}"] for part in "qkv"]
+    assert torch.equal(torch.cat([tensors["lora_B"] for tensors in found]), up)
+    assert all(torch.equal(tensors["lora_A"], down) for tensors in found)
+    other = "double_blocks.0.processor.other_lora"
+    file = {f"{name}.down.weight": down, f"{name}.up.weight": up, f"{other}.down.weight": torch.ones(2, 2)}
+    save_file(file, tmp_path / "a.safetensors")
+    with pytest.raises(lorac.SiteError, match="other_lora"):
+        load_adapter(tmp_path / "a.safetensors", model)
+
+
+def test_each_transformer_has_its_loader() -> None:
+    """The names of diffusers' loaders follow from those of its transformers, as its pipelines put them together."""
+    from diffusers import loaders
+
+    wrong, seen = [], set()
+    for file in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        text = file.read_text()
+        for bases in re.finditer(r"^class \w+\(([^)]*)\):", text, re.MULTILINE):
+            mixin = re.search(r"\w+LoraLoaderMixin", bases[1])
+            model = re.search(r"def __init__\([^)]*?transformer: (\w+Transformer\w*)", text[bases.end() :])
+            if mixin and model:
+                seen.add(mixin[0])
+                wrong += [model[1]] if name_loader(model[1]) != mixin[0] else []
+    assert wrong == []
+    assert len(seen) > 20
+    assert all(hasattr(loaders, name) for name in seen)

@@ -8,8 +8,7 @@ looked up in the model, as the tensors of any file.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.errors import FormatError
+from lorac.formats._image_files.layout import unused_tensor
 from lorac.formats._image_files.places import PipelineModel, choose_component, list_pipeline
 from lorac.formats._image_files.spellings import COMPONENTS, parse_name
 from lorac.frontend.model_view import ModelView
@@ -63,7 +63,7 @@ def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) ->
         FormatError: diffusers' converter for the model leaves out a tensor, or fails.
     """
     pipeline = list_pipeline(view)
-    unknown = [key for key in tensors if not _is_known(key, pipeline)]
+    unknown = _find_unknown(tensors, view, pipeline)
     convert = next((found for one in pipeline.values() if (found := _find_converter(one.model))), None)
     if not unknown or convert is None:
         return tensors
@@ -77,28 +77,35 @@ def convert_names(path: Path, tensors: Mapping[str, Tensor], view: ModelView) ->
             next_step="load the class of model that the adapter was trained on",
         ) from error
     if dropped:
-        raise FormatError(
-            f"'{path}' has the tensor '{dropped[0]}', which diffusers' converter for the model leaves out",
-            next_step="it may change the result, so it is not left out; save the adapter in diffusers' own names",
-            code="unused_tensors",
-        )
-    return converted
+        raise unused_tensor(f"'{path}'", dropped[0], "and which diffusers' converter for the model leaves out")
+    # Where the converter's names are none of the model's either, what the file itself says is refused.
+    return tensors if _find_unknown(converted, view, pipeline) else converted
 
 
-def _is_known(key: str, pipeline: Mapping[str, PipelineModel]) -> bool:
-    name = parse_name(key, {*COMPONENTS, *(f"{component}." for component in pipeline)})
-    component = None if name is None else choose_component(name.component, pipeline)
-    return name is not None and component is not None and component.knows(name)
+def _find_unknown(names: Iterable[str], view: ModelView, pipeline: Mapping[str, PipelineModel]) -> list[str]:
+    """Return the names that are of no layer of the models."""
+    beginnings = {*COMPONENTS, *(f"{component}." for component in pipeline)}
+
+    def is_known(key: str) -> bool:
+        name = parse_name(key, beginnings)
+        component = None if name is None else choose_component(name.component, pipeline)
+        return name is not None and component is not None and component.knows(name, view.sites)
+
+    return [key for key in names if not is_known(key)]
 
 
 def _find_converter(model: nn.Module) -> Converter | None:
     """Return what makes diffusers' names of a file's for a model; None for classes that diffusers has none for."""
     if type(model).__module__.partition(".")[0] != _LIBRARY:
         return None
-    stem = type(model).__name__.partition("Transformer")[0]
-    loaders = importlib.import_module(f"{_LIBRARY}.loaders")
-    mixin = getattr(loaders, f"{_FAMILIES.get(stem, stem)}LoraLoaderMixin", None)
+    mixin = getattr(importlib.import_module(f"{_LIBRARY}.loaders"), name_loader(type(model).__name__), None)
     return None if mixin is None else lambda tensors: _join_alphas(mixin.lora_state_dict(tensors))
+
+
+def name_loader(model: str) -> str:
+    """Return what diffusers' class that loads LoRAs is called, for a class of transformers."""
+    stem = model.partition("Transformer")[0]
+    return f"{_FAMILIES.get(stem, stem)}LoraLoaderMixin"
 
 
 def _join_alphas(answer: Any) -> Mapping[str, Tensor]:

@@ -43,7 +43,7 @@ def add_magnitude(method: Method, module: StoredModule) -> Method:
         )
     columns = leaf == LYCORIS and _is_row(module.tensors[leaf], module.site)
     length = module.columns[0] if columns else module.site.out_features
-    shape = (length,) if module.tensors[leaf].shape[0] == length else (1, length)
+    shape = (length,) if module.length(leaf) == length else (1, length)
     vector = module.matrix(leaf, *shape).flatten()
     if isinstance(variant, LoRA) and not columns and not variant.lora_bias:
         return DoRA(r=variant.r, alpha=variant.alpha), {**tensors, "magnitude": vector}

@@ -102,6 +102,15 @@ _TEMPLATES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }
 """Class of the model -> the authors' name of a layer -> diffusers' names of its rows; # is the number of a block."""
+_XLABS: Mapping[str, tuple[str, ...]] = {
+    "double_blocks.#.qkv_lora1": _TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.img_attn.qkv"],
+    "double_blocks.#.qkv_lora2": _TEMPLATES["FluxTransformer2DModel"]["double_blocks.#.txt_attn.qkv"],
+    "double_blocks.#.proj_lora1": ("transformer_blocks.#.attn.to_out.0",),
+    "double_blocks.#.proj_lora2": ("transformer_blocks.#.attn.to_add_out",),
+    "single_blocks.#.qkv_lora": tuple(f"single_transformer_blocks.#.attn.to_{part}" for part in "qkv"),
+    "single_blocks.#.proj_lora": ("single_transformer_blocks.#.proj_out",),
+}
+"""The same of XLabs' files for Flux, which name a LoRA instead of its layer."""
 _CONTINUOUS = "AdaLayerNormContinuous"
 """diffusers' class of a norm whose linear layer has scale before shift, where the authors' has shift before scale."""
 
@@ -111,8 +120,13 @@ def find_original_names(model: nn.Module) -> dict[str, Place]:
     modules = dict(model.named_modules())
     if "UNet2DConditionModel" in {cls.__name__ for cls in type(model).__mro__}:
         return dict(_list_unet_names(model, modules))
-    named = dict(_list_template_names(_TEMPLATES.get(type(model).__name__, {}), modules))
-    return {name: place for name, place in named.items() if modules.keys() >= set(place.paths)}
+    return _list_template_names(_TEMPLATES.get(type(model).__name__, {}), modules)
+
+
+def find_other_names(model: nn.Module) -> dict[str, Place]:
+    """Return names that files have besides, and that none is written with."""
+    is_flux = type(model).__name__ == "FluxTransformer2DModel"
+    return _list_template_names(_XLABS, dict(model.named_modules())) if is_flux else {}
 
 
 def prefers_original_names(model: nn.Module) -> bool:
@@ -123,14 +137,16 @@ def prefers_original_names(model: nn.Module) -> bool:
 
 def _list_template_names(
     templates: Mapping[str, tuple[str, ...]], modules: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, Place]]:
+) -> dict[str, Place]:
+    named: dict[str, Place] = {}
     for name, layers in templates.items():
         first = re.compile(re.escape(layers[0]).replace("\\#", r"(?P<number>\d+)"))
         numbers = [str(found.groupdict().get("number")) for path in modules if (found := first.fullmatch(path))]
-        places = {name.replace("#", n): tuple(layer.replace("#", n) for layer in layers) for n in numbers}
-        for original, paths in places.items():
+        for number in numbers:
+            paths = tuple(layer.replace("#", number) for layer in layers)
             owner = modules[paths[0].rpartition(".")[0]]
-            yield original, Place(paths, swapped=type(owner).__name__ == _CONTINUOUS)
+            named[name.replace("#", number)] = Place(paths, swapped=type(owner).__name__ == _CONTINUOUS)
+    return {name: place for name, place in named.items() if modules.keys() >= set(place.paths)}
 
 
 def _list_unet_names(model: nn.Module, modules: Collection[str]) -> Iterator[tuple[str, Place]]:

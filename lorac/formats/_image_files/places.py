@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from lorac.errors import FormatError, SiteError, nearest_name
-from lorac.formats._image_files.original_names import Place, find_original_names, prefers_original_names
-from lorac.formats._image_files.spellings import COMPONENTS, DENOISERS, TensorName
+from lorac.formats._image_files.original_names import (
+    Place,
+    find_original_names,
+    find_other_names,
+    prefers_original_names,
+)
+from lorac.formats._image_files.spellings import COMPONENTS, DENOISERS, DIFFERENCES, TensorName
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.frontend.model_view import ModelView
+from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
 
+LAYERS = frozenset({SiteKind.LINEAR, *CONVOLUTION_KINDS.values()})
+"""The kinds of site that files adapt."""
+_OLD_LETTER = re.compile(r"\.(q|k|v|out)_proj$")
+"""The layers of CLIP's attentions, which the oldest files call as those of U-Nets."""
 _TEXT_MODEL = "text_model."
 """What paths of CLIP's layers began with before transformers 5, and still begin with in files."""
 
@@ -53,15 +64,19 @@ class PipelineModel:
         own = self._modules
         named = [(path, Place((path,))) for path in own]
         named += [(f"{_TEXT_MODEL}{path}", Place((path,))) for path in own]
+        named += [(_OLD_LETTER.sub(_old_letter, f"{_TEXT_MODEL}{path}"), Place((path,))) for path in own]
         named += [(path.removeprefix(_TEXT_MODEL), Place((path,))) for path in own if path.startswith(_TEXT_MODEL)]
         known: dict[str, set[Place]] = {}
-        for name, place in (*named, *self.original.items()):
+        for name, place in (*named, *self.original.items(), *find_other_names(self.model).items()):
             known.setdefault(_underscore(name), set()).add(place)
         return {name: frozenset(places) for name, places in known.items()}
 
-    def knows(self, name: TensorName) -> bool:
-        """Return whether the model has a module of that name."""
-        return name.module in self._modules or _underscore(name.module) in self._places
+    def knows(self, name: TensorName, sites: Mapping[str, Site]) -> bool:
+        """Return whether the model has a layer of that name."""
+        own = frozenset({Place((name.module,))}) if name.module in self._modules else frozenset()
+        places = own or self._places.get(_underscore(name.module), frozenset())
+        paths = [self.prefix + path for place in places for path in place.paths]
+        return bool(paths) and (name.leaf in DIFFERENCES or all(p in sites and sites[p].kind in LAYERS for p in paths))
 
     def find(self, name: TensorName, adapter: str) -> Place:
         """Return the place of a module of a file.
@@ -93,6 +108,10 @@ class PipelineModel:
     def described(self) -> str:
         """The component in words."""
         return f"'{self.name}'" if self.prefix else f"the {type(self.model).__name__}"
+
+
+def _old_letter(found: re.Match[str]) -> str:
+    return ".to_out.0" if found[1] == "out" else f".to_{found[1]}"
 
 
 def _underscore(name: str) -> str:

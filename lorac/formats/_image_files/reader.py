@@ -21,21 +21,18 @@ from lorac.formats._image_files.magnitudes import MAGNITUDES, add_magnitude
 from lorac.formats._image_files.metadata import read_configs, seal_text
 from lorac.formats._image_files.methods import join_methods
 from lorac.formats._image_files.original_names import Place
-from lorac.formats._image_files.places import PipelineModel, choose_component, list_pipeline, pipeline_names
+from lorac.formats._image_files.places import LAYERS, PipelineModel, choose_component, list_pipeline, pipeline_names
 from lorac.formats._image_files.rows import split_rows
-from lorac.formats._image_files.spellings import COMPONENTS, TensorName, parse_name
+from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName, parse_name
 from lorac.formats._site_layouts import LAYOUT, matrix_site, site_to_json
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
+from lorac.ir.sites import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.ln_tuning import LNTuning
 from lorac.variants.low_rank import ScaledRank
 
-DIFFERENCES = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
-"""Tensors that are the difference of a whole parameter -> its name."""
 ALPHA = "alpha"
-_LAYERS = frozenset({SiteKind.LINEAR, *CONVOLUTION_KINDS.values()})
 _AGAIN = "save it again from its trainer: it holds two adapters, or one in two spellings"
 
 
@@ -225,13 +222,13 @@ class _FileReader:
 
     def _adapts(self, path: str) -> bool:
         """Return whether a path is that of a layer that a formula can change."""
-        return path in self.view.sites and self.view.sites[path].kind in _LAYERS
+        return path in self.view.sites and self.view.sites[path].kind in LAYERS
 
     def _find_site(self, path: str) -> Site:
         site = self.view.sites.get(path)
         if site is None:
             raise no_site_error(self.name, path, self.view)
-        if site.kind not in _LAYERS or site.within is not None:
+        if site.kind not in LAYERS or site.within is not None:
             raise SiteError(
                 f"adapter '{self.name}' has tensors for '{path}', of kind {site.kind}, which these files do not adapt",
                 next_step="load the model that the adapter was trained on; `lorac sites MODEL` prints the sites of one",
@@ -248,7 +245,7 @@ class _FileReader:
     def _read_alpha(self, name: TensorName) -> float | None:
         """Return an alpha; None for 0, which says that the scale is 1."""
         tensor = self.tensors[name.key]
-        if tensor.numel() != 1:
+        if tensor.numel() != 1 or tensor.is_complex():
             raise AdapterError(
                 f"'{name.key}' has shape {tuple(tensor.shape)}, expected one number",
                 next_step="copy the file again, or save the adapter again from its trainer",
@@ -264,7 +261,7 @@ class _FileReader:
         """
         here = config.at_path(module.name)
         assert isinstance(here, ScaledRank)
-        rank = stored.tensors["lora_down"].shape[0] if "lora_down" in stored.tensors else here.r
+        rank = stored.length("lora_down") if "lora_down" in stored.tensors else here.r
         if rank != here.r:
             raise corrupt_error(
                 f"'{module.key}' has rank {rank}, and the configuration in the metadata of '{self.path}' says "

@@ -42,6 +42,8 @@ LEAVES: Mapping[str, str] = {
     "lora_linear_layer.up.weight": "lora_up",
     "lora_A.default.weight": "lora_down",
     "lora_B.default.weight": "lora_up",
+    "down.weight": "lora_down",
+    "up.weight": "lora_up",
     "lora_mid.weight": "lora_mid",
     "lora_B.bias": "lora_bias",
     "lora_magnitude_vector": "magnitude",
@@ -55,6 +57,8 @@ LEAVES: Mapping[str, str] = {
     **{f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
 }
 """How the name of a tensor of a module ends -> what layouts call it."""
+DIFFERENCES = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
+"""Tensors that are the difference of a whole parameter -> its name."""
 _OF_LYCORIS = ("weight", "on_input")
 """Ends of names that are tensors of methods only where dots end the name of the module."""
 _LEAF_OF_ATTENTION = re.compile(r"\.(to_(?:q|k|v|out)|(?:q|k|v|out)_proj)_lora\.(down|up)\.weight$")
@@ -107,6 +111,4 @@ def is_underscored(key: str) -> bool:
 def is_dotted(key: str) -> bool:
     """Return whether a name is one of a component's LoRA as diffusers writes it."""
     named = parse_name(key, [component for component in COMPONENTS if component.endswith(".")])
-    if BARE.match(key):
-        return key.endswith((".down.weight", ".up.weight")) or named is not None
     return named is not None and named.leaf.startswith(("lora_", "magnitude"))
