@@ -94,6 +94,16 @@ def test_targets_are_written_so_that_peft_finds_the_same_sites(tmp_path: Path) -
         assert_equal(load_adapter(folder, model), Adapter("x", variant, tensors))
 
 
+def test_short_targets_are_written_only_where_the_model_is_known(tmp_path: Path) -> None:
+    """An adapter alone does not say which other modules have the last part of a path in their names."""
+    model = ZOO["tiny_llama"].model()
+    read = load_adapter(save_small(tmp_path / "f", "LORA", "tiny_llama", target_modules=["q_proj"]), model)
+    adapter = dataclasses.replace(read, variant=dataclasses.replace(read.variant, targets="all-linear"))
+    for name, given, expected in (("alone", None, sorted(read.tensors)), ("with", model, ["q_proj"])):
+        save_adapter(adapter, tmp_path / name, model=given)
+        assert json.loads((tmp_path / name / CONFIG).read_text())["target_modules"] == expected
+
+
 def test_a_configuration_and_the_tensors_of_another_saving(tmp_path: Path) -> None:
     """Each is in order alone; a copy that was cut short, or another tool, may bring them together."""
     model = ZOO["plain_mlp"].model()
