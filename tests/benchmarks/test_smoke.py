@@ -79,6 +79,7 @@ ROWS = {
             "a generated token",
         ]
     ],
+    "rows": [["32x1"] * 11 + ["32x16"] * 11],
     "routed": [
         [
             "base / base",
@@ -130,7 +131,7 @@ def test_every_benchmark_is_here():
     assert everything.names() == sorted(ROWS)
 
 
-SLOW = ("compile", "overhead", "quantised", "recipe", "routed", "starts", "swap", "tensorrt", "train")
+SLOW = ("compile", "overhead", "quantised", "recipe", "routed", "rows", "starts", "swap", "tensorrt", "train")
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 

@@ -1,0 +1,156 @@
+"""Rows with adapters of their own in one call, beside the base, PEFT's `adapter_names` and a call per choice.
+
+    python -m benchmarks.rows [--layers 20] [--rank 16] [--rounds 9] [--no-peft] [--weights float32 int4]
+
+A batch of 32 rows takes 1, 8 or 32 adapters, neighbours the same one. All ratios are to the base of the same weights;
+PEFT's is to its own. "bytes" is how long the process takes to read the bytes of the distinct adapters once.
+Targets at one token: 8 adapters <= 1.20, 32 adapters <= 1.35 and <= 1.15 x (base + bytes), 32 adapters at least 4 x as
+fast as PEFT; at 16 tokens all <= 1.12.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+
+ROWS, DISTINCT = 32, (1, 8, 32)
+WEIGHTS = ("float32", "int4")
+BASE, AGAIN, CALLS, READ = "base", "A/A", "a call per choice", "bytes of 32"
+PEFT_BASE, PEFT = "PEFT's base", "PEFT, 32"
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """Compile the base and the program with room for an adapter, for each kind of weights."""
+    import lorac
+
+    folder, model = Path(given.folder), common.llama(given)
+    for weights in (kind for kind in given.weights if not (folder / kind).exists()):
+        options: dict[str, Any] = {} if weights == "float32" else {"weights": weights}
+        lorac.compile(model, {}, target="onnxruntime", **options).save(folder / weights / "base")
+        adapters = {"a0": lorac.LoRA(r=given.rank, alpha=given.rank)}
+        lorac.compile(model, adapters, target="onnxruntime", mode="live", **options).save(folder / weights / "live")
+
+
+def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds per call of all sides, in one process: tokens -> side -> seconds."""
+    import lorac
+
+    (weights,) = job
+    folder = Path(given.folder, weights)
+    live, base, again = lorac.load(folder / "live"), lorac.load(folder / "base"), lorac.load(folder / "base")
+    first = live.adapters["a0"]
+    live.remove_adapter("a0")
+    for index in range(ROWS):
+        tensors = {path: {name: one.clone() for name, one in at.items()} for path, at in first.tensors.items()}
+        adapter = dataclasses.replace(first, name=f"a{index}", tensors=tensors)
+        common.away_from_init(adapter, seed=index)
+        live.add_adapter(adapter)
+    torch_sides = _peft_sides(given) if given.peft and weights == WEIGHTS[0] else {}
+    found = {}
+    for length in (1, 16):
+        inputs = common.tokens(given, (ROWS, length))
+        sides = {BASE: common.call(base, inputs), AGAIN: common.call(again, inputs)}
+        for distinct in DISTINCT:
+            names = [f"a{row * distinct // ROWS}" for row in range(ROWS)]
+            sides[str(distinct)] = common.call(live, {**inputs, "adapters": names})
+        sides[CALLS] = _call_per_choice(live, inputs)
+        sides |= {name: _peft_call(model, inputs, name == PEFT) for name, model in torch_sides.items()}
+        found[str(length)] = common.alternate(sides, given.rounds)
+        found[str(length)][READ] = _reading(live)
+    return found
+
+
+def _call_per_choice(live: Any, inputs: dict[str, Any]) -> common.Side:
+    def call() -> None:
+        for row in range(ROWS):
+            live(**{name: value[row : row + 1] for name, value in inputs.items()}, adapters=f"a{row}")
+
+    return call
+
+
+def _reading(live: Any) -> float:
+    """Seconds to read all adapters once, with torch's threads: the median of five."""
+    import torch
+
+    tensors = [tensor for adapter in live.adapters.values() for tensor in adapter.parameters()]
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        flat.sum()
+        times.append(time.perf_counter() - begun)
+    return sorted(times)[2]
+
+
+def _peft_sides(given: argparse.Namespace) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules="all-linear", init_lora_weights=False)
+    wrapped = get_peft_model(common.llama(given), config, "a0")
+    for index in range(1, ROWS):
+        wrapped.add_adapter(f"a{index}", config)
+    return {PEFT_BASE: common.llama(given), PEFT: wrapped.eval()}
+
+
+def _peft_call(model: Any, inputs: dict[str, Any], mixed: bool) -> common.Side:
+    names = {"adapter_names": [f"a{row}" for row in range(ROWS)]} if mixed else {}
+    return common.torch_call(lambda **tensors: model(**tensors, **names), inputs)
+
+
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """One table for each kind of weights: milliseconds, and ratios to the base last."""
+    return [_table(weights, by_length, given) for (weights,), by_length in found.items()]
+
+
+def _table(weights: str, by_length: Any, given: argparse.Namespace) -> common.Table:
+    rows, again = [], {}
+    for length, sides in by_length.items():
+        for name in _names(weights, given):
+            base = PEFT_BASE if name in {PEFT_BASE, PEFT} else BASE
+            rows.append((f"{ROWS}x{length}", name, f"{sides[name] * 1e3:.1f}", f"{sides[name] / sides[base]:.3f}"))
+        again[f"{ROWS}x{length}"] = sides[AGAIN] / sides[BASE]
+        bound = (sides["32"]) / (sides[BASE] + sides[READ])
+        rows.append((f"{ROWS}x{length}", "32 / (base + bytes)", "", f"{bound:.3f}"))
+        if PEFT in sides:
+            rows.append((f"{ROWS}x{length}", "PEFT, 32 / 32", "", f"{sides[PEFT] / sides['32']:.2f}"))
+    title = f"{ROWS} rows over distinct adapters, {weights}"
+    return common.Table(title, ("shape", "side", "ms", "ratio"), rows, promised(weights, given), again)
+
+
+def _names(weights: str, given: argparse.Namespace) -> list[str]:
+    peft = [PEFT_BASE, PEFT] if given.peft and weights == WEIGHTS[0] else []
+    return [BASE, AGAIN, *map(str, DISTINCT), CALLS, READ, *peft]
+
+
+def promised(weights: str, given: argparse.Namespace) -> Sequence[tuple[str, str]]:
+    """Return the first cells of a table."""
+    names = [*_names(weights, given), "32 / (base + bytes)"]
+    names += ["PEFT, 32 / 32"] if given.peft and weights == WEIGHTS[0] else []
+    return [(f"{ROWS}x{length}", name) for length in (1, 16) for name in names]
+
+
+BENCHMARK = common.Benchmark(
+    name="rows",
+    text=__doc__,
+    options=(
+        common.MODEL,
+        common.layers(20),
+        common.RANK,
+        common.rounds(9),
+        common.Option("weights", WEIGHTS, smoke=("float32",), help="of the base", choices=WEIGHTS),
+        common.Option("peft", True, smoke=True, help="measure PEFT too"),
+    ),
+    jobs=lambda given: [(weights,) for weights in given.weights],
+    measure=measure,
+    tables=tables,
+    prepare=prepare,
+)
+
+if __name__ == "__main__":
+    BENCHMARK.main()
