@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from collections.abc import Iterator
 
 from lorac.merging import ways
+from lorac.merging.registry import option_defaults
 from lorac.merging.way import Way
 
 HEAD = """# Ways of merging
 
 Made by `make docs` from the code; `make check` fails where the two differ. [Merge](merging.md) says how they are used.
-Each is a `method=` of `lorac.merge`, and a `merge_method` of a recipe.
+Each is a `method=` of `lorac.merge`, and a `merge_method` of a recipe; `knots`
+and `core` are short for `ties` in that space.
 """
+COMMON = option_defaults(Way)  # type: ignore[type-abstract]  # its fields alone are read
 
 
 def page() -> str:
@@ -29,8 +31,7 @@ def _ways() -> Iterator[str]:
     yield "| way | what it computes | it reads | options | source |"
     yield "| --- | --- | --- | --- | --- |"
     for name, way in sorted(ways().items()):
-        common = {field.name for field in dataclasses.fields(Way)}
-        options = ", ".join(f"`{field.name}`" for field in dataclasses.fields(way) if field.name not in common)
+        options = ", ".join(f"`{option}`" for option in option_defaults(way) if option not in COMMON)
         yield f"| `{name}` | {_cell(_summary(way))} | {way().reads} | {options or '–'} | {way.paper} |"
 
 
@@ -39,8 +40,8 @@ def _options() -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     rows: dict[tuple[str, str, str], list[str]] = {}
     for name, way in sorted(ways().items()):
-        for field in dataclasses.fields(way):
-            row = (field.name, f"`{field.default!r}`", _cell(_meanings(way)[field.name]))
+        for option, default in option_defaults(way).items():
+            row = (option, f"`{default!r}`", _cell(_meanings(way)[option]))
             rows.setdefault(row, []).append(name)
     for (option, default, meaning), owners in rows.items():
         listed = "all" if len(owners) == len(ways()) else ", ".join(f"`{name}`" for name in owners)

@@ -136,6 +136,8 @@ def merge_sites(
     """Merge adapters site by site; the errors of truncated sites are in the result's ``provenance["errors"]``."""
     view = None if view is None else _with_sites_of(view, adapters)
     adapted = {path for adapter in adapters for path in adapter.tensors}
+    every = _iter_terms(adapters, weights, view, torch.Generator())
+    way = way.survey(terms for terms in every if terms.path in adapted)
     found: dict[str, Change] = {}
     errors: dict[str, float] = {}
     with progress("merge", total=len(adapted)) as report:

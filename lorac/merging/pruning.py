@@ -22,6 +22,12 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
     return _mask_largest(tensor, max(1, int(density * tensor.numel())))
 
 
+def largest_threshold(sizes: Tensor, density: float) -> float:
+    """Return the smallest of the largest sizes (n,), a part ``density`` of them and at least one."""
+    count = max(1, int(density * sizes.numel()))
+    return float(sizes.kthvalue(sizes.numel() - count + 1).values)
+
+
 def drop_outliers(tensor: Tensor, density: float, gamma: float) -> Tensor:
     """Return a mask of a part ``density`` of the entries: the largest by size but a part ``gamma`` of all.
 

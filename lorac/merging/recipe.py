@@ -13,7 +13,6 @@ dtype: float16
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import torch
 
 from lorac.argument_types import describe_value, matches_type
 from lorac.errors import OptionError, WrongType, nearest_name, not_one_of
-from lorac.merging.registry import ways
+from lorac.merging.registry import find_way, option_defaults
+from lorac.merging.way import Way
 from lorac.storage.paths import parse_path
 from lorac.storage.strict_json import Json, JsonObject
 from lorac.storage.strict_yaml import read_yaml
@@ -69,9 +69,8 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
     file = parse_path(path, "the recipe", OptionError)
     given = read_yaml(file, next_step=_EXAMPLE)
     _check_names(file, "a recipe of merging", given, _FIELDS)
-    method = given.get("merge_method")
-    if method not in ways():
-        raise not_one_of(f"'{file}': there is no merge_method", method, ways())
+    method = _read_text(file, given, "merge_method") or ""
+    _find_way(file, method)
     entries = _read_entries(file, given)
     common = _read_parameters(file, given.get("parameters", {}), method)
     own = {name: _read_parameters(file, entry.get("parameters", {}), method) for name, entry in entries.items()}
@@ -83,6 +82,13 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
         _read_text(file, given, "base_model"),
         _read_dtype(file, given),
     )
+
+
+def _find_way(file: Path, method: str) -> type[Way]:
+    try:
+        return find_way(method)
+    except OptionError as error:
+        raise OptionError(f"'{file}': {error.what}", nearest=error.nearest, next_step=error.next_step) from error
 
 
 def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
@@ -110,7 +116,7 @@ def _read_parameters(file: Path, given: Json, method: str) -> dict[str, object]:
     """Return parameters by the names of a way's options, and the weight."""
     if not isinstance(given, dict):
         raise WrongType(f"'{file}': parameters is {describe_value(given)}", next_step=_EXAMPLE)
-    known = {"weight", *_RENAMED, *_IRRELEVANT, *(field.name for field in dataclasses.fields(ways()[method]))}
+    known = {"weight", *_RENAMED, *_IRRELEVANT, *option_defaults(find_way(method))}
     _check_names(file, f"merge_method {method}", given, sorted(known))
     for name, value in given.items():
         if isinstance(value, Mapping | list):
@@ -125,7 +131,7 @@ def _join_parameters(
     common: Mapping[str, object], own: Mapping[str, Mapping[str, object]], method: str
 ) -> dict[str, object]:
     """Return the options of a way; one that some adapter has for itself is given for each."""
-    defaults = {field.name: field.default for field in dataclasses.fields(ways()[method])}
+    defaults = option_defaults(find_way(method))
     names = dict.fromkeys(name for parameters in own.values() for name in parameters if name != "weight")
     options = {name: value for name, value in common.items() if name != "weight"}
     for name in names:

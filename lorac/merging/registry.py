@@ -11,7 +11,6 @@ from lorac.argument_types import Fields
 from lorac.discovery import import_modules
 from lorac.errors import ChoiceError, OptionError, nearest_name, not_one_of
 from lorac.merging import ways as _ways
-from lorac.merging.spaces import SPACES
 from lorac.merging.way import Way
 
 
@@ -21,6 +20,27 @@ def ways() -> dict[str, type[Way]]:
     found = (one for module in import_modules(_ways) for one in vars(module).values())
     classes = (one for one in found if inspect.isclass(one) and issubclass(one, Way) and not inspect.isabstract(one))
     return {one.name: one for one in classes}
+
+
+SHORT: Mapping[str, Mapping[str, object]] = {"knots": {"space": "knots"}, "core": {"space": "core"}}
+"""Short names of ``ties`` with some options."""
+
+
+def find_way(method: str) -> type[Way]:
+    """Return the way of a name.
+
+    Raises:
+        OptionError: there is none.
+    """
+    name = "ties" if method in SHORT else method
+    if name not in ways():
+        raise not_one_of("there is no way of merging", method, [*ways(), *SHORT])
+    return ways()[name]
+
+
+def option_defaults(way: type[Way]) -> dict[str, object]:
+    """Return the options of a way with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(way) if field.init}
 
 
 def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -> Way:
@@ -36,15 +56,8 @@ def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -
         ChoiceError: an option is given for each adapter, and not for these.
         WrongType: an option is of another kind.
     """
-    if method in SPACES:
-        raise OptionError(
-            f"'{method}' is a space in which ways combine changes, not a way",
-            next_step=f"give method='ties', space='{method}', or another way that combines",
-        )
-    if method not in ways():
-        raise not_one_of("there is no way of merging", method, ways())
-    way = ways()[method]
-    known = {field.name: field for field in dataclasses.fields(way)}
+    way, options = find_way(method), {**SHORT.get(method, {}), **options}
+    known = option_defaults(way)
     for name in options:
         if name not in known:
             raise OptionError(

@@ -7,10 +7,11 @@ touch, dtypes, seeds, truncation and the form of the result are done for all of 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar, Self
 
 import torch
 
@@ -18,7 +19,7 @@ from lorac.adapters.lora_conversion import to_lora
 from lorac.argument_types import Count, OneOf, Rate, check_fields
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, LowRank
-from lorac.merging.pruning import Part, match_norms, per_adapter
+from lorac.merging.pruning import Part, keep_largest, largest_threshold, match_norms, per_adapter
 from lorac.merging.spaces import SPACES, sum_changes
 from lorac.merging.terms import ScaledPair, SiteTerms
 from lorac.variants.adapter import Adapter
@@ -71,6 +72,10 @@ class SiteWay(Way):
     @property
     def reads(self) -> str:
         return "each site's change in its own form"
+
+    def survey(self, terms: Iterable[SiteTerms]) -> Self:
+        """Return this way with what it must know of all sites before it merges one; by default that is nothing."""
+        return self
 
     @abstractmethod
     def merge_site(self, terms: SiteTerms) -> Change:
@@ -176,6 +181,40 @@ class PruningWay(CombiningWay):
             return kept
         by_density = self.is_like_peft if self.rescale_norm is None else self.rescale_norm == "density"
         return kept / density if by_density else match_norms(kept, tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestEntriesWay(PruningWay):
+    """A way that keeps the largest entries by size.
+
+    Attributes:
+        scope: of what ``density`` is a part: of the entries of each ``site``, as in mergekit and PEFT, or of the whole
+            ``adapter``, as in the paper of TIES and in KnOTS; that takes two passes, and memory for all sizes.
+    """
+
+    scope: Annotated[str, OneOf(("site", "adapter"))] = "site"
+    thresholds: Sequence[float] = field(default=(), init=False, repr=False)
+
+    def survey(self, terms: Iterable[SiteTerms]) -> Self:
+        if self.scope == "site":
+            return self
+        sizes: list[Tensor] = []
+
+        def collect(tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+            sizes.append(tensors.abs().flatten(1))
+            return tensors[0]
+
+        for one in terms:
+            SPACES[self.space](collect, one)
+        whole = torch.cat(sizes, dim=1)
+        densities = per_adapter(self.density, len(whole))
+        surveyed = copy.copy(self)
+        found = tuple(largest_threshold(row, density) for row, density in zip(whole, densities, strict=True))
+        object.__setattr__(surveyed, "thresholds", found)
+        return surveyed
+
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        return tensor.abs() >= self.thresholds[index] if self.thresholds else keep_largest(tensor, density)
 
 
 @dataclass(frozen=True, kw_only=True)

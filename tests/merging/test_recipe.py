@@ -73,7 +73,6 @@ def test_what_means_nothing_is_refused(case, tmp_path):
 
 ARGUMENTS = {
     "a misspelt way": (("tiez",), {}, "option_error", "ties"),
-    "a space for a way": (("knots",), {}, "option_error", "space='knots'"),
     "a misspelt option": (("ties",), {"densty": 0.5}, "option_error", "density"),
     "another way's option": (("linear",), {"density": 0.5}, "option_error", "takes"),
     "a density of 0": (("ties",), {"density": 0.0}, "option_error", "above 0"),

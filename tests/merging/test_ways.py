@@ -121,6 +121,28 @@ def test_knots_combines_the_parts_of_a_dense_decomposition():
     assert_close(merged, u[:, :5] @ kept.sum(0))
 
 
+@pytest.mark.parametrize("space", ["deltas", "knots"])
+def test_a_whole_adapter_is_trimmed_at_once(space):
+    one = lora("a", 1, r=3)
+    one.tensors["fc2"]["lora_B"] *= 5
+    options = {"space": space, "density": 0.5}
+    whole = deltas(lorac.merge([one], "ties", scope="adapter", **options), host())
+    apart = deltas(lorac.merge([one], "ties", **options), host())
+    sizes = torch.cat([delta.abs().flatten() for delta in deltas(one, host()).values()])
+    if space == "deltas":
+        kept = {path: int((delta != 0).sum()) for path, delta in whole.items()}
+        assert sum(kept.values()) == sizes.numel() // 2 and kept["fc2"] > kept["fc1"]
+    assert all(not torch.equal(whole[path], apart[path]) for path in whole)
+
+
+def test_knots_and_core_are_short_for_ties_there():
+    adapters = [lora("a", 1, r=3), lora("b", 2, r=2)]
+    for space in ("knots", "core"):
+        short = lorac.merge(adapters, space, density=0.5)
+        long = lorac.merge(adapters, "ties", space=space, density=0.5)
+        assert torch.equal(short.tensors["fc1"]["lora_A"], long.tensors["fc1"]["lora_A"])
+
+
 def test_sums_keep_the_form_of_their_parts():
     model = host()
     with torch.no_grad():
