@@ -117,13 +117,14 @@ def _check_alike(tuned: ModelView, base: ModelView) -> None:
                 next_step="give two checkpoints of one class of model",
                 code="site_not_found",
             )
-        for which, site in (("tuned", own[path]), ("base", other[path])):
-            if site.packed or site.dtype.itemsize < 2:
-                raise CompileError(
-                    f"the weight of '{path}' of the {which} model is quantised, and has no exact difference",
-                    next_step="give the models as they were before quantisation",
-                    code="not_mergeable",
-                )
+        sides = (("tuned", own[path]), ("base", other[path]))
+        quantised = [which for which, site in sides if site.packed or site.dtype.itemsize < 2]
+        if quantised:
+            raise CompileError(
+                f"the weight of '{path}' of the {quantised[0]} model is quantised, and has no exact difference",
+                next_step="give the models as they were before quantisation",
+                code="not_mergeable",
+            )
         shapes = [site.kernel for site in (own[path], other[path])]
         if shapes[0] != shapes[1] or (own[path].bias is None) != (other[path].bias is None):
             raise AdapterError(

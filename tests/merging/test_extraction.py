@@ -199,3 +199,16 @@ def test_refusals(folders, tmp_path):
     (tmp_path / "packed/config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     with refuses("not_mergeable", match="quantised"):
         lorac.extract(tmp_path / "packed", folders / "base")
+
+
+@torch.no_grad()
+def test_peft_reads_an_extract_that_no_model_was_loaded_for(folders, tmp_path):
+    """Embeddings, tied ones, and norms as modules_to_save."""
+    peft = pytest.importorskip("peft")
+    adapter = lorac.extract(folders / "tuned", folders / "base", rank=8)
+    lorac.save_adapter(adapter, tmp_path / "peft")
+    base, other = (type(ZOO["tiny_llama"].model()).from_pretrained(folders / "base").double() for _ in range(2))
+    inputs = ZOO["tiny_llama"].inputs()
+    reference = peft.PeftModel.from_pretrained(other, tmp_path / "peft").eval()(**inputs)
+    plain = base(**inputs)
+    parity.assert_parity(lorac.compile(base, {"a": tmp_path / "peft"})(**inputs), reference, plain, names=["logits"])
