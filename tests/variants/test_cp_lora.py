@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
-from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case
 from lorac.testing import eager_checks as checks
@@ -92,7 +92,7 @@ def test_form():
     assert wide.rank == 3
     assert "c" in wide.scales
     for host in GROUPED:
-        assert isinstance(Case(lorac.CPLoRA(r=2), host).live.pool["a"].changes["site"], Dense)
+        assert isinstance(Case(lorac.CPLoRA(r=2), host).live.pool["a"].changes["site"], Delta)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 import lorac
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case
 from lorac.testing.eager_checks import assert_close
@@ -131,7 +131,7 @@ def test_form():
     assert not few.scales
     # r = k factors cost more than the weight itself.
     many = lorac.compile(model, {"a": lorac.LoLDU(r=7, targets=("site",))}).pool["a"].changes["site"]
-    assert isinstance(many, Dense)
+    assert isinstance(many, Delta)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 
 import lorac
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case, Oracle
 from lorac.testing import eager_checks as checks
@@ -121,7 +121,7 @@ def test_form():
     assert value.rank == 9
     assert set(value.scales) == {"c"}
     for host in (SQUARE[0], GROUPED[0]):
-        assert isinstance(Case(lorac.LoRAC(r=2), host).live.pool["a"].changes["site"], Dense)
+        assert isinstance(Case(lorac.LoRAC(r=2), host).live.pool["a"].changes["site"], Delta)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from peft import RandLoraConfig, get_peft_model
 from torch import nn
 
 import lorac
-from lorac.ir.algebra.changes import Dense
+from lorac.ir.algebra.changes import Delta
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, SiteKind
 from lorac.testing.eager_checks import assert_close
@@ -103,7 +103,7 @@ def test_sites_take_their_corners_of_one_pair_of_bases():
     live, fused = (lorac.compile(model, {"a": adapter}, mode=mode) for mode in ("live", "fused"))
     assert_parity(fused(x), live(x), model(x))
     for value in live.pool["a"].changes.values():
-        assert isinstance(value, Dense)
+        assert isinstance(value, Delta)
     live.swap(None)
     assert torch.equal(live(x), model(x))
 

@@ -7,7 +7,7 @@ from torch import nn
 import lorac
 from lorac.adapters.fresh import make_fresh_adapter
 from lorac.frontend.model_view import ModelView
-from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, SiteKind
 from lorac.testing import conformance
@@ -205,7 +205,7 @@ def test_one_vector_starts_at_zero(zero_mode, k):
     assert [bool(t.any()) for t in starts] == [i != k for i in range(4)]
 
 
-@pytest.mark.parametrize(("fields", "form"), [({"r": 2}, LowRank), ({}, Dense), ({"factors": "identity"}, Dense)])
+@pytest.mark.parametrize(("fields", "form"), [({"r": 2}, LowRank), ({}, Delta), ({"factors": "identity"}, Delta)])
 def test_form(fields, form):
     _, compiled = fresh(**fields)
     values = compiled.pool["a"].changes

@@ -10,7 +10,7 @@ from torch import nn
 import lorac
 from lorac.backends.onnx import build as building
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.changes import Dense, LowRank
+from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, SiteKind
 from tests.oracles import vera as oracle
@@ -148,7 +148,7 @@ def test_form(model, adapters):
 
 def test_a_rank_that_saves_nothing_is_merged(model):
     compiled = lorac.compile(model, {"a": lorac.VeRA(targets=TARGETS)})
-    assert all(isinstance(value, Dense) for value in compiled.pool["a"].changes.values())
+    assert all(isinstance(value, Delta) for value in compiled.pool["a"].changes.values())
     assert "saves nothing" in compiled.pool["a"].reasons[0].why
 
 
