@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import statistics
 import sys
 import time
@@ -155,62 +157,67 @@ def replace_undecodable_text() -> None:
             stream.reconfigure(errors="replace")
 
 
-class _TimestampStreamer:
-    """A streamer that records when tokens arrive."""
-
-    def __init__(self) -> None:
-        self.moments: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.moments.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Do nothing."""
+EACH_ROW_ITS_OWN = "each row its own"
 
 
 def time_choices(
-    compiled: Compiled, rounds: int, measure: Callable[[], tuple[float, ...]]
+    compiled: Compiled, rounds: int, measure: Callable[..., tuple[float, ...]], own: Sequence[str] = ()
 ) -> dict[str | None, list[float]]:
-    """Return the medians of each choice of one adapter or none: of a swap to it in seconds, and of what is measured.
+    """Return the medians of none, of each adapter and of all: of a swap to it in seconds, and of what is measured.
 
     One more round runs first, to warm up.
+
+    Args:
+        measure: measures a call; it takes ``adapters=`` of the call.
+        own: an adapter for each row, which are then measured together too.
     """
     times: dict[str | None, list[tuple[float, ...]]] = {choice: [] for choice in (None, *compiled.adapters)}
+    together: list[tuple[float, ...]] = []
     for number in range(rounds + 1):
         step(f"round {number} of {rounds}")
         for choice, found in times.items():
             found.append((compiled.swap(choice).seconds, *measure()))
+        if own:
+            together.append((compiled.swap(None).seconds, *measure(adapters=list(own))))
+    times |= {EACH_ROW_ITS_OWN: together} if own else {}
     return {c: [statistics.median(column) for column in zip(*found[1:], strict=True)] for c, found in times.items()}
 
 
-def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int) -> list[dict[str, object]]:
+def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int, rows: int) -> list[dict[str, object]]:
     """Time swaps and generation with each adapter and with none, one row of medians per choice.
 
     Args:
         prompt: the number of tokens of the prompt.
         new: the number of new tokens.
         rounds: the number of rounds.
+        rows: the number of prompts of a batch; several are also generated with the adapters by turns.
     """
     # Ids that every vocabulary has; the time of a call does not depend on them.
-    ids = (torch.arange(prompt) % 64 + 1)[None]
-    medians = time_choices(compiled, rounds, lambda: _time_tokens(compiled, ids, new))
+    ids = (torch.arange(prompt) % 64 + 1).repeat(rows, 1)
+    names = list(itertools.islice(itertools.cycle(compiled.adapters), rows if rows > 1 else 0))
+    medians = time_choices(compiled, rounds, functools.partial(_time_tokens, compiled, ids, new), names)
     return [
         {
             "adapters": choice or "none",
             "swap_ms": swap * 1e3,
             "first_ms": first * 1e3,
-            "read_per_s": prompt / first,
-            "written_per_s": 1 / each,
+            "read_per_s": rows * prompt / first,
+            "written_per_s": rows / each,
             "ratio": each / medians[None][2],
         }
         for choice, (swap, first, each) in medians.items()
     ]
 
 
-def _time_tokens(compiled: Compiled, ids: torch.Tensor, new: int) -> tuple[float, float]:
-    """Return the seconds to the first token, and for each of the others."""
-    streamer, begun = _TimestampStreamer(), time.perf_counter()
-    settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new}
-    compiled.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, streamer=streamer)
-    first, last = streamer.moments[1], streamer.moments[-1]
-    return first - begun, (last - first) / (new - 1)
+def _time_tokens(compiled: Compiled, ids: torch.Tensor, new: int, **choice: object) -> tuple[float, float]:
+    """Return the seconds to the first token of all rows, and for each of the others."""
+
+    def generate(tokens: int) -> float:
+        settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens, **choice}
+        begun = time.perf_counter()
+        compiled.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        return time.perf_counter() - begun
+
+    first = generate(1)
+    # On a busy machine, a tiny model's first token may take longer than all of its tokens.
+    return first, max(generate(new) - first, 1e-9) / (new - 1)

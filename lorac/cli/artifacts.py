@@ -142,21 +142,25 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Calls per choice.")] = 20,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="The tokens of the prompt, without --inputs.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="The new tokens of each round, without --inputs.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="The prompts of a batch, without --inputs.")] = 1,
     json: JsonOption = False,
 ) -> None:
-    """Time calls with --inputs, or else generation, with each adapter and with none, and print the medians."""
+    """Time calls with --inputs, or else generation, with each adapter and with none, and print the medians.
+
+    With --rows above 1, generation is also timed with an adapter of its own for each row: all of them by turns.
+    """
     from lorac.cli._generation import time_generation
 
     with progress("bench") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, active=None)
         if inputs is None:
-            rows = time_generation(compiled, prompt_tokens, new_tokens, rounds)
+            times = time_generation(compiled, prompt_tokens, new_tokens, rounds, rows)
         else:
-            rows = _time_calls(compiled, read_inputs(inputs), rounds)
+            times = _time_calls(compiled, read_inputs(inputs), rounds)
     headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
-    cells = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in rows]
-    print_report(rows, make_table(headers, cells), as_json=json)
+    cells = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in times]
+    print_report(times, make_table(headers, cells), as_json=json)
 
 
 def _time_calls(compiled: Compiled, arrays: Mapping[str, Array], rounds: int) -> list[dict[str, object]]:

@@ -237,6 +237,10 @@ def test_bench_times_generation(cli):
     code, out, _ = cli("bench", "model", *words)
     assert code == 0
     assert all(header in out for header in ("first token ms", "read tokens/s", "written tokens/s", "ratio"))
+    code, out, err = cli("bench", "model", "-a", "sql", "-a", "style", *words, "--rows", "3", "--json")
+    assert err == ""
+    assert code == 0
+    assert [row["adapters"] for row in json.loads(out)] == ["none", "sql", "style", "each row its own"]
 
 
 @pytest.mark.parametrize(
