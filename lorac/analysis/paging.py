@@ -126,7 +126,7 @@ def admits(running: Iterable[RowLoad], candidate: RowLoad, cells: int, ranks: It
 
 
 # ── Replaying a trace ────────────────────────────────────────────────────────────────────────────────────────────────
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TracedRequest:
     """A request of a trace.
 
@@ -229,15 +229,14 @@ class PagedAllocator:
     def replay(self, trace: Sequence[TracedRequest]) -> ReplayReport:
         """Replay a trace to its end."""
         counts, running = _Counts(), list[_Row]()
-        waiting = collections.deque(sorted(trace, key=lambda request: request.arrives))
+        waiting = sorted(trace, key=lambda request: request.arrives)
         while waiting or running:
             turn = counts.steps % JOIN_EVERY
             arrived = [request for request in waiting if request.arrives <= counts.steps]
-            if turn == 0 or not running:
-                for request in self._join(arrived, running, counts):
-                    waiting.remove(request)
-            elif turn in PREFETCH_AT:
-                self._prefetch(arrived, running, counts)
+            gone = self._join(arrived, running, counts) if turn == 0 or not running else []
+            waiting = [request for request in waiting if request not in gone]
+            if turn in PREFETCH_AT:
+                self._prefetch([request for request in arrived if request not in gone], running, counts)
             counts.waited += sum(request.arrives <= counts.steps for request in waiting)
             self._step(running, counts)
         self._evict(())
@@ -332,18 +331,21 @@ class PlacedAllocator:
         counts, running = _Counts(), list[_Row]()
         waiting = collections.deque(sorted(trace, key=lambda request: request.arrives))
         while waiting or running:
-            while waiting and waiting[0].arrives <= counts.steps and len(running) < self.rows:
-                request = waiting[0]
-                fits = request.prompt + request.new <= self.longest and self._size(request.adapter) <= self.room
-                if fits and not self._load(request.adapter, running, counts):
-                    break
+            while waiting and waiting[0].arrives <= counts.steps and self._join(waiting[0], running, counts):
                 waiting.popleft()
-                counts.refused += not fits
-                if fits:
-                    running.append(_Row(request, 0, ()))
             counts.waited += sum(request.arrives <= counts.steps for request in waiting)
             self._step(running, counts)
         return counts.report()
+
+    def _join(self, request: TracedRequest, running: list[_Row], counts: _Counts) -> bool:
+        """Let a request join, or refuse it if it never fits; return whether it left the line."""
+        if request.prompt + request.new > self.longest or self._size(request.adapter) > self.room:
+            counts.refused += 1
+            return True
+        if len(running) >= self.rows or not self._load(request.adapter, running, counts):
+            return False
+        running.append(_Row(request, 0, ()))
+        return True
 
     def _size(self, name: str | None) -> int:
         """Return an adapter's bytes: a row of A or B is as large as half a token's keys and values in all layers."""
@@ -385,45 +387,3 @@ class PlacedAllocator:
         counts.finished += len(ended)
         for row in ended:
             running.remove(row)
-
-
-# ── Tensor parallelism ───────────────────────────────────────────────────────────────────────────────────────────────
-@dataclass
-class Communication:
-    """Elements that each shard sends, of the base's products and of the adapters'."""
-
-    base: float = 0.0
-    adapters: float = 0.0
-
-
-def run_sharded_mlp(
-    x: Array, weights: tuple[Array, Array], pairs: tuple[tuple[Array, Array], tuple[Array, Array]], shards: int
-) -> tuple[Array, Communication]:
-    """Compute y = W₂ h(W₁ x) with a pair on both, sharded as S-LoRA does, and count what shards send.
-
-    W₁ is split by outputs and W₂ by inputs. A₁ is split by rank, and x·A₁ gathered; B₁ is split by outputs. A₂ is split
-    by inputs, and its product summed over the shards; B₂ is split by outputs, and added to the shard's own columns of
-    the base's product before the one sum that the base needs anyway. h is the positive part.
-
-    Args:
-        x: (tokens, in).
-        weights: W₁ (m, in) and W₂ (out, m).
-        pairs: (A₁ (r, in), B₁ (m, r)) and (A₂ (r, m), B₂ (out, r)).
-        shards: divides r, m and out.
-    """
-    (W1, W2), ((A1, B1), (A2, B2)) = weights, pairs
-    sent, tokens = Communication(), x.shape[0]
-    gathered = np.concatenate([x @ part.T for part in np.split(A1, shards)], 1)
-    sent.adapters += (shards - 1) / shards * tokens * A1.shape[0]
-    hidden = [
-        np.maximum(x @ base.T + gathered @ out.T, 0)
-        for base, out in zip(np.split(W1, shards), np.split(B1, shards), strict=True)
-    ]
-    inner = sum(own @ part.T for own, part in zip(hidden, np.split(A2, shards, 1), strict=True))
-    sent.adapters += 2 * (shards - 1) / shards * tokens * A2.shape[0]
-    partial = [own @ part.T for own, part in zip(hidden, np.split(W2, shards, 1), strict=True)]
-    columns = W2.shape[0] // shards
-    for shard, part in enumerate(np.split(B2, shards)):
-        partial[shard][:, shard * columns : (shard + 1) * columns] += inner @ part.T
-    sent.base += 2 * (shards - 1) / shards * tokens * W2.shape[0]
-    return np.sum(partial, 0), sent

@@ -196,10 +196,11 @@ class ChoiceStates:
         """
         budget = self._pool.budget
         with self._lock:
-            for number, known in tuple(self._together.items()):
-                if known.is_of(states):
-                    budget.touch((id(self), number))
-                    return known.bound
+            number = next((n for n, known in tuple(self._together.items()) if known.is_of(states)), None)
+            known = None if number is None else self._together.get(number)
+            if known is not None:
+                budget.touch((id(self), number))
+                return known.bound
             programs = [state.bound for state in states if state.bound is not None]
             made = self._engine.bind_rows([program.content for program in programs])  # type: ignore[misc]  # its own
             charge = budget.charge(made.own)

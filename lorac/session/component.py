@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from torch import nn
 
@@ -15,9 +15,21 @@ from lorac.ir.slots.choice import UNSET
 from lorac.runtime.traits import ModelTraits
 from lorac.session.other_vocabularies import refuse_strength_in_call
 from lorac.session.presentation import unknown_attribute
+from lorac.session.session import Session
+from lorac.target.engine import Engine
 
-if TYPE_CHECKING:
-    from lorac.session.compiled import Compiled
+
+class ComponentHost(Protocol):
+    """What a component asks of the models that it was compiled with."""
+
+    engine: Engine
+    session: Session
+
+    def call(self, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Any, *, graph: str) -> Any:
+        """Run a graph once."""
+
+    def generate(self, inputs: Any, **options: Any) -> Any:
+        """Continue prompts."""
 
 
 class Component:
@@ -32,7 +44,7 @@ class Component:
         traits: configuration, dtype and device of the original.
     """
 
-    def __init__(self, compiled: Compiled, name: str, traits: ModelTraits) -> None:
+    def __init__(self, compiled: ComponentHost, name: str, traits: ModelTraits) -> None:
         self._compiled, self._name = compiled, name
         self.config, self.dtype, self.device = traits.config, traits.dtype, traits.device
 

@@ -17,7 +17,6 @@ from lorac.analysis.paging import (
     admits,
     cells_needed,
     pack_adapter,
-    run_sharded_mlp,
     unpack_adapter,
 )
 from tests.refusing import refuses
@@ -79,22 +78,6 @@ def test_admission_looks_at_the_worst_step_to_come() -> None:
         # A request holds its cells until it has ended.
         worst = max(sum(row.length + step for row in rows if row.left >= step) for step in steps)
         assert cells_needed(rows) == worst
-
-
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_shards_together_compute_what_one_computes(shards: int) -> None:
-    generator = np.random.default_rng(shards)
-    tokens, width, inner, rank = 5, 24, 40, 8
-    x, W1, W2 = (generator.normal(size=shape) for shape in ((tokens, width), (inner, width), (width, inner)))
-    A1, B1, A2, B2 = (
-        generator.normal(size=shape) for shape in ((rank, width), (inner, rank), (rank, inner), (width, rank))
-    )
-    hidden = np.maximum(x @ (W1 + B1 @ A1).T, 0)
-    found, sent = run_sharded_mlp(x, (W1, W2), ((A1, B1), (A2, B2)), shards)
-    expected = hidden @ (W2 + B2 @ A2).T
-    assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected)
-    assert sent.base == 2 * (shards - 1) / shards * tokens * width
-    assert sent.adapters == 3 * (shards - 1) / shards * tokens * rank, "what adapters add depends on the rank alone"
 
 
 RANKS = {f"a{i}": (64, 32, 16, 8)[i % 4] for i in range(40)}

@@ -13,6 +13,17 @@ from benchmarks import __main__ as everything
 
 ROOT = Path(__file__).parents[2]
 ROWS = {
+    "bank": [
+        [
+            "copy of its bytes",
+            "copy of its bytes, A/A",
+            "a prepared adapter into its place",
+            "a swap to a prepared adapter",
+            "reading its file",
+            "an adapter from disk",
+        ],
+        ["registered, each", "beyond the budget"],
+    ],
     "compile": [
         ["plain export", "plain export, A/A", "lorac live", "lorac live, no self-test", "lorac fused"],
         ["genai builder, adapter", "genai builder, no adapter", "lorac live, cache"],

@@ -1,0 +1,152 @@
+"""Thousands of registered adapters under one budget of bytes: what admitting one costs, and what they take.
+
+    python -m benchmarks.bank [--registered 2000] [--room 8] [--processes 3]
+
+A prepared adapter is written into its place among those that a call takes; one from disk is read, checked, prepared and
+bound. Targets: <= 1.5 of a copy of its bytes, <= 1.3 of reading its file, and no more memory than the budget and 10 kB
+for each registered adapter beyond what the program took before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+
+COPY, AGAIN, PREPARED = "copy of its bytes", "copy of its bytes, A/A", "a prepared adapter into its place"
+READ, DISK, SWAP = "reading its file", "an adapter from disk", "a swap to a prepared adapter"
+MEMORY = ("registered, each", "beyond the budget")
+OPTIONS = (
+    common.MODEL,
+    common.layers(20),
+    common.RANK,
+    common.rounds(20),
+    common.Option("registered", 2000, smoke=20, help="adapters on disk"),
+    common.Option("room", 8, smoke=2, help="prepared adapters that the budget has room for"),
+)
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """Write the adapters: PEFT's own files, one per name, a few with contents of their own."""
+    folder = Path(given.folder) / "adapters"
+    if folder.exists():
+        return
+    common.save_peft(folder.with_name("first"), given)
+    for number in range(given.registered):
+        (folder / f"r{number}").mkdir(parents=True)
+        for file in folder.with_name("first").iterdir():
+            (folder / f"r{number}" / file.name).hardlink_to(file)
+
+
+def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
+    """All figures, in one process."""
+    import torch
+
+    import lorac
+
+    torch.set_num_threads(1)
+    room = lorac.Reserve(targets="all-linear", rank=given.rank)
+    model = lorac.compile(common.llama(given), reserve=room, target="onnxruntime", threads=1, self_test=False)
+    folder = Path(given.folder) / "adapters"
+    before = _resident()
+    names = model.register(folder)
+    registered = _resident() - before
+    model.swap(names[0])
+    bytes_each = model.memory.used
+    found = _times_in_memory(model, names, given)
+    model.swap(None)
+    model.memory.limit = 0
+    found |= _times_from_disk(model, names, folder, bytes_each, given)
+    model.swap(None)
+    model.memory.limit = 0
+    before, budget = _resident(), given.room * bytes_each
+    model.memory.limit = budget
+    for name in names[: 4 * given.room]:
+        model.swap(name)
+    return {
+        **found,
+        "bytes": bytes_each,
+        MEMORY[0]: registered / len(names),
+        MEMORY[1]: _resident() - before - budget,
+    }
+
+
+def _times_in_memory(model: Any, names: Sequence[str], given: argparse.Namespace) -> dict[str, float]:
+    """Seconds of admitting a prepared adapter, and of a copy of its bytes."""
+    import torch
+
+    from lorac.ir.slots.rows import write_place
+
+    states = [model._states.of(((name, _active()),)) for name in names[:2]]
+    contents = [state.bound.content.tensors for state in states]
+    places = model._states.bind_rows(states).content.tensors
+    slots = [name for name in contents[1] if places[name].shape[0] == 2]
+    own, into = [contents[1][name] for name in slots], [places[name][1] for name in slots]
+    source = torch.cat([tensor.reshape(-1) for tensor in own])
+    target, turns = torch.empty_like(source), iter(range(10**9))
+
+    def place() -> None:
+        for slot, tensor in zip(into, own, strict=True):
+            write_place(slot, tensor)
+
+    sides: dict[str, common.Side] = {name: lambda: target.copy_(source) for name in (COPY, AGAIN)}
+    return common.alternate({**sides, PREPARED: place, SWAP: lambda: model.swap(names[next(turns) % 2])}, given.rounds)
+
+
+def _times_from_disk(
+    model: Any, names: Sequence[str], folder: Path, size: int, given: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds of admitting an adapter that only its file holds, and of reading the file."""
+    model.memory.limit, turns = int(2.5 * size), iter(range(10**9))
+    file = folder / names[0] / "adapter_model.safetensors"
+    return common.alternate(
+        {READ: file.read_bytes, DISK: lambda: model.swap(names[next(turns) % len(names)])}, given.rounds
+    )
+
+
+def _active() -> Any:
+    from lorac import Active
+
+    return Active()
+
+
+def _resident() -> int:
+    """Return the bytes of this process in memory."""
+    gc.collect()
+    samples = [int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") for _ in range(3)]
+    return int(statistics.median(samples))
+
+
+def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
+    """Times beside what they are compared with, and bytes."""
+    figures = found[("bank",)]
+    compared = {COPY: COPY, AGAIN: COPY, PREPARED: COPY, SWAP: COPY, READ: READ, DISK: READ}
+    rows = [
+        (side, f"{1e3 * figures[side]:.2f}", f"{figures[side] / figures[base]:.2f}") for side, base in compared.items()
+    ]
+    ratios = {"copy": figures[AGAIN] / figures[COPY]}
+    size = f"an adapter of {figures['bytes'] / 1e6:.1f} MB"
+    times = common.Table(size, ("admission", "ms", "ratio"), rows, [(side,) for side in compared], ratios)
+    memory = [(what, f"{figures[what]:.0f}") for what in MEMORY]
+    title = f"{given.registered} registered, a budget for {given.room}"
+    return [times, common.Table(title, ("memory", "bytes"), memory, [(what,) for what in MEMORY], ratios)]
+
+
+BENCHMARK = common.Benchmark(
+    name="bank",
+    text=__doc__,
+    options=OPTIONS,
+    jobs=lambda given: [("bank",)],
+    measure=measure,
+    tables=tables,
+    prepare=prepare,
+)
+
+if __name__ == "__main__":
+    BENCHMARK.main()
