@@ -33,15 +33,15 @@ OPTIONS = (
 
 
 def prepare(given: argparse.Namespace) -> None:
-    """Write the adapters: PEFT's own files, one per name, a few with contents of their own."""
+    """Write the adapters: folders of PEFT's, all links to one."""
     folder = Path(given.folder) / "adapters"
     if folder.exists():
         return
     common.save_peft(folder.with_name("first"), given)
-    for number in range(given.registered):
-        (folder / f"r{number}").mkdir(parents=True)
+    for place in (folder.with_name("one") / "r", *(folder / f"r{number}" for number in range(given.registered))):
+        place.mkdir(parents=True)
         for file in folder.with_name("first").iterdir():
-            (folder / f"r{number}" / file.name).hardlink_to(file)
+            (place / file.name).hardlink_to(file)
 
 
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
@@ -54,6 +54,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     room = lorac.Reserve(targets="all-linear", rank=given.rank)
     model = lorac.compile(common.llama(given), reserve=room, target="onnxruntime", threads=1, self_test=False)
     folder = Path(given.folder) / "adapters"
+    model.register(folder.with_name("one"))  # what the first takes, such as a search of the model, no other does
     before = _resident()
     names = model.register(folder)
     registered = _resident() - before

@@ -222,17 +222,21 @@ class ChoiceStates:
             entries = self._pool.select([name for name, _ in choice])
             versions = self._pool.read_versions(entries)
             snapshot = compose_choice(self._plans, self._pool if prepared is None else prepared, choice, self._base)
-            bound, slots = None, dict[str, SiteSlots]()
-            if self._engine.constant:
-                bound = self._engine.bind(snapshot, {})
-            elif not self._engine.fused:
-                with self._suggesting_reserve(choice):
-                    slots = fill_slots(self._plans, snapshot, self._base, self._idle)
-                bound = self._engine.bind(snapshot, slots)
+            bound, slots = self._bind(choice, snapshot)
             filled = [tensor for path in snapshot.composed if slots for tensor in slots[path].named().values()]
             charge = self._pool.budget.charge((*snapshot.tensors(), *filled))
             nbytes = sum(tensor.nbytes for tensor in filled)
             return ChoiceState(snapshot, bound, self._pool, entries, versions, nbytes, charge)
+
+    def _bind(self, choice: Choice, snapshot: ComposedWeights) -> tuple[BoundProgram | None, Mapping[str, SiteSlots]]:
+        """Return the engine's binding of a choice, unless the engine writes weights, and the slots that were filled."""
+        if self._engine.fused:
+            return None, {}
+        if self._engine.constant:
+            return self._engine.bind(snapshot, {}), {}
+        with self._suggesting_reserve(choice):
+            slots = fill_slots(self._plans, snapshot, self._base, self._idle)
+        return self._engine.bind(snapshot, slots), slots
 
     def save(self, choice: Choice, graph: str, path: str | Path) -> None:
         """Write a choice as a file of the engine's own kind, in one step. No state is made of the choice."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,46 +133,56 @@ class SwitchableModel(ChoiceSwitch, ABC):
 
     def add_prepared(self, adapter: Adapter, prepared: PreparedAdapter) -> None:
         """Add an adapter that fits the plans; one that fails to be added leaves no trace."""
+
+        def add() -> None:
+            self.pool.add(adapter, prepared)
+            self._on_adapters_changed()
+            if not self.engine.fused:
+                self._states.of(((adapter.name, Active()),))
+
+        def undo() -> None:
+            if adapter.name in self.pool:
+                self.pool.remove(adapter.name)
+            self._states.forget(adapter.name)
+
         self._call_lock.refuse_within()
         with self._swap_lock:
             self.pool.check_name_free(adapter.name)
-            try:
-                self.pool.add(adapter, prepared)
-                self._on_adapters_changed()
-                if not self.engine.fused:
-                    self._states.of(((adapter.name, Active()),))
-            except BaseException:
-                self._forget(adapter.name)
-                raise
-
-    def _forget(self, name: str) -> None:
-        if name in self.pool:
-            self.pool.remove(name)
-        self._states.forget(name)
-        self._on_adapters_changed()
+            self._all_or_nothing(add, undo)
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter, and take it out of the active choice; if that fails, nothing changes.
 
         What it takes is free when the last call ends that it is part of.
         """
+
+        def remove() -> None:
+            if name in dict(self._state.choice):
+                self.swap({n: active for n, active in self._state.choice if n != name})
+            self.pool.remove(name)
+            self._states.forget(name)
+            for cache in filter(None, (ref() for ref in self.prompt_caches.valuerefs())):
+                cache.forget(self.engine, name)
+            self._on_adapters_changed()
+
+        def undo() -> None:
+            self.pool.entries = entries
+            self._restore(state)
+
         self.refuse_baked()
         self._call_lock.refuse_within()
         with self._swap_lock:
             state, entries = self._state, self.pool.entries
-            try:
-                if name in dict(state.choice):
-                    self.swap({n: active for n, active in state.choice if n != name})
-                self.pool.remove(name)
-                self._states.forget(name)
-                for cache in filter(None, (ref() for ref in self.prompt_caches.valuerefs())):
-                    cache.forget(self.engine, name)
-                self._on_adapters_changed()
-            except BaseException:
-                self.pool.entries = entries
-                self._restore(state)
-                self._on_adapters_changed()
-                raise
+            self._all_or_nothing(remove, undo)
+
+    def _all_or_nothing(self, change: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Add or remove adapters; an error or interruption leaves everything as before."""
+        try:
+            change()
+        except BaseException:
+            undo()
+            self._on_adapters_changed()
+            raise
 
     def rebind(self) -> None:
         """Compute everything again that was computed from the model's tensors: their dtype or device changed."""

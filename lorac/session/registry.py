@@ -121,20 +121,23 @@ def _read_headers(path: Path) -> tuple[bytes, int]:
     """
     digest, size = hashlib.blake2b(digest_size=16), 0
     for file in _files_of(path):
-        length = file.stat().st_size
-        with file.open("rb") as opened:
-            if file.suffix in _TENSORS:
-                count = int.from_bytes(opened.read(8), "little")
-                header = _SEAL.sub(b"", opened.read(min(count, length, _MOST_HEADER)))
-                size += max(length - 8 - count, 0)
-            elif file.suffix in _TEXTS:
-                header = opened.read(_MOST_HEADER)
-            else:
-                header = str(file).encode()
-                size += length
+        header, values = _read_header(file)
         digest.update(f"{file.suffix} {len(header)}\n".encode())
         digest.update(header)
+        size += values
     return digest.digest(), size
+
+
+def _read_header(file: Path) -> tuple[bytes, int]:
+    """Return what a file says besides values, and the bytes of its values."""
+    length = file.stat().st_size
+    if file.suffix in _TEXTS:
+        return file.read_bytes()[:_MOST_HEADER], 0
+    if file.suffix not in _TENSORS:
+        return str(file).encode(), length
+    with file.open("rb") as opened:
+        count = int.from_bytes(opened.read(8), "little")
+        return _SEAL.sub(b"", opened.read(min(count, length, _MOST_HEADER))), max(length - 8 - count, 0)
 
 
 def _with_zeros(adapter: Adapter) -> Adapter:

@@ -130,18 +130,22 @@ class MemoryBudget:
         Raises:
             OverBudget: as ``charge``; then the charge is as before.
         """
-        while True:
-            with self._lock:
-                self._settle()
-                before, after = {*charge.blocks}, {*blocks}
-                new = sum(block[1] for block in after - before if block not in self._blocks)
-                old = sum(block[1] for block in before - after if self._blocks[block] == 1)
-                if self._limit is None or new <= old or self._used + new - old <= self._limit:
-                    self._add(blocks)
-                    self._subtract(charge.blocks)
-                    charge.blocks = blocks
-                    return
-            self._make_room(new - old, self._limit)
+        while (missing := self._try_exchange(charge, blocks)) is not None:
+            self._make_room(missing, self._limit)
+
+    def _try_exchange(self, charge: Charge, blocks: tuple[Block, ...]) -> int | None:
+        """Count other blocks in the place of a charge's; if they do not fit, return how many bytes more they are."""
+        with self._lock:
+            self._settle()
+            before, after = {*charge.blocks}, {*blocks}
+            more = sum(block[1] for block in after - before if block not in self._blocks)
+            more -= sum(block[1] for block in before - after if self._blocks[block] == 1)
+            if self._limit is not None and more > 0 and self._used + more > self._limit:
+                return more
+            self._add(blocks)
+            self._subtract(charge.blocks)
+            charge.blocks = blocks
+            return None
 
     # --- what is kept --------------------------------------------------------------------------------------------
 
