@@ -67,9 +67,8 @@ def extract(
     with progress("extract", total=len(views[1].sites)) as report:
         for path, change in _iter_differences(*views):
             report.step(path)
-            changes[path] = change
-            if rank is not None or tolerance is not None:
-                changes[path], errors[path] = _truncate(path, change, rank, tolerance)
+            changes[path], error = _truncate(path, change, rank, tolerance)
+            errors |= {} if error is None else {path: error}
     replaced = _find_replaced(*views)
     if not changes and not replaced:
         raise AdapterError(
@@ -161,8 +160,10 @@ def _subtract(tuned: Tensor | None, base: Tensor | None) -> Tensor | None:
     return delta if bool(delta.any()) else None
 
 
-def _truncate(path: str, change: Change, rank: int | None, tolerance: float | None) -> tuple[Change, float]:
-    """Return the pair nearest to a change, and its error."""
+def _truncate(path: str, change: Change, rank: int | None, tolerance: float | None) -> tuple[Change, float | None]:
+    """Return the pair nearest to a change, and its error; without rank and tolerance the change itself."""
+    if rank is None and tolerance is None:
+        return change, None
     if not isinstance(change, Delta):
         assert isinstance(change, LowRank)
         (*stack, columns, _), rows = change.a.shape, change.b.shape[-1]
