@@ -82,19 +82,14 @@ def _times_in_memory(model: Any, names: Sequence[str], given: argparse.Namespace
     """Seconds of admitting a prepared adapter, and of a copy of its bytes."""
     import torch
 
-    from lorac.ir.slots.rows import write_place
-
     states = [model._states.of(((name, _active()),)) for name in names[:2]]
-    contents = [state.bound.content.tensors for state in states]
-    places = model._states.bind_rows(states).content.tensors
-    slots = [name for name in contents[1] if places[name].shape[0] == 2]
-    own, into = [contents[1][name] for name in slots], [places[name][1] for name in slots]
+    own = model.engine.placed_tensors(states[0].bound.content).values()
     source = torch.cat([tensor.reshape(-1) for tensor in own])
-    target, turns = torch.empty_like(source), iter(range(10**9))
+    target, turns, bank = torch.empty_like(source), iter(range(10**9)), model.new_row_bank(2)
 
     def place() -> None:
-        for slot, tensor in zip(into, own, strict=True):
-            write_place(slot, tensor)
+        turn = next(turns)
+        bank.admit(turn % 2, states[turn % 2])
 
     sides: dict[str, common.Side] = {name: lambda: target.copy_(source) for name in (COPY, AGAIN)}
     return common.alternate({**sides, PREPARED: place, SWAP: lambda: model.swap(names[next(turns) % 2])}, given.rounds)

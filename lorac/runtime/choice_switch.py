@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from lorac.adapters.pool import AdapterPool
 from lorac.errors import Unavailable
+from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
 from lorac.ir.slots.composition import ComposedWeights
@@ -22,6 +23,7 @@ from lorac.ir.slots.rows import choose_places
 from lorac.runtime.choice_states import ChoiceState, ChoiceStates
 from lorac.runtime.held_choice import HeldChoice
 from lorac.runtime.locks import ReadWriteLock
+from lorac.runtime.row_bank import RowBank
 from lorac.runtime.row_group import RowGroup
 from lorac.runtime.swap_report import SwapReport
 from lorac.target.engine import BoundProgram, Engine
@@ -87,6 +89,21 @@ class ChoiceSwitch(ABC):
                 yield held
             finally:
                 held.end()
+
+    def new_row_bank(self, rows: int, graph: str = MAIN_GRAPH) -> RowBank:
+        """Return places for the adapters of the rows of a running batch.
+
+        Raises:
+            Unavailable: the target takes one choice for all rows of a call.
+            OverBudget: there is no room for the places.
+        """
+        base = self._states.of(())
+        if self.mode != "live" or self.engine.why_apart(base.snapshot, graph) is not None:
+            raise Unavailable(
+                "rows of this program share their adapters",
+                next_step="compile with mode='live' for target='onnxruntime'",
+            )
+        return RowBank(self.engine, base, rows, graph, self.pool.budget)
 
     def prefetch(self, adapters: ChoiceSpec) -> concurrent.futures.Future[None]:
         """Read and prepare a choice of adapters in a thread, so that the first call with it does not wait.

@@ -126,6 +126,22 @@ class Engine(ABC, Generic[Content_contra]):
         """
         raise NotImplementedError
 
+    def placed_tensors(self, content: Content_contra) -> dict[str, torch.Tensor]:
+        """Return the tensors of a choice in slots that have places, by slot: each (1, …), the only place.
+
+        Raises:
+            NotImplementedError: the target takes one choice for all rows of a call.
+        """
+        raise NotImplementedError
+
+    def bind_places(self, content: Content_contra, places: Mapping[str, torch.Tensor]) -> BoundProgram[Content_contra]:
+        """Bind tensors (places, …) to the slots that have places, and a choice's to the others; later writes count.
+
+        Raises:
+            NotImplementedError: as ``placed_tensors``.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def call(
         self, content: Content_contra, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]

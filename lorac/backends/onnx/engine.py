@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
@@ -156,13 +157,15 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
 
     def bind_rows(self, contents: Sequence[ContentT]) -> BoundProgram[ContentT]:
         """Lay out the choices' tensors one behind the other, in the slots that have places."""
-        first, *_ = contents
-        tensors = {
-            name: stack_places([content.tensors[name] for content in contents]) if self.slots[name].placed else tensor
-            for name, tensor in first.tensors.items()
-        }
-        own = tuple(tensor for name, tensor in tensors.items() if self.slots[name].placed)
-        return BoundProgram(self, self.lay_out(tensors), own)
+        each = [self.placed_tensors(content) for content in contents]
+        stacked = {name: stack_places([tensors[name] for tensors in each]) for name in each[0]}
+        return dataclasses.replace(self.bind_places(contents[0], stacked), own=tuple(stacked.values()))
+
+    def placed_tensors(self, content: ContentT) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in content.tensors.items() if self.slots[name].placed}
+
+    def bind_places(self, content: ContentT, places: Mapping[str, Tensor]) -> BoundProgram[ContentT]:
+        return BoundProgram(self, self.lay_out({**content.tensors, **places}))
 
     @property
     def written_program(self) -> BoundProgram[ContentT]:
