@@ -30,7 +30,6 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 """How the names of a component's tensors begin -> what pipelines call it; the first that the model has."""
 BARE = re.compile(r"(double_blocks|single_blocks|blocks|transformer_blocks|single_transformer_blocks)\.\d+\.")
 """How names begin in files that name no component: those of XLabs, DiffSynth and others, of a transformer alone."""
-_UNDERSCORED = re.compile(r"(lora|lycoris|oft)_[a-z0-9_]+$", re.IGNORECASE)
 LEAVES: Mapping[str, str] = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
@@ -105,7 +104,7 @@ def parse_name(key: str, components: Iterable[str]) -> TensorName | None:
 
 def is_underscored(key: str) -> bool:
     """Return whether a name is one of sd-scripts or LyCORIS, which write a module's path with underscores."""
-    return bool(_UNDERSCORED.match(key.partition(".")[0])) and "." in key
+    return "." in key and any(key.startswith(beginning) for beginning in COMPONENTS if beginning.endswith("_"))
 
 
 def is_dotted(key: str) -> bool:
