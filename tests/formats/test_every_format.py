@@ -86,8 +86,8 @@ def _transposed(tensors: Tensors, key: str) -> Tensors | None:
     return {**tensors, key: tensor.mT.contiguous()}
 
 
-OPTIONAL = {"kohya": ".alpha"}
-"""Format -> ending of a key that a file may lack, which means something of its own (the scale is 1)."""
+OPTIONAL = {"kohya": (".alpha", ".dora_scale", ".rescale")}
+"""Format -> endings of keys that a file may lack: the scale is 1, a method has no norms of its own, no rescaling."""
 DAMAGES = {"removed": _removed, "added": _added, "renamed": _renamed, "transposed": _transposed}
 
 

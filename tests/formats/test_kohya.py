@@ -125,6 +125,29 @@ def test_the_names_of_stable_diffusion_xl(tmp_path: Path) -> None:
             assert torch.equal(tensor.flatten(1), fresh.tensors[path]["lora_A"]), path
 
 
+def test_the_text_encoders_of_stable_diffusion_xl(tmp_path: Path) -> None:
+    import transformers
+
+    pytest.importorskip("diffusers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=8, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    models = {
+        "unet": image_files.make_sdxl_unet(),
+        "text_encoder": transformers.CLIPTextModel(config),
+        "text_encoder_2": transformers.CLIPTextModelWithProjection(config),
+    }
+    fresh = lorac.compile(models, {"a": lorac.LoRA(r=2, targets=["conv_in", "fc1"])}).adapters["a"]
+    save_adapter(fresh, tmp_path / "a.safetensors", "kohya", models)
+    assert {name.partition(".")[0] for name in load_file(tmp_path / "a.safetensors")} == {
+        "lora_unet_input_blocks_0_0",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+    }
+    assert_equal(load_adapter(tmp_path / "a.safetensors", models), fresh)
+
+
 def _lora(module: str, alpha: float | None, rank: int = 2) -> dict[str, Tensor]:
     tensors = {f"{module}.lora_down.weight": torch.ones(rank, 12), f"{module}.lora_up.weight": torch.ones(16, rank)}
     return tensors | ({} if alpha is None else {f"{module}.alpha": torch.tensor(alpha)})
