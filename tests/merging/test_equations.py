@@ -39,11 +39,9 @@ def karcher(v, w):
     w = w / w.sum()
     directions = np.array([unit(one) for one in v])
     point = unit(w @ directions)
-    for _ in range(10):
+    for _ in range(3):
         angles = np.arccos(directions @ point)
         logs = (angles / np.sin(angles))[:, None] * (directions - np.outer(np.cos(angles), point))
-        if np.linalg.norm(w @ logs) < 1e-5:
-            break
         point = unit(along(point, w @ logs))
     return point * (w @ np.linalg.norm(v, axis=1))
 
@@ -79,7 +77,7 @@ def breadcrumbs(v, w):
 OF_TWO = {"slerp": (slerp, {})}
 OF_THREE = {
     "multislerp": (multislerp, {}),
-    "karcher": (karcher, {}),
+    "karcher": (karcher, {"max_iter": 3, "tol": 1e-300}),
     "model_stock": (model_stock, {}),
     "sce": (sce, {"select_topk": 0.3}),
     "breadcrumbs": (breadcrumbs, {"density": 0.5, "gamma": 0.05}),
