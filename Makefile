@@ -49,7 +49,7 @@ mutants: $(STAMP) ## Put faults into COUNT= lines of the core, and see whether t
 	$(BIN)/python -m campaigns.mutants --count $(COUNT) --seed $(SEED)
 
 # Pages of docs/ that are made from the code, each by docs/make_<page>.py.
-PAGES := cli peft rooms troubleshooting ways
+PAGES := cli formats peft rooms troubleshooting ways
 
 check: $(STAMP) ## Check format, lint, types, the direction of imports and the made pages
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """Reading files without trusting them, and writing them so that equal input gives equal bytes.
 
-safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here before the library sees the
-file, so that the error names the fault. ``lorac.storage.tensor_file`` writes such files.
+safetensors: https://github.com/huggingface/safetensors#format. Its header is checked here, so that the error names the
+fault, and each tensor is read once, into memory of its own. ``lorac.storage.tensor_file`` writes such files.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lorac.adapters.fit import check_finite
@@ -26,7 +23,7 @@ from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
-from lorac.storage.tensor_file import DTYPES, hash_contents, write_safetensors
+from lorac.storage.tensor_file import DTYPES, hash_contents, read_tensor, write_safetensors
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
@@ -70,17 +67,20 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_header(path)[0]
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata of a safetensors file, and its tensors without values."""
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, list[int], int]]]:
+    """Return the metadata, and the dtype, shape and first byte of every tensor."""
     header, size = _read_raw_header(path)
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
-    _check_offsets(path, {name: _parse_offsets(path, name, entry) for name, entry in header.items()}, size)
-    entries: Mapping[str, Any] = header  # as checked
-    tensors = {n: torch.empty(e["shape"], dtype=DTYPES[e["dtype"]], device="meta") for n, e in entries.items()}
-    return metadata, tensors
+    offsets = {name: _parse_offsets(path, name, entry) for name, entry in header.items()}
+    _check_offsets(path, offsets, size)
+    entries: JsonMapping = header
+    first = path.stat().st_size - size
+    return metadata, {
+        name: (DTYPES[entry["dtype"]], entry["shape"], first + offsets[name][0]) for name, entry in entries.items()
+    }
 
 
 def peek_metadata(path: Path) -> dict[str, str]:
@@ -154,14 +154,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FormatError: as ``read_metadata``.
         AdapterError: a tensor holds NaN or infinity.
     """
-    metadata, outlines = _read_header(path)
+    metadata, places = _read_header(path)
     if _HEADERS_ONLY.get():
-        return outlines, metadata
+        return {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape, _) in places.items()}, metadata
     try:
-        with pause_clock():
-            # The library maps the file; clones outlive whatever happens to it.
-            tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, RuntimeError) as error:  # torch raises the latter for a file that has vanished
+        with pause_clock(), path.open("rb", buffering=0) as file:
+            tensors = {name: read_tensor(file, *place) for name, place in places.items()}
+    except EOFError as error:
         raise _corrupt(path, str(error)) from error
     check_finite(tensors, f"'{path}'")
     return tensors, metadata

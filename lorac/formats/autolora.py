@@ -22,7 +22,7 @@ class AutoLoraFormat(Format):
 
     name = "autolora"
     looks_for = f"a file with tensors {_PREFIX}<layer>{_SUFFIX}"
-    written_by = "AutoLoRA's authors"
+    written_by = "AutoLoRA's authors (refused: the error says how to load them)"
     methods = (AutoLoRA,)
 
     def recognises(self, path: Path) -> bool:

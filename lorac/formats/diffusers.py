@@ -75,6 +75,7 @@ class DiffusersFormat(Format):
 
     name = "diffusers"
     looks_for = f"a safetensors file, or a folder with {WEIGHTS}, with names such as unet.<module>.lora_A.weight"
+    written_by = "diffusers"
     methods = (DoRA, LoRA)
 
     def recognises(self, path: Path) -> bool:

@@ -78,6 +78,7 @@ class KohyaFormat(Format):
 
     name = "kohya"
     looks_for = "a safetensors file with names such as lora_unet_<module>.lora_down.weight"
+    written_by = "sd-scripts; LyCORIS; ComfyUI"
     refines = "diffusers"
     methods = tuple(variant for layout in LAYOUTS for variant in layout.variants)
 

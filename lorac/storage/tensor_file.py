@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def write_safetensors(
             file.write(raw_bytes(tensors[name]))
 
 
-def read_tensor(file: BufferedReader, dtype: torch.dtype, shape: Sequence[int], begin: int) -> Tensor:
+def read_tensor(file: FileIO | BufferedReader, dtype: torch.dtype, shape: Sequence[int], begin: int) -> Tensor:
     """Return a tensor in memory of its own, copied once from an open file.
 
     Raises:

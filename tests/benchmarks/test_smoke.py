@@ -60,6 +60,7 @@ ROWS = {
             *["q|k|v's B"] * 2,
         ]
     ],
+    "files": [["safetensors", "safetensors, A/A", "of PEFT", "lorac's own, sealed"]],
     "load": [["bare session", "bare session, A/A", "lorac.load"]],
     "merged_checkpoint": [["copy", "copy, A/A", "lorac merge"]],
     "overhead": [
