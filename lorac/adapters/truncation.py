@@ -7,7 +7,7 @@ Young 1936). Random projections: Halko, Martinsson, Tropp 2011, arXiv 0909.4061,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -81,12 +81,16 @@ def truncate_matrix(matrix: Tensor, rank: int | None = None, tolerance: float = 
     """
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     least, width = min(matrix.shape[-2:]), rank or 2 * _SPARE
-    while least > _WHOLE and width + _SPARE < least // 2:
+    bounded = rank is not None or tolerance > 0
+    while bounded and least > _WHOLE and width + _SPARE < least // 2:
         u, s, vh = _project(matrix, width + _SPARE)
         errors = _missing_errors(matrix, s)
-        enough = int((errors[: width + 1] > tolerance).sum())
-        if rank is not None or enough <= width:
-            return _cut(u, s, vh, max(1, min(enough, width)), errors)
+        enough = max(1, min(int((errors > tolerance).sum()), width))
+        cut = _measured(matrix, _cut(u, s, vh, enough, errors))
+        if cut.error > tolerance and enough < width:  # rounding in the sums of squares hid what is missing
+            cut = _measured(matrix, _cut(u, s, vh, width, errors))
+        if rank is not None or cut.error <= tolerance:
+            return cut
         width *= 2
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return _cut(u, s, vh, min(find_rank(s, tolerance), rank or least), tail_errors(s))
@@ -104,6 +108,13 @@ def measure_effective_rank(s: Tensor) -> float:
 
 def _cut(u: Tensor, s: Tensor, vh: Tensor, width: int, errors: Tensor) -> Truncation:
     return Truncation(vh[..., :width, :], u[..., :width] * s[..., None, :width], float(errors[width]))
+
+
+def _measured(matrix: Tensor, cut: Truncation) -> Truncation:
+    """Return a truncation with its error measured on the matrix itself."""
+    left_out = torch.linalg.vector_norm(matrix - cut.b @ cut.a, dim=(-2, -1), dtype=torch.float64)
+    total = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64)
+    return replace(cut, error=float((left_out / total.clamp_min(torch.finfo(torch.float64).tiny)).amax()))
 
 
 def find_rank(s: Tensor, tolerance: float) -> int:

@@ -114,3 +114,14 @@ def test_effective_rank():
     assert_same(measure_effective_rank(torch.tensor([2.0, 2.0, 2.0])), 3.0)
     assert measure_effective_rank(torch.tensor([1.0, 0.0])) == 1
     assert measure_effective_rank(torch.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-4, 1e-5])
+def test_float32_keeps_to_a_small_tolerance(tolerance):
+    """Squares of float32 hide errors below the root of its precision; the error is that of the result all the same."""
+    whole = matrix(300, 700, rank=8).float()
+    cut = truncate_matrix(whole, 8, tolerance)
+    assert cut.rank <= 8
+    assert max(cut.error, error_of(cut, whole.double())) <= tolerance
+    falling = matrix(300, 700, decay=0.5).float()
+    assert error_of(truncate_matrix(falling, tolerance=tolerance), falling.double()) <= tolerance
