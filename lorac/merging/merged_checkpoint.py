@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from lorac.progress import progress, step
 from lorac.session.api import Adapters
 from lorac.session.model_folders import CONFIG
 from lorac.session.request.sources import read_sources
-from lorac.storage.atomic_folders import replace_atomically
+from lorac.storage.atomic_folders import flush_folder, replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import write_safetensors
@@ -167,14 +168,14 @@ def _check_stored(source: StoredModel, merged: MergedWeights) -> None:
 def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> int:
     """Write the weights, with what says where they are and which are tied, and return their size in bytes."""
     tensors, size = _OutputTensors(source, merged), 0
-    for shard, file in source.tensors.shards.items():
-        step(shard)
-        outline = tensors.outline(shard)
-        size += sum(tensor.nbytes for tensor in outline.values())
-        if tensors.changes(shard):
-            write_safetensors(staged / shard, tensors, {"format": "pt", **file.notes}, outline)
-        else:
-            shutil.copyfile(file.file.path, staged / shard)
+    with ThreadPoolExecutor(1) as flusher:  # the disk writes a file while the next one is computed
+        flushed = []
+        for shard in source.tensors.shards:
+            step(shard)
+            size += _write_shard(source, tensors, shard, staged / shard)
+            flushed.append(flusher.submit(flush_folder, staged / shard))
+        for one in flushed:
+            one.result()
     if source.tensors.index is not None:
         places = {name: source.tensors.shard_of(stored) for name, stored in tensors.added.items()}
         index = {**source.tensors.index, "weight_map": {**source.tensors.index["weight_map"], **places}}
@@ -183,6 +184,16 @@ def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> 
     if tensors.added and getattr(source.view.module.config, TIES, None) is False:
         (staged / CONFIG).write_text(dump_json(_untie_config(source.config), indent=2))
     return size
+
+
+def _write_shard(source: StoredModel, tensors: _OutputTensors, shard: str, path: Path) -> int:
+    """Write a file of weights, and return their size in bytes."""
+    file, outline = source.tensors.shards[shard], tensors.outline(shard)
+    if tensors.changes(shard):
+        write_safetensors(path, tensors, {"format": "pt", **file.notes}, outline)
+    else:
+        shutil.copyfile(file.file.path, path)
+    return sum(tensor.nbytes for tensor in outline.values())
 
 
 def _untie_config(config: JsonMapping) -> dict[str, object]:

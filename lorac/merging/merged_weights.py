@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,8 @@ from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError, CompileError, SiteError, list_some, warn
 from lorac.frontend.layer_classes import is_only_read
 from lorac.frontend.model_view import ModelView
-from lorac.ir.algebra.changes import Change, compose, merge_bias, merge_weight
-from lorac.ir.algebra.operands import BIAS
+from lorac.ir.algebra.changes import Change, LowRank, compose, merge_bias, merge_weight
+from lorac.ir.algebra.operands import BIAS, C
 from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.sites import Site
 from lorac.ir.slots.choice import Active, Choice
@@ -23,6 +25,9 @@ from lorac.ir.slots.composition import truncate_adapter
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
+
+_BLOCK = 1 << 20
+"""Values of a weight that are in float32 at once, where its rows are merged one by one."""
 
 
 class MergedWeights(Mapping[str, Tensor]):
@@ -71,18 +76,17 @@ class MergedWeights(Mapping[str, Tensor]):
     def _merge(self, site: Site) -> dict[str, Tensor]:
         """Return the merged tensors of a site by name."""
         parts = [part for part in self._parts if site.path in part.paths]
-        weight, bias = _Widened(self._base.weight(site)), self._base.bias(site)
-        change = compose([(part.strength, part.read(site.path)) for part in parts], lambda: weight.values)
+        weight, bias = self._base.weight(site), self._base.bias(site)
+        change = compose([(part.strength, part.read(site.path)) for part in parts], lambda: _widen(weight))
         assert change is not None
-        merged = merge_weight(change, weight.values)
+        merged = _merge_rows(change, weight) if _has_rows(change, site) else merge_weight(change, _widen(weight))
         if site.leaves_blocks(merged):
             raise _not_mergeable(parts[0].adapter, site, "leaves the blocks of a grouped convolution")
-        found = {str(site.weight): weight.round(site.store(merged), site)}
+        found = {str(site.weight): _round(site.store(merged), weight.dtype, site)}
         if bias is not None:
-            wide_bias = _Widened(bias)
-            shifted = merge_bias(change, wide_bias.values)
+            shifted = merge_bias(change, _widen(bias))
             assert shifted is not None
-            found[str(site.bias)] = wide_bias.round(shifted, site)
+            found[str(site.bias)] = _round(shifted, bias.dtype, site)
         return found
 
 
@@ -191,24 +195,38 @@ def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], view: ModelVi
     return [path for path in paths if path not in read]
 
 
-class _Widened:
-    """A tensor in float32 or wider, and the dtype that it is stored in; the stored values are released."""
+def _has_rows(change: Change, site: Site) -> TypeGuard[LowRank]:
+    """Return whether a change merges into each row of a weight by itself, and the weight shows its rows."""
+    return isinstance(change, LowRank) and not site.stack and (site.conv is None or site.conv.groups == 1)
 
-    def __init__(self, stored: Tensor) -> None:
-        self._dtype = stored.dtype
-        self.values = stored.to(torch.promote_types(stored.dtype, torch.float32))
 
-    def round(self, merged: Tensor, site: Site) -> Tensor:
-        """Return a merged tensor in the stored dtype.
+def _merge_rows(change: LowRank, weight: Tensor) -> Tensor:
+    """Return W' (out, in) in the dtype of W, merged some rows at a time, so that only these are ever wide."""
+    change, merged = change.folded(), torch.empty_like(weight)
+    step = max(1, _BLOCK // weight.shape[1])
+    for begin in range(0, len(weight), step):
+        rows = slice(begin, begin + step)
+        scales = {name: scale[rows] if name == C else scale for name, scale in change.scales.items()}
+        part = replace(change, b=change.b[:, rows], scales=scales)
+        merged[rows] = merge_weight(part, _widen(weight[rows]))
+    return merged
 
-        Raises:
-            AdapterError: it has values that the dtype does not have.
-        """
-        rounded = merged.to(self._dtype).contiguous()
-        if self._dtype is torch.float16 and not torch.isfinite(rounded).all():
-            raise AdapterError(
-                f"a merged value of '{site.path}' is larger than float16 can hold",
-                next_step="load the model in bfloat16 or float32, and merge into that",
-                code="non_finite",
-            )
-        return rounded
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _round(merged: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
+    """Return a merged tensor in the dtype that the model stores.
+
+    Raises:
+        AdapterError: it has values that the dtype does not have.
+    """
+    rounded = merged.to(dtype).contiguous()
+    if dtype is torch.float16 and not torch.isfinite(rounded).all():
+        raise AdapterError(
+            f"a merged value of '{site.path}' is larger than float16 can hold",
+            next_step="load the model in bfloat16 or float32, and merge into that",
+            code="non_finite",
+        )
+    return rounded

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -68,10 +69,13 @@ def write_safetensors(
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = dump_json(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+        written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(raw_bytes(tensors[name]))
+            values = raw_bytes(tensors[name])  # may take as long to make as the tensor before takes to be written
+            written.result()
+            written = writer.submit(file.write, values)
+        written.result()
 
 
 def read_tensor(file: FileIO | BufferedReader, dtype: torch.dtype, shape: Sequence[int], begin: int) -> Tensor:
