@@ -17,6 +17,9 @@ from torch import Tensor
 from lorac.limits import ReadBudget
 from lorac.testing.eager_checks import ROUNDING
 
+ROWS = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""The largest difference of a row of a batch from the same row alone, of its largest value: both sum in another order,
+and a fault shows in the size of an adapter's contribution."""
 LEAST_DIFFERENCE = 1e-3
 """Two things that are to differ do so by this share of their size at least: a hundred times what float32 rounds off
 over a whole model, so that no rounding passes for a difference."""
