@@ -161,26 +161,27 @@ class ChoiceSwitch(ABC):
             AdapterNotFound, ChoiceError: as for ``swap``.
         """
         together = together and self.mode == "live" and not self.engine.computes_terms
-        chosen = [self._row_choice(spec, together) for spec in adapters]
-        states = {key: state for key, (_, state) in chosen if state is not None}
+        chosen = [self._row_choice(spec) for spec in adapters]
+        # Once for each choice: whether a state is stale takes a look at all of its tensors.
+        states = {key: self._row_state(spec) for key, spec in dict(chosen).items()} if together else {}
         shared = {key for key, state in states.items() if not self.engine.why_apart(state.snapshot, graph)}
         groups: dict[Hashable, RowGroup] = {}
-        for row, (key, (choice, state)) in enumerate(chosen):
+        for row, (key, choice) in enumerate(chosen):
             group = groups.setdefault("together" if key in shared else key, RowGroup(choice))
             group.rows.append(row)
-            group.states += [] if state is None else [states[key]]
+            group.states += [states[key]] if together else []
         return list(groups.values())
 
-    def _row_choice(
-        self, spec: ChoiceSpec | HeldChoice, together: bool
-    ) -> tuple[Hashable, tuple[ChoiceSpec | HeldChoice, ChoiceState | None]]:
-        """Return a key that rows of one choice have in common, the choice, and its state if rows may share a call."""
+    def _row_choice(self, spec: ChoiceSpec | HeldChoice) -> tuple[Hashable, ChoiceSpec | HeldChoice]:
+        """Return a key that rows of one choice have in common, however it is written, and the choice."""
         if isinstance(spec, HeldChoice):
             spec.program_of(self.engine)
-            return id(spec.state), (spec, spec.state if together else None)
+            return id(spec.state), spec
         choice = parse_choice(spec, self.pool)
-        state = self._refresh(self._states.of(choice)) if together else None
-        return choice, (dict(choice) or None, state)
+        return choice, dict(choice) or None
+
+    def _row_state(self, spec: ChoiceSpec | HeldChoice) -> ChoiceState:
+        return spec.state if isinstance(spec, HeldChoice) else self._states.of(parse_choice(spec, self.pool))
 
     def with_rows(self, group: RowGroup, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         """Run some work for rows of a group: with their choice, or with the choices of all of them in one call."""
