@@ -104,7 +104,11 @@ class SwitchableModel(ChoiceSwitch, ABC):
             output = self.with_rows(group, lambda bound, _: self._run(bound, graph, args, kwargs))
             return CallResult(output, self.aux)
 
-        check_rows(args, kwargs, adapters)
+        interface = self.engine.interfaces.get(graph)
+        named = {} if interface is None else interface.name_arguments(args, kwargs)
+        # A program's rows are those of its first input, in whatever order the arguments are given.
+        inputs = {name: named[name] for name in interface.inputs if name in named} if interface is not None else {}
+        check_rows(() if inputs else args, inputs or kwargs, adapters)
         result = run_rows(run, args, kwargs, self.group_rows(adapters, graph))
         self._last_call.aux = result.aux
         return result.output

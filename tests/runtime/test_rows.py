@@ -125,13 +125,15 @@ def test_rows_without_adapters_are_the_bases(compiled: Any) -> None:
     assert torch.equal(y[1::2], base[1::2])
 
 
-def test_neighbours_share_a_place(compiled: Any, runs: list[str]) -> None:
+def test_neighbours_share_a_place(compiled: Any, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     choices = ["lora", "lora", "dora", "dora", None, None]
+    places: list[int] = []
+    bind = compiled.engine.bind_rows
+    monkeypatch.setattr(compiled.engine, "bind_rows", lambda given: (places.append(len(given)), bind(given))[1])
     y = _logits(compiled, IDS, choices)
-    assert runs == ["main"]
-    (*_, (states, bound)) = compiled._states._together
-    assert [dict(state.choice).keys() for state in states] == [{"lora"}, {"dora"}, set()]
-    assert {tensor.shape[0] for tensor in bound.content.tensors.values()} == {3}
+    assert (runs, places) == (["main"], [3])
+    _logits(compiled, IDS.flip(0), choices)
+    assert places == [3], "what is bound serves again"
     for row, choice in enumerate(choices):
         assert _error(y[row : row + 1], _logits(compiled, IDS[row : row + 1], choice)) < ROWS[torch.float32]
 
@@ -193,6 +195,11 @@ def test_random_batches(compiled: Any, count: int) -> None:
         y = _logits(compiled, IDS[rows], choices)
         expected = torch.stack([single[repr(choice)][row] for row, choice in zip(rows, choices, strict=True)])
         assert _error(y, expected) < ROWS[y.dtype], (rows, choices)
+
+
+def test_rows_are_those_of_the_first_input(compiled: Any) -> None:
+    with pytest.raises(lorac.ChoiceError, match="2 choices of adapters for 6 rows"):
+        compiled(attention_mask=torch.ones(2, 5), input_ids=IDS, adapters=["lora", None])
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -45,7 +45,7 @@ DIALECT: OnnxDialect = Dialect(
     # Sizes of 0 are not promised by the library, and a convolution's channels have to be constants.
     ranks=dict.fromkeys(_FROM_ONE, RankPolicy.FROM_ONE) | dict.fromkeys(_FIXED, RankPolicy.FIXED),
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    # The ranks of a fused projection's parts are inputs whose values would need profiles of their own.
+    # Whether fused products pay off is not measured: the library chooses kernels for what it is given.
     fuses_projections=False,
     functions=False,
 )

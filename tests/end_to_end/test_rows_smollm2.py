@@ -1,0 +1,58 @@
+"""What SmolLM2 writes in a batch whose rows have adapters of several methods: what each row's adapter writes of it."""
+
+from __future__ import annotations
+
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorac
+from tests.zoo import ZOO, tokenizer
+
+pytestmark = pytest.mark.slow
+VARIANTS: dict[str, Any] = {
+    "lora": lorac.LoRA(r=8, targets="all-linear"),
+    "dora": lorac.DoRA(r=4, targets=["q_proj", "v_proj", "gate_proj"]),
+    "hydra": lorac.Hydra(r=4, targets=["o_proj", "down_proj"]),
+    "vera": lorac.VeRA(r=16, targets=["q_proj", "up_proj"]),
+    "ia3": lorac.IA3(targets=["k_proj", "v_proj", "down_proj"], feedforward=["down_proj"]),
+    "routed": lorac.MeteoRA(r=4, targets=["q_proj"]),
+}
+CHOICES: list[Any] = ["lora", "dora", "hydra", {"lora": 0.5, "vera": 0.5}, "vera", "ia3", "routed", None]
+LENGTH, NEW = 24, 8
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_each_row_writes_its_own_text(weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {} if weights is None else {"weights": weights}
+    host: Any = ZOO["smollm2"].fresh()
+    compiled = lorac.compile(
+        host, dict(VARIANTS), target="onnxruntime", cache=True, active=None, self_test=False, **options
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in sorted(compiled.adapters):
+            for tensor in compiled.adapters[name].parameters():
+                tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
+    texts = [tokenizer("smollm2")(topics[name])["input_ids"][:LENGTH] for name in sorted(topics)]
+    ids = torch.tensor([text for text in texts if len(text) == LENGTH][: len(CHOICES)])
+
+    def write(adapters: Any) -> Tensor:
+        tokens: Tensor = compiled.generate(
+            ids, adapters=adapters, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        return tokens[:, LENGTH:]
+
+    alone = torch.stack([write(choice)[row] for row, choice in enumerate(CHOICES)])
+    steps: list[int] = []
+    decode = compiled.engine.decode
+    monkeypatch.setattr(compiled.engine, "decode", lambda *args: (steps.append(1), decode(*args))[1])
+    together = write(CHOICES)
+    assert torch.equal(together, alone)
+    assert len(steps) <= 2 * NEW, "one run for all rows but the one with a branch"
+    assert (
+        len({tuple(row.tolist()) for row in torch.stack([write(choice)[0] for choice in CHOICES])}) > len(CHOICES) // 2
+    )
