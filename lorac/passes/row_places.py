@@ -65,8 +65,6 @@ def _why_shared(plan: SitePlan, calls: Sequence[fx.Node], batch: torch.SymInt | 
         return "the program is for one number of rows"
     if plan.site.within is not None:
         return "its module computes with it in its own way"
-    if plan.branches:
-        return "a branch acts on the whole batch"
     first = (call.args[0].meta["val"].shape[0] for call in calls)  # type: ignore[union-attr]  # a node
     aligned = all(isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr for size in first)
     return layout_of(plan.site).why_shared or ("" if aligned else "the rows of its input are not those of the batch")

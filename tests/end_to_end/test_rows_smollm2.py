@@ -53,6 +53,4 @@ def test_each_row_writes_its_own_text(weights: str | None, monkeypatch: pytest.M
     together = write(CHOICES)
     assert torch.equal(together, alone)
     assert len(steps) <= 2 * NEW, "one run for all rows but the one with a branch"
-    assert (
-        len({tuple(row.tolist()) for row in torch.stack([write(choice)[0] for choice in CHOICES])}) > len(CHOICES) // 2
-    )
+    assert len({tuple(row.tolist()) for row in torch.stack([write(choice)[0] for choice in CHOICES])}) > 3

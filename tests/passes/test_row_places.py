@@ -107,9 +107,8 @@ class Shared(nn.Module):
     [
         (lorac.LoRA(r=2, targets=["flat"]), "the rows of its input are not those of the batch"),
         (lorac.LoRA(r=2, targets=["conv"]), "the number of groups of a convolution is fixed in a program"),
-        (lorac.MeteoRA(r=2, targets=["branch"]), "a branch acts on the whole batch"),
     ],
-    ids=["flat", "conv", "branch"],
+    ids=["flat", "conv"],
 )
 def test_what_all_rows_share_is_said(variant: Any, why: str) -> None:
     host = Shared().eval()

@@ -21,7 +21,7 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
-from lorac.ir.slots.execution import FormulaContext, run_site
+from lorac.ir.slots.execution import FormulaContext, add_branches, run_site
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import IN, OUTPUT, PASS, list_read_values, parse_value_name, present_weights
@@ -153,18 +153,25 @@ def compute_adapted(
         return run_site(plan, slots, x, None, None, ctx=ctx, block=block)
     x, matrix, *rest = call.tensors
     bias = rest[0] if rest else None
-
-    def run(x: Tensor, product: Tensor | None = None) -> Tensor:
-        if product is not None:
-            return run_site(plan, slots, x, None, bias, ctx=ctx, product=product)
-        # The operand of a linear site is its matrix (out, in); run_site takes the weight as the module stores it.
-        stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
-        return run_site(plan, slots, x, stored, bias, ctx=ctx)
-
     product = matrix if call.op is ops.MEMBER else None
+    # The operand of a linear site is its matrix (out, in); run_site takes the weight as the module stores it.
+    stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
+    weight = stored if product is None else None
     if not plan.placed:
-        return run(x, product)
-    slot = next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)
-    features = int(layout_of(plan.site).has_input_axis)
-    y = run(row_ops.cut(x, slot, features), None if product is None else row_ops.cut(product, slot, 1))
-    return row_ops.join(y, x, features)
+        return run_site(plan, slots, x, weight, bias, ctx=ctx, product=product)
+    layout = layout_of(plan.site)
+    if plan.branches and product is None:
+        product = layout.base(x, stored, None)
+    slot, features = _first_placed(slots), int(layout.has_input_axis)
+    parts = row_ops.cut(x, slot, features), None if product is None else row_ops.cut(product, slot, 1)
+    weights = dataclasses.replace(plan, branches=()), dataclasses.replace(slots, branches=())
+    y = row_ops.join(run_site(*weights, parts[0], weight, bias, product=parts[1]), x, features)
+    if not plan.branches:
+        return y
+    assert product is not None
+    return add_branches(plan, slots, x, y, product if bias is None else product + bias.to(product.dtype), ctx)
+
+
+def _first_placed(slots: SiteSlots) -> Tensor:
+    """Return a tensor of a site with a first axis of places."""
+    return next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)

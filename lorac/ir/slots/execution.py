@@ -156,12 +156,12 @@ def run_site(
     """
     layout = layout_of(plan.site)
     if block is not None:
-        return _add_branches(plan, slots, x, block, block, ctx)
+        return add_branches(plan, slots, x, block, block, ctx)
     if layout.keeps_bias_inside and not plan.branches and slots.leaves_base:
         assert weight is not None
         return _add_pair(layout, slots, x, layout.base(x, weight, bias))
     linear = product
-    if weight is not None and (slots.leaves_base or plan.branches):
+    if linear is None and weight is not None and (slots.leaves_base or plan.branches):
         linear = layout.base(x, weight, None)
     y = _add_pair(layout, slots, x, _base_product(layout, slots, x, weight, linear))
     # The bias is added last, where ONNX Runtime's fusions expect it.
@@ -169,7 +169,7 @@ def run_site(
     if not plan.branches:
         return y
     assert linear is not None
-    return _add_branches(plan, slots, x, y, _add_bias(layout, linear, bias), ctx)
+    return add_branches(plan, slots, x, y, _add_bias(layout, linear, bias), ctx)
 
 
 def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tensor | None]:
@@ -222,10 +222,16 @@ def _add_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else ROLES[operands.BIAS].apply(layout, y, bias)
 
 
-def _add_branches(
+def add_branches(
     plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base: Tensor, ctx: FormulaContext | None
 ) -> Tensor:
-    """Return y plus t·(y'ᵢ − base) of every active branch."""
+    """Return y plus t·(y'ᵢ − base) of every active branch.
+
+    Args:
+        x: the site's input.
+        y: its output without branches.
+        base: its output in the base.
+    """
     for i, (slot, fill) in enumerate(zip(plan.branches, slots.branches, strict=True)):
         if fill is not None:
             y = y + compute_branch_delta(plan.site, slot, fill, x, base, ctx, branch_owner(plan.branches[:i], slot))
