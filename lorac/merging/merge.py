@@ -62,8 +62,8 @@ def merge(
         adapters: adapters, or paths of their files, by name or in a list; only read.
         method: the name of a way: ``lorac.merging.ways()`` has them, and docs/merging.md a table.
         weights: the adapters' weights, by name or in order; default: 1 each.
-        model: the base, or several by name; only read. Needed where a change depends on the base's weight: for methods
-            such as DoRA unless their changes are added up, and for whatever is replaced whole.
+        model: the base, or several by name; only read. Needed where a change depends on the base, as DoRA's does, and
+            where something is replaced whole.
         name: of the result.
         dtype: of the result; default: the one that holds all adapters' tensors.
         **options: of the way, by the names of its fields. One for each adapter may be a list, or a mapping by name.

@@ -118,6 +118,9 @@ class CombiningWay(SiteWay):
 class SumWay(CombiningWay):
     """A way whose result is Σ cᵢ·Δᵢ, so that factors stay factors."""
 
+    measures: ClassVar[bool] = True
+    """Whether c depends on the inner products; else they are not computed, and given as zeros."""
+
     @property
     def reads(self) -> str:
         return "inner products of the changes; factors stay factors"
@@ -134,7 +137,8 @@ class SumWay(CombiningWay):
     def merge_site(self, terms: SiteTerms) -> Change:
         if self.space != "deltas":
             return super().merge_site(terms)
-        gram = terms.gram()
+        count = len(terms.weights)
+        gram = terms.gram() if self.measures else torch.zeros(count, count, dtype=torch.float64)
         return sum_changes(self.coefficients(gram, gram.new_tensor(terms.weights)).tolist(), terms)
 
 

@@ -148,8 +148,9 @@ def test_sums_keep_the_form_of_their_parts():
     with torch.no_grad():
         dora = lorac.compile(model, {"d": lorac.DoRA(r=2, targets=["fc1"])}).adapters["d"]
         dora.tensors["fc1"]["lora_B"].normal_(generator=torch.Generator().manual_seed(0))
-    both = lorac.merge([dora, lora("a", 1, r=3)], "cat", [0.5, 2], model)
-    assert both.variant.name == "edit" and sorted(both.tensors["fc1"]) == ["a", "b", "c"]
+    for method in ("cat", "task_arithmetic", "linear", "karcher"):
+        both = lorac.merge([dora, lora("a", 1, r=3)], method, [0.5, 2], model)
+        assert both.variant.name == "edit" and sorted(both.tensors["fc1"]) == ["a", "b", "c"]
     # Sparse changes stay sparse.
     shira = lorac.compile(model, {"s": lorac.SHiRA(r=1, targets=["fc1"])}).adapters["s"]
     with torch.no_grad():

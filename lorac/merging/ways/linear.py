@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -24,6 +25,7 @@ class Linear(SumWay):
 
     name = "linear"
     paper = "Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482"
+    measures: ClassVar[bool] = False
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         if not (not self.is_like_peft if self.normalize is None else self.normalize):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,7 @@ class TaskArithmetic(SumWay):
 
     name = "task_arithmetic"
     paper = "Editing Models with Task Arithmetic, arXiv 2212.04089"
+    measures: ClassVar[bool] = False
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         return weights
