@@ -171,7 +171,9 @@ class _FileReader:
         if "diff" in module.names and self._adapts(paths[0]):
             return {}
         taken = {leaf: module.names.pop(leaf) for leaf in DIFFERENCES if leaf in module.names}
-        if taken and len(paths) > 1:
+        if not taken:
+            return {}
+        if len(paths) > 1:
             raise unsupported_error(
                 f"'{next(iter(taken.values())).key}' is the difference of a layer that is {len(paths)} of the model's",
                 next_step="save it from its trainer under the names of diffusers",
