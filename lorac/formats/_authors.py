@@ -256,16 +256,25 @@ class AuthorsFormat(Format):
             if not self.is_trained(name, settings):
                 raise self._no_place(adapter, f"'{name}', which it replaces")
             tensors[name] = tensor
-        for site in adapter.tensors:
-            for parameter, tensor in self.to_stored(adapter, site).items():
-                rows = [row for row in self.rows if row.parameter == parameter and row.find_key(site)]
-                if not rows:
-                    raise self._no_place(adapter, f"'{parameter}' at '{site}'")
-                tensors[str(rows[-1].find_key(site))] = tensor[None] if rows[-1].is_row else tensor
+        tensors |= self._name_tensors(adapter)
         path.mkdir()
         self.write_tensors(path / self.weights, tensors, view)
         if self.settings:
             write_json(self.settings_path(path / self.weights), settings)
+
+    def _name_tensors(self, adapter: Adapter) -> dict[str, Tensor]:
+        named = {}
+        for site in adapter.tensors:
+            for parameter, tensor in self.to_stored(adapter, site).items():
+                row = self._find_row(adapter, site, parameter)
+                named[str(row.find_key(site))] = tensor[None] if row.is_row else tensor
+        return named
+
+    def _find_row(self, adapter: Adapter, site: str, parameter: str) -> KeyRow:
+        rows = [row for row in self.rows if row.parameter == parameter and row.find_key(site)]
+        if not rows:
+            raise self._no_place(adapter, f"'{parameter}' at '{site}'")
+        return rows[-1]
 
     def _no_place(self, adapter: Adapter, what: str) -> FormatError:
         places = dict.fromkeys(row.site.replace("*", "…") for row in self.rows)
