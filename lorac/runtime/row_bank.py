@@ -6,12 +6,14 @@ registered.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lorac.errors import Unavailable
+from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.rows import write_place
 from lorac.runtime.choice_states import ChoiceState
 from lorac.target.engine import BoundProgram, Engine
@@ -38,7 +40,9 @@ class RowBank:
             name: tensor.expand(rows, *tensor.shape[1:]).contiguous() for name, tensor in self._tensors(base).items()
         }
         self._charge = budget.charge(self._places.values())
+        self._rows = _split_rows(self._places)
         self._bound: dict[int, BoundProgram] = {}
+        self._apart: weakref.WeakKeyDictionary[ComposedWeights, str | None] = weakref.WeakKeyDictionary()
 
     def admit(self, row: int, state: ChoiceState) -> None:
         """Write a choice into the place of a row; what was there before leaves no trace.
@@ -47,19 +51,24 @@ class RowBank:
             Unavailable: the choice fills slots that rows share.
             OverBudget: its rank is larger than any before, and there is no room for that; then nothing changes.
         """
-        why = self._engine.why_apart(state.snapshot, self._graph)
+        if state.snapshot not in self._apart:
+            self._apart[state.snapshot] = self._engine.why_apart(state.snapshot, self._graph)
+        why = self._apart[state.snapshot]
         if why is not None:
             raise Unavailable(
                 f"the row cannot have adapters of its own: {why}",
                 next_step="call with this choice for all rows, as adapters= takes it",
             )
         tensors = self._tensors(state)
-        self._widen(tensors)
-        whole = [name for name, tensor in tensors.items() if tensor.shape[1:] == self._places[name].shape[1:]]
-        # One call for all: a step of Python for each would take as long as copying.
-        torch._foreach_copy_([self._places[name][row] for name in whole], [tensors[name][0] for name in whole])
-        for name in tensors.keys() - {*whole}:
-            write_place(self._places[name][row], tensors[name])
+        if any(tensor.shape != self._rows[row][name].shape for name, tensor in tensors.items()):
+            self._widen(tensors)
+        places = self._rows[row]
+        odd = [name for name, tensor in tensors.items() if tensor.shape != places[name].shape]
+        whole = tensors.keys() - {*odd} if odd else tensors.keys()
+        if whole:  # one call for all: a step of Python for each would take as long as copying
+            torch._foreach_copy_([places[name] for name in whole], [tensors[name] for name in whole])
+        for name in odd:
+            write_place(places[name][0], tensors[name])
 
     def move(self, order: Sequence[int]) -> None:
         """Follow the rows of a cache (``KeyValueCache.remove``): each place gets what the row had that is there now."""
@@ -94,4 +103,10 @@ class RowBank:
         if wider:
             places = {**self._places, **wider}
             self._charge = self._budget.charge(places.values())
-            self._places, self._bound = places, {}
+            self._places, self._rows, self._bound = places, _split_rows(places), {}
+
+
+def _split_rows(places: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return the place of each row (1, …), by slot, over the same memory."""
+    rows = len(next(iter(places.values()), ()))
+    return [{name: place[row : row + 1] for name, place in places.items()} for row in range(rows)]
