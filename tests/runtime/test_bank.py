@@ -17,6 +17,7 @@ import torch
 import lorac
 from lorac.session.registry import AdapterRegistry
 from lorac.testing import adapter_away
+from lorac.testing.eager_checks import assert_close
 from lorac.variants.base import Variant
 from tests.decoders import DECODERS
 from tests.refusing import refuses
@@ -83,7 +84,7 @@ def test_on_target_eager(mode: str, folder: Path) -> None:
     eager = build([], "eager", mode, reserve=ROOM)
     eager.register(folder)
     eager.swap("n1")
-    torch.testing.assert_close(answer(eager), answer(in_memory(), adapters="n1"))
+    assert_close(answer(eager), answer(in_memory(), adapters="n1"))
 
 
 def test_what_nobody_uses_is_let_go_of_and_made_again(compiled: Any) -> None:
