@@ -68,14 +68,16 @@ def test_it_is_the_merged_model(name, size, tmp_path):
 
 
 @torch.no_grad()
-def test_a_component_of_diffusers(tmp_path):
+@pytest.mark.parametrize("format", ["peft", "diffusers", "kohya"])
+def test_a_component_of_diffusers(format, tmp_path):
     from diffusers import UNet2DConditionModel
 
     unet = tiny_unet(12)
     adapter = drawn(unet, {"a": lorac.LoRA(r=2, targets=["to_q", "conv1"])}, 0.1).adapters["a"]
     unet.save_pretrained(tmp_path / "unet", max_shard_size="30KB")
-    lorac.save_adapter(adapter, tmp_path / "a", model=unet)
-    merge_checkpoint(tmp_path / "unet", tmp_path / "a", tmp_path / "out")
+    file = tmp_path / ("a" if format == "peft" else "a.safetensors")
+    lorac.save_adapter(adapter, file, format=format, model=unet)
+    merge_checkpoint(tmp_path / "unet", file, tmp_path / "out")
     read = UNet2DConditionModel.from_pretrained(tmp_path / "out").eval()
     expected = lorac.merge_into(unet, adapter)
     assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in read.state_dict().items())
