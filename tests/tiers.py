@@ -46,7 +46,7 @@ MOVED = (
     ),
     Moved("backends/onnx/test_attention.py::test_rotations_by_positions_of_each_row", "rotations of padded rows"),
     Moved(
-        "backends/onnxruntime/test_flattening.py::test_every_pair_is_added_by_its_product*",
+        "backends/onnxruntime/test_flattening.py::test_every_pair_is_added_where_it_is_computed*",
         "a ViT's pairs",
         ("tiny_vit",),
     ),
