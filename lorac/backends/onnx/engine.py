@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -94,6 +93,7 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
     Attributes:
         slots: slot inputs of all graphs by public name.
         memory: fused mode: slot -> the memory that its weight is written to.
+        shared_slots: graph -> the slots that all rows of a call share.
     """
 
     files: ProgramFiles
@@ -102,6 +102,10 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         self.program, self.graphs, self.base, self.mode = program, program.graphs, program.base, program.mode
         self.files, self.options = program.files, program.options
         self.slots = {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
+        self.shared_slots = {
+            name: frozenset(slot.name for slot in graph.slots.values() if not slot.placed)
+            for name, graph in self.graphs.items()
+        }
         self.interfaces = {
             name: graph.interface.with_notes(*self.machine_notes(graph)) for name, graph in self.graphs.items()
         }
@@ -145,14 +149,13 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         return BoundProgram(self, self.lay_out(tensors))
 
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
-        names = [name for name in (graph, get_encoder_graph_name(graph)) if name in self.graphs]
-        slots = ChainMap(*(dict(self.graphs[name].slots) for name in names))
-        for path, composed in snapshot.composed.items():
+        both = (graph, get_encoder_graph_name(graph))
+        shared = frozenset[str]().union(*(self.shared_slots[name] for name in both if name in self.shared_slots))
+        for path, composed in snapshot.composed.items() if shared else ():
             roles = (*composed.roles, *((strength_role(branch_name(0)),) if composed.branches else ()))
-            found = (slots.get(slot_name(path, role)) for role in roles)
-            shared = next((slot for slot in found if slot is not None and not slot.placed), None)
-            if shared is not None:
-                return f"all rows of a call share '{shared.name}'"
+            name = next((name for role in roles if (name := slot_name(path, role)) in shared), None)
+            if name is not None:
+                return f"all rows of a call share '{name}'"
         return None
 
     def bind_rows(self, contents: Sequence[ContentT]) -> BoundProgram[ContentT]:
