@@ -82,14 +82,13 @@ def _times_in_memory(model: Any, names: Sequence[str], given: argparse.Namespace
     """Seconds of admitting a prepared adapter, and of a copy of its bytes."""
     import torch
 
-    states = [model._states.of(((name, _active()),)) for name in names[:2]]
+    states = [model._states.of(((name, _active()),)) for name in names[:2]]  # both are swapped to below
     own = model.engine.placed_tensors(states[0].bound.content).values()
     source = torch.cat([tensor.reshape(-1) for tensor in own])
     target, turns, bank = torch.empty_like(source), iter(range(10**9)), model.new_row_bank(2)
 
     def place() -> None:
-        turn = next(turns)
-        bank.admit(turn % 2, states[turn % 2])
+        bank.admit(0, states[0])
 
     sides: dict[str, common.Side] = {name: lambda: target.copy_(source) for name in (COPY, AGAIN)}
     return common.alternate({**sides, PREPARED: place, SWAP: lambda: model.swap(names[next(turns) % 2])}, given.rounds)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from lorac.errors import Unavailable
@@ -63,12 +62,11 @@ class RowBank:
         if any(tensor.shape != self._rows[row][name].shape for name, tensor in tensors.items()):
             self._widen(tensors)
         places = self._rows[row]
-        odd = [name for name, tensor in tensors.items() if tensor.shape != places[name].shape]
-        whole = tensors.keys() - {*odd} if odd else tensors.keys()
-        if whole:  # one call for all: a step of Python for each would take as long as copying
-            torch._foreach_copy_([places[name] for name in whole], [tensors[name] for name in whole])
-        for name in odd:
-            write_place(places[name][0], tensors[name])
+        for name, tensor in tensors.items():
+            if tensor.shape == places[name].shape:
+                places[name].copy_(tensor)
+            else:
+                write_place(places[name][0], tensor)
 
     def move(self, order: Sequence[int]) -> None:
         """Follow the rows of a cache (``KeyValueCache.remove``): each place gets what the row had that is there now."""
