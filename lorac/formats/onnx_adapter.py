@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from lorac.adapters.fit import check_finite
-from lorac.formats._errors import corrupt_error, unsupported_error
+from lorac.formats._errors import corrupt_error
 from lorac.formats._format import Evidence, Format
 from lorac.formats._lora_pairs import (
     A,
@@ -30,8 +32,8 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
 _SUFFIXES = {".lora_A.weight": A, ".lora_B.weight": B, ":a": A, ":b": B}
-_FUSED = "|"
-"""Separates the layers of a projection that a program computes as one."""
+_PLACED = 3
+"""Axes of a program's slot, of which the first counts its places."""
 
 
 class OnnxAdapterFormat(Format):
@@ -53,14 +55,8 @@ class OnnxAdapterFormat(Format):
         stored = read_onnx_adapter(path, lambda reason: corrupt_error(f"'{path}' is damaged: {reason}"))
         check_finite(stored, f"'{path}'")
         layers = group_by_layer(stored, _SUFFIXES, path)
-        fused = next((layer for layer in layers if _FUSED in layer), None)
-        if fused is not None:
-            raise unsupported_error(
-                f"'{path}' holds the factors of '{fused}', layers that a program of lorac's computes as one",
-                next_step="load the file of the same name that ends in .safetensors, which lies next to it",
-            )
         tensors = {
-            layer: {key: transpose_matrix(stored[name]) for key, name in names.items()}
+            layer: {key: transpose_matrix(_as_matrix(stored[name])) for key, name in names.items()}
             for layer, names in layers.items()
         }
         ranks = {layer: float(check_pair(path, layer, found)) for layer, found in tensors.items()}
@@ -81,6 +77,11 @@ class OnnxAdapterFormat(Format):
             tensors[f"{layer}.lora_A.weight"] = own[A].mT
             tensors[f"{layer}.lora_B.weight"] = (here.scale * own[B]).mT
         write_onnx_adapter(path, tensors)
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """Return the only place of a program's slot; what has no axis of places stays."""
+    return tensor.squeeze(0) if tensor.ndim == _PLACED else tensor
 
 
 FORMAT = OnnxAdapterFormat()

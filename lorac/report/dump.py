@@ -274,8 +274,12 @@ class _GraphDumper:
         return self.sizes[expression]
 
     def _symbols(self) -> dict[str, str]:
-        """Return the letter of each symbol: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank."""
-        letters: dict[str, str] = {}
+        """Return the letter of each symbol: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank.
+
+        ``D`` is the number of places of slots, and ``m`` that of the tokens of a segment (``lorac.ir.slots.rows``).
+        """
+        segments = (symbol for symbol, name in self.graph.axes.items() if name.startswith("segment_"))
+        letters = {symbol: f"m{i or ''}" for i, symbol in enumerate(segments)}
         following = itertools.chain(_SIZE_LETTERS, (f"n{i}" for i in itertools.count()))
         values = [(node.name, node.meta.get("val")) for node in self.graph.placeholders()]
         shapes = [(name, value.shape) for name, value in values if isinstance(value, torch.Tensor)]
@@ -284,7 +288,7 @@ class _GraphDumper:
             if symbol in letters or not _SYMBOL.fullmatch(symbol):
                 continue
             if name in self.slots:
-                letters[symbol] = "r"
+                letters[symbol] = "D" if axis == 0 and self.slots[name].placed else "r"
             else:
                 letters[symbol] = "b" if axis == 0 and "b" not in letters.values() else next(following)
         return letters

@@ -50,6 +50,10 @@ def rows() -> dict[str, MethodRow]:
     return {row.name: row for row in method_rows(BUILT_IN.values())}
 
 
+UNTRAINED = {"arrow"}
+"""Methods that are made of trained adapters, and train nothing."""
+
+
 def test_every_method_has_a_formula_a_form_and_a_file(rows: dict[str, MethodRow]) -> None:
     assert list(rows) == list(BUILT_IN)
     # What has no defaults (a chain, say) has the form of what it is given.
@@ -60,7 +64,7 @@ def test_every_method_has_a_formula_a_form_and_a_file(rows: dict[str, MethodRow]
         assert row.files[0] == "native"
         if row.form != "replace":
             assert "=" in row.formula, f"the docstring of '{name}' begins with no ``formula``"
-            assert row.own + row.common > 0
+            assert row.own + row.common > 0 or name in UNTRAINED
 
 
 def test_rows(rows: dict[str, MethodRow]) -> None:
@@ -75,10 +79,10 @@ def test_rows(rows: dict[str, MethodRow]) -> None:
         own=2 * 768 * 8,
         common=0,
         paper=lorac.LoRA.paper,
-        files=("native", "LORA", "adapterhub"),
+        files=("native", "LORA", "adapterhub", "diffusers", "gguf", "kohya", "mlx", "onnx_adapter"),
     )
-    assert (rows["dora"].form, rows["dora"].files) == ("low-rank r=8 c", ("native", "LORA", "adapterhub"))
-    assert (rows["hydra"].form, rows["hydra"].files) == ("low-rank r=4", ("native",))
+    assert (rows["dora"].form, rows["dora"].files[:3]) == ("low-rank r=8 c", ("native", "LORA", "adapterhub"))
+    assert (rows["hydra"].form, rows["hydra"].files) == ("low-rank r=4", ("native", "hydra"))
     assert (rows["shira"].form, rows["shira"].own) == ("sparse", 32 * 2 * 768)
     assert (rows["adaptertune"].form, rows["adaptertune"].merges) == ("branch", False)
     assert (rows["adaptertune"].adapts, rows["adaptertune"].own) == (("block",), 2 * 16 * 768 + 16 + 768)

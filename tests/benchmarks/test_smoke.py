@@ -170,7 +170,7 @@ def test_it_says_what_it_takes(name, capsys):
         _benchmark(name).main(["--help"])
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    assert all(option in shown for option in ("--smoke", "--json", "--processes", "--layers"))
+    assert all(option in shown for option in ("--smoke", "--json", "--processes"))
     assert "arget" in shown, "the docstring, with what is to be reached"
 
 
