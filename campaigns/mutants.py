@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ir", "passes", "backends", "formats", "runtime")
 KINDS = ("comparison", "constant", "condition", "arguments", "statement")
@@ -121,6 +123,8 @@ def _failing(tests: Sequence[str], root: Path) -> str | None:
     except subprocess.TimeoutExpired:
         return "the time"
     except subprocess.CalledProcessError as error:
+        if error.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+            return None
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", error.stdout, re.MULTILINE)
         return failed[1] if failed else f"pytest's exit with {error.returncode}"
     return None
