@@ -179,8 +179,8 @@ def _find_format(path: Path) -> Format:
     if path.is_file() and path.suffix == ".safetensors":
         read_metadata(path)  # the error of a damaged file says more
     raise FormatError(
-        f"'{path}' is an adapter of no known format; looked for "
-        + "; ".join(f"{format.name}: {format.looks_for}" for format in formats().values()),
+        f"'{path}' is an adapter of no known format; docs/formats.md says how these are recognised: "
+        + ", ".join(formats()),
         next_step=_suggest_path(path),
         code="unknown_format",
     )

@@ -96,6 +96,6 @@ def test_another_package_offers_a_format(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert "adapter 'a': lora_A at '0' has shape (2, 4), expected (2, 5)" in done.stdout
-    assert "pairs: a file *.pairs" in done.stdout, "the formats that were looked for"
+    assert "xlora, pairs\n" in done.stdout, "the formats that were looked for"
     assert f"did you mean '{adapters / 'a.pairs'}'?" in done.stdout
     assert "the format 'broken' of another package is left out: AttributeError" in done.stderr
