@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lorac
 from campaigns import mutations, sound
 from lorac.limits import ReadBudget
@@ -266,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             os._exit(0)
         if os.wait()[1]:
             raise SystemExit("the sound files could not be written")
+        torch.set_num_threads(1)  # a forked process waits for ever for threads of its parent
         campaign = Campaign(given.seed, folder, given.kind)
         campaign.check()
         if given.only is not None:

@@ -46,7 +46,7 @@ def make_model() -> nn.Module:
 
 
 def changes(contribution: Contribution) -> dict[str, Tensor]:
-    """What a client adds to each weight."""
+    """Return the change that a client adds to each weight."""
     return {path: change.b.mT @ change.a.mT for path, change in lorac.factors(contribution.adapter).items()}
 
 

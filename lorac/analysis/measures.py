@@ -1,4 +1,4 @@
-"""What adapters do, in numbers: the rank and the size of each site's change, and what two adapters have in common.
+"""Measures of adapters: the rank and the size of each site's change, and what two adapters have in common.
 
 Everything is computed in float64, from factors where a change has them. With ΔW = W' − W, norms are Frobenius's.
 """

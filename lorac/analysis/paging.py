@@ -97,7 +97,7 @@ def unpack_adapter(keys: Array, values: Array) -> tuple[Array, Array]:
 # ── Admission ────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class RowLoad:
-    """What a request takes: tokens so far, and how many it may still get."""
+    """The tokens of a request so far, and how many it may still get."""
 
     length: int
     left: int
@@ -144,7 +144,7 @@ class TracedRequest:
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """What an allocator did with a trace.
+    """The results of an allocator for a trace.
 
     Attributes:
         finished: requests that were answered.
@@ -184,7 +184,7 @@ class _Row:
 
 @dataclass
 class _Counts:
-    """What is counted while a trace is replayed."""
+    """Counters of a trace while it is replayed."""
 
     finished: int = 0
     refused: int = 0

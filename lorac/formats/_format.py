@@ -14,7 +14,7 @@ from lorac.variants.base import Variant
 
 
 class Evidence(enum.IntEnum):
-    """What a format recognises its files by, from the surest."""
+    """The kinds of evidence by which formats recognise their files, from the surest."""
 
     METADATA = 0
     """Metadata that lorac writes."""

@@ -27,7 +27,7 @@ STACK = "stack"
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a client gave to a round.
+    """The factors that a client gave to a round.
 
     Attributes:
         adapter: what it trained.

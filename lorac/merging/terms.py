@@ -1,4 +1,4 @@
-"""What several adapters do to one site, in the forms that ways of merging read."""
+"""The changes of several adapters at one site, in the forms that ways of merging read."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from lorac.target.engine import BoundProgram, Engine
 
 
 class HeldChoice:
-    """What ``compiled.hold`` gives: calls take it in the place of a choice of adapters.
+    """A choice of adapters that ``compiled.hold`` gives, and that calls take as ``adapters=``.
 
     Args:
         program: the engine's program with the choice.

@@ -20,7 +20,7 @@ from lorac.target.engine import Engine
 
 
 class ComponentHost(Protocol):
-    """What a component asks of the models that it was compiled with."""
+    """The interface of a compiled model that its components use."""
 
     engine: Engine
     session: Session

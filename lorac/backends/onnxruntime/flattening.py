@@ -279,7 +279,7 @@ class _Segments:
 
     @classmethod
     def of(cls, graph: ir.Graph) -> _Segments | None:
-        """Return the segments of a graph; None where it has none."""
+        """Return the segments of a graph, or None for a graph without segments."""
         slots = {cut: slot for cut in graph if (slot := _cutting_slot(cut)) is not None}
         return cls(graph, next(iter(slots.values())), slots.keys()) if slots else None
 

@@ -38,7 +38,7 @@ _FAMILIES = {
     "WanAnimate": "Wan",
     "WanVACE": "Wan",
 }
-"""What the class of a transformer is called before that word -> the pipelines that load LoRAs for it, where another."""
+"""Name of a transformer class, without ``Transformer…`` -> name of its pipelines' LoRA loader, where they differ."""
 Converter = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 _READS = frozenset({"item", "tolist", "__float__", "__int__"})
 
@@ -95,7 +95,7 @@ def _find_unknown(names: Iterable[str], view: ModelView, pipeline: Mapping[str, 
 
 
 def _find_converter(model: nn.Module) -> Converter | None:
-    """Return what makes diffusers' names of a file's for a model; None for classes that diffusers has none for."""
+    """Return diffusers' converter of a file's names for a model; None for classes without a converter."""
     if type(model).__module__.partition(".")[0] != _LIBRARY:
         return None
     mixin = getattr(importlib.import_module(f"{_LIBRARY}.loaders"), name_loader(type(model).__name__), None)

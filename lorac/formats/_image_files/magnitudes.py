@@ -22,7 +22,7 @@ from lorac.variants.magnitude import Magnitude
 PEFT, LYCORIS = "magnitude", "dora_scale"
 MAGNITUDES = (PEFT, LYCORIS)
 _FIRST, _SECOND = "part0_", "part1_"
-"""What ``Chain`` calls the tensors of its two parts."""
+"""The prefixes of the tensors of the two parts of a ``Chain``."""
 
 
 def add_magnitude(method: Method, module: StoredModule) -> Method:

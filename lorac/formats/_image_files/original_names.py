@@ -110,7 +110,7 @@ _XLABS: Mapping[str, tuple[str, ...]] = {
     "single_blocks.#.qkv_lora": tuple(f"single_transformer_blocks.#.attn.to_{part}" for part in "qkv"),
     "single_blocks.#.proj_lora": ("single_transformer_blocks.#.proj_out",),
 }
-"""The same of XLabs' files for Flux, which name a LoRA instead of its layer."""
+"""Names of XLabs' files for Flux, which name a LoRA instead of its layer."""
 _CONTINUOUS = "AdaLayerNormContinuous"
 """diffusers' class of a norm whose linear layer has scale before shift, where the authors' has shift before scale."""
 

@@ -26,7 +26,7 @@ LAYERS = frozenset({SiteKind.LINEAR, *CONVOLUTION_KINDS.values()})
 _OLD_LETTER = re.compile(r"\.(q|k|v|out)_proj$")
 """The layers of CLIP's attentions, which the oldest files call as those of U-Nets."""
 _TEXT_MODEL = "text_model."
-"""What paths of CLIP's layers began with before transformers 5, and still begin with in files."""
+"""The prefix of paths of CLIP's layers before transformers 5, which files still have."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def name_component(model: nn.Module) -> str:
 
 
 def choose_component(beginning: str, pipeline: Mapping[str, PipelineModel]) -> PipelineModel | None:
-    """Return the component that a beginning of names means, or None where the model has none of that name.
+    """Return the component of a prefix of names, or None where the model has no such component.
 
     One model alone is whatever component a file names.
     """
@@ -147,7 +147,7 @@ def choose_component(beginning: str, pipeline: Mapping[str, PipelineModel]) -> P
 
 
 def pipeline_names(beginning: str) -> tuple[str, ...]:
-    """Return what pipelines call the component that a beginning of names means."""
+    """Return the name in pipelines of the component of a prefix of names."""
     return COMPONENTS.get(beginning, (beginning.removesuffix("."),))
 
 

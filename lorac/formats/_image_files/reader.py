@@ -38,7 +38,7 @@ _AGAIN = "save it again from its trainer: it holds two adapters, or one in two s
 
 @dataclass
 class _Module:
-    """What a file has for one module of a component."""
+    """The tensors of a file for one module of a component."""
 
     component: PipelineModel
     place: Place

@@ -18,7 +18,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.frontend.model_view import ModelView
 
 _PREFIX = "model."
-"""What files have before the paths of a model without its output layer."""
+"""The prefix in files of the paths of a model without its output layer."""
 _REORDERED = (".attn_q.weight", ".attn_k.weight")
 WEIGHT = ".weight"
 EMBEDDING = "token_embd.weight"

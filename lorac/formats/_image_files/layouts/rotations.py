@@ -20,7 +20,7 @@ from lorac.ir.sites import Site
 from lorac.variants.boft import BOFT
 
 _ROUNDING = 1e-8
-"""What LyCORIS adds to the norm that it compares with the bound."""
+"""LyCORIS adds this number to the norm before it compares it with the bound."""
 
 
 class RotationLayout(ModuleLayout):
