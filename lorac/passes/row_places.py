@@ -10,7 +10,7 @@ from torch import fx
 
 from lorac.errors import list_some
 from lorac.ir.graph.graph import Graph
-from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import ROLES
 
@@ -63,8 +63,9 @@ def _why_shared(plan: SitePlan, calls: Sequence[fx.Node], batch: torch.SymInt | 
     """Return why all rows of a batch share the slots of a site; empty where each may have its own."""
     if batch is None:
         return "the program is for one number of rows"
-    if plan.site.within is not None:
-        return "its module computes with it in its own way"
+    why = why_shared(plan)
+    if why:
+        return why
     first = (call.args[0].meta["val"].shape[0] for call in calls)  # type: ignore[union-attr]  # a node
     aligned = all(isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr for size in first)
-    return layout_of(plan.site).why_shared or ("" if aligned else "the rows of its input are not those of the batch")
+    return "" if aligned else "the rows of its input are not those of the batch"

@@ -21,11 +21,10 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
-from lorac.ir.slots.execution import FormulaContext, add_branches, run_site
-from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.execution import FormulaContext, run_site
+from lorac.ir.slots.placed_execution import run_placed
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import IN, OUTPUT, PASS, list_read_values, parse_value_name, present_weights
-from lorac.ir.slots.roles import ROLES
 
 Tensor = torch.Tensor
 VALUE_PREFIX = "value:"
@@ -159,19 +158,4 @@ def compute_adapted(
     weight = stored if product is None else None
     if not plan.placed:
         return run_site(plan, slots, x, weight, bias, ctx=ctx, product=product)
-    layout = layout_of(plan.site)
-    if plan.branches and product is None:
-        product = layout.base(x, stored, None)
-    slot, features = _first_placed(slots), int(layout.has_input_axis)
-    parts = row_ops.cut(x, slot, features), None if product is None else row_ops.cut(product, slot, 1)
-    weights = dataclasses.replace(plan, branches=()), dataclasses.replace(slots, branches=())
-    y = row_ops.join(run_site(*weights, parts[0], weight, bias, product=parts[1]), x, features)
-    if not plan.branches:
-        return y
-    assert product is not None
-    return add_branches(plan, slots, x, y, product if bias is None else product + bias.to(product.dtype), ctx)
-
-
-def _first_placed(slots: SiteSlots) -> Tensor:
-    """Return a tensor of a site with a first axis of places."""
-    return next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)
+    return run_placed(plan, slots, x, weight, bias, ctx=ctx, product=product, segments=row_ops.SEGMENTS)

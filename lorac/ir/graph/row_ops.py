@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from lorac.ir.graph.new_sizes import make_size
+from lorac.ir.slots.placed_execution import SegmentOps
 from lorac.ir.slots.rows import cut_segments, join_segments
 
 
@@ -58,4 +59,5 @@ def _segment_size(x: Tensor, sizes: Sequence[int | torch.SymInt], places: int | 
 
 _TOKENS = 13
 """The tokens of a segment in an example: a number that sizes of models rarely are."""
+SEGMENTS = SegmentOps(cut, join)
 CUT, JOIN = cut._opoverload, join._opoverload

@@ -1,0 +1,85 @@
+"""The computation of an adapted site whose rows have slots of their own (``lorac.ir.slots.rows``).
+
+Eager mode runs it on views of the batch, and the other backends trace it with ops of their own
+(``lorac.ir.graph.row_ops``), so that none has another computation for rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lorac.ir.slots.execution import FormulaContext, add_branches, run_site
+from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.rows import cut_segments, join_segments
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class SegmentOps:
+    """The ways between a batch and its segments.
+
+    Attributes:
+        cut: (a batch, a slot with places, the number of axes of features) -> segments (places, tokens, …).
+        join: (segments (places, tokens, N), a batch, its number of axes of features) -> a batch (…, N).
+    """
+
+    cut: Callable[[Tensor, Tensor, int], Tensor]
+    join: Callable[[Tensor, Tensor, int], Tensor]
+
+
+def _cut_view(x: Tensor, slot: Tensor, features: int) -> Tensor:
+    return cut_segments(x, slot.shape[0], features)
+
+
+VIEWS = SegmentOps(_cut_view, join_segments)
+"""Views of a batch that lies in one piece: nothing is copied."""
+
+
+def why_shared(plan: SitePlan) -> str:
+    """Return why all rows of a batch share the slots of a site, wherever it is called; empty where they need not."""
+    if plan.site.within is not None:
+        return "its module computes with it in its own way"
+    return layout_of(plan.site).why_shared
+
+
+def run_placed(
+    plan: SitePlan,
+    slots: SiteSlots,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    ctx: FormulaContext | None = None,
+    product: Tensor | None = None,
+    segments: SegmentOps = VIEWS,
+) -> Tensor:
+    """Return the output of an adapted site whose slots have places.
+
+    Args:
+        plan, slots, x, weight, bias, ctx, product: as for ``lorac.ir.slots.execution.run_site``.
+        segments: the ways between a batch and its segments.
+    """
+    layout = layout_of(plan.site)
+    active = any(fill is not None for fill in slots.branches)
+    if active and product is None:
+        assert weight is not None
+        product = layout.base(x, weight, None)
+    slot, features = _first_placed(slots), int(layout.has_input_axis)
+    parts = segments.cut(x, slot, features), None if product is None else segments.cut(product, slot, 1)
+    weights = replace(plan, branches=()), replace(slots, branches=())
+    y = segments.join(run_site(*weights, parts[0], weight, bias, product=parts[1]), x, features)
+    if not active:
+        return y
+    assert product is not None
+    return add_branches(plan, slots, x, y, product if bias is None else product + bias.to(product.dtype), ctx)
+
+
+def _first_placed(slots: SiteSlots) -> Tensor:
+    """Return a tensor of a site with a first axis of places."""
+    return next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)
