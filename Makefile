@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu durations soak kill fuzz check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser test test-slow test-gpu durations soak kill fuzz check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -17,6 +17,9 @@ help: ## Show this list
 
 demo: $(STAMP) ## Train two adapters, compile both for ONNX Runtime and swap them
 	$(BIN)/python -m examples.demo
+
+denoiser: $(STAMP) ## Train the tiny denoiser of experiments on diffusion, once (about 15 minutes)
+	$(BIN)/python -m examples.denoiser
 
 test: $(STAMP) ## Run the test suite
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal --junitxml build/tests.xml
