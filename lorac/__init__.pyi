@@ -55,6 +55,8 @@ from lorac.variants.boft import BOFT as BOFT
 from lorac.variants.bottleneck import Bottleneck as Bottleneck
 from lorac.variants.chain import Chain as Chain
 from lorac.variants.cp_lora import CPLoRA as CPLoRA
+from lorac.variants.decor import DECOR as DECOR
+from lorac.variants.decor_weight import DECORWeight as DECORWeight
 from lorac.variants.dora import DoRA as DoRA
 from lorac.variants.dylora import DyLoRA as DyLoRA
 from lorac.variants.edit import Edit as Edit

@@ -65,6 +65,12 @@ def assert_apart(found: Tensor, other: Tensor) -> None:
     assert share > LEAST_DIFFERENCE, f"they differ by {share:.1e} of their size, which may be rounding"
 
 
+def assert_vanishes(found: Tensor, beside: Tensor) -> None:
+    """Assert that a tensor is 0 up to what rounds off in computing with another."""
+    share = _norm(found) / _norm(beside)
+    assert share <= ROUNDING[beside.dtype], f"{share:.1e} of its size is left"
+
+
 def assert_at_most(found: Tensor, bound: Tensor) -> None:
     """Assert that no value exceeds its bound, which is above 0, by more than rounding."""
     assert bool((found <= bound * (1 + ROUNDING[found.dtype])).all()), f"{found} exceeds {bound}"

@@ -44,6 +44,7 @@ VALUE = re.compile(r"(?<![\w.])(target|mode|format|dtype)='([\w…]+)'")
 CALL = re.compile(r"(?<![\w.'])((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\(")
 
 PUBLIC = [
+    *(f"lorac.diffusion.{path.stem}" for path in (ROOT / "lorac/diffusion").glob("[!_]*.py")),
     "lorac",
     "lorac.trainer",
     "lorac.training",

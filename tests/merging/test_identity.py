@@ -25,7 +25,11 @@ from tests.refusing import refuses
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 SITES = ("fc1", "fc2")
-MADE_OF_METHODS = {"chain": {"parts": (lorac.LoRA(), lorac.DoRA())}, "residual": {"method": lorac.LoRA()}}
+WITHOUT_DEFAULT = {
+    "chain": {"parts": (lorac.LoRA(), lorac.DoRA())},
+    "residual": {"method": lorac.LoRA()},
+    "decor_weight": {"r": 3},
+}
 OF_FACTORS = {"lego", "svd"}
 """Ways that read factors, which not every change has."""
 METHODS = {
@@ -47,7 +51,7 @@ def adapter(name):
     method = METHODS[name]
     fields = getattr(importlib.import_module(f"tests.oracles.{name}"), "FIELDS", {})
     for targets in (SITES, ("conv",)):
-        variant = samples(method, **{**fields, **MADE_OF_METHODS.get(name, {}), "targets": targets})[0]
+        variant = samples(method, **{**fields, **WITHOUT_DEFAULT.get(name, {}), "targets": targets})[0]
         with contextlib.suppress(SiteError):
             compiled = lorac.compile(model(), {name: variant})
             break

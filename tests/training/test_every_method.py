@@ -22,7 +22,13 @@ from lorac.variants.params import Role
 from tests import zoo
 from tests.training.loops import TARGETS, data, host, plain_loop, trained
 
-BUILT_IN = {name: method for name, method in lorac.variants().items() if method.__module__.startswith("lorac.")}
+UNTRAINED = {"decor", "decor_weight"}
+"""Methods that are computed from a prompt, and train nothing."""
+BUILT_IN = {
+    name: method
+    for name, method in lorac.variants().items()
+    if method.__module__.startswith("lorac.") and name not in UNTRAINED
+}
 HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 """Of each group a method trains on the first host that has a place for it. BERT has layers that 3 divides."""
 GIVEN: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""Image generation with adapters: loops of ordinary Python over compiled parts, one file per composition."""

@@ -1,0 +1,48 @@
+"""DECOR: text embeddings without the span of unwanted ones, where the text encoder gives them.
+
+"DECOR: Decomposition and Projection of Text Embeddings for Text-to-Image Customization", Jang et al. 2024, arXiv
+2412.09169. Nothing is trained. There is no public code; which rows are projected is lorac's reading
+(``lorac.diffusion.decor``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorac.argument_types import Count
+from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Role, Site, SiteKind, Tensor
+from lorac.variants.initialisers import ones, zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class DECOR(BranchVariant):
+    """``y' = y − k∘(y·V·Vᵀ)`` for a prompt's embeddings y (…, length, d): DECOR at the text encoder's last norm.
+
+    The columns of V (d, r) span the embeddings of unwanted words; each has the length √α, and one of zeros projects
+    nothing. k (tokens,) is 1 where a token is projected, else 0. Both are buffers, so that a prompt's own are written
+    between calls. What a LoRA of the text encoder adds is projected too, and so is whatever else reads the norm, such
+    as CLIP's pooled embedding.
+
+    Attributes:
+        targets: the text encoder's last norm.
+        r: the largest number of columns.
+        tokens: the largest length of a prompt.
+    """
+
+    targets: str | Sequence[str] = ("final_layer_norm",)
+    r: Count
+    tokens: Count
+
+    name = "decor"
+    paper = "DECOR: Decomposition and Projection of Text Embeddings for Text-to-Image Customization, arXiv 2412.09169"
+    kinds = frozenset({SiteKind.BLOCK})
+
+    def params(self, site: Site) -> dict[str, ParamSpec]:
+        return {
+            "span": ParamSpec((site.out_features, self.r), zeros, Role.BUFFER),
+            "rows": ParamSpec((self.tokens,), ones, Role.BUFFER),
+        }
+
+    def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
+        return y - p.rows[: y.shape[-2], None] * (y @ p.span @ p.span.mT)
