@@ -195,6 +195,11 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         with self._lock:
             return {name: entry.source for name, entry in self.entries.items() if isinstance(entry.source, Adapter)}
 
+    @property
+    def registered(self) -> list[str]:
+        """Names of the adapters on disk."""
+        return [name for name, entry in self.entries.items() if entry.adapter is None]
+
     def find(self, name: str) -> PoolEntry:
         """Return the entry of a name.
 

@@ -136,7 +136,7 @@ class Compiled(SwitchableModel):
 
         The name of a file or folder is the adapter's, wherever an adapter's name is asked for. Thousands may be
         registered: each takes less than a kilobyte of memory until it is used, and ``compiled.memory`` bounds what
-        those in use take. They are not part of ``compiled.adapters``, nor of what ``save`` writes.
+        those in use take. They are not part of ``compiled.adapters``, nor of what ``save`` writes, which says so.
 
         Args:
             folder: holds adapters, one file or folder each.
@@ -189,22 +189,27 @@ class Compiled(SwitchableModel):
         request = CompileRequest.read(dict(self.adapters), target, mode=mode, **given)
         return build_compiled(read_model(model), request)
 
-    def save(self, folder: str | Path, tokenizer: object = None) -> None:
+    def save(self, folder: str | Path, tokenizer: object = None, *, onnx_adapters: bool = True) -> None:
         """Write a folder from which ``lorac.load(folder)`` makes the compiled model again, anywhere.
 
-        It replaces an older artifact in one step. Files that lorac did not write are never removed.
+        It replaces an older artifact in one step. Files that lorac did not write are never removed. Registered adapters
+        stay in their own folder, which is to be registered again after ``lorac.load``; a warning says how many.
 
         Args:
             folder: where to write.
             tokenizer: a tokenizer to save with it; default: ``compiled.tokenizer``, if there is one.
+            onnx_adapters: whether each adapter is also written as programs read it that run without lorac. It takes its
+                bytes a second time; ``save_choice`` writes such a file later.
 
         Raises:
             ArtifactError: the folder holds something else, or other files next to an older artifact.
+            Unavailable: an active adapter is registered only.
         """
         from lorac.session.saving import save
 
         with self._swap_lock:
-            save(self.session, self, folder, self._tokenizer if tokenizer is None else tokenizer)
+            tokenizer = self._tokenizer if tokenizer is None else tokenizer
+            save(self.session, self, folder, tokenizer, onnx_adapters=onnx_adapters)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise Unavailable(

@@ -21,17 +21,22 @@ from lorac.variants._missing_method import class_modules
 from lorac.version import VERSION
 
 
-def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer: object) -> None:
+def save(
+    session: Session, model: SwitchableModel, folder: str | Path, tokenizer: object, *, onnx_adapters: bool = True
+) -> None:
     """Write a compiled model into a folder.
 
     Args:
         model: the compiled model.
         folder: a new or empty folder, or an older artifact, which is replaced.
         tokenizer: has ``save_pretrained(folder)``; None: no tokenizer is saved.
+        onnx_adapters: whether adapters are also written for programs that run without lorac.
 
     Raises:
         ArtifactError: the folder holds something else, or cannot be written.
+        Unavailable: an active adapter is registered only.
     """
+    _check_registered(model)
     folder = parse_path(folder, "where compiled.save writes to", ArtifactError)
     write_tokenizer = tokenizer_writer(tokenizer)
 
@@ -44,7 +49,7 @@ def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer
             "target": model.engine.target,
             "mode": model.mode,
             "active": choice_to_json(model.choice),
-            "adapters": _save_adapters(model, staged / ADAPTERS),
+            "adapters": _save_adapters(model, staged / ADAPTERS, onnx_adapters=onnx_adapters),
             "plans": {path: plan_to_json(plan) for path, plan in model.plans.items()},
             "reductions": session.preparer.stored_reductions(model.adapters.values()),
             "program": _store_program(session, model, staged),
@@ -54,6 +59,20 @@ def save(session: Session, model: SwitchableModel, folder: str | Path, tokenizer
 
     with translate_os_errors(folder, ArtifactError, "written"):
         write_artifact(folder, fill)
+
+
+def _check_registered(model: SwitchableModel) -> None:
+    """Refuse an active adapter that is registered only, and warn of the others, which stay in their folder."""
+    registered = model.pool.registered
+    active = next((name for name, _ in model.choice if name in registered), None)
+    if active is not None:
+        raise Unavailable(
+            f"the active adapter '{active}' is registered, and a saved model holds no registered adapters",
+            next_step="compiled.swap(None) first, or remove_adapter it and add_adapter its file",
+        )
+    if registered:
+        count = "1 registered adapter is" if len(registered) == 1 else f"{len(registered)} registered adapters are"
+        warn(f"{count} not saved", next_step="after lorac.load(folder), register their folder again")
 
 
 def _store_program(session: Session, model: SwitchableModel, staged: Path) -> object:
@@ -67,8 +86,8 @@ def _store_program(session: Session, model: SwitchableModel, staged: Path) -> ob
     return session.backend.store(model.engine, staged, make_build_request(session, model.choice, program))
 
 
-def _save_adapters(model: SwitchableModel, folder: Path) -> dict[str, dict[str, object]]:
-    """Write every adapter, and return the manifest's entries."""
+def _save_adapters(model: SwitchableModel, folder: Path, *, onnx_adapters: bool) -> dict[str, dict[str, object]]:
+    """Write every adapter in memory, and return the manifest's entries."""
     entries = {}
     for name, stem in file_stems(sorted(model.adapters)).items():
         adapter = model.adapters[name]
@@ -84,7 +103,8 @@ def _save_adapters(model: SwitchableModel, folder: Path) -> dict[str, dict[str, 
             forms = folder / f"{stem}.forms.safetensors"
             write_normal_forms(forms, model.pool[name])
             entry |= {FORMS: f"{folder.name}/{forms.name}", "modules": modules}
-        entries[name] = {**entry, "portable": _save_portable(model, name, folder / stem)}
+        portable = _save_portable(model, name, folder / stem) if onnx_adapters else {}
+        entries[name] = {**entry, "portable": portable}
     return entries
 
 

@@ -208,6 +208,33 @@ def test_a_file_that_changed_since_is_checked_when_it_is_read(folder: Path, tmp_
     assert (compiled.active, compiled.memory.used) == ({}, 0)
 
 
+def test_registered_adapters_are_not_saved_and_save_says_so(compiled: Any, folder: Path, tmp_path: Path) -> None:
+    compiled.swap("n0")
+    with refuses("unavailable", match="'n0' is registered"):
+        compiled.save(tmp_path / "it")
+    assert not (tmp_path / "it").exists()
+    expected = raw(answer(compiled))
+    compiled.swap(None)
+    with pytest.warns(lorac.LoracWarning, match="6 registered adapters are not saved"):
+        compiled.save(tmp_path / "it")
+    loaded = lorac.load(tmp_path / "it")
+    loaded.register(folder)
+    assert raw(answer(loaded, adapters="n0")) == expected
+
+
+def test_an_adapter_lies_on_disk_once_where_only_lorac_reads_it(tmp_path: Path) -> None:
+    model = in_memory()
+    model.save(tmp_path / "both")
+    model.save(tmp_path / "once", onnx_adapters=False)
+    files = {path.name for path in (tmp_path / "once" / "adapters").iterdir()}
+    assert files == {f"n{i}.safetensors" for i in range(6)}
+    assert len([*(tmp_path / "both" / "adapters").iterdir()]) == 12
+    loaded, other = lorac.load(tmp_path / "once"), lorac.load(tmp_path / "both")
+    assert raw(answer(loaded, adapters="n1")) == raw(answer(other, adapters="n1"))
+    loaded.save_choice(tmp_path / "n1.onnx_adapter", "n1")
+    assert (tmp_path / "n1.onnx_adapter").read_bytes() == (tmp_path / "both/adapters/n1.onnx_adapter").read_bytes()
+
+
 def test_headers_alone_are_read(compiled: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But of files that a format asks for values."""
     monkeypatch.setattr("lorac.formats._files.read_tensor", None)
