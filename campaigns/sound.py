@@ -304,6 +304,28 @@ def _meteora(folder: Path) -> Iterator[Sound]:
     yield Sound("meteora", "meteora", "meteora/it", "tiny_llama")
 
 
+def _qst(folder: Path) -> Iterator[Sound]:
+    form = {"own_first": False, "vectors": True, "sigmoid": True}
+    variant = lorac.QST.of(model("tiny_llama"), r=4, bottleneck=3, **form)
+    yield from _on("tiny_llama", "qst", "{}", variant)(folder)
+
+
+def _bone_of_peft(folder: Path) -> Iterator[Sound]:
+    """Write PEFT's retired BONE from its MISS, of which the names differ."""
+    for name, variant in (("miss", lorac.MiSS(r=3, targets=["site"])), ("bat", lorac.BAT(r=2, targets=["site"]))):
+        host = "linear" if name == "miss" else "divisible"
+        place = folder / "peft" / f"bone_{name}"
+        adapter = lorac.compile(model(host), {name: variant}).adapters[name]
+        lorac.save_adapter(adapter, place, "peft", model(host))
+        config = json.loads((place / "adapter_config.json").read_text()) | {"peft_type": "BONE"}
+        left = {key: value for key, value in config.items() if key not in {"mini_r", "miss_dropout"}}
+        (place / "adapter_config.json").write_text(json.dumps(left))
+        tensors = load_file(place / "adapter_model.safetensors")
+        renamed = {key.replace("miss_block", "bone_block"): tensor for key, tensor in tensors.items()}
+        save_file(renamed, place / "adapter_model.safetensors")
+        yield Sound("peft", name, f"peft/bone_{name}", host)
+
+
 _PAIR = lorac.LoRA(r=2, targets=["q_proj", "down_proj"])
 SAMPLES = {
     "gguf": _on("tiny_llama", "gguf", "{}.gguf", _PAIR),
@@ -320,12 +342,15 @@ SAMPLES = {
     ),
     "loldu": _on("tiny_llama", "loldu", "{}", lorac.LoLDU(r=3, targets=["q_proj", "down_proj"])),
     "meteora": _meteora,
+    "lora_xs": _on("tiny_llama", "lora_xs", "{}", lorac.LoRAXS(r=2, targets=["q_proj", "down_proj"])),
+    "qst": _qst,
     "sora": _on("tiny_llama", "sora", "{}", lorac.SoRA(r=3, targets=["q_proj", "down_proj"])),
     "adapterhub": _adapterhub, "diffusers": _diffusers, "kohya": _kohya, "xlora": _xlora, "autolora": _autolora,
-    "checkpoint": _checkpoint, "flylora": _flylora, "recipe": _recipes, "training": _training,
+    "checkpoint": _checkpoint, "bone_of_peft": _bone_of_peft, "flylora": _flylora, "recipe": _recipes,
+    "training": _training,
 }  # fmt: skip
 """Formats, and layouts of a format, that ``write_methods`` does not write -> what writes sound ones."""
-FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"flylora", "recipe", "training"}
+FORMATS = frozenset({*SAMPLES, "native", "peft"}) - {"bone_of_peft", "flylora", "recipe", "training"}
 """The formats of which there are sound files."""
 
 

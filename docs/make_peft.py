@@ -37,7 +37,8 @@ def page() -> str:
 def _classes(peft_type: AnyPeftType) -> str:
     """Return the classes of a type, each with the values that select it where there are several."""
     classes = [f"`lorac.{variant.__name__}`{_when(values)}" for variant, values in peft_type.variants.items()]
-    return f"It is {', or '.join(classes)}."
+    former = f" PEFT called it {', '.join(peft_type.former_names)} before." if peft_type.former_names else ""
+    return f"It is {', or '.join(classes)}.{former}"
 
 
 def _when(values: Mapping[str, object]) -> str:

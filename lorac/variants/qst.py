@@ -50,6 +50,7 @@ class QST(BranchVariant):
             it. None for calls without padding, or with padding on the right of a causal model.
         dropout: rate of the dropout on the downsamplers' input, in training.
         vectors: γ and a are vectors with a value per feature, else numbers.
+        sigmoid: a is the sigmoid of its tensor, as in the authors' code, and then it starts at 0.73.
         own_first: D_0 is a downsampler of its own; else it is D_1, as in the authors' code.
         eps: eps of the RMS norms.
     """
@@ -67,6 +68,7 @@ class QST(BranchVariant):
     mask: str | None = None
     dropout: float = 0.0
     vectors: bool = False
+    sigmoid: bool = False
     own_first: bool = True
     eps: Annotated[float, Bounds(0)] = 1e-6
 
@@ -148,7 +150,7 @@ class QST(BranchVariant):
             beta = torch.sigmoid(getattr(p, f"gamma_{n}"))
             g = self._side((1 - beta) * self._downsample(h, p, n, ctx) + beta * g, p, n, rotary, ctx)
         side = F.linear(_rms(g, p.norm, self.eps), p.up_weight, p.up_bias)
-        return y + (1 - p.alpha) * (side - y)
+        return y + (1 - (torch.sigmoid(p.alpha) if self.sigmoid else p.alpha)) * (side - y)
 
     def _downsample(self, h: Tensor, p: Params, n: int, ctx: Context) -> Tensor:
         """Return D_n(h) (…, d/r) for h (…, d)."""

@@ -40,7 +40,7 @@ def _write_gguf(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _read_pickle(path: Path) -> Tensors:
     loaded = torch.load(path, weights_only=True)
-    return loaded.get("model", loaded)
+    return loaded.get("model", loaded) if isinstance(loaded, dict) else {}
 
 
 def _write_pickle(tensors: Tensors, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.hira import HiRA
 from lorac.variants.lokr import LoKr
 from tests import parity
+from tests.formats.oracle import assert_equal
 from tests.peft_files import change_tensors, configure, load_peft, quiet, save_small, wrap
 from tests.refusing import refuses
 from tests.zoo import ZOO
@@ -156,6 +158,10 @@ def test_lora_xs_as_its_authors_code_leaves_it(tmp_path: Path, rslora: bool) -> 
         parity.assert_parity(lorac.compile(model, {"a": adapter})(**inputs), oracle(**inputs), model(**inputs))
     with refuses("unsupported_field", match=r"no type for 'loraxs'.*\n.*lorac\.to_lora"):
         save_adapter(adapter, tmp_path / "x", model=model)
+    save_adapter(adapter, tmp_path / "old", "lora_xs", model)
+    assert_equal(load_adapter(tmp_path / "old", model), adapter)
+    written = load_file(tmp_path / "old" / "adapter_model.safetensors")
+    assert {key: t for key, t in written.items() if "latent" in key}.keys() == {f"base_model.{key}" for key in renamed}
     save_adapter(lorac.to_lora(adapter, model), tmp_path / "x", model=model)
     parity.assert_parity(load_peft(model, tmp_path / "x")(**inputs), oracle(**inputs), model(**inputs))
     configure(tmp_path / "new", rank_pattern={"up": 2})
@@ -168,3 +174,24 @@ def test_flylora_without_top_k_names_its_file(tmp_path: Path) -> None:
     configure(folder, init_lora_weights="sparse")
     with refuses("unsupported_field", match=r"/f'.*FlyLoRA takes no top_k=None"):
         load_adapter(folder, MODEL())
+
+
+@pytest.mark.parametrize("form", [True, "bat"])
+@torch.no_grad()
+def test_bone_is_the_miss_of_older_releases(tmp_path: Path, form: bool | str) -> None:
+    """PEFT 0.19 took BONE out: ``scripts/convert-bone-to-miss.py`` renames the tensors and the type."""
+    folder = save_small(tmp_path / "miss", "MISS", init_weights=form)
+    expected = load_adapter(folder, MODEL())
+    shutil.copytree(folder, tmp_path / "bone")
+    stored = load_file(tmp_path / "bone" / "adapter_model.safetensors")
+    renamed = {key.removeprefix("base_model.").replace("miss_", "bone_"): t for key, t in stored.items()}
+    gone = {key.removeprefix("base_model."): None for key in stored}
+    change_tensors(tmp_path / "bone", {**gone, **renamed})
+    config = json.loads((tmp_path / "bone" / "adapter_config.json").read_text())
+    left = {key: value for key, value in config.items() if key not in {"mini_r", "miss_dropout"}}
+    (tmp_path / "bone" / "adapter_config.json").write_text(json.dumps({**left, "peft_type": "BONE"}))
+    adapter = load_adapter(tmp_path / "bone", MODEL(), expected.name)
+    assert adapter.variant == expected.variant
+    assert_equal(adapter, expected)
+    save_adapter(adapter, tmp_path / "again", model=MODEL())
+    assert_equal(load_adapter(tmp_path / "again", MODEL(), expected.name), expected)

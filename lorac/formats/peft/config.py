@@ -48,8 +48,9 @@ def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:
         FormatError: no type is named, or one that PEFT does not have, or that lorac does not read.
     """
     named = raw.get("peft_type")
-    if isinstance(named, str) and named in peft_types():
-        return peft_types()[named]
+    for name, one in peft_types().items():
+        if named in (name, *one.former_names):
+            return one
     readable = f"lorac reads {', '.join(sorted(peft_types()))}"
     if named is None:
         raise FormatError(f"'{path}' names no peft_type", next_step=readable, code="unknown_field")

@@ -29,8 +29,9 @@ class PeftType(ABC, Generic[V]):
 
     Attributes:
         peft_type: its name in the configuration.
+        former_names: names of types of older releases of PEFT whose files are of this one.
         variants: class of the method -> the configuration values that select it.
-        read_only: those of the classes that PEFT itself does not compute, so that none is written.
+        read_only: those of the classes that PEFT itself does not compute, so that none is written for it.
         fields: every field of PEFT's configuration class.
         retired: fields that older releases of PEFT, or forks, wrote.
         suffixes: what follows the path of a module in a key.
@@ -51,6 +52,7 @@ class PeftType(ABC, Generic[V]):
     """
 
     peft_type: ClassVar[str]
+    former_names: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[Mapping[type[Variant], JsonMapping]]
     fields: ClassVar[Mapping[str, Field]]
     read_only: ClassVar[frozenset[type[Variant]]] = frozenset()
@@ -122,6 +124,10 @@ class PeftType(ABC, Generic[V]):
 
     def rename_keys(self, tensors: Tensors) -> Tensors:
         """Return the tensors of a file by the keys of this type, where forks wrote others."""
+        return tensors
+
+    def name_as_fork(self, tensors: Tensors) -> Tensors:
+        """Return the tensors by the keys that the fork writes which has a method of ``read_only``."""
         return tensors
 
     def refine_variant(self, variant: V, stored: Mapping[str, Tensors]) -> Variant:

@@ -40,8 +40,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def write_folder(adapter: Adapter, folder: Path, view: ModelView | None) -> None:
+def write_folder(adapter: Adapter, folder: Path, view: ModelView | None, *, of_fork: bool = False) -> None:
     """Write adapter_config.json and adapter_model.safetensors into a new folder.
+
+    Args:
+        of_fork: write it for the fork of PEFT that has the method, where PEFT has it not.
 
     Raises:
         FormatError: PEFT has no type for the method, or no place for a tensor.
@@ -50,7 +53,7 @@ def write_folder(adapter: Adapter, folder: Path, view: ModelView | None) -> None
     if view is not None:
         check_adapter(adapter, view)
     adapter = _convert(adapter)
-    peft_type = _find_peft_type(adapter)
+    peft_type = _find_peft_type(adapter, of_fork)
     contents = peft_type.write_folder(adapter, view)
     folder.mkdir()
     if contents is None:
@@ -84,9 +87,10 @@ def _convert(adapter: Adapter) -> Adapter:
     return adapter
 
 
-def _find_peft_type(adapter: Adapter) -> AnyPeftType:
+def _find_peft_type(adapter: Adapter, of_fork: bool) -> AnyPeftType:
     for peft_type in peft_types().values():
-        if type(adapter.variant) in peft_type.variants.keys() - peft_type.read_only:
+        written = peft_type.read_only if of_fork else peft_type.variants.keys() - peft_type.read_only
+        if type(adapter.variant) in written:
             return peft_type
     raise unsupported_error(
         f"PEFT has no type for '{adapter.variant.name}', the method of adapter '{adapter.name}'",
@@ -151,7 +155,8 @@ class _FolderWriter:
         given["fan_in_fan_out"] = any(site.transposed for site in sites.values())
         if tied:
             given["ensure_weight_tying"] = True
-        _write_files(adapter, peft_type, given, tensors, folder, self.view)
+        named = peft_type.name_as_fork(tensors) if type(adapter.variant) in peft_type.read_only else tensors
+        _write_files(adapter, peft_type, given, named, folder, self.view)
 
     def _refuse_parts(self, sites: Mapping[str, Site]) -> None:
         """Refuse a part of a module that reads several weights itself (an attention), which PEFT adapts whole."""

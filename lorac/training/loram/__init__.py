@@ -12,6 +12,7 @@ Zhang et al. 2025, arXiv 2502.13533.
 from lorac.training.loram.pruning import PrunedModel, SizeComparison, mask, prune
 from lorac.training.loram.pruning_record import PruningRecord, read_pruning_record, write_pruning_record
 from lorac.training.loram.recovery import align, recover
+from lorac.training.loram.removed_units import read_removed_units, write_removed_units
 from lorac.training.loram.units import UnitGroup, find_unit_groups
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "mask",
     "prune",
     "read_pruning_record",
+    "read_removed_units",
     "recover",
     "write_pruning_record",
+    "write_removed_units",
 ]

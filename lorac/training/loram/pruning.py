@@ -110,7 +110,7 @@ def prune(
     for group in groups:
         most = count_kept_units(group, heads if group.kind == HEADS else hidden)
         left.append((group, sum_unit_scores(group, scores).topk(most).indices.sort().values))
-    kept = _make_pruning_records(model, left)
+    kept = make_pruning_records(model, left)
     small = _slice_model(model, kept)
     _update_module_sizes(small, left, everywhere=layers is None)
     return PrunedModel(small, kept, {}, _compare_sizes(model, small, {}))
@@ -188,7 +188,8 @@ def _score_weights(
     return {path: (weight.detach() * found.sums[path]).abs().float() for path, weight in weights.items()}
 
 
-def _make_pruning_records(model: nn.Module, left: list[tuple[UnitGroup, Tensor]]) -> dict[str, PruningRecord]:
+def make_pruning_records(model: nn.Module, left: list[tuple[UnitGroup, Tensor]]) -> dict[str, PruningRecord]:
+    """Return the rows and columns that each layer keeps, from the numbers of the units that are left of some groups."""
     found: dict[str, PruningRecord] = {}
     for group, units in left:
         for path, width in group.rows.items():

@@ -304,3 +304,49 @@ def test_a_changed_file_of_positions_is_refused(tmp_path: Path) -> None:
         assert found["0"].rows.tolist() == [0, 2], f"byte {at} changed a number"
     with refuses("unreadable"):
         loram.read_pruning_record(tmp_path / "nowhere")
+
+
+def test_the_authors_files_of_what_was_removed(tmp_path: Path) -> None:
+    """Their own recovery by the positions in both kinds of files, ``3_recovered_low_rank_matrix_generation.py``."""
+    model = llama()
+    smaller = loram.prune(model, layers=[1], by="random")
+    loram.write_removed_units(smaller.kept, tmp_path, model)
+    layer, head_dim, heads, groups = "model.layers.1", 6, 4, 2
+    hidden, keys = (
+        torch.load(tmp_path / f"{layer}.{name}.pt", weights_only=True)["pruned_idx"]
+        for name in ("mlp.gate_proj", "self_attn.k_proj")
+    )
+    starts = keys[::head_dim] * (heads // groups)
+    queries = torch.cat([torch.arange(start, start + head_dim * (heads // groups)) for start in starts])
+    read = loram.read_removed_units(tmp_path, model)
+    mine = loram.recover(trained(smaller.model), read, model)
+    for leaf, factor, removed in (
+        ("mlp.down_proj", "lora_A", hidden), ("mlp.gate_proj", "lora_B", hidden), ("mlp.up_proj", "lora_B", hidden),
+        ("self_attn.o_proj", "lora_A", queries), ("self_attn.q_proj", "lora_B", queries),
+        ("self_attn.k_proj", "lora_B", keys), ("self_attn.v_proj", "lora_B", keys),
+    ):  # fmt: skip
+        small, axis = trained(smaller.model).tensors[f"{layer}.{leaf}"][factor], 1 if factor == "lora_A" else 0
+        length = len(removed) + small.shape[axis]
+        saved = [i for i in range(length) if i not in removed]
+        expected = torch.zeros((3, length) if axis else (length, 3), dtype=torch.float64)
+        expected.index_copy_(axis, torch.tensor(saved), small)
+        assert torch.equal(mine.tensors[f"{layer}.{leaf}"][factor], expected), leaf
+    loram.write_removed_units(read, tmp_path / "again", model)
+    for file in tmp_path.glob("*.pt"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_files_of_what_was_removed_that_are_of_no_use(tmp_path: Path) -> None:
+    model, file = llama(), tmp_path / "model.layers.0.self_attn.k_proj.pt"
+    with refuses("corrupt_file", match="holds no file"):
+        loram.read_removed_units(tmp_path, model)
+    for wrong in (torch.arange(5), torch.arange(12), torch.arange(6) + 12, torch.ones(6), torch.arange(6)[None]):
+        torch.save({"pruned_idx": wrong}, file)
+        with refuses("corrupt_file", match=r"k_proj\.pt' is damaged"):
+            loram.read_removed_units(tmp_path, model)
+    torch.save({"kept_idx": torch.arange(6)}, file)
+    with refuses("corrupt_file", match="pruned_idx"):
+        loram.read_removed_units(tmp_path, model)
+    file.rename(tmp_path / "model.layers.0.self_attn.k_prj.pt")
+    with refuses("corrupt_file", match="nearest: model.layers.0.self_attn.k_proj"):
+        loram.read_removed_units(tmp_path, model)

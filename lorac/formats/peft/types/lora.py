@@ -197,6 +197,8 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
         elif site.within not in {None, site.path}:
             b = b / 2  # read_inner
         written = write_factors(site, a, b, MATRICES, EMBEDDING)
+        if "lora_latent" in tensors:
+            written[LATENT] = tensors["lora_latent"]
         if "lora_bias" in tensors:
             written["lora_B.bias"] = tensors["lora_bias"]
         if "magnitude" in tensors:
@@ -261,6 +263,9 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
             key: stem if f"{stem}.{MATRICES[0]}" in tensors else stem.rpartition(".")[0] for key, stem in found.items()
         }
         return {f"{stems[key]}.{LATENT}" if key in stems else key: tensor for key, tensor in tensors.items()}
+
+    def name_as_fork(self, tensors: Tensors) -> Tensors:
+        return {key.replace(f".{LATENT}", f"_{LATENT}"): tensor for key, tensor in tensors.items()}
 
     @pause_clock()
     def undo_start(self, adapter: Adapter, values: JsonMapping, view: ModelView | None) -> Adapter:

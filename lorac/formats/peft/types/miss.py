@@ -1,9 +1,9 @@
-"""PEFT type MISS: MiSS and its mini form, and BAT.
+"""PEFT type MISS: MiSS and its mini form, and BAT; and BONE, as releases of PEFT before MISS call both.
 
 Source: peft.tuners.miss of PEFT 0.21. A module has one tensor `miss_block`: (r, out), mini (r, mini_r), BAT (out/r, r,
 r); `init_weights` tells which. Only nn.Linear is adapted, and no tensor shows its number of inputs. PEFT applies
 several active BATs one after the other, each to the result of the one before; lorac adds up the changes that each makes
-to the base.
+to the base. BONE (peft.tuners.bone of PEFT 0.14 to 0.17) has the tensor as `bone_block`, and no mini form or dropout.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class MissType(PeftType[MiSS | BAT]):
         "bias": bias("MiSS"),
     }
     suffixes = (BLOCK,)
+    former_names = ("BONE",)
     kinds = frozenset({SiteKind.LINEAR})
+
+    def rename_keys(self, tensors: Tensors) -> Tensors:
+        """Return the tensors by the keys of MISS, where BONE wrote others."""
+        return {key.replace(".bone_block", f".{BLOCK}"): tensor for key, tensor in tensors.items()}
 
     def read_site(self, variant: MiSS | BAT, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
         """Return the block, and a site as large as it tells: r inputs, and of a mini form mini_r outputs."""
