@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from torch.optim import Optimizer
+
 from lorac.errors import ChoiceError
-from lorac.training.rule import unwrap_ddp, unwrap_optimizer
+from lorac.training.rule import State, unwrap_ddp, unwrap_optimizer
 
 _TENSORS, _OPTIMIZER = "tensors", "optimizer"
 _STEP = "compile with the adapters, and make the optimizer with the groups, of the run that is continued"
-State = dict[str, Any]
 
 
-def name_optimizer_state(compiled: Any, optimizer: Any) -> None:
+def name_optimizer_state(compiled: Any, optimizer: Optimizer) -> None:
     """Make ``optimizer.state_dict()`` and ``load_state_dict`` identify tensors by name instead of position.
 
     The names are the keys of ``compiled.state_dict()``. The state also holds the optimizer's class and each tensor's
@@ -32,7 +33,7 @@ def name_optimizer_state(compiled: Any, optimizer: Any) -> None:
     optimizer.register_load_state_dict_pre_hook(functools.partial(_place, compiled))
 
 
-def _name(compiled: Any, optimizer: Any, state: State) -> State:
+def _name(compiled: Any, optimizer: Optimizer, state: State) -> State:
     groups = _list_names(compiled, optimizer)
     names = [name for group in groups for name in group]
     named = [{**group, "params": own} for group, own in zip(state["param_groups"], groups, strict=True)]
@@ -40,7 +41,7 @@ def _name(compiled: Any, optimizer: Any, state: State) -> State:
     return {**state, "state": entries, "param_groups": named, **_describe(optimizer, names)}
 
 
-def _place(compiled: Any, optimizer: Any, state: State) -> State:
+def _place(compiled: Any, optimizer: Optimizer, state: State) -> State:
     groups = _list_names(compiled, optimizer)
     places = {name: index for index, name in enumerate(name for group in groups for name in group)}
     _check_same(_describe(optimizer, [*places]), state)
@@ -55,7 +56,7 @@ def _place(compiled: Any, optimizer: Any, state: State) -> State:
     return {**rest, "state": entries, "param_groups": placed}
 
 
-def _describe(optimizer: Any, names: list[str]) -> State:
+def _describe(optimizer: Optimizer, names: list[str]) -> State:
     tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
     shapes = {name: list(tensor.shape) for name, tensor in zip(names, tensors, strict=True)}
     return {_OPTIMIZER: type(optimizer).__name__, _TENSORS: shapes}
@@ -72,7 +73,7 @@ def _check_same(own: State, state: State) -> None:
         raise ChoiceError(f"the state is of other tensors: {shapes}", next_step=_STEP)
 
 
-def _list_names(compiled: Any, optimizer: Any) -> list[list[str]]:
+def _list_names(compiled: Any, optimizer: Optimizer) -> list[list[str]]:
     """Return the names of an optimizer's tensors, group by group."""
     known = {id(tensor): name for name, tensor in unwrap_ddp(compiled).named_parameters()}
     groups = [group["params"] for group in optimizer.param_groups]

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound, ChoiceError, Unavailable
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
 Tensor = torch.Tensor
+State: TypeAlias = dict[str, Any]
+"""A state dict: tensors, numbers and strings in lists and dicts."""
 
 
 class HookHandle(Protocol):
@@ -91,7 +94,7 @@ class Rule(ABC):
     attached; empty without state."""
 
     @abstractmethod
-    def __init__(self, compiled: Any, optimizer: Any) -> None:
+    def __init__(self, compiled: Any, optimizer: Optimizer) -> None:
         self.compiled, self.optimizer = unwrap_ddp(compiled), unwrap_optimizer(optimizer)
         self.terms = trained_terms(compiled, self.methods, begun=self.begun)
         _check_optimizer_holds(self.optimizer, self.terms, self.governed)
@@ -121,7 +124,7 @@ class Rule(ABC):
     def before(self) -> None:  # noqa: B027  (not abstract: a rule has work before a step, after it, or both)
         """Run before every step of the optimizer."""
 
-    def view(self, optimizer: Any) -> Any:
+    def view(self, optimizer: Optimizer) -> Optimizer:
         """Return the optimizer as the step sees it, after ``before``: a view of it, or by default itself.
 
         Args:
@@ -132,11 +135,11 @@ class Rule(ABC):
     def after(self) -> None:  # noqa: B027  (the same)
         """Run after every step."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Return the rule's state: tensors, numbers and strings in lists and dicts."""
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (not abstract: some rules have no state)
+    def load_state(self, state: State) -> None:  # noqa: B027  (not abstract: some rules have no state)
         """Restore a state of ``state()``; its tensors are copied."""
 
     def remove(self) -> None:
@@ -157,7 +160,7 @@ class Rule(ABC):
         self.hear({name: {path: t.detach() for path, t in found.items()} for name, found in emitted.items()})
 
     def _before(
-        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.before_gradients and any(callable(given) for given in (*args[1:], *kwargs.values())):
             raise Unavailable(
@@ -174,7 +177,7 @@ class Rule(ABC):
             self.before()
             return (self.view(args[0]), *args[1:]), kwargs
 
-    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with torch.no_grad():
             if not self._skipped:
                 self.after()
@@ -189,10 +192,10 @@ class Rule(ABC):
                     next_step="remove the rule, and attach a new one",
                 )
 
-    def _save(self, optimizer: Any, state_dict: dict[str, Any]) -> None:
+    def _save(self, optimizer: Optimizer, state_dict: State) -> None:
         state_dict.setdefault(self.saved, []).append(self.state())
 
-    def _load(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, optimizer: Optimizer, state_dict: State) -> State:
         """Take the rule's state, and leave those of rules of this class that were attached later."""
         own, *others = state_dict.get(self.saved) or (None,)
         if own is not None:
@@ -248,20 +251,20 @@ def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: b
     return found
 
 
-def unwrap_optimizer(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Optimizer) -> Any:
     """Return the torch optimizer inside accelerate's wrapper, whose own hooks never run."""
     while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def _has_infinite_gradients(optimizer: Any) -> bool:
+def _has_infinite_gradients(optimizer: Optimizer) -> bool:
     """Return whether a GradScaler found some; a fused step, unlike others, is then called and does nothing."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
-def _unscale_gradients(optimizer: Any) -> None:
+def _unscale_gradients(optimizer: Optimizer) -> None:
     """Divide gradients by the GradScaler's factor, which a fused step would do within itself."""
     scale = getattr(optimizer, "grad_scale", None)
     gradients = (tensor.grad for group in optimizer.param_groups for tensor in group["params"])
@@ -270,10 +273,10 @@ def _unscale_gradients(optimizer: Any) -> None:
     for grad in gradients:
         if grad is not None:
             grad.div_(scale.to(grad.device))
-    optimizer.grad_scale = None
+    setattr(optimizer, "grad_scale", None)  # noqa: B010  (an attribute that only GradScaler knows)
 
 
-def _check_optimizer_holds(optimizer: Any, terms: Iterable[TrainedTerm], governed: Iterable[str]) -> None:
+def _check_optimizer_holds(optimizer: Optimizer, terms: Iterable[TrainedTerm], governed: Iterable[str]) -> None:
     held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     wanted = ((term, name) for term in terms for name in governed if name in term.tensors)
     for term, name in wanted:

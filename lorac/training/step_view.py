@@ -34,7 +34,7 @@ class GroupView(Group):
         self._store[name] = value
 
 
-def view_optimizer(optimizer: Any, **members: object) -> Any:
+def view_optimizer(optimizer: Optimizer, **members: object) -> Any:
     """Return an optimizer that shares all attributes with another one, but for its ``param_groups`` or ``state``.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, SiteError
 from lorac.frontend.layer_classes import pad_conv_input
@@ -49,7 +50,7 @@ class ALLoRA(Rule):
     governed: ClassVar[tuple[str, ...]] = FACTORS
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate"})
 
-    def __init__(self, compiled: Any, optimizer: Any, *, eta2: float = 4.0) -> None:
+    def __init__(self, compiled: Any, optimizer: Optimizer, *, eta2: float = 4.0) -> None:
         super().__init__(compiled, optimizer)
         check_settings(type(self).__name__, eta2=(eta2, ABOVE_0))
         self.eta2 = eta2

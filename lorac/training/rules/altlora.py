@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.errors import not_one_of
-from lorac.training.rule import Rule
+from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import (
     BELOW_1,
     FACTORS,
@@ -27,6 +28,7 @@ from lorac.training.rules.pairs import (
     copy_state,
     trained_pairs,
 )
+from lorac.training.step_view import Group
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -110,7 +112,7 @@ class AltLoRA(Rule):
     def __init__(
         self,
         compiled: Any,
-        optimizer: Any,
+        optimizer: Optimizer,
         *,
         plus: bool = False,
         turns: AlternatingFactors = _DEFAULT_TURNS,
@@ -160,10 +162,10 @@ class AltLoRA(Rule):
             pair.a.requires_grad_(True)
             pair.b.requires_grad_(True)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"steps": self.steps, "sides": [[dict(side.state) for side in sides] for sides in self._sides]}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         check_saved_state(type(self).__name__, state["sides"], self._sides)
         self.steps = state["steps"]
         for sides, saved in zip(self._sides, state["sides"], strict=True):
@@ -171,7 +173,7 @@ class AltLoRA(Rule):
                 side.state = copy_state(own, side.own)
         self._skip()
 
-    def _both_turns(self, sides: tuple[_FactorSide, _FactorSide], groups: Mapping[int, Mapping[str, Any]]) -> None:
+    def _both_turns(self, sides: tuple[_FactorSide, _FactorSide], groups: Mapping[int, Group]) -> None:
         moved: Tensor | None = None
         for letter, side in zip("AB", sides, strict=True):
             if letter not in self.turn:
@@ -179,7 +181,7 @@ class AltLoRA(Rule):
             elif side.own.grad is not None:
                 moved = self._turn(side, moved, groups[id(side.own)])
 
-    def _turn(self, side: _FactorSide, partner: Tensor | None, group: Mapping[str, Any]) -> Tensor:
+    def _turn(self, side: _FactorSide, partner: Tensor | None, group: Group) -> Tensor:
         """Set one factor's gradient to its direction; return the factor as it will be after the step.
 
         Args:
@@ -237,7 +239,7 @@ class _FactorSide:
     def __init__(self, pair: Pair, side: int) -> None:
         self.pair, self.is_b = pair, bool(side)
         self.own, self.other = (pair.b, pair.a) if self.is_b else (pair.a, pair.b)
-        self.state: dict[str, Any] = {}
+        self.state: State = {}
 
     @property
     def gradient(self) -> Tensor:
@@ -253,7 +255,7 @@ class _FactorSide:
         """Undo ``oriented``."""
         return tensor.mT.contiguous() if self.is_b else tensor
 
-    def begun(self, like: Tensor, other: Tensor, plus: bool) -> dict[str, Any]:
+    def begun(self, like: Tensor, other: Tensor, plus: bool) -> State:
         """Return the state, created without momentum on first use."""
         if not self.state:
             self.state = {"step": 0, "mean": torch.zeros_like(like), "old": other.clone()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound
 from lorac.training.rule import Rule, unwrap_ddp
@@ -43,7 +44,7 @@ class Balanced(Rule):
     def __init__(
         self,
         compiled: Any,
-        optimizer: Any,
+        optimizer: Optimizer,
         *,
         rate: float = 1e-3,
         emitted: str = "chosen",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lorac.errors import MissingExtra
+from lorac.training.rule import State
 
 Tensor = torch.Tensor
 _BLOCK = 256
@@ -49,7 +50,7 @@ class EightBitMoments:
         self._functional: Any = functional
         self._codes = {name: functional.create_dynamic_map(signed=signed) for name, signed in _SIGNED.items()}
 
-    def moment(self, state: dict[str, Any], name: str, like: Tensor) -> OptimizerMoment:
+    def moment(self, state: State, name: str, like: Tensor) -> OptimizerMoment:
         """Return a moment of a state by name, zeros on first use."""
         if like.numel() < _FEWEST:
             return OptimizerMoment(state.setdefault(name, torch.zeros_like(like)))

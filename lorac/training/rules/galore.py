@@ -20,9 +20,10 @@ import torch
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, Unavailable, not_one_of
-from lorac.training.rule import trained_terms, unwrap_ddp
+from lorac.training.rule import State, trained_terms, unwrap_ddp
 from lorac.training.rules.eight_bit_moments import EightBitMoments, OptimizerMoment
 from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, check_settings
+from lorac.training.step_view import Group
 from lorac.variants.full import Full
 
 Tensor = torch.Tensor
@@ -33,7 +34,7 @@ _PROJECTED = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "
 
 def galore_groups(
     compiled: Any, *, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25, proj_type: str = "std"
-) -> list[dict[str, Any]]:
+) -> list[Group]:
     """Make parameter groups for GaLore's optimizers: weights of ``Full`` adapters projected, other parameters not.
 
     Args:
@@ -53,7 +54,7 @@ def galore_groups(
         if term.tensors["weight"].requires_grad
     }
     settings = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
-    groups: list[dict[str, Any]] = [{"params": list(projected.values()), **settings}]
+    groups: list[Group] = [{"params": list(projected.values()), **settings}]
     others = [p for p in unwrap_ddp(compiled).parameters() if p.requires_grad and id(p) not in projected]
     return [*groups, {"params": others}] if others else groups
 
@@ -72,7 +73,7 @@ class GaLore(Optimizer, ABC):
         OptionError: there is no such ``proj_type``.
     """
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Group) -> None:
         """Add a group as torch does, with the paper's defaults for missing settings of a projected group."""
         if "rank" in param_group:
             param_group = {**_PROJECTED, **param_group}
@@ -123,7 +124,7 @@ class GaLore(Optimizer, ABC):
             for handle in handles:
                 handle.remove()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Load a state as torch does, but keep dtypes: torch would cast 8-bit moments."""
         super().load_state_dict(dict(state_dict))
         order = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -133,7 +134,7 @@ class GaLore(Optimizer, ABC):
                 self.state[tensor] = _copy_state_to(state_dict["state"][index], tensor.device)
 
     @abstractmethod
-    def direction(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
+    def direction(self, gradient: Tensor, state: State, group: Group) -> Tensor:
         """Return the update, rate included, before it is projected back; of the (projected) gradient's shape.
 
         Args:
@@ -142,7 +143,7 @@ class GaLore(Optimizer, ABC):
             group: its settings.
         """
 
-    def _stepper(self, group: Mapping[str, Any]) -> Callable[[Tensor], None]:
+    def _stepper(self, group: Group) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def step(tensor: Tensor) -> None:
             self._update(tensor, group)
@@ -150,7 +151,7 @@ class GaLore(Optimizer, ABC):
 
         return step
 
-    def _update(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
+    def _update(self, tensor: Tensor, group: Group) -> None:
         if tensor.grad is None:
             return
         state, projected = self.state[tensor], "rank" in group
@@ -210,7 +211,7 @@ class GaLoreAdamW(GaLore):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, defaults)
 
-    def direction(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
+    def direction(self, gradient: Tensor, state: State, group: Group) -> Tensor:
         beta1, beta2 = group["betas"]
         mean, square = (self._moment(state, name, gradient) for name in ("exp_avg", "exp_avg_sq"))
         mean.values.mul_(beta1).add_(gradient, alpha=1 - beta1)
@@ -223,7 +224,7 @@ class GaLoreAdamW(GaLore):
             rate = rate * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         return update * rate
 
-    def _moment(self, state: dict[str, Any], name: str, like: Tensor) -> OptimizerMoment:
+    def _moment(self, state: State, name: str, like: Tensor) -> OptimizerMoment:
         if self._eight is not None:
             return self._eight.moment(state, name, like)
         if name not in state:
@@ -253,7 +254,7 @@ class GaLoreSGD(GaLore):
         )
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    def direction(self, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> Tensor:
+    def direction(self, gradient: Tensor, state: State, group: Group) -> Tensor:
         if not group["momentum"]:
             return gradient * group["lr"]
         if "momentum_buffer" not in state:
@@ -262,7 +263,7 @@ class GaLoreSGD(GaLore):
         return moment * group["lr"]
 
 
-def _check_group_settings(group: Mapping[str, Any]) -> None:
+def _check_group_settings(group: Group) -> None:
     check_settings(
         "GaLore",
         rank=(group["rank"], FROM_1),
@@ -280,7 +281,7 @@ def _check_group_settings(group: Mapping[str, Any]) -> None:
             )
 
 
-def _compute_projector(gradient: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+def _compute_projector(gradient: Tensor, group: Group) -> dict[str, Tensor]:
     """Return the first singular vectors of a gradient: ``left`` (m, r), ``right`` (r, n), or both."""
     rows, columns = gradient.shape[-2:]
     side = group["proj_type"]

@@ -5,14 +5,15 @@ Hayou, Ghosh, Yu 2024, arXiv 2402.12354.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
 from lorac.ir.sites import SiteKind
-from lorac.training.rule import Rule
+from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import ABOVE_0, FROM_0, check_settings
 from lorac.training.step_view import Group, GroupView, view_optimizer
 from lorac.variants.base import Variant
@@ -47,7 +48,7 @@ class LoRAPlus(Rule):
     saved: ClassVar[str] = "lora_plus"
 
     def __init__(
-        self, compiled: Any, optimizer: Any, *, ratio: float = 16.0, embedding_lr: float | None = None
+        self, compiled: Any, optimizer: Optimizer, *, ratio: float = 16.0, embedding_lr: float | None = None
     ) -> None:
         super().__init__(compiled, optimizer)
         name = type(self).__name__
@@ -71,15 +72,15 @@ class LoRAPlus(Rule):
             }
         self.attach()
 
-    def view(self, optimizer: Any) -> Any:
+    def view(self, optimizer: Optimizer) -> Optimizer:
         """Split every group by its tensors' rates."""
         parts = [part for index, group in enumerate(optimizer.param_groups) for part in self._split(index, group)]
         return view_optimizer(optimizer, param_groups=parts)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"written": {key: dict(entries) for key, entries in self._written.items()}}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         self._written = {key: dict(entries) for key, entries in state["written"].items()}
 
     def _split(self, index: int, group: Group) -> Iterator[Group]:

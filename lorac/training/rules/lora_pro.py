@@ -5,12 +5,12 @@ Wang et al., ICLR 2025, arXiv 2407.18242.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
-from lorac.training.rule import Rule
+from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import (
     BELOW_1,
     FACTORS,
@@ -66,7 +66,7 @@ class LoRAPro(Rule):
     def __init__(
         self,
         compiled: Any,
-        optimizer: Any,
+        optimizer: Optimizer,
         *,
         full: bool = False,
         damping: float = 1e-8,
@@ -90,7 +90,7 @@ class LoRAPro(Rule):
         paired = {id(tensor) for pair in self.pairs for tensor in (pair.a, pair.b)}
         held = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         self._others = [tensor for tensor in held if id(tensor) not in paired] if full else []
-        self._moments: list[dict[str, Any]] = [{} for _ in (*self.pairs, *self._others)] if full else []
+        self._moments: list[State] = [{} for _ in (*self.pairs, *self._others)] if full else []
         self.attach()
 
     def before(self) -> None:
@@ -102,10 +102,10 @@ class LoRAPro(Rule):
             if tensor.grad is not None:
                 tensor.grad = self._adam(index, tensor.grad).to(tensor.dtype)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"moments": [dict(moments) for moments in self._moments]}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         check_saved_state(type(self).__name__, state["moments"], self._moments)
         like = [*(pair.a for pair in self.pairs), *self._others] if self.full else []
         self._moments = [copy_state(own, tensor) for own, tensor in zip(state["moments"], like, strict=True)]

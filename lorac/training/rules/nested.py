@@ -10,22 +10,22 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
-from lorac.training.rule import Rule
+from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import copy_state
 from lorac.training.step_view import GroupView, view_optimizer
 from lorac.variants.base import Variant
 from lorac.variants.dylora import DyLoRA
 
 Tensor = torch.Tensor
-State = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class NestedRanks(Rule):
     def __init__(
         self,
         compiled: Any,
-        optimizer: Any,
+        optimizer: Optimizer,
         *,
         ranks: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
@@ -113,7 +113,7 @@ class NestedRanks(Rule):
         self._seen_states: dict[Tensor, State] = {}
         self.attach(*self._hooks())
 
-    def view(self, optimizer: Any) -> Any:
+    def view(self, optimizer: Optimizer) -> Optimizer:
         """Give the step the components that move in place of the tensors they are parts of."""
         self._stepping = []
         if not self.exact_skip:
@@ -147,7 +147,7 @@ class NestedRanks(Rule):
         components = [[dict(state) for state in states] for states in self._states]
         return {"rank": self.rank, "draws": self.generator.get_state(), "components": components}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         self.rank = state["rank"]
         self.generator.set_state(state["draws"].cpu())
         saved = zip(self._factors, state["components"], strict=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
-from lorac.training.rule import TrainedTerm
+from lorac.training.rule import State, TrainedTerm
 from lorac.variants.lora import LoRA
 
 Tensor = torch.Tensor
@@ -66,7 +67,7 @@ def trained_pairs(terms: Iterable[TrainedTerm], rule: str) -> list[Pair]:
     return pairs
 
 
-def check_plain_sgd(optimizer: Any, rule: str) -> None:
+def check_plain_sgd(optimizer: Optimizer, rule: str) -> None:
     """Raise ``ChoiceError`` unless an optimizer is plain SGD, for rules that keep moments themselves.
 
     Args:
@@ -152,7 +153,7 @@ def check_saved_state(rule: str, saved: Sequence[Any], own: Sequence[Any]) -> No
         )
 
 
-def copy_state(state: Mapping[str, Any], like: Tensor) -> dict[str, Any]:
+def copy_state(state: State, like: Tensor) -> State:
     """Copy a saved state, its tensors to the device of ``like``."""
     return {
         key: value.detach().to(like.device, copy=True) if isinstance(value, Tensor) else value

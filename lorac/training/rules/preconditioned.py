@@ -10,6 +10,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, Unavailable
 from lorac.training.rule import Rule, TrainedTerm
@@ -46,7 +47,7 @@ class Preconditioned(Rule):
     decides: ClassVar[frozenset[str]] = frozenset({"direction"})
     before_gradients = True
 
-    def __init__(self, compiled: Any, optimizer: Any, *, reg: float = 0.0) -> None:
+    def __init__(self, compiled: Any, optimizer: Optimizer, *, reg: float = 0.0) -> None:
         super().__init__(compiled, optimizer)
         if not 0 <= reg < math.inf:
             raise ChoiceError(f"reg={reg} regularises nothing", next_step="it is a finite number from 0 on")

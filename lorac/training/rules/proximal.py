@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, not_one_of
 from lorac.training.rule import Rule, trained_terms
@@ -72,7 +73,7 @@ class ProximalGates(Rule):
     governed: ClassVar[tuple[str, ...]] = ("gate",)
     decides: ClassVar[frozenset[str]] = frozenset({"factors"})
 
-    def __init__(self, compiled: Any, optimizer: Any, *, threshold: float = 1e-3, prox: str = "soft") -> None:
+    def __init__(self, compiled: Any, optimizer: Optimizer, *, threshold: float = 1e-3, prox: str = "soft") -> None:
         super().__init__(compiled, optimizer)
         self.threshold = threshold
         self._map = _look_up(prox, _MAPS, "proximal map")

@@ -7,13 +7,14 @@ into a second adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound, ChoiceError
-from lorac.training.rule import Rule, unwrap_ddp
+from lorac.training.rule import Rule, State, unwrap_ddp
 from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, SettingRange, check_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.full import Full
@@ -56,7 +57,7 @@ class ReLoRA(Rule):
     saved: ClassVar[str] = "relora"
 
     def __init__(
-        self, compiled: Any, optimizer: Any, *, into: str, every: int, prune: float = 0.99, seed: int = 0
+        self, compiled: Any, optimizer: Optimizer, *, into: str, every: int, prune: float = 0.99, seed: int = 0
     ) -> None:
         target = _find_target_adapter(compiled, into)
         before = [(tensor, tensor.requires_grad) for tensor in target.parameters()]
@@ -110,10 +111,10 @@ class ReLoRA(Rule):
                 self._prune(tensor)
         self.restarts += 1
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"steps": self.steps, "restarts": self.restarts, "draws": self.generator.get_state()}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         self.steps, self.restarts = state["steps"], state["restarts"]
         self.generator.set_state(state["draws"].cpu())
 

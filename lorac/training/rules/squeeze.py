@@ -5,15 +5,16 @@ Vulić et al. 2026, arXiv 2602.10993.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from lorac.adapters.rank_reduction import reduce_rank
 from lorac.errors import ChoiceError, Unavailable
-from lorac.training.rule import Rule, trained_terms
+from lorac.training.rule import Rule, State, trained_terms
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -71,7 +72,7 @@ class Squeeze(Rule):
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "squeeze"
 
-    def __init__(self, compiled: Any, optimizer: Any, *, stages: Stages) -> None:
+    def __init__(self, compiled: Any, optimizer: Optimizer, *, stages: Stages) -> None:
         super().__init__(compiled, optimizer)
         ranks, steps = [rank for rank, _ in stages], [count for _, count in stages]
         falling = all(a > b for a, b in pairwise(ranks))
@@ -93,10 +94,10 @@ class Squeeze(Rule):
             if self.steps == end:
                 self._squeeze(rank)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         return {"steps": self.steps}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         self.steps = state["steps"]
 
     def _squeeze(self, rank: int) -> None:
