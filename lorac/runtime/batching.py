@@ -13,30 +13,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeGuard, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from lorac.argument_types import Fields
 from lorac.errors import ChoiceError, Unavailable
+from lorac.ir.row_selection import Array, RowSelection, batch_size, has_rows, object_attributes
 from lorac.target.engine import AuxOutputs, CallResult
 
-Array = torch.Tensor | np.ndarray
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
-T = TypeVar("T")
-
-
-def batch_size(args: Args, kwargs: Mapping[str, object]) -> int:
-    """Return the number of rows of the first input that has rows."""
-    for value in (*args, *kwargs.values()):
-        if _has_rows(value):
-            return int(value.shape[0])
-    raise ChoiceError(
-        "no input has rows, so adapters= cannot be a list", next_step="give one choice for the whole call"
-    )
 
 
 def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[object]) -> None:
@@ -79,52 +68,13 @@ def run_rows(
     if len(groups) == 1:
         return run(args, dict(kwargs), groups[0])
     total = sum(len(group.rows) for group in groups)
-    selections = [_RowSelection(group.rows, total) for group in groups]
+    selections = [RowSelection(group.rows, total) for group in groups]
     inputs = [(selection.select(args), selection.select(dict(kwargs))) for selection in selections]
     results = [run(*own, group) for group, own in zip(groups, inputs, strict=True)]
     merger = _RowMerger(selections)
     merged = CallResult(merger.merge([r.output for r in results]), merger.merge_aux([r.aux for r in results]))
     merger.update_originals()
     return merged
-
-
-@dataclass
-class _RowSelection:
-    """The inputs of one call.
-
-    Attributes:
-        rows: the rows of the call.
-        total: the number of rows of the batch.
-        copies: identity of the copy of an object -> the copy and the original, in the order of the inputs.
-    """
-
-    rows: list[int]
-    total: int
-    copies: dict[int, tuple[object, object]] = field(default_factory=dict)
-    _copy_of: dict[int, object] = field(default_factory=dict)
-
-    def select(self, value: T) -> T:
-        """Return a value with the call's rows of everything that has one row per row of the batch."""
-        result: Any
-        if isinstance(value, Mapping):
-            result = {key: self.select(item) for key, item in value.items()}
-        elif isinstance(value, tuple | list):
-            result = type(value)(self.select(item) for item in value)
-        elif _has_rows(value):
-            result = value[self.rows] if value.shape[0] == self.total else value
-        else:
-            result = value if _object_attributes(value) is None else self._copy(value)
-        return result
-
-    def _copy(self, value: object) -> object:
-        if id(value) in self._copy_of:
-            return self._copy_of[id(value)]
-        copied = self._copy_of[id(value)] = copy.copy(value)
-        if copied is value:  # such as a member of an enum
-            return value
-        self.copies[id(copied)] = (copied, value)
-        vars(copied).update({name: self.select(part) for name, part in vars(value).items()})
-        return copied
 
 
 class _RowMerger:
@@ -134,7 +84,7 @@ class _RowMerger:
         selections: the inputs of each call.
     """
 
-    def __init__(self, selections: Sequence[_RowSelection]) -> None:
+    def __init__(self, selections: Sequence[RowSelection]) -> None:
         self._selections = selections
         self._rows = [selection.rows for selection in selections]
         self._order = torch.argsort(torch.tensor([row for rows in self._rows for row in rows]))
@@ -156,9 +106,9 @@ class _RowMerger:
             return merged if type(first) is dict else type(first)(**merged)
         if isinstance(first, tuple | list):
             return type(first)(self.merge(items) for items in zip(*parts, strict=True))
-        if all(_has_rows(part) and part.shape[0] == len(rows) for part, rows in zip(parts, self._rows, strict=True)):
+        if all(has_rows(part) and part.shape[0] == len(rows) for part, rows in zip(parts, self._rows, strict=True)):
             return self._stack(parts)
-        if _object_attributes(first) is not None:
+        if object_attributes(first) is not None:
             return self._merge_objects(parts)
         if all(_values_equal(first, part) for part in parts[1:]):
             return first
@@ -202,18 +152,6 @@ def _missing_rows(like: Array, rows: int) -> Array:
     if isinstance(like, torch.Tensor):
         return like.new_full(shape, math.nan if like.is_floating_point() else 0)
     return np.full(shape, math.nan if np.issubdtype(like.dtype, np.floating) else 0, dtype=like.dtype)
-
-
-def _has_rows(value: object) -> TypeGuard[Array]:
-    return isinstance(value, torch.Tensor | np.ndarray) and value.ndim > 0
-
-
-def _object_attributes(value: object) -> Mapping[str, object] | None:
-    """Return the attributes of an object that holds some; None for a class, a function or a module."""
-    if isinstance(value, type | torch.Tensor | torch.nn.Module) or callable(value):
-        return None
-    attributes = getattr(value, "__dict__", None)
-    return attributes if isinstance(attributes, dict) else None
 
 
 def _values_equal(one: object, other: object) -> bool:

@@ -194,15 +194,16 @@ class ChoiceStates:
         Raises:
             OverBudget: there is no room for it.
         """
-        budget = self._pool.budget
+        budget, contents = self._pool.budget, [state.bound.content for state in states if state.bound is not None]
+        if self._engine.computes_terms:
+            return self._engine.bind_rows(contents)  # type: ignore[arg-type]  # its own
         with self._lock:
             number = next((n for n, known in tuple(self._together.items()) if known.is_of(states)), None)
             known = None if number is None else self._together.get(number)
             if known is not None:
                 budget.touch((id(self), number))
                 return known.bound
-            programs = [state.bound for state in states if state.bound is not None]
-            made = self._engine.bind_rows([program.content for program in programs])  # type: ignore[misc]  # its own
+            made = self._engine.bind_rows(contents)  # type: ignore[arg-type]  # its own
             charge = budget.charge(made.own)
             number, bound = next(self._numbers), replace(made, charge=charge)
             charges = tuple(weakref.ref(state.charge) for state in states)

@@ -26,7 +26,7 @@ from lorac.runtime.locks import ReadWriteLock
 from lorac.runtime.row_bank import RowBank
 from lorac.runtime.row_group import RowGroup
 from lorac.runtime.swap_report import SwapReport
-from lorac.target.engine import BoundProgram, Engine
+from lorac.target.engine import BoundProgram, Engine, RowsApart
 from lorac.variants.adapter import Adapter
 
 T = TypeVar("T")
@@ -98,9 +98,9 @@ class ChoiceSwitch(ABC):
             OverBudget: there is no room for the places.
         """
         base = self._states.of(())
-        if self.mode != "live" or self.engine.why_apart(base.snapshot, graph) is not None:
+        if self.engine.module is not None or self.mode != "live" or self.engine.why_apart(base.snapshot, graph):
             raise Unavailable(
-                "rows of this program share their adapters",
+                "this program keeps no adapters of a running batch's rows from call to call",
                 next_step="compile with mode='live' for target='onnxruntime'",
             )
         return RowBank(self.engine, base, rows, graph, self.pool.budget)
@@ -160,7 +160,7 @@ class ChoiceSwitch(ABC):
         Raises:
             AdapterNotFound, ChoiceError: as for ``swap``.
         """
-        together = together and self.mode == "live" and not self.engine.computes_terms
+        together = together and self.mode == "live"
         chosen = [self._row_choice(spec) for spec in adapters]
         # Once for each choice: whether a state is stale takes a look at all of its tensors.
         states = {key: self._row_state(spec) for key, spec in dict(chosen).items()} if together else {}
@@ -172,6 +172,24 @@ class ChoiceSwitch(ABC):
             group.states += [states[key]] if together else []
         return list(groups.values())
 
+    def run_grouped(
+        self,
+        adapters: Sequence[ChoiceSpec | HeldChoice],
+        graph: str,
+        run: Callable[[list[RowGroup]], T],
+        *,
+        together: bool = True,
+    ) -> T:
+        """Run the groups of rows of a batch; where a call shows that some cannot share it, they are grouped again.
+
+        Args:
+            adapters, graph, together: as for ``group_rows``.
+            run: runs the groups; it has changed nothing where it raises ``RowsApart``.
+        """
+        while True:
+            with contextlib.suppress(RowsApart):
+                return run(self.group_rows(adapters, graph, together=together))
+
     def _row_choice(self, spec: ChoiceSpec | HeldChoice) -> tuple[Hashable, ChoiceSpec | HeldChoice]:
         """Return a key that rows of one choice have in common, however it is written, and the choice."""
         if isinstance(spec, HeldChoice):
@@ -181,7 +199,9 @@ class ChoiceSwitch(ABC):
         return choice, dict(choice) or None
 
     def _row_state(self, spec: ChoiceSpec | HeldChoice) -> ChoiceState:
-        return spec.state if isinstance(spec, HeldChoice) else self._states.of(parse_choice(spec, self.pool))
+        if isinstance(spec, HeldChoice):
+            return spec.state
+        return self._states.of(parse_choice(spec, self.pool), stale=self.engine.computes_terms)
 
     def with_rows(self, group: RowGroup, work: Callable[[BoundProgram, ChoiceState], T]) -> T:
         """Run some work for rows of a group: with their choice, or with the choices of all of them in one call."""

@@ -109,7 +109,7 @@ class SwitchableModel(ChoiceSwitch, ABC):
         # A program's rows are those of its first input, in whatever order the arguments are given.
         inputs = {name: named[name] for name in interface.inputs if name in named} if interface is not None else {}
         check_rows(() if inputs else args, inputs or kwargs, adapters)
-        result = run_rows(run, args, kwargs, self.group_rows(adapters, graph))
+        result = self.run_grouped(adapters, graph, lambda groups: run_rows(run, args, kwargs, groups))
         self._last_call.aux = result.aux
         return result.output
 

@@ -41,6 +41,10 @@ Content_co = TypeVar("Content_co", covariant=True, default=object)
 ResultT = TypeVar("ResultT")
 
 
+class RowsApart(Exception):
+    """Rows with adapters of their own cannot share a call after all; ``Engine.why_apart`` says so from now on."""
+
+
 @dataclass(frozen=True, eq=False)
 class CallResult:
     """The result of one call: the model's output object, and the requested extra outputs."""

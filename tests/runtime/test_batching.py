@@ -9,6 +9,7 @@ from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.row_group import RowGroup
 from lorac.target.engine import CallResult
 from tests import parity
+from tests.limits import ROWS as LIMITS
 from tests.runtime.switching import MIXTURE, X, answer, build, pair, raw
 from tests.zoo import ZOO
 
@@ -21,11 +22,16 @@ def compiled(request):
     return build(pair("lora", "shira" if request.param[1] == "fused" else "hydra"), *request.param)
 
 
+def _assert_same(y, ref):
+    """Equal but for what a batch of another size rounds."""
+    assert float((y - ref).abs().max()) <= LIMITS[y.dtype] * float(ref.abs().max())
+
+
 def test_rows_equal_row_wise_calls(compiled):
     compiled.swap("b")
     y = answer(compiled, adapters=ROWS)
     for row, choice in enumerate(ROWS):
-        assert raw(y[row]) == raw(answer(compiled, X[row : row + 1], adapters=choice)[0])
+        _assert_same(y[row], answer(compiled, X[row : row + 1], adapters=choice)[0])
     assert compiled.active == {"b": 1.0}
 
 
@@ -34,7 +40,7 @@ def test_rows_of_one_choice_run_together(compiled):
     batch = torch.cat([X, X.flip(1)])
     y = answer(compiled, batch, adapters=["b", "a", "b", "a", "a", "b"])
     for choice, rows in (("a", [1, 3, 4]), ("b", [0, 2, 5])):
-        assert raw(y[rows]) == raw(answer(compiled, batch[rows], adapters=choice))
+        _assert_same(y[rows], answer(compiled, batch[rows], adapters=choice))
     base = answer(compiled, batch, adapters=None)
     parity.assert_parity(y[[1, 3, 4]], answer(compiled, batch, adapters="a")[[1, 3, 4]], base[[1, 3, 4]])
 
@@ -89,14 +95,13 @@ def test_a_decoders_output_and_cache_row_by_row():
             alone = compiled(input_ids=step_ids[at], attention_mask=step_mask[at], cache=own[row], adapters=choice)
             own[row] = alone.cache
             assert type(y) is type(alone)
-            assert raw(y.logits[at]) == raw(alone.logits)
+            _assert_same(y.logits[at], alone.logits)
             for layer, other in zip(cache.layers, alone.cache.layers, strict=True):
-                assert raw(layer.keys[at]) == raw(other.keys)
+                _assert_same(layer.keys[at], other.keys)
         assert y.cache is cache
     # Without a cache given, the answer has one of its own.
-    assert raw(compiled(input_ids=ids, adapters=choices).cache.layers[0].values[1:2]) == raw(
-        compiled(input_ids=ids[1:2], adapters=None).cache.layers[0].values
-    )
+    together, alone = compiled(input_ids=ids, adapters=choices), compiled(input_ids=ids[1:2], adapters=None)
+    _assert_same(together.cache.layers[0].values[1:2], alone.cache.layers[0].values)
 
 
 class Held:

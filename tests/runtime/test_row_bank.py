@@ -88,5 +88,5 @@ def test_admitting_a_row_moves_no_bit_of_another_and_leaves_no_stale_rank(compil
 
 
 def test_targets_whose_rows_share_adapters_have_no_bank() -> None:
-    with refuses("unavailable", match="share their adapters"):
+    with refuses("unavailable", match="keeps no adapters of a running batch"):
         lorac.compile(DECODERS["llama"](), lorac.LoRA(r=1, targets=["q_proj"])).new_row_bank(2)

@@ -44,12 +44,12 @@ def _scatter(adapters: dict[str, Any]) -> None:
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Any:
+@pytest.fixture(scope="module", params=["onnxruntime", "eager"])
+def compiled(request: pytest.FixtureRequest) -> Any:
     made = lorac.compile(
         ZOO["tiny_llama"].model(),
         dict(VARIANTS),
-        target="onnxruntime",
+        target=request.param,
         active=None,
         example_inputs={"input_ids": IDS[:2]},
         reserve=lorac.Reserve(targets=["q_proj", "v_proj"], rank=4, adapters=2),
@@ -62,11 +62,14 @@ def compiled() -> Any:
 def runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The graphs that the engine runs."""
     seen: list[str] = []
-    run = compiled.engine.run_graph
-    monkeypatch.setattr(compiled.engine, "run_graph", lambda graph, *args: (seen.append(graph), run(graph, *args))[1])
+    call = compiled.engine.call
+    monkeypatch.setattr(
+        compiled.engine, "call", lambda content, graph, *args: (seen.append(graph), call(content, graph, *args))[1]
+    )
     yield seen
 
 
+@torch.no_grad()
 def _logits(compiled: Any, ids: Tensor, adapters: Any) -> Tensor:
     logits: Tensor = compiled(input_ids=ids, adapters=adapters).logits
     return logits
@@ -74,6 +77,14 @@ def _logits(compiled: Any, ids: Tensor, adapters: Any) -> Tensor:
 
 def _error(y: Tensor, ref: Tensor) -> float:
     return float((y - ref).abs().max() / ref.abs().max())
+
+
+def _assert_same(compiled: Any, y: Tensor, ref: Tensor) -> None:
+    """The same bits; of torch's kernels, which round by where in a batch a row lies, the same numbers."""
+    if compiled.engine.target == "eager":
+        assert _error(y, ref) < ROWS[y.dtype]
+    else:
+        assert raw(y) == raw(ref)
 
 
 # ── Places and segments ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +153,7 @@ def test_permuted_rows_are_the_same_bits(compiled: Any) -> None:
     choices = ["lora", "dora", None, "oft", {"lora": 0.5, "vera": 0.5}, "ia3"]
     y = _logits(compiled, IDS, choices)
     order = [3, 0, 5, 1, 4, 2]
-    assert raw(_logits(compiled, IDS[order], [choices[row] for row in order])) == raw(y[order])
+    _assert_same(compiled, _logits(compiled, IDS[order], [choices[row] for row in order]), y[order])
 
 
 def test_no_row_sees_another_rows_adapter(compiled: Any) -> None:
@@ -150,7 +161,7 @@ def test_no_row_sees_another_rows_adapter(compiled: Any) -> None:
     for other in ("wide", None, "vera", {"short": lorac.Active(1.0, rank=1)}):
         changed = _logits(compiled, IDS, ["lora", "dora", other, "oft", None, "ia3"])
         keep = [0, 1, 3, 4, 5]
-        assert raw(changed[keep]) == raw(y[keep]), other
+        _assert_same(compiled, changed[keep], y[keep])
 
 
 def test_a_row_that_overflows_is_its_own(compiled: Any) -> None:
@@ -163,7 +174,7 @@ def test_a_row_that_overflows_is_its_own(compiled: Any) -> None:
         tensor.copy_(kept)
     keep = [0, 1, 3, 4, 5]
     assert not poisoned[2].isfinite().all()
-    assert raw(poisoned[keep]) == raw(y[keep])
+    _assert_same(compiled, poisoned[keep], y[keep])
 
 
 def test_training_an_adapter_renews_its_place(compiled: Any) -> None:
@@ -198,7 +209,8 @@ def test_random_batches(compiled: Any, count: int) -> None:
 
 
 def test_rows_are_those_of_the_first_input(compiled: Any) -> None:
-    with pytest.raises(lorac.ChoiceError, match="2 choices of adapters for 6 rows"):
+    by_target = {"eager": "no row per input row", "onnxruntime": "2 choices of adapters for 6 rows"}
+    with torch.no_grad(), pytest.raises(lorac.LoracError, match=by_target[compiled.engine.target]):
         compiled(attention_mask=torch.ones(2, 5), input_ids=IDS, adapters=["lora", None])
 
 

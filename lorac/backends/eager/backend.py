@@ -14,6 +14,7 @@ from lorac.argument_types import JsonMapping
 from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.eager.fastpath import disable_fast_path
 from lorac.backends.eager.linear_rounding import match_linear_rounding
+from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
@@ -63,6 +64,7 @@ class EagerBackend(Backend[EagerOptions]):
             request.plans,
             request.base,
             sites=request.sites,
+            alignment=RowAlignment(request.model, list_layers(request.plans.values())),
             mode=request.mode,
             terms=request.terms,
             aux=request.options.aux,

@@ -7,12 +7,15 @@ call: it has that call's branches, randomness and first values.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import final
 
+import torch
 from torch import Tensor, nn
 
-from lorac.backends.eager.forward_call import ActiveSlots, AdapterPass, ForwardCall
+from lorac.backends.eager.forward_call import ActiveSlots, AdapterPass, ForwardCall, check_no_cache, choose_attention
 from lorac.backends.eager.random_seeds import SeedHistory
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.sites import Site, SiteKind
@@ -20,7 +23,9 @@ from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_br
 from lorac.ir.slots.live_terms import LiveTerm
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan
 from lorac.ir.slots.program_values import (
+    BASE,
     IN,
+    INPUT,
     OUTPUT,
     PARAM,
     WEIGHT,
@@ -69,6 +74,45 @@ class BranchRunner:
             attention=call.attention,
             passing="" if call.passing is None else call.passing.name,
         )
+
+    def prepare(
+        self,
+        call: ForwardCall,
+        module: nn.Module,
+        scope: str,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        running: Callable[[ForwardCall], AbstractContextManager[None]],
+    ) -> None:
+        """Compute the values that a call's branches read of its arguments, of passes before it, and once per call.
+
+        Args:
+            call: gets the values.
+            module: what is called.
+            scope: prefix of the paths in it.
+            args, kwargs: the call's.
+            running: makes a pass the running call.
+        """
+        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        call.attention = choose_attention((*arguments.values(), *kwargs.values()))
+        self.draw_seed(call)
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
+
+        def run(passed: ForwardCall) -> None:
+            check_no_cache(call.attention)
+            with torch.no_grad(), running(passed):
+                module(*args, **kwargs)
+
+        base = ForwardCall(call.active.base_pass(scope))
+        if base.active.read:
+            run(base)
+            call.values.update({f"{BASE}:{path}": base.values[path] for path in base.active.read & base.values.keys()})
+        plans = [self.plans[path] for path in call.active.touched if path.startswith(scope)]
+        # In one order in every process, since passes of a model that trains draw random numbers.
+        for path in sorted({branch.once for plan in plans for branch in plan.branches} & call.active.touched):
+            self.compute_once(path, call, run)
+        call.prepared = dict(call.values)
 
     def compute_once(self, path: str, call: ForwardCall, run: Callable[[ForwardCall], None]) -> None:
         """Compute the values that adapters of one structure compute once per call, after the passes they need.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,17 +22,18 @@ from lorac.backends.eager.forward_call import (
     ActiveSlots,
     ForwardCall,
     announce_in_backward,
-    check_no_cache,
-    choose_attention,
     slots_from_snapshot,
     translate_errors,
 )
 from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
 from lorac.backends.eager.module_calls import OpaqueCall, shadow
 from lorac.backends.eager.random_seeds import is_in_backward
+from lorac.backends.eager.row_alignment import RowAlignment
+from lorac.backends.eager.row_slots import find_shared_slot, run_row_terms, stack_choices
 from lorac.backends.eager.site_tensors import SiteTensors
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
+from lorac.frontend.hugging_face import find_encoder
 from lorac.frontend.layer_classes import (
     Forward,
     find_layer_class,
@@ -49,11 +49,10 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import read_weight_slots, run_site
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.live_terms import TrainingTerms, combine_weights, run_terms
+from lorac.ir.slots.placed_execution import run_placed
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
-    BASE,
     IN,
-    INPUT,
     check_extra_outputs,
     first_tensor,
     list_tapped_modules,
@@ -77,6 +76,7 @@ class EagerEngine(Engine[ActiveSlots]):
         plans: the slots of each site.
         base: reads base weights.
         sites: every site of the model.
+        alignment: says which sites compute with the rows of the batch.
         mode: ``"live"``, else merged weights are written into buffers.
         terms: terms from the adapters' own tensors, for training.
         aux: names of the extra outputs to return.
@@ -92,6 +92,7 @@ class EagerEngine(Engine[ActiveSlots]):
         base: BaseReader,
         *,
         sites: Mapping[str, Site],
+        alignment: RowAlignment,
         mode: str,
         terms: TrainingTerms,
         aux: Sequence[str] = (),
@@ -102,6 +103,7 @@ class EagerEngine(Engine[ActiveSlots]):
         self.extra_names = frozenset(aux)
         self._last_recorded = ForwardCall(NO_ADAPTERS)
         self._listeners: dict[object, tuple[frozenset[str], EmissionListener]] = {}
+        self._alignment = alignment
         self._branches = BranchRunner(module, plans, sites)
         self._originals: dict[str, Forward] = {}
         self._merged: dict[str, Forward] = {}
@@ -128,6 +130,18 @@ class EagerEngine(Engine[ActiveSlots]):
     @property
     def written_program(self) -> BoundProgram[ActiveSlots]:
         return BoundProgram(self, self.active)
+
+    def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
+        if self.fused:
+            return super().why_apart(snapshot, graph)
+        unaligned = ((path, self._alignment.why_apart(path)) for path in snapshot.composed)
+        found = next((f"at '{path}', {why}" for path, why in unaligned if why), None)
+        return found or find_shared_slot(self.plans, snapshot)
+
+    def bind_rows(self, contents: Sequence[ActiveSlots]) -> BoundProgram[ActiveSlots]:
+        stacked = stack_choices(contents, fill=not self.computes_terms)
+        own = [tensor for slots in stacked.slots.values() for tensor in slots.tensors.values()]
+        return BoundProgram(self, stacked, tuple(own))
 
     def activate(self, content: ActiveSlots) -> None:
         """Use slots outside of calls, as when a submodule is called directly."""
@@ -198,41 +212,30 @@ class EagerEngine(Engine[ActiveSlots]):
         assert isinstance(content, ActiveSlots)
         call = self._make_call(content)
 
-        def before(_: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-            if self._running_call() is call:  # not in a pass before it, nor in a call of another thread
+        def before(called: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            if self._running_call() is not call:  # in a pass before it, or in a call of another thread
+                return
+            if called is module:
                 self._prepare(call, graph, args, kwargs)
+            elif not call.rows:
+                call.rows = self._alignment.count_rows(self.module, called, content.touched, args, kwargs)
 
+        encoder = find_encoder(module) if content.places else None
+        prepared = (module,) if content.needs_preparation or content.places else ()
         with ExitStack() as stack:
-            if content.needs_preparation:
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            for each in (*prepared, *(() if encoder is None else (encoder,))):
+                stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.enter_context(self._running(call))
             return work(module)
 
     def _prepare(self, call: ForwardCall, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Compute the values that a call's branches read of its arguments, of passes before it, and once per call."""
-        if not call.active.needs_preparation:
-            return
-        module, scope = self.components[graph], get_component_prefix(self.module, graph)
-        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        call.attention = choose_attention((*arguments.values(), *kwargs.values()))
-        self._branches.draw_seed(call)
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
-
-        def run(passed: ForwardCall) -> None:
-            check_no_cache(call.attention)
-            with torch.no_grad(), self._running(passed):
-                module(*args, **kwargs)
-
-        base = ForwardCall(call.active.base_pass(scope))
-        if base.active.read:
-            run(base)
-            call.values.update({f"{BASE}:{path}": base.values[path] for path in base.active.read & base.values.keys()})
-        plans = [self.plans[path] for path in call.active.touched if path.startswith(scope)]
-        # In one order in every process, since passes of a model that trains draw random numbers.
-        for path in sorted({branch.once for plan in plans for branch in plan.branches} & call.active.touched):
-            self._branches.compute_once(path, call, run)
-        call.prepared = dict(call.values)
+        if call.active.places:
+            called, touched = self.components[graph], call.active.touched
+            call.rows = self._alignment.count_rows(self.module, called, touched, args, kwargs)
+        if call.active.needs_preparation:
+            scope = get_component_prefix(self.module, graph)
+            self._branches.prepare(call, self.components[graph], scope, args, kwargs, self._running)
 
     # --- the sites ---------------------------------------------------------------------------------------------
 
@@ -351,6 +354,13 @@ class EagerEngine(Engine[ActiveSlots]):
             y = block if block is not None or weight is None else layout_of(plan.site).base(x, weight, bias)
             assert y is not None
             return self._branches.run_alone(path, call.passing, x, y, ctx)
+        places = call.active.places
+        if places:
+            self._alignment.require_rows(path, x, call.rows, len(places))
+            if call.terms is None:
+                return run_placed(plan, call.active.slots[path], x, weight, bias, ctx=ctx)
+            assert weight is not None
+            return run_row_terms(plan.site, call.terms, places, x, weight, bias, ctx)
         terms, slots = self._branches.live_terms(path, call), call.active.slots.get(path)
         if terms is not None:
             y = run_terms(plan.site, terms, x, weight, bias, ctx, block)

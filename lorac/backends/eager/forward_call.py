@@ -28,10 +28,11 @@ class ActiveSlots:
 
     Attributes:
         choice: the choice, from which training computes its terms.
-        slots: site path -> slots, for the sites where an adapter is active.
+        slots: site path -> slots, for the sites where an adapter is active at least.
         touched: paths of these sites; in fused mode too, where the weights hold their contents.
         read: the program's names of the values that active branches read.
         branches: whether a branch is active.
+        places: the choice of each part of the rows, where they have choices of their own; slots have as many places.
     """
 
     choice: Choice = ()
@@ -39,6 +40,7 @@ class ActiveSlots:
     touched: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     branches: bool = False
+    places: tuple[Choice, ...] = ()
 
     @property
     def needs_preparation(self) -> bool:
@@ -87,6 +89,7 @@ class ForwardCall:
         aux: extra outputs so far.
         attention: of the call's branches.
         passing: the adapter's pass that this call is, if it is one.
+        rows: the number of rows, where they have choices of their own.
     """
 
     active: ActiveSlots
@@ -97,6 +100,7 @@ class ForwardCall:
     aux: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     attention: BranchAttention = field(default_factory=FullAttention)
     passing: AdapterPass | None = None
+    rows: int = 0
 
 
 def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[ForwardCall], None]) -> None:
@@ -109,7 +113,7 @@ def announce_in_backward(call: ForwardCall, output: object, announce: Callable[[
         announce: gets the call.
     """
     latest = weakref.ref(call)
-    kept = ForwardCall(call.active, call.terms, call.seed, dict(call.prepared))
+    kept = ForwardCall(call.active, call.terms, call.seed, dict(call.prepared), rows=call.rows)
 
     def announce_call(_: object) -> None:
         announce(latest() or kept)
@@ -124,7 +128,7 @@ def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots
     touched = frozenset(snapshot.composed)
     terms = [term for composed in snapshot.composed.values() for _, term in composed.branches]
     read = frozenset(name for term in terms for name in term.slot.reads)
-    return ActiveSlots(snapshot.choice, {path: slots[path] for path in touched}, touched, read, bool(terms))
+    return ActiveSlots(snapshot.choice, slots, touched, read, bool(terms))
 
 
 def check_no_cache(attention: BranchAttention) -> None:

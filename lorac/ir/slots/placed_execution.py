@@ -6,7 +6,7 @@ Eager mode runs it on views of the batch, and the other backends trace it with o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from lorac.ir.slots.execution import FormulaContext, add_branches, run_site
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES
-from lorac.ir.slots.rows import cut_segments, join_segments
+from lorac.ir.slots.rows import as_place, cut_segments, join_segments, stack_places
 
 Tensor = torch.Tensor
 
@@ -46,6 +46,22 @@ def why_shared(plan: SitePlan) -> str:
     if plan.site.within is not None:
         return "its module computes with it in its own way"
     return layout_of(plan.site).why_shared
+
+
+def stack_site_slots(each: Sequence[SiteSlots]) -> SiteSlots:
+    """Return a site's slots with places, one for each of its slots without; roles that rows share are the first's.
+
+    Args:
+        each: the site's slots for one choice of adapters after the other, without active branches.
+    """
+    first = each[0].tensors
+    stacked = {
+        name: tensor
+        if ROLES[name].why_shared
+        else stack_places([as_place(slots.tensors[name].detach()) for slots in each])
+        for name, tensor in first.items()
+    }
+    return SiteSlots(stacked, (None,) * len(each[0].branches))
 
 
 def run_placed(

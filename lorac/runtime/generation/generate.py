@@ -15,8 +15,9 @@ from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
 from lorac.frontend.components import check_component, list_components
 from lorac.ir.graph.attention_ops import DECODER_IDS
+from lorac.ir.row_selection import batch_size
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
-from lorac.runtime.batching import OutputMerger, batch_size, check_rows, select_rows
+from lorac.runtime.batching import OutputMerger, check_rows, select_rows
 from lorac.runtime.generation.eager_generation import EagerGeneration, refuse_prompt_cache
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.prompts import CACHE, IDS, MASK, Prompts, main_input
@@ -173,28 +174,42 @@ class _GenerateCall:
         seeds = _parse_seeds(seed, rows)
         seed_apart = isinstance(seeds, list) and not (self.request.samples_rows and self._over_cache)
         apart = seed_apart or self.request.drafts
-        groups = self._group_rows(adapters, rows, together=not apart and prompt_cache is None)
-        groups = [RowGroup(group.choice, [row]) for group in groups for row in group.rows] if apart else groups
+
+        def run(groups: list[RowGroup]) -> Output:
+            groups = [RowGroup(group.choice, [row]) for group in groups for row in group.rows] if apart else groups
+            return self._convert(self._run_groups(groups, rows, seeds, draft, prompt_cache))
+
+        if not isinstance(adapters, Sequence) or isinstance(adapters, str):
+            return run([RowGroup(adapters, list(range(rows)))])
+        check_rows((torch.empty(rows),), {}, adapters)
+        together = not apart and prompt_cache is None and self._keeps_rows
+        return self.model.run_grouped(adapters, self.graph, run, together=together)
+
+    def _run_groups(
+        self, groups: Sequence[RowGroup], rows: int, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None
+    ) -> Output:
         if len(groups) == 1:
-            return self._convert(self._run(groups[0], seeds, draft, prompt_cache))
+            return self._run(groups[0], seeds, draft, prompt_cache)
         self._check_splittable(groups)
         outputs = []
         for group in groups:
             own = [seeds[row] for row in group.rows] if isinstance(seeds, list) else seeds
             outputs.append(self._select(group.rows, rows)._run(group, own, draft, prompt_cache))
         merger = OutputMerger([group.rows for group in groups], self.request.fill_id, self.request.beams)
-        return self._convert(merger.merge(outputs))
+        return merger.merge(outputs)
 
     @property
     def _over_cache(self) -> bool:
         return self.model.engine.module is None
 
-    def _group_rows(self, adapters: Any, rows: int, *, together: bool) -> list[RowGroup]:
-        """Return the rows by the runs that generate them."""
-        if not isinstance(adapters, Sequence) or isinstance(adapters, str):
-            return [RowGroup(adapters, list(range(rows)))]
-        check_rows((torch.empty(rows),), {}, adapters)
-        return self.model.group_rows(adapters, self.graph, together=together)
+    @property
+    def _keeps_rows(self) -> bool:
+        """Whether the model is called with the rows in their order, each as often as it has beams.
+
+        A way of generating of the model's own may call it otherwise, as for guidance.
+        """
+        traits = self.model.traits[self.graph]
+        return self._over_cache or (traits.generation is not None and traits.rules is None)
 
     def _check_splittable(self, groups: Sequence[RowGroup]) -> None:
         """Raise ``Unavailable`` for options that belong to one run alone."""
