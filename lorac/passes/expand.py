@@ -44,6 +44,7 @@ class ExpandAdaptedCalls(Pass):
         adapted, attention = list(graph.find(ops.adapted)), select_attention(graph)
         for node in adapted:
             _expand_call(graph, node, traces, self.aux, extra, attention)
+        _share_cuts(graph)
         for cut in graph.find(row_ops.CUT):
             graph.axes.setdefault(str(cut.meta["val"].shape[1]), f"segment_{len(graph.axes)}")
         lowered = ops.lower_sites(graph.exported.graph_module)
@@ -77,6 +78,18 @@ def _expand_call(
     graph.replace_node(node, outputs[0])
     for name, output in zip(emitted, outputs[1:], strict=True):
         extra[name] = output
+
+
+def _share_cuts(graph: Graph) -> None:
+    """Let all sites that read a value share its segments, and all cuts read the number of places from one slot."""
+    known: dict[object, fx.Node] = {}
+    for cut in list(graph.find(row_ops.CUT)):
+        x, slot, features = cut.args
+        first = known.setdefault((x, features), cut)
+        if first is cut:
+            cut.args = (x, known.setdefault("slot", slot), features)
+        else:
+            graph.replace_node(cut, first)
 
 
 def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> fx.GraphModule:

@@ -1,4 +1,4 @@
-"""New symbolic sizes of traced values."""
+"""Symbolic sizes of traced values, by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> torch.SymInt:
-    """Return a new symbolic size that may be any number from ``least`` on.
+    """Return the symbolic size of a name, by default a new one that may be any number from ``least`` on.
 
     Args:
         environment: torch's record of symbolic sizes.
-        name: where the size is said to come from.
+        name: where the size is said to come from; the record keeps it.
         hint: its value in the example, by which torch decides what it asks of the size.
     """
     from torch._dynamo.source import LocalSource
@@ -24,13 +24,15 @@ def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> to
     from torch.utils._sympy.value_ranges import ValueRanges
 
     source = LocalSource(name)
-    symbol = environment.create_symbol(
-        hint,
-        source,
-        dynamic_dim=DimDynamic.DYNAMIC,
-        constraint_dim=None,
-        positive=None,
-        do_not_specialize_zero_one=True,
-    )
-    environment.var_to_range[symbol] = ValueRanges(least, int_oo)
+    symbol = environment.source_to_var.get(source.name)
+    if symbol is None:
+        symbol = environment.create_symbol(
+            hint,
+            source,
+            dynamic_dim=DimDynamic.DYNAMIC,
+            constraint_dim=None,
+            positive=None,
+            do_not_specialize_zero_one=True,
+        )
+        environment.var_to_range[symbol] = ValueRanges(least, int_oo)
     return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int

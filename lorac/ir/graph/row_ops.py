@@ -50,11 +50,7 @@ def _segment_size(x: Tensor, sizes: Sequence[int | torch.SymInt], places: int | 
     mode = detect_fake_mode([x])
     if mode is None or mode.shape_env is None or isinstance(places, int):
         return math.prod(sizes) // places
-    known: dict[object, torch.SymInt] = vars(mode.shape_env).setdefault("lorac_segment_sizes", {})
-    key = (*map(str, sizes), str(places))
-    if key not in known:
-        known[key] = make_size(mode.shape_env, f"segment_{len(known)}", _TOKENS)
-    return known[key]
+    return make_size(mode.shape_env, f"segment of {' x '.join(map(str, sizes))} in {places}", _TOKENS)
 
 
 _TOKENS = 13

@@ -84,13 +84,36 @@ Translation = Callable[..., Outputs]
 
 
 class Recorder(_building.OpRecorder):
-    """Records the nodes of one graph as torch's own recorder does, but reads the signature of an op once."""
+    """Records the nodes of one graph as torch's own recorder does, but reads the signature of an op once.
+
+    Constants and sizes are written once, since a third of a program's nodes would be copies of them.
+    """
 
     def __init__(self) -> None:
         super().__init__(TENSOR_OPSET, {})  # type: ignore[arg-type]  # stands for an Opset
+        self._sizes: dict[object, ir.Value] = {}
+        self._size_values: set[object] = set()
 
     def record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
         """Write a node and return its outputs."""
+        key = self._size_key(schema.name, args, kwargs) if schema.name in _SIZE_OPS else None
+        if key is None:
+            return self._record(schema, args, kwargs)
+        if key not in self._sizes:
+            value = self._record(schema, args, kwargs)
+            assert isinstance(value, ir.Value)
+            self._sizes[key] = value
+            self._size_values.add(value)
+        return self._sizes[key]
+
+    def _size_key(self, op: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """Return a key that is equal for nodes of one value; None where a node is to be written."""
+        numbers = tuple((name, _describe_constant(value)) for name, value in kwargs.items())
+        if any(number is None for _, number in numbers) or (op == "Concat" and not self._size_values.issuperset(args)):
+            return None
+        return op, args, numbers
+
+    def _record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
         signature = _read_signature(schema)
         inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
         count = _building._determine_output_number(signature, attributes)
@@ -108,6 +131,18 @@ class Recorder(_building.OpRecorder):
         """Return the nodes that were recorded since this was called last."""
         nodes, self.nodes = self.nodes, []
         return nodes
+
+
+_SIZE_OPS = frozenset({"Constant", "Shape", "Concat"})
+"""Ops of constants and sizes; a concatenation is one of sizes if all its inputs are."""
+_LARGEST_SHARED = 16
+
+
+def _describe_constant(value: object) -> object:
+    """Return what is equal for equal numbers and small tensors; None for a large tensor."""
+    if isinstance(value, ir.Tensor):
+        return (value.dtype, *value.shape, value.tobytes()) if value.size <= _LARGEST_SHARED else None
+    return repr(list(value) if isinstance(value, tuple) else value)  # -0.0 is another number than 0.0
 
 
 _LIST_TYPES = {int: ir.AttributeType.INTS, float: ir.AttributeType.FLOATS, str: ir.AttributeType.STRINGS}
