@@ -206,10 +206,14 @@ def _add_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Ten
     """Return y + h∘(((x·A)∘g)·B) in the dtype of y; the pair is computed in the factors' dtype (PEFT's rule)."""
     if not slots.stages[Stage.UP] or any(_is_empty(tensor) for _, tensor in slots.stages[Stage.UP]):
         return y
-    u = x
+    return y + multiply_pair(layout, slots, x).to(y.dtype)
+
+
+def multiply_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor) -> Tensor:
+    """Return h∘(((x·A)∘g)·B)."""
     for stage in (Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.AFTER):
-        u = _apply_slots(stage, layout, slots, u)
-    return y + u.to(y.dtype)
+        x = _apply_slots(stage, layout, slots, x)
+    return x
 
 
 def _is_empty(tensor: Tensor) -> bool:

@@ -61,7 +61,7 @@ class SiteLayout(ABC):
 
     def up(self, u: Tensor, b: Tensor) -> Tensor:
         """Return u·B, the second half of the pair."""
-        return torch.matmul(u, b)
+        return _multiply(u, b)
 
     def per_output(self, vector: Tensor) -> Tensor:
         """Shape a vector (out,) to broadcast over the site's output."""
@@ -115,7 +115,12 @@ class LinearLayout(SiteLayout):
         return y if bias is None else y + bias.to(y.dtype)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        return torch.matmul(x, a)
+        return _multiply(x, a)
+
+
+def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return the product with a matrix, or with one for each segment; torch traces ``bmm`` faster than ``matmul``."""
+    return torch.matmul(x, matrix) if matrix.dim() == _MATRIX else torch.bmm(x, matrix)
 
 
 class EmbeddingLayout(SiteLayout):

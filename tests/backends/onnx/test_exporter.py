@@ -1,5 +1,6 @@
 """Programs are written as torch's exporter writes them, for the calling thread alone."""
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -232,11 +233,30 @@ def test_only_casts_and_what_they_change_are_computed_anew(monkeypatch):
     "step", [masked, cast, promoted, pooled, scores_in_place, normed], ids=lambda step: step.__name__
 )
 def test_the_model_is_the_one_that_torch_writes(step):
-    """Node by node, with its name, attributes and metadata; but torch traces again what nobody reads any more."""
+    """Node by node, with its attributes and metadata; but torch writes a constant and a size for each reader."""
     program = captured(step)
-    assert described(exporter._translate(program, TRANSLATIONS)) == described(
-        exporter._export_with_torch(program, TRANSLATIONS)
-    )
+    torchs = exporter._export_with_torch(program, TRANSLATIONS)
+    share_sizes(torchs)
+    assert described(exporter._translate(program, TRANSLATIONS)) == described(torchs)
+
+
+def test_constants_and_sizes_are_written_once():
+    nodes = list(exporter._translate(captured(pooled), TRANSLATIONS).graph)
+    sizes = [node for node in nodes if node.op_type in {"Constant", "Shape"}]
+    keys = {(node.op_type, *node.inputs, *attributes_of(node)) for node in sizes}
+    assert len(sizes) == len(keys) > 1
+
+
+def share_sizes(model):
+    """Keep one of equal constants and sizes."""
+    known, sizes = {}, set()
+    for node in [node for node in model.graph if node.op_type in {"Constant", "Shape", "Concat"}]:
+        if node.op_type != "Concat" or sizes.issuperset(node.inputs):
+            first = known.setdefault((node.op_type, *node.inputs, *attributes_of(node)), node)
+            sizes.add(first.outputs[0])
+            if first is not node:
+                ir.convenience.replace_all_uses_with(node.outputs, first.outputs)
+                model.graph.remove(node, safe=True)
 
 
 def of_several_ops(host, x, y):
@@ -263,7 +283,20 @@ def captured(step):
         return torch.export.export(Host(step).eval(), (torch.randn(3, 6),)).run_decompositions({})
 
 
+def attributes_of(node):
+    return sorted(f"{name}={attribute.value!r}" for name, attribute in node.attributes.items())
+
+
+def number_names(graph):
+    """Number the names of values and nodes that the model has no name for in their order."""
+    for index, node in enumerate(graph):
+        node.name = re.sub(r"(node_[A-Z]\w*_)\d+$", rf"\g<1>{index}", node.name)
+        for value in node.outputs:
+            value.name = re.sub(r"^val_\d+$", f"val_{index}", value.name)
+
+
 def described(model):
+    number_names(model.graph)
     values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
     nodes = [
         (
@@ -271,7 +304,7 @@ def described(model):
             node.name,
             [value and value.name for value in node.inputs],
             [(value.name, str(value.type), str(value.shape)) for value in node.outputs],
-            sorted(f"{name}={attribute.value!r}" for name, attribute in node.attributes.items()),
+            attributes_of(node),
             {name: text for name, text in node.metadata_props.items() if name != "pkg.torch.onnx.fx_node"},
         )
         for node in model.graph
