@@ -83,11 +83,11 @@ def _expand_call(
 def _share_cuts(graph: Graph) -> None:
     """Let all sites that read a value share its segments, and all cuts read the number of places from one slot."""
     known: dict[object, fx.Node] = {}
-    for cut in list(graph.find(row_ops.CUT)):
-        x, slot, features = cut.args
+    for cut in graph.find(row_ops.CUT):
+        x, _, features = cut.args
         first = known.setdefault((x, features), cut)
         if first is cut:
-            cut.args = (x, known.setdefault("slot", slot), features)
+            cut.args = (x, next(iter(known.values())).args[1], features)
         else:
             graph.replace_node(cut, first)
 
