@@ -22,8 +22,8 @@ from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.role import SlotSpec
 from lorac.ir.slots.roles import slot_name
-from lorac.ir.slots.rows import placed_shape
-from lorac.passes.row_places import ADAPTERS_AXIS, add_places, is_placed
+from lorac.ir.slots.rows import ADAPTERS_AXIS, placed_shape
+from lorac.passes.row_places import add_places, is_placed
 
 _MAX_NAMED = 3
 """Sites that a note names; further ones are counted."""

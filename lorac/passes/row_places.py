@@ -14,9 +14,6 @@ from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import ROLES
 
-ADAPTERS_AXIS = "adapters"
-"""The name of the axis of places."""
-
 
 def is_placed(plan: SitePlan, role: str) -> bool:
     """Whether a slot of a site has places; strengths and parameters of branches have none."""

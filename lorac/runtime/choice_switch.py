@@ -94,11 +94,12 @@ class ChoiceSwitch(ABC):
         """Return places for the adapters of the rows of a running batch.
 
         Raises:
-            Unavailable: the target takes one choice for all rows of a call.
+            Unavailable: the program keeps no cache, or takes one choice for all rows of a call.
             OverBudget: there is no room for the places.
         """
         base = self._states.of(())
-        if self.engine.module is not None or self.mode != "live" or self.engine.why_apart(base.snapshot, graph):
+        keeps = self.mode == "live" and self.engine.cache_spec(graph) is not None
+        if not keeps or self.engine.why_apart(base.snapshot, graph):
             raise Unavailable(
                 "this program keeps no adapters of a running batch's rows from call to call",
                 next_step="compile with mode='live' for target='onnxruntime'",

@@ -86,7 +86,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
 
     def check_program(self, program: Program, request: BuildRequest[TensorRTOptions]) -> None:
         """Refuse ``profiles=`` that name no input or axis of the program."""
-        check_profile_names(request.options.profiles, [graph.interface for graph in program.graphs.values()])
+        check_profile_names(request.options.profiles, program.graphs.values())
 
     def bakes_slots(self, request: BuildRequest[TensorRTOptions]) -> bool:
         return request.mode == "baked" or request.options.refit

@@ -47,5 +47,6 @@ DIALECT: OnnxDialect = Dialect(
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
     # Whether fused products pay off is not measured: the library chooses kernels for what it is given.
     fuses_projections=False,
+    rows=True,
     functions=False,
 )

@@ -33,6 +33,7 @@ from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.rows import ADAPTERS_AXIS
 from lorac.storage.open_file import OpenFile
 
 Tensor = torch.Tensor
@@ -129,7 +130,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
 
         Raises:
             Unavailable: this machine has no GPU, or one that the plan was not built for.
-            InputMismatch: an input has a size that the plan was not built for.
+            InputMismatch: an input has a size that the plan was not built for, or rows have more choices.
         """
         plan = self.graphs[graph]
         check_sizes(plan.ranges, inputs, axis_names(plan.interface))
@@ -138,9 +139,15 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         return [outputs[name] for name in plan.interface.outputs]
 
     def _device_slots(self, graph: str, runner: PlanRunner, content: SlotTensors) -> DeviceSlots:
-        """Return a choice's slots of a graph, laid out once."""
+        """Return a choice's slots of a graph, laid out once.
+
+        Raises:
+            InputMismatch: there are more places than the plan was built for.
+        """
         if graph not in content.by_graph:
-            slots = {name: content.tensors[name] for name in self.graphs[graph].slots if name in content.tensors}
+            plan = self.graphs[graph]
+            slots = {name: content.tensors[name] for name in plan.slots if name in content.tensors}
+            check_sizes(plan.ranges, slots, dict.fromkeys(((name, 0) for name in slots), ADAPTERS_AXIS))
             content.by_graph[graph] = runner.hold(slots, fixed=content.fixed)
         return content.by_graph[graph]
 

@@ -7,7 +7,7 @@ program. Ranks of slots lie between the dialect's minimum and the planned room.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from lorac.ir.interface import Interface
 from lorac.ir.sizes import Axis, AxisSizes, SizeConstraints
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.rows import ADAPTERS_AXIS
 
 DEFAULT_MAX_ROWS = 8
 """The default maximum of a batch, unless the example has more rows."""
@@ -66,20 +67,24 @@ def compute_ranges(
         OptionError: the model does not take the sizes.
     """
     ranges = _input_ranges(graph, profiles)
+    rows = next((axes[0].most for axes in ranges.values() if axes), 1)
+    places = SizeRange(*profiles.get(ADAPTERS_AXIS, (1, 1, rows)))
     for name, slot in slots.items():
-        value = graph.node(slot.node).meta["val"]
+        shape = graph.node(slot.node).meta["val"].shape
         plan, usual = graph.plans[slot.site], _usual_rank(snapshot, slot.site)
-        ranges[name] = tuple(_slot_range(size, plan, usual) for size in value.shape)
+        first = (places,) if slot.placed else ()
+        ranges[name] = (*first, *(_slot_range(size, plan, usual) for size in shape[len(first) :]))
     return ranges
 
 
-def check_profile_names(profiles: Mapping[str, ProfileShapes], interfaces: Iterable[Interface]) -> None:
+def check_profile_names(profiles: Mapping[str, ProfileShapes], graphs: Collection[Graph]) -> None:
     """Refuse profiles for inputs or axes that no graph has.
 
     Raises:
         OptionError: naming the nearest input or axis.
     """
-    known = [name for each in interfaces for name in (*each.inputs, *axis_names(each).values())]
+    known = [name for each in graphs for name in (*each.interface.inputs, *axis_names(each.interface).values())]
+    known += [ADAPTERS_AXIS] if any(slot.placed for each in graphs for slot in each.slots.values()) else []
     for name in profiles:
         if name not in known:
             raise OptionError(
@@ -211,7 +216,7 @@ def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> 
 
 # ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _slot_range(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> SizeRange:
-    """Return the range of a slot's axis; a size that varies is a rank."""
+    """Return the range of a slot's axis that is not of places; a size that varies is a rank."""
     number = constant_size(size)
     if number is not None:
         return SizeRange(number, number, number)

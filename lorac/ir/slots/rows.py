@@ -22,6 +22,8 @@ import torch
 Tensor = torch.Tensor
 Size = int | torch.SymInt
 KeyT = TypeVar("KeyT")
+ADAPTERS_AXIS = "adapters"
+"""The name of the axis of places."""
 
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -124,9 +124,21 @@ def test_arrays_are_taken_in_bfloat16_which_numpy_lacks(monkeypatch: pytest.Monk
 
 
 def test_rows_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager, found, _ = made("live", monkeypatch)
-    with torch.no_grad():
-        assert_close(found(X, adapters=["a", None, "b"]), eager(X, adapters=["a", None, "b"]))
+    eager, found, standing = made("live", monkeypatch)
+    calls, run = list[int](), standing.call
+    monkeypatch.setattr(standing, "call", lambda inputs, slots: (calls.append(1), run(inputs, slots))[1])
+    for choices in (["a", None, "b"], ["b", "b", {"a": 0.5, "b": 0.25}], ["a", "a", "a"]):
+        calls.clear()
+        with torch.no_grad():
+            assert_close(found(X, adapters=choices), eager(X, adapters=choices))
+        assert len(calls) == 1, "one call of the plan"
+
+
+def test_more_choices_than_the_plan_was_built_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, found, _ = made("live", monkeypatch, profiles={"adapters": (1, 1, 2)})
+    found(X, adapters=["a", "a", "a"])
+    with pytest.raises(lorac.InputMismatch, match="'adapters': \\(1, 1, 3\\)"):
+        found(X, adapters=["a", None, "b"])
 
 
 def test_weights_are_written_while_no_call_reads_them_and_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,16 +86,16 @@ def test_it_swaps_and_takes_adapters_without_a_rebuild(live):
     engine = engine_of(live)
     before = {name: part.file.digest() for name, part in engine.graphs.items()}
     slots = live._state.bound.content.tensors
-    assert slots["left:a"].shape == (10, 2) and slots["left:a"].abs().sum() > 0
+    assert slots["left:a"].shape == (1, 10, 2) and slots["left:a"].abs().sum() > 0
     live.swap(None)
     idle = live._state.bound.content.tensors
-    assert idle["left:a"].shape == (10, 1) and not idle["left:a"].any()  # rank 1 of zeros, and never 0
+    assert idle["left:a"].shape == (1, 10, 1) and not idle["left:a"].any()  # rank 1 of zeros, and never 0
     assert idle["conv:a"].shape == (2, 6, 3, 3) and not idle["conv:a"].any()
     live.add_adapter(low(1, "left", "conv"), name="b")
     away(live.adapters["b"], 2)
     live.swap("b")
     bound = live._state.bound.content.tensors
-    assert bound["left:a"].shape == (10, 1)
+    assert bound["left:a"].shape == (1, 10, 1)
     assert bound["conv:a"].shape == (2, 6, 3, 3) and bound["conv:a"][0].any() and not bound["conv:a"][1:].any()
     live.swap({"a": 0.5})
     live.remove_adapter("b")

@@ -55,12 +55,16 @@ def test_sizes_lie_around_the_examples_and_within_what_the_model_takes():
     rows = SizeRange(1, 3, DEFAULT_MAX_ROWS)
     assert found["ids"] == (rows, SizeRange(1, 4, 40)) and DEFAULT_MAX_LENGTH > 40
     assert found["image"] == (rows, SizeRange(5, 5, 5), SizeRange(1, 8, 16))
-    assert found["head:a"] == (SizeRange(12, 12, 12), SizeRange(1, 2, 5))
-    assert ranges(active=None)["head:b"] == (SizeRange(1, 5, 5), SizeRange(15, 15, 15))
+    places = SizeRange(1, 1, DEFAULT_MAX_ROWS)
+    assert found["head:a"] == (places, SizeRange(12, 12, 12), SizeRange(1, 2, 5))
+    assert ranges(active=None)["head:b"] == (places, SizeRange(1, 5, 5), SizeRange(15, 15, 15))
 
 
 def test_profiles_name_axes_or_inputs():
-    found = ranges(profiles={"rows": (2, 4, 32), "image": [(2, 5, 6), (4, 5, 7), (32, 5, 9)]})
+    named = {"rows": (2, 4, 32), "image": [(2, 5, 6), (4, 5, 7), (32, 5, 9)], "adapters": (1, 2, 4)}
+    found = ranges(profiles=named)
+    assert found["head:a"][0] == SizeRange(1, 2, 4)
+    assert ranges(profiles={"rows": (2, 4, 32)})["head:a"][0] == SizeRange(1, 1, 32)
     assert found["ids"] == (SizeRange(2, 4, 32), SizeRange(1, 4, 40))
     assert found["image"] == (SizeRange(2, 4, 32), SizeRange(5, 5, 5), SizeRange(6, 7, 9))
 
