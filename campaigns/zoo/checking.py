@@ -157,7 +157,7 @@ def _adapt(subject: _Subject, folder: Path, config: Callable[[nn.Module], Any]) 
 
 def _defaults(subject: _Subject) -> str:
     """Whether lorac makes example inputs of its own, and the host takes them."""
-    from lorac.frontend.example_inputs import make_example_inputs
+    from lorac.frontend.inputs.example_inputs import make_example_inputs
 
     try:
         made = make_example_inputs(subject.host)

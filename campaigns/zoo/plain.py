@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from lorac.frontend.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.third_party_output import suppress_third_party_output
 
 Shapes = Callable[[Mapping[str, Any]], Mapping[str, Any]]

@@ -74,9 +74,9 @@ def parse_dynamic_shapes(
         return None
     from torch.export import Dim
 
-    from lorac.frontend.call_binding import bind_by_name
-    from lorac.frontend.dynamic_shapes import make_dynamic_shapes
-    from lorac.frontend.example_inputs import make_example_inputs
+    from lorac.frontend.inputs.call_binding import bind_by_name
+    from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
+    from lorac.frontend.inputs.example_inputs import make_example_inputs
 
     inputs = bind_by_name(model, make_example_inputs(model) if example_inputs is None else example_inputs)
     shapes = make_dynamic_shapes(model, inputs, named=False)

@@ -8,8 +8,8 @@ from torch.utils import _pytree as pytree
 
 from lorac.errors import SiteError
 from lorac.frontend.copying import copy_structure
-from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.model_runner import preserve_random_state
 
 

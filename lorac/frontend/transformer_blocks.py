@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorac.frontend.call_binding import bind_by_name
 from lorac.frontend.components import get_component_prefix
 from lorac.frontend.copying import copy_structure
-from lorac.frontend.example_inputs import make_example_inputs
 from lorac.frontend.hugging_face import set_config_fields
+from lorac.frontend.inputs.call_binding import bind_by_name
+from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.model_runner import WatchingMode, seed_random_numbers
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind

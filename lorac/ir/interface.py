@@ -14,6 +14,7 @@ import torch
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
+from lorac.ir.call_values import check_ids, check_numbers, is_absent, spread_over_rows
 from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
 from lorac.ir.multimodal_positions import POSITION_IDS, MultimodalPositions
 from lorac.ir.output_structure import OutputStructure, structure_from_json, structure_to_json
@@ -37,7 +38,13 @@ _STORED_NAMES = {
     "unused": "unused_sites",
 }
 """Entry of a stored interface -> the field, for fields that are tuples of names."""
-_STORED_MAPPINGS = {"below": "id_counts", "spelled": "aliases", "types": "types", "derived": "derived"}
+_STORED_MAPPINGS = {
+    "below": "id_counts",
+    "spelled": "aliases",
+    "types": "types",
+    "derived": "derived",
+    "spread": "row_numbers",
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,6 +61,8 @@ class Interface:
         defaults: arguments that a call may leave out -> the value that the program was captured with.
         id_counts: input that holds ids -> the number of rows of the smallest embedding that reads it.
         aliases: argument of the model -> the input's name, where the two differ.
+        row_numbers: input with one number per row, for which a call may give a single one of any dtype -> an input
+            with as many rows.
         sizes: which sizes the inputs may have.
         derived: input that a call may leave out -> the expression by which the model computes it.
         positions: computes the positions of multimodal text; None for a program that was loaded.
@@ -73,6 +82,7 @@ class Interface:
     defaults: Mapping[str, object] = field(default_factory=dict)
     id_counts: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    row_numbers: Mapping[str, str] = field(default_factory=dict)
     sizes: SizeConstraints = field(default_factory=SizeConstraints)
     derived: Mapping[str, str] = field(default_factory=dict)
     positions: MultimodalPositions | None = None
@@ -133,9 +143,10 @@ class Interface:
             what = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
             raise ChoiceError(what, next_step=f"the model takes {', '.join(self.arguments)}")
         named = {**positional, **kwargs}.items()
-        given = {self.aliases.get(name, name): value for name, value in named if value is not None}
+        given = {self.aliases.get(name, name): value for name, value in named if not is_absent(name, value)}
         known = {*self.inputs, *self._fixed}
-        return {part: value for name in given for part, value in self._split_argument(name, given[name], known)}
+        split = {part: value for name in given for part, value in self._split_argument(name, given[name], known)}
+        return spread_over_rows(split, self.row_numbers)
 
     def _split_argument(self, name: str, value: object, known: Collection[str]) -> list[tuple[str, object]]:
         """Return an argument as inputs; a container of tensors is several, named by their place in it.
@@ -165,10 +176,10 @@ class Interface:
             if name not in given:
                 given[name] = self._make_input(name, given)
         for name in self.sizes.shapes:
-            _check_numbers(name, given[name])
+            check_numbers(name, given[name])
         self.sizes.check(given)
         for name, count in self.id_counts.items():
-            _check_ids(name, given[name], count)
+            check_ids(name, given[name], count)
         return {name: given[name] for name in self.inputs}
 
     def _check_constant(self, name: str, value: object) -> None:
@@ -366,32 +377,3 @@ def _advise_other_value(name: str) -> str:
 def program_input_name(argument: str) -> str:
     """Return the name that torch gives to the input for an argument of forward."""
     return argument.lower()
-
-
-def _check_numbers(name: str, value: object) -> None:
-    """Refuse text, and sequences of anything but numbers."""
-    if not isinstance(value, str | list | tuple):
-        return
-    try:
-        reason = None if np.asarray(value).dtype.kind in "biuf" else short(value)
-    except (TypeError, ValueError) as error:
-        reason = str(error)
-    if reason is not None:
-        raise ChoiceError(
-            f"input '{name}' is not an array of numbers: {reason}",
-            next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
-        )
-
-
-def _check_ids(name: str, value: object, count: int) -> None:
-    """Refuse ids outside 0 to ``count`` - 1; values that are not integers are refused elsewhere."""
-    ids = value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)
-    if ids.dtype.kind not in "iu" or not ids.size:
-        return
-    # Read as unsigned, a negative number is huge: one maximum finds both kinds of wrong ids.
-    if int(ids.view(f"u{ids.itemsize}").max()) >= count:
-        wrong = min(int(ids.min()), 0) or int(ids.max())
-        raise ChoiceError(
-            f"input '{name}' holds the id {wrong}; its embedding has the ids 0 to {count - 1}",
-            next_step="give ids of the model's own tokenizer, and mark padding in the mask",
-        )

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+import torch
 from torch import nn
 
 from lorac.errors import Unavailable
@@ -56,6 +57,23 @@ class Component:
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """Continue prompts as ``Compiled.generate`` does."""
         return self._compiled.generate(inputs, component=self._name, **options)
+
+    def to(self, *args: object, **kwargs: object) -> Component:
+        """Return the component, which stays where and what it was compiled for.
+
+        Raises:
+            Unavailable: another dtype or device.
+        """
+        for asked in (*args, *kwargs.values()):
+            is_device = isinstance(asked, str | torch.device)
+            own = self.device.type if is_device else self.dtype
+            wanted = torch.device(asked).type if isinstance(asked, str | torch.device) else asked
+            if (is_device or isinstance(asked, torch.dtype)) and wanted != own:
+                raise Unavailable(
+                    f"'{self._name}' was compiled for {own}, and stays there",
+                    next_step="compile the model again with dtype= or device=",
+                )
+        return self
 
     def modules(self) -> Iterator[nn.Module]:
         """Iterate over the modules of the model; those of an emitted program have shapes and no forward."""

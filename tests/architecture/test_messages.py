@@ -53,6 +53,7 @@ PUBLIC = [
     "lorac.training.transfer",
     "lorac.testing",
     "lorac.analysis.entanglement",
+    "lorac.diffusion",
     "lorac.variants.shira",
 ]
 FOREIGN = {
@@ -203,6 +204,9 @@ def test_names():
 
 
 def _is_public(name):
+    home = max((room for room in PUBLIC if name.startswith(f"{room}.")), key=len)
+    if home != "lorac":
+        return hasattr(importlib.import_module(home), name.removeprefix(f"{home}.").partition(".")[0])
     found, inner = lorac, name.split(".")[1:]
     for part in inner:
         found = getattr(found, part, None)

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureError, Unavailable
-from lorac.frontend.call_binding import Inputs
 from lorac.frontend.capture.decoder_families import counts_by_padding, find_sequence
-from lorac.frontend.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.hugging_face import is_hugging_face, set_config_fields
+from lorac.frontend.inputs.call_binding import Inputs
+from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, WITHOUT_CACHE

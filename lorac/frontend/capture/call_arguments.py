@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureError, short
-from lorac.frontend.call_binding import Inputs
 from lorac.frontend.capture.trace_guards import find_running_model_line
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.call_binding import Inputs
 from lorac.frontend.model_runner import ModelRunner
 from lorac.ir.fixed_arguments import to_json_value
 from lorac.ir.multimodal_positions import GRID_SUFFIX, POSITION_IDS, ROPE_METHOD, MultimodalPositions

@@ -19,7 +19,6 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureError, LoracError
-from lorac.frontend.call_binding import Inputs, bind_by_name
 from lorac.frontend.capture.attention_interface import (
     capture_attention,
     check_attention_captured,
@@ -48,15 +47,17 @@ from lorac.frontend.capture.trace_guards import (
 )
 from lorac.frontend.capture.written_attention import fold_written_attention
 from lorac.frontend.copying import WeightCast, copy_structure, refuse_casts
-from lorac.frontend.dynamic_shapes import (
+from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.call_binding import Inputs, bind_by_name
+from lorac.frontend.inputs.diffusers_models import spread_example_numbers
+from lorac.frontend.inputs.dynamic_shapes import (
     fix_hinted_axes,
     let_narrow,
     make_dynamic_shapes,
     repeat_unit_axes,
     repeat_unit_axes_of_inputs,
 )
-from lorac.frontend.example_inputs import make_example_inputs
-from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
@@ -260,6 +261,7 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
         grows: whether its sequence is to grow over a cache: attention becomes ops, and inputs are those of
             ``make_decoder_inputs``.
     """
+    inputs, dynamic_shapes = spread_example_numbers(model, inputs, dynamic_shapes)
     if grows:
         inputs = make_decoder_inputs(
             model, _bind_inputs(model, make_example_inputs(model) if inputs is None else inputs)

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from lorac.frontend.call_binding import Inputs
 from lorac.frontend.hugging_face import TRACE_CONFIG, set_config_fields
+from lorac.frontend.inputs.call_binding import Inputs
 
 
 def trace_hugging_face(host: nn.Module, inputs: Inputs, shapes: dict[str, Any] | None) -> ExportedProgram:

@@ -17,7 +17,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.frontend.capture.trace_guards import TraceGuard, find_fixing_line
-from lorac.frontend.dynamic_shapes import list_dynamic_axes
+from lorac.frontend.inputs.dynamic_shapes import list_dynamic_axes
 from lorac.ir.graph.edit import find_fake_mode
 from lorac.ir.graph.symbolic_shapes import constant_size
 from lorac.ir.sizes import Axis, SizeConstraints, find_axes

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import CaptureError, ExampleInputsNeeded, nearest_name, short, warn
-from lorac.frontend.call_binding import bind_by_name
 from lorac.frontend.capture.export import isolate_tracing
-from lorac.frontend.dynamic_shapes import find_row_layout
-from lorac.frontend.example_inputs import make_example_inputs
+from lorac.frontend.inputs.call_binding import bind_by_name
+from lorac.frontend.inputs.dynamic_shapes import find_row_layout
+from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.model_runner import ModelRun, ModelRunner, WeightWritten, seed_random_numbers
 from lorac.ir.fixed_arguments import to_json_value
 from lorac.ir.graph.graph import Graph

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.argument_types import check_type
-from lorac.frontend.call_binding import convert_to_tensors
+from lorac.frontend.inputs.call_binding import convert_to_tensors
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.ir.slots.planning import Reserve
 from lorac.session.request.placement import parse_device

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorac.errors import ExampleInputsNeeded
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.diffusers_models import make_image_inputs, make_wave
 
 _FIELDS = ("image_token_id", "image_token_index")
 """Names in configurations of the id that stands for a patch of an image."""
@@ -68,13 +69,15 @@ def _count_features(encode: Callable[..., Any], pixels: Tensor) -> int:
 _BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5  # never 0 or 1, which torch.export takes for constants; distinct primes
 
 
-def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Make example inputs from the model's main input and configuration.
+def make_example_inputs(model: nn.Module) -> dict[str, Any]:
+    """Make example inputs from the model's main input and configuration; of a diffusers model from its configuration.
 
     Raises:
         ExampleInputsNeeded: the main input is not token ids, pixels or sound, or the model joins them in another way
             than by one id for each patch of an image.
     """
+    if images := make_image_inputs(model):
+        return images
     config, names = getattr(model, "config", None), list(inspect.signature(model.forward).parameters)
     main = getattr(model, "main_input_name", None) if is_hugging_face(model) else None
     inputs: dict[str, Tensor] = {}
@@ -86,7 +89,7 @@ def make_example_inputs(model: nn.Module) -> dict[str, Tensor]:
             inputs |= {"attention_mask": torch.ones_like(ids)} if "attention_mask" in names else {}
         shapes = {name: _image_shape(config, name) for name in _IMAGES if name in names}
         shapes |= {name: shape(config) for name, shape in _SOUNDS.items() if name == main}
-        inputs |= {name: _make_wave(model, shape, device) for name, shape in shapes.items() if shape is not None}
+        inputs |= {name: make_wave(model, shape) for name, shape in shapes.items() if shape is not None}
         if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = _make_ids(config, _DECODER_LENGTH, device)
     token = get_image_token(config)
@@ -172,13 +175,6 @@ def _spectrogram_shape(config: object) -> tuple[int, ...] | None:
 def _configured_shape(config: object, *names: str) -> tuple[int, ...] | None:
     sizes = [getattr(config, name, None) for name in names]
     return None if None in sizes else (_BATCH, *(size for size in sizes if size is not None))
-
-
-def _make_wave(model: nn.Module, shape: tuple[int, ...], device: torch.device | None) -> Tensor:
-    """Make values from -1 to 1 without a random generator, in the model's precision."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    count = torch.Size(shape).numel()
-    return (torch.arange(count, device=device).remainder(255) / 127.5 - 1).reshape(shape).to(dtype)
 
 
 _VIDEOS = "pixel_values_videos"

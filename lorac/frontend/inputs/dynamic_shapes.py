@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from lorac.frontend.call_binding import Inputs, bind_arguments
 from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.call_binding import Inputs, bind_arguments
+from lorac.frontend.inputs.diffusers_models import IMAGE_AXES, list_image_axes
 from lorac.ir.row_layout import RowLayout, count_along
 
 _SEQUENCES = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
@@ -27,7 +28,7 @@ _BATCH, _PACKED = "batch", "packed"
 
 
 def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, object]:
-    """Return dynamic shapes for the batch of every tensor and for the length of sequences and sounds.
+    """Return dynamic shapes for the batch of every tensor, the length of sequences and sounds, and sides of latents.
 
     Rows of token ids are the batch. An input with several items for each of them, such as the patches of all images one
     after another, has a size that torch is to narrow.
@@ -48,7 +49,7 @@ def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True)
         if not isinstance(value, Tensor):
             return None
         name = _name_leaf(path)
-        along = sequences.axes(name, value)
+        along = sequences.axes(name, value) | list_image_axes(model, name, value)
         if name == _SAMPLES and value.dim() == _TABLE:
             along[1] = "samples"
         return {axis: dims[dim] for axis, dim in (rows(value, along) | along).items()}
@@ -81,8 +82,9 @@ class _NamedDims(dict[str, object]):
 
     def __missing__(self, name: str) -> object:
         limit = None if name == _BATCH else self._limit
-        # Strided windows over samples restrict their number; a number of patches per row restricts the patches'.
-        named = self._named and name not in {"samples", _PACKED}
+        # Strided windows over samples restrict their number; a number of patches per row restricts the patches', and
+        # blocks that halve an image its sides.
+        named = self._named and name not in {"samples", _PACKED, *IMAGE_AXES}
         self[name] = dim = Dim(name, max=limit) if named else Dim.AUTO
         return dim
 

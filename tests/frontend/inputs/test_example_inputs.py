@@ -5,8 +5,8 @@ import torch
 import transformers
 
 import lorac.errors
-from lorac.frontend.dynamic_shapes import make_dynamic_shapes
-from lorac.frontend.example_inputs import make_example_inputs
+from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
+from lorac.frontend.inputs.example_inputs import make_example_inputs
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 MOVING = {**SMALL, "image_size": 8, "num_frames": 4}

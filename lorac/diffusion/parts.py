@@ -1,0 +1,121 @@
+"""The models of a pipeline, as they are compiled, and what stands in their places afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lorac.diffusion.running_call import RunningCall
+from lorac.errors import Unavailable
+from lorac.frontend.copying import copy_structure
+from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.inputs.diffusers_models import is_diffusers
+from lorac.frontend.inputs.example_inputs import make_example_inputs
+from lorac.ir.row_selection import batch_size
+from lorac.ir.slots.choice import UNSET
+from lorac.session.compiled import Compiled
+
+_LEFT = frozenset({"safety_checker", "image_encoder", "feature_extractor", "controlnet"})
+"""Models of pipelines that adapters do not change."""
+_HIDDEN_STATES = "output_hidden_states"
+_READ_BY_LAYER = frozenset({"clip_text_model", "clip"})
+"""Text encoders of which pipelines read the states of an inner layer."""
+
+
+def find_parts(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Return the models of a pipeline to compile: the denoiser, the VAE and the text encoders."""
+    found = {name: part for name, part in components.items() if isinstance(part, nn.Module) and name not in _LEFT}
+    return {name: model for name, model in found.items() if is_diffusers(model) or is_hugging_face(model)}
+
+
+def as_captured(model: nn.Module) -> nn.Module:
+    """Return a model whose forward is what the pipeline calls: of a VAE a copy over the same weights that decodes."""
+    cls = type(model)
+    decode = getattr(cls, "decode", None)
+    if decode is None or not is_diffusers(model):
+        return model
+    copied = copy_structure(model)
+    copied.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "forward": decode})
+    return copied
+
+
+def make_part_inputs(model: nn.Module) -> dict[str, object] | None:
+    """Return example inputs of a text encoder that also gives the states of its layers; None for other models."""
+    if not is_hugging_face(model) or model.config.model_type not in _READ_BY_LAYER:
+        return None
+    return {**make_example_inputs(model), _HIDDEN_STATES: True}
+
+
+class PipelinePart:
+    """A component in its place in a pipeline; it has the component's attributes, and ``decode`` and ``encode``.
+
+    It takes the adapters of the pipeline's running call.
+
+    Args:
+        compiled: all of the pipeline's models.
+        name: the name of this one.
+        running: the pipeline's call that is running.
+        model: the original, if there is one.
+    """
+
+    def __init__(
+        self, compiled: Compiled, name: str, running: ContextVar[RunningCall | None], model: nn.Module | None
+    ) -> None:
+        self.component, self._name = compiled[name], name
+        self._running, self._model = running, model
+        interface = compiled.engine.interfaces.get(name)
+        self._gives_states = interface is not None and interface.constants.get(_HIDDEN_STATES) is True
+        self._adaptable = any(not plan.empty for path, plan in compiled.plans.items() if path.startswith(f"{name}."))
+
+    def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
+        """Answer as the model does, with the adapters of the pipeline's running call."""
+        running = self._running.get()
+        if adapters is UNSET and running is not None:
+            adapters = running.choose(batch_size(args, kwargs)) if self._adaptable else running.held[0]
+        asked = kwargs.pop(_HIDDEN_STATES, None)
+        states = {_HIDDEN_STATES: True} if self._gives_states else {} if asked is None else {_HIDDEN_STATES: asked}
+        output = self.component(*args, adapters=adapters, **states, **kwargs)
+        return _without_states(output) if self._gives_states and not asked else output
+
+    def decode(self, z: Any, return_dict: bool = True, generator: object = None) -> Any:
+        """Decode latents as the VAE does, which draws no random numbers from the generator."""
+        return self(z, return_dict=return_dict)
+
+    def encode(self, x: Any, return_dict: bool = True) -> Any:
+        """Encode images as the original VAE does; adapters act on the decoder.
+
+        Raises:
+            Unavailable: there is no original.
+        """
+        if self._model is None:
+            raise Unavailable(
+                f"'{self._name}' was compiled to decode, and there is no model that encodes",
+                next_step="give the pipeline its own VAE before the compiled models are placed in it",
+            )
+        return self._model.encode(x, return_dict=return_dict)  # type: ignore[operator]  # a method of VAEs
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Do nothing around a block of calls: a compiled transformer keeps no cache between steps."""
+        yield
+
+    def __repr__(self) -> str:
+        return repr(self.component)
+
+    if not TYPE_CHECKING:  # a type checker would take every attribute to exist
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):  # Python itself asks for those
+                raise AttributeError(name)
+            return getattr(self.component, name)
+
+
+def _without_states(output: Any) -> Any:
+    """Return the output of a text encoder without the states of its layers, which were not asked for."""
+    if isinstance(output, tuple):
+        return tuple(value for value in output if not isinstance(value, tuple))
+    return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})

@@ -1,0 +1,215 @@
+"""Pipelines whose models are compiled: diffusers' methods about adapters act on the compiled models."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+
+from lorac.diffusion.parts import PipelinePart
+from lorac.diffusion.running_call import Adapters, RunningCall, hold_adapters
+from lorac.errors import ChoiceError, OptionError, Unavailable
+from lorac.ir.slots.choice import UNSET, Choice
+from lorac.session.compiled import Compiled
+from lorac.session.other_vocabularies import LORAC_STEPS
+
+_SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+"""Arguments of pipelines in which diffusers takes the strength of LoRAs."""
+
+
+class Pipeline(Protocol):
+    """A pipeline of diffusers."""
+
+    @property
+    def components(self) -> Mapping[str, object]:
+        """Its models, tokenizers and scheduler by name."""
+
+
+class CompiledPipeline:
+    """The part of a compiled pipeline's class that comes before the pipeline's own class.
+
+    ``load_lora_weights``, ``set_adapters`` and the like act on the compiled models, as ``compiled.add_adapter`` and
+    ``compiled.swap`` do; those that would change a model are refused with what does the same in lorac.
+
+    Attributes:
+        compiled: the models and their adapters, to swap, explain and save.
+        running_call: the adapters of the call that is running, which the models read.
+    """
+
+    compiled: Compiled
+    running_call: ContextVar[RunningCall | None]
+    _disabled: Choice = ()
+
+    def __call__(self, *args: Any, adapters: Adapters = UNSET, **kwargs: Any) -> Any:
+        """Make images as the pipeline's own class does, with its arguments.
+
+        Args:
+            *args, **kwargs: those of the pipeline. A ``scale`` in ``cross_attention_kwargs`` multiplies the strengths
+                of all adapters for this call.
+            adapters: a choice for this call, or a list with one per prompt; default: the active one. A swap meanwhile
+                takes effect in the next call.
+        """
+        scale = 1.0
+        for name in _SCALES:
+            if isinstance(kwargs.get(name), Mapping) and "scale" in kwargs[name]:
+                rest = dict(kwargs[name])
+                scale, kwargs[name] = rest.pop("scale"), rest or None
+        images = int(kwargs.get("num_images_per_prompt") or 1)
+        with hold_adapters(self.compiled, adapters, scale, images) as running:
+            token = self.running_call.set(running)
+            try:
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the pipeline's
+            finally:
+                self.running_call.reset(token)
+
+    def load_lora_weights(
+        self,
+        source: str | Path,
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        hotswap: bool = False,
+        **options: object,
+    ) -> None:
+        """Add an adapter from a file or folder and make it the active one, without a rebuild.
+
+        Args:
+            source: the file, or the folder that holds it; of any format that ``lorac.load_adapter`` reads.
+            adapter_name: default: the file's.
+            weight_name: the file in the folder.
+            hotswap: replace the adapter of that name.
+            **options: diffusers' options of downloads, which have no effect.
+
+        Raises:
+            NeedsRecompile: it needs more sites or rank than were reserved; the message says which ``reserve=`` admits
+                it.
+            OptionError: the source is neither a file nor a folder.
+        """
+        if not isinstance(source, str | Path):
+            raise OptionError(
+                f"load_lora_weights takes a file or a folder, not a {type(source).__name__}",
+                next_step="write the tensors with safetensors.torch.save_file, and give the file",
+            )
+        if hotswap and adapter_name in self.compiled.adapters:
+            self.compiled.remove_adapter(adapter_name)
+        path = Path(source) if weight_name is None else Path(source) / weight_name
+        self.compiled.swap(self.compiled.add_adapter(path, adapter_name))
+
+    def unload_lora_weights(self) -> None:
+        """Remove every adapter."""
+        self.delete_adapters(list(self.compiled.adapters))
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters by their names."""
+        for name in _as_list(adapter_names):
+            self.compiled.remove_adapter(name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Activate adapters with strengths, as ``compiled.swap({name: strength})`` does.
+
+        Raises:
+            AdapterNotFound: there is no such adapter.
+            ChoiceError: the numbers of names and strengths differ, or a strength is one per model or per block.
+        """
+        names = _as_list(adapter_names)
+        each = adapter_weights if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        if len(each) != len(names):
+            raise ChoiceError(
+                f"{len(each)} strengths for {len(names)} adapters", next_step="give one strength, or one per adapter"
+            )
+        for name, weight in zip(names, each, strict=True):
+            if isinstance(weight, Mapping):
+                raise ChoiceError(
+                    f"the strength of '{name}' is given per model, and an adapter has one for all",
+                    next_step="give one strength; a model with another strength needs an adapter of its own",
+                )
+        self.compiled.swap({name: 1.0 if w is None else w for name, w in zip(names, each, strict=True)})
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of the active adapters."""
+        return list(self.compiled.active)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return model -> the names of the adapters that act on it."""
+        found: dict[str, list[str]] = {}
+        for name, adapter in self.compiled.adapters.items():
+            for part in dict.fromkeys(path.partition(".")[0] for path in (*adapter.tensors, *adapter.replaced)):
+                found.setdefault(part, []).append(name)
+        return found
+
+    def disable_lora(self) -> None:
+        """Deactivate every adapter, as ``compiled.swap(None)`` does."""
+        self._disabled = self.compiled.choice or self._disabled
+        self.compiled.swap(None)
+
+    def enable_lora(self) -> None:
+        """Activate the adapters that were active before ``disable_lora``."""
+        if not self.compiled.choice:
+            self.compiled.swap(dict(self._disabled))
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The names of the adapters that are merged into weights at present."""
+        return set() if self.compiled.mode == "live" else set(self.compiled.active)
+
+    @property
+    def num_fused_loras(self) -> int:
+        """The number of adapters that are merged into weights at present."""
+        return len(self.fused_loras)
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:
+        """Raise ``Unavailable``: a compiled pipeline is written in two parts."""
+        raise Unavailable(
+            "a compiled pipeline does not write its models as diffusers reads them",
+            next_step="compiled.save(folder), of pipeline.compiled, writes the compiled models, which "
+            "lorac.diffusion.place_parts puts into a pipeline again; the original pipeline writes its own models",
+        )
+
+    def to(self, *args: object, **kwargs: object) -> CompiledPipeline:
+        """Move what is not compiled.
+
+        Raises:
+            Unavailable: another dtype or device than that of the compiled models.
+        """
+        for part in vars(self).values():
+            if isinstance(part, PipelinePart):
+                part.component.to(*args, **kwargs)
+        super().to(*args, **kwargs)  # type: ignore[misc]  # the pipeline's
+        return self
+
+    if TYPE_CHECKING:  # the attributes of the pipeline's own class
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+@functools.cache
+def make_pipeline_class(cls: type) -> type[CompiledPipeline]:
+    """Make the class of compiled pipelines of a class."""
+    own = {name: step for name, step in LORAC_STEPS.items() if not hasattr(CompiledPipeline, name)}
+    methods = {name: _refuse_method(name, step) for name, step in own.items() if _is_method(cls, name)}
+    members = {"__module__": __name__, "__doc__": cls.__doc__, **methods}
+    return type(f"Compiled{cls.__name__}", (CompiledPipeline, cls), members)
+
+
+def _is_method(cls: type, name: str) -> bool:
+    """Return whether a class has a method of instances by a name; those of the class itself change no pipeline."""
+    return inspect.isfunction(inspect.getattr_static(cls, name, None))
+
+
+def _refuse_method(name: str, step: str) -> Callable[..., NoReturn]:
+    def method(self: CompiledPipeline, *args: object, **kwargs: object) -> NoReturn:
+        raise Unavailable(
+            f"'{name}' changes models of diffusers, and the models of this pipeline are compiled", next_step=step
+        )
+
+    method.__name__, method.__doc__ = name, f"Raise ``Unavailable``: {step}."
+    return method
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

@@ -1,0 +1,57 @@
+"""Example inputs of diffusers' models by their configurations, and the axes along which they vary."""
+
+import pytest
+import torch
+from torch.export import Dim
+
+import lorac
+from lorac.frontend.inputs.diffusers_models import make_image_inputs, spread_example_numbers
+from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
+from tests.refusing import refuses
+from tests.zoo import ZOO, tiny_unet, tiny_vae
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def test_a_model_runs_on_what_its_configuration_says():
+    fields = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    unet = tiny_unet(16, **fields, projection_class_embeddings_input_dim=16 + 48, time_cond_proj_dim=5)
+    for model in (unet, tiny_vae()):
+        inputs = make_image_inputs(model)
+        with torch.no_grad():
+            assert model(**inputs).sample.shape[2:] == inputs["sample"].shape[2:]
+    assert {*make_image_inputs(unet)} == {"sample", "timestep", "encoder_hidden_states", "timestep_cond"} | {
+        "added_cond_kwargs"
+    }
+
+
+def test_what_a_configuration_does_not_say_is_asked_for():
+    unet = tiny_unet(16, num_class_embeds=3)
+    assert make_image_inputs(unet) == {}
+    with refuses("example_inputs_needed", match="'encoder_hidden_states': torch.randn"):
+        lorac.compile(unet, {"a": lorac.LoRA(r=1, targets=["to_q"])}, target="onnxruntime")
+    assert make_image_inputs(ZOO["plain_mlp"].model()) == {}
+
+
+def test_sides_and_tokens_vary_beside_the_rows():
+    unet = tiny_unet(16)
+    shapes = make_dynamic_shapes(unet, make_image_inputs(unet))
+    assert {name: {*axes} for name, axes in shapes.items()} == {
+        "sample": {0, 2, 3},
+        "timestep": {0},
+        "encoder_hidden_states": {0, 1},
+    }
+    assert shapes["sample"][2] == Dim.AUTO
+
+
+def test_a_timestep_is_given_to_each_row_of_an_example():
+    unet = tiny_unet(16)
+    given = {
+        "sample": torch.zeros(3, 4, 16, 16),
+        "timestep": torch.tensor(7),
+        "encoder_hidden_states": torch.zeros(3, 2, 16),
+    }
+    inputs, shapes = spread_example_numbers(unet, given, {"sample": {0: Dim.AUTO}, "timestep": {}})
+    assert torch.equal(inputs["timestep"], torch.full((3,), 7.0))
+    assert shapes["timestep"] == {0: Dim.AUTO}
+    assert spread_example_numbers(ZOO["plain_mlp"].model(), (given,), None) == ((given,), None)

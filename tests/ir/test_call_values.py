@@ -1,0 +1,25 @@
+"""Numbers per row, as schedulers give them: one for all rows, of any dtype."""
+
+import numpy as np
+import pytest
+import torch
+
+from lorac.ir.call_values import is_absent, spread_over_rows
+
+
+@pytest.mark.parametrize(
+    "given", [999, 999.0, torch.tensor(999), torch.tensor([999.0]), torch.tensor([999] * 3), np.int64(999)]
+)
+def test_a_number_becomes_one_per_row(given):
+    spread = spread_over_rows({"timestep": given, "sample": torch.zeros(3, 4)}, {"timestep": "sample"})
+    assert torch.equal(spread["timestep"], torch.full((3,), 999.0))
+    array = spread_over_rows({"timestep": given, "sample": np.zeros((3, 4))}, {"timestep": "sample"})["timestep"]
+    assert isinstance(array, np.ndarray)
+    assert array.dtype == np.float32
+
+
+def test_only_arguments_for_further_arguments_may_be_empty():
+    assert is_absent("joint_attention_kwargs", {})
+    assert is_absent("mask", None)
+    assert not is_absent("added", {})
+    assert not is_absent("joint_attention_kwargs", {"scale": 1})
