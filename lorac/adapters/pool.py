@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorac.adapters.packing import pack_adapter
 from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError
 from lorac.ir.slots.choice import require_adapter
@@ -157,14 +158,14 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             assert isinstance(entry.source, StoredAdapter)
             room = self.budget.claim(entry.source.nbytes)
             try:
-                prepared = self._preparer.prepare(entry.source.read(name))
+                prepared = self._prepare_packed(entry.source.read(name))
             finally:
                 room.resize(0)  # an error's traceback would hold it
             return self._keep(name, entry, prepared, self.read_versions((entry,)))
         before = _NEVER if known is None else known.versions
         now = self.read_versions((entry,), before)
         self._preparer.forget_shared(now.tensors if now.versions == before.versions else ())
-        return self._keep(name, entry, self._preparer.prepare(adapter), now)
+        return self._keep(name, entry, self._prepare_packed(adapter), now)
 
     def _keep(
         self, name: str, entry: PoolEntry, prepared: PreparedAdapter, versions: TensorVersions, *, always: bool = False
@@ -224,7 +225,12 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             AdapterError: the name is taken.
         """
         self.check_name_free(adapter.name)
-        return self._preparer.prepare(adapter)
+        return self._prepare_packed(adapter)
+
+    def _prepare_packed(self, adapter: Adapter) -> PreparedAdapter:
+        """Return an adapter's normal forms in few blocks of memory, unless it trains and is prepared at every step."""
+        prepared = self._preparer.prepare(adapter)
+        return prepared if self._trains else pack_adapter(prepared, adapter)
 
     def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
         """Add an adapter in memory.

@@ -6,14 +6,18 @@ registered.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lorac.errors import Unavailable
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.rows import write_place
+from lorac.ir.slots.stacks import StackShape, find_stacks
 from lorac.runtime.choice_states import ChoiceState
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import MemoryBudget
@@ -35,13 +39,14 @@ class RowBank:
 
     def __init__(self, engine: Engine, base: ChoiceState, rows: int, graph: str, budget: MemoryBudget) -> None:
         self._engine, self._graph, self._budget, self._base = engine, graph, budget, base
-        self._places = {
-            name: tensor.expand(rows, *tensor.shape[1:]).contiguous() for name, tensor in self._tensors(base).items()
-        }
-        self._charge = budget.charge(self._places.values())
-        self._rows = _split_rows(self._places)
+        tensors = self._tensors(base)
+        self._places = _RowPlaces.of({name: (rows, *tensor.shape[1:]) for name, tensor in tensors.items()}, tensors)
+        self._charge = budget.charge(self._places.stacks)
+        for name, place in self._places.by_slot.items():
+            place.copy_(tensors[name].expand_as(place))
         self._bound: dict[int, BoundProgram] = {}
         self._apart: weakref.WeakKeyDictionary[ComposedWeights, str | None] = weakref.WeakKeyDictionary()
+        self._copies: weakref.WeakKeyDictionary[ComposedWeights, list[_PlaceCopy]] = weakref.WeakKeyDictionary()
 
     def admit(self, row: int, state: ChoiceState) -> None:
         """Write a choice into the place of a row; what was there before leaves no trace.
@@ -58,26 +63,23 @@ class RowBank:
                 f"the row cannot have adapters of its own: {why}",
                 next_step="call with this choice for all rows, as adapters= takes it",
             )
-        tensors = self._tensors(state)
-        if any(tensor.shape != self._rows[row][name].shape for name, tensor in tensors.items()):
+        if state.snapshot not in self._copies:
+            tensors = self._tensors(state)
             self._widen(tensors)
-        places = self._rows[row]
-        for name, tensor in tensors.items():
-            if tensor.shape == places[name].shape:
-                places[name].copy_(tensor)
-            else:
-                write_place(places[name][0], tensor)
+            self._copies[state.snapshot] = self._places.find_copies(tensors)
+        for copy in self._copies[state.snapshot]:
+            copy.write(row)
 
     def move(self, order: Sequence[int]) -> None:
         """Follow the rows of a cache (``KeyValueCache.remove``): each place gets what the row had that is there now."""
-        for place in self._places.values():
-            moved = {new: old for new, old in enumerate(order) if new != old}
-            place[list(moved)] = place[list(moved.values())]
+        moved = {new: old for new, old in enumerate(order) if new != old}
+        for stack in self._places.stacks:
+            stack[:, list(moved)] = stack[:, list(moved.values())]
 
     def bound(self, rows: int) -> BoundProgram:
         """Return the engine's program for the first rows, each with its own choice."""
         if rows not in self._bound:
-            first = {name: place[:rows] for name, place in self._places.items()}
+            first = {name: place[:rows] for name, place in self._places.by_slot.items()}
             self._bound[rows] = self._engine.bind_places(self._content(self._base), first)  # type: ignore[arg-type]  # its own
         return self._bound[rows]
 
@@ -89,22 +91,74 @@ class RowBank:
         """Return a choice's tensors in slots with places, as the only place."""
         return self._engine.placed_tensors(self._content(state))  # type: ignore[arg-type]  # the engine's own
 
-    def _widen(self, tensors: dict[str, Tensor]) -> None:
+    def _widen(self, tensors: Mapping[str, Tensor]) -> None:
         """Make places large enough for tensors; what they hold stays, and the rest is zero."""
-        wider = dict[str, Tensor]()
-        for name, tensor in tensors.items():
-            place = self._places[name]
-            sizes = [max(pair) for pair in zip(place.shape[1:], tensor.shape[1:], strict=True)]
-            if sizes != list(place.shape[1:]):
-                wider[name] = place.new_zeros(place.shape[0], *sizes)
-                wider[name][tuple(slice(size) for size in place.shape)] = place
-        if wider:
-            places = {**self._places, **wider}
-            self._charge = self._budget.charge(places.values())
-            self._places, self._rows, self._bound = places, _split_rows(places), {}
+        before = self._places.by_slot
+        wider = {
+            name: (len(place), *map(max, place.shape[1:], tensors[name].shape[1:])) for name, place in before.items()
+        }
+        if all(wider[name] == place.shape for name, place in before.items()):
+            return
+        places = _RowPlaces.of(wider, before)
+        self._charge = self._budget.charge(places.stacks)
+        for name, place in places.by_slot.items():
+            write_place(place, before[name][None])
+        self._places, self._bound = places, {}
+        self._copies.clear()
 
 
-def _split_rows(places: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return the place of each row (1, …), by slot, over the same memory."""
-    rows = len(next(iter(places.values()), ()))
-    return [{name: place[row : row + 1] for name, place in places.items()} for row in range(rows)]
+@dataclass(frozen=True, eq=False)
+class _PlaceCopy:
+    """Slots that one copy writes: their tensors lie one behind the other, and so do their places.
+
+    Attributes:
+        tensors: of a choice (slots, …).
+        places: (slots, rows, …), at least as large.
+    """
+
+    tensors: Tensor
+    places: Tensor
+
+    def write(self, row: int) -> None:
+        """Copy the tensors into the places of a row; what they do not fill becomes zero."""
+        write_place(self.places[:, row], self.tensors[None])
+
+
+@dataclass(frozen=True, eq=False)
+class _RowPlaces:
+    """The places of rows; those of slots of one shape lie one behind the other.
+
+    Attributes:
+        stacks: (slots, rows, …), one for each shape and dtype.
+        names: the slots of each stack, in its order.
+    """
+
+    stacks: tuple[Tensor, ...]
+    names: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> _RowPlaces:
+        """Return uninitialised places of shapes (rows, …), by slot, for tensors of these dtypes."""
+        groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
+        for name, shape in shapes.items():
+            groups.setdefault((shape, tensors[name].dtype), []).append(name)
+        stacks = [StackShape(len(names), shape, dtype).new() for (shape, dtype), names in groups.items()]
+        return cls(tuple(stacks), tuple(map(tuple, groups.values())))
+
+    @functools.cached_property
+    def by_slot(self) -> Mapping[str, Tensor]:
+        """Slot -> the places of all rows (rows, …)."""
+        return {
+            name: place
+            for stack, names in zip(self.stacks, self.names, strict=True)
+            for name, place in zip(names, stack.unbind(), strict=True)
+        }
+
+    def find_copies(self, tensors: Mapping[str, Tensor]) -> list[_PlaceCopy]:
+        """Return as few copies as write a choice's tensors (1, …), by slot, into the places of a row."""
+        copies = []
+        for stack, names in zip(self.stacks, self.names, strict=True):
+            sources = find_stacks([tensors[name][0] for name in names])
+            parts = stack.split([len(source) for source in sources])
+            copies += [_PlaceCopy(source, part) for source, part in zip(sources, parts, strict=True)]
+        return copies

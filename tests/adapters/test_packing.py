@@ -1,0 +1,39 @@
+"""A prepared adapter lies in a few blocks of memory, and is the same."""
+
+from __future__ import annotations
+
+import torch
+
+from lorac.adapters.packing import pack_adapter
+from lorac.ir.algebra.changes import Delta, LowRank
+from lorac.ir.algebra.operands import C
+from lorac.ir.slots.plans import PreparedAdapter
+from lorac.ir.slots.stacks import find_stacks
+from lorac.variants.adapter import Adapter
+from lorac.variants.lora import LoRA
+
+
+def test_tensors_of_one_shape_lie_one_behind_the_other() -> None:
+    own, shared, delta = torch.randn(3, 5), torch.randn(7, 2), torch.randn(4, 4)
+    changes = {str(i): LowRank(torch.randn(7, 3), torch.randn(3, 5), {C: torch.randn(5)}) for i in range(3)}
+    changes["own"] = LowRank(torch.randn(7, 3), own)
+    changes |= {name: LowRank(shared, torch.randn(2, 5), e=torch.randn(5)) for name in ("x", "y")}
+    adapter = Adapter("a", LoRA(r=3), {"own": {"b": own}})
+    packed = pack_adapter(PreparedAdapter({**changes, "delta": Delta(delta)}, truncatable=0.5), adapter)
+
+    assert packed.truncatable == 0.5
+    for path, before in changes.items():
+        after = packed.changes[path]
+        assert isinstance(after, LowRank)
+        for name in ("a", "b"):
+            assert torch.equal(getattr(after, name), getattr(before, name))
+        assert (after.e is None) == (before.e is None)
+        assert after.scales.keys() == before.scales.keys()
+        assert all(torch.equal(after.scales[name], scale) for name, scale in before.scales.items())
+    low_rank = [packed.changes[path] for path in changes]
+    assert len(find_stacks([change.a for change in low_rank[:4]])) == 1
+    assert len(find_stacks([change.b for change in low_rank[:3]])) == 1
+    assert len(find_stacks([change.scales[C] for change in low_rank[:3]])) == 1
+    assert packed.changes["own"].b is own
+    assert packed.changes["x"].a is packed.changes["y"].a is shared
+    assert packed.changes["delta"].delta is delta
