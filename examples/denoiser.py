@@ -31,8 +31,8 @@ COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "yello
 SHAPES = ("square", "circle")
 SIDE, SIZE, TOKENS, WIDTH = 16, 6, 7, 32
 LATENT = (12, SIDE // 2, SIDE // 2)
-STEPS = 5000
-"""Of training, each on 32 pictures: about ten minutes of one core."""
+STEPS = 5500
+"""Of training, each on 32 pictures: about twelve minutes of one core."""
 Object = tuple[str, str]
 """A colour and a shape."""
 PAIRS: tuple[tuple[Object, ...], ...] = tuple(
@@ -164,19 +164,21 @@ class Denoiser:
         latents: Tensor,
         *prompts: str,
         steps: int = 20,
-        guidance: float = 2.0,
+        guidance: float = 1.0,
         unet: Callable[..., Any] | None = None,
     ) -> Tensor:
         """Return the pictures (b, 3, 16, 16) that latents (b, 12, 8, 8) become under prompts: one each, or one for all.
 
-        ``unet`` is what denoises instead of the trained network, such as a compiled one.
+        ``unet`` is what denoises instead of the trained network, such as a compiled one. Guidance makes these pictures
+        worse: of two objects both are right in .83 of the pictures with 1, which is none, and in .19 with 2.
         """
         unet, scheduler = unet or self.unet, make_scheduler(steps)
         states = self.states(*prompts).expand(len(latents), -1, -1)
-        both = torch.cat([self.states("").expand_as(states), states])
+        both = states if guidance == 1 else torch.cat([states, self.states("").expand_as(states)])
         for t in scheduler.timesteps:
-            plain, told = unet(torch.cat([latents, latents]), t, both).sample.chunk(2)
-            latents = scheduler.step(plain + guidance * (told - plain), t, latents).prev_sample
+            told, *plain = unet(latents.repeat(len(both) // len(states), 1, 1, 1), t, both).sample.split(len(latents))
+            predicted = told if not plain else plain[0] + guidance * (told - plain[0])
+            latents = scheduler.step(predicted, t, latents).prev_sample
         return to_images(latents)
 
 

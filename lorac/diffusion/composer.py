@@ -112,20 +112,39 @@ class Composer:
         self.scheduler.set_timesteps(steps)
         latents = self._begin(latents, states, regions) if begins_in_boxes and regions else latents
         latents = latents * self.scheduler.init_noise_sigma
-        going, last = torch.ones(len(latents), dtype=torch.bool), torch.full((len(latents),), torch.inf)
+        update = self._make_update(states, regions, steps, updates if rate and regions else 0, rate, on_update)
         with progress("composing", total=steps) as report:
             for i, t in enumerate(self.scheduler.timesteps):
                 report.step(f"step {i + 1} of {steps}")
-                if regions and rate and i < updates and going.any():
-                    loss, slope = self.slope(latents, t, states, regions)
-                    going &= (loss <= last) if i >= FIRST else True
-                    last = loss
-                    if on_update is not None:
-                        on_update(i, loss)
-                    latents = latents - update_rate(i, steps, rate) * slope * going[:, None, None, None]
+                latents = update(i, t, latents)
                 noise = self._predict(latents, t, states, negative, guidance)
                 latents = self.scheduler.step(noise, t, latents).prev_sample
         return latents
+
+    def _make_update(
+        self,
+        states: Tensor,
+        regions: Sequence[Region],
+        steps: int,
+        updates: int,
+        rate: float,
+        on_update: Callable[[int, Tensor], None] | None,
+    ) -> Callable[[int, Tensor, Tensor], Tensor]:
+        """Return (step, time, latents) -> moved latents; a row whose loss has risen is moved no more."""
+        going: Tensor = torch.tensor(True)
+        last: Tensor = torch.tensor(torch.inf)
+
+        def update(i: int, t: Tensor, latents: Tensor) -> Tensor:
+            nonlocal going, last
+            if i >= updates or not going.any():
+                return latents
+            loss, slope = self.slope(latents, t, states, regions)
+            going, last = going & ((loss <= last) | (i < FIRST)), loss
+            if on_update is not None:
+                on_update(i, loss)
+            return latents - update_rate(i, steps, rate) * slope * going[:, None, None, None]
+
+        return update
 
     def place(self, regions: Sequence[Region]) -> None:
         """Write regions into the programs; the next call sees them.

@@ -68,12 +68,14 @@ def write_regions(programs: Sequence[Compiled], regions: Sequence[Region], view:
 
 
 def _write(program: Compiled, n: int, region: Region, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for name, adapter in program.adapters.items():
-        for path, own in adapter.tensors.items():
-            own["boxes"][n] = torch.tensor(region.box)
-            for key, value in tensors[path].items() if name == "regions" else ():
-                place = own[key].movedim(-3, 0)[n]  # both keys (groups, n, …) and factors (n, …)
-                place[tuple(slice(size) for size in value.shape)] = value
+    """Write the n-th region of a program."""
+    box = torch.tensor(region.box)
+    for own in (own for adapter in program.adapters.values() for own in adapter.tensors.values()):
+        own["boxes"][n] = box
+    for path, own in program.adapters["regions"].tensors.items():
+        for key, value in tensors[path].items():
+            place = own[key].movedim(-3, 0)[n]  # both keys (groups, n, …) and factors (n, …)
+            place[tuple(slice(size) for size in value.shape)] = value
 
 
 def _tensors(
