@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lorac.argument_types import Bounds
-from lorac.errors import SiteError
+from lorac.errors import InputMismatch, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Role, Site, Tensor
 from lorac.variants.initialisers import constant, zeros
@@ -234,3 +234,25 @@ def _project(x: Tensor, ctx: Context) -> Tensor:
     """Apply the base's output projection."""
     weight, *bias = (ctx.value(name) for name in _output_reads(ctx.site))
     return F.linear(x, weight, *bias)
+
+
+def select_maps(maps: Mapping[str, Tensor], grid: tuple[int, int], layers: Sequence[str] = ()) -> list[Tensor]:
+    """Return those of the maps of a call that are of one size.
+
+    Args:
+        maps: site path -> maps (b, …, pixels, words), as in ``Compiled.aux``.
+        grid: height and width of the maps.
+        layers: parts of the paths of the attentions that count; none: all.
+
+    Raises:
+        InputMismatch: there are none.
+    """
+    named = {path: found for path, found in maps.items() if not layers or any(part in path for part in layers)}
+    found = [one for one in named.values() if one.shape[-2] == grid[0] * grid[1]]
+    if not found:
+        raise InputMismatch(
+            f"no attention that counts has maps of {grid[0]} x {grid[1]}; there are maps of "
+            f"{', '.join(sorted({str(one.shape[-2]) for one in named.values()}, key=int)) or 'no'} pixels",
+            next_step="make the composer with the stride= of one of the model's resolutions, and without layers=",
+        )
+    return found

@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorac.diffusion.attention import ConceptIsolation, RegionAttention, rasterise
+from lorac.diffusion.attention import ConceptIsolation, RegionAttention, rasterise, select_maps
 from lorac.diffusion.constraints import RATE, begin_in_boxes, concept_loss, leak_loss, update_rate
 from lorac.diffusion.regions import Region, write_regions
 from lorac.diffusion.scheduling import Scheduler, call_rows
-from lorac.errors import InputMismatch
 from lorac.frontend.model_view import ModelView
 from lorac.progress import progress
 from lorac.session.api import compile as compile_model
@@ -178,10 +177,11 @@ class Composer:
 
     def loss(self, regions: Sequence[Region], latents: Tensor) -> Tensor:
         """Return the constraints' loss (b,) of the eager program's last call, which was for these latents."""
-        masks, maps, leaks = self.masks(regions, latents), self.maps(latents), self._aux(LEAKS, latents)
+        masks, maps = self.masks(regions, latents), self.maps(latents)
         losses = [concept_loss(maps[:, n][..., list(r.words)], masks[n]) for n, r in enumerate(regions)]
-        if leaks:
-            losses += [leak_loss(torch.stack(leaks).mean(0), mask) for mask in masks]
+        if LEAKS in self.eager.aux:
+            leaks = self._select(LEAKS, latents)
+            losses += [leak_loss(leaks, mask) for mask in masks]
         return torch.stack(losses).sum(0)
 
     def maps(self, latents: Tensor) -> Tensor:
@@ -189,7 +189,10 @@ class Composer:
 
         It is the mean over heads and over the attentions that count.
         """
-        return torch.stack(self._aux(MAPS, latents)).mean(0).unflatten(2, self._grid(latents))
+        return self._select(MAPS, latents).unflatten(2, self._grid(latents))
+
+    def _select(self, name: str, latents: Tensor) -> Tensor:
+        return torch.stack(select_maps(self.eager.aux[name], self._grid(latents), self.layers)).mean(0)
 
     def masks(self, regions: Sequence[Region], latents: Tensor) -> Tensor:
         """Return the masks of regions on the grid of the maps (n, height, width)."""
@@ -197,25 +200,6 @@ class Composer:
 
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         return latents.shape[-2] // self.stride, latents.shape[-1] // self.stride
-
-    def _aux(self, name: str, latents: Tensor) -> list[Tensor]:
-        """Return an extra output of the last call at all attentions that count.
-
-        Raises:
-            InputMismatch: no cross-attention has maps of that size.
-        """
-        height, width = self._grid(latents)
-        found = [
-            m for path, m in self.eager.aux.get(name, {}).items() if any(part in path for part in self.layers or ("",))
-        ]
-        found = [maps for maps in found if maps.shape[-2] == height * width]
-        if not found and name == MAPS:
-            raise InputMismatch(
-                f"no cross-attention that counts has maps of {height} x {width} for latents of {latents.shape[-2]} x "
-                f"{latents.shape[-1]}",
-                next_step="make the composer with the stride= of one of the model's resolutions, and without layers=",
-            )
-        return found
 
     def _begin(self, latents: Tensor, states: Tensor, regions: Sequence[Region]) -> Tensor:
         """Move noise into the boxes (``begin_in_boxes``)."""

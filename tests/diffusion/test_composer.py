@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(unet: Any, composer: Composer, regions: li
     large = lorac.compile(unet, {"large": lorac.LoRA(r=3, targets=["attn2.to_out.0"])}).adapters["large"]
     with refuses("shape_mismatch", match="rank 3"):
         composer.place([Region(LEFT, states(1), states(2), (1,), large)])
-    with refuses("input_mismatch", match="no cross-attention"):
+    with refuses("input_mismatch", match="no attention that counts has maps of 2 x 2"):
         Composer(unet, scheduler(), tokens=TOKENS, stride=4)(
             inputs(1)["sample"], states(1), states(2), [Region(LEFT, states(1), states(2), (1,))], steps=1
         )

@@ -1,0 +1,248 @@
+"""CLoRA: several LoRAs in one picture, by contrast between their attention maps, and without training.
+
+    composer = ContrastiveComposer(unet, scheduler, {"cat": "cat.safetensors", "dog": "dog.safetensors"})
+    latents = composer(noise, [
+        ConceptPass(states=plain, negative=empty),                                         # "a cat and a dog"
+        ConceptPass(states=my_cat, negative=empty, adapter="cat", words=(2, 3)),           # "a <c1> cat and a dog"
+        ConceptPass(states=my_dog, negative=empty, adapter="dog", words=(6, 7)),           # "a cat and a <c2> dog"
+    ], groups=[[(0, 2), (1, 3), (2, 2)], [(0, 5), (1, 6), (2, 7)]])
+
+Every step predicts the noise once for each LoRA with a prompt of its own, all as rows of one call. In the first steps
+gradients in eager mode move the latents, so that maps of one concept agree and those of different concepts do not. Each
+LoRA's noise is taken where its words are attended to. Meral et al. 2024, arXiv 2403.19776.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorac.diffusion.attention import AttentionMaps, select_maps
+from lorac.diffusion.constraints import RATE, update_rate
+from lorac.diffusion.scheduling import Scheduler, call_rows
+from lorac.errors import InputMismatch
+from lorac.progress import progress
+from lorac.session.api import compile as compile_model
+from lorac.session.compiled import Compiled
+from lorac.session.request.sources import AdapterSource
+
+MAPS = "attention_maps"
+"""Name of the adapter that gives maps."""
+REFINED, LAST = (0, 10, 20), 25
+"""Steps with several updates, and the step that ends them."""
+Group = Sequence[tuple[int, int]]
+"""A concept: (pass, place of one of its words in the pass's prompt)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptPass:
+    """One prediction of the noise in every step.
+
+    Attributes:
+        states: of the prompt (tokens, width), by the text encoder with the same adapter.
+        negative: of the negative prompt.
+        adapter: name of the LoRA that acts; None: none.
+        strength: of the LoRA.
+        words: places of the words whose maps say where the LoRA's noise is taken; none for the first pass, whose noise
+            is taken elsewhere.
+    """
+
+    states: Tensor
+    negative: Tensor
+    adapter: str | None = None
+    strength: float = 1.0
+    words: Sequence[int] = ()
+
+
+def contrast(maps: Tensor, concepts: Sequence[int], temperature: float = 0.5) -> Tensor:
+    """Return the NT-Xent loss (…,) of maps (…, n, pixels), each of the concept that ``concepts`` numbers.
+
+    Maps are scaled to values from 0 to 1 and compared by cosine. The mean is over ordered pairs of maps of one concept.
+
+    Raises:
+        InputMismatch: no concept has two maps.
+    """
+    low, high = maps.amin(-1, keepdim=True), maps.amax(-1, keepdim=True)
+    embedded = F.normalize((maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny), dim=-1)
+    scores = embedded @ embedded.mT / temperature
+    number = torch.tensor(concepts, device=maps.device)
+    same = number[:, None] == number
+    pairs = same & ~torch.eye(len(number), dtype=torch.bool, device=maps.device)
+    if not pairs.any():
+        raise InputMismatch(
+            "no concept has two maps to compare",
+            next_step="name each concept's word in the first pass too: groups=[[(0, 2), (1, 3)], ...]",
+        )
+    others = scores.masked_fill(same, -torch.inf).logsumexp(-1, keepdim=True)
+    return (torch.logaddexp(scores, others) - scores)[..., pairs].mean(-1)
+
+
+def subject_mask(maps: Tensor, threshold: float = 0.3, reduce: Literal["sum", "union"] = "sum") -> Tensor:
+    """Return where attention to some words is above a share of its maximum, as booleans (…, height, width).
+
+    Args:
+        maps: attention of each pixel to each word (…, height, width, words).
+        threshold: the share.
+        reduce: of several words the maps are added before, or the masks united after.
+    """
+    maps = maps.sum(-1, keepdim=True) if reduce == "sum" else maps
+    return (maps > threshold * maps.amax((-3, -2), keepdim=True)).any(-1)
+
+
+def add_background(masks: Tensor) -> Tensor:
+    """Return weights (…, n + 1, height, width) of masks (…, n, height, width): first of what no mask covers."""
+    return torch.cat([~masks.any(-3, keepdim=True), masks], -3).float()
+
+
+def fuse(predictions: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean (b, channels, H, W) of predictions (passes, b, channels, H, W) by weights (b, passes, h, w)."""
+    weights = F.interpolate(weights, predictions.shape[-2:], mode="bilinear").transpose(0, 1).unsqueeze(2)
+    return (predictions * weights).sum(0) / weights.sum(0)
+
+
+class ContrastiveComposer:
+    """A denoiser with several LoRAs; each call makes latents.
+
+    Args:
+        unet: a U-Net of diffusers; left as it was.
+        scheduler: of diffusers.
+        loras: by the names that passes choose them by.
+        style: LoRAs that act in all passes, with their strengths.
+        stride: cells of the latent per cell of the maps that are compared.
+        layers: parts of the paths of the attentions whose maps count; default: all with maps of that size.
+        target, **options: of ``lorac.compile``, for the program that denoises.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Scheduler,
+        loras: Mapping[str, AdapterSource],
+        *,
+        style: Mapping[str, float] | None = None,
+        stride: int = 4,
+        layers: Sequence[str] = (),
+        target: str = "eager",
+        **options: object,
+    ) -> None:
+        self.scheduler, self.stride, self.layers = scheduler, stride, tuple(layers)
+        self.always = {MAPS: 1.0, **(style or {})}
+        adapters: dict[str, AdapterSource] = {MAPS: AttentionMaps(), **loras}
+        self.eager: Compiled = compile_model(unet, adapters, active=self.always, aux=["maps"])
+        self.engine = self.eager
+        if target != "eager" or options:
+            self.engine = compile_model(  # type: ignore[call-overload]  # it checks the options
+                unet, dict(self.eager.adapters), target, active=self.always, aux=["maps"], **options
+            )
+
+    @torch.no_grad()
+    def __call__(  # noqa: PLR0913  (the method's own settings)
+        self,
+        latents: Tensor,
+        passes: Sequence[ConceptPass],
+        groups: Sequence[Group] = (),
+        *,
+        steps: int = 50,
+        guidance: float = 7.5,
+        rate: float = RATE,
+        updates: int = LAST,
+        refinements: int = 5,
+        threshold: float = 0.3,
+        reduce: Literal["sum", "union"] = "sum",
+        on_update: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Return the latents (b, channels, H, W) that noise of that shape becomes.
+
+        Args:
+            latents: noise of standard deviation 1.
+            passes: the first is that of the background.
+            groups: words of each concept; none: the latents are not moved.
+            steps: of the scheduler.
+            guidance: factor of classifier-free guidance; 1: none.
+            rate: of the updates, times √s with s from 1 to ½ over all steps; 0: none.
+            updates: the number of first steps that update the latents.
+            refinements: the number of updates in the steps 0, 10 and 20; others have one.
+            threshold, reduce: as for ``subject_mask``.
+            on_update: gets the step and the loss (b,) of each row before each update.
+
+        Raises:
+            InputMismatch: no concept has two maps, or no attention has maps of the size that ``stride`` says.
+        """
+        self.scheduler.set_timesteps(steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        moving = updates if groups and rate else 0
+
+        def move(i: int, t: Tensor, latents: Tensor) -> Tensor:
+            for _ in range(_count_updates(i, moving, refinements)):
+                loss, slope = self.slope(latents, t, passes, groups)
+                latents = latents - update_rate(i, steps, rate) * slope
+                if on_update is not None:
+                    on_update(i, loss)
+            return latents
+
+        with progress("composing", total=steps) as report:
+            for i, t in enumerate(self.scheduler.timesteps):
+                report.step(f"step {i + 1} of {steps}")
+                latents = move(i, t, latents)
+                predicted = self.predict(latents, t, passes, guidance)
+                weights = add_background(self._masks(latents, passes, threshold, reduce))
+                noise = [fuse(one, weights) for one in predicted]
+                told = noise[0] if guidance == 1 else noise[1] + guidance * (noise[0] - noise[1])
+                latents = self.scheduler.step(told, t, latents).prev_sample
+        return latents
+
+    # ── Predictions and gradients ────────────────────────────────────────────────────────────────────────────────────
+    def predict(self, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], guidance: float) -> Tensor:
+        """Return the noise (1 or 2, passes, b, channels, H, W) of prompts and, with guidance, of negative ones."""
+        prompts = [one.states for one in passes] + [one.negative for one in passes if guidance != 1]
+        noise = self._run(self.engine, latents, t, passes, prompts)
+        return noise.unflatten(0, (-1, len(passes), len(latents)))
+
+    def _run(
+        self, program: Compiled, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], prompts: Sequence[Tensor]
+    ) -> Tensor:
+        choices = [self.always | ({} if one.adapter is None else {one.adapter: one.strength}) for one in passes]
+        rows = [choices[n % len(choices)] for n in range(len(prompts)) for _ in latents]
+        noise: Tensor = program(**call_rows(self.scheduler, latents, t, prompts), adapters=rows).sample
+        return noise
+
+    @torch.enable_grad()
+    def slope(
+        self, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], groups: Sequence[Group]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of each row (b,), and its gradient by the latents."""
+        latents = latents.detach().requires_grad_()
+        self._run(self.eager, latents, t, passes, [one.states for one in passes])
+        maps = self.maps(self.eager, latents, len(passes)).flatten(2, 3)
+        chosen = torch.stack([maps[:, at, :, word] for group in groups for at, word in group], 1)
+        loss = contrast(chosen, [number for number, group in enumerate(groups) for _ in group])
+        (slope,) = torch.autograd.grad(loss.sum(), latents)
+        return loss.detach(), slope
+
+    def maps(self, program: Compiled, latents: Tensor, passes: int) -> Tensor:
+        """Return the attention in a program's last call, which was for these latents and so many passes.
+
+        Returns:
+            (b, passes, height, width, words), the mean over heads and over the attentions that count.
+        """
+        grid = latents.shape[-2] // self.stride, latents.shape[-1] // self.stride
+        found = torch.stack(select_maps(program.aux["maps"], grid, self.layers)).mean(0)
+        return found[: passes * len(latents)].unflatten(0, (passes, len(latents))).transpose(0, 1).unflatten(2, grid)
+
+    def _masks(
+        self, latents: Tensor, passes: Sequence[ConceptPass], threshold: float, reduce: Literal["sum", "union"]
+    ) -> Tensor:
+        """Return the masks (b, passes - 1, height, width) of the last prediction."""
+        maps = self.maps(self.engine, latents, len(passes))
+        own = [subject_mask(maps[:, j][..., list(p.words)], threshold, reduce) for j, p in enumerate(passes) if j]
+        return torch.stack(own, 1) if own else maps.new_zeros(len(latents), 0, *maps.shape[2:4], dtype=torch.bool)
+
+
+def _count_updates(step: int, moving: int, refinements: int) -> int:
+    """Return how many updates a step begins with, of the ``moving`` first steps that have any."""
+    return 0 if step >= moving else refinements if step in REFINED else 1

@@ -1,0 +1,164 @@
+"""CLoRA's loss, masks and fusion by hand, and its loop on a U-Net of random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorac
+from lorac.diffusion.clora import ConceptPass, ContrastiveComposer, add_background, contrast, fuse, subject_mask
+from lorac.testing.eager_checks import assert_close
+from tests.diffusion.small_unet import TOKENS, WIDTH, dynamic_shapes, inputs, noisy, small_unet
+from tests.limits import ROWS, assert_apart, decimals
+from tests.refusing import refuses
+
+diffusers = pytest.importorskip("diffusers")
+STEPS = 4
+SAME = 1e-4
+"""Of latents of deviation 1, after all steps: what an engine rounds otherwise grows from step to step."""
+GROUPS = [[(0, 1), (1, 1), (2, 1)], [(0, 3), (1, 3), (2, 3)]]
+
+
+def scheduler() -> Any:
+    return diffusers.DDIMScheduler(clip_sample=False)
+
+
+def states(seed: int) -> Tensor:
+    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    return small_unet()
+
+
+@pytest.fixture(scope="module")
+def loras(unet: Any) -> dict[str, lorac.Adapter]:
+    variant = lorac.LoRA(r=2, targets=["to_q", "to_v", "conv1"])
+    made = dict(lorac.compile(unet, {"cat": variant, "dog": variant, "same": variant}, active=None).adapters)
+    return {name: noisy(made[name], seed=n, size=0.2 * (name != "same")) for n, name in enumerate(made)}
+
+
+@pytest.fixture(scope="module")
+def composer(unet: Any, loras: dict[str, lorac.Adapter]) -> ContrastiveComposer:
+    return ContrastiveComposer(unet, scheduler(), loras, stride=1)
+
+
+@pytest.fixture(scope="module")
+def passes() -> list[ConceptPass]:
+    first = ConceptPass(states(1), states(2))
+    return [
+        first,
+        ConceptPass(states(3), states(2), "cat", 1.0, (1,)),
+        ConceptPass(states(4), states(2), "dog", 0.7, (3,)),
+    ]
+
+
+# ── Loss, masks and fusion ───────────────────────────────────────────────────────────────────────────────────────────
+def test_the_loss_by_hand() -> None:
+    one, two, *_ = torch.eye(4)
+    found = torch.stack([contrast(torch.stack(maps), [0, 0, 1, 1]) for maps in ([one, one, two, two], [one] * 4)])
+    assert decimals(found, 6) == [0.239545, 1.098612]
+    with refuses("input_mismatch", match="no concept has two maps"):
+        contrast(torch.eye(2), [0, 1])
+
+
+def test_the_loss_sees_the_shape_of_maps_alone() -> None:
+    maps, concepts = torch.rand(2, 5, 16, generator=torch.Generator().manual_seed(0)), [0, 0, 1, 1, 1]
+    wanted = contrast(maps, concepts)
+    assert wanted.shape == (2,)
+    assert_close(contrast(maps * torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])[:, None] + 0.25, concepts), wanted)
+    assert_close(contrast(maps[..., torch.randperm(16)], concepts), wanted)
+
+
+def test_a_mask_is_what_exceeds_a_share_of_the_peak() -> None:
+    rows, columns = torch.meshgrid(torch.arange(5.0), torch.arange(7.0), indexing="ij")
+    peak = torch.exp(-((rows - 2).square() + (columns - 3).square()) / 4)
+    assert torch.equal(subject_mask(peak[..., None], 0.3), peak > 0.3)
+    words = torch.stack([peak, 0.1 * peak.roll(3, 1)], -1)
+    assert torch.equal(subject_mask(words, 0.3), words.sum(-1) > 0.3 * words.sum(-1).max())
+    assert torch.equal(subject_mask(words, 0.3, "union"), (peak > 0.3) | (peak.roll(3, 1) > 0.3))
+
+
+def test_every_pixel_has_a_prediction() -> None:
+    masks = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    masks[0, 0, :2], masks[0, 1, 3:] = True, True
+    weights = add_background(masks)
+    assert torch.equal(weights.sum(1), torch.ones(1, 4, 4))
+    predictions = torch.stack([torch.full((1, 3, 4, 4), float(j)) for j in range(3)])
+    assert fuse(predictions, weights)[0, 0, :, 0].tolist() == [1.0, 1.0, 0.0, 2.0]
+    masks[0, 1, 1:] = True  # a row that two LoRAs have
+    assert fuse(predictions, add_background(masks))[0, 0, :, 0].tolist() == [1.0, 1.5, 2.0, 2.0]
+    wide = torch.randn(3, 1, 2, 8, 8)
+    assert fuse(wide, add_background(masks)).shape == (1, 2, 8, 8)
+
+
+# ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def make(composer: ContrastiveComposer, passes: list[ConceptPass], **options: Any) -> Tensor:
+    return composer(inputs(2)["sample"], passes, steps=STEPS, guidance=3.0, **options)
+
+
+@torch.no_grad()
+def plainly(unet: Any) -> Tensor:
+    """Sampling by the model alone."""
+    steps, latents = scheduler(), inputs(2)["sample"]
+    steps.set_timesteps(STEPS)
+    both = torch.stack([states(1), states(1), states(2), states(2)])
+    for t in steps.timesteps:
+        told, plain = unet(latents.repeat(2, 1, 1, 1), t.float().expand(4), both).sample.chunk(2)
+        latents = steps.step(plain + 3.0 * (told - plain), t, latents).prev_sample
+    return latents
+
+
+def test_without_loras_it_samples_as_the_model(unet: Any, composer: ContrastiveComposer) -> None:
+    wanted = plainly(unet)
+    assert torch.equal(make(composer, [ConceptPass(states(1), states(2))]), wanted)
+    same = [ConceptPass(states(1), states(2)), ConceptPass(states(1), states(2), "same", 1.0, (1,))]
+    assert (make(composer, same) - wanted).abs().max() < ROWS[torch.float32] * wanted.abs().max()
+
+
+def test_rows_are_passes_one_by_one(
+    composer: ContrastiveComposer, passes: list[ConceptPass], loras: dict[str, lorac.Adapter]
+) -> None:
+    latents, t = inputs(2)["sample"], torch.tensor(400)
+    with torch.no_grad():
+        found = composer.predict(latents, t, passes, 3.0)
+        maps = composer.maps(composer.engine, latents, 3)
+        for j, one in enumerate(passes):
+            choice = composer.always | ({one.adapter: one.strength} if one.adapter else {})
+            given = {"timestep": t.float().expand(2), "encoder_hidden_states": one.states.expand(2, -1, -1)}
+            alone = composer.eager(latents, **given, adapters=choice).sample
+            assert (found[0, j] - alone).abs().max() < ROWS[torch.float32] * alone.abs().max()
+            own = composer.maps(composer.eager, latents, 1)[:, 0]
+            assert (maps[:, j] - own).abs().max() < ROWS[torch.float32]
+    assert_apart(found[0, 1], found[0, 0])
+
+
+def test_a_small_update_lowers_the_loss(composer: ContrastiveComposer, passes: list[ConceptPass]) -> None:
+    latents, t = inputs(2)["sample"], torch.tensor(400)
+    before, slope = composer.slope(latents, t, passes, GROUPS)
+    after, _ = composer.slope(latents - 0.01 * slope / slope.abs().max(), t, passes, GROUPS)
+    assert (after < before).all()
+
+
+def test_first_steps_update(composer: ContrastiveComposer, passes: list[ConceptPass]) -> None:
+    seen: list[int] = []
+    options: dict[str, Any] = {"groups": GROUPS, "updates": 2, "refinements": 3}
+    moved = make(composer, passes, **options, on_update=lambda step, _: seen.append(step))
+    assert seen == [0, 0, 0, 1]
+    assert_apart(moved, make(composer, passes))
+
+
+@pytest.mark.slow  # one more program
+def test_any_engine_denoises(
+    unet: Any, composer: ContrastiveComposer, loras: dict[str, lorac.Adapter], passes: list[ConceptPass]
+) -> None:
+    options: Any = {"example_inputs": inputs(), "dynamic_shapes": dynamic_shapes()}
+    other = ContrastiveComposer(unet, scheduler(), loras, stride=1, target="onnxruntime", **options)
+    for height, width in ((8, 8), (8, 12)):
+        noise = inputs(1, height, width)["sample"]
+        made = [one(noise, passes, GROUPS, steps=10, guidance=3.0, rate=0.5, updates=2) for one in (composer, other)]
+        assert (made[0] - made[1]).abs().max() < SAME
