@@ -29,6 +29,7 @@ class AdapterRow:
         states: state -> number of its terms in it.
         nbytes: size of its tensors in their normal form.
         strength: in the active choice; 0: off.
+        apart: why rows with it take a call of their own, where other rows share one; else empty.
     """
 
     name: str
@@ -36,6 +37,7 @@ class AdapterRow:
     states: Mapping[str, int]
     nbytes: int
     strength: float
+    apart: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Explanation:
         programs: the limits of each graph that runs as a program.
         other_target: another target to compare with; empty: none.
         unsupported_ops: the ops that the other target does not compute, each with its module and source line.
+        rows: how rows with choices of their own run; empty where all have the choice that is baked in.
     """
 
     target: str
@@ -83,6 +86,7 @@ class Explanation:
     programs: tuple[ProgramRow, ...] = ()
     other_target: str = ""
     unsupported_ops: tuple[str, ...] = ()
+    rows: str = ""
 
     def __str__(self) -> str:
         return escape_controls("\n".join(_explanation_lines(self)) + "\n")
@@ -91,6 +95,8 @@ class Explanation:
 # ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _explanation_lines(report: Explanation) -> Iterator[str]:
     yield f"{report.target}, {report.mode}, active: {report.active}"
+    if report.rows:
+        yield f"rows: {report.rows}"
     for before, after in report.casts:
         yield f"computed in {after}: {report.target} has no kernels for {before}"
     for program in report.programs:
@@ -102,6 +108,8 @@ def _explanation_lines(report: Explanation) -> Iterator[str]:
         states = ", ".join(f"{count} {state}" for state, count in sorted(row.states.items())) or "no term"
         each = f"{format_size(row.nbytes)}{' each' if len(names) > 1 else ''}{'' if row.strength else '  off'}"
         yield f"{_elide_names(names)}: {row.method}  {states}  {each}"
+        if row.apart:
+            yield f"  rows: a call for each choice with it, since {row.apart}"
     yield ""
     yield from _site_lines(report)
     for what, paths in (("reserved, no adapter", report.reserved), ("bare", report.bare)):

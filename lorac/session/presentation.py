@@ -12,7 +12,8 @@ from lorac.errors import EagerOnly, UnknownAttribute, escape_controls, nearest_n
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.interface import Interface
 from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
-from lorac.ir.slots.choice import describe_choice
+from lorac.ir.slots.choice import Active, describe_choice
+from lorac.ir.slots.composition import ComposedWeights, compose_choice
 from lorac.report.dump import short_dtype
 from lorac.report.explain import AdapterRow, Explanation, ProgramRow
 from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant
@@ -89,12 +90,16 @@ def explain(
     terms = describe_terms(compiled.prepared_adapters, plans, mode=compiled.mode, snapshot=compiled.snapshot)
     unused = {path for interface in compiled.engine.interfaces.values() for path in interface.unused_sites}
     rows = tuple(_mark_unused(row) if row.site in unused else row for found in terms.values() for row in found)
+    apart = _why_apart(compiled)
     adaptable = [path for path, s in session.sites.items() if s.kind not in KINDS_WITHOUT_WEIGHT]
     return Explanation(
         target=compiled.engine.target,
         mode=compiled.mode,
         active=describe_choice(compiled.choice),
-        adapters=tuple(_adapter_row(n, a, rows, compiled.active) for n, a in compiled.adapters.items()),
+        adapters=tuple(
+            replace(_adapter_row(n, a, rows, compiled.active), apart=apart.get(n, ""))
+            for n, a in compiled.adapters.items()
+        ),
         terms=rows,
         reserved=tuple(path for path, plan in plans.items() if not plan.empty and path not in terms),
         bare=tuple(path for path in adaptable if path not in plans or plans[path].empty),
@@ -102,7 +107,31 @@ def explain(
         programs=tuple(_program_row(name, interface) for name, interface in compiled.engine.interfaces.items()),
         other_target=other_target,
         unsupported_ops=unsupported_ops,
+        rows=_describe_rows(compiled),
     )
+
+
+def _describe_rows(compiled: SwitchableModel) -> str:
+    """Return how rows with choices of their own run; empty where all have the choice that is baked in."""
+    if compiled.mode != "live":
+        return "" if compiled.mode == "baked" else "a call for each choice, since weights hold one at a time"
+    engine, graphs = compiled.engine, [*compiled.traits]
+    why = next(filter(None, (engine.why_apart(ComposedWeights(()), graph) for graph in graphs)), None)
+    if why is not None:
+        return f"a call for each choice, since {why}"
+    most = min((places for graph in graphs if (places := engine.most_places(graph)) is not None), default=None)
+    return f"one call for any choices, in D places of each slot; D is 1 to {most or 'the number of rows'}"
+
+
+def _why_apart(compiled: SwitchableModel) -> dict[str, str]:
+    """Return why rows with an adapter take a call of their own, by name; adapters whose rows share one are left out."""
+    if compiled.mode != "live" or compiled.engine.why_apart(ComposedWeights(()), next(iter(compiled.traits))):
+        return {}
+    found = {}
+    for name, prepared in compiled.prepared_adapters.items():
+        snapshot = compose_choice(compiled.plans, {name: prepared}, ((name, Active()),), compiled.base)
+        found[name] = next(filter(None, (compiled.engine.why_apart(snapshot, graph) for graph in compiled.traits)), "")
+    return found
 
 
 def _mark_unused(row: TermRow) -> TermRow:

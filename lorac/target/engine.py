@@ -119,6 +119,10 @@ class Engine(ABC, Generic[Content_contra]):
         """
         return f"target '{self.target}' takes one choice for all rows of a call"
 
+    def most_places(self, graph: str) -> int | None:
+        """Return how many choices rows of a call may have; None for any number."""
+        return None
+
     def bind_rows(self, contents: Sequence[Content_contra]) -> BoundProgram[Content_contra]:
         """Bind choices that may share a call, one for each part of its rows.
 

@@ -18,8 +18,9 @@ from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan, SiteSlots
-from lorac.ir.slots.roles import branch_name, slot_name, strength_role
+from lorac.ir.slots.roles import ROLES, branch_name, slot_name, strength_role
 from lorac.ir.slots.rows import stack_places
 from lorac.target.backend import TargetOptions
 from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
@@ -155,7 +156,9 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
             roles = (*composed.roles, *((strength_role(branch_name(0)),) if composed.branches else ()))
             name = next((name for role in roles if (name := slot_name(path, role)) in shared), None)
             if name is not None:
-                return f"all rows of a call share '{name}'"
+                why = ROLES[self.slots[name].role].why_shared if self.slots[name].role in ROLES else ""
+                why = why or why_shared(self.plans[path])
+                return f"all rows of a call share '{name}'{why and f': {why}'}"
         return None
 
     def bind_rows(self, contents: Sequence[ContentT]) -> BoundProgram[ContentT]:

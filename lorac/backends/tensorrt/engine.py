@@ -123,6 +123,10 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
             refitter.write(self._changed_weights & refitter.memory.keys())
         return written
 
+    def most_places(self, graph: str) -> int | None:
+        plan = self.graphs[graph]
+        return next((plan.ranges[name][0].most for name, slot in plan.slots.items() if slot.placed), None)
+
     # --- calls ---------------------------------------------------------------------------------------------------
 
     def run_graph(self, graph: str, content: SlotTensors, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -184,6 +184,12 @@ class Selecting(Laid):
         return out
 
 
+NOT_ROWS = "with it, since at 'second', the rows of its input are not those of the batch"
+WHY = {
+    LengthFirst: NOT_ROWS,
+    Doubled: NOT_ROWS,
+    Selecting: "with it, since at 'first', its model cannot be followed without values: Dynamic",
+}
 X = torch.randn(4, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
@@ -200,6 +206,7 @@ def test_a_site_with_other_rows_takes_a_call_for_each_choice(model: type[Laid]) 
             assert sorted(forwards) == [1, 1, 2]
             for row, choice in enumerate(choices):
                 assert_close(y[row : row + 1], compiled(X[row : row + 1], adapters=choice))
+    assert WHY[model] in str(compiled.explain())
 
 
 @torch.no_grad()

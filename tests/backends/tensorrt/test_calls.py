@@ -132,6 +132,7 @@ def test_rows_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             assert_close(found(X, adapters=choices), eager(X, adapters=choices))
         assert len(calls) == 1, "one call of the plan"
+    assert "rows: one call for any choices, in D places of each slot; D is 1 to 8" in str(found.explain())
 
 
 def test_more_choices_than_the_plan_was_built_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
