@@ -1,22 +1,61 @@
-"""The names of a model's tensors in its checkpoint, where transformers renames them when it loads.
+"""How a model's tensors are stored in its checkpoint, where transformers renames or converts them when it loads.
 
-It relies on two functions of transformers that PEFT uses as well: ``get_model_conversion_mapping``, which lists the
-changes that a model's class makes, and ``rename_source_key``, which applies them to a name.
+It relies on functions of transformers that PEFT uses as well: ``get_model_conversion_mapping``, which lists the changes
+that a model's class makes, ``rename_source_key``, which applies them to a name, and the ``convert`` and
+``reverse_transform`` of a change, by which transformers loads a tensor and saves it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.frontend.hugging_face import is_hugging_face
 
 
-def find_stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Return name in the model -> name in its checkpoint, of the tensors that are loaded as they are stored.
+@dataclass(frozen=True, eq=False)
+class ConvertedTensors:
+    """Tensors of a checkpoint from which transformers computes some of a model's, such as a stack of experts.
 
-    Tensors that are computed from others when they are loaded, such as stacks of experts, have no such name.
+    Attributes:
+        model: the model; it may be on the meta device.
+        converter: the change, a ``WeightConverter``.
+        name: the name that it gives to the tensors together.
+        sources: name in the checkpoint -> name and pattern that the change knows it by, in its order.
+    """
+
+    model: nn.Module
+    converter: Any
+    name: str
+    sources: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def load(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the model's tensors by name, as transformers computes them from those of the checkpoint."""
+        converter = copy.deepcopy(self.converter)
+        for key, (_, pattern) in self.sources.items():
+            converter.add_tensor(self.name, key, pattern, stored[key])
+        return self._convert(converter, self.name)
+
+    def save(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the checkpoint by name; the inverse of ``load``."""
+        converter, first = self.converter.reverse_transform(), ""
+        for name, tensor in tensors.items():
+            first, pattern = converter.rename_source_key(name)
+            converter.add_tensor(first, name, pattern, tensor)
+        made = self._convert(converter, first)
+        return {key: made[known] for key, (known, _) in self.sources.items()}
+
+    def _convert(self, converter: Any, name: str) -> dict[str, Tensor]:
+        made = converter.convert(name, model=self.model, config=getattr(self.model, "config", None))
+        return {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in made.items()}
+
+
+def find_stored_names(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str, str], list[ConvertedTensors]]:
+    """Return name in the model -> name in its checkpoint, of tensors that are loaded as they are, and the others.
 
     Args:
         model: the model; it may be on the meta device.
@@ -29,15 +68,22 @@ def find_stored_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]
     names = list(stored)
     found = {name: name for name in names if name in known}
     if len(found) == len(names) or not is_hugging_face(model):
-        return found
+        return found, []
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    for name in sorted(set(names) - found.keys()):
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if converter is None and renamed in known:
+    converters = {
+        pattern: one for one in changes if isinstance(one, WeightConverter) for pattern in one.source_patterns
+    }
+    every, prefix = list(dict.fromkeys(converters.values())), model.base_model_prefix
+    converted: dict[str, ConvertedTensors] = {}
+    for name in sorted(set(names) - found.keys(), key=dot_natural_key):
+        renamed, pattern = rename_source_key(name, renamings, every, prefix, known)
+        if pattern is not None:
+            one = converted.setdefault(renamed, ConvertedTensors(model, converters[pattern], renamed))
+            one.sources[name] = (rename_source_key(name, renamings, [], prefix, known)[0], pattern)
+        elif renamed in known:
             found.setdefault(renamed, name)
-    return found
+    return found, list(converted.values())

@@ -122,6 +122,9 @@ class _OutputTensors(Mapping[str, Tensor]):
         _check_stored(source, merged)
         model, kept = source.view.module, list(find_kept_ties(source.view.module, merged))
         self._names = {source.keys[name]: name for name in merged if name in source.keys}
+        groups = dict.fromkeys(source.converted[name] for name in merged if name in source.converted)
+        self._groups = {key: group for group in groups for key in group.sources}
+        self._made: dict[str, Tensor] = {}
         for names in find_ties(model):
             if names in kept or not any(name in merged for name in names):
                 continue
@@ -132,10 +135,22 @@ class _OutputTensors(Mapping[str, Tensor]):
         record_untied_weights(model)
 
     def __getitem__(self, key: str) -> Tensor:
+        if key in self._groups:
+            return self._take_part(key)
         name = self._names.get(key)
-        if name is None:
-            return self._source.tensors[key]
+        return self._source.tensors[key] if name is None else self._read(name)
+
+    def _read(self, name: str) -> Tensor:
         return self._merged[name] if name in self._merged else self._source.view.stored[name]
+
+    def _take_part(self, key: str) -> Tensor:
+        """Return a tensor that is stored in parts; the others are kept until they are read too."""
+        if key not in self._made:
+            group = self._groups[key]
+            names = [name for name, one in self._source.converted.items() if one is group]
+            self._made |= group.save({name: self._read(name) for name in names})
+            self._merged.forget()
+        return self._made.pop(key)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._source.tensors
@@ -151,7 +166,7 @@ class _OutputTensors(Mapping[str, Tensor]):
 
     def changes(self, shard: str) -> bool:
         """Return whether a file differs from that of the model's folder."""
-        return not self._names.keys().isdisjoint(self.outline(shard))
+        return not (self._names.keys() | self._groups.keys()).isdisjoint(self.outline(shard))
 
 
 def _check_stored(source: StoredModel, merged: MergedWeights) -> None:

@@ -197,12 +197,16 @@ def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], view: ModelVi
 
 def _has_rows(change: Change, site: Site) -> TypeGuard[LowRank]:
     """Return whether a change merges into each row of a weight by itself, and the weight shows its rows."""
-    return isinstance(change, LowRank) and not site.stack and (site.conv is None or site.conv.groups == 1)
+    return isinstance(change, LowRank) and (site.conv is None or site.conv.groups == 1)
 
 
 def _merge_rows(change: LowRank, weight: Tensor) -> Tensor:
-    """Return W' (out, in) in the dtype of W, merged some rows at a time, so that only these are ever wide."""
+    """Return W' (out, in), or a stack of them, in the dtype of W, merged some rows at a time: only these are wide."""
     change, merged = change.folded(), torch.empty_like(weight)
+    if weight.ndim == 3:
+        for number, matrix in enumerate(weight):
+            merged[number] = _merge_rows(_take_matrix(change, number), matrix)
+        return merged
     step = max(1, _BLOCK // weight.shape[1])
     for begin in range(0, len(weight), step):
         rows = slice(begin, begin + step)
@@ -210,6 +214,11 @@ def _merge_rows(change: LowRank, weight: Tensor) -> Tensor:
         part = replace(change, b=change.b[:, rows], scales=scales)
         merged[rows] = merge_weight(part, _widen(weight[rows]))
     return merged
+
+
+def _take_matrix(change: LowRank, number: int) -> LowRank:
+    """Return the change of one matrix of a stack."""
+    return LowRank(change.a[number], change.b[number], {name: one[number] for name, one in change.scales.items()})
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, FormatError
-from lorac.frontend.checkpoint_names import find_stored_names
+from lorac.frontend.checkpoint_names import ConvertedTensors, find_stored_names
 from lorac.frontend.model_view import ModelView
 from lorac.merging.tied_weights import find_ties
 from lorac.session.model_folders import CONFIG, outline_model, read_model_config
-from lorac.storage.sharded_tensors import RenamedTensors, ShardedTensors
+from lorac.storage.sharded_tensors import ShardedTensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class StoredModel:
         config: the contents of its configuration.
         tensors: its tensors by the names that they are stored under.
         keys: name in the model -> the name that it is stored under. A tied weight has one for each name that is stored.
+        converted: name in the model -> the tensors that it is computed from, of which a stack of experts is made.
         view: the model on the meta device, with its tensors as they are stored.
     """
 
@@ -35,6 +36,7 @@ class StoredModel:
     config: JsonMapping
     tensors: ShardedTensors
     keys: Mapping[str, str]
+    converted: Mapping[str, ConvertedTensors]
     view: ModelView
 
     @classmethod
@@ -55,13 +57,15 @@ class StoredModel:
                 code="not_mergeable",
             )
         tensors, model = ShardedTensors(folder), outline_model(folder)
-        keys = find_stored_names(model, tensors)
-        _check_shapes(folder, model, tensors, keys)
+        keys, groups = find_stored_names(model, tensors)
+        outline, converted = _outline_tensors(folder, tensors, keys, groups)
+        _check_shapes(folder, model, outline)
         for names in find_ties(model):
             first, *others = [name for name in names if name in keys] or names
             if any(not torch.equal(tensors[keys[first]], tensors[keys[name]]) for name in others if name in keys):
                 separate_names(model, others)  # as transformers does where they are stored with different values
-        _take_dtypes(model, tensors, keys)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.data = outline.get(name, parameter)
         reads = dict(keys)
         for names in find_ties(model):
             stored = next((keys[name] for name in names if name in keys), None)
@@ -71,8 +75,36 @@ class StoredModel:
             config,
             tensors,
             keys,
-            dataclasses.replace(ModelView.of(model), stored=RenamedTensors(tensors, reads)),
+            converted,
+            dataclasses.replace(ModelView.of(model), stored=LoadedTensors(tensors, reads, converted)),
         )
+
+
+class LoadedTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by their names in the model; each is read, or computed, when it is asked for.
+
+    Args:
+        tensors: by the names that they are stored under.
+        names: name in the model -> the name that it is stored under.
+        converted: name in the model -> the tensors that it is computed from.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], names: Mapping[str, str], converted: Mapping[str, ConvertedTensors]
+    ) -> None:
+        self._tensors, self._names, self._converted = tensors, names, converted
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._names:
+            return self._tensors[self._names[name]]
+        return self._converted[name].load(self._tensors)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self._converted
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._converted)
 
 
 def separate_names(model: nn.Module, names: Iterable[str]) -> None:
@@ -83,22 +115,38 @@ def separate_names(model: nn.Module, names: Iterable[str]) -> None:
         module._parameters[leaf] = nn.Parameter(module.get_parameter(leaf).detach().clone(), requires_grad=False)
 
 
-def _check_shapes(folder: Path, model: nn.Module, tensors: ShardedTensors, keys: Mapping[str, str]) -> None:
+def _outline_tensors(
+    folder: Path, tensors: ShardedTensors, keys: Mapping[str, str], groups: Iterable[ConvertedTensors]
+) -> tuple[dict[str, Tensor], dict[str, ConvertedTensors]]:
+    """Return the tensors by their names in the model, on the meta device, and what some of them are computed from.
+
+    Raises:
+        FormatError: some of those are missing, or of shapes that cannot be put together.
+    """
+    stored = tensors.outline()
+    found, converted = {name: stored[key] for name, key in keys.items()}, {}
+    for group in groups:
+        try:
+            loaded = group.load(stored)
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise FormatError(
+                f"'{folder}' holds '{next(iter(group.sources))}' and others, of which '{group.name}' cannot be made: "
+                f"{str(error).partition(chr(10))[0]}",
+                next_step="download the whole folder again",
+                code="corrupt_file",
+            ) from error
+        found |= loaded
+        converted |= dict.fromkeys(loaded, group)
+    return found, converted
+
+
+def _check_shapes(folder: Path, model: nn.Module, outline: Mapping[str, Tensor]) -> None:
     described = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    outline = tensors.outline()
-    wrong = next((name for name, key in keys.items() if outline[key].shape != described[name].shape), None)
+    wrong = next((name for name in outline if name in described and outline[name].shape != described[name].shape), None)
     if wrong is not None:
         raise FormatError(
-            f"'{folder}' holds '{keys[wrong]}' of shape {tuple(outline[keys[wrong]].shape)}, where its {CONFIG} says "
+            f"'{folder}' holds '{wrong}' of shape {tuple(outline[wrong].shape)}, where its {CONFIG} says "
             f"{tuple(described[wrong].shape)}",
             next_step="give the configuration that the weights were saved with",
             code="corrupt_file",
         )
-
-
-def _take_dtypes(model: nn.Module, tensors: ShardedTensors, keys: Mapping[str, str]) -> None:
-    """Give a model on the meta device the dtypes of its stored tensors."""
-    outline = tensors.outline()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in keys:
-            parameter.data = outline[keys[name]]

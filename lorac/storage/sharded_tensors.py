@@ -117,24 +117,3 @@ def _no_weights(folder: Path) -> FormatError:
         else "download the model's weights too",
         code="unreadable",
     )
-
-
-class RenamedTensors(Mapping[str, Tensor]):
-    """Some tensors of a mapping under other names.
-
-    Args:
-        tensors: by their own names.
-        names: the other name -> a tensor's own.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._tensors, self._names = tensors, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import lorac
@@ -196,22 +197,61 @@ def test_wrong_folders_are_refused(what, given):
     assert not out.exists()
 
 
-def test_weights_that_transformers_computes_when_it_loads_are_refused(tmp_path):
-    """Experts are stored one by one, and are one stack in the model."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 3},
+    "Qwen2Moe": {"num_experts": 3, "moe_intermediate_size": 8, "num_experts_per_tok": 2},
+}
 
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", ["4KB", "1GB"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_that_are_stored_one_by_one_and_are_a_stack_in_the_model(name, size, tmp_path):
+    """Their shards may lie anywhere: those of one stack are merged together, and written where each was."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=2, vocab_size=20, **EXPERTS[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).bfloat16().eval()
+    model.save_pretrained(tmp_path / "model", max_shard_size=size)
+    stacks = [f"model.layers.{layer}.mlp.experts.{leaf}" for layer in (0, 1) for leaf in ("gate_up_proj", "down_proj")]
+    adapters = drawn(
+        model,
+        {
+            "a": lorac.LoRA(r=1, targets=["q_proj"], parameters=stacks[:3]),
+            "b": lorac.LoRA(r=2, targets=(), parameters=stacks[1:2]),
+        },
+        0.1,
+    ).adapters
+    choice = {"a": 0.7, "b": 0.3}
+    made = merge_checkpoint(tmp_path / "model", adapters, tmp_path / "out", choice)
+    assert made.merged == 5
+    stored, written = (
+        {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+        for folder in (tmp_path / "model", tmp_path / "out")
+    )
+    assert written.keys() == stored.keys()
+    assert torch.equal(stored[f"{UNTOUCHED[name]}"], written[f"{UNTOUCHED[name]}"])
+    read = type(model).from_pretrained(tmp_path / "out").state_dict()
+    expected = lorac.merge_into(model, adapters, choice).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in read.items())
+
+
+UNTOUCHED = {
+    "Mixtral": "model.layers.1.block_sparse_moe.experts.2.w2.weight",
+    "Qwen2Moe": "model.layers.1.mlp.experts.2.down_proj.weight",
+}
+
+
+def test_experts_that_are_missing_or_of_other_shapes_are_refused(tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=20))
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=2, vocab_size=20))
     model.save_pretrained(tmp_path / "model")
-    stack = "model.layers.0.mlp.experts.down_proj"
-    adapter = drawn(model, {"a": lorac.LoRA(r=1, parameters=[stack])}, 0.1).adapters["a"]
-    with refuses("not_mergeable", match=f"does not store '{stack}'.*\n.*merge_into"):
-        merge_checkpoint(tmp_path / "model", adapter, tmp_path / "out")
-    other = drawn(model, {"a": lorac.LoRA(r=1, targets=["q_proj"])}, 0.1).adapters["a"]
-    merge_checkpoint(tmp_path / "model", other, tmp_path / "out")
-    read = MixtralForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    expected = lorac.merge_into(model, other).state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in read.items())
+    file, key = tmp_path / "model" / "model.safetensors", "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    sound = load_file(file)
+    adapter = drawn(model, {"a": lorac.LoRA(r=1, targets=["q_proj"])}, 0.1).adapters["a"]
+    for spoilt in ({n: t for n, t in sound.items() if n != key}, {**sound, key: sound[key].T.contiguous()}):
+        save_file(spoilt, file, metadata={"format": "pt"})
+        with refuses("corrupt_file", match="mlp.experts.down_proj"):
+            merge_checkpoint(tmp_path / "model", adapter, tmp_path / "out")
 
 
 def test_an_adapter_of_another_model_is_refused(given):
