@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _FOLDER_HELP = "A folder saved by transformers or diffusers, into whose weights the adapters go; else into an adapter."
 _ADAPTER_HELP = "PATH=WEIGHT or NAME=PATH=WEIGHT, with weight 1 if there is none; may be given several times."
 _OPTION_HELP = "KEY=VALUE, an option of the method, such as density=0.5; may be given several times."
+_DEQUANTIZE_HELP = "Merge into the float values of MODEL's weights where they are quantised; the result is in floats."
 _SUM = "cat"
 """The way of the command if none is given: the weighted sum, which a model's weights hold of any adapters."""
 
@@ -45,19 +46,22 @@ def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
     recipe: Annotated[Path | None, typer.Option(help="A YAML file in mergekit's words, in place of -a, -s.")] = None,
     model: ModelOption = "",
     format: FormatOption = "",
+    dequantize: Annotated[bool, typer.Option("--dequantize", help=_DEQUANTIZE_HELP)] = False,
     json: JsonOption = False,
 ) -> None:
     """Merge adapters into the weights of MODEL, and write its folder; without MODEL into one adapter."""
     given = _read_request(adapter, method, option, recipe)
     with progress("merge") as report:
         if folder:
-            made = _merge_into_folder(folder, given, out)
+            made = _merge_into_folder(folder, given, out, dequantize=dequantize)
             mixed = ", ".join(f"{name}*{weight:g}" for name, weight in given.weights.items())
             contents = {"path": str(out), "method": given.method, "weights": given.weights, "merged": made.merged}
             rest = {"bytes": made.size, "left_out": made.left_out}
             line = f"{out}: {mixed} merged by {given.method} into {made.merged} tensors"
             print_report({**contents, **rest}, line, as_json=json)
             return
+        if dequantize:
+            raise OptionError("--dequantize is for merging into a model", next_step="give MODEL, its folder")
         report.step("reading")
         base = model or given.base_model
         host = load_model(base) if base else None
@@ -66,13 +70,14 @@ def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
         save(merged, out, format or ("peft" if merged.variant.name == "lora" else "native"), host, as_json=json)
 
 
-def _merge_into_folder(folder: str, given: MergeRecipe, out: Path) -> MergedCheckpoint:
+def _merge_into_folder(folder: str, given: MergeRecipe, out: Path, *, dequantize: bool) -> MergedCheckpoint:
     from lorac.merging.merged_checkpoint import merge_checkpoint
     from lorac.merging.stored_model import StoredModel
 
     if given.method == _SUM and not given.options:
-        return merge_checkpoint(folder, given.adapters, out, given.weights)
-    return merge_checkpoint(folder, _merge_adapters(given, StoredModel.open(Path(folder)).view), out)
+        return merge_checkpoint(folder, given.adapters, out, given.weights, dequantize=dequantize)
+    merged = _merge_adapters(given, StoredModel.open(Path(folder), dequantize=dequantize).view)
+    return merge_checkpoint(folder, merged, out, dequantize=dequantize)
 
 
 def _merge_adapters(given: MergeRecipe, model: Model | None) -> Adapter:

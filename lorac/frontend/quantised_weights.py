@@ -249,27 +249,48 @@ def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, T
                 f"a layer {kind} was called, and has packed its weight for this processor, with rounded scales",
                 next_step="load the model again, and compile it before it is called",
             )
-        library = importlib.import_module("bitsandbytes.functional")
-        codes = _read_nf4_matrix(weight.data, weight.quant_state, library)
-        dequantise = library.dequantize_4bit
-        value = dequantise(weight.data, weight.quant_state).float() if codes is None else codes.dequantised()
+        scale = _read_block_scales(weight.quant_state)
+        codes = _read_nf4_matrix(weight.data, weight.quant_state, scale)
+        value = _decode_4_bits(weight.data, weight.quant_state, scale) if codes is None else codes.dequantised()
         return QuantisedOrigin(kind, codes), value
     rows = weight.SCB if weight.SCB is not None else module.state.SCB
     codes = QuantisedMatrix(8, weight.data, rows.float().unsqueeze(1) / _ABSMAX_8_BIT)
     return QuantisedOrigin(kind, codes), codes.dequantised()
 
 
-def _read_nf4_matrix(data: Tensor, state: Any, library: Any) -> QuantisedMatrix | None:
+def _read_block_scales(state: Any) -> Tensor:
+    """Return the scale of each block of a 4-bit matrix of bitsandbytes, quantised too if statistics are compressed."""
+    if not state.nested:
+        return state.absmax.float()
+    library = importlib.import_module("bitsandbytes.functional")
+    return (library.dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+def decode_4_bits(packed: Tensor, table: Tensor, scale: Tensor, block: int) -> Tensor:
+    """Return the values of numbers of 4 bits, two in a byte and the first in its upper half, in blocks of one scale."""
+    halves = packed.flatten().view(torch.uint8)
+    values = table.float()[torch.stack([halves >> 4, halves & 15], -1).flatten().long()]
+    return values * scale.float().repeat_interleave(block)[: len(values)]
+
+
+def _decode_4_bits(data: Tensor, state: Any, scale: Tensor) -> Tensor:
+    """Return the values of a matrix (out, in).
+
+    The library's own function for processors answers others where a block spans two rows (0.50).
+    """
+    values = decode_4_bits(data, state.code.to(data.device), scale, state.blocksize)
+    return values[: state.shape.numel()].view(*state.shape)
+
+
+def _read_nf4_matrix(data: Tensor, state: Any, scale: Tensor) -> QuantisedMatrix | None:
     """Return the integers of a 4-bit matrix of bitsandbytes; None where it is not NF4, or a block spans rows."""
     if getattr(state, "quant_type", None) != NF4 or state.shape[1] % state.blocksize:
         return None
     if not torch.equal(state.code.float().cpu(), torch.tensor(QUANTISATION_LEVELS[NF4])):
         return None
-    # The scales of the blocks are quantised too where statistics are compressed.
-    scale = library.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
     packed = data.flatten().view(torch.uint8)
     whole = torch.stack([packed >> 4, packed & 15], -1).view(*state.shape).to(torch.int8) - 8
-    return QuantisedMatrix(4, whole, scale.float().view(len(whole), -1), table=NF4)
+    return QuantisedMatrix(4, whole, scale.view(len(whole), -1), table=NF4)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from lorac.session.model_folders import CONFIG
 from lorac.session.request.sources import read_sources
 from lorac.storage.atomic_folders import flush_folder, replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.sharded_tensors import ShardedTensors
 from lorac.storage.strict_json import dump_json
 from lorac.storage.tensor_file import write_safetensors
 
@@ -58,6 +59,8 @@ def merge_checkpoint(
     adapters: Adapters,
     destination: str | os.PathLike[str],
     active: ChoiceSpec = "auto",
+    *,
+    dequantize: bool = False,
 ) -> MergedCheckpoint:
     """Write a model's folder with adapters merged into its weights, without loading the model.
 
@@ -69,6 +72,8 @@ def merge_checkpoint(
         adapters: as ``merge_into`` takes them.
         destination: the folder to write; it must not exist, or be empty.
         active: as ``merge_into`` takes it.
+        dequantize: merge into the float values of weights that bitsandbytes, GPTQ, AWQ or transformers' fp8 have
+            quantised. All of the result is in floating point then.
 
     Raises:
         OptionError: the folder holds no model that can be built, or the destination holds something.
@@ -82,7 +87,7 @@ def merge_checkpoint(
         raise OptionError(f"'{destination}' exists already", next_step="give the path of a new folder")
     with progress("merge") as report:
         report.step("reading")
-        source = StoredModel.open(folder)
+        source = StoredModel.open(folder, dequantize=dequantize)
         given = read_adapters(read_sources(adapters), source.view)
         merged = MergedWeights(source.view, given, choose_active(active, given))
         with translate_os_errors(destination, OptionError, "written"), replace_atomically(destination) as staged:
@@ -166,7 +171,8 @@ class _OutputTensors(Mapping[str, Tensor]):
 
     def changes(self, shard: str) -> bool:
         """Return whether a file differs from that of the model's folder."""
-        return not (self._names.keys() | self._groups.keys()).isdisjoint(self.outline(shard))
+        is_kept = isinstance(self._source.tensors, ShardedTensors)
+        return not is_kept or not (self._names.keys() | self._groups.keys()).isdisjoint(self.outline(shard))
 
 
 def _check_stored(source: StoredModel, merged: MergedWeights) -> None:
@@ -192,12 +198,14 @@ def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> 
         for one in flushed:
             one.result()
     if source.tensors.index is not None:
-        places = {name: source.tensors.shard_of(stored) for name, stored in tensors.added.items()}
-        index = {**source.tensors.index, "weight_map": {**source.tensors.index["weight_map"], **places}}
+        places = {name: shard for shard in source.tensors.shards for name in tensors.outline(shard)}
+        index = {**source.tensors.index, "weight_map": dict(sorted(places.items()))}
         index["metadata"] = {**index.get("metadata", {}), "total_size": size}
         (staged / source.tensors.index_name).write_text(dump_json(index, indent=2))
-    if tensors.added and getattr(source.view.module.config, TIES, None) is False:
-        (staged / CONFIG).write_text(dump_json(_untie_config(source.config), indent=2))
+    is_untied = bool(tensors.added) and getattr(source.view.module.config, TIES, None) is False
+    if is_untied or not isinstance(source.tensors, ShardedTensors):
+        config = _untie_config(source.config) if is_untied else source.config
+        (staged / CONFIG).write_text(dump_json(config, indent=2))
     return size
 
 

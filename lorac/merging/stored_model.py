@@ -14,9 +14,12 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, FormatError
 from lorac.frontend.checkpoint_names import ConvertedTensors, find_stored_names
 from lorac.frontend.model_view import ModelView
+from lorac.merging.dequantised_tensors import DequantisedTensors
 from lorac.merging.tied_weights import find_ties
 from lorac.session.model_folders import CONFIG, outline_model, read_model_config
 from lorac.storage.sharded_tensors import ShardedTensors
+
+Stored = ShardedTensors | DequantisedTensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,29 +37,38 @@ class StoredModel:
 
     folder: Path
     config: JsonMapping
-    tensors: ShardedTensors
+    tensors: Stored
     keys: Mapping[str, str]
     converted: Mapping[str, ConvertedTensors]
     view: ModelView
 
     @classmethod
-    def open(cls, folder: Path) -> StoredModel:
+    def open(cls, folder: Path, *, dequantize: bool = False) -> StoredModel:
         """Open a folder that transformers or diffusers wrote.
+
+        Args:
+            folder: where it is.
+            dequantize: read the float values of quantised weights.
 
         Raises:
             OptionError: its configuration is missing, or no model can be made of it.
             FormatError: its weights are missing, damaged, of other shapes, or not in safetensors files.
-            CompileError: its weights are quantised.
+            CompileError: its weights are quantised, and ``dequantize`` is False or does not know how.
         """
         config = read_model_config(folder)
-        if config.get("quantization_config"):
+        settings = config.get("quantization_config")
+        if settings and not dequantize:
             raise CompileError(
                 f"'{folder}' holds a quantised model, into whose weights nothing can be merged",
-                next_step="give the model as it was before, or load this one and save "
-                "lorac.merge_into(model, adapters, dequantize=True)",
+                next_step="give the model as it was before, or dequantize=True (on the command line, --dequantize), "
+                "which merges into the float values",
                 code="not_mergeable",
             )
-        tensors, model = ShardedTensors(folder), outline_model(folder)
+        as_stored = ShardedTensors(folder)
+        tensors: Stored = DequantisedTensors(as_stored, folder, settings) if settings else as_stored
+        if settings:
+            config = {name: value for name, value in config.items() if name != "quantization_config"}
+        model = outline_model(folder)
         keys, groups = find_stored_names(model, tensors)
         outline, converted = _outline_tensors(folder, tensors, keys, groups)
         _check_shapes(folder, model, outline)
@@ -116,7 +128,7 @@ def separate_names(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _outline_tensors(
-    folder: Path, tensors: ShardedTensors, keys: Mapping[str, str], groups: Iterable[ConvertedTensors]
+    folder: Path, tensors: Stored, keys: Mapping[str, str], groups: Iterable[ConvertedTensors]
 ) -> tuple[dict[str, Tensor], dict[str, ConvertedTensors]]:
     """Return the tensors by their names in the model, on the meta device, and what some of them are computed from.
 
@@ -124,7 +136,8 @@ def _outline_tensors(
         FormatError: some of those are missing, or of shapes that cannot be put together.
     """
     stored = tensors.outline()
-    found, converted = {name: stored[key] for name, key in keys.items()}, {}
+    found = {name: stored[key] for name, key in keys.items()}
+    converted: dict[str, ConvertedTensors] = {}
     for group in groups:
         try:
             loaded = group.load(stored)

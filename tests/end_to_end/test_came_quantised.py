@@ -72,14 +72,6 @@ class Linear8bitLt(nn.Linear):
         return nn.functional.linear(x, weight.data * (weight.SCB / 127)[:, None], self.bias)
 
 
-class Linear4bit(nn.Linear):
-    """As bitsandbytes': numbers of a table, and a state without which they say nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight: Any = self.weight
-        return nn.functional.linear(x, weight.quant_state.whole, self.bias)
-
-
 class Params(torch.nn.Parameter):
     """Stands for the classes of their parameters."""
 
@@ -109,15 +101,11 @@ def in_float8(layer: nn.Linear, **parts: Any) -> nn.Linear:
     return layer
 
 
-def in_bitsandbytes(layer: nn.Linear, kind: type[nn.Linear]) -> nn.Linear:
-    own = kind(layer.in_features, layer.out_features)
+def in_bitsandbytes(layer: nn.Linear) -> nn.Linear:
+    own = Linear8bitLt(layer.in_features, layer.out_features)
     whole = layer.weight.detach()
-    if kind is Linear8bitLt:
-        own.weight = Params(numbers(8, *whole.shape), requires_grad=False)
-        own.weight.SCB = whole.abs().amax(1)  # type: ignore[attr-defined]  # as theirs has it
-    else:
-        own.weight = Params(torch.zeros(whole.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
-        own.weight.quant_state = SimpleNamespace(whole=whole)  # type: ignore[attr-defined]  # as theirs has it
+    own.weight = Params(numbers(8, *whole.shape), requires_grad=False)
+    own.weight.SCB = whole.abs().amax(1)  # type: ignore[attr-defined]  # as theirs has it
     return own
 
 
@@ -125,7 +113,7 @@ MADE = {
     "torchao, 4 bits": lambda layer: in_torchao(layer, 4, 32, shifted=True),
     "torchao, 8 bits": lambda layer: in_torchao(layer, 8, 16, shifted=False),
     "torchao, rows": lambda layer: in_torchao(layer, 8, layer.in_features, shifted=True),
-    "bitsandbytes, 8 bits": lambda layer: in_bitsandbytes(layer, Linear8bitLt),
+    "bitsandbytes, 8 bits": in_bitsandbytes,
 }
 X = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
 
@@ -175,12 +163,8 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 @torch.no_grad()
-def test_codes_of_another_kind_are_dequantised_with_a_warning(
-    weights: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = SimpleNamespace(dequantize_4bit=lambda data, state: state.whole)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", library)
-    own = model(lambda layer: in_bitsandbytes(layer, Linear4bit))
+def test_codes_whose_blocks_span_rows_are_dequantised_with_a_warning(weights: str | None) -> None:
+    own = model(lambda layer: InTable(layer, compressed=False))
     options = {"target": "onnxruntime", "example_inputs": (X,), "self_test": False}
     says = "stored as float32\n.*weights='int8'" if weights is None else "quantised anew, as int8"
     with pytest.warns(LoracWarning, match=f"1 weights came as Linear4bit, .*: they are {says}"):
@@ -244,7 +228,7 @@ def test_layers_of_bitsandbytes_train_in_eager_mode(bits: int, method: Any, tmp_
     """Products are the layer's own; the oracle is the layer with float weights."""
     torch.manual_seed(0)
     layer = nn.Linear(128, 40)
-    own = nn.Sequential(InTable(layer) if bits == 4 else in_bitsandbytes(layer, Linear8bitLt))
+    own = nn.Sequential(InTable(layer) if bits == 4 else in_bitsandbytes(layer))
     quantised: Any = own[0]
     held = quantised.weight
     layer.weight.data = quantised.whole if bits == 4 else held.data * (held.SCB / 127)[:, None]
@@ -299,9 +283,7 @@ InTable.__name__ = "Linear4bit"
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for bitsandbytes' functions."""
-    own = SimpleNamespace(
-        dequantize_blockwise=lambda steps, state: steps * state, dequantize_4bit=lambda data, state: state.whole
-    )
+    own = SimpleNamespace(dequantize_blockwise=lambda steps, state: steps * state)
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", own)
 
 
@@ -390,7 +372,7 @@ def test_bitsandbytes_own_layer() -> None:
 
 
 def test_what_a_call_has_repacked_is_refused() -> None:
-    own = model(lambda layer: in_bitsandbytes(layer, Linear4bit))
+    own = model(InTable)
     own.site.weight.quant_state.packing_format_for_cpu = True
     with refuses("capture_failed", match="compile it before it is called"):
         lorac.compile(own, target="onnxruntime", example_inputs=(X,))
