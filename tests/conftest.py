@@ -46,6 +46,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tiers.mark_slow(items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _freeze_what_is_alive() -> None:
+    """Keep the collector from what is alive when a file of tests begins, such as libraries that were imported before.
+
+    Accelerate collects garbage whenever a training starts: an eighth of the suite's time was spent looking through it.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """As torch.manual_seed(0), which notes the stack of each call where no GPU has been used yet."""
