@@ -1,4 +1,4 @@
-"""What others do with the same host and a LoRA on all its linear layers where a GPU is: PEFT, and Torch-TensorRT.
+"""Other tools with the same host and a LoRA on all its linear layers, on a GPU: PEFT, and Torch-TensorRT.
 
 PEFT runs the adapter beside the base and switches it on and off. Torch-TensorRT compiles the merged model; another
 choice is a refit of its engine by the weights of a model that is merged otherwise.

@@ -13,7 +13,7 @@ from benchmarks import _genai
 
 @dataclass(frozen=True)
 class Text:
-    """What a side wrote: tokens by step and row; seconds to the first, and for each of the others."""
+    """The text of one side: tokens by step and row; seconds to the first, and for each of the others."""
 
     tokens: list[list[int]]
     first: float
@@ -51,7 +51,7 @@ class _Stamps:
 
     @property
     def text(self) -> Text:
-        """What came after the prompt."""
+        """The text after the prompt."""
         return _timed(self.stamps[1:], self.begun, self.tokens[1:])
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its command line, fresh processes, alternating sides, medians, tables, and their JSON.
+"""Parts that all benchmarks share: command line, fresh processes, alternating sides, medians, tables, and their JSON.
 
 Every figure is the median over processes of the median over rounds; within a round all sides run in shuffled order
 through the same kind of call. A/A is the base against a second one of the same base: its distance from 1 is what the
@@ -59,12 +59,12 @@ class Table:
     a_a: Mapping[str, float]
     """The base over a second one of the same base, by what was compared."""
     notes: Sequence[str] = ()
-    """What is said below it: how something was found, or why it is missing."""
+    """Notes below it: how something was found, or why it is missing."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one file measures.
+    """The measurement of one file.
 
     Attributes:
         name: of its module below ``benchmarks``.

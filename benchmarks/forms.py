@@ -1,4 +1,4 @@
-"""What the emitter writes beside other forms of the same, and what one core reads of the matrices between them.
+"""The emitter's form of each computation compared with other forms of it, and the bandwidth of one core.
 
     python -m benchmarks.forms [--layers 40] [--rows 1 8 64 512] [--rounds 9] [--threads 2] [--processes 3]
 
@@ -174,7 +174,7 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
     "gate|up": {"one block-diagonal B": _one_block, "a B for each": _by_member},
     "q|k|v's B": {"(rank, features)": _as_it_lies, "(features, rank)": _transposed},
 }
-"""What is written -> its forms; the first is the one that the emitter writes."""
+"""Computation -> its forms; the first is the one that the emitter writes."""
 _IN_FULL = {"between attentions"}
 """Those whose values have a batch and a length of their own."""
 

@@ -36,7 +36,7 @@ LORAC = {
     INT4_BASE: {"weights": "int4"},
     INT4_LIVE: {"weights": "int4", "mode": "live"},
 }
-"""What is compiled: artifact -> options; those with a mode have the adapter."""
+"""Artifact -> options of its compilation; those with a mode have the adapter."""
 LOADED = {BASE: BASE, AGAIN: BASE, LIVE: LIVE, ROOMY: LIVE, USERS: LIVE, FUSED: FUSED, SETTLED: FUSED}
 LOADED |= {INT4_BASE: INT4_BASE, INT4_LIVE: INT4_LIVE}
 BUILT = {GENAI: ("fp32", False), GENAI_ADAPTER: ("fp32", True), GENAI_INT4: ("int4", False)}
@@ -51,7 +51,7 @@ NEAR_TIE = 1e-3
 DECODING = {"x1": (1, 64), "x8": (8, 64), "x32": (32, 64)}
 PREFILL = {"64": (1, 64), "512": (1, 512)}
 SHAPES = {**DECODING, "512": PREFILL["512"]}
-"""What is read before text is written: rows, length."""
+"""Rows and length of the prompts."""
 HELD: Sequence[tuple[str, str, Mapping[str, float]]] = (
     (AGAIN, BASE, {}),
     (BASE, GENAI, {"x1": 1.0, "64": 0.95, "512": 0.95}),

@@ -1,4 +1,4 @@
-"""What an adapter costs per call in ONNX Runtime and in PEFT, beside the same base.
+"""The cost of an adapter per call in ONNX Runtime and in PEFT, compared with the same base.
 
     python -m benchmarks.overhead [--layers 20] [--rank 16] [--rounds 15] [--processes 3] [--no-peft] [--folder FOLDER]
 

@@ -1,4 +1,4 @@
-"""What routed methods cost per call in ONNX Runtime, beside the same base, MeteoRA as a loop, and PEFT's X-LoRA.
+"""The cost of routed methods per call in ONNX Runtime, next to the same base, MeteoRA as a loop, and PEFT's X-LoRA.
 
     python -m benchmarks.routed [--layers 20] [--experts 8] [--rank 8] [--rounds 15] [--clock cpu]
 

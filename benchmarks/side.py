@@ -1,4 +1,4 @@
-"""What training a side network keeps and costs beside a LoRA, in lorac's eager target: SmolLM2-135M on the CPU.
+"""Memory and time of training a side network, compared with a LoRA, in lorac's eager target: SmolLM2-135M on the CPU.
 
     python -m benchmarks.side [--steps 3] [--length 128] [--r 16] [--layers 30] [--processes 3]
 

@@ -1,4 +1,4 @@
-"""What a start costs, and a training step after it, in lorac's eager target and in PEFT: SmolLM2-135M on the CPU.
+"""The cost of a start, and of a training step after it, in lorac's eager target and in PEFT: SmolLM2-135M on the CPU.
 
     python -m benchmarks.starts [--steps 5] [--length 128] [--batches 2] [--layers 30] [--processes 3] [--only NAME ...]
 

@@ -1,4 +1,4 @@
-"""What a swap costs: adapters resident; swap plus the next call, minus a steady call.
+"""The cost of a swap: adapters resident; swap plus the next call, minus a steady call.
 
     python -m benchmarks.swap [--layers 20] [--rank 16] [--rounds 15] [--processes 3]
 

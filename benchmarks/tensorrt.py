@@ -1,4 +1,4 @@
-"""What a plan of TensorRT costs to build: time, size and host memory by mode; and on a GPU its calls and swaps.
+"""The cost of building a plan of TensorRT: time, size and host memory by mode; and on a GPU its calls and swaps.
 
     python -m benchmarks.tensorrt [--model smollm2] [--layers 30] [--dtype float16] [--processes 3]
 

@@ -1,4 +1,4 @@
-"""What a training step costs in lorac's eager target and in PEFT: time and peak memory, SmolLM2-135M on the CPU.
+"""The cost of a training step in lorac's eager target and in PEFT: time and peak memory, SmolLM2-135M on the CPU.
 
     python -m benchmarks.train [--steps 5] [--length 128] [--batch 1] [--layers 30] [--processes 3] [--only NAME ...]
                                [--rules NAME ...]
@@ -176,7 +176,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
 
 
 def _measure_rules(sides: Sequence[str], what: str, given: argparse.Namespace) -> dict[str, float]:
-    """As ``measure``; lorac's sides share the model, whose weights they only read."""
+    """Measure as ``measure`` does; lorac's sides share the model, whose weights they only read."""
     model = common.host(given)
     steps = {side: ruled(side, copy.deepcopy(model) if side.endswith("PEFT") else model, given) for side in sides}
     if what == "step":

@@ -1,4 +1,4 @@
-"""What every method costs on all linear layers of a small Llama: one row each, at its default hyper-parameters.
+"""The cost of every method on all linear layers of a small Llama: one row each, at its default hyper-parameters.
 
     python -m benchmarks.variants [--layers 2] [--rounds 25] [--only NAME ...] [--processes 3]
 

@@ -50,7 +50,7 @@ KEPT = Path(".cache/fuzz")
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a case.
+    """The result of a case.
 
     Attributes:
         index: its number.

@@ -46,7 +46,7 @@ PAIRS: tuple[tuple[Object, ...], ...] = tuple(
 UNSEEN = PAIRS[4::9]
 """Pairs that training leaves out."""
 SEEN = (*(pair for pair in PAIRS if pair not in UNSEEN), *((pair[0],) for pair in PAIRS[::2]))
-"""What training shows: the other pairs, and single objects."""
+"""Pairs that training shows, besides single objects."""
 
 
 class TextEncoder(nn.Module):

@@ -92,7 +92,7 @@ class PatchEncoder(nn.Module):
 
 
 class LinearPatches(nn.Module):
-    """What the encoder is compared with: one linear map of a patch's samples."""
+    """A baseline for the encoder: one linear map of a patch's samples."""
 
     def __init__(self, channels: int, width: int, patch: int, stride: int) -> None:
         super().__init__()

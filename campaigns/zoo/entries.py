@@ -1,4 +1,4 @@
-"""What a model of the zoo is: how it is built and called, and which adapter PEFT writes for it."""
+"""Models of the zoo: how each is built and called, and which adapter PEFT writes for it."""
 
 from __future__ import annotations
 

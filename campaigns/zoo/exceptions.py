@@ -1,4 +1,4 @@
-"""What single models of transformers need beside the rules: settings, arguments and adapters of their own."""
+"""Single models of transformers that the rules do not cover: settings, arguments and adapters of their own."""
 
 from __future__ import annotations
 

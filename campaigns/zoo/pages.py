@@ -1,4 +1,4 @@
-"""What the journal says, for people: a line while it runs, the causes of what is not right, and docs/models.md."""
+"""The journal for readers: a line while it runs, the causes of what is not right, and docs/models.md."""
 
 from __future__ import annotations
 

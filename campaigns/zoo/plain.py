@@ -1,4 +1,4 @@
-"""What exporting a model costs without lorac: the measure of what compiling it may cost."""
+"""The cost of exporting a model without lorac, against which compiling it is measured."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Way(ABC):
     @property
     @abstractmethod
     def reads(self) -> str:
-        """What it reads of the adapters, in words."""
+        """The parts of the adapters that it reads, in words."""
 
     @property
     def keeps_one(self) -> bool:

@@ -28,7 +28,7 @@ from lorac.variants.adapter import Adapter
 _TENSORS, _TEXTS = (".safetensors",), (".json", ".yaml", ".yml")
 _MOST_HEADER = 100_000_000
 _SEAL = re.compile(rb'"lorac_seal":"[0-9a-f]*"')
-"""What says which values a file holds; they are checked when the file is read."""
+"""The digest of a file's values, which are checked when the file is read."""
 _UNREAD = (".md",)
 """Endings of files that no format reads."""
 

@@ -36,7 +36,7 @@ class Adapter:
 
     @property
     def base_facts(self) -> dict[str, Any]:
-        """What the provenance says of the base, which also holds for another adapter of the same sites."""
+        """Entries of the provenance about the base, which are true of another adapter of the same sites too."""
         return {name: self.provenance[name] for name in _BASE_FACTS if name in self.provenance}
 
     @property
