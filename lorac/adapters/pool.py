@@ -9,6 +9,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class StoredAdapter(ABC):
 
     __slots__ = ("nbytes",)
     nbytes: int
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """The folder that it lies in."""
 
     @abstractmethod
     def read(self, name: str) -> Adapter:

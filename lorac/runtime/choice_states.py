@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
 from lorac.errors import FormatError, NeedsRecompile
 from lorac.ir.algebra import operands
@@ -22,6 +25,7 @@ from lorac.ir.slots.filling import find_branch_misfit, find_misfit
 from lorac.ir.slots.planning import Reserve, needs_merged_weight, quantized_merge_error
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, roles_needed
+from lorac.runtime.slot_images import SlotImages
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.target.engine import BoundProgram, Engine
@@ -144,6 +148,8 @@ class ChoiceStates:
         self._idle: dict[str, SiteSlots] = {}
         self._together: dict[int, _RowsBinding] = {}
         self._numbers = itertools.count()
+        self._images = SlotImages()
+        self._base_program: BoundProgram | None = None
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
         """Return the state of a choice.
@@ -156,7 +162,7 @@ class ChoiceStates:
             NeedsRecompile: its adapters do not fit together.
             OverBudget: there is no room for it.
         """
-        state = self._find(choice, stale=stale)
+        state = self._find(choice, stale=stale) or self._bring_back(choice)
         if state is not None:
             return state
         # Adapters are read and prepared without the lock, which other calls need.
@@ -177,12 +183,53 @@ class ChoiceStates:
         """Keep a state while there is room, and return it for use."""
         choice = state.choice
         kept = self._kept[choice] = _KeptState(state)
-        drop = functools.partial(self._kept.pop, choice, None)
+        self._base_program = self._base_program if choice else state.bound
+        drop = functools.partial(self._let_go, choice)
         self._pool.budget.keep((id(self), choice), state.charge, drop, kept.is_in_use)
         mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != Active())]
         for oldest in mixtures[:-_MAX_MIXTURES]:
             self._drop(oldest)
         return kept.hand_out()
+
+    def _let_go(self, choice: Choice) -> None:
+        """Keep a state no longer, for want of room; of an adapter on disk, what its slots held is written there."""
+        kept, entry = self._kept.pop(choice, None), self._find_stored(choice)
+        if kept is None or entry is None or self._base_program is None or kept.state.entries != (entry,):
+            return
+        state = kept.state
+        if any(self._engine.why_apart(state.snapshot, graph) for graph in self._engine.interfaces):
+            return
+        base = self._placed_tensors(self._base_program)
+        assert state.bound is not None
+        own = {n: t for n, t in self._placed_tensors(state.bound).items() if not _is_same(t, base[n])}
+        self._images.write(choice[0][0], entry, state.snapshot, own)
+
+    def _bring_back(self, choice: Choice) -> ChoiceState | None:
+        """Return the state of an adapter on disk from what its slots held when it was let go of, if it was."""
+        if self._find_stored(choice) is None:
+            return None
+        with self._lock:
+            state, entry = self._find(choice, stale=False), self._pool.find(choice[0][0])
+            image = self._images.find(choice[0][0], entry) if state is None else None
+            if image is None:
+                return state
+            memory = torch.empty(image.nbytes, dtype=torch.uint8)
+            charge, base = self._pool.budget.charge([memory]), self.of(()).bound
+            if base is None or not self._images.read(image, memory):
+                return None
+            snapshot = ComposedWeights(choice, image.layout.sites)
+            bound = self._engine.bind_places(base.content, image.layout.view(memory))  # type: ignore[arg-type]  # its own
+            versions = self._pool.read_versions((entry,))
+            return self._keep(ChoiceState(snapshot, bound, self._pool, (entry,), versions, image.nbytes, charge))
+
+    def _find_stored(self, choice: Choice) -> PoolEntry | None:
+        """Return the entry of a choice that is one adapter on disk as it is, else None."""
+        alone = len(choice) == 1 and choice[0][1] == Active()
+        entry = self._pool.entries.get(choice[0][0]) if alone else None
+        return entry if entry is not None and entry.adapter is None else None
+
+    def _placed_tensors(self, program: BoundProgram) -> dict[str, Tensor]:
+        return self._engine.placed_tensors(program.content)  # type: ignore[arg-type]  # its own
 
     def _drop(self, choice: Choice) -> None:
         self._kept.pop(choice, None)
@@ -261,6 +308,7 @@ class ChoiceStates:
 
     def forget(self, name: str) -> None:
         """Keep no state that an adapter is part of; those in use last until nobody uses them."""
+        self._images.forget(name)
         for choice in [choice for choice in tuple(self._kept) if name in dict(choice)]:
             self._drop(choice)
         for number, known in tuple(self._together.items()):
@@ -269,10 +317,16 @@ class ChoiceStates:
 
     def clear(self) -> None:
         """Drop all states, because the model's own tensors were exchanged."""
-        self._idle = {}
+        self._idle, self._base_program = {}, None
+        self._images.clear()
         self._together.clear()
         for choice in tuple(self._kept):
             self._drop(choice)
+
+
+def _is_same(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are one part of memory."""
+    return tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape
 
 
 def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:

@@ -2,7 +2,8 @@
 
 A registered adapter takes a few hundred bytes of memory. Its file is checked when it is registered, but for its values:
 its sites, shapes and configuration, and whether it fits the program. Files that say the same are checked once. When the
-adapter is used, its file is read and checked as any other.
+adapter is used, its file is read and checked as any other; what was made of it then comes back without its file
+(``lorac.runtime.slot_images``).
 """
 
 from __future__ import annotations
@@ -99,6 +100,10 @@ class StoredFile(StoredAdapter):
 
     def __init__(self, registry: AdapterRegistry, path: str, nbytes: int) -> None:
         self._registry, self._path, self.nbytes = registry, path, nbytes
+
+    @property
+    def folder(self) -> Path:
+        return Path(self._path).parent
 
     def read(self, name: str) -> Adapter:
         return load_adapter(self._path, self._registry.view, name)

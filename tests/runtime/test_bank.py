@@ -101,6 +101,79 @@ def test_what_nobody_uses_is_let_go_of_and_made_again(compiled: Any) -> None:
     assert compiled.memory.used == 0
 
 
+def let_all_go(compiled: Any) -> None:
+    compiled.memory.limit = 0
+    compiled.memory.limit = None
+    assert compiled.memory.used == 0
+
+
+def test_one_read_brings_back_what_was_let_go_of(compiled: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"n{i}" for i in range(6)]
+    expected = {name: raw(answer(compiled, adapters=name)) for name in names}
+    mixture, listed = raw(answer(compiled, adapters={"n1": 0.5, "n4": 0.5})), sorted(folder.iterdir())
+    before = compiled.memory.used
+    let_all_go(compiled)
+    assert sorted(folder.iterdir()) == listed, "the file has no name"
+    images = compiled._states._images
+    assert images._images.keys() == set(names)
+    assert len({image.layout for image in images._images.values()}) == 3, "those of one structure share it"
+    monkeypatch.setattr("lorac.session.registry.load_adapter", None)
+    for name in [*names, *reversed(names)]:
+        assert raw(answer(compiled, adapters=name)) == expected[name]
+    assert compiled.memory.used < before
+    compiled.swap("n1")
+    assert raw(answer(compiled)) == expected["n1"]
+    rows = [*names, None]
+    together = compiled(tokens=X[:1].expand(7, *X.shape[1:]), adapters=rows)
+    for row, name in zip(together, rows, strict=True):
+        assert_close(row[None], answer(compiled, X[:1], adapters=name))
+    compiled.swap(None)
+    let_all_go(compiled)
+    monkeypatch.undo()
+    assert raw(answer(compiled, adapters={"n1": 0.5, "n4": 0.5})) == mixture
+    compiled.swap("n1")
+    assert "n1" in str(compiled.explain())
+
+
+def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, tmp_path: Path) -> None:
+    first, second = made()[1], dataclasses.replace(made()[4], name="n1")
+    let_all_go(compiled)
+    answer(compiled, adapters="n1")
+    let_all_go(compiled)
+    images = compiled._states._images
+    end = images._end
+    compiled.remove_adapter("n1")
+    assert "n1" not in images._images
+    lorac.save_adapter(second, tmp_path / "n1", model=ENTRY.fresh(torch.float32))
+    compiled.register(tmp_path)
+    other = in_memory()
+    assert first.variant == second.variant
+    for _ in range(2):
+        assert raw(answer(compiled, adapters="n1")) == raw(answer(other, adapters="n4"))
+        let_all_go(compiled)
+    assert images._end == end, "the space of a removed adapter is used again"
+
+
+def test_without_a_place_for_images_the_files_are_read_again(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError("read-only")
+
+    expected = raw(answer(compiled, adapters="n1"))
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    let_all_go(compiled)
+    assert not compiled._states._images._images
+    assert raw(answer(compiled, adapters="n1")) == expected
+    monkeypatch.undo()
+    monkeypatch.setattr("lorac.runtime.slot_images._write", lambda *_: refuse())
+    let_all_go(compiled)
+    assert not compiled._states._images._images
+    assert raw(answer(compiled, adapters="n1")) == expected
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled._states._images, "_process", -1)
+    let_all_go(compiled)
+    assert not compiled._states._images._images, "a forked process would write over its parent's"
+
+
 def test_beyond_the_budget_a_typed_refusal_leaves_everything_as_it_was(compiled: Any) -> None:
     compiled.swap("n0")
     expected, used = raw(answer(compiled)), compiled.memory.used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 
 from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, convert_inputs
 from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors
-from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
+from lorac.backends.onnxruntime.devices.memory import Memory, as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
 from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_settled_session
 from lorac.backends.onnxruntime.kv_cache import (
@@ -70,14 +71,19 @@ class SlotValues:
     """Values for every slot input.
 
     Attributes:
-        values: slot input -> OrtValue in the memory that sessions read.
-        tensors: the tensors that the values were made from, which live as long as the values.
+        memory: the memory that sessions read.
+        tensors: slot input -> the tensor that its value is made from.
         bindings: per thread: graph -> an IOBinding with its slots bound; made by a thread's first call, never shared.
     """
 
-    values: Mapping[str, ort.OrtValue]
+    memory: Memory
     tensors: Mapping[str, Tensor]
     bindings: threading.local = field(default_factory=threading.local)
+
+    @functools.cached_property
+    def values(self) -> Mapping[str, ort.OrtValue]:
+        """Slot input -> OrtValue in the memory that sessions read."""
+        return {name: self.memory.to_value(tensor) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +114,10 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotValues:
         """Return values over the tensors; a tensor that lies where sessions read it is not copied."""
-        return SlotValues({name: self.device_memory.to_value(tensor) for name, tensor in tensors.items()}, tensors)
+        content = SlotValues(self.device_memory, tensors)
+        if self.device_memory.copies:  # now, instead of in the first call
+            _ = content.values
+        return content
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
         return self.device_memory.fused(self.plans, self.base)

@@ -42,6 +42,9 @@ def as_tensor(value: ort.OrtValue) -> Tensor:
 class Memory(ABC):
     """The memory of an engine's values."""
 
+    copies: bool = False
+    """Whether tensors of the CPU are copied there."""
+
     def __init__(self, place: torch.device) -> None:
         self.place = place
         self._here = WeakTensorKeyDictionary()
@@ -80,6 +83,8 @@ class HostMemory(Memory):
 
 class _CopyingMemory(Memory):
     """Memory that tensors of the CPU are copied to, and copied again after torch wrote to them."""
+
+    copies = True
 
     def to_value(self, tensor: Tensor) -> ort.OrtValue:
         written = 0 if tensor.is_inference() else tensor._version

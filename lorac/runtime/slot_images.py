@@ -1,0 +1,193 @@
+"""Adapters from disk as the contents of their slots, in one file that nobody else can open.
+
+Reading an adapter's own file, checking it and reducing its formula takes some thirty times as long as reading its
+bytes. So what was made of it is written once, when it is let go of, and brought back by one read. The file has no name:
+it lies with the adapters, and its space is free when the process ends, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from lorac.adapters.pool import PoolEntry, StoredAdapter
+from lorac.ir.slots.composition import ComposedSite, ComposedWeights
+from lorac.ir.slots.plans import BranchTerm
+from lorac.ir.slots.stacks import StackShape
+from lorac.storage.tensor_file import raw_bytes
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _ImageLayout:
+    """The order of slots in an image, which adapters of one structure share.
+
+    Attributes:
+        sites: the sites that the adapter touches, without their tensors.
+        stacks: the slots of each stack, in the order of the bytes.
+    """
+
+    sites: Mapping[str, ComposedSite]
+    stacks: tuple[tuple[StackShape, tuple[str, ...]], ...]
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """The size of an image."""
+        return sum(stack.nbytes for stack, _ in self.stacks)
+
+    def view(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return the bytes of an image as tensors by slot."""
+        parts = memory.split([stack.nbytes for stack, _ in self.stacks])
+        return {
+            name: tensor
+            for (stack, names), part in zip(self.stacks, parts, strict=True)
+            for name, tensor in zip(names, stack.view(part).unbind(), strict=True)
+        }
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SlotImage:
+    """An adapter's image.
+
+    Attributes:
+        name: the adapter's name.
+        serial: the pool's number of it.
+        layout: the order of its slots.
+        offset: its first byte in the file.
+    """
+
+    name: str
+    serial: int
+    layout: _ImageLayout
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.layout.nbytes
+
+
+class SlotImages:
+    """The images of adapters by name. Threads may share them; a forked process has none."""
+
+    def __init__(self) -> None:
+        self._lock, self._process = threading.Lock(), os.getpid()
+        self._file: int | None = None
+        self._images: dict[str, SlotImage] = {}
+        self._layouts: weakref.WeakValueDictionary[object, _ImageLayout] = weakref.WeakValueDictionary()
+        self._free: dict[int, list[int]] = {}
+        self._end = 0
+
+    def find(self, name: str, entry: PoolEntry) -> SlotImage | None:
+        """Return the image of an adapter, if there is one."""
+        image = self._images.get(name) if self._process == os.getpid() else None
+        return image if image is not None and image.serial == entry.serial else None
+
+    def write(self, name: str, entry: PoolEntry, snapshot: ComposedWeights, tensors: Mapping[str, Tensor]) -> None:
+        """Write an image, unless there is one, or no room on the disk.
+
+        Args:
+            name: the adapter's name.
+            entry: the adapter; the first image makes the file in the folder that it lies in.
+            snapshot: it, composed at every site.
+            tensors: the contents of its slots.
+        """
+        assert isinstance(entry.source, StoredAdapter)
+        with self._lock, contextlib.suppress(OSError):
+            if not hasattr(os, "preadv") or self._process != os.getpid() or self.find(name, entry) is not None:
+                return
+            self._forget(name)
+            if self._file is None:
+                with tempfile.TemporaryFile(dir=entry.source.folder) as file:
+                    self._file = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._file)
+            layout = self._layout(snapshot, tensors)
+            image = SlotImage(name, entry.serial, layout, self._reserve(layout.nbytes))
+            self._images[name] = image  # before it is written, so that a full disk frees its space
+            try:
+                _write_image(self._file, image, tensors)
+            except BaseException:
+                self._forget(name)
+                raise
+
+    def read(self, image: SlotImage, memory: Tensor) -> bool:
+        """Read an image into memory of its size; return whether it is still there."""
+        with self._lock:
+            if self._file is None or self._images.get(image.name) is not image:
+                return False
+            return _read(self._file, raw_bytes(memory), image.offset)
+
+    def forget(self, name: str) -> None:
+        """Free the space of an adapter's image."""
+        with self._lock:
+            self._forget(name)
+
+    def clear(self) -> None:
+        """Free the space of all images."""
+        with self._lock:
+            for name in tuple(self._images):
+                self._forget(name)
+
+    def _reserve(self, nbytes: int) -> int:
+        """Return the first byte of free space in the file."""
+        if free := self._free.get(nbytes):
+            return free.pop()
+        self._end += nbytes
+        return self._end - nbytes
+
+    def _forget(self, name: str) -> None:
+        image = self._images.pop(name, None)
+        if image is not None:
+            self._free.setdefault(image.layout.nbytes, []).append(image.offset)
+
+    def _layout(self, snapshot: ComposedWeights, tensors: Mapping[str, Tensor]) -> _ImageLayout:
+        groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
+        for name, tensor in tensors.items():
+            groups.setdefault((tuple(tensor.shape), tensor.dtype), []).append(name)
+        stacks = tuple((StackShape(len(names), shape, dtype), tuple(names)) for (shape, dtype), names in groups.items())
+        sites = {path: _without_tensors(site) for path, site in snapshot.composed.items()}
+        key = (tuple(_describe_site(path, site) for path, site in sites.items()), stacks)
+        return self._layouts.setdefault(key, _ImageLayout(sites, stacks))
+
+
+def _without_tensors(site: ComposedSite) -> ComposedSite:
+    branches = tuple((strength, BranchTerm(term.slot, ())) for strength, term in site.branches)
+    return replace(site, change=None, branches=branches)
+
+
+def _describe_site(path: str, site: ComposedSite) -> tuple[object, ...]:
+    return path, site.roles, site.reasons, tuple((strength, term.slot) for strength, term in site.branches)
+
+
+def _write_image(file: int, image: SlotImage, tensors: Mapping[str, Tensor]) -> None:
+    offset, end = image.offset, image.offset + image.nbytes
+    os.ftruncate(file, max(end, os.fstat(file).st_size))  # behind the last tensor is what aligns the next
+    for stack, names in image.layout.stacks:
+        for slot in names:
+            _write(file, raw_bytes(tensors[slot]), offset)
+            offset += stack.nbytes // stack.count
+
+
+def _write(file: int, values: memoryview, offset: int) -> None:
+    while values:
+        count = os.pwrite(file, values, offset)
+        values, offset = values[count:], offset + count
+
+
+def _read(file: int, memory: memoryview, offset: int) -> bool:
+    """Fill some memory from a file; return whether the file goes so far."""
+    while memory:
+        count = os.preadv(file, [memory], offset)
+        if not count:
+            return False
+        memory, offset = memory[count:], offset + count
+    return True
