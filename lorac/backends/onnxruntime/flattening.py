@@ -207,11 +207,13 @@ class _Flattener:
         matrix.shape, matrix.type = ir.Shape([*places, f"rows_{rows.leading}", features]), value.type or rows.full.type
 
     def _restore(self, value: ir.Value) -> None:
-        """Give the remaining readers of a value its full shape."""
-        rows = self.rows[value]
+        """Give the remaining readers of a moved value its full shape, where the op that computed it stood."""
+        rows, moved = self.rows[value], value.producer()
+        assert moved is not None
         shape, read = self._full_shape(rows, value)
         reshape = ir.Node("", "Reshape", [rows.matrix, shape])
-        self._insert(rows.matrix, *read, reshape)
+        # Not behind the matrix, which may be there before the value whose sizes are read.
+        self.graph.insert_before(moved, [*read, reshape])
         restored = reshape.outputs[0]
         restored.shape, restored.type, restored.name = value.shape, value.type, value.name
         value.name = None

@@ -12,7 +12,7 @@ from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.passes import verify_model
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.testing.eager_checks import assert_close
-from tests.zoo import ZOO
+from tests.zoo import ZOO, tiny_vae
 
 FEATURES, OUT, RANK = 4, 6, 2
 DRAWN = np.random.default_rng(0)
@@ -131,6 +131,19 @@ def test_a_size_read_from_rows_is_computed_before_the_reshape_that_reads_it():
     assert ops(model)[-5:] == ["Identity", "Shape", "Concat", "Reshape", "ReduceSum"]
     verify_model(model, after=FlattenToRows.name)
     assert_close(torch.from_numpy(answers(model)[0]), torch.from_numpy(before[0]))
+
+
+@torch.no_grad()
+def test_heads_that_are_as_wide_as_tokens_are_joined_after_their_sizes_are_known():
+    """Attention of one head, as in diffusers' autoencoders: its heads have the features of the tokens."""
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 16, 4, 4), tiny_vae().decoder.mid_block.attentions[0]
+    assert model.heads == 1
+    lora = lorac.compile(model, {"a": lorac.LoRA(r=2)}).adapters["a"]
+    for tensor in lora.parameters():
+        tensor.normal_(std=0.5)
+    found = lorac.compile(model, {"a": lora}, target="onnxruntime", example_inputs=(x,))(x)
+    assert_close(found, lorac.compile(model, {"a": lora})(x))
 
 
 def test_without_a_slot_nothing_moves():
