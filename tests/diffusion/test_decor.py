@@ -5,7 +5,6 @@ import types
 
 import pytest
 import torch
-import transformers
 
 import lorac
 from lorac.diffusion import decor
@@ -13,6 +12,7 @@ from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, conformance
 from lorac.testing.eager_checks import assert_close
+from tests.diffusion.texts import make_tokenizer
 from tests.image_files import WIDTH, make_pair
 from tests.limits import assert_apart, assert_vanishes, decimals
 from tests.oracles import decor as branch_oracle
@@ -103,21 +103,9 @@ def test_the_first_row_cannot_carry_what_later_words_mean_and_all_others_can():
     assert_vanishes(decor.project(trace, span)[6:], trace[6:])
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    names = ["<|startoftext|>", "<|endoftext|>", "!", *letters, *(f"{letter}</w>" for letter in letters)]
-    (folder / "vocab.json").write_text(str({name: place for place, name in enumerate(names)}).replace("'", '"'))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return lambda pad: transformers.CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8, pad_token=pad
-    )
-
-
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
-def test_words_and_padding_are_told_apart_by_the_tokenizers_masks(tokenizer, pad):
-    rows = decor.find_rows(tokenizer(pad), ["a cat", ""])
+def test_words_and_padding_are_told_apart_by_the_tokenizers_masks(tmp_path, pad):
+    rows = decor.find_rows(make_tokenizer(tmp_path, pad=pad, length=8), ["a cat", ""])
     assert rows.words.int().tolist() == [[0, 1, 1, 1, 1, 0, 0, 0], [0] * 8]
     assert rows.padding.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, *[1] * 7]]
     assert rows.select("words+padding")[0].int().tolist() == [0, *[1] * 7]

@@ -1,0 +1,47 @@
+"""What experiments on the tiny denoiser share: its parts, and tables of figures by side and their spread."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples import denoiser
+
+
+def load(given: argparse.Namespace) -> denoiser.Denoiser:
+    """Return the trained denoiser; for a smoke run one that has hardly begun to learn."""
+    torch.set_num_threads(1)
+    return denoiser.train(2, pictures=8, rows=2) if given.steps <= 2 else denoiser.load()
+
+
+@torch.no_grad()
+def sample(unet: Callable[..., Any], states: Tensor, latents: Tensor, steps: int = 20) -> Tensor:
+    """Return the pictures that latents become under states of prompts, one each or one for all, without guidance."""
+    scheduler, states = denoiser.make_scheduler(steps), states.expand(len(latents), -1, -1)
+    for t in scheduler.timesteps:
+        latents = scheduler.step(unet(latents, t, states).sample, t, latents).prev_sample
+    return denoiser.to_images(latents)
+
+
+def share(images: Tensor, colour: str, shape: str) -> float:
+    """Return the share of pictures that show a shape in a colour."""
+    return sum(denoiser.contains(image, colour, shape) for image in images) / len(images)
+
+
+def table(title: str, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return a table: side -> figure -> its values over seeds, as means with their standard deviations."""
+    names = list(next(iter(figures.values())))
+    lines = [f"\n{title}", "  " + f"{'':<24}" + "".join(f"{name:>22}" for name in names)]
+    for side, own in figures.items():
+        lines.append(f"  {side:<24}" + "".join(f"{_spread(values):>22}" for values in own.values()))
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.3f} ± {spread:.3f}"

@@ -1,0 +1,112 @@
+"""Do a content and a style that were learned apart work together, without having met?
+
+    python -m experiments.break_for_make [--seeds 5] [--steps 300] [--smoke]
+
+The lower half of a layer's outputs is to change by E·[C, D]: a style sets E, a content sets D, and C is everybody's.
+Pairs of contents and styles give layers; that of content 0 and style 1 is never learned. A content's half is trained
+with styles as partners and the other way round, as in the paper. Then both halves are joined, and tuned in the second
+stage. Against them stands the sum of two LoRAs, one of the content's layer and one of the style's. What is measured is
+the error of the layer of the unseen pair, as a share of the untouched layer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorac
+from experiments._denoising import table
+from experiments._study import compared, settings
+from lorac.diffusion.break_for_make import HalfSettings, learn_both, learn_half, share_bases
+from lorac.third_party_output import suppress_third_party_output
+
+SIZE, RANK = 32, 8
+
+
+class Teacher:
+    """The layers of all pairs of contents and styles, of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=generator) * SIZE**-0.5
+
+        self.base = nn.Linear(SIZE, SIZE, bias=False)
+        self.base.weight.data = drawn(SIZE, SIZE)
+        self.styles = [drawn(SIZE // 2, RANK) * 2 for _ in range(4)]
+        shared = drawn(RANK, SIZE // 2) * 2
+        self.contents = [torch.cat([shared, drawn(RANK, SIZE // 2) * 2], dim=1) for _ in range(4)]
+
+    def weight(self, content: int, style: int) -> Tensor:
+        """Return the layer of a pair."""
+        change = self.styles[style] @ self.contents[content]
+        return self.base.weight.data + torch.cat([torch.zeros_like(change), change])
+
+
+def loss(model: Any, teacher: Teacher, content: int, style: int, generator: torch.Generator) -> Tensor:
+    """Return the error on random inputs, as a share of the untouched layer's."""
+    x = torch.randn(64, SIZE, generator=generator)
+    wanted = x @ teacher.weight(content, style).mT
+    return (model(x) - wanted).square().mean() / (x @ teacher.base.weight.data.mT - wanted).square().mean()
+
+
+def study(seed: int, steps: int) -> dict[str, float]:
+    """Return the errors of the unseen pair (content 0, style 1) after each way."""
+    teacher = Teacher(seed)
+    model = nn.Sequential(teacher.base)
+    method = lorac.PLP(r=2 * RANK, basis="none")
+    compiled: Any = lorac.compile(model, {"content": method, "style": method}, active="content")
+    share_bases(compiled.adapters["content"], compiled.adapters["style"])
+    given = HalfSettings(steps=steps, rate=2e-2, partner_rate=2e-3, seed=seed)
+
+    def of(content: int, style: int, within: Any = compiled) -> Any:
+        return functools.partial(loss, within, teacher, content, style)
+
+    def held(found: Any, choice: Any) -> float:
+        found.swap(choice)
+        with torch.no_grad():
+            return float(loss(found, teacher, 0, 1, torch.Generator().manual_seed(1)))
+
+    learn_half(compiled, "content", of(0, 0), [of(0, style) for style in (2, 3, 0)], given)
+    learn_half(compiled, "style", of(1, 1), [of(content, 1) for content in (2, 3, 1)], given)
+    joined = lorac.PLP.join(compiled.adapters["content"], compiled.adapters["style"], name="both")
+    together: Any = lorac.compile(model, {"both": joined})
+    figures = {"joined, as they are": held(together, "both")}
+    tuned = HalfSettings(steps=max(steps // 10, 1), rate=2e-2, seed=seed)
+    learn_both(together, "both", of(0, 0, together), of(1, 1, together), tuned, reg=1e-3)
+    figures["joined and tuned"] = held(together, "both")
+    plain: Any = lorac.compile(model, {"content": lorac.LoRA(r=RANK), "style": lorac.LoRA(r=RANK)})
+    for name, pair in (("content", (0, 0)), ("style", (1, 1))):
+        plain.swap(name)
+        own = [t for tensors in plain.adapters[name].tensors.values() for t in tensors.values()]
+        optimizer = torch.optim.AdamW(own, lr=2e-2)
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss(plain, teacher, *pair, torch.Generator().manual_seed(step)).backward()
+            optimizer.step()
+    figures["sum of two LoRAs"] = held(plain, {"content": 1.0, "style": 1.0})
+    figures["half of the sum"] = held(plain, {"content": 0.5, "style": 0.5})
+    figures["the content's LoRA alone"] = held(plain, "content")
+    return figures
+
+
+def main(given: argparse.Namespace) -> None:
+    """Print the table."""
+    begun = time.perf_counter()
+    torch.set_num_threads(1)
+    with suppress_third_party_output():
+        found = [study(seed, given.steps) for seed in range(given.seeds)]
+    print(table("Error of the unseen pair", {side: {"error": [one[side] for one in found]} for side in found[0]}))
+    joined, summed = ([one[side] for one in found] for side in ("joined, as they are", "sum of two LoRAs"))
+    print("joined halves against LoRAs in a sum:", compared(joined, summed))
+    print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main(settings(__doc__, "break_for_make", steps=300))
