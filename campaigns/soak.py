@@ -4,9 +4,9 @@ python -m campaigns.soak [--operations N] [--seed N] [--processes N] [--json FIL
 
 Ten methods on one small host, in eager and in ONNX Runtime, live and fused. One thread swaps, and is interrupted by
 signals and by failures injected into what it calls; another adds and removes adapters, and fails at it; others call,
-with the active choice or with one of their own. Now and then the model is saved and loaded. Every answer is held
-against the bits of a model made anew for that choice: a mismatch belongs to another choice than the one that was
-active for certain, or to none. Errors are counted where they are none of lorac's.
+with the active choice, with one of their own, or with one for each row. Now and then the model is saved and loaded.
+Every answer is held against the bits of a fresh model of that choice: a mismatch belongs to another choice than
+the one that was active for certain, or to none. Errors are counted where they are none of lorac's.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ X = torch.randint(0, 23, (3, 4), generator=torch.Generator().manual_seed(1))
 ROUND = 2000
 """Operations of the swapping thread between two looks at the whole."""
 CALLERS = 2
+ROW_CHOICES = 12
+"""Batches whose rows have choices of their own."""
 PATIENCE = 120.0
 """Seconds without an operation after which a model counts as hanging."""
 
@@ -143,6 +145,10 @@ class Model:
         anew = {} if target == "onnxruntime" else {str(c): bits(self.fresh(c)(tokens=X)) for c in choices}
         self.expected = {**self.stored, **anew}
         self.known = frozenset(self.expected.values())
+        draw = random.Random(len(choices))
+        self.rows = [[draw.choice(choices) for _ in X] for _ in range(ROW_CHOICES)]
+        alone = self.fresh(None)
+        self.expected.update({str(rows): bits(alone(tokens=X, adapters=rows)) for rows in self.rows})
         buffers = self.compiled.engine.buffers if mode == "fused" else {}
         self.flaky = [Flaky(buffer, "write") for buffer in buffers.values()] or [Flaky(self.compiled.engine, "bind")]
 
@@ -273,6 +279,7 @@ class Soak:
         """Send a signal within a swap or a call, or after it."""
         before, choice = model.compiled.active, self.chance.choice(model.choices)
         own = self.chance.random() < 0.3
+        choice = self.chance.choice(model.rows) if own and self.chance.random() < 0.5 else choice
         try:
             signal.setitimer(signal.ITIMER_REAL, self.chance.uniform(1e-5, 2e-3))
             if own:
@@ -298,9 +305,10 @@ class Soak:
         if chance.random() < 0.7:
             self._held(f"call, {model.target}", bits(model.compiled(tokens=X)) in model.known)
             return
-        choice = chance.choice(model.choices)
+        kind, choices = chance.choice((("its own choice", model.choices), ("choices by row", model.rows)))
+        choice = chance.choice(choices)
         right = bits(model.compiled(tokens=X, adapters=choice)) == model.expected[str(choice)]
-        self._held(f"call of its own choice, {model.target}", right)
+        self._held(f"call of {kind}, {model.target}", right)
 
     def _add(self, model: Model, chance: random.Random) -> None:
         """Add an adapter under a name of its own, call it, remove it; and one that fails half-way."""
