@@ -29,6 +29,7 @@ ROWS = {
         ["genai builder, adapter", "genai builder, no adapter", "lorac live, cache"],
         ["1", "2"],
     ],
+    "diffusion": [["plain export", "base", "live"], ["base, A/A", "live", "plain export", "eager"]],
     "generate": [
         [
             "genai base",
@@ -143,7 +144,19 @@ def test_every_benchmark_is_here():
     assert everything.names() == sorted(ROWS)
 
 
-SLOW = ("compile", "overhead", "quantised", "recipe", "routed", "rows", "starts", "swap", "tensorrt", "train")
+SLOW = (
+    "compile",
+    "diffusion",
+    "overhead",
+    "quantised",
+    "recipe",
+    "routed",
+    "rows",
+    "starts",
+    "swap",
+    "tensorrt",
+    "train",
+)
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 
