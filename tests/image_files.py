@@ -11,7 +11,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from tests.zoo import tiny_unet
+from examples.pipelines import tiny_unet
 
 WIDTH = 16
 UNET_TARGETS = (

@@ -8,8 +8,8 @@ import transformers
 from safetensors.torch import save_file
 
 import lorac
+from examples.pipelines import tiny_unet
 from tests.mistakes import Mistake, World, lora
-from tests.zoo import tiny_unet
 
 
 def _fresh_at(w: World, name: str) -> str:

@@ -250,35 +250,6 @@ def tiny_t5() -> nn.Module:
     )
 
 
-def tiny_unet(text_width: int, **fields: Any) -> Any:
-    """diffusers' U-Net of a few thousand weights, for latents (4, 16, 16); drawn from the caller's seed."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=text_width,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        **fields,
-    ).eval()
-
-
-def tiny_vae() -> Any:
-    """The autoencoder that makes images of those latents; drawn from the caller's seed."""
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-    ).eval()
-
-
 def smollm2() -> nn.Module:
     model, tokenizers["smollm2"] = models.smollm2()
     return model

@@ -12,7 +12,8 @@ import torch
 
 import lorac
 import lorac.diffusion
-from tests.pipelines import KINDS, TARGETS, build, paint
+from examples.pipelines import KINDS, build
+from tests.pipelines import TARGETS, paint
 from tests.refusing import refuses
 
 pytest.importorskip("diffusers")

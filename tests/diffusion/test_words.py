@@ -12,7 +12,8 @@ import torch
 
 import lorac
 import lorac.diffusion
-from tests.pipelines import build, paint
+from examples.pipelines import build
+from tests.pipelines import paint
 from tests.refusing import refuses
 
 diffusers = pytest.importorskip("diffusers")

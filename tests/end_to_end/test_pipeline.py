@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,76 +14,24 @@ import torch
 from torch.export import Dim
 
 import lorac
-from tests.zoo import tiny_unet, tiny_vae
+from examples.pipelines import TOKENS, WIDTH, build
 
-diffusers = pytest.importorskip("diffusers")
-SIZE, TOKENS, WIDTH = 16, 12, 16
+pytest.importorskip("diffusers")
+SIZE = 16
 SAME = 1e-4
 """Of pixels from 0 to 1: a 39th of the smallest step that an 8-bit image knows."""
 TARGETS = ("to_q", "to_v", "conv1", "q_proj", "fc1")
 
 
-def pipeline(folder: Path) -> Any:
-    """A Stable Diffusion of a few thousand weights, the same every time."""
-    import transformers
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet, vae = tiny_unet(WIDTH), tiny_vae()
-        tokenizer, vocabulary = _tokenizer(folder)
-        text_encoder = transformers.CLIPTextModel(_text_config(vocabulary))
-    made = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-def _tokenizer(folder: Path) -> tuple[Any, dict[str, int]]:
-    import transformers
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    return transformers.CLIPTokenizer(*files, model_max_length=TOKENS), vocabulary
-
-
-def _text_config(vocabulary: dict[str, int]) -> Any:
-    import transformers
-
-    end = vocabulary["<|endoftext|>"]
-    return transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-
-
 def images(made: Any, prompt: str, **parts: Any) -> np.ndarray:
     """What a pipeline paints, with some of its parts replaced for the while."""
-    with _replaced(made, parts):
+    with replaced(made, parts):
         generator = torch.Generator().manual_seed(0)
         return made(prompt, num_inference_steps=3, output_type="np", generator=generator).images
 
 
 @contextlib.contextmanager
-def _replaced(made: Any, parts: dict[str, Any]) -> Iterator[None]:
+def replaced(made: Any, parts: dict[str, Any]) -> Iterator[None]:
     own = {name: getattr(made, name) for name in parts}
     try:
         for name, part in parts.items():
@@ -97,7 +44,7 @@ def _replaced(made: Any, parts: dict[str, Any]) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pipeline(tmp_path_factory.mktemp("tokenizer"))
+    return build("stable_diffusion", tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +92,7 @@ def compiled(original: Any, adapters: dict[str, lorac.Adapter], target: str) -> 
 
 def with_peft(original: Any, adapter: lorac.Adapter, folder: Path) -> Any:
     """The pipeline with PEFT's LoRA layers in place, holding an adapter's tensors."""
-    made = pipeline(folder)
+    made = build("stable_diffusion", folder)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=list(TARGETS))
     for name in ("unet", "text_encoder"):
         model = getattr(made, name)
@@ -202,7 +149,7 @@ def test_a_pipeline_takes_other_sizes_and_batches(
     pair = []
     for each in (eager, emitted):
         each.swap({"one": 0.5, "two": 0.5})
-        with _replaced(original, parts(each)):
+        with replaced(original, parts(each)):
             pair.append(original("a cat", generator=torch.Generator().manual_seed(0), **options).images)
     assert pair[0].shape == (3, 48, 24, 3)
     assert abs(pair[0] - pair[1]).max() <= SAME

@@ -11,50 +11,26 @@ import pytest
 import torch
 
 import lorac
-from tests.end_to_end.test_pipeline import SAME, SIZE, TOKENS, WIDTH, _replaced, _text_config, _tokenizer
-from tests.zoo import tiny_unet, tiny_vae
+from examples.pipelines import TOKENS, WIDTH, build
+from tests.end_to_end.test_pipeline import SAME, SIZE, replaced
+from tests.pipelines import paint
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A pipeline of a few thousand weights, with a LoRA in its U-Net as diffusers' loader puts it there."""
-    import transformers
-
+    made = build("stable_diffusion_xl", tmp_path_factory.mktemp("tokenizer"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet = tiny_unet(
-            2 * WIDTH,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-        )
-        vae = tiny_vae()
-        tokenizer, vocabulary = _tokenizer(tmp_path_factory.mktemp("tokenizer"))
-        config = _text_config(vocabulary)
-        config.projection_dim = WIDTH
-        texts = [transformers.CLIPTextModel(config), transformers.CLIPTextModelWithProjection(config)]
-        made = diffusers.StableDiffusionXLPipeline(
-            vae=vae,
-            text_encoder=texts[0].eval(),
-            text_encoder_2=texts[1].eval(),
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer,
-            unet=unet,
-            scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-            add_watermarker=False,
-        )
-        made.set_progress_bar_config(disable=True)
         made.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
     return made
 
 
 def image(pipeline: Any, **parts: Any) -> np.ndarray:
-    with _replaced(pipeline, parts):
-        generator = torch.Generator().manual_seed(0)
-        size = {"height": 2 * SIZE, "width": 2 * SIZE}
-        return pipeline("a cat", num_inference_steps=2, output_type="np", generator=generator, **size).images
+    with replaced(pipeline, parts):
+        return paint(pipeline, steps=2, height=2 * SIZE, width=2 * SIZE)
 
 
 @torch.no_grad()
@@ -80,5 +56,5 @@ def test_its_parts_are_compiled_with_the_lora_that_was_loaded(pipeline: Any, tar
     assert abs(image(pipeline, **parts) - expected).max() <= (0 if target == "eager" else SAME)
     compiled.swap(None)
     assert abs(image(pipeline, **parts) - expected).max() > 10 * SAME
-    with _replaced(pipeline, parts), pytest.raises(AttributeError, match=r"compiled\.add_adapter\(path, name="):
+    with replaced(pipeline, parts), pytest.raises(AttributeError, match=r"compiled\.add_adapter\(path, name="):
         pipeline.unet.load_lora_adapter(tmp_path)

@@ -12,10 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lorac
+from examples.pipelines import tiny_unet
 from lorac.merging.merged_checkpoint import merge_checkpoint
 from tests.merging.test_merged_model import drawn
 from tests.refusing import refuses
-from tests.zoo import ZOO, tiny_unet
+from tests.zoo import ZOO
 
 INDEX = "model.safetensors.index.json"
 MORE = {"tiny_gpt2": ["wte"], "tiny_t5": ["lm_head"]}

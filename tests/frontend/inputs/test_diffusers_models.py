@@ -5,10 +5,11 @@ import torch
 from torch.export import Dim
 
 import lorac
+from examples.pipelines import tiny_unet, tiny_vae
 from lorac.frontend.inputs.diffusers_models import make_image_inputs, spread_example_numbers
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from tests.refusing import refuses
-from tests.zoo import ZOO, tiny_unet, tiny_vae
+from tests.zoo import ZOO
 
 diffusers = pytest.importorskip("diffusers")
 
