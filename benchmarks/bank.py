@@ -54,7 +54,8 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
 
     torch.set_num_threads(1)
     room = lorac.Reserve(targets="all-linear", rank=given.rank)
-    model = lorac.compile(common.llama(given), reserve=room, target="onnxruntime", threads=1, self_test=False)
+    options = {"threads": 1, "self_test": False, "cache": True}
+    model = lorac.compile(common.llama(given), reserve=room, target="onnxruntime", **options)
     folder = Path(given.folder) / "adapters"
     model.register(folder.with_name("one"))  # what the first takes, such as a search of the model, no other does
     before = _resident()

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -106,18 +107,20 @@ class SlotImages:
             if not hasattr(os, "preadv") or self._process != os.getpid() or self.find(name, entry) is not None:
                 return
             self._forget(name)
-            if self._file is None:
-                with tempfile.TemporaryFile(dir=entry.source.folder) as file:
-                    self._file = os.dup(file.fileno())
-                weakref.finalize(self, os.close, self._file)
-            layout = self._layout(snapshot, tensors)
-            image = SlotImage(name, entry.serial, layout, self._reserve(layout.nbytes))
-            self._images[name] = image  # before it is written, so that a full disk frees its space
-            try:
-                _write_image(self._file, image, tensors)
-            except BaseException:
-                self._forget(name)
-                raise
+            file, layout = self._open(entry.source.folder), self._layout(snapshot, tensors)
+            places = self._find_places(layout.nbytes)
+            image = SlotImage(name, entry.serial, layout, places[-1])
+            _write_image(file, image, tensors)  # where the disk is full, the place stays free
+            self._images[name] = image
+            places.pop()
+
+    def _open(self, folder: Path) -> int:
+        """Return the open file, which is made without a name in a folder when it is first needed."""
+        if self._file is None:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self._file = os.dup(file.fileno())
+            weakref.finalize(self, os.close, self._file)
+        return self._file
 
     def read(self, image: SlotImage, memory: Tensor) -> bool:
         """Read an image into memory of its size; return whether it is still there."""
@@ -137,12 +140,13 @@ class SlotImages:
             for name in tuple(self._images):
                 self._forget(name)
 
-    def _reserve(self, nbytes: int) -> int:
-        """Return the first byte of free space in the file."""
-        if free := self._free.get(nbytes):
-            return free.pop()
-        self._end += nbytes
-        return self._end - nbytes
+    def _find_places(self, nbytes: int) -> list[int]:
+        """Return the first bytes of free places in the file, at least one."""
+        free = self._free.setdefault(nbytes, [])
+        if not free:
+            free.append(self._end)
+            self._end += nbytes
+        return free
 
     def _forget(self, name: str) -> None:
         image = self._images.pop(name, None)
