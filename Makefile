@@ -73,7 +73,8 @@ docs: $(STAMP) ## Write the pages that are made from the code, and build the sit
 	for page in $(PAGES); do $(BIN)/python -m docs.make_$$page > docs/$$page.md || exit 1; done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-pictures: $(STAMP) ## Draw the pictures in docs/pictures (needs Chromium)
+pictures: $(STAMP) ## Draw the pictures in docs/pictures (those of graphs need Chromium)
+	$(BIN)/python -m docs.draw_compositions
 	$(BIN)/python -m docs.make_pictures
 
 format: $(STAMP) ## Format the code and apply safe fixes

@@ -29,7 +29,7 @@ def test_prompts_are_words() -> None:
 
 
 def test_what_is_trained_is_kept_in_a_file(tmp_path: Path) -> None:
-    trained = denoiser.train(2, pictures=8, rows=2)
+    trained = denoiser.train(2, 2, pictures=8, rows=2)
     file = tmp_path / "cache" / "denoiser.safetensors"
     denoiser.store(trained, file)
     assert [found.name for found in file.parent.iterdir()] == [file.name]
