@@ -11,7 +11,7 @@ from torch import Tensor
 import lorac
 from lorac.diffusion.clora import ConceptPass, ContrastiveComposer, add_background, contrast, fuse, subject_mask
 from lorac.testing.eager_checks import assert_close
-from tests.diffusion.small_unet import TOKENS, WIDTH, dynamic_shapes, inputs, noisy, small_unet
+from tests.diffusion.small_unet import TOKENS, WIDTH, inputs, noisy, small_unet
 from tests.limits import ROWS, assert_apart, decimals
 from tests.refusing import refuses
 
@@ -156,8 +156,7 @@ def test_first_steps_update(composer: ContrastiveComposer, passes: list[ConceptP
 def test_any_engine_denoises(
     unet: Any, composer: ContrastiveComposer, loras: dict[str, lorac.Adapter], passes: list[ConceptPass]
 ) -> None:
-    options: Any = {"example_inputs": inputs(), "dynamic_shapes": dynamic_shapes()}
-    other = ContrastiveComposer(unet, scheduler(), loras, stride=1, target="onnxruntime", **options)
+    other = ContrastiveComposer(unet, scheduler(), loras, stride=1, target="onnxruntime")
     for height, width in ((8, 8), (8, 12)):
         noise = inputs(1, height, width)["sample"]
         made = [one(noise, passes, GROUPS, steps=10, guidance=3.0, rate=0.5, updates=2) for one in (composer, other)]

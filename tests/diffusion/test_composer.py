@@ -15,7 +15,7 @@ from lorac.diffusion.constraints import begin_in_boxes, bell, concept_loss, leak
 from lorac.diffusion.regions import Region
 from lorac.testing import assert_parity
 from lorac.testing.eager_checks import assert_close
-from tests.diffusion.small_unet import TOKENS, WIDTH, dynamic_shapes, inputs, noisy, small_unet
+from tests.diffusion.small_unet import TOKENS, WIDTH, inputs, noisy, small_unet
 from tests.limits import decimals
 from tests.refusing import refuses
 
@@ -164,9 +164,8 @@ def test_what_does_not_fit_is_refused(unet: Any, composer: Composer, regions: li
 
 @pytest.mark.slow  # one more program; the regions themselves are compiled in test_attention.py
 def test_any_engine_denoises(unet: Any, composer: Composer, regions: list[Region]) -> None:
-    options: Any = {"example_inputs": inputs(), "dynamic_shapes": dynamic_shapes()}
-    other = Composer(unet, scheduler(), tokens=TOKENS, r=2, stride=1, target="onnxruntime", **options)
-    options = {"steps": 10, "guidance": 3.0, "rate": 2.0, "updates": 3}
+    other = Composer(unet, scheduler(), tokens=TOKENS, r=2, stride=1, target="onnxruntime")
+    options: Any = {"steps": 10, "guidance": 3.0, "rate": 2.0, "updates": 3}
     for height, width in ((8, 8), (8, 12)):
         noise = inputs(1, height, width)["sample"]
         made = [one(noise, states(1), states(2), regions, **options) for one in (composer, other)]
