@@ -1,6 +1,6 @@
 """Are adapters found by their weights, and do AutoLoRA's gates fuse those that are found better than a sum?
 
-    python -m experiments.autolora [--seeds 5] [--steps 150] [--smoke]
+    python -m experiments.autolora [--seeds 5] [--steps 75] [--smoke]
 
 Each LoRA repaints one object of the tiny denoiser in a new colour: asked for a red square it draws, say, a yellow one.
 Its name for retrieval says what it draws ("a yellow square"), in a sentence encoder's words (all-MiniLM-L6-v2). Several
@@ -12,6 +12,7 @@ prompt while all three are on, gated and as a plain sum.
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -77,10 +78,16 @@ def learned(parts: denoiser.Denoiser, concept: int, copy: int, steps: int) -> lo
     return compiled.adapters[name]
 
 
+@functools.cache
+def sentences() -> tuple[Any, Any]:
+    """Return the sentence encoder and its tokenizer."""
+    return models.minilm()
+
+
 def recall(loras: dict[tuple[int, int], lorac.Adapter], seed: int, steps: int) -> dict[str, float]:
     """Return how often a held-out LoRA is the first found, and among the first three."""
     torch.manual_seed(seed)
-    text, tokenizer = models.minilm()
+    text, tokenizer = sentences()
     names = [f"{colour} {shape}" for (_, shape), colour in CONCEPTS]
     labels = [f"{name} for {trigger[0]}" for name, (trigger, _) in zip(names, CONCEPTS, strict=True)]
     encoder = WeightEncoder(find_sizes(loras.values()), text.config.hidden_size)
@@ -141,7 +148,7 @@ def main(given: argparse.Namespace) -> None:
             report.step(f"concept {key[0]}, copy {key[1]}")
             loras[key] = learned(parts, *key, 1 if few else 40)
     with suppress_third_party_output():
-        recalls = [recall(loras, seed, given.steps * 2) for seed in range(given.seeds)]
+        recalls = [recall(loras, seed, given.steps * 4) for seed in range(given.seeds)]
         errors = [fused_error(parts, loras, seed, given.steps) for seed in range(given.seeds)]
     chance = {"recall@1": [1 / len(CONCEPTS)], "recall@3": [3 / len(CONCEPTS)]}
     found = {name: [one[name] for one in recalls] for name in chance}
@@ -153,4 +160,4 @@ def main(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(settings(__doc__, "autolora", steps=150))
+    main(settings(__doc__, "autolora", steps=75))

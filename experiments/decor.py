@@ -4,9 +4,9 @@
 
 Asked for "a red square and a blue circle" the tiny denoiser draws both. The second one is the unwanted content: its
 words' embeddings, encoded alone, span what is projected out of the whole prompt, more of it as α grows. A LoRA that
-learned to draw the square yellow, from pictures with the blue circle in them, leaks it as the base does; its projection
-is chained after the LoRA in cross-attention, against a sum of the two. Leakage is the share of pictures that show the
-unwanted object, alignment that of the wanted one. A seed is another pair of objects and other noise.
+learned to draw the square yellow, from pictures with and without the blue circle, draws that as the base does; the
+projection is chained after the LoRA in cross-attention, against a sum of the two. Leakage is the share of pictures that
+show the unwanted object, alignment that of the wanted one. A seed is another pair of objects and other noise.
 """
 
 from __future__ import annotations
@@ -33,29 +33,31 @@ PAIRS = (
     (("green", "circle"), ("red", "square")),
     (("blue", "square"), ("green", "circle")),
     (("red", "circle"), ("green", "square")),
-    (("blue", "circle"), ("red", "circle")),
+    (("green", "square"), ("red", "circle")),
 )
+"""What is wanted and what is not; words that both shared would be projected out of the wanted object too."""
 ROWS, PICTURES = 16, 32
 
 
 def repainted(parts: denoiser.Denoiser, pair: Any, seed: int, steps: int) -> lorac.Adapter:
-    """Return a LoRA that draws the first object of a pair yellow, taught by pictures of both."""
+    """Return a LoRA that draws the first object of a pair yellow, taught by pictures of both and of it alone."""
     generator = torch.Generator().manual_seed(seed)
-    shown = []
-    for _ in range(64):
-        image, masks = denoiser.draw(pair, generator)
+    shown, told = [], (denoiser.make_prompt(pair), denoiser.make_prompt(pair[:1]))
+    for index in range(64):
+        image, masks = denoiser.draw(pair[: 2 - index % 2], generator)
         image[:, masks[0]] = torch.tensor(denoiser.COLOURS["yellow"], dtype=image.dtype)[:, None]
         shown.append(image)
-    latents, states = denoiser.to_latents(torch.stack(shown)), parts.states(denoiser.make_prompt(pair))
+    latents, states = denoiser.to_latents(torch.stack(shown)), parts.states(*told).repeat(32, 1, 1)
     method = lorac.LoRA(r=4, alpha=4, targets=("attn2.to_k", "attn2.to_v"))
     compiled: Any = lorac.compile(parts.unet, {f"yellow{seed}": method})
     optimizer = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=2e-2)
     scheduler = denoiser.make_scheduler()
     for _ in range(steps):
-        x = latents[torch.randint(0, len(latents), (ROWS,), generator=generator)]
+        at = torch.randint(0, len(latents), (ROWS,), generator=generator)
+        x = latents[at]
         t = torch.randint(0, 1000, (ROWS,), generator=generator)
         noise = torch.randn(x.shape, generator=generator)
-        found = compiled(scheduler.add_noise(x, noise, t), t, states.expand(ROWS, -1, -1)).sample
+        found = compiled(scheduler.add_noise(x, noise, t), t, states[at]).sample
         optimizer.zero_grad()
         F.mse_loss(found, scheduler.get_velocity(x, noise, t)).backward()
         optimizer.step()

@@ -26,20 +26,28 @@ import lorac
 from examples import denoiser
 from experiments._denoising import table
 from experiments._study import compared, settings
-from lorac.diffusion.high_frequencies import HighFrequencyLoss, closed_gap, radial_frequency, radial_spectrum
+from lorac.diffusion.high_frequencies import (
+    HighFrequencyLoss,
+    closed_gap,
+    radial_frequency,
+    radial_spectrum,
+    structural_distance,
+)
 from lorac.diffusion.hipa import OneStep, make_target, train_one_step
 from lorac.progress import progress
 from lorac.third_party_output import suppress_third_party_output
 
+D = structural_distance
 SIDES = {
     "L1": HighFrequencyLoss(high="none", spatial=F.l1_loss),
-    "L1 + Fourier": HighFrequencyLoss(high="fourier", spatial=F.l1_loss),
-    "L1 + edges": HighFrequencyLoss(high="edge", spatial=F.l1_loss),
     "L1 + both": HighFrequencyLoss(spatial=F.l1_loss),
+    "L1 + both by D": HighFrequencyLoss(spatial=F.l1_loss, between=D),
     "D": HighFrequencyLoss(high="none"),
     "D + both": HighFrequencyLoss(),
+    "D + both by D": HighFrequencyLoss(between=D),
 }
-"""D is the default distance, which compares structure, and with it contrast, as well as pixels."""
+"""D, the default distance, compares structure, and with it contrast, as well as pixels. High-frequency parts are
+compared by L1, or by D too, as where that is DISTS."""
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_in", "conv_out")
 FILE = denoiser.FILE.with_name("blots.safetensors")
 PROMPTS = {"a square": 2.0, "a circle": 4.0}
@@ -126,9 +134,9 @@ def main(given: argparse.Namespace) -> None:
     for name, spectrum in spectra.items():
         print(f"  {name:<24}" + "".join(f"{float(power):>7.2f}" for power in spectrum.log10()))
     closed = {side: figures["top half closed"] for side, figures in found.items()}
-    for spatial in ("L1", "D"):
-        said = compared(closed[f"{spatial} + both"], closed[spatial])
-        print(f"the top half's closing, {spatial} with both parts against {spatial} alone: {said}")
+    for side in [side for side in SIDES if "+" in side]:
+        alone = side.partition(" ")[0]
+        print(f"the top half's closing, {side} against {alone} alone: {compared(closed[side], closed[alone])}")
     print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
 
 

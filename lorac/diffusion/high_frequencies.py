@@ -88,7 +88,7 @@ def structural_distance(images: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class HighFrequencyLoss:
-    """``D(x, x*) + λ·(|F·x − F·x*| + |S·x − S·x*|)``: HiPA's two-part loss, F a high-pass filter, S edges.
+    """``D(x, x*) + λ·(D'(F·x, F·x*) + D'(S·x, S·x*))``: HiPA's two-part loss, F a high-pass filter, S edges.
 
     Attributes:
         high: which of the two high-frequency parts count: ``"both"``, ``"fourier"``, ``"edge"`` or ``"none"``.
@@ -97,6 +97,8 @@ class HighFrequencyLoss:
         by_maximum: as PromptFix has it: magnitudes, divided by each image's largest. It makes the parts blind to
             contrast.
         spatial: D, such as DISTS.
+        between: D' of the high-frequency parts. L1 pays for detail that is in another place, and so takes detail away
+            that noise does not determine; ``structural_distance`` does not.
     """
 
     high: Annotated[str, OneOf(("both", "fourier", "edge", "none"))] = "both"
@@ -104,6 +106,7 @@ class HighFrequencyLoss:
     cutoff: float = CUTOFF
     by_maximum: bool = False
     spatial: Distance = structural_distance
+    between: Distance = F.l1_loss
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -131,7 +134,7 @@ class HighFrequencyLoss:
             maps, targets = (
                 found / found.amax((-3, -2, -1), keepdim=True).clamp(min=_FLOOR) for found in (maps, targets)
             )
-        return F.l1_loss(maps, targets)
+        return self.between(maps, targets)
 
 
 def radial_spectrum(images: Tensor, bands: int = 8) -> Tensor:

@@ -28,6 +28,8 @@ ALL = torch.ones(9)
 """All rows, so that the paper's equations hold for the first one too."""
 LATENTS, TIME = torch.randn(2, 4, 16, 16, generator=_DRAWN), torch.tensor(400)
 SPAN = decor.unwanted_span(UNWANTED)
+TARGETS = ("eager", pytest.param("onnxruntime", marks=pytest.mark.slow))
+"""Branches with buffers, and chains, are emitted for other methods before."""
 
 
 # ── The formula ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,7 +149,7 @@ def at_encoder(target):
     return lorac.compile(pair()["text_encoder"], {"decor": adapter}, target=target, example_inputs={"input_ids": IDS})
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_at_the_text_encoder(target):
     compiled, base = at_encoder(target), encoded(IDS)
@@ -160,7 +162,7 @@ def test_at_the_text_encoder(target):
         assert torch.equal(compiled(input_ids=IDS, adapters=None).last_hidden_state, base)
 
 
-@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_another_span_is_written_between_calls(target):
     compiled, base = at_encoder(target), encoded(IDS)[:, :6]
@@ -194,7 +196,7 @@ def projected_outputs():
     ]
 
 
-@pytest.mark.parametrize("target", ["eager", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", TARGETS)
 @torch.no_grad()
 def test_a_chain_is_the_lora_on_projected_embeddings(target):
     unet, inputs = pair()["unet"], (LATENTS, TIME, encoded(IDS))

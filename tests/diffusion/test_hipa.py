@@ -48,6 +48,14 @@ def test_only_equal_images_have_no_loss():
     assert all(float(part) > 0.1 for part in loss.parts(IMAGES, OTHERS).values())
 
 
+def test_high_parts_are_compared_by_structure_if_asked_for():
+    loss = high.HighFrequencyLoss(between=high.structural_distance)
+    assert float(loss(IMAGES, IMAGES)) == 0
+    shifted = IMAGES.roll(5, -1)
+    parts, plain = (one.parts(shifted, IMAGES) for one in (loss, high.HighFrequencyLoss()))
+    assert all(float(parts[name]) != float(plain[name]) for name in ("fourier", "edge"))
+
+
 def test_a_constant_moves_the_spatial_part_alone():
     loss = high.HighFrequencyLoss()
     before, after = loss.parts(IMAGES, OTHERS), loss.parts(IMAGES + 0.5, OTHERS)

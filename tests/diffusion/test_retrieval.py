@@ -104,7 +104,7 @@ def retriever(tmp_path_factory):
         WeightEncoder(SIZES, 32), make_encoder(), make_tokenizer(tmp_path_factory.mktemp("tokenizer")), "mean"
     )
     pairs = [((words, f"a {words}"), adapter(n, seed)) for n, words in enumerate(WORDS) for seed in range(5)]
-    losses = train_retriever(made, pairs, steps=500, rate=2e-3)
+    losses = train_retriever(made, pairs, steps=250, rate=2e-3)
     assert losses[-1] < losses[0]
     return made
 
