@@ -37,12 +37,23 @@ OPTIONS = (
 def prepare(given: argparse.Namespace) -> None:
     """Write the adapters: folders of PEFT's, all links to one."""
     folder = Path(given.folder) / "adapters"
-    if folder.exists():
-        return
-    common.save_peft(folder.with_name("first"), given)
-    for place in (folder.with_name("one") / "r", *(folder / f"r{number}" for number in range(given.registered))):
+    link_adapters(folder.with_name("one"), ["r"], given)
+    link_adapters(folder, numbered(range(given.registered)), given)
+
+
+def numbered(numbers: Sequence[int]) -> list[str]:
+    """Return names of adapters."""
+    return [f"r{number}" for number in numbers]
+
+
+def link_adapters(folder: Path, names: Sequence[str], given: argparse.Namespace) -> None:
+    """Write adapters into a folder: folders of PEFT's, all links to the one beside it."""
+    first = folder.with_name("first")
+    if not first.exists():
+        common.save_peft(first, given)
+    for place in [folder / name for name in names if not (folder / name).exists()]:
         place.mkdir(parents=True)
-        for file in folder.with_name("first").iterdir():
+        for file in first.iterdir():
             (place / file.name).hardlink_to(file)
 
 
@@ -58,9 +69,9 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     model = lorac.compile(common.llama(given), reserve=room, target="onnxruntime", **options)
     folder = Path(given.folder) / "adapters"
     model.register(folder.with_name("one"))  # what the first takes, such as a search of the model, no other does
-    before = _resident()
+    before = resident()
     names = model.register(folder)
-    registered = _resident() - before
+    registered = resident() - before
     model.swap(names[0])
     bytes_each = model.memory.used
     found = _times_in_memory(model, names, given)
@@ -69,7 +80,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     found |= _times_from_disk(model, names, folder, bytes_each, given)
     model.swap(None)
     model.memory.limit = 0
-    before, budget = _resident(), given.room * bytes_each
+    before, budget = resident(), given.room * bytes_each
     model.memory.limit = budget
     for name in names[: 4 * given.room]:
         model.swap(name)
@@ -77,7 +88,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
         **found,
         "bytes": bytes_each,
         MEMORY[0]: registered / len(names),
-        MEMORY[1]: _resident() - before - budget,
+        MEMORY[1]: resident() - before - budget,
     }
 
 
@@ -121,7 +132,7 @@ def _active() -> Any:
     return Active()
 
 
-def _resident() -> int:
+def resident() -> int:
     """Return the bytes of this process in memory."""
     gc.collect()
     samples = [int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") for _ in range(3)]

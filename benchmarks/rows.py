@@ -1,34 +1,50 @@
 """Rows with adapters of their own in one call, beside the base, PEFT's `adapter_names` and a call per choice.
 
-    python -m benchmarks.rows [--layers 20] [--rank 16] [--rounds 9] [--no-peft] [--weights float32 int4]
+    python -m benchmarks.rows [--layers 20] [--rank 16] [--rounds 9] [--no-peft]
+        [--weights float32 int4] [--registered 2000]
 
 A batch of 32 rows takes 1, 8 or 32 adapters, neighbours the same one. All ratios are to the base of the same weights;
-PEFT's is to its own. "bytes" is how long the process takes to read the bytes of the distinct adapters once.
+PEFT's is to its own. "bytes" is how long the process takes to read the bytes of the distinct adapters once. The groups
+of 9 adapters are of two sizes, so that each row takes a place of its own.
+
+A second table has thousands of registered adapters: a step of 32 rows over 8 of them, and the first token of one that
+is read from disk.
+
 Targets at one token: 8 adapters <= 1.20, 32 adapters <= 1.35 and <= 1.15 x (base + bytes), 32 adapters at least 4 x as
-fast as PEFT; at 16 tokens all <= 1.12.
+fast as PEFT; at 16 tokens all <= 1.12; steps and first tokens within A/A however many are registered, each of which
+takes at most 10 kB.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks import bank, common
 
-ROWS, DISTINCT = 32, (1, 8, 32)
+ROWS, DISTINCT = 32, (1, 8, 9, 32)
 WEIGHTS = ("float32", "int4")
 BASE, AGAIN, CALLS, READ = "base", "A/A", "a call per choice", "bytes of 32"
 PEFT_BASE, PEFT = "PEFT's base", "PEFT, 32"
+STEP, FIRST, BYTES = "step", "first token", "bytes each"
+REGISTERED = "registered"
+"""The job of the second table."""
 
 
 def prepare(given: argparse.Namespace) -> None:
-    """Compile the base and the program with room for an adapter, for each kind of weights."""
+    """Compile the base and the program with room for an adapter, for each kind of weights; write what is registered."""
     import lorac
 
+    known, stored = 0, Path(given.folder, "adapters")
+    bank.link_adapters(stored / "one", ["r"], given)
+    for count in counts(given):
+        bank.link_adapters(stored / str(count), bank.numbered(range(known, count)), given)
+        known = count
     folder, model = Path(given.folder), common.llama(given)
     for weights in (kind for kind in given.weights if not (folder / kind).exists()):
         options: dict[str, Any] = {} if weights == "float32" else {"weights": weights}
@@ -37,11 +53,18 @@ def prepare(given: argparse.Namespace) -> None:
         lorac.compile(model, adapters, target="onnxruntime", mode="live", **options).save(folder / weights / "live")
 
 
+def counts(given: argparse.Namespace) -> Sequence[int]:
+    """Return how many adapters are registered, each time more."""
+    return [count for count in (ROWS, 256) if count < given.registered] + [given.registered]
+
+
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds per call of all sides, in one process: tokens -> side -> seconds."""
+    """Seconds per call of all sides, in one process: tokens -> side -> seconds; or registered -> figure -> value."""
     import lorac
 
     (weights,) = job
+    if weights == REGISTERED:
+        return _measure_registered(given)
     folder = Path(given.folder, weights)
     live, base, again = lorac.load(folder / "live"), lorac.load(folder / "base"), lorac.load(folder / "base")
     first = live.adapters["a0"]
@@ -63,6 +86,33 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
         sides |= {name: _peft_call(model, inputs, name == PEFT) for name, model in torch_sides.items()}
         found[str(length)] = common.alternate(sides, given.rounds)
         found[str(length)][READ] = _reading(live)
+    return found
+
+
+def _measure_registered(given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Figures with more and more adapters registered: a step and a first token in seconds, bytes of memory of each."""
+    import lorac
+
+    folder = Path(given.folder)
+    live, base = (lorac.load(folder / given.weights[0] / name) for name in ("live", "base"))
+    live.remove_adapter("a0")
+    live.register(folder / "adapters" / "one")  # what the first takes, such as a search of the model, no other does
+    inputs, first = common.tokens(given, (ROWS, 1)), common.tokens(given, (1, 16))
+    found, known = {}, 0
+    for count in counts(given):
+        before = bank.resident()
+        names = live.register(folder / "adapters" / str(count))
+        each = (bank.resident() - before) / (count - known)
+        fresh, known = iter(names[8:]), count
+        step = common.call(live, {**inputs, "adapters": [names[row // 4] for row in range(ROWS)]})
+        sides = {
+            BASE: common.call(base, inputs),
+            AGAIN: common.call(base, inputs),
+            STEP: step,
+            FIRST: lambda fresh=fresh: live(**first, adapters=next(fresh)),
+        }
+        found[str(count)] = {**common.alternate(sides, given.rounds), BYTES: each}
+        gc.collect()
     return found
 
 
@@ -104,8 +154,22 @@ def _peft_call(model: Any, inputs: dict[str, Any], mixed: bool) -> common.Side:
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
-    """One table for each kind of weights: milliseconds, and ratios to the base last."""
-    return [_table(weights, by_length, given) for (weights,), by_length in found.items()]
+    """One table for each kind of weights, and one of registered adapters: milliseconds, and ratios to the base last."""
+    rest = {weights: figures for (weights,), figures in found.items()}
+    registered = rest.pop(REGISTERED)
+    return [*(_table(weights, by_length, given) for weights, by_length in rest.items()), _registered_table(registered)]
+
+
+def _registered_table(found: Any) -> common.Table:
+    rows = [
+        (count, what, f"{figures[what] * 1e3:.1f}", f"{figures[what] / figures[BASE]:.3f}")
+        for count, figures in found.items()
+        for what in (STEP, FIRST)
+    ]
+    rows += [(count, BYTES, f"{figures[BYTES]:.0f}", "") for count, figures in found.items()]
+    promised = [row[:2] for row in rows]
+    again = {count: figures[AGAIN] / figures[BASE] for count, figures in found.items()}
+    return common.Table("registered adapters", ("registered", "of", "ms or bytes", "ratio"), rows, promised, again)
 
 
 def _table(weights: str, by_length: Any, given: argparse.Namespace) -> common.Table:
@@ -145,8 +209,9 @@ BENCHMARK = common.Benchmark(
         common.rounds(9),
         common.Option("weights", WEIGHTS, smoke=("float32",), help="of the base", choices=WEIGHTS),
         common.Option("peft", True, smoke=True, help="measure PEFT too"),
+        common.Option("registered", 2000, smoke=32, help="adapters on disk, in the end"),
     ),
-    jobs=lambda given: [(weights,) for weights in given.weights],
+    jobs=lambda given: [*((weights,) for weights in given.weights), (REGISTERED,)],
     measure=measure,
     tables=tables,
     prepare=prepare,

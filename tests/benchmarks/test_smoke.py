@@ -92,7 +92,7 @@ ROWS = {
             "a generated token",
         ]
     ],
-    "rows": [["32x1"] * 11 + ["32x16"] * 11],
+    "rows": [["32x1"] * 12 + ["32x16"] * 12, ["32"] * 3],
     "routed": [
         [
             "base / base",

@@ -4,7 +4,10 @@ A slot may hold several places, one behind the other along a new first axis. A b
 of neighbouring rows, all of one size, and each takes its own place: one place serves all rows, as many places as rows
 serve each row by itself, and rows that are sorted by their choice share the places between. Since a segment is a part
 of the batch as it lies in memory, cutting copies nothing, and a row count needs no divisor: there is always one place
-per row.
+per row. So groups of several sizes cost as much as rows that are all different. Gathering their rows into segments of
+one size would cost less (measured at 32 rows of a token over 8 adapters: 1.14 of the base instead of 1.25 next to int4
+weights, 1.12 instead of 1.22 next to float), and up to 3 % more of every other call; and a program would take the order
+of its rows as one more input, for which a saved program that runs alone has no default.
 
 Within a segment, tokens lie along one axis, so that vectors broadcast and matrices are multiplied in one batch. The
 computation of a site (``lorac.ir.slots.execution.run_site``) is the same with places and without.
