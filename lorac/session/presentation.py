@@ -120,8 +120,8 @@ def _describe_rows(compiled: SwitchableModel) -> str:
     if why is not None:
         return f"a call for each choice, since {why}"
     most = min((places for graph in graphs if (places := engine.most_places(graph)) is not None), default=None)
-    places = f"one call for any choices, in D places of each slot; D is 1 to {most or 'the number of rows'}"
-    return f"{places}: neighbours with one choice share a place where their groups are multiples of one size"
+    said = f"one call for any choices, in D places of each slot; D is 1 to {most or 'the number of rows'}"
+    return f"{said}: neighbours with one choice share a place where their groups are multiples of one size"
 
 
 def _why_apart(compiled: SwitchableModel) -> dict[str, str]:
