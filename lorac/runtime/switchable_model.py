@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorac.adapters.pool import AdapterPool
-from lorac.frontend.components import MAIN_GRAPH
+from lorac.frontend.components import MAIN_GRAPH, list_components
+from lorac.frontend.inputs.diffusers_models import list_row_numbers
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import UNSET, Active, ChoiceSpec, parse_choice
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
@@ -77,17 +78,34 @@ class SwitchableModel(ChoiceSwitch, ABC):
         return self.with_choice(adapters, lambda bound, _: self._run(bound, graph, args, kwargs))
 
     def _run(self, bound: BoundProgram, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        args, kwargs = self.cast_inputs((args, kwargs))
+        kept = self._row_numbers(graph, args, kwargs) if self.input_dtypes else ()
+        args, kwargs = self.cast_inputs((args, kwargs), kept)
         result = bound.run(graph, args, kwargs)
         self._last_call.aux = result.aux
         return result.output
 
-    def cast_inputs(self, inputs: T) -> T:
-        """Return inputs with every tensor in the original model's dtype cast to the dtype of the compiled model."""
+    def _row_numbers(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
+        """Return the timesteps of a call, which in half precision would be others."""
+        interface, module = self.engine.interfaces.get(graph), self.engine.module
+        if interface is not None:
+            named = interface.name_arguments(args, kwargs)
+            return [named[name] for name in interface.row_numbers if name in named]
+        return [] if module is None else list_row_numbers(list_components(module)[graph], args, kwargs)
+
+    def cast_inputs(self, inputs: T, kept: Collection[object] = ()) -> T:
+        """Return inputs with every tensor in the original model's dtype cast to the dtype of the compiled model.
+
+        Args:
+            kept: tensors among them that are left as they are.
+        """
         if not self.input_dtypes:
             return inputs
 
+        left = {*map(id, kept)}
+
         def cast(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) in left:
+                return tensor
             return tensor.to(self.input_dtypes.get(tensor.dtype, tensor.dtype))
 
         result: T = pytree.tree_map_only(torch.Tensor, cast, inputs)

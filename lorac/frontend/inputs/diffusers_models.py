@@ -83,6 +83,14 @@ def find_row_numbers(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str
     return found
 
 
+def list_row_numbers(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
+    """Return the arguments of a call of a diffusers model that are one number per row, or one for all rows."""
+    if not is_diffusers(model):
+        return []
+    named = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    return [named[name] for name in ROW_NUMBERS if name in named]
+
+
 # ── Example inputs ───────────────────────────────────────────────────────────────────────────────────────────────────
 def make_image_inputs(model: nn.Module) -> dict[str, Any]:
     """Make example inputs of a diffusers model from its configuration; none where that does not suffice."""

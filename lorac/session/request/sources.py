@@ -105,7 +105,8 @@ def _suggest_model(given: object) -> str:
     parts = getattr(given, "components", None)
     if isinstance(parts, Mapping):
         names = [name for name, part in parts.items() if isinstance(part, nn.Module)]
-        return "give its models by name: {" + ", ".join(f"'{name}': pipeline.{name}" for name in names) + "}"
+        by_name = ", ".join(f"'{name}': pipeline.{name}" for name in names)
+        return f"give its models by name: {{{by_name}}}; lorac.diffusion.compile takes a pipeline of diffusers"
     if hasattr(given, "model_type"):
         return "make the model of it: transformers.AutoModel.from_config(config)"
     return "give an nn.Module, or several by name"

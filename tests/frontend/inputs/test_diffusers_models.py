@@ -1,5 +1,7 @@
 """Example inputs of diffusers' models by their configurations, and the axes along which they vary."""
 
+import copy
+
 import pytest
 import torch
 from torch.export import Dim
@@ -56,3 +58,18 @@ def test_a_timestep_is_given_to_each_row_of_an_example():
     assert torch.equal(inputs["timestep"], torch.full((3,), 7.0))
     assert shapes["timestep"] == {0: Dim.AUTO}
     assert spread_example_numbers(ZOO["plain_mlp"].model(), (given,), None) == ((given,), None)
+
+
+def test_a_timestep_keeps_its_precision_in_a_model_of_half_precision():
+    """951.36 is 952 in bfloat16: the model itself computes with what the scheduler gives."""
+    unet, dtype = tiny_unet(16), torch.bfloat16
+    compiled = lorac.compile(unet, {"a": lorac.LoRA(r=1, targets=["to_q"])}, dtype=dtype, active=None)
+    sample, context = torch.randn(2, 4, 16, 16), torch.randn(2, 3, 16)
+    half = copy.deepcopy(unet).to(dtype)
+    with torch.no_grad():
+        for timestep in (torch.tensor(951.36), torch.tensor([951.36, 3.7])):
+            expected = half(sample.to(dtype), timestep, context.to(dtype)).sample
+            assert not torch.equal(half(sample.to(dtype), timestep.to(dtype), context.to(dtype)).sample, expected)
+            assert torch.equal(compiled(sample, timestep, context).sample, expected)
+            named = compiled(sample=sample, timestep=timestep, encoder_hidden_states=context)
+            assert torch.equal(named.sample, expected)
