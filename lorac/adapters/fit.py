@@ -132,24 +132,38 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
     Raises:
         AdapterError: naming the first such tensor, and how many of its values.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        with pause_clock():
-            finite = _find_finite(tensor)
+    numbers = {n: t for n, t in tensors.items() if not t.is_meta and (t.is_floating_point() or t.is_complex())}
+    with pause_clock():
+        suspected = {name: torch.isfinite(_widen(numbers[name])) for name in _find_infinite_sums(numbers)}
+    for name, finite in suspected.items():
         if not finite.all():
             raise AdapterError(
-                f"tensor '{name}' of {owner} holds {int((~finite).sum())} NaN or infinite of {tensor.numel()} values",
+                f"tensor '{name}' of {owner} holds {int((~finite).sum())} NaN or infinite of {finite.numel()} values",
                 next_step="its training diverged: take an earlier checkpoint",
                 code="non_finite",
             )
 
 
-def _find_finite(tensor: Tensor) -> Tensor:
-    """Return which values are finite, or whether all are."""
-    wide = tensor.float() if tensor.itemsize == 1 else tensor  # isfinite does not support dtypes of one byte
-    total = wide.sum().isfinite()  # takes a quarter of the time; a sum of finite values may overflow all the same
-    return total if total else torch.isfinite(wide)
+def _find_infinite_sums(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors whose sum is not finite; that of finite values may overflow all the same.
+
+    Summing takes a quarter of the time of looking at each value.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        total = _widen(tensor).sum()
+        groups.setdefault((total.dtype, total.device), {})[name] = total
+    finite = {name: is_finite for sums in groups.values() for name, is_finite in _are_finite(sums).items()}
+    return [name for name in tensors if not finite[name]]
+
+
+def _are_finite(numbers: Mapping[str, Tensor]) -> dict[str, bool]:
+    return dict(zip(numbers, torch.stack([*numbers.values()]).isfinite().tolist(), strict=True))
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Return a tensor in a dtype that can be summed."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def check_site(

@@ -23,10 +23,11 @@ from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
-from lorac.storage.tensor_file import DTYPES, hash_contents, read_tensor, write_safetensors
+from lorac.storage.tensor_file import DTYPES, agrees_with_hash, hash_contents, read_tensor, write_safetensors
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
+_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 LONGEST_NAME = 1000
 """Characters of a tensor's name, which patterns are matched against."""
 SEAL = "lorac_seal"
@@ -69,8 +70,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, list[int], int]]]:
     """Return the metadata, and the dtype, shape and first byte of every tensor."""
-    header, size = _read_raw_header(path)
-    metadata = header.pop("__metadata__", None)
+    known, size = _read_raw_header(path)
+    header = {name: entry for name, entry in known.items() if name != "__metadata__"}
+    metadata = known.get("__metadata__")
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
@@ -264,7 +266,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 def agrees_with_seal(seal: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a seal, if there is one, is the hash over a description and its tensors."""
     with pause_clock():
-        return seal is None or _HEADERS_ONLY.get() or seal == hash_contents(text, tensors)
+        return seal is None or _HEADERS_ONLY.get() or agrees_with_hash(seal, text, tensors)
 
 
 def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -282,7 +284,7 @@ def check_seal(path: Path, text: str, tensors: Mapping[str, Tensor], metadata: M
         )
 
 
-def _read_raw_header(path: Path) -> tuple[dict[str, object], int]:
+def _read_raw_header(path: Path) -> tuple[JsonMapping, int]:
     """Return the JSON object of the header, and the number of bytes after it."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -291,8 +293,13 @@ def _read_raw_header(path: Path) -> tuple[dict[str, object], int]:
             raise _corrupt(path, f"it promises {length} bytes of header, the file has {size} bytes")
         claim_memory(length, "its header")
         text = file.read(length)
-    header = parse_object(text, lambda reason: _corrupt(path, f"its header {reason}"))
-    return header, size - 8 - length
+    return _parse_header(path, text), size - 8 - length
+
+
+@functools.lru_cache(maxsize=2)
+def _parse_header(path: Path, text: bytes) -> JsonMapping:
+    """Return a header, which is looked at to recognise a file, and then again to read it."""
+    return parse_object(text, lambda reason: _corrupt(path, f"its header {reason}"))
 
 
 def _check_name(path: Path, name: str) -> None:
@@ -303,7 +310,7 @@ def _check_name(path: Path, name: str) -> None:
 def _parse_offsets(path: Path, name: str, entry: object) -> tuple[int, int]:
     """Return the first byte of a tensor and the one after its last, counted from the end of the header."""
     _check_name(path, name)
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_FIELDS:
         raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:

@@ -196,6 +196,8 @@ class ChoiceStates:
         kept, entry = self._kept.pop(choice, None), self._find_stored(choice)
         if kept is None or entry is None or self._base_program is None or kept.state.entries != (entry,):
             return
+        if self._images.find(choice[0][0], entry) is not None:
+            return
         state = kept.state
         if any(self._engine.why_apart(state.snapshot, graph) for graph in self._engine.interfaces):
             return

@@ -6,7 +6,9 @@ import dataclasses
 import gc
 import random
 import shutil
+import sys
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -239,12 +241,42 @@ def test_caches_share_the_budget_with_adapters() -> None:
     assert model.memory.used == 0
 
 
+def count_calls(work: Callable[[], object]) -> int:
+    """Return the number of functions that some work calls, of Python and of C."""
+    events: list[str] = []
+    gc.collect()
+    gc.disable()
+    sys.setprofile(lambda _, event, __: events.append(event))
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+    return events.count("call") + events.count("c_call")
+
+
+def count_adding(compiled: Any, name: str) -> int:
+    """Return what it takes to add an adapter and to swap to it."""
+
+    def add() -> None:
+        compiled.add_adapter(adapter("lora", "a"), name=name)
+        compiled.swap(name)
+        compiled.swap(None)
+
+    return count_calls(add)
+
+
 def test_two_thousand_registered_adapters_take_next_to_nothing(folder: Path, tmp_path: Path) -> None:
+    """Neither memory, nor time when another is added."""
     source = folder / "n1"
     for i in range(2000):
         shutil.copytree(source, tmp_path / "many" / f"r{i}", copy_function=lambda a, b: Path(b).hardlink_to(a))
     compiled = build([], "onnxruntime", reserve=ROOM, self_test=False)
     compiled.register(folder)
+    count_adding(compiled, "late0")
+    few = count_adding(compiled, "late1")
+    for name in ("late0", "late1"):
+        compiled.remove_adapter(name)
     tracemalloc.start()
     compiled.register(tmp_path / "many")
     gc.collect()
@@ -253,6 +285,9 @@ def test_two_thousand_registered_adapters_take_next_to_nothing(folder: Path, tmp
     assert taken / 2000 < 1000
     assert compiled.memory.used == 0
     assert raw(answer(compiled, adapters="r1999")) == raw(answer(compiled, adapters="n1"))
+    entries = compiled.pool.entries
+    assert count_adding(compiled, "late2") - few < 1000, "fewer calls than there are adapters"
+    assert compiled.pool.entries is entries, "a copy would take as long as there are adapters"
 
 
 def test_what_does_not_fit_is_refused_when_it_is_registered(folder: Path, tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def _read_sites(adapter: Adapter, file: PeftFile, shared: dict[str, Tensor]) -> 
     sites = {}
     for path, stored in contents.sites.items():
         site, tensors = peft_type.read_site(adapter.variant, path, {**stored, **shared})
-        site = dataclasses.replace(site, within=contents.within.get(path))
+        within = contents.within.get(path)
+        site = site if site.within == within else dataclasses.replace(site, within=within)
         if site.within not in {None, path}:
             tensors = peft_type.read_inner(file.values, tensors)
         if peft_type.needs_model:

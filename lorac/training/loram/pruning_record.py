@@ -13,7 +13,7 @@ from lorac.errors import ArtifactError, FormatError
 from lorac.limits import charge_reading
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import translate_os_errors
-from lorac.storage.tensor_file import TensorFile, hash_contents, write_safetensors
+from lorac.storage.tensor_file import TensorFile, agrees_with_hash, hash_contents, write_safetensors
 
 Tensor = torch.Tensor
 _SEAL = "lorac_seal"
@@ -81,7 +81,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             stored = file.load_all()
     except (SafetensorError, ArtifactError) as error:
         raise FormatError(f"'{path}' is damaged: {error}", code="corrupt_file") from error
-    if file.notes.get(_SEAL) not in {None, hash_contents("", stored)}:
+    if _SEAL in file.notes and not agrees_with_hash(file.notes[_SEAL], "", stored):
         raise FormatError(f"'{path}' was changed since lorac wrote it", code="corrupt_file")
     return stored
 
