@@ -75,6 +75,7 @@ docs: $(STAMP) ## Write the pages that are made from the code, and build the sit
 
 pictures: $(STAMP) ## Draw the pictures in docs/pictures (those of graphs need Chromium)
 	$(BIN)/python -m docs.draw_compositions
+	$(BIN)/python -m docs.draw_styles
 	$(BIN)/python -m docs.make_pictures
 
 format: $(STAMP) ## Format the code and apply safe fixes

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -129,15 +129,28 @@ class Retriever:
                 next_step=f"give the folder that Retriever.save wrote, which holds {FILE}",
                 code="unknown_format",
             )
-        tensors = load_file(place / FILE)
-        with safe_open(place / FILE, framework="pt") as file:
-            settings = json.loads((file.metadata() or {})["retriever"])
-        sizes = {path: (takes, gives) for path, (takes, gives) in settings["sizes"].items()}
+        encoder, pooling = _read_encoder(place / FILE)
+        text = AutoModel.from_pretrained(place / TEXT)
+        text = getattr(text, "text_model", text) if pooling == "pooler" else text
+        return cls(encoder.eval(), text.eval(), AutoTokenizer.from_pretrained(place / TEXT), pooling)
+
+
+def _read_encoder(file: Path) -> tuple[WeightEncoder, Pooling]:
+    """Return the encoder of adapters in a file, and how its text encoder is pooled."""
+    try:
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            settings = json.loads(opened.metadata()["retriever"])
+        sizes = {path: (int(takes), int(gives)) for path, (takes, gives) in settings["sizes"].items()}
         encoder = WeightEncoder(sizes, settings["width"], layers=settings["layers"])
         encoder.load_state_dict(tensors)
-        text = AutoModel.from_pretrained(place / TEXT)
-        text = getattr(text, "text_model", text) if settings["pooling"] == "pooler" else text
-        return cls(encoder.eval(), text.eval(), AutoTokenizer.from_pretrained(place / TEXT), settings["pooling"])
+        return encoder, settings["pooling"]
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(
+            f"'{file}' is not what a retriever wrote: {error}",
+            next_step="train the retriever again, and save it",
+            code="corrupt_file",
+        ) from error
 
 
 def matching_loss(prompts: Tensor, adapters: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
 import lorac
+from examples.pipelines import tiny_unet, tiny_vae
 from lorac.diffusion import high_frequencies as high
 from lorac.diffusion import hipa
 from lorac.testing.eager_checks import assert_close
 from tests.limits import assert_vanishes
 from tests.parity import assert_parity
 from tests.refusing import refuses
-from tests.zoo import tiny_unet, tiny_vae
 
 _DRAWN = torch.Generator().manual_seed(4)
 IMAGES = torch.randn(2, 3, 16, 16, generator=_DRAWN, dtype=torch.float64)

@@ -139,6 +139,9 @@ def test_the_command(folder):
 def test_what_is_refused(retriever, folder, tmp_path):
     with refuses("unknown_format", match="no retriever in"):
         Retriever.load(tmp_path)
+    (tmp_path / "retriever.safetensors").write_bytes(b"no tensors")
+    with refuses("corrupt_file", match="is not what a retriever wrote"):
+        Retriever.load(tmp_path)
     with refuses("unknown_format", match="no adapters in"):
         find_adapters(retriever, "a red dress", tmp_path)
     with refuses("choice_error", match="of 0 adapters the best 3"):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import lorac
+from examples.pipelines import tiny_vae
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.passes import verify_model
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.testing.eager_checks import assert_close
-from tests.zoo import ZOO, tiny_vae
+from tests.zoo import ZOO
 
 FEATURES, OUT, RANK = 4, 6, 2
 DRAWN = np.random.default_rng(0)
