@@ -156,6 +156,24 @@ def _exchange(model: ir.Model, one: str, two: str) -> None:
     first.name = two
 
 
+def _serve_all_rows_from_one_place(model: ir.Model, name: str) -> None:
+    slot = _input(model, name)
+    uses = [(node, index) for node, index in slot.uses() if node.op_type == "MatMul"]
+    first = ir.node("Gather", [slot, _constant(model, "first", torch.tensor([0]))], name="first_place")
+    first.outputs[0].name = "place"
+    model.graph.insert_before(model.graph[0], first)
+    for node, index in uses:
+        node.replace_input_with(index, first.outputs[0])
+
+
+def test_a_slot_with_one_place_for_all_rows_is_found(built: dict[str, Built], tmp_path: Path) -> None:
+    """One choice for all rows does not tell."""
+    made = built["live"]
+    engine = _sabotaged(made, tmp_path / "model", lambda model: _serve_all_rows_from_one_place(model, "one:b"))
+    with refuses("self_test_failed", match="where rows have adapters of their own"):
+        run_self_test(engine, made.program, made.snapshot)
+
+
 def test_honest_engines_pass(built: dict[str, Built]) -> None:
     for made in built.values():
         run_self_test(made.engine, made.program, made.snapshot)
