@@ -359,7 +359,30 @@ def peak() -> float:
     return int(marks["VmHWM"].split()[0]) / 1024
 
 
+def measure_call(call: Callable[[], object], *, above_start: bool = False) -> dict[str, float]:
+    """Return the seconds and CPU seconds of a call, and the peak memory in MiB, or how far that is above the start."""
+    forget_peak()
+    before, begun, spent = peak(), time.perf_counter(), time.process_time()
+    kept = call()
+    took = {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - spent}
+    del kept
+    return {**took, "peak": peak() - (before if above_start else 0)}
+
+
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+def compare_sides(title: str, found: Found, sides: Sequence[str]) -> Table:
+    """Return a table of what ``measure_call`` found of each side, beside the first; the second is another run of it."""
+    first, again, *_ = sides
+    ratios = {side: {what: found[(side,)][what] / found[(first,)][what] for what in found[(first,)]} for side in sides}
+    rows = []
+    for side in sides:
+        one, ratio = found[(side,)], ratios[side]
+        figures = (f"{one['seconds']:.3f}", f"{one['cpu']:.3f}", f"{one['peak']:.0f}")
+        rows.append((side, *figures, *(f"{ratio[what]:.2f}" for what in ("peak", "cpu", "seconds"))))
+    columns = ("side", "s", "CPU s", "peak MiB", "memory ratio", "CPU ratio", "time ratio")
+    return Table(title, columns, rows, [(side,) for side in sides], ratios[again])
+
+
 def print_table(table: Table) -> None:
     """Print it, having seen that it is whole."""
     begun = [tuple(row[: len(cells)]) for row, cells in zip(table.rows, table.promised, strict=True)]

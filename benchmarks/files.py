@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,12 +57,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     _read(side, folder / "small")
     for file in (folder / "large").rglob("*.safetensors"):
         file.read_bytes()
-    common.forget_peak()
-    before, begun, spent = common.peak(), time.perf_counter(), time.process_time()
-    kept = _read(side, folder / "large")
-    took = {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - spent}
-    del kept
-    return {**took, "peak": common.peak() - before}
+    return common.measure_call(lambda: _read(side, folder / "large"), above_start=True)
 
 
 def _read(side: str, folder: Path) -> object:
@@ -78,22 +72,7 @@ def _read(side: str, folder: Path) -> object:
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
     """Each side beside safetensors' own reader."""
-    bare = found[(BARE,)]
-    ratios = {side: {what: found[(side,)][what] / bare[what] for what in bare} for side in SIDES}
-    rows = [
-        (
-            side,
-            f"{found[(side,)]['seconds']:.3f}",
-            f"{found[(side,)]['peak']:.0f}",
-            f"{ratios[side]['peak']:.2f}",
-            f"{ratios[side]['cpu']:.2f}",
-            f"{ratios[side]['seconds']:.2f}",
-        )
-        for side in SIDES
-    ]
-    columns = ("side", "s", "peak MiB", "memory ratio", "CPU ratio", "time ratio")
-    title = f"reading {given.megabytes} MB into memory"
-    return [common.Table(title, columns, rows, [(side,) for side in SIDES], ratios[AGAIN])]
+    return [common.compare_sides(f"reading {given.megabytes} MB into memory", found, SIDES)]
 
 
 BENCHMARK = common.Benchmark(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +51,8 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
 
     side, folder = job[0], _folder(given)
     ids = torch.arange(1, 9)[None]
-    common.forget_peak()
-    begun, spent = time.perf_counter(), time.process_time()
-    (_lorac if side == LORAC else _bare)(folder, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    took = {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - spent}
-    return {**took, "peak": common.peak()}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return common.measure_call(lambda: (_lorac if side == LORAC else _bare)(folder, inputs))
 
 
 def _bare(folder: Path, inputs: Any) -> None:
@@ -77,23 +73,7 @@ def _lorac(folder: Path, inputs: Any) -> None:
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
     """Each side beside the bare session."""
-    bare = found[(BARE,)]
-    ratios = {side: {what: found[(side,)][what] / bare[what] for what in bare} for side in SIDES}
-    rows = [
-        (
-            side,
-            f"{found[(side,)]['seconds']:.2f}",
-            f"{found[(side,)]['cpu']:.2f}",
-            f"{found[(side,)]['peak']:.0f}",
-            f"{ratios[side]['peak']:.2f}",
-            f"{ratios[side]['cpu']:.2f}",
-            f"{ratios[side]['seconds']:.2f}",
-        )
-        for side in SIDES
-    ]
-    columns = ("side", "s", "CPU s", "peak MiB", "memory ratio", "CPU ratio", "time ratio")
-    title = "from a folder to the first answer, beyond importing torch"
-    return [common.Table(title, columns, rows, [(side,) for side in SIDES], ratios[AGAIN])]
+    return [common.compare_sides("from a folder to the first answer, beyond importing torch", found, SIDES)]
 
 
 BENCHMARK = common.Benchmark(

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,17 +93,18 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
     folder = Path(given.folder)
     out = folder / f"out-{os.getpid()}"
     transformers.LlamaForCausalLM  # noqa: B018  (imported with what it needs)
-    common.forget_peak()
-    before, begun, spent = common.peak(), time.perf_counter(), time.process_time()
-    if job[0] == MERGE:
-        merge_checkpoint(folder / "model", folder / "adapter", out)
-    else:
-        shutil.copytree(folder / "model", out)
-        flush_folder(out)
-    took = {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - spent}
+
+    def write() -> None:
+        if job[0] == MERGE:
+            merge_checkpoint(folder / "model", folder / "adapter", out)
+        else:
+            shutil.copytree(folder / "model", out)
+            flush_folder(out)
+
+    took = common.measure_call(write, above_start=True)
     shards = [path.stat().st_size / 2**20 for path in out.glob("*.safetensors")]
     shutil.rmtree(out)
-    return {**took, "memory": common.peak() - before, "size": sum(shards), "shard": max(shards)}
+    return {**took, "size": sum(shards), "shard": max(shards)}
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
@@ -120,8 +120,8 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
                 f"{one['seconds']:.2f}",
                 f"{one['cpu']:.2f}",
                 f"{ratios[side]['seconds']:.2f}",
-                f"{one['memory']:.0f}",
-                f"{one['memory'] / one['shard']:.2f}",
+                f"{one['peak']:.0f}",
+                f"{one['peak'] / one['shard']:.2f}",
             )
         )
     columns = ("side", "s", "CPU s", "time ratio", "MiB above the start", "of the largest shard")

@@ -60,8 +60,8 @@ def make_sdxl_unet() -> Any:
 
 def run_pair(pair: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return what a U-Net and a text encoder compute, of the same inputs every time."""
-    generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(2, 4, 16, 16, generator=generator)
+    generator, dtype = torch.Generator().manual_seed(1), next(pair["unet"].parameters()).dtype
+    latents = torch.randn(2, 4, 16, 16, generator=generator).to(dtype)
     tokens = torch.arange(14).reshape(2, 7) + 3
     with torch.no_grad():
         states = pair["text_encoder"](input_ids=tokens).last_hidden_state

@@ -36,6 +36,7 @@ class Format(ABC):
         methods: the methods whose adapters its files hold, for the documentation.
         written_by: the tools that write such files, for the documentation.
         evidence: what ``recognises`` goes by. Of several formats that recognise a file, it is of the surest.
+        magic: first byte, and the bytes from there on, of a format of files that these tell.
         refines: the format whose files these are too, with something more; this one then wins over it.
     """
 
@@ -44,14 +45,20 @@ class Format(ABC):
     methods: ClassVar[tuple[type[Variant], ...]] = ()
     written_by: ClassVar[str] = ""
     evidence: ClassVar[Evidence] = Evidence.NAMES
+    magic: ClassVar[tuple[int, bytes] | None] = None
     refines: ClassVar[str | None] = None
 
-    @abstractmethod
     def recognises(self, path: Path) -> bool:
         """Return whether a path, which exists, is of this format.
 
-        It is cheap, and never raises on a damaged file.
+        It is cheap, and never raises on a damaged file. A format without ``magic`` overrides it.
         """
+        if self.magic is None or not path.is_file():
+            return False
+        begin, expected = self.magic
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read(len(expected)) == expected
 
     @abstractmethod
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:

@@ -43,13 +43,8 @@ class OnnxAdapterFormat(Format):
     looks_for = f"a file with {MAGIC.decode()} at byte 4"
     written_by = "Olive's `convert-adapters`; programs that lorac saves"
     evidence = Evidence.LAYOUT
+    magic = (4, MAGIC)
     methods = (LoRA,)
-
-    def recognises(self, path: Path) -> bool:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(8)[4:] == MAGIC
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
         stored = read_onnx_adapter(path, lambda reason: corrupt_error(f"'{path}' is damaged: {reason}"))

@@ -16,7 +16,7 @@ from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError, CompileError, SiteError, list_some, warn
 from lorac.frontend.layer_classes import is_only_read
 from lorac.frontend.model_view import ModelView
-from lorac.ir.algebra.changes import Change, LowRank, compose, merge_bias, merge_weight
+from lorac.ir.algebra.changes import Change, LowRank, add_product, compose, merge_bias, merge_weight
 from lorac.ir.algebra.operands import BIAS, C
 from lorac.ir.algebra.reduction import BRANCH
 from lorac.ir.sites import Site
@@ -26,7 +26,7 @@ from lorac.ir.slots.plans import BranchTerm, PreparedAdapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 """Values of a weight that are in float32 at once, where its rows are merged one by one."""
 
 
@@ -208,11 +208,19 @@ def _merge_rows(change: LowRank, weight: Tensor) -> Tensor:
             merged[number] = _merge_rows(_take_matrix(change, number), matrix)
         return merged
     step = max(1, _BLOCK // weight.shape[1])
+    wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), change.a.dtype)
+    block = weight.new_empty(min(step, len(weight)), weight.shape[1], dtype=wide)
+    left, right = change.b.mT.to(wide), change.a.mT.to(wide)
     for begin in range(0, len(weight), step):
         rows = slice(begin, begin + step)
-        scales = {name: scale[rows] if name == C else scale for name, scale in change.scales.items()}
-        part = replace(change, b=change.b[:, rows], scales=scales)
-        merged[rows] = merge_weight(part, _widen(weight[rows]))
+        part = block[: len(weight) - begin]
+        part.copy_(weight[rows])
+        if change.scales:
+            scales = {name: scale[rows] if name == C else scale for name, scale in change.scales.items()}
+            part = merge_weight(replace(change, b=change.b[:, rows], scales=scales), part)
+        else:
+            add_product(part, left[rows], right, out=part)
+        merged[rows] = part
     return merged
 
 

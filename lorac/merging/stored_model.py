@@ -43,25 +43,26 @@ class StoredModel:
     view: ModelView
 
     @classmethod
-    def open(cls, folder: Path, *, dequantize: bool = False) -> StoredModel:
+    def open(cls, folder: Path, *, dequantize: bool | None = None) -> StoredModel:
         """Open a folder that transformers or diffusers wrote.
 
         Args:
             folder: where it is.
-            dequantize: read the float values of quantised weights.
+            dequantize: read the float values of quantised weights; None where nobody can ask for that.
 
         Raises:
             OptionError: its configuration is missing, or no model can be made of it.
             FormatError: its weights are missing, damaged, of other shapes, or not in safetensors files.
-            CompileError: its weights are quantised, and ``dequantize`` is False or does not know how.
+            CompileError: its weights are quantised, and ``dequantize`` is not True, or in a layout that is not known.
         """
         config = read_model_config(folder)
         settings = config.get("quantization_config")
         if settings and not dequantize:
             raise CompileError(
-                f"'{folder}' holds a quantised model, into whose weights nothing can be merged",
-                next_step="give the model as it was before, or dequantize=True (on the command line, --dequantize), "
-                "which merges into the float values",
+                f"'{folder}' holds a quantised model, to whose weights nothing can be added and from which nothing can "
+                "be subtracted",
+                next_step="give the model as it was before"
+                + ("" if dequantize is None else ", or dequantize=True (--dequantize) to merge into its float values"),
                 code="not_mergeable",
             )
         as_stored = ShardedTensors(folder)

@@ -53,6 +53,35 @@ def test_it_is_what_peft_merges(config, tmp_path):
 
 
 @torch.no_grad()
+def test_every_merged_value_is_as_near_as_its_dtype_allows(tmp_path):
+    """Of W + s·B·A in float64: within r + 2 roundings of its terms, and as near as PEFT's, which is rounded too."""
+    entry = ZOO["tiny_llama"]
+    model = entry.model()
+    config = LoraConfig(
+        r=3, lora_alpha=5, use_rslora=True, target_modules="all-linear", modules_to_save=["norm", "lm_head"]
+    )
+    oracle = make_peft(model, tmp_path / "a", config, inputs=entry.inputs(), outputs=entry.outputs)
+    merged, adapter = lorac.merge_into(model, tmp_path / "a"), lorac.load_adapter(tmp_path / "a", model)
+    with quiet():
+        theirs = dict(oracle.merge_and_unload().named_parameters())
+    distances, most = [0.0, 0.0], torch.finfo(torch.float32).eps / 2 * (3 + 2)
+    for name, tensor in merged.named_parameters():
+        at = adapter.tensors.get(name.removesuffix(".weight"))
+        if at is None:
+            assert torch.equal(tensor, theirs[name])
+            continue
+        base, down, up = (one.double() for one in (model.get_parameter(name), at["lora_A"], at["lora_B"]))
+        scale = 5 / 3**0.5
+        exact, terms = base + scale * up @ down, base.abs() + scale * up.abs() @ down.abs()
+        assert ((tensor - exact).abs() <= most * terms).all(), name
+        for number, one in enumerate((tensor, theirs[name])):
+            distances[number] += float((one - exact).square().sum())
+    own, other = (distance**0.5 for distance in distances)
+    print(f"to float64: lorac {own:.3e}, PEFT {other:.3e}")
+    assert round(own / other, 2) <= 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_bert", "tiny_vit", "tiny_t5"])
 def test_models_of_every_kind_load_again(name, tmp_path):
     entry = ZOO[name]

@@ -53,13 +53,8 @@ class GgufFormat(Format):
     looks_for = f"a file that begins with {MAGIC.decode()}"
     written_by = "llama.cpp's `convert_lora_to_gguf.py`"
     evidence = Evidence.LAYOUT
+    magic = (0, MAGIC)
     methods = (LoRA,)
-
-    def recognises(self, path: Path) -> bool:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(4) == MAGIC
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
         file = read_gguf(path)
