@@ -60,7 +60,7 @@ def make_sdxl_unet() -> Any:
 
 def run_pair(pair: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return what a U-Net and a text encoder compute, of the same inputs every time."""
-    generator, dtype = torch.Generator().manual_seed(1), next(pair["unet"].parameters()).dtype
+    generator, dtype = torch.Generator().manual_seed(1), pair["unet"].dtype
     latents = torch.randn(2, 4, 16, 16, generator=generator).to(dtype)
     tokens = torch.arange(14).reshape(2, 7) + 3
     with torch.no_grad():
