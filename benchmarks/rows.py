@@ -1,10 +1,10 @@
 """Rows with adapters of their own in one call, beside the base, PEFT's `adapter_names` and a call per choice.
 
     python -m benchmarks.rows [--layers 20] [--rank 16] [--rounds 9] [--no-peft]
-        [--weights float32 int4] [--registered 2000]
+        [--weights float32 int4] [--rows 32] [--registered 2000]
 
-A batch of 32 rows takes 1, 8 or 32 adapters, neighbours the same one. All ratios are to the base of the same weights;
-PEFT's is to its own. "bytes" is how long the process takes to read the bytes of the distinct adapters once. The groups
+A batch of 32 rows takes 1, 8 or 32 adapters, neighbours the same one, in ONNX Runtime or, with `--weights eager`, in
+eager mode. All ratios are to the base of the same weights; PEFT's is to its own. "bytes" is how long the process takes to read the bytes of the distinct adapters once. The groups
 of 9 adapters are of two sizes, so that each row takes a place of its own.
 
 A second table has thousands of registered adapters: a step of 32 rows over 8 of them, and the first token of one that
@@ -19,18 +19,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import bank, common
 
 ROWS, DISTINCT = 32, (1, 8, 9, 32)
+EAGER = "eager"
 WEIGHTS = ("float32", "int4")
-BASE, AGAIN, CALLS, READ = "base", "A/A", "a call per choice", "bytes of 32"
-PEFT_BASE, PEFT = "PEFT's base", "PEFT, 32"
+BASE, AGAIN, CALLS, READ = "base", "A/A", "a call per choice", "bytes of all"
+PEFT_BASE, PEFT = "PEFT's base", "PEFT, all"
 STEP, FIRST, BYTES = "step", "first token", "bytes each"
 REGISTERED = "registered"
 """The job of the second table."""
@@ -46,7 +48,7 @@ def prepare(given: argparse.Namespace) -> None:
         bank.link_adapters(stored / str(count), bank.numbered(range(known, count)), given)
         known = count
     folder, model = Path(given.folder), common.llama(given)
-    for weights in (kind for kind in given.weights if not (folder / kind).exists()):
+    for weights in (kind for kind in _emitted(given) if not (folder / kind).exists()):
         options: dict[str, Any] = {} if weights == "float32" else {"weights": weights}
         lorac.compile(model, {}, target="onnxruntime", **options).save(folder / weights / "base")
         adapters = {"a0": lorac.LoRA(r=given.rank, alpha=given.rank)}
@@ -60,30 +62,28 @@ def counts(given: argparse.Namespace) -> Sequence[int]:
 
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Seconds per call of all sides, in one process: tokens -> side -> seconds; or registered -> figure -> value."""
-    import lorac
-
     (weights,) = job
     if weights == REGISTERED:
         return _measure_registered(given)
-    folder = Path(given.folder, weights)
-    live, base, again = lorac.load(folder / "live"), lorac.load(folder / "base"), lorac.load(folder / "base")
+    live, base, again = _loaded(weights, given)
     first = live.adapters["a0"]
     live.remove_adapter("a0")
-    for index in range(ROWS):
+    for index in range(given.rows):
         tensors = {path: {name: one.clone() for name, one in at.items()} for path, at in first.tensors.items()}
         adapter = dataclasses.replace(first, name=f"a{index}", tensors=tensors)
         common.away_from_init(adapter, seed=index)
         live.add_adapter(adapter)
-    torch_sides = _peft_sides(given) if given.peft and weights == WEIGHTS[0] else {}
+    call = common.torch_call if weights == EAGER else common.call
+    torch_sides = _peft_sides(given) if _has_peft(weights, given) else {}
     found = {}
     for length in (1, 16):
-        inputs = common.tokens(given, (ROWS, length))
-        sides = {BASE: common.call(base, inputs), AGAIN: common.call(again, inputs)}
-        for distinct in DISTINCT:
-            names = [f"a{row * distinct // ROWS}" for row in range(ROWS)]
-            sides[str(distinct)] = common.call(live, {**inputs, "adapters": names})
-        sides[CALLS] = _call_per_choice(live, inputs)
-        sides |= {name: _peft_call(model, inputs, name == PEFT) for name, model in torch_sides.items()}
+        inputs = common.tokens(given, (given.rows, length))
+        sides = {BASE: call(base, inputs), AGAIN: call(again, inputs)}
+        for distinct in _distinct(given):
+            names = [f"a{row * distinct // given.rows}" for row in range(given.rows)]
+            sides[str(distinct)] = call(functools.partial(live, adapters=names), inputs)
+        sides[CALLS] = _call_per_choice(live, inputs, given.rows, call)
+        sides |= {n: _peft_call(model, inputs, given.rows if n == PEFT else 0) for n, model in torch_sides.items()}
         found[str(length)] = common.alternate(sides, given.rounds)
         found[str(length)][READ] = _reading(live)
     return found
@@ -94,7 +94,7 @@ def _measure_registered(given: argparse.Namespace) -> dict[str, dict[str, float]
     import lorac
 
     folder = Path(given.folder)
-    live, base = (lorac.load(folder / given.weights[0] / name) for name in ("live", "base"))
+    live, base = (lorac.load(folder / _emitted(given)[0] / name) for name in ("live", "base"))
     live.remove_adapter("a0")
     live.register(folder / "adapters" / "one")  # what the first takes, such as a search of the model, no other does
     inputs, first = common.tokens(given, (ROWS, 1)), common.tokens(given, (1, 16))
@@ -116,12 +116,36 @@ def _measure_registered(given: argparse.Namespace) -> dict[str, dict[str, float]
     return found
 
 
-def _call_per_choice(live: Any, inputs: dict[str, Any]) -> common.Side:
-    def call() -> None:
-        for row in range(ROWS):
-            live(**{name: value[row : row + 1] for name, value in inputs.items()}, adapters=f"a{row}")
+def _emitted(given: argparse.Namespace) -> list[str]:
+    return [weights for weights in given.weights if weights != EAGER]
 
-    return call
+
+def _loaded(weights: str, given: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Return the program with an adapter, its base, and a second one of that."""
+    import lorac
+
+    if weights == EAGER:
+        model = common.llama(given)
+        return lorac.compile(model, {"a0": lorac.LoRA(r=given.rank, alpha=given.rank)}, mode="live"), model, model
+    folder = Path(given.folder, weights)
+    return lorac.load(folder / "live"), lorac.load(folder / "base"), lorac.load(folder / "base")
+
+
+def _distinct(given: argparse.Namespace) -> list[int]:
+    return [count for count in DISTINCT if count <= given.rows]
+
+
+def _has_peft(weights: str, given: argparse.Namespace) -> bool:
+    return given.peft and weights in {WEIGHTS[0], EAGER}
+
+
+def _call_per_choice(live: Any, inputs: dict[str, Any], rows: int, call: Callable[..., common.Side]) -> common.Side:
+    def of_row(row: int) -> common.Side:
+        own = {name: value[row : row + 1] for name, value in inputs.items()}
+        return call(functools.partial(live, adapters=f"a{row}"), own)
+
+    each = [of_row(row) for row in range(rows)]
+    return lambda: [one() for one in each]
 
 
 def _reading(live: Any) -> float:
@@ -143,21 +167,21 @@ def _peft_sides(given: argparse.Namespace) -> dict[str, Any]:
 
     config = LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules="all-linear", init_lora_weights=False)
     wrapped = get_peft_model(common.llama(given), config, "a0")
-    for index in range(1, ROWS):
+    for index in range(1, given.rows):
         wrapped.add_adapter(f"a{index}", config)
     return {PEFT_BASE: common.llama(given), PEFT: wrapped.eval()}
 
 
-def _peft_call(model: Any, inputs: dict[str, Any], mixed: bool) -> common.Side:
-    names = {"adapter_names": [f"a{row}" for row in range(ROWS)]} if mixed else {}
+def _peft_call(model: Any, inputs: dict[str, Any], mixed: int) -> common.Side:
+    names = {"adapter_names": [f"a{row}" for row in range(mixed)]} if mixed else {}
     return common.torch_call(lambda **tensors: model(**tensors, **names), inputs)
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
     """One table for each kind of weights, and one of registered adapters: milliseconds, and ratios to the base last."""
     rest = {weights: figures for (weights,), figures in found.items()}
-    registered = rest.pop(REGISTERED)
-    return [*(_table(weights, by_length, given) for weights, by_length in rest.items()), _registered_table(registered)]
+    registered = [_registered_table(rest.pop(REGISTERED))] if REGISTERED in rest else []
+    return [*(_table(weights, by_length, given) for weights, by_length in rest.items()), *registered]
 
 
 def _registered_table(found: Any) -> common.Table:
@@ -173,30 +197,32 @@ def _registered_table(found: Any) -> common.Table:
 
 
 def _table(weights: str, by_length: Any, given: argparse.Namespace) -> common.Table:
-    rows, again = [], {}
+    rows, again, most = [], {}, str(_distinct(given)[-1])
     for length, sides in by_length.items():
+        shape = f"{given.rows}x{length}"
         for name in _names(weights, given):
             base = PEFT_BASE if name in {PEFT_BASE, PEFT} else BASE
-            rows.append((f"{ROWS}x{length}", name, f"{sides[name] * 1e3:.1f}", f"{sides[name] / sides[base]:.3f}"))
-        again[f"{ROWS}x{length}"] = sides[AGAIN] / sides[BASE]
-        bound = (sides["32"]) / (sides[BASE] + sides[READ])
-        rows.append((f"{ROWS}x{length}", "32 / (base + bytes)", "", f"{bound:.3f}"))
+            rows.append((shape, name, f"{sides[name] * 1e3:.1f}", f"{sides[name] / sides[base]:.3f}"))
+        again[shape] = sides[AGAIN] / sides[BASE]
+        bound = sides[most] / (sides[BASE] + sides[READ])
+        rows.append((shape, f"{most} / (base + bytes)", "", f"{bound:.3f}"))
         if PEFT in sides:
-            rows.append((f"{ROWS}x{length}", "PEFT, 32 / 32", "", f"{sides[PEFT] / sides['32']:.2f}"))
-    title = f"{ROWS} rows over distinct adapters, {weights}"
+            rows.append((shape, f"{PEFT} / {most}", "", f"{sides[PEFT] / sides[most]:.2f}"))
+    title = f"{given.rows} rows over distinct adapters, {weights}"
     return common.Table(title, ("shape", "side", "ms", "ratio"), rows, promised(weights, given), again)
 
 
 def _names(weights: str, given: argparse.Namespace) -> list[str]:
-    peft = [PEFT_BASE, PEFT] if given.peft and weights == WEIGHTS[0] else []
-    return [BASE, AGAIN, *map(str, DISTINCT), CALLS, READ, *peft]
+    peft = [PEFT_BASE, PEFT] if _has_peft(weights, given) else []
+    return [BASE, AGAIN, *map(str, _distinct(given)), CALLS, READ, *peft]
 
 
 def promised(weights: str, given: argparse.Namespace) -> Sequence[tuple[str, str]]:
     """Return the first cells of a table."""
-    names = [*_names(weights, given), "32 / (base + bytes)"]
-    names += ["PEFT, 32 / 32"] if given.peft and weights == WEIGHTS[0] else []
-    return [(f"{ROWS}x{length}", name) for length in (1, 16) for name in names]
+    most = _distinct(given)[-1]
+    names = [*_names(weights, given), f"{most} / (base + bytes)"]
+    names += [f"{PEFT} / {most}"] if _has_peft(weights, given) else []
+    return [(f"{given.rows}x{length}", name) for length in (1, 16) for name in names]
 
 
 BENCHMARK = common.Benchmark(
@@ -207,11 +233,14 @@ BENCHMARK = common.Benchmark(
         common.layers(20),
         common.RANK,
         common.rounds(9),
-        common.Option("weights", WEIGHTS, smoke=("float32",), help="of the base", choices=WEIGHTS),
+        common.Option(
+            "weights", WEIGHTS, smoke=("float32",), help="of the base, or eager mode", choices=(*WEIGHTS, EAGER)
+        ),
+        common.Option("rows", ROWS, smoke=ROWS, help="of a batch over distinct adapters"),
         common.Option("peft", True, smoke=True, help="measure PEFT too"),
         common.Option("registered", 2000, smoke=32, help="adapters on disk, in the end"),
     ),
-    jobs=lambda given: [*((weights,) for weights in given.weights), (REGISTERED,)],
+    jobs=lambda given: [(kind,) for kind in (*given.weights, *([REGISTERED] if _emitted(given) else []))],
     measure=measure,
     tables=tables,
     prepare=prepare,
