@@ -4,8 +4,9 @@
         [--weights float32 int4] [--rows 32] [--registered 2000]
 
 A batch of 32 rows takes 1, 8 or 32 adapters, neighbours the same one, in ONNX Runtime or, with `--weights eager`, in
-eager mode. All ratios are to the base of the same weights; PEFT's is to its own. "bytes" is how long the process takes to read the bytes of the distinct adapters once. The groups
-of 9 adapters are of two sizes, so that each row takes a place of its own.
+eager mode. All ratios are to the base of the same weights; PEFT's is to its own. "bytes" is how long the process takes
+to read the bytes of the distinct adapters once. The groups of 9 adapters are of two sizes, so that each row takes a
+place of its own.
 
 A second table has thousands of registered adapters: a step of 32 rows over 8 of them, and the first token of one that
 is read from disk.

@@ -28,12 +28,11 @@ def is_hugging_face(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def find_encoder(model: nn.Module) -> PreTrainedModel | None:
-    """Return the encoder that a transformers model's ``generate`` calls by itself; None for a model without one."""
+def find_encoders(model: nn.Module) -> list[nn.Module]:
+    """Return the encoder that a transformers model's ``generate`` calls by itself; none for a model without one."""
     if not is_hugging_face(model) or not getattr(model.config, "is_encoder_decoder", False):
-        return None
-    encoder: PreTrainedModel = model.get_encoder()
-    return encoder
+        return []
+    return [model.get_encoder()]
 
 
 def set_config_fields(model: nn.Module, fields: Mapping[str, object] = CAPTURE_CONFIG) -> None:

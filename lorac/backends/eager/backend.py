@@ -64,7 +64,7 @@ class EagerBackend(Backend[EagerOptions]):
             request.plans,
             request.base,
             sites=request.sites,
-            alignment=RowAlignment(request.model, list_layers(request.plans.values())),
+            alignment=RowAlignment(request.model, request.plans.values()),
             mode=request.mode,
             terms=request.terms,
             aux=request.options.aux,

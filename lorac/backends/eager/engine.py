@@ -29,11 +29,11 @@ from lorac.backends.eager.fused_weights import adds_bias, allocate_buffer
 from lorac.backends.eager.module_calls import OpaqueCall, shadow
 from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.row_alignment import RowAlignment
-from lorac.backends.eager.row_slots import find_shared_slot, run_row_terms, stack_choices
+from lorac.backends.eager.row_slots import find_shared_slot, run_row_slots, run_row_terms, stack_choices
 from lorac.backends.eager.site_tensors import SiteTensors
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
-from lorac.frontend.hugging_face import find_encoder
+from lorac.frontend.hugging_face import find_encoders
 from lorac.frontend.layer_classes import (
     Forward,
     find_layer_class,
@@ -49,7 +49,6 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import read_weight_slots, run_site
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.live_terms import TrainingTerms, combine_weights, run_terms
-from lorac.ir.slots.placed_execution import run_placed
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
     IN,
@@ -136,7 +135,7 @@ class EagerEngine(Engine[ActiveSlots]):
             return super().why_apart(snapshot, graph)
         unaligned = ((path, self._alignment.why_apart(path)) for path in snapshot.composed)
         found = next((f"at '{path}', {why}" for path, why in unaligned if why), None)
-        return found or find_shared_slot(self.plans, snapshot)
+        return found or find_shared_slot(self.plans, snapshot, self._recorded_names)
 
     def bind_rows(self, contents: Sequence[ActiveSlots]) -> BoundProgram[ActiveSlots]:
         stacked = stack_choices(contents, fill=not self.computes_terms)
@@ -213,17 +212,15 @@ class EagerEngine(Engine[ActiveSlots]):
         call = self._make_call(content)
 
         def before(called: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-            if self._running_call() is not call:  # in a pass before it, or in a call of another thread
-                return
-            if called is module:
+            own = self._running_call() is call  # else it is in a pass before it, or in a call of another thread
+            if own and called is module:
                 self._prepare(call, graph, args, kwargs)
-            elif not call.rows:
+            elif own and not call.rows:
                 call.rows = self._alignment.count_rows(self.module, called, content.touched, args, kwargs)
 
-        encoder = find_encoder(module) if content.places else None
-        prepared = (module,) if content.needs_preparation or content.places else ()
+        prepared = [module] if content.needs_preparation or content.places else []
         with ExitStack() as stack:
-            for each in (*prepared, *(() if encoder is None else (encoder,))):
+            for each in (*prepared, *(find_encoders(module) if content.places else ())):
                 stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.enter_context(self._running(call))
             return work(module)
@@ -358,9 +355,8 @@ class EagerEngine(Engine[ActiveSlots]):
         if places:
             self._alignment.require_rows(path, x, call.rows, len(places))
             if call.terms is None:
-                return run_placed(plan, call.active.slots[path], x, weight, bias, ctx=ctx)
-            assert weight is not None
-            return run_row_terms(plan.site, call.terms, places, x, weight, bias, ctx)
+                return run_row_slots(plan, call.active, x, weight, bias, ctx, block)
+            return run_row_terms(plan.site, call.terms, places, x, weight, bias, ctx, block)
         terms, slots = self._branches.live_terms(path, call), call.active.slots.get(path)
         if terms is not None:
             y = run_terms(plan.site, terms, x, weight, bias, ctx, block)
@@ -368,9 +364,13 @@ class EagerEngine(Engine[ActiveSlots]):
             y = run_site(plan, slots, x, weight, bias, ctx=ctx, block=block)
         else:
             return None
-        names = self.extra_names.union(*(names for names, _ in self._listeners.values()))
-        record_extra_outputs(call.aux, path, {name: found for name, found in emitted.items() if name in names})
+        record_extra_outputs(call.aux, path, {n: found for n, found in emitted.items() if n in self._recorded_names})
         return y
+
+    @property
+    def _recorded_names(self) -> frozenset[str]:
+        """The names of the extra outputs that calls record."""
+        return self.extra_names.union(*(names for names, _ in self._listeners.values()))
 
     def _forward_owner(
         self, owner: str, module: nn.Module, inside: Sequence[str], *args: object, **kwargs: object

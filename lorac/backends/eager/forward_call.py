@@ -32,7 +32,7 @@ class ActiveSlots:
         touched: paths of these sites; in fused mode too, where the weights hold their contents.
         read: the program's names of the values that active branches read.
         branches: whether a branch is active.
-        places: the choice of each part of the rows, where they have choices of their own; slots have as many places.
+        places: the slots of each part of the rows, where they have choices of their own; ``slots`` holds all of them.
     """
 
     choice: Choice = ()
@@ -40,7 +40,7 @@ class ActiveSlots:
     touched: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     branches: bool = False
-    places: tuple[Choice, ...] = ()
+    places: tuple[ActiveSlots, ...] = ()
 
     @property
     def needs_preparation(self) -> bool:

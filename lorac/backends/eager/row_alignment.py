@@ -18,6 +18,8 @@ from lorac.frontend.hugging_face import TRACE_CONFIG, set_config_fields
 from lorac.frontend.model_runner import disable_fast_path
 from lorac.ir.algebra.formulas import fake_execution
 from lorac.ir.row_selection import RowSelection, batch_size
+from lorac.ir.sites import SiteKind
+from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import first_tensor
 from lorac.target.engine import RowsApart
 
@@ -31,11 +33,13 @@ class RowAlignment:
 
     Args:
         host: the model; copies of it run.
-        paths: of the sites.
+        plans: the slots of each site.
     """
 
-    def __init__(self, host: nn.Module, paths: Collection[str]) -> None:
-        self._host, self._paths = host, tuple(paths)
+    def __init__(self, host: nn.Module, plans: Collection[SitePlan]) -> None:
+        self._host, self._layers = host, list_layers(plans)
+        blocks = (plan.site.path for plan in plans if plan.site.kind is SiteKind.BLOCK)
+        self._paths = tuple(dict.fromkeys((*self._layers, *blocks)))
         self._seen: set[object] = set()
         self._apart: dict[str, str] = {}
 
@@ -120,7 +124,7 @@ class RowAlignment:
         """Run a module of a copy of the model with many rows; add to ``sizes`` the first sizes of the sites' inputs."""
         copied = copy_structure(self._host, share_buffers=True).eval()
         set_config_fields(copied, TRACE_CONFIG)
-        separate_layers(copied, self._paths)
+        separate_layers(copied, self._layers)
         for path in self._paths:
 
             def note(_: nn.Module, args: object, kwargs: object, path: str = path) -> None:

@@ -67,6 +67,31 @@ def test_one_forward_answers_each_row_as_alone(llama: Any, grad: bool) -> None:
             assert float(error.detach()) < ROWS[torch.float64], choice
 
 
+BRANCHES: dict[str, Any] = {
+    "lora": lorac.LoRA(r=2, targets=["q_proj", "v_proj"]),
+    "meteora": lorac.MeteoRA(r=2, experts=3, top_k=2, targets=["q_proj", "down_proj"]),
+    "flylora": lorac.FlyLoRA(r=8, top_k=2, targets=["v_proj", "q_proj"]),
+    "block": lorac.AdapterTune(r=2, targets="model.layers.[0-9]+"),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["slots", "terms"])
+def test_branches_that_read_their_own_input_alone(grad: bool) -> None:
+    compiled = _compile(ZOO["tiny_llama"].fresh(torch.float64), dict(BRANCHES))
+    choices = ["lora", "meteora", None, "block", {"flylora": 0.5, "lora": 0.5}, "flylora"]
+    with torch.set_grad_enabled(grad):
+        with _forwards(compiled) as forwards:
+            y = compiled(input_ids=IDS, adapters=choices).logits
+        assert forwards == [6]
+        for row, choice in enumerate(choices):
+            error = y[row] - compiled(input_ids=IDS[row : row + 1], adapters=choice).logits[0]
+            assert float(error.detach().abs().max() / y[row].detach().abs().max()) < ROWS[torch.float64], choice
+    asked = lorac.compile(ZOO["tiny_llama"].fresh(torch.float64), dict(BRANCHES), active=None, aux=["chosen"])
+    with torch.no_grad(), _forwards(asked) as forwards:
+        asked(input_ids=IDS[:3], adapters=["lora", "flylora", "flylora"])
+    assert sorted(forwards) == [1, 2], "extra outputs belong to the rows of a choice"
+
+
 def test_a_merged_weight_takes_a_call_of_its_own(llama: Any) -> None:
     with torch.no_grad(), _forwards(llama) as forwards:
         y = llama(input_ids=IDS, adapters=["dense", "lora", None, "dense", "dora", "oft"]).logits
