@@ -204,7 +204,12 @@ class InputMismatch(LoracError):
 
 
 class OverBudget(LoracError):
-    """``compiled.memory`` has no room for it now: what is held leaves too little. Nothing was changed."""
+    """There is no room for it now, and there may be later. Nothing was changed."""
+
+    codes: ClassVar[Mapping[str, str]] = {
+        "over_budget": "``compiled.memory`` has no room for it: what is held leaves too little",
+        "queue_full": "as many requests wait as a scheduler admits",
+    }
 
 
 class Unavailable(LoracError):

@@ -1,0 +1,113 @@
+"""A request at work: its text, its choice of adapters, and how it draws its tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorac.errors import InputMismatch
+from lorac.ir.slots.choice import UNSET, parse_choice
+from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
+from lorac.runtime.generation.row_sampler import BatchSampler, RowSampler
+from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
+from lorac.target.engine import BoundProgram
+from lorac.target.kv_cache import DecodeStep, KeyValueCache
+
+if TYPE_CHECKING:
+    from lorac.runtime.choice_states import ChoiceState
+    from lorac.runtime.switchable_model import SwitchableModel
+
+
+class RunningRow:
+    """One request from its submission to its end.
+
+    Args:
+        model: the compiled model; its graph keeps a cache.
+        request: is checked whole, so that it fails here or not at all.
+        graph: decodes.
+
+    Attributes:
+        stream: the tokens of the answer.
+        text: the prompt and the answer so far (length,).
+        cache: keys and values of the text, until a batch has them.
+
+    Raises:
+        AdapterNotFound, ChoiceError: as for ``compiled.swap``.
+        InputMismatch, OptionError, Unavailable: as for ``compiled.generate``.
+    """
+
+    cache: KeyValueCache
+    state: ChoiceState
+    program: BoundProgram
+    key: CacheKey
+
+    def __init__(self, model: SwitchableModel, request: TextRequest, graph: str) -> None:
+        active = model.choice if request.adapters is UNSET else parse_choice(request.adapters, model.pool)
+        self.request, self.choice = request, dict(active) or None
+        self.sampler = RowSampler.of(model, request.ids, request.seed, graph, **request.options)
+        _check_ids(request.ids, model, graph)
+        self.stream, self.text = TokenStream(request.deadline), request.ids
+        self._model, self._graph, self._held = model, graph, contextlib.ExitStack()
+
+    def begin(self, prompts: PromptCache | None) -> None:
+        """Hold the adapters, and allocate a cache for the prompt with what is known of it.
+
+        Raises:
+            OverBudget: there is no memory for it now.
+        """
+        with contextlib.ExitStack() as undo:
+            held = undo.enter_context(self._model.hold(self.choice))
+            self.state, self.program = held.state, held.program_of(self._model.engine)
+            versions = (self.request.tenant, self.state.versions.versions)
+            self.key = (self._graph, self.state.choice, versions)
+            known = None if prompts is None else prompts.find(self._model.engine, self.key, [self.text])
+            if known is not None:
+                known.grow(self.sampler.most)
+            self.cache = known or self._model.engine.new_cache(self._graph, 1, self.sampler.most)
+            self._held = undo.pop_all()
+
+    def read(self, chunk: int) -> Tensor | None:
+        """Compute a chunk of the prompt; return the logits (1, vocabulary) after the last one, else None."""
+        read = self.cache.lengths[0]
+        ids = self.text[None, read : read + chunk]
+        count = ids.shape[1]
+        step = DecodeStep(ids=ids, counts=[count], wanted=torch.tensor([[count - 1]]))
+        logits = self.program.decode(self._graph, self.cache, step)[:, 0]
+        return logits if self.cache.lengths[0] == len(self.text) else None
+
+    def draw(self, logits: Tensor) -> str:
+        """Draw the next token from logits (1, vocabulary); return why the text ends, or ""."""
+        return self.take(int(BatchSampler([self.sampler]).draw([self.text], logits)[0]), logits[0])
+
+    def take(self, token: int, logits: Tensor) -> str:
+        """Add a token that was drawn from logits (vocabulary,); return why the text ends, or ""."""
+        self.text = torch.cat([self.text, self.text.new_tensor([token])])
+        self.stream.put(_describe_token(token, logits, self.request.logprobs))
+        if not self.sampler.ends(self.text):
+            return ""
+        return "length" if len(self.text) >= self.sampler.most else "stop"
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """End the request, and let go of its adapters."""
+        self._held.close()
+        self.stream.end(reason, error)
+
+
+def _check_ids(ids: Tensor, model: SwitchableModel, graph: str) -> None:
+    spec = model.engine.cache_spec(graph)
+    if spec is not None and not 0 <= int(ids.min()) <= int(ids.max()) < spec.vocabulary:
+        raise InputMismatch(
+            "the prompt holds numbers that are not token ids",
+            next_step=f"the model's ids go from 0 to {spec.vocabulary - 1}",
+        )
+
+
+def _describe_token(token: int, logits: Tensor, logprobs: int | None) -> TextToken:
+    if logprobs is None:
+        return TextToken(token)
+    chances = logits.float().log_softmax(-1)
+    values, ids = chances.topk(logprobs)
+    return TextToken(token, float(chances[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,157 @@
+"""Continuous batching: requests of many tenants with adapters of their own, computed together step by step."""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import itertools
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from lorac.argument_types import check_type
+from lorac.errors import OverBudget, Unavailable
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.runtime.generation.prompt_cache import PromptCache
+from lorac.runtime.scheduling.running_batch import RunningBatch
+from lorac.runtime.scheduling.running_row import RunningRow
+from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
+
+if TYPE_CHECKING:
+    from lorac.runtime.switchable_model import SwitchableModel
+
+
+class Scheduler:
+    """A compiled model that answers many requests at once, in a thread of its own.
+
+    A step computes one token for every running row, in one engine call whatever adapters they have, and a chunk of one
+    prompt. The next row goes to the tenant with the fewest, and among these to the request that has waited longest. A
+    request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and
+    swapped meanwhile; a request keeps those that it began with.
+
+    Args:
+        compiled: compiled with ``cache=True``.
+        rows: the most requests at work.
+        waiting: the most that wait.
+        chunk: the most tokens of a prompt per step.
+        prompt_cache: bytes of what requests computed that are kept for prompts that begin alike; 0 keeps nothing.
+        component: which of several models decodes.
+
+    Raises:
+        Unavailable: the program keeps no cache, or is an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        compiled: SwitchableModel,
+        rows: int = 8,
+        waiting: int = 64,
+        chunk: int = 128,
+        *,
+        prompt_cache: int = 1 << 26,
+        component: str = MAIN_GRAPH,
+    ) -> None:
+        for name, value in {"rows": rows, "waiting": waiting, "chunk": chunk, "prompt_cache": prompt_cache}.items():
+            check_type(value, int, f"{name}= of lorac.Scheduler", next_step="give a whole number")
+        spec = compiled.engine.cache_spec(component)
+        if spec is None:
+            compiled.engine.refuse_cache()
+        if spec.encodes:
+            raise Unavailable("an encoder-decoder has no scheduler", next_step="call compiled.generate")
+        self.compiled, self.rows, self.waiting, self.component = compiled, rows, waiting, component
+        prompts = PromptCache(prompt_cache) if prompt_cache else None
+        if prompts is not None:
+            compiled.prompt_caches[id(prompts)] = prompts
+        self._batch = RunningBatch(compiled, rows, chunk, prompts, component)
+        self._changed, self._closing, self._numbers = threading.Condition(), False, itertools.count()
+        self._queue: collections.OrderedDict[int, RunningRow] = collections.OrderedDict()
+        self._thread = threading.Thread(target=self._work, name="lorac-scheduler", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # the interpreter aborts where it ends below a thread that computes
+
+    def submit(self, request: TextRequest) -> TokenStream:
+        """Put a request in line; return its tokens as they are computed.
+
+        Raises:
+            AdapterNotFound, ChoiceError: as for ``compiled.swap``.
+            InputMismatch, OptionError: as for ``compiled.generate``.
+            OverBudget: as many requests wait as may (code ``queue_full``).
+            Unavailable: the options ask for beams, drafts or several sequences; or the scheduler is closed.
+        """
+        row = RunningRow(self.compiled, request, self.component)
+        with self._changed:
+            if self._closing:
+                raise Unavailable("the scheduler is closed", next_step="submit to another lorac.Scheduler(compiled)")
+            self._drop_interrupted()
+            if len(self._queue) >= self.waiting:
+                raise OverBudget(
+                    f"{len(self._queue)} requests wait, and waiting={self.waiting}",
+                    next_step="submit it again when one of them has begun",
+                    code="queue_full",
+                )
+            self._queue[next(self._numbers)] = row
+            self._changed.notify()
+        if self.compiled.mode == "live":
+            self.compiled.prefetch(row.choice)
+        return row.stream
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """The number of requests at work, and of those that wait."""
+        return len(self._batch.rows), len(self._queue)
+
+    def close(self) -> None:
+        """Take no more requests; return when those that were submitted have ended."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        with torch.no_grad():
+            while self._fill():
+                self._batch.step()
+
+    def _fill(self) -> bool:
+        """Let requests begin while there is room; wait for one if there is no work. Return False at the end."""
+        with self._changed:
+            while not (self._queue or self._batch.rows or self._closing):
+                self._changed.wait()
+            self._drop_interrupted()
+            while self._queue and len(self._batch.rows) < self.rows and self._begin(self._choose_next()):
+                pass
+            return bool(self._queue or self._batch.rows or not self._closing)
+
+    def _choose_next(self) -> int:
+        """Return the number of the request that has waited longest, of a tenant with the fewest rows."""
+        at_work = collections.Counter(row.request.tenant for row in self._batch.rows)
+        return min(self._queue, key=lambda number: (at_work[self._queue[number].request.tenant], number))
+
+    def _begin(self, number: int) -> bool:
+        """Begin a request and return True, or leave it in line until others have freed memory."""
+        row = self._queue[number]
+        try:
+            self._batch.admit(row)
+        except Exception as error:
+            if isinstance(error, OverBudget) and self._batch.rows:
+                return False
+            row.end("error", error)
+        del self._queue[number]
+        return True
+
+    def _drop_interrupted(self) -> None:
+        for number, row in list(self._queue.items()):
+            if row.stream.interrupted:
+                row.end(row.stream.interrupted)
+                del self._queue[number]

@@ -1,0 +1,125 @@
+"""Requests for text, and the streams of tokens that answer them."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lorac.ir.slots.choice import UNSET, ChoiceSpec
+
+
+@dataclass(frozen=True, eq=False)
+class TextRequest:
+    """A prompt to continue.
+
+    Attributes:
+        ids: the prompt's token ids (length,).
+        adapters: the choice of adapters, as ``compiled.swap`` takes it; default: the active one.
+        seed: of its random numbers, as for ``compiled.generate``; None: torch's own generator seeds it.
+        logprobs: how many of the likeliest tokens are reported with each; None: no log-probability at all.
+        tenant: who asks. Rows are shared out among tenants, and none uses the prompts that another's requests computed.
+        deadline: seconds after which it ends, those of waiting included; None: never.
+        options: of ``compiled.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``stop_strings``, …
+    """
+
+    ids: Tensor
+    adapters: ChoiceSpec = UNSET
+    seed: int | None = None
+    logprobs: int | None = None
+    tenant: str = ""
+    deadline: float | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextToken:
+    """A token of an answer.
+
+    Attributes:
+        id: the token.
+        logprob: the model's log-probability of it, before any option changes the scores; None unless requested.
+        likeliest: the likeliest tokens with their log-probabilities, in descending order.
+    """
+
+    id: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+class TokenStream:
+    """The tokens of one request as they are computed, for ``async for`` or, in a thread, ``for``.
+
+    Leaving the loop cancels the request. Only one loop may read a stream.
+
+    Args:
+        deadline: seconds after which the request ends; None: never.
+
+    Attributes:
+        reason: why it ended: "stop", "length", "cancelled", "deadline" or "error"; empty until then.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.reason = ""
+        self._ends_at = None if deadline is None else time.monotonic() + deadline
+        self._items: queue.SimpleQueue[TextToken | BaseException | None] = queue.SimpleQueue()
+        self._wake: Callable[[], object] | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the request; its row is free after the step that runs."""
+        self._cancelled = True
+
+    def __iter__(self) -> Iterator[TextToken]:
+        try:
+            while (item := self._items.get()) is not None:
+                yield _token_of(item)
+        finally:
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[TextToken]:
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(ready.set)
+        try:
+            while True:
+                ready.clear()
+                if self._items.empty():
+                    await ready.wait()
+                if (item := self._items.get()) is None:
+                    return
+                yield _token_of(item)
+        finally:
+            self._wake = None
+            self.cancel()
+
+    # ── The scheduler's side ─────────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def interrupted(self) -> str:
+        """Why the request ends before its text does: "cancelled" or "deadline"; empty if it goes on."""
+        if self._cancelled:
+            return "cancelled"
+        return "deadline" if self._ends_at is not None and time.monotonic() > self._ends_at else ""
+
+    def put(self, token: TextToken) -> None:
+        """Give the reader a token."""
+        self._put(token)
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """End the stream; the reader's loop ends, or raises the error."""
+        self.reason = reason
+        self._put(error)
+
+    def _put(self, item: TextToken | BaseException | None) -> None:
+        self._items.put(item)
+        if (wake := self._wake) is not None:
+            wake()
+
+
+def _token_of(item: TextToken | BaseException) -> TextToken:
+    if isinstance(item, BaseException):
+        raise item
+    return item

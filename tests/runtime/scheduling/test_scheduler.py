@@ -1,0 +1,224 @@
+"""Requests that are computed together answer as each does alone, and come and go without trace."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from lorac import Scheduler, TextRequest
+from lorac.runtime.scheduling.running_row import RunningRow
+from lorac.testing import adapter_away
+from tests.decoders import DECODERS
+from tests.refusing import refuses
+from tests.runtime.test_cache import IDS
+
+CHOICES: list[Any] = ["one", "two", {"one": 0.7, "two": 0.3}, None]
+SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 12}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    host = DECODERS["llama"]()
+    variants = {
+        "one": lorac.LoRA(r=3, targets="all-linear"),
+        "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"]),
+        "merged": lorac.SHiRA(r=1, targets=["q_proj"]),
+    }
+    adapters = [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
+    return lorac.compile(host, adapters, target="onnxruntime", active="two", cache=True, self_test=False)
+
+
+@pytest.fixture
+def scheduler(compiled: Any) -> Iterator[Scheduler]:
+    with Scheduler(compiled, rows=3, waiting=40, chunk=4) as made:
+        yield made
+
+
+def prompt(seed: int, length: int = 6) -> torch.Tensor:
+    return torch.randint(1, 20, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def alone(compiled: Any, request: TextRequest) -> list[int]:
+    choice = {} if request.adapters is lorac.TextRequest.adapters else {"adapters": request.adapters}
+    found = compiled.generate(request.ids[None], seed=request.seed, **choice, **request.options)
+    return found[0, len(request.ids) :].tolist()
+
+
+def some_requests(count: int) -> list[TextRequest]:
+    generator = random.Random(5)
+    options = [{"max_new_tokens": generator.randrange(1, 7)} | (SAMPLED if n % 2 else {}) for n in range(count)]
+    choices = [generator.choice(CHOICES) for _ in range(count)]
+    drawn = zip(options, choices, strict=True)
+    return [
+        TextRequest(prompt(n, generator.randrange(1, 12)), choice, seed=n, options=given)
+        for n, (given, choice) in enumerate(drawn)
+    ]
+
+
+def test_each_answers_as_it_does_alone(compiled: Any, scheduler: Scheduler) -> None:
+    requests = some_requests(14)
+    streams = [scheduler.submit(request) for request in requests]
+    answers = [[token.id for token in stream] for stream in streams]
+    assert answers == [alone(compiled, request) for request in requests]
+    assert {stream.reason for stream in streams} <= {"stop", "length"}
+    scheduler.close()
+    assert scheduler.load == (0, 0)
+
+
+def test_the_active_choice_is_the_default_and_a_merged_weight_has_a_call_of_its_own(
+    compiled: Any, scheduler: Scheduler
+) -> None:
+    requests = [TextRequest(prompt(1), options={"max_new_tokens": 3})]
+    requests += [
+        TextRequest(prompt(n), choice, options={"max_new_tokens": 4}) for n, choice in enumerate(["merged", "one"])
+    ]
+    streams = [scheduler.submit(request) for request in requests]
+    assert [[token.id for token in stream] for stream in streams] == [alone(compiled, request) for request in requests]
+
+
+def test_running_rows_share_one_call_beside_a_chunk_of_a_prompt(
+    compiled: Any, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    decode = lorac.target.engine.BoundProgram.decode
+
+    def counted(program: Any, graph: str, cache: Any, step: Any) -> torch.Tensor:
+        calls.append(tuple(step.ids.shape))
+        return decode(program, graph, cache, step)
+
+    monkeypatch.setattr(lorac.target.engine.BoundProgram, "decode", counted)
+    streams = [
+        scheduler.submit(TextRequest(prompt(n), c, options={"max_new_tokens": 9})) for n, c in enumerate(CHOICES[:3])
+    ]
+    late = scheduler.submit(TextRequest(prompt(7, 11), None, options={"max_new_tokens": 2}))
+    for stream in (*streams, late):
+        list(stream)
+    assert (3, 1) in calls
+    assert max(length for rows, length in calls) == 4
+    assert sum(rows > 1 for rows, _ in calls) < 16
+
+
+def test_an_async_reader_that_leaves_frees_its_row(compiled: Any, scheduler: Scheduler) -> None:
+    async def read(stream: Any, most: int) -> list[int]:
+        found = []
+        async for token in stream:
+            found.append(token.id)
+            if len(found) == most:
+                break
+        return found
+
+    async def work() -> tuple[list[int], list[int]]:
+        left = scheduler.submit(TextRequest(prompt(1), "one", options={"max_new_tokens": 50}))
+        whole = scheduler.submit(TextRequest(prompt(2), "two", options={"max_new_tokens": 8}))
+        first, second = await asyncio.gather(read(left, 2), read(whole, 99))
+        assert left.interrupted == "cancelled"
+        return first, second
+
+    first, second = asyncio.run(work())
+    expected = [
+        TextRequest(prompt(1), "one", options={"max_new_tokens": 2}),
+        TextRequest(prompt(2), "two", options={"max_new_tokens": 8}),
+    ]
+    assert [first, second] == [alone(compiled, request) for request in expected]
+    scheduler.close()
+    assert scheduler.load == (0, 0)
+
+
+def test_a_free_row_goes_to_the_tenant_with_the_fewest(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, begin = list[str](), RunningRow.begin
+
+    def noted(row: RunningRow, *given: Any) -> None:
+        begun.append(str(row.request.seed))
+        begin(row, *given)
+
+    monkeypatch.setattr(RunningRow, "begin", noted)
+    with Scheduler(compiled, rows=2) as scheduler:
+        for number, (tenant, count) in enumerate([("a", 50), ("a", 9), ("a", 1), ("b", 1)]):
+            options = {"max_new_tokens": count, "eos_token_id": None}
+            scheduler.submit(TextRequest(prompt(number), tenant=tenant, seed=number, options=options))
+    assert begun == ["0", "1", "3", "2"]
+
+
+def test_prompts_that_begin_alike_are_computed_once_for_each_tenant(compiled: Any, scheduler: Scheduler) -> None:
+    long = prompt(3, 16)
+    list(scheduler.submit(TextRequest(long, "one", tenant="a", options={"max_new_tokens": 1})))
+    own = scheduler._batch.prompts
+    key = own._entries[0].key
+    assert own.find(compiled.engine, key, [long]) is not None
+    assert own.find(compiled.engine, (key[0], key[1], ("b", key[2][1])), [long]) is None
+    request = TextRequest(torch.cat([long, prompt(4)]), "one", tenant="a", options={"max_new_tokens": 5})
+    assert [token.id for token in scheduler.submit(request)] == alone(compiled, request)
+
+
+def test_log_probabilities(compiled: Any, scheduler: Scheduler) -> None:
+    (token,) = scheduler.submit(TextRequest(prompt(1), "one", logprobs=3, options={"max_new_tokens": 1}))
+    expected = compiled(input_ids=prompt(1)[None], adapters="one").logits[0, -1].log_softmax(-1)
+    assert [id for id, _ in token.likeliest] == expected.topk(3).indices.tolist()
+    assert token.likeliest[0] == (token.id, token.logprob)
+
+
+def test_refusals_come_before_the_first_token(compiled: Any) -> None:
+    with Scheduler(compiled, rows=1, waiting=1) as scheduler:
+        for error, request in {
+            "adapter_not_found": TextRequest(prompt(1), "tow", options={"max_new_tokens": 2}),
+            "input_mismatch": TextRequest(torch.tensor([1, 10**6]), options={"max_new_tokens": 2}),
+            "option_error": TextRequest(prompt(1), options={"temprature": 0.3}),
+            "unavailable": TextRequest(prompt(1), options={"num_beams": 2}),
+        }.items():
+            with refuses(error):
+                scheduler.submit(request)
+        running = scheduler.submit(TextRequest(prompt(1), options={"max_new_tokens": 50}))
+        reader = iter(running)
+        next(reader)
+        waiting = scheduler.submit(TextRequest(prompt(2), options={"max_new_tokens": 1}))
+        with refuses("queue_full"):
+            scheduler.submit(TextRequest(prompt(3), options={"max_new_tokens": 1}))
+        reader.close()
+        assert len(list(waiting)) == 1
+    with refuses("unavailable", match="closed"):
+        scheduler.submit(TextRequest(prompt(1), options={"max_new_tokens": 1}))
+
+
+def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(scheduler: Scheduler) -> None:
+    streams = [scheduler.submit(TextRequest(prompt(n), deadline=0, options={"max_new_tokens": 50})) for n in range(5)]
+    assert [list(stream) for stream in streams][-1] == []
+    assert {stream.reason for stream in streams} == {"deadline"}
+
+
+def test_a_request_waits_for_memory_and_one_that_never_fits_ends() -> None:
+    compiled = lorac.compile(DECODERS["llama"](), {}, target="onnxruntime", cache=True, self_test=False)
+    requests = [TextRequest(prompt(n), options={"max_new_tokens": 12}) for n in range(2)]
+    expected = [alone(compiled, request) for request in requests]
+    with Scheduler(compiled, rows=2, prompt_cache=0) as scheduler:
+        list(scheduler.submit(requests[0]))
+        gc.collect()
+        compiled.memory.limit = compiled.memory.used + 3 * compiled.engine.new_cache("main", 1, 18).nbytes
+        streams = [scheduler.submit(request) for request in requests]
+        assert [[token.id for token in stream] for stream in streams] == expected
+        with refuses("over_budget"):
+            list(scheduler.submit(TextRequest(prompt(9), options={"max_new_tokens": 55})))
+        assert [token.id for token in scheduler.submit(requests[0])] == expected[0]
+
+
+def test_adapters_come_and_go_beside_it(compiled: Any, scheduler: Scheduler) -> None:
+    request = TextRequest(prompt(1), "late", options={"max_new_tokens": 20})
+    compiled.add_adapter(compiled.adapters["one"], name="late")
+    stream = scheduler.submit(request)
+    expected = alone(compiled, request)
+    first = next(iter(stream))
+    assert first.id == expected[0]
+    compiled.remove_adapter("late")
+    with refuses("adapter_not_found"):
+        scheduler.submit(request)
+
+
+def test_it_needs_a_cache() -> None:
+    with refuses("unavailable"):
+        Scheduler(lorac.compile(DECODERS["llama"](), lorac.LoRA(r=1, targets=["q_proj"])))
