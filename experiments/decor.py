@@ -6,7 +6,8 @@ Asked for "a red square and a blue circle" the tiny denoiser draws both. The sec
 words' embeddings, encoded alone, span what is projected out of the whole prompt, more of it as α grows. A LoRA that
 learned to draw the square yellow, from pictures with and without the blue circle, draws that as the base does; the
 projection is chained after the LoRA in cross-attention, against a sum of the two. Leakage is the share of pictures that
-show the unwanted object, alignment that of the wanted one. A seed is another pair of objects and other noise.
+show the unwanted object, and of those that show a quarter of it or more in its colour, of whatever shape; alignment is
+the share that show the wanted one. A seed is another pair of objects and other noise.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ def repainted(parts: denoiser.Denoiser, pair: Any, seed: int, steps: int) -> lor
     return compiled.adapters[f"yellow{seed}"]
 
 
+def shows_colour(images: torch.Tensor, colour: str, pixels: int = 9) -> float:
+    """Return the share of pictures with some pixels of a colour."""
+    near = (images - torch.tensor(denoiser.COLOURS[colour])[:, None, None]).abs().amax(1) < 1
+    return float((near.sum((1, 2)) >= pixels).float().mean())
+
+
 def main(given: argparse.Namespace) -> None:
     """Print the tables."""
     begun, parts = time.perf_counter(), load(given)
@@ -81,7 +88,8 @@ def main(given: argparse.Namespace) -> None:
 
             def note(side: str, unet: Any, told: Any, drawn: Any, noted: Any = (latents, unwanted)) -> None:
                 images = sample(unet, told, noted[0], many)
-                figures[side]["leakage"].append(share(images, *noted[1]))
+                figures[side]["leaked object"].append(share(images, *noted[1]))
+                figures[side]["leaked colour"].append(shows_colour(images, noted[1][0]))
                 figures[side]["alignment"].append(share(images, *drawn))
 
             for alpha in ALPHAS:
@@ -94,7 +102,7 @@ def main(given: argparse.Namespace) -> None:
             summed.swap({"lora": 1.0, "decor": 1.0})
             note("LoRA, a sum", summed, states, yellow)
     print(table("DECOR against LoRA and base without it (α = 0)", figures))
-    chain, total = (figures[side]["leakage"] for side in ("LoRA, α = 1.0", "LoRA, a sum"))
+    chain, total = (figures[side]["leaked colour"] for side in ("LoRA, α = 1.0", "LoRA, a sum"))
     print("leakage of the chain against that of the sum:", compared(chain, total))
     print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
 
