@@ -161,16 +161,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata, places = _read_header(path)
     if _HEADERS_ONLY.get():
         return {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape, _) in places.items()}, metadata
-    tensors, names = dict[str, Tensor](), list(places)
     try:
-        with pause_clock(), path.open("rb", buffering=0) as file:
-            for first in range(0, len(names), _TOGETHER):  # so that what is checked still lies in the processor's cache
-                part = {name: read_tensor(file, *places[name]) for name in names[first : first + _TOGETHER]}
-                check_finite(part, f"'{path}'")
-                tensors |= part
+        return _read_tensors(path, places), metadata
     except EOFError as error:
         raise _corrupt(path, str(error)) from error
-    return tensors, metadata
+
+
+def _read_tensors(path: Path, places: Mapping[str, tuple[torch.dtype, list[int], int]]) -> dict[str, Tensor]:
+    """Read tensors, and check some at a time, so that what is checked still lies in the processor's cache."""
+    tensors, names = dict[str, Tensor](), list(places)
+    with pause_clock(), path.open("rb", buffering=0) as file:
+        for first in range(0, len(names), _TOGETHER):
+            part = {name: read_tensor(file, *places[name]) for name in names[first : first + _TOGETHER]}
+            check_finite(part, f"'{path}'")
+            tensors |= part
+    return tensors
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
