@@ -17,14 +17,15 @@ from torch import Tensor, fx
 
 from lorac.errors import SiteError
 from lorac.frontend.capture.decoder_families import find_sequence
-from lorac.ir.graph import ops
+from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.adapted_call import VALUE_PREFIX, AdaptedCall, add_operands, select_attention
-from lorac.ir.graph.edit import inline, insert_call
+from lorac.ir.graph.edit import inline, insert_call, trace_in_places
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.interface import program_input_name
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import FullAttention
+from lorac.ir.slots.branch_places import compute_once_in_places
 from lorac.ir.slots.execution import FormulaContext, compute_once_values
 from lorac.ir.slots.plans import BranchSlot, SitePlan
 from lorac.ir.slots.program_values import (
@@ -227,7 +228,8 @@ def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: 
         operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
         context = functools.partial(FormulaContext, site, attention=select_attention(graph))
         function = functools.partial(_compute_values, context, branch, list(read), owner, graph.sites, names)
-        _, nodes = inline(graph.exported, before, function, operands)
+        traced = None if branch.axes is None else trace_in_places(graph.exported, function, operands)
+        _, nodes = inline(graph.exported, before, function, operands, traced)
         sources.own.update(zip(names, nodes, strict=True))
 
 
@@ -243,6 +245,10 @@ def _compute_values(
     """Compute the values that an adapter computes once; ``names`` is filled with their names."""
     count = len(branch.params)
     values = present_weights(dict(zip(read, tensors[count:], strict=True)), sites)
-    found = compute_once_values(branch, tensors[:count], context(values=values), owner)
+    ctx = context(values=values)
+    if branch.axes is None:
+        found = compute_once_values(branch, tensors[:count], ctx, owner)
+    else:
+        found = compute_once_in_places(branch, tensors[:count], ctx, owner, row_ops.SEGMENTS)
     names[:] = found
     return tuple(found.values())

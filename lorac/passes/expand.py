@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
@@ -10,8 +11,15 @@ import torch
 from torch import fx
 
 from lorac.ir.graph import ops, row_ops
-from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted, select_attention
-from lorac.ir.graph.edit import inline, trace_function
+from lorac.ir.graph.adapted_call import (
+    AdaptedCall,
+    compute_adapted,
+    compute_placed_branch,
+    select_attention,
+    select_operands,
+    without_branches,
+)
+from lorac.ir.graph.edit import have_equal_types, inline, trace_function, trace_in_places
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites import Site
@@ -21,6 +29,8 @@ from lorac.ir.slots.roles import branch_name, is_strength, slot_name
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
+_ROWS = 3
+"""The operands of a branch that have a row for each of the batch: a site's input, its output, and that of the base."""
 
 
 @final
@@ -63,8 +73,61 @@ def _expand_call(
     extra: dict[str, fx.Node],
     attention: BranchAttention,
 ) -> None:
-    call = AdaptedCall.of(node)
-    plan, operands = graph.plan_of(call.site), call.tensors
+    call, plan = AdaptedCall.of(node), graph.plan_of(ops.site_of(node))
+    if plan.has_placed_branches:
+        _expand_placed_branches(graph, node, traces, aux, extra, attention)
+    else:
+        _expand_whole(graph, node, call, plan, traces, aux, extra, attention)
+
+
+def _expand_placed_branches(
+    graph: Graph,
+    node: fx.Node,
+    traces: dict[object, fx.GraphModule],
+    aux: tuple[str, ...],
+    extra: dict[str, fx.Node],
+    attention: BranchAttention,
+) -> None:
+    """Expand a call whose rows may have branches of their own: first the site without them, then each by itself."""
+    call, plan = AdaptedCall.of(node), graph.plan_of(ops.site_of(node))
+    with graph.fx.inserting_before(node):
+        base = y = graph.fx.call_function(call.op, call.unadapted)
+    base.meta = {**node.meta}
+    if not plan.without_branches.empty:
+        weights = without_branches(call)
+        y = weights.insert_before(graph.fx, node)
+        y = _expand_whole(graph, y, weights, plan.without_branches, traces, (), extra, attention)
+    for index, slot in enumerate(plan.branches):
+        operands = select_operands(plan, index, call)
+        emits = [name for name in slot.emits if name in aux]
+        compute = functools.partial(compute_placed_branch, plan, index, sites=graph.sites, attention=attention)
+
+        def function(x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            emitted: dict[str, list[Tensor]] = {}
+            given = dict(zip(operands, tensors, strict=True))  # noqa: B023  # traced at once
+            changed = compute((x, y, base), given, emitted=emitted)  # noqa: B023
+            return (changed, *(emitted[name][0] for name in emits))  # noqa: B023
+
+        inputs = [call.x, y, base, *operands.values()]
+        traced = trace_in_places(graph.exported, function, inputs)
+        _, outputs = inline(graph.exported, node, function, inputs, _simplify_differences(traced, [_ROWS]))
+        y = outputs[0]
+        for name, output in zip(emits, outputs[1:], strict=True):
+            extra[_extra_name(name, plan, index)] = output
+    graph.replace_node(node, y)
+
+
+def _expand_whole(
+    graph: Graph,
+    node: fx.Node,
+    call: AdaptedCall,
+    plan: SitePlan,
+    traces: dict[object, fx.GraphModule],
+    aux: tuple[str, ...],
+    extra: dict[str, fx.Node],
+    attention: BranchAttention,
+) -> fx.Node:
+    operands = call.tensors
     function, emitted = _make_function(graph.sites, plan, call, aux, attention)
     inputs = [*operands, *call.operands.values()]
     shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
@@ -78,6 +141,7 @@ def _expand_call(
     graph.replace_node(node, outputs[0])
     for name, output in zip(emitted, outputs[1:], strict=True):
         extra[name] = output
+    return outputs[0]
 
 
 def _share_cuts(graph: Graph) -> None:
@@ -101,22 +165,25 @@ def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> f
     """
     places = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for scaled in [user for index in strengths for user in places[index].users]:
-        moved = next((operand for operand in scaled.all_input_nodes if operand.target is aten.sub.Tensor), None)
+        found = map(_behind_segments, scaled.all_input_nodes)
+        moved = next((operand for operand in found if operand.target is aten.sub.Tensor), None)
         summed = None if moved is None else moved.args[0]
         if moved is None or not isinstance(summed, fx.Node) or summed.target is not aten.add.Tensor:
             continue
         if moved.kwargs or summed.kwargs:
             continue
         others = [operand for operand in summed.args if operand is not moved.args[1]]
-        if len(others) == 1 and isinstance(others[0], fx.Node) and _same_type(others[0], moved):
+        if len(others) == 1 and isinstance(others[0], fx.Node) and have_equal_types(others[0], moved):
             moved.replace_all_uses_with(others[0])
     traced.graph.eliminate_dead_code()
     return traced
 
 
-def _same_type(node: fx.Node, other: fx.Node) -> bool:
-    a, b = node.meta["val"], other.meta["val"]
-    return bool(a.dtype == b.dtype and [str(size) for size in a.shape] == [str(size) for size in b.shape])
+def _behind_segments(node: fx.Node) -> fx.Node:
+    """Return the node whose value a node has, in whatever segments."""
+    while node.target in {row_ops.CUT, row_ops.JOIN}:
+        node = node.args[0]  # type: ignore[assignment]  # a node
+    return node
 
 
 def _describe_structure(plan: SitePlan) -> tuple[object, ...]:
@@ -141,4 +208,9 @@ def _make_function(
         y = compute_adapted(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted, attention)
         return (y, *(emitted[name].pop(0) for name, _ in emits))
 
-    return function, [f"{name}:{slot_name(plan.site.path, branch_name(i))}" for name, i in emits]
+    return function, [_extra_name(name, plan, i) for name, i in emits]
+
+
+def _extra_name(name: str, plan: SitePlan, index: int) -> str:
+    """Return the name of a branch's extra output in the program."""
+    return f"{name}:{slot_name(plan.site.path, branch_name(index))}"

@@ -21,7 +21,7 @@ from lorac.ir.sites import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.role import SlotSpec
-from lorac.ir.slots.roles import slot_name
+from lorac.ir.slots.roles import is_parameter, slot_name
 from lorac.ir.slots.rows import ADAPTERS_AXIS, placed_shape
 from lorac.passes.row_places import add_places, is_placed
 
@@ -81,19 +81,30 @@ def add_slots(graph: Graph, planned: Mapping[str, SitePlan]) -> dict[str, fx.Nod
     inputs: dict[str, tuple[Sequence[int | torch.SymInt], torch.dtype]] = {}
     owners: dict[str, tuple[str, str]] = {}
     adapters: int | torch.SymInt = 1
-    if any(plan.placed for plan in planned.values()):
-        adapters = add_dimension(graph.exported, ADAPTERS_AXIS, 2, 1)
-        graph.axes[str(adapters)] = ADAPTERS_AXIS
+    if any(is_placed(plan, role) for plan in planned.values() for role in plan.slot_roles()):
+        adapters = _count_places(graph)
     for path, plan in planned.items():
         for role, shape, dtype in _slot_inputs(graph, plan):
-            name, placed = slot_name(path, role), is_placed(plan, role)
-            inputs[name], owners[name] = (placed_shape(shape, adapters) if placed else shape, dtype), (path, role)
+            name, by_token = slot_name(path, role), not is_parameter(role)
+            whole = placed_shape(shape, adapters, by_token=by_token) if is_placed(plan, role) else shape
+            inputs[name], owners[name] = (whole, dtype), (path, role)
     nodes = add_inputs(graph.exported, inputs)
     for name, (path, role) in owners.items():
         projection = graph.projections.get(path)
         members = () if projection is None else projection.sites
         graph.slots[name] = SlotInput(name, path, role, nodes[name].name, members, is_placed(graph.plan_of(path), role))
     return nodes
+
+
+def _count_places(graph: Graph) -> torch.SymInt:
+    """Return the number of places, one size for all slots of a graph."""
+    first = next((slot for slot in graph.slots.values() if slot.placed), None)
+    if first is not None:
+        known: torch.SymInt = graph.node(first.node).meta["val"].shape[0]
+        return known
+    adapters = add_dimension(graph.exported, ADAPTERS_AXIS, 2, 1)
+    graph.axes[str(adapters)] = ADAPTERS_AXIS
+    return adapters
 
 
 def _slot_inputs(graph: Graph, plan: SitePlan) -> Iterator[tuple[str, Sequence[int | torch.SymInt], torch.dtype]]:

@@ -14,10 +14,11 @@ from typing import final
 from torch import Tensor, fx
 
 from lorac.errors import CompileError
-from lorac.ir.graph import ops
+from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.adapted_call import AdaptedCall, select_attention
-from lorac.ir.graph.edit import inline
+from lorac.ir.graph.edit import inline, trace_in_places
 from lorac.ir.graph.graph import Graph
+from lorac.ir.slots.branch_places import run_branch_alone_in_places
 from lorac.ir.slots.execution import FormulaContext, run_branch_alone
 from lorac.ir.slots.plans import BranchSlot
 from lorac.ir.slots.program_values import IN, OUTPUT, OWN, find_branch, parse_value_name, present_weights
@@ -130,10 +131,14 @@ class Replay:
         count, sites = len(names), self.graph.sites
 
         def function(x: Tensor, y: Tensor, *tensors: Tensor) -> tuple[Tensor]:
-            values = present_weights(dict(zip(read, tensors[count:], strict=True)), sites)
-            return (run_branch_alone(slot, tensors[:count], x, y, context(values=values)),)
+            ctx = context(values=present_weights(dict(zip(read, tensors[count:], strict=True)), sites))
+            if slot.axes is None:
+                return (run_branch_alone(slot, tensors[:count], x, y, ctx),)
+            return (run_branch_alone_in_places(slot, tensors[:count], x, y, ctx, row_ops.SEGMENTS),)
 
-        return inline(self.graph.exported, self.before, function, [x, plain, *others], origin=plain)[1][0]
+        program, given = self.graph.exported, [x, plain, *others]
+        traced = None if slot.axes is None else trace_in_places(program, function, given)
+        return inline(program, self.before, function, given, traced, origin=plain)[1][0]
 
 
 def _values_of_pass(slot: BranchSlot) -> list[str]:

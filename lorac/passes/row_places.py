@@ -10,14 +10,18 @@ from torch import fx
 
 from lorac.errors import list_some
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.nodes import get_example
 from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan
-from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.roles import ROLES, branch_index
+from lorac.passes.branch_places import has_rows, place_branches
 
 
 def is_placed(plan: SitePlan, role: str) -> bool:
-    """Whether a slot of a site has places; strengths and parameters of branches have none."""
-    return plan.placed and role in ROLES and not ROLES[role].why_shared
+    """Whether a slot of a site has places."""
+    if role not in ROLES:
+        return plan.branches[branch_index(role)].axes is not None
+    return plan.placed and not ROLES[role].why_shared
 
 
 def add_places(
@@ -35,17 +39,18 @@ def add_places(
     batch = _batch_size(graph)
     found, shared = dict(planned), dict[str, list[str]]()
     for path, plan in planned.items():
-        why = _why_shared(plan, calls.get(path, ()), batch)
-        if why:
+        why = _why_unaligned(calls.get(path, ()), batch) or (why_shared(plan) if plan.room else "")
+        if plan.room and why:
             shared.setdefault(why, []).append(path)
-            continue
-        found[path] = replace(plan, placed=any(not role.why_shared for role, _ in plan.roles()))
+        elif plan.room:
+            found[path] = replace(plan, placed=any(not role.why_shared for role, _ in plan.roles()))
     graph.plans = {path: found.get(path, plan) for path, plan in graph.plans.items()}
+    placed = place_branches(graph, batch, {path: calls[path] for path, plan in found.items() if plan.branches}, shared)
     for why, paths in shared.items():
         graph.add_notes(
             f"{list_some(paths, 1)}: rows with adapters of their own take a call for each choice, since {why}"
         )
-    return found
+    return {**found, **placed}
 
 
 def _batch_size(graph: Graph) -> torch.SymInt | None:
@@ -56,13 +61,9 @@ def _batch_size(graph: Graph) -> torch.SymInt | None:
     return sizes[0] if sizes and isinstance(sizes[0], torch.SymInt) else None
 
 
-def _why_shared(plan: SitePlan, calls: Sequence[fx.Node], batch: torch.SymInt | None) -> str:
-    """Return why all rows of a batch share the slots of a site; empty where each may have its own."""
+def _why_unaligned(calls: Sequence[fx.Node], batch: torch.SymInt | None) -> str:
+    """Return why the calls of a site cannot tell the rows of a batch apart; empty where they can."""
     if batch is None:
         return "the program is for one number of rows"
-    why = why_shared(plan)
-    if why:
-        return why
-    first = (call.args[0].meta["val"].shape[0] for call in calls)  # type: ignore[union-attr]  # a node
-    aligned = all(isinstance(size, torch.SymInt) and size.node.expr == batch.node.expr for size in first)
+    aligned = all(has_rows(get_example(call.args[0]), batch) for call in calls)
     return "" if aligned else "the rows of its input are not those of the batch"

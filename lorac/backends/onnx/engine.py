@@ -153,7 +153,8 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         both = (graph, get_encoder_graph_name(graph))
         shared = frozenset[str]().union(*(self.shared_slots[name] for name in both if name in self.shared_slots))
         for path, composed in snapshot.composed.items() if shared else ():
-            roles = (*composed.roles, *((strength_role(branch_name(0)),) if composed.branches else ()))
+            branches = self.plans[path].branches if composed.branches and path in self.plans else ()
+            roles = (*composed.roles, *(strength_role(branch_name(index)) for index in range(len(branches))))
             name = next((name for role in roles if (name := slot_name(path, role)) in shared), None)
             if name is not None:
                 why = ROLES[self.slots[name].role].why_shared if self.slots[name].role in ROLES else ""

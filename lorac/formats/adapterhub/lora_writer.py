@@ -71,14 +71,13 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
 
 
 def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTerm:
-    layer, tensors = layout.layers.get(path), adapter.tensors[path]
+    layer, site, tensors = layout.layers.get(path), layout.view.sites[path], adapter.tensors[path]
+    variant = adapter.variant.at(site)
     if layer is None:
         raise unsupported_error(
-            f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) does",
+            f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' has {variant.name} there",
             next_step=_NATIVE,
         )
-    site = layout.view.sites[path]
-    variant = adapter.variant.at(site)
     if layer.role == PACKED:
         return _convert_packed(adapter.name, variant, site, tensors)
     fields, stored = _convert_method(adapter.name, variant, site, tensors)

@@ -21,10 +21,21 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
+from lorac.ir.slots.branch_places import add_branch_in_places
 from lorac.ir.slots.execution import FormulaContext, run_site
 from lorac.ir.slots.placed_execution import run_placed
-from lorac.ir.slots.plans import SitePlan, SiteSlots
-from lorac.ir.slots.program_values import IN, OUTPUT, PASS, list_read_values, parse_value_name, present_weights
+from lorac.ir.slots.plans import BranchFill, SitePlan, SiteSlots
+from lorac.ir.slots.program_values import (
+    IN,
+    OUTPUT,
+    PASS,
+    branch_owner,
+    list_read_values,
+    parse_value_name,
+    present_weights,
+    program_value_name,
+)
+from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
 
 Tensor = torch.Tensor
 VALUE_PREFIX = "value:"
@@ -142,6 +153,8 @@ def compute_adapted(
         emitted: filled with the extra outputs.
         attention: for branches; by default over the whole sequence.
     """
+    if plan.has_placed_branches:
+        return _compute_placed_branches(plan, call, sites, emitted, attention)
     tensors = dict(call.operands)
     read = [role for role in tensors if role.startswith(VALUE_PREFIX)]
     values = {role.removeprefix(VALUE_PREFIX): tensors.pop(role) for role in read}
@@ -159,3 +172,61 @@ def compute_adapted(
     if not plan.placed:
         return run_site(plan, slots, x, weight, bias, ctx=ctx, product=product)
     return run_placed(plan, slots, x, weight, bias, ctx=ctx, product=product, segments=row_ops.SEGMENTS)
+
+
+# ── Branches with places ─────────────────────────────────────────────────────────────────────────────────────────────
+def select_operands(plan: SitePlan, index: int, call: AdaptedCall) -> dict[str, Any]:
+    """Return the operands of one branch by role: its strength, its parameters and the values that it reads."""
+    slot, branch = plan.branches[index], branch_name(index)
+    owner = branch_owner(plan.branches[:index], slot)
+    values = [f"{VALUE_PREFIX}{program_value_name(owner, name)}" for name in slot.reads]
+    roles = [strength_role(branch), *(parameter_role(branch, j) for j in range(len(slot.params))), *values]
+    return {role: call.operands[role] for role in roles}
+
+
+def without_branches(call: AdaptedCall) -> AdaptedCall:
+    """Return the call of a site without its branches."""
+    return dataclasses.replace(call, operands={role: value for role, value in call.operands.items() if role in ROLES})
+
+
+def compute_placed_branch(
+    plan: SitePlan,
+    index: int,
+    rows: tuple[Tensor, Tensor, Tensor],
+    operands: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+    emitted: dict[str, list[Tensor]],
+    attention: BranchAttention | None = None,
+) -> Tensor:
+    """Compute the output of a site with one of its branches, whose slots have places.
+
+    Args:
+        plan: the site's slots.
+        index: which of its branches.
+        rows: the site's input, its output so far, and its output in the base.
+        operands: the branch's, by role (``select_operands``).
+        sites, emitted, attention: as for ``compute_adapted``.
+    """
+    values = {role.removeprefix(VALUE_PREFIX): v for role, v in operands.items() if role.startswith(VALUE_PREFIX)}
+    strength, *params = [tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)]
+    ctx = FormulaContext(plan.site, values=present_weights(values, sites), emitted=emitted, attention=attention)
+    slot, (x, y, base) = plan.branches[index], rows
+    owner = branch_owner(plan.branches[:index], slot)
+    fill = BranchFill(strength, tuple(params))
+    return add_branch_in_places(slot, fill, x, y, base, ctx, owner, row_ops.SEGMENTS)
+
+
+def _compute_placed_branches(
+    plan: SitePlan,
+    call: AdaptedCall,
+    sites: Mapping[str, Site],
+    emitted: dict[str, list[Tensor]],
+    attention: BranchAttention | None,
+) -> Tensor:
+    base = y = call.op(*call.unadapted)
+    if not plan.without_branches.empty:
+        y = compute_adapted(plan.without_branches, without_branches(call), sites, emitted, attention)
+    for index in range(len(plan.branches)):
+        operands = select_operands(plan, index, call)
+        y = compute_placed_branch(plan, index, (call.x, y, base), operands, sites, emitted, attention)
+    return y

@@ -37,6 +37,7 @@ from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
 
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default}
 KnownCalls = dict[object, object]
 """Key of a call (``ops.make_call_key``) -> the example of its value."""
 
@@ -340,6 +341,28 @@ def trace_function(
         module = record_function(function, *values, decompositions=decompositions, pre_dispatch=decompositions is None)
     module.graph.eliminate_dead_code()
     return module
+
+
+def trace_in_places(
+    program: ExportedProgram, function: Callable[..., object], operands: Sequence[fx.Node]
+) -> fx.GraphModule:
+    """Trace a function that ``torch.vmap`` runs over places, as ``trace_function``.
+
+    The ops below those of autograd are recorded, where ``torch.vmap`` acts. Views that it leaves where it moves no axis
+    are dropped.
+    """
+    traced = trace_function(program, function, operands, {})
+    for node in traced.graph.nodes:
+        if node.target in _VIEWS and have_equal_types(node.args[0], node):
+            node.replace_all_uses_with(node.args[0])
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def have_equal_types(node: fx.Node, other: fx.Node) -> bool:
+    """Return whether two nodes have tensors of one dtype and shape."""
+    a, b = node.meta["val"], other.meta["val"]
+    return bool(a.dtype == b.dtype and [str(size) for size in a.shape] == [str(size) for size in b.shape])
 
 
 def update_signature(program: ExportedProgram) -> None:

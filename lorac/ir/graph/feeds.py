@@ -32,7 +32,7 @@ def collect_slot_tensors(
             by_site[slot.site] = slots[slot.site].named()
         filled = by_site[slot.site].get(slot.role)
         tensor = filled if filled is not None else make_idle_tensor(plans[slot.site], slot.role)
-        tensors[name] = as_place(tensor) if slot.placed else tensor
+        tensors[name] = as_place(tensor, by_token=slot.by_token) if slot.placed else tensor
     return tensors
 
 
@@ -130,6 +130,16 @@ def cache_input_shapes(graph: Graph) -> dict[str, tuple[int, int, torch.dtype]]:
     return {name: (int(value.shape[1]), int(value.shape[3]), value.dtype) for name, value in values.items()}
 
 
+def _blank_idle_rows(value: object, strengths: Tensor) -> object:
+    """Return an extra output with NaN, or 0 in integers, in the rows of places whose branch is off."""
+    if bool(strengths.all()):
+        return value
+    rows = torch.as_tensor(value).clone()
+    idle = (strengths == 0).flatten().repeat_interleave(rows.shape[0] // strengths.shape[0])
+    rows[idle] = torch.nan if rows.is_floating_point() else 0
+    return rows if isinstance(value, Tensor) else rows.numpy()
+
+
 def group_aux_outputs(extra: Mapping[str, object], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, object]]:
     """Group the extra outputs of active branches by name and site."""
     aux: dict[str, dict[str, object]] = {}
@@ -137,8 +147,9 @@ def group_aux_outputs(extra: Mapping[str, object], tensors: Mapping[str, Tensor]
     for key, value in extra.items():
         name, _, place = key.partition(":")
         path, _, branch = place.rpartition(":")
-        if bool(tensors[slot_name(path, strength_role(branch))].any()):
-            emitted.setdefault(path, {}).setdefault(name, []).append(value)
+        strengths = tensors[slot_name(path, strength_role(branch))]
+        if bool(strengths.any()):
+            emitted.setdefault(path, {}).setdefault(name, []).append(_blank_idle_rows(value, strengths))
     for path, found in emitted.items():
         record_extra_outputs(aux, path, found)
     return aux

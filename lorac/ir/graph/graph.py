@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
 from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.roles import is_parameter
 
 
 class Level(enum.IntEnum):
@@ -52,6 +53,11 @@ class SlotInput:
     node: str
     members: tuple[str, ...] = ()
     placed: bool = False
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it meets the tokens of a segment; a branch's formula sees its parameters as they are."""
+        return not is_parameter(self.role)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def join(y: Tensor, like: Tensor, features: int) -> Tensor:
 
 @join.register_fake
 def _(y: Tensor, like: Tensor, features: int) -> Tensor:
-    return y.new_empty((*like.shape[: like.dim() - features], y.shape[-1]))
+    return y.new_empty((*like.shape[: like.dim() - features], *y.shape[2:]))
 
 
 def _segment_size(x: Tensor, sizes: Sequence[int | torch.SymInt], places: int | torch.SymInt) -> int | torch.SymInt:

@@ -51,7 +51,7 @@ class FormulaContext:
         attention: BranchAttention | None = None,
         passing: str = "",
     ) -> None:
-        self.site, self.training, self.passing = site, training, passing
+        self.site, self.training, self.passing, self.placed = site, training, passing, False
         self._values = values if values is not None else {}
         self._emitted = emitted if emitted is not None else {}
         self._dtype, self._owner = torch.get_default_dtype(), ""
@@ -86,6 +86,11 @@ class FormulaContext:
             )
         return found.to(self._dtype) if found.is_floating_point() else found
 
+    @property
+    def emitted(self) -> Mapping[str, Sequence[Tensor]]:
+        """The extra outputs so far."""
+        return self._emitted
+
     def emit(self, name: str, tensor: Tensor) -> None:
         """Record an extra output."""
         self._emitted.setdefault(name, []).append(tensor)
@@ -114,6 +119,12 @@ class FormulaContext:
         inner = copy.copy(self)
         inner._dtype, inner._owner = dtype, owner
         vars(inner).pop("generator", None)
+        return inner
+
+    def in_place(self, values: Mapping[str, Tensor]) -> FormulaContext:
+        """Return this context for one place of several that run at once, with its own values and extra outputs."""
+        inner = copy.copy(self)
+        inner._values, inner._emitted, inner.placed = values, {}, True
         return inner
 
     def over(self, values: Mapping[str, Tensor]) -> FormulaContext:
@@ -256,7 +267,7 @@ def compute_branch_delta(
     Raises:
         AdapterError: the formula is not allowed (``lorac.ir.algebra.formulas``); nothing was written.
     """
-    output, wide = _run_branch(slot, fill.params, x, y, ctx or FormulaContext(site), owner)
+    output, wide = run_formula(slot, fill.params, x, y, ctx or FormulaContext(site), owner)
     return (fill.strength * (output - wide)).to(y.dtype)
 
 
@@ -272,10 +283,10 @@ def run_branch_alone(slot: BranchSlot, params: Sequence[Tensor], x: Tensor, y: T
     Raises:
         AdapterError: the formula is not allowed; nothing was written.
     """
-    return _run_branch(slot, params, x, y, ctx, "")[0].to(y.dtype)
+    return run_formula(slot, params, x, y, ctx, "")[0].to(y.dtype)
 
 
-def _run_branch(
+def run_formula(
     slot: BranchSlot, tensors: Sequence[Tensor], x: Tensor, y: Tensor, ctx: FormulaContext, owner: str
 ) -> tuple[Tensor, Tensor]:
     """Return a branch's output in the factors' dtype, and y in that dtype."""
@@ -317,7 +328,7 @@ def _check_formula_once(slot: BranchSlot, x: Tensor, y: Tensor, params: Params, 
     """Run a formula on fake tensors before its first real call, so that a faulty formula writes nothing."""
     function = slot.formula.function
     key = (slot.key, getattr(function, "__func__", function), x.dim(), y.dim(), ctx.training, ctx.passing)
-    if key in _CHECKED_FORMULAS or isinstance(y, FakeTensor):
+    if key in _CHECKED_FORMULAS or isinstance(y, FakeTensor) or ctx.placed:
         return
     with fake_execution() as fake:
         values = {name: fake(value) for name, value in ctx.values.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,6 +22,15 @@ from lorac.ir.slots.role import SlotRole, Stage
 from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
 
 Tensor = torch.Tensor
+
+
+class ValueAxis(enum.StrEnum):
+    """The first axis of a value that a branch reads, where rows have adapters of their own."""
+
+    ROWS = "rows"
+    PLACES = "places"
+    NEITHER = "neither"
+    """All rows share the value."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class BranchSlot:
         once: path of the site that computes the ``own:`` values it reads; empty if it reads none.
         mixes: whether a token's output depends on earlier tokens, so that whole sequences are needed.
         instead: the next step in messages: how to get an adapter with a weight form; may be empty.
+        axes: where rows may have branches of their own in it, the axis of each value that it reads and, of ``once``,
+            of each that it gives; None where all rows share one branch.
     """
 
     key: str
@@ -47,6 +58,7 @@ class BranchSlot:
     once: str = ""
     mixes: bool = False
     instead: str = field(default="", compare=False)
+    axes: Mapping[str, ValueAxis] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,20 @@ class SitePlan:
     def roles(self) -> Iterator[tuple[SlotRole, int]]:
         """Return the roles that have slots and their room, in the table's order."""
         return ((role, self.room[role.name]) for role in ROLES.values() if role.name in self.room)
+
+    @property
+    def has_placed_branches(self) -> bool:
+        """Whether rows of a batch may have branches of their own; that is so of all branches of a site or of none."""
+        return any(slot.axes is not None for slot in self.branches)
+
+    @property
+    def without_branches(self) -> SitePlan:
+        """The plan of the site's other slots."""
+        return replace(self, branches=())
+
+    def slot_roles(self) -> tuple[str, ...]:
+        """Return the roles of all slots, those of branches included."""
+        return (*(role.name for role, _ in self.roles()), *self.branch_shapes())
 
     def branch_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return role -> shape of the strengths and parameters of all branches.

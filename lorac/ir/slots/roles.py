@@ -297,3 +297,13 @@ def parameter_role(branch: str, position: int) -> str:
 def is_strength(role: str) -> bool:
     """Return whether a role is a branch's strength."""
     return role.startswith(_BRANCH) and role.endswith(f".{_STRENGTH}")
+
+
+def is_parameter(role: str) -> bool:
+    """Return whether a role is one of a branch's parameters."""
+    return role not in ROLES and not is_strength(role)
+
+
+def branch_index(role: str) -> int:
+    """Return the index in the plan of the branch that a strength or parameter belongs to."""
+    return int(role.removeprefix(_BRANCH).partition(".")[0])

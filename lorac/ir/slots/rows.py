@@ -30,14 +30,20 @@ ADAPTERS_AXIS = "adapters"
 
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-def placed_shape(shape: Sequence[Size], places: Size) -> tuple[Size, ...]:
-    """Return the shape of a slot with places; a vector gets an axis along which the tokens of a segment lie."""
-    return (places, 1, *shape) if len(shape) == 1 else (places, *shape)
+def placed_shape(shape: Sequence[Size], places: Size, *, by_token: bool = True) -> tuple[Size, ...]:
+    """Return the shape of a slot with places.
+
+    Args:
+        shape: that of the slot without places.
+        by_token: whether it meets the tokens of a segment, so that a vector gets an axis along which they lie. A
+            formula sees its parameters as they are.
+    """
+    return (places, 1, *shape) if by_token and len(shape) == 1 else (places, *shape)
 
 
-def as_place(tensor: Tensor) -> Tensor:
+def as_place(tensor: Tensor, *, by_token: bool = True) -> Tensor:
     """Return a slot's tensor as the only place of a slot with places; nothing is copied."""
-    return tensor.view(placed_shape(tensor.shape, 1))
+    return tensor.view(placed_shape(tensor.shape, 1, by_token=by_token))
 
 
 def stack_places(tensors: Sequence[Tensor]) -> Tensor:
@@ -71,8 +77,14 @@ def cut_segments(x: Tensor, places: Size, features: int) -> Tensor:
 
 
 def join_segments(y: Tensor, like: Tensor, features: int) -> Tensor:
-    """Return the tokens of all segments (places, tokens, N) as a batch (…, N) with the leading axes of ``like``."""
-    return y.reshape(*like.shape[: like.dim() - features], y.shape[-1])
+    """Return the items of all segments (places, items, …) as a batch, with the leading axes of ``like`` in their place.
+
+    Args:
+        y: the segments, as ``cut_segments`` returns them.
+        like: a batch.
+        features: the number of its axes that are not those of items.
+    """
+    return y.reshape(*like.shape[: like.dim() - features], *y.shape[2:])
 
 
 def choose_places(keys: Sequence[KeyT]) -> tuple[KeyT, ...]:

@@ -135,17 +135,26 @@ def gather_rows(x: ir.Value, positions: ir.Value) -> Outputs:
 
 
 def cut_segments(x: ir.Value, slot: ir.Value, features: int) -> Outputs:
-    """Write ``Reshape`` to the number of places, whatever number of tokens, and the features."""
+    """Write ``Reshape`` to the number of places, whatever number of items, and the features."""
     assert x.shape is not None
-    sizes = [-1, *x.shape[len(x.shape) - features :]]
-    return op.Reshape(x, op.Concat(op.Shape(slot, start=0, end=1), op.Constant(value_ints=sizes), axis=0))
+    places, items = op.Shape(slot, start=0, end=1), op.Constant(value_ints=[-1])
+    return op.Reshape(x, op.Concat(places, items, *_last_sizes(x, len(x.shape) - features), axis=0))
 
 
 def join_segments(y: ir.Value, like: ir.Value, features: int) -> Outputs:
     """Write ``Reshape`` to the leading sizes of another value, and the features."""
-    assert y.shape is not None
-    leading = op.Shape(like, start=0, end=-1) if features else op.Shape(like)
-    return op.Reshape(y, op.Concat(leading, op.Constant(value_ints=[y.shape[-1]]), axis=0))
+    leading = op.Shape(like, start=0, end=-features) if features else op.Shape(like)
+    return op.Reshape(y, op.Concat(leading, *_last_sizes(y, 2), axis=0))
+
+
+def _last_sizes(x: ir.Value, first: int) -> list[ir.Value]:
+    """Return the sizes of a value from an axis on, as values to concatenate."""
+    assert x.shape is not None
+    sizes = [*x.shape][first:]
+    if not sizes:
+        return []
+    fixed = all(isinstance(size, int) for size in sizes)
+    return [op.Constant(value_ints=sizes) if fixed else op.Shape(x, start=first)]
 
 
 TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {

@@ -1,0 +1,99 @@
+"""Functions in forms that ``torch.vmap`` batches where sizes are symbolic; it fixes sizes by the example in others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+Tensor = torch.Tensor
+
+
+class BatchedFunctions(TorchFunctionMode):
+    """Computes functions that ``torch.vmap`` does not batch where sizes are symbolic, by others that it does."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        return _IN_OTHER_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = F.linear(x, weight)
+    return y if bias is None else y + bias
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        queries, keys = (torch.arange(tensor.shape[-2], device=q.device) for tensor in (q, k))
+        attn_mask = queries[:, None] >= keys
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return torch.softmax(scores, -1) @ v
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(axes, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _cat(tensors: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        return torch.cat(tensors, dim)
+    axis = dim % tensors[0].dim()
+    return torch.stack(tensors, axis).flatten(axis, axis + 1)
+
+
+def _gather(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    chosen = _choose(x, dim, index)
+    return torch.where(chosen, x.unsqueeze(-2), torch.zeros((), dtype=x.dtype)).sum(-1)
+
+
+def _scatter(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+    return torch.where(_choose(x, dim, index).any(-2), torch.full((), value, dtype=x.dtype), x)
+
+
+def _choose(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return which items along the last axis an index (…, k) names: (…, k, items)."""
+    if dim % x.dim() != x.dim() - 1:
+        raise RuntimeError("torch.vmap does not batch an index along another axis than the last")
+    return index.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)
+
+
+_IN_OTHER_FUNCTIONS: Mapping[Callable[..., object], Callable[..., object]] = {
+    F.linear: _linear,
+    F.scaled_dot_product_attention: _attention,
+    F.layer_norm: _layer_norm,
+    torch.cat: _cat,
+    torch.gather: _gather,
+    torch.Tensor.gather: _gather,
+    torch.scatter: _scatter,
+    torch.Tensor.scatter: _scatter,
+}
