@@ -104,9 +104,9 @@ def _expand_placed_branches(
 
         def function(x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             emitted: dict[str, list[Tensor]] = {}
-            given = dict(zip(operands, tensors, strict=True))  # noqa: B023  # traced at once
-            changed = compute((x, y, base), given, emitted=emitted)  # noqa: B023
-            return (changed, *(emitted[name][0] for name in emits))  # noqa: B023
+            given = dict(zip(operands, tensors, strict=True))  # noqa: B023  (traced at once)
+            changed = compute((x, y, base), given, emitted=emitted)  # noqa: B023  (traced at once)
+            return (changed, *(emitted[name][0] for name in emits))  # noqa: B023  (traced at once)
 
         inputs = [call.x, y, base, *operands.values()]
         traced = trace_in_places(graph.exported, function, inputs)
