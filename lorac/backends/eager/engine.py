@@ -138,7 +138,7 @@ class EagerEngine(Engine[ActiveSlots]):
         return found or find_shared_slot(self.plans, snapshot, self._recorded_names)
 
     def bind_rows(self, contents: Sequence[ActiveSlots]) -> BoundProgram[ActiveSlots]:
-        stacked = stack_choices(contents, fill=not self.computes_terms)
+        stacked = stack_choices(self.plans, contents, fill=not self.computes_terms)
         own = [tensor for slots in stacked.slots.values() for tensor in slots.tensors.values()]
         return BoundProgram(self, stacked, tuple(own))
 

@@ -20,6 +20,7 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.live_terms import TrainingTerms
 from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.program_values import BASE, INPUT, OWN, parse_value_name
+from lorac.ir.slots.roles import ROLES
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class ActiveSlots:
         touched: paths of these sites; in fused mode too, where the weights hold their contents.
         read: the program's names of the values that active branches read.
         branches: whether a branch is active.
+        apart: paths of the sites that it fills with what has no places: merged weights and branches.
         places: the slots of each part of the rows, where they have choices of their own; ``slots`` holds all of them.
     """
 
@@ -40,6 +42,7 @@ class ActiveSlots:
     touched: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     branches: bool = False
+    apart: frozenset[str] = frozenset()
     places: tuple[ActiveSlots, ...] = ()
 
     @property
@@ -128,7 +131,10 @@ def slots_from_snapshot(snapshot: ComposedWeights, slots: Mapping[str, SiteSlots
     touched = frozenset(snapshot.composed)
     terms = [term for composed in snapshot.composed.values() for _, term in composed.branches]
     read = frozenset(name for term in terms for name in term.slot.reads)
-    return ActiveSlots(snapshot.choice, slots, touched, read, bool(terms))
+    apart = (
+        path for path, at in snapshot.composed.items() if at.branches or any(ROLES[r].why_shared for r in at.roles)
+    )
+    return ActiveSlots(snapshot.choice, slots, touched, read, bool(terms), frozenset(apart))
 
 
 def check_no_cache(attention: BranchAttention) -> None:

@@ -11,12 +11,11 @@ from torch import Tensor
 from lorac.backends.eager.forward_call import ActiveSlots
 from lorac.ir.sites import Site
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.execution import FormulaContext, add_branches
+from lorac.ir.slots.execution import FormulaContext, run_site
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.live_terms import TrainingTerms, run_terms
 from lorac.ir.slots.placed_execution import run_placed, stack_site_slots, why_shared
-from lorac.ir.slots.plans import BranchSlot, SitePlan, SiteSlots
-from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.plans import BranchSlot, SitePlan
 
 
 def find_shared_slot(plans: Mapping[str, SitePlan], snapshot: ComposedWeights, emitted: Collection[str]) -> str | None:
@@ -26,8 +25,7 @@ def find_shared_slot(plans: Mapping[str, SitePlan], snapshot: ComposedWeights, e
         emitted: the extra outputs that are asked for.
     """
     for path, composed in snapshot.composed.items():
-        why = why_shared(plans[path]) if composed.change is not None else ""
-        why = why or next((ROLES[role].why_shared for role in composed.roles if ROLES[role].why_shared), "")
+        why = why_shared(plans[path]) if plans[path].site.within is not None else ""
         why = why or next(filter(None, (_why_shared_branch(term.slot, emitted) for _, term in composed.branches)), "")
         if why:
             return f"at '{path}', {why}"
@@ -40,17 +38,19 @@ def _why_shared_branch(slot: BranchSlot, emitted: Collection[str]) -> str:
     return "extra outputs of its branch are asked for" if not set(slot.emits).isdisjoint(emitted) else ""
 
 
-def stack_choices(contents: Sequence[ActiveSlots], *, fill: bool) -> ActiveSlots:
+def stack_choices(plans: Mapping[str, SitePlan], contents: Sequence[ActiveSlots], *, fill: bool) -> ActiveSlots:
     """Return what one call needs for several choices, one for each part of its rows.
 
     Args:
+        plans: the slots of each site.
         contents: the slots that each choice fills.
         fill: whether the call reads slots; in training it computes terms.
     """
     touched = frozenset[str]().union(*(content.touched for content in contents))
+    apart = frozenset(path for path in touched if why_shared(plans[path])).union(*(each.apart for each in contents))
     return ActiveSlots(
         choice=tuple(dict(active for content in contents for active in content.choice).items()),
-        slots={path: stack_site_slots([each.slots[path] for each in contents]) for path in touched if fill},
+        slots={path: stack_site_slots([each.slots[path] for each in contents]) for path in touched - apart if fill},
         touched=touched,
         branches=any(content.branches for content in contents),
         places=tuple(contents),
@@ -66,28 +66,20 @@ def run_row_slots(
     ctx: FormulaContext,
     block: Tensor | None,
 ) -> Tensor:
-    """Return a site's output from the slots of each part of the rows: weight forms at once, then branches by part.
+    """Return a site's output from the slots of all parts of the rows at once; where they have no places, part by part.
 
     Args:
         active: the slots of all parts.
         plan, x, weight, bias, ctx, block: as for ``lorac.ir.slots.execution.run_site``.
     """
-    slots, path = active.slots[plan.site.path], plan.site.path
-    placed = not why_shared(plan) and any(not ROLES[name].why_shared for name in slots.tensors)
-    branches = [each.slots[path].branches for each in active.places]
-    if not any(fill is not None for fills in branches for fill in fills):
+    slots, path, count = active.slots.get(plan.site.path), plan.site.path, len(active.places)
+    if slots is not None:
         return run_placed(plan, slots, x, weight, bias)
-    base = _run_base(plan.site, x, weight, bias, block)
-    y = run_placed(plan, slots, x, weight, bias) if placed else base
-    parts = zip(branches, *(tensor.chunk(len(branches)) for tensor in (x, y, base)), strict=True)
-    return torch.cat([add_branches(plan, SiteSlots(branches=fills), x, y, base, ctx) for fills, x, y, base in parts])
-
-
-def _run_base(site: Site, x: Tensor, weight: Tensor | None, bias: Tensor | None, block: Tensor | None) -> Tensor:
-    if block is not None:
-        return block
-    assert weight is not None
-    return layout_of(site).base(x, weight, bias)
+    blocks = [None] * count if block is None else block.chunk(count)
+    parts = zip(active.places, x.chunk(count), blocks, strict=True)
+    return torch.cat(
+        [run_site(plan, each.slots[path], own, weight, bias, ctx=ctx, block=given) for each, own, given in parts]
+    )
 
 
 def run_row_terms(
@@ -107,7 +99,11 @@ def run_row_terms(
         places: the choice of each part.
         x, weight, bias, ctx, block: as for ``run_terms``.
     """
-    base, size, first, parts = _run_base(site, x, weight, bias, block), x.shape[0] // len(places), 0, []
+    size, first, parts = x.shape[0] // len(places), 0, list[Tensor]()
+    base = block
+    if base is None:
+        assert weight is not None
+        base = layout_of(site).base(x, weight, bias)
     for choice, same in itertools.groupby(place.choice for place in places):
         rows = slice(first, first + size * len(list(same)))
         own = terms.at(site.path, choice)

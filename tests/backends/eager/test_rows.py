@@ -92,11 +92,27 @@ def test_branches_that_read_their_own_input_alone(grad: bool) -> None:
     assert sorted(forwards) == [1, 2], "extra outputs belong to the rows of a choice"
 
 
-def test_a_merged_weight_takes_a_call_of_its_own(llama: Any) -> None:
-    with torch.no_grad(), _forwards(llama) as forwards:
-        y = llama(input_ids=IDS, adapters=["dense", "lora", None, "dense", "dora", "oft"]).logits
-        assert sorted(forwards) == [2, 4]
-        assert_close(y[3:4], llama(input_ids=IDS[3:4], adapters="dense").logits)
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["tiny_llama", "plain_conv"])
+def test_merged_weights_and_convolutions_run_part_by_part(llama: Any, model: str) -> None:
+    if model == "tiny_llama":
+        compiled, inputs = llama, {"input_ids": IDS}
+    else:
+        kinds = {"lora": lorac.LoRA(r=3, targets="all-conv"), "dense": lorac.SHiRA(r=1, targets=["stem"])}
+        compiled = _compile(ZOO[model].fresh(torch.float64), kinds)
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in ZOO[model].inputs(batch=6).items()}
+    choices = ["dense", "lora", None, "dense", "dense", {"lora": 0.5, "dense": 2.0}]
+    with _forwards(compiled) as forwards:
+        y = compiled(**inputs, adapters=choices)
+    assert forwards == [6]
+    for row, choice in enumerate(choices):
+        alone = compiled(**{name: value[row : row + 1] for name, value in inputs.items()}, adapters=choice)
+        assert_close(*(one if isinstance(one, Tensor) else one.logits for one in (_row(y, row), alone)))
+
+
+def _row(output: Any, row: int) -> Tensor:
+    found: Tensor = output if isinstance(output, Tensor) else output.logits
+    return found[row : row + 1]
 
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
