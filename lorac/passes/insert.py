@@ -36,12 +36,14 @@ class InsertAdaptedCalls(Pass):
 
     Attributes:
         rows: whether rows of a batch may have slots of their own, where the graph can tell rows apart.
+        why_branches_shared: why the slots of branches are not among them (``Dialect``).
     """
 
     name: ClassVar[str] = "insert"
     reads: ClassVar[Level] = Level.HOST
     leaves: ClassVar[Level] = Level.ADAPTED
     rows: bool = False
+    why_branches_shared: str = ""
 
     def apply(self, graph: Graph) -> PassResult:
         """Replace the calls; skip planned sites whose results the graph does not use.
@@ -58,7 +60,7 @@ class InsertAdaptedCalls(Pass):
             calls.setdefault(ops.site_of(node), []).append(node)
         planned, unused = _select_plans(graph, calls, used)
         if self.rows:
-            planned = add_places(graph, planned, calls)
+            planned = add_places(graph, planned, calls, self.why_branches_shared)
         nodes = add_slots(graph, planned)
         slots_at: dict[str, dict[str, fx.Node]] = {path: {} for path in planned}
         for slot in graph.slots.values():

@@ -25,7 +25,10 @@ def is_placed(plan: SitePlan, role: str) -> bool:
 
 
 def add_places(
-    graph: Graph, planned: Mapping[str, SitePlan], calls: Mapping[str, Sequence[fx.Node]]
+    graph: Graph,
+    planned: Mapping[str, SitePlan],
+    calls: Mapping[str, Sequence[fx.Node]],
+    why_branches_shared: str = "",
 ) -> dict[str, SitePlan]:
     """Return the plans, with places where rows may have slots of their own; the graph takes over these plans.
 
@@ -35,6 +38,7 @@ def add_places(
         graph: its plans are edited.
         planned: path -> the slots of a site that the graph uses.
         calls: path -> the calls of a site.
+        why_branches_shared: why branches have no places; empty where they have.
     """
     batch = _batch_size(graph)
     found, shared = dict(planned), dict[str, list[str]]()
@@ -45,7 +49,11 @@ def add_places(
         elif plan.room:
             found[path] = replace(plan, placed=any(not role.why_shared for role, _ in plan.roles()))
     graph.plans = {path: found.get(path, plan) for path, plan in graph.plans.items()}
-    placed = place_branches(graph, batch, {path: calls[path] for path, plan in found.items() if plan.branches}, shared)
+    branches, placed = {path: calls[path] for path, plan in found.items() if plan.branches}, dict[str, SitePlan]()
+    if branches and why_branches_shared:
+        shared.setdefault(why_branches_shared, []).extend(branches)
+    else:
+        placed = place_branches(graph, batch, branches, shared)
     for why, paths in shared.items():
         graph.add_notes(
             f"{list_some(paths, 1)}: rows with adapters of their own take a call for each choice, since {why}"

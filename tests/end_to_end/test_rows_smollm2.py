@@ -30,7 +30,14 @@ def test_each_row_writes_its_own_text(weights: str | None, monkeypatch: pytest.M
     options = {} if weights is None else {"weights": weights}
     host: Any = ZOO["smollm2"].fresh()
     compiled = lorac.compile(
-        host, dict(VARIANTS), target="onnxruntime", cache=True, active=None, self_test=False, **options
+        host,
+        dict(VARIANTS),
+        target="onnxruntime",
+        cache=True,
+        active=None,
+        self_test=False,
+        branch_rows=True,
+        **options,
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

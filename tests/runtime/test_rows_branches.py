@@ -69,7 +69,13 @@ def _scatter(adapters: dict[str, Any]) -> None:
 def compiled() -> Any:
     host = ZOO["tiny_llama"].model()
     made = lorac.compile(
-        host, _variants(host), target="onnxruntime", active=None, example_inputs=AS_EACH_ROW, aux=["router"]
+        host,
+        _variants(host),
+        target="onnxruntime",
+        active=None,
+        example_inputs=AS_EACH_ROW,
+        aux=["router"],
+        branch_rows=True,
     )
     _scatter(made.adapters)
     return made
@@ -168,7 +174,12 @@ class CentredRows(lorac.BranchVariant):
 def test_a_branch_that_reads_other_rows_has_a_call_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = {"lora": lorac.LoRA(r=2, targets=["v_proj"]), "centred": CentredRows(targets=["q_proj"])}
     made: Any = lorac.compile(
-        ZOO["tiny_llama"].model(), adapters, target="onnxruntime", active=None, example_inputs=AS_EACH_ROW
+        ZOO["tiny_llama"].model(),
+        adapters,
+        target="onnxruntime",
+        active=None,
+        example_inputs=AS_EACH_ROW,
+        branch_rows=True,
     )
     assert "a branch computes the rows of a batch together" in str(made.explain())
     y = _logits(made, IDS, ["centred", "lora", None, "centred", "lora", None])
@@ -176,12 +187,26 @@ def test_a_branch_that_reads_other_rows_has_a_call_of_its_own(monkeypatch: pytes
     assert torch.equal(y[[0, 3]], together)
 
 
+def test_branches_have_one_place_unless_asked_for_more() -> None:
+    adapters = {
+        "lora": lorac.LoRA(r=2, targets=["v_proj"]),
+        "routed": lorac.MeteoRA(r=2, experts=2, targets=["q_proj"]),
+    }
+    made: Any = lorac.compile(
+        ZOO["tiny_llama"].model(), adapters, target="onnxruntime", active=None, example_inputs=AS_EACH_ROW
+    )
+    _scatter(made.adapters)
+    assert "its branches have one place without branch_rows=True" in str(made.explain())
+    y = _logits(made, IDS[:3], ["routed", "lora", None])
+    assert torch.equal(y[:1], _logits(made, IDS[:1], "routed"))
+
+
 # ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_rows_with_branches_generate_in_one_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     host = ZOO["tiny_llama"].model()
     names = ("lora", "routed", "other", "mixed")
     variants = {name: variant for name, variant in _variants(host).items() if name in names}
-    made: Any = lorac.compile(host, variants, target="onnxruntime", active=None, cache=True)
+    made: Any = lorac.compile(host, variants, target="onnxruntime", active=None, cache=True, branch_rows=True)
     _scatter(made.adapters)
 
     def write(rows: list[int], adapters: Any) -> Tensor:

@@ -46,7 +46,8 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
     def dialect_for(self, options: OnnxRuntimeOptions) -> OnnxDialect:
         from lorac.backends.onnxruntime.dialect import DIALECTS
 
-        return DIALECTS[options.place.type]
+        dialect = DIALECTS[options.place.type]
+        return dataclasses.replace(dialect, why_branches_shared="") if options.branch_rows else dialect
 
     def place_options(self, options: OnnxRuntimeOptions, device: torch.device | None) -> OnnxRuntimeOptions:
         """Return the options for a device; check that this machine has what the device needs."""

@@ -72,6 +72,7 @@ _ON_CPU: OnnxDialect = Dialect(
     late_rewrites=(CheckRecurrentKernels(), FlattenToRows(), CopyReshapeSizes()),
     gates=BranchGate.IF,
     rows=True,
+    why_branches_shared="its branches have one place without branch_rows=True",
 )
 _ON_CUDA = dataclasses.replace(
     _ON_CPU,

@@ -45,6 +45,9 @@ class OnnxRuntimeOptions(TargetOptions):
         settle: ``"asked"``: weights settle when ``swap(..., settle=True)`` asks; ``"background"``: after every swap.
         cache: keep keys and values, as ``generate`` needs it, of a causal language model of transformers. Calls then
             take ``input_ids`` and an ``attention_mask`` that pads rows on the right; logits of padding are 0.
+        branch_rows: rows of a call may have branches of their own, such as routers, in the same call. This makes
+            compiling slower, and calls of several tokens with one choice of branches too; without it rows are
+            computed by choice.
         portable: slots are inputs that each call must give, and not optional ones, so that the saved program can be
             switched by every runtime of ONNX, in browsers and Node.js too. The base's values of all slots, and each
             adapter's, are written as safetensors.
@@ -68,6 +71,7 @@ class OnnxRuntimeOptions(TargetOptions):
     spinning: bool | None = None
     settle: str = "asked"
     cache: bool = False
+    branch_rows: bool = False
     portable: bool = False
     providers: tuple[str, ...] | None = None
     device: str | None = None
