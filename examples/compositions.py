@@ -31,15 +31,15 @@ CONCEPTS: dict[str, Object] = {"yellow": ("red", "square"), "magenta": ("red", "
 """The colour that a LoRA paints -> the object that it is meant for, as the LoRA's own prompts call it."""
 PLAIN: dict[str, Object] = {"yellow": ("green", "square"), "magenta": ("blue", "circle")}
 """The same objects in words of which no LoRA has learnt anything."""
-BOXES = {"yellow": (0.0, 0.0, 1.0, 0.5), "magenta": (0.0, 0.5, 1.0, 1.0)}
+BOXES = {"yellow": (0.25, 0.0, 0.75, 0.5), "magenta": (0.25, 0.5, 0.75, 1.0)}
 PROMPT = denoiser.make_prompt(tuple(CONCEPTS.values()))
 PLAIN_PROMPT = denoiser.make_prompt(tuple(PLAIN.values()))
 WORDS = {"yellow": (1, 2), "magenta": (5, 6)}
 """Places of colour and shape in the prompt."""
-OPTIONS: dict[str, Any] = {"stride": 1, "layers": ("up_blocks.1.attentions.0",)}
-"""The maps that the constraints look at: those of 8 x 8 that tell the objects apart best."""
+LAYERS = ("up_blocks.1.attentions.0",)
+"""The attention whose maps are contrasted; regions look at all of 8 x 8."""
 STEPS, UPDATES, PICTURES = 20, 10, 16
-RATE = {"regions": 5.0, "contrast": 5.0}
+RATE = {"regions": 5.0, "contrast": 2.0}
 
 
 def learn_concept(base: Denoiser, colour: str, *, steps: int = 300, seed: int = 0) -> lorac.Adapter:
@@ -84,10 +84,12 @@ class Compositions:
         self.base, self.loras = base, dict(loras)
         self.states, self.empty = base.states(PROMPT)[0], base.states("")[0]
         both = dict.fromkeys(loras, 1.0)
-        self.summed = ContrastiveComposer(base.unet, Watched.over(self._watch_sum), loras, style=both, **OPTIONS)
-        self.contrasted = ContrastiveComposer(base.unet, Watched.over(self._watch_contrast), loras, **OPTIONS)
+        self.summed = ContrastiveComposer(base.unet, Watched.over(self._watch_sum), loras, style=both, stride=1)
+        self.contrasted = ContrastiveComposer(
+            base.unet, Watched.over(self._watch_contrast), loras, stride=1, layers=LAYERS
+        )
         tokens = denoiser.TOKENS
-        self.composed = Composer(base.unet, Watched.over(self._watch_regions), tokens=tokens, r=4, **OPTIONS)
+        self.composed = Composer(base.unet, Watched.over(self._watch_regions), tokens=tokens, r=4, stride=1)
         self.seen: list[dict[str, float]] = []
         self.maps: list[Sequence[Tensor]] = []
 

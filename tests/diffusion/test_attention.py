@@ -191,6 +191,7 @@ def test_other_layers_are_refused(unet: Any) -> None:
         lorac.compile(unet, {"maps": AttentionMaps(targets=["conv_in"])})
 
 
+@pytest.mark.slow  # one more program; eager mode tests the same formulas above
 def test_regions_in_onnxruntime_take_other_sizes(unet: Any, eager: lorac.Compiled) -> None:
     put(eager, BOXES)
     options = {"example_inputs": inputs(), "dynamic_shapes": dynamic_shapes()}
