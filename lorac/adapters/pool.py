@@ -235,8 +235,9 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
 
     def _prepare_packed(self, adapter: Adapter) -> PreparedAdapter:
         """Return an adapter's normal forms in few blocks of memory, unless it trains and is prepared at every step."""
-        prepared = self._preparer.prepare(adapter)
-        return prepared if self._trains else pack_adapter(prepared, adapter)
+        if self._trains:
+            return self._preparer.prepare(adapter)
+        return pack_adapter(self._preparer.prepare(adapter, contiguous=False), adapter)
 
     def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
         """Add an adapter in memory.

@@ -66,14 +66,17 @@ class Preparer:
         self._by_site: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
     @torch.no_grad()
-    def prepare(self, adapter: Adapter) -> PreparedAdapter:
+    def prepare(self, adapter: Adapter, *, contiguous: bool = True) -> PreparedAdapter:
         """Return the normal forms of all terms of an adapter that ``check_adapter`` has passed.
+
+        Args:
+            contiguous: copy tensors that lie in another order in memory, such as transposes.
 
         Raises:
             AdapterError: a tensor was written since it was checked, and is NaN or infinite.
         """
         check_values(adapter)
-        terms = {path: self.term(adapter, path) for path in self.touched(adapter)}
+        terms = {path: self.term(adapter, path, contiguous=contiguous) for path in self.touched(adapter)}
         branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
         once = get_once_path(adapter)
         branches |= {once: make_once_term(adapter, self.sites)} if once else {}
@@ -91,17 +94,17 @@ class Preparer:
         owners = {name: path for path, site in self.sites.items() for name in (site.weight, site.bias) if name}
         return list(dict.fromkeys([*adapter.tensors, *(owners[fqn] for fqn in adapter.replaced)]))
 
-    def term(self, adapter: Adapter, path: str) -> Change | BranchTerm:
+    def term(self, adapter: Adapter, path: str, *, contiguous: bool = True) -> Change | BranchTerm:
         """Return the normal form of an adapter's term at a site that it touches."""
         site, tensors = self.sites[path], adapter.tensors.get(path)
         if tensors is None:
             replaced = self.replaced_change(adapter, site)
             assert replaced is not None
-            return _detach(replaced)
+            return _detach(replaced, contiguous)
         reduction = self.reduction(adapter.variant, site, tensors)
         if reduction.form == BRANCH:
             return make_branch_term(adapter, site)
-        return _detach(self.with_bias(adapter, site, self.change(reduction, site, tensors)))
+        return _detach(self.with_bias(adapter, site, self.change(reduction, site, tensors)), contiguous)
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
         """Return the reduction of a variant at a site, from the cache where the structure is known."""
@@ -294,12 +297,16 @@ def _make_meta_weight(site: Site, dtype: torch.dtype) -> Tensor:
     return torch.empty((*site.stacked, site.out_features, site.in_features), dtype=dtype, device="meta")
 
 
-def _detach(change: Change) -> Change:
-    """Return a change whose tensors are plain contiguous memory, detached from what they were computed from."""
+def _detach(change: Change, contiguous: bool) -> Change:
+    """Return a change whose tensors are detached from what they were computed from, and contiguous if asked for."""
+
+    def detach(tensor: Tensor) -> Tensor:
+        return tensor.detach().contiguous() if contiguous else tensor.detach()
+
     changed: dict[str, Any] = {}
     for name, value in vars(change).items():
         if isinstance(value, Tensor):
-            changed[name] = value.detach().contiguous()
+            changed[name] = detach(value)
         elif isinstance(value, Mapping):
-            changed[name] = {key: tensor.detach().contiguous() for key, tensor in value.items()}
+            changed[name] = {key: detach(tensor) for key, tensor in value.items()}
     return dataclasses.replace(change, **changed)

@@ -16,6 +16,7 @@ from lorac.adapters.lora_conversion import check_error, check_sizes, make_lora_v
 from lorac.adapters.truncation import compute_product_svd, find_rank, tail_errors
 from lorac.errors import AdapterNotFound, OptionError
 from lorac.variants.adapter import Adapter
+from lorac.variants.base import BranchVariant
 from lorac.variants.lora import LoRA
 from lorac.variants.low_rank import ScaledRank
 
@@ -97,7 +98,9 @@ def _change_ranks(adapter: Adapter, choose: Callable[[Tensor], int], name: str |
     if not isinstance(adapter.variant, LoRA):
         raise AdapterNotFound(
             f"'{adapter.name}' is {adapter.variant.name}, which is not LoRA",
-            next_step="convert it with lorac.to_lora",
+            next_step=adapter.variant.instead or "use a method that edits weights; `lorac variants` lists them"
+            if isinstance(adapter.variant, BranchVariant)
+            else "lorac.to_lora(adapter, model, rank=…) makes a LoRA of it; on the command line, lorac convert --rank",
         )
     generator = torch.Generator().manual_seed(seed)
     tensors, ranks, alphas, errors = {}, {}, {}, {}

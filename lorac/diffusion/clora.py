@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lorac.diffusion.attention import AttentionMaps, select_maps
 from lorac.diffusion.constraints import RATE, update_rate
-from lorac.diffusion.scheduling import Scheduler, call_rows
+from lorac.diffusion.scheduling import NoiseScheduler, call_rows
 from lorac.errors import InputMismatch
 from lorac.progress import progress
 from lorac.session.api import compile as compile_model
@@ -121,7 +121,7 @@ class ContrastiveComposer:
     def __init__(
         self,
         unet: nn.Module,
-        scheduler: Scheduler,
+        scheduler: NoiseScheduler,
         loras: Mapping[str, AdapterSource],
         *,
         style: Mapping[str, float] | None = None,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorac.diffusion.attention import ConceptIsolation, RegionAttention, rasterise, select_maps
 from lorac.diffusion.constraints import RATE, begin_in_boxes, concept_loss, leak_loss, update_rate
 from lorac.diffusion.regions import Region, write_regions
-from lorac.diffusion.scheduling import Scheduler, call_rows
+from lorac.diffusion.scheduling import NoiseScheduler, call_rows
 from lorac.frontend.model_view import ModelView
 from lorac.progress import progress
 from lorac.session.api import compile as compile_model
@@ -53,7 +53,7 @@ class Composer:
     def __init__(  # noqa: PLR0913  (the method's own settings)
         self,
         unet: nn.Module,
-        scheduler: Scheduler,
+        scheduler: NoiseScheduler,
         *,
         regions: int = 2,
         tokens: int = 77,

@@ -15,7 +15,7 @@ class StepResult(Protocol):
     prev_sample: Tensor
 
 
-class Scheduler(Protocol):
+class NoiseScheduler(Protocol):
     """A scheduler of diffusers, such as ``DDIMScheduler``."""
 
     timesteps: Tensor
@@ -31,7 +31,7 @@ class Scheduler(Protocol):
         """Return the latents before a step, from what the model predicts."""
 
 
-def call_rows(scheduler: Scheduler, latents: Tensor, t: Tensor, prompts: Iterable[Tensor]) -> dict[str, Tensor]:
+def call_rows(scheduler: NoiseScheduler, latents: Tensor, t: Tensor, prompts: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return a U-Net's arguments for latents (b, …) under each of some prompts (tokens, width), one after the other."""
     states = [prompt.expand(len(latents), -1, -1) for prompt in prompts]
     rows = scheduler.scale_model_input(latents, t).repeat(len(states), 1, 1, 1)

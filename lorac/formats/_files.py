@@ -27,6 +27,8 @@ from lorac.storage.tensor_file import DTYPES, agrees_with_hash, hash_contents, r
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
+_TOGETHER = 16
+"""Tensors that are read and then checked."""
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 LONGEST_NAME = 1000
 """Characters of a tensor's name, which patterns are matched against."""
@@ -160,12 +162,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if _HEADERS_ONLY.get():
         return {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape, _) in places.items()}, metadata
     try:
-        with pause_clock(), path.open("rb", buffering=0) as file:
-            tensors = {name: read_tensor(file, *place) for name, place in places.items()}
+        return _read_tensors(path, places), metadata
     except EOFError as error:
         raise _corrupt(path, str(error)) from error
-    check_finite(tensors, f"'{path}'")
-    return tensors, metadata
+
+
+def _read_tensors(path: Path, places: Mapping[str, tuple[torch.dtype, list[int], int]]) -> dict[str, Tensor]:
+    """Read tensors, and check some at a time, so that what is checked still lies in the processor's cache."""
+    tensors, names = dict[str, Tensor](), list(places)
+    with pause_clock(), path.open("rb", buffering=0) as file:
+        for first in range(0, len(names), _TOGETHER):
+            part = {name: read_tensor(file, *places[name]) for name in names[first : first + _TOGETHER]}
+            check_finite(part, f"'{path}'")
+            tensors |= part
+    return tensors
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from lorac.errors import SiteError
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.inputs.example_inputs import make_example_inputs
-from lorac.frontend.model_runner import preserve_random_state
+from lorac.frontend.model_runner import check_runs, preserve_random_state
 
 
 @torch.no_grad()
@@ -22,9 +22,11 @@ def find_last_hidden_state(model: nn.Module) -> tuple[str, int]:
 
     Raises:
         SiteError: the model returns no hidden states, or no module returns the last one.
+        BaseNeeded: the model is on the meta device.
     """
     if not is_hugging_face(model):
         raise _no_hidden_state(f"{type(model).__name__} returns no hidden states")
+    check_runs(model)
     copied, outputs = copy_structure(model).eval(), dict[str, Tensor]()
 
     def record(path: str, output: object) -> None:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorac.errors import BaseNeeded
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import set_config_fields
 
@@ -97,6 +98,19 @@ class ModelRunner:
             for name, buffer in self._buffers.items()
             if name not in current or not _is_equal(current[name], buffer)
         ]
+
+
+def check_runs(model: nn.Module) -> None:
+    """Refuse a model without values, such as that of a folder whose tensors are read one at a time.
+
+    Raises:
+        BaseNeeded: a parameter is on the meta device.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise BaseNeeded(
+            "only a run of the model tells which places the adapter names, and the model's folder alone is given",
+            next_step="load the model, and save lorac.merge_into(model, adapters) by its save_pretrained",
+        )
 
 
 def is_dynamo_error(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import set_config_fields
 from lorac.frontend.inputs.call_binding import bind_by_name
 from lorac.frontend.inputs.example_inputs import make_example_inputs
-from lorac.frontend.model_runner import WatchingMode, seed_random_numbers
+from lorac.frontend.model_runner import WatchingMode, check_runs, seed_random_numbers
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind
 
@@ -114,6 +114,7 @@ def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object,
         inputs: example inputs; None makes them.
         mode: records the ops.
     """
+    check_runs(copied)
     given = bind_by_name(model, make_example_inputs(model) if inputs is None else inputs)
     with torch.no_grad(), seed_random_numbers(copied, _SEED), mode:
         copied(**given)

@@ -17,9 +17,12 @@ def test_tensors_of_one_shape_lie_one_behind_the_other() -> None:
     own, shared, delta = torch.randn(3, 5), torch.randn(7, 2), torch.randn(4, 4)
     changes = {str(i): LowRank(torch.randn(7, 3), torch.randn(3, 5), {C: torch.randn(5)}) for i in range(3)}
     changes["own"] = LowRank(torch.randn(7, 3), own)
-    changes |= {name: LowRank(shared, torch.randn(2, 5), e=torch.randn(5)) for name in ("x", "y")}
-    adapter = Adapter("a", LoRA(r=3), {"own": {"b": own}})
-    packed = pack_adapter(PreparedAdapter({**changes, "delta": Delta(delta)}, truncatable=0.5), adapter)
+    changes |= {name: LowRank(shared.detach(), torch.randn(2, 5), e=torch.randn(5)) for name in ("x", "y")}
+    stored = torch.randn(3, 7)
+    changes["3"] = LowRank(stored.t(), torch.randn(3, 5), {C: torch.randn(5)})
+    adapter = Adapter("a", LoRA(r=3), {"own": {"b": own, "a": stored}})
+    others = {"delta": Delta(delta), "turned": Delta(delta.t())}
+    packed = pack_adapter(PreparedAdapter({**changes, **others}, truncatable=0.5), adapter)
 
     assert packed.truncatable == 0.5
     for path, before in changes.items():
@@ -31,9 +34,10 @@ def test_tensors_of_one_shape_lie_one_behind_the_other() -> None:
         assert after.scales.keys() == before.scales.keys()
         assert all(torch.equal(after.scales[name], scale) for name, scale in before.scales.items())
     low_rank = [packed.changes[path] for path in changes]
-    assert len(find_stacks([change.a for change in low_rank[:4]])) == 1
+    assert len(find_stacks([change.a for change in [*low_rank[:4], packed.changes["3"]]])) == 1
     assert len(find_stacks([change.b for change in low_rank[:3]])) == 1
     assert len(find_stacks([change.scales[C] for change in low_rank[:3]])) == 1
     assert packed.changes["own"].b is own
-    assert packed.changes["x"].a is packed.changes["y"].a is shared
+    assert packed.changes["x"].a.data_ptr() == packed.changes["y"].a.data_ptr() == shared.data_ptr()
     assert packed.changes["delta"].delta is delta
+    assert packed.changes["turned"].delta.is_contiguous()

@@ -417,3 +417,15 @@ def test_qst_folders_that_are_no_llama_s(qst: tuple[nn.Module, SideNetwork, Path
     own = lorac.compile(model, {"a": lorac.QST.of(model, r=4)}).adapters["a"]
     with refuses("unsupported_field", match="no place for own_first=True"):
         lorac.save_adapter(own, tmp_path / "own", "qst", model)
+
+
+@pytest.mark.parametrize("format", ["kohya", "adapterhub"])
+def test_methods_at_whole_modules_have_no_place_in_files_of_layers(
+    format: str, qst: tuple[nn.Module, SideNetwork, Path], tmp_path: Path
+) -> None:
+    model, _, folder = qst
+    adapter = lorac.load_adapter(folder, model)
+    with refuses("unsupported_field", match="qst"):
+        lorac.save_adapter(adapter, tmp_path / "a", format, model)
+    with refuses("adapter_not_found", match="is not LoRA\n.*edits weights"):
+        lorac.resize(adapter, 1)

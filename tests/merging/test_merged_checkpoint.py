@@ -306,3 +306,12 @@ def assert_same_files(one, other):
     """Equal input gives equal bytes."""
     for path in one.iterdir():
         assert path.read_bytes() == (other / path.name).read_bytes()
+
+
+def test_files_whose_places_only_a_run_of_the_model_tells_are_refused(tmp_path):
+    model = ZOO["tiny_bert"].model()
+    model.save_pretrained(tmp_path / "model")
+    adapter = drawn(model, {"a": lorac.LoRA(r=2, targets=["query"])}, 0.1).adapters["a"]
+    lorac.save_adapter(adapter, tmp_path / "a", "adapterhub", model)
+    with refuses("base_needed", match=r"a run of the model.*\n.*merge_into"):
+        merge_checkpoint(tmp_path / "model", tmp_path / "a", tmp_path / "out")

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import compute_base_hash
 from lorac.adapters.fit import check_adapter
 from lorac.errors import BaseNeeded
@@ -87,6 +88,7 @@ def write_file(adapter: Adapter, path: Path, view: ModelView | None, spelling: S
             next_step="pass model=, with all models that the adapter is for: {'unet': unet, 'text_encoder': …}",
         )
     check_adapter(adapter, view)
+    view = add_adapted_modules(adapter, view)
     writer = _FileWriter(adapter, view, spelling, list_pipeline(view))
     tensors = {key: tensor.detach().contiguous() for key, tensor in writer.list_tensors()}
     base = compute_base_hash(view, adapter.tensors)

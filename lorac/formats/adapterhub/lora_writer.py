@@ -71,13 +71,14 @@ def write_loras(adapter: Adapter, layout: ModelLayout) -> ComponentFile:
 
 
 def _convert_layer(adapter: Adapter, path: str, layout: ModelLayout) -> _LayerTerm:
-    layer, site, tensors = layout.layers.get(path), layout.view.sites[path], adapter.tensors[path]
-    variant = adapter.variant.at(site)
+    layer, tensors = layout.layers.get(path), adapter.tensors[path]
     if layer is None:
         raise unsupported_error(
-            f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' has {variant.name} there",
+            f"AdapterHub adapts no layer that is '{path}', and adapter '{adapter.name}' ({adapter.variant.name}) does",
             next_step=_NATIVE,
         )
+    site = layout.view.sites[path]
+    variant = adapter.variant.at(site)
     if layer.role == PACKED:
         return _convert_packed(adapter.name, variant, site, tensors)
     fields, stored = _convert_method(adapter.name, variant, site, tensors)

@@ -85,16 +85,18 @@ class TokenStream:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(ready.set)
         try:
-            while True:
-                ready.clear()
-                if self._items.empty():
-                    await ready.wait()
-                if (item := self._items.get()) is None:
-                    return
+            while (item := await self._wait(ready)) is not None:
                 yield _token_of(item)
         finally:
             self._wake = None
             self.cancel()
+
+    async def _wait(self, ready: asyncio.Event) -> TextToken | BaseException | None:
+        """Return the next item; ``ready`` is set whenever there is one."""
+        ready.clear()
+        if self._items.empty():
+            await ready.wait()
+        return self._items.get()
 
     # ── The scheduler's side ─────────────────────────────────────────────────────────────────────────────────────────
     @property
