@@ -40,12 +40,12 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
         slots: the slot inputs by public name.
     """
     ends = _find_branch_ends(model, slots)
-    calls = Counter(end.strength for end in ends)
+    calls = Counter(strength for strength, _ in ends)
     gates = []
-    for end in ends:
-        slot = slots[str(end.strength.name)]
+    for strength, add in ends:
+        end, slot = _BranchEnd.of(strength, add), slots[str(strength.name)]
         # An extra output of a site that is called several times is the last call's, and stays outside of all gates.
-        emitted = _emitted_outputs(model.graph, slot) if calls[end.strength] == 1 else []
+        emitted = _emitted_outputs(model.graph, slot) if calls[strength] == 1 else []
         by_row = _gate_rows(model.graph, end) if slot.placed else end
         gates.append(_move_into_if(model.graph, by_row, emitted))
     gate_shared_nodes(model.graph, gates, slots)
@@ -53,8 +53,8 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
 
 def gate_by_where(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
     """Put the sums at the end of branches behind ``Where`` nodes, in place; arguments as for ``gate_by_if``."""
-    for end in _find_branch_ends(model, slots):
-        _insert_where(model.graph, end)
+    for strength, add in _find_branch_ends(model, slots):
+        _insert_where(model.graph, _BranchEnd.of(strength, add))
 
 
 def leave_ungated(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
@@ -83,12 +83,17 @@ class _BranchEnd:
     node: ir.Node
     passed: ir.Value
 
+    @classmethod
+    def of(cls, strength: ir.Value, add: ir.Node) -> _BranchEnd:
+        """Return the end of a branch whose sum is ``add``; earlier branches of its site have their gates already."""
+        return cls(strength, add, _base_operand(strength, add))
 
-def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[_BranchEnd]:
-    """Return the ends of all branches: the sums."""
+
+def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Value, ir.Node]]:
+    """Return the strength of every branch, with the sum at the branch's end."""
     strengths = {name for name, slot in slots.items() if is_strength(slot.role)}
     return [
-        _BranchEnd(value, add, _base_operand(value, add))
+        (value, add)
         for value in model.graph.inputs
         if value.name in strengths
         for scaled in value.consumers()
