@@ -34,6 +34,8 @@ from tests.zoo import ZOO
 INDEX = "sound.json"
 COMPOSED: Mapping[str, Mapping[str, Any]] = {
     "chain": {"parts": (lorac.LoRA(r=2), lorac.BAT(r=2))},
+    "decor": {"r": 2, "tokens": 16},
+    "decor_weight": {"r": 2},
     "oft": {"r": 0, "block_size": 3},
     "residual": {"method": lorac.LoRA(r=2)},
     "split": {"parts": {"first": lorac.LoRA(r=2)}, "among": ("first", "second")},

@@ -141,6 +141,9 @@ class QST(BranchVariant):
             **{f"side_{n}_{key}": ParamSpec(shape, kaiming_uniform) for key, shape in shapes.items()},
         }
 
+    def starts_as_base(self, site: Site) -> bool:
+        return not self.sigmoid
+
     # ── The formula ──────────────────────────────────────────────────────────────────────────────────────────────────
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         first, *rest = (ctx.value(name).detach() for name in (f"in:{self.blocks[0]}", *self.blocks))

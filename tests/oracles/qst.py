@@ -79,7 +79,8 @@ def output(y, states, p, variant, real=None):
         beta = sigmoid(p[f"gamma_{n}"])
         g = side((1 - beta) * down(h, p, n, variant) + beta * g, p, n, variant, real)
     grown = rms(g, p["norm"], variant.eps) @ p["up_weight"].T + p["up_bias"]
-    return p["alpha"] * y + (1 - p["alpha"]) * grown
+    share = sigmoid(p["alpha"]) if variant.sigmoid else p["alpha"]
+    return share * y + (1 - share) * grown
 
 
 def branch(x, y, p, variant):

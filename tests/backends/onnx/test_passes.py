@@ -80,5 +80,5 @@ def test_what_passes_leave_alone_is_told_with_the_graph():
     )
     skipped = compiled.graph["main"].skipped
     assert {skip.why for skip in skipped["fuse-rms-norms"]} == {"the scale is not a vector along the last axis"}
-    assert skipped["quantise-weights"] == (Skip("scale", "rows shorter than a block of 32"),)
-    assert "weights that stay as they are, rows shorter than a block of 32: scale" in str(compiled.explain())
+    assert skipped["quantise-weights"] == (Skip("scale.weight", "rows shorter than a block of 32"),)
+    assert "weights that stay as they are, rows shorter than a block of 32: scale.weight" in str(compiled.explain())
