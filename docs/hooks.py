@@ -19,7 +19,7 @@ TURNED = {"](../CONTRIBUTING.md": "](contributing.md", "](docs/": "]("}
 
 
 def _methods() -> list[str]:
-    found = [variant for variant in lorac.variants().values() if variant.__module__.startswith("lorac.")]
+    found = [variant for variant in lorac.variants().values() if variant.__module__.startswith("lorac.variants.")]
     return sorted((f"lorac.{variant.__name__}" for variant in found), key=str.lower)
 
 

@@ -18,7 +18,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from torch import Tensor
 from lorac.argument_types import Bounds, Count, Positive, check_fields
 from lorac.errors import ChoiceError
 from lorac.progress import progress
+from lorac.session.compiled import CompiledModule
 from lorac.training.rules.preconditioned import Preconditioned
 from lorac.variants.adapter import Adapter
 from lorac.variants.plp import PLP
@@ -82,7 +83,7 @@ def share_bases(adapter: Adapter, *others: Adapter) -> None:
 
 
 def learn_half(
-    compiled: Any,
+    compiled: CompiledModule,
     name: str,
     own: Loss,
     partners: Sequence[Loss],
@@ -138,7 +139,7 @@ def learn_half(
 
 
 def learn_both(
-    compiled: Any,
+    compiled: CompiledModule,
     name: str,
     content: Loss,
     style: Loss,
@@ -178,7 +179,7 @@ def learn_both(
     return losses
 
 
-def _learned(compiled: Any, name: str, *keys: str) -> list[Tensor]:
+def _learned(compiled: CompiledModule, name: str, *keys: str) -> list[Tensor]:
     adapter: Adapter = compiled.adapters[name]
     if not isinstance(adapter.variant, PLP):
         raise ChoiceError(

@@ -14,7 +14,7 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lorac.adapters.rank_reduction import reduce_rank
 from lorac.argument_types import Bounds, Count, Positive, check_fields
 from lorac.errors import AdapterError, ChoiceError
 from lorac.progress import progress
+from lorac.session.compiled import CompiledModule
 from lorac.variants.adapter import Adapter
 from lorac.variants.autolora import AutoLoRA
 from lorac.variants.lora import LoRA
@@ -109,7 +110,7 @@ def write_loras(adapter: Adapter, loras: Sequence[Adapter]) -> None:
 
 
 def train_gates(
-    compiled: Any, name: str, loras: Sequence[Adapter], error: Error, settings: GateSettings | None = None
+    compiled: CompiledModule, name: str, loras: Sequence[Adapter], error: Error, settings: GateSettings | None = None
 ) -> list[float]:
     """Train the gates of a fused adapter on pairs of LoRAs, and return the losses.
 

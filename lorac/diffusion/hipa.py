@@ -21,6 +21,7 @@ from lorac.diffusion.high_frequencies import HighFrequencyLoss
 from lorac.errors import ChoiceError, Unavailable
 from lorac.frontend.copying import copy_structure
 from lorac.progress import progress
+from lorac.session.compiled import CompiledModule
 from lorac.variants.lora import LoRA
 
 RECIPE = LoRA(r=16, alpha=16, targets=("to_q", "to_k", "to_v", "to_out.0"), exclude=r"vae\..*")
@@ -202,7 +203,7 @@ def make_target(
 
 
 def train_one_step(
-    compiled: Any,
+    compiled: CompiledModule,
     batches: Iterable[Batch],
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = HighFrequencyLoss(),  # noqa: B008  (frozen)

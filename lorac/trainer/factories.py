@@ -14,6 +14,7 @@ import lorac
 from lorac import training
 from lorac.argument_types import matches_type
 from lorac.errors import OptionError, nearest_name, not_one_of, short, translate_errors
+from lorac.session.compiled import CompiledModule
 from lorac.trainer import losses
 from lorac.trainer.recipe import NamedSpec
 from lorac.training import initialisation
@@ -36,7 +37,7 @@ def make_adapters(
     return {name: _make_adapter(name, dict(said), model, batches) for name, said in given.items()}
 
 
-def make_optimizer(spec: NamedSpec, compiled: Any, learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(spec: NamedSpec, compiled: CompiledModule, learning_rate: float) -> torch.optim.Optimizer:
     """Make the optimizer of the trainable parameters."""
     own, torchs = (_list_classes(module, torch.optim.Optimizer) for module in (training, torch.optim))
     torchs.pop("LBFGS", None)  # it takes a closure at each step
@@ -49,7 +50,7 @@ def make_optimizer(spec: NamedSpec, compiled: Any, learning_rate: float) -> torc
     return made
 
 
-def make_rules(specs: Sequence[NamedSpec], compiled: Any, optimizer: torch.optim.Optimizer) -> list[Rule]:
+def make_rules(specs: Sequence[NamedSpec], compiled: CompiledModule, optimizer: torch.optim.Optimizer) -> list[Rule]:
     """Attach rules to an optimizer, in their order; raises ``ChoiceError`` if two do not go together."""
     known, rules = _list_classes(training, Rule), list[Rule]()
     for spec in specs:

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lorac import training
+from lorac.argument_types import JsonMapping
 from lorac.errors import ChoiceError, Unavailable
+from lorac.session.compiled import CompiledModule
+from lorac.trainer.data import Row
 
 Tensor = torch.Tensor
-Losses = Mapping[str, Mapping[str, Any]]
+Losses = Mapping[str, JsonMapping]
 """Name -> keywords."""
 GATES, PENALTY, SAMPLED = "gate_loss", "gate_penalty", "sampled_selection_loss"
-LOSSES: Mapping[str, tuple[str | None, Mapping[str, Any]]] = {
+LOSSES: Mapping[str, tuple[str | None, JsonMapping]] = {
     GATES: ("router", {"weight": 50.0, "shifted": True}),
     PENALTY: (None, {"weight": 1e-3}),
     SAMPLED: ("log_prob", {"draws": 2}),
@@ -51,7 +54,7 @@ def check_learning(compiled: Any, losses: Collection[str]) -> None:
         raise Unavailable(what, next_step=f'compile with aux=["{name}"]')
 
 
-def check_gradients(compiled: Any, losses: Collection[str]) -> None:
+def check_gradients(compiled: CompiledModule, losses: Collection[str]) -> None:
     """Raise ``Unavailable`` if no gradient passes through an extra output that one of the losses reads."""
     for output in extra_outputs(losses):
         if not any(tensor.requires_grad for tensor in compiled.aux.get(output, {}).values()):
@@ -61,7 +64,7 @@ def check_gradients(compiled: Any, losses: Collection[str]) -> None:
             )
 
 
-def mean_terms(compiled: Any, losses: Losses, experts: Tensor | None) -> Tensor | float:
+def mean_terms(compiled: CompiledModule, losses: Losses, experts: Tensor | None) -> Tensor | float:
     """Return the sum of the losses that are means over a call, which has just run.
 
     Raises:
@@ -116,10 +119,10 @@ def _row_losses(output: Any, labels: object, shifted: bool) -> Tensor:
     return F.cross_entropy(*flat, ignore_index=_IGNORED_LABEL, reduction="none").view(len(labels), -1).sum(1)
 
 
-def collate_experts(collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def collate_experts(collate: Callable[[list[Row]], Row]) -> Callable[..., Row]:
     """Return a collator that keeps the column ``experts``; lists are padded on the right."""
 
-    def collated(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def collated(rows: list[Row]) -> Row:
         found = [torch.as_tensor(row[EXPERTS]).view(-1) for row in rows if EXPERTS in row]
         batch = collate([{name: value for name, value in row.items() if name != EXPERTS} for row in rows])
         padded = {EXPERTS: pad_sequence(found, True, _IGNORED_LABEL).squeeze(1)} if found else {}

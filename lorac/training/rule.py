@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeAlias
 import torch
 from torch.optim import Optimizer
 
+from lorac.argument_types import Operands
 from lorac.errors import AdapterNotFound, ChoiceError, Unavailable
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -159,9 +160,7 @@ class Rule(ABC):
     def _hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.hear({name: {path: t.detach() for path, t in found.items()} for name, found in emitted.items()})
 
-    def _before(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _before(self, optimizer: Optimizer, args: Operands, kwargs: State) -> tuple[Operands, State]:
         if self.before_gradients and any(callable(given) for given in (*args[1:], *kwargs.values())):
             raise Unavailable(
                 f"{type(self).__name__} reads the gradients before the step; a closure computes them within it",
@@ -177,7 +176,7 @@ class Rule(ABC):
             self.before()
             return (self.view(args[0]), *args[1:]), kwargs
 
-    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after(self, optimizer: Optimizer, args: Operands, kwargs: State) -> None:
         with torch.no_grad():
             if not self._skipped:
                 self.after()

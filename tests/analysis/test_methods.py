@@ -14,7 +14,7 @@ from lorac.analysis.methods import HEADERS, WIDTH, MethodRow, render_markdown, r
 from lorac.cli._method_table import method_rows
 from lorac.variants.params import ParamSpec
 
-BUILT_IN = {v.name: v for v in lorac.variants().values() if v.__module__.startswith("lorac.")}
+BUILT_IN = {v.name: v for v in lorac.variants().values() if v.__module__.startswith("lorac.variants.")}
 
 
 @dataclass(frozen=True, kw_only=True)

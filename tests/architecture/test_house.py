@@ -213,7 +213,7 @@ def test_public_definitions_have_docstrings():
 
 def test_shared_code_names_no_method():
     """Passes, backends and runtime know the forms; a method's name in them would be a special case."""
-    methods = {v.__name__ for v in lorac.variants().values() if v.__module__.startswith("lorac.")}
+    methods = {v.__name__ for v in lorac.variants().values() if v.__module__.startswith("lorac.variants.")}
     # Names in code; docstrings and comments may say who an algorithm comes from.
     shared = {source: tree for source, tree in _trees().items() if _within(source).partition("/")[0] in SHARED}
     named = {

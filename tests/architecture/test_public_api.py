@@ -19,7 +19,9 @@ REFERENCE = "\n".join(hooks.listed(page.read_text()) for page in sorted((ROOT / 
 
 
 def test_every_method_and_error_is_listed():
-    methods = {method.__name__ for method in lorac.variants().values() if method.__module__.startswith("lorac.")}
+    methods = {
+        method.__name__ for method in lorac.variants().values() if method.__module__.startswith("lorac.variants.")
+    }
     assert methods <= set(NAMES)
     assert set(errors.__all__) <= set(NAMES)
     assert sorted(errors.__all__) == list(errors.__all__)

@@ -39,7 +39,7 @@ def test_everything_has_a_sound_file(tmp_path: Path) -> None:
     """A new method, format or PEFT type is damaged, too: what has no sample fails here."""
     own = {name for name, format in formats().items() if type(format).__module__.startswith("lorac.")}
     assert own == sound.FORMATS
-    built_in = {name for name, method in lorac.variants().items() if method.__module__.startswith("lorac.")}
+    built_in = {name for name, method in lorac.variants().items() if method.__module__.startswith("lorac.variants.")}
     sound.write(tmp_path, artifacts=False, methods=sorted(built_in))
     written = sound.read(tmp_path)
     assert {one.what for one in written if one.kind == "native"} == built_in

@@ -45,7 +45,7 @@ def has_all(name: str, variant: type) -> bool:
 BUILT_IN = {
     name: variant
     for name, variant in variants().items()
-    if variant.__module__.startswith("lorac.") and issubclass(variant, WeightVariant | BranchVariant)
+    if variant.__module__.startswith("lorac.variants.") and issubclass(variant, WeightVariant | BranchVariant)
     if has_all(name, variant)
 }
 """Those with a formula; the others replace whole tensors, or are made of methods, and tested as that."""

@@ -35,7 +35,7 @@ OF_FACTORS = {"lego", "svd"}
 METHODS = {
     name: method
     for name, method in lorac.variants().items()
-    if method.__module__.startswith("lorac.") and issubclass(method, WeightVariant)
+    if method.__module__.startswith("lorac.variants.") and issubclass(method, WeightVariant)
     if (ORACLES / f"{name}.py").exists()  # the others replace rows, or parts of packed layers
 }
 

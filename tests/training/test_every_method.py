@@ -27,7 +27,7 @@ UNTRAINED = {"decor", "decor_weight"}
 BUILT_IN = {
     name: method
     for name, method in lorac.variants().items()
-    if method.__module__.startswith("lorac.") and name not in UNTRAINED
+    if method.__module__.startswith("lorac.variants.") and name not in UNTRAINED
 }
 HOSTS = (("tiny_llama", "tiny_bert"), ("plain_conv",))
 """Of each group a method trains on the first host that has a place for it. BERT has layers that 3 divides."""

@@ -84,7 +84,7 @@ def _sample(cls):
     return next(((one, found) for one in small for found in HOSTS.values() if found.admits(one)), None)
 
 
-METHODS = [cls for cls in variants().values() if cls.__module__.startswith("lorac.")]
+METHODS = [cls for cls in variants().values() if cls.__module__.startswith("lorac.variants.")]
 
 
 @pytest.mark.slow

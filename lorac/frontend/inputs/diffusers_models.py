@@ -8,11 +8,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorac.argument_types import JsonMapping
 from lorac.frontend.inputs.call_binding import bind_arguments, bind_by_name
 from lorac.ir.call_values import ROW_NUMBERS, spread_over_rows
 
@@ -92,7 +92,7 @@ def list_row_numbers(model: nn.Module, args: tuple[object, ...], kwargs: Mapping
 
 
 # ── Example inputs ───────────────────────────────────────────────────────────────────────────────────────────────────
-def make_image_inputs(model: nn.Module) -> dict[str, Any]:
+def make_image_inputs(model: nn.Module) -> dict[str, object]:
     """Make example inputs of a diffusers model from its configuration; none where that does not suffice."""
     config = getattr(model, "config", None)
     if not is_diffusers(model) or not isinstance(config, Mapping) or any(config.get(name) for name in _UNKNOWN):
@@ -108,7 +108,7 @@ _UNKNOWN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 """Fields of configurations that ask for arguments of which they do not give the shape."""
 
 
-def _make(shape: Shape | Mapping[str, Shape] | None, model: nn.Module) -> Any:
+def _make(shape: Shape | Mapping[str, Shape] | None, model: nn.Module) -> object:
     if shape is None:
         return None
     if isinstance(shape, Mapping):
@@ -126,60 +126,60 @@ def make_wave(model: nn.Module, shape: Shape) -> Tensor:
     return (torch.arange(count, device=device).remainder(255) / 127.5 - 1).reshape(shape).to(dtype)
 
 
-def _size(config: Mapping[str, Any], names: Collection[str]) -> int | None:
+def _size(config: JsonMapping, names: Collection[str]) -> int | None:
     """Return the first of several fields that is set; of one per block that of the first block."""
     found = next((config[name] for name in names if config.get(name) is not None), None)
     return found if found is None or isinstance(found, int) else int(found[0])
 
 
-def _image(config: Mapping[str, Any]) -> Shape | None:
+def _image(config: JsonMapping) -> Shape | None:
     """Return the shape of images or latents whose sides a model halves, or cuts into patches."""
     channels, blocks = config.get("in_channels"), config.get("block_out_channels")
     factor = 2 ** (len(blocks) - 1) if blocks else config.get("patch_size")
     return (_ROWS, channels, *(factor * size for size in _PATCHES)) if channels and factor else None
 
 
-def _latents_or_patches(config: Mapping[str, Any]) -> Shape | None:
+def _latents_or_patches(config: JsonMapping) -> Shape | None:
     if "sample_size" in config:
         return _image(config)
     channels = config.get("in_channels")
     return (_ROWS, _PATCHES[0] * _PATCHES[1], channels) if channels else None
 
 
-def _rows_of(*names: str) -> Callable[[Mapping[str, Any]], Shape | None]:
-    def shape(config: Mapping[str, Any]) -> Shape | None:
+def _rows_of(*names: str) -> Callable[[JsonMapping], Shape | None]:
+    def shape(config: JsonMapping) -> Shape | None:
         size = _size(config, names)
         return (_ROWS, size) if size else None
 
     return shape
 
 
-def _context(config: Mapping[str, Any]) -> Shape | None:
+def _context(config: JsonMapping) -> Shape | None:
     size = _size(config, ("joint_attention_dim", "cross_attention_dim", "caption_channels"))
     return (_ROWS, _TOKENS, size) if size else None
 
 
-def _latents(config: Mapping[str, Any]) -> Shape | None:
+def _latents(config: JsonMapping) -> Shape | None:
     channels = config.get("latent_channels")
     return (_ROWS, channels, *_PATCHES) if channels else None
 
 
-def _positions(count: int) -> Callable[[Mapping[str, Any]], Shape | None]:
-    def shape(config: Mapping[str, Any]) -> Shape | None:
+def _positions(count: int) -> Callable[[JsonMapping], Shape | None]:
+    def shape(config: JsonMapping) -> Shape | None:
         axes = config.get("axes_dims_rope")
         return (count, len(axes)) if axes else None
 
     return shape
 
 
-def _text_and_time(config: Mapping[str, Any]) -> dict[str, Shape] | None:
+def _text_and_time(config: JsonMapping) -> dict[str, Shape] | None:
     width, size = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
     if config.get("addition_embed_type") != "text_time" or not width or not size:
         return None
     return {"text_embeds": (_ROWS, width - _TIME_IDS * size), "time_ids": (_ROWS, _TIME_IDS)}
 
 
-_SHAPES: Mapping[str, Callable[[Mapping[str, Any]], Shape | Mapping[str, Shape] | None]] = {
+_SHAPES: Mapping[str, Callable[[JsonMapping], Shape | Mapping[str, Shape] | None]] = {
     "sample": _image,
     "hidden_states": _latents_or_patches,
     "z": _latents,

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lorac.argument_types import Operands
 from lorac.errors import ChoiceError, SiteError
 from lorac.frontend.layer_classes import pad_conv_input
 from lorac.ir.sites import Site
 from lorac.ir.slots.layouts import layout_of
-from lorac.training.rule import Rule
+from lorac.training.rule import HookHandle, Rule
 from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, check_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
@@ -71,7 +72,7 @@ class ALLoRA(Rule):
             self._rates[id(pair)] = key, (norms + 1 / self.eta2).rsqrt()
         return self._rates[id(pair)][1]
 
-    def _hooks(self) -> Iterator[Any]:
+    def _hooks(self) -> Iterator[HookHandle]:
         for pair in self.pairs:
             yield self.compiled.host.get_submodule(pair.term.site).register_forward_hook(
                 functools.partial(self._see, pair)
@@ -79,7 +80,7 @@ class ALLoRA(Rule):
             yield pair.a.register_hook(functools.partial(self._give, pair))
             yield pair.b.register_hook(functools.partial(self._scale, pair))
 
-    def _see(self, pair: Pair, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _see(self, pair: Pair, module: nn.Module, args: Operands, output: Tensor) -> None:
         """Wait for the gradient of a site's output, where the adapter is on."""
         how = dict(self.compiled.engine.current_slots().choice).get(pair.term.adapter)
         if how is not None and output.requires_grad and torch.is_grad_enabled():

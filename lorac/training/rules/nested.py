@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lorac.argument_types import Operands
 from lorac.errors import ChoiceError
-from lorac.training.rule import Rule, State
+from lorac.training.rule import HookHandle, Rule, State
 from lorac.training.rules.pairs import copy_state
 from lorac.training.step_view import GroupView, view_optimizer
 from lorac.variants.base import Variant
@@ -174,14 +175,12 @@ class NestedRanks(Rule):
         whole: State = self.optimizer.state.get(factor.tensor, {})
         return [{key: factor.share(i, value) for key, value in whole.items()} for i in range(factor.rank)]
 
-    def _hooks(self) -> Iterator[Any]:
+    def _hooks(self) -> Iterator[HookHandle]:
         yield self.compiled.register_forward_pre_hook(self._choose, with_kwargs=True)
         for factor in self._factors if self.frozen else ():
             yield factor.tensor.register_hook(functools.partial(self._only_moving, factor))
 
-    def _choose(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _choose(self, module: nn.Module, args: Operands, kwargs: State) -> tuple[Operands, State] | None:
         if "adapters" in kwargs or not self.compiled.engine.computes_terms:
             return None
         active = {
