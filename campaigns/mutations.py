@@ -242,7 +242,8 @@ def pickled(data: bytes, random: random.Random) -> bytes:
     if how < 0.34:
         return _bomb(random)
     loaded = torch.load(io.BytesIO(data), weights_only=True)
-    tensors = loaded.get("model", loaded)
+    holder = {"": loaded} if isinstance(loaded, torch.Tensor) else loaded  # a file may hold one tensor alone
+    tensors = holder.get("model", holder)
     name = random.choice(list(tensors))
     if how < 0.8:
         tensors[name] = random.choice(STRANGE if tensors[name].is_floating_point() else STRANGE[:10])(tensors[name])
@@ -251,7 +252,7 @@ def pickled(data: bytes, random: random.Random) -> bytes:
     else:
         return pickle.dumps(loaded)
     written = io.BytesIO()
-    torch.save(loaded, written, _use_new_zipfile_serialization=random.random() < 0.95)
+    torch.save(holder.get("", holder), written, _use_new_zipfile_serialization=random.random() < 0.95)
     return written.getvalue()
 
 

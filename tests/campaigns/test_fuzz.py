@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lorac
-from campaigns import fuzz, sound
+from campaigns import fuzz, mutations, sound
 from lorac.formats import formats
 from lorac.formats.peft.config import peft_types
 
@@ -47,6 +50,12 @@ def test_everything_has_a_sound_file(tmp_path: Path) -> None:
     known = {name for current, one in peft_types().items() for name in (current, *one.former_names)}
     assert {json.loads(path.read_text())["peft_type"] for path in configurations} == known
     fuzz.Campaign(0, tmp_path).check()
+
+
+def test_a_file_of_one_tensor_is_damaged_too() -> None:
+    whole = io.BytesIO()
+    torch.save(torch.ones(3), whole)
+    assert all(mutations.pickled(whole.getvalue(), random.Random(seed)) for seed in (0, 1, 3, 4, 5))
 
 
 @pytest.fixture(scope="module")
