@@ -30,7 +30,7 @@ from lorac.progress import progress
 CONCEPTS: dict[str, Object] = {"yellow": ("red", "square"), "magenta": ("red", "circle")}
 """The colour that a LoRA paints -> the object that it is meant for, as the LoRA's own prompts call it."""
 PLAIN: dict[str, Object] = {"yellow": ("green", "square"), "magenta": ("blue", "circle")}
-"""The same objects in words of which no LoRA has learnt anything."""
+"""Prompts for the same objects in words that no LoRA was trained on."""
 BOXES = {"yellow": (0.25, 0.0, 0.75, 0.5), "magenta": (0.25, 0.5, 0.75, 1.0)}
 PROMPT = denoiser.make_prompt(tuple(CONCEPTS.values()))
 PLAIN_PROMPT = denoiser.make_prompt(tuple(PLAIN.values()))

@@ -1,4 +1,4 @@
-"""What experiments on the tiny denoiser share: its parts, and tables of figures by side and their spread."""
+"""Parts that experiments on the tiny denoiser share, and tables of their figures with the spread over seeds."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ PAIRS = (
     (("red", "circle"), ("green", "square")),
     (("green", "square"), ("red", "circle")),
 )
-"""What is wanted and what is not; words that both shared would be projected out of the wanted object too."""
+"""The wanted and the unwanted object; a word in both would be projected out of the wanted one too."""
 ROWS, PICTURES = 16, 32
 
 

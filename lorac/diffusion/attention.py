@@ -24,7 +24,7 @@ from lorac.variants.initialisers import constant, zeros
 CROSS, SELF = "attn2.to_out.0", "attn1.to_out.0"
 """How the output projections of cross- and self-attention end in diffusers' transformer blocks."""
 BARRED = -1e6
-"""What is added to the logits of keys that a query must not see."""
+"""The bias on the logits of keys that a query must not see."""
 _SLACK = 1e-4
 """Of a box's edges, in cells of the grid: a fraction such as 0.3 of ten cells is three."""
 

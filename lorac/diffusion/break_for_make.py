@@ -35,7 +35,7 @@ Loss = Callable[[torch.Generator], Tensor]
 """A generator, seeded alike for all losses of a step, -> the loss on some images at the noise and timestep it draws."""
 Half = Literal["content", "style"]
 _LEARNED = {"content": "down_learned", "style": "up_learned"}
-"""What a half's own data teach; its partners' data teach the other."""
+"""Half -> the factor that its own data train; its partners' data train the other."""
 _FROZEN = ("up_frozen", "down_frozen")
 
 

@@ -96,7 +96,7 @@ def _select(pipeline: Pipeline, parts: Collection[str] | None) -> dict[str, nn.M
     """Return the models of a pipeline that are to be compiled.
 
     Raises:
-        OptionError: there is none of a given name.
+        OptionError: the pipeline has no model of a given name.
     """
     _check_pipeline(pipeline)
     found = find_parts(pipeline.components)

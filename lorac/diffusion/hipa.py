@@ -168,7 +168,7 @@ _CLEAN: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "v_prediction": lambda z, found, signal, noise: signal * z - noise * found,
     "sample": lambda z, found, signal, noise: found,
 }
-"""What is predicted -> (z, prediction, √ā, √(1 − ā)) -> clean latents."""
+"""Prediction type of a scheduler -> the clean latents, from (z, prediction, √ā, √(1 − ā))."""
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def _factors(change: Change, r: int, path: str) -> dict[str, Tensor]:
     """Return the factors of a change of an output projection.
 
     Raises:
-        AdapterError: it has none, more than the rank r, or scales and biases besides.
+        AdapterError: the change is not low-rank, has a rank above r, or has scales or a bias as well.
     """
     folded = change.folded() if isinstance(change, LowRank) else None
     if folded is None or folded.scales or folded.e is not None or folded.rank > r:

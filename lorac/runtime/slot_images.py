@@ -78,7 +78,7 @@ class SlotImage:
 
 
 class SlotImages:
-    """The images of adapters by name. Threads may share them; a forked process has none."""
+    """The images of adapters by name. Threads may share them; a forked process cannot read them."""
 
     def __init__(self) -> None:
         self._lock, self._process = threading.Lock(), os.getpid()

@@ -125,7 +125,7 @@ def test_contexts_are_mixed():
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("kind", ["formula", "modes", "strength", "rules"])
 def test_the_merged_form_conforms(kind):
-    """What a method without a trained tensor can show of the kit."""
+    """The kit's checks that need no trained tensor pass."""
     checks = conformance(lorac.DECORWeight(r=3), weight_oracle, targets=(), hosts={"linear": HOSTS["linear"]})
     next(check for check in checks if str(check).endswith(kind))()
 

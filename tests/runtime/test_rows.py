@@ -80,7 +80,7 @@ def _error(y: Tensor, ref: Tensor) -> float:
 
 
 def _assert_same(compiled: Any, y: Tensor, ref: Tensor) -> None:
-    """The same bits; of torch's kernels, which round by where in a batch a row lies, the same numbers."""
+    """Compare bits; in eager mode numbers, since torch's kernels round by a row's place in the batch."""
     if compiled.engine.target == "eager":
         assert _error(y, ref) < ROWS[y.dtype]
     else:

@@ -139,7 +139,7 @@ def test_gradients_are_those_of_each_adapters_rows(llama: Any) -> None:
 
 
 def test_a_loss_of_all_rows(llama: Any) -> None:
-    """What several calls could not join."""
+    """A loss over all rows, which separate calls could not compute."""
     with torch.no_grad():
         y = llama(input_ids=IDS, labels=IDS, adapters=CHOICES)
         losses = [
