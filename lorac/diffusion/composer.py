@@ -156,8 +156,8 @@ class Composer:
     # ── Predictions and gradients ────────────────────────────────────────────────────────────────────────────────────
     def _predict(self, latents: Tensor, t: Tensor, states: Tensor, negative: Tensor, guidance: float) -> Tensor:
         prompts = [states] if guidance == 1 else [states, negative]
-        told, *plain = self._run(self.engine, latents, t, prompts).chunk(len(prompts))
-        return told if not plain else plain[0] + guidance * (told - plain[0])
+        guided, *plain = self._run(self.engine, latents, t, prompts).chunk(len(prompts))
+        return guided if not plain else plain[0] + guidance * (guided - plain[0])
 
     def _run(self, program: Compiled, latents: Tensor, t: Tensor, prompts: Sequence[Tensor]) -> Tensor:
         """Return the predicted noise for latents under each of some prompts, one after the other."""

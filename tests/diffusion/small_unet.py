@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 WIDTH, TOKENS, HEADS = 12, 5, 2
+SAME = 1e-4
+"""The largest difference of latents after all steps: rounding of an engine grows from step to step."""
 
 
 def small_unet(**fields: Any) -> Any:
@@ -52,3 +54,15 @@ def noisy(adapter: Any, *, seed: int = 0, size: float = 0.5) -> Any:
         for tensor in adapter.parameters():
             tensor.normal_(0, size, generator=generator)
     return adapter
+
+
+def scheduler() -> Any:
+    """Return a scheduler of ordinary steps."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(clip_sample=False)
+
+
+def states(seed: int) -> Tensor:
+    """Return the embeddings of a prompt (tokens, width)."""
+    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))

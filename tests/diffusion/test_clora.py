@@ -11,23 +11,13 @@ from torch import Tensor
 import lorac
 from lorac.diffusion.clora import ConceptPass, ContrastiveComposer, add_background, contrast, fuse, subject_mask
 from lorac.testing.eager_checks import assert_close
-from tests.diffusion.small_unet import TOKENS, WIDTH, inputs, noisy, small_unet
+from tests.diffusion.small_unet import SAME, inputs, noisy, scheduler, small_unet, states
 from tests.limits import ROWS, assert_apart, decimals
 from tests.refusing import refuses
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 STEPS = 4
-SAME = 1e-4
-"""Of latents of deviation 1, after all steps: what an engine rounds otherwise grows from step to step."""
 GROUPS = [[(0, 1), (1, 1), (2, 1)], [(0, 3), (1, 3), (2, 3)]]
-
-
-def scheduler() -> Any:
-    return diffusers.DDIMScheduler(clip_sample=False)
-
-
-def states(seed: int) -> Tensor:
-    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

@@ -15,23 +15,13 @@ from lorac.diffusion.constraints import begin_in_boxes, bell, concept_loss, leak
 from lorac.diffusion.regions import Region
 from lorac.testing import assert_parity
 from lorac.testing.eager_checks import assert_close
-from tests.diffusion.small_unet import TOKENS, WIDTH, inputs, noisy, small_unet
+from tests.diffusion.small_unet import SAME, TOKENS, WIDTH, inputs, noisy, scheduler, small_unet, states
 from tests.limits import decimals
 from tests.refusing import refuses
 
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 LEFT, RIGHT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.5, 1.0, 1.0)
 STEPS = 4
-SAME = 1e-4
-"""Of latents of deviation 1, after all steps: what an engine rounds otherwise grows from step to step."""
-
-
-def scheduler() -> Any:
-    return diffusers.DDIMScheduler(clip_sample=False)
-
-
-def states(seed: int) -> Tensor:
-    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

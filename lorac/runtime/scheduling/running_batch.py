@@ -50,8 +50,8 @@ class RunningBatch:
 
     @property
     def running(self) -> list[RunningRow]:
-        """The rows that get tokens."""
-        return [row for lane in self._lanes.values() for row in lane.rows]
+        """The rows that get tokens; another thread may ask while a step changes them."""
+        return [row for lane in [*self._lanes.values()] for row in [*lane.rows]]
 
     @property
     def rows(self) -> list[RunningRow]:
