@@ -80,7 +80,7 @@ class CompiledPipeline:
             source: the file, or the folder that holds it; of any format that ``lorac.load_adapter`` reads.
             adapter_name: default: the file's.
             weight_name: the file in the folder.
-            hotswap: replace the adapter of that name.
+            hotswap: replace the adapter of that name, which stays if the file is refused.
             **options: diffusers' options of downloads, which have no effect.
 
         Raises:
@@ -93,10 +93,23 @@ class CompiledPipeline:
                 f"load_lora_weights takes a file or a folder, not a {type(source).__name__}",
                 next_step="write the tensors with safetensors.torch.save_file, and give the file",
             )
-        if hotswap and adapter_name in self.compiled.adapters:
-            self.compiled.remove_adapter(adapter_name)
         path = Path(source) if weight_name is None else Path(source) / weight_name
-        self.compiled.swap(self.compiled.add_adapter(path, adapter_name))
+        if hotswap and adapter_name in self.compiled.adapters:
+            self._replace_adapter(path, adapter_name)
+        else:
+            adapter_name = self.compiled.add_adapter(path, adapter_name)
+        self.compiled.swap(adapter_name)
+
+    def _replace_adapter(self, path: Path, name: str) -> None:
+        """Replace an adapter by one from a file; if that fails, the old one is there, as active as before."""
+        old, active = self.compiled.adapters[name], self.compiled.choice
+        self.compiled.remove_adapter(name)
+        try:
+            self.compiled.add_adapter(path, name)
+        except BaseException:
+            self.compiled.add_adapter(old, name)
+            self.compiled.swap(dict(active))
+            raise
 
     def unload_lora_weights(self) -> None:
         """Remove every adapter."""

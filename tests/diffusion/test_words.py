@@ -47,7 +47,7 @@ def pipeline(original: Any) -> Any:
     return lorac.diffusion.compile(original, reserve=room)
 
 
-def test_a_file_is_loaded_activated_and_unloaded(original: Any, pipeline: Any, file: Path) -> None:
+def test_a_file_is_loaded_activated_and_unloaded(original: Any, pipeline: Any, file: Path, tmp_path: Path) -> None:
     base = paint(original)
     pipeline.load_lora_weights(file)
     assert pipeline.get_active_adapters() == ["style"]
@@ -57,6 +57,10 @@ def test_a_file_is_loaded_activated_and_unloaded(original: Any, pipeline: Any, f
     assert pipeline.get_active_adapters() == ["other"], "as diffusers activates the one that was loaded last"
     assert np.array_equal(paint(pipeline), styled)
     pipeline.set_adapters(["style", "other"], [0.25, 0.25])
+    assert pipeline.compiled.active == {"other": 0.25, "style": 0.25}
+    (tmp_path / "broken.safetensors").write_bytes(file.read_bytes()[:-1])
+    with refuses("corrupt_file"):
+        pipeline.load_lora_weights(tmp_path / "broken.safetensors", "style", hotswap=True)
     assert pipeline.compiled.active == {"other": 0.25, "style": 0.25}
     pipeline.load_lora_weights(file, "style", hotswap=True)
     assert pipeline.compiled.active == {"style": 1.0}
