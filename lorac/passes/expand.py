@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
@@ -49,11 +49,10 @@ class ExpandAdaptedCalls(Pass):
 
     def apply(self, graph: Graph) -> PassResult:
         """Expand the ops; skip an extra output that no branch of this graph emits."""
-        traces: dict[object, fx.GraphModule] = {}
-        extra: dict[str, fx.Node] = {}
-        adapted, attention = list(graph.find(ops.adapted)), select_attention(graph)
+        adapted, expander = list(graph.find(ops.adapted)), _Expander(graph, self.aux, select_attention(graph))
         for node in adapted:
-            _expand_call(graph, node, traces, self.aux, extra, attention)
+            expander.expand(node)
+        extra = expander.extra
         _share_cuts(graph)
         for cut in graph.find(row_ops.CUT):
             graph.axes.setdefault(str(cut.meta["val"].shape[1]), f"segment_{len(graph.axes)}")
@@ -65,83 +64,71 @@ class ExpandAdaptedCalls(Pass):
         return PassResult(bool(adapted) or lowered, tuple(skips))
 
 
-def _expand_call(
-    graph: Graph,
-    node: fx.Node,
-    traces: dict[object, fx.GraphModule],
-    aux: tuple[str, ...],
-    extra: dict[str, fx.Node],
-    attention: BranchAttention,
-) -> None:
-    call, plan = AdaptedCall.of(node), graph.plan_of(ops.site_of(node))
-    if plan.has_placed_branches:
-        _expand_placed_branches(graph, node, traces, aux, extra, attention)
-    else:
-        _expand_whole(graph, node, call, plan, traces, aux, extra, attention)
+@dataclass(frozen=True)
+class _Expander:
+    """Replaces the adapted ops of a graph.
 
+    Attributes:
+        aux: names of the extra outputs.
+        traces: the traces of sites by their structure.
+        extra: extra output by its name in the program -> its node.
+    """
 
-def _expand_placed_branches(
-    graph: Graph,
-    node: fx.Node,
-    traces: dict[object, fx.GraphModule],
-    aux: tuple[str, ...],
-    extra: dict[str, fx.Node],
-    attention: BranchAttention,
-) -> None:
-    """Expand a call whose rows may have branches of their own: first the site without them, then each by itself."""
-    call, plan = AdaptedCall.of(node), graph.plan_of(ops.site_of(node))
-    with graph.fx.inserting_before(node):
-        base = y = graph.fx.call_function(call.op, call.unadapted)
-    base.meta = {**node.meta}
-    if not plan.without_branches.empty:
-        weights = without_branches(call)
-        y = weights.insert_before(graph.fx, node)
-        y = _expand_whole(graph, y, weights, plan.without_branches, traces, (), extra, attention)
-    for index, slot in enumerate(plan.branches):
-        operands = select_operands(plan, index, call)
-        emits = [name for name in slot.emits if name in aux]
-        compute = functools.partial(compute_placed_branch, plan, index, sites=graph.sites, attention=attention)
+    graph: Graph
+    aux: tuple[str, ...]
+    attention: BranchAttention
+    traces: dict[object, fx.GraphModule] = field(default_factory=dict)
+    extra: dict[str, fx.Node] = field(default_factory=dict)
 
-        def function(x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            emitted: dict[str, list[Tensor]] = {}
-            given = dict(zip(operands, tensors, strict=True))  # noqa: B023  (traced at once)
-            changed = compute((x, y, base), given, emitted=emitted)  # noqa: B023  (traced at once)
-            return (changed, *(emitted[name][0] for name in emits))  # noqa: B023  (traced at once)
+    def expand(self, node: fx.Node) -> None:
+        """Replace an adapted op by the ops of its site's normal form."""
+        call, plan = AdaptedCall.of(node), self.graph.plan_of(ops.site_of(node))
+        if plan.has_placed_branches:
+            self._expand_placed_branches(node, call, plan)
+        else:
+            self._expand_whole(node, call, plan, self.aux)
 
-        inputs = [call.x, y, base, *operands.values()]
-        traced = trace_in_places(graph.exported, function, inputs)
-        _, outputs = inline(graph.exported, node, function, inputs, _simplify_differences(traced, [_ROWS]))
-        y = outputs[0]
-        for name, output in zip(emits, outputs[1:], strict=True):
-            extra[_extra_name(name, plan, index)] = output
-    graph.replace_node(node, y)
+    def _expand_placed_branches(self, node: fx.Node, call: AdaptedCall, plan: SitePlan) -> None:
+        """Expand a call whose rows may have branches of their own: first the site without them, then each by itself."""
+        graph = self.graph
+        with graph.fx.inserting_before(node):
+            base = y = graph.fx.call_function(call.op, call.unadapted)
+        base.meta = {**node.meta}
+        if not plan.without_branches.empty:
+            weights = without_branches(call)
+            y = self._expand_whole(weights.insert_before(graph.fx, node), weights, plan.without_branches, ())
+        for index, slot in enumerate(plan.branches):
+            operands = select_operands(plan, index, call)
+            emits = [name for name in slot.emits if name in self.aux]
+            compute = functools.partial(compute_placed_branch, plan, index, sites=graph.sites, attention=self.attention)
 
+            def function(x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+                emitted: dict[str, list[Tensor]] = {}
+                given = dict(zip(operands, tensors, strict=True))  # noqa: B023  (traced at once)
+                changed = compute((x, y, base), given, emitted=emitted)  # noqa: B023  (traced at once)
+                return (changed, *(emitted[name][0] for name in emits))  # noqa: B023  (traced at once)
 
-def _expand_whole(
-    graph: Graph,
-    node: fx.Node,
-    call: AdaptedCall,
-    plan: SitePlan,
-    traces: dict[object, fx.GraphModule],
-    aux: tuple[str, ...],
-    extra: dict[str, fx.Node],
-    attention: BranchAttention,
-) -> fx.Node:
-    operands = call.tensors
-    function, emitted = _make_function(graph.sites, plan, call, aux, attention)
-    inputs = [*operands, *call.operands.values()]
-    shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
-    key = (call.op, len(operands), tuple(call.operands), _describe_structure(plan), *shapes)
-    known = traces.get(key)
-    if plan.branches:  # which close over their formula: their trace serves no other site
-        strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
-        known = _simplify_differences(trace_function(graph.exported, function, inputs), strengths)
-    traced, outputs = inline(graph.exported, node, function, inputs, known)
-    traces.setdefault(key, traced)
-    graph.replace_node(node, outputs[0])
-    for name, output in zip(emitted, outputs[1:], strict=True):
-        extra[name] = output
-    return outputs[0]
+            inputs = [call.x, y, base, *operands.values()]
+            traced = trace_in_places(graph.exported, function, inputs)
+            _, (y, *others) = inline(graph.exported, node, function, inputs, _simplify_differences(traced, [_ROWS]))
+            self.extra.update({_extra_name(name, plan, index): o for name, o in zip(emits, others, strict=True)})
+        graph.replace_node(node, y)
+
+    def _expand_whole(self, node: fx.Node, call: AdaptedCall, plan: SitePlan, aux: tuple[str, ...]) -> fx.Node:
+        exported, operands = self.graph.exported, call.tensors
+        function, emitted = _make_function(self.graph.sites, plan, call, aux, self.attention)
+        inputs = [*operands, *call.operands.values()]
+        shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
+        key = (call.op, len(operands), tuple(call.operands), _describe_structure(plan), *shapes)
+        known = self.traces.get(key)
+        if plan.branches:  # which close over their formula: their trace serves no other site
+            strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
+            known = _simplify_differences(trace_function(exported, function, inputs), strengths)
+        traced, (y, *others) = inline(exported, node, function, inputs, known)
+        self.traces.setdefault(key, traced)
+        self.graph.replace_node(node, y)
+        self.extra.update(zip(emitted, others, strict=True))
+        return y
 
 
 def _share_cuts(graph: Graph) -> None:
