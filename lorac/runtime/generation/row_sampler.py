@@ -42,14 +42,21 @@ class RowSampler:
 
     @classmethod
     def of(
-        cls, model: SwitchableModel, ids: Tensor, seed: int | None = None, graph: str = MAIN_GRAPH, **options: object
+        cls,
+        model: SwitchableModel,
+        ids: Tensor,
+        seed: int | None = None,
+        graph: str = MAIN_GRAPH,
+        drawn: int = 0,
+        **options: object,
     ) -> RowSampler:
         """Return how a row draws its tokens with options of ``generate``.
 
         Args:
             model: the compiled model; it keeps a cache.
-            ids: the prompt (length,).
+            ids: the prompt, and tokens that the row drew before (length,).
             seed: of its random numbers; None: torch's own generator seeds it.
+            drawn: how many of the ids it drew before.
 
         Raises:
             Unavailable: the options ask for beams, for drafts or for several sequences, which are no row of their own.
@@ -66,20 +73,20 @@ class RowSampler:
                 "a row of a running batch draws one token after the other",
                 next_step="leave beams, drafts and further sequences out, or call compiled.generate",
             )
-        if ids.dim() != 1 or not len(ids):
-            raise InputMismatch(f"the prompt has shape {list(ids.shape)}", next_step="give its token ids, one or more")
+        _check_prompt(ids, drawn)
         program = DecodingProgram(
             decode=lambda cache, step: torch.empty(0),  # nothing is computed
             new_cache=lambda rows, capacity: model.engine.new_cache(graph, 0, capacity),
             cache_spec=spec,
         )
         driver = _RowPlanner(program, {**traits.settings, "vocab_size": spec.vocabulary}, traits.generation or {})
-        driver.width = len(ids)
-        translate_errors(lambda: driver.generate(**{**request.options, IDS: ids[None]}))
+        driver.width = len(ids) - drawn
+        translate_errors(lambda: driver.generate(**{**request.options, IDS: ids[None, : driver.width]}))
         config = driver.planned[2]
         generator = torch.Generator() if config.do_sample else None
         if generator is not None:
             generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+            _skip_draws(generator, drawn, spec.vocabulary)
         return cls(driver.planned[0], driver.planned[1], int(config.max_length), generator)
 
     def ends(self, text: Tensor) -> bool:
@@ -110,6 +117,23 @@ class BatchSampler:
         for index, chances in zip(drawn, scores[drawn].softmax(-1), strict=True):
             tokens[index] = torch.multinomial(chances, 1, generator=self.rows[index].generator)[0]
         return tokens
+
+
+def _check_prompt(ids: Tensor, drawn: int) -> None:
+    if ids.dim() != 1 or not len(ids):
+        raise InputMismatch(f"the prompt has shape {list(ids.shape)}", next_step="give its token ids, one or more")
+    if not 0 <= drawn < len(ids):
+        raise InputMismatch(
+            f"drawn={drawn} of {len(ids)} ids",
+            next_step="give a prompt of one or more ids before those that were drawn",
+        )
+
+
+def _skip_draws(generator: torch.Generator, count: int, vocabulary: int) -> None:
+    """Leave a generator as ``count`` draws do: how many random numbers a draw takes depends on the vocabulary alone."""
+    chances = torch.ones(vocabulary)
+    for _ in range(count):
+        torch.multinomial(chances, 1, generator=generator)
 
 
 @final

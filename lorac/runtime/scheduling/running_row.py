@@ -47,7 +47,7 @@ class RunningRow:
     def __init__(self, model: SwitchableModel, request: TextRequest, graph: str) -> None:
         active = model.choice if request.adapters is UNSET else parse_choice(request.adapters, model.pool)
         self.request, self.choice = request, dict(active) or None
-        self.sampler = RowSampler.of(model, request.ids, request.seed, graph, **request.options)
+        self.sampler = RowSampler.of(model, request.ids, request.seed, graph, request.drawn, **request.options)
         _check_ids(request.ids, model, graph)
         self.stream, self.text = TokenStream(request.deadline), request.ids
         self._model, self._graph, self._held = model, graph, contextlib.ExitStack()
@@ -86,6 +86,10 @@ class RunningRow:
         """Add a token that was drawn from logits (vocabulary,); return why the text ends, or ""."""
         self.text = torch.cat([self.text, self.text.new_tensor([token])])
         self.stream.put(_describe_token(token, logits, self.request.logprobs))
+        return self.find_end()
+
+    def find_end(self) -> str:
+        """Return why the text ends with its last token, or ""."""
         if not self.sampler.ends(self.text):
             return ""
         return "length" if len(self.text) >= self.sampler.most else "stop"

@@ -24,6 +24,8 @@ class TextRequest:
         logprobs: how many of the likeliest tokens are reported with each; None: no log-probability at all.
         tenant: who asks. Rows are shared out among tenants, and none uses the prompts that another's requests computed.
         deadline: seconds after which it ends, those of waiting included; None: never.
+        drawn: how many of the last ids are tokens that this request drew elsewhere, with the same seed and options: the
+            answer goes on after them as if it had not been interrupted.
         options: of ``compiled.generate``: ``max_new_tokens``, ``do_sample``, ``temperature``, ``stop_strings``, …
     """
 
@@ -33,6 +35,7 @@ class TextRequest:
     logprobs: int | None = None
     tenant: str = ""
     deadline: float | None = None
+    drawn: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,27 @@ def test_each_answers_as_it_does_alone(compiled: Any, scheduler: Scheduler) -> N
     assert {stream.reason for stream in streams} <= {"stop", "length"}
     scheduler.close()
     assert scheduler.load == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False, "repetition_penalty": 1.8, "min_new_tokens": 5},
+        {**SAMPLED, "eos_token_id": None},
+        {**SAMPLED, "min_new_tokens": 4},
+    ],
+)
+def test_a_request_goes_on_where_another_run_of_it_was_interrupted(
+    compiled: Any, scheduler: Scheduler, options: dict[str, Any]
+) -> None:
+    request = TextRequest(prompt(4), {"one": 0.7, "two": 0.3}, seed=8, options={**options, "max_new_tokens": 9})
+    first = scheduler.submit(request)
+    whole = [token.id for token in first]
+    for drawn in range(1, len(whole) + 1):
+        ids = torch.cat([request.ids, torch.tensor(whole[:drawn])])
+        rest = scheduler.submit(replace(request, ids=ids, drawn=drawn))
+        assert [token.id for token in rest] == whole[drawn:]
+        assert rest.reason == first.reason
 
 
 def test_the_active_choice_is_the_default_and_a_merged_weight_has_a_call_of_its_own(
@@ -174,6 +196,8 @@ def test_refusals_come_before_the_first_token(compiled: Any) -> None:
         }.items():
             with refuses(error):
                 scheduler.submit(request)
+        with refuses("input_mismatch", match="drawn=6 of 6"):
+            scheduler.submit(TextRequest(prompt(1), drawn=6))
         running = scheduler.submit(TextRequest(prompt(1), options={"max_new_tokens": 50}))
         reader = iter(running)
         next(reader)
