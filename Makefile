@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser test test-slow test-gpu durations soak kill fuzz check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser test test-slow test-gpu durations soak kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -46,6 +46,9 @@ soak: $(STAMP) ## Swap, add, call, fail and be interrupted a million times; SEED
 
 kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)
+
+experiments: $(STAMP) ## Try the claims of the papers (about two hours; goes on where it stopped), and write docs/experiments.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments
 
 COUNT ?= 30
 mutants: $(STAMP) ## Put faults into COUNT= lines of the core, and see whether the suite finds each (hours; SEED= chooses)

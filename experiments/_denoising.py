@@ -1,9 +1,8 @@
-"""Parts that experiments on the tiny denoiser share, and tables of their figures with the spread over seeds."""
+"""Parts that experiments on the tiny denoiser share."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from examples import denoiser
+from experiments._study import Table
 
 
 def load(given: argparse.Namespace) -> denoiser.Denoiser:
@@ -33,15 +33,7 @@ def share(images: Tensor, colour: str, shape: str) -> float:
     return sum(denoiser.contains(image, colour, shape) for image in images) / len(images)
 
 
-def table(title: str, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Return a table: side -> figure -> its values over seeds, as means with their standard deviations."""
-    names = list(next(iter(figures.values())))
-    lines = [f"\n{title}", "  " + f"{'':<24}" + "".join(f"{name:>22}" for name in names)]
-    for side, own in figures.items():
-        lines.append(f"  {side:<24}" + "".join(f"{_spread(values):>22}" for values in own.values()))
-    return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.3f} ± {spread:.3f}"
+def tables(title: str, figures: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Table]:
+    """Return a table for each figure: side -> figure -> its values over seeds."""
+    names = next(iter(figures.values()))
+    return [Table(name, title, {side: own[name] for side, own in figures.items()}) for name in names]

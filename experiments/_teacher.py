@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from experiments._study import Losses, trained
+from experiments._study import Losses, Side, adamw, trained
 
 SIZE = 64
 Ruled = Callable[[Any, Any], Any]
 Made = Callable[[list[Tensor], float], Any]
+Teacher = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def weights(seed: int, *, rank: int = 16, ratio: float = 0.7) -> tuple[Tensor, Tensor]:
@@ -26,33 +27,59 @@ def weights(seed: int, *, rank: int = 16, ratio: float = 0.7) -> tuple[Tensor, T
     return base, base + change
 
 
-def side(r: int, optimizer: Made, rule: Ruled | None = None, *, method: Any = None) -> Callable[..., Losses]:
-    """Return a student that learns from 256 samples a step, drawn by the seed: (rate, seed, steps) -> losses."""
-
-    def run(rate: float, seed: int, steps: int) -> Losses:
-        base, goal = weights(seed)
-        model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False, dtype=torch.float64))
-        model[0].weight.data.copy_(base)
-        variant = method or lorac.LoRA(r=r, alpha=r, targets=["0"])
-        compiled: Any = lorac.compile(model, {"a": variant}, example_inputs=(torch.ones(2, SIZE).double(),))
-        compiled.train()
+def learn(
+    method: Any,
+    rate: float,
+    seed: int,
+    steps: int,
+    *,
+    optimizer: Made = adamw,
+    rule: Ruled | None = None,
+    teacher: Teacher = weights,
+    name: str = "a",
+) -> tuple[Any, Losses]:
+    """Let a student learn from 256 samples a step, drawn by the seed; return the compiled model and the losses."""
+    base, goal = teacher(seed)
+    model = nn.Sequential(nn.Linear(SIZE, SIZE, bias=False, dtype=torch.float64))
+    model[0].weight.data.copy_(base)
+    compiled: Any = lorac.compile(model, {name: method}, example_inputs=(torch.ones(2, SIZE).double(),))
+    compiled.train()
+    if not isinstance(method, lorac.Adapter):
         _draw(compiled, seed)
-        made = optimizer([p for p in compiled.parameters() if p.requires_grad], rate)
-        if rule is not None:
-            rule(compiled, made)
-        generator = torch.Generator().manual_seed(1000 + seed)
+    made = optimizer([p for p in compiled.parameters() if p.requires_grad], rate)
+    if rule is not None:
+        rule(compiled, made)
+    generator = torch.Generator().manual_seed(1000 + seed)
 
-        def step(index: int) -> float:
-            x = torch.randn(256, SIZE, dtype=torch.float64, generator=generator)
-            loss = (compiled(x) - x @ goal.t()).square().mean()
-            made.zero_grad()
-            loss.backward()
-            made.step()
-            return float(loss.detach())
+    def step(index: int) -> float:
+        x = torch.randn(256, SIZE, dtype=torch.float64, generator=generator)
+        loss = (compiled(x) - x @ goal.t()).square().mean()
+        made.zero_grad()
+        loss.backward()
+        made.step()
+        return float(loss.detach())
 
-        return trained(step, steps)
+    return compiled, trained(step, steps)
 
-    return run
+
+def side(method: Any, optimizer: Made = adamw, rule: Ruled | None = None, *, teacher: Teacher = weights) -> Side:
+    """Return a side that learns from the teacher with a method."""
+    return lambda rate, seed, steps: learn(method, rate, seed, steps, optimizer=optimizer, rule=rule, teacher=teacher)[
+        1
+    ]
+
+
+@torch.no_grad()
+def change_of(compiled: Any, choice: Any = "a") -> Tensor:
+    """Return the change (64, 64) that a choice of adapters makes of a student's weight."""
+    x = torch.eye(SIZE, dtype=torch.float64)
+    compiled.eval()
+    return (compiled(x, adapters=choice) - compiled(x, adapters=None)).mT
+
+
+def missed(change: Tensor, wanted: Tensor) -> float:
+    """Return the part of a wanted change that another one lacks: the squared distance over the squared size."""
+    return float((change - wanted).square().sum() / wanted.square().sum())
 
 
 def _draw(compiled: Any, seed: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from experiments._study import Losses, Question, answer, last, settings, trained
+from experiments._study import Expected, Experiment, Finding, Losses, Question, answer, last, main, trained
 from lorac.training import ALLoRA
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -103,11 +103,21 @@ QUESTION = Question(
     "SGD",
     {"LoRA": side(None), **{f"ALLoRA, η² = {eta2:g}": side(eta2) for eta2 in (1.0, 2.0, 4.0)}},
     (0.5, 0.7, 1.0, 1.4, 2.0, 2.8),
-    "LoRA",
     last,
     "loss after the last step on text that was not trained on",
     at=0.5,
 )
 
+EXPECTED = [
+    Expected("SGD, at one rate", "ALLoRA, η² = 2", "LoRA"),
+    Expected("SGD", "ALLoRA, η² = 2", "LoRA"),
+]
+EXPERIMENT = Experiment(
+    claim="With a rate that falls as the rows of B grow, few steps of SGD lower the loss more than with LoRA's.",
+    source="Huang et al., ALLoRA, arXiv 2410.09692, section 4",
+    find=lambda given: Finding(answer([QUESTION], given), EXPECTED),
+    steps=50,
+)
+
 if __name__ == "__main__":
-    answer([QUESTION], settings(__doc__, "allora", 50))
+    main(EXPERIMENT, "allora", __doc__)

@@ -15,7 +15,6 @@ import argparse
 import functools
 import random
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -24,13 +23,12 @@ from torch import Tensor
 
 import lorac
 from examples import denoiser, models
-from experiments._denoising import load, table
-from experiments._study import compared, settings
+from experiments._denoising import load, tables
+from experiments._study import Expected, Experiment, Finding, Table, main
 from lorac.diffusion.gates import GateSettings, global_expert, read_gates, train_gates
 from lorac.diffusion.retrieval import Retriever, train_retriever
 from lorac.diffusion.weight_encoder import WeightEncoder, find_sizes
 from lorac.progress import progress
-from lorac.third_party_output import suppress_third_party_output
 
 NEW = {"yellow": (1, 1, -1), "magenta": (1, -1, 1), "cyan": (-1, 1, 1), "white": (1, 1, 1)}
 TRIGGERS = [(colour, shape) for shape in denoiser.SHAPES for colour in denoiser.WORDS[3:6]]
@@ -137,27 +135,33 @@ def fused_error(parts: denoiser.Denoiser, loras: dict[tuple[int, int], lorac.Ada
     return {side: statistics.fmean(values) for side, values in sides.items()}
 
 
-def main(given: argparse.Namespace) -> None:
-    """Print both tables."""
-    begun, parts = time.perf_counter(), load(given)
-    few = given.steps <= 2
+def find(given: argparse.Namespace) -> Finding:
+    """Return how often the retriever is right, and the errors of gated and of summed LoRAs."""
+    parts, few = load(given), given.steps <= 2
     keys = [(concept, copy) for concept in range(len(CONCEPTS)) for copy in range(COPIES)]
-    with suppress_third_party_output(), progress("LoRAs", total=len(keys)) as report:
+    with progress("LoRAs", total=len(keys)) as report:
         loras = {}
         for key in keys:
             report.step(f"concept {key[0]}, copy {key[1]}")
             loras[key] = learned(parts, *key, 1 if few else 40)
-    with suppress_third_party_output():
-        recalls = [recall(loras, seed, given.steps * 4) for seed in range(given.seeds)]
-        errors = [fused_error(parts, loras, seed, given.steps) for seed in range(given.seeds)]
-    chance = {"recall@1": [1 / len(CONCEPTS)], "recall@3": [3 / len(CONCEPTS)]}
-    found = {name: [one[name] for one in recalls] for name in chance}
-    print(table("Adapters unseen in training, asked for in other words", {"retriever": found, "chance": chance}))
-    print(table("Held-out triples", {side: {"error": [one[side] for one in errors]} for side in errors[0]}))
-    gated, summed = ([one[side] for one in errors] for side in ("gated", "plain sum"))
-    print("gates against LoRAs in a plain sum:", compared(gated, summed))
-    print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
+    recalls = [recall(loras, seed, given.steps * 4) for seed in range(given.seeds)]
+    errors = [fused_error(parts, loras, seed, given.steps) for seed in range(given.seeds)]
+    chance = {"recall@1": 1 / len(CONCEPTS), "recall@3": 3 / len(CONCEPTS)}
+    retrieved = [
+        Table(name, "of unseen LoRAs", {"retriever": [one[name] for one in recalls], "chance": [least]})
+        for name, least in chance.items()
+    ]
+    fused = {side: {"error": [one[side] for one in errors]} for side in errors[0]}
+    return Finding([*retrieved, *tables("of three LoRAs held out at once", fused)], EXPECTED)
 
+
+EXPECTED = [Expected("recall@1", "chance", "retriever"), Expected("error", "gated", "plain sum")]
+EXPERIMENT = Experiment(
+    claim="LoRAs are found by their weights from a prompt, and learned gates fuse those found better than a sum.",
+    source="Li, Duan et al., AutoLoRA, arXiv 2508.02107, sections 3 and 4",
+    find=find,
+    steps=75,
+)
 
 if __name__ == "__main__":
-    main(settings(__doc__, "autolora", steps=75))
+    main(EXPERIMENT, "autolora", __doc__)

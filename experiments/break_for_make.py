@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import lorac
-from experiments._denoising import table
-from experiments._study import compared, settings
+from experiments._denoising import tables
+from experiments._study import Expected, Experiment, Finding, main
 from lorac.diffusion.break_for_make import HalfSettings, learn_both, learn_half, share_bases
-from lorac.third_party_output import suppress_third_party_output
 
 SIZE, RANK = 32, 8
 
@@ -101,17 +99,23 @@ def study(seed: int, steps: int) -> dict[str, float]:
     return figures
 
 
-def main(given: argparse.Namespace) -> None:
-    """Print the table."""
-    begun = time.perf_counter()
-    torch.set_num_threads(1)
-    with suppress_third_party_output():
-        found = [study(seed, given.steps) for seed in range(given.seeds)]
-    print(table("Error of the unseen pair", {side: {"error": [one[side] for one in found]} for side in found[0]}))
-    joined, summed = ([one[side] for one in found] for side in ("joined, as they are", "sum of two LoRAs"))
-    print("joined halves against LoRAs in a sum:", compared(joined, summed))
-    print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
+def find(given: argparse.Namespace) -> Finding:
+    """Return the error of the unseen pair after each way."""
+    found = [study(seed, given.steps) for seed in range(given.seeds)]
+    errors = {side: {"error": [one[side] for one in found]} for side in found[0]}
+    return Finding(tables("of the unseen pair, as a share of the untouched layer's", errors), EXPECTED)
 
+
+EXPECTED = [
+    Expected("error", "joined, as they are", "sum of two LoRAs"),
+    Expected("error", "joined and tuned", "sum of two LoRAs"),
+]
+EXPERIMENT = Experiment(
+    claim="A content and a style that were learned in halves of their own work together better than a sum of LoRAs.",
+    source="Xu et al., Break-for-Make, arXiv 2403.19456, section 4",
+    find=find,
+    steps=1200,
+)
 
 if __name__ == "__main__":
-    main(settings(__doc__, "break_for_make", steps=1200))
+    main(EXPERIMENT, "break_for_make", __doc__)

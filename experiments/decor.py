@@ -13,7 +13,6 @@ the share that show the wanted one. A seed is another pair of objects and other 
 from __future__ import annotations
 
 import argparse
-import time
 from collections import defaultdict
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch.nn.functional as F
 
 import lorac
 from examples import denoiser
-from experiments._denoising import load, sample, share, table
-from experiments._study import compared, settings
+from experiments._denoising import load, sample, share, tables
+from experiments._study import Expected, Experiment, Finding, main
 from lorac.diffusion import decor
 from lorac.progress import progress
-from lorac.third_party_output import suppress_third_party_output
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PAIRS = (
@@ -71,12 +69,12 @@ def shows_colour(images: torch.Tensor, colour: str, pixels: int = 9) -> float:
     return float((near.sum((1, 2)) >= pixels).float().mean())
 
 
-def main(given: argparse.Namespace) -> None:
-    """Print the tables."""
-    begun, parts = time.perf_counter(), load(given)
+def find(given: argparse.Namespace) -> Finding:
+    """Return the shares of pictures with leakage and with what was asked for."""
+    parts = load(given)
     count, many = (2, 2) if given.steps <= 2 else (PICTURES, 10)
     figures: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with suppress_third_party_output(), progress("experiment", total=given.seeds) as report:
+    with progress("experiment", total=given.seeds) as report:
         for seed in range(given.seeds):
             report.step(f"seed {seed}")
             pair = PAIRS[seed % len(PAIRS)]
@@ -101,11 +99,22 @@ def main(given: argparse.Namespace) -> None:
             summed: Any = lorac.compile(parts.unet, {"lora": lora, "decor": decor.at_cross_attention(parts.unet, span)})
             summed.swap({"lora": 1.0, "decor": 1.0})
             note("LoRA, a sum", summed, states, yellow)
-    print(table("DECOR against LoRA and base without it (α = 0)", figures))
-    chain, total = (figures[side]["leaked colour"] for side in ("LoRA, α = 1.0", "LoRA, a sum"))
-    print("leakage of the chain against that of the sum:", compared(chain, total))
-    print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
+    return Finding(tables("share of pictures", figures), EXPECTED)
 
+
+EXPECTED = [
+    Expected("leaked object", "base, α = 1.0", "base, α = 0.0"),
+    Expected("leaked object", "LoRA, α = 1.0", "LoRA, α = 0.0"),
+    Expected("leaked colour", "LoRA, α = 1.0", "LoRA, a sum"),
+    Expected("alignment", 0.8, "LoRA, α = 1.0"),
+]
+EXPERIMENT = Experiment(
+    claim="Projecting the span of unwanted words out of the prompt's embeddings keeps their object out of the picture, "
+    "and the wanted one in it, beside a LoRA too.",
+    source="Jang et al., DECOR, arXiv 2412.09169, sections 3 and 4",
+    find=find,
+    steps=150,
+)
 
 if __name__ == "__main__":
-    main(settings(__doc__, "decor", steps=150))
+    main(EXPERIMENT, "decor", __doc__)

@@ -14,7 +14,6 @@ and the mean absolute difference of pixels.
 from __future__ import annotations
 
 import argparse
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from torch import Tensor
 
 import lorac
 from examples import denoiser
-from experiments._denoising import table
-from experiments._study import compared, settings
+from experiments._denoising import tables
+from experiments._study import Expected, Experiment, Finding, main
 from lorac.diffusion.high_frequencies import (
     HighFrequencyLoss,
     closed_gap,
@@ -35,7 +34,6 @@ from lorac.diffusion.high_frequencies import (
 )
 from lorac.diffusion.hipa import OneStep, make_target, train_one_step
 from lorac.progress import progress
-from lorac.third_party_output import suppress_third_party_output
 
 D = structural_distance
 SIDES = {
@@ -89,12 +87,10 @@ def load_base(file: Path = FILE) -> denoiser.Denoiser:
     return denoiser.load(file)
 
 
-def main(given: argparse.Namespace) -> None:
-    """Print the table."""
-    begun, few = time.perf_counter(), given.steps <= 2
-    torch.set_num_threads(1)
-    with suppress_third_party_output():
-        parts = train_base(2) if few else load_base()
+def find(given: argparse.Namespace) -> Finding:
+    """Return how near one step comes to many, with each loss."""
+    few = given.steps <= 2
+    parts = train_base(2) if few else load_base()
     step = OneStep.of(parts.unet, denoiser.make_scheduler()).eval()
     count, many = (4, 2) if few else (256, 20)
 
@@ -108,16 +104,14 @@ def main(given: argparse.Namespace) -> None:
     with torch.no_grad():
         base = denoiser.to_images(step(held, told))
     found: dict[str, dict[str, list[float]]] = {side: defaultdict(list) for side in ("base, one step", *SIDES)}
-    spectra: dict[str, Tensor] = {f"base, {many} steps": radial_spectrum(wanted)}
 
     def note(side: str, images: Tensor) -> None:
         one, other = radial_spectrum(images), radial_spectrum(wanted)
         found[side]["top half closed"].append(closed_gap(images, base, wanted, bands=BANDS))
         found[side]["|log₁₀ power| off"].append(float((one.log10() - other.log10()).abs()[1:].mean()))
         found[side]["pixels off"].append(float((images - wanted).abs().mean()))
-        spectra[side] = one
 
-    with suppress_third_party_output(), progress("experiment", total=given.seeds * len(SIDES)) as report:
+    with progress("experiment", total=given.seeds * len(SIDES)) as report:
         for seed in range(given.seeds):
             note("base, one step", base)
             for side, loss in SIDES.items():
@@ -129,16 +123,22 @@ def main(given: argparse.Namespace) -> None:
                 train_one_step(compiled, batches, loss=loss, rate=3e-3, to_images=denoiser.to_images, total=given.steps)
                 with torch.no_grad():
                     note(side, denoiser.to_images(compiled(held, told)))
-    print(table(f"One step, distances with and without high-frequency parts, against LoRA off and {many} steps", found))
-    print("power by frequency, log₁₀, low to high, of the last seed:")
-    for name, spectrum in spectra.items():
-        print(f"  {name:<24}" + "".join(f"{float(power):>7.2f}" for power in spectrum.log10()))
-    closed = {side: figures["top half closed"] for side, figures in found.items()}
-    for side in [side for side in SIDES if "+" in side]:
-        alone = side.partition(" ")[0]
-        print(f"the top half's closing, {side} against {alone} alone: {compared(closed[side], closed[alone])}")
-    print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
+    return Finding(tables(f"of one step, against {many}", found), EXPECTED)
 
+
+CLOSED = "top half closed"
+EXPECTED = [
+    Expected(CLOSED, "base, one step", "L1 + both"),
+    Expected(CLOSED, "L1", "L1 + both"),
+    Expected(CLOSED, "D", "D + both"),
+    Expected(CLOSED, "D", "D + both by D"),
+]
+EXPERIMENT = Experiment(
+    claim="A LoRA lets one step draw what otherwise takes many, and high frequencies in its loss bring more of theirs.",
+    source="Zhang and Hooi, HiPA, arXiv 2311.18158, section 4",
+    find=find,
+    steps=60,
+)
 
 if __name__ == "__main__":
-    main(settings(__doc__, "hipa", steps=60))
+    main(EXPERIMENT, "hipa", __doc__)

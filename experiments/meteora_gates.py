@@ -15,7 +15,6 @@ import argparse
 import re
 import statistics
 import sysconfig
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ import torch.nn.functional as F
 
 import lorac
 from examples.models import package_folder
-from experiments._study import settings
-from lorac.third_party_output import suppress_third_party_output
+from experiments._study import Expected, Experiment, Finding, Table, main
 from lorac.training import gate_loss
 
 KINDS = ("prose", "code", "digits")
@@ -166,21 +164,33 @@ def measured(model: Any, experts: list[lorac.Adapter], routed: Any, held_out: Te
     )
 
 
-def main(given: argparse.Namespace) -> None:
-    """Print a row for each seed."""
-    begun = time.perf_counter()
-    torch.set_num_threads(1)
-    for seed in range(given.seeds):
-        with suppress_third_party_output():
-            found = study(seed, given.steps)
-        shown = [("all", found.right), *found.by_kind.items(), *((f"layer {n}", v) for n, v in found.by_layer.items())]
-        print(f"seed {seed}: right " + ", ".join(f"{name} {share:.1%}" for name, share in shown))
-        print(
-            "  loss on held-out text, against LoRAs chosen by hand: "
-            + ", ".join(f"{side} {loss:.3f}" for side, loss in found.losses.items())
-        )
-    print(f"{given.seeds} seeds, {given.steps} steps, {time.perf_counter() - begun:.0f} s")
+def find(given: argparse.Namespace) -> Finding:
+    """Return how often the gates are right, and the losses beside LoRAs chosen by hand."""
+    found = [study(seed, given.steps) for seed in range(given.seeds)]
+    shares = {
+        "all": [one.right for one in found],
+        **{kind: [one.by_kind[kind] for one in found] for kind in KINDS},
+        **{f"layer {n}": [one.by_layer[n] for one in found] for n in found[0].by_layer},
+    }
+    losses = {side: [one.losses[side] for one in found] for side in found[0].losses}
+    return Finding(
+        [
+            Table(RIGHT, "share of pairs of token and gate", shares),
+            Table(LOSS, "the mean over prose, code and digits", losses),
+        ],
+        EXPECTED,
+    )
 
+
+RIGHT, LOSS = "right", "loss on held-out text"
+EXPECTED = [Expected(RIGHT, 0.8, "all"), Expected(LOSS, "routed", "base")]
+EXPERIMENT = Experiment(
+    claim="Trained gates send each token to the LoRA of its kind.",
+    source="Xu et al., MeteoRA, arXiv 2405.13053, section 4",
+    find=find,
+    steps=STEPS,
+    seeds=3,
+)
 
 if __name__ == "__main__":
-    main(settings(__doc__, "meteora_gates", steps=STEPS))
+    main(EXPERIMENT, "meteora_gates", __doc__)

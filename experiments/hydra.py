@@ -1,0 +1,33 @@
+"""Is a parallel and a sequential branch together better than either alone, at equal values?
+
+    python -m experiments.hydra [--seeds 8] [--steps 150] [--smoke]
+
+A perceptron that knows Python's manual learns the standard library's code by branches on its square layer (96 x 96),
+where a parallel and a sequential rank cost the same: Hydra of 4 + 4 against 8 + 0 and 1 + 7. Each has its best rate.
+"""
+
+from __future__ import annotations
+
+import lorac
+from experiments._reader import side
+from experiments._study import Expected, Experiment, Finding, Question, answer, last, main
+
+RATES = (0.003, 0.01, 0.03, 0.1)
+SQUARE = ("2",)
+SIDES = {
+    "parallel (LoRA)": side(lambda: lorac.LoRA(r=8, alpha=8, targets=SQUARE)),
+    "sequential, but for one rank": side(lambda: lorac.Hydra(r=1, r_sequential=7, targets=SQUARE)),
+    "Hydra": side(lambda: lorac.Hydra(r=4, r_sequential=4, targets=SQUARE)),
+}
+QUESTIONS = [Question("code", SIDES, RATES, last, "loss on text that was not trained on")]
+EXPECTED = [Expected("code", "Hydra", "parallel (LoRA)"), Expected("code", "Hydra", "sequential, but for one rank")]
+EXPERIMENT = Experiment(
+    claim="A parallel and a sequential low-rank branch together are better than either alone of as many values.",
+    source="Kim et al., Hydra, arXiv 2309.06922, section 4",
+    find=lambda given: Finding(answer(QUESTIONS, given), EXPECTED),
+    steps=150,
+    seeds=8,
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT, "hydra", __doc__)
