@@ -99,6 +99,14 @@ class LoracError(Exception):
             lines.append(f"  {self.next_step}")
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are copied by a call of their class with the message, and the classes take other arguments.
+        return _restore_error, (type(self), self.args), self.__dict__
+
+
+def _restore_error(kind: type[LoracError], args: tuple[object, ...]) -> LoracError:
+    return kind.__new__(kind, *args)
+
 
 def _snake_case(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

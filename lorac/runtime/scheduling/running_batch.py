@@ -92,7 +92,7 @@ class RunningBatch:
 
     # ── A prompt ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def _read(self, row: RunningRow) -> None:
-        reason, logits = row.stream.interrupted, None
+        reason, logits = row.stream.interrupted or row.find_earlier_end(), None
         if not reason:
             logits = row.read(self.chunk)
         if logits is not None:

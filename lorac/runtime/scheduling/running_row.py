@@ -86,10 +86,13 @@ class RunningRow:
         """Add a token that was drawn from logits (vocabulary,); return why the text ends, or ""."""
         self.text = torch.cat([self.text, self.text.new_tensor([token])])
         self.stream.put(_describe_token(token, logits, self.request.logprobs))
-        return self.find_end()
+        return self._find_end()
 
-    def find_end(self) -> str:
-        """Return why the text ends with its last token, or ""."""
+    def find_earlier_end(self) -> str:
+        """Return why the text ended when it was interrupted elsewhere, or ""."""
+        return self._find_end() if self.request.drawn else ""
+
+    def _find_end(self) -> str:
         if not self.sampler.ends(self.text):
             return ""
         return "length" if len(self.text) >= self.sampler.most else "stop"

@@ -81,9 +81,6 @@ class Scheduler:
             Unavailable: the options ask for beams, drafts or several sequences; or the scheduler is closed.
         """
         row = RunningRow(self.compiled, request, self.component)
-        if request.drawn and (reason := row.find_end()):
-            row.end(reason)
-            return row.stream
         with self._changed:
             if self._closing:
                 raise Unavailable("the scheduler is closed", next_step="submit to another lorac.Scheduler(compiled)")
