@@ -271,6 +271,29 @@ def test_generated_rows_are_each_rows_own(
     assert len({tuple(row[-6:].tolist()) for row in together}) > 3
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=repr)
+def test_rows_of_several_choices_share_a_prompt_cache(
+    cached: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, moved, known = list(range(6)), [*ROW_CHOICES[1:], ROW_CHOICES[0]], lorac.PromptCache()
+    options = {**options, **({"seed": 3} if "do_sample" in options else {})}
+    expected = [_generate(cached, rows, choices, **options) for choices in (ROW_CHOICES, moved)]
+    fed: list[int] = []
+    decode = cached.engine.decode
+    monkeypatch.setattr(cached.engine, "decode", lambda *args: (fed.append(max(args[3].counts)), decode(*args))[1])
+    for choices, y, first in ((ROW_CHOICES, expected[0], 5), (ROW_CHOICES, expected[0], 1), (moved, expected[1], 5)):
+        fed.clear()
+        assert torch.equal(_generate(cached, rows, choices, prompt_cache=known, **options), y)
+        assert fed == [first, *[1] * 5], "one run of the engine a step, and nothing is computed twice"
+
+
+def test_a_draft_changes_no_row_of_any_choice(cached: Any) -> None:
+    rows = list(range(6))
+    together = _generate(cached, rows, ROW_CHOICES)
+    for draft in (None, "lora"):
+        assert torch.equal(_generate(cached, rows, ROW_CHOICES, draft=draft), together)
+
+
 def test_a_streamer_sees_all_rows(cached: Any) -> None:
     class Streamer:
         def __init__(self) -> None:

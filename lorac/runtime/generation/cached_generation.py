@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ class CachedGeneration:
         options: options and inputs as transformers takes them.
         seeds: one for the run, or one for each row that is sampled by itself.
         prompt_cache: prompts that earlier calls computed.
+        row_states: the choice of each row; empty: that of the call.
     """
 
     engine: Engine
@@ -55,6 +56,7 @@ class CachedGeneration:
     options: Mapping[str, object]
     seeds: int | list[int] | None
     prompt_cache: PromptCache | None
+    row_states: Sequence[ChoiceState] = ()
 
     def __call__(self, bound: BoundProgram, state: ChoiceState, draft: BoundProgram | None) -> Output:
         """Generate.
@@ -74,20 +76,20 @@ class CachedGeneration:
         if draft is not None:
             drafting = self._make_driver(draft, [])
             extra["assistant_model"] = DraftModel(drafting, lambda work: work(drafting), self.request)
-        key: CacheKey = (self.graph, state.choice, state.versions.versions)
+        keyed = self._rows_by_key(state)
         if self.prompts is not None:
             cache = self.options.get("cache")
             if cache is not None:
                 _check_cache(cache, self.prompts, self.engine)
             elif self.prompt_cache is not None:
-                known = self.prompt_cache.find(self.engine, key, self.prompts.tokens())
+                known = self._find(self.prompt_cache, keyed, self.prompts.tokens())
                 extra |= {} if known is None else {"cache": DecodingState(known)}
         with _seed_torch(None if by_row else generators):
             output: Output = driver.generate(**{**self.options, **extra})
         if driver.state is not None and not isinstance(output, torch.Tensor):
             self._describe_cache(driver.state, output)
         if self.prompt_cache is not None and driver.state is not None:
-            self._keep(self.prompt_cache, key, driver.state.cache, output)
+            self._keep(self.prompt_cache, keyed, driver.state.cache, output)
         return output
 
     def _seed_list(self) -> list[int]:
@@ -125,13 +127,52 @@ class CachedGeneration:
         prompts = self.prompts if self.request.beams == 1 else None
         state.rows = None if prompts is None else _cached_tokens(prompts, output, state.cache, beams=1)
 
-    def _keep(self, prompt_cache: PromptCache, key: CacheKey, cache: KeyValueCache, output: Output) -> None:
+    # --- prompts that were computed before -------------------------------------------------------------------------
+
+    def _rows_by_key(self, state: ChoiceState) -> dict[CacheKey, list[int]]:
+        """Return the rows of each choice of adapters.
+
+        Args:
+            state: the choice of rows without their own.
+        """
+        keyed: dict[CacheKey, list[int]] = {}
+        for row in range(0 if self.prompts is None else len(self.prompts.counts)):
+            own = self.row_states[row] if self.row_states else state
+            keyed.setdefault((self.graph, own.choice, own.versions.versions), []).append(row)
+        return keyed
+
+    def _find(
+        self, prompt_cache: PromptCache, keyed: Mapping[CacheKey, Sequence[int]], tokens: Sequence[torch.Tensor]
+    ) -> KeyValueCache | None:
+        """Return a cache that holds what is known of all rows; None for nothing."""
+        found = {key: prompt_cache.find(self.engine, key, [tokens[row] for row in rows]) for key, rows in keyed.items()}
+        if not any(found.values()):
+            return None
+        whole = self.engine.new_cache(self.graph, 0, 0)
+        for key, rows in keyed.items():
+            whole.join(found[key] or self.engine.new_cache(self.graph, len(rows), 0))
+        order = [row for rows in keyed.values() for row in rows]
+        whole.select([order.index(row) for row in range(len(order))])
+        return whole
+
+    def _keep(
+        self,
+        prompt_cache: PromptCache,
+        keyed: Mapping[CacheKey, Sequence[int]],
+        cache: KeyValueCache,
+        output: Output,
+    ) -> None:
         """Keep the sequences of a run; copy the cache where the caller has it too."""
-        rows = range(0, len(cache.lengths), self.request.beams)
-        shared = self.options.get("cache") is not None or not isinstance(output, torch.Tensor)
-        own = cache.copy(rows) if shared or self.request.beams > 1 else cache
         assert self.prompts is not None
-        prompt_cache.add(self.engine, key, _cached_tokens(self.prompts, output, own, beams=self.request.beams), own)
+        beams = self.request.beams
+        kept = range(0, len(cache.lengths), beams)
+        shared = self.options.get("cache") is not None or not isinstance(output, torch.Tensor)
+        own = cache.copy(kept) if shared or beams > 1 else cache
+        tokens, copies = _cached_tokens(self.prompts, output, own, beams=beams), len(kept) // len(self.prompts.counts)
+        for key, rows in keyed.items():
+            places = [row * copies + copy for row in rows for copy in range(copies)]
+            part = own if len(keyed) == 1 else own.copy(places)
+            prompt_cache.add(self.engine, key, [tokens[place] for place in places], part)
 
 
 @contextlib.contextmanager

@@ -182,7 +182,7 @@ class _GenerateCall:
         if not isinstance(adapters, Sequence) or isinstance(adapters, str):
             return run([RowGroup(adapters, list(range(rows)))])
         check_rows((torch.empty(rows),), {}, adapters)
-        together = not apart and prompt_cache is None and self._keeps_rows
+        together = not apart and self._keeps_rows
         return self.model.run_grouped(adapters, self.graph, run, together=together)
 
     def _run_groups(
@@ -244,7 +244,7 @@ class _GenerateCall:
             options = {name: prompts.arrange(value) for name, value in options.items()}
             mask = torch.ones_like(prompts.ids) if prompts.mask is None else prompts.mask
             options |= dict(zip(self.token_inputs, (prompts.ids, mask), strict=True))
-        output = self._bind(group, draft, self._make_run(options, prompts, seeds, prompt_cache))
+        output = self._bind(group, draft, self._make_run(options, prompts, seeds, prompt_cache, group))
         if prompts is None:
             return output
         if isinstance(output, torch.Tensor):
@@ -253,7 +253,12 @@ class _GenerateCall:
         return output
 
     def _make_run(
-        self, options: dict[str, object], prompts: Prompts | None, seeds: Seeds, prompt_cache: PromptCache | None
+        self,
+        options: dict[str, object],
+        prompts: Prompts | None,
+        seeds: Seeds,
+        prompt_cache: PromptCache | None,
+        group: RowGroup,
     ) -> Run:
         if not self._over_cache:
             refuse_prompt_cache(prompt_cache, "the model's own generation keeps no prompts between calls")
@@ -276,6 +281,7 @@ class _GenerateCall:
             options=options,
             seeds=seeds,
             prompt_cache=prompt_cache,
+            row_states=group.states if group.mixed else (),
         )
 
     def _bind(self, group: RowGroup, draft: ChoiceSpec, run: Run) -> Output:

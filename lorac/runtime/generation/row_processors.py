@@ -35,11 +35,15 @@ class RowProcessors:
 
     Args:
         rows: the processors of each row, in the order in which they run.
+
+    Attributes:
+        failed: row -> what a processor of that row alone raised in the last call; its scores mean nothing.
     """
 
     def __init__(self, rows: Sequence[Iterable[Processor]]) -> None:
         self._stages = _plan_stages([list(row) for row in rows])
         self._count = len(rows)
+        self.failed: dict[int, Exception] = {}
 
     def __call__(self, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
         """Return the scores as each row's processors leave them.
@@ -48,13 +52,25 @@ class RowProcessors:
             texts: the tokens of each row, of any lengths.
             scores: (rows, vocabulary).
         """
+        self.failed = {}
         for stage in self._stages:
-            if len(stage.rows) == self._count:
-                scores = stage(texts, scores)
-            else:
-                own = stage([texts[row] for row in stage.rows], scores[stage.rows])
-                scores = scores.index_copy(0, torch.tensor(stage.rows), own)
+            run = self._run_alone if len(stage.rows) == 1 else self._run
+            scores = run(stage, texts, scores)
         return scores
+
+    def _run_alone(self, stage: _Stage, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
+        """Run a processor of one row; if it fails, no other row suffers."""
+        try:
+            return scores if stage.rows[0] in self.failed else self._run(stage, texts, scores)
+        except Exception as error:
+            self.failed[stage.rows[0]] = error
+            return scores
+
+    def _run(self, stage: _Stage, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
+        if len(stage.rows) == self._count:
+            return stage(texts, scores)
+        own = stage([texts[row] for row in stage.rows], scores[stage.rows])
+        return scores.index_copy(0, torch.tensor(stage.rows), own)
 
 
 @dataclass(frozen=True)

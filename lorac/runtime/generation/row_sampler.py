@@ -105,7 +105,7 @@ class BatchSampler:
         self.rows, self._process = rows, RowProcessors([row.processors for row in rows])
 
     def draw(self, texts: Sequence[Tensor], logits: Tensor) -> Tensor:
-        """Return the next token of each row (rows,): the one that ``generate`` would draw.
+        """Return the next token of each row (rows,): the one that ``generate`` would draw, unless the row has failed.
 
         Args:
             texts: the tokens of each row, of any lengths.
@@ -115,8 +115,16 @@ class BatchSampler:
         tokens = scores.argmax(-1)
         drawn = [index for index, row in enumerate(self.rows) if row.generator is not None]
         for index, chances in zip(drawn, scores[drawn].softmax(-1), strict=True):
-            tokens[index] = torch.multinomial(chances, 1, generator=self.rows[index].generator)[0]
+            try:
+                tokens[index] = torch.multinomial(chances, 1, generator=self.rows[index].generator)[0]
+            except RuntimeError as error:  # its adapters or processors made no probabilities
+                self.failed.setdefault(index, error)
         return tokens
+
+    @property
+    def failed(self) -> dict[int, Exception]:
+        """Row -> why it has no token since the last draw."""
+        return self._process.failed
 
 
 def _check_prompt(ids: Tensor, drawn: int) -> None:

@@ -150,8 +150,9 @@ class RunningBatch:
         step = DecodeStep(ids=ids, counts=[1] * count, wanted=torch.zeros_like(ids))
         logits = lane.program(count).decode(self.graph, lane.cache, step)[:, 0]
         tokens = lane.sampler.draw([row.text for row in lane.rows], logits).tolist()
-        drawn = zip(lane.rows, tokens, logits, strict=True)
-        self._remove(lane, [row.take(token, scores) for row, token, scores in drawn])
+        drawn, failed = zip(lane.rows, tokens, logits, strict=True), lane.sampler.failed
+        reasons = [row.take(token, scores, failed.get(place)) for place, (row, token, scores) in enumerate(drawn)]
+        self._remove(lane, reasons)
 
     def _remove(self, lane: _Lane, reasons: Sequence[str]) -> None:
         """Take the rows out of a batch that end for some reason."""

@@ -51,6 +51,7 @@ class RunningRow:
         _check_ids(request.ids, model, graph)
         self.stream, self.text = TokenStream(request.deadline), request.ids
         self._model, self._graph, self._held = model, graph, contextlib.ExitStack()
+        self._error: Exception | None = None
 
     def begin(self, prompts: PromptCache | None) -> None:
         """Hold the adapters, and allocate a cache for the prompt with what is known of it.
@@ -80,10 +81,24 @@ class RunningRow:
 
     def draw(self, logits: Tensor) -> str:
         """Draw the next token from logits (1, vocabulary); return why the text ends, or ""."""
-        return self.take(int(BatchSampler([self.sampler]).draw([self.text], logits)[0]), logits[0])
+        sampler = BatchSampler([self.sampler])
+        return self.take(int(sampler.draw([self.text], logits)[0]), logits[0], sampler.failed.get(0))
 
-    def take(self, token: int, logits: Tensor) -> str:
-        """Add a token that was drawn from logits (vocabulary,); return why the text ends, or ""."""
+    def take(self, token: int, logits: Tensor, failed: Exception | None = None) -> str:
+        """Add a token that was drawn from logits (vocabulary,); return why the text ends, or "".
+
+        Args:
+            failed: why none could be drawn.
+        """
+        try:
+            if failed is not None:
+                raise failed
+            return self._add(token, logits)
+        except Exception as error:  # of its own processors or stopping criteria, which are no other row's
+            self._error = error
+            return "error"
+
+    def _add(self, token: int, logits: Tensor) -> str:
         self.text = torch.cat([self.text, self.text.new_tensor([token])])
         self.stream.put(_describe_token(token, logits, self.request.logprobs))
         return self._find_end()
@@ -97,10 +112,10 @@ class RunningRow:
             return ""
         return "length" if len(self.text) >= self.sampler.most else "stop"
 
-    def end(self, reason: str, error: BaseException | None = None) -> None:
+    def end(self, reason: str, error: Exception | None = None) -> None:
         """End the request, and let go of its adapters."""
         self._held.close()
-        self.stream.end(reason, error)
+        self.stream.end(reason, error or self._error)
 
 
 def _check_ids(ids: Tensor, model: SwitchableModel, graph: str) -> None:

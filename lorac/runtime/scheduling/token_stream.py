@@ -82,7 +82,7 @@ class TokenStream:
             while (item := self._items.get()) is not None:
                 yield _token_of(item)
         finally:
-            self.cancel()
+            self._leave()
 
     async def __aiter__(self) -> AsyncIterator[TextToken]:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
@@ -92,7 +92,7 @@ class TokenStream:
                 yield _token_of(item)
         finally:
             self._wake = None
-            self.cancel()
+            self._leave()
 
     async def _wait(self, ready: asyncio.Event) -> TextToken | BaseException | None:
         """Return the next item; ``ready`` is set whenever there is one."""
@@ -100,6 +100,11 @@ class TokenStream:
         if self._items.empty():
             await ready.wait()
         return self._items.get()
+
+    def _leave(self) -> None:
+        """End the request, and any loop that is begun later."""
+        self.cancel()
+        self._items.put(None)
 
     # ── The scheduler's side ─────────────────────────────────────────────────────────────────────────────────────────
     @property
@@ -121,7 +126,10 @@ class TokenStream:
     def _put(self, item: TextToken | BaseException | None) -> None:
         self._items.put(item)
         if (wake := self._wake) is not None:
-            wake()
+            try:
+                wake()
+            except RuntimeError:  # the reader's event loop was closed
+                self.cancel()
 
 
 def _token_of(item: TextToken | BaseException) -> TextToken:

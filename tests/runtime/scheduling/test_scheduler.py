@@ -153,6 +153,58 @@ def test_an_async_reader_that_leaves_frees_its_row(compiled: Any, scheduler: Sch
     assert scheduler.load == (0, 0)
 
 
+def test_a_reader_whose_loop_was_closed_frees_its_row_and_no_others(compiled: Any, scheduler: Scheduler) -> None:
+    left = scheduler.submit(TextRequest(prompt(1), "one", options={"max_new_tokens": 50, "eos_token_id": None}))
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> None:
+        await anext(aiter(left))
+
+    task = loop.create_task(begin())
+    loop.run_until_complete(task)
+    loop.close()
+    whole = TextRequest(prompt(2), "two", options={"max_new_tokens": 8})
+    assert [token.id for token in scheduler.submit(whole)] == alone(compiled, whole)
+    scheduler.close()
+    assert left.reason == "cancelled"
+    assert list(left) != list(left) == []  # a second loop ends
+
+
+@pytest.mark.parametrize("fails", ["logits_processor", "stopping_criteria", "probabilities"])
+def test_what_fails_for_one_request_fails_no_other(fails: str, compiled: Any, scheduler: Scheduler) -> None:
+    def fail(ids: torch.Tensor, scores: torch.Tensor, **rest: Any) -> torch.Tensor:
+        if ids.shape[1] < 8:
+            return scores if fails != "stopping_criteria" else torch.zeros(1, dtype=torch.bool)
+        if fails == "probabilities":
+            return scores * float("nan")
+        raise ZeroDivisionError
+
+    own = {"stopping_criteria" if fails == "stopping_criteria" else "logits_processor": [fail]}
+    bad = TextRequest(prompt(1), "one", seed=1, options={"max_new_tokens": 9, "eos_token_id": 96, **own, **SAMPLED})
+    requests = [
+        TextRequest(prompt(n), choice, seed=n, options={"max_new_tokens": 9, **SAMPLED})
+        for n, choice in enumerate(CHOICES)
+    ]
+    stream, *streams = [scheduler.submit(request) for request in (bad, *requests)]
+    assert [[token.id for token in stream] for stream in streams] == [alone(compiled, request) for request in requests]
+    found = iter(stream)
+    assert len([next(found), next(found)]) == 2
+    with pytest.raises(RuntimeError if fails == "probabilities" else ZeroDivisionError):
+        next(found), next(found)
+
+
+def test_a_request_has_the_same_bits_beside_whatever_others(compiled: Any) -> None:
+    def run(other: Any, seed: int) -> list[Any]:
+        with Scheduler(compiled, rows=2) as scheduler, scheduler._changed:  # both begin in one step
+            options = {"max_new_tokens": 6, "eos_token_id": None}
+            stream = scheduler.submit(TextRequest(prompt(1), "one", logprobs=2, options=options))
+            beside = scheduler.submit(TextRequest(prompt(seed), other, options=options))
+        assert len(list(beside)) == 6
+        return list(stream)
+
+    assert len({str(run(other, seed)) for seed, other in enumerate(CHOICES)}) == 1
+
+
 def test_a_free_row_goes_to_the_tenant_with_the_fewest(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, begin = list[str](), RunningRow.begin
 
