@@ -11,6 +11,7 @@ beyond what the program took before.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import os
 import statistics
@@ -55,6 +56,17 @@ def link_adapters(folder: Path, names: Sequence[str], given: argparse.Namespace)
         place.mkdir(parents=True)
         for file in first.iterdir():
             (place / file.name).hardlink_to(file)
+
+
+def add_copies(model: Any, count: int) -> None:
+    """Add adapters a0, a1, … of other values than the one that a compiled model has, in its place."""
+    (first,) = model.adapters.values()
+    model.remove_adapter(first.name)
+    for index in range(count):
+        tensors = {path: {name: one.clone() for name, one in at.items()} for path, at in first.tensors.items()}
+        adapter = dataclasses.replace(first, name=f"a{index}", tensors=tensors)
+        common.away_from_init(adapter, seed=index)
+        model.add_adapter(adapter)
 
 
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:

@@ -19,7 +19,6 @@ takes at most 10 kB.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
 import time
@@ -67,13 +66,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, f
     if weights == REGISTERED:
         return _measure_registered(given)
     live, base, again = _loaded(weights, given)
-    first = live.adapters["a0"]
-    live.remove_adapter("a0")
-    for index in range(given.rows):
-        tensors = {path: {name: one.clone() for name, one in at.items()} for path, at in first.tensors.items()}
-        adapter = dataclasses.replace(first, name=f"a{index}", tensors=tensors)
-        common.away_from_init(adapter, seed=index)
-        live.add_adapter(adapter)
+    bank.add_copies(live, given.rows)
     call = common.torch_call if weights == EAGER else common.call
     torch_sides = _peft_sides(given) if _has_peft(weights, given) else {}
     found = {}
