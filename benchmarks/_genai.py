@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,29 @@ def note(given: argparse.Namespace) -> str:
     return f"{NAME} {importlib.metadata.version(NAME)} from {given.genai or 'the environment'}, in the same process"
 
 
-def build(model: Path, out: Path, precision: str = "fp32", adapter: Path | None = None) -> None:
-    """Have its builder write a model for the CPU, made as lean as it can: logits of the last place only.
+LAST_LOGITS = ("prune_lm_head=true",)
+"""Options of its builder for a model as lean as it can be: logits of the last place only."""
+
+
+def build(
+    model: Path,
+    out: Path,
+    precision: str = "fp32",
+    adapter: Path | None = None,
+    options: Sequence[str] = LAST_LOGITS,
+) -> None:
+    """Have its builder write a model for the CPU.
 
     Args:
         model: a folder of transformers'.
         out: where to write.
         precision: ``"fp32"`` or ``"int4"``.
         adapter: a folder of PEFT's, put into the graph for good.
+        options: the builder's own, as NAME=VALUE.
     """
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-    told = ["prune_lm_head=true", *([f"adapter_path={adapter}"] if adapter else [])]
+    told = [*options, *([f"adapter_path={adapter}"] if adapter else [])]
     with contextlib.ExitStack() as stack:
         for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
             stack.enter_context(redirect(io.StringIO()))

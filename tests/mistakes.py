@@ -191,6 +191,21 @@ COMPILING = [
     Mistake("half a rank", lambda w: lora(r=2.5)),
     Mistake("no alpha", lambda w: lora(alpha=None)),
     Mistake("weights in bits that nothing takes", lambda w: w.compile(target="onnxruntime", weights="int3")),
+    Mistake(
+        "an algorithm of codes that nothing knows",
+        lambda w: w.compile(target="onnxruntime", weights="int4", algorithm="awq"),
+        lambda w, said: OnnxRuntimeOptions(weights="int4", algorithm="gptq"),
+    ),
+    Mistake(
+        "calls for codes that are rounded",
+        lambda w: w.compile(target="onnxruntime", weights="int4", calibration=[w.inputs]),
+        lambda w, said: OnnxRuntimeOptions(weights="int4", algorithm="gptq", calibration=[w.inputs]),
+    ),
+    Mistake(
+        "k-quants without zero points",
+        lambda w: w.compile(target="onnxruntime", weights="int4", algorithm="k_quant", symmetric=True),
+        lambda w, said: OnnxRuntimeOptions(weights="int4", algorithm="k_quant"),
+    ),
     Mistake("blocks of any size", lambda w: w.compile(target="onnxruntime", weights="int4", block_size=24)),
     Mistake(
         "blocks of weights that are not quantised",

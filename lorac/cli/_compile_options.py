@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorac.argument_types import Fields, field_types
@@ -20,6 +21,8 @@ RESERVE_HELP = (
 DYNAMIC_HELP = (
     "INPUT=AXES: which axes of an input may vary, as input_ids=0,1, or input_ids= for none; may be given several times."
 )
+_CALIBRATION_TOKENS = 256
+"""The number of tokens that a model reads at once for its calibration."""
 _BOOLEANS = {"yes": True, "no": False}
 
 
@@ -91,6 +94,27 @@ def _parse_axis(name: str, text: str, count: int) -> int:
     if not text.isdecimal() or int(text) >= count:
         raise OptionError(f"'{name}' has no axis '{text}'", next_step=f"its axes are 0 to {count - 1}")
     return int(text)
+
+
+def read_calibration(path: Path, tokenizer: object) -> list[dict[str, object]]:
+    """Return the calls of a model that read a file of text, some hundred tokens in each.
+
+    Raises:
+        OptionError: the file has no text, or the model no tokenizer.
+    """
+    if not callable(tokenizer):
+        raise OptionError(
+            f"--calibration: the model has no tokenizer to read '{path}'",
+            next_step="save its tokenizer in its folder, or give token ids from Python: calibration=",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--calibration: '{path}' cannot be read: {error}", next_step="give a text file") from error
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise OptionError(f"--calibration: '{path}' has no text", next_step="give some pages of text")
+    return [{"input_ids": part} for part in ids.split(_CALIBRATION_TOKENS, dim=1)]
 
 
 def _split_pair(option: str, spec: str, usage: str) -> tuple[str, str]:

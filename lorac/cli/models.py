@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from lorac.cli._compile_options import DYNAMIC_HELP, RESERVE_HELP, parse_dynamic_shapes, parse_reserve, parse_targets
+from lorac.cli._compile_options import (
+    DYNAMIC_HELP,
+    RESERVE_HELP,
+    parse_dynamic_shapes,
+    parse_reserve,
+    parse_targets,
+    read_calibration,
+)
 from lorac.cli._inputs import INPUTS_HELP, read_inputs
 from lorac.cli._models import (
     AdapterOption,
@@ -120,6 +127,13 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
         bool, typer.Option("--cache", help="Keep keys and values, so that the model writes text.")
     ] = False,
     weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; for onnxruntime.")] = None,
+    head: Annotated[str | None, typer.Option(help="int8 or int4: with --weights, of the output layer; int8.")] = None,
+    algorithm: Annotated[
+        str | None, typer.Option(help="rtn, k_quant or gptq: with --weights, what chooses the codes; rtn.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text that gptq reads; default: texts that the model writes.")
+    ] = None,
     capabilities: Annotated[str, typer.Option(help="Of the GPUs to build for, as 8.6,8.9,12.0; for tensorrt.")] = "",
     json: JsonOption = False,
 ) -> None:
@@ -146,6 +160,9 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
             # Other targets have no such options, so only given ones are passed.
             **({"cache": True} if cache else {}),
             **({"weights": weights} if weights else {}),
+            **({"head": head} if head else {}),
+            **({"algorithm": algorithm} if algorithm else {}),
+            **({"calibration": read_calibration(calibration, tokenizer)} if calibration else {}),
             **({"target_capabilities": capabilities.split(",")} if capabilities else {}),
         )
         steps.step("saving")

@@ -20,7 +20,7 @@ import lorac
 from lorac.backends.onnx import self_test
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.errors import Unavailable
+from lorac.errors import OptionError, Unavailable
 from tests.parity import assert_parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses
@@ -52,12 +52,12 @@ def ids(batch: int = 2, length: int = 5) -> Tensor:
     return torch.randint(0, IDS, (batch, length), generator=torch.Generator().manual_seed(batch))
 
 
-def as_held(codec: Codec) -> nn.Module:
-    """The model with what quantised weights come to."""
+def as_held(codec: Codec, head: Codec) -> nn.Module:
+    """The model with what quantised weights come to, the tied table by a codec of its own."""
     model = Reader().eval()
     with torch.no_grad():
-        for layer in (model.embed, model.up, model.down):
-            layer.weight.copy_(torch.from_numpy(codec.encode(layer.weight.numpy()).decode().copy()))
+        for layer, used in ((model.embed, head), (model.up, codec), (model.down, codec)):
+            layer.weight.copy_(torch.from_numpy(used.encode(layer.weight.numpy()).decode().copy()))
     return model
 
 
@@ -75,16 +75,17 @@ class Made:
 CASES = {
     "int4, symmetric": {"weights": "int4"},
     "int8, asymmetric": {"weights": "int8", "block_size": 16, "symmetric": False},
-    "int4, asymmetric": {"weights": "int4", "block_size": 64, "symmetric": False},
+    "int4, asymmetric": {"weights": "int4", "head": "int4", "block_size": 64, "symmetric": False},
 }
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     options = CASES[request.param]
-    bits = {"int4": 4, "int8": 8}[str(options["weights"])]
-    codec = Codec(bits, cast(int, options.get("block_size", 32)), cast(bool, options.get("symmetric", True)))
-    base, place = as_held(codec), tmp_path_factory.mktemp("adapters")
+    stored = (str(options["weights"]), str(options.get("head", "int8")))
+    block, symmetric = cast(int, options.get("block_size", 32)), cast(bool, options.get("symmetric", True))
+    codecs = [Codec({"int4": 4, "int8": 8}[bits], block, symmetric) for bits in stored]
+    base, place = as_held(*codecs), tmp_path_factory.mktemp("adapters")
     configs = {
         "lora": LoraConfig(r=3, target_modules=TARGETS),
         "dora": LoraConfig(r=2, use_dora=True, target_modules=["embed", "up", "down"]),
@@ -131,8 +132,11 @@ def test_the_self_test_compares_with_what_the_weights_come_to(made: Made) -> Non
 def test_it_says_what_stays_as_it_is(made: Made) -> None:
     text = str(made.compiled.explain())
     options = made.compiled.engine.options
-    kind = "symmetric" if options.symmetric else "asymmetric"
-    assert f"weights: 3 stored as {options.weights}, {kind}, in blocks of {options.block_size}: " in text
+    kind = "symmetric" if options.codec.symmetric else "asymmetric"
+    head = options.head_codec.name
+    stored = {options.weights: 3} if head == options.weights else {head: 1, options.weights: 2}
+    for bits, count in stored.items():
+        assert f"weights: {count} stored as {bits}, {kind}, in blocks of {options.block_size}: " in text
     assert "weights that stay as they are, read by Conv: conv.weight" in text
     assert f"weights that stay as they are, rows shorter than a block of {options.block_size}: short" in text
 
@@ -150,7 +154,7 @@ def test_no_file_has_a_weight_in_float(made: Made) -> None:
 
 def made_bytes(made: Made) -> bytes:
     """The quantised bytes of the tied table."""
-    codec = made.compiled.engine.options.codec
+    codec = made.compiled.engine.options.head_codec
     assert codec is not None
     return bytes(codec.encode(Reader().embed.weight.detach().numpy()).packed.tobytes())
 
@@ -161,7 +165,7 @@ def test_four_bits_are_small(made: Made) -> None:
     whole = sum(4 * layer.weight.numel() for layer in (model.embed, model.up, model.down))
     others = 4 * (model.conv.weight.numel() + model.short.weight.numel())
     share = (sizes[WEIGHTS_FILE] - others) / whole
-    assert share < (0.2 if made.compiled.engine.options.weights == "int4" else 0.4)
+    assert share < {"int4": 0.2, "int8": 0.4}[made.compiled.engine.options.head or "int8"]
     assert sizes["base.safetensors"] < whole / 2
 
 
@@ -202,13 +206,13 @@ def test_what_is_baked_is_merged_in_float_first() -> None:
         tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
     options = {"target": "onnxruntime", "weights": "int4", "accuracy_level": 1, "example_inputs": inputs}
     baked = lorac.compile(model, {"a": adapter}, mode="baked", **options)
-    held, codec = Reader().eval(), Codec(4, 32, True)
+    held, codec, head = Reader().eval(), Codec(4, 32, True), Codec(8, 32, True)
     merged = lorac.compile(model, {"a": adapter}, mode="baked").host
     held.load_state_dict(merged.state_dict())
     held.embed.weight = nn.Parameter(merged.embed.weight)  # it is no longer tied
-    for layer in (held.embed, held.up, held.down, held.head):
-        layer.weight.copy_(torch.from_numpy(codec.encode(layer.weight.numpy()).decode().copy()))
-    assert_parity(baked(**inputs), held(**inputs), as_held(codec)(**inputs))
+    for layer, used in ((held.embed, codec), (held.up, codec), (held.down, codec), (held.head, head)):
+        layer.weight.copy_(torch.from_numpy(used.encode(layer.weight.numpy()).decode().copy()))
+    assert_parity(baked(**inputs), held(**inputs), as_held(codec, head)(**inputs))
 
 
 def test_rounded_activations_pass_the_self_test_and_an_adapter_can_be_added(tmp_path: Path) -> None:
@@ -290,3 +294,10 @@ def test_a_table_of_positions_is_quantised_as_the_weight_it_was_made_of() -> Non
     adapters = {"one": lorac.LoRA(r=2, targets=["q_proj"])}
     compiled = lorac.compile(DECODERS["opt"](), adapters, target="onnxruntime", cache=True, weights="int4")
     assert compiled.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2).shape[1] <= 5
+
+
+def test_a_head_that_the_model_lacks_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 48)).eval()
+    options = {"target": "onnxruntime", "weights": "int4", "example_inputs": (torch.ones(2, 64),)}
+    with pytest.raises(OptionError, match="none that is as large as an embedding"):
+        lorac.compile(model, head="int8", **options)

@@ -18,9 +18,10 @@ from lorac.backends.onnxruntime.devices.providers import check_providers
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
 from lorac.backends.onnxruntime.inference_session import create_session
 from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, OnnxRuntimeOptions
+from lorac.backends.onnxruntime.quantised.algorithms import GPTQ
 from lorac.backends.onnxruntime.quantised.base_weights import dequantised_weights
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.errors import Unavailable, warn
+from lorac.errors import OptionError, Unavailable, warn
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.sites import HALF_PRECISION, Site, SiteKind
@@ -32,7 +33,8 @@ from lorac.target.engine import ProgramFiles
 if TYPE_CHECKING:
     from lorac.backends.onnx.build import EmittedProgram
     from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
-    from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix, QuantisationReport
+    from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix
+    from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport
 
     Emitted = EmittedProgram[OnnxRuntimeOptions]
 
@@ -97,22 +99,35 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             request.options.check_quantisation()
 
     def weight_passes(self, request: BuildRequest[OnnxRuntimeOptions]) -> Sequence[OnnxPass]:
+        from lorac.backends.onnxruntime.quantised.calibration import Calibration
         from lorac.backends.onnxruntime.quantised.products import QuantiseWeights
 
         options = request.options
         prequantised = _prequantised_matrices(request.model, options)
         if options.codec is None and not prequantised:
             return ()
-        return (QuantiseWeights(options.codec, options.product_level, prequantised),)
+        calibration = None
+        if options.codec is not None and options.algorithm == GPTQ:
+            calibration = Calibration(request.model, request.sites, request.base, options.calibration)
+        head, level = options.head_codec, options.product_level
+        return (QuantiseWeights(options.codec, level, prequantised, head, options.algorithm, calibration),)
 
     def check_emitted(self, emitted: Emitted) -> None:
-        """Refuse to quantise a model of which no weight can be quantised.
+        """Refuse to quantise a model of which no weight can be quantised, or a head that it lacks.
 
         Raises:
             Unavailable: with the reason for one of its weights.
+            OptionError: ``head=`` is given, and the model has no such layer.
         """
         options, reports = emitted.request.options, _quantisation_reports(emitted).values()
-        if options.codec is None or any(report.quantised for report in reports):
+        codecs = {product.encoded.codec for report in reports for product in report.quantised.values()}
+        if options.head is not None and options.head_codec not in codecs:
+            raise OptionError(
+                f"head={options.head!r} says how an output layer is stored, and the model has none that is as large as "
+                "an embedding",
+                next_step="leave head= out",
+            )
+        if options.codec is None or codecs:
             return
         reasons = {f"'{name}' is {why}" for report in reports for name, why in report.floats.items()}
         raise Unavailable(
@@ -185,7 +200,7 @@ def _is_quantised(site: Site, codec: Codec) -> bool:
 
 def _quantisation_reports(emitted: Emitted) -> dict[str, QuantisationReport]:
     """Return graph -> the report of its quantisation; empty where nothing was quantised."""
-    from lorac.backends.onnxruntime.quantised.products import QuantisationReport
+    from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport
 
     details = ((graph, result.details) for graph, found in emitted.results.items() for result in found.values())
     return {graph: report for graph, report in details if isinstance(report, QuantisationReport)}

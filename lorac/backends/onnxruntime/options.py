@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import onnxruntime
 import torch
 
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
+from lorac.backends.onnxruntime.quantised.algorithms import ALGORITHMS, GPTQ, K_QUANT, RTN
 from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
 from lorac.errors import OptionError, Unavailable, nearest_name, not_one_of, short
 from lorac.target.backend import TargetOptions
@@ -28,7 +30,7 @@ INT8_LEVEL = 4
 _ACCURACY_LEVELS = (None, 0, FLOAT32_LEVEL, 2, 3, INT8_LEVEL)
 _CACHE_RELEASE = (1, 32)
 """The first release whose GroupQueryAttention takes rows of several lengths, which a cache needs."""
-_QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level")
+_QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level", "head", "algorithm", "calibration")
 """Options that say how weights are quantised."""
 
 
@@ -54,19 +56,27 @@ class OnnxRuntimeOptions(TargetOptions):
         providers: execution providers, best first; default: those of the device.
         device: where sessions run, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, as in ``compile(device=)``;
             default: where the first of the providers runs.
-        weights: ``"int8"`` or ``"int4"``: weights of linear layers, output layers and embeddings are quantised, by
-            rounding to the nearest, and adapters run next to them in float. ``explain()`` says which stay float, and
-            why. The base is the dequantised weights, also for methods that read W; in mode ``"baked"`` the adapters
-            are merged in float first.
+        weights: ``"int8"`` or ``"int4"``: weights of linear layers, output layers and embeddings are quantised, and
+            adapters run next to them in float. ``explain()`` says which stay float, and why. The base is the
+            dequantised weights, also for methods that read W; in mode ``"baked"`` the adapters are merged in float
+            first.
+        head: ``"int8"`` or ``"int4"``, of output layers as large as an embedding, and of an embedding that is tied to
+            one; default: ``"int8"``, since a model loses most by rounding these.
+        algorithm: what chooses the codes. ``"rtn"``: rounding to the nearest. ``"k_quant"``: the scales and zero points
+            of llama.cpp. ``"gptq"``: each column's error is made up for by the columns after it, which takes calls of
+            the model and is the most accurate.
+        calibration: calls of the model for ``"gptq"``, each its arguments by name, such as what a tokenizer makes of a
+            text; default: texts that a causal language model of transformers writes by itself.
         block_size: the number of values of a row that share a scale: 16, 32, 64, 128 or 256.
-        symmetric: zero is in the middle of each block's range; False gives each block a zero point of its own, which
-            is nearer to the weights, and a little larger and slower.
+        symmetric: zero is in the middle of each block's range; False gives each block a zero point of its own, and is a
+            little larger and slower. Default: as the algorithm does; ``"k_quant"`` always has zero points.
         accuracy_level: what products compute in, at least: 1 float32, 2 float16, 3 bfloat16; 4 rounds what they read
             to int8, block by block, which is fastest on CPUs; 0 leaves it to the execution provider, whose CPU takes
             float32. None: 4 with ``weights=``, and 1 for pre-quantised weights, whose own products round nothing.
     """
 
     running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers")
+    local: ClassVar[tuple[str, ...]] = ("calibration",)
     threads: int = 0
     spinning: bool | None = None
     settle: str = "asked"
@@ -76,14 +86,26 @@ class OnnxRuntimeOptions(TargetOptions):
     providers: tuple[str, ...] | None = None
     device: str | None = None
     weights: str | None = None
+    head: str | None = None
+    algorithm: str = RTN
+    calibration: tuple[Mapping[str, object], ...] = ()
     block_size: int = 32
-    symmetric: bool = True
+    symmetric: bool | None = None
     accuracy_level: int | None = None
 
     @property
     def codec(self) -> Codec | None:
         """The codec of quantised weights, or None."""
-        return None if self.weights is None else Codec(_WEIGHT_BITS[self.weights], self.block_size, self.symmetric)
+        return None if self.weights is None else self._codec(self.weights)
+
+    @property
+    def head_codec(self) -> Codec | None:
+        """The codec of quantised output layers, or None."""
+        return None if self.weights is None else self._codec(self.head or "int8")
+
+    def _codec(self, weights: str) -> Codec:
+        symmetric = self.algorithm != K_QUANT if self.symmetric is None else self.symmetric
+        return Codec(_WEIGHT_BITS[weights], self.block_size, symmetric)
 
     @property
     def product_level(self) -> int:
@@ -149,8 +171,21 @@ class OnnxRuntimeOptions(TargetOptions):
 
     def _check_weights(self) -> None:
         """Raise ``OptionError`` for a way of quantising that does not exist."""
-        if self.weights is not None and self.weights not in _WEIGHT_BITS:
-            raise not_one_of("weights cannot be stored as", self.weights, tuple(_WEIGHT_BITS))
+        for stored in (self.weights, self.head):
+            if stored is not None and stored not in _WEIGHT_BITS:
+                raise not_one_of("weights cannot be stored as", stored, tuple(_WEIGHT_BITS))
+        if self.algorithm not in ALGORITHMS:
+            raise not_one_of("codes cannot be chosen by", self.algorithm, ALGORITHMS)
+        if self.algorithm == K_QUANT and self.symmetric:
+            raise OptionError(
+                "symmetric=True contradicts algorithm='k_quant', whose blocks have zero points",
+                next_step="leave symmetric= out, or take algorithm='gptq'",
+            )
+        if self.calibration and self.algorithm != GPTQ:
+            raise OptionError(
+                f"calibration= is not read by algorithm={self.algorithm!r}",
+                next_step="give algorithm='gptq' with it, or leave it out",
+            )
         for name, known in (("block_size", BLOCK_SIZES), ("accuracy_level", _ACCURACY_LEVELS)):
             if getattr(self, name) not in known:
                 raise OptionError(

@@ -24,7 +24,7 @@ from lorac.storage.tensor_file import TensorFile, TensorLocation
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
-    from lorac.backends.onnxruntime.quantised.products import QuantisationReport, QuantisedProduct
+    from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport, QuantisedProduct
 
 Tensor = torch.Tensor
 _METADATA_KEY = "quantised"

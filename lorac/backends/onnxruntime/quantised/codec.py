@@ -63,16 +63,26 @@ class Codec:
 
     def take(self, codes: QuantisedMatrix) -> EncodedMatrix:
         """Return codes unchanged, each row filled up with zeros to whole blocks."""
-        rows, columns = codes.whole.shape
-        blocks, middle = -(-columns // self.block), 1 << self.bits - 1
-        repeated = blocks // codes.scale.shape[1]
+        columns, middle = codes.whole.shape[1], 1 << self.bits - 1
+        repeated = -(-columns // self.block) // codes.scale.shape[1]
         scales = np.repeat(codes.scale.float().numpy(), repeated, 1)
         zeros = np.full(scales.shape, middle, np.uint8)
         if codes.zero is not None:
             zeros = np.repeat(codes.zero.long().numpy() + middle, repeated, 1).astype(np.uint8)
-        whole = np.repeat(zeros, self.block, 1)
-        whole[:, :columns] = (codes.whole.long().numpy() + middle).astype(np.uint8)
-        packed = self._packed(whole).reshape(rows, blocks, -1)
+        return self.pack((codes.whole.long().numpy() + middle).astype(np.uint8), scales, zeros)
+
+    def pack(self, whole: Array, scales: Array, zeros: Array) -> EncodedMatrix:
+        """Return the matrix of given codes, each row filled up with zeros to whole blocks.
+
+        Args:
+            whole: (rows, columns), uint8.
+            scales: (rows, blocks), float32.
+            zeros: (rows, blocks), uint8; in a symmetric codec all are 2^(bits − 1).
+        """
+        columns = whole.shape[1]
+        padded = np.repeat(zeros, self.block, 1)
+        padded[:, :columns] = whole
+        packed = self._packed(padded).reshape(*scales.shape, -1)
         return EncodedMatrix(self, columns, packed, scales, None if self.symmetric else self._packed(zeros))
 
     def _packed(self, whole: Array) -> Array:

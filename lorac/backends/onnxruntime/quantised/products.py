@@ -7,52 +7,28 @@ once: both ops read the same bytes. Slots are not constants, and stay float.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
 from lorac.backends.onnx.passes import OnnxPass
-from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, INT8_LEVEL
+from lorac.backends.onnxruntime.quantised.algorithms import RTN, encode
+from lorac.backends.onnxruntime.quantised.calibration import Calibration
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows
-from lorac.errors import list_some
+from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport, QuantisedProduct
 from lorac.frontend.quantised_weights import NF4
-from lorac.ir.graph.passes import PassResult, Skip
-from lorac.report.terms import format_size
+from lorac.ir.graph.passes import PassResult
 
 _DOMAIN = "com.microsoft"
 _QUANT_TYPES = {NF4: 1}
 """Table of levels -> its number in ``MatMulBnb4``."""
-_FLOAT_BYTES, _SHOWN_NAMES = 4, 3
-"""Bytes of a float32; the number of names that a note lists."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
-
-
-@dataclass(frozen=True, eq=False)
-class QuantisedProduct:
-    """A matrix of a program that was quantised.
-
-    Attributes:
-        encoded: its codes, (out, in) for products and (ids, width) for lookups.
-        by_columns: whether the program had its transpose.
-        source: the constant that the program had.
-        names: part of ``encoded`` -> the constant with that part.
-    """
-
-    encoded: EncodedMatrix
-    by_columns: bool
-    source: ir.TensorProtocol
-    names: Mapping[str, str]
-
-    def original(self) -> Array:
-        """Return the original matrix in the layout of ``encoded``."""
-        matrix: Array = self.source.numpy()
-        return matrix.T if self.by_columns else matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,54 +54,6 @@ class PrequantisedMatrix:
 
 
 @dataclass(frozen=True)
-class QuantisationReport:
-    """The quantised and float constants of a program after the pass.
-
-    Attributes:
-        quantised: name of a constant -> the quantised matrix in its place.
-        floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
-        accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
-    """
-
-    quantised: Mapping[str, QuantisedProduct]
-    floats: Mapping[str, str]
-    accuracy_level: int
-
-    def to_result(self) -> PassResult:
-        """Return the result of the pass, with the report as its details."""
-        skipped = tuple(Skip(name, why) for name, why in self.floats.items())
-        notes = (
-            *_describe_quantised(self.quantised.values()),
-            *_describe_level(self.quantised.values(), self.accuracy_level),
-            *_describe_floats(self.floats),
-        )
-        return PassResult(bool(self.quantised), skipped, notes, details=self)
-
-
-def _describe_quantised(quantised: Iterable[QuantisedProduct]) -> Iterator[str]:
-    encoded = [product.encoded for product in quantised]
-    for codec in dict.fromkeys(one.codec for one in encoded):
-        alike = [one for one in encoded if one.codec == codec]
-        before = sum(math.prod(one.shape) * _FLOAT_BYTES for one in alike)
-        kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
-        yield (
-            f"weights: {len(alike)} stored as {codec.name}, {kind}in blocks of {codec.block}: "
-            f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
-        )
-
-
-def _describe_level(quantised: Iterable[QuantisedProduct], level: int) -> Iterator[str]:
-    if level == INT8_LEVEL and any(not product.encoded.codec.table for product in quantised):
-        yield f"products with them round what they read to int8; accuracy_level={FLOAT32_LEVEL} rounds nothing"
-
-
-def _describe_floats(floats: Mapping[str, str]) -> Iterator[str]:
-    for reason in dict.fromkeys(floats.values()):
-        names = [name for name, why in floats.items() if why == reason]
-        yield f"weights that stay as they are, {reason}: {list_some(names, _SHOWN_NAMES, quote='')}"
-
-
-@dataclass(frozen=True)
 class QuantiseWeights(OnnxPass):
     """Quantise the constant matrices of a program whose slots are filled or baked.
 
@@ -133,33 +61,41 @@ class QuantiseWeights(OnnxPass):
         codec: the codec; None: only pre-quantised matrices are stored quantised.
         accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
         prequantised: pre-quantised matrices; their codes are used unchanged, also where several were fused.
+        head: the codec of output layers, with the tables that are tied to them; None: that of all.
+        algorithm: one of ``lorac.backends.onnxruntime.quantised.algorithms.ALGORITHMS``.
+        calibration: what layers read, for algorithms that need it.
     """
 
     name: ClassVar[str] = "quantise-weights"
     codec: Codec | None
     accuracy_level: int
     prequantised: Sequence[PrequantisedMatrix] = ()
+    head: Codec | None = None
+    algorithm: str = RTN
+    calibration: Calibration | None = None
 
     def apply(self, model: ir.Model) -> PassResult:
         """Quantise in place, one matrix at a time; the details of the result are a ``QuantisationReport``."""
         quantised: dict[str, QuantisedProduct] = {}
         floats: dict[str, str] = {}
-        for name, value in list(model.graph.initializers.items()):
-            constant = value.const_value
-            if constant is None or value.is_graph_input() or len(constant.shape) < 2 or constant.dtype not in _FLOATS:
-                continue
-            readers = _find_readers(value)
-            encoded = readers if isinstance(readers, str) else self._encode(constant, readers)
+        found = [(value, constant, _find_readers(value)) for value, constant in _iter_matrices(model)]
+        tables = {_shape_read(constant, readers) for _, constant, readers in found if _has_lookup(readers)}
+        for value, constant, readers in found:
+            is_head = _has_product(readers) and _shape_read(constant, readers) in tables
+            encoded = readers if isinstance(readers, str) else self._encode(constant, readers, is_head=is_head)
             if isinstance(readers, str) or isinstance(encoded, str):
                 floats[_display_name(value)] = str(encoded)
                 continue
             names = _replace(model, value, readers, encoded, self.accuracy_level)
-            quantised[name] = QuantisedProduct(encoded, readers[0].by_columns, constant, names)
+            quantised[str(value.name)] = QuantisedProduct(encoded, readers[0].by_columns, constant, names)
         RemoveUnusedNodesPass()(model)
         model.graph.opset_imports.setdefault(_DOMAIN, 1)
-        return QuantisationReport(quantised, floats, self.accuracy_level).to_result()
+        missed = () if self.calibration is None else tuple(self.calibration.missed)
+        return QuantisationReport(quantised, floats, self.accuracy_level, missed).to_result()
 
-    def _encode(self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> EncodedMatrix | str:
+    def _encode(
+        self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader], *, is_head: bool
+    ) -> EncodedMatrix | str:
         """Return the codes of a constant, or why it stays float."""
         if constant.dtype is not ir.DataType.FLOAT:
             return f"of {str(constant.dtype).lower()} numbers"
@@ -168,13 +104,24 @@ class QuantiseWeights(OnnxPass):
         if len({reader.by_columns for reader in readers}) > 1:
             return "read along both axes"
         matrix = constant.numpy().T if readers[0].by_columns else constant.numpy()
-        looked_up = any(reader.looks_up for reader in readers)  # no lookup reads codes that are indices into a table
+        looked_up = _has_lookup(readers)  # no lookup reads codes that are indices into a table
         known = [one for one in self.prequantised if not (one.encoded.codec.table and looked_up)]
         if (reused := _reuse_codes(matrix, known)) is not None:
             return reused
-        if self.codec is None:
+        codec = (self.head if is_head else None) or self.codec
+        if codec is None:
             return "float in the model"
-        return self.codec.why_not(matrix.shape[1]) or self.codec.encode(matrix)
+        return codec.why_not(matrix.shape[1]) or self._choose_codes(codec, matrix, readers)
+
+    def _choose_codes(self, codec: Codec, matrix: Array, readers: Sequence[_MatrixReader]) -> EncodedMatrix:
+        """Return the codes that the algorithm chooses; those of a head with other bits are the nearest."""
+        if codec != self.codec:
+            return codec.encode(matrix)
+        product = next((reader.node for reader in readers if not reader.looks_up), None)
+        moments = None
+        if self.calibration is not None and product is not None:
+            moments = self.calibration.find(modules_of(product.metadata_props) or (), torch.from_numpy(matrix))
+        return encode(codec, matrix, self.algorithm, moments)
 
 
 # ── Who reads a constant ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,6 +139,33 @@ class _MatrixReader:
     @property
     def looks_up(self) -> bool:
         return self.node.op_type == "Gather"
+
+
+def _iter_matrices(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Yield the constants of a program that are float matrices, or stacks of them."""
+    for value in list(model.graph.initializers.values()):
+        constant = value.const_value
+        if (
+            constant is not None
+            and not value.is_graph_input()
+            and len(constant.shape) > 1
+            and constant.dtype in _FLOATS
+        ):
+            yield value, constant
+
+
+def _has_lookup(readers: Sequence[_MatrixReader] | str) -> bool:
+    return not isinstance(readers, str) and any(reader.looks_up for reader in readers)
+
+
+def _has_product(readers: Sequence[_MatrixReader] | str) -> bool:
+    return not isinstance(readers, str) and not all(reader.looks_up for reader in readers)
+
+
+def _shape_read(constant: ir.TensorProtocol, readers: Sequence[_MatrixReader] | str) -> tuple[int, ...]:
+    """Return the shape of a constant as its first reader has it."""
+    shape = tuple(constant.shape.numpy())
+    return shape[::-1] if not isinstance(readers, str) and readers[0].by_columns else shape
 
 
 def _find_readers(value: ir.Value, transposed: bool = False) -> list[_MatrixReader] | str:

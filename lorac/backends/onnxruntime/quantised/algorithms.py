@@ -1,0 +1,128 @@
+"""Algorithms that choose the codes of a matrix: the library's kernel, its k-quants, and GPTQ.
+
+GPTQ ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", Frantar et al. 2023, arXiv
+2210.17323) quantises a matrix column by column and moves each column's error to those that are left, by the second
+moments of what the layer reads. The library's own GPTQ returns rounded values without the codes that they stand for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lorac.backends.onnxruntime.quantised.codec import Array, Codec, EncodedMatrix
+
+Tensor = torch.Tensor
+RTN, K_QUANT, GPTQ = "rtn", "k_quant", "gptq"
+ALGORITHMS = (RTN, K_QUANT, GPTQ)
+"""Names of the algorithms, the fastest first."""
+_DAMPING = 0.01
+"""What is added to second moments, as a share of their mean."""
+_SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Shares of a block's range that its scale may cover: clipping a few values can serve the others."""
+_MOST_VALUES = 1 << 22
+"""The number of values that the library's k-quants take at once; each needs some hundred bytes of memory."""
+
+
+def encode(codec: Codec, matrix: Array, algorithm: str, moments: Tensor | None) -> EncodedMatrix:
+    """Quantise a float32 matrix (rows, columns).
+
+    Args:
+        algorithm: one of ``ALGORITHMS``.
+        moments: (columns, columns), of what products with the matrix read, for GPTQ; without them it rounds to the
+            nearest.
+    """
+    if algorithm == GPTQ and moments is not None:
+        return _encode_by_gptq(codec, matrix, moments)
+    return _encode_by_k_quants(codec, matrix) if algorithm == K_QUANT else codec.encode(matrix)
+
+
+def _encode_by_k_quants(codec: Codec, matrix: Array) -> EncodedMatrix:
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    rows, columns = matrix.shape
+    blocks = -(-columns // codec.block)
+    padded = np.pad(matrix, ((0, 0), (0, blocks * codec.block - columns)))
+    parts = np.array_split(padded, max(1, padded.size // _MOST_VALUES))
+    with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal values, which it leaves as they are
+        found = [quant_tensor_k_quant_cpu(part, codec.bits, codec.block) for part in parts]
+    whole, scales, zeros = (np.concatenate([part[i] for part in found]) for i in range(3))
+    return codec.pack(
+        whole.reshape(rows, -1)[:, :columns].astype(np.uint8),
+        scales.reshape(rows, blocks).astype(np.float32),
+        zeros.reshape(rows, blocks),
+    )
+
+
+@torch.no_grad()
+def _encode_by_gptq(codec: Codec, matrix: Array, moments: Tensor) -> EncodedMatrix:
+    rows, columns = matrix.shape
+    blocks = -(-columns // codec.block)
+    size = blocks * codec.block
+    left = torch.nn.functional.pad(torch.from_numpy(np.ascontiguousarray(matrix)), (0, size - columns)).t().contiguous()
+    spread = _factor_inverse(torch.nn.functional.pad(moments, (0, size - columns, 0, size - columns)))
+    whole = torch.empty(size, rows, dtype=torch.uint8)
+    scales, zeros = torch.empty(blocks, rows), torch.empty(blocks, rows)
+    for block in range(blocks):
+        begin, end = block * codec.block, (block + 1) * codec.block
+        own, values = spread[begin:end, begin:end], left[begin:end]
+        scale, zero = scales[block], zeros[block] = _choose_scales(codec, values, own.diagonal() ** -2)
+        errors = torch.empty_like(values)
+        for i, value in enumerate(values):
+            code = (value / scale).round_().add_(zero).clamp_(0, 2**codec.bits - 1)
+            whole[begin + i] = code
+            errors[i] = (value - (code - zero) * scale) / own[i, i]
+            values[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
+        left[end:].addmm_(spread[begin:end, end:].t(), errors, alpha=-1)
+    parts = (whole[:columns], scales, zeros.to(torch.uint8))
+    return codec.pack(*(np.ascontiguousarray(part.t().numpy()) for part in parts))
+
+
+def _factor_inverse(moments: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of second moments, damped until they have one."""
+    damping, identity = _DAMPING * moments.diagonal().mean(), torch.eye(len(moments))
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(moments + damping * identity)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        damping = damping * 10
+
+
+def _choose_scales(codec: Codec, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale and the zero point of each column of a block with the least weighted squared error.
+
+    Args:
+        values: (block, rows).
+        weights: (block,).
+    """
+    best = None
+    for scale, zero in _candidates(codec, values):
+        rounded = ((values / scale).round_().add_(zero).clamp_(0, 2**codec.bits - 1) - zero) * scale
+        error = weights @ (rounded - values).square_()
+        if best is None:
+            best, least = (scale, zero), error
+            continue
+        better = error < least
+        best = (torch.where(better, scale, best[0]), torch.where(better, zero, best[1]))
+        least = torch.where(better, error, least)
+    assert best is not None
+    return best
+
+
+def _candidates(codec: Codec, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return scales and zero points (rows,) that the columns of a block (block, rows) may have."""
+    most, middle = 2**codec.bits - 1, 2.0 ** (codec.bits - 1)
+    if codec.symmetric:
+        # The end with one code more is that of the largest value, or the other one.
+        largest = values.gather(0, values.abs().argmax(0, keepdim=True))[0] / -middle
+        signed = [share * sign for sign in (1.0, -1.0) for share in _SHRINKING]
+        return [(_nonzero(largest * share), torch.full_like(largest, middle)) for share in signed]
+    low, high = values.amin(0).clamp(max=0), values.amax(0).clamp(min=0)
+    scales = [_nonzero((high - low) * share / most) for share in _SHRINKING]
+    return [
+        (scale, (-low * share / scale).round().clamp(0, most)) for scale, share in zip(scales, _SHRINKING, strict=True)
+    ]
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -1,0 +1,154 @@
+"""Calibration: second moments of what the linear layers of a model read, from calls of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lorac.errors import OptionError
+from lorac.frontend.copying import copy_structure
+from lorac.frontend.model_runner import disable_fast_path, seed_random_numbers
+from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.progress import progress
+
+Tensor = torch.Tensor
+Call = Mapping[str, object]
+"""Arguments of a call of a model by name, such as what a tokenizer returns."""
+_TEXTS, _TOKENS = 16, 256
+"""How many texts a model writes for its own calibration, and how long they are."""
+_MOST_BYTES = 256 << 20
+"""The memory for second moments that are collected at once."""
+
+
+class Calibration:
+    """Second moments of what linear layers read, collected on demand for some neighbouring layers at a time.
+
+    Args:
+        model: left unchanged.
+        sites: its sites by path.
+        base: reads its weights.
+        calls: what it is called with; empty: it writes texts itself, from a seed.
+
+    Attributes:
+        missed: the layers that were asked for, and that no call reached.
+
+    Raises:
+        OptionError: there are no calls, and the model writes no text.
+    """
+
+    def __init__(self, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, calls: Sequence[Call]) -> None:
+        self._model = copy_structure(model, share_buffers=True).eval()
+        self._layers = {path: site for path, site in sites.items() if site.kind is SiteKind.LINEAR and site.is_layer}
+        self._base, self._calls = base, list(calls) or self._write_texts()
+        self._moments: dict[str, Tensor | None] = {}
+        self.missed: list[str] = []
+
+    @torch.no_grad()
+    def find(self, modules: Sequence[str], matrix: Tensor) -> Tensor | None:
+        """Return the second moments (in, in) of what a product with a matrix (out, in) reads.
+
+        Args:
+            modules: modules around the product, outermost first. The last is the layer, or holds the layers whose
+                weights the matrix joins; then it is the layer whose weight begins as the matrix does.
+
+        Returns:
+            None if no call reaches the layer.
+        """
+        around = modules[-1] if modules else ""
+        paths = [
+            path
+            for path, site in self._layers.items()
+            if f"{path}.".startswith(f"{around}." if around else "") and site.in_features == matrix.shape[1]
+        ]
+        nearest = min(paths, key=lambda path: self._distance(path, matrix), default=None)
+        found = None if nearest is None else self._moments_of(nearest)
+        if found is None:
+            self.missed.append(nearest or around)
+        return found
+
+    def _distance(self, path: str, matrix: Tensor) -> float:
+        return float((self._base.weight(self._layers[path])[0].float() - matrix[0]).norm())
+
+    def _moments_of(self, path: str) -> Tensor | None:
+        if path not in self._moments:
+            self._moments = dict.fromkeys(self._neighbours(path)) | self._collect(self._neighbours(path))
+        return self._moments[path]
+
+    def _neighbours(self, path: str) -> list[str]:
+        """Return a layer and those after it, as many as memory is there for."""
+        order, chosen, size = list(self._layers), list[str](), 0
+        for other in order[order.index(path) :]:
+            size += 4 * self._layers[other].in_features ** 2
+            if chosen and size > _MOST_BYTES:
+                break
+            chosen.append(other)
+        return chosen
+
+    @torch.no_grad()
+    def _collect(self, paths: Iterable[str]) -> dict[str, Tensor]:
+        """Call the model, and return the second moments of what these layers read."""
+        collector = _MomentCollector()
+        handles = [collector.watch(path, self._model.get_submodule(path)) for path in paths]
+        try:
+            with seed_random_numbers(self._model, 0), disable_fast_path(self._model):
+                self._run(collector)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return collector.moments
+
+    def _run(self, collector: _MomentCollector) -> None:
+        with progress("calibration", total=len(self._calls)) as report:
+            for number, call in enumerate(self._calls):
+                report.step(f"call {number + 1} of {len(self._calls)}")
+                self._call(number, call)
+                collector.latest = None
+
+    def _call(self, number: int, call: Call) -> None:
+        try:
+            self._model(**call)
+        except Exception as error:  # a model may raise anything for arguments that it does not take
+            raise OptionError(
+                f"the model cannot be called with calibration[{number}]: {error}",
+                next_step="give its arguments by name, such as [{'input_ids': ids}, ...]",
+            ) from error
+
+    def _write_texts(self) -> list[Call]:
+        """Return texts that the model writes, token by token from its own probabilities."""
+        model: object = self._model
+        config, generate = getattr(model, "config", None), getattr(model, "generate", None)
+        if not callable(generate) or getattr(config, "is_encoder_decoder", True):
+            raise OptionError(
+                "algorithm='gptq' needs calls of the model, which writes no text by itself",
+                next_step="give some: calibration=[{'input_ids': ids}, ...]",
+            )
+        first = getattr(config, "bos_token_id", None) or 0
+        length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+        with progress("calibration") as report, seed_random_numbers(self._model, 0):
+            report.step(f"the model writes {_TEXTS} texts")
+            begun = torch.full((_TEXTS, 1), first)
+            # Neither ends nor likely tokens alone: what the model reads is to be as varied as it can be.
+            settings = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length, "pad_token_id": 0}
+            texts: Tensor = generate(begun, **settings)
+        return [{"input_ids": text[None]} for text in texts]
+
+
+class _MomentCollector:
+    """Adds up second moments; layers that read one tensor share theirs."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Tensor] = {}
+        self.latest: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, path: str, layer: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        return layer.register_forward_pre_hook(lambda _, given: self._add(path, given[0]))
+
+    def _add(self, path: str, x: Tensor) -> None:
+        if self.latest is None or self.latest[0] is not x:
+            rows = x.flatten(0, -2).float()
+            known = self.moments.get(path)
+            found = torch.zeros(rows.shape[1], rows.shape[1]) if known is None else known
+            self.latest = (x, found.addmm_(rows.t(), rows))
+        self.moments[path] = self.latest[1]

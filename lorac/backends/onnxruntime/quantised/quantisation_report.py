@@ -1,0 +1,96 @@
+"""The report of a program's quantisation: which matrices are stored quantised, which stay float, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, INT8_LEVEL
+from lorac.backends.onnxruntime.quantised.codec import Array, EncodedMatrix
+from lorac.errors import list_some
+from lorac.ir.graph.passes import PassResult, Skip
+from lorac.report.terms import format_size
+
+_FLOAT_BYTES, _SHOWN_NAMES = 4, 3
+"""Bytes of a float32; the number of names that a note lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedProduct:
+    """A matrix of a program that was quantised.
+
+    Attributes:
+        encoded: its codes, (out, in) for products and (ids, width) for lookups.
+        by_columns: whether the program had its transpose.
+        source: the constant that the program had.
+        names: part of ``encoded`` -> the constant with that part.
+    """
+
+    encoded: EncodedMatrix
+    by_columns: bool
+    source: ir.TensorProtocol
+    names: Mapping[str, str]
+
+    def original(self) -> Array:
+        """Return the original matrix in the layout of ``encoded``."""
+        matrix: Array = self.source.numpy()
+        return matrix.T if self.by_columns else matrix
+
+
+@dataclass(frozen=True)
+class QuantisationReport:
+    """The quantised and float constants of a program after the pass.
+
+    Attributes:
+        quantised: name of a constant -> the quantised matrix in its place.
+        floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
+        accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
+        uncalibrated: the layers whose codes are the nearest, since no call of the calibration reaches them.
+    """
+
+    quantised: Mapping[str, QuantisedProduct]
+    floats: Mapping[str, str]
+    accuracy_level: int
+    uncalibrated: Sequence[str] = ()
+
+    def to_result(self) -> PassResult:
+        """Return the result of the pass, with the report as its details."""
+        skipped = tuple(Skip(name, why) for name, why in self.floats.items())
+        notes = (
+            *_describe_quantised(self.quantised.values()),
+            *_describe_level(self.quantised.values(), self.accuracy_level),
+            *_describe_uncalibrated(self.uncalibrated),
+            *_describe_floats(self.floats),
+        )
+        return PassResult(bool(self.quantised), skipped, notes, details=self)
+
+
+def _describe_quantised(quantised: Iterable[QuantisedProduct]) -> Iterator[str]:
+    encoded = [product.encoded for product in quantised]
+    for codec in dict.fromkeys(one.codec for one in encoded):
+        alike = [one for one in encoded if one.codec == codec]
+        before = sum(math.prod(one.shape) * _FLOAT_BYTES for one in alike)
+        kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
+        yield (
+            f"weights: {len(alike)} stored as {codec.name}, {kind}in blocks of {codec.block}: "
+            f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
+        )
+
+
+def _describe_level(quantised: Iterable[QuantisedProduct], level: int) -> Iterator[str]:
+    if level == INT8_LEVEL and any(not product.encoded.codec.table for product in quantised):
+        yield f"products with them round what they read to int8; accuracy_level={FLOAT32_LEVEL} rounds nothing"
+
+
+def _describe_uncalibrated(layers: Sequence[str]) -> Iterator[str]:
+    if layers:
+        yield f"weights rounded to the nearest, since no call reaches them: {list_some(layers, _SHOWN_NAMES, quote='')}"
+
+
+def _describe_floats(floats: Mapping[str, str]) -> Iterator[str]:
+    for reason in dict.fromkeys(floats.values()):
+        names = [name for name, why in floats.items() if why == reason]
+        yield f"weights that stay as they are, {reason}: {list_some(names, _SHOWN_NAMES, quote='')}"
