@@ -134,6 +134,7 @@ class AdapterError(LoracError):
         "wrong_index": "positions lie outside the weight, or one is given twice",
         "formula_failed": "a method's formula raises, writes into its arguments or returns something else",
         "base_mismatch": "the adapter was made for other base weights",
+        "over_quota": "the adapter has more sites, or a larger rank, than a server admits",
         "batches_needed": "the operation needs batches of data, with a loss or enough of them",
     }
 
@@ -217,6 +218,8 @@ class OverBudget(LoracError):
     codes: ClassVar[Mapping[str, str]] = {
         "over_budget": "``compiled.memory`` has no room for it: what is held leaves too little",
         "queue_full": "as many requests wait as a scheduler admits",
+        "quota_full": "a tenant of a server has as many adapters, or bytes of them, as it may",
+        "too_many_uploads": "a tenant of a server has uploaded as often as it may within a minute",
     }
 
 
@@ -309,6 +312,20 @@ def translate_errors(
             raise
         said = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
         raise kind(f"{what}: {' '.join(said.split())}", next_step=next_step) from error
+
+
+@contextlib.contextmanager
+def replace_in_errors(internal: str, known: str) -> Iterator[None]:
+    """Say what the caller knows in the errors of the block, in the place of a name or path that it does not know."""
+    try:
+        yield
+    except LoracError as error:
+        what, nearest, step = (
+            text and text.replace(internal, known) for text in (error.what, error.nearest, error.next_step)
+        )
+        code = error.code if error.code in error.codes else None
+        LoracError.__init__(error, str(what), nearest=nearest, next_step=step, code=code)
+        raise
 
 
 def escape_controls(text: str) -> str:

@@ -21,7 +21,7 @@ from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import Fields, JsonMapping, field_types, matches_type
 from lorac.errors import FormatError, UnknownMethod, nearest_name, short
 from lorac.formats._errors import corrupt_error, unsupported_error
-from lorac.formats._files import check_seal, encode_config, peek_metadata, read_safetensors, write_sealed
+from lorac.formats._files import check_seal, encode_config, peek_metadata, read_metadata, read_safetensors, write_sealed
 from lorac.formats._format import Evidence, Format
 from lorac.formats._site_layouts import LAYOUT, is_site_json
 from lorac.frontend.model_view import ModelView
@@ -97,6 +97,19 @@ def load_record(path: Path, name: str) -> Adapter:
     with charge_reading(path):
         stored, record = _read_file(path)
         return assemble_adapter(path, record, _build_or_stand_in(path, record), stored, name)
+
+
+def read_record(path: Path) -> JsonMapping:
+    """Return the record of a file, without its tensors.
+
+    Raises:
+        FormatError: the file is damaged, or has none.
+    """
+    with charge_reading(path):
+        text = read_metadata(path).get(_ENTRY)
+        if text is None:
+            raise corrupt_error(f"'{path}' has no description of an adapter in its metadata")
+        return parse_record(path, text)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonMapping]:

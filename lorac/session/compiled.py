@@ -23,7 +23,7 @@ from lorac.session.component import Component
 from lorac.session.fused_head import install_fused_head
 from lorac.session.other_vocabularies import LORAC_STEPS, refuse_strength_in_call
 from lorac.session.presentation import INTERFACE, describe_compiled, explain, unknown_attribute
-from lorac.session.registry import AdapterRegistry
+from lorac.session.registry import AdapterRegistry, AdapterSize
 from lorac.session.session import Session
 from lorac.storage.paths import file_stems, parse_path
 from lorac.target.engine import Engine
@@ -148,6 +148,17 @@ class Compiled(SwitchableModel):
         self.refuse_baked()
         with self._add_lock:
             return self._registry.register(folder)
+
+    def register_file(self, path: Path, name: str, digest: str) -> AdapterSize:
+        """Register an adapter of one file under a name, for as long as its bytes have a digest; return its size.
+
+        Raises:
+            FormatError, AdapterError, SiteError, NeedsRecompile: as for ``register``; also, when it is used, if the
+                file was changed.
+        """
+        self.refuse_baked()
+        with self._add_lock:
+            return self._registry.register_file(path, name, digest)
 
     def _on_adapters_changed(self) -> None:
         """Do nothing; the eager class updates its parameters."""

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +21,12 @@ from lorac.adapters.pool import StoredAdapter
 from lorac.errors import FormatError
 from lorac.formats import is_adapter, load_adapter, outline_adapter
 from lorac.frontend.model_view import ModelView
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.slots.plans import PreparedAdapter
 from lorac.runtime.choice_states import check_capacity
 from lorac.session.adapter_loading import add_sites, outline_adapter_forms
 from lorac.session.session import Session
+from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.variants.adapter import Adapter
 
@@ -32,6 +36,27 @@ _SEAL = re.compile(rb'"lorac_seal":"[0-9a-f]*"')
 """The digest of a file's values, which are checked when the file is read."""
 _UNREAD = (".md",)
 """Endings of files that no format reads."""
+_MOST_CHECKED = 10_000
+"""Different headers that are remembered."""
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """How much of a model an adapter touches.
+
+    Attributes:
+        sites: the number of sites.
+        rank: the largest rank of a low-rank change; 0 if it has none.
+    """
+
+    sites: int
+    rank: int
+
+    @classmethod
+    def of(cls, forms: PreparedAdapter) -> AdapterSize:
+        """Return the size of an adapter in its normal forms."""
+        ranks = [change.rank for change in forms.changes.values() if isinstance(change, LowRank)]
+        return cls(len(forms.paths), max(ranks, default=0))
 
 
 class AdapterRegistry:
@@ -44,7 +69,7 @@ class AdapterRegistry:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._view: ModelView | None = None
-        self._checked: set[bytes] = set()
+        self._checked: dict[bytes, AdapterSize] = {}
 
     @property
     def view(self) -> ModelView:
@@ -70,21 +95,38 @@ class AdapterRegistry:
                     next_step="give the folder that holds them, one file or folder each",
                     code="unknown_format",
                 )
-            stored = {name: self._check(name, inner) for name, inner in found.items()}
+            stored = {name: StoredFile(self, str(inner), self._check(name, inner)[1]) for name, inner in found.items()}
         self._session.pool.register(stored)
         return list(stored)
 
-    def _check(self, name: str, path: Path) -> StoredFile:
-        """Check an adapter but for its values, unless one of equal headers was checked before."""
+    def register_file(self, path: Path, name: str, digest: str) -> AdapterSize:
+        """Register an adapter of one file, which is read only while its bytes have a digest (``OpenFile.digest``).
+
+        Raises:
+            FormatError, AdapterError, SiteError, NeedsRecompile: as for ``register``.
+        """
+        with translate_os_errors(path, FormatError, "read", "unreadable"):
+            size, nbytes = self._check(name, path)
+        self._session.pool.register({name: StoredFile(self, str(path), nbytes, digest)})
+        return size
+
+    def _check(self, name: str, path: Path) -> tuple[AdapterSize, int]:
+        """Check an adapter but for its values, unless one of equal headers was checked before.
+
+        Returns:
+            Its size, and the bytes of its tensors.
+        """
         self._session.pool.check_name_free(name)
-        headers, size = _read_headers(path)
+        headers, nbytes = _read_headers(path)
         if headers not in self._checked:
             outline = outline_adapter(path, self.view, name)
             add_sites(self._session, outline)
             forms = outline_adapter_forms(self._session, _with_zeros(outline))
             check_capacity(name, forms, self._session.plans, self._session.sites)
-            self._checked.add(headers)
-        return StoredFile(self, str(path), size)
+            if len(self._checked) >= _MOST_CHECKED:
+                self._checked.clear()
+            self._checked[headers] = AdapterSize.of(forms)
+        return self._checked[headers], nbytes
 
 
 class StoredFile(StoredAdapter):
@@ -94,19 +136,27 @@ class StoredFile(StoredAdapter):
         registry: reads it.
         path: where it lies.
         nbytes: the size of its tensors.
+        digest: of the bytes of the file; None accepts any that fit the model.
     """
 
-    __slots__ = ("_path", "_registry")
+    __slots__ = ("_digest", "_path", "_registry")
 
-    def __init__(self, registry: AdapterRegistry, path: str, nbytes: int) -> None:
-        self._registry, self._path, self.nbytes = registry, path, nbytes
+    def __init__(self, registry: AdapterRegistry, path: str, nbytes: int, digest: str | None = None) -> None:
+        self._registry, self._path, self.nbytes, self._digest = registry, path, nbytes, digest
 
     @property
     def folder(self) -> Path:
         return Path(self._path).parent
 
     def read(self, name: str) -> Adapter:
-        return load_adapter(self._path, self._registry.view, name)
+        if self._digest is None:
+            return load_adapter(self._path, self._registry.view, name)
+        with translate_os_errors(self._path, FormatError, "read", "unreadable"):
+            file = OpenFile(Path(self._path))
+        if file.digest() != self._digest:
+            raise FormatError(f"'{self._path}' was changed since it was registered", code="corrupt_file")
+        with file.named() as path:
+            return load_adapter(path, self._registry.view, name)
 
 
 def _name_of(path: Path) -> str:

@@ -105,7 +105,7 @@ def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
-        _flush(made.parent)
+        flush(made.parent)
 
 
 def _install(staged: Path, target: Path, owned: OwnedFiles) -> None:
@@ -113,7 +113,7 @@ def _install(staged: Path, target: Path, owned: OwnedFiles) -> None:
         _take_over(staged, target, owned)
     else:
         os.replace(staged, target)
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def _take_over(staged: Path, target: Path, owned: OwnedFiles) -> None:
@@ -127,7 +127,7 @@ def _take_over(staged: Path, target: Path, owned: OwnedFiles) -> None:
     except BaseException:
         _exchange(staged, target)
         raise
-    _flush(staged.parent)
+    flush(staged.parent)
 
 
 def _transfer(
@@ -150,7 +150,7 @@ def _transfer(
         twin = into / path.relative_to(source)
         if _is_folder(path) and _is_folder(twin):
             shutil.copymode(path, twin)
-            _flush(twin)
+            flush(twin)
     return found
 
 
@@ -168,7 +168,7 @@ def _link(source: Path, place: Path, through: Path) -> None:
         raise
     except (OSError, NotImplementedError):
         shutil.copy2(source, through, follow_symlinks=False)
-        _flush(through)
+        flush(through)
     os.replace(through, place)
 
 
@@ -185,10 +185,11 @@ def _is_folder(path: Path) -> bool:
 def flush_folder(path: Path) -> None:
     """Flush a folder, or a file, and everything in it to disk."""
     for inner in [path, *path.rglob("*")]:
-        _flush(inner)
+        flush(inner)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
     if path.is_symlink() or not (path.is_file() or (path.is_dir() and sys.platform != "win32")):
         return
     handle = os.open(path, os.O_RDONLY)

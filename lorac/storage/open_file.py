@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lorac.errors import ArtifactError, LoracError
+from lorac.errors import ArtifactError, replace_in_errors
 
 _PIECE, _CHUNK = 1 << 25, 1 << 20
 """Bytes that one thread hashes, and bytes that are read at a time."""
@@ -79,16 +79,8 @@ class OpenFile:
     def named(self) -> Iterator[Path]:
         """Give ``path`` to the block; errors that mention it mention the path at which the file was opened."""
         path = self.path
-        try:
+        with replace_in_errors(str(path), str(self.where)):
             yield path
-        except LoracError as error:
-            what, nearest, step = (
-                text and text.replace(str(path), str(self.where))
-                for text in (error.what, error.nearest, error.next_step)
-            )
-            code = error.code if error.code in error.codes else None
-            LoracError.__init__(error, str(what), nearest=nearest, next_step=step, code=code)
-            raise
 
     def read(self) -> bytes:
         """Read all bytes."""

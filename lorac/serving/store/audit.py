@@ -1,0 +1,61 @@
+"""The audit log: who did what to which adapter, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorac.errors import ArtifactError, LoracError, short
+from lorac.storage.paths import translate_os_errors
+
+_LONGEST = 500
+
+
+class AuditLog:
+    """A file with a line of JSON, in ASCII, for each action; it may be moved away while the server runs.
+
+    Args:
+        path: the file, which is appended to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @contextlib.contextmanager
+    def record(self, action: str, tenant: object, name: object) -> Iterator[dict[str, object]]:
+        """Log what the block does.
+
+        The block may add fields to the line. Its outcome is "done", or the code of the error.
+
+        Raises:
+            ArtifactError: the line cannot be written; what the block did is done.
+        """
+        line: dict[str, object] = {"action": action, "tenant": _cut(tenant), "name": _cut(name)}
+        try:
+            yield line
+        except BaseException as error:
+            line["outcome"] = error.code if isinstance(error, LoracError) else type(error).__name__
+            line["reason"] = str(error)[:_LONGEST]
+            self._write(line)
+            raise
+        self._write({**line, "outcome": "done"})
+
+    def _write(self, line: dict[str, object]) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        text = json.dumps({"time": now, **line}) + "\n"
+        with translate_os_errors(self._path, ArtifactError, "written"):
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            handle = os.open(self._path, flags, 0o600)
+            try:
+                os.write(handle, text.encode())
+            finally:
+                os.close(handle)
+
+
+def _cut(value: object) -> str:
+    """Return a name as far as a line should hold it, and the repr of anything else."""
+    return value[:_LONGEST] if isinstance(value, str) else short(value)

@@ -1,0 +1,111 @@
+"""Taking in the files of an upload: which there may be, opened once, and copied before anything looks at them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from lorac.errors import FormatError, list_some, short
+from lorac.formats.peft.writer import CONFIG, WEIGHTS
+from lorac.serving.store.quotas import QuotaClaim
+from lorac.storage.paths import find_inner_path
+
+NATIVE = "adapter.safetensors"
+"""The file of an upload in lorac's own format, whatever its name was."""
+_ENDING = ".safetensors"
+_CHUNK = 1 << 20
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Flags that neither follow a link nor wait for a pipe."""
+
+
+def name_files(names: list[str]) -> list[str]:
+    """Return the names that the files of an upload are stored by.
+
+    Raises:
+        FormatError: they are not those of a format that strangers may bring.
+    """
+    if sorted(names) == [CONFIG, WEIGHTS]:
+        return names
+    if len(names) == 1 and names[0].endswith(_ENDING) and names[0] != WEIGHTS:
+        return [NATIVE]
+    raise FormatError(
+        f"the files {list_some([short(name) for name in names], quote='')} are not an adapter that this server takes",
+        next_step=f"send {CONFIG} and {WEIGHTS} as PEFT writes them, or one file (*{_ENDING}) of "
+        "lorac.save_adapter(format='native')",
+        code="unknown_format",
+    )
+
+
+def copy_files(files: Mapping[str, BinaryIO], folder: Path, claim: QuotaClaim) -> int:
+    """Copy the files of an upload into a folder, and return their size.
+
+    Args:
+        files: by name; a name is looked at, and never becomes a path.
+        folder: an empty folder of the server's.
+        claim: pays for every byte before it is written, whatever size was announced.
+
+    Raises:
+        FormatError: as ``name_files``.
+        OverBudget: the tenant may not have so many bytes.
+    """
+    size = 0
+    for source, name in zip(files.values(), name_files([*files]), strict=True):
+        with (folder / name).open("xb") as target:
+            while chunk := source.read(_CHUNK):
+                claim.take(nbytes=len(chunk))
+                target.write(chunk)
+                size += len(chunk)
+    return size
+
+
+@contextlib.contextmanager
+def open_files(folder: Path, path: str) -> Iterator[dict[str, BinaryIO]]:
+    """Open the adapter at a path within a folder: a file, or the files of a PEFT folder.
+
+    Each part of the path is opened below the one before and never by a link, so that nothing that is moved meanwhile
+    leads elsewhere.
+
+    Args:
+        path: relative, with slashes.
+
+    Raises:
+        FormatError: it leads out of the folder, or nothing there is a file.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            if not isinstance(path, str) or find_inner_path(folder, path) is None:
+                raise _unreadable(path, "is not a path inside the store")
+            files = _open_parts(folder, path.split("/"), stack)
+        except OSError as error:
+            raise _unreadable(path, f"cannot be read: {error.strerror}") from error
+        if not all(stat.S_ISREG(os.fstat(file.fileno()).st_mode) for file in files.values()):
+            raise _unreadable(path, "is not a file")
+        yield files
+
+
+def _open_parts(folder: Path, parts: list[str], stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
+    handle = _open_handle(os.fspath(folder), None, stack)
+    for part in parts:
+        handle = _open_handle(part, handle, stack)
+    found = {parts[-1]: handle}
+    if stat.S_ISDIR(os.fstat(handle).st_mode):
+        found = {name: _open_handle(name, handle, stack) for name in (CONFIG, WEIGHTS)}
+    return {name: stack.enter_context(os.fdopen(os.dup(file), "rb")) for name, file in found.items()}
+
+
+def _open_handle(name: str, within: int | None, stack: contextlib.ExitStack) -> int:
+    handle = os.open(name, _FLAGS, dir_fd=within)
+    stack.callback(os.close, handle)
+    return handle
+
+
+def _unreadable(path: object, what: str) -> FormatError:
+    return FormatError(
+        f"{short(path)} {what}",
+        next_step="give the path of an adapter below the tenant's folder in the store's 'incoming'",
+        code="unreadable",
+    )

@@ -1,0 +1,149 @@
+"""What a tenant may bring, and what of it is used."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lorac.argument_types import Count, Positive, check_fields
+from lorac.errors import AdapterError, OverBudget
+from lorac.session.registry import AdapterSize
+
+_MINUTE = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreQuotas:
+    """What each tenant of a store may bring.
+
+    Attributes:
+        bytes: of all files together, those included that are being uploaded; equal files count once.
+        adapters: the most names.
+        rank: the largest rank of an adapter.
+        sites: the most sites of an adapter.
+        uploads_per_minute: the most uploads, those included that are refused.
+        seconds: processor time in which an upload is read.
+        memory: bytes that reading an upload may take.
+    """
+
+    bytes: Count = 1 << 30
+    adapters: Count = 100
+    rank: Count = 64
+    sites: Count = 1000
+    uploads_per_minute: Count = 30
+    seconds: Positive = 10.0
+    memory: Count = 1 << 30
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def check_size(self, name: str, size: AdapterSize) -> None:
+        """Refuse an adapter that is too large.
+
+        Raises:
+            AdapterError: it has more sites, or a larger rank, than an adapter may.
+        """
+        for found, most, what in ((size.rank, self.rank, "rank"), (size.sites, self.sites, "sites")):
+            if found > most:
+                raise AdapterError(
+                    f"adapter '{name}' has {what} {found}"
+                    if what == "rank"
+                    else f"adapter '{name}' has {found} {what}",
+                    next_step=f"the most that this server admits is {most}",
+                    code="over_quota",
+                )
+
+
+class TenantAccount:
+    """What a tenant uses of its quotas. Threads may share it.
+
+    Args:
+        tenant: its name, for messages.
+        quotas: what it may use.
+    """
+
+    def __init__(self, tenant: str, quotas: StoreQuotas) -> None:
+        self._tenant, self._quotas, self._lock = tenant, quotas, threading.Lock()
+        self._uploads: collections.deque[float] = collections.deque()
+        self.bytes, self.adapters = 0, 0
+
+    def count_upload(self) -> None:
+        """Count an upload.
+
+        Raises:
+            OverBudget: the tenant uploads too often; then the upload is not counted.
+        """
+        with self._lock:
+            now, most = time.monotonic(), self._quotas.uploads_per_minute
+            while self._uploads and self._uploads[0] <= now - _MINUTE:
+                self._uploads.popleft()
+            if len(self._uploads) >= most:
+                wait = self._uploads[0] + _MINUTE - now
+                raise OverBudget(
+                    f"tenant '{self._tenant}' has uploaded {most} times within a minute, the most that it may",
+                    next_step=f"upload again in {wait:.0f} s",
+                    code="too_many_uploads",
+                )
+            self._uploads.append(now)
+
+    def add(self, *, nbytes: int = 0, adapters: int = 0) -> None:
+        """Count bytes and adapters, whatever the quotas; negative numbers give them back."""
+        with self._lock:
+            self.bytes += nbytes
+            self.adapters += adapters
+
+    def take(self, *, nbytes: int = 0, adapters: int = 0) -> None:
+        """Take bytes and adapters.
+
+        Raises:
+            OverBudget: the tenant would have more than it may; then nothing is taken.
+        """
+        with self._lock:
+            quotas = self._quotas
+            for taken, used, most, what in (
+                (nbytes, self.bytes, quotas.bytes, "bytes"),
+                (adapters, self.adapters, quotas.adapters, "adapters"),
+            ):
+                if taken > 0 and used + taken > most:
+                    raise OverBudget(
+                        f"tenant '{self._tenant}' may have {most} {what}, and this would make {used + taken}",
+                        next_step="unload adapters that are not needed",
+                        code="quota_full",
+                    )
+            self.bytes += nbytes
+            self.adapters += adapters
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[QuotaClaim]:
+        """Give the block a claim to what it is about to use; what the claim does not keep is given back."""
+        claim = QuotaClaim(self)
+        try:
+            yield claim
+        finally:
+            self.add(nbytes=-claim.nbytes, adapters=-claim.adapters)
+
+
+class QuotaClaim:
+    """What an upload takes of its tenant's quotas until it is stored.
+
+    Args:
+        account: the tenant's.
+    """
+
+    def __init__(self, account: TenantAccount) -> None:
+        self._account, self.nbytes, self.adapters = account, 0, 0
+
+    def take(self, *, nbytes: int = 0, adapters: int = 0) -> None:
+        """Take more; raises as ``TenantAccount.take``."""
+        self._account.take(nbytes=nbytes, adapters=adapters)
+        self.nbytes += nbytes
+        self.adapters += adapters
+
+    def keep(self, nbytes: int) -> None:
+        """Leave the adapters that were taken to the account, and so many of the bytes."""
+        self.nbytes -= nbytes
+        self.adapters = 0

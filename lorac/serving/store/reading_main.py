@@ -1,0 +1,124 @@
+"""The process that reads what strangers upload, started by ``ReadingProcess``.
+
+It reads requests, a line of JSON each, from its input. For each it forks a child, which limits itself, reads the
+adapter and writes it anew in lorac's own format, or writes why it does not. The answer is a line with the child's exit
+status. This process has one thread, and reads nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from lorac.errors import AdapterError, FormatError, LoracError
+from lorac.formats import native, peft
+from lorac.formats.peft.config import peft_types
+from lorac.limits import charge_reading
+from lorac.serving.store.intake import NATIVE
+from lorac.storage.strict_json import JsonObject
+from lorac.variants import variants
+
+REWRITTEN, REFUSAL = "rewritten.safetensors", "refusal.json"
+"""Files in the folder of an upload: the adapter as it was written anew, or why it was not."""
+REFUSED = 2
+"""Exit status of a child that has written why."""
+_NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
+_MOST_FILES = 64
+_NAME = "adapter"
+"""The name in every rewritten file, so that equal adapters have equal files."""
+
+
+def main() -> None:
+    """Serve requests until the input ends."""
+    torch.set_num_threads(1)
+    for load in (variants, peft_types):  # once, and not in every child
+        load()
+    for line in iter(sys.stdin.readline, ""):
+        child = os.fork()
+        if not child:
+            _serve(json.loads(line))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(status, flush=True)
+
+
+def _serve(request: JsonObject) -> NoReturn:
+    folder, status = Path(request["folder"]), 1
+    try:
+        _limit(request["seconds"], request["memory"], request["size"])
+        rewrite(folder, request["base"])
+        status = 0
+    except (LoracError, MemoryError, OSError) as error:
+        (folder / REFUSAL).write_text(json.dumps(_describe(error)))
+        status = REFUSED
+    finally:
+        os._exit(status)
+
+
+def _limit(seconds: float, memory: int, size: int) -> None:
+    """Bound what this process may take, and leave the network where the system allows it.
+
+    Args:
+        seconds: processor time.
+        memory: bytes of address space beyond those in use.
+        size: bytes of a file.
+    """
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    for kind, most in (
+        (resource.RLIMIT_CPU, math.ceil(seconds)),
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + memory),
+        (resource.RLIMIT_FSIZE, size),
+        (resource.RLIMIT_NOFILE, _MOST_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).unshare(_NEW_USER | _NEW_NETWORK)
+
+
+def rewrite(folder: Path, base: str | None) -> None:
+    """Read the adapter in a folder, and write it into the same folder in lorac's own format.
+
+    Args:
+        folder: holds NATIVE, or the files of a PEFT folder.
+        base: the hash of its base weights, where the adapter does not bring one.
+
+    Raises:
+        FormatError, AdapterError, SiteError: as ``lorac.load_adapter``; or the adapter brings another hash.
+    """
+    is_native = (folder / NATIVE).is_file()
+    path = folder / NATIVE if is_native else folder
+    format = native.FORMAT if is_native else peft.FORMAT
+    if not format.recognises(path):
+        raise FormatError(
+            f"'{path}' is not a file of lorac's own format",
+            next_step="save the adapter with lorac.save_adapter(adapter, path, format='native')",
+            code="unknown_format",
+        )
+    with charge_reading(path):
+        adapter = format.read(path, None, _NAME)
+        known = adapter.provenance.get("base")
+        if base is not None and known not in (None, base):
+            raise AdapterError(
+                f"the upload says that its base weights have the hash '{base}', and the adapter records '{known}'",
+                next_step="upload it without a hash",
+                code="base_mismatch",
+            )
+        adapter.provenance["base"] = known or base
+        native.FORMAT.write(adapter, folder / REWRITTEN, None, folder / REWRITTEN)
+
+
+def _describe(error: Exception) -> dict[str, object]:
+    """Return an error for the server, which makes it again."""
+    if not isinstance(error, LoracError):
+        error = FormatError("reading it takes more memory or space than an upload may", code="over_budget")
+    fields = {"what": error.what, "nearest": error.nearest, "next_step": error.next_step, "code": error.code}
+    return {"kind": type(error).__name__, **fields}

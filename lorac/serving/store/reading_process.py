@@ -1,0 +1,153 @@
+"""Reading what strangers upload in another process, so that what it does to its reader is not done to the server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from lorac import errors
+from lorac.errors import FormatError, LoracError
+from lorac.serving.store.quotas import StoreQuotas
+from lorac.serving.store.reading_main import REFUSAL, REFUSED, REWRITTEN
+from lorac.storage.open_file import OpenFile
+from lorac.storage.strict_json import dump_json, parse_object
+
+_WAIT = 4.0
+"""Seconds to wait for each second of processor time that a reader may take: other work may slow it."""
+_STARTING = 60.0
+"""Seconds to wait for the first answer, before which the process imports what it needs."""
+_PROGRAM = "from lorac.serving.store.reading_main import main; main()"
+_LONGEST_REFUSAL = 1 << 16
+_LIMITS = {-signal.SIGXCPU: "time", -signal.SIGKILL: "time or memory"}
+
+
+class ReadingProcess:
+    """A process that reads uploads one at a time, and is started again whenever it ends.
+
+    Args:
+        quotas: what reading an upload may take.
+    """
+
+    def __init__(self, quotas: StoreQuotas) -> None:
+        self._quotas, self._lock = quotas, threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answered = False
+
+    def rewrite(self, folder: Path, base: str | None, size: int) -> Path:
+        """Have the adapter in a folder read and written anew; return the new file, which nothing has checked yet.
+
+        Args:
+            folder: holds the adapter's files; errors do not name it.
+            base: the hash of its base weights, where the adapter does not bring one.
+            size: the most bytes of the new file.
+
+        Raises:
+            FormatError, AdapterError, SiteError: as ``lorac.load_adapter``; or the process crashed, or took more time
+                or memory than it may.
+        """
+        quotas = self._quotas
+        limits = {"seconds": quotas.seconds, "memory": quotas.memory, "size": size}
+        status = self._ask(dump_json({"folder": os.fspath(folder), "base": base, **limits}))
+        if status == REFUSED:
+            raise _read_refusal(folder)
+        if status in _LIMITS:
+            raise _over_budget(_LIMITS[status])
+        if status:
+            raise FormatError("the process that read it crashed", code="corrupt_file")
+        return folder / REWRITTEN
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, request: str) -> int:
+        with self._lock:
+            process = self._start()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(f"{request}\n".encode())
+                process.stdin.flush()
+                answer = _read_line(process.stdout.fileno(), self._find_timeout())
+            except OSError:
+                answer = b""
+            if not answer:
+                self._end()
+                return -signal.SIGKILL
+            self._answered = True
+            return int(answer)
+
+    def _find_timeout(self) -> float:
+        return self._quotas.seconds * _WAIT + (0 if self._answered else _STARTING)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._end()
+        paths = [path or os.getcwd() for path in sys.path]
+        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd="/",
+            env={**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        self._answered = False
+        return self._process
+
+    def _end(self) -> None:
+        """Kill the process with its children."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def _read_line(handle: int, seconds: float) -> bytes:
+    """Return a short line; empty where none comes in time, or none any more."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    return os.read(handle, 100) if poll.poll(seconds * 1000) else b""
+
+
+def _read_refusal(folder: Path) -> LoracError:
+    """Return the error that a child has written."""
+    refusal = OpenFile(folder / REFUSAL)
+    with refusal.path.open("rb") as file:
+        text = file.read(_LONGEST_REFUSAL)
+    found = parse_object(text, lambda reason: FormatError(f"the answer of its reader {reason}", code="corrupt_file"))
+    kind = getattr(errors, str(found.get("kind")), None)
+    if not (isinstance(kind, type) and issubclass(kind, LoracError) and kind.__init__ is LoracError.__init__):
+        kind = FormatError
+    what, nearest, step = (_without_folder(found.get(key), folder) for key in ("what", "nearest", "next_step"))
+    code = str(found.get("code"))
+    return kind(what or "it cannot be read", nearest=nearest, next_step=step, code=code if code in kind.codes else None)
+
+
+def _without_folder(text: object, folder: Path) -> str | None:
+    """Return a text that does not say where the server keeps uploads."""
+    if not isinstance(text, str):
+        return None
+    return text.replace(f"{folder}{os.sep}", "").replace(f"{folder}", "the upload")
+
+
+def _over_budget(what: str) -> FormatError:
+    return FormatError(
+        f"reading it takes more {what} than an upload may",
+        next_step="send the adapter as PEFT or lorac wrote it",
+        code="over_budget",
+    )

@@ -1,0 +1,312 @@
+"""The store: adapters that tenants bring, load and unload while a compiled model serves them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from lorac.argument_types import JsonMapping, check_type
+from lorac.errors import (
+    AdapterError,
+    AdapterNotFound,
+    FormatError,
+    LoracError,
+    nearest_name,
+    replace_in_errors,
+    short,
+    warn,
+)
+from lorac.formats.native import read_record
+from lorac.serving.store.audit import AuditLog
+from lorac.serving.store.intake import copy_files, open_files
+from lorac.serving.store.names import check_name
+from lorac.serving.store.quotas import QuotaClaim, StoreQuotas, TenantAccount
+from lorac.serving.store.reading_process import ReadingProcess
+from lorac.serving.store.store_folder import StoredName, StoreFolder
+from lorac.session.compiled import Compiled
+from lorac.storage.open_file import OpenFile
+from lorac.storage.paths import parse_path, translate_os_errors
+
+_OVERHEAD = 1 << 20
+"""Bytes that an adapter may take more once it is written anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantAdapter:
+    """An adapter that a tenant may use.
+
+    Attributes:
+        name: the tenant's name for it.
+        key: its name in the compiled model, which no tenant can ask for.
+        digest: of its stored file; empty for an adapter of the compiled model itself, which all tenants share.
+        nbytes: the size of its stored file.
+    """
+
+    name: str
+    key: str
+    digest: str = ""
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Tenant:
+    """The adapters of a tenant by name, and what they take."""
+
+    account: TenantAccount
+    adapters: dict[str, TenantAdapter] = field(default_factory=dict)
+
+    def has_digest(self, digest: str) -> bool:
+        return any(adapter.digest == digest for adapter in self.adapters.values())
+
+
+class AdapterStore:
+    """Adapters that the tenants of a server bring while it runs. Threads may share it; one process may use its folder.
+
+    An upload is PEFT's or lorac's own safetensors. Another process, with limits, reads it and writes it anew, and only
+    what that writes is stored. It must be for the base weights of the compiled model. A tenant neither sees nor reaches
+    the adapters of another; those that the compiled model has when the store is made are for all tenants.
+
+    Args:
+        compiled: the compiled model, with room for the adapters (``reserve=``).
+        folder: keeps the adapters; they are there again when a store is made over it later.
+        quotas: what each tenant may bring; default: ``StoreQuotas()``.
+        audit: the file of the audit log; default: ``audit.jsonl`` in the folder.
+        bases: names by which PEFT's configurations call the model, for files that do not record a hash of the base.
+        reserved: names that no adapter may have, such as that of the model itself.
+
+    Raises:
+        ArtifactError: another process uses the folder, or it cannot be written.
+        Unavailable: the compiled model is baked.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        folder: str | os.PathLike[str],
+        *,
+        quotas: StoreQuotas | None = None,
+        audit: str | os.PathLike[str] | None = None,
+        bases: Collection[str] = (),
+        reserved: Collection[str] = (),
+    ) -> None:
+        compiled.refuse_baked()
+        path = parse_path(folder, "the folder of a store", FormatError, "unreadable")
+        self._compiled, self._quotas, self._bases = compiled, quotas or StoreQuotas(), frozenset(bases)
+        self._shared = {name: TenantAdapter(name, name) for name in compiled.pool}
+        self._reserved = self._shared.keys() | set(reserved)
+        self._tenants: dict[str, _Tenant] = {}
+        self._lock = threading.RLock()
+        with translate_os_errors(path, FormatError, "written", "unreadable"):
+            self._folder = StoreFolder(path)
+        self._audit = AuditLog(Path(audit) if audit is not None else path / "audit.jsonl")
+        self._reader = ReadingProcess(self._quotas)
+        for entry in self._folder.scan():
+            self._restore(entry)
+
+    # ── What a tenant has ────────────────────────────────────────────────────────────────────────────────────────────
+    def adapters(self, tenant: str) -> list[TenantAdapter]:
+        """Return the adapters that a tenant may use: its own by name, then those that all tenants share."""
+        own = self._tenants.get(tenant)
+        found = {} if own is None else dict(own.adapters)
+        return [*(found[name] for name in sorted(found)), *self._shared.values()]
+
+    def find(self, tenant: str, name: str) -> str:
+        """Return the name that an adapter of a tenant has in the compiled model.
+
+        Raises:
+            AdapterNotFound: the tenant has no such adapter, whoever else may have one.
+        """
+        return self._find(tenant, name).key
+
+    def _find(self, tenant: str, name: str) -> TenantAdapter:
+        own = self._tenants.get(tenant)
+        known = self._shared if own is None else {**self._shared, **own.adapters}
+        if isinstance(name, str) and name in known:
+            return known[name]
+        raise AdapterNotFound(
+            f"no adapter is called {short(name)}",
+            nearest=nearest_name(str(name)[:100], known),
+            next_step="upload it first, or list the adapters that there are",
+        )
+
+    # ── What a tenant does ───────────────────────────────────────────────────────────────────────────────────────────
+    def upload(
+        self, tenant: str, name: str, files: Mapping[str, BinaryIO], *, base: str | None = None
+    ) -> TenantAdapter:
+        """Store an adapter and register it, wholly or not at all.
+
+        A name that the tenant has already is taken if the adapter is the same, and refused otherwise.
+
+        Args:
+            tenant: whose it will be.
+            name: by which the tenant asks for it.
+            files: ``adapter_config.json`` and ``adapter_model.safetensors``, or one file in lorac's own format.
+            base: the hash of the base weights, if the files do not record it.
+
+        Raises:
+            AdapterError: the name is not one, or taken; the adapter has values that are not finite, is for other base
+                weights or does not say for which, or is larger than an adapter may be.
+            FormatError, SiteError, NeedsRecompile: as for ``compiled.add_adapter``; or reading it takes too much.
+            OverBudget: the tenant has used up its quotas.
+        """
+        with self._audit.record("upload", tenant, name) as line:
+            return self._add(tenant, name, files, base, line)
+
+    def load(self, tenant: str, name: str, path: str) -> TenantAdapter:
+        """Store the adapter at a path below ``incoming/<tenant>`` in the folder, as ``upload`` does.
+
+        Raises:
+            FormatError: also, the path leads elsewhere, or passes through a link.
+        """
+        with self._audit.record("load", tenant, name) as line:
+            line["path"] = short(path)
+            check_name("a tenant", tenant)
+            with open_files(self._folder.incoming(tenant), path) as files:
+                return self._add(tenant, name, files, None, line)
+
+    def unload(self, tenant: str, name: str) -> None:
+        """Remove an adapter of a tenant; requests that have begun keep it to their end.
+
+        Raises:
+            AdapterNotFound: the tenant has no such adapter of its own.
+        """
+        with self._audit.record("unload", tenant, name) as line, self._lock:
+            found = self._find(tenant, name)
+            if not found.digest:
+                raise AdapterError(
+                    f"adapter '{name}' is for all tenants", next_step="only who runs the server can remove it"
+                )
+            line["digest"] = found.digest
+            own = self._tenants[tenant]
+            with translate_os_errors(self._folder.path, FormatError, "written", "unreadable"):
+                self._folder.remove_name(StoredName(tenant, name, found.digest))
+            del own.adapters[name]
+            own.account.add(adapters=-1)
+            if not own.has_digest(found.digest):
+                self._compiled.remove_adapter(found.key)
+                self._folder.discard(tenant, found.digest)
+                own.account.add(nbytes=-found.nbytes)
+
+    def close(self) -> None:
+        """End the process that reads uploads, and let another process use the folder; the adapters stay."""
+        self._reader.close()
+        self._folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ── Adding ───────────────────────────────────────────────────────────────────────────────────────────────────────
+    def _add(
+        self, tenant: str, name: str, files: Mapping[str, BinaryIO], base: str | None, line: dict[str, object]
+    ) -> TenantAdapter:
+        own = self._open_account(tenant)
+        if check_name("an adapter", name) in self._reserved:
+            raise AdapterError(f"the name '{name}' is reserved", next_step="choose another", code="adapter_exists")
+        if base is not None:
+            check_type(base, str, "the hash of the base weights", next_step="give the text that lorac recorded")
+        own.account.count_upload()
+        failure = translate_os_errors(self._folder.path, FormatError, "written", "unreadable")
+        with failure, own.account.claim() as claim, self._folder.workshop() as folder:
+            claim.take(adapters=int(name not in own.adapters))
+            size = copy_files(files, folder, claim)
+            staged = OpenFile(self._reader.rewrite(folder, base, size + _OVERHEAD))
+            line["digest"] = digest = staged.digest()
+            line["bytes"] = staged.size
+            claim.take(nbytes=staged.size - size)
+            added = TenantAdapter(name, f"{tenant}/{digest}", digest, staged.size)
+            with self._lock:
+                return self._install(own, tenant, added, staged.where, claim)
+
+    def _open_account(self, tenant: str) -> _Tenant:
+        check_name("a tenant", tenant)
+        with self._lock:
+            return self._tenants.setdefault(tenant, _Tenant(TenantAccount(tenant, self._quotas)))
+
+    def _install(
+        self, own: _Tenant, tenant: str, added: TenantAdapter, staged: Path, claim: QuotaClaim
+    ) -> TenantAdapter:
+        """Put an adapter into the folder and the compiled model, and give it its name."""
+        known = own.adapters.get(added.name)
+        if known is not None and known.digest != added.digest:
+            raise AdapterError(
+                f"another adapter is called '{added.name}'", next_step="unload it first", code="adapter_exists"
+            )
+        if known is not None:
+            return known
+        is_new = not own.has_digest(added.digest)
+        if is_new:
+            self._folder.place(tenant, added.digest, staged)
+        try:
+            if is_new:
+                self._register(tenant, added)
+            self._folder.add_name(StoredName(tenant, added.name, added.digest))
+        except BaseException:
+            if is_new:
+                self._forget(tenant, added)
+            raise
+        own.adapters[added.name] = added
+        claim.keep(nbytes=added.nbytes if is_new else 0)
+        return added
+
+    def _register(self, tenant: str, added: TenantAdapter) -> None:
+        """Register a stored file, if it is for the model and no larger than an adapter may be."""
+        path = self._folder.file_of(tenant, added.digest)
+        check_base_is_known(added.name, read_record(path), self._bases)
+        with replace_in_errors(added.key, added.name):
+            size = self._compiled.register_file(path, added.key, added.digest)
+        self._quotas.check_size(added.name, size)
+
+    def _forget(self, tenant: str, added: TenantAdapter) -> None:
+        if added.key in self._compiled.pool:
+            self._compiled.remove_adapter(added.key)
+        self._folder.discard(tenant, added.digest)
+
+    def _restore(self, entry: StoredName) -> None:
+        """Register an adapter that the folder holds; one that is refused stays in the folder, and is not there."""
+        path = self._folder.file_of(entry.tenant, entry.digest)
+        try:
+            own = self._open_account(entry.tenant)
+            nbytes = path.stat().st_size
+            added = TenantAdapter(
+                check_name("an adapter", entry.name), f"{entry.tenant}/{entry.digest}", entry.digest, nbytes
+            )
+            is_new = not own.has_digest(entry.digest)
+            if is_new:
+                self._register(entry.tenant, added)
+        except (LoracError, OSError) as error:
+            warn(f"adapter '{entry.name}' of tenant '{entry.tenant}' is left out: {error}")
+            return
+        own.account.add(nbytes=nbytes if is_new else 0, adapters=1)
+        own.adapters[entry.name] = added
+
+
+def check_base_is_known(name: str, record: JsonMapping, bases: Collection[str]) -> None:
+    """Refuse an adapter that does not say which base weights it is for.
+
+    Args:
+        name: of the adapter, for messages.
+        record: of its file; a hash in it is compared with the weights when the adapter is registered.
+        bases: names by which PEFT's configurations may call the base instead.
+
+    Raises:
+        AdapterError: it has no hash, and names no base of these.
+    """
+    named = record["provenance"].get("config", {}).get("base_model_name_or_path")
+    if record["base"] or named in bases:
+        return
+    said = "does not say which base weights it is for" if not named else f"is for the base {short(named)}"
+    raise AdapterError(
+        f"adapter '{name}' {said}",
+        next_step="save it with lorac.save_adapter(..., model=...), which records a hash, or send the hash along",
+        code="base_mismatch",
+    )

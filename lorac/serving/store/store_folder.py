@@ -1,0 +1,131 @@
+"""The store's folder, in which every change is one step that a kill at any moment leaves done or not done.
+
+    incoming/<tenant>/…                     what the tenant may load by path; put there by whoever runs the server
+    adapters/<tenant>/<digest>.safetensors  an adapter as the store rewrote it
+    adapters/<tenant>/<name>@<digest>       an empty file: the adapter has that name
+
+An adapter is there when its name is. A file without a name was left by a writer that was killed, and is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorac.errors import ArtifactError
+from lorac.storage.atomic_folders import flush
+from lorac.storage.process_folders import make_process_folder, remove_abandoned
+
+_NAMED = re.compile(r"(?P<name>[^@]+)@(?P<digest>[0-9a-f]{32})")
+_WORK = ".work."
+_ONLY_OWNER = 0o700
+
+
+@dataclass(frozen=True)
+class StoredName:
+    """A name of a tenant's adapter in the folder."""
+
+    tenant: str
+    name: str
+    digest: str
+
+
+class StoreFolder:
+    """The folder of a store, which one process at a time may use.
+
+    Args:
+        path: the folder; it is created where it is missing.
+
+    Raises:
+        ArtifactError: another process uses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._incoming, self._adapters = path, path / "incoming", path / "adapters"
+        for folder in (path, self._incoming, self._adapters):
+            folder.mkdir(mode=_ONLY_OWNER, parents=True, exist_ok=True)
+        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._unlock = weakref.finalize(self, os.close, self._lock)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._unlock()
+            raise ArtifactError(
+                f"another store uses '{path}'", next_step="close that store, or give each server a folder of its own"
+            ) from error
+        remove_abandoned(path, _WORK)
+
+    def close(self) -> None:
+        """Let another process use the folder."""
+        self._unlock()
+
+    def incoming(self, tenant: str) -> Path:
+        """Return the folder that a tenant may load from."""
+        return self._incoming / tenant
+
+    @contextlib.contextmanager
+    def workshop(self) -> Iterator[Path]:
+        """Give the block an empty folder, which is removed afterwards."""
+        folder = make_process_folder(self.path, _WORK)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def file_of(self, tenant: str, digest: str) -> Path:
+        """Return the path of an adapter."""
+        return self._adapters / tenant / f"{digest}.safetensors"
+
+    def place(self, tenant: str, digest: str, staged: Path) -> None:
+        """Move an adapter's file, which lies in a workshop, to its place."""
+        target = self.file_of(tenant, digest)
+        target.parent.mkdir(mode=_ONLY_OWNER, exist_ok=True)
+        flush(self._adapters)
+        flush(staged)
+        os.replace(staged, target)
+        flush(target.parent)
+
+    def discard(self, tenant: str, digest: str) -> None:
+        """Remove an adapter's file, which has no name."""
+        self.file_of(tenant, digest).unlink(missing_ok=True)
+
+    def add_name(self, entry: StoredName) -> None:
+        """Give an adapter a name, whatever had the name before."""
+        folder = self._adapters / entry.tenant
+        for other in _find_names(folder):
+            if other.name == entry.name and other.digest != entry.digest:
+                self._path_of(other).unlink()
+        self._path_of(entry).touch(mode=0o600)
+        flush(folder)
+
+    def remove_name(self, entry: StoredName) -> None:
+        """Take an adapter its name."""
+        self._path_of(entry).unlink()
+        flush(self._adapters / entry.tenant)
+
+    def scan(self) -> list[StoredName]:
+        """Return the names of all adapters, and remove files without a name."""
+        found: list[StoredName] = []
+        for folder in sorted(path for path in self._adapters.iterdir() if path.is_dir()):
+            names = _find_names(folder)
+            known = {entry.digest for entry in names}
+            for file in folder.glob("*.safetensors"):
+                if file.stem not in known:
+                    file.unlink()
+            found += names
+        return found
+
+    def _path_of(self, entry: StoredName) -> Path:
+        return self._adapters / entry.tenant / f"{entry.name}@{entry.digest}"
+
+
+def _find_names(folder: Path) -> list[StoredName]:
+    found = (_NAMED.fullmatch(name) for name in sorted(os.listdir(folder)))
+    return [StoredName(folder.name, match["name"], match["digest"]) for match in found if match]
