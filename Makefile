@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser test test-slow test-gpu durations soak kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser test test-slow test-gpu durations soak soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -43,6 +43,10 @@ OPERATIONS ?= 1000000
 SEED ?= 0
 soak: $(STAMP) ## Swap, add, call, fail and be interrupted a million times; SEED= and OPERATIONS= choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.soak --operations $(OPERATIONS) --seed $(SEED)
+
+REQUESTS ?= 20000
+soak-serve: $(STAMP) ## Send thousands of requests to a scheduler; SEED= and REQUESTS= choose
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.serve --requests $(REQUESTS) --seed $(SEED)
 
 kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)

@@ -207,8 +207,8 @@ class Soak:
         while self._done() < operations and not self.count["hang"]:
             self._round(self.models[self.chance.randrange(len(self.models))])
             if not start and self._done() >= operations / 10:
-                start = _resident()
-        end = _resident()
+                start = resident()
+        end = resident()
         return {"count": dict(self.count), "start": start, "end": end, "seconds": time.monotonic() - begun}
 
     def _done(self) -> int:
@@ -339,7 +339,8 @@ def _unless_interrupted(given: Any) -> None:
         sys.__unraisablehook__(given)
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Return the bytes of this process in memory."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
