@@ -119,8 +119,8 @@ class RunningBatch:
 
     def _join_choice(self, row: RunningRow) -> None:
         """Make a row one of those with its choice."""
-        key, program = (row.state.choice, row.state.versions.versions), row.program
-        lane = self._lanes.get(key) or _Lane(self._new_cache(), lambda _: program)
+        key = (row.state.choice, row.state.versions.versions)
+        lane = self._lanes.get(key) or _Lane(self._new_cache())
         lane.join(row)
         self._lanes[key] = lane
 
@@ -129,7 +129,7 @@ class RunningBatch:
         bank = self._bank
         if bank is None:
             return False
-        lane = self._lanes.get(bank) or _Lane(self._new_cache(), bank.bound, bank)
+        lane = self._lanes.get(bank) or _Lane(self._new_cache(), bank)
         try:
             bank.admit(len(lane.rows), row.state)
         except Unavailable:
@@ -148,7 +148,7 @@ class RunningBatch:
             return
         ids, count = torch.stack([row.text[-1:] for row in lane.rows]), len(lane.rows)
         step = DecodeStep(ids=ids, counts=[1] * count, wanted=torch.zeros_like(ids))
-        logits = lane.program(count).decode(self.graph, lane.cache, step)[:, 0]
+        logits = lane.program.decode(self.graph, lane.cache, step)[:, 0]
         tokens = lane.sampler.draw([row.text for row in lane.rows], logits).tolist()
         drawn, failed = zip(lane.rows, tokens, logits, strict=True), lane.sampler.failed
         reasons = [row.take(token, scores, failed.get(place)) for place, (row, token, scores) in enumerate(drawn)]
@@ -176,16 +176,21 @@ class _Lane:
 
     Args:
         cache: of no rows yet.
-        program: number of rows -> the engine's program for them.
-        bank: holds the rows' own adapters, if they have such.
+        bank: holds the rows' own adapters, if they may have such.
     """
 
-    def __init__(
-        self, cache: KeyValueCache, program: Callable[[int], BoundProgram], bank: RowBank | None = None
-    ) -> None:
-        self.cache, self.program, self.bank = cache, program, bank
+    def __init__(self, cache: KeyValueCache, bank: RowBank | None = None) -> None:
+        self.cache, self.bank = cache, bank
         self.rows: list[RunningRow] = []
         self.sampler = BatchSampler([])
+
+    @property
+    def program(self) -> BoundProgram:
+        """The engine's program for the rows: one choice that all of them have is read once, not for each row."""
+        first, *rest = self.rows
+        if self.bank is None or all(row.state is first.state for row in rest):
+            return first.program
+        return self.bank.bound(len(self.rows))
 
     def join(self, row: RunningRow) -> None:
         self.cache.join(row.cache)

@@ -35,7 +35,8 @@ class Scheduler:
         compiled: compiled with ``cache=True``.
         rows: the most requests at work.
         waiting: the most that wait.
-        chunk: the most tokens of a prompt per step.
+        chunk: the most tokens of a prompt per step. Running requests wait for them: with more, prompts are read sooner,
+            and the others' next tokens come later.
         prompt_cache: bytes of what requests computed that are kept for prompts that begin alike; 0 keeps nothing.
         component: which of several models decodes.
 
@@ -48,7 +49,7 @@ class Scheduler:
         compiled: SwitchableModel,
         rows: int = 8,
         waiting: int = 64,
-        chunk: int = 128,
+        chunk: int = 32,
         *,
         prompt_cache: int = 1 << 26,
         component: str = MAIN_GRAPH,
