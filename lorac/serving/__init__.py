@@ -1,1 +1,24 @@
-"""A compiled model as a server."""
+"""A compiled model as a server with OpenAI's interface, whose adapters are its models.
+
+The public names are imported when they are first used: what reads strangers' files imports no server.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorac.serving.app import build_app
+    from lorac.serving.server import run
+    from lorac.serving.settings import ServingSettings
+
+__all__ = ["ServingSettings", "build_app", "run"]
+_HOMES = {"ServingSettings": "settings", "build_app": "app", "run": "server"}
+"""Public name -> its module."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorac.serving' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"lorac.serving.{_HOMES[name]}"), name)

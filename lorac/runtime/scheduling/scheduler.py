@@ -6,6 +6,7 @@ import atexit
 import collections
 import itertools
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -81,22 +82,27 @@ class Scheduler:
             OverBudget: as many requests wait as may (code ``queue_full``).
             Unavailable: the options ask for beams, drafts or several sequences; or the scheduler is closed.
         """
-        row = RunningRow(self.compiled, request, self.component)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
+        """Put several requests in line, all or none; raises as ``submit``."""
+        rows = [RunningRow(self.compiled, request, self.component) for request in requests]
         with self._changed:
             if self._closing:
                 raise Unavailable("the scheduler is closed", next_step="submit to another lorac.Scheduler(compiled)")
             self._drop_interrupted()
-            if len(self._queue) >= self.waiting:
+            if len(self._queue) + len(rows) > self.waiting:
                 raise OverBudget(
-                    f"{len(self._queue)} requests wait, and waiting={self.waiting}",
+                    f"{len(self._queue)} requests wait, {len(rows)} more would, and waiting={self.waiting}",
                     next_step="submit it again when one of them has begun",
                     code="queue_full",
                 )
-            self._queue[next(self._numbers)] = row
+            self._queue.update((next(self._numbers), row) for row in rows)
             self._changed.notify()
         if self.compiled.mode == "live":
-            self.compiled.prefetch(row.choice)
-        return row.stream
+            for row in rows:
+                self.compiled.prefetch(row.choice)
+        return [row.stream for row in rows]
 
     @property
     def load(self) -> tuple[int, int]:

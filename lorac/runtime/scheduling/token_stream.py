@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -84,7 +84,7 @@ class TokenStream:
         finally:
             self._leave()
 
-    async def __aiter__(self) -> AsyncIterator[TextToken]:
+    async def __aiter__(self) -> AsyncGenerator[TextToken]:
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         self._wake = lambda: loop.call_soon_threadsafe(ready.set)
         try:

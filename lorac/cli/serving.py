@@ -1,0 +1,64 @@
+"""The command that serves a compiled model: serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorac.errors import OptionError
+
+
+def serve(  # noqa: PLR0913, PLR0917  (a command's options)
+    folder: Annotated[Path, typer.Argument(help="A folder written by `lorac compile`, with a tokenizer.")],
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every network's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+    rows: Annotated[int, typer.Option(help="The most requests at work.")] = 8,
+    waiting: Annotated[int, typer.Option(help="The most requests that wait.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option("--max-tokens", help="The most tokens of an answer.")] = 1024,
+    deadline: Annotated[float | None, typer.Option(help="Seconds after which a request ends; default: never.")] = None,
+    base_name: Annotated[str, typer.Option("--name", help="The model without adapters, in requests.")] = "base",
+    adapters: Annotated[
+        Path | None, typer.Option("--adapters", help="A folder of further adapters, read when they are used.")
+    ] = None,
+    pinned: Annotated[
+        list[str] | None, typer.Option("--pin", help="An adapter that stays in memory; may be given several times.")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="A JSON file of API key -> tenant; default: everybody may ask.")
+    ] = None,
+) -> None:
+    """Serve a compiled model with OpenAI's interface; its adapters are the models that clients name."""
+    from lorac.serving import ServingSettings, run
+
+    settings = ServingSettings(
+        rows=rows,
+        waiting=waiting,
+        max_new_tokens=max_new_tokens,
+        deadline=deadline,
+        base_name=base_name,
+        pinned=tuple(pinned or ()),
+        keys={} if keys is None else _read_keys(keys),
+    )
+    run(folder, settings, host, port, adapters=adapters)
+
+
+def _read_keys(path: Path) -> dict[str, str]:
+    """Read API keys.
+
+    Raises:
+        OptionError: the file is not an object of key -> tenant.
+    """
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"the keys in '{path}' cannot be read: {error}", next_step=_KEYS) from error
+    if not isinstance(keys, dict) or not keys or not all(isinstance(one, str) for one in keys.values()):
+        raise OptionError(f"'{path}' holds no API keys", next_step=_KEYS)
+    return keys
+
+
+_KEYS = 'write a JSON file: {"key": "tenant", ...}'
+COMMANDS = (serve,)

@@ -1,0 +1,118 @@
+"""The app: OpenAI's endpoints over a compiled model."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import fastapi
+import pydantic
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, Response
+
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.runtime.scheduling.scheduler import Scheduler
+from lorac.serving import text_endpoints
+from lorac.serving.activity import Activity
+from lorac.serving.adapter_source import AdapterSource, SharedAdapters
+from lorac.serving.chat_fields import ChatFields
+from lorac.serving.completion_fields import CompletionFields
+from lorac.serving.guard import Guard
+from lorac.serving.refusals import install_handlers
+from lorac.serving.settings import ServingSettings
+from lorac.serving.text_service import TextService
+from lorac.serving.tokenizer import find_tokenizer
+from lorac.session.compiled import Compiled
+
+PAGE = Path(__file__).with_name("page") / "index.html"
+FIELDS: dict[str, type[pydantic.BaseModel]] = {
+    "/v1/chat/completions": ChatFields,
+    "/v1/completions": CompletionFields,
+}
+"""Path of an endpoint -> the fields of its requests."""
+
+
+def build_app(
+    compiled: Compiled, settings: ServingSettings | None = None, *, store: AdapterSource | None = None
+) -> fastapi.FastAPI:
+    """Return a server's app, whose ``state.scheduler`` runs from its startup to its shutdown.
+
+    Args:
+        compiled: the model; a decoder is compiled with ``cache=True`` and has a tokenizer.
+        settings: default: ``ServingSettings()``.
+        store: adapters that tenants bring; None: only those that the model has.
+
+    Raises:
+        AdapterNotFound: a pinned adapter does not exist.
+        Unavailable: the model has no tokenizer, or one that cannot be read token by token.
+    """
+    given = ServingSettings() if settings is None else settings
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_run)
+    app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
+    app.state.source, app.state.activity = SharedAdapters(compiled, store), Activity()
+    for name in given.pinned:
+        app.state.source.find("", name)
+    if _decodes(compiled):
+        find_tokenizer(compiled)
+        app.include_router(text_endpoints.router)
+    app.add_middleware(Guard, settings=given)
+    install_handlers(app, FIELDS)
+    _add_state(app)
+    if given.page and PAGE.is_file():
+        app.get("/")(_page)
+    return app
+
+
+def _decodes(compiled: Compiled) -> bool:
+    spec = compiled.engine.cache_spec(MAIN_GRAPH)
+    return spec is not None and not spec.encodes
+
+
+@contextlib.asynccontextmanager
+async def _run(app: fastapi.FastAPI) -> AsyncIterator[None]:
+    """Hold the pinned adapters, and run the scheduler; at the end, requests at work are finished."""
+    state, settings = app.state, app.state.settings
+    async with contextlib.AsyncExitStack() as stack:
+        for name in settings.pinned:
+            stack.enter_context(state.compiled.hold(name))
+        if _decodes(state.compiled):
+            state.scheduler = Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
+            stack.push_async_callback(run_in_threadpool, state.scheduler.close)
+            state.text = TextService(state.scheduler, state.source, settings, state.activity)
+        yield
+
+
+def _page() -> FileResponse:
+    return FileResponse(PAGE)
+
+
+def _add_state(app: fastapi.FastAPI) -> None:
+    """Add the endpoints that tell a server's state."""
+    state, created = app.state, int(time.time())
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200)
+
+    @app.get("/v1/models")
+    async def models(http: fastapi.Request) -> dict[str, object]:
+        names = [adapter.name for adapter in state.source.adapters(http.state.tenant)]
+        base = state.settings.base_name
+        return {"object": "list", "data": [_describe_model(name, created, base) for name in (base, *names)]}
+
+    @app.get("/v1/status")
+    async def status(http: fastapi.Request) -> dict[str, object]:
+        running, waiting = (0, 0) if state.scheduler is None else state.scheduler.load
+        return {
+            "running": running,
+            "waiting": waiting,
+            "rows": [request.describe() for request in state.activity.of(http.state.tenant)],
+            "adapters": {"registered": len(state.compiled.pool), "resident": len(state.compiled.adapters)},
+        }
+
+
+def _describe_model(name: str, created: int, base: str) -> dict[str, object]:
+    parent = {"parent": base} if name != base else {}
+    return {"id": name, "object": "model", "created": created, "owned_by": "lorac", "root": name, **parent}

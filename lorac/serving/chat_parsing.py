@@ -1,0 +1,131 @@
+"""What the text of a chat's answer says, thinks and calls, as transformers parses it."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TypeAlias, final
+
+from lorac.argument_types import JsonMapping
+from lorac.serving.tokenizer import FastTokenizer
+
+Event: TypeAlias = JsonMapping
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names of the same field in response templates."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool.
+
+    Attributes:
+        arguments: JSON.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ParsedText:
+    """A part of an answer.
+
+    Attributes:
+        content: what it says.
+        reasoning: what it thinks.
+        calls: the tools that it calls.
+    """
+
+    content: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.reasoning or self.calls)
+
+    def joined(self, other: ParsedText) -> ParsedText:
+        """Return this part and one behind it as one."""
+        return ParsedText(self.content + other.content, self.reasoning + other.reasoning, self.calls + other.calls)
+
+
+def find_response_template(tokenizer: FastTokenizer, model_type: str) -> JsonMapping | None:
+    """Return how a model's answers are parsed: by its tokenizer, or as transformers knows its kind; None for neither.
+
+    The kinds are known to transformers' server alone, in a function that is no part of its documented interface.
+    """
+    from transformers.cli.serving import utils
+
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    template: JsonMapping | None = utils.get_response_template(tokenizer, model)  # type: ignore[arg-type]  # reads no more
+    return template
+
+
+@final
+class ChatParser:
+    """Divides the text of an answer, special tokens included, as it comes.
+
+    Args:
+        tokenizer: its response template describes answers.
+        template: is used in the place of the tokenizer's own.
+        prompt: the text before the answer, which may have begun it.
+        tools: what the answer may call.
+    """
+
+    def __init__(
+        self,
+        tokenizer: FastTokenizer,
+        template: JsonMapping,
+        prompt: str,
+        tools: Sequence[JsonMapping],
+    ) -> None:
+        self._parser = tokenizer.get_response_parser(template, prefix=prompt, tools=tools or None)
+        self._unread, self._failed = "", False
+
+    def add(self, text: str) -> ParsedText:
+        """Return what a piece of the text adds; a call that cannot be read is something said."""
+        if self._failed:
+            return ParsedText(text)
+        try:
+            return self._read(self._parser.feed(text))
+        except ValueError:
+            self._failed = True
+            return ParsedText(self._unread + text)
+
+    def end(self) -> ParsedText:
+        """Return what the end of the text adds."""
+        if self._failed:
+            return ParsedText()
+        try:
+            return self._read(self._parser.finalize()[1])
+        except ValueError:  # the text ends within a call
+            return ParsedText(self._unread)
+
+    def _read(self, events: Sequence[Event]) -> ParsedText:
+        parsed = ParsedText()
+        for event in events:
+            is_unread = event["type"] == "region_chunk" and event["dirty"]
+            self._unread = self._unread + event["text"] if is_unread else ""
+            parsed = parsed.joined(_read_event(event))
+        return parsed
+
+
+def _read_event(event: Event) -> ParsedText:
+    if event["type"] == "region_chunk" and not event["dirty"]:
+        field, text = event["field"], event["text"]
+        return (
+            ParsedText(reasoning=text) if field in REASONING_FIELDS else ParsedText(text if field == "content" else "")
+        )
+    if event["type"] == "region_close" and event["field"] == "tool_calls":
+        values = event["value"] if isinstance(event["value"], list) else [event["value"]]
+        return ParsedText(calls=tuple(_read_call(value["function"]) for value in values))
+    return ParsedText()
+
+
+def _read_call(function: JsonMapping) -> ToolCall:
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", function["name"], text)

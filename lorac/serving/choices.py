@@ -1,0 +1,84 @@
+"""The adapters that a request names."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeAlias, final
+
+from lorac.ir.slots.choice import Active, ChoiceSpec
+from lorac.serving.adapter_source import AdapterSource
+from lorac.serving.refusals import RefusedField
+from lorac.serving.sampling_fields import ActiveFields, Strengths
+
+Spec: TypeAlias = "Strengths | None"
+_PART = re.compile(r"(?P<name>.+):(?P<strength>[-+0-9.e]+)")
+"""A part of a mixture that a model's name spells."""
+
+
+@final
+class ChoiceReader:
+    """Reads the adapters that requests of a tenant name.
+
+    Args:
+        source: knows the adapters.
+        tenant: who asks.
+        base_name: the name of the model without adapters.
+    """
+
+    def __init__(self, source: AdapterSource, tenant: str, base_name: str) -> None:
+        self._source, self._tenant, self._base = source, tenant, base_name
+
+    def read(self, model: str, adapters: Spec | list[Spec], prompts: int) -> list[ChoiceSpec]:
+        """Return the choice for each prompt.
+
+        Args:
+            model: the field ``model``.
+            adapters: the field ``adapters``.
+            prompts: how many there are.
+
+        Raises:
+            AdapterNotFound: the tenant has no such adapter.
+            RefusedField: a mixture is misspelt, or both fields name adapters.
+        """
+        if adapters is None:
+            return [self._read_model(model)] * prompts
+        if model != self._base:
+            raise RefusedField(
+                "adapters", f"and 'model' both name adapters: {model}", next_step=f"give '{self._base}' as 'model'"
+            )
+        if not isinstance(adapters, list):
+            return [self._read_spec(adapters)] * prompts
+        if len(adapters) != prompts:
+            raise RefusedField("adapters", f"holds {len(adapters)} choices for {prompts} prompts")
+        return [self._read_spec(spec) for spec in adapters]
+
+    def _read_model(self, model: str) -> ChoiceSpec:
+        if model == self._base:
+            return None
+        parts = [_PART.fullmatch(part) for part in model.split("+")]
+        if not all(parts):
+            return self._source.find(self._tenant, model)
+        mixture: dict[str, float | ActiveFields] = {}
+        for part in filter(None, parts):
+            mixture[part["name"]] = _read_strength(part["strength"])
+        if len(mixture) < len(parts):
+            raise RefusedField("model", "names an adapter twice")
+        return self._read_spec(mixture)
+
+    def _read_spec(self, spec: Spec) -> ChoiceSpec:
+        if spec is None:
+            return None
+        if isinstance(spec, str):
+            return self._source.find(self._tenant, spec)
+        return {self._source.find(self._tenant, name): _read_active(active) for name, active in spec.items()}
+
+
+def _read_strength(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise RefusedField("model", f"has the strength {text}, which is not a number") from error
+
+
+def _read_active(active: float | ActiveFields) -> float | Active:
+    return Active(active.strength, active.rank) if isinstance(active, ActiveFields) else active

@@ -1,0 +1,93 @@
+"""Work that ends when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from typing import TYPE_CHECKING, TypeVar, final
+
+from fastapi.responses import StreamingResponse
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+CLIENT_LEFT = 499
+"""The status in the log of a request whose client has left; nginx's number."""
+
+
+async def run_while_connected(work: Coroutine[object, object, T], receive: Receive) -> T | None:
+    """Return the result of some work; None, and the work is cancelled, if the client leaves before.
+
+    Args:
+        receive: gives messages of a request whose body has been read.
+    """
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, left):
+            each.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@final
+class EventStream(StreamingResponse):
+    """Server-sent events that end when the client leaves, even before one is sent.
+
+    Args:
+        events: the events' data.
+    """
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must pass each on at once
+        super().__init__(_format_events(events), headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await run_while_connected(self.stream_response(send), receive)
+
+
+async def _format_events(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    async with contextlib.aclosing(events):
+        async for event in events:
+            yield f"data: {event}\n\n"
+
+
+async def merge_streams(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T]:
+    """Yield the items of several streams as they come; when one fails, or the reader leaves, all are closed."""
+    items: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncIterator[T]) -> None:
+        try:
+            async for item in stream:
+                items.put_nowait((item,))
+            items.put_nowait(None)
+        except Exception as error:
+            items.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]  # a task group must not enclose a yield
+    try:
+        async for item in _take_items(items, len(tasks)):
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _take_items(items: asyncio.Queue[tuple[T] | Exception | None], streams: int) -> AsyncGenerator[T]:
+    """Yield items of a queue until each of several streams has ended, with None, or one has failed."""
+    while streams:
+        item = await items.get()
+        if isinstance(item, Exception):
+            raise item
+        streams -= item is None
+        if item is not None:
+            yield item[0]

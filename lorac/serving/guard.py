@@ -1,0 +1,105 @@
+"""Who may ask, and how much: checked before the app reads a request."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, final
+
+from fastapi.responses import JSONResponse
+
+from lorac.serving.refusals import refusal
+from lorac.serving.settings import ServingSettings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN_PATHS = frozenset({"/", "/health"})
+"""Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
+
+
+@final
+class Guard:
+    """Lets requests with a known key and a body of admitted size through to an app.
+
+    It is not one of Starlette's HTTP middlewares, behind which an app does not learn that a client has left.
+
+    Args:
+        app: what it guards.
+        settings: the keys, and the most bytes.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServingSettings) -> None:
+        self._app, self._most = app, settings.max_body_bytes
+        self._tenants = {_digest(key): tenant for key, tenant in settings.keys.items()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        tenant = self._find_tenant(headers, scope["path"])
+        refused = self._refuse(tenant, headers)
+        if refused is not None:
+            await refused(scope, receive, send)
+            return
+        scope.setdefault("state", {})["tenant"] = tenant
+        body = _CountedBody(receive, send, self._most)
+        try:
+            await self._app(scope, body.receive, body.send)
+        except _BodyTooLarge:
+            await _too_large(self._most)(scope, receive, send)
+
+    def _refuse(self, tenant: str | None, headers: Mapping[bytes, str]) -> JSONResponse | None:
+        if tenant is None:
+            return refusal(401, "the API key is missing or unknown; send it as Authorization: Bearer KEY")
+        length = headers.get(b"content-length", "0")
+        return _too_large(self._most) if not length.isdecimal() or int(length) > self._most else None
+
+    def _find_tenant(self, headers: Mapping[bytes, str], path: str) -> str | None:
+        """Return who asks; None for nobody who may. Every key is compared, in constant time."""
+        scheme, _, key = headers.get(b"authorization", "").partition(" ")
+        given = _digest(key.strip())
+        found = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, given)]
+        if found and scheme.lower() == "bearer":
+            return found[0]
+        return "" if not self._tenants or path in OPEN_PATHS else None
+
+
+@final
+class _CountedBody:
+    """Counts the bytes of a request's body as they come, whatever its headers say.
+
+    Args:
+        receive: gives the messages of the request.
+        send: takes those of the answer.
+        most: the most bytes.
+    """
+
+    def __init__(self, receive: Receive, send: Send, most: int) -> None:
+        self._receive, self._send, self._most = receive, send, most
+        self._read, self._begun = 0, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._read += len(message.get("body", b""))
+        if self._read > self._most and not self._begun:
+            raise _BodyTooLarge
+        return message
+
+    async def send(self, message: Message) -> None:
+        self._begun = True
+        await self._send(message)
+
+
+class _BodyTooLarge(BaseException):
+    """A body is larger than it may be. No handler of the app's may answer it."""
+
+
+def _too_large(most: int) -> JSONResponse:
+    return refusal(413, f"a request has at most {most} bytes", headers={"connection": "close"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

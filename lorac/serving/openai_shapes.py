@@ -1,0 +1,162 @@
+"""Answers in the form that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, final
+
+from lorac.runtime.scheduling.token_stream import TextToken
+from lorac.serving.answers import AnswerPart
+from lorac.serving.chat_parsing import ParsedText, ToolCall
+
+if TYPE_CHECKING:
+    from lorac.serving.activity import ActiveRequest
+    from lorac.serving.tokenizer import FastTokenizer
+
+Json = dict[str, object]
+LEAST_LOGPROB = -9999.0
+"""OpenAI's number for tokens that cannot come."""
+
+
+class AnswerShape(ABC):
+    """The form of the answers to a request.
+
+    Args:
+        request: is answered.
+        tokenizer: decodes tokens whose log-probabilities are reported.
+        has_logprobs: whether any are.
+    """
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, request: ActiveRequest, tokenizer: FastTokenizer, *, has_logprobs: bool) -> None:
+        self._request, self._tokenizer, self._has_logprobs = request, tokenizer, has_logprobs
+
+    def whole(self, parts: Sequence[AnswerPart], count: int) -> Json:
+        """Return the answers as one object."""
+        choices = [self._choice(index, [p for p in parts if p.index == index]) for index in range(count)]
+        return {**self._head(self.kind), "choices": choices, "usage": self._request.usage}
+
+    def chunk(self, part: AnswerPart) -> Json:
+        """Return a part as an event of a stream."""
+        choice = {"index": part.index, **self._delta(part), "finish_reason": part.reason or None}
+        return {**self._head(self.chunk_kind), "choices": [choice | self._logprobs(part.tokens)]}
+
+    def opening(self, count: int) -> list[Json]:
+        """Return the events before the first part."""
+        return []
+
+    def usage(self) -> Json:
+        """Return the numbers of tokens as the last event of a stream."""
+        return {**self._head(self.chunk_kind), "choices": [], "usage": self._request.usage}
+
+    def _choice(self, index: int, parts: Sequence[AnswerPart]) -> Json:
+        parsed = ParsedText()
+        for part in parts:
+            parsed = parsed.joined(part.parsed)
+        tokens = [token for part in parts for token in part.tokens]
+        head = {"index": index, **self._message(parsed), "finish_reason": parts[-1].reason}
+        return head | self._logprobs(tokens)
+
+    def _head(self, kind: str) -> Json:
+        request = self._request
+        return {
+            "id": f"{self.prefix}-{request.id}",
+            "object": kind,
+            "created": request.created,
+            "model": request.model,
+        }
+
+    def _logprobs(self, tokens: Sequence[TextToken]) -> Json:
+        return {"logprobs": self._describe_tokens(tokens) if self._has_logprobs else None}
+
+    @abstractmethod
+    def _message(self, parsed: ParsedText) -> Json:
+        """Return a whole answer as fields of a choice."""
+
+    @abstractmethod
+    def _delta(self, part: AnswerPart) -> Json:
+        """Return a part of an answer as fields of a choice."""
+
+    @abstractmethod
+    def _describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
+        """Return tokens with their log-probabilities."""
+
+    def _decode(self, token: int) -> str:
+        return self._tokenizer.decode([token])
+
+
+@final
+class ChatShape(AnswerShape):
+    """The form of a chat's answers."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, request: ActiveRequest, tokenizer: FastTokenizer, *, has_logprobs: bool) -> None:
+        super().__init__(request, tokenizer, has_logprobs=has_logprobs)
+        self._calls: dict[int, int] = {}
+
+    def opening(self, count: int) -> list[Json]:
+        delta = {"role": "assistant", "content": ""}
+        choices = [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None} for index in range(count)]
+        return [{**self._head(self.chunk_kind), "choices": [choice]} for choice in choices]
+
+    def _message(self, parsed: ParsedText) -> Json:
+        calls = [_describe_call(call) for call in parsed.calls]
+        more: Mapping[str, object] = {"reasoning_content": parsed.reasoning, "tool_calls": calls}
+        content = parsed.content if parsed.content or not calls else None
+        return {"message": {"role": "assistant", "content": content, **{k: v for k, v in more.items() if v}}}
+
+    def _delta(self, part: AnswerPart) -> Json:
+        first = self._calls.get(part.index, 0)
+        calls = [{"index": i, **_describe_call(call)} for i, call in enumerate(part.parsed.calls, first)]
+        self._calls[part.index] = first + len(calls)
+        parsed = part.parsed
+        delta = {"content": parsed.content, "reasoning_content": parsed.reasoning, "tool_calls": calls}
+        return {"delta": {name: value for name, value in delta.items() if value}}
+
+    def _describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
+        return {"content": [self._describe_token(token) for token in tokens]}
+
+    def _describe_token(self, token: TextToken) -> Json:
+        likeliest = [self._describe_logprob(id, logprob) for id, logprob in token.likeliest]
+        return {**self._describe_logprob(token.id, token.logprob), "top_logprobs": likeliest}
+
+    def _describe_logprob(self, token: int, logprob: float | None) -> Json:
+        text = self._decode(token)
+        encoded = None if "\ufffd" in text else list(text.encode())  # a part of a character
+        return {"token": text, "logprob": _bounded(logprob), "bytes": encoded}
+
+
+@final
+class CompletionShape(AnswerShape):
+    """The form of continued prompts."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def _message(self, parsed: ParsedText) -> Json:
+        return {"text": parsed.content}
+
+    def _delta(self, part: AnswerPart) -> Json:
+        return {"text": part.parsed.content}
+
+    def _describe_tokens(self, tokens: Sequence[TextToken]) -> Json:
+        texts = [self._decode(token.id) for token in tokens]
+        likeliest = [{self._decode(id): _bounded(logprob) for id, logprob in token.likeliest} for token in tokens]
+        return {
+            "tokens": texts,
+            "token_logprobs": [_bounded(token.logprob) for token in tokens],
+            "top_logprobs": likeliest,
+            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+        }
+
+
+def _bounded(logprob: float | None) -> float:
+    return LEAST_LOGPROB if logprob is None else max(logprob, LEAST_LOGPROB)
+
+
+def _describe_call(call: ToolCall) -> Json:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

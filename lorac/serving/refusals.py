@@ -1,0 +1,169 @@
+"""Refusals as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import fastapi
+import pydantic
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lorac.argument_types import JsonMapping
+from lorac.errors import (
+    AdapterNotFound,
+    LoracError,
+    escape_controls,
+    nearest_name,
+)
+
+_STATUS = {
+    "adapter_exists": 409,
+    "adapter_not_found": 404,
+    "over_budget": 503,
+    "queue_full": 429,
+}
+"""Code of an error -> the status of its answer; 400 for all others."""
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+"""Status -> OpenAI's name for such errors."""
+RETRY_AFTER = "1"
+"""Seconds after which a client should ask again."""
+
+
+class RefusedRequest(LoracError):
+    """A request is refused by the server, not by the model.
+
+    Attributes:
+        status: of the answer.
+    """
+
+    status = 400
+
+
+class NotAllowed(RefusedRequest):
+    """The server does not do this, or not for this tenant."""
+
+    status = 403
+
+
+class DeadlinePassed(RefusedRequest):
+    """The request took longer than the server's deadline."""
+
+    status = 504
+
+
+class RefusedField(RefusedRequest):
+    """A field of a request cannot be honoured.
+
+    Args:
+        field: its name.
+        what: what is wrong with it, as the rest of a sentence that begins with its name.
+        next_step: what to do about it.
+    """
+
+    def __init__(self, field: str, what: str, *, next_step: str | None = None) -> None:
+        super().__init__(f"'{field}' {what}", next_step=next_step)
+        self.field = field
+
+
+def refusal(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    field: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Return an error as the answer to a request.
+
+    Args:
+        message: one or two sentences.
+        code: which error it is.
+        field: the field of the request that caused it.
+    """
+    return _answer(status, _body(status, message, code, field), headers)
+
+
+def _answer(status: int, body: dict[str, object], headers: Mapping[str, str] | None = None) -> JSONResponse:
+    retry = {"retry-after": RETRY_AFTER} if status in (429, 503) else {}
+    return JSONResponse(body, status, {**retry, **(headers or {})})
+
+
+def _body(status: int, message: str, code: str | None, field: str | None) -> dict[str, object]:
+    kind = _KINDS.get(status, "invalid_request_error")
+    return {"error": {"message": escape_controls(message), "type": kind, "param": field, "code": code}}
+
+
+def error_status(error: LoracError) -> int:
+    """Return the status of the answer to a request that raises an error."""
+    return error.status if isinstance(error, RefusedRequest) else _STATUS.get(error.code, 400)
+
+
+def error_body(error: LoracError) -> dict[str, object]:
+    """Return an error in OpenAI's form."""
+    parts = (error.what, error.nearest and f"nearest: {error.nearest}", error.next_step)
+    field = error.field if isinstance(error, RefusedField) else "model" if isinstance(error, AdapterNotFound) else None
+    return _body(error_status(error), "; ".join(filter(None, parts)), error.code, field)
+
+
+def validation_answer(error: RequestValidationError, known: Sequence[str] = ()) -> JSONResponse:
+    """Return what is wrong with the fields of a request as the answer to it."""
+    first = error.errors()[0]
+    field = _join_path(first["loc"][1:])
+    return refusal(400, _describe(first, field, known), code=first["type"], field=field or None)
+
+
+def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
+    if problem["type"] == "extra_forbidden":
+        nearest = nearest_name(field, known, alike=0.7)
+        return f"'{field}' is not a field that this server knows" + (f"; nearest: '{nearest}'" if nearest else "")
+    if problem["type"] == "json_invalid":
+        return f"the body is not JSON: {problem['ctx']['error']}"
+    if problem["type"] == "missing":
+        return f"'{field}' is missing" if field else "the request has no body; send JSON as application/json"
+    return f"'{field}' is wrong: {problem['msg']}"
+
+
+def _join_path(path: Sequence[object]) -> str:
+    """Return the path of a field as ``messages[0].role``."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.BaseModel]]) -> None:
+    """Make an app answer errors in OpenAI's form.
+
+    Args:
+        fields: path of an endpoint -> the fields of its requests.
+    """
+
+    async def answer_error(request: fastapi.Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, LoracError)
+        return _answer(error_status(error), error_body(error))
+
+    async def answer_validation(request: fastapi.Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        model = fields.get(request.url.path)
+        return validation_answer(error, () if model is None else tuple(model.model_fields))
+
+    async def answer_status(request: fastapi.Request, error: Exception) -> JSONResponse:
+        status = getattr(error, "status_code", 500)
+        message = {404: "there is no such path", 405: "the path has no such method"}.get(status, str(error))
+        return refusal(status, message, headers=getattr(error, "headers", None))
+
+    async def answer_fault(request: fastapi.Request, error: Exception) -> JSONResponse:
+        return refusal(500, "the server failed; its log says why")
+
+    app.add_exception_handler(LoracError, answer_error)
+    app.add_exception_handler(RequestValidationError, answer_validation)
+    app.add_exception_handler(HTTPException, answer_status)
+    app.add_exception_handler(Exception, answer_fault)

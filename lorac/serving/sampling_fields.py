@@ -1,0 +1,135 @@
+"""The fields that requests for text have in common, and the options of ``generate`` that they stand for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, TypeAlias
+
+import pydantic
+
+from lorac.argument_types import JsonMapping
+from lorac.serving.refusals import RefusedField
+
+Amount: TypeAlias = Annotated[int, pydantic.Field(ge=1)]
+Penalty: TypeAlias = Annotated[float, pydantic.Field(ge=-2, le=2)]
+MOST_CHOICES = 16
+"""The most answers to a prompt."""
+_EXTENSIONS = ("min_p", "repetition_penalty")
+"""Fields that are options of ``generate``, and not OpenAI's."""
+
+
+class ActiveFields(pydantic.BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+    """How an adapter acts, as ``lorac.Active``."""
+
+    strength: float = 1.0
+    rank: Amount | None = None
+
+
+Strengths: TypeAlias = str | dict[str, float | ActiveFields]
+"""A choice of adapters: a name, or name -> strength."""
+
+
+class ClosedFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow_inf_nan=False):
+    """The fields of a request. There are no others, and null is as good as leaving one out."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields: object) -> object:
+        """Leave out fields that are null."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check what is wrong with fields together.
+
+        Raises:
+            RefusedField: two of them contradict each other, or one has a value that is not supported.
+        """
+
+
+class StreamOptions(pydantic.BaseModel, extra="forbid", strict=True):
+    """What a stream reports besides the answers.
+
+    Attributes:
+        include_usage: the numbers of tokens, in a last event.
+    """
+
+    include_usage: bool = False
+
+
+class SamplingFields(ClosedFields):
+    """The fields that requests for text have in common: OpenAI's, and some that vLLM's clients know.
+
+    Attributes:
+        model: an adapter, a mixture ``a:0.7+b:0.3``, or the base.
+        adapters: a choice of adapters as ``compiled.swap`` takes it, for the base; or a list with one per prompt.
+        seed: of the first answer; that of the i-th is larger by i.
+        user: is logged.
+    """
+
+    model: str
+    adapters: Strengths | list[Strengths | None] | None = None
+    max_tokens: Amount | None = None
+    temperature: Annotated[float, pydantic.Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+    n: Annotated[int, pydantic.Field(ge=1, le=MOST_CHOICES)] = 1
+    seed: Annotated[int, pydantic.Field(ge=0, lt=1 << 63)] | None = None
+    stop: str | Annotated[list[str], pydantic.Field(max_length=4)] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, Annotated[float, pydantic.Field(ge=-100, le=100)]] = {}
+    user: str = ""
+    top_k: Annotated[int, pydantic.Field(ge=0)] | None = None
+    min_p: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, pydantic.Field(gt=0)] | None = None
+
+    @property
+    @abstractmethod
+    def logprob_count(self) -> int | None:
+        """How many of the likeliest tokens are reported with each; None for no log-probability at all."""
+
+    @property
+    @abstractmethod
+    def new_tokens(self) -> int | None:
+        """The most tokens of an answer; None: as many as the server gives."""
+
+    @property
+    def stops(self) -> list[str]:
+        """The strings that end an answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def reports_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise RefusedField("stream_options", "is for streams", next_step="give 'stream': true, or leave it out")
+        if "" in self.stops:
+            raise RefusedField("stop", "holds an empty string, which would end every answer")
+
+    def options(self, defaults: JsonMapping) -> dict[str, object]:
+        """Return options of ``generate``.
+
+        Args:
+            defaults: the model's generation configuration, for what the request leaves out.
+        """
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        found: dict[str, float] = {}
+        for name, usual in sampling.items():
+            given = getattr(self, name)
+            found[name] = given if given is not None else defaults.get(name, usual)
+        drawn = {"do_sample": True, **found} if found["temperature"] else {"do_sample": False}
+        more = {name: getattr(self, name) for name in _EXTENSIONS if getattr(self, name) is not None}
+        return {**drawn, **more, **self._biases()}
+
+    def _biases(self) -> Mapping[str, object]:
+        try:
+            biases = {(int(token),): bias for token, bias in self.logit_bias.items() if bias}
+        except ValueError as error:
+            raise RefusedField("logit_bias", "has keys that are not token ids") from error
+        return {"sequence_bias": biases} if biases else {}

@@ -1,0 +1,40 @@
+"""The settings of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorac.argument_types import Count, Positive, check_fields
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """The settings of a server.
+
+    Attributes:
+        rows: the most requests at work.
+        waiting: the most requests that wait.
+        chunk: the most tokens of a prompt per step.
+        base_name: the name of the model without adapters, in requests and in ``/v1/models``.
+        keys: API key -> tenant; without any, everybody may ask.
+        max_body_bytes: the most bytes of a request.
+        max_new_tokens: the most tokens of an answer, and the number for a chat that names none.
+        deadline: seconds after which a request ends, those of waiting included; None: never.
+        pinned: adapters that stay in memory and cannot be unloaded.
+        page: whether ``/`` is a page to chat on.
+    """
+
+    rows: Count = 8
+    waiting: Count = 64
+    chunk: Count = 128
+    base_name: str = "base"
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    max_body_bytes: Count = 1 << 20
+    max_new_tokens: Count = 1024
+    deadline: Positive | None = None
+    pinned: tuple[str, ...] = ()
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)

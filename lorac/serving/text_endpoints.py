@@ -1,0 +1,99 @@
+"""The endpoints that give text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TypeVar
+
+import fastapi
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, Response
+
+from lorac.errors import LoracError
+from lorac.serving.answers import AnswerPart, Answers
+from lorac.serving.chat_fields import ChatFields
+from lorac.serving.completion_fields import CompletionFields
+from lorac.serving.connection import CLIENT_LEFT, EventStream, run_while_connected
+from lorac.serving.openai_shapes import AnswerShape, ChatShape, CompletionShape, Json
+from lorac.serving.refusals import error_body
+from lorac.serving.sampling_fields import SamplingFields
+
+FieldsT = TypeVar("FieldsT", bound=SamplingFields)
+router = fastapi.APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat(fields: ChatFields, http: fastapi.Request) -> Response:
+    """Answer a conversation."""
+    return await _answer(http, http.app.state.text.begin_chat, fields, ChatShape)
+
+
+@router.post("/v1/completions")
+async def complete(fields: CompletionFields, http: fastapi.Request) -> Response:
+    """Continue prompts."""
+    return await _answer(http, http.app.state.text.begin_completion, fields, CompletionShape)
+
+
+async def _answer(
+    http: fastapi.Request, begin: Callable[[FieldsT, str], Answers], fields: FieldsT, shape_class: type[AnswerShape]
+) -> Response:
+    answers = await run_in_threadpool(begin, fields, http.state.tenant)
+    http.state.text = answers.request
+    tokenizer = http.app.state.compiled.tokenizer
+    shape = shape_class(answers.request, tokenizer, has_logprobs=fields.logprob_count is not None)
+    parts = answers.parts()
+    if not fields.stream:
+        found = await run_while_connected(_collect(parts), http.receive)
+        if found is None:
+            return Response(status_code=CLIENT_LEFT)
+        return JSONResponse(shape.whole(found, len(answers.answers)))
+    # What fails before the first token still has a status of its own.
+    first = await run_while_connected(_first(parts), http.receive)
+    if first is None:
+        await parts.aclose()
+        return Response(status_code=CLIENT_LEFT)
+    opening = [*shape.opening(len(answers.answers)), shape.chunk(first)]
+    return EventStream(_events(_chunks(shape, opening, parts, reports_usage=fields.reports_usage)))
+
+
+async def _first(parts: AsyncGenerator[AnswerPart]) -> AnswerPart:
+    return await anext(parts)
+
+
+async def _collect(parts: AsyncGenerator[AnswerPart]) -> list[AnswerPart]:
+    async with contextlib.aclosing(parts):
+        return [part async for part in parts]
+
+
+async def _chunks(
+    shape: AnswerShape, opening: Sequence[Json], parts: AsyncGenerator[AnswerPart], *, reports_usage: bool
+) -> AsyncGenerator[Json]:
+    """Yield the objects of a stream.
+
+    Args:
+        opening: the first of them.
+        parts: the parts behind these.
+    """
+    try:
+        for chunk in opening:
+            yield chunk
+        async for part in parts:
+            yield shape.chunk(part)
+    finally:
+        await parts.aclose()
+    if reports_usage:
+        yield shape.usage()
+
+
+async def _events(chunks: AsyncGenerator[Json]) -> AsyncGenerator[str]:
+    """Yield the events of a stream; its status has been sent, so an error is an event too."""
+    try:
+        async for chunk in chunks:
+            yield json.dumps(chunk)
+        yield "[DONE]"
+    except LoracError as error:
+        yield json.dumps(error_body(error))
+    finally:
+        await chunks.aclose()

@@ -1,0 +1,177 @@
+"""Requests for text, checked and submitted."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from typing import final
+
+import torch
+
+from lorac.argument_types import JsonMapping
+from lorac.errors import InputMismatch
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.slots.choice import ChoiceSpec, parse_choice
+from lorac.runtime.scheduling.scheduler import Scheduler
+from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
+from lorac.serving.activity import ActiveRequest, Activity
+from lorac.serving.adapter_source import AdapterSource
+from lorac.serving.answer_text import AnswerText
+from lorac.serving.answers import Answer, Answers
+from lorac.serving.chat_fields import ChatFields, ResponseFormat
+from lorac.serving.chat_parsing import ChatParser, find_response_template
+from lorac.serving.choices import ChoiceReader
+from lorac.serving.completion_fields import CompletionFields
+from lorac.serving.grammar import Grammars
+from lorac.serving.penalties import CountPenalty
+from lorac.serving.refusals import RefusedField
+from lorac.serving.sampling_fields import SamplingFields
+from lorac.serving.settings import ServingSettings
+from lorac.serving.tokenizer import find_tokenizer
+
+_PLAIN = ResponseFormat(type="text")
+
+
+@final
+class TextService:
+    """Checks requests for text and submits them. Threads may share it.
+
+    Args:
+        scheduler: computes the answers.
+        source: knows the adapters.
+        settings: limits of requests.
+        activity: knows of requests while they are answered.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, source: AdapterSource, settings: ServingSettings, activity: Activity
+    ) -> None:
+        self._scheduler, self._source, self._settings, self._activity = scheduler, source, settings, activity
+        compiled = scheduler.compiled
+        self._tokenizer = find_tokenizer(compiled)
+        traits = compiled.traits[MAIN_GRAPH]
+        self._defaults: JsonMapping = traits.generation or {}
+        model_type = str(getattr(traits.config, "model_type", ""))
+        self._template = find_response_template(self._tokenizer, model_type)
+        self._lock = threading.Lock()
+
+    def begin_chat(self, fields: ChatFields, tenant: str) -> Answers:
+        """Submit a chat request.
+
+        Raises:
+            RefusedField: a field cannot be honoured.
+            LoracError: as ``Scheduler.submit``.
+        """
+        fields.check()
+        if isinstance(fields.adapters, list):
+            raise RefusedField("adapters", "is a list, and a chat has one choice", next_step="give a name or an object")
+        tools = fields.offered_tools
+        if tools and self._template is None:
+            raise RefusedField("tools", "are not supported: the model's tokenizer has no response template")
+        ids = self._encode_chat(fields.turns, tools)
+        return self._submit(fields, tenant, [ids], tools, fields.response_format)
+
+    def begin_completion(self, fields: CompletionFields, tenant: str) -> Answers:
+        """Submit a request that continues prompts; raises as ``begin_chat``."""
+        fields.check()
+        prompts = [self._encode(prompt) for prompt in fields.prompts]
+        return self._submit(fields, tenant, prompts)
+
+    def _submit(
+        self,
+        fields: SamplingFields,
+        tenant: str,
+        prompts: Sequence[Sequence[int]],
+        tools: Sequence[JsonMapping] | None = None,
+        form: ResponseFormat = _PLAIN,
+    ) -> Answers:
+        """Submit all requests of all prompts, or none.
+
+        Args:
+            tools: what a chat's answer may call; None for no chat.
+            form: of the answers.
+        """
+        reader = ChoiceReader(self._source, tenant, self._settings.base_name)
+        choices = reader.read(fields.model, fields.adapters, len(prompts))
+        rows = [(ids, choice, i) for ids, choice in zip(prompts, choices, strict=True) for i in range(fields.n)]
+        requests = [self._request(fields, tenant, *row, form) for row in rows]
+        streams = self._scheduler.submit_all(requests)
+        answers = [
+            self._answer(stream, fields.stops, ids, tools) for stream, (ids, _, _) in zip(streams, rows, strict=True)
+        ]
+        names = {name for choice in choices for name, _ in parse_choice(choice, self._scheduler.compiled.pool)}
+        request = ActiveRequest(tenant, fields.model, tuple(sorted(names)), sum(map(len, prompts)))
+        return Answers(request, answers, self._activity, has_logprobs=fields.logprob_count is not None)
+
+    def _request(
+        self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int, form: ResponseFormat
+    ) -> TextRequest:
+        options = fields.options(self._defaults)
+        processors: list[object] = []
+        if fields.presence_penalty or fields.frequency_penalty:
+            processors.append(CountPenalty(len(ids), fields.presence_penalty, fields.frequency_penalty))
+        if form.type != "text":
+            processors.append(self._grammars.processor(form, len(ids)))
+        more = {"logits_processor": processors} if processors else {}
+        return TextRequest(
+            torch.tensor(ids),
+            choice,
+            seed=None if fields.seed is None else fields.seed + i,
+            logprobs=fields.logprob_count,
+            tenant=tenant,
+            deadline=self._settings.deadline,
+            options={**options, **more, "max_new_tokens": self._new_tokens(fields.new_tokens, len(ids))},
+        )
+
+    def _new_tokens(self, wanted: int | None, prompt: int) -> int:
+        """Return the most tokens of an answer."""
+        spec = self._scheduler.compiled.engine.cache_spec(self._scheduler.component)
+        left = None if spec is None else spec.after(prompt)
+        most = self._settings.max_new_tokens
+        if left is not None and left < (wanted or 1):
+            raise InputMismatch(
+                f"the prompt has {prompt} tokens and the model positions for {max(left, 0)} more"
+                + (f", and 'max_tokens' is {wanted}" if wanted else ""),
+                next_step="shorten the prompt, or ask for fewer tokens",
+            )
+        if wanted is not None and wanted > most:
+            raise RefusedField("max_tokens", f"is {wanted}, and this server gives {most} at most")
+        return wanted or min(most, left or most)
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        ends = self._defaults.get("eos_token_id", [])
+        spec = self._scheduler.compiled.engine.cache_spec(self._scheduler.component)
+        assert spec is not None
+        return Grammars(self._tokenizer, spec.vocabulary, ends if isinstance(ends, list) else [ends])
+
+    def _answer(
+        self, stream: TokenStream, stops: Sequence[str], ids: Sequence[int], tools: Sequence[JsonMapping] | None
+    ) -> Answer:
+        parser = None
+        if tools is not None and self._template is not None:
+            parser = ChatParser(self._tokenizer, self._template, self._tokenizer.decode(ids), tools)
+        return Answer(stream, AnswerText(self._tokenizer, stops, special=parser is not None), parser)
+
+    def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        with self._lock:  # it keeps settings of padding, which calls change
+            ids = self._tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise RefusedField("prompt", "is empty")
+        return ids
+
+    def _encode_chat(self, turns: Sequence[JsonMapping], tools: Sequence[JsonMapping]) -> Sequence[int]:
+        if not self._tokenizer.chat_template:
+            raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
+        try:
+            with self._lock:
+                found = self._tokenizer.apply_chat_template(
+                    turns, tools=tools or None, add_generation_prompt=True, return_dict=True
+                )
+        except Exception as error:  # a template is a program of the model's author, and may raise anything
+            reason = str(error).strip().partition("\n")[0]
+            raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error
+        return found["input_ids"]

@@ -1,0 +1,82 @@
+"""A tiny decoder with two adapters and a tokenizer of characters, served in a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import fastapi
+import torch
+import transformers
+import uvicorn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import lorac
+from lorac.serving import ServingSettings, build_app
+from lorac.testing import adapter_away
+from tests.decoders import DECODERS, VOCABULARY
+from tests.runtime.test_cache import IDS
+
+TEMPLATE = "{% for turn in messages %}{{ turn['role'][0] }}{{ turn['content'] }};{% endfor %}"
+
+
+def make_tokenizer() -> Any:
+    """A token for each printable character but one: the model has no more."""
+    characters = ["Ġ", *map(chr, range(33, 126))]
+    vocabulary = {name: place for place, name in enumerate(["<pad>", "<s>", "</s>", *characters])}
+    assert len(vocabulary) == VOCABULARY
+    inner = Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_compiled() -> Any:
+    host = DECODERS["llama"]()
+    variants = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"])}
+    adapters = [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
+    compiled = lorac.compile(host, adapters, target="onnxruntime", active=None, cache=True, self_test=False)
+    compiled.tokenizer = make_tokenizer()
+    return compiled
+
+
+@contextlib.contextmanager
+def serve(app: fastapi.FastAPI) -> Iterator[str]:
+    """Run an app for a block; its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
+    started, startup = threading.Event(), server.startup
+
+    async def announce(*given: Any, **more: Any) -> None:
+        await startup(*given, **more)
+        started.set()
+
+    server.startup = announce  # type: ignore[method-assign]  # tells when it listens
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert started.wait(60)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def alone(compiled: Any, text: str, choice: Any = None, **options: Any) -> str:
+    """What generate answers to a prompt by itself."""
+    ids = torch.tensor([compiled.tokenizer(text)["input_ids"]])
+    found = compiled.generate(ids, adapters=choice, **options)
+    return str(compiled.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def settings(**given: Any) -> ServingSettings:
+    return ServingSettings(**{"max_new_tokens": 40, "chunk": 8, **given})
+
+
+def make_app(compiled: Any, **given: Any) -> fastapi.FastAPI:
+    return build_app(compiled, settings(**given))
