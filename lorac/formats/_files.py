@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from math import prod
 from pathlib import Path
@@ -23,12 +24,19 @@ from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
-from lorac.storage.tensor_file import DTYPES, agrees_with_hash, hash_contents, read_tensor, write_safetensors
+from lorac.storage.tensor_file import (
+    DTYPES,
+    TensorPlace,
+    agrees_with_hash,
+    hash_contents,
+    read_tensors,
+    write_safetensors,
+)
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
-_TOGETHER = 16
-"""Tensors that are read and then checked."""
+_PART = 32 << 20
+"""Bytes of tensors that are read at a time, each such part by a thread."""
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 LONGEST_NAME = 1000
 """Characters of a tensor's name, which patterns are matched against."""
@@ -70,7 +78,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_header(path)[0]
 
 
-def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtype, list[int], int]]]:
+def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorPlace]]:
     """Return the metadata, and the dtype, shape and first byte of every tensor."""
     known, size = _read_raw_header(path)
     header = {name: entry for name, entry in known.items() if name != "__metadata__"}
@@ -83,7 +91,8 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[torch.dtyp
     entries: JsonMapping = header
     first = path.stat().st_size - size
     return metadata, {
-        name: (DTYPES[entry["dtype"]], entry["shape"], first + offsets[name][0]) for name, entry in entries.items()
+        name: TensorPlace(DTYPES[entry["dtype"]], entry["shape"], first + offsets[name][0])
+        for name, entry in entries.items()
     }
 
 
@@ -167,15 +176,30 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _corrupt(path, str(error)) from error
 
 
-def _read_tensors(path: Path, places: Mapping[str, tuple[torch.dtype, list[int], int]]) -> dict[str, Tensor]:
-    """Read tensors, and check some at a time, so that what is checked still lies in the processor's cache."""
-    tensors, names = dict[str, Tensor](), list(places)
-    with pause_clock(), path.open("rb", buffering=0) as file:
-        for first in range(0, len(names), _TOGETHER):
-            part = {name: read_tensor(file, *places[name]) for name in names[first : first + _TOGETHER]}
+def _read_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
+    """Read tensors, and check those of one part while the next ones are read."""
+    tensors = dict[str, Tensor]()
+    with pause_clock(), ThreadPoolExecutor() as readers:
+        for part in readers.map(functools.partial(_read_part, path), _split_parts(places)):
             check_finite(part, f"'{path}'")
             tensors |= part
     return tensors
+
+
+def _read_part(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
+    with path.open("rb", buffering=0) as file:
+        return read_tensors(file, places)
+
+
+def _split_parts(places: Mapping[str, TensorPlace]) -> list[dict[str, TensorPlace]]:
+    parts, size = list[dict[str, TensorPlace]](), _PART
+    for name, place in places.items():
+        if size + place.size > _PART:
+            parts.append({})
+            size = 0
+        parts[-1][name] = place
+        size += place.size
+    return parts
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:

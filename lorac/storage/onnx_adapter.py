@@ -10,14 +10,13 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
-from math import prod
 from pathlib import Path
 
 import torch
 
 from lorac.errors import FormatError, Unavailable
 from lorac.limits import check_time, claim_memory, pause_clock
-from lorac.storage.tensor_file import read_tensor
+from lorac.storage.tensor_file import TensorPlace, read_tensors
 
 Tensor = torch.Tensor
 MAGIC = b"TORT"
@@ -93,19 +92,7 @@ def read_onnx_adapter(path: Path, refuse: Callable[[str], FormatError]) -> dict[
             raise refuse(str(error)) from error
         claim_memory(sum(place.size for place in places.values()) - path.stat().st_size, "its tensors share bytes")
         with pause_clock():
-            return {name: read_tensor(file, one.dtype, one.shape, one.begin) for name, one in places.items()}
-
-
-@dataclass(frozen=True)
-class _StoredParameter:
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def size(self) -> int:
-        """Length in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
+            return read_tensors(file, places)
 
 
 @dataclass(frozen=True)
@@ -115,7 +102,7 @@ class _FlatBuffer:
     file: BufferedReader
     length: int
 
-    def parameters(self) -> dict[str, _StoredParameter]:
+    def parameters(self) -> dict[str, TensorPlace]:
         """Return the places of all tensors by name.
 
         Raises:
@@ -125,7 +112,7 @@ class _FlatBuffer:
             raise ValueError("it is no adapter of ONNX Runtime")
         vector = self._field(self._follow(0), _PARAMETERS)
         first, count = (0, 0) if vector is None else self._vector(vector, 4)
-        found: dict[str, _StoredParameter] = {}
+        found: dict[str, TensorPlace] = {}
         for index in range(count):
             check_time(index)
             name, place = self._parameter(self._follow(first + 4 * index))
@@ -134,7 +121,7 @@ class _FlatBuffer:
             found[name] = place
         return found
 
-    def _parameter(self, table: int) -> tuple[str, _StoredParameter]:
+    def _parameter(self, table: int) -> tuple[str, TensorPlace]:
         name, dims, kind, data = (self._field(table, field) for field in (_NAME, _DIMS, _TYPE, _DATA))
         if name is None or data is None:
             raise ValueError("a parameter lacks its name or its values")
@@ -150,7 +137,7 @@ class _FlatBuffer:
         if number not in _DTYPES:
             raise ValueError(f"'{text}' has the data type {number}, which is none of {', '.join(map(str, _DTYPES))}")
         begin, size = self._vector(data, 1)
-        place = _StoredParameter(_DTYPES[number], shape, begin)
+        place = TensorPlace(_DTYPES[number], shape, begin)
         if min(shape, default=0) < 0 or place.size != size:
             raise ValueError(f"'{text}' is {place.dtype} {shape}, but has {size} bytes")
         return text, place

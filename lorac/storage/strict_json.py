@@ -6,10 +6,11 @@ reader of the value would fail. What is refused in a file is never written eithe
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ MAX_DEPTH = 100
 Json = Any
 """A value of JSON; whoever reads it checks what it is."""
 JsonObject = dict[str, Json]
+_SCALARS = (str, int, float, type(None))
 _BITS = 64
 _PER_VALUE = 64
 """Most bytes of a parsed value besides its text; every comma and bracket may begin one."""
@@ -95,27 +97,22 @@ def _check(value: Json) -> None:
     """Check every part of a value, level by level, so that depth needs no recursion."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        inner: list[Json] = []
-        for index, item in enumerate(level):
-            check_time(index)
-            _check_one(item, inner)
-        level = inner
+        check_time()
+        # Half of a surrogate pair could neither be printed nor written.
+        "".join(item for item in level if isinstance(item, str)).encode("utf-8")
+        if bad := [item for item in level if isinstance(item, float) and not math.isfinite(item)]:
+            raise ValueError(f"{bad[0]} is not a finite number")
+        bits = max((item.bit_length() for item in level if isinstance(item, int)), default=0)
+        if bits > _BITS:
+            raise ValueError(f"it holds an integer of {bits} bits, more than {_BITS}")
+        groups = [item for item in level if not isinstance(item, _SCALARS)]
+        level = list(itertools.chain.from_iterable(map(_parts_of, groups)))
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} values")
 
 
-def _check_one(value: Json, inner: list[Json]) -> None:
-    """Check a value alone, and collect its parts."""
-    if isinstance(value, str):
-        value.encode("utf-8")  # half of a surrogate pair could neither be printed nor written
-    elif isinstance(value, int):
-        if value.bit_length() > _BITS:
-            raise ValueError(f"it holds an integer of {value.bit_length()} bits, more than {_BITS}")
-    elif isinstance(value, list | tuple):
-        inner += value
-    elif isinstance(value, dict | Mapping):  # the first is what a parser makes, and found much faster
-        inner += value
-        inner += value.values()
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is not a finite number")
+def _parts_of(value: Json) -> Iterable[Json]:
+    if isinstance(value, list | tuple):
+        return value
+    return itertools.chain(value, value.values()) if isinstance(value, Mapping) else ()

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -44,6 +45,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_ALIGNMENT = 64
+"""Bytes; torch's own allocations begin at such multiples."""
+_MANY_BYTES = 1 << 26
+"""Bytes that are worth flushing while more are computed."""
 _FEW_BYTES = 1 << 20
 """Bytes that one thread hashes as fast as several."""
 _EARLIER_LENGTH = 32
@@ -74,31 +79,62 @@ def write_safetensors(
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = dump_json(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as flusher:
         written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
+        flushed, unflushed = flusher.submit(file.flush), 0
         for name in names:
             values = raw_bytes(tensors[name])  # may take as long to make as the tensor before takes to be written
-            written.result()
+            unflushed += written.result()
+            if unflushed > _MANY_BYTES and flushed.done():
+                flushed.result()
+                flushed, unflushed = flusher.submit(os.fsync, file.fileno()), 0  # the disk need not wait for the end
             written = writer.submit(file.write, values)
         written.result()
+        flushed.result()
 
 
-def read_tensor(file: FileIO | BufferedReader, dtype: torch.dtype, shape: Sequence[int], begin: int) -> Tensor:
-    """Return a tensor in memory of its own, copied once from an open file.
+class TensorPlace(NamedTuple):
+    """The dtype and shape of a tensor in a file, and its first byte."""
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+    begin: int
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return _size_of(self.dtype, self.shape)
+
+
+def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
+    """Return tensors in memory of their own, copied once from an open file.
+
+    They share one allocation, which takes half the time of one for each: NumPy asks for huge pages.
 
     Raises:
-        EOFError: the file ends before the tensor does.
+        EOFError: the file ends before a tensor does.
     """
-    tensor = torch.empty(tuple(shape), dtype=dtype)
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    left = memoryview(values)
-    file.seek(begin)
+    offsets, end = dict[str, int](), 0
+    for name, place in places.items():
+        offsets[name], end = end, end + -(-place.size // _ALIGNMENT) * _ALIGNMENT
+    memory = np.empty(end + _ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return {name: _read_into(memory, first + offsets[name], file, place) for name, place in places.items()}
+
+
+def _read_into(memory: np.ndarray, offset: int, file: FileIO | BufferedReader, place: TensorPlace) -> Tensor:
+    """Read a tensor, which owns a part of the memory, so that saving or copying it leaves out the others."""
+    count, shape = place.size // place.dtype.itemsize, tuple(place.shape)
+    if not count:
+        return torch.empty(shape, dtype=place.dtype)
+    left = memory.data[offset : offset + place.size]
+    file.seek(place.begin)
     while left:
-        count = file.readinto(left)
-        if not count:
+        read = file.readinto(left)
+        if not read:
             raise EOFError(f"it ends {len(left)} bytes before a tensor does")
-        left = left[count:]
-    return tensor
+        left = left[read:]
+    return torch.frombuffer(memory, dtype=place.dtype, count=count, offset=offset).view(shape)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

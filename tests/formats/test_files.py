@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorac.formats import _files
 from lorac.formats._files import (
     peek_metadata,
     read_json,
@@ -177,3 +178,22 @@ def test_damaged_pickles(tmp_path: Path) -> None:
         (tmp_path / "x.bin").write_bytes(damaged)
         with refuses("corrupt_file"):
             read_pickle(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("part", [1, 100, 1 << 20])
+def test_tensors_of_a_part_are_apart_from_each_other(
+    tmp_path: Path, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read into one allocation, but each owns its bytes alone, aligned as torch's own."""
+    monkeypatch.setattr(_files, "_PART", part)
+    dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64]
+    stored = {f"t{i}": torch.arange(7 * i).reshape(i, 7).to(dtypes[i % 5]) for i in range(9)}
+    save_file(stored, tmp_path / "x", {"odd": "1" * 3})
+    tensors, _ = read_safetensors(tmp_path / "x")
+    assert tensors.keys() == stored.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, stored[name])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert tensor.data_ptr() % 64 == 0
+    tensors["t3"].fill_(1)
+    assert all(torch.equal(tensors[name], stored[name]) for name in stored if name != "t3")

@@ -345,7 +345,7 @@ def test_an_adapter_lies_on_disk_once_where_only_lorac_reads_it(tmp_path: Path) 
 
 def test_headers_alone_are_read(compiled: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But of files that a format asks for values."""
-    monkeypatch.setattr("lorac.formats._files.read_tensor", None)
+    monkeypatch.setattr("lorac.formats._files.read_tensors", None)
     registry = AdapterRegistry(compiled.session)
     for i in range(6):
         registry._check(f"new{i}", folder / (f"n{i}" if i % 2 else f"n{i}.safetensors"))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.limits import check_time, claim_memory, pause_clock
-from lorac.storage.tensor_file import read_tensor
+from lorac.storage.tensor_file import TensorPlace, read_tensors
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -76,6 +76,12 @@ class _Place:
             return prod(self.shape) // _Q8_0_VALUES * _Q8_0_BYTES
         return prod(self.shape) * _DTYPES[self.kind].itemsize
 
+    def stored(self, begin: int) -> TensorPlace:
+        """Return the place in a file whose tensors begin at a byte; blocks are rows of bytes."""
+        if self.kind == _Q8_0:
+            return TensorPlace(torch.uint8, (self.size // _Q8_0_BYTES, _Q8_0_BYTES), begin + self.begin)
+        return TensorPlace(_DTYPES[self.kind], self.shape, begin + self.begin)
+
 
 @dataclass(frozen=True)
 class _Reader:
@@ -107,7 +113,8 @@ class _Reader:
         begin = -(-self.file.tell() // alignment) * alignment
         self._check_places(places, begin, alignment)
         with pause_clock():
-            return GgufFile(fields, {name: self._tensor(place, begin) for name, place in places.items()})
+            stored = read_tensors(self.file, {name: place.stored(begin) for name, place in places.items()})
+            return GgufFile(fields, {name: _unpack(stored[name], place) for name, place in places.items()})
 
     def _fields(self, count: int) -> dict[str, object]:
         fields: dict[str, object] = {}
@@ -165,14 +172,6 @@ class _Reader:
         if places and self.length - begin - reached > 0:
             raise ValueError(f"{self.length - begin - reached} bytes at its end belong to no tensor")
 
-    def _tensor(self, place: _Place, begin: int) -> Tensor:
-        if place.kind != _Q8_0:
-            return read_tensor(self.file, _DTYPES[place.kind], place.shape, begin + place.begin)
-        claim_memory(4 * prod(place.shape), "its blocks are unpacked")
-        raw = read_tensor(self.file, torch.uint8, (place.size // _Q8_0_BYTES, _Q8_0_BYTES), begin + place.begin).numpy()
-        scales = np.ascontiguousarray(raw[:, :2]).view(np.float16).astype(np.float32)
-        return torch.from_numpy(scales * raw[:, 2:].view(np.int8)).reshape(place.shape)
-
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._take(struct.calcsize(form)))[0]
 
@@ -195,3 +194,12 @@ class _Reader:
         if self.file.tell() + count > self.length:
             raise ValueError(f"it ends at byte {self.length}, within its header")
         self.file.seek(count, 1)
+
+
+def _unpack(stored: Tensor, place: _Place) -> Tensor:
+    if place.kind != _Q8_0:
+        return stored
+    claim_memory(4 * prod(place.shape), "its blocks are unpacked")
+    raw = stored.numpy()
+    scales = np.ascontiguousarray(raw[:, :2]).view(np.float16).astype(np.float32)
+    return torch.from_numpy(scales * raw[:, 2:].view(np.int8)).reshape(place.shape)
