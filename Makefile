@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser test test-slow test-gpu durations soak soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser wheel-native test test-slow test-gpu durations soak soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -20,6 +20,9 @@ demo: $(STAMP) ## Train two adapters, compile both for ONNX Runtime and swap the
 
 denoiser: $(STAMP) ## Train the tiny denoiser of experiments on diffusion, once (about 15 minutes)
 	$(BIN)/python -m examples.denoiser
+
+wheel-native: $(STAMP) ## Build lorac-native, an op for ONNX Runtime, as a wheel in dist/ (needs CMake and a C++ compiler)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./native
 
 test: $(STAMP) ## Run the test suite
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal --junitxml build/tests.xml

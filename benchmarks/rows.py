@@ -1,7 +1,7 @@
 """Rows with adapters of their own in one call, beside the base, PEFT's `adapter_names` and a call per choice.
 
     python -m benchmarks.rows [--layers 20] [--rank 16] [--rounds 9] [--no-peft]
-        [--weights float32 int4] [--rows 32] [--registered 2000]
+        [--weights float32 int4] [--rows 32] [--registered 2000] [--native auto]
 
 A batch of 32 rows takes 1, 8 or 32 adapters, neighbours the same one, in ONNX Runtime or, with `--weights eager`, in
 eager mode. All ratios are to the base of the same weights; PEFT's is to its own. "bytes" is how long the process takes
@@ -11,7 +11,10 @@ place of its own.
 A second table has thousands of registered adapters: a step of 32 rows over 8 of them, and the first token of one that
 is read from disk.
 
-Targets at one token: 8 adapters <= 1.20, 32 adapters <= 1.35 and <= 1.15 x (base + bytes), 32 adapters at least 4 x as
+``--native`` chooses whether the op of lorac-native is used ("auto": where it is installed).
+
+Targets at one token, with that op: 8 adapters <= 1.20 (int4) and 1.10 (float32), 32 adapters <= 1.35 and 1.20, and
+<= 1.15 x (base + bytes), 32 adapters at least 4 x as
 fast as PEFT; at 16 tokens all <= 1.12; steps and first tokens within A/A however many are registered, each of which
 takes at most 10 kB.
 """
@@ -31,6 +34,7 @@ from benchmarks import bank, common
 ROWS, DISTINCT = 32, (1, 8, 9, 32)
 EAGER = "eager"
 WEIGHTS = ("float32", "int4")
+NATIVE: dict[str, bool | str] = {"auto": "auto", "no": False, "yes": True, "float16": "float16"}
 BASE, AGAIN, CALLS, READ = "base", "A/A", "a call per choice", "bytes of all"
 PEFT_BASE, PEFT = "PEFT's base", "PEFT, all"
 STEP, FIRST, BYTES = "step", "first token", "bytes each"
@@ -88,7 +92,8 @@ def _measure_registered(given: argparse.Namespace) -> dict[str, dict[str, float]
     import lorac
 
     folder = Path(given.folder)
-    live, base = (lorac.load(folder / _emitted(given)[0] / name) for name in ("live", "base"))
+    live = lorac.load(folder / _emitted(given)[0] / "live", native=NATIVE[given.native])
+    base = lorac.load(folder / _emitted(given)[0] / "base")
     live.remove_adapter("a0")
     live.register(folder / "adapters" / "one")  # what the first takes, such as a search of the model, no other does
     inputs, first = common.tokens(given, (ROWS, 1)), common.tokens(given, (1, 16))
@@ -122,7 +127,11 @@ def _loaded(weights: str, given: argparse.Namespace) -> tuple[Any, Any, Any]:
         model = common.llama(given)
         return lorac.compile(model, {"a0": lorac.LoRA(r=given.rank, alpha=given.rank)}, mode="live"), model, model
     folder = Path(given.folder, weights)
-    return lorac.load(folder / "live"), lorac.load(folder / "base"), lorac.load(folder / "base")
+    return (
+        lorac.load(folder / "live", native=NATIVE[given.native]),
+        lorac.load(folder / "base"),
+        lorac.load(folder / "base"),
+    )
 
 
 def _distinct(given: argparse.Namespace) -> list[int]:
@@ -202,7 +211,7 @@ def _table(weights: str, by_length: Any, given: argparse.Namespace) -> common.Ta
         rows.append((shape, f"{most} / (base + bytes)", "", f"{bound:.3f}"))
         if PEFT in sides:
             rows.append((shape, f"{PEFT} / {most}", "", f"{sides[PEFT] / sides[most]:.2f}"))
-    title = f"{given.rows} rows over distinct adapters, {weights}"
+    title = f"{given.rows} rows over distinct adapters, {weights}, native op: {given.native}"
     return common.Table(title, ("shape", "side", "ms", "ratio"), rows, promised(weights, given), again)
 
 
@@ -231,6 +240,7 @@ BENCHMARK = common.Benchmark(
             "weights", WEIGHTS, smoke=("float32",), help="of the base, or eager mode", choices=(*WEIGHTS, EAGER)
         ),
         common.Option("rows", ROWS, smoke=ROWS, help="of a batch over distinct adapters"),
+        common.Option("native", "auto", smoke="no", help="whether lorac-native is used", choices=tuple(NATIVE)),
         common.Option("peft", True, smoke=True, help="measure PEFT too"),
         common.Option("registered", 2000, smoke=32, help="adapters on disk, in the end"),
     ),

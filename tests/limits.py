@@ -45,6 +45,11 @@ LOSSES = 1e-6
 """How far the losses of the first twenty steps may be from TRL's with PEFT's LoRA: float32 rounds off a tenth of it."""
 NEAR_TIE = 1e-3
 """Below this distance between the two likeliest tokens' logits their order is rounding (float32, a whole model)."""
+NATIVE = 1e-6
+"""How far the native op may be from ONNX Runtime's own ops, as a share of what adapters add (float32): sums of the same
+numbers in another order."""
+NATIVE_HALF = 1e-3
+"""How far float16 factors may move what adapters add, as a share of it: each is rounded by up to 2^-11."""
 READING = 1.5
 """Processor time that reading a file may take beyond the budget that is set for it, in seconds: the last step is not
 interrupted, and the first load of anything imports."""

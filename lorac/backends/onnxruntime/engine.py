@@ -25,9 +25,10 @@ from lorac.backends.onnxruntime.kv_cache import (
     run_decode_step,
     split_padding,
 )
-from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
+from lorac.backends.onnxruntime.options import FLOAT16, OnnxRuntimeOptions
 from lorac.errors import Unavailable
 from lorac.frontend.components import check_component, get_encoder_graph_name
+from lorac.ir.algebra import operands
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encoder_output
 from lorac.ir.graph.feeds import convert_input, make_empty_cache, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
@@ -53,6 +54,7 @@ class GraphSession:
         outputs: names of the session's outputs.
         dtypes: the dtype of every input; None for one that torch does not have.
         cache: what the graph has for a cache; None where it keeps none.
+        narrow_slots: names of the slots in float16.
     """
 
     def __init__(self, session: ort.InferenceSession, interface: Interface, slots: Mapping[str, SlotInput]) -> None:
@@ -60,6 +62,8 @@ class GraphSession:
         self.outputs = [output.name for output in session.get_outputs()]
         self.dtypes = {value.name: TORCH_DTYPES.get(value.type) for value in session.get_inputs()}
         self.cache = CacheLayout.of(session)
+        values = (*session.get_inputs(), *session.get_overridable_initializers())
+        self.narrow_slots = {value.name for value in values if value.name in slots and value.type == "tensor(float16)"}
 
     def read_encoder(self, encoder: GraphSession) -> None:
         """Note which inputs of an encoder have to be given before the graph runs."""
@@ -101,6 +105,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
     def __init__(self, program: LoadedProgram[GraphSession, OnnxRuntimeOptions]) -> None:
         self.device_memory = memory_at(program.options.place)
+        self._narrow_slots = frozenset[str]().union(*(graph.narrow_slots for graph in program.graphs.values()))
         super().__init__(program)
         for name, graph in self.graphs.items():
             if (encoder := self.graphs.get(get_encoder_graph_name(name))) is not None:
@@ -114,7 +119,8 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotValues:
         """Return values over the tensors; a tensor that lies where sessions read it is not copied."""
-        content = SlotValues(self.device_memory, tensors)
+        narrow = {name: tensor.half() for name, tensor in tensors.items() if name in self._narrow_slots}
+        content = SlotValues(self.device_memory, {**tensors, **narrow})
         if self.device_memory.copies:  # now, instead of in the first call
             _ = content.values
         return content
@@ -123,12 +129,23 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         return self.device_memory.fused(self.plans, self.base)
 
     def machine_notes(self, graph: GraphSession) -> tuple[str, ...]:
-        """Say which ops of a session on a GPU the CPU computes; another machine may do otherwise."""
+        """Say which ops of a session on a GPU the CPU computes, or by which ops adapters are added on the CPU."""
         ops = ops_on_cpu(graph.session)
         if not ops:
-            return ()
+            return self._native_notes(graph)
         listed = ", ".join(f"{op} ({count})" if count > 1 else op for op, count in ops.items())
         return (f"the CPU computes, inside each call on {graph.session.get_providers()[0]}: {listed}",)
+
+    def _native_notes(self, graph: GraphSession) -> tuple[str, ...]:
+        """Say whether the op of lorac-native adds low-rank adapters, where there may be any."""
+        pairs = sum(slot.role == operands.A for slot in graph.slots.values())
+        if not pairs or not self.options.may_use_native:
+            return ()
+        library, layers = self.options.native_library, graph.session.lorac_native_layers
+        if library is None:
+            return ("ONNX Runtime's own ops add adapters; pip install 'lorac[native]' adds them by one op (faster)",)
+        factors = ", factors in float16" if self.options.native == FLOAT16 else ""
+        return (f"lorac-native adds the adapters of {layers} of {pairs} sites ({library.kernels}{factors})",)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
         """Note which choice was written: constants that were made from it serve again."""

@@ -16,7 +16,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKern
 
 from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, read_model_files, walk_subgraphs
 from lorac.backends.onnxruntime.devices.providers import start_session
-from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, OnnxRuntimeOptions
+from lorac.backends.onnxruntime.native_op import use_native_op
+from lorac.backends.onnxruntime.options import FLOAT16, FLOAT32_LEVEL, OnnxRuntimeOptions
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE
 from lorac.target.engine import ProgramFiles
 
@@ -112,6 +113,10 @@ def _start_session(
     if not rounds:
         _compute_in_float32(model.graph)
     settings = session_options(options)
+    library = options.native_library
+    native_layers = use_native_op(model, half=options.native == FLOAT16) if library is not None else 0
+    if library is not None and native_layers:
+        settings.register_custom_ops_library(library.path)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     handed = _make_constants(model, stored, constants)
     weights = {name: array for name, array in weights.items() if name not in handed}
@@ -130,6 +135,7 @@ def _start_session(
 
         raise missing_kernel_error(model, error) from error
     session.lorac_constants = handed  # the session reads the arrays for as long as it lives
+    session.lorac_native_layers = native_layers
     _release_pages(weights)
     return session
 

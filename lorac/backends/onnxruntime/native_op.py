@@ -1,0 +1,240 @@
+"""The op of the package lorac-native, put in the place of the ops of low-rank pairs when a session is created.
+
+What a pair makes of a layer's input is three ops: two products, with matrices that are not known before the call, and
+a sum. For a row of one token each takes longer to start than to compute. ``lorac.native::AddLowRank`` does the work of
+all of them, for all layers of a fused projection at once, whose outputs it writes apart as ``Split`` would.
+
+A saved program has the standard ops, whoever wrote it, so it runs everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto, helper
+
+from lorac.backends.onnx.model_files import walk_subgraphs
+from lorac.ir.algebra import operands
+
+DOMAIN, OP = "lorac.native", "AddLowRank"
+_PAIR = 1
+_SCALES = {operands.G: 2, operands.H: 4, operands.C: 8}
+"""Operand -> its bit in the attribute ``parts``, in the order of the op's inputs, which follow the pair."""
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """The library of lorac-native.
+
+    Attributes:
+        path: its file.
+        kernels: the instruction set that it uses on this processor.
+    """
+
+    path: str
+    kernels: str
+
+
+@functools.cache
+def find_native_library() -> NativeLibrary | None:
+    """Return the library, or None where lorac-native is not installed."""
+    try:
+        path: str = importlib.import_module("lorac_native").LIBRARY
+    except ModuleNotFoundError:
+        return None
+    describe = ctypes.CDLL(path).LoracNativeKernels
+    describe.restype = ctypes.c_char_p
+    return NativeLibrary(path, describe().decode())
+
+
+def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
+    """Replace the ops of low-rank pairs by the op of lorac-native.
+
+    Args:
+        model: edited in place.
+        half: whether slots of pairs become inputs in float16.
+
+    Returns:
+        How many layers the op computes now.
+    """
+    finder = _LayerFinder(model.graph)
+    groups = list(finder.find_groups())
+    if not groups:
+        return 0
+    ops = {id(group.where): group.make_node() for group in groups}
+    removed = {id(node) for group in groups for node in group.replaced}
+    nodes = [ops.get(id(node), node) for node in model.graph.node if id(node) in ops or id(node) not in removed]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    model.opset_import.add(domain=DOMAIN, version=1)
+    layers = [layer for group in groups for layer in group.layers if layer.parts]
+    if half:
+        _narrow(model.graph, {name for layer in layers for name in layer.operands[:2]})
+    return len(layers)
+
+
+def _narrow(graph: onnx.GraphProto, names: set[str]) -> None:
+    """Make slots float16; their defaults too."""
+    for value in graph.input:
+        if value.name in names:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for tensor in graph.initializer:
+        if tensor.name in names:
+            narrow = onnx.numpy_helper.to_array(tensor).astype("float16")
+            tensor.CopyFrom(onnx.numpy_helper.from_array(narrow, tensor.name))
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer whose product and pair are summed.
+
+    Attributes:
+        output, base, x: names of its output, of what the pair is added to, and of what the pair reads.
+        parts: the bits of ``operands``; 0 for a layer without an adapter, whose output is its base.
+        operands: names of slots, in the order of the op's inputs.
+        nodes: the ops that compute the output from the other values.
+    """
+
+    output: str
+    base: str
+    x: str
+    parts: int = 0
+    operands: Sequence[str] = ()
+    nodes: Sequence[onnx.NodeProto] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Layers that one op computes.
+
+    Attributes:
+        base: the name of their products, side by side.
+        widths: their numbers of features.
+        where: the op in whose place the op is put; it is the last that is replaced, or before all readers.
+    """
+
+    base: str
+    layers: Sequence[_Layer]
+    widths: Sequence[int]
+    where: onnx.NodeProto
+    replaced: Sequence[onnx.NodeProto]
+
+    def make_node(self) -> onnx.NodeProto:
+        """Return the op."""
+        first = next(layer for layer in self.layers if layer.parts)
+        inputs = [first.x, self.base, *(name for layer in self.layers for name in layer.operands)]
+        outputs, parts = [layer.output for layer in self.layers], [layer.parts for layer in self.layers]
+        node = helper.make_node(OP, inputs, outputs, first.nodes[-1].name, domain=DOMAIN)
+        for name, numbers in {"widths": self.widths, "parts": parts}.items():
+            node.attribute.append(helper.make_attribute(name, numbers))
+        node.metadata_props.extend(first.nodes[-1].metadata_props)
+        return node
+
+
+class _LayerFinder:
+    """Finds the layers of a graph to which low-rank pairs are added."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._nodes = list(graph.node)
+        self._makers = {name: node for node in self._nodes for name in node.output}
+        self._places = {id(node): place for place, node in enumerate(self._nodes)}
+        inner = [node for part in walk_subgraphs(graph) for node in part.node]
+        self._uses = Counter(name for node in (*self._nodes, *inner) for name in node.input)
+        self._uses.update(value.name for value in graph.output)
+        values = (*graph.value_info, *graph.input, *graph.output)
+        self._shapes = {value.name: _shape_of(value) for value in values}
+        floats = [value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.FLOAT]
+        self._roles = {name: role for name in floats for path, _, role in [name.rpartition(":")] if path}
+
+    def find_groups(self) -> Iterator[_Group]:
+        """Yield the layers of each fused projection, and each other layer alone."""
+        layers = [layer for node in self._nodes if (layer := self._find_layer(node)) is not None]
+        by_base = {layer.base: layer for layer in layers}
+        grouped: set[str] = set()
+        for split in self._nodes:
+            group = self._join(split, by_base) if split.op_type == "Split" else None
+            if group is not None:
+                grouped.update(split.output)
+                yield group
+        for layer in layers:
+            width = self._shapes[layer.output][-1]
+            if layer.base not in grouped and isinstance(width, int):
+                yield _Group(layer.base, [layer], [width], layer.nodes[-1], layer.nodes)
+
+    def _join(self, split: onnx.NodeProto, by_base: dict[str, _Layer]) -> _Group | None:
+        """Return the layers whose products a ``Split`` takes apart; None where one op cannot compute them."""
+        found = [by_base.get(name) for name in split.output]
+        read = {layer.x for layer in found if layer is not None}
+        shape, widths = (
+            self._shapes.get(split.input[0], ()),
+            [self._shapes.get(name, ("",))[-1] for name in split.output],
+        )
+        axis = next((attribute.i for attribute in split.attribute if attribute.name == "axis"), 0)
+        sizes = [width for width in widths if isinstance(width, int)]
+        if len(read) != 1 or axis not in (-1, len(shape) - 1) or len(sizes) != len(widths):
+            return None
+        x = next(iter(read))
+        if x in self._makers and self._places[id(self._makers[x])] > self._places[id(split)]:
+            return None
+        layers = [layer or _Layer(name, name, x) for layer, name in zip(found, split.output, strict=True)]
+        return _Group(
+            split.input[0], layers, sizes, split, [split, *(node for layer in layers for node in layer.nodes)]
+        )
+
+    def _find_layer(self, last: onnx.NodeProto) -> _Layer | None:
+        """Return the layer whose output an op computes, ``c∘base + h∘((x·A)∘g)·B``; None for any other op."""
+        sums = last.op_type == "Gemm" and len(last.input) == 3 and not last.attribute
+        if sums and self._roles.get(last.input[1]) == operands.B:
+            return self._complete(last, last.input[2], last.input[0], {operands.B: last.input[1]}, [])
+        for base, product in (last.input, reversed(last.input)) if last.op_type == "Add" else ():
+            slots, nodes = dict[str, str](), list[onnx.NodeProto]()
+            u = self._take("MatMul", operands.B, self._take("Mul", operands.H, product, slots, nodes), slots, nodes)
+            if operands.B in slots:
+                return self._complete(last, base, u, slots, nodes)
+        return None
+
+    def _complete(
+        self, last: onnx.NodeProto, base: str, u: str, slots: dict[str, str], nodes: list[onnx.NodeProto]
+    ) -> _Layer | None:
+        """Return a layer from its output's op backwards: u = (x·A)∘g, and the base's product with its scale."""
+        x = self._take("MatMul", operands.A, self._take("Mul", operands.G, u, slots, nodes), slots, nodes)
+        base = self._take("Mul", operands.C, base, slots, nodes)
+        output, base_shape, x_shape = (self._shapes.get(name, ()) for name in (last.output[0], base, x))
+        if operands.A not in slots or not _agree(output, base_shape) or not _agree(output[:-1], x_shape[:-1]):
+            return None
+        scales = [role for role in _SCALES if role in slots]
+        parts = _PAIR + sum(_SCALES[role] for role in scales)
+        ordered = [slots[role] for role in (operands.A, operands.B, *scales)]
+        return _Layer(last.output[0], base, x, parts, ordered, [*reversed(nodes), last])
+
+    def _take(self, op: str, role: str, value: str, slots: dict[str, str], nodes: list[onnx.NodeProto]) -> str:
+        """Return what a value is computed from by an op with a slot, and note both; the value where it is not."""
+        node = self._makers.get(value)
+        if node is None or node.op_type != op or self._uses[value] != 1:
+            return value
+        sides = (node.input,) if op == "MatMul" else (node.input, reversed(node.input))
+        for operand, slot in sides:
+            if self._roles.get(slot) == role:
+                slots[role] = slot
+                nodes.append(node)
+                return operand
+        return value
+
+
+def _agree(shape: Shape, other: Shape) -> bool:
+    """Return whether shapes are known and equal as far as they are fixed: sizes of one meaning may have two names."""
+    pairs = list(zip(shape, other, strict=False))
+    fixed = all(one == two for one, two in pairs if isinstance(one, int) or isinstance(two, int))
+    return fixed and bool(shape) and len(shape) == len(other)
+
+
+def _shape_of(value: onnx.ValueInfoProto) -> Shape:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)

@@ -1,0 +1,135 @@
+"""The op of lorac-native against ONNX Runtime's own ops and against sums in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from lorac.backends.onnxruntime.native_op import DOMAIN, OP
+from tests.limits import NATIVE, NATIVE_HALF
+from tests.native.library import needs_compiler
+
+pytestmark = needs_compiler
+Array = np.ndarray
+THREADS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one call: rows in segments, K, and the rank and width of each layer."""
+
+    places: int
+    segment: int
+    features: int
+    ranks: Sequence[int]
+    widths: Sequence[int]
+
+    def __str__(self) -> str:
+        return f"{self.places}x{self.segment}-{self.features}-{'.'.join(map(str, (*self.ranks, *self.widths)))}"
+
+
+CASES = (
+    Case(1, 1, 576, (16, 16, 16), (576, 192, 192)),
+    Case(2, 3, 64, (3, 5), (7, 33)),
+    Case(8, 4, 130, (16, 1), (96, 31)),
+    Case(1, 70, 600, (17,), (100,)),
+    Case(3, 1, 17, (1,), (1,)),
+    Case(1, 5, 2048, (256,), (40,)),
+    Case(1, 2, 33, (0, 8), (65, 64)),
+    Case(33, 1, 45, (13,), (301,)),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_adds_what_the_own_ops_add_whatever_the_number_of_threads(native: Path, case: Case) -> None:
+    feeds = make_feeds(case)
+    each = [session(case, native, threads).run(None, feeds) for threads in THREADS]
+    assert all(np.array_equal(one, other) for more in each[1:] for one, other in zip(each[0], more, strict=True))
+    emitted = session(case, None, 1).run(None, feeds)
+    for found, other, added in zip(each[0], emitted, added_by(case, feeds), strict=True):
+        assert np.linalg.norm(found - other) <= NATIVE * np.linalg.norm(added)
+
+
+def test_factors_in_float16_round_alone(native: Path) -> None:
+    case = CASES[0]
+    feeds = make_feeds(case)
+    narrow = {
+        name: array.astype(np.float16) if name != "base" and name[0] in "ab" else array for name, array in feeds.items()
+    }
+    wide = {name: array.astype(np.float32) for name, array in narrow.items()}
+    found = session(case, native, 1, TensorProto.FLOAT16).run(None, narrow)
+    same = session(case, native, 1).run(None, wide)
+    for one, other, exact, added in zip(
+        found, same, session(case, native, 1).run(None, feeds), added_by(case, feeds), strict=True
+    ):
+        assert np.linalg.norm(one - other) <= NATIVE * np.linalg.norm(added)
+        assert np.linalg.norm(one - exact) <= NATIVE_HALF * np.linalg.norm(added)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("a0", (1, 575, 16)), ("b0", (1, 15, 576)), ("b1", (1, 16, 191)), ("a2", (2, 576, 16)), ("base", (1, 1, 961))],
+)
+def test_other_shapes_are_refused(native: Path, name: str, shape: tuple[int, ...]) -> None:
+    feeds = {**make_feeds(CASES[0]), name: np.zeros(shape, np.float32)}
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="AddLowRank"):
+        session(CASES[0], native, 1).run(None, feeds)
+
+
+def make_feeds(case: Case) -> dict[str, Array]:
+    random = np.random.default_rng(0)
+
+    def noise(*shape: int, scale: float = 1) -> Array:
+        return (scale * random.standard_normal(shape)).astype(np.float32)
+
+    feeds = {
+        "x": noise(case.places, case.segment, case.features),
+        "base": noise(case.places, case.segment, sum(case.widths), scale=3),
+    }
+    for i, (rank, width) in enumerate(zip(case.ranks, case.widths, strict=True)):
+        feeds[f"a{i}"] = noise(case.places, case.features, rank, scale=case.features**-0.5)
+        feeds[f"b{i}"] = noise(case.places, rank, width, scale=max(rank, 1) ** -0.5)
+    return feeds
+
+
+def added_by(case: Case, feeds: dict[str, Array]) -> list[Array]:
+    """What each pair adds, in float64."""
+    x = feeds["x"].astype(np.float64)
+    return [x @ feeds[f"a{i}"] @ feeds[f"b{i}"] for i in range(len(case.ranks))]
+
+
+def session(case: Case, package: Path | None, threads: int, factors: int = TensorProto.FLOAT) -> ort.InferenceSession:
+    """A session of the op, or of ONNX Runtime's own ops."""
+    layers = range(len(case.widths))
+    slots = [name for i in layers for name in (f"a{i}", f"b{i}")]
+    outputs = [f"y{i}" for i in layers]
+    sizes = []
+    if package is not None:
+        attributes = {"widths": list(case.widths), "parts": [1 for _ in layers]}
+        nodes = [helper.make_node(OP, ["x", "base", *slots], outputs, domain=DOMAIN, **attributes)]
+    else:
+        sizes = [onnx.numpy_helper.from_array(np.array(case.widths), "sizes")]
+        nodes = [helper.make_node("Split", ["base", "sizes"], [f"base{i}" for i in layers], axis=-1)]
+        for i in layers:
+            nodes.append(helper.make_node("MatMul", ["x", f"a{i}"], [f"u{i}"]))
+            nodes.append(helper.make_node("MatMul", [f"u{i}", f"b{i}"], [f"pair{i}"]))
+            nodes.append(helper.make_node("Add", [f"base{i}", f"pair{i}"], [f"y{i}"]))
+    shaped = [helper.make_tensor_value_info(name, factors, [None] * 3) for name in slots]
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 3) for name in ("x", "base")]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 3) for name in outputs]
+    graph = helper.make_graph(nodes, "update", [*given, *shaped], results, sizes)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if package is not None:
+        settings.register_custom_ops_library(str(package / "lorac_native" / "liblorac_native.so"))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
