@@ -207,6 +207,11 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         """Names of the adapters on disk."""
         return [name for name, entry in self.entries.items() if entry.adapter is None]
 
+    @property
+    def resident(self) -> list[str]:
+        """Names of the adapters whose prepared form is in memory."""
+        return [*self._prepared]
+
     def find(self, name: str) -> PoolEntry:
         """Return the entry of a name.
 

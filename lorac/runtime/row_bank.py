@@ -48,6 +48,11 @@ class RowBank:
         self._apart: weakref.WeakKeyDictionary[ComposedWeights, str | None] = weakref.WeakKeyDictionary()
         self._copies: weakref.WeakKeyDictionary[ComposedWeights, list[_PlaceCopy]] = weakref.WeakKeyDictionary()
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the places."""
+        return sum(size for _, size in self._charge.blocks)
+
     def admit(self, row: int, state: ChoiceState) -> None:
         """Write a choice into the place of a row; what was there before leaves no trace.
 

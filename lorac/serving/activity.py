@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import collections
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import final
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from lorac.serving.metrics import ServerMetrics
 
 
 @dataclass(eq=False)
@@ -20,6 +22,8 @@ class ActiveRequest:
         model: the adapters, as the request names them.
         adapters: their names in the compiled model.
         prompt_tokens: tokens of its prompts.
+        answers: how many it gets.
+        user: whom the client names.
         completion_tokens: tokens of its answers so far.
         reasons: why its answers ended.
         first_token: seconds until the first token; None before it.
@@ -30,6 +34,8 @@ class ActiveRequest:
     model: str
     adapters: tuple[str, ...]
     prompt_tokens: int
+    answers: int
+    user: str = ""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
@@ -46,6 +52,12 @@ class ActiveRequest:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """What a log says of it."""
+        described = {"id": self.id, "model": self.model, "user": self.user, "finish_reasons": self.reasons}
+        return {**described, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
 
     @property
     def seconds(self) -> float:
@@ -75,14 +87,16 @@ class ActiveRequest:
 class Activity:
     """The requests that are being answered. Only the event loop's thread may change it.
 
+    Args:
+        metrics: counts those that end.
+
     Attributes:
         running: the requests, by id.
-        totals: the numbers of requests that ended, by reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
         self.running: dict[str, ActiveRequest] = {}
-        self.totals: collections.Counter[str] = collections.Counter()
 
     @contextmanager
     def track(self, request: ActiveRequest) -> Iterator[ActiveRequest]:
@@ -92,7 +106,8 @@ class Activity:
             yield request
         finally:
             del self.running[request.id]
-            self.totals.update(request.reasons)
+            request.reasons += ["cancelled"] * (request.answers - len(request.reasons))
+            self._metrics.count(request)
 
     def of(self, tenant: str) -> list[ActiveRequest]:
         """Return the requests of a tenant."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, NoReturn, Protocol, final
 
@@ -35,8 +35,13 @@ class AdapterSource(Protocol):
     def load(self, tenant: str, name: str, path: str) -> object:
         """Add an adapter from a path inside the store."""
 
-    def upload(self, tenant: str, name: str, file: BinaryIO) -> object:
-        """Add an adapter from a file that a tenant sends."""
+    def upload(self, tenant: str, name: str, files: Mapping[str, BinaryIO], *, base: str | None = None) -> object:
+        """Add an adapter from files that a tenant sends.
+
+        Args:
+            files: file name -> content.
+            base: the hash of the base weights, if the files do not record it.
+        """
 
     def unload(self, tenant: str, name: str) -> object:
         """Remove an adapter; requests at work keep it to their end."""
@@ -51,45 +56,31 @@ class SharedAdapter:
 
 @final
 class SharedAdapters:
-    """The adapters of the compiled model itself, for every tenant; a store may bring each tenant more.
+    """The adapters of the compiled model itself, for every tenant; none can be loaded nor unloaded.
 
     Args:
         compiled: the compiled model.
-        store: the tenants' own adapters; without one, nothing can be loaded nor unloaded.
     """
 
-    def __init__(self, compiled: Compiled, store: AdapterSource | None = None) -> None:
-        self._pool, self._store = compiled.pool, store
-        # What a store adds to the compiled model later belongs to one tenant.
-        self._own = None if store is None else frozenset(compiled.pool)
+    def __init__(self, compiled: Compiled) -> None:
+        self._pool = compiled.pool
 
     def adapters(self, tenant: str) -> Sequence[NamedAdapter]:
-        shared = [SharedAdapter(name) for name in self._shared()]
-        return [*shared, *(self._store.adapters(tenant) if self._store is not None else ())]
+        return [SharedAdapter(name) for name in self._pool]
 
     def find(self, tenant: str, name: str) -> str:
-        if name in self._shared():
-            return name
-        if self._store is not None:
-            return self._store.find(tenant, name)
         require_adapter(name, self._pool)
         return name
 
     def load(self, tenant: str, name: str, path: str) -> object:
-        return self._require_store().load(tenant, name, path)
+        return _refuse()
 
-    def upload(self, tenant: str, name: str, file: BinaryIO) -> object:
-        return self._require_store().upload(tenant, name, file)
+    def upload(self, tenant: str, name: str, files: Mapping[str, BinaryIO], *, base: str | None = None) -> object:
+        return _refuse()
 
     def unload(self, tenant: str, name: str) -> object:
-        return self._require_store().unload(tenant, name)
-
-    def _shared(self) -> Sequence[str]:
-        return [name for name in self._pool if self._own is None or name in self._own]
-
-    def _require_store(self) -> AdapterSource:
-        return _refuse() if self._store is None else self._store
+        return _refuse()
 
 
 def _refuse() -> NoReturn:
-    raise NotAllowed("no store is configured", next_step="start the server with a store: lorac serve --store FOLDER")
+    raise NotAllowed("no store is configured", next_step="start the server with a store: build_app(..., store=...)")

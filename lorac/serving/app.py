@@ -14,13 +14,15 @@ from fastapi.responses import FileResponse, Response
 
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.scheduling.scheduler import Scheduler
-from lorac.serving import text_endpoints
+from lorac.serving import lora_endpoints, text_endpoints
 from lorac.serving.activity import Activity
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
 from lorac.serving.chat_fields import ChatFields
 from lorac.serving.completion_fields import CompletionFields
-from lorac.serving.guard import Guard
+from lorac.serving.guard import NOBODY, Guard
+from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
+from lorac.serving.request_log import RequestLog
 from lorac.serving.settings import ServingSettings
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
@@ -30,6 +32,8 @@ PAGE = Path(__file__).with_name("page") / "index.html"
 FIELDS: dict[str, type[pydantic.BaseModel]] = {
     "/v1/chat/completions": ChatFields,
     "/v1/completions": CompletionFields,
+    "/v1/load_lora_adapter": lora_endpoints.LoadFields,
+    "/v1/unload_lora_adapter": lora_endpoints.UnloadFields,
 }
 """Path of an endpoint -> the fields of its requests."""
 
@@ -51,13 +55,16 @@ def build_app(
     given = ServingSettings() if settings is None else settings
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_run)
     app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
-    app.state.source, app.state.activity = SharedAdapters(compiled, store), Activity()
-    for name in given.pinned:
-        app.state.source.find("", name)
+    app.state.source = SharedAdapters(compiled) if store is None else store
+    app.state.metrics = ServerMetrics(compiled, given.base_name)
+    app.state.activity = Activity(app.state.metrics)
+    app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
     if _decodes(compiled):
         find_tokenizer(compiled)
         app.include_router(text_endpoints.router)
+    app.include_router(lora_endpoints.router)
     app.add_middleware(Guard, settings=given)
+    app.add_middleware(RequestLog)
     install_handlers(app, FIELDS)
     _add_state(app)
     if given.page and PAGE.is_file():
@@ -75,7 +82,7 @@ async def _run(app: fastapi.FastAPI) -> AsyncIterator[None]:
     """Hold the pinned adapters, and run the scheduler; at the end, requests at work are finished."""
     state, settings = app.state, app.state.settings
     async with contextlib.AsyncExitStack() as stack:
-        for name in settings.pinned:
+        for name in state.pinned:
             stack.enter_context(state.compiled.hold(name))
         if _decodes(state.compiled):
             state.scheduler = Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
@@ -96,6 +103,10 @@ def _add_state(app: fastapi.FastAPI) -> None:
     async def health() -> Response:
         return Response(status_code=200)
 
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(state.metrics.expose(state.scheduler, state.activity.running.values()), media_type=MEDIA_TYPE)
+
     @app.get("/v1/models")
     async def models(http: fastapi.Request) -> dict[str, object]:
         names = [adapter.name for adapter in state.source.adapters(http.state.tenant)]
@@ -109,7 +120,7 @@ def _add_state(app: fastapi.FastAPI) -> None:
             "running": running,
             "waiting": waiting,
             "rows": [request.describe() for request in state.activity.of(http.state.tenant)],
-            "adapters": {"registered": len(state.compiled.pool), "resident": len(state.compiled.adapters)},
+            "adapters": {"registered": len(state.compiled.pool), "resident": len(state.compiled.pool.resident)},
         }
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 OPEN_PATHS = frozenset({"/", "/health"})
 """Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
+NOBODY = "default"
+"""The tenant of requests without a key."""
 
 
 @final
@@ -64,7 +66,7 @@ class Guard:
         found = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, given)]
         if found and scheme.lower() == "bearer":
             return found[0]
-        return "" if not self._tenants or path in OPEN_PATHS else None
+        return NOBODY if not self._tenants or path in OPEN_PATHS else None
 
 
 @final

@@ -22,7 +22,9 @@ _STATUS = {
     "adapter_exists": 409,
     "adapter_not_found": 404,
     "over_budget": 503,
+    "quota_full": 403,
     "queue_full": 429,
+    "too_many_uploads": 429,
 }
 """Code of an error -> the status of its answer; 400 for all others."""
 _KINDS = {
@@ -128,6 +130,8 @@ def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
         return f"'{field}' is not a field that this server knows" + (f"; nearest: '{nearest}'" if nearest else "")
     if problem["type"] == "json_invalid":
         return f"the body is not JSON: {problem['ctx']['error']}"
+    if problem["type"] == "model_attributes_type":
+        return "the body is not a JSON object"
     if problem["type"] == "missing":
         return f"'{field}' is missing" if field else "the request has no body; send JSON as application/json"
     return f"'{field}' is wrong: {problem['msg']}"

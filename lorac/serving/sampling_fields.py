@@ -112,11 +112,15 @@ class SamplingFields(ClosedFields):
         if "" in self.stops:
             raise RefusedField("stop", "holds an empty string, which would end every answer")
 
-    def options(self, defaults: JsonMapping) -> dict[str, object]:
+    def options(self, defaults: JsonMapping, vocabulary: int) -> dict[str, object]:
         """Return options of ``generate``.
 
         Args:
             defaults: the model's generation configuration, for what the request leaves out.
+            vocabulary: the number of tokens.
+
+        Raises:
+            RefusedField: a key of ``logit_bias`` is not a token.
         """
         sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         found: dict[str, float] = {}
@@ -125,11 +129,12 @@ class SamplingFields(ClosedFields):
             found[name] = given if given is not None else defaults.get(name, usual)
         drawn = {"do_sample": True, **found} if found["temperature"] else {"do_sample": False}
         more = {name: getattr(self, name) for name in _EXTENSIONS if getattr(self, name) is not None}
-        return {**drawn, **more, **self._biases()}
+        return {**drawn, **more, **self._biases(vocabulary)}
 
-    def _biases(self) -> Mapping[str, object]:
-        try:
-            biases = {(int(token),): bias for token, bias in self.logit_bias.items() if bias}
-        except ValueError as error:
-            raise RefusedField("logit_bias", "has keys that are not token ids") from error
+    def _biases(self, vocabulary: int) -> Mapping[str, object]:
+        for token in self.logit_bias:
+            if not (token.isascii() and token.isdecimal() and int(token[:20]) < vocabulary):
+                what = f"has the key '{token}', which is not a token id"
+                raise RefusedField("logit_bias", what, next_step=f"the model's ids go from 0 to {vocabulary - 1}")
+        biases = {(int(token),): bias for token, bias in self.logit_bias.items() if bias}
         return {"sequence_bias": biases} if biases else {}

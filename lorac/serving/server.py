@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from lorac.serving.app import build_app
@@ -27,6 +28,7 @@ def run(
     """
     import uvicorn
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     import lorac
 
     compiled = lorac.load(folder)

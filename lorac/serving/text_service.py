@@ -50,6 +50,9 @@ class TextService:
         self._scheduler, self._source, self._settings, self._activity = scheduler, source, settings, activity
         compiled = scheduler.compiled
         self._tokenizer = find_tokenizer(compiled)
+        spec = compiled.engine.cache_spec(scheduler.component)
+        assert spec is not None  # the scheduler has checked it
+        self._spec = spec
         traits = compiled.traits[MAIN_GRAPH]
         self._defaults: JsonMapping = traits.generation or {}
         model_type = str(getattr(traits.config, "model_type", ""))
@@ -101,13 +104,16 @@ class TextService:
             self._answer(stream, fields.stops, ids, tools) for stream, (ids, _, _) in zip(streams, rows, strict=True)
         ]
         names = {name for choice in choices for name, _ in parse_choice(choice, self._scheduler.compiled.pool)}
-        request = ActiveRequest(tenant, fields.model, tuple(sorted(names)), sum(map(len, prompts)))
+        prompt_tokens = sum(map(len, prompts))
+        request = ActiveRequest(
+            tenant, fields.model, tuple(sorted(names)), prompt_tokens, answers=len(rows), user=fields.user
+        )
         return Answers(request, answers, self._activity, has_logprobs=fields.logprob_count is not None)
 
     def _request(
         self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int, form: ResponseFormat
     ) -> TextRequest:
-        options = fields.options(self._defaults)
+        options = fields.options(self._defaults, self._spec.vocabulary)
         processors: list[object] = []
         if fields.presence_penalty or fields.frequency_penalty:
             processors.append(CountPenalty(len(ids), fields.presence_penalty, fields.frequency_penalty))
@@ -126,9 +132,7 @@ class TextService:
 
     def _new_tokens(self, wanted: int | None, prompt: int) -> int:
         """Return the most tokens of an answer."""
-        spec = self._scheduler.compiled.engine.cache_spec(self._scheduler.component)
-        left = None if spec is None else spec.after(prompt)
-        most = self._settings.max_new_tokens
+        left, most = self._spec.after(prompt), self._settings.max_new_tokens
         if left is not None and left < (wanted or 1):
             raise InputMismatch(
                 f"the prompt has {prompt} tokens and the model positions for {max(left, 0)} more"
@@ -142,9 +146,7 @@ class TextService:
     @functools.cached_property
     def _grammars(self) -> Grammars:
         ends = self._defaults.get("eos_token_id", [])
-        spec = self._scheduler.compiled.engine.cache_spec(self._scheduler.component)
-        assert spec is not None
-        return Grammars(self._tokenizer, spec.vocabulary, ends if isinstance(ends, list) else [ends])
+        return Grammars(self._tokenizer, self._spec.vocabulary, ends if isinstance(ends, list) else [ends])
 
     def _answer(
         self, stream: TokenStream, stops: Sequence[str], ids: Sequence[int], tools: Sequence[JsonMapping] | None

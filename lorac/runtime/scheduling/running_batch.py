@@ -58,6 +58,14 @@ class RunningBatch:
         """All rows at work."""
         return [*self.running, *self._ready, *self.reading]
 
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of "bank", which holds the rows' adapters, and of "kv", their keys and values."""
+        caches = [lane.cache for lane in [*self._lanes.values()]]
+        waiting = [row.cache for row in [*self._ready, *self.reading] if hasattr(row, "cache")]
+        kv = sum(cache.nbytes for cache in [*caches, *waiting])
+        return {"bank": 0 if self._bank is None else self._bank.nbytes, "kv": kv}
+
     def admit(self, row: RunningRow) -> None:
         """Begin to read a row's prompt.
 

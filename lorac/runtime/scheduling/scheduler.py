@@ -109,6 +109,11 @@ class Scheduler:
         """The number of requests at work, and of those that wait."""
         return len(self._batch.rows), len(self._queue)
 
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that rows at work take: of "bank", which holds their adapters, and of "kv", keys and values."""
+        return self._batch.nbytes
+
     def close(self) -> None:
         """Take no more requests; return when those that were submitted have ended."""
         with self._changed:

@@ -1,0 +1,130 @@
+"""Metrics for Prometheus, by vLLM's names where they mean the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, final
+
+import prometheus_client
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from lorac.runtime.scheduling.scheduler import Scheduler
+from lorac.session.compiled import Compiled
+
+if TYPE_CHECKING:
+    from lorac.serving.activity import ActiveRequest
+
+MEDIA_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SLOW = (*_FAST, 25, 50, 100, 250)
+_REASONS = {"cancelled": "abort", "deadline": "abort", "tool_calls": "stop"}
+"""Why an answer ended -> vLLM's word for it, where that is another."""
+
+
+@final
+class ServerMetrics:
+    """The metrics of one server.
+
+    Args:
+        compiled: the model.
+        base_name: its name, as the label ``model_name``.
+
+    Attributes:
+        load_seconds: of adapters.
+    """
+
+    def __init__(self, compiled: Compiled, base_name: str) -> None:
+        self._compiled, self._name = compiled, base_name
+        self._registry = prometheus_client.CollectorRegistry()
+        self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were answered.")
+        self._generated = self._counter("vllm:generation_tokens", "Tokens of answers.")
+        self._first = self._histogram("vllm:time_to_first_token_seconds", "Time until an answer's first token.", _SLOW)
+        self._gaps = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens of an answer.", _FAST)
+        self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Time of whole requests.", _SLOW)
+        self._ended = prometheus_client.Counter(
+            "vllm:request_success",
+            "Answers that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        self.load_seconds = self._histogram("lorac_adapter_load_seconds", "Time of loading adapters.", _SLOW)
+
+    def count(self, request: ActiveRequest) -> None:
+        """Count a request that has ended."""
+        self._prompt.inc(request.prompt_tokens)
+        self._generated.inc(request.completion_tokens)
+        self._whole.observe(request.seconds)
+        if request.first_token is not None:
+            self._first.observe(request.first_token)
+        for gap in request.gaps:
+            self._gaps.observe(gap)
+        for reason in request.reasons:
+            self._ended.labels(self._name, _REASONS.get(reason, reason)).inc()
+
+    def expose(self, scheduler: Scheduler | None, requests: Collection[ActiveRequest]) -> bytes:
+        """Return all metrics in Prometheus' text format.
+
+        Args:
+            scheduler: whose rows are reported; None: the model gives no text.
+            requests: are being answered.
+        """
+        state = prometheus_client.CollectorRegistry()
+        state.register(_State([*self._gauges(scheduler), _describe_adapters(scheduler, requests)]))
+        return prometheus_client.generate_latest(self._registry) + prometheus_client.generate_latest(state)
+
+    def _gauges(self, scheduler: Scheduler | None) -> Iterator[Metric]:
+        running, waiting = (0, 0) if scheduler is None else scheduler.load
+        rows, memory, pool = 1 if scheduler is None else scheduler.rows, self._compiled.memory, self._compiled.pool
+        # Without a limit on memory, the places for rows are what may run out.
+        share = running / rows if memory.limit is None else memory.used / max(memory.limit, 1)
+        yield self._gauge("vllm:num_requests_running", "Requests at work.", running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the room for caches in use, from 0 to 1.", share)
+        yield self._gauge("lorac_adapters_registered", "Adapters that requests may name.", len(pool))
+        yield self._gauge("lorac_adapters_resident", "Adapters that are ready in memory.", len(pool.resident))
+        yield self._gauge("lorac_memory_bytes", "Memory of adapters and caches.", memory.used)
+        if memory.limit is not None:
+            yield self._gauge("lorac_memory_limit_bytes", "The most memory of adapters and caches.", memory.limit)
+        for name, nbytes in ({} if scheduler is None else scheduler.nbytes).items():
+            yield self._gauge(f"lorac_{name}_bytes", f"Memory of the {name} of rows at work.", nbytes)
+
+    def _counter(self, name: str, text: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(name, text, ["model_name"], registry=self._registry).labels(self._name)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> prometheus_client.Histogram:
+        made = prometheus_client.Histogram(name, text, ["model_name"], registry=self._registry, buckets=buckets)
+        return made.labels(self._name)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        return _labelled(name, text, {"model_name": self._name}, value)
+
+
+@final
+class _State(prometheus_client.registry.Collector):
+    """Metrics as they are at one moment."""
+
+    def __init__(self, metrics: Collection[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Collection[Metric]:
+        return self._metrics
+
+
+def _describe_adapters(scheduler: Scheduler | None, requests: Collection[ActiveRequest]) -> Metric:
+    """Return which adapters work and wait, as inference gateways read it to send requests where theirs are."""
+    names = {True: set[str](), False: set[str]()}
+    for request in requests:
+        names[request.first_token is not None].update(request.adapters)
+    labels = {
+        "max_lora": "0" if scheduler is None else str(scheduler.rows),
+        "running_lora_adapters": ",".join(sorted(names[True])),
+        "waiting_lora_adapters": ",".join(sorted(names[False])),
+    }
+    return _labelled("vllm:lora_requests_info", "Adapters of requests that run and wait.", labels, time.time())
+
+
+def _labelled(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=[*labels])
+    family.add_metric([*labels.values()], value)
+    return family

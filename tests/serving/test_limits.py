@@ -1,0 +1,135 @@
+"""Keys, bodies, lines, deadlines, and clients that leave."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from tests.serving.models import make_app, serve
+
+CHAT = {"model": "one", "messages": [{"role": "user", "content": "Say"}], "max_tokens": 2}
+ENDLESS = {**CHAT, "max_tokens": 58, "logit_bias": {"2": -100}, "stream": True}
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to hold")
+
+
+@pytest.fixture(scope="module")
+def tight(compiled: Any) -> Iterator[Any]:
+    """A server of one row and one place in line, for two tenants."""
+    app = make_app(
+        compiled,
+        rows=1,
+        waiting=1,
+        max_new_tokens=60,
+        keys={"k-a": "a", "k-b": "b"},
+        max_body_bytes=600,
+        pinned=("one",),
+    )
+    with serve(app) as url, httpx2.Client(base_url=url, headers={"authorization": "Bearer k-a"}) as http:
+        yield app, http
+
+
+@pytest.mark.parametrize("key", ["", "Bearer", "Bearer k-c", "Basic k-a", "k-a", "Bearer k-a k-b"])
+def test_a_key_is_needed(tight: Any, key: str) -> None:
+    refused = tight[1].get("/v1/models", headers={"authorization": key})
+    assert refused.status_code == 401
+    assert "API key" in refused.json()["error"]["message"]
+    assert tight[1].get("/health", headers={"authorization": key}).status_code == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_has_a_limit(tight: Any, chunked: bool) -> None:
+    body = json.dumps({**CHAT, "user": "x" * 900}).encode()
+    content = (body[i : i + 100] for i in range(0, len(body), 100)) if chunked else body
+    headers = {"content-type": "application/json"}
+    refused = tight[1].post("/v1/chat/completions", content=content, headers=headers)
+    assert refused.status_code == 413
+    assert "600 bytes" in refused.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_its_row_and_its_place_in_line(tight: Any) -> None:
+    app, http = tight
+    scheduler, path = app.state.scheduler, "/v1/chat/completions"
+    with http.stream("POST", path, json=ENDLESS) as running:
+        next(running.iter_lines())
+        with pytest.raises(httpx2.ReadTimeout):  # it waits for the row, and its client does not wait so long
+            http.post(path, json={**ENDLESS, "stream": False}, timeout=0.1)
+        wait_until(lambda: scheduler.load[1] == 0 or not scheduler.load[0])
+        status = http.get("/v1/status").json()
+        hidden = http.get("/v1/status", headers={"authorization": "Bearer k-b"}).json()
+    wait_until(lambda: scheduler.load == (0, 0) and not app.state.activity.running)
+    assert [row["model"] for row in status["rows"]] == ["one"]
+    assert hidden["rows"] == []
+
+
+def test_a_full_line_is_refused_with_a_time_to_come_back(tight: Any) -> None:
+    refused = tight[1].post("/v1/chat/completions", json={**CHAT, "n": 2})
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert tight[0].state.scheduler.load == (0, 0)
+
+
+def test_metrics_tell_of_requests(tight: Any) -> None:
+    _, http = tight
+    assert http.post("/v1/chat/completions", json={**CHAT, "logit_bias": {"2": -100}}).status_code == 200
+    found = {}
+    for line in http.get("/metrics").text.splitlines():
+        if not line.startswith("#"):
+            name, value = line.rsplit(" ", 1)
+            found[name.partition("{")[0]] = float(value)
+    for name in ("generation_tokens_total", "prompt_tokens_total", "time_to_first_token_seconds_count"):
+        assert found[f"vllm:{name}"] > 0, name
+    assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
+    assert 0 <= found["vllm:kv_cache_usage_perc"] <= 1
+    assert found["lorac_adapters_registered"] == 2
+    assert found["lorac_bank_bytes"] > 0
+    assert "vllm:lora_requests_info" in found
+
+
+def test_without_a_store_nothing_is_loaded_nor_unloaded(tight: Any) -> None:
+    http = tight[1]
+    load = http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "x"})
+    assert (load.status_code, "no store" in load.json()["error"]["message"]) == (403, True)
+    for name, reason in {"two": "no store", "one": "pinned"}.items():
+        refused = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+        assert (refused.status_code, reason in refused.json()["error"]["message"]) == (403, True)
+
+
+def test_a_deadline_ends_a_request(compiled: Any) -> None:
+    with (
+        serve(make_app(compiled, deadline=1e-6)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        for stream in (False, True):
+            with pytest.raises(openai.APIStatusError, match="deadline") as failed:
+                client.chat.completions.create(**{**CHAT, "stream": stream})
+            assert failed.value.status_code == 504
+
+
+def test_a_server_that_stops_finishes_what_runs(compiled: Any) -> None:
+    app = make_app(compiled)
+    found: list[str] = []
+    with httpx2.Client() as http:
+        with serve(app) as url:
+            running = http.send(
+                http.build_request("POST", f"{url}/v1/chat/completions", json={**ENDLESS, "max_tokens": 30}),
+                stream=True,
+            )
+            reader = threading.Thread(target=lambda: found.extend(running.iter_lines()))
+            reader.start()
+            wait_until(lambda: len(found) > 2)
+        reader.join()
+    assert found[-2:] == ["data: [DONE]", ""]

@@ -1,0 +1,150 @@
+"""Wrong requests: each has a status and a sentence that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+CHAT = {"model": "one", "messages": [{"role": "user", "content": "Say"}], "max_tokens": 2}
+TEXT = {"model": "one", "prompt": "Say", "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}
+
+
+def turn(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "x", **fields}]}
+
+
+CHATS: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "oen"}, 404, "'oen'"),
+    ({"model": ""}, 404, "no adapter"),
+    ({"model": 5}, 400, "'model'"),
+    ({"model": "one:x+two:1"}, 404, "one:x+two:1"),
+    ({"model": "one:1+tow:1"}, 404, "'tow'"),
+    ({"model": "one:1+one:2"}, 400, "'model' names an adapter twice"),
+    ({"model": "one:1e999"}, 400, "finite"),
+    ({"model": "one:1-1"}, 400, "'model' has the strength"),
+    ({"adapters": "two"}, 400, "'adapters' and 'model'"),
+    ({"model": "base", "adapters": "tow"}, 404, "'tow'"),
+    ({"model": "base", "adapters": ["one"]}, 400, "'adapters' is a list"),
+    ({"model": "base", "adapters": {"one": "much"}}, 400, "'adapters"),
+    ({"model": "base", "adapters": {"one": {"rank": 0}}}, 400, "'adapters"),
+    ({"messages": []}, 400, "'messages'"),
+    ({"messages": "hello"}, 400, "'messages'"),
+    ({"messages": None}, 400, "'messages' is missing"),
+    (turn(role="wizard"), 400, "'messages[0].role'"),
+    (turn(content=5), 400, "'messages[0].content"),
+    (turn(content=[{"type": "image_url", "image_url": {"url": "x"}}]), 400, "'messages[0].content"),
+    (turn(mood="good"), 400, "'messages[0].mood'"),
+    (turn(role="assistant", tool_calls=[CALL]), 400, "'messages' holds a call of 'f'"),
+    ({"messages": CHAT["messages"] * 30}, 400, "'max_tokens'"),
+    ({"max_tokens": 0}, 400, "'max_tokens'"),
+    ({"max_tokens": 2.5}, 400, "'max_tokens'"),
+    ({"max_tokens": "2"}, 400, "'max_tokens'"),
+    ({"max_tokens": 41}, 400, "'max_tokens' is 41"),
+    ({"max_tokens": 1000}, 400, "'max_tokens' is 1000"),
+    ({"max_completion_tokens": 3}, 400, "'max_completion_tokens'"),
+    ({"temperature": -1}, 400, "'temperature'"),
+    ({"temperature": 2.1}, 400, "'temperature'"),
+    ({"temperature": "hot"}, 400, "'temperature'"),
+    ({"temprature": 1}, 400, "nearest: 'temperature'"),
+    ({"top_p": 0}, 400, "'top_p'"),
+    ({"top_k": -1}, 400, "'top_k'"),
+    ({"min_p": 2}, 400, "'min_p'"),
+    ({"repetition_penalty": 0}, 400, "'repetition_penalty'"),
+    ({"presence_penalty": 3}, 400, "'presence_penalty'"),
+    ({"frequency_penalty": -3}, 400, "'frequency_penalty'"),
+    ({"n": 0}, 400, "'n'"),
+    ({"n": 17}, 400, "'n'"),
+    ({"seed": -1}, 400, "'seed'"),
+    ({"seed": 1 << 64}, 400, "'seed'"),
+    ({"stop": ["a"] * 5}, 400, "'stop"),
+    ({"stop": [""]}, 400, "'stop' holds an empty string"),
+    ({"stop": 5}, 400, "'stop"),
+    ({"stream": "yes"}, 400, "'stream'"),
+    ({"stream_options": {"include_usage": True}}, 400, "'stream_options' is for streams"),
+    ({"stream": True, "stream_options": {"usage": True}}, 400, "'stream_options.usage'"),
+    ({"top_logprobs": 2}, 400, "'top_logprobs' needs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "'top_logprobs'"),
+    ({"logprobs": 2}, 400, "'logprobs'"),
+    ({"logit_bias": {"a": 1}}, 400, "'logit_bias'"),
+    ({"logit_bias": {"1": 101}}, 400, "'logit_bias"),
+    ({"logit_bias": {"97": 1}}, 400, "'logit_bias'"),
+    ({"tools": [TOOL]}, 400, "'tools'"),
+    ({"tools": [{"type": "retrieval"}]}, 400, "'tools[0]"),
+    ({"tool_choice": "required"}, 400, "'tool_choice'"),
+    ({"response_format": {"type": "xml"}}, 400, "'response_format.type'"),
+    ({"response_format": {"type": "json_schema"}}, 400, "'response_format'"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "fish"}}}},
+        400,
+        "'response_format' has no usable schema",
+    ),
+    ({"functions": []}, 400, "'functions'"),
+    ({"modalities": ["audio"]}, 400, "'modalities'"),
+    ({"service_tier": "flex"}, 400, "'service_tier'"),
+]
+TEXTS: list[tuple[dict[str, Any], int, str]] = [
+    ({"prompt": ""}, 400, "'prompt' is empty"),
+    ({"prompt": []}, 400, "'prompt"),
+    ({"prompt": None}, 400, "'prompt' is missing"),
+    ({"prompt": [97]}, 400, "token ids"),
+    ({"prompt": [-1]}, 400, "'prompt"),
+    ({"prompt": ["a", 5]}, 400, "'prompt"),
+    ({"logprobs": 6}, 400, "'logprobs'"),
+    ({"logprobs": True}, 400, "'logprobs'"),
+    ({"echo": True}, 400, "'echo'"),
+    ({"best_of": 2}, 400, "'best_of'"),
+    ({"suffix": "x"}, 400, "'suffix'"),
+    ({"model": "base", "adapters": ["one", "two"]}, 400, "'adapters' holds 2 choices for 1 prompts"),
+]
+BODIES: list[tuple[str, bytes, int, str]] = [
+    ("POST /v1/chat/completions", b"{", 400, "not JSON"),
+    ("POST /v1/chat/completions", b"[]", 400, "JSON"),
+    ("POST /v1/chat/completions", b"", 400, "no body"),
+    ("POST /v1/chat/completions", b'{"model": NaN}', 400, "'model'"),
+    ("POST /v1/chat/completions", b"\xff\xfe", 400, "JSON"),
+    ("GET /v1/chat/completions", b"", 405, "method"),
+    ("POST /v1/audio/speech", b"{}", 404, "path"),
+    ("GET /docs", b"", 404, "path"),
+]
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=url) as made:
+        yield made
+
+
+def check(answer: httpx2.Response, status: int, sentence: str) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, sentence in error["message"]) == (status, True), (answer.status_code, error["message"])
+    assert {*error} == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(("fields", "status", "sentence"), CHATS, ids=lambda value: str(value)[:40])
+def test_wrong_chats(http: httpx2.Client, fields: dict[str, Any], status: int, sentence: str) -> None:
+    check(http.post("/v1/chat/completions", json={**CHAT, **fields}), status, sentence)
+
+
+@pytest.mark.parametrize(("fields", "status", "sentence"), TEXTS, ids=lambda value: str(value)[:40])
+def test_wrong_completions(http: httpx2.Client, fields: dict[str, Any], status: int, sentence: str) -> None:
+    check(http.post("/v1/completions", json={**TEXT, **fields}), status, sentence)
+
+
+@pytest.mark.parametrize(("request_line", "body", "status", "sentence"), BODIES, ids=lambda value: str(value)[:40])
+def test_wrong_bodies(http: httpx2.Client, request_line: str, body: bytes, status: int, sentence: str) -> None:
+    method, path = request_line.split()
+    check(http.request(method, path, content=body, headers={"content-type": "application/json"}), status, sentence)
+
+
+def test_a_refused_request_leaves_nothing_behind(http: httpx2.Client) -> None:
+    wrong = json.dumps({**CHAT, "seed": -1}).encode()
+    http.post("/v1/chat/completions", content=wrong, headers={"content-type": "application/json"})
+    status = http.get("/v1/status").json()
+    assert (status["running"], status["waiting"], status["rows"]) == (0, 0, [])
