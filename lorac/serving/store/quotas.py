@@ -34,7 +34,7 @@ class StoreQuotas:
     adapters: Count = 100
     rank: Count = 64
     sites: Count = 1000
-    uploads_per_minute: Count = 30
+    uploads_per_minute: Count = 10
     seconds: Positive = 10.0
     memory: Count = 1 << 30
 

@@ -125,12 +125,13 @@ class AdapterStore:
 
     def _find(self, tenant: str, name: str) -> TenantAdapter:
         own = self._tenants.get(tenant)
-        known = self._shared if own is None else {**self._shared, **own.adapters}
-        if isinstance(name, str) and name in known:
-            return known[name]
+        names: Mapping[str, TenantAdapter] = {} if own is None else own.adapters
+        found = (names.get(name) or self._shared.get(name)) if isinstance(name, str) else None
+        if found is not None:
+            return found
         raise AdapterNotFound(
             f"no adapter is called {short(name)}",
-            nearest=nearest_name(str(name)[:100], known),
+            nearest=nearest_name(str(name)[:100], [*self._shared, *names]),
             next_step="upload it first, or list the adapters that there are",
         )
 
@@ -243,6 +244,7 @@ class AdapterStore:
             )
         if known is not None:
             return known
+        claim.take(adapters=1 - claim.adapters)  # 0, unless the name was given up since the upload began
         is_new = not own.has_digest(added.digest)
         if is_new:
             self._folder.place(tenant, added.digest, staged)

@@ -333,6 +333,20 @@ def test_threads_do_not_pass_a_quota_together(store: AdapterStore, tenant: str) 
     assert left(store, tenant) == ([], [], [], {}, 0, 0)
 
 
+def test_a_name_that_is_given_up_meanwhile_counts_again(store: AdapterStore, tenant: str) -> None:
+    class Body(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if "mine" in store._tenants[tenant].adapters:
+                store.unload(tenant, "mine")
+            return super().read(size)
+
+    send(store, tenant, "mine", native(made("m")))
+    store.upload(tenant, "mine", {"x.safetensors": Body(file())})
+    assert store._tenants[tenant].account.adapters == 1
+    store.unload(tenant, "mine")
+    assert left(store, tenant) == ([], [], [], {}, 0, 0)
+
+
 def test_uploads_are_counted_whether_they_succeed_or_not(store: AdapterStore, tenant: str) -> None:
     for _ in range(QUOTAS.uploads_per_minute):
         with refuses("unknown_format"):

@@ -177,6 +177,12 @@ def test_a_thousand_adapters_take_little(store: AdapterStore, tmp_path: Path) ->
 COUNT, MOST_BYTES = 1000, 10_000
 
 
+def test_a_baked_model_takes_no_adapters(tmp_path: Path) -> None:
+    with refuses("unavailable"):
+        AdapterStore(build([made("m")], "eager", "baked"), tmp_path)
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_names_are_few_characters(store: AdapterStore, tenant: str) -> None:
     for name in ("", "a/b", "..", ".hidden", "a\nb", "\x1b[2J", "a b", "ä", 65 * "a", "a@b", "a:0.5", None, 7):
         with refuses("adapter_error", match="cannot be called"):
