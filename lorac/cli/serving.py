@@ -23,6 +23,14 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     adapters: Annotated[
         Path | None, typer.Option("--adapters", help="A folder of further adapters, read when they are used.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", help="A folder for the adapters that clients upload; default: they may not."),
+    ] = None,
+    bases: Annotated[
+        list[str] | None,
+        typer.Option("--base", help="What the PEFT files of such adapters call the model; may be given several times."),
+    ] = None,
     pinned: Annotated[
         list[str] | None, typer.Option("--pin", help="An adapter that stays in memory; may be given several times.")
     ] = None,
@@ -42,7 +50,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         pinned=tuple(pinned or ()),
         keys={} if keys is None else _read_keys(keys),
     )
-    run(folder, settings, host, port, adapters=adapters)
+    run(folder, settings, host, port, adapters=adapters, store=store, bases=bases or ())
 
 
 def _read_keys(path: Path) -> dict[str, str]:

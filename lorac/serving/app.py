@@ -19,11 +19,13 @@ from lorac.serving.activity import Activity
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
 from lorac.serving.chat_fields import ChatFields
 from lorac.serving.completion_fields import CompletionFields
-from lorac.serving.guard import NOBODY, Guard
+from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
 from lorac.serving.request_log import RequestLog
 from lorac.serving.settings import ServingSettings
+from lorac.serving.store import AdapterStore
+from lorac.serving.store_endpoints import UploadFields, add_store_endpoints
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
 from lorac.session.compiled import Compiled
@@ -34,6 +36,7 @@ FIELDS: dict[str, type[pydantic.BaseModel]] = {
     "/v1/completions": CompletionFields,
     "/v1/load_lora_adapter": lora_endpoints.LoadFields,
     "/v1/unload_lora_adapter": lora_endpoints.UnloadFields,
+    UPLOADS: UploadFields,
 }
 """Path of an endpoint -> the fields of its requests."""
 
@@ -63,6 +66,8 @@ def build_app(
         find_tokenizer(compiled)
         app.include_router(text_endpoints.router)
     app.include_router(lora_endpoints.router)
+    if isinstance(store, AdapterStore):
+        add_store_endpoints(app, store)
     app.add_middleware(Guard, settings=given)
     app.add_middleware(RequestLog)
     install_handlers(app, FIELDS)

@@ -15,6 +15,8 @@ from lorac.serving.settings import ServingSettings
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+UPLOADS = "/v1/adapters"
+"""The path to which adapters are uploaded."""
 OPEN_PATHS = frozenset({"/", "/health"})
 """Paths that need no key: a load balancer asks after health, and the page asks its reader for the key."""
 NOBODY = "default"
@@ -33,7 +35,7 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, settings: ServingSettings) -> None:
-        self._app, self._most = app, settings.max_body_bytes
+        self._app, self._settings = app, settings
         self._tenants = {_digest(key): tenant for key, tenant in settings.keys.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,22 +44,17 @@ class Guard:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         tenant = self._find_tenant(headers, scope["path"])
-        refused = self._refuse(tenant, headers)
+        most = self._settings.max_upload_bytes if scope["path"] == UPLOADS else self._settings.max_body_bytes
+        refused = _refuse(tenant, headers, most)
         if refused is not None:
             await refused(scope, receive, send)
             return
         scope.setdefault("state", {})["tenant"] = tenant
-        body = _CountedBody(receive, send, self._most)
+        body = _CountedBody(receive, send, most)
         try:
             await self._app(scope, body.receive, body.send)
         except _BodyTooLarge:
-            await _too_large(self._most)(scope, receive, send)
-
-    def _refuse(self, tenant: str | None, headers: Mapping[bytes, str]) -> JSONResponse | None:
-        if tenant is None:
-            return refusal(401, "the API key is missing or unknown; send it as Authorization: Bearer KEY")
-        length = headers.get(b"content-length", "0")
-        return _too_large(self._most) if not length.isdecimal() or int(length) > self._most else None
+            await _too_large(most)(scope, receive, send)
 
     def _find_tenant(self, headers: Mapping[bytes, str], path: str) -> str | None:
         """Return who asks; None for nobody who may. Every key is compared, in constant time."""
@@ -67,6 +64,13 @@ class Guard:
         if found and scheme.lower() == "bearer":
             return found[0]
         return NOBODY if not self._tenants or path in OPEN_PATHS else None
+
+
+def _refuse(tenant: str | None, headers: Mapping[bytes, str], most: int) -> JSONResponse | None:
+    if tenant is None:
+        return refusal(401, "the API key is missing or unknown; send it as Authorization: Bearer KEY")
+    length = headers.get(b"content-length", "0")
+    return _too_large(most) if not length.isdecimal() or int(length) > most else None
 
 
 @final

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from lorac.serving.app import build_app
 from lorac.serving.settings import ServingSettings
+from lorac.serving.store import AdapterStore
 
 
 def run(
@@ -16,11 +19,15 @@ def run(
     port: int = 8000,
     *,
     adapters: str | Path | None = None,
+    store: str | Path | None = None,
+    bases: Collection[str] = (),
 ) -> None:
     """Serve a compiled folder until the process is interrupted; requests at work are then finished.
 
     Args:
         adapters: a folder of further adapters, read when they are used.
+        store: a folder for the adapters that tenants bring; None: they may bring none.
+        bases: names by which PEFT's configurations call the model (``AdapterStore``).
 
     Raises:
         ArtifactError: the folder holds no compiled model, or a damaged one.
@@ -34,5 +41,10 @@ def run(
     compiled = lorac.load(folder)
     if adapters is not None:
         compiled.register(adapters)
-    app = build_app(compiled, settings)
-    uvicorn.run(app, host=host, port=port, access_log=False, server_header=False, timeout_graceful_shutdown=30)
+    settings = ServingSettings() if settings is None else settings
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if store is not None:
+            kept = stack.enter_context(AdapterStore(compiled, store, bases=bases, reserved=[settings.base_name]))
+        app = build_app(compiled, settings, store=kept)
+        uvicorn.run(app, host=host, port=port, access_log=False, server_header=False, timeout_graceful_shutdown=30)

@@ -18,7 +18,8 @@ class ServingSettings:
         chunk: the most tokens of a prompt per step.
         base_name: the name of the model without adapters, in requests and in ``/v1/models``.
         keys: API key -> tenant; without any, everybody may ask.
-        max_body_bytes: the most bytes of a request.
+        max_body_bytes: the most bytes of a request, but for uploads.
+        max_upload_bytes: the most bytes of an upload of an adapter.
         max_new_tokens: the most tokens of an answer, and the number for a chat that names none.
         deadline: seconds after which a request ends, those of waiting included; None: never.
         pinned: adapters that stay in memory and cannot be unloaded.
@@ -31,6 +32,7 @@ class ServingSettings:
     base_name: str = "base"
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_body_bytes: Count = 1 << 20
+    max_upload_bytes: Count = 256 << 20
     max_new_tokens: Count = 1024
     deadline: Positive | None = None
     pinned: tuple[str, ...] = ()
