@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from typing import TypeAlias, final
 
+from lorac.errors import AdapterNotFound
 from lorac.ir.slots.choice import Active, ChoiceSpec
 from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.refusals import RefusedField
 from lorac.serving.sampling_fields import ActiveFields, Strengths
 
 Spec: TypeAlias = "Strengths | None"
+_LISTED = "GET /v1/models lists them"
 _PART = re.compile(r"(?P<name>.+):(?P<strength>[-+0-9.e]+)")
 """A part of a mixture that a model's name spells."""
 
@@ -57,7 +59,7 @@ class ChoiceReader:
             return None
         parts = [_PART.fullmatch(part) for part in model.split("+")]
         if not all(parts):
-            return self._source.find(self._tenant, model)
+            return self._find(model)
         mixture: dict[str, float | ActiveFields] = {}
         for part in filter(None, parts):
             mixture[part["name"]] = _read_strength(part["strength"])
@@ -69,8 +71,14 @@ class ChoiceReader:
         if spec is None:
             return None
         if isinstance(spec, str):
-            return self._source.find(self._tenant, spec)
-        return {self._source.find(self._tenant, name): _read_active(active) for name, active in spec.items()}
+            return self._find(spec)
+        return {self._find(name): _read_active(active) for name, active in spec.items()}
+
+    def _find(self, name: str) -> str:
+        try:
+            return self._source.find(self._tenant, name)
+        except AdapterNotFound as error:
+            raise AdapterNotFound(error.what, nearest=error.nearest, next_step=_LISTED) from error
 
 
 def _read_strength(text: str) -> float:

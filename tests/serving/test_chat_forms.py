@@ -1,0 +1,119 @@
+"""Answers that call tools, that think first, and that must be JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+
+from lorac.serving.chat_fields import JsonSchema, ResponseFormat
+from lorac.serving.chat_parsing import ChatParser, ParsedText, find_response_template
+from lorac.serving.grammar import Grammars
+from tests.decoders import VOCABULARY
+from tests.serving.models import alone, make_app, make_tokenizer, serve
+
+CHAT: Any = [{"role": "user", "content": "Say"}]
+PROMPT = "uSay;"
+TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["lora", "dora"]}, "rank": {"type": "integer", "minimum": 1, "maximum": 64}},
+    "required": ["kind", "rank"],
+    "additionalProperties": False,
+}
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "adapter", "schema": SCHEMA}}
+
+
+def template(called: str, ended: str) -> dict[str, Any]:
+    """A response template in which a call stands between two strings, with a name that is always f."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"text": "{content}"}}}
+    field = {"open": called, "close": ended, "repeats": True, "content": "text", "transform": call}
+    return {"start_anchor": ";", "fields": {"tool_calls": field, "content": {"content": "text", "close": "</s>"}}}
+
+
+@pytest.fixture(scope="module")
+def calling(compiled: Any) -> Iterator[Any]:
+    """A client of a server whose model's answer holds a call; that answer."""
+    answer = alone(compiled, PROMPT, "one", max_new_tokens=12, do_sample=False)
+    before, compiled.tokenizer = compiled.tokenizer, make_tokenizer()
+    compiled.tokenizer.response_template = template(answer[2:4], answer[7:9])
+    app = make_app(compiled)
+    with serve(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        yield client, answer
+    compiled.tokenizer = before
+
+
+def test_an_answer_calls_a_tool(calling: Any) -> None:
+    client, answer = calling
+    options = {"model": "one", "messages": CHAT, "tools": TOOLS, "temperature": 0, "max_tokens": 12}
+    message = client.chat.completions.create(**options).choices[0].message
+    (call,) = message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("f", {"text": answer[4:7]})
+    assert message.content == answer[:2] + answer[9:]
+    deltas = [event.choices[0].delta for event in client.chat.completions.create(stream=True, **options)]
+    (streamed,) = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert (streamed.index, streamed.function.model_dump()) == (0, call.function.model_dump())
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+    turns = [*CHAT, message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "42"}]
+    assert client.chat.completions.create(**{**options, "messages": turns}).choices[0].message.content is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes<think>why</think>", ParsedText("Yes", "why")),
+        ("<tool_call>{'broken</tool_call> on", ParsedText("{'broken")),
+        ('a<tool_call>{"name": "f"', ParsedText('a{"name": "f"')),
+    ],
+)
+def test_answers_are_parsed_as_transformers_knows_a_kind_of_model(text: str, expected: ParsedText) -> None:
+    tokenizer = make_tokenizer()
+    known = find_response_template(tokenizer, "qwen3")
+    assert known is not None and find_response_template(tokenizer, "llama") is None
+    parser, found = ChatParser(tokenizer, known, "<|im_start|>assistant\n", TOOLS), ParsedText()
+    for place in range(0, len(text), 5):
+        found = found.joined(parser.add(text[place : place + 5]))
+    found = found.joined(parser.end())
+    assert (found.reasoning, found.calls) == (expected.reasoning, ())
+    assert found.content.startswith(expected.content)
+
+
+def test_what_is_relied_on_of_transformers_server() -> None:
+    """Its function reads the model's kind alone, and the tokenizer's own template comes first."""
+    assert find_response_template(SimpleNamespace(response_template={"a": 1}), "qwen3") == {"a": 1}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_answer_is_json_of_a_schema(client: openai.OpenAI, compiled: Any, seed: int) -> None:
+    answer = client.chat.completions.create(
+        model="one", messages=CHAT, seed=seed, temperature=0.7, max_tokens=40, response_format=FORM
+    )
+    form = ResponseFormat(type="json_schema", json_schema=JsonSchema(name="adapter", schema=SCHEMA))
+    mask = Grammars(compiled.tokenizer, VOCABULARY, [2]).processor(form, len(PROMPT))
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 40}
+    text = alone(compiled, PROMPT, "one", seed=seed, logits_processor=[mask], **options)
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].finish_reason == "stop"
+    found = json.loads(text)
+    assert found["kind"] in ("lora", "dora") and 1 <= found["rank"] <= 64
+
+
+def test_answers_of_one_request_keep_to_the_form_each(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_object"}
+    answer = client.chat.completions.create(
+        model="base", messages=CHAT, seed=1, n=3, temperature=1.5, max_tokens=8, response_format=form
+    )
+    assert all((choice.message.content or "{").lstrip().startswith("{") for choice in answer.choices)
+
+
+def test_penalties_count_what_an_answer_holds(client: openai.OpenAI, compiled: Any) -> None:
+    options: Any = {"model": "one", "messages": CHAT, "temperature": 0, "max_tokens": 30}
+    bias = {"logit_bias": {"40": 12}}
+    plain = client.chat.completions.create(**options, **bias).choices[0].message.content or ""
+    once = client.chat.completions.create(**options, **bias, presence_penalty=2, frequency_penalty=2)
+    letter = compiled.tokenizer.decode([40])
+    assert plain.count(letter) > (once.choices[0].message.content or "").count(letter) > 0
