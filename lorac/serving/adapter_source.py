@@ -8,7 +8,7 @@ from typing import BinaryIO, NoReturn, Protocol, final
 
 from lorac.ir.slots.choice import require_adapter
 from lorac.serving.refusals import NotAllowed
-from lorac.session.compiled import Compiled
+from lorac.serving.served_model import ServedModel
 
 
 class NamedAdapter(Protocol):
@@ -62,7 +62,7 @@ class SharedAdapters:
         compiled: the compiled model.
     """
 
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: ServedModel) -> None:
         self._pool = compiled.pool
 
     def adapters(self, tenant: str) -> Sequence[NamedAdapter]:

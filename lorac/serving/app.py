@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -23,12 +24,12 @@ from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
 from lorac.serving.request_log import RequestLog
+from lorac.serving.served_model import ServedModel, TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
 from lorac.serving.store_endpoints import UploadFields, add_store_endpoints
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
-from lorac.session.compiled import Compiled
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 FIELDS: dict[str, type[pydantic.BaseModel]] = {
@@ -42,7 +43,11 @@ FIELDS: dict[str, type[pydantic.BaseModel]] = {
 
 
 def build_app(
-    compiled: Compiled, settings: ServingSettings | None = None, *, store: AdapterSource | None = None
+    compiled: ServedModel,
+    settings: ServingSettings | None = None,
+    *,
+    store: AdapterSource | None = None,
+    scheduler: TextScheduler | None = None,
 ) -> fastapi.FastAPI:
     """Return a server's app, whose ``state.scheduler`` runs from its startup to its shutdown.
 
@@ -50,13 +55,15 @@ def build_app(
         compiled: the model; a decoder is compiled with ``cache=True`` and has a tokenizer.
         settings: default: ``ServingSettings()``.
         store: adapters that tenants bring; None: only those that the model has.
+        scheduler: computes text; default: a ``lorac.Scheduler`` of the model. The app closes it.
 
     Raises:
         AdapterNotFound: a pinned adapter does not exist.
         Unavailable: the model has no tokenizer, or one that cannot be read token by token.
     """
     given = ServingSettings() if settings is None else settings
-    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_run)
+    lifespan = functools.partial(_run, scheduler=scheduler)
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
     app.state.source = SharedAdapters(compiled) if store is None else store
     app.state.metrics = ServerMetrics(compiled, given.base_name)
@@ -77,20 +84,20 @@ def build_app(
     return app
 
 
-def _decodes(compiled: Compiled) -> bool:
+def _decodes(compiled: ServedModel) -> bool:
     spec = compiled.engine.cache_spec(MAIN_GRAPH)
     return spec is not None and not spec.encodes
 
 
 @contextlib.asynccontextmanager
-async def _run(app: fastapi.FastAPI) -> AsyncIterator[None]:
+async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None) -> AsyncIterator[None]:
     """Hold the pinned adapters, and run the scheduler; at the end, requests at work are finished."""
     state, settings = app.state, app.state.settings
     async with contextlib.AsyncExitStack() as stack:
         for name in state.pinned:
             stack.enter_context(state.compiled.hold(name))
         if _decodes(state.compiled):
-            state.scheduler = Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
+            state.scheduler = scheduler or Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
             stack.push_async_callback(run_in_threadpool, state.scheduler.close)
             state.text = TextService(state.scheduler, state.source, settings, state.activity)
         yield

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, final
 import prometheus_client
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from lorac.runtime.scheduling.scheduler import Scheduler
-from lorac.session.compiled import Compiled
+from lorac.serving.served_model import ServedModel, TextScheduler
 
 if TYPE_CHECKING:
     from lorac.serving.activity import ActiveRequest
@@ -34,7 +33,7 @@ class ServerMetrics:
         load_seconds: of adapters.
     """
 
-    def __init__(self, compiled: Compiled, base_name: str) -> None:
+    def __init__(self, compiled: ServedModel, base_name: str) -> None:
         self._compiled, self._name = compiled, base_name
         self._registry = prometheus_client.CollectorRegistry()
         self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were answered.")
@@ -62,7 +61,7 @@ class ServerMetrics:
         for reason in request.reasons:
             self._ended.labels(self._name, _REASONS.get(reason, reason)).inc()
 
-    def expose(self, scheduler: Scheduler | None, requests: Collection[ActiveRequest]) -> bytes:
+    def expose(self, scheduler: TextScheduler | None, requests: Collection[ActiveRequest]) -> bytes:
         """Return all metrics in Prometheus' text format.
 
         Args:
@@ -73,7 +72,7 @@ class ServerMetrics:
         state.register(_State([*self._gauges(scheduler), _describe_adapters(scheduler, requests)]))
         return prometheus_client.generate_latest(self._registry) + prometheus_client.generate_latest(state)
 
-    def _gauges(self, scheduler: Scheduler | None) -> Iterator[Metric]:
+    def _gauges(self, scheduler: TextScheduler | None) -> Iterator[Metric]:
         running, waiting = (0, 0) if scheduler is None else scheduler.load
         rows, memory, pool = 1 if scheduler is None else scheduler.rows, self._compiled.memory, self._compiled.pool
         # Without a limit on memory, the places for rows are what may run out.
@@ -111,7 +110,7 @@ class _State(prometheus_client.registry.Collector):
         return self._metrics
 
 
-def _describe_adapters(scheduler: Scheduler | None, requests: Collection[ActiveRequest]) -> Metric:
+def _describe_adapters(scheduler: TextScheduler | None, requests: Collection[ActiveRequest]) -> Metric:
     """Return which adapters work and wait, as inference gateways read it to send requests where theirs are."""
     names = {True: set[str](), False: set[str]()}
     for request in requests:

@@ -13,7 +13,6 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import InputMismatch
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec, parse_choice
-from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
 from lorac.serving.activity import ActiveRequest, Activity
 from lorac.serving.adapter_source import AdapterSource
@@ -27,6 +26,7 @@ from lorac.serving.grammar import Grammars
 from lorac.serving.penalties import CountPenalty
 from lorac.serving.refusals import RefusedField
 from lorac.serving.sampling_fields import SamplingFields
+from lorac.serving.served_model import TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.tokenizer import find_tokenizer
 
@@ -45,7 +45,7 @@ class TextService:
     """
 
     def __init__(
-        self, scheduler: Scheduler, source: AdapterSource, settings: ServingSettings, activity: Activity
+        self, scheduler: TextScheduler, source: AdapterSource, settings: ServingSettings, activity: Activity
     ) -> None:
         self._scheduler, self._source, self._settings, self._activity = scheduler, source, settings, activity
         compiled = scheduler.compiled

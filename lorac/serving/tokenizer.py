@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import Unavailable
-from lorac.runtime.switchable_model import SwitchableModel
+from lorac.serving.served_model import ServedModel
 
 if TYPE_CHECKING:
     import tokenizers
@@ -45,16 +45,16 @@ class FastTokenizer(Protocol):
     ) -> ResponseParser: ...
 
 
-def find_tokenizer(compiled: SwitchableModel) -> FastTokenizer:
+def find_tokenizer(compiled: ServedModel) -> FastTokenizer:
     """Return a model's tokenizer.
 
     Raises:
         Unavailable: there is none, or it does not decode token by token.
     """
-    tokenizer: FastTokenizer | None = compiled.tokenizer
-    if tokenizer is None or not hasattr(tokenizer, "backend_tokenizer"):
+    tokenizer = compiled.tokenizer
+    if not hasattr(tokenizer, "backend_tokenizer"):
         raise Unavailable(
             "the model has no tokenizer of transformers' fast kind",
             next_step="give one: compiled.tokenizer = ..., or compiled.save(folder, tokenizer=...)",
         )
-    return tokenizer
+    return cast(FastTokenizer, tokenizer)

@@ -1,0 +1,80 @@
+"""What a server needs of a compiled model, and of what computes for it, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from lorac.ir.slots.choice import ChoiceSpec
+from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
+from lorac.runtime.traits import ModelTraits
+from lorac.target.kv_cache import CacheSpec
+
+
+class ServedAdapters(Collection[str], Protocol):
+    """The names of a model's adapters."""
+
+    @property
+    def resident(self) -> Collection[str]:
+        """Those that are ready in memory."""
+
+
+class ServedEngine(Protocol):
+    """What runs the model."""
+
+    def cache_spec(self, graph: str) -> CacheSpec | None: ...
+
+
+class MemoryUse(Protocol):
+    """The memory of adapters and caches."""
+
+    @property
+    def limit(self) -> int | None: ...
+
+    @property
+    def used(self) -> int: ...
+
+
+class ServedModel(Protocol):
+    """A compiled model, or what is known of one that workers hold."""
+
+    @property
+    def tokenizer(self) -> object: ...
+
+    @property
+    def traits(self) -> Mapping[str, ModelTraits]: ...
+
+    @property
+    def pool(self) -> ServedAdapters: ...
+
+    @property
+    def engine(self) -> ServedEngine: ...
+
+    @property
+    def memory(self) -> MemoryUse: ...
+
+    def hold(self, choice: ChoiceSpec) -> AbstractContextManager[object]: ...
+
+
+class TextScheduler(Protocol):
+    """Computes text: ``lorac.Scheduler``, or one whose rows are elsewhere."""
+
+    @property
+    def compiled(self) -> ServedModel: ...
+
+    @property
+    def component(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def load(self) -> tuple[int, int]: ...
+
+    @property
+    def nbytes(self) -> Mapping[str, int]: ...
+
+    def submit_all(self, requests: Sequence[TextRequest]) -> list[TokenStream]: ...
+
+    def close(self) -> None: ...
