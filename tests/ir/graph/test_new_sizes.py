@@ -1,8 +1,11 @@
 """Symbolic sizes are found again by their names in torch's record, which is all that knows them."""
 
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lorac.ir.graph.new_sizes import make_size
+from lorac.ir.graph.new_sizes import make_example, make_size
 
 
 def test_a_size_is_made_once_for_each_name_in_each_record():
@@ -20,3 +23,20 @@ def test_the_least_value_of_a_size_is_that_of_the_first_call():
     size = make_size(record, "places", 2, 1)
     make_size(record, "places", 2)
     assert record.var_to_range[size.node.expr].lower == 1
+
+
+def test_an_example_is_what_torch_makes_in_the_mode():
+    record = ShapeEnv()
+    mode = FakeTensorMode(shape_env=record)
+    shape = (make_size(record, "places", 2, 1), 5, make_size(record, "rank", 3))
+    with mode:
+        expected = torch.empty(shape, dtype=torch.float16)
+    made = make_example(mode, shape, torch.float16)
+    assert (made.shape, made.stride(), made.dtype, made.device) == (
+        shape,
+        expected.stride(),
+        torch.float16,
+        expected.device,
+    )
+    assert detect_fake_mode([made]) is mode
+    assert not record.guards, "nothing is decided about the sizes"
