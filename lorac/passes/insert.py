@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
@@ -36,6 +36,7 @@ class InsertAdaptedCalls(Pass):
 
     Attributes:
         rows: whether rows of a batch may have slots of their own, where the graph can tell rows apart.
+        why_shared: kinds of sites whose slots are not among them -> why (``Dialect``).
         why_branches_shared: why the slots of branches are not among them (``Dialect``).
     """
 
@@ -43,6 +44,7 @@ class InsertAdaptedCalls(Pass):
     reads: ClassVar[Level] = Level.HOST
     leaves: ClassVar[Level] = Level.ADAPTED
     rows: bool = False
+    why_shared: Mapping[SiteKind, str] = field(default_factory=dict)
     why_branches_shared: str = ""
 
     def apply(self, graph: Graph) -> PassResult:
@@ -60,7 +62,7 @@ class InsertAdaptedCalls(Pass):
             calls.setdefault(ops.site_of(node), []).append(node)
         planned, unused = _select_plans(graph, calls, used)
         if self.rows:
-            planned = add_places(graph, planned, calls, self.why_branches_shared)
+            planned = add_places(graph, planned, calls, self.why_shared, self.why_branches_shared)
         nodes = add_slots(graph, planned)
         slots_at: dict[str, dict[str, fx.Node]] = {path: {} for path in planned}
         for slot in graph.slots.values():

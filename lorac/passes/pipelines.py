@@ -42,7 +42,7 @@ def lowering_passes(
     fused = (FuseProjections(constant),) if dialect.fuses_projections else ()
     return (
         *fused,
-        InsertAdaptedCalls(rows, dialect.why_branches_shared),
+        InsertAdaptedCalls(rows, dialect.why_shared, dialect.why_branches_shared),
         ConnectValues(),
         ExpandAdaptedCalls(aux),
         CacheAttention(),

@@ -11,6 +11,7 @@ from torch import fx
 from lorac.errors import list_some
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import get_example
+from lorac.ir.sites import SiteKind
 from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import ROLES, branch_index
@@ -28,7 +29,8 @@ def add_places(
     graph: Graph,
     planned: Mapping[str, SitePlan],
     calls: Mapping[str, Sequence[fx.Node]],
-    why_branches_shared: str = "",
+    why_kinds_shared: Mapping[SiteKind, str],
+    why_branches_shared: str,
 ) -> dict[str, SitePlan]:
     """Return the plans, with places where rows may have slots of their own; the graph takes over these plans.
 
@@ -38,15 +40,19 @@ def add_places(
         graph: its plans are edited.
         planned: path -> the slots of a site that the graph uses.
         calls: path -> the calls of a site.
+        why_kinds_shared: kinds of sites whose slots have no places -> why.
         why_branches_shared: why branches have no places; empty where they have.
     """
     batch = _batch_size(graph)
     found, shared = dict(planned), dict[str, list[str]]()
     for path, plan in planned.items():
-        why = _why_unaligned(calls.get(path, ()), batch) or (why_shared(plan) if plan.room else "")
-        if plan.room and why:
+        if not plan.room:
+            continue
+        target = why_kinds_shared.get(plan.site.kind, "")
+        why = target or _why_unaligned(calls.get(path, ()), batch) or why_shared(plan)
+        if why:
             shared.setdefault(why, []).append(path)
-        elif plan.room:
+        else:
             found[path] = replace(plan, placed=any(not role.why_shared for role, _ in plan.roles()))
     graph.plans = {path: found.get(path, plan) for path, plan in graph.plans.items()}
     branches, placed = {path: calls[path] for path, plan in found.items() if plan.branches}, dict[str, SitePlan]()

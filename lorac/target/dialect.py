@@ -45,6 +45,7 @@ class Dialect(Generic[RewriteT_co]):
         dtypes: floating-point dtypes that the target computes in, best first; a model in another is cast to the first.
         fuses_projections: whether sites that read the same input are computed as one.
         rows: whether rows of a batch may have slots of their own.
+        why_shared: kinds of sites whose slots rows share -> why, as a clause.
         why_branches_shared: why the slots of branches are not among them, as a clause; empty where they are.
         functions: whether an op that is not claimed may be used where ONNX defines it as a function of other ops.
     """
@@ -59,6 +60,7 @@ class Dialect(Generic[RewriteT_co]):
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
     fuses_projections: bool = True
     rows: bool = False
+    why_shared: Mapping[SiteKind, str] = field(default_factory=dict)
     why_branches_shared: str = ""
     functions: bool = True
 

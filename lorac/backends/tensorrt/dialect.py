@@ -48,6 +48,7 @@ DIALECT: OnnxDialect = Dialect(
     # Whether fused products pay off is not measured: the library chooses kernels for what it is given.
     fuses_projections=False,
     rows=True,
+    why_shared=dict.fromkeys(_FIXED, "a plan convolves all rows with one kernel"),
     why_branches_shared="its branches have one place in a plan",
     functions=False,
 )

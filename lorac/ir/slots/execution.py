@@ -176,11 +176,11 @@ def run_site(
         linear = layout.base(x, weight, None)
     y = _add_pair(layout, slots, x, _base_product(layout, slots, x, weight, linear))
     # The bias is added last, where ONNX Runtime's fusions expect it.
-    y = _add_bias(layout, y, slots.tensors.get(operands.BIAS, bias))
+    y = add_bias(layout, y, slots.tensors.get(operands.BIAS, bias))
     if not plan.branches:
         return y
     assert linear is not None
-    return add_branches(plan, slots, x, y, _add_bias(layout, linear, bias), ctx)
+    return add_branches(plan, slots, x, y, add_bias(layout, linear, bias), ctx)
 
 
 def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tensor | None]:
@@ -233,7 +233,8 @@ def _is_empty(tensor: Tensor) -> bool:
     return isinstance(size, int) and size == 0
 
 
-def _add_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
+def add_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y plus the bias of a site's outputs, if there is one."""
     return y if bias is None else ROLES[operands.BIAS].apply(layout, y, bias)
 
 

@@ -11,7 +11,8 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     matrix     –               –               as it is stored
     =========  ==============  ==============  =====================
 
-Where rows of a batch have slots of their own, A, B and vectors have a first axis of places (``lorac.ir.slots.rows``).
+Where rows of a batch have slots of their own, A, B and vectors have a first axis of places (``lorac.ir.slots.rows``),
+and an input is cut into segments (places, rows, …).
 
 A site whose weight is read ``within`` its module's forward has a slot for W only, and its module does the computation.
 
@@ -21,17 +22,16 @@ Elsewhere (``lorac.ir.algebra.changes``) tensors are matrices A (K, R), B (R, N)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from lorac.ir.algebra.changes import multiply_blocks
 from lorac.ir.sites import Site, SiteKind
+from lorac.ir.slots.segment_convolution import CONVOLUTIONS, convolve_segments
 
 Tensor = torch.Tensor
 _MATRIX = 2
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class SiteLayout(ABC):
@@ -41,6 +41,10 @@ class SiteLayout(ABC):
     """Whether the base's op adds the bias itself (a convolution's); elsewhere it is added last."""
     has_input_axis: bool = True
     """Whether the input has an axis of features, along which it can be scaled and transformed."""
+    input_axes: int = 1
+    """The number of axes of an item of the input, behind those of rows and tokens."""
+    output_axes: int = 1
+    """The number of axes of an item of the output."""
     why_shared: str = ""
     """Why all rows of a batch share the slots; empty where each may have its own (``lorac.ir.slots.rows``)."""
 
@@ -127,6 +131,7 @@ class EmbeddingLayout(SiteLayout):
     """``y = Wᵀ[ids]``: a linear site over one-hot rows."""
 
     has_input_axis = False
+    input_axes = 0
 
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         return F.embedding(x, stored, padding_idx=self.site.padding_idx if self.site.padding_idx >= 0 else None)
@@ -146,19 +151,21 @@ class ConvLayout(SiteLayout):
 
     keeps_bias_inside = True
     has_input_axis = False
-    why_shared = "the number of groups of a convolution is fixed in a program"
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         assert site.conv is not None
         self.conv = site.conv
         self.rank = len(site.conv.kernel)
-        self.apply = _CONVOLUTIONS[self.rank]
         self.ones = (1,) * self.rank
+        self.input_axes = self.output_axes = 1 + self.rank
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        conv = self.conv
-        return self.apply(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+        leading, conv = x.shape[: -self.input_axes], self.conv
+        segmented = len(leading) > 1
+        batch = x.flatten(0, len(leading) - 1) if segmented else x
+        y = CONVOLUTIONS[self.rank](batch, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+        return y.unflatten(0, leading) if segmented else y
 
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         return self._convolve(x, stored, bias, self.conv.groups)
@@ -167,16 +174,20 @@ class ConvLayout(SiteLayout):
         return self._convolve(x, weight, bias, self.conv.groups)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
+        if a.dim() > self.rank + _MATRIX:  # a kernel for each segment
+            return convolve_segments(x, a, self.conv.stride, self.conv.padding, self.conv.dilation)
         return self._convolve(x, a, None, 1)
 
     def up(self, u: Tensor, b: Tensor) -> Tensor:
-        return self.apply(u, b)
+        if b.dim() > self.rank + _MATRIX:
+            return convolve_segments(u, b, self.ones, (0,) * self.rank, self.ones)
+        return CONVOLUTIONS[self.rank](u, b)
 
     def per_output(self, vector: Tensor) -> Tensor:
-        return vector.view(-1, *self.ones)
+        return vector[(..., *(None,) * self.rank)]
 
     def per_rank(self, vector: Tensor) -> Tensor:
-        return vector.view(-1, *self.ones)
+        return self.per_output(vector)
 
     def shape_a(self, rank: int | torch.SymInt) -> tuple[int | torch.SymInt, ...]:
         return (rank, self.conv.channels, *self.conv.kernel)

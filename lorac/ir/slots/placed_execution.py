@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorac.ir.slots.execution import FormulaContext, add_branches, multiply_pair, run_site
+from lorac.ir.slots.execution import FormulaContext, add_bias, add_branches, multiply_pair, run_site
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES
@@ -86,19 +86,23 @@ def run_placed(
     if active and product is None:
         assert weight is not None
         product = layout.base(x, weight, None)
-    slot, features = _first_placed(slots), int(layout.has_input_axis)
+    slot, features = _first_placed(slots), layout.input_axes
     if not active and all(role.stage.of_pair for role, _ in plan.roles()):
-        base = layout.base(x, weight, None) if product is None else product  # type: ignore[arg-type]  # one is given
+        inside = bias if layout.keeps_bias_inside and product is None else None
+        base = layout.base(x, weight, inside) if product is None else product  # type: ignore[arg-type]  # one is given
         pair = multiply_pair(layout, slots, segments.cut(x, slot, features))
         y = base + segments.join(pair, x, features).to(base.dtype)
-        return y if bias is None else y + bias.to(y.dtype)
-    parts = segments.cut(x, slot, features), None if product is None else segments.cut(product, slot, 1)
+        return add_bias(layout, y, bias if inside is None else None)
+    parts = (
+        segments.cut(x, slot, features),
+        None if product is None else segments.cut(product, slot, layout.output_axes),
+    )
     weights = replace(plan, branches=()), replace(slots, branches=())
     y = segments.join(run_site(*weights, parts[0], weight, bias, product=parts[1]), x, features)
     if not active:
         return y
     assert product is not None
-    return add_branches(plan, slots, x, y, product if bias is None else product + bias.to(product.dtype), ctx)
+    return add_branches(plan, slots, x, y, add_bias(layout, product, bias), ctx)
 
 
 def _first_placed(slots: SiteSlots) -> Tensor:

@@ -11,6 +11,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 from lorac.backends.onnx.export.attention import attention, cached_attention
 from lorac.backends.onnx.export.opsets import Outputs, op
 from lorac.ir.graph import attention_ops, ops, row_ops
+from lorac.ir.slots.segment_convolution import CONVOLVE_SEGMENTS
 
 aten = torch.ops.aten
 _MATRIX = 2
@@ -147,6 +148,19 @@ def join_segments(y: ir.Value, like: ir.Value, features: int) -> Outputs:
     return op.Reshape(y, op.Concat(leading, *_last_sizes(y, 2), axis=0))
 
 
+def convolve_segments(
+    x: ir.Value, kernels: ir.Value, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Outputs:
+    """Write a ``Scan`` over the places, each of which is a ``Conv``."""
+    assert x.shape is not None and kernels.shape is not None and x.dtype is not None
+    part, kernel, y = (ir.val(name, x.dtype) for name in ("segment", "kernel", "convolved"))
+    part.shape, kernel.shape = ir.Shape(x.shape[1:]), ir.Shape(kernels.shape[1:])
+    y.shape = ir.Shape([None] * len(part.shape))
+    settings = {"strides": [*stride], "pads": [*padding, *padding], "dilations": [*dilation]}
+    body = ir.Graph([part, kernel], [y], nodes=[ir.node("Conv", [part, kernel], settings, outputs=[y])], name="place")
+    return op.Scan(x, kernels, body=body, num_scan_inputs=2)
+
+
 def _last_sizes(x: ir.Value, first: int) -> list[ir.Value]:
     """Return the sizes of a value from an axis on, as values to concatenate."""
     assert x.shape is not None
@@ -163,6 +177,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     ops.MATMUL: matmul,
     row_ops.CUT: cut_segments,
     row_ops.JOIN: join_segments,
+    CONVOLVE_SEGMENTS: convolve_segments,
     aten.slice.Tensor: slice_tensor,
     aten.conv3d.default: conv3d,
     aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
