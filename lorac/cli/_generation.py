@@ -161,7 +161,12 @@ EACH_ROW_ITS_OWN = "each row its own"
 
 
 def time_choices(
-    compiled: Compiled, rounds: int, measure: Callable[..., tuple[float, ...]], own: Sequence[str] = ()
+    compiled: Compiled,
+    rounds: int,
+    measure: Callable[..., tuple[float, ...]],
+    own: Sequence[str] = (),
+    *,
+    settle: bool = False,
 ) -> dict[str | None, list[float]]:
     """Return the medians of none, of each adapter and of all: of a swap to it in seconds, and of what is measured.
 
@@ -170,20 +175,23 @@ def time_choices(
     Args:
         measure: measures a call; it takes ``adapters=`` of the call.
         own: an adapter for each row, which are then measured together too.
+        settle: as ``Compiled.swap`` takes it.
     """
     times: dict[str | None, list[tuple[float, ...]]] = {choice: [] for choice in (None, *compiled.adapters)}
     together: list[tuple[float, ...]] = []
     for number in range(rounds + 1):
         step(f"round {number} of {rounds}")
         for choice, found in times.items():
-            found.append((compiled.swap(choice).seconds, *measure()))
+            found.append((compiled.swap(choice, settle=settle).seconds, *measure()))
         if own:
-            together.append((compiled.swap(None).seconds, *measure(adapters=list(own))))
+            together.append((compiled.swap(None, settle=settle).seconds, *measure(adapters=list(own))))
     times |= {EACH_ROW_ITS_OWN: together} if own else {}
     return {c: [statistics.median(column) for column in zip(*found[1:], strict=True)] for c, found in times.items()}
 
 
-def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int, rows: int) -> list[dict[str, object]]:
+def time_generation(
+    compiled: Compiled, prompt: int, new: int, rounds: int, rows: int, *, settle: bool
+) -> list[dict[str, object]]:
     """Time swaps and generation with each adapter and with none, one row of medians per choice.
 
     Args:
@@ -191,11 +199,12 @@ def time_generation(compiled: Compiled, prompt: int, new: int, rounds: int, rows
         new: the number of new tokens.
         rounds: the number of rounds.
         rows: the number of prompts of a batch; several are also generated with the adapters by turns.
+        settle: as ``Compiled.swap`` takes it.
     """
     # Ids that every vocabulary has; the time of a call does not depend on them.
     ids = (torch.arange(prompt) % 64 + 1).repeat(rows, 1)
     names = list(itertools.islice(itertools.cycle(compiled.adapters), rows if rows > 1 else 0))
-    medians = time_choices(compiled, rounds, functools.partial(_time_tokens, compiled, ids, new), names)
+    medians = time_choices(compiled, rounds, functools.partial(_time_tokens, compiled, ids, new), names, settle=settle)
     return [
         {
             "adapters": choice or "none",

@@ -135,7 +135,7 @@ def swap(
     print_report(dataclasses.asdict(report) | {"active": compiled.active}, line, as_json=json)
 
 
-def bench(
+def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
     model: CompiledOrModel,
     inputs: InputsOption = None,
     adapter: AdapterOption = [],  # noqa: B006  (typer's way to say "any number")
@@ -143,6 +143,9 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="The tokens of the prompt, without --inputs.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="The new tokens of each round, without --inputs.")] = 32,
     rows: Annotated[int, typer.Option(min=1, help="The prompts of a batch, without --inputs.")] = 1,
+    settle: Annotated[
+        bool, typer.Option("--settle", help="Make merged weights constants after each swap; for onnxruntime, fused.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Time calls with --inputs, or else generation, with each adapter and with none, and print the medians.
@@ -155,15 +158,17 @@ def bench(
         report.step("loading")
         compiled = load_compiled(model, adapter, active=None)
         if inputs is None:
-            times = time_generation(compiled, prompt_tokens, new_tokens, rounds, rows)
+            times = time_generation(compiled, prompt_tokens, new_tokens, rounds, rows, settle=settle)
         else:
-            times = _time_calls(compiled, read_inputs(inputs), rounds)
+            times = _time_calls(compiled, read_inputs(inputs), rounds, settle=settle)
     headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
     cells = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in times]
     print_report(times, make_table(headers, cells), as_json=json)
 
 
-def _time_calls(compiled: Compiled, arrays: Mapping[str, Array], rounds: int) -> list[dict[str, object]]:
+def _time_calls(
+    compiled: Compiled, arrays: Mapping[str, Array], rounds: int, *, settle: bool
+) -> list[dict[str, object]]:
     """Time swaps and calls with each adapter and with none; an untimed call precedes each timed one."""
 
     def measure() -> tuple[float]:
@@ -174,7 +179,7 @@ def _time_calls(compiled: Compiled, arrays: Mapping[str, Array], rounds: int) ->
 
     from lorac.cli._generation import time_choices
 
-    medians = time_choices(compiled, rounds, measure)
+    medians = time_choices(compiled, rounds, measure, settle=settle)
     return [
         {"adapters": choice or "none", "swap_ms": swap * 1e3, "call_ms": call * 1e3, "ratio": call / medians[None][1]}
         for choice, (swap, call) in medians.items()

@@ -227,6 +227,10 @@ def test_compile_for_onnxruntime(cli, files):
             "lorac.InputMismatch: the model joins inputs that differ: size 9 on axis 1 of 'attention_mask' and size 3",
         ),
         (["bench", "compiled", "-i", "negative.npz"], "lorac.ChoiceError: input 'input_ids' holds the id -1;"),
+        (
+            ["bench", "compiled", "-i", "inputs.npz", "--settle"],
+            "lorac.Unavailable: there is nothing to settle in eager",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

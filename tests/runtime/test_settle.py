@@ -5,6 +5,7 @@ import time
 import pytest
 
 import lorac
+from lorac.cli._generation import time_choices
 from tests.runtime.switching import CHOICES, CYCLE, answer, build, fresh, key, pair, raw
 
 
@@ -38,6 +39,15 @@ def test_nothing_settles_unasked(fused, expected):
     assert fused.swap("a").state == "bound"
     assert not fused.engine.is_settled
     assert raw(answer(fused)) == expected["bound"]["a"]
+
+
+def test_it_is_offered_where_it_pays(fused):
+    assert "swap(..., settle=True) makes constants of a choice's" in str(fused.explain())
+    assert "settle=True" not in str(build(pair("lora", "shira"), "onnxruntime", "live").explain())
+    fused.swap(None)
+    times = time_choices(fused, 1, lambda **choice: (), settle=True)
+    assert times.keys() == {None, *fused.adapters}
+    assert fused.engine.is_settled
 
 
 def test_a_choice_for_one_call_leaves_it_settled(fused, expected):

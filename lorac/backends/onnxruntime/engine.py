@@ -41,6 +41,10 @@ from lorac.target.engine import CallResult
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
 Tensor = torch.Tensor
+_BOUND_NOTE = (
+    "merged weights are inputs, which ONNX Runtime does not prepack, and so slower token by token than constants: "
+    "swap(..., settle=True) makes constants of a choice's"
+)
 
 
 class GraphSession:
@@ -129,7 +133,9 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         return self.device_memory.fused(self.plans, self.base)
 
     def machine_notes(self, graph: GraphSession) -> tuple[str, ...]:
-        """Say which ops of a session on a GPU the CPU computes, or by which ops adapters are added on the CPU."""
+        """Say what this machine does its own way: ops of a GPU on the CPU, bound weights, how adapters are added."""
+        if self.fused and graph.slots and self.options.place.type == "cpu" and self.options.settle == "asked":
+            return (_BOUND_NOTE,)
         ops = ops_on_cpu(graph.session)
         if not ops:
             return self._native_notes(graph)
