@@ -66,7 +66,7 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
 
 def _measure_hashing(folder: Path) -> dict[str, float]:
     from lorac.formats._files import read_safetensors
-    from lorac.storage.tensor_file import hash_contents
+    from lorac.storage.tensor_hash import hash_contents
 
     tensors, _ = read_safetensors(folder / "peft" / _WEIGHTS)
     return common.measure_call(lambda: hash_contents("", tensors), above_start=True)

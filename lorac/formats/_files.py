@@ -24,14 +24,8 @@ from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.limits import claim_memory, pause_clock
 from lorac.storage import pickled_tensors
 from lorac.storage.strict_json import dump_json, parse_object, read_json_text
-from lorac.storage.tensor_file import (
-    DTYPES,
-    TensorPlace,
-    agrees_with_hash,
-    hash_contents,
-    read_tensors,
-    write_safetensors,
-)
+from lorac.storage.tensor_file import DTYPES, TensorPlace, read_tensors, write_safetensors
+from lorac.storage.tensor_hash import agrees_with_hash, hash_contents
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""

@@ -12,7 +12,7 @@ from lorac.errors import FormatError, Unavailable, warn
 from lorac.formats.checkpoint import SEAL
 from lorac.formats.native import describe_adapter
 from lorac.storage.strict_json import dump_json, parse_object
-from lorac.storage.tensor_file import hash_contents
+from lorac.storage.tensor_hash import hash_contents
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 

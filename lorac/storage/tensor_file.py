@@ -6,13 +6,12 @@ entries in random order, and copies all tensors before it writes the first.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedReader, FileIO
+from io import BufferedReader, BufferedWriter, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,12 +48,8 @@ _ALIGNMENT = 64
 """Bytes; torch's own allocations begin at such multiples."""
 _MANY_BYTES = 1 << 26
 """Bytes that are worth flushing while more are computed."""
-_FEW_BYTES = 1 << 20
-"""Bytes that one thread hashes as fast as several."""
-_EARLIER_LENGTH = 32
-"""Characters of a hash as lorac made it before."""
 _ALIAS, _TRANSPOSED, _ELSEWHERE = "alias", "transposed", "elsewhere"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(
@@ -75,22 +70,40 @@ def write_safetensors(
     for name in names:
         tensor, begin = outline[name], end
         end = begin + tensor.numel() * tensor.itemsize
-        kind = _NAMES[tensor.dtype]
+        kind = DTYPE_NAMES[tensor.dtype]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = dump_json(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as flusher:
         written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
-        flushed, unflushed = flusher.submit(file.flush), 0
+        flush = _EarlyFlush(file, flusher)
         for name in names:
             values = raw_bytes(tensors[name])  # may take as long to make as the tensor before takes to be written
-            unflushed += written.result()
-            if unflushed > _MANY_BYTES and flushed.done():
-                flushed.result()
-                flushed, unflushed = flusher.submit(os.fsync, file.fileno()), 0  # the disk need not wait for the end
+            flush.add(written.result())
             written = writer.submit(file.write, values)
         written.result()
-        flushed.result()
+        flush.finish()
+
+
+class _EarlyFlush:
+    """Flushing of a file while more of it is computed, so that the disk need not wait for its end."""
+
+    def __init__(self, file: BufferedWriter, flusher: ThreadPoolExecutor) -> None:
+        self._file, self._flusher = file, flusher
+        self._flushed: Future[None] | None = None
+        self._size = 0
+
+    def add(self, size: int) -> None:
+        """Count bytes that are written, and begin to flush once they are many."""
+        self._size += size
+        if self._size > _MANY_BYTES and (self._flushed is None or self._flushed.done()):
+            self.finish()
+            self._flushed, self._size = self._flusher.submit(os.fsync, self._file.fileno()), 0
+
+    def finish(self) -> None:
+        """Wait for the last flush, and raise its error."""
+        if self._flushed is not None:
+            self._flushed.result()
 
 
 class TensorPlace(NamedTuple):
@@ -324,7 +337,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 def _location_to_json(tensor: Tensor, place: TensorLocation) -> dict[str, object]:
     shape = list(tensor.shape)
-    entry = {"file": place.file, "offset": place.offset, "dtype": _NAMES[tensor.dtype], "shape": shape}
+    entry = {"file": place.file, "offset": place.offset, "dtype": DTYPE_NAMES[tensor.dtype], "shape": shape}
     return {**entry, "row": place.row} if place.row else entry
 
 
@@ -354,49 +367,3 @@ def find_transposed_weights(plans: Iterable[SitePlan]) -> list[str]:
     """Return the names of stored weights whose slots hold their transpose, in which layout a file should store them."""
     linear = [plan.site for plan in plans if plan.bound and plan.site.kind is SiteKind.LINEAR]
     return [str(site.weight) for site in linear if not site.transposed]
-
-
-def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Hash a description together with its tensors, so that neither is combined with another.
-
-    As many threads as there are cores hash tensors at the same time.
-
-    Args:
-        text: the description.
-        tensors: by name; their order does not matter.
-
-    Returns:
-        The sha256 hash of the text and of each tensor's name, dtype, shape and sha256 hash, 32 bytes as text.
-    """
-    names = sorted(tensors)
-    values = [raw_bytes(tensors[name]) for name in names]
-    threads = (os.cpu_count() or 1) if sum(map(len, values)) > _FEW_BYTES else 1
-    with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(_hash_each, [values[first::threads] for first in range(threads)]))
-    digest = hashlib.sha256(dump_json([text, len(tensors)]).encode())
-    for index, name in enumerate(names):
-        digest.update(dump_json([name, _NAMES[tensors[name].dtype], list(tensors[name].shape)]).encode())
-        digest.update(parts[index % threads][index // threads])
-    return digest.hexdigest()
-
-
-def _hash_each(values: Sequence[memoryview]) -> list[bytes]:
-    return [hashlib.sha256(one).digest() for one in values]
-
-
-def agrees_with_hash(hashed: object, text: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a hash is that of contents (``hash_contents``), also as lorac made it before, in one thread."""
-    if isinstance(hashed, str) and len(hashed) == _EARLIER_LENGTH:
-        return hashed == _hash_in_order(text, tensors)
-    return hashed == hash_contents(text, tensors)
-
-
-def _hash_in_order(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the blake2b hash of a text and of each tensor's name, dtype, shape and bytes, 16 bytes as text."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(dump_json([text, len(tensors)]).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(dump_json([name, _NAMES[tensor.dtype], list(tensor.shape)]).encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()

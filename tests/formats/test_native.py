@@ -284,7 +284,7 @@ def describe_anew(file: Path, changes: dict[str, Any]) -> None:
     """Change the description, and seal it again."""
     from safetensors import safe_open
 
-    from lorac.storage.tensor_file import hash_contents
+    from lorac.storage.tensor_hash import hash_contents
 
     with safe_open(file, "pt") as opened:
         record = json.loads(opened.metadata()["lorac"])

@@ -13,7 +13,8 @@ from lorac.errors import ArtifactError, FormatError
 from lorac.limits import charge_reading
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import translate_os_errors
-from lorac.storage.tensor_file import TensorFile, agrees_with_hash, hash_contents, write_safetensors
+from lorac.storage.tensor_file import TensorFile, write_safetensors
+from lorac.storage.tensor_hash import agrees_with_hash, hash_contents
 
 Tensor = torch.Tensor
 _SEAL = "lorac_seal"

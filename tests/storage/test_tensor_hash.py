@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorac.storage import tensor_file
-from lorac.storage.tensor_file import agrees_with_hash, hash_contents
+from lorac.storage import tensor_hash
+from lorac.storage.tensor_hash import agrees_with_hash, hash_contents
 
 # As lorac made it before it hashed with several threads: files with such a hash are still checked.
 EARLIER = "7ce0f6492510636602bc1a65c3038444"
@@ -19,7 +19,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def test_one_thread_and_several_hash_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = hash_contents("text", tensors())
-    monkeypatch.setattr(tensor_file, "_FEW_BYTES", 0)
+    monkeypatch.setattr(tensor_hash, "_FEW_BYTES", 0)
     for count in (1, 3, 8):
         monkeypatch.setattr("os.cpu_count", lambda count=count: count)
         assert hash_contents("text", dict(reversed(tensors().items()))) == hashed
