@@ -36,8 +36,8 @@ def template(called: str, ended: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def calling(compiled: Any) -> Iterator[Any]:
-    """A client of a server whose model's answer holds a call; that answer."""
+def calling(compiled: Any, url: str) -> Iterator[Any]:
+    """A client of a server whose model's answer holds a call; that answer. The shared server has started before."""
     answer = alone(compiled, PROMPT, "one", max_new_tokens=12, do_sample=False)
     before, compiled.tokenizer = compiled.tokenizer, make_tokenizer()
     compiled.tokenizer.response_template = template(answer[2:4], answer[7:9])
