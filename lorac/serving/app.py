@@ -18,12 +18,12 @@ from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.serving import lora_endpoints, text_endpoints
 from lorac.serving.activity import Activity
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
-from lorac.serving.chat_fields import ChatFields
-from lorac.serving.completion_fields import CompletionFields
 from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
 from lorac.serving.request_log import RequestLog
+from lorac.serving.requests.chat_fields import ChatFields
+from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.served_model import ServedModel, TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import prometheus_client
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from lorac.serving.active_request import ActiveRequest
 from lorac.serving.served_model import ServedModel, TextScheduler
-
-if TYPE_CHECKING:
-    from lorac.serving.activity import ActiveRequest
 
 MEDIA_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)

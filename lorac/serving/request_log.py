@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, final
 
-from lorac.serving.connection import CLIENT_LEFT
+from lorac.serving.answers.connection import CLIENT_LEFT
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -12,13 +12,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from lorac.errors import LoracError
-from lorac.serving.answers import AnswerPart, Answers
-from lorac.serving.chat_fields import ChatFields
-from lorac.serving.completion_fields import CompletionFields
-from lorac.serving.connection import CLIENT_LEFT, EventStream, run_while_connected
-from lorac.serving.openai_shapes import AnswerShape, ChatShape, CompletionShape, Json
+from lorac.serving.answers.answers import AnswerPart, Answers
+from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, run_while_connected
+from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape, Json
 from lorac.serving.refusals import error_body
-from lorac.serving.sampling_fields import SamplingFields
+from lorac.serving.requests.chat_fields import ChatFields
+from lorac.serving.requests.completion_fields import CompletionFields
+from lorac.serving.requests.sampling_fields import SamplingFields
 
 FieldsT = TypeVar("FieldsT", bound=SamplingFields)
 router = fastapi.APIRouter()

@@ -14,18 +14,19 @@ from lorac.errors import InputMismatch
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec, parse_choice
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
-from lorac.serving.activity import ActiveRequest, Activity
+from lorac.serving.active_request import ActiveRequest
+from lorac.serving.activity import Activity
 from lorac.serving.adapter_source import AdapterSource
-from lorac.serving.answer_text import AnswerText
-from lorac.serving.answers import Answer, Answers
-from lorac.serving.chat_fields import ChatFields, ResponseFormat
-from lorac.serving.chat_parsing import ChatParser, find_response_template
-from lorac.serving.choices import ChoiceReader
-from lorac.serving.completion_fields import CompletionFields
-from lorac.serving.grammar import Grammars
-from lorac.serving.penalties import CountPenalty
+from lorac.serving.answers.answer_text import AnswerText
+from lorac.serving.answers.answers import Answer, Answers
+from lorac.serving.answers.chat_parsing import ChatParser, find_response_template
 from lorac.serving.refusals import RefusedField
-from lorac.serving.sampling_fields import SamplingFields
+from lorac.serving.requests.chat_fields import ChatFields, ResponseFormat
+from lorac.serving.requests.choices import ChoiceReader
+from lorac.serving.requests.completion_fields import CompletionFields
+from lorac.serving.requests.grammar import Grammars
+from lorac.serving.requests.penalties import CountPenalty
+from lorac.serving.requests.sampling_fields import SamplingFields
 from lorac.serving.served_model import TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.tokenizer import find_tokenizer

@@ -10,9 +10,9 @@ from typing import Any
 import openai
 import pytest
 
-from lorac.serving.chat_fields import JsonSchema, ResponseFormat
-from lorac.serving.chat_parsing import ChatParser, ParsedText, find_response_template
-from lorac.serving.grammar import Grammars
+from lorac.serving.answers.chat_parsing import ChatParser, ParsedText, find_response_template
+from lorac.serving.requests.chat_fields import JsonSchema, ResponseFormat
+from lorac.serving.requests.grammar import Grammars
 from tests.decoders import VOCABULARY
 from tests.serving.models import alone, make_app, make_tokenizer, serve
 
@@ -42,7 +42,7 @@ def calling(compiled: Any, url: str) -> Iterator[Any]:
     before, compiled.tokenizer = compiled.tokenizer, make_tokenizer()
     compiled.tokenizer.response_template = template(answer[2:4], answer[7:9])
     app = make_app(compiled)
-    with serve(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+    with serve(app) as own, openai.OpenAI(base_url=f"{own}/v1", api_key="any", max_retries=0) as client:
         yield client, answer
     compiled.tokenizer = before
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import final
 
 from lorac.runtime.scheduling.token_stream import TextToken, TokenStream
-from lorac.serving.activity import ActiveRequest, Activity
-from lorac.serving.answer_text import AnswerText
-from lorac.serving.chat_parsing import ChatParser, ParsedText
-from lorac.serving.connection import merge_streams
+from lorac.serving.active_request import ActiveRequest
+from lorac.serving.activity import Activity
+from lorac.serving.answers.answer_text import AnswerText
+from lorac.serving.answers.chat_parsing import ChatParser, ParsedText
+from lorac.serving.answers.connection import merge_streams
 from lorac.serving.refusals import DeadlinePassed
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lorac.errors import MissingExtra
-from lorac.serving.chat_fields import ResponseFormat
 from lorac.serving.refusals import RefusedField
+from lorac.serving.requests.chat_fields import ResponseFormat
 from lorac.serving.tokenizer import FastTokenizer
 
 if TYPE_CHECKING:

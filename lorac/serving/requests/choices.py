@@ -9,7 +9,7 @@ from lorac.errors import AdapterNotFound
 from lorac.ir.slots.choice import Active, ChoiceSpec
 from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.refusals import RefusedField
-from lorac.serving.sampling_fields import ActiveFields, Strengths
+from lorac.serving.requests.sampling_fields import ActiveFields, Strengths
 
 Spec: TypeAlias = "Strengths | None"
 _LISTED = "GET /v1/models lists them"

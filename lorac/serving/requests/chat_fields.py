@@ -9,7 +9,7 @@ import pydantic
 
 from lorac.argument_types import JsonMapping
 from lorac.serving.refusals import RefusedField
-from lorac.serving.sampling_fields import Amount, SamplingFields
+from lorac.serving.requests.sampling_fields import Amount, SamplingFields
 
 
 class TextPart(pydantic.BaseModel, extra="forbid", strict=True):

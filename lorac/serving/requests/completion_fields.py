@@ -6,7 +6,7 @@ from typing import Annotated
 
 import pydantic
 
-from lorac.serving.sampling_fields import SamplingFields
+from lorac.serving.requests.sampling_fields import SamplingFields
 
 Ids = Annotated[list[Annotated[int, pydantic.Field(ge=0)]], pydantic.Field(min_length=1)]
 USUAL_TOKENS = 16

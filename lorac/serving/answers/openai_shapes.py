@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, final
 
 from lorac.runtime.scheduling.token_stream import TextToken
-from lorac.serving.answers import AnswerPart
-from lorac.serving.chat_parsing import ParsedText, ToolCall
+from lorac.serving.answers.answers import AnswerPart
+from lorac.serving.answers.chat_parsing import ParsedText, ToolCall
 
 if TYPE_CHECKING:
-    from lorac.serving.activity import ActiveRequest
+    from lorac.serving.active_request import ActiveRequest
     from lorac.serving.tokenizer import FastTokenizer
 
 Json = dict[str, object]

@@ -1,0 +1,1 @@
+"""Answers: tokens as text, parsed, streamed, and in the form that clients read."""

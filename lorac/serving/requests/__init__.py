@@ -1,0 +1,1 @@
+"""The fields of requests, and what of a model they ask for."""
