@@ -61,7 +61,7 @@ ROWS = {
             *["q|k|v's B"] * 2,
         ]
     ],
-    "files": [["safetensors", "safetensors, A/A", "of PEFT", "lorac's own, sealed"]],
+    "files": [["safetensors", "safetensors, A/A", "of PEFT", "lorac's own, sealed", "hashing alone"]],
     "load": [["bare session", "bare session, A/A", "lorac.load"]],
     "merged_checkpoint": [["copy", "copy, A/A", "lorac merge"]],
     "overhead": [
