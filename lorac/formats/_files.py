@@ -186,7 +186,7 @@ def _read_part(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tenso
 
 
 def _split_parts(places: Mapping[str, TensorPlace]) -> list[dict[str, TensorPlace]]:
-    parts, size = list[dict[str, TensorPlace]](), _PART
+    parts, size = [dict[str, TensorPlace]()], 0
     for name, place in places.items():
         if size + place.size > _PART:
             parts.append({})

@@ -200,6 +200,11 @@ def test_tensors_of_a_part_are_apart_from_each_other(
     assert all(torch.equal(tensors[name], stored[name]) for name in stored if name != "t3")
 
 
+def test_a_file_of_nothing_but_an_empty_tensor(tmp_path: Path) -> None:
+    save_file({"none": torch.zeros(0, 3)}, tmp_path / "x")
+    assert read_safetensors(tmp_path / "x")[0]["none"].shape == (0, 3)
+
+
 def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"t{i}": torch.full((5,), i) for i in range(20)}
     write_safetensors(tmp_path / "late", tensors, {})
