@@ -6,5 +6,5 @@
 from pathlib import Path
 
 __version__ = "0.1.0"
-LIBRARY = str(next(Path(__file__).parent.glob("*lorac_native.*so"), Path(__file__).with_name("liblorac_native.so")))
+LIBRARY = str(Path(__file__).with_name("liblorac_native.so"))
 """The path of the library."""

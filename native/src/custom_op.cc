@@ -3,9 +3,11 @@
 // Inputs: x (..., K), base (..., sum of N), then of each layer what its entry of `parts` names, in this order: A and B if
 // the layer has an adapter, then g, h and c. Outputs: y (..., N) of each layer. Attributes: `widths` and `parts`, with a
 // number for each layer. Tensors of a slot have a first axis of places, or none.
+#include <algorithm>
 #include <array>
 #include <cstdio>
-#include <memory>
+#include <new>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -53,6 +55,17 @@ class AddLowRank {
   AddLowRank(const ort::Api& api, std::vector<int64_t> widths, std::vector<int64_t> parts)
       : api_(api), widths_(std::move(widths)), parts_(std::move(parts)) {}
 
+  ort::Status* ComputeOrRefuse(ort::KernelContext* context) const {
+    try {
+      return Compute(context);
+    } catch (const std::bad_alloc&) {
+      return Refuse("there is no memory for x A");
+    }
+  }
+
+ private:
+  static constexpr size_t kMaxAxes = 8;
+
   ort::Status* Compute(ort::KernelContext* context) const {
     Reader reader{api_, context};
     Update update;
@@ -76,9 +89,6 @@ class AddLowRank {
     lorac::Compute(update, ThreadPool(api_, context));
     return nullptr;
   }
-
- private:
-  static constexpr size_t kMaxAxes = 8;
 
   struct Reader {
     const ort::Api& api;
@@ -116,7 +126,7 @@ class AddLowRank {
   ort::Status* ReadLayer(Reader& reader, size_t index, Update& update) const {
     Layer layer;
     layer.width = widths_[index];
-    bool first = index == 0 || !placed_before(index), fits = true;
+    bool first = index == 0 || !HasSlotsBefore(index), fits = true;
     if (parts_[index] & kPair) {
       const Tensor a = reader.Next(), b = reader.Next();
       if (reader.status != nullptr) return reader.status;
@@ -152,7 +162,7 @@ class AddLowRank {
   }
 
   // Whether a layer before this one has tensors of slots.
-  bool placed_before(size_t index) const {
+  bool HasSlotsBefore(size_t index) const {
     for (size_t i = 0; i < index; ++i) {
       if (parts_[i] != 0) return true;
     }
@@ -219,7 +229,7 @@ ort::CustomOp Describe() {
   op.GetEndVersion = [](const ort::CustomOp*) { return 1; };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
-    return static_cast<AddLowRank*>(kernel)->Compute(context);
+    return static_cast<AddLowRank*>(kernel)->ComputeOrRefuse(context);
   };
   op.KernelDestroy = [](void* kernel) { delete static_cast<AddLowRank*>(kernel); };
   // The only layer's y may lie where base does.

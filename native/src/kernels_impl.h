@@ -33,7 +33,13 @@ struct Sums {
   inline void Add(const float* x, int64_t x_stride, const T* matrix, int lanes) {
     typename V::Type m[C];
     LORAC_UNROLL
-    for (int c = 0; c < C; ++c) m[c] = lanes ? V::LoadPart(matrix, lanes) : V::Load(matrix + c * V::kWidth);
+    for (int c = 0; c < C; ++c) {
+      // One row is computed as fast as the matrix is read: ask early for the columns behind these, or, where there are
+      // few, for rows below.
+      constexpr int64_t kAhead = C > 1 ? C * V::kWidth * sizeof(T) : 1536;
+      if constexpr (R == 1) __builtin_prefetch(reinterpret_cast<const char*>(matrix + c * V::kWidth) + kAhead);
+      m[c] = lanes ? V::LoadPart(matrix, lanes) : V::Load(matrix + c * V::kWidth);
+    }
     LORAC_UNROLL
     for (int r = 0; r < R; ++r) {
       const typename V::Type factor = V::Set(x[r * x_stride]);

@@ -54,6 +54,7 @@ class Call {
     u_.reset(new float[chunks_ * update_.rows * u_width_]);
     For(blocks_ * chunks_ * update_.layers.size(), update_.features * u_width_,
         [](void* call, size_t i) { static_cast<Call*>(call)->RunDown(i); });
+    AddChunks();
     For(blocks_ * slices_.size(), CountUp(), [](void* call, size_t i) { static_cast<Call*>(call)->RunUp(i); });
   }
 
@@ -105,19 +106,21 @@ class Call {
     kernels_.down(product, update_.half, add);
   }
 
-  void Scale(const RowBlock& block, const Layer& layer, float* u, int64_t stride) const {
+  void Scale(const RowBlock& block, size_t index) const {
+    const Layer& layer = update_.layers[index];
     if (layer.g == nullptr) return;
     const float* g = layer.g + block.place * layer.rank;
-    for (int64_t row = 0; row < block.rows; ++row) {
-      for (int64_t r = 0; r < layer.rank; ++r) u[row * stride + r] *= g[r];
+    for (int64_t row = block.first; row < block.first + block.rows; ++row) {
+      float* u = u_.get() + row * u_width_ + u_offsets_[index];
+      for (int64_t r = 0; r < layer.rank; ++r) u[r] *= g[r];
     }
   }
 
   // y of a block of rows, for the columns of a slice.
-  void Up(const RowBlock& block, const Slice& slice, const float* u, int64_t stride) const {
+  void Up(const RowBlock& block, const Slice& slice) const {
     const Layer& layer = update_.layers[slice.layer];
-    const Block product = {u,
-                           stride,
+    const Block product = {u_.get() + block.first * u_width_ + u_offsets_[slice.layer],
+                           u_width_,
                            Place(layer.b, block.place, layer.rank * layer.width),
                            layer.rank,
                            layer.width,
@@ -132,50 +135,42 @@ class Call {
     kernels_.up(product, update_.half, finish);
   }
 
+  // All of some blocks of rows.
   void RunBlocks(int64_t group) const {
     const int64_t first = group * group_, last = std::min(blocks_, first + group_);
     for (int64_t i = first; i < last; ++i) {
       const RowBlock block = At(i);
       for (size_t layer = 0; layer < update_.layers.size(); ++layer) {
         for (int64_t chunk = 0; chunk < chunks_; ++chunk) Down(block, layer, chunk, u_.get(), chunk > 0);
-        Scale(block, update_.layers[layer], u_.get() + block.first * u_width_ + u_offsets_[layer], u_width_);
+        Scale(block, layer);
       }
     }
     for (const Slice& slice : slices_) {
-      for (int64_t i = first; i < last; ++i) {
-        const RowBlock block = At(i);
-        Up(block, slice, u_.get() + block.first * u_width_ + u_offsets_[slice.layer], u_width_);
-      }
+      for (int64_t i = first; i < last; ++i) Up(At(i), slice);
     }
   }
 
+  // One layer's u of one block of rows, over one part of K.
   void RunDown(int64_t task) const {
     const int64_t layers = update_.layers.size(), chunk = task % chunks_, layer = task / chunks_ % layers;
     Down(At(task / chunks_ / layers), layer, chunk, u_.get() + chunk * update_.rows * u_width_, false);
   }
 
+  // Adds up what RunDown computed of each part of K.
+  void AddChunks() const {
+    const int64_t count = update_.rows * u_width_;
+    for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+      for (int64_t i = 0; i < count; ++i) u_[i] += u_[chunk * count + i];
+    }
+    for (int64_t i = 0; i < blocks_; ++i) {
+      for (size_t layer = 0; layer < update_.layers.size(); ++layer) Scale(At(i), layer);
+    }
+  }
+
+  // One slice of columns of one block of rows.
   void RunUp(int64_t task) const {
     const int64_t slices = slices_.size();
-    const Slice& slice = slices_[task % slices];
-    const RowBlock block = At(task / slices);
-    const Layer& layer = update_.layers[slice.layer];
-    float few[kRows * 64];
-    std::unique_ptr<float[]> many;
-    float* u = few;
-    if (layer.rank > 64) {
-      many.reset(new float[kRows * layer.rank]);
-      u = many.get();
-    }
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const float* parts = u_.get() + (block.first + row) * u_width_ + u_offsets_[slice.layer];
-      std::copy(parts, parts + layer.rank, u + row * layer.rank);
-      for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
-        const float* part = parts + chunk * update_.rows * u_width_;
-        for (int64_t r = 0; r < layer.rank; ++r) u[row * layer.rank + r] += part[r];
-      }
-    }
-    Scale(block, layer, u, layer.rank);
-    Up(block, slice, u, layer.rank);
+    Up(At(task / slices), slices_[task % slices]);
   }
 
   const Update& update_;

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from lorac.backends.onnxruntime.native_op import DOMAIN, OP
+from lorac.backends.onnxruntime.native_op import OP, use_native_op
 from tests.limits import NATIVE, NATIVE_HALF
+from tests.native.graphs import Case, own_ops
 from tests.native.library import needs_compiler
 
 pytestmark = needs_compiler
 Array = np.ndarray
 THREADS = (1, 2, 4)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Shapes of one call: rows in segments, K, and the rank and width of each layer."""
-
-    places: int
-    segment: int
-    features: int
-    ranks: Sequence[int]
-    widths: Sequence[int]
-
-    def __str__(self) -> str:
-        return f"{self.places}x{self.segment}-{self.features}-{'.'.join(map(str, (*self.ranks, *self.widths)))}"
 
 
 CASES = (
@@ -60,9 +44,7 @@ def test_it_adds_what_the_own_ops_add_whatever_the_number_of_threads(native: Pat
 def test_factors_in_float16_round_alone(native: Path) -> None:
     case = CASES[0]
     feeds = make_feeds(case)
-    narrow = {
-        name: array.astype(np.float16) if name != "base" and name[0] in "ab" else array for name, array in feeds.items()
-    }
+    narrow = {name: array.astype(np.float16) if ":" in name else array for name, array in feeds.items()}
     wide = {name: array.astype(np.float32) for name, array in narrow.items()}
     found = session(case, native, 1, TensorProto.FLOAT16).run(None, narrow)
     same = session(case, native, 1).run(None, wide)
@@ -75,7 +57,7 @@ def test_factors_in_float16_round_alone(native: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("a0", (1, 575, 16)), ("b0", (1, 15, 576)), ("b1", (1, 16, 191)), ("a2", (2, 576, 16)), ("base", (1, 1, 961))],
+    [("0:a", (1, 575, 16)), ("0:b", (1, 15, 576)), ("1:b", (1, 15, 192)), ("2:a", (2, 576, 16)), ("base", (1, 2, 960))],
 )
 def test_other_shapes_are_refused(native: Path, name: str, shape: tuple[int, ...]) -> None:
     feeds = {**make_feeds(CASES[0]), name: np.zeros(shape, np.float32)}
@@ -94,42 +76,26 @@ def make_feeds(case: Case) -> dict[str, Array]:
         "base": noise(case.places, case.segment, sum(case.widths), scale=3),
     }
     for i, (rank, width) in enumerate(zip(case.ranks, case.widths, strict=True)):
-        feeds[f"a{i}"] = noise(case.places, case.features, rank, scale=case.features**-0.5)
-        feeds[f"b{i}"] = noise(case.places, rank, width, scale=max(rank, 1) ** -0.5)
+        feeds[f"{i}:a"] = noise(case.places, case.features, rank, scale=case.features**-0.5)
+        feeds[f"{i}:b"] = noise(case.places, rank, width, scale=max(rank, 1) ** -0.5)
     return feeds
 
 
 def added_by(case: Case, feeds: dict[str, Array]) -> list[Array]:
     """What each pair adds, in float64."""
     x = feeds["x"].astype(np.float64)
-    return [x @ feeds[f"a{i}"] @ feeds[f"b{i}"] for i in range(len(case.ranks))]
+    return [x @ feeds[f"{i}:a"] @ feeds[f"{i}:b"] for i in range(len(case.ranks))]
 
 
 def session(case: Case, package: Path | None, threads: int, factors: int = TensorProto.FLOAT) -> ort.InferenceSession:
-    """A session of the op, or of ONNX Runtime's own ops."""
-    layers = range(len(case.widths))
-    slots = [name for i in layers for name in (f"a{i}", f"b{i}")]
-    outputs = [f"y{i}" for i in layers]
-    sizes = []
-    if package is not None:
-        attributes = {"widths": list(case.widths), "parts": [1 for _ in layers]}
-        nodes = [helper.make_node(OP, ["x", "base", *slots], outputs, domain=DOMAIN, **attributes)]
-    else:
-        sizes = [onnx.numpy_helper.from_array(np.array(case.widths), "sizes")]
-        nodes = [helper.make_node("Split", ["base", "sizes"], [f"base{i}" for i in layers], axis=-1)]
-        for i in layers:
-            nodes.append(helper.make_node("MatMul", ["x", f"a{i}"], [f"u{i}"]))
-            nodes.append(helper.make_node("MatMul", [f"u{i}", f"b{i}"], [f"pair{i}"]))
-            nodes.append(helper.make_node("Add", [f"base{i}", f"pair{i}"], [f"y{i}"]))
-    shaped = [helper.make_tensor_value_info(name, factors, [None] * 3) for name in slots]
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 3) for name in ("x", "base")]
-    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 3) for name in outputs]
-    graph = helper.make_graph(nodes, "update", [*given, *shaped], results, sizes)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    """A session of ONNX Runtime's own ops, or, with the package, of its op."""
+    model = own_ops(case)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    settings.log_severity_level = 3
     if package is not None:
+        assert use_native_op(model, half=factors == TensorProto.FLOAT16) == len(case.widths)
+        assert [node.op_type for node in model.graph.node] == [OP]
         settings.register_custom_ops_library(str(package / "lorac_native" / "liblorac_native.so"))
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])

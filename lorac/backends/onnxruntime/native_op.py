@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from lorac.backends.onnx.model_files import walk_subgraphs
+from lorac.errors import warn
 from lorac.ir.algebra import operands
 
 DOMAIN, OP = "lorac.native", "AddLowRank"
@@ -49,7 +50,11 @@ def find_native_library() -> NativeLibrary | None:
         path: str = importlib.import_module("lorac_native").LIBRARY
     except ModuleNotFoundError:
         return None
-    describe = ctypes.CDLL(path).LoracNativeKernels
+    try:
+        describe = ctypes.CDLL(path).LoracNativeKernels
+    except OSError as error:
+        warn(f"lorac-native is installed, but its library does not load: {error}", next_step="install it again")
+        return None
     describe.restype = ctypes.c_char_p
     return NativeLibrary(path, describe().decode())
 
@@ -66,18 +71,20 @@ def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
     """
     finder = _LayerFinder(model.graph)
     groups = list(finder.find_groups())
+    if half:
+        groups = finder.narrowable(groups)
     if not groups:
         return 0
     ops = {id(group.where): group.make_node() for group in groups}
     removed = {id(node) for group in groups for node in group.replaced}
-    nodes = [ops.get(id(node), node) for node in model.graph.node if id(node) in ops or id(node) not in removed]
+    nodes = [ops.get(id(node), node) for node in finder.nodes if id(node) in ops or id(node) not in removed]
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(kept)
     model.opset_import.add(domain=DOMAIN, version=1)
     layers = [layer for group in groups for layer in group.layers if layer.parts]
     if half:
-        _narrow(model.graph, {name for layer in layers for name in layer.operands[:2]})
+        _narrow(model.graph, {name for layer in layers for name in layer.factors})
     return len(layers)
 
 
@@ -109,6 +116,11 @@ class _Layer:
     parts: int = 0
     operands: Sequence[str] = ()
     nodes: Sequence[onnx.NodeProto] = ()
+
+    @property
+    def factors(self) -> Sequence[str]:
+        """The slots of the pair."""
+        return self.operands[:2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,11 +155,11 @@ class _LayerFinder:
     """Finds the layers of a graph to which low-rank pairs are added."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self._nodes = list(graph.node)
-        self._makers = {name: node for node in self._nodes for name in node.output}
-        self._places = {id(node): place for place, node in enumerate(self._nodes)}
-        inner = [node for part in walk_subgraphs(graph) for node in part.node]
-        self._uses = Counter(name for node in (*self._nodes, *inner) for name in node.input)
+        self.nodes = list(graph.node)
+        self._makers = {name: node for node in self.nodes for name in node.output}
+        self._places = {id(node): place for place, node in enumerate(self.nodes)}
+        self._all_nodes = [*self.nodes, *(node for part in walk_subgraphs(graph) for node in part.node)]
+        self._uses = Counter(name for node in self._all_nodes for name in node.input)
         self._uses.update(value.name for value in graph.output)
         values = (*graph.value_info, *graph.input, *graph.output)
         self._shapes = {value.name: _shape_of(value) for value in values}
@@ -156,38 +168,51 @@ class _LayerFinder:
 
     def find_groups(self) -> Iterator[_Group]:
         """Yield the layers of each fused projection, and each other layer alone."""
-        layers = [layer for node in self._nodes if (layer := self._find_layer(node)) is not None]
+        layers = [layer for node in self.nodes if (layer := self._find_layer(node)) is not None]
         by_base = {layer.base: layer for layer in layers}
         grouped: set[str] = set()
-        for split in self._nodes:
+        for split in self.nodes:
             group = self._join(split, by_base) if split.op_type == "Split" else None
             if group is not None:
                 grouped.update(split.output)
                 yield group
         for layer in layers:
-            width = self._shapes[layer.output][-1]
-            if layer.base not in grouped and isinstance(width, int):
+            width = self._width(layer.output)
+            if layer.base not in grouped and width is not None:
                 yield _Group(layer.base, [layer], [width], layer.nodes[-1], layer.nodes)
+
+    def narrowable(self, groups: Sequence[_Group]) -> list[_Group]:
+        """Return the groups whose factors may be float16, since other ops read no more than their shapes."""
+        replaced = {id(node) for group in groups for node in group.replaced}
+        others = [node for node in self._all_nodes if id(node) not in replaced and node.op_type != "Shape"]
+        read = {name for node in others for name in node.input}
+        kept = [group for group in groups if read.isdisjoint(n for layer in group.layers for n in layer.factors)]
+        return kept if len(kept) == len(groups) else self.narrowable(kept)
 
     def _join(self, split: onnx.NodeProto, by_base: dict[str, _Layer]) -> _Group | None:
         """Return the layers whose products a ``Split`` takes apart; None where one op cannot compute them."""
         found = [by_base.get(name) for name in split.output]
-        read = {layer.x for layer in found if layer is not None}
-        shape, widths = (
-            self._shapes.get(split.input[0], ()),
-            [self._shapes.get(name, ("",))[-1] for name in split.output],
-        )
+        read, widths = {layer.x for layer in found if layer is not None}, list(map(self._width, split.output))
         axis = next((attribute.i for attribute in split.attribute if attribute.name == "axis"), 0)
-        sizes = [width for width in widths if isinstance(width, int)]
-        if len(read) != 1 or axis not in (-1, len(shape) - 1) or len(sizes) != len(widths):
+        sizes = [width for width in widths if width is not None]
+        if (
+            len(read) != 1
+            or axis not in (-1, len(self._shapes.get(split.output[0], ())) - 1)
+            or len(sizes) < len(widths)
+        ):
             return None
         x = next(iter(read))
-        if x in self._makers and self._places[id(self._makers[x])] > self._places[id(split)]:
+        late = x in self._makers and self._places[id(self._makers[x])] > self._places[id(split)]
+        if late or any(layer is not None and self._uses[layer.base] > 1 for layer in found):
             return None
         layers = [layer or _Layer(name, name, x) for layer, name in zip(found, split.output, strict=True)]
-        return _Group(
-            split.input[0], layers, sizes, split, [split, *(node for layer in layers for node in layer.nodes)]
-        )
+        replaced = [split, *(node for layer in layers for node in layer.nodes)]
+        return _Group(split.input[0], layers, sizes, split, replaced)
+
+    def _width(self, name: str) -> int | None:
+        """Return a value's number of features; None where it is not known."""
+        last = self._shapes.get(name, ())[-1:]
+        return last[0] if last and isinstance(last[0], int) else None
 
     def _find_layer(self, last: onnx.NodeProto) -> _Layer | None:
         """Return the layer whose output an op computes, ``c∘base + h∘((x·A)∘g)·B``; None for any other op."""

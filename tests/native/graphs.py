@@ -1,0 +1,45 @@
+"""Layers that read one x, in ONNX Runtime's own ops, as programs have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes of one call: rows in segments, K, and the rank and width of each layer."""
+
+    places: int
+    segment: int
+    features: int
+    ranks: Sequence[int]
+    widths: Sequence[int]
+
+    def __str__(self) -> str:
+        return f"{self.places}x{self.segment}-{self.features}-{'.'.join(map(str, (*self.ranks, *self.widths)))}"
+
+
+def own_ops(case: Case) -> onnx.ModelProto:
+    """Return a model of the inputs x, base, and 0:a, 0:b, 1:a and so on, and the outputs y0, y1 and so on."""
+    nodes = [helper.make_node("Split", ["base", "sizes"], [f"base{i}" for i in range(len(case.widths))], axis=-1)]
+    inputs = [_value("x", case.features), _value("base", sum(case.widths))]
+    outputs, parts = [], []
+    for i, width in enumerate(case.widths):
+        inputs += [_value(f"{i}:a", f"rank{i}", case.features), _value(f"{i}:b", width, f"rank{i}")]
+        nodes.append(helper.make_node("MatMul", ["x", f"{i}:a"], [f"u{i}"]))
+        nodes.append(helper.make_node("MatMul", [f"u{i}", f"{i}:b"], [f"pair{i}"]))
+        nodes.append(helper.make_node("Add", [f"base{i}", f"pair{i}"], [f"y{i}"]))
+        outputs.append(_value(f"y{i}", width))
+        parts.append(_value(f"base{i}", width))
+    sizes = onnx.numpy_helper.from_array(np.array(case.widths), "sizes")
+    graph = helper.make_graph(nodes, "layers", inputs, outputs, [sizes], value_info=parts)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def _value(name: str, last: int | str, rows: int | str = "tokens") -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["places", rows, last])
