@@ -48,8 +48,9 @@ soak: $(STAMP) ## Swap, add, call, fail and be interrupted a million times; SEED
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.soak --operations $(OPERATIONS) --seed $(SEED)
 
 REQUESTS ?= 20000
-soak-serve: $(STAMP) ## Send thousands of requests to a scheduler; SEED= and REQUESTS= choose
+soak-serve: $(STAMP) ## Send thousands of requests to a scheduler, and over HTTP; SEED= and REQUESTS= choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.serve --requests $(REQUESTS) --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.serve_http --requests $(REQUESTS) --seed $(SEED)
 
 kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)

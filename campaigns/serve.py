@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,26 +188,32 @@ class Load:
         self.compiled = store.load()
         self._before = self.compiled.memory.used
         self.scheduler = lorac.Scheduler(self.compiled, rows=rows, waiting=32, chunk=4, prompt_cache=1 << 16)
-        self._rows, self._sent, self._requests, self._start = rows, 0, 0, 0
+        self.rows, self._sent, self._requests, self._start = rows, 0, 0, 0
 
     def run(self, requests: int) -> dict[str, Any]:
         """Send the requests; return what came of them."""
         begun, self._requests = time.monotonic(), requests
-        self._set_budget()
-        stop = threading.Event()
-        changes = threading.Thread(target=self._change, args=(stop, random.Random(self.chance.random())))
-        changes.start()
-        asyncio.run(self._send_all())
-        stop.set()
-        changes.join()
+        with self._running():
+            self._set_budget()
+            stop = threading.Event()
+            changes = threading.Thread(target=self._change, args=(stop, random.Random(self.chance.random())))
+            changes.start()
+            asyncio.run(self._send_all())
+            stop.set()
+            changes.join()
         if not self.count["hang"]:
             self._end()
         seconds = time.monotonic() - begun
         return {"count": dict(self.count), "start": self._start, "end": resident(), "seconds": seconds}
 
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Have requests answered for the block."""
+        yield
+
     def _set_budget(self) -> None:
         """Give memory room for the rows' places and for as many adapters as there are rows."""
-        widest = sorted(self.cases, key=lambda case: -len(_names(case.request.adapters)))[: self._rows]
+        widest = sorted(self.cases, key=lambda case: -len(_names(case.request.adapters)))[: self.rows]
         for stream in [self.scheduler.submit(case.request) for case in widest]:
             for _ in stream:
                 pass
@@ -334,7 +340,7 @@ def _read_one(stream: lorac.TokenStream) -> list[int]:
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, load: type[Load] = Load) -> None:
     """Run as the command line says; ends with 1 where something happened that must not."""
     parser = argparse.ArgumentParser(
         "python -m campaigns.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -347,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        found = [Load(Store(Path(folder), given.adapters), given.rows, given.seed).run(given.requests)]
+        found = [load(Store(Path(folder), given.adapters), given.rows, given.seed).run(given.requests)]
     print(report(found))
     if given.json:
         given.json.write_text(json.dumps({"seed": given.seed, "processes": found}, indent=1), encoding="utf-8")

@@ -28,7 +28,7 @@ class ServingSettings:
 
     rows: Count = 8
     waiting: Count = 64
-    chunk: Count = 128
+    chunk: Count = 32
     base_name: str = "base"
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_body_bytes: Count = 1 << 20

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from campaigns import serve, tally
+from campaigns import serve, serve_http, tally
 from lorac.runtime.generation.row_sampler import BatchSampler
 from lorac.runtime.scheduling.running_row import RunningRow
 
@@ -31,6 +31,13 @@ def test_nothing_goes_wrong(store: serve.Store) -> None:
     assert tally.wrong(found) == {}
     assert found[0]["count"].keys() >= KINDS
     assert "untyped errors 0, hangs 0" in tally.report(found)
+
+
+@pytest.mark.slow
+def test_nothing_goes_wrong_over_http(store: serve.Store) -> None:
+    found = [serve_http.HttpLoad(store, rows=3, seed=0).run(150)]
+    assert tally.wrong(found) == {}
+    assert found[0]["count"].keys() >= {"read", "read as a stream", "left", "killed", "hurried", "hung up"}
 
 
 def test_what_goes_wrong_is_seen(store: serve.Store, monkeypatch: pytest.MonkeyPatch) -> None:
