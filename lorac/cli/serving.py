@@ -34,6 +34,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     pinned: Annotated[
         list[str] | None, typer.Option("--pin", help="An adapter that stays in memory; may be given several times.")
     ] = None,
+    pooling: Annotated[str, typer.Option(help="What of an encoder is an embedding: mean or cls.")] = "mean",
     keys: Annotated[
         Path | None, typer.Option("--keys", help="A JSON file of API key -> tenant; default: everybody may ask.")
     ] = None,
@@ -48,6 +49,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         deadline=deadline,
         base_name=base_name,
         pinned=tuple(pinned or ()),
+        pooling=pooling,  # type: ignore[arg-type]  # the settings check it
         keys={} if keys is None else _read_keys(keys),
     )
     run(folder, settings, host, port, adapters=adapters, store=store, bases=bases or ())

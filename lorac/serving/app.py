@@ -24,12 +24,16 @@ from lorac.serving.refusals import install_handlers
 from lorac.serving.request_log import RequestLog
 from lorac.serving.requests.chat_fields import ChatFields
 from lorac.serving.requests.completion_fields import CompletionFields
+from lorac.serving.rows import row_endpoints
+from lorac.serving.rows.row_batches import RowBatches
+from lorac.serving.rows.row_fields import EmbeddingFields, PredictFields
 from lorac.serving.served_model import ServedModel, TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
 from lorac.serving.store_endpoints import UploadFields, add_store_endpoints
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
+from lorac.session.compiled import Compiled
 
 PAGE = Path(__file__).with_name("page") / "index.html"
 FIELDS: dict[str, type[pydantic.BaseModel]] = {
@@ -38,6 +42,8 @@ FIELDS: dict[str, type[pydantic.BaseModel]] = {
     "/v1/load_lora_adapter": lora_endpoints.LoadFields,
     "/v1/unload_lora_adapter": lora_endpoints.UnloadFields,
     UPLOADS: UploadFields,
+    "/v1/embeddings": EmbeddingFields,
+    "/v1/predict": PredictFields,
 }
 """Path of an endpoint -> the fields of its requests."""
 
@@ -73,6 +79,10 @@ def build_app(
         find_tokenizer(compiled)
         app.include_router(text_endpoints.router)
     app.include_router(lora_endpoints.router)
+    if isinstance(compiled, Compiled):
+        app.include_router(row_endpoints.predict_router)
+    if not _decodes(compiled) and compiled.tokenizer is not None:
+        app.include_router(row_endpoints.embedding_router)
     if isinstance(store, AdapterStore):
         add_store_endpoints(app, store)
     app.add_middleware(Guard, settings=given)
@@ -100,6 +110,9 @@ async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None) -> AsyncIt
             state.scheduler = scheduler or Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
             stack.push_async_callback(run_in_threadpool, state.scheduler.close)
             state.text = TextService(state.scheduler, state.source, settings, state.activity)
+        if isinstance(state.compiled, Compiled):
+            state.rows = RowBatches(state.compiled, settings.rows, settings.waiting)
+            stack.push_async_callback(run_in_threadpool, state.rows.close)
         yield
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lorac.serving.app import build_app
+from lorac.serving.request_log import LOGGER
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
 
@@ -35,9 +36,10 @@ def run(
     """
     import uvicorn
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     import lorac
 
+    LOGGER.addHandler(logging.StreamHandler())
+    LOGGER.setLevel(logging.INFO)
     compiled = lorac.load(folder)
     if adapters is not None:
         compiled.register(adapters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lorac.argument_types import Count, Positive, check_fields
 
@@ -24,6 +25,7 @@ class ServingSettings:
         deadline: seconds after which a request ends, those of waiting included; None: never.
         pinned: adapters that stay in memory and cannot be unloaded.
         page: whether ``/`` is a page to chat on.
+        pooling: what of an encoder's last hidden states is an embedding: their mean, or the first.
     """
 
     rows: Count = 8
@@ -37,6 +39,7 @@ class ServingSettings:
     deadline: Positive | None = None
     pinned: tuple[str, ...] = ()
     page: bool = True
+    pooling: Literal["mean", "cls"] = "mean"
 
     def __post_init__(self) -> None:
         check_fields(self)

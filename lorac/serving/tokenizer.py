@@ -25,6 +25,7 @@ class FastTokenizer(Protocol):
     """The part of transformers' fast tokenizers that the server uses."""
 
     chat_template: str | None
+    pad_token_id: int | None
     backend_tokenizer: tokenizers.Tokenizer
 
     def __call__(self, text: str) -> Mapping[str, list[int]]: ...

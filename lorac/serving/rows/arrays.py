@@ -1,0 +1,77 @@
+"""Arrays in requests and answers: as JSON, or as NumPy's npz."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+
+import numpy
+import torch
+from torch import Tensor
+
+from lorac.serving.refusals import RefusedField
+
+
+def read_lists(inputs: Mapping[str, list[object]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return nested lists as tensors.
+
+    Args:
+        dtype: of fractions.
+
+    Raises:
+        RefusedField: one is no array of numbers.
+    """
+    return {name: _to_tensor(name, value, dtype) for name, value in inputs.items()}
+
+
+def _to_tensor(name: str, value: list[object], dtype: torch.dtype) -> Tensor:
+    try:
+        array = numpy.asarray(value)
+    except ValueError as error:
+        raise RefusedField(f"inputs.{name}", "has rows of several lengths") from error
+    if array.dtype.kind not in "biuf":
+        raise RefusedField(f"inputs.{name}", "holds what is not a number")
+    tensor = torch.from_numpy(array)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def read_npz(body: bytes, most: int) -> dict[str, Tensor]:
+    """Return the arrays of an npz file.
+
+    Args:
+        most: the most bytes that they have together.
+
+    Raises:
+        RefusedField: it is damaged, too large, or holds objects.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > most:
+            raise RefusedField("inputs", f"have {size} bytes, and a request has at most {most}")
+        with numpy.load(io.BytesIO(body), allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (ValueError, OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise RefusedField("inputs", "are not an npz file of numbers") from error
+
+
+def write_npz(outputs: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as an npz file."""
+    file = io.BytesIO()
+    numpy.savez(file, **{name: _to_numpy(tensor) for name, tensor in outputs.items()})  # type: ignore[arg-type]  # a name
+    return file.getvalue()
+
+
+def write_lists(tensor: Tensor) -> list[object]:
+    """Return a tensor as nested lists; what is not finite is null, for which JSON has no number."""
+    array = _to_numpy(tensor)
+    if array.dtype.kind == "f" and not numpy.isfinite(array).all():
+        array = numpy.where(numpy.isfinite(array), array.astype(object), None)
+    found: list[object] = array.tolist()
+    return found
+
+
+def _to_numpy(tensor: Tensor) -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.generic]]:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

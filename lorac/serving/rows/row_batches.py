@@ -1,0 +1,157 @@
+"""Rows of many requests, computed in as few calls as possible."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import itertools
+import queue
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lorac.errors import InputMismatch, OverBudget, Unavailable
+from lorac.ir.slots.choice import ChoiceSpec
+from lorac.session.compiled import Compiled
+
+Outputs: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclass(eq=False)
+class _RowJob:
+    """Rows of one request.
+
+    Attributes:
+        inputs: name -> (rows, …).
+        choices: of adapters, one per row.
+        result: becomes the rows of every output.
+    """
+
+    inputs: Mapping[str, Tensor]
+    choices: Sequence[ChoiceSpec]
+    result: concurrent.futures.Future[Outputs] = field(default_factory=concurrent.futures.Future)
+
+    @property
+    def form(self) -> object:
+        """What two jobs have in common that one call can compute."""
+        return sorted((name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.inputs.items())
+
+
+@final
+class RowBatches:
+    """Computes rows in a thread of its own: whatever waits and has one form is one call.
+
+    Args:
+        compiled: the model; each row of its inputs has one in its outputs.
+        rows: the most rows of a call of several requests.
+        waiting: the most requests that wait.
+    """
+
+    def __init__(self, compiled: Compiled, rows: int, waiting: int) -> None:
+        self._compiled, self._rows = compiled, rows
+        self._jobs: queue.Queue[_RowJob | None] = queue.Queue(waiting)
+        self._thread = threading.Thread(target=self._work, name="lorac-rows", daemon=True)
+        self._thread.start()
+
+    async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec]) -> Outputs:
+        """Return the rows of every output, by name.
+
+        Raises:
+            OverBudget: as many requests wait as may (code ``queue_full``).
+            LoracError: as a call of the model.
+        """
+        job = _RowJob(inputs, choices)
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            raise OverBudget(
+                f"{self._jobs.maxsize} requests wait", next_step="send it again later", code="queue_full"
+            ) from None
+        return await asyncio.wrap_future(job.result)
+
+    def close(self) -> None:
+        """Return when what waits has been computed."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        held: _RowJob | None = None
+        with torch.no_grad():
+            while (first := held or self._jobs.get()) is not None:
+                jobs, held, ended = self._gather(first)
+                self._run(jobs)
+                if ended:
+                    return
+
+    def _gather(self, first: _RowJob) -> tuple[list[_RowJob], _RowJob | None, bool]:
+        """Return jobs for one call, a job that waits for the next, and whether there is none after them."""
+        jobs, count = [first], len(first.choices)
+        while not self._jobs.empty():
+            job = self._jobs.get()
+            if job is None:
+                return jobs, None, True
+            if job.form != first.form or count + len(job.choices) > self._rows:
+                return jobs, job, False
+            jobs.append(job)
+            count += len(job.choices)
+        return jobs, None, False
+
+    def _run(self, jobs: Sequence[_RowJob]) -> None:
+        """Compute some jobs in one call; if that fails, each in its own."""
+        jobs = [job for job in jobs if job.result.set_running_or_notify_cancel()]
+        if not jobs:
+            return
+        try:
+            found = self._call(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].result.set_exception(error)
+                return
+            for job in jobs:
+                self._retry(job)
+            return
+        for job, outputs in zip(jobs, found, strict=True):
+            job.result.set_result(outputs)
+
+    def _retry(self, job: _RowJob) -> None:
+        try:
+            job.result.set_result(self._call([job])[0])
+        except Exception as error:
+            job.result.set_exception(error)
+
+    def _call(self, jobs: Sequence[_RowJob]) -> list[Outputs]:
+        inputs = {name: torch.cat([job.inputs[name] for job in jobs]) for name in jobs[0].inputs}
+        choices = [choice for job in jobs for choice in job.choices]
+        chosen = {} if self._compiled.mode == "baked" else {"adapters": choices}
+        outputs = _name_outputs(self._compiled(**inputs, **chosen))
+        odd = [name for name, output in outputs.items() if not output.dim() or len(output) != len(choices)]
+        if odd:
+            raise InputMismatch(
+                f"the output '{odd[0]}' has no row for each of the {len(choices)} rows of the inputs",
+                next_step="serve a model whose outputs have the batch in front",
+            )
+        counts = [len(job.choices) for job in jobs]
+        ends = itertools.accumulate(counts)
+        return [
+            {name: output[end - count : end] for name, output in outputs.items()}
+            for count, end in zip(counts, ends, strict=True)
+        ]
+
+
+def _name_outputs(output: object) -> dict[str, Tensor]:
+    """Return the tensors of a model's answer by name; those of a tuple by number."""
+    if isinstance(output, Tensor):
+        return {"output": output}
+    if isinstance(output, Mapping):
+        named = {str(name): value for name, value in output.items()}
+    else:
+        named = {str(place): value for place, value in enumerate(pytree.tree_leaves(output))}
+    found = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if not found:
+        raise Unavailable("the model gives no tensors", next_step="serve a model whose outputs are named tensors")
+    return found

@@ -1,0 +1,127 @@
+"""The endpoints that call a model once: embeddings and predictions."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+
+import fastapi
+import pydantic
+import torch
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from torch import Tensor
+from torch.nn import functional
+
+from lorac.errors import Unavailable
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.slots.choice import ChoiceSpec
+from lorac.serving.refusals import RefusedField
+from lorac.serving.requests.choices import ChoiceReader
+from lorac.serving.rows.arrays import read_lists, read_npz, write_lists, write_npz
+from lorac.serving.rows.row_fields import Choices, EmbeddingFields, PredictFields
+from lorac.serving.tokenizer import FastTokenizer
+from lorac.session.compiled import Compiled
+
+NPZ = ("application/x-npz", "application/octet-stream")
+"""Media types of NumPy's files."""
+embedding_router, predict_router = fastapi.APIRouter(), fastapi.APIRouter()
+
+
+@embedding_router.post("/v1/embeddings")
+async def embed(fields: EmbeddingFields, http: fastapi.Request) -> Response:
+    """Return an embedding of length 1 for each text."""
+    state = http.app.state
+    texts = fields.texts
+    choices = _read_choices(http, fields.model, fields.adapters, len(texts))
+    inputs = await run_in_threadpool(_encode, state.compiled.tokenizer, texts, _most_tokens(state.compiled))
+    outputs = await state.rows.compute(inputs, choices)
+    vectors = _pool(outputs, inputs["attention_mask"], state.settings.pooling)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _describe_vector(vector, fields.encoding_format)}
+        for index, vector in enumerate(vectors)
+    ]
+    count = int(inputs["attention_mask"].sum())
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "data": data, "model": fields.model, "usage": usage})
+
+
+@predict_router.post("/v1/predict")
+async def predict(http: fastapi.Request) -> Response:
+    """Return a model's outputs for the rows of its inputs, in the form in which these came: JSON or npz."""
+    state, media = http.app.state, http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    body = await http.body()
+    if media in NPZ:
+        model = http.query_params.get("model", state.settings.base_name)
+        adapters, inputs = None, read_npz(body, state.settings.max_body_bytes)
+    else:
+        fields = _parse(body)
+        dtype = state.compiled.traits[MAIN_GRAPH].dtype
+        model, adapters, inputs = fields.model, fields.adapters, read_lists(fields.inputs, dtype)
+    outputs = await state.rows.compute(inputs, _read_choices(http, model, adapters, _count_rows(inputs)))
+    if media in NPZ:
+        return Response(write_npz(outputs), media_type=NPZ[0])
+    return JSONResponse({"model": model, "outputs": {name: write_lists(value) for name, value in outputs.items()}})
+
+
+def _parse(body: bytes) -> PredictFields:
+    try:
+        return PredictFields.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in error.errors()]) from error
+
+
+def _read_choices(http: fastapi.Request, model: str, adapters: Choices, rows: int) -> list[ChoiceSpec]:
+    state = http.app.state
+    return ChoiceReader(state.source, http.state.tenant, state.settings.base_name).read(model, adapters, rows)
+
+
+def _count_rows(inputs: Mapping[str, Tensor]) -> int:
+    """Return the number of rows, which all inputs share."""
+    counts = {name: len(value) if value.dim() else 0 for name, value in inputs.items()}
+    if len({*counts.values()}) != 1 or 0 in counts.values():
+        listed = ", ".join(f"{name}: {count}" for name, count in counts.items()) or "none"
+        raise RefusedField("inputs", f"have no number of rows in common: {listed}")
+    return next(iter(counts.values()))
+
+
+def _most_tokens(compiled: Compiled) -> int | None:
+    return getattr(compiled.traits[MAIN_GRAPH].config, "max_position_embeddings", None)
+
+
+def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: int | None) -> dict[str, Tensor]:
+    """Return texts as rows that are padded on the right.
+
+    Raises:
+        RefusedField: a text is empty, or longer than the model reads.
+    """
+    rows = [text if isinstance(text, list) else tokenizer(text)["input_ids"] for text in texts]
+    for index, row in enumerate(rows):
+        if not row or (most is not None and len(row) > most):
+            raise RefusedField("input", f"has {len(row)} tokens in text {index}, and the model reads 1 to {most}")
+    longest = max(map(len, rows))
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _pool(outputs: Mapping[str, Tensor], mask: Tensor, pooling: str) -> Tensor:
+    """Return vectors of length 1 (rows, width) of the last hidden states (rows, length, width)."""
+    if "last_hidden_state" not in outputs:
+        raise Unavailable(
+            f"the model has no last_hidden_state, but {', '.join(outputs)}",
+            next_step="compile the encoder itself, as transformers.AutoModel loads it",
+        )
+    states = outputs["last_hidden_state"].float()
+    weights = mask[..., None].float()
+    pooled = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
+    return functional.normalize(pooled, dim=-1)
+
+
+def _describe_vector(vector: Tensor, form: str) -> list[float] | str:
+    if form == "float":
+        found: list[float] = vector.tolist()
+        return found
+    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
