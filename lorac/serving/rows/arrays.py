@@ -66,9 +66,10 @@ def write_npz(outputs: Mapping[str, Tensor]) -> bytes:
 def write_lists(tensor: Tensor) -> list[object]:
     """Return a tensor as nested lists; what is not finite is null, for which JSON has no number."""
     array = _to_numpy(tensor)
-    if array.dtype.kind == "f" and not numpy.isfinite(array).all():
-        array = numpy.where(numpy.isfinite(array), array.astype(object), None)
-    found: list[object] = array.tolist()
+    objects = array.astype(object)
+    if array.dtype.kind == "f":
+        objects[~numpy.isfinite(array)] = None
+    found: list[object] = objects.tolist()
     return found
 
 

@@ -80,13 +80,10 @@ class RowBatches:
         self._thread.join()
 
     def _work(self) -> None:
-        held: _RowJob | None = None
-        with torch.no_grad():
-            while (first := held or self._jobs.get()) is not None:
-                jobs, held, ended = self._gather(first)
-                self._run(jobs)
-                if ended:
-                    return
+        held, ended = None, False
+        while not ended and (first := held or self._jobs.get()) is not None:
+            jobs, held, ended = self._gather(first)
+            self._run(jobs)
 
     def _gather(self, first: _RowJob) -> tuple[list[_RowJob], _RowJob | None, bool]:
         """Return jobs for one call, a job that waits for the next, and whether there is none after them."""
@@ -128,7 +125,8 @@ class RowBatches:
         inputs = {name: torch.cat([job.inputs[name] for job in jobs]) for name in jobs[0].inputs}
         choices = [choice for job in jobs for choice in job.choices]
         chosen = {} if self._compiled.mode == "baked" else {"adapters": choices}
-        outputs = _name_outputs(self._compiled(**inputs, **chosen))
+        with torch.no_grad():
+            outputs = _name_outputs(self._compiled(**inputs, **chosen))
         odd = [name for name, output in outputs.items() if not output.dim() or len(output) != len(choices)]
         if odd:
             raise InputMismatch(
