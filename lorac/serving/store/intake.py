@@ -52,13 +52,16 @@ def copy_files(files: Mapping[str, BinaryIO], folder: Path, claim: QuotaClaim) -
         FormatError: as ``name_files``.
         OverBudget: the tenant may not have so many bytes.
     """
+    names = name_files([*files])
+    return sum(_copy(source, folder / name, claim) for source, name in zip(files.values(), names, strict=True))
+
+
+def _copy(source: BinaryIO, path: Path, claim: QuotaClaim) -> int:
     size = 0
-    for source, name in zip(files.values(), name_files([*files]), strict=True):
-        with (folder / name).open("xb") as target:
-            while chunk := source.read(_CHUNK):
-                claim.take(nbytes=len(chunk))
-                target.write(chunk)
-                size += len(chunk)
+    with path.open("xb") as target:
+        while chunk := source.read(_CHUNK):
+            claim.take(nbytes=len(chunk))
+            size += target.write(chunk)
     return size
 
 
@@ -77,23 +80,23 @@ def open_files(folder: Path, path: str) -> Iterator[dict[str, BinaryIO]]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            if not isinstance(path, str) or find_inner_path(folder, path) is None:
-                raise _unreadable(path, "is not a path inside the store")
-            files = _open_parts(folder, path.split("/"), stack)
+            files = _open_parts(folder, path, stack)
         except OSError as error:
             raise _unreadable(path, f"cannot be read: {error.strerror}") from error
-        if not all(stat.S_ISREG(os.fstat(file.fileno()).st_mode) for file in files.values()):
-            raise _unreadable(path, "is not a file")
         yield files
 
 
-def _open_parts(folder: Path, parts: list[str], stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
+def _open_parts(folder: Path, path: object, stack: contextlib.ExitStack) -> dict[str, BinaryIO]:
+    if not isinstance(path, str) or find_inner_path(folder, path) is None:
+        raise _unreadable(path, "is not a path inside the store")
     handle = _open_handle(os.fspath(folder), None, stack)
-    for part in parts:
+    for part in path.split("/"):
         handle = _open_handle(part, handle, stack)
-    found = {parts[-1]: handle}
+    found = {path.rpartition("/")[2]: handle}
     if stat.S_ISDIR(os.fstat(handle).st_mode):
         found = {name: _open_handle(name, handle, stack) for name in (CONFIG, WEIGHTS)}
+    if not all(stat.S_ISREG(os.fstat(file).st_mode) for file in found.values()):
+        raise _unreadable(path, "is not a file")
     return {name: stack.enter_context(os.fdopen(os.dup(file), "rb")) for name, file in found.items()}
 
 

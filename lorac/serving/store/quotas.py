@@ -47,12 +47,13 @@ class StoreQuotas:
         Raises:
             AdapterError: it has more sites, or a larger rank, than an adapter may.
         """
-        for found, most, what in ((size.rank, self.rank, "rank"), (size.sites, self.sites, "sites")):
+        for found, most, what in (
+            (size.rank, self.rank, f"rank {size.rank}"),
+            (size.sites, self.sites, f"{size.sites} sites"),
+        ):
             if found > most:
                 raise AdapterError(
-                    f"adapter '{name}' has {what} {found}"
-                    if what == "rank"
-                    else f"adapter '{name}' has {found} {what}",
+                    f"adapter '{name}' has {what}",
                     next_step=f"the most that this server admits is {most}",
                     code="over_quota",
                 )
@@ -103,19 +104,18 @@ class TenantAccount:
             OverBudget: the tenant would have more than it may; then nothing is taken.
         """
         with self._lock:
-            quotas = self._quotas
-            for taken, used, most, what in (
-                (nbytes, self.bytes, quotas.bytes, "bytes"),
-                (adapters, self.adapters, quotas.adapters, "adapters"),
-            ):
-                if taken > 0 and used + taken > most:
-                    raise OverBudget(
-                        f"tenant '{self._tenant}' may have {most} {what}, and this would make {used + taken}",
-                        next_step="unload adapters that are not needed",
-                        code="quota_full",
-                    )
+            self._check(nbytes, self.bytes, self._quotas.bytes, "bytes")
+            self._check(adapters, self.adapters, self._quotas.adapters, "adapters")
             self.bytes += nbytes
             self.adapters += adapters
+
+    def _check(self, taken: int, used: int, most: int, what: str) -> None:
+        if taken > 0 and used + taken > most:
+            raise OverBudget(
+                f"tenant '{self._tenant}' may have {most} {what}, and this would make {used + taken}",
+                next_step="unload adapters that are not needed",
+                code="quota_full",
+            )
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[QuotaClaim]:

@@ -124,9 +124,18 @@ def rewrite(folder: Path, base: str | None) -> None:
         native.FORMAT.write(adapter, folder / REWRITTEN, None, folder / REWRITTEN)
 
 
+def over_budget_error(what: str) -> FormatError:
+    """Return the error for an upload whose reading takes more of something than it may."""
+    return FormatError(
+        f"reading it takes more {what} than an upload may",
+        next_step="send the adapter as PEFT or lorac wrote it",
+        code="over_budget",
+    )
+
+
 def _describe(error: Exception) -> dict[str, object]:
     """Return an error for the server, which makes it again."""
     if not isinstance(error, LoracError):
-        error = FormatError("reading it takes more memory or space than an upload may", code="over_budget")
+        error = over_budget_error("memory or space")
     fields = {"what": error.what, "nearest": error.nearest, "next_step": error.next_step, "code": error.code}
     return {"kind": type(error).__name__, **fields}

@@ -14,7 +14,7 @@ from pathlib import Path
 from lorac import errors
 from lorac.errors import FormatError, LoracError
 from lorac.serving.store.quotas import StoreQuotas
-from lorac.serving.store.reading_main import REFUSAL, REFUSED, REWRITTEN
+from lorac.serving.store.reading_main import REFUSAL, REFUSED, REWRITTEN, main, over_budget_error
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import dump_json, parse_object
 
@@ -22,7 +22,7 @@ _WAIT = 4.0
 """Seconds to wait for each second of processor time that a reader may take: other work may slow it."""
 _STARTING = 60.0
 """Seconds to wait for the first answer, before which the process imports what it needs."""
-_PROGRAM = "from lorac.serving.store.reading_main import main; main()"
+_PROGRAM = f"from {main.__module__} import main; main()"
 _LONGEST_REFUSAL = 1 << 16
 _LIMITS = {-signal.SIGXCPU: "time", -signal.SIGKILL: "time or memory"}
 
@@ -57,7 +57,7 @@ class ReadingProcess:
         if status == REFUSED:
             raise _read_refusal(folder)
         if status in _LIMITS:
-            raise _over_budget(_LIMITS[status])
+            raise over_budget_error(_LIMITS[status])
         if status:
             raise FormatError("the process that read it crashed", code="corrupt_file")
         return folder / REWRITTEN
@@ -143,11 +143,3 @@ def _without_folder(text: object, folder: Path) -> str | None:
     if not isinstance(text, str):
         return None
     return text.replace(f"{folder}{os.sep}", "").replace(f"{folder}", "the upload")
-
-
-def _over_budget(what: str) -> FormatError:
-    return FormatError(
-        f"reading it takes more {what} than an upload may",
-        next_step="send the adapter as PEFT or lorac wrote it",
-        code="over_budget",
-    )

@@ -95,7 +95,7 @@ class AdapterStore:
         reserved: Collection[str] = (),
     ) -> None:
         compiled.refuse_baked()
-        path = parse_path(folder, "the folder of a store", FormatError, "unreadable")
+        path = parse_path(folder, "the folder of a store", FormatError, "unreadable").absolute()
         self._compiled, self._quotas, self._bases = compiled, quotas or StoreQuotas(), frozenset(bases)
         self._shared = {name: TenantAdapter(name, name) for name in compiled.pool}
         self._reserved = self._shared.keys() | set(reserved)

@@ -115,10 +115,9 @@ class StoreFolder:
         found: list[StoredName] = []
         for folder in sorted(path for path in self._adapters.iterdir() if path.is_dir()):
             names = _find_names(folder)
-            known = {entry.digest for entry in names}
-            for file in folder.glob("*.safetensors"):
-                if file.stem not in known:
-                    file.unlink()
+            known = {f"{entry.digest}.safetensors" for entry in names}
+            for file in {path.name for path in folder.glob("*.safetensors")} - known:
+                (folder / file).unlink()
             found += names
         return found
 

@@ -94,9 +94,13 @@ def folder(store: AdapterStore, tenant: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_adapters_survive_a_restart(folder: Path, store: AdapterStore, tenant: str) -> None:
+def test_adapters_survive_a_restart(
+    folder: Path, store: AdapterStore, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = compiled()
-    with AdapterStore(other, folder) as again:
+    monkeypatch.chdir(folder.parent)
+    with AdapterStore(other, folder.name) as again:
+        monkeypatch.chdir("/")
         assert again.adapters(tenant) == store.adapters(tenant)
         old, new = (one._tenants[tenant].account for one in (store, again))
         assert (new.bytes, new.adapters) == (old.bytes, old.adapters)
