@@ -57,7 +57,7 @@ def test_factors_in_float16_round_alone(native: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("0:a", (1, 575, 16)), ("0:b", (1, 15, 576)), ("1:b", (1, 15, 192)), ("2:a", (2, 576, 16)), ("base", (1, 2, 960))],
+    [("0:b", (1, 15, 576)), ("1:b", (1, 15, 192)), ("2:a", (2, 576, 16)), ("base", (1, 2, 960))],
 )
 def test_other_shapes_are_refused(native: Path, name: str, shape: tuple[int, ...]) -> None:
     feeds = {**make_feeds(CASES[0]), name: np.zeros(shape, np.float32)}
