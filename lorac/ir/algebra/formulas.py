@@ -92,17 +92,22 @@ class Formula:
         return dict(result)
 
     def _run(self, args: Sequence[object], read: Mapping[str, Tensor], *, watched: bool) -> object:
-        guard = _MutationGuard(self._named(args, read)) if watched else nullcontext()
+        named = self._named(args, read)
+        guard = _MutationGuard(named) if watched else nullcontext()
+        varying = _list_varying_sizes(named) if watched else []
         try:
             with guard:
-                return self.function(*args)
+                result = self.function(*args)
+            if any(_is_constant(size) for size in varying):
+                raise _SizeFixed
+            return result
         except (LoracError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             if not watched and not isinstance(error, _FORMULA_ERRORS):
                 raise
             raise self._error(*_explain_error(error), error) from (
-                None if isinstance(error, _ArgumentMutated) else error
+                None if isinstance(error, _ArgumentMutated | _SizeFixed) else error
             )
 
     def _named(self, args: Sequence[object], read: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,6 +144,11 @@ def _explain_error(error: Exception) -> tuple[str, str]:
     """Return what a formula did wrong, from the exception that it caused, and the next step."""
     if isinstance(error, _ArgumentMutated):
         return f"writes into {error.name} ({error.op})", "compute a new tensor, as W * s for W.mul_(s)"
+    if isinstance(error, _SizeFixed):
+        return (
+            "makes a number of a size that differs between calls, as of rows or tokens",
+            "read sizes as x.shape[0], not len(x), and write torch ops for a loop over them",
+        )
     if isinstance(error, _data_dependent_errors()):
         return "takes a step that depends on the values of tensors", "use torch.where or masks"
     reason = str(error).strip().partition("\n")[0]
@@ -165,6 +175,20 @@ class _ArgumentMutated(Exception):
     def __init__(self, name: str, op: str) -> None:
         super().__init__(name)
         self.name, self.op = name, op
+
+
+class _SizeFixed(Exception):
+    """A formula has fixed a symbolic size of an argument, so that its trace holds for that size alone."""
+
+
+def _list_varying_sizes(tensors: Mapping[str, Tensor]) -> list[torch.SymInt]:
+    """Return the symbolic sizes of tensors that are not fixed."""
+    sizes: list[object] = [size for tensor in tensors.values() for size in tensor.shape]
+    return [size for size in sizes if isinstance(size, torch.SymInt) and not _is_constant(size)]
+
+
+def _is_constant(size: torch.SymInt) -> bool:
+    return size.node.maybe_as_int() is not None
 
 
 class _MutationGuard(TorchDispatchMode):

@@ -30,8 +30,8 @@ aten = torch.ops.aten
 Tensor = torch.Tensor
 
 LOW_RANK, SPARSE, DELTA, DENSE, BRANCH = "low-rank", "sparse", "delta", "dense", "branch"
-_TOKENS = 5
-"""The number of tokens in the example with which a branch is traced; at least 2."""
+_TOKENS, _OTHER_TOKENS = 5, 7
+"""Numbers of tokens in the examples with which a branch is traced; at least 2."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,24 @@ def reduce_branch(
     names = tuple(params)
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         out_features, in_features = weight
-        x, y = torch.empty(_TOKENS, in_features, dtype=dtype), torch.empty(_TOKENS, out_features, dtype=dtype)
         fakes = [mode.from_tensor(t) for t in params.values()]
 
         def traced(x: Tensor, y: Tensor, *tensors: Tensor) -> Tensor:
             return formula(x, y, Params(**dict(zip(names, tensors, strict=True))))
 
-        branch = record_function(traced, x, y, *fakes, pre_dispatch=True)
+        def trace(tokens: int) -> fx.GraphModule:
+            x, y = (torch.empty(tokens, features, dtype=dtype) for features in (in_features, out_features))
+            return record_function(traced, x, y, *fakes, pre_dispatch=True)
+
+        branch = trace(_TOKENS)
         affine = weight_formula(branch, weight)
-        if affine is not None:
-            reduced = _classify(affine, names, rules, keep_factors=keep_factors)
-            return replace(reduced, dropped=insert_inner_dropout(branch))
-        return Reduction(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
+        if affine is None:
+            return Reduction(BRANCH, branch, names, ("y",), reasons=("not affine in x and y",))
+        other = weight_formula(trace(_OTHER_TOKENS), weight)
+        if other is None or other.code != affine.code:
+            return Reduction(BRANCH, branch, names, ("y",), reasons=("it reads the number of tokens",))
+        reduced = _classify(affine, names, rules, keep_factors=keep_factors)
+        return replace(reduced, dropped=insert_inner_dropout(branch))
 
 
 def _classify(
