@@ -89,6 +89,13 @@ def test_on_target_eager(mode: str, folder: Path) -> None:
     assert_close(answer(eager), answer(in_memory(), adapters="n1"))
 
 
+def test_a_registered_adapter_takes_no_gradients(folder: Path) -> None:
+    eager = build([], "eager", reserve=ROOM)
+    eager.register(folder)
+    with refuses("unavailable", match="torch.no_grad"):
+        eager(tokens=X, adapters="n1")
+
+
 def test_what_nobody_uses_is_let_go_of_and_made_again(compiled: Any) -> None:
     expected = {f"n{i}": raw(answer(compiled, adapters=f"n{i}")) for i in range(6)}
     everything = compiled.memory.used
