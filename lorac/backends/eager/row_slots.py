@@ -25,8 +25,8 @@ def find_shared_slot(plans: Mapping[str, SitePlan], snapshot: ComposedWeights, e
         emitted: the extra outputs that are asked for.
     """
     for path, composed in snapshot.composed.items():
-        why = why_shared(plans[path]) if plans[path].site.within is not None else ""
-        why = why or next(filter(None, (_why_shared_branch(term.slot, emitted) for _, term in composed.branches)), "")
+        reasons = (_why_shared_branch(term.slot, emitted) for _, term in composed.branches)
+        why = why_shared(plans[path]) or next(filter(None, reasons), "")
         if why:
             return f"at '{path}', {why}"
     return None

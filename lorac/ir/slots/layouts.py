@@ -45,8 +45,6 @@ class SiteLayout(ABC):
     """The number of axes of an item of the input, behind those of rows and tokens."""
     output_axes: int = 1
     """The number of axes of an item of the output."""
-    why_shared: str = ""
-    """Why all rows of a batch share the slots; empty where each may have its own (``lorac.ir.slots.rows``)."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -207,8 +205,6 @@ class ConvLayout(SiteLayout):
 
 class ParameterLayout(SiteLayout):
     """A parameter that its module uses in its own way, or a block: no product; a slot is the parameter as stored."""
-
-    why_shared = "its module computes with it in its own way"
 
     def base(self, x: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         raise self._computes_nothing()

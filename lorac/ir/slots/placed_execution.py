@@ -43,9 +43,7 @@ VIEWS = SegmentOps(_cut_view, join_segments)
 
 def why_shared(plan: SitePlan) -> str:
     """Return why all rows of a batch share the slots of a site, wherever it is called; empty where they need not."""
-    if plan.site.within is not None:
-        return "its module computes with it in its own way"
-    return layout_of(plan.site).why_shared
+    return "" if plan.site.within is None else "its module computes with it in its own way"
 
 
 def stack_site_slots(each: Sequence[SiteSlots]) -> SiteSlots:
