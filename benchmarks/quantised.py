@@ -5,13 +5,14 @@
 The text is Python's own help (`pydoc_data.topics`). Each window of tokens is read alone, and every token but a window's
 first is predicted. GPTQ learns from other text: sources of Python's library, or what the model writes. Next to lorac's
 sides are models of onnxruntime-genai's builder, and the values of llama.cpp's Q4_0, which the `gguf` package computes,
-in products of float32. A call of one token shows what the bytes cost in time. Targets: int8 within 0.5 % of float's
-perplexity; int4 within 15 % of it, at <= 1.1 of the bytes and of the time of codes that are rounded to the nearest.
+in products of float32. Targets: int8 within 0.5 % of float's perplexity; int4 within 15 % of it, at <= 1.1 of the bytes
+and of the time per token of codes that are rounded to the nearest, and no slower than float at any length.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import math
@@ -37,12 +38,14 @@ SIDES: dict[str, dict[str, Any]] = {
     GPTQ: {"weights": "int4", "algorithm": "gptq"},
     OWN_TEXTS: {"weights": "int4", "algorithm": "gptq"},
     f"{GPTQ}, int4 head": {"weights": "int4", "algorithm": "gptq", "head": "int4"},
+    "int4, float32 products": {"weights": "int4", "accuracy_level": 1},
     GGUF: {},
 }
 BUILT = {"genai int4": "rtn", "genai int4, k_quant": "k_quant", "genai int4, k_quant_mixed": "k_quant_mixed"}
 """Side -> how onnxruntime-genai's builder chooses codes."""
 MODEL = common.Option("model", "smollm2", smoke="tiny", help="the host", choices=("smollm2", *common.LLAMAS))
-FIGURES = ("perplexity", "bytes", "token")
+LENGTHS = (1, 32, 128, 512)
+"""The numbers of tokens of the calls that are timed."""
 Logits = Callable[[Any], Any]
 """Ids (1, length) -> logits (1, length, vocabulary)."""
 
@@ -62,9 +65,10 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, float]:
         written = time.process_time() - begun
         found = [_loss(logits(window), window) for window in _windows(tokenize(_text(given)), given)]
         loss = sum(total for total, _ in found) / sum(count for _, count in found)
-        one = tokenize("a")[:, :1]
-        token = common.alternate({"": lambda: logits(one)}, given.rounds, clock=common.CLOCKS["cpu"])[""]
-    return {"perplexity": math.exp(loss), "bytes": float(size), "token": token, "written": written}
+        ids = tokenize(_text(given))
+        calls = {str(length): functools.partial(logits, ids[:, :length]) for length in LENGTHS}
+        seconds = common.alternate(calls, given.rounds, clock=common.CLOCKS["cpu"])
+    return {"perplexity": math.exp(loss), "bytes": float(size), "seconds": seconds, "written": written}
 
 
 def _compile(
@@ -74,7 +78,7 @@ def _compile(
 
     options, rounded = dict(SIDES[side]), 0
     if "weights" in options:
-        options |= {"accuracy_level": given.accuracy, "block_size": given.block}
+        options = {"accuracy_level": given.accuracy, "block_size": given.block, **options}
     if side.startswith(GPTQ) and side != OWN_TEXTS:
         source = "\n".join(inspect.getsource(module)[: given.calibration // 3] for module in (argparse, json, textwrap))
         options["calibration"] = [{"input_ids": window} for window in _windows(tokenize(source), given)]
@@ -164,29 +168,26 @@ def _windows(ids: Any, given: argparse.Namespace) -> list[Any]:
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
-    """Each side next to float, and next to codes that are rounded to the nearest."""
+    """Perplexity and bytes of each side, and the time of calls of one sequence by its length, next to float's."""
     whole, measured = found[(FLOAT,)], sides(given)
-    nearest = found.get((NEAREST,), whole)
-    ratios = {side: {what: found[(side,)][what] / whole[what] for what in FIGURES} for side in measured}
-    rows = []
+    losses, times, again = [], [], {}
     for side in measured:
         one = found[(side,)]
-        figures = (f"{one['perplexity']:.3f}", f"{ratios[side]['perplexity']:.3f}", f"{one['bytes'] / 1e6:.1f}")
-        beside = [f"{one[what] / nearest[what]:.2f}" for what in ("bytes", "token")]
-        rows.append((side, *figures, beside[0], f"{one['token'] * 1e3:.1f}", beside[1], f"{one['written']:.0f}"))
-    other = NEAREST if (NEAREST,) in found else FLOAT
-    columns = (
-        "weights",
-        "perplexity",
-        "of float's",
-        "MB",
-        f"of {other}'s",
-        "CPU ms a token",
-        "of it",
-        "CPU s to write",
-    )
+        ratio = {what: one[what] / whole[what] for what in ("perplexity", "bytes")}
+        figures = (f"{one['perplexity']:.3f}", f"{ratio['perplexity']:.3f}", f"{one['bytes'] / 1e6:.1f}")
+        losses.append((side, *figures, f"{ratio['bytes']:.3f}", f"{one['written']:.0f}"))
+        faster = {length: whole["seconds"][length] / seconds for length, seconds in one["seconds"].items()}
+        pairs = zip(one["seconds"].values(), faster.values(), strict=True)
+        times.append((side, *(f"{seconds * 1e3:.1f} ({of_float:.2f})" for seconds, of_float in pairs)))
+        again |= {**ratio, **faster} if side == AGAIN else {}
+    rows, notes = [(side,) for side in measured], [_genai.note(given)]
     title = f"{given.characters} characters in windows of {given.window} tokens, accuracy level {given.accuracy}"
-    return [common.Table(title, columns, rows, [(side,) for side in measured], ratios[AGAIN], [_genai.note(given)])]
+    columns = ("weights", "perplexity", "of float's", "MB", "of float's bytes", "CPU s to write")
+    lengths = [f"{length} tokens" for length in LENGTHS]
+    return [
+        common.Table(title, columns, losses, rows, again, notes),
+        common.Table("CPU ms of a call (float's time over it)", ("weights", *lengths), times, rows, again),
+    ]
 
 
 BENCHMARK = common.Benchmark(
@@ -202,7 +203,7 @@ BENCHMARK = common.Benchmark(
         common.Option("accuracy", 4, smoke=4, help="the accuracy level of products"),
         common.Option("block", 32, smoke=32, help="values that share a scale"),
         common.Option("threads", 2, smoke=1, help="of a session"),
-        common.Option("only", (*SIDES, *BUILT), smoke=(*SIDES,), help="sides to measure next to float's"),
+        common.Option("only", (*SIDES, *BUILT), smoke=("int8", GPTQ, GGUF), help="sides to measure next to float's"),
         _genai.OPTION,
     ),
     jobs=lambda given: [(side,) for side in sides(given)],

@@ -109,21 +109,7 @@ ROWS = {
         ],
         ["base / base", "A/A / base", "FlyLoRA, all ranks / base", "FlyLoRA / base", "the gate alone"],
     ],
-    "quantised": [
-        [
-            "float32",
-            "float32, A/A",
-            "int8",
-            "int4, int4 head",
-            "int4, int4 head, zero points",
-            "int4",
-            "int4, k_quant",
-            "int4, gptq",
-            "int4, gptq, own texts",
-            "int4, gptq, int4 head",
-            "gguf Q4_0",
-        ]
-    ],
+    "quantised": [["float32", "float32, A/A", "int8", "int4, gptq", "gguf Q4_0"]] * 2,
     "side": [["lora", "lora again", "qst adapter", "qst avg"]],
     "starts": [["olora"] * 2 + ["eva"] * 2],
     "swap": [

@@ -149,6 +149,23 @@ def test_bench(cli):
     assert all(name in out for name in ("none", "sql", "style", "ratio"))
 
 
+def test_codes_are_chosen_by_a_text(cli, files):
+    (files.folder / "some.txt").write_text("w3 w4 w9 w7 " * 30)
+    words = ["compile", "model", "-o", "small", "--weights", "int4", "--head", "int4", "--algorithm", "gptq"]
+    assert cli(*words, "--calibration", "some.txt")[0] == 0
+    loaded = lorac.load(files.folder / "small")
+    assert (loaded.engine.options.algorithm, loaded.engine.options.head) == ("gptq", "int4")
+    assert "stored as int4" in str(loaded.explain())
+    (files.folder / "none.txt").touch()
+    for file, message in (
+        ("none.txt", "has no text"),
+        ("nowhere.txt", "cannot be read"),
+        ("wide.npz", "cannot be read"),
+    ):
+        code, _, err = cli(*words, "--calibration", file)
+        assert (code, message in err) == (1, True)
+
+
 def test_compile_for_onnxruntime(cli, files):
     code, out, _ = cli("compile", "model", "-a", "sql", "-o", "for_ort")
     assert (code, out) == (0, "for_ort: onnxruntime, auto, adapters sql, active {'sql': 1.0}\n")
