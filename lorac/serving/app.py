@@ -13,6 +13,7 @@ import pydantic
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
 
+from lorac.errors import warn
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.serving import lora_endpoints, text_endpoints
@@ -77,6 +78,9 @@ def build_app(
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
     if _decodes(compiled):
         find_tokenizer(compiled)
+    elif compiled.traits[MAIN_GRAPH].generation is not None:
+        warn("the model keeps no cache, so it is not served as text", next_step="compile it with cache=True")
+    if _decodes(compiled):
         app.include_router(text_endpoints.router)
     app.include_router(lora_endpoints.router)
     if isinstance(compiled, Compiled):
@@ -130,7 +134,9 @@ def _add_state(app: fastapi.FastAPI) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(state.metrics.expose(state.scheduler, state.activity.running.values()), media_type=MEDIA_TYPE)
+        shared = {adapter.name for adapter in state.source.adapters("")}  # nobody's: no tenant has this name
+        found = state.metrics.expose(state.scheduler, [*state.activity.running.values()], shared)
+        return Response(found, media_type=MEDIA_TYPE)
 
     @app.get("/v1/models")
     async def models(http: fastapi.Request) -> dict[str, object]:

@@ -59,15 +59,18 @@ class ServerMetrics:
         for reason in request.reasons:
             self._ended.labels(self._name, _REASONS.get(reason, reason)).inc()
 
-    def expose(self, scheduler: TextScheduler | None, requests: Collection[ActiveRequest]) -> bytes:
+    def expose(
+        self, scheduler: TextScheduler | None, requests: Collection[ActiveRequest], shared: Collection[str]
+    ) -> bytes:
         """Return all metrics in Prometheus' text format.
 
         Args:
             scheduler: whose rows are reported; None: the model gives no text.
             requests: are being answered.
+            shared: adapters of all tenants, which alone are named.
         """
         state = prometheus_client.CollectorRegistry()
-        state.register(_State([*self._gauges(scheduler), _describe_adapters(scheduler, requests)]))
+        state.register(_State([*self._gauges(scheduler), _describe_adapters(scheduler, requests, shared)]))
         return prometheus_client.generate_latest(self._registry) + prometheus_client.generate_latest(state)
 
     def _gauges(self, scheduler: TextScheduler | None) -> Iterator[Metric]:
@@ -108,11 +111,13 @@ class _State(prometheus_client.registry.Collector):
         return self._metrics
 
 
-def _describe_adapters(scheduler: TextScheduler | None, requests: Collection[ActiveRequest]) -> Metric:
+def _describe_adapters(
+    scheduler: TextScheduler | None, requests: Collection[ActiveRequest], shared: Collection[str]
+) -> Metric:
     """Return which adapters work and wait, as inference gateways read it to send requests where theirs are."""
     names = {True: set[str](), False: set[str]()}
     for request in requests:
-        names[request.first_token is not None].update(request.adapters)
+        names[request.first_token is not None].update(name for name in request.adapters if name in shared)
     labels = {
         "max_lora": "0" if scheduler is None else str(scheduler.rows),
         "running_lora_adapters": ",".join(sorted(names[True])),

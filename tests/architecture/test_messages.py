@@ -46,6 +46,7 @@ CALL = re.compile(r"(?<![\w.'])((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)\(")
 PUBLIC = [
     *(f"lorac.diffusion.{path.stem}" for path in (ROOT / "lorac/diffusion").glob("[!_]*.py")),
     "lorac",
+    "lorac.serving",
     "lorac.trainer",
     "lorac.training",
     "lorac.training.loram",
