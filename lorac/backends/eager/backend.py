@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.export import Dim
 
 from lorac.argument_types import JsonMapping
@@ -19,9 +21,12 @@ from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.copying import copy_structure, separate_layers
-from lorac.ir.graph.graph import Graph, Level, Program
-from lorac.ir.sites import Site
+from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.graph import Graph, Level, Program, SlotInput
+from lorac.ir.sites import BaseReader, Site
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.plans import SitePlan, list_layers
+from lorac.ir.slots.rows import as_place
 from lorac.ir.tracing import tracing
 from lorac.limits import charge_reading
 from lorac.storage.plans import graph_from_json, graph_to_json
@@ -51,6 +56,8 @@ class EagerBackend(Backend[EagerOptions]):
         gates=BranchGate.NONE,
         fuses_projections=False,  # a stored program would concatenate the fused matrix at every call
         dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        rows=True,
+        why_branches_shared="its branches have one place in a stored program",
     )
     options = EagerOptions
 
@@ -121,20 +128,53 @@ class EagerBackend(Backend[EagerOptions]):
     def restore_program(
         self, stored: StoredState, files: ProgramFiles, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]
     ) -> Program:
-        parts = _load_graphs(stored, files, self.read_base_weights(files))
-        return Program({name: _export_graph(name, part, sites, plans) for name, part in parts.items()})
+        file = self.read_base_weights(files)
+        base, parts = make_file_base_reader(file), _load_graphs(stored, files, file)
+        return Program({name: _export_graph(name, part, sites, plans, base) for name, part in parts.items()})
 
 
 BACKEND = EagerBackend()
 
 
-def _export_graph(name: str, part: StoredGraph, sites: Mapping[str, Site], plans: Mapping[str, SitePlan]) -> Graph:
-    shapes = {key: dict.fromkeys(axes, Dim.AUTO) for key, axes in part.program.dynamic.items()}
-    with tracing(), torch.no_grad():
-        exported = torch.export.export(part.program, (), part.program.examples, dynamic_shapes=shapes)
+def _export_graph(
+    name: str, part: StoredGraph, sites: Mapping[str, Site], plans: Mapping[str, SitePlan], base: BaseReader
+) -> Graph:
+    """Return a stored program as a graph for other targets, in which all rows of a call share their slots."""
     own = {slot.site for slot in part.slots.values()}
     planned = {path: plan for path, plan in plans.items() if path in own}
-    return Graph(name, exported, sites, planned, part.interface, level=Level.EXPANDED, slots=dict(part.slots))
+    shared = {slot: replace(own, placed=False) for slot, own in part.slots.items()}
+    neutral = collect_slot_tensors(shared, planned, fill_slots(planned, ComposedWeights(()), base))
+    placed = {own.node: (own, neutral[slot].dim()) for slot, own in part.slots.items() if own.placed}
+    examples, shapes = dict(part.program.examples), dict(part.program.dynamic)
+    for node, (_, dims) in placed.items():
+        more = examples[node].dim() - dims
+        examples[node] = examples[node][(0,) * more].clone()
+        shapes[node] = tuple(axis - more for axis in shapes[node] if axis >= more)
+    dynamic = {node: dict.fromkeys(axes, Dim.AUTO) for node, axes in shapes.items()}
+    program = _OnePlace(part.program, {node: own for node, (own, _) in placed.items()})
+    with tracing(), torch.no_grad():
+        exported = torch.export.export(program, (), examples, dynamic_shapes=dynamic)
+    return Graph(name, exported, sites, planned, part.interface, level=Level.EXPANDED, slots=shared)
+
+
+class _OnePlace(nn.Module):
+    """A stored program whose slots have one place each, which is no axis of them.
+
+    Args:
+        placed: input -> its slot, for those that have places.
+    """
+
+    def __init__(self, program: StoredProgram, placed: Mapping[str, SlotInput]) -> None:
+        super().__init__()
+        self.program = program
+
+        def forward(**given: Tensor) -> tuple[Tensor, ...]:
+            slots = {node: as_place(given[node], by_token=slot.by_token) for node, slot in placed.items()}
+            outputs: tuple[Tensor, ...] = program(**{**given, **slots})
+            return outputs
+
+        forward.__signature__ = inspect.signature(program.forward)  # type: ignore[attr-defined]  # functions take attributes
+        self.forward = forward
 
 
 def _load_graphs(stored: StoredState, files: ProgramFiles, file: TensorFile) -> dict[str, StoredGraph]:

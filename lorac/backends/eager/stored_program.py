@@ -18,7 +18,8 @@ from lorac.ir.slots.buffers import make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.storage.program import StoredProgram
-from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
+from lorac.target.engine import BoundProgram, CallResult, ProgramFiles
+from lorac.target.placed_engine import PlacedEngine, find_shared_slots
 
 Tensor = torch.Tensor
 
@@ -36,7 +37,7 @@ SlotTensors = Mapping[str, Tensor]
 """Slot input -> its tensor."""
 
 
-class StoredProgramEngine(Engine[SlotTensors]):
+class StoredProgramEngine(PlacedEngine[SlotTensors]):
     """Runs a program whose slots are inputs.
 
     Args:
@@ -61,6 +62,7 @@ class StoredProgramEngine(Engine[SlotTensors]):
         device: torch.device | None = None,
     ) -> None:
         self.parts = parts
+        self.shared_slots = find_shared_slots({name: part.slots for name, part in parts.items()})
         self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
         self.interfaces = {name: part.interface for name, part in parts.items()}
         self.plans = select_reached_plans(self.slots, plans)
@@ -70,7 +72,13 @@ class StoredProgramEngine(Engine[SlotTensors]):
 
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotTensors]:
         tensors = collect_slot_tensors(self.slots, self.plans, slots)
-        return BoundProgram(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
+        return self.bind_tensors({name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
+
+    def slot_tensors(self, content: SlotTensors) -> SlotTensors:
+        return content
+
+    def bind_tensors(self, tensors: SlotTensors) -> BoundProgram[SlotTensors]:
+        return BoundProgram(self, tensors)
 
     @property
     def written_program(self) -> BoundProgram[SlotTensors]:

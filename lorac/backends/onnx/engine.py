@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from lorac.frontend.components import check_component, get_encoder_graph_name
+from lorac.frontend.components import check_component
 from lorac.ir.graph.feeds import collect_slot_tensors, convert_input, group_aux_outputs, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan, SiteSlots
-from lorac.ir.slots.roles import ROLES, branch_name, slot_name, strength_role
-from lorac.ir.slots.rows import stack_places
 from lorac.target.backend import TargetOptions
-from lorac.target.engine import BoundProgram, CallResult, Engine, ProgramFiles
+from lorac.target.engine import BoundProgram, CallResult, ProgramFiles
+from lorac.target.placed_engine import PlacedEngine, find_shared_slots
 
 if TYPE_CHECKING:
     from lorac.report.dump import Dump
@@ -86,15 +83,13 @@ class LoadedProgram(Generic[GraphT, OptionsT]):
     options: OptionsT
 
 
-class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
+class OnnxEngine(PlacedEngine[ContentT], Generic[GraphT, OptionsT, ContentT]):
     """Runs a program from its files, one loaded graph per graph of the program.
 
     A target says how slot tensors are laid out (``lay_out``) and how a graph is run (``run_graph``).
 
     Attributes:
-        slots: slot inputs of all graphs by public name.
         memory: fused mode: slot -> the memory that its weight is written to.
-        shared_slots: graph -> the slots that all rows of a call share.
     """
 
     files: ProgramFiles
@@ -103,10 +98,7 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         self.program, self.graphs, self.base, self.mode = program, program.graphs, program.base, program.mode
         self.files, self.options = program.files, program.options
         self.slots = {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
-        self.shared_slots = {
-            name: frozenset(slot.name for slot in graph.slots.values() if not slot.placed)
-            for name, graph in self.graphs.items()
-        }
+        self.shared_slots = find_shared_slots({name: graph.slots for name, graph in self.graphs.items()})
         self.interfaces = {
             name: graph.interface.with_notes(*self.machine_notes(graph)) for name, graph in self.graphs.items()
         }
@@ -147,32 +139,13 @@ class OnnxEngine(Engine[ContentT], Generic[GraphT, OptionsT, ContentT]):
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ContentT]:
         """Lay out the slots' tensors; a baked program has no slots to fill."""
         tensors = {} if self.constant else collect_slot_tensors(self.slots, self.plans, slots)
+        return self.bind_tensors(tensors)
+
+    def slot_tensors(self, content: ContentT) -> Mapping[str, Tensor]:
+        return content.tensors
+
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> BoundProgram[ContentT]:
         return BoundProgram(self, self.lay_out(tensors))
-
-    def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
-        both = (graph, get_encoder_graph_name(graph))
-        shared = frozenset[str]().union(*(self.shared_slots[name] for name in both if name in self.shared_slots))
-        for path, composed in snapshot.composed.items() if shared else ():
-            branches = self.plans[path].branches if composed.branches and path in self.plans else ()
-            roles = (*composed.roles, *(strength_role(branch_name(index)) for index in range(len(branches))))
-            name = next((name for role in roles if (name := slot_name(path, role)) in shared), None)
-            if name is not None:
-                why = ROLES[self.slots[name].role].why_shared if self.slots[name].role in ROLES else ""
-                why = why or why_shared(self.plans[path])
-                return f"all rows of a call share '{name}'{why and f': {why}'}"
-        return None
-
-    def bind_rows(self, contents: Sequence[ContentT]) -> BoundProgram[ContentT]:
-        """Lay out the choices' tensors one behind the other, in the slots that have places."""
-        each = [self.placed_tensors(content) for content in contents]
-        stacked = {name: stack_places([tensors[name] for tensors in each]) for name in each[0]}
-        return dataclasses.replace(self.bind_places(contents[0], stacked), own=tuple(stacked.values()))
-
-    def placed_tensors(self, content: ContentT) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in content.tensors.items() if self.slots[name].placed}
-
-    def bind_places(self, content: ContentT, places: Mapping[str, Tensor]) -> BoundProgram[ContentT]:
-        return BoundProgram(self, self.lay_out({**content.tensors, **places}))
 
     @property
     def written_program(self) -> BoundProgram[ContentT]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,21 @@ def _rows(output: Any) -> int:
 @pytest.fixture(scope="module")
 def llama() -> Any:
     return _compile(ZOO["tiny_llama"].fresh(torch.float64), dict(VARIANTS))
+
+
+@torch.no_grad()
+def test_a_loaded_program_answers_rows_in_one_call(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama.save(tmp_path / "it")
+    loaded = lorac.load(tmp_path / "it")
+    calls, call = list[int](), loaded.engine.call
+    monkeypatch.setattr(loaded.engine, "call", lambda *given: (calls.append(1), call(*given))[1])
+    y = loaded(input_ids=IDS, adapters=CHOICES).logits
+    assert len(calls) == 1
+    for row, choice in enumerate(CHOICES):
+        alone = llama(input_ids=IDS[row : row + 1], adapters=choice).logits[0]
+        assert float((y[row] - alone).norm() / alone.norm()) < ROWS[y.dtype]
+    loaded(input_ids=IDS, adapters=["dense", *CHOICES[1:]])
+    assert len(calls) == 3, "a merged weight is shared by all rows of a call"
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["slots", "terms"])
