@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -96,3 +97,15 @@ def test_without_the_library_it_is_refused_where_it_is_asked_for(model: LlamaFor
 def test_other_values_are_refused(model: LlamaForCausalLM, kind: object) -> None:
     with pytest.raises(LoracError, match="native"):
         _compile(model, {}, kind)  # type: ignore[arg-type]  # it is what is tested
+
+
+@needs_compiler
+def test_values_that_float16_does_not_have_are_refused(
+    model: LlamaForCausalLM, adapters: dict[str, lorac.Adapter], native: Path
+) -> None:
+    large = copy.deepcopy(adapters["lora"])
+    next(iter(large.parameters())).data.mul_(1e6)
+    compiled = _compile(model, {"lora": large}, "float16", self_test=False)
+    with pytest.raises(lorac.Unavailable, match="beyond 65504"):
+        compiled.swap("lora")
+    assert compiled.active == {}

@@ -122,8 +122,12 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
     # --- the engine's contract -----------------------------------------------------------------------------------
 
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotValues:
-        """Return values over the tensors; a tensor that lies where sessions read it is not copied."""
-        narrow = {name: tensor.half() for name, tensor in tensors.items() if name in self._narrow_slots}
+        """Return values over the tensors; a tensor that lies where sessions read it is not copied.
+
+        Raises:
+            Unavailable: a value is too large for a slot in float16.
+        """
+        narrow = {name: _to_float16(name, tensor) for name, tensor in tensors.items() if name in self._narrow_slots}
         content = SlotValues(self.device_memory, {**tensors, **narrow})
         if self.device_memory.copies:  # now, instead of in the first call
             _ = content.values
@@ -314,6 +318,23 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         encoded_outputs = {name: value.numpy() if as_numpy else value for name, value in encoded.items()}
         output, _ = interface.with_values(encoded_outputs).build_output(outputs, kwargs)
         return CallResult(output)
+
+
+def _to_float16(name: str, tensor: Tensor) -> Tensor:
+    """Return a slot's tensor in float16.
+
+    Raises:
+        Unavailable: a value is too large for float16.
+    """
+    if tensor.dtype == torch.float16:
+        return tensor
+    narrow = tensor.half()
+    if not narrow.isfinite().all():
+        raise Unavailable(
+            f"'{name}' has values beyond {torch.finfo(torch.float16).max:.0f}, the largest of float16",
+            next_step="native=True keeps factors in float32",
+        )
+    return narrow
 
 
 def _thread_binding(
