@@ -15,7 +15,8 @@ import torch
 
 from lorac.formats._files import EXPERTS, SEAL
 from lorac.storage import artifact
-from lorac.storage.tensor_file import DTYPES, hash_contents
+from lorac.storage.tensor_file import DTYPES
+from lorac.storage.tensor_hash import hash_contents
 from lorac.trainer import checkpoints
 
 SEALS = (SEAL, EXPERTS)
