@@ -9,8 +9,9 @@ one size would cost less (measured at 32 rows of a token over 8 adapters: 1.14 o
 weights, 1.12 instead of 1.22 next to float), and up to 3 % more of every other call; and a program would take the order
 of its rows as one more input, for which a saved program that runs alone has no default.
 
-Within a segment, tokens lie along one axis, so that vectors broadcast and matrices are multiplied in one batch. The
-computation of a site (``lorac.ir.slots.execution.run_site``) is the same with places and without.
+Within a segment, tokens lie along one axis, so that vectors broadcast and matrices are multiplied in one batch; the
+images of a convolution keep their shape, and each segment is convolved by itself. The computation of a site
+(``lorac.ir.slots.execution.run_site``) is the same with places and without.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def write_place(place: Tensor, tensor: Tensor) -> None:
 
 # ── Segments ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def cut_segments(x: Tensor, places: Size, features: int) -> Tensor:
-    """Return the tokens of each segment: (places, tokens), and the axis of features if x (rows, …) has one.
+    """Return the tokens of each segment: (places, tokens), and the axes of features that x (rows, …) has.
 
     Args:
         x: the batch.
