@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import onnxruntime
@@ -34,7 +34,9 @@ _CACHE_RELEASE = (1, 32)
 FLOAT16 = "float16"
 """The value of ``native`` with which factors are float16."""
 _NATIVE = ("auto", True, False, FLOAT16)
-_QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level", "head", "algorithm", "calibration")
+_CODE_OPTIONS = ("head", "algorithm", "calibration")
+"""Options that say how codes are chosen; those of a pre-quantised weight are there already."""
+_QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level", *_CODE_OPTIONS)
 """Options that say how weights are quantised."""
 
 
@@ -181,9 +183,10 @@ class OnnxRuntimeOptions(TargetOptions):
 
     def _check_weights(self) -> None:
         """Raise ``OptionError`` for a way of quantising that does not exist."""
-        for stored in (self.weights, self.head):
+        for name, stored in (("weights", self.weights), ("head", self.head)):
             if stored is not None and stored not in _WEIGHT_BITS:
-                raise not_one_of("weights cannot be stored as", stored, tuple(_WEIGHT_BITS))
+                raise not_one_of(f"{name} cannot be stored as", stored, tuple(_WEIGHT_BITS))
+        self._refuse_idle(_CODE_OPTIONS)
         if self.algorithm not in ALGORITHMS:
             raise not_one_of("codes cannot be chosen by", self.algorithm, ALGORITHMS)
         if self.algorithm == K_QUANT and self.symmetric:
@@ -229,8 +232,11 @@ class OnnxRuntimeOptions(TargetOptions):
 
     def check_quantisation(self) -> None:
         """Raise ``OptionError`` for options about quantised weights where no weight is quantised."""
-        given = {spec.name for spec in fields(self) if getattr(self, spec.name) != spec.default}
-        idle = [name for name in _QUANTISATION_OPTIONS if name in given]
+        self._refuse_idle(_QUANTISATION_OPTIONS)
+
+    def _refuse_idle(self, names: Sequence[str]) -> None:
+        """Raise ``OptionError`` for one of these options where this program's weights are not quantised."""
+        idle = [name for name in names if getattr(self, name) != getattr(type(self), name)]
         if self.weights is None and idle:
             raise OptionError(
                 f"{idle[0]}= says how weights are quantised, and none are",

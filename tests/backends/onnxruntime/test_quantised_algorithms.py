@@ -7,6 +7,7 @@ import transformers
 from torch import nn
 
 import lorac
+from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 from lorac.backends.onnxruntime.quantised.algorithms import GPTQ, K_QUANT, RTN, encode
 from lorac.backends.onnxruntime.quantised.calibration import Calibration
 from lorac.backends.onnxruntime.quantised.codec import Codec
@@ -108,6 +109,12 @@ def test_a_call_that_the_model_does_not_take_is_refused():
 def test_a_model_that_writes_no_text_needs_calls():
     with pytest.raises(OptionError, match="needs calls of the model"):
         calibrate(Branching(), [])
+
+
+@pytest.mark.parametrize("given", [{"head": "int8"}, {"algorithm": GPTQ}], ids=str)
+def test_options_about_codes_need_weights_to_choose_them_for(given):
+    with pytest.raises(OptionError, match=f"{next(iter(given))}= says how weights are quantised, and none are"):
+        OnnxRuntimeOptions(**given)
 
 
 def test_a_compiled_model_is_nearer_to_its_own_for_gptq():

@@ -39,7 +39,7 @@ class Calibration:
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, calls: Sequence[Call]) -> None:
-        self._model = copy_structure(model, share_buffers=True).eval()
+        self._model = copy_structure(model).eval()
         self._layers = {path: site for path, site in sites.items() if site.kind is SiteKind.LINEAR and site.is_layer}
         self._base, self._calls = base, list(calls) or self._write_texts()
         self._moments: dict[str, Tensor | None] = {}
