@@ -1,0 +1,228 @@
+"""Requests that are computed by workers, and outlive them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol, final
+
+import torch
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from lorac.errors import LoracError, OverBudget, Unavailable
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.slots.choice import describe_choice, parse_choice
+from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
+from lorac.serving.ray.remote_model import RemoteModel
+from lorac.serving.ray.worker import Event
+from lorac.serving.refusals import RefusedField
+from lorac.serving.requests.grammar import GrammarMask
+
+WORKER_ENDED = (RayActorError, TaskCancelledError)
+"""What the front sees of a worker that is killed, dies with its node, or is scaled away."""
+MOST_MOVES = 5
+"""How often a request may go on at another worker."""
+PAUSE = 0.2
+"""Seconds between two looks whether a client has left, and before a full cluster is asked again."""
+
+
+@final
+class RemoteScheduler:
+    """Has requests computed by workers.
+
+    Args:
+        compiled: the model.
+        workers: compute.
+        rows: the most requests at work, over all workers.
+        loop: runs what waits for them.
+    """
+
+    component = MAIN_GRAPH
+    nbytes: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(
+        self, compiled: RemoteModel, workers: DeploymentHandle, rows: int, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.compiled, self.rows, self._workers, self._loop = compiled, rows, workers, loop
+        self._requests: dict[RemoteRequest, asyncio.Task[None]] = {}
+
+    def submit_all(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
+        """Have workers take several requests, all or none. Not for the event loop's own thread.
+
+        Raises:
+            LoracError: as ``Scheduler.submit_all``.
+        """
+        if any(isinstance(each, GrammarMask) for request in requests for each in _processors(request)):
+            raise RefusedField("response_format", "is not supported on Ray")  # its state is one process's
+        return asyncio.run_coroutine_threadsafe(self._submit(requests), self._loop).result()
+
+    async def _submit(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
+        submitted = [RemoteRequest(request, self._name(request), self._workers) for request in requests]
+        begun = await asyncio.gather(*(each.begin() for each in submitted), return_exceptions=True)
+        refused = [error for error in begun if isinstance(error, BaseException)]
+        if refused:
+            for each in submitted:
+                each.leave()
+            raise refused[0]
+        for each in submitted:
+            self._requests[each] = task = asyncio.create_task(each.follow())
+            task.add_done_callback(functools.partial(self._forget, each))
+        return [each.stream for each in submitted]
+
+    def _forget(self, request: RemoteRequest, task: asyncio.Task[None]) -> None:
+        del self._requests[request]
+
+    def _name(self, request: TextRequest) -> str:
+        return describe_choice(parse_choice(request.adapters, self.compiled.pool))
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """The number of requests that get tokens, and of those that wait for their first."""
+        running = sum(each.running for each in self._requests)
+        return running, len(self._requests) - running
+
+    def close(self) -> None:
+        """Return when the requests that were submitted have ended."""
+        asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
+
+    async def _drain(self) -> None:
+        await asyncio.gather(*self._requests.values(), return_exceptions=True)
+
+
+class _Answer(Protocol):
+    """Ray's answer of a worker."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    def cancel(self) -> None: ...
+
+
+class _ClientLeft(Exception):
+    """Nobody reads the stream any more, or its deadline has passed."""
+
+
+@final
+class RemoteRequest:
+    """A request at a worker; it outlives the worker.
+
+    Args:
+        request: what to compute.
+        name: of its choice of adapters.
+        workers: compute.
+
+    Attributes:
+        stream: the tokens, as the app reads them.
+    """
+
+    def __init__(self, request: TextRequest, name: str, workers: DeploymentHandle) -> None:
+        # Another worker can only go on with draws whose seed is known.
+        self._request = dataclasses.replace(
+            request, seed=secrets.randbits(63) if request.seed is None else request.seed
+        )
+        self._worker = workers.options(stream=True, multiplexed_model_id=name)
+        self.stream = TokenStream(request.deadline)
+        self._drawn, self._moves = list[int](), 0
+
+    async def begin(self) -> None:
+        """Have a worker take the request.
+
+        Raises:
+            LoracError: it refuses.
+        """
+        while True:
+            try:
+                return await self._ask()
+            except WORKER_ENDED as error:
+                self._count_move(error)
+
+    async def follow(self) -> None:
+        """Pass what workers compute on until the request ends."""
+        try:
+            self.stream.end(await self._read_to_end())
+        except _ClientLeft:
+            self.leave()
+            self.stream.end(self.stream.interrupted)
+        except Exception as error:  # the reader's loop raises it
+            self.stream.end("error", error)
+
+    def leave(self) -> None:
+        """Have the worker drop the request."""
+        with contextlib.suppress(BackPressureError):  # Ray raises what refused the call
+            self._answer.cancel()
+
+    async def _read_to_end(self) -> str:
+        while True:
+            try:
+                return await self._read()
+            except WORKER_ENDED as error:
+                self._count_move(error)
+            await self._move()
+
+    async def _read(self) -> str:
+        """Pass the tokens of one worker on; return why the text ends."""
+        while not isinstance(event := await self._next(), str):
+            if isinstance(event, LoracError):
+                raise event
+            if event is not None:
+                self._drawn.append(event.id)
+                self.stream.put(event)
+        return event
+
+    async def _move(self) -> None:
+        """Have another worker take the request, as soon as one has room."""
+        while True:
+            with contextlib.suppress(OverBudget):
+                return await self.begin()
+            await asyncio.sleep(PAUSE)
+            self._check_reader()
+
+    def _count_move(self, error: Exception) -> None:
+        self._moves += 1
+        if self._moves > MOST_MOVES:
+            text = f"{self._moves} workers that computed this request ended before it did"
+            raise Unavailable(text, next_step="submit it again") from error
+
+    async def _ask(self) -> None:
+        request = self._request
+        if self._drawn:
+            ids = torch.cat([request.ids, torch.tensor(self._drawn)])
+            request = dataclasses.replace(request, ids=ids, drawn=len(self._drawn))
+        self._answer: _Answer = self._worker.answer.remote(request)
+        self._events = aiter(self._answer)
+        try:
+            taken = await self._next()
+        except BackPressureError as error:
+            text = "every worker has as many requests as it may"
+            raise OverBudget(text, next_step="submit it again later", code="queue_full") from error
+        if isinstance(taken, LoracError):
+            raise taken
+
+    @property
+    def running(self) -> bool:
+        """Whether a token has come."""
+        return bool(self._drawn)
+
+    async def _next(self) -> Event:
+        coming = asyncio.ensure_future(anext(self._events))
+        while not (await asyncio.wait({coming}, timeout=PAUSE))[0]:
+            if self.stream.interrupted:
+                coming.cancel()
+            self._check_reader()
+        self._check_reader()
+        return await coming
+
+    def _check_reader(self) -> None:
+        if self.stream.interrupted:
+            raise _ClientLeft
+
+
+def _processors(request: TextRequest) -> Sequence[object]:
+    found = request.options.get("logits_processor", ())
+    return found if isinstance(found, Sequence) else ()
