@@ -80,6 +80,8 @@ def test_each_tenant_has_its_own(
     for model in ("secret", key, "secret:0.5+one:0.5", "one:0.5+secret:0.5"):
         refused = complete(bob, model)
         assert (refused.status_code, "alice" in refused.text.replace(key, "")) == (404, False), refused.text
+    rows = {"model": "base", "prompt": ["a", "b"], "adapters": ["one", "secret"], "max_tokens": 1}
+    assert [tenant.post("/v1/completions", json=rows).status_code for tenant in (alice, bob)] == [200, 404]
     assert bob.delete("/v1/adapters/secret").status_code == 404
     assert complete(bob, "one").status_code == 200
     assert [one["id"] for one in bob.get("/v1/adapters").json()["data"]] == ["one", "two"]
