@@ -12,16 +12,18 @@ from onnx import TensorProto, helper
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of one call: rows in segments, K, and the rank and width of each layer."""
+    """Shapes of one call: rows in segments, K, and the rank and width of each layer; and layers' scales."""
 
     places: int
     segment: int
     features: int
     ranks: Sequence[int]
     widths: Sequence[int]
+    scales: str = ""
 
     def __str__(self) -> str:
-        return f"{self.places}x{self.segment}-{self.features}-{'.'.join(map(str, (*self.ranks, *self.widths)))}"
+        sizes = ".".join(map(str, (*self.ranks, *self.widths)))
+        return f"{self.places}x{self.segment}-{self.features}-{sizes}{self.scales}"
 
 
 def own_ops(case: Case) -> onnx.ModelProto:
@@ -32,8 +34,19 @@ def own_ops(case: Case) -> onnx.ModelProto:
     for i, width in enumerate(case.widths):
         inputs += [_value(f"{i}:a", f"rank{i}", case.features), _value(f"{i}:b", width, f"rank{i}")]
         nodes.append(helper.make_node("MatMul", ["x", f"{i}:a"], [f"u{i}"]))
-        nodes.append(helper.make_node("MatMul", [f"u{i}", f"{i}:b"], [f"pair{i}"]))
-        nodes.append(helper.make_node("Add", [f"base{i}", f"pair{i}"], [f"y{i}"]))
+        u, pair, part = f"u{i}", f"pair{i}", f"base{i}"
+        inputs += [_value(f"{i}:{role}", f"rank{i}" if role == "g" else width, 1) for role in case.scales]
+        if "g" in case.scales:
+            nodes.append(helper.make_node("Mul", [u, f"{i}:g"], [f"{u}g"]))
+            u = f"{u}g"
+        if "c" in case.scales:
+            nodes.append(helper.make_node("Mul", [part, f"{i}:c"], [f"{part}c"]))
+            part = f"{part}c"
+        nodes.append(helper.make_node("MatMul", [u, f"{i}:b"], [pair]))
+        if "h" in case.scales:
+            nodes.append(helper.make_node("Mul", [pair, f"{i}:h"], [f"{pair}h"]))
+            pair = f"{pair}h"
+        nodes.append(helper.make_node("Add", [part, pair], [f"y{i}"]))
         outputs.append(_value(f"y{i}", width))
         parts.append(_value(f"base{i}", width))
     sizes = onnx.numpy_helper.from_array(np.array(case.widths), "sizes")

@@ -28,6 +28,7 @@ CASES = (
     Case(1, 5, 2048, (256,), (40,)),
     Case(1, 2, 33, (0, 8), (65, 64)),
     Case(33, 1, 45, (13,), (301,)),
+    *(Case(2, 3, 50, (9, 20), (70, 33), scales) for scales in ("g", "h", "c", "ghc")),
 )
 
 
@@ -78,13 +79,17 @@ def make_feeds(case: Case) -> dict[str, Array]:
     for i, (rank, width) in enumerate(zip(case.ranks, case.widths, strict=True)):
         feeds[f"{i}:a"] = noise(case.places, case.features, rank, scale=case.features**-0.5)
         feeds[f"{i}:b"] = noise(case.places, rank, width, scale=max(rank, 1) ** -0.5)
+        feeds |= {f"{i}:{role}": noise(case.places, 1, rank if role == "g" else width) for role in case.scales}
     return feeds
 
 
 def added_by(case: Case, feeds: dict[str, Array]) -> list[Array]:
     """What each pair adds, in float64."""
-    x = feeds["x"].astype(np.float64)
-    return [x @ feeds[f"{i}:a"] @ feeds[f"{i}:b"] for i in range(len(case.ranks))]
+    x, one = feeds["x"].astype(np.float64), np.ones(1)
+    return [
+        feeds.get(f"{i}:h", one) * (x @ feeds[f"{i}:a"] * feeds.get(f"{i}:g", one) @ feeds[f"{i}:b"])
+        for i in range(len(case.ranks))
+    ]
 
 
 def session(case: Case, package: Path | None, threads: int, factors: int = TensorProto.FLOAT) -> ort.InferenceSession:
