@@ -2,8 +2,8 @@
 
     locust -f examples/serving/locustfile.py --headless --users 16 --spawn-rate 4 --run-time 60s --host http://127.0.0.1:8000
 
-Three rows are printed: the time of a whole answer, to its first token, and between tokens. API_KEY and TOKENS (of an
-answer) are read from the environment.
+Three rows of the table are about answers: the time to the first token, between tokens, and of the whole answer. API_KEY
+and TOKENS (of an answer) are read from the environment.
 """
 
 from __future__ import annotations
@@ -69,4 +69,4 @@ def _intervals(begun: float, times: list[float]) -> list[tuple[str, float]]:
     if not times:
         return []
     between_tokens = [("between tokens", (times[-1] - times[0]) / (len(times) - 1))] if len(times) > 1 else []
-    return [("first token", times[0] - begun), *between_tokens]
+    return [("first token", times[0] - begun), *between_tokens, ("whole answer", times[-1] - begun)]
