@@ -39,6 +39,9 @@ class RequestLog:
 
         try:
             await self._app(scope, receive, note_status)
+        except Exception:
+            status = 500  # it is sent behind this
+            raise
         finally:
             LOGGER.info(json.dumps(_describe(scope, status, time.monotonic() - begun)))
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import openai
 import pytest
+import transformers
+from tokenizers import Tokenizer, models
 
+import lorac
 from lorac.serving.answers.chat_parsing import ChatParser, ParsedText, find_response_template
 from lorac.serving.requests.chat_fields import JsonSchema, ResponseFormat
 from lorac.serving.requests.grammar import Grammars
@@ -100,6 +103,12 @@ def test_an_answer_is_json_of_a_schema(client: openai.OpenAI, compiled: Any, see
     assert answer.choices[0].finish_reason == "stop"
     found = json.loads(text)
     assert found["kind"] in ("lora", "dora") and 1 <= found["rank"] <= 64
+
+
+def test_a_tokenizer_that_the_grammar_cannot_read_is_refused_by_name() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    with pytest.raises(lorac.LoracError, match="'response_format' is not supported"):
+        Grammars(transformers.PreTrainedTokenizerFast(tokenizer_object=words), 1, [])
 
 
 def test_answers_of_one_request_keep_to_the_form_each(client: openai.OpenAI) -> None:

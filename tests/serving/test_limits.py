@@ -12,6 +12,7 @@ import httpx2
 import openai
 import pytest
 
+from lorac.target.engine import BoundProgram
 from tests.serving.models import make_app, serve
 
 CHAT = {"model": "one", "messages": [{"role": "user", "content": "Say"}], "max_tokens": 2}
@@ -60,18 +61,28 @@ def test_a_body_has_a_limit(tight: Any, chunked: bool) -> None:
     assert "600 bytes" in refused.json()["error"]["message"]
 
 
-def test_a_client_that_leaves_frees_its_row_and_its_place_in_line(tight: Any) -> None:
+def test_a_client_that_leaves_frees_its_row_and_its_place_in_line(tight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     app, http = tight
-    scheduler, path = app.state.scheduler, "/v1/chat/completions"
+    scheduler, path, steps = app.state.scheduler, "/v1/chat/completions", threading.Semaphore(3)
+    decode = BoundProgram.decode
+
+    def gated(*given: Any) -> Any:
+        assert steps.acquire(timeout=60)  # so the row stays at work
+        return decode(*given)
+
+    monkeypatch.setattr(BoundProgram, "decode", gated)
     with http.stream("POST", path, json=ENDLESS) as running:
-        next(running.iter_lines())
-        with pytest.raises(httpx2.ReadTimeout):  # it waits for the row, and its client does not wait so long
-            http.post(path, json={**ENDLESS, "stream": False}, timeout=0.1)
-        wait_until(lambda: scheduler.load[1] == 0 or not scheduler.load[0])
+        lines = running.iter_lines()  # a reader that is dropped closes its connection
+        next(lines)
+        with pytest.raises(httpx2.ReadTimeout):  # another waits for it, and its client does not wait so long
+            http.post(path, json={**ENDLESS, "stream": False}, timeout=0.5)
         status = http.get("/v1/status").json()
         hidden = http.get("/v1/status", headers={"authorization": "Bearer k-b"}).json()
-    wait_until(lambda: scheduler.load == (0, 0) and not app.state.activity.running)
-    assert [row["model"] for row in status["rows"]] == ["one"]
+        wait_until(lambda: len(app.state.activity.running) == 1)
+    wait_until(lambda: not app.state.activity.running)
+    steps.release(1000)
+    wait_until(lambda: scheduler.load == (0, 0))
+    assert {row["model"] for row in status["rows"]} == {"one"}
     assert hidden["rows"] == []
 
 
@@ -83,8 +94,9 @@ def test_a_full_line_is_refused_with_a_time_to_come_back(tight: Any) -> None:
 
 
 def test_metrics_tell_of_requests(tight: Any) -> None:
-    _, http = tight
+    app, http = tight
     assert http.post("/v1/chat/completions", json={**CHAT, "logit_bias": {"2": -100}}).status_code == 200
+    wait_until(lambda: app.state.scheduler.load == (0, 0))
     found = {}
     for line in http.get("/metrics").text.splitlines():
         if not line.startswith("#"):

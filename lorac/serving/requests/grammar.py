@@ -25,6 +25,9 @@ class Grammars:
         tokenizer: of the model.
         vocabulary: number of logits.
         ends: tokens that end an answer.
+
+    Raises:
+        RefusedField: the tokenizer is of a kind that the grammar cannot read.
     """
 
     def __init__(self, tokenizer: FastTokenizer, vocabulary: int, ends: list[int]) -> None:
@@ -32,7 +35,11 @@ class Grammars:
             import llguidance.hf
         except ModuleNotFoundError as error:
             raise MissingExtra("llguidance", "serve") from error
-        self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=ends or None)  # type: ignore[arg-type]  # a part
+        try:
+            self._tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=ends or None)  # type: ignore[arg-type]  # a part
+        except ValueError as error:
+            what = f"is not supported: the grammar cannot read the model's tokenizer ({error})"
+            raise RefusedField("response_format", what) from error
 
     def processor(self, form: ResponseFormat, prompt: int) -> GrammarMask:
         """Return a logits processor for one answer.
