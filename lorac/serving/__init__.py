@@ -21,4 +21,4 @@ _HOMES = {"ServingSettings": "settings", "build_app": "app", "run": "server"}
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"lorac.serving.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -14,7 +14,7 @@ import lorac
 from lorac.errors import LoracError
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.scheduling.scheduler import Scheduler
-from lorac.runtime.scheduling.token_stream import TextRequest, TextToken
+from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
 from lorac.serving.ray.remote_model import RemoteAdapters, RemoteModel
 from lorac.serving.settings import ServingSettings
 
@@ -65,13 +65,13 @@ class Worker:
         await self._claim(serve.get_multiplexed_model_id())
         try:
             stream = await asyncio.to_thread(self._scheduler.submit, request)
-            yield None
-            async with contextlib.aclosing(aiter(stream)) as tokens:
-                async for token in tokens:
-                    yield token
-            yield stream.reason
         except LoracError as error:
             yield error
+            return
+        yield None
+        async with contextlib.aclosing(aiter(stream)) as tokens:
+            async for event in _read(tokens, stream):
+                yield event
 
     def check_health(self) -> None:
         """Report the load; Ray asks every two seconds."""
@@ -83,3 +83,13 @@ class Worker:
     def __del__(self) -> None:
         self._scheduler.close()
         self._held.close()
+
+
+async def _read(tokens: AsyncIterator[TextToken], stream: TokenStream) -> AsyncIterator[Event]:
+    """Yield the tokens of a request, and why it ended or cannot go on."""
+    try:
+        async for token in tokens:
+            yield token
+        yield stream.reason
+    except LoracError as error:
+        yield error
