@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorac.ir.algebra.changes import Change
+from lorac.merging.spaces import sum_changes
 from lorac.merging.terms import SiteTerms
-from lorac.merging.ways.cat import Cat
+from lorac.merging.way import SiteWay
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVD(Cat):
+class SVD(SiteWay):
     """The first components of Σ wᵢ·Δᵢ, without a product of its factors; the default rank is the parts' largest."""
 
     name = "svd"
+    paper = "PEFT's add_weighted_adapter"
+
+    def merge_site(self, terms: SiteTerms) -> Change:
+        return sum_changes(terms.weights, terms)
 
     def result_rank(self, terms: SiteTerms) -> int | None:
         if self.rank is not None or self.tolerance is not None:
