@@ -130,7 +130,7 @@ def _add_state(app: fastapi.FastAPI) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=200)
+        return Response(status_code=200 if state.scheduler is None or state.scheduler.works else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -10,7 +10,7 @@ from typing import final
 import torch
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import InputMismatch
+from lorac.errors import AdapterNotFound, InputMismatch
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec, parse_choice
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
@@ -100,11 +100,16 @@ class TextService:
         choices = reader.read(fields.model, fields.adapters, len(prompts))
         rows = [(ids, choice, i) for ids, choice in zip(prompts, choices, strict=True) for i in range(fields.n)]
         requests = [self._request(fields, tenant, *row, form) for row in rows]
-        streams = self._scheduler.submit_all(requests)
+        try:
+            names = {name for choice in choices for name, _ in parse_choice(choice, self._scheduler.compiled.pool)}
+            streams = self._scheduler.submit_all(requests)
+        except AdapterNotFound as error:  # its own message may name adapters of other tenants
+            raise AdapterNotFound(
+                "an adapter of the request was unloaded meanwhile", next_step="load it again, or list those there are"
+            ) from error
         answers = [
             self._answer(stream, fields.stops, ids, tools) for stream, (ids, _, _) in zip(streams, rows, strict=True)
         ]
-        names = {name for choice in choices for name, _ in parse_choice(choice, self._scheduler.compiled.pool)}
         prompt_tokens = sum(map(len, prompts))
         request = ActiveRequest(
             tenant, fields.model, tuple(sorted(names)), prompt_tokens, answers=len(rows), user=fields.user

@@ -145,3 +145,17 @@ def test_a_server_that_stops_finishes_what_runs(compiled: Any) -> None:
             wait_until(lambda: len(found) > 2)
         reader.join()
     assert found[-2:] == ["data: [DONE]", ""]
+
+
+def test_a_server_whose_scheduler_has_stopped_is_not_healthy(compiled: Any) -> None:
+    app = make_app(compiled)
+    with serve(app) as url:
+        assert httpx2.get(f"{url}/health").status_code == 200
+        app.state.scheduler.close()
+        assert httpx2.get(f"{url}/health").status_code == 503
+
+
+def test_no_other_origin_may_read_answers(tight: Any) -> None:
+    answer = tight[1].get("/v1/models", headers={"origin": "https://elsewhere.example"})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control-")]

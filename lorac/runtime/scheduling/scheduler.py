@@ -110,6 +110,11 @@ class Scheduler:
         return len(self._batch.rows), len(self._queue)
 
     @property
+    def works(self) -> bool:
+        """Whether requests are answered: its thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def nbytes(self) -> dict[str, int]:
         """Bytes that rows at work take: of "bank", which holds their adapters, and of "kv", keys and values."""
         return self._batch.nbytes

@@ -88,6 +88,11 @@ class RemoteScheduler:
         running = sum(each.running for each in self._requests)
         return running, len(self._requests) - running
 
+    @property
+    def works(self) -> bool:
+        """Whether requests are answered: Ray starts another worker where one has died."""
+        return True
+
     def close(self) -> None:
         """Return when the requests that were submitted have ended."""
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
