@@ -7,11 +7,10 @@ entries in random order, and copies all tensors before it writes the first.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedReader, BufferedWriter, FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +45,6 @@ DTYPES = {
 }
 _ALIGNMENT = 64
 """Bytes; torch's own allocations begin at such multiples."""
-_MANY_BYTES = 1 << 26
-"""Bytes that are worth flushing while more are computed."""
 _ALIAS, _TRANSPOSED, _ELSEWHERE = "alias", "transposed", "elsewhere"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -74,36 +71,13 @@ def write_safetensors(
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = dump_json(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as flusher:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
         written = writer.submit(file.write, len(text).to_bytes(8, "little") + text)
-        flush = _EarlyFlush(file, flusher)
         for name in names:
             values = raw_bytes(tensors[name])  # may take as long to make as the tensor before takes to be written
-            flush.add(written.result())
+            written.result()
             written = writer.submit(file.write, values)
         written.result()
-        flush.finish()
-
-
-class _EarlyFlush:
-    """Flushing of a file while more of it is computed, so that the disk need not wait for its end."""
-
-    def __init__(self, file: BufferedWriter, flusher: ThreadPoolExecutor) -> None:
-        self._file, self._flusher = file, flusher
-        self._flushed: Future[None] | None = None
-        self._size = 0
-
-    def add(self, size: int) -> None:
-        """Count bytes that are written, and begin to flush once they are many."""
-        self._size += size
-        if self._size > _MANY_BYTES and (self._flushed is None or self._flushed.done()):
-            self.finish()
-            self._flushed, self._size = self._flusher.submit(os.fsync, self._file.fileno()), 0
-
-    def finish(self) -> None:
-        """Wait for the last flush, and raise its error."""
-        if self._flushed is not None:
-            self._flushed.result()
 
 
 class TensorPlace(NamedTuple):

@@ -21,7 +21,6 @@ from lorac.formats._files import (
     read_safetensors,
     write_json,
 )
-from lorac.storage import tensor_file
 from lorac.storage.tensor_file import DTYPES, write_safetensors
 from tests.refusing import refuses
 
@@ -203,18 +202,3 @@ def test_tensors_of_a_part_are_apart_from_each_other(
 def test_a_file_of_nothing_but_an_empty_tensor(tmp_path: Path) -> None:
     save_file({"none": torch.zeros(0, 3)}, tmp_path / "x")
     assert read_safetensors(tmp_path / "x")[0]["none"].shape == (0, 3)
-
-
-def test_a_large_file_is_flushed_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {f"t{i}": torch.full((5,), i) for i in range(20)}
-    write_safetensors(tmp_path / "late", tensors, {})
-    monkeypatch.setattr(tensor_file, "_MANY_BYTES", 0)
-    write_safetensors(tmp_path / "early", tensors, {})
-    assert (tmp_path / "early").read_bytes() == (tmp_path / "late").read_bytes()
-
-    def fail(handle: int) -> None:
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
-        write_safetensors(tmp_path / "gone", tensors, {})
