@@ -57,7 +57,7 @@ def build(
     adapter: Path | None = None,
     options: Sequence[str] = LAST_LOGITS,
 ) -> None:
-    """Have its builder write a model for the CPU.
+    """Run its builder, which writes a model for the CPU.
 
     Args:
         model: a folder of transformers'.

@@ -208,7 +208,7 @@ class Load:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
-        """Have requests answered for the block."""
+        """Answer requests until the block ends."""
         yield
 
     def _set_budget(self) -> None:

@@ -1,4 +1,4 @@
-"""The same thousands of requests as ``campaigns.serve``, over HTTP: clients close their connections at any moment.
+"""Send the requests of ``campaigns.serve`` over HTTP, from clients that close their connections at any moment.
 
 python -m campaigns.serve_http [--requests N] [--adapters N] [--rows N] [--seed N] [--json FILE]
 """

@@ -1,4 +1,4 @@
-"""What every experiment shares: sides over rates and seeds, the best rate of each, and the verdict.
+"""The form of an experiment: sides over rates and seeds, the best rate of each, and the verdict.
 
 A figure is the mean over seeds with its standard error. Two sides are compared seed by seed: they separate where the
 95 % interval of the mean difference (Student's t) leaves 0 out. A side's best rate is the one with the lowest mean,

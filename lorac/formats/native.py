@@ -103,7 +103,7 @@ def read_record(path: Path) -> JsonMapping:
     """Return the record of a file, without its tensors.
 
     Raises:
-        FormatError: the file is damaged, or has none.
+        FormatError: the file is damaged, or holds no record.
     """
     with charge_reading(path):
         text = read_metadata(path).get(_ENTRY)

@@ -17,7 +17,7 @@ class ActiveRequest:
         adapters: their names in the compiled model.
         prompt_tokens: tokens of its prompts.
         answers: how many it gets.
-        user: whom the client names.
+        user: the client's own user, as the request's field ``user`` says.
         completion_tokens: tokens of its answers so far.
         reasons: why its answers ended.
         first_token: seconds until the first token; None before it.
@@ -49,7 +49,7 @@ class ActiveRequest:
 
     @property
     def log_fields(self) -> dict[str, object]:
-        """What a log says of it."""
+        """The fields of its line in the log."""
         described = {"id": self.id, "model": self.model, "user": self.user, "finish_reasons": self.reasons}
         return {**described, "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
 

@@ -19,7 +19,7 @@ from lorac.serving.refusals import DeadlinePassed
 
 @dataclass(frozen=True)
 class AnswerPart:
-    """What some tokens add to an answer.
+    """A part of an answer: the text and log-probabilities of some tokens.
 
     Attributes:
         index: of the answer.

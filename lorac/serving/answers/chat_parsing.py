@@ -1,4 +1,4 @@
-"""What the text of a chat's answer says, thinks and calls, as transformers parses it."""
+"""Content, reasoning and tool calls in the text of a chat's answer, as transformers parses it."""
 
 from __future__ import annotations
 

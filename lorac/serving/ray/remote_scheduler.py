@@ -26,7 +26,7 @@ from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.grammar import GrammarMask
 
 WORKER_ENDED = (RayActorError, TaskCancelledError)
-"""What the front sees of a worker that is killed, dies with its node, or is scaled away."""
+"""Errors of calls to a worker that was killed, died with its node, or was scaled away."""
 MOST_MOVES = 5
 """How often a request may go on at another worker."""
 PAUSE = 0.2
@@ -35,7 +35,7 @@ PAUSE = 0.2
 
 @final
 class RemoteScheduler:
-    """Has requests computed by workers.
+    """A scheduler whose requests are computed by workers.
 
     Args:
         compiled: the model.
@@ -54,7 +54,7 @@ class RemoteScheduler:
         self._requests: dict[RemoteRequest, asyncio.Task[None]] = {}
 
     def submit_all(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
-        """Have workers take several requests, all or none. Not for the event loop's own thread.
+        """Submit several requests to workers, all or none. The event loop's own thread must not call it.
 
         Raises:
             LoracError: as ``Scheduler.submit_all``.
@@ -136,7 +136,7 @@ class RemoteRequest:
         self._drawn, self._moves = list[int](), 0
 
     async def begin(self) -> None:
-        """Have a worker take the request.
+        """Submit the request to a worker.
 
         Raises:
             LoracError: it refuses.
@@ -158,7 +158,7 @@ class RemoteRequest:
             self.stream.end("error", error)
 
     def leave(self) -> None:
-        """Have the worker drop the request."""
+        """Cancel the request at its worker."""
         with contextlib.suppress(BackPressureError):  # Ray raises what refused the call
             self._answer.cancel()
 

@@ -17,7 +17,7 @@ RTN, K_QUANT, GPTQ = "rtn", "k_quant", "gptq"
 ALGORITHMS = (RTN, K_QUANT, GPTQ)
 """Names of the algorithms, the fastest first."""
 _DAMPING = 0.01
-"""What is added to second moments, as a share of their mean."""
+"""Damping: the share of their mean that is added to the diagonal of second moments."""
 _SHRINKING = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Shares of a block's range that its scale may cover: clipping a few values can serve the others."""
 _MOST_VALUES = 1 << 22
