@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +33,7 @@ import lorac
 from lorac.cli.artifacts import swap
 from lorac.storage import atomic_folders as folders
 from tests.storage import writers
+from tests.storage.kills import killed_at
 
 STEPS = ("rename", "replace", "link", "unlink", "rmdir", "mkdir")
 _FIRST = 1
@@ -143,18 +143,7 @@ def _ended(child: int) -> int:
 
 def _until(writer: Writer, target: Path, number: int, moment: int, exchange: bool) -> None:
     """Write, and be killed before the ``moment``-th step that changes the disk."""
-    done = 0
-
-    def dying(change: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*given: Any, **named: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return change(*given, **named)
-
-        return step
-
+    dying = killed_at(moment)
     for name in STEPS:
         setattr(os, name, dying(getattr(os, name)))
     folders._exchange_in_one_step = dying(folders._exchange_in_one_step) if exchange else (lambda one, other: False)

@@ -6,9 +6,9 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lorac.serving.store.store_folder import StoredName, StoreFolder
+from tests.storage.kills import killed_at
 
 STEPS = ("replace", "rename", "unlink", "mkdir", "open", "rmdir")
 DIGEST, OTHER = 32 * "a", 32 * "b"
@@ -27,7 +27,7 @@ def remove(folder: StoreFolder) -> None:
     folder.discard("t", DIGEST)
 
 
-def killed_at(moment: int, path: Path, work: Callable[[StoreFolder], None]) -> bool:
+def is_killed(moment: int, path: Path, work: Callable[[StoreFolder], None]) -> bool:
     """Work in a child that is killed before the ``moment``-th call that changes the disk; return whether it was."""
     child = os.fork()
     if not child:
@@ -40,18 +40,7 @@ def killed_at(moment: int, path: Path, work: Callable[[StoreFolder], None]) -> b
 
 
 def _die_at(moment: int) -> None:
-    done = 0
-
-    def dying(change: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*given: Any, **named: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return change(*given, **named)
-
-        return step
-
+    dying = killed_at(moment)
     for name in STEPS:
         setattr(os, name, dying(getattr(os, name)))
 
@@ -79,7 +68,7 @@ def test_adding_and_removing_is_one_step(tmp_path: Path) -> None:
             if before:
                 add(folder)
             folder.close()
-            killed = killed_at(moment, path, work)
+            killed = is_killed(moment, path, work)
             names = found(path)
             assert names in ([before, after] if killed else [after])
             seen.add((work.__name__, *names))
