@@ -1,9 +1,10 @@
 """Run every experiment, a process each, and write docs/experiments.md and the figures beside it.
 
-    python -m experiments [NAME ...] [--again] [--page]
+    python -m experiments [NAME ...] [--again] [--page] [--jobs 2]
 
-What was run is kept in .cache/experiments until the code of the experiments changes, so that a run that was stopped
-goes on; --again runs it anew, --page only writes the page from what is there. With names the page stays as it is.
+What was run is kept in .cache/experiments until its code or that of the files it shares changes, so that a run that
+was stopped goes on; --again runs it anew, --page only writes the page from what is there. With names the page stays as
+it is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import hashlib
 import importlib
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +52,21 @@ def load(name: str) -> Experiment:
 
 
 def digest(name: str) -> str:
-    """Return a hash of an experiment's code and of what experiments share."""
-    folder = Path(__file__).parent
-    texts = [path.read_bytes() for path in sorted(folder.glob("_[a-z]*.py"))]
-    return hashlib.sha256(b"\0".join([*texts, (folder / f"{name}.py").read_bytes()])).hexdigest()
+    """Return a hash of an experiment's code and of the shared files it imports."""
+    texts = [path.read_bytes() for path in sorted(sources(name))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def sources(name: str) -> set[Path]:
+    """Return the file of an experiment, and those of experiments/ that it imports, by others too."""
+    found: set[Path] = set()
+    waiting = [name]
+    while waiting:
+        path = Path(__file__).with_name(f"{waiting.pop()}.py")
+        if path not in found:
+            found.add(path)
+            waiting += re.findall(r"^from experiments\.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return found
 
 
 def kept(name: str) -> dict[str, Any] | None:
@@ -63,11 +77,13 @@ def kept(name: str) -> dict[str, Any] | None:
 
 
 def run(name: str) -> bool:
-    """Run an experiment in a process of its own, and keep its result."""
+    """Run an experiment in a process of its own, print what it found, and keep its result."""
     KEPT.mkdir(parents=True, exist_ok=True)
     path, now = KEPT / f"{name}.json", digest(name)
     part = path.with_suffix(".part")
-    done = subprocess.run([sys.executable, "-m", f"experiments.{name}", "--json", part], cwd=ROOT, check=False)
+    command = [sys.executable, "-m", f"experiments.{name}", "--json", part]
+    done = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
+    print(f"\n── {name} ──\n{done.stdout}", flush=True)
     if done.returncode:
         return False
     path.write_text(json.dumps({"digest": now, **json.loads(part.read_text(encoding="utf-8"))}), encoding="utf-8")
@@ -145,12 +161,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help="of experiments (default: all)")
     parser.add_argument("--again", action="store_true", help="run those that were run, too")
     parser.add_argument("--page", action="store_true", help="run nothing")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time, of one thread each (default: %(default)s)")
     given = parser.parse_args()
-    failed = []
-    for name in [] if given.page else given.names or NAMES:
-        if given.again or kept(name) is None:
-            print(f"\n── {name} ──", flush=True)
-            failed += [] if run(name) else [name]
+    names = [] if given.page else [name for name in given.names or NAMES if given.again or kept(name) is None]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        failed = [name for name, done in zip(names, pool.map(run, names), strict=True) if not done]
     if not given.names:
         write_page()
     if failed:
