@@ -8,14 +8,131 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from lorac.errors import AdapterError, not_one_of
+from lorac.adapters.adapter_sites import add_adapted_modules
+from lorac.adapters.truncation import find_rank
+from lorac.analysis.measures import read_change, require_parts
+from lorac.argument_types import check_type
+from lorac.errors import AdapterError, MissingExtra, not_one_of
+from lorac.frontend.model_view import Model, ModelView
+from lorac.variants.adapter import Adapter
 
 Tensor = torch.Tensor
 _ORDERS = ("row_major", "interleaved")
+_LABELLED = 12
+"""Sites that a picture has names for."""
+
+
+@dataclass(frozen=True)
+class EntanglementProfile:
+    """The entanglement of one change ΔW (out, in) over its prime sites, outputs first; entropies in nats.
+
+    Attributes:
+        out_dims, in_dims: the sites.
+        entropies: S(l) at every cut.
+        bounds: the largest S(l) of matrices of ΔW's rank.
+        spectrum: singular values of ΔW, falling, those above rounding.
+    """
+
+    out_dims: tuple[int, ...]
+    in_dims: tuple[int, ...]
+    entropies: tuple[float, ...]
+    bounds: tuple[float, ...]
+    spectrum: tuple[float, ...]
+
+    @property
+    def centre(self) -> float:
+        """S at the cut between outputs and inputs; 0 where either has one entry only."""
+        return self.entropies[len(self.out_dims) - 1] if self.out_dims and self.in_dims else 0.0
+
+    @property
+    def humps(self) -> tuple[float, float]:
+        """The largest S of the cuts inside the outputs and of those inside the inputs; 0 where there are none."""
+        middle = len(self.out_dims) - 1
+        return max(self.entropies[:middle], default=0.0), max(self.entropies[middle + 1 :], default=0.0)
+
+    @property
+    def valley(self) -> float:
+        """How far the centre lies below the lower hump; negative where it is a peak."""
+        return min(self.humps) - self.centre
+
+
+@torch.no_grad()
+def adapter_entanglement(adapter: Adapter, model: Model | None = None) -> dict[str, EntanglementProfile | None]:
+    """Return the entanglement of what an adapter changes at every site, at strength 1.
+
+    Args:
+        adapter: of a method that edits weights; only read.
+        model: the base, or several by name, needed where ``lorac.factors`` needs it.
+
+    Returns:
+        Site path -> profile, or None where the adapter changes nothing; the matrices of a stack by path and number.
+
+    Raises:
+        CompileError: the method does not edit weights.
+        BaseNeeded: only the base, which is not given, tells a change.
+    """
+    check_type(adapter, Adapter, "what is analysed", next_step="give an adapter: lorac.load_adapter(path)")
+    view = None if model is None else add_adapted_modules(adapter, ModelView.of(model))
+    return {name: _make_profile(delta) for path in adapter.tensors for name, delta in _read_deltas(adapter, path, view)}
+
+
+def _read_deltas(adapter: Adapter, path: str, view: ModelView | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield ΔW (out, in) of a site, or of each matrix of a stack."""
+    change = read_change(adapter, path, view)
+    assert change is not None
+    b, a = require_parts(path, change, None if view is None else view.base.weight(view.sites[path]).double())
+    delta = b if a is None else b @ a
+    if delta.ndim == 2:
+        yield path, delta
+    else:
+        yield from ((f"{path}[{index}]", one) for index, one in enumerate(delta))
+
+
+def _make_profile(delta: Tensor) -> EntanglementProfile | None:
+    if not bool(delta.any()):
+        return None
+    values = torch.linalg.svdvals(delta)
+    rank = find_rank(values, 0.0)
+    out_dims, in_dims = map(prime_sites, delta.shape)
+    entropies, bounds = internal_entropy(delta), rank_bound(rank, out_dims, in_dims)
+    return EntanglementProfile(
+        out_dims, in_dims, tuple(entropies.tolist()), tuple(bounds.tolist()), tuple(values[:rank].tolist())
+    )
+
+
+def draw_entanglement(profiles: Mapping[str, EntanglementProfile | None], path: Path) -> None:
+    """Draw S(l) of every site, and below it the spectra, into an image; its format is that of the file's suffix.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        OptionError: it writes no such format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", None) from error
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in formats:
+        raise not_one_of("matplotlib writes no pictures as", path.suffix[1:], formats)
+    above, below = figure.subplots(2, 1)
+    for name, profile in profiles.items():
+        if profile is None:
+            continue
+        cuts = range(1 - len(profile.out_dims), len(profile.in_dims))
+        above.plot(cuts, profile.entropies, label=name, marker=".")
+        below.semilogy(range(1, len(profile.spectrum) + 1), profile.spectrum, marker=".")
+    above.set(xlabel="cut l; 0 is between outputs and inputs", ylabel="S(l) in nats", title="entanglement of ΔW")
+    below.set(xlabel="number", ylabel="singular value of ΔW")
+    if above.lines and len(above.lines) <= _LABELLED:
+        above.legend(fontsize=7)
+    figure.savefig(path)
 
 
 def prime_sites(size: int) -> tuple[int, ...]:

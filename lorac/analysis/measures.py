@@ -145,7 +145,7 @@ def diff(
     view = None if model is None else ModelView.of(model)
     found = {}
     for path in dict.fromkeys([*first.tensors, *second.tensors]):
-        one, other = (_read_change(adapter, path, view) for adapter in (first, second))
+        one, other = (read_change(adapter, path, view) for adapter in (first, second))
         whole = [change for change in (one, other) if change is not None and _factors_of(change, None) is None]
         weight = view.base.weight(view.sites[path]).double() if view is not None and whole else None
         found[path] = _compare(path, one, other, weight, rank)
@@ -155,7 +155,8 @@ def diff(
 
 
 # ── One site ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def _read_change(adapter: Adapter, path: str, view: ModelView | None) -> Change | None:
+def read_change(adapter: Adapter, path: str, view: ModelView | None) -> Change | None:
+    """Return the change of one site in float64, or None where the adapter does not touch it."""
     if path not in adapter.tensors:
         return None
     alone = replace(adapter, tensors={path: adapter.tensors[path]}, replaced={}, provenance={})
@@ -164,7 +165,7 @@ def _read_change(adapter: Adapter, path: str, view: ModelView | None) -> Change 
 
 def _measure_site(adapter: Adapter, path: str, view: ModelView | None) -> SiteMeasures:
     try:
-        change = _read_change(adapter, path, view)
+        change = read_change(adapter, path, view)
     except CompileError:
         return SiteMeasures("branch")
     except LoracError:  # it does not fit the model, or depends on it
@@ -204,7 +205,7 @@ def _product_norm(b: Tensor, a: Tensor) -> float:
 def _compare(
     path: str, one: Change | None, other: Change | None, weight: Tensor | None, rank: int | None
 ) -> SiteDifference:
-    first, second = (None if change is None else _require_parts(path, change, weight) for change in (one, other))
+    first, second = (None if change is None else require_parts(path, change, weight) for change in (one, other))
     if first is None or second is None:
         return SiteDifference(_norm(first), _norm(second))
     _check_shapes(path, *((*b.shape[:-1], (b if a is None else a).shape[-1]) for b, a in (first, second)))
@@ -241,7 +242,12 @@ def _check_shapes(path: str, one: tuple[int, ...], other: tuple[int, ...]) -> No
         )
 
 
-def _require_parts(path: str, change: Change, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def require_parts(path: str, change: Change, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return B (out, r) and A (r, in) of a pair, or ΔW (out, in) and None.
+
+    Raises:
+        BaseNeeded: only the base, which is not given, tells ΔW.
+    """
     found = _factors_of(change, weight)
     if found is None:
         raise BaseNeeded(

@@ -1,4 +1,4 @@
-"""Commands about files: inspect, convert, resize, extract, diff."""
+"""Commands about files: inspect, convert, resize, extract, diff, analyse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_contents
 from lorac.cli._models import load_model
 from lorac.cli._output import JsonOption, format_number, make_table, print_report
-from lorac.errors import LoracError, OptionError, nearest_name
+from lorac.errors import LoracError, OptionError, nearest_name, not_one_of
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.atomic_folders import MANIFEST
@@ -31,6 +31,7 @@ def _list_formats() -> list[str]:
 CHECKPOINT_HELP = "A folder saved by transformers or diffusers, read a tensor at a time; or package.module:function."
 MISFIT = 1
 """The exit code of ``inspect`` where an adapter does not fit the model."""
+_MEASURES = ("entanglement",)
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 SourceArgument = Annotated[Path, typer.Argument(help="An adapter's file or folder.")]
 DestinationArgument = Annotated[Path, typer.Argument(help="Where to write.")]
@@ -176,6 +177,39 @@ def diff(
     print_report(found, make_table(headers, cells), as_json=json)
 
 
+def analyse(
+    measure: Annotated[str, typer.Argument(help="entanglement.", autocompletion=lambda: [*_MEASURES])],
+    path: SourceArgument,
+    model: ModelOption = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw entropies and spectra into this file, such as entanglement.png.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the entanglement entropies of an adapter's changes; those of low rank have a valley at the centre."""
+    import lorac
+    from lorac.analysis.entanglement import adapter_entanglement, draw_entanglement
+
+    if measure not in _MEASURES:
+        raise not_one_of("there is no measure", measure, _MEASURES)
+    with progress("analyse") as report:
+        report.step("reading")
+        host = load_model(model) if model else None
+        adapter = lorac.load_adapter(path, host)
+        report.step("measuring")
+        found = adapter_entanglement(adapter, host)
+    if plot is not None:
+        draw_entanglement(found, plot)
+    rows = [
+        (site, len(one.spectrum), one.humps[0], one.centre, one.humps[1], one.valley)
+        if one is not None
+        else (site, 0, *[None] * 4)
+        for site, one in found.items()
+    ]
+    headers = ("site", "rank", "S within outputs", "S at the centre", "S within inputs", "valley")
+    print_report(found, make_table(headers, [map(format_number, row) for row in rows]), as_json=json)
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """Return the dtype of a name.
 
@@ -207,4 +241,4 @@ def save(adapter: Adapter, destination: Path, format: str, model: nn.Module | No
     print_report(report, f"{destination}: {format}", *table, as_json=as_json)
 
 
-COMMANDS = (inspect, convert, resize, extract, diff)
+COMMANDS = (inspect, convert, resize, extract, diff, analyse)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import lorac
-from lorac.analysis.entanglement import internal_entropy, prime_sites, random_entropy, rank_bound
+from lorac.analysis.entanglement import (
+    adapter_entanglement,
+    draw_entanglement,
+    internal_entropy,
+    prime_sites,
+    random_entropy,
+    rank_bound,
+)
 from lorac.errors import AdapterError
 from lorac.testing.eager_checks import assert_close
 from tests.limits import assert_apart, assert_at_most, assert_deviation, assert_mean, decimals
@@ -170,3 +177,62 @@ def test_refusals():
         internal_entropy(M * torch.inf)
     with pytest.raises(AdapterError, match="zeros"):
         internal_entropy(torch.stack([M, 0 * M]))
+
+
+def trained(method, host):
+    """An adapter away from its start."""
+    adapter = lorac.compile(host, {"a": method}).adapters["a"]
+    with torch.no_grad():
+        for index, tensor in enumerate(adapter.parameters()):
+            tensor.copy_(gaussian(*tensor.shape, seed=index))
+    return adapter
+
+
+def oblong():
+    return torch.nn.Sequential(torch.nn.Linear(12, 16, bias=False, dtype=torch.float64))
+
+
+def test_an_adapter_is_measured_by_its_change():
+    adapter = trained(lorac.LoRA(r=3, alpha=6, targets=["0"]), oblong())
+    (profile,) = adapter_entanglement(adapter).values()
+    delta = 2 * adapter.tensors["0"]["lora_B"] @ adapter.tensors["0"]["lora_A"]
+    assert (profile.out_dims, profile.in_dims) == ((2, 2, 2, 2), (3, 2, 2))
+    assert_nats(tensor(profile.entropies), internal_entropy(delta).tolist())
+    assert_close(tensor(profile.spectrum), torch.linalg.svdvals(delta)[:3])
+    assert_nats(tensor(profile.bounds), rank_bound(3, [2] * 4, [3, 2, 2]).tolist())
+    assert profile.centre == profile.entropies[3]
+    assert profile.humps == (max(profile.entropies[:3]), max(profile.entropies[4:]))
+    assert profile.valley == min(profile.humps) - profile.centre > 0
+
+
+def test_full_rank_has_a_peak_where_low_rank_has_a_valley():
+    host = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False, dtype=torch.float64))
+    (full,) = adapter_entanglement(trained(lorac.Full(targets=["0"]), host), host).values()
+    assert full.valley < 0
+    (low,) = adapter_entanglement(trained(lorac.LoRA(r=2, targets=["0"]), host), host).values()
+    assert low.valley > 0 and low.centre <= LN2
+
+
+def test_what_only_the_base_tells_needs_it():
+    host = oblong()
+    adapter = trained(lorac.HiRA(r=2, targets=["0"]), host)
+    with pytest.raises(lorac.BaseNeeded):
+        adapter_entanglement(adapter)
+    (profile,) = adapter_entanglement(adapter, host).values()
+    product = adapter.tensors["0"]["hira_B"] @ adapter.tensors["0"]["hira_A"]
+    assert_nats(tensor(profile.entropies), internal_entropy(host[0].weight * product).tolist())
+
+
+def test_a_fresh_adapter_changes_nothing():
+    adapter = lorac.compile(oblong(), {"a": lorac.LoRA(r=2, targets=["0"])}).adapters["a"]
+    assert adapter_entanglement(adapter) == {"0": None}
+
+
+def test_a_picture(tmp_path):
+    profiles = adapter_entanglement(trained(lorac.LoRA(r=3, targets=["0"]), oblong()))
+    draw_entanglement({**profiles, "untouched": None}, tmp_path / "picture.svg")
+    drawn = (tmp_path / "picture.svg").read_text(encoding="utf-8")
+    assert "singular value" in drawn and "untouched" not in drawn  # labels are comments of the file
+    with pytest.raises(lorac.OptionError, match="writes no pictures as 'pgn'") as error:
+        draw_entanglement(profiles, tmp_path / "picture.pgn")
+    assert error.value.nearest == "png"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.analysis.entanglement import adapter_entanglement
 from lorac.cli import main
 from tests.mistakes import Tiny
 
@@ -125,6 +126,20 @@ def test_inspect_lists_everything_that_does_not_fit(cli, tmp_path):
     assert "does not fit the model:" in out
     assert "has tensors for '0', which is not a module of the model" in out
     assert "has tensors for '1', which is not a module of the model" in out
+
+
+def test_analyse_entanglement(cli, folder, tmp_path):
+    code, out, _ = cli("analyse", "entanglement", "sql", "--plot", tmp_path / "picture.png")
+    assert code == 0
+    assert "valley" in out
+    assert (tmp_path / "picture.png").stat().st_size
+    found = json.loads(cli("analyse", "entanglement", "dora", "--model", MODEL, "--json")[1])
+    wanted = adapter_entanglement(lorac.load_adapter(folder / "dora", Tiny()), Tiny())
+    assert {site: tuple(one["entropies"]) for site, one in found.items()} == {s: w.entropies for s, w in wanted.items()}
+    assert "pass model=" in cli("analyse", "entanglement", "dora")[2]
+    code, _, err = cli("analyse", "entangled", "sql")
+    assert code == 1
+    assert "entanglement" in err
 
 
 def test_extract(cli, tmp_path, monkeypatch):
