@@ -1,6 +1,6 @@
 """Many requests at once through `lorac.Scheduler`, beside one at a time and beside batches that wait for their longest.
 
-    python -m benchmarks.serving [--model smollm2] [--weights float32 int4] [--chunk 32] [--rounds 3] [--processes 3]
+    python -m benchmarks.serving [--model smollm2] [--weights float32 int4] [--chunk 0] [--rounds 3] [--processes 3]
 
 The first table has tokens per second: 8 requests of one length, one after the other and together; then 24 of ragged
 lengths, in batches of 8 by `generate` and through 8 rows of a scheduler, with one adapter or with 8 different ones.
@@ -241,7 +241,7 @@ def _end(scheduler: Any, streams: Iterable[Any]) -> None:
 def _scheduler(model: Any, given: argparse.Namespace) -> Any:
     import lorac
 
-    return lorac.Scheduler(model, rows=ROWS, waiting=128, chunk=given.chunk, prompt_cache=0)
+    return lorac.Scheduler(model, rows=ROWS, waiting=128, chunk=given.chunk or None, prompt_cache=0)
 
 
 def _prompt(given: argparse.Namespace, length: int, seed: int) -> Any:
@@ -312,7 +312,7 @@ BENCHMARK = common.Benchmark(
         common.rounds(3),
         common.CLOCK,
         common.Option("weights", WEIGHTS, smoke=("float32",), help="of the base", choices=WEIGHTS),
-        common.Option("chunk", 32, smoke=4, help="tokens of a prompt per step"),
+        common.Option("chunk", 0, smoke=4, help="tokens of a prompt per step; 0: as the scheduler chooses"),
         common.Option("tokens", 48, smoke=4, help="of the longest answer"),
         common.Option("prompt", 32, smoke=6, help="tokens of the longest prompt"),
         common.Option("long", 512, smoke=40, help="tokens of the prompt that is read beside others"),

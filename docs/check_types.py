@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
-SEPARATE_FILES = ROOT / "docs" / "serve.md"
+SEPARATE_FILES = ROOT / "docs" / "without-lorac.md"
 """A page whose blocks are files of their own."""
 FOREIGN = re.compile(r'not exported from module "diffusers"|parameter "train_dataset"')
 """diffusers exports its classes lazily, and ``transformers.Trainer`` takes a list of rows as its data set."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import operator
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +49,8 @@ class TensorVersions:
         return self.versions == now.versions and self.sums == now.sums
 
 
+_KEPT_TIMES = 10_000
+"""How many times of reads are kept."""
 _NEVER = TensorVersions(())
 """Equals the versions of no adapter."""
 
@@ -125,6 +129,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         budget: counts the memory of adapters, in whatever form.
         entries: name -> entry.
         given: name -> returns the adapter over other tensors, if its module was given such.
+        read_seconds: times of the last reads of adapters from disk; who reports them takes them out.
     """
 
     def __init__(self, preparer: Preparer, *, trains: bool = False) -> None:
@@ -133,6 +138,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         self.budget = MemoryBudget()
         self.entries: dict[str, PoolEntry] = {}
         self._prepared: dict[str, _PreparedEntry] = {}
+        self.read_seconds = collections.deque[float](maxlen=_KEPT_TIMES)
         self.given: Mapping[str, Callable[[], Adapter | None]] = {}
 
     def __getitem__(self, name: str) -> PreparedAdapter:
@@ -162,11 +168,12 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         known, adapter = self._prepared.get(name), entry.adapter
         if adapter is None:
             assert isinstance(entry.source, StoredAdapter)
-            room = self.budget.claim(entry.source.nbytes)
+            begun, room = time.monotonic(), self.budget.claim(entry.source.nbytes)
             try:
                 prepared = self._prepare_packed(entry.source.read(name))
             finally:
                 room.resize(0)  # an error's traceback would hold it
+            self.read_seconds.append(time.monotonic() - begun)
             return self._keep(name, entry, prepared, self.read_versions((entry,)))
         before = _NEVER if known is None else known.versions
         now = self.read_versions((entry,), before)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -215,10 +216,12 @@ class ChoiceStates:
             image = self._images.find(choice[0][0], entry) if state is None else None
             if image is None:
                 return state
+            begun = time.monotonic()
             memory = torch.empty(image.nbytes, dtype=torch.uint8)
             charge, base = self._pool.budget.charge([memory]), self.of(()).bound
             if base is None or not self._images.read(image, memory):
                 return None
+            self._pool.read_seconds.append(time.monotonic() - begun)
             snapshot = ComposedWeights(choice, image.layout.sites)
             bound = self._engine.bind_places(base.content, image.layout.view(memory))  # type: ignore[arg-type]  # its own
             versions = self._pool.read_versions((entry,))

@@ -21,7 +21,6 @@ class ActiveRequest:
         completion_tokens: tokens of its answers so far.
         reasons: why its answers ended.
         first_token: seconds until the first token; None before it.
-        gaps: seconds between an answer's tokens.
     """
 
     tenant: str
@@ -35,7 +34,6 @@ class ActiveRequest:
     completion_tokens: int = 0
     reasons: list[str] = field(default_factory=list)
     first_token: float | None = None
-    gaps: list[float] = field(default_factory=list)
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -57,12 +55,6 @@ class ActiveRequest:
     def seconds(self) -> float:
         """How long it has taken."""
         return time.monotonic() - self.begun
-
-    def count_token(self) -> None:
-        """Count a token of an answer."""
-        self.completion_tokens += 1
-        if self.first_token is None:
-            self.first_token = self.seconds
 
     def describe(self) -> dict[str, object]:
         """Return its state as JSON."""

@@ -15,7 +15,7 @@ class Activity:
     """The requests that are being answered. Only the event loop's thread may change it.
 
     Args:
-        metrics: counts those that end.
+        metrics: counts them and their tokens.
 
     Attributes:
         running: the requests, by id.
@@ -34,7 +34,19 @@ class Activity:
         finally:
             del self.running[request.id]
             request.reasons += ["cancelled"] * (request.answers - len(request.reasons))
-            self._metrics.count(request)
+            self._metrics.count_end(request)
+
+    def count_token(self, request: ActiveRequest, gap: float | None) -> None:
+        """Count a token of an answer.
+
+        Args:
+            gap: seconds since the answer's last one; None for its first.
+        """
+        request.completion_tokens += 1
+        self._metrics.count_token(gap)
+        if request.first_token is None:
+            request.first_token = request.seconds
+            self._metrics.count_first_token(request)
 
     def of(self, tenant: str) -> list[ActiveRequest]:
         """Return the requests of a tenant."""

@@ -24,6 +24,7 @@ from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
 from lorac.serving.refusals import install_handlers
 from lorac.serving.request_log import RequestLog
 from lorac.serving.requests.chat_fields import ChatFields
+from lorac.serving.requests.choices import check_shared_names
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.rows import row_endpoints
 from lorac.serving.rows.row_batches import RowBatches
@@ -65,6 +66,7 @@ def build_app(
         scheduler: computes text; default: a ``lorac.Scheduler`` of the model. The app closes it.
 
     Raises:
+        AdapterError: an adapter that all tenants share has the name of the base, or one that is read as a mixture.
         AdapterNotFound: a pinned adapter does not exist.
         Unavailable: the model has no tokenizer, or one that cannot be read token by token.
     """
@@ -73,6 +75,7 @@ def build_app(
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
     app.state.source = SharedAdapters(compiled) if store is None else store
+    check_shared_names((adapter.name for adapter in app.state.source.adapters("")), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name)
     app.state.activity = Activity(app.state.metrics)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]

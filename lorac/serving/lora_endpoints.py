@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 import fastapi
@@ -42,9 +41,8 @@ class UnloadFields(pydantic.BaseModel, extra="forbid", strict=True):
 @router.post("/v1/load_lora_adapter")
 def load_adapter(fields: LoadFields, http: fastapi.Request) -> PlainTextResponse:
     """Load an adapter from the store."""
-    begun = time.monotonic()
-    http.app.state.source.load(http.state.tenant, fields.lora_name, fields.lora_path)
-    http.app.state.metrics.load_seconds.observe(time.monotonic() - begun)
+    with http.app.state.metrics.time_load("path"):
+        http.app.state.source.load(http.state.tenant, fields.lora_name, fields.lora_path)
     return PlainTextResponse(f"Success: LoRA adapter '{fields.lora_name}' added successfully.")
 
 

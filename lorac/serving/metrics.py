@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import final
@@ -27,14 +28,12 @@ class ServerMetrics:
         compiled: the model.
         base_name: its name, as the label ``model_name``.
 
-    Attributes:
-        load_seconds: of adapters.
     """
 
     def __init__(self, compiled: ServedModel, base_name: str) -> None:
         self._compiled, self._name = compiled, base_name
         self._registry = prometheus_client.CollectorRegistry()
-        self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were answered.")
+        self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were read.")
         self._generated = self._counter("vllm:generation_tokens", "Tokens of answers.")
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Time until an answer's first token.", _SLOW)
         self._gaps = self._histogram("vllm:inter_token_latency_seconds", "Time between tokens of an answer.", _FAST)
@@ -45,17 +44,39 @@ class ServerMetrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
-        self.load_seconds = self._histogram("lorac_adapter_load_seconds", "Time of loading adapters.", _SLOW)
+        self._loads = prometheus_client.Histogram(
+            "lorac_adapter_load_seconds",
+            "Time of loading adapters, by way: from a path, an upload, or the disk when a request needs them.",
+            ["model_name", "way"],
+            registry=self._registry,
+            buckets=_SLOW,
+        )
 
-    def count(self, request: ActiveRequest) -> None:
-        """Count a request that has ended."""
+    @contextlib.contextmanager
+    def time_load(self, way: str) -> Iterator[None]:
+        """Count a load of an adapter, which a block does, unless it fails."""
+        begun = time.monotonic()
+        yield
+        self._loads.labels(self._name, way).observe(time.monotonic() - begun)
+
+    def count_first_token(self, request: ActiveRequest) -> None:
+        """Count a request that has its first token."""
         self._prompt.inc(request.prompt_tokens)
-        self._generated.inc(request.completion_tokens)
-        self._whole.observe(request.seconds)
-        if request.first_token is not None:
-            self._first.observe(request.first_token)
-        for gap in request.gaps:
+        self._first.observe(request.seconds)
+
+    def count_token(self, gap: float | None) -> None:
+        """Count a token of an answer.
+
+        Args:
+            gap: seconds since the answer's last one; None for its first.
+        """
+        self._generated.inc()
+        if gap is not None:
             self._gaps.observe(gap)
+
+    def count_end(self, request: ActiveRequest) -> None:
+        """Count a request that has ended."""
+        self._whole.observe(request.seconds)
         for reason in request.reasons:
             self._ended.labels(self._name, _REASONS.get(reason, reason)).inc()
 
@@ -69,6 +90,9 @@ class ServerMetrics:
             requests: are being answered.
             shared: adapters of all tenants, which alone are named.
         """
+        reads = self._compiled.pool.read_seconds
+        while reads:
+            self._loads.labels(self._name, "use").observe(reads.popleft())
         state = prometheus_client.CollectorRegistry()
         state.register(_State([*self._gauges(scheduler), _describe_adapters(scheduler, requests, shared)]))
         return prometheus_client.generate_latest(self._registry) + prometheus_client.generate_latest(state)
@@ -86,6 +110,8 @@ class ServerMetrics:
         yield self._gauge("lorac_memory_bytes", "Memory of adapters and caches.", memory.used)
         if memory.limit is not None:
             yield self._gauge("lorac_memory_limit_bytes", "The most memory of adapters and caches.", memory.limit)
+        if scheduler is not None and scheduler.chunk is not None:
+            yield self._gauge("lorac_prefill_chunk_tokens", "The most tokens of a prompt per step.", scheduler.chunk)
         for name, nbytes in ({} if scheduler is None else scheduler.nbytes).items():
             yield self._gauge(f"lorac_{name}_bytes", f"Memory of the {name} of rows at work.", nbytes)
 

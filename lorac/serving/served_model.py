@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -18,6 +19,10 @@ class ServedAdapters(Collection[str], Protocol):
     @property
     def resident(self) -> Collection[str]:
         """Those that are ready in memory."""
+
+    @property
+    def read_seconds(self) -> deque[float]:
+        """Times of reading adapters from disk for their use, until they are taken out."""
 
 
 class ServedEngine(Protocol):
@@ -71,6 +76,9 @@ class TextScheduler(Protocol):
 
     @property
     def load(self) -> tuple[int, int]: ...
+
+    @property
+    def chunk(self) -> int | None: ...
 
     @property
     def works(self) -> bool: ...

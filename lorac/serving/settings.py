@@ -16,7 +16,7 @@ class ServingSettings:
     Attributes:
         rows: the most requests at work.
         waiting: the most requests that wait.
-        chunk: the most tokens of a prompt per step.
+        chunk: the most tokens of a prompt per step; None: chosen by timing the model, as ``lorac.Scheduler`` does.
         base_name: the name of the model without adapters, in requests and in ``/v1/models``.
         keys: API key -> tenant; without any, everybody may ask.
         max_body_bytes: the most bytes of a request, but for uploads.
@@ -30,7 +30,7 @@ class ServingSettings:
 
     rows: Count = 8
     waiting: Count = 64
-    chunk: Count = 32
+    chunk: Count | None = None
     base_name: str = "base"
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     max_body_bytes: Count = 1 << 20

@@ -43,7 +43,8 @@ def add_store_endpoints(app: fastapi.FastAPI, store: AdapterStore) -> None:
             raise RefusedField("files", "has two files of one name")
 
         def add() -> TenantAdapter:
-            return store.upload(http.state.tenant, fields.name, files, base=fields.base)
+            with app.state.metrics.time_load("upload"):
+                return store.upload(http.state.tenant, fields.name, files, base=fields.base)
 
         return JSONResponse(_describe(await anyio.to_thread.run_sync(add, limiter=limiter)), 201)
 

@@ -14,7 +14,7 @@ from tests.docs.pages import name
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-PAGES = [ARCHITECTURE, ROOT / "docs" / "serve.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+PAGES = [ARCHITECTURE, ROOT / "docs" / "without-lorac.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 FOLDERS = ("lorac", "tests", "benchmarks", "campaigns", "examples", "experiments")
 CODE = {source for folder in FOLDERS for source in (ROOT / folder).rglob("*.py")} - {Path(__file__)}
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests.docs.pages import PAGES, ROOT, blocks, name
 
-FILES = ROOT / "docs" / "serve.md"
-"""Its blocks are files of their own, which ``tests/end_to_end/test_serve.py`` writes down and runs."""
+FILES = ROOT / "docs" / "without-lorac.md"
+"""Its blocks are files of their own, which ``tests/end_to_end/test_without_lorac.py`` writes down and runs."""
 SPOKEN = [page for page in PAGES if any(block.language in ("python", "sh") for block in blocks(page))]
 MAKE = re.compile(r"(?:^|`)make ([a-z-]+)", re.MULTILINE)
 EXTRA = re.compile(r"lorac\[(\w+)\]")

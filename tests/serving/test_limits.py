@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +15,9 @@ import httpx2
 import openai
 import pytest
 
+from lorac.serving.request_log import LOGGER
 from lorac.target.engine import BoundProgram
+from tests.refusing import refuses
 from tests.serving.models import make_app, serve
 
 CHAT = {"model": "one", "messages": [{"role": "user", "content": "Say"}], "max_tokens": 2}
@@ -93,22 +98,83 @@ def test_a_full_line_is_refused_with_a_time_to_come_back(tight: Any) -> None:
     assert tight[0].state.scheduler.load == (0, 0)
 
 
+def read_metrics(http: Any) -> dict[str, float]:
+    lines = [line for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
+    return {line.partition("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+
+def test_tokens_are_counted_as_they_come(tight: Any) -> None:
+    app, http = tight
+    before = read_metrics(http)
+    with http.stream("POST", "/v1/chat/completions", json=ENDLESS) as running:
+        lines = running.iter_lines()
+        wait_until(lambda: "content" in next(lines) and len(app.state.activity.running) == 1)
+        now = read_metrics(http)
+    ended = "vllm:e2e_request_latency_seconds_count"
+    assert now[ended] == before[ended]
+    for name in ("generation_tokens_total", "prompt_tokens_total", "time_to_first_token_seconds_count"):
+        assert now[f"vllm:{name}"] > before[f"vllm:{name}"], name
+    wait_until(lambda: app.state.scheduler.load == (0, 0))
+
+
 def test_metrics_tell_of_requests(tight: Any) -> None:
     app, http = tight
     assert http.post("/v1/chat/completions", json={**CHAT, "logit_bias": {"2": -100}}).status_code == 200
     wait_until(lambda: app.state.scheduler.load == (0, 0))
-    found = {}
-    for line in http.get("/metrics").text.splitlines():
-        if not line.startswith("#"):
-            name, value = line.rsplit(" ", 1)
-            found[name.partition("{")[0]] = float(value)
+    found = read_metrics(http)
     for name in ("generation_tokens_total", "prompt_tokens_total", "time_to_first_token_seconds_count"):
         assert found[f"vllm:{name}"] > 0, name
     assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
     assert 0 <= found["vllm:kv_cache_usage_perc"] <= 1
     assert found["lorac_adapters_registered"] == 2
     assert found["lorac_bank_bytes"] > 0
+    assert found["lorac_prefill_chunk_tokens"] == app.state.settings.chunk
     assert "vllm:lora_requests_info" in found
+
+
+@pytest.mark.parametrize("name", ["one:0.5", "one+two", "base"])
+def test_an_adapter_that_requests_cannot_name_is_refused_at_the_start(compiled: Any, name: str) -> None:
+    compiled.add_adapter(compiled.adapters["one"], name=name)
+    try:
+        with refuses("adapter_error", match=re.escape(f"'{name}'")):
+            make_app(compiled)
+    finally:
+        compiled.remove_adapter(name)
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    written, level = io.StringIO(), LOGGER.level
+    handler = logging.StreamHandler(written)
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    yield written
+    LOGGER.removeHandler(handler)
+    LOGGER.setLevel(level)
+
+
+def test_the_log_has_a_line_of_json_for_each_request(tight: Any, log: io.StringIO) -> None:
+    http, odd = tight[1], 'u"\n\x1b[2K\u2028é'
+    answers = [
+        http.post("/v1/chat/completions", json={**CHAT, "user": odd, "logit_bias": {"2": -100}}),
+        http.get("/v1/%0A%1B%E2%80%A8"),
+        http.get("/v1/models", headers={"authorization": "Bearer k-c"}),
+    ]
+    wait_until(lambda: log.getvalue().count("\n") == len(answers))
+    lines = log.getvalue().splitlines()
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    text, path, keyless = map(json.loads, lines)
+    assert {name: text[name] for name in ("status", "tenant", "user", "completion_tokens", "finish_reasons")} == {
+        "status": 200,
+        "tenant": "a",
+        "user": odd,
+        "completion_tokens": CHAT["max_tokens"],
+        "finish_reasons": ["length"],
+    }
+    assert [answer.status_code for answer in answers] == [line["status"] for line in (text, path, keyless)]
+    assert (path["method"], path["path"], path["status"]) == ("GET", "/v1/\n\x1b\u2028", 404)
+    assert (keyless["status"], keyless["tenant"]) == (401, None)
+    assert "Say" not in "".join(lines)
 
 
 def test_without_a_store_nothing_is_loaded_nor_unloaded(tight: Any) -> None:

@@ -13,6 +13,7 @@ from lorac.errors import OverBudget, Unavailable
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.row_sampler import BatchSampler
 from lorac.runtime.row_bank import RowBank
+from lorac.runtime.scheduling.chunk_choice import choose_chunk
 from lorac.runtime.scheduling.running_row import RunningRow
 from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
@@ -31,7 +32,7 @@ class RunningBatch:
     Args:
         model: the compiled model.
         rows: the most rows at work.
-        chunk: the most tokens of a prompt per step.
+        chunk: the most tokens of a prompt per step; None: ``choose_chunk`` must be called first.
         prompts: keeps what rows computed, for prompts that begin alike; None keeps nothing.
         graph: decodes.
 
@@ -39,8 +40,11 @@ class RunningBatch:
         reading: rows whose prompts are being computed.
     """
 
-    def __init__(self, model: SwitchableModel, rows: int, chunk: int, prompts: PromptCache | None, graph: str) -> None:
+    def __init__(
+        self, model: SwitchableModel, rows: int, chunk: int | None, prompts: PromptCache | None, graph: str
+    ) -> None:
         self.model, self.graph, self.chunk, self.prompts = model, graph, chunk, prompts
+        self._most_rows = rows
         self.reading: collections.deque[RunningRow] = collections.deque()
         self._ready: collections.deque[RunningRow] = collections.deque()
         self._bank: RowBank | None = None
@@ -65,6 +69,11 @@ class RunningBatch:
         waiting = [row.cache for row in [*self._ready, *self.reading] if hasattr(row, "cache")]
         kv = sum(cache.nbytes for cache in [*caches, *waiting])
         return {"bank": 0 if self._bank is None else self._bank.nbytes, "kv": kv}
+
+    def choose_chunk(self) -> None:
+        """Choose how many tokens of a prompt a step reads, unless that is given."""
+        if self.chunk is None:
+            self.chunk = choose_chunk(self.model, self.graph, self._most_rows, self._bank)
 
     def admit(self, row: RunningRow) -> None:
         """Begin to read a row's prompt.
@@ -102,6 +111,7 @@ class RunningBatch:
     def _read(self, row: RunningRow) -> None:
         reason, logits = row.stream.interrupted or row.find_earlier_end(), None
         if not reason:
+            assert self.chunk is not None
             logits = row.read(self.chunk)
         if logits is not None:
             reason = row.draw(logits)

@@ -37,7 +37,8 @@ class Scheduler:
         rows: the most requests at work.
         waiting: the most that wait.
         chunk: the most tokens of a prompt per step. Running requests wait for them: with more, prompts are read sooner,
-            and the others' next tokens come later.
+            and the others' next tokens come later. Default: as many as take half the time of a step of half the rows,
+            but at least 8; the model is timed once, before the first request begins.
         prompt_cache: bytes of what requests computed that are kept for prompts that begin alike; 0 keeps nothing.
         component: which of several models decodes.
 
@@ -50,12 +51,13 @@ class Scheduler:
         compiled: SwitchableModel,
         rows: int = 8,
         waiting: int = 64,
-        chunk: int = 32,
+        chunk: int | None = None,
         *,
         prompt_cache: int = 1 << 26,
         component: str = MAIN_GRAPH,
     ) -> None:
-        for name, value in {"rows": rows, "waiting": waiting, "chunk": chunk, "prompt_cache": prompt_cache}.items():
+        numbers = {"rows": rows, "waiting": waiting, "prompt_cache": prompt_cache}
+        for name, value in (numbers if chunk is None else {**numbers, "chunk": chunk}).items():
             check_type(value, int, f"{name}= of lorac.Scheduler", next_step="give a whole number")
         spec = compiled.engine.cache_spec(component)
         if spec is None:
@@ -110,6 +112,11 @@ class Scheduler:
         return len(self._batch.rows), len(self._queue)
 
     @property
+    def chunk(self) -> int | None:
+        """The most tokens of a prompt per step; None until that is chosen."""
+        return self._batch.chunk
+
+    @property
     def works(self) -> bool:
         """Whether requests are answered: its thread runs."""
         return self._thread.is_alive()
@@ -137,6 +144,7 @@ class Scheduler:
 
     def _work(self) -> None:
         with torch.no_grad():
+            self._batch.choose_chunk()
             while self._fill():
                 self._batch.step()
 

@@ -114,9 +114,7 @@ class Answers:
     def _count(self, last: float | None) -> float:
         """Count a token, and return when it came."""
         now = time.monotonic()
-        self.request.count_token()
-        if last is not None:
-            self.request.gaps.append(now - last)
+        self._activity.count_token(self.request, None if last is None else now - last)
         return now
 
     def _end(self, answer: Answer, *, calls: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -17,6 +18,11 @@ class RemoteAdapters(tuple[str, ...]):
     """The names of the workers' adapters. Each worker has its own in memory."""
 
     resident: tuple[str, ...] = ()
+
+    @property
+    def read_seconds(self) -> deque[float]:
+        """None: a front reads no adapters."""
+        return deque()
 
 
 @final

@@ -45,6 +45,7 @@ class RemoteScheduler:
     """
 
     component = MAIN_GRAPH
+    chunk = None
     nbytes: Mapping[str, int] = MappingProxyType({})
 
     def __init__(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TypeAlias, final
 
-from lorac.errors import AdapterNotFound
+from lorac.errors import AdapterError, AdapterNotFound
 from lorac.ir.slots.choice import Active, ChoiceSpec
 from lorac.serving.adapter_source import AdapterSource
 from lorac.serving.refusals import RefusedField
@@ -15,6 +16,25 @@ Spec: TypeAlias = "Strengths | None"
 _LISTED = "GET /v1/models lists them"
 _PART = re.compile(r"(?P<name>.+):(?P<strength>[-+0-9.e]+)")
 """A part of a mixture that a model's name spells."""
+
+
+def check_shared_names(names: Iterable[str], base_name: str) -> None:
+    """Check that the field ``model`` can name the adapters that all tenants share.
+
+    Args:
+        names: of these adapters.
+        base_name: the name of the model without adapters.
+
+    Raises:
+        AdapterError: it would name something else.
+    """
+    for name in names:
+        read = "the model without adapters" if name == base_name else "a mixture"
+        if name == base_name or "+" in name or _PART.fullmatch(name):
+            raise AdapterError(
+                f"requests cannot name the adapter '{name}', which they would read as {read}",
+                next_step="compile the model with another name for it, as adapters={name: ...}",
+            )
 
 
 @final

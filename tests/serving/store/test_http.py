@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,25 @@ def test_wrong_uploads(alice: httpx2.Client, fields: Any, files: Any, status: in
     given = [("files", file) for file in files] or [("other", ("x", b""))]
     answer = alice.post("/v1/adapters", data=fields, files=given)
     assert (answer.status_code, said in answer.text) == (status, True), answer.text
+
+
+def test_loads_are_counted_by_every_way(alice: httpx2.Client, store: AdapterStore, file: bytes) -> None:
+    def counts() -> dict[str, int]:
+        found = re.findall(r'^lorac_adapter_load_seconds_count{.*way="(.*)"} (.*)$', alice.get("/metrics").text, re.M)
+        return {way: int(float(count)) for way, count in found}
+
+    before = counts()
+    assert upload(alice, "sent", file).status_code == 201
+    assert complete(alice, "sent").status_code == 200
+    store.unload("alice", "sent")
+    incoming = store._folder.incoming("alice")
+    incoming.mkdir()
+    (incoming / "x.safetensors").write_bytes(file)
+    given = {"lora_name": "put", "lora_path": "x.safetensors"}
+    assert (put := alice.post("/v1/load_lora_adapter", json=given)).status_code == 200, put.text
+    assert alice.post("/v1/load_lora_adapter", json={**given, "lora_path": "y"}).status_code == 400
+    store.unload("alice", "put")
+    assert {way: count - before.get(way, 0) for way, count in counts().items()} == {"upload": 1, "path": 1, "use": 1}
 
 
 def test_quotas_and_keys(alice: httpx2.Client, address: str, file: bytes) -> None:

@@ -1,4 +1,4 @@
-"""docs/serve.md, followed: PEFT adapters of one base in plain onnxruntime, from Python, C++ and JavaScript."""
+"""docs/without-lorac.md, followed: PEFT adapters of one base in plain onnxruntime, from Python, C++ and JavaScript."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.peft_files import make_peft, quiet
 from tests.zoo import ZOO
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "serve.md"
+PAGE = ROOT / "docs" / "without-lorac.md"
 BLOCK = re.compile(r"^```(?:python|cpp|js)\n((?:#|//) (\w+\.\w+): .*?)^```$", re.DOTALL | re.MULTILINE)
 CODE = {name: text for text, name in BLOCK.findall(PAGE.read_text(encoding="utf-8"))}
 SCRIPTS = ("slots.mjs", "serve.mjs", "web.mjs")

@@ -1,0 +1,86 @@
+"""The number of a prompt's tokens per step, chosen by the time that an engine takes for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorac.errors import warn
+from lorac.target.engine import BoundProgram
+from lorac.target.kv_cache import DecodeStep
+
+if TYPE_CHECKING:
+    from lorac.runtime.row_bank import RowBank
+    from lorac.runtime.switchable_model import SwitchableModel
+
+SHARE = 0.5
+"""The most time that a chunk takes, in steps of running rows, which wait for it."""
+LEAST, MOST = 8, 512
+"""The fewest and the most tokens of a chunk; in between, powers of two are tried."""
+_REPEATS = 3
+
+
+def choose_chunk(model: SwitchableModel, graph: str, rows: int, bank: RowBank | None) -> int:
+    """Return the most tokens of a prompt that an engine reads in half the time of a step of half the rows.
+
+    Args:
+        model: the compiled model; it is called some twenty times.
+        graph: decodes.
+        rows: the most rows of a step.
+        bank: holds the rows' own adapters, if they may have such.
+    """
+    timer, half = _StepTimer(model, graph), max(rows // 2, 1)
+    try:
+        with model.hold() as held:
+            reading = held.program_of(model.engine)
+            step = timer.measure(reading if bank is None else bank.bound(half), half, 1)
+            return largest_chunk(step, lambda tokens: timer.measure(reading, 1, tokens), timer.longest)
+    except Exception as error:  # requests meet what is wrong with the model, and report it
+        warn(f"the scheduler could not time the model, and reads prompts by {LEAST} tokens: {error}")
+        return LEAST
+
+
+def largest_chunk(step: float, measure: Callable[[int], float], longest: int) -> int:
+    """Return the most tokens that are read in ``SHARE`` of a step's time, but at least ``LEAST``.
+
+    Args:
+        step: seconds of a step.
+        measure: returns the seconds in which so many tokens are read.
+        longest: the most tokens.
+    """
+    chunk = LEAST
+    while 2 * chunk <= longest and measure(2 * chunk) <= SHARE * step:
+        chunk *= 2
+    return chunk
+
+
+class _StepTimer:
+    """Measures the time of an engine's calls.
+
+    Args:
+        model: the compiled model.
+        graph: decodes.
+
+    Attributes:
+        longest: the most tokens of a row.
+    """
+
+    def __init__(self, model: SwitchableModel, graph: str) -> None:
+        self._engine, self._graph = model.engine, graph
+        spec = model.engine.cache_spec(graph)
+        self.longest = MOST if spec is None or spec.limit is None else min(MOST, spec.limit)
+
+    def measure(self, program: BoundProgram, rows: int, tokens: int) -> float:
+        """Return the shortest of some times in seconds, for new rows of so many tokens."""
+        ids, wanted = torch.zeros(rows, tokens, dtype=torch.long), torch.full((rows, 1), tokens - 1)
+        step = DecodeStep(ids=ids, counts=[tokens] * rows, wanted=wanted)
+        return min(self._time(program, step) for _ in range(_REPEATS))
+
+    def _time(self, program: BoundProgram, step: DecodeStep) -> float:
+        cache = self._engine.new_cache(self._graph, *step.ids.shape)
+        begun = time.perf_counter()
+        program.decode(self._graph, cache, step).sum().item()  # of an engine on a device, whose calls return before
+        return time.perf_counter() - begun

@@ -1,0 +1,73 @@
+"""How many tokens of a prompt a step reads is chosen by the time that they take, and then stays."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import lorac
+from lorac import Scheduler, TextRequest
+from lorac.errors import LoracWarning
+from lorac.runtime.scheduling.chunk_choice import LEAST, MOST, choose_chunk, largest_chunk
+from tests.decoders import DECODERS
+
+
+@pytest.mark.parametrize(
+    ("call", "token", "longest", "chunk"),
+    [
+        (0.0, 0.01, MOST, 32),  # 64 tokens take more than half a step
+        (0.1, 0.01, MOST, 32),
+        (0.2, 0.01, MOST, 16),
+        (2.0, 0.01, MOST, LEAST),  # a call alone takes longer than a step
+        (0.0, 0.0001, MOST, MOST),
+        (0.0, 0.0001, 100, 64),
+        (0.0, 0.0001, 5, LEAST),
+    ],
+)
+def test_a_chunk_takes_half_a_step(call: float, token: float, longest: int, chunk: int) -> None:
+    assert largest_chunk(1.0, lambda tokens: call + token * tokens, longest) == chunk
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    host = DECODERS["llama"]()
+    adapters = {"one": lorac.LoRA(r=3, targets="all-linear")}
+    return lorac.compile(host, adapters, target="onnxruntime", active=None, cache=True, self_test=False)
+
+
+def chosen(scheduler: Scheduler) -> int:
+    until = time.monotonic() + 60
+    while scheduler.chunk is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return scheduler.chunk
+
+
+def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
+    request = TextRequest(torch.arange(1, 20), "one", options={"max_new_tokens": 5})
+    expected = compiled.generate(request.ids[None], adapters="one", max_new_tokens=5)[0, 19:].tolist()
+    used = compiled.memory.used
+    with Scheduler(compiled, rows=2, prompt_cache=0) as scheduler:
+        chunk = chosen(scheduler)
+        assert chunk in {2**power for power in range(3, 7)}, "the model has 64 positions"
+        gc.collect()
+        assert compiled.memory.used - used == scheduler.nbytes["bank"]
+        assert [token.id for token in scheduler.submit(request)] == expected
+        assert scheduler.chunk == chunk
+    with Scheduler(compiled, rows=2, chunk=3) as scheduler:
+        assert scheduler.chunk == 3
+
+
+def test_a_model_without_room_to_be_timed(compiled: Any) -> None:
+    compiled.remove_adapter("one")
+    gc.collect()
+    compiled.memory.limit = compiled.memory.used
+    try:
+        with pytest.warns(LoracWarning, match=f"by {LEAST} tokens: "):
+            assert choose_chunk(compiled, "main", 2, None) == LEAST
+    finally:
+        compiled.memory.limit = None
