@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorac.argument_types import Bounds, Count
-from lorac.errors import AdapterError, SiteError
+from lorac.errors import AdapterError, AdapterNotFound, BaseNeeded, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import is_named
 from lorac.variants._bottleneck_layers import ACTIVATIONS
@@ -171,7 +171,60 @@ class FlexMoRE(BranchVariant):
         for path, part in itertools.product(routers, _LAYER_NAMES):
             layer = f"{path}.{getattr(variant, part)}.weight"
             for number, expert, rank in numbered:
-                tensors[path] |= _extract_expert(f"{part}_{number}", expert, model, layer, rank)
+                own = expert.get_parameter(layer).detach()
+                base = _get_matrix(model, layer, own.shape)
+                tensors[path] |= _extract_expert(f"{part}_{number}", own, base, rank)
+        return Adapter(name, variant, tensors)
+
+    @staticmethod
+    def join(
+        adapters: Sequence[Adapter],
+        *,
+        model: nn.Module | None = None,
+        ranks: Sequence[int] | None = None,
+        top_k: int = 2,
+        normalise: bool = False,
+        name: str = "flexmore",
+    ) -> Adapter:
+        """Return the mixture of all experts of some mixtures that were trained apart next to one public model.
+
+        A router gives the same shares when its first row, the public model's, is subtracted from all its rows. The
+        joined router has 0 there, and then the other rows of all.
+
+        Args:
+            adapters: at the same MLPs.
+            model: the public model, for ``ranks``; only read.
+            ranks: rank of each expert, in order, 0 for a full one, by the SVD as in ``from_experts``; default: theirs.
+            top_k, normalise: fields of the variant.
+            name: the new adapter's name.
+
+        Raises:
+            AdapterNotFound: there is no adapter, or one is of another method.
+            AdapterError: two are of other MLPs, the model has other shapes, or there is not one rank for each expert.
+            BaseNeeded: a rank changes, and there is no model.
+        """
+        variants = _check_joinable(adapters)
+        old = [rank for variant in variants for rank in variant.ranks]
+        new = tuple(old if ranks is None else ranks)
+        if len(new) != len(old):
+            raise AdapterError(
+                f"there are {len(new)} ranks for {len(old)} experts", next_step="give one for each, in their order"
+            )
+        if model is None and new != tuple(old):
+            raise BaseNeeded("other ranks need the public model's weights", next_step="give model=")
+        variant = dataclasses.replace(variants[0], ranks=new, top_k=top_k, normalise=normalise)
+        sources = [(adapter, n) for adapter, own in zip(adapters, variants, strict=True) for n in range(len(own.ranks))]
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for path in adapters[0].tensors:
+            rows = [adapter.tensors[path]["router"].detach() for adapter in adapters]
+            tensors[path] = {"router": torch.cat([torch.zeros_like(rows[0][:1]), *(r[1:] - r[:1] for r in rows)])}
+        for path, part, (number, (adapter, own)) in itertools.product(tensors, _LAYER_NAMES, enumerate(sources, 1)):
+            key, rank = f"{part}_{number}", new[number - 1]
+            expert = _rename_expert(adapter.tensors[path], f"{part}_{own + 1}", key)
+            if model is not None and rank != old[number - 1]:
+                layer = f"{path}.{getattr(variant, part)}.weight"
+                expert = _extract_expert(key, *_multiply_out(expert, key, model, layer), rank)
+            tensors[path] |= expert
         return Adapter(name, variant, tensors)
 
 
@@ -203,14 +256,53 @@ def _apply_expert(z: Tensor, p: Params, name: str, rank: int) -> Tensor:
     return F.linear(F.linear(z, getattr(p, f"{name}_A")), getattr(p, f"{name}_B"))
 
 
-def _extract_expert(name: str, expert: nn.Module, model: nn.Module, layer: str, rank: int) -> dict[str, Tensor]:
-    own, base = (found.get_parameter(layer).detach() for found in (expert, model))
-    if own.shape != base.shape:
+def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
+    """Return the variants of mixtures at the same MLPs."""
+    variants = [adapter.variant for adapter in adapters if isinstance(adapter.variant, FlexMoRE)]
+    if not variants or len(variants) < len(adapters):
+        raise AdapterNotFound("one of the adapters is not a FlexMoRE, or there is none", next_step="give FlexMoREs")
+    places = [
+        (adapter.tensors.keys(), variant.gate, variant.up, variant.down, variant.activation, variant.hidden)
+        for adapter, variant in zip(adapters, variants, strict=True)
+    ]
+    other = next((n for n, place in enumerate(places) if place != places[0]), None)
+    if other is not None:
         raise AdapterError(
-            f"'{layer}' has the shape {tuple(own.shape)} in an expert and {tuple(base.shape)} in the public model",
+            f"'{adapters[other].name}' is of other MLPs than '{adapters[0].name}'",
+            next_step="give mixtures next to one public model",
+            code="shape_mismatch",
+        )
+    return variants
+
+
+def _rename_expert(tensors: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    names = {old: new, f"{old}_A": f"{new}_A", f"{old}_B": f"{new}_B"}
+    return {names[key]: tensor.detach().clone() for key, tensor in tensors.items() if key in names}
+
+
+def _multiply_out(expert: Mapping[str, Tensor], name: str, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:
+    """Return an expert's whole matrix, and the public model's."""
+    if name in expert:
+        return expert[name], _get_matrix(model, layer, expert[name].shape)
+    a, b = expert[f"{name}_A"], expert[f"{name}_B"]
+    base = _get_matrix(model, layer, torch.Size((len(b), a.shape[1])))
+    return base + b @ a, base
+
+
+def _get_matrix(model: nn.Module, layer: str, shape: torch.Size) -> Tensor:
+    """Return the public model's matrix that an expert has of this shape."""
+    base = model.get_parameter(layer).detach()
+    if base.shape != shape:
+        raise AdapterError(
+            f"'{layer}' has the shape {tuple(shape)} in an expert and {tuple(base.shape)} in the public model",
             next_step="give models of one class and size",
             code="shape_mismatch",
         )
+    return base
+
+
+def _extract_expert(name: str, own: Tensor, base: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return an expert's matrix itself, or the factors of its truncated difference from the public one."""
     if not rank:
         return {name: own.clone()}
     u, s, v = torch.linalg.svd((own - base).double(), full_matrices=False)

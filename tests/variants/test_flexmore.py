@@ -160,6 +160,50 @@ def test_experts_change_places_with_their_routers_rows():
     assert_parity(second, first, host(input_ids=IDS).logits)
 
 
+def alone(number: int, rank: int = 0) -> lorac.Adapter:
+    """The mixture of the public model and one of the experts, as its owner trains it, with the public row drawn too."""
+    rows = {path: router[[0, number]] + number for path, router in routers().items()}
+    return lorac.FlexMoRE.from_experts(public(), [experts()[number - 1]], rows, ranks=(rank,), name=f"own{number}")
+
+
+@torch.no_grad()
+def test_mixtures_that_were_trained_apart_are_joined_at_other_ranks():
+    joined = lorac.FlexMoRE.join([alone(1), alone(2), alone(3, 16)], model=public(), ranks=RANKS, name="mix")
+    rows = {path: router - router[:1] for path, router in routers().items()}
+    expected = lorac.FlexMoRE.from_experts(public(), experts(), rows, ranks=RANKS, name="mix")
+    assert joined.variant == expected.variant
+    first, second = (lorac.compile(public(), {"mix": mix})(input_ids=IDS).logits for mix in (joined, expected))
+    assert_parity(first, second, public()(input_ids=IDS).logits)
+    wide = lorac.FlexMoRE.join([alone(3, 16)], model=public(), ranks=[0]).tensors[MLPS[0]]["up_1"]
+    assert_close(wide, experts()[2].get_submodule(MLPS[0]).up_proj.weight.detach())
+
+
+@torch.no_grad()
+def test_a_mixture_that_is_joined_alone_stays():
+    one = alone(2, 3)
+    compiled = lorac.compile(public(), {"a": one, "b": lorac.FlexMoRE.join([one], name="b")}, active=None)
+    first, second = (compiled(input_ids=IDS, adapters=name).logits for name in "ab")
+    assert_parity(second, first, public()(input_ids=IDS).logits)
+
+
+def test_what_cannot_be_joined_is_refused():
+    join = lorac.FlexMoRE.join
+    for wrong in ([], [lorac.compile(public(), {"a": lorac.LoRA(r=1)}).adapters["a"]]):
+        with pytest.raises(lorac.AdapterNotFound, match="not a FlexMoRE"):
+            join(wrong)
+    with pytest.raises(lorac.BaseNeeded):
+        join([alone(1)], ranks=[2])
+    with pytest.raises(lorac.AdapterError, match="2 ranks for 1 experts"):
+        join([alone(1)], ranks=[2, 2], model=public())
+    fewer = {path: router[:2] for path, router in routers().items() if path == MLPS[0]}
+    with refuses("shape_mismatch", match="'less' is of other MLPs than 'own1'"):
+        join([alone(1), lorac.FlexMoRE.from_experts(public(), [experts()[0]], fewer, ranks=[0], name="less")])
+    wider = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**{**SIZES, "intermediate_size": 32}))
+    for one in (alone(1), alone(1, 4)):
+        with refuses("shape_mismatch", match="in the public model"):
+            join([one], ranks=[2], model=wider)
+
+
 def test_it_trains_and_what_is_not_its_own_stays():
     model = copy.deepcopy(public())
     compiled = lorac.compile(model, {"a": lorac.FlexMoRE(ranks=(2, 0), top_k=3)})
