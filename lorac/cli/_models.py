@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -167,3 +168,18 @@ def parse_choice(text: str | None) -> str | dict[str, float] | None:
         raise ChoiceError(
             f"'{text}' is not a choice of adapters", next_step="write none, NAME, or A=0.7,B=0.3"
         ) from error
+
+
+def parse_option(spec: str) -> tuple[str, object]:
+    """Return name and value of a method's option in KEY=VALUE; a value is JSON, or else text.
+
+    Raises:
+        OptionError: there is no KEY=.
+    """
+    name, separator, text = spec.partition("=")
+    if not separator or not name:
+        raise OptionError(f"'{spec}' is no option of a method", next_step="write KEY=VALUE, such as -s density=0.5")
+    try:
+        return name, json.loads(text)
+    except ValueError:
+        return name, text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json as json_text
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorac.argument_types import Fields
-from lorac.cli._models import load_model
+from lorac.cli._models import load_model, parse_option
 from lorac.cli._output import JsonOption, print_report
 from lorac.cli.adapters import FormatOption, ModelOption, save
 from lorac.errors import AdapterError, OptionError
@@ -109,7 +108,7 @@ def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], 
                 f"two adapters are called '{name}'", next_step="name them: -a NAME=PATH=WEIGHT", code="adapter_exists"
             )
         paths[name], weights[name] = path, weight
-    return MergeRecipe(paths, method, weights, dict(map(_split_option, options)))
+    return MergeRecipe(paths, method, weights, dict(map(parse_option, options)))
 
 
 def _split_adapter(spec: str) -> tuple[str, str, float]:
@@ -121,17 +120,6 @@ def _split_adapter(spec: str) -> tuple[str, str, float]:
             rest, weight = before, float(last)
     name, separator, path = rest.partition("=") if not Path(rest).exists() else ("", "", rest)
     return (name, path, weight) if separator else (Path(rest).stem, rest, weight)
-
-
-def _split_option(spec: str) -> tuple[str, object]:
-    """Return name and value of an option; a value is JSON, or else text."""
-    name, separator, text = spec.partition("=")
-    if not separator or not name:
-        raise OptionError(f"'{spec}' is no option of a method", next_step="write KEY=VALUE, such as -s density=0.5")
-    try:
-        return name, json_text.loads(text)
-    except ValueError:
-        return name, text
 
 
 COMMANDS = (merge,)

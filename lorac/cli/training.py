@@ -1,4 +1,4 @@
-"""Commands about training: train."""
+"""Commands about training: train, transfer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
-from lorac.cli._models import load_image_processor, load_with_tokenizer
+from lorac.cli._models import load_image_processor, load_with_tokenizer, parse_option
 from lorac.cli._output import JsonOption, print_report
 from lorac.errors import OptionError
+from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
+
+_OPTION_HELP = "KEY=VALUE, a hyper-parameter of the method, such as r=8; may be given several times."
 
 
 def train(
@@ -41,4 +44,44 @@ def train(
     print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
 
 
-COMMANDS = (train,)
+def transfer(  # noqa: PLR0913, PLR0917  (an argument per option)
+    source: Annotated[str, typer.Argument(help=f"The model that has the adapter. {MODEL_HELP}")],
+    target: Annotated[str, typer.Argument(help=f"The model that gets one. {MODEL_HELP}")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")],
+    adapter: Annotated[Path, typer.Option("--adapter", "-a", help="SOURCE's adapter, a file or folder.")],
+    discriminator: Annotated[Path, typer.Option(help="SOURCE's adapter that knows the task's prompts.")],
+    task: Annotated[Path, typer.Option(help="The folder of transfer.json and seeds.jsonl: docs/initialisation.md.")],
+    method: Annotated[str, typer.Option(help="Of the new adapter, one of `lorac variants`.")] = "lora",
+    option: Annotated[list[str], typer.Option("--set", "-s", help=_OPTION_HELP)] = [],  # noqa: B006  (typer's way to say "any number")
+    count: Annotated[int, typer.Option(help="How many prompts to train on.")] = 250,
+    tokens: Annotated[int, typer.Option(help="The most tokens of a prompt, and of an answer.")] = 48,
+    epochs: Annotated[int, typer.Option(help="How often each is learnt.")] = 20,
+    lr: Annotated[float, typer.Option(help="The first learning rate, which falls to 0.")] = 2e-4,
+    soft: Annotated[bool, typer.Option("--soft", help="Learn probabilities: SOURCE has TARGET's vocabulary.")] = False,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Train an adapter of TARGET on what SOURCE answers with its own, without its data: Trans-LoRA."""
+    import lorac
+    from lorac.trainer.factories import make_adapters
+    from lorac.training.transfer import Task, TransferSettings
+    from lorac.training.transfer import transfer as run
+
+    described = Task.load(task)
+    settings = TransferSettings(count=count, max_new_tokens=tokens, epochs=epochs, lr=lr, soft=soft, seed=seed)
+    model, tokenizer = load_with_tokenizer(target)
+    made = make_adapters({"target": {"method": method, **dict(map(parse_option, option))}}, model, tuple)
+    student = lorac.compile(model, made)
+    student.tokenizer = tokenizer
+    base, tokenizer = load_with_tokenizer(source)
+    teacher = lorac.compile(base, {"source": adapter, "discriminator": discriminator})
+    teacher.tokenizer = tokenizer
+    with progress("transfer"):
+        done = run(teacher, student, described, settings=settings)
+    lorac.save_adapter(done.adapter, out, format="peft" if method == "lora" else "native", model=model)
+    contents = {"path": str(out), "prompts": len(done.pairs), "tried": done.tried}
+    line = f"{out}: learnt from {len(done.pairs)} prompts, which were taken of {done.tried}"
+    print_report(contents, line, as_json=json)
+
+
+COMMANDS = (train, transfer)

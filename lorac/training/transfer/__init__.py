@@ -9,7 +9,13 @@ The target writes prompts, the discriminator filters them, the source answers th
 Wang et al. 2024, arXiv 2405.17258.
 """
 
-from lorac.training.transfer.generation import compare_answers, continue_prompts, fit, make_training_batches
+from lorac.training.transfer.generation import (
+    compare_answers,
+    continue_prompts,
+    distillation_loss,
+    fit,
+    make_training_batches,
+)
 from lorac.training.transfer.pipeline import (
     SyntheticPrompts,
     TransferResult,
@@ -33,6 +39,7 @@ __all__ = [
     "answer_prompts",
     "compare_answers",
     "continue_prompts",
+    "distillation_loss",
     "fit",
     "make_prompt_filter",
     "make_prompt_source",

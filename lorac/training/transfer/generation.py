@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from lorac.errors import AdapterError, Unavailable
 
@@ -138,6 +139,18 @@ def _make_batch(tokenizer: Any, pairs: Sequence[PromptAnswer]) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Return KL(teacher‖student) of the next token in nats, the mean over the tokens that have a label.
+
+    Args:
+        student, teacher: logits (rows, length, tokens); no gradient reaches the teacher's.
+        labels: (rows, length), where ``IGNORED`` marks tokens that do not count.
+    """
+    counted = labels[:, 1:] != IGNORED
+    own, wanted = (logits[:, :-1][counted].log_softmax(-1) for logits in (student, teacher.detach()))
+    return F.kl_div(own, wanted, log_target=True, reduction="batchmean")
+
+
 def fit(
     compiled: Any,
     batches: Sequence[dict[str, Tensor]],
@@ -145,6 +158,7 @@ def fit(
     adapters: str,
     lr: float = 2e-4,
     each: Callable[[int, float], None] | None = None,
+    teacher: Callable[[dict[str, Tensor]], Tensor] | None = None,
 ) -> None:
     """Train one adapter on batches with AdamW, without decay and with a rate that falls to 0, as in the paper.
 
@@ -154,6 +168,7 @@ def fit(
         adapters: the adapter's name; the others stay unchanged.
         lr: the first rate.
         each: called after every step with its number and loss.
+        teacher: batch -> logits (rows, length, tokens) to learn in place of the labels, by ``distillation_loss``.
 
     Raises:
         AdapterNotFound: there is no such adapter.
@@ -164,7 +179,8 @@ def fit(
     mode = compiled.training
     compiled.train()
     for step, batch in enumerate(batches):
-        loss = compiled(**batch, adapters=adapters).loss
+        output = compiled(**batch, adapters=adapters)
+        loss = output.loss if teacher is None else distillation_loss(output.logits, teacher(batch), batch["labels"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

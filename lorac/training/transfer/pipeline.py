@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorac.errors import AdapterError
+import torch
+from torch import Tensor
+
+from lorac.errors import AdapterError, Unavailable
 from lorac.training.transfer.generation import (
     PromptAnswer,
     compare_answers,
@@ -55,6 +58,8 @@ class TransferSettings:
         tries: maximum number of generated prompts; None: 20 for each of ``count``.
         max_new_tokens: of a prompt, and of an answer.
         epochs, lr, rows: of the training.
+        soft: learn the source's probabilities of its answers' tokens instead of the tokens, where both models have
+            one vocabulary.
         seed: of sampling.
     """
 
@@ -64,6 +69,7 @@ class TransferSettings:
     epochs: int = 20
     lr: float = 2e-4
     rows: int = 8
+    soft: bool = False
     seed: int = 0
 
 
@@ -222,10 +228,11 @@ def transfer(
         accept: filters them; default: the discriminator.
 
     Raises:
-        Unavailable: a model has no tokenizer.
+        Unavailable: a model has no tokenizer, or for ``soft`` the two have other ones.
         AdapterNotFound: an adapter of ``roles`` is missing.
         AdapterError: as ``synthesise_prompts``; or the source answers no prompt.
     """
+    teacher = _make_teacher(source, target, roles.teacher) if settings.soft else None
     draw = draw or make_prompt_source(target, task, max_new_tokens=settings.max_new_tokens)
     accept = accept or make_prompt_filter(source, task, adapters=roles.discriminator)
     found = synthesise_prompts(
@@ -236,5 +243,21 @@ def transfer(
     batches = make_training_batches(
         require_tokenizer(target), pairs, rows=settings.rows, epochs=settings.epochs, seed=settings.seed
     )
-    fit(target, batches, adapters=roles.student, lr=settings.lr)
+    fit(target, batches, adapters=roles.student, lr=settings.lr, teacher=teacher)
     return TransferResult(target.adapters[roles.student], tuple(pairs), found.tried)
+
+
+def _make_teacher(source: Any, target: Any, adapters: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Return a function from a batch to the source's logits of it."""
+    if require_tokenizer(source).get_vocab() != require_tokenizer(target).get_vocab():
+        raise Unavailable(
+            "the source and the target have other vocabularies, so that one's probabilities say nothing to the other",
+            next_step="leave out soft=True, and the target learns the source's answers as text",
+        )
+
+    @torch.no_grad()
+    def teach(batch: dict[str, Tensor]) -> Tensor:
+        logits = source(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapters=adapters).logits
+        return torch.as_tensor(logits)
+
+    return teach

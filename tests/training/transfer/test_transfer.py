@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.testing.eager_checks import assert_close
 from lorac.training import transfer
 from lorac.training.transfer import Task, TransferSettings
 from tests.refusing import refuses
@@ -149,6 +150,40 @@ def test_the_filter_learns_and_the_adapter_goes_over(tmp_path: Path) -> None:
 def right(compiled: Any, prompts: Sequence[str], adapters: str) -> int:
     said = transfer.answer_prompts(compiled, prompts, adapters=adapters, max_new_tokens=2)
     return sum(answer == prompt[-1].upper() for prompt, answer in said)
+
+
+def test_the_loss_of_distillation_by_its_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 5, dtype=torch.float64, generator=generator) for _ in range(2))
+    labels = torch.tensor([[-100, 4, -100], [-100, 0, 1]])
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    at = [(0, 0), (1, 0), (1, 1)]
+    expected = sum((p[place] * (p[place] / q[place]).log()).sum() for place in at) / len(at)
+    assert_close(transfer.distillation_loss(student, teacher, labels), torch.as_tensor(expected))
+    assert not transfer.distillation_loss(teacher, teacher, labels).item()
+
+
+def test_probabilities_go_over_too() -> None:
+    """A target that learns the source's probabilities comes nearer to them than one that learns its answers."""
+    source = speaking(llama(16, 0), source=lorac.LoRA(r=2, targets=ALL))
+    for tensor in source.adapters["source"].parameters():
+        torch.nn.init.normal_(tensor, std=0.5, generator=torch.Generator().manual_seed(1))
+    prompts = drawn()(16, 3)
+    left = []
+    for soft in (True, False):
+        target = speaking(llama(24, 5), target=lorac.LoRA(r=8, alpha=16, targets=ALL))
+        settings = TransferSettings(count=16, max_new_tokens=4, epochs=15, lr=1e-2, soft=soft)
+        done = transfer.transfer(
+            source, target, ASKED, settings=settings, draw=lambda count, seed: prompts, accept=every
+        )
+        (batch,) = transfer.make_training_batches(source.tokenizer, done.pairs, rows=16)
+        with torch.no_grad():
+            mine, theirs = target(**batch, adapters="target"), source(**batch, adapters="source")
+        left.append(float(transfer.distillation_loss(mine.logits, theirs.logits, batch["labels"])))
+    assert left[0] < left[1]
+    target.tokenizer.add_tokens(["<more>"])
+    with pytest.raises(lorac.Unavailable, match="other vocabularies"):
+        transfer.transfer(source, target, ASKED, settings=TransferSettings(soft=True))
 
 
 @pytest.mark.parametrize("seeds", [(), ("a\nb",), (" ",)])
