@@ -34,7 +34,7 @@ def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dty
 
     Returns:
         "<dtype>:<blake2b of path, dtype, shape and bytes of each weight>", dtype "mixed" where the weights have
-        several; None under a quantised weight, whose original values are unknown.
+        several; None under a quantised weight, whose original values are unknown, and for a model without its weights.
     """
     paths = tuple(paths)
     if _is_quantised(view, paths):
@@ -42,6 +42,8 @@ def compute_base_hash(view: ModelView, paths: Iterable[str], *, dtype: torch.dty
     digest = hashlib.blake2b(digest_size=16)
     dtypes = set()
     for name, stored in _iter_weights(view, paths):
+        if stored.is_meta:
+            return None
         weight = stored if dtype is None else stored.to(dtype)
         dtypes.add(weight.dtype)
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())

@@ -54,6 +54,8 @@ class Recipe:
         loss: what is added to the model's loss, by the names of ``lorac.training``'s functions.
         start_batches: how many batches a start sees.
         early_stopping_patience: evaluations without a better one after which the run stops.
+        recover: for LoRAM, where the model is a smaller copy: ``{"model": <folder of the large one>, "pruned": <a
+            folder of pruned_idx files, or a file of write_pruning_record>}``. LoRAs are written for the large model.
         arguments: of the task's dataclass in ``TASKS``, by their own names. In YAML they are top-level fields.
 
     Raises:
@@ -74,6 +76,7 @@ class Recipe:
     loss: Sequence[NamedSpec] = ()
     start_batches: Count = 8
     early_stopping_patience: Count | None = None
+    recover: Mapping[str, str] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,9 @@ class Recipe:
             raise ChoiceError("eval_data and test_size both say what to evaluate on", next_step="give one of them")
         if self.early_stopping_patience is not None and not self.evaluates:
             raise ChoiceError("early_stopping_patience needs evaluations", next_step="add test_size, or eval_data")
+        if self.recover is not None and self.recover.keys() != {"model", "pruned"}:
+            what = f"recover has the fields {', '.join(self.recover) or 'none'}"
+            raise OptionError(what, next_step="it takes model and pruned, the large model and what was pruned of it")
         for name, value in self.arguments.items():
             self._check_argument(name, value)
 

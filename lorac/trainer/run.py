@@ -12,10 +12,12 @@ from torch import nn
 
 import lorac
 from lorac.errors import ChoiceError, FormatError, OptionError, translate_errors
+from lorac.session.model_folders import outline_model
 from lorac.storage.paths import file_stems, parse_path
 from lorac.trainer import checkpoints, factories, losses
 from lorac.trainer.data import load_rows
 from lorac.trainer.recipe import Recipe
+from lorac.training import loram
 from lorac.variants.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def train(
     compiled: CompiledModule = trainer.model
     names = sorted(compiled.adapters) if trainer.is_world_process_zero() else ()
     for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
-        _save_adapter(compiled.adapters[name], folder / stem, model)
+        _save_adapter(run.recover(compiled.adapters[name]), folder / stem, run.host)
     trainer.accelerator.wait_for_everyone()
     return compiled.eval()
 
@@ -72,6 +74,12 @@ def _save_adapter(adapter: Adapter, folder: Path, model: nn.Module) -> None:
         lorac.save_adapter(adapter, folder.with_name(f"{folder.name}.safetensors"), format="native", model=model)
 
 
+def _read_recovery(given: Mapping[str, str]) -> tuple[nn.Module, Mapping[str, loram.PruningRecord] | None]:
+    """Return the large model without its weights, and the rows and columns that its smaller copy keeps."""
+    large, pruned = outline_model(parse_path(given["model"], "model", OptionError)), Path(given["pruned"])
+    return large, loram.read_removed_units(pruned, large) if pruned.is_dir() else loram.read_pruning_record(pruned)
+
+
 class _Run:
     """The rows and the arguments of a run, from which its trainer is made."""
 
@@ -79,6 +87,7 @@ class _Run:
         from transformers import set_seed
 
         self.model, self.recipe = model, recipe
+        self.host, self.kept = _read_recovery(recipe.recover) if recipe.recover else (model, None)
         self.is_preference = recipe.task in ("dpo", "kto")
         self.trainer_class, config = recipe.load_classes()
         evaluation = {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}
@@ -115,7 +124,13 @@ class _Run:
         active = recipe.active or dict.fromkeys(adapters, 1.0)
         aux = losses.extra_outputs(factories.make_losses(recipe.loss))
         compiled = lorac.compile(self.model, adapters, active=active, aux=aux)
+        for adapter in compiled.adapters.values():
+            self.recover(adapter)  # refused before the training, where it cannot be after it
         return self._construct(adapter_trainer(self.trainer_class), compiled, **options)
+
+    def recover(self, adapter: Adapter) -> Adapter:
+        """Return an adapter for the large model where the recipe names one, else the adapter."""
+        return adapter if self.kept is None else loram.recover(adapter, self.kept, self.host)
 
     def _batches(self) -> Iterator[Any]:
         """Yield the first batches of the run, for initialisers."""
