@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorac.native_library import find_native_library
 from lorac.progress import progress
 from lorac.third_party_output import hide_progress_bars, suppress_third_party_output
 
@@ -381,6 +382,12 @@ def compare_sides(title: str, found: Found, sides: Sequence[str]) -> Table:
         rows.append((side, *figures, *(f"{ratio[what]:.2f}" for what in ("peak", "cpu", "seconds"))))
     columns = ("side", "s", "CPU s", "peak MiB", "memory ratio", "CPU ratio", "time ratio")
     return Table(title, columns, rows, [(side,) for side in sides], ratios[again])
+
+
+def native_note() -> str:
+    """Return a table's note on lorac-native."""
+    library = find_native_library()
+    return f"lorac-native: {library.kernels}" if library else "lorac-native is not installed: make wheel-native"
 
 
 def print_table(table: Table) -> None:

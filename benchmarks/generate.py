@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import _genai, common
 from benchmarks._writers import Side, Text, through_engine, through_genai, through_generate
-from lorac.backends.onnxruntime.native_op import find_native_library
+from lorac.native_library import find_native_library
 
 GENAI, GENAI_ADAPTER, GENAI_INT4 = "genai base", "genai adapter", "genai int4 base"
 BASE, AGAIN, LIVE, ROOMY, USERS = "base", "base, A/A", "live", "live, capacity 2048", "live, generate"
@@ -291,15 +291,11 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
     speeds = [(f"{side} / {other}",) for side, other, _ in _held(given)]
     base, second = sides.get(BASE, {}), sides.get(AGAIN, {})
     again = {what: base[what] / second[what] for what in (*DECODING, *PREFILL) if what in base and what in second}
+    notes = [_genai.note(given), common.native_note()]
     return [
-        common.Table(title, columns, rows, [(name,) for name in given.only], {}, [_genai.note(given), _native_note()]),
+        common.Table(title, columns, rows, [(name,) for name in given.only], {}, notes),
         common.Table("speed beside another's", ("speed", *DECODING, *PREFILL), ratios, speeds, again),
     ]
-
-
-def _native_note() -> str:
-    library = find_native_library()
-    return f"lorac-native: {library.kernels}" if library else "lorac-native is not installed: make wheel-native"
 
 
 def _held(given: argparse.Namespace) -> list[tuple[str, str, Mapping[str, float]]]:

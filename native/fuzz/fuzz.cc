@@ -1,5 +1,5 @@
 // Computes updates of random shapes, compares them with sums in double precision, and repeats each with its tasks in
-// another order, which must not change a bit. Buffers are as long as their contents, for AddressSanitizer.
+// another order, which must not change a bit; then writes into weights, on one thread and on three. Buffers are as long as their contents, for AddressSanitizer.
 //
 //     fuzz [count] [seed]
 #include <algorithm>
@@ -13,6 +13,10 @@
 
 #include "kernels.h"
 #include "low_rank.h"
+
+extern "C" void LoracNativeScatter(void*, const int64_t*, const void*, int64_t, int64_t, int64_t);
+extern "C" void LoracNativeAddProduct(
+    const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t);
 
 namespace {
 
@@ -149,13 +153,46 @@ bool Check(Random& random) {
   return true;
 }
 
+bool CheckScatter(Random& random) {
+  std::vector<int64_t> positions;
+  std::vector<float> memory(Pick(random, 1, 60000)), values;
+  const int64_t step = Pick(random, 1, 5);
+  for (int64_t i = 0; i < int64_t(memory.size()); i += Pick(random, 1, step)) positions.push_back(i);
+  values = Floats(random, positions.size(), 1);
+  std::vector<float> expected = memory;
+  for (size_t i = 0; i < positions.size(); ++i) expected[positions[i]] = values[i];
+  LoracNativeScatter(memory.data(), positions.data(), values.data(), positions.size(), sizeof(float), 3);
+  if (memory == expected) return true;
+  std::printf("%zu values are not where they belong\n", positions.size());
+  return false;
+}
+
+bool CheckAddProduct(Random& random) {
+  const int64_t rows = Pick(random, 1, 300), rank = Pick(random, 0, 20), columns = Pick(random, 1, 150);
+  const std::vector<float> weight(rows * columns, 0), left = Floats(random, rows * rank, 1),
+                           right = Floats(random, rank * columns, 1);
+  std::vector<float> out(weight), again(weight);
+  LoracNativeAddProduct(weight.data(), left.data(), right.data(), out.data(), rows, rank, columns, 1);
+  LoracNativeAddProduct(weight.data(), left.data(), right.data(), again.data(), rows, rank, columns, 3);
+  double wrong = 0, added = 0;
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    double sum = 0;
+    for (int64_t r = 0; r < rank; ++r) sum += double(left[i / columns * rank + r]) * right[r * columns + i % columns];
+    wrong += std::pow(out[i] - sum, 2);
+    added += sum * sum;
+  }
+  if (out == again && std::sqrt(wrong) <= kLimit * std::sqrt(added)) return true;
+  std::printf("a weight of %d x %d at rank %d is wrong\n", int(rows), int(columns), int(rank));
+  return false;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
   const long checks = count > 1 ? std::atol(arguments[1]) : 100;
   Random random(count > 2 ? std::atol(arguments[2]) : 0);
   for (long i = 0; i < checks; ++i) {
-    if (!Check(random)) return 1;
+    if (!Check(random) || !CheckScatter(random) || !CheckAddProduct(random)) return 1;
   }
   std::printf("%ld updates by the %s kernels\n", checks, lorac::ChooseKernels().name);
   return 0;

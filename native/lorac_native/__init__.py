@@ -1,4 +1,4 @@
-"""A library with one op for ONNX Runtime's CPU, which adds what adapters make of a layer's input to its output.
+"""A library that adds low-rank adapters: an op for ONNX Runtime's CPU, and functions that write into merged weights.
 
 ``lorac`` finds it by itself. Others register it with ``onnxruntime.SessionOptions.register_custom_ops_library``.
 """

@@ -27,6 +27,7 @@ struct Finish {
   int64_t base_stride;
   const float* h;  // (width), or null
   const float* c;  // (width), or null
+  bool far;        // base and y are not in a cache: lines of the next rows are asked for early
 };
 
 struct Kernels {

@@ -150,6 +150,10 @@ void Down(const Block& block, bool half, bool add) {
 template <typename V>
 void Up(const Block& block, bool half, const Finish& finish) {
   Product<V>(block, half, [&](int64_t row, int64_t column, int lanes, typename V::Type sum) {
+    if (finish.far) {
+      __builtin_prefetch(finish.base + (row + kRows) * finish.base_stride + column, 0);
+      __builtin_prefetch(block.y + (row + kRows) * block.y_stride + column, 1);
+    }
     typename V::Type base = Load<V>(finish.base + row * finish.base_stride + column, lanes);
     if (finish.c != nullptr) base = V::Multiply(base, Load<V>(finish.c + column, lanes));
     if (finish.h != nullptr) sum = V::Multiply(sum, Load<V>(finish.h + column, lanes));

@@ -131,7 +131,7 @@ class Call {
                            layer.width};
     const Finish finish = {update_.base + block.first * y_width_ + y_offsets_[slice.layer], y_width_,
                            layer.h == nullptr ? nullptr : layer.h + block.place * layer.width,
-                           layer.c == nullptr ? nullptr : layer.c + block.place * layer.width};
+                           layer.c == nullptr ? nullptr : layer.c + block.place * layer.width, false};
     kernels_.up(product, update_.half, finish);
   }
 

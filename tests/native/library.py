@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lorac.backends.onnxruntime.native_op import find_native_library
+from lorac.native_library import find_native_library
 
 ROOT = Path(__file__).parents[2]
 SOURCES, BUILD = ROOT / "native", ROOT / "build" / "native"

@@ -9,9 +9,6 @@ A saved program has the standard ops, whoever wrote it, so it runs everywhere.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import importlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ import onnx
 from onnx import TensorProto, helper
 
 from lorac.backends.onnx.model_files import walk_subgraphs
-from lorac.errors import warn
 from lorac.ir.algebra import operands
 
 DOMAIN, OP = "lorac.native", "AddLowRank"
@@ -28,35 +24,6 @@ _PAIR = 1
 _SCALES = {operands.G: 2, operands.H: 4, operands.C: 8}
 """Operand -> its bit in the attribute ``parts``, in the order of the op's inputs, which follow the pair."""
 Shape = tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class NativeLibrary:
-    """The library of lorac-native.
-
-    Attributes:
-        path: its file.
-        kernels: the instruction set that it uses on this processor.
-    """
-
-    path: str
-    kernels: str
-
-
-@functools.cache
-def find_native_library() -> NativeLibrary | None:
-    """Return the library, or None where lorac-native is not installed."""
-    try:
-        path: str = importlib.import_module("lorac_native").LIBRARY
-    except ModuleNotFoundError:
-        return None
-    try:
-        describe = ctypes.CDLL(path).LoracNativeKernels
-    except OSError as error:
-        warn(f"lorac-native is installed, but its library does not load: {error}", next_step="install it again")
-        return None
-    describe.restype = ctypes.c_char_p
-    return NativeLibrary(path, describe().decode())
 
 
 def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:

@@ -10,10 +10,10 @@ import onnxruntime
 import torch
 
 from lorac.backends.onnxruntime.devices.providers import CPU, CUDA, device_type_of, known_providers
-from lorac.backends.onnxruntime.native_op import NativeLibrary, find_native_library
 from lorac.backends.onnxruntime.quantised.algorithms import ALGORITHMS, GPTQ, K_QUANT, RTN
 from lorac.backends.onnxruntime.quantised.codec import BLOCK_SIZES, Codec
 from lorac.errors import MissingExtra, OptionError, Unavailable, nearest_name, not_one_of, short
+from lorac.native_library import NativeLibrary, find_native_library
 from lorac.target.backend import TargetOptions
 
 MAX_THREADS = 1024

@@ -19,7 +19,6 @@ from lorac.ir.algebra.changes import (
     LowRank,
     Sparse,
     SparseSum,
-    add_product,
     device_of,
     merge_bias,
     merge_weight,
@@ -29,6 +28,7 @@ from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import slot_name
+from lorac.ir.slots.weight_writes import scatter, write_product
 
 Tensor = torch.Tensor
 
@@ -118,7 +118,7 @@ class FusedBuffer:
         if change is None:
             target.copy_(base)
         elif isinstance(change, LowRank) and not change.scales and change.a.dtype == base.dtype:
-            add_product(base, change.b.mT, change.a.mT, out=target)
+            write_product(base, change.b.mT, change.a.mT, out=target)
         elif isinstance(change, Dense):
             target.copy_(change.weight)
         else:
@@ -128,14 +128,14 @@ class FusedBuffer:
     def _write_sparse(self, change: Sparse | SparseSum, previous: Change | None) -> int:
         written = self._restore(previous)
         patch = self._patch(change)
-        self.buffer.view(-1).index_copy_(0, patch.positions, patch.new)
+        scatter(self.buffer, patch.positions, patch.new)
         return written + patch.new.nbytes
 
     def _restore(self, previous: Change | None) -> int:
         if not isinstance(previous, Sparse | SparseSum):
             return 0
         patch = self._patch(previous)
-        self.buffer.view(-1).index_copy_(0, patch.positions, patch.original)
+        scatter(self.buffer, patch.positions, patch.original)
         return patch.original.nbytes
 
     def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:
