@@ -1,9 +1,11 @@
-"""Does LoRA-Pro's loss fall at least as fast as LoRA's, each at its best rate?
+"""Does LoRA-Pro's loss fall faster than LoRA's, each at its best rate?
 
     python -m experiments.lora_pro [--seeds 5] [--steps 60] [--smoke]
 
-A linear student of 64 x 64 with r = 4 learns a change of rank 16 from its teacher; a full fine-tuning of the same
-weight stands beside. Under SGD, and under AdamW with LoRA-Pro's efficient and its full form.
+A linear student of 64 x 64 with r = 16 learns a change of rank 16 from its teacher (at a lower rank the loss that it
+cannot fall below hides how fast it falls); a full fine-tuning of the same weight stands beside. Under SGD,
+and under AdamW with the paper's algorithm. The efficient form of later code, which keeps moments of the factors' size,
+stands beside too: the paper claims nothing of it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from experiments._study import Expected, Experiment, Finding, Question, adamw, a
 from experiments._teacher import side
 from lorac.training import LoRAPro
 
-LORA = lorac.LoRA(r=4, alpha=4, targets=["0"])
+LORA = lorac.LoRA(r=16, alpha=16, targets=["0"])
 FULL = lorac.Full(targets=["0"])
 
 
@@ -29,7 +31,7 @@ QUESTIONS = [
     Question(
         "SGD",
         {"LoRA": side(LORA, sgd), "LoRA-Pro": side(LORA, sgd, LoRAPro), "full fine-tuning": side(FULL, sgd)},
-        (1.0, 3.0, 5.0, 10.0, 20.0, 30.0),
+        (1.0, 3.0, 5.0, 10.0, 20.0, 30.0, 40.0),
         log_mean,
         "mean of log10(loss) over the steps",
     ),
@@ -49,7 +51,6 @@ QUESTIONS = [
 
 EXPECTED = [
     Expected("SGD", "LoRA-Pro", "LoRA"),
-    Expected("AdamW", "LoRA-Pro, efficient", "LoRA"),
     Expected("AdamW", "LoRA-Pro, full (on SGD)", "LoRA"),
 ]
 EXPERIMENT = Experiment(
