@@ -16,7 +16,7 @@ from experiments._study import Table
 def load(given: argparse.Namespace) -> denoiser.Denoiser:
     """Return the trained denoiser; for a smoke run one that has hardly begun to learn."""
     torch.set_num_threads(1)
-    return denoiser.train(2, pictures=8, rows=2) if given.steps <= 2 else denoiser.load()
+    return denoiser.train(2, 2, pictures=8, rows=2) if given.steps <= 2 else denoiser.load()
 
 
 @torch.no_grad()
