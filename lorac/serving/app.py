@@ -29,7 +29,7 @@ from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.rows import row_endpoints
 from lorac.serving.rows.row_batches import RowBatches
 from lorac.serving.rows.row_fields import EmbeddingFields, PredictFields
-from lorac.serving.served_model import ServedModel, TextScheduler
+from lorac.serving.served_model import RowComputer, ServedModel, TextScheduler, decodes
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
 from lorac.serving.store_endpoints import UploadFields, add_store_endpoints
@@ -56,6 +56,7 @@ def build_app(
     *,
     store: AdapterSource | None = None,
     scheduler: TextScheduler | None = None,
+    rows: RowComputer | None = None,
 ) -> fastapi.FastAPI:
     """Return a server's app, whose ``state.scheduler`` runs from its startup to its shutdown.
 
@@ -64,6 +65,7 @@ def build_app(
         settings: default: ``ServingSettings()``.
         store: adapters that tenants bring; None: only those that the model has.
         scheduler: computes text; default: a ``lorac.Scheduler`` of the model. The app closes it.
+        rows: computes rows for embeddings and predictions; default: the model itself. The app closes it.
 
     Raises:
         AdapterError: an adapter that all tenants share has the name of the base, or one that is read as a mixture.
@@ -71,7 +73,7 @@ def build_app(
         Unavailable: the model has no tokenizer, or one that cannot be read token by token.
     """
     given = ServingSettings() if settings is None else settings
-    lifespan = functools.partial(_run, scheduler=scheduler)
+    lifespan = functools.partial(_run, scheduler=scheduler, rows=rows)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
     app.state.source = SharedAdapters(compiled) if store is None else store
@@ -79,16 +81,16 @@ def build_app(
     app.state.metrics = ServerMetrics(compiled, given.base_name)
     app.state.activity = Activity(app.state.metrics)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
-    if _decodes(compiled):
+    if decodes(compiled):
         find_tokenizer(compiled)
     elif compiled.traits[MAIN_GRAPH].generation is not None:
         warn("the model keeps no cache, so it is not served as text", next_step="compile it with cache=True")
-    if _decodes(compiled):
+    if decodes(compiled):
         app.include_router(text_endpoints.router)
     app.include_router(lora_endpoints.router)
-    if isinstance(compiled, Compiled):
+    if rows is not None or isinstance(compiled, Compiled):
         app.include_router(row_endpoints.predict_router)
-    if not _decodes(compiled) and compiled.tokenizer is not None:
+    if not decodes(compiled) and compiled.tokenizer is not None:
         app.include_router(row_endpoints.embedding_router)
     if isinstance(store, AdapterStore):
         add_store_endpoints(app, store)
@@ -101,24 +103,21 @@ def build_app(
     return app
 
 
-def _decodes(compiled: ServedModel) -> bool:
-    spec = compiled.engine.cache_spec(MAIN_GRAPH)
-    return spec is not None and not spec.encodes
-
-
 @contextlib.asynccontextmanager
-async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None) -> AsyncIterator[None]:
-    """Hold the pinned adapters, and run the scheduler; at the end, requests at work are finished."""
+async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowComputer | None) -> AsyncIterator[None]:
+    """Hold the pinned adapters, and run what computes; at the end, requests at work are finished."""
     state, settings = app.state, app.state.settings
     async with contextlib.AsyncExitStack() as stack:
         for name in state.pinned:
             stack.enter_context(state.compiled.hold(name))
-        if _decodes(state.compiled):
+        if decodes(state.compiled):
             state.scheduler = scheduler or Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
             stack.push_async_callback(run_in_threadpool, state.scheduler.close)
             state.text = TextService(state.scheduler, state.source, settings, state.activity)
-        if isinstance(state.compiled, Compiled):
-            state.rows = RowBatches(state.compiled, settings.rows, settings.waiting)
+        if rows is None and isinstance(state.compiled, Compiled):
+            rows = RowBatches(state.compiled, settings.rows, settings.waiting)
+        if rows is not None:
+            state.rows = rows
             stack.push_async_callback(run_in_threadpool, state.rows.close)
         yield
 

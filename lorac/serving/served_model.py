@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from torch import Tensor
+
+from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
 from lorac.runtime.traits import ModelTraits
@@ -60,6 +63,20 @@ class ServedModel(Protocol):
     def memory(self) -> MemoryUse: ...
 
     def hold(self, choice: ChoiceSpec) -> AbstractContextManager[object]: ...
+
+
+def decodes(model: ServedModel) -> bool:
+    """Return whether a model continues text, token by token."""
+    spec = model.engine.cache_spec(MAIN_GRAPH)
+    return spec is not None and not spec.encodes
+
+
+class RowComputer(Protocol):
+    """Computes rows of a model's inputs: ``RowBatches``, or what has them computed elsewhere."""
+
+    async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec]) -> Mapping[str, Tensor]: ...
+
+    def close(self) -> None: ...
 
 
 class TextScheduler(Protocol):

@@ -151,8 +151,7 @@ class TextService:
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
-        ends = self._defaults.get("eos_token_id", [])
-        return Grammars(self._tokenizer, self._spec.vocabulary, ends if isinstance(ends, list) else [ends])
+        return Grammars.of(self._scheduler.compiled)
 
     def _answer(
         self, stream: TokenStream, stops: Sequence[str], ids: Sequence[int], tools: Sequence[JsonMapping] | None

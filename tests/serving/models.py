@@ -45,6 +45,25 @@ def make_compiled() -> Any:
     return compiled
 
 
+def make_encoder() -> Any:
+    """An encoder with two adapters."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    host = transformers.BertModel(config, add_pooling_layer=False).eval()
+    ids = torch.randint(3, VOCABULARY, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    adapters = [
+        adapter_away(lorac.LoRA(r=2, targets=["query", "value"]), host, ids, name=name, seed=seed)
+        for seed, name in enumerate(["one", "two"])
+    ]
+    compiled = lorac.compile(host, adapters, target="onnxruntime", active=None, example_inputs=inputs, self_test=False)
+    compiled.tokenizer = make_tokenizer()
+    return compiled
+
+
 @contextlib.contextmanager
 def serve(app: fastapi.FastAPI) -> Iterator[str]:
     """Run an app for a block; its address."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, models
 
@@ -103,6 +105,21 @@ def test_an_answer_is_json_of_a_schema(client: openai.OpenAI, compiled: Any, see
     assert answer.choices[0].finish_reason == "stop"
     found = json.loads(text)
     assert found["kind"] in ("lora", "dora") and 1 <= found["rank"] <= 64
+
+
+def test_a_grammar_goes_on_in_another_process(compiled: Any) -> None:
+    """A worker of a cluster gets a mask before its first token, and may get part of the answer with it."""
+    grammars, prompt = Grammars.of(compiled), compiled.tokenizer("Say")["input_ids"]
+    mask = grammars.processor(ResponseFormat(type="json_object"), len(prompt))
+    sent = pickle.dumps(mask)
+    text, scores = torch.tensor([prompt]), torch.zeros(1, VOCABULARY)
+    for token in compiled.tokenizer('{"a":')["input_ids"]:
+        mask(text, scores)
+        text = torch.cat([text, torch.tensor([[token]])], 1)
+    moved = pickle.loads(sent)
+    grammars.bind(moved)
+    expected = mask(text, scores)
+    assert torch.equal(moved(text, scores), expected) and expected.isinf().any()
 
 
 def test_a_tokenizer_that_the_grammar_cannot_read_is_refused_by_name() -> None:

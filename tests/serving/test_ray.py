@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import re
 import time
 import urllib.request
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx2
 import openai
 import psutil
 import pytest
@@ -19,7 +22,8 @@ import transformers
 import lorac
 from lorac.testing import adapter_away
 from tests.decoders import VOCABULARY
-from tests.serving.models import make_tokenizer, settings
+from tests.refusing import refuses
+from tests.serving.models import alone, make_app, make_encoder, make_tokenizer, serve, settings
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = [
@@ -36,7 +40,7 @@ TOKENS = 150
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def host() -> Any:
     """A decoder that takes some seconds for an answer."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -51,7 +55,11 @@ def compiled() -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
-    host = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def compiled(host: Any) -> Any:
     ids = torch.randint(3, VOCABULARY, (2, 5))
     variants = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"])}
     adapters = [adapter_away(variant, host, ids, name=name, seed=1) for name, variant in variants.items()]
@@ -61,17 +69,23 @@ def compiled() -> Any:
 
 
 @pytest.fixture(scope="module")
-def cluster(compiled: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def folder(compiled: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray") / "model"
+    compiled.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from ray import serve
 
     from lorac.serving.ray import RayServer, build_server
 
-    folder = tmp_path_factory.mktemp("ray") / "model"
-    compiled.save(folder)
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"port": 8123})
     limits = settings(rows=6, waiting=6, max_new_tokens=200)
-    server = RayServer(folder=str(folder), settings=limits, workers=2, adapters_per_worker=4)
+    store = str(tmp_path_factory.mktemp("store"))
+    server = RayServer(folder=str(folder), settings=limits, workers=2, adapters_per_worker=4, store=store)
     serve.run(build_server(server))
     yield
     serve.shutdown()
@@ -125,6 +139,13 @@ def count(name: str) -> list[float]:
     port = ray.nodes()[0]["MetricsExportPort"]
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     return [float(found) for found in re.findall(rf"^ray_{name}(?:_total)?\{{[^}}]*Worker[^}}]*\}} (\S+)", text, re.M)]
+
+
+def wait_for_counts(name: str, values: list[float]) -> None:
+    until = time.monotonic() + 60
+    while sorted(count(name)) != values:
+        assert time.monotonic() < until, f"{name}: {count(name)}"
+        time.sleep(0.5)
 
 
 def wait_for_count(name: str, least: float) -> float:
@@ -194,13 +215,135 @@ def test_a_client_that_leaves_frees_its_row_and_wrong_requests_are_refused(clien
         await stream.close()
         with pytest.raises(openai.NotFoundError, match="three"):
             await client.completions.create(model="three", prompt="Say")
-        messages: list[Any] = [{"role": "user", "content": "Say"}]
-        with pytest.raises(openai.BadRequestError, match="response_format"):
-            await client.chat.completions.create(
-                model="one", messages=messages, max_tokens=5, response_format={"type": "json_object"}
-            )
 
     run(client, work())
     until = time.monotonic() + 30
     while b'"running":0,"waiting":0' not in (state := urllib.request.urlopen(f"{URL}/v1/status").read()):
         assert time.monotonic() < until, state
+
+
+FORM: Any = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "pet",
+        "schema": {
+            "type": "object",
+            "properties": {"legs": {"type": "integer", "minimum": 0, "maximum": 8}, "kind": {"enum": ["cat", "ant"]}},
+            "required": ["legs", "kind"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_an_answer_has_the_form_that_is_asked_for(compiled: Any, client: openai.AsyncOpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "Say"}]
+    asked: dict[str, Any] = {"model": "one", "messages": messages, "n": 3, "max_tokens": 60, "response_format": FORM}
+    drawn: dict[str, Any] = {**asked, "temperature": 0.9, "seed": 3, "presence_penalty": 0.5}
+    found = run(client, client.chat.completions.create(**drawn))
+    with (
+        serve(make_app(compiled, max_new_tokens=60)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any") as one_server,
+    ):
+        expected = one_server.chat.completions.create(**drawn)
+    texts = [choice.message.content for choice in found.choices]
+    assert texts == [choice.message.content for choice in expected.choices]
+    assert all(json.loads(str(text))["kind"] in {"cat", "ant"} for text in texts)
+
+
+def test_an_adapter_that_comes_and_goes_reaches_all_workers(
+    host: Any, compiled: Any, client: openai.AsyncOpenAI, tmp_path: Path
+) -> None:
+    ids, path = torch.randint(3, VOCABULARY, (2, 5)), tmp_path / "mine.safetensors"
+    mine = adapter_away(lorac.LoRA(r=2, targets=["q_proj", "down_proj"]), host, ids, name="mine", seed=7)
+    lorac.save_adapter(mine, path, format="native", model=host)
+    with httpx2.Client(base_url=URL, timeout=120) as http:
+        files = [("files", (path.name, path.read_bytes()))]
+        added = http.post("/v1/adapters", data={"name": "mine"}, files=files)
+        assert added.status_code == 201, added.text
+        wrong = http.post("/v1/adapters", data={"name": "more"}, files=[("files", (path.name, b"x"))])
+        assert wrong.status_code == 400
+        assert "mine" in {model["id"] for model in http.get("/v1/models").json()["data"]}
+    strengths = [n / 10 for n in range(1, 9)]
+    models = ["mine", *(f"mine:{strength}+one:0.5" for strength in strengths)]
+
+    async def ask(model: str) -> str:
+        answer = await client.completions.create(model=model, prompt="Say", max_tokens=9, temperature=0)
+        return answer.choices[0].text
+
+    async def work() -> list[str]:
+        texts = await asyncio.gather(*map(ask, models))
+        await asyncio.to_thread(wait_for_counts, "lorac_adapters_registered", [3, 3])
+        with httpx2.Client(base_url=URL) as http:
+            assert http.delete("/v1/adapters/mine").status_code == 200
+        with pytest.raises(openai.NotFoundError, match="mine"):
+            await ask("mine")
+        await asyncio.to_thread(wait_for_counts, "lorac_adapters_registered", [2, 2])
+        return texts
+
+    compiled.add_adapter(mine)
+    choices: list[Any] = ["mine", *({"mine": strength, "one": 0.5} for strength in strengths)]
+    greedy = {"max_new_tokens": 9, "do_sample": False}
+    assert run(client, work()) == [alone(compiled, "Say", choice, **greedy) for choice in choices]
+    compiled.remove_adapter("mine")
+
+
+def test_an_encoder_embeds_and_predicts(cluster: None, tmp_path: Path) -> None:
+    from ray import serve as ray_serve
+
+    from lorac.serving.ray import RayServer, build_server
+
+    encoder = make_encoder()
+    encoder.save(tmp_path / "encoder")
+    server = RayServer(
+        folder=str(tmp_path / "encoder"), settings=settings(), workers=2, worker_options={"num_cpus": 0.5}
+    )
+    ray_serve.run(build_server(server), name="encoder", route_prefix="/encoder")
+    embeds = {"model": "base", "input": ["hi", "Once upon a time", "x"], "adapters": [None, "one", {"one": 0.5}]}
+    predicts = {"model": "one", "inputs": {"input_ids": [[5, 6, 7]], "attention_mask": [[1, 1, 1]]}}
+    with serve(make_app(encoder)) as url, httpx2.Client(timeout=120) as http:
+        for path, body in {"/v1/embeddings": embeds, "/v1/predict": predicts}.items():
+            found, expected = (http.post(f"{base}{path}", json=body) for base in (f"{URL}/encoder", url))
+            assert found.status_code == 200, found.text
+            assert found.json() == expected.json()
+        wrong = http.post(f"{URL}/encoder/v1/embeddings", json={**embeds, "adapters": None, "model": "three"})
+        assert wrong.status_code == 404, wrong.text
+    ray_serve.delete("encoder")
+
+
+def test_a_worker_is_added_while_requests_wait(cluster: None, folder: Path, compiled: Any) -> None:
+    from ray import serve as ray_serve
+
+    from lorac.serving.ray import RayServer, build_server
+
+    limits = settings(rows=1, waiting=8, max_new_tokens=200)
+    server = RayServer(folder=str(folder), settings=limits, workers=(1, 2), worker_options={"num_cpus": 0.5})
+    ray_serve.run(build_server(server), name="scaling", route_prefix="/scaling")
+
+    def count_workers() -> int:
+        states = ray_serve.status().applications["scaling"].deployments["Worker"].replica_states
+        return int(states.get("RUNNING", 0))
+
+    assert count_workers() == 1
+    until = time.monotonic() + 240
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> set[tuple[int, str]]:
+        found = set()
+        while count_workers() < 2:
+            assert time.monotonic() < until
+            found.add((number, await read(client, "Say", "one", number, [])))
+        return found | {(number, await read(client, "Say", "one", number, []))}
+
+    async def work(client: openai.AsyncOpenAI) -> set[tuple[int, str]]:
+        return set().union(*await asyncio.gather(*(ask(client, number) for number in range(4))))
+
+    client = openai.AsyncOpenAI(base_url=f"{URL}/scaling/v1", api_key="any", max_retries=0, timeout=300)
+    assert run(client, work(client)) == {(number, expected(compiled, "Say", "one", number)) for number in range(4)}
+    ray_serve.delete("scaling")
+
+
+def test_a_store_has_one_front() -> None:
+    from lorac.serving.ray import RayServer
+
+    with refuses("option_error", match="one front"):
+        RayServer(folder="f", store="s", fronts=2)

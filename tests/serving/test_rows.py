@@ -13,35 +13,18 @@ import numpy
 import openai
 import pytest
 import torch
-import transformers
 from torch.nn import functional
 
-import lorac
-from lorac.testing import adapter_away
 from tests.decoders import VOCABULARY
 from tests.limits import ROWS
-from tests.serving.models import make_app, make_tokenizer, serve
+from tests.serving.models import make_app, make_encoder, serve
 
 TEXTS = ["First", "a second one", "x"]
 
 
 @pytest.fixture(scope="module")
 def encoder() -> Any:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=24,
-    )  # fmt: skip
-    host = transformers.BertModel(config, add_pooling_layer=False).eval()
-    ids = torch.randint(3, VOCABULARY, (3, 7))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    adapters = [
-        adapter_away(lorac.LoRA(r=2, targets=["query", "value"]), host, ids, name=name, seed=seed)
-        for seed, name in enumerate(["one", "two"])
-    ]
-    compiled = lorac.compile(host, adapters, target="onnxruntime", active=None, example_inputs=inputs, self_test=False)
-    compiled.tokenizer = make_tokenizer()
-    return compiled
+    return make_encoder()
 
 
 @pytest.fixture(scope="module")

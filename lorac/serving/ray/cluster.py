@@ -8,11 +8,14 @@ import pydantic
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from lorac.errors import OptionError
 from lorac.serving.app import build_app
 from lorac.serving.ray.remote_model import RemoteModel
 from lorac.serving.ray.remote_scheduler import RemoteScheduler
 from lorac.serving.ray.worker import Worker
+from lorac.serving.ray.worker_calls import RemoteRows, StoredModel
 from lorac.serving.settings import ServingSettings
+from lorac.serving.store import AdapterStore
 
 
 class RayServer(pydantic.BaseModel, extra="forbid"):
@@ -22,6 +25,9 @@ class RayServer(pydantic.BaseModel, extra="forbid"):
         folder: the compiled model, at a path that every node has.
         settings: of the server; ``rows`` and ``waiting`` are those of one worker.
         workers: how many workers, or the fewest and the most; in between, one is added while requests wait.
+        store: a folder for the adapters that tenants bring, which all nodes share; empty: they may bring none. With it,
+            there is one front.
+        bases: names by which PEFT's configurations call the model (``AdapterStore``).
         adapters_per_worker: how many choices of adapters a worker is kept to while others have room.
         fronts: how many replicas answer clients.
         worker_options: Ray's options of a worker's process, such as ``{"num_cpus": 4}``.
@@ -30,9 +36,18 @@ class RayServer(pydantic.BaseModel, extra="forbid"):
     folder: str
     settings: ServingSettings = ServingSettings()
     workers: pydantic.PositiveInt | tuple[pydantic.PositiveInt, pydantic.PositiveInt] = 1
+    store: str = ""
+    bases: list[str] = []
     adapters_per_worker: pydantic.PositiveInt = 16
     fronts: pydantic.PositiveInt = 1
     worker_options: dict[str, float] = pydantic.Field(default_factory=lambda: {"num_cpus": 1.0})
+
+    @pydantic.model_validator(mode="after")
+    def check_fronts(self) -> RayServer:
+        """Check that a store has one front."""
+        if self.store and self.fronts > 1:
+            raise OptionError(f"a store has one front, not {self.fronts}", next_step="leave out fronts or store")
+        return self
 
 
 def build_server(server: RayServer) -> serve.Application:
@@ -48,8 +63,8 @@ def build_server(server: RayServer) -> serve.Application:
     front = serve.deployment(serve.ingress()(Front)).options(
         num_replicas=server.fronts, max_ongoing_requests=1 << 14, ray_actor_options={"num_cpus": 0.1}
     )
-    most = server.workers if isinstance(server.workers, int) else server.workers[1]
-    return front.bind(worker.bind(server.folder, settings, server.adapters_per_worker), settings, most)
+    bound = worker.bind(server.folder, settings, server.adapters_per_worker, grows=bool(server.store))
+    return front.bind(bound, server)
 
 
 def _scale(workers: int | tuple[int, int], rows: int) -> dict[str, object]:
@@ -66,14 +81,24 @@ class Front:
 
     Args:
         workers: compute.
-        settings: of the server.
-        most: workers.
+        server: the server's description.
     """
 
-    async def __init__(self, workers: DeploymentHandle, settings: ServingSettings, most: int) -> None:  # type: ignore[misc]  # Ray awaits it
-        self._workers, self._settings, self._rows = workers, settings, most * settings.rows
+    async def __init__(self, workers: DeploymentHandle, server: RayServer) -> None:  # type: ignore[misc]  # Ray awaits it
+        self._workers, self._server = workers, server
+        self._store: AdapterStore | None = None
         self._model: RemoteModel = await workers.describe.remote()
+        if server.store:
+            self._store = await asyncio.to_thread(self._open_store, asyncio.get_running_loop())
+
+    def _open_store(self, loop: asyncio.AbstractEventLoop) -> AdapterStore:
+        server, model = self._server, StoredModel(self._model.pool, self._workers, loop)
+        return AdapterStore(model, server.store, bases=server.bases, reserved=[server.settings.base_name])
 
     def __serve_build_asgi_app__(self) -> object:
-        scheduler = RemoteScheduler(self._model, self._workers, self._rows, asyncio.get_running_loop())
-        return build_app(self._model, self._settings, scheduler=scheduler)
+        settings, workers = self._server.settings, self._server.workers
+        most = workers if isinstance(workers, int) else workers[1]
+        loop = asyncio.get_running_loop()
+        scheduler = RemoteScheduler(self._model, self._workers, most * settings.rows, loop)
+        rows = RemoteRows(self._model.pool, self._workers)
+        return build_app(self._model, settings, store=self._store, scheduler=scheduler, rows=rows)

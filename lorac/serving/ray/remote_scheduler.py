@@ -12,23 +12,17 @@ from types import MappingProxyType
 from typing import Protocol, final
 
 import torch
-from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from lorac.errors import LoracError, OverBudget, Unavailable
+from lorac.errors import LoracError, OverBudget
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import describe_choice, parse_choice
 from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
-from lorac.serving.ray.remote_model import RemoteModel
+from lorac.serving.ray.remote_model import RemoteModel, SharedFile
 from lorac.serving.ray.worker import Event
-from lorac.serving.refusals import RefusedField
-from lorac.serving.requests.grammar import GrammarMask
+from lorac.serving.ray.worker_calls import MOST_MOVES, WORKER_ENDED, all_full, moved_too_often
 
-WORKER_ENDED = (RayActorError, TaskCancelledError)
-"""Errors of calls to a worker that was killed, died with its node, or was scaled away."""
-MOST_MOVES = 5
-"""How often a request may go on at another worker."""
 PAUSE = 0.2
 """Seconds between two looks whether a client has left, and before a full cluster is asked again."""
 
@@ -60,12 +54,14 @@ class RemoteScheduler:
         Raises:
             LoracError: as ``Scheduler.submit_all``.
         """
-        if any(isinstance(each, GrammarMask) for request in requests for each in _processors(request)):
-            raise RefusedField("response_format", "is not supported on Ray")  # its state is one process's
         return asyncio.run_coroutine_threadsafe(self._submit(requests), self._loop).result()
 
     async def _submit(self, requests: Sequence[TextRequest]) -> list[TokenStream]:
-        submitted = [RemoteRequest(request, self._name(request), self._workers) for request in requests]
+        pool = self.compiled.pool
+        submitted = [
+            RemoteRequest(request, self._name(request), pool.find_files([request.adapters]), self._workers)
+            for request in requests
+        ]
         begun = await asyncio.gather(*(each.begin() for each in submitted), return_exceptions=True)
         refused = [error for error in begun if isinstance(error, BaseException)]
         if refused:
@@ -121,17 +117,21 @@ class RemoteRequest:
     Args:
         request: what to compute.
         name: of its choice of adapters.
+        files: name -> file of those of its adapters that came while the server runs.
         workers: compute.
 
     Attributes:
         stream: the tokens, as the app reads them.
     """
 
-    def __init__(self, request: TextRequest, name: str, workers: DeploymentHandle) -> None:
+    def __init__(
+        self, request: TextRequest, name: str, files: Mapping[str, SharedFile], workers: DeploymentHandle
+    ) -> None:
         # Another worker can only go on with draws whose seed is known.
         self._request = dataclasses.replace(
             request, seed=secrets.randbits(63) if request.seed is None else request.seed
         )
+        self._files = files
         self._worker = workers.options(stream=True, multiplexed_model_id=name)
         self.stream = TokenStream(request.deadline)
         self._drawn, self._moves = list[int](), 0
@@ -192,21 +192,19 @@ class RemoteRequest:
     def _count_move(self, error: Exception) -> None:
         self._moves += 1
         if self._moves > MOST_MOVES:
-            text = f"{self._moves} workers that computed this request ended before it did"
-            raise Unavailable(text, next_step="submit it again") from error
+            raise moved_too_often() from error
 
     async def _ask(self) -> None:
         request = self._request
         if self._drawn:
             ids = torch.cat([request.ids, torch.tensor(self._drawn)])
             request = dataclasses.replace(request, ids=ids, drawn=len(self._drawn))
-        self._answer: _Answer = self._worker.answer.remote(request)
+        self._answer: _Answer = self._worker.answer.remote(request, self._files)
         self._events = aiter(self._answer)
         try:
             taken = await self._next()
         except BackPressureError as error:
-            text = "every worker has as many requests as it may"
-            raise OverBudget(text, next_step="submit it again later", code="queue_full") from error
+            raise all_full() from error
         if isinstance(taken, LoracError):
             raise taken
 
@@ -227,8 +225,3 @@ class RemoteRequest:
     def _check_reader(self) -> None:
         if self.stream.interrupted:
             raise _ClientLeft
-
-
-def _processors(request: TextRequest) -> Sequence[object]:
-    found = request.options.get("logits_processor", ())
-    return found if isinstance(found, Sequence) else ()

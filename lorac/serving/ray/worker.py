@@ -4,36 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import functools
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TypeAlias
 
 from ray import serve
 from ray.util import metrics
+from torch import Tensor
 
 import lorac
 from lorac.errors import LoracError
 from lorac.frontend.components import MAIN_GRAPH
+from lorac.ir.slots.choice import ChoiceSpec
 from lorac.runtime.scheduling.scheduler import Scheduler
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
-from lorac.serving.ray.remote_model import RemoteAdapters, RemoteModel
+from lorac.serving.ray.remote_model import RemoteAdapters, RemoteModel, SharedFile
+from lorac.serving.requests.grammar import GrammarMask, Grammars
+from lorac.serving.rows.row_batches import RowBatches
+from lorac.serving.served_model import decodes
 from lorac.serving.settings import ServingSettings
+from lorac.session.compiled import Compiled
+from lorac.session.registry import AdapterSize
 
 Event: TypeAlias = "TextToken | str | LoracError | None"
 """What a worker answers with: None when it has taken a request, its tokens, and why it ended or cannot go on."""
+_GAUGES = {
+    "requests_running": "Requests at work in a worker.",
+    "requests_waiting": "Requests that wait in a worker.",
+    "memory_bytes": "Memory of adapters, keys and values in a worker.",
+    "adapters_registered": "Adapters that a worker knows.",
+}
 
 
 class Worker:
-    """Holds the compiled model, and computes text.
+    """Holds the compiled model, and computes.
 
     Args:
         folder: the compiled model.
         settings: of the server.
         adapters: how many choices of adapters it is kept to.
+        grows: whether adapters come while it runs.
     """
 
-    def __init__(self, folder: str, settings: ServingSettings, adapters: int) -> None:
+    def __init__(self, folder: str, settings: ServingSettings, adapters: int, *, grows: bool) -> None:
         self._compiled = lorac.load(folder)
-        self._scheduler = Scheduler(self._compiled, settings.rows, settings.waiting, settings.chunk)
+        if grows:
+            self._compiled.refuse_baked()
+        self._files = AdapterFiles(self._compiled)
+        self._scheduler: Scheduler | None = None
+        if decodes(self._compiled):
+            self._scheduler = Scheduler(self._compiled, settings.rows, settings.waiting, settings.chunk)
+        self._rows = RowBatches(self._compiled, settings.rows, settings.waiting)
         self._held = contextlib.ExitStack()
         for name in settings.pinned:
             self._held.enter_context(self._compiled.hold(name))
@@ -42,14 +64,7 @@ class Worker:
             return name
 
         self._claim = serve.multiplexed(max_num_models_per_replica=adapters)(name_choice)
-        self._gauges = {
-            name: metrics.Gauge(f"lorac_{name}", description=text)
-            for name, text in {
-                "requests_running": "Requests at work in a worker.",
-                "requests_waiting": "Requests that wait in a worker.",
-                "memory_bytes": "Memory of adapters, keys and values in a worker.",
-            }.items()
-        }
+        self._gauges = {name: metrics.Gauge(f"lorac_{name}", description=text) for name, text in _GAUGES.items()}
 
     def describe(self) -> RemoteModel:
         """Return what a front must know of the model."""
@@ -57,14 +72,18 @@ class Worker:
             tokenizer=self._compiled.tokenizer,
             traits={**self._compiled.traits},
             spec=self._compiled.engine.cache_spec(MAIN_GRAPH),
-            pool=RemoteAdapters(self._compiled.pool),
+            pool=RemoteAdapters(self._files.own),
         )
 
-    async def answer(self, request: TextRequest) -> AsyncIterator[Event]:
-        """Yield what comes of a request."""
+    async def answer(self, request: TextRequest, files: Mapping[str, SharedFile]) -> AsyncIterator[Event]:
+        """Yield what comes of a request.
+
+        Args:
+            files: name -> file of those of its adapters that came while the server runs.
+        """
         await self._claim(serve.get_multiplexed_model_id())
         try:
-            stream = await asyncio.to_thread(self._scheduler.submit, request)
+            stream = await asyncio.to_thread(self._submit, request, files)
         except LoracError as error:
             yield error
             return
@@ -73,16 +92,98 @@ class Worker:
             async for event in _read(tokens, stream):
                 yield event
 
+    def _submit(self, request: TextRequest, files: Mapping[str, SharedFile]) -> TokenStream:
+        assert self._scheduler is not None  # no front asks a model for text that gives none
+        self._files.add(files)
+        processors = request.options.get("logits_processor", ())
+        assert isinstance(processors, Sequence)
+        masks = [processor for processor in processors if isinstance(processor, GrammarMask)]
+        for mask in masks:
+            self._grammars.bind(mask)
+        return self._scheduler.submit(request)
+
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars.of(self._compiled)
+
+    async def compute(
+        self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec], files: Mapping[str, SharedFile]
+    ) -> Mapping[str, Tensor] | LoracError:
+        """Return rows of the model's outputs, or why there are none.
+
+        Args:
+            files: as for ``answer``.
+        """
+        try:
+            await asyncio.to_thread(self._files.add, files)
+            return await self._rows.compute(inputs, choices)
+        except LoracError as error:
+            return error
+
+    async def register(self, name: str, file: SharedFile) -> AdapterSize | LoracError:
+        """Register an adapter; return its size, or why it is refused."""
+        try:
+            return await asyncio.to_thread(self._files.register, name, file)
+        except LoracError as error:
+            return error
+
     def check_health(self) -> None:
-        """Report the load; Ray asks every two seconds."""
-        running, waiting = self._scheduler.load
-        memory = self._compiled.memory.used
-        for name, value in {"requests_running": running, "requests_waiting": waiting, "memory_bytes": memory}.items():
-            self._gauges[name].set(value)
+        """Report the load, and let go of adapters that are gone; Ray asks every two seconds."""
+        self._files.drop_missing()
+        running, waiting = (0, 0) if self._scheduler is None else self._scheduler.load
+        values = (running, waiting, self._compiled.memory.used, len(self._compiled.pool))
+        for gauge, value in zip(self._gauges.values(), values, strict=True):
+            gauge.set(value)
 
     def __del__(self) -> None:
-        self._scheduler.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
+        self._rows.close()
         self._held.close()
+
+
+class AdapterFiles:
+    """The adapters of a worker that came while it runs. Threads may share it.
+
+    Args:
+        compiled: the worker's model.
+
+    Attributes:
+        own: names of the adapters in the model's folder.
+    """
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled, self.own = compiled, tuple(compiled.pool)
+        self._known: dict[str, SharedFile] = {}
+        self._lock = threading.Lock()
+
+    def add(self, files: Mapping[str, SharedFile]) -> None:
+        """Register adapters that are not known yet; raises as ``Compiled.register_file``."""
+        with self._lock:
+            for name in files.keys() - self._known.keys():
+                self._register(name, files[name])
+
+    def register(self, name: str, file: SharedFile) -> AdapterSize:
+        """Register an adapter, again if it is known; raises as ``Compiled.register_file``."""
+        with self._lock:
+            if name in self._known:
+                self._remove(name)
+            return self._register(name, file)
+
+    def drop_missing(self) -> None:
+        """Let go of adapters whose files are gone; requests at work keep them to their end."""
+        with self._lock:
+            for name in [name for name, file in self._known.items() if not file.path.exists()]:
+                self._remove(name)
+
+    def _register(self, name: str, file: SharedFile) -> AdapterSize:
+        size = self._compiled.register_file(file.path, name, file.digest)
+        self._known[name] = file
+        return size
+
+    def _remove(self, name: str) -> None:
+        self._compiled.remove_adapter(name)
+        del self._known[name]
 
 
 async def _read(tokens: AsyncIterator[TextToken], stream: TokenStream) -> AsyncIterator[Event]:

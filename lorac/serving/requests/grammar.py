@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lorac.errors import MissingExtra
+from lorac.frontend.components import MAIN_GRAPH
 from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.chat_fields import ResponseFormat
-from lorac.serving.tokenizer import FastTokenizer
+from lorac.serving.served_model import ServedModel
+from lorac.serving.tokenizer import FastTokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -41,6 +43,14 @@ class Grammars:
             what = f"is not supported: the grammar cannot read the model's tokenizer ({error})"
             raise RefusedField("response_format", what) from error
 
+    @classmethod
+    def of(cls, model: ServedModel) -> Grammars:
+        """Return those of a decoder's tokenizer; raises as the class."""
+        spec = model.engine.cache_spec(MAIN_GRAPH)
+        assert spec is not None  # its scheduler has checked it
+        ends = (model.traits[MAIN_GRAPH].generation or {}).get("eos_token_id", [])
+        return cls(find_tokenizer(model), spec.vocabulary, ends if isinstance(ends, list) else [ends])
+
     def processor(self, form: ResponseFormat, prompt: int) -> GrammarMask:
         """Return a logits processor for one answer.
 
@@ -61,26 +71,44 @@ class Grammars:
         problem = LLMatcher.validate_grammar(grammar, self._tokens)
         if problem:
             raise RefusedField("response_format", f"has no usable schema: {problem}")
-        return GrammarMask(LLMatcher(self._tokens, grammar, log_level=0), prompt)
+        mask = GrammarMask(grammar, prompt)
+        self.bind(mask)
+        return mask
+
+    def bind(self, mask: GrammarMask) -> None:
+        """Let a mask know the tokens that it admits."""
+        from llguidance import LLMatcher
+
+        mask.matcher = LLMatcher(self._tokens, mask.grammar, log_level=0)
 
 
 @final
 class GrammarMask:
     """A logits processor that admits the tokens with which one answer stays within a grammar.
 
+    It is pickled before its first token, without what follows the answer, to which ``Grammars.bind`` binds it again.
+
     Args:
-        matcher: follows the answer.
+        grammar: as llguidance writes it.
         prompt: tokens of the prompt.
+
+    Attributes:
+        matcher: follows the answer.
     """
 
-    def __init__(self, matcher: LLMatcher, prompt: int) -> None:
-        self._matcher, self._seen = matcher, prompt
+    matcher: LLMatcher
+
+    def __init__(self, grammar: str, prompt: int) -> None:
+        self.grammar, self._seen = grammar, prompt
+
+    def __reduce__(self) -> tuple[type[GrammarMask], tuple[str, int]]:
+        return GrammarMask, (self.grammar, self._seen)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (1, vocabulary) after the text (1, length)."""
         new = input_ids[0, self._seen :].tolist()
         self._seen += len(new)
-        self._matcher.consume_tokens(new)
-        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        self.matcher.consume_tokens(new)
+        bits = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         admitted = (bits[:, None] >> torch.arange(8)) & 1
         return scores.masked_fill(admitted.reshape(1, -1)[:, : scores.shape[1]] == 0, -torch.inf)

@@ -21,8 +21,8 @@ from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.choices import ChoiceReader
 from lorac.serving.rows.arrays import read_lists, read_npz, write_lists, write_npz
 from lorac.serving.rows.row_fields import Choices, EmbeddingFields, PredictFields
+from lorac.serving.served_model import ServedModel
 from lorac.serving.tokenizer import FastTokenizer
-from lorac.session.compiled import Compiled
 
 NPZ = ("application/x-npz", "application/octet-stream")
 """Media types of NumPy's files."""
@@ -86,7 +86,7 @@ def _count_rows(inputs: Mapping[str, Tensor]) -> int:
     return next(iter(counts.values()))
 
 
-def _most_tokens(compiled: Compiled) -> int | None:
+def _most_tokens(compiled: ServedModel) -> int | None:
     return getattr(compiled.traits[MAIN_GRAPH].config, "max_position_embeddings", None)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Protocol, Self
 
 from lorac.argument_types import JsonMapping, check_type
 from lorac.errors import (
@@ -28,7 +28,7 @@ from lorac.serving.store.names import check_name
 from lorac.serving.store.quotas import QuotaClaim, StoreQuotas, TenantAccount
 from lorac.serving.store.reading_process import ReadingProcess
 from lorac.serving.store.store_folder import StoredName, StoreFolder
-from lorac.session.compiled import Compiled
+from lorac.session.registry import AdapterSize
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
 
@@ -64,6 +64,19 @@ class _Tenant:
         return any(adapter.digest == digest for adapter in self.adapters.values())
 
 
+class AdapterHolder(Protocol):
+    """The compiled model that a store adds adapters to, or what stands for one that others hold."""
+
+    @property
+    def pool(self) -> Collection[str]: ...
+
+    def refuse_baked(self) -> None: ...
+
+    def register_file(self, path: Path, name: str, digest: str) -> AdapterSize: ...
+
+    def remove_adapter(self, name: str) -> None: ...
+
+
 class AdapterStore:
     """Adapters that the tenants of a server bring while it runs. Threads may share it; one process may use its folder.
 
@@ -86,7 +99,7 @@ class AdapterStore:
 
     def __init__(
         self,
-        compiled: Compiled,
+        compiled: AdapterHolder,
         folder: str | os.PathLike[str],
         *,
         quotas: StoreQuotas | None = None,

@@ -1,0 +1,108 @@
+"""Calls of workers that give one answer: rows of a model's outputs, and the registration of an adapter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar, cast, final
+
+from ray.exceptions import RayActorError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
+
+from lorac.errors import LoracError, OverBudget, Unavailable
+from lorac.ir.slots.choice import ChoiceSpec
+from lorac.serving.ray.remote_model import RemoteAdapters, SharedFile
+from lorac.session.registry import AdapterSize
+
+T = TypeVar("T")
+WORKER_ENDED = (RayActorError, TaskCancelledError)
+"""Errors of calls to a worker that was killed, died with its node, or was scaled away."""
+MOST_MOVES = 5
+"""How often a request may go on at another worker."""
+
+
+def all_full() -> OverBudget:
+    """Return the error of a request that no worker has room for."""
+    text = "every worker has as many requests as it may"
+    return OverBudget(text, next_step="submit it again later", code="queue_full")
+
+
+def moved_too_often() -> Unavailable:
+    """Return the error of a request whose workers ended."""
+    text = f"{MOST_MOVES + 1} workers that computed this request ended before it did"
+    return Unavailable(text, next_step="submit it again")
+
+
+async def call_worker(workers: DeploymentHandle, method: str, *given: object) -> object:
+    """Return what a method of a worker returns, or of others if that one dies.
+
+    Raises:
+        LoracError: the method returned it, or no worker has room.
+    """
+    for _ in range(MOST_MOVES + 1):
+        try:
+            found: object = await getattr(workers, method).remote(*given)
+        except BackPressureError as error:
+            raise all_full() from error
+        except WORKER_ENDED:
+            continue
+        if isinstance(found, LoracError):
+            raise found
+        return found
+    raise moved_too_often()
+
+
+@final
+class RemoteRows:
+    """Has rows computed by workers.
+
+    Args:
+        pool: the model's adapters.
+        workers: compute.
+    """
+
+    def __init__(self, pool: RemoteAdapters, workers: DeploymentHandle) -> None:
+        self._pool, self._workers = pool, workers
+
+    async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec]) -> Mapping[str, Tensor]:
+        """Return the rows of every output, by name; raises as ``RowBatches.compute``."""
+        files = self._pool.find_files(choices)
+        return cast("Mapping[str, Tensor]", await call_worker(self._workers, "compute", inputs, choices, files))
+
+    def close(self) -> None:
+        """Do nothing: workers end by themselves."""
+
+
+@final
+class StoredModel:
+    """The model that workers hold, as a store of adapters sees it.
+
+    An adapter is checked by one worker, and the others read it when a request needs it. A worker lets go of it when its
+    file is gone.
+
+    Args:
+        pool: the model's adapters.
+        workers: compute.
+        loop: runs what waits for them; its own thread must not register adapters.
+    """
+
+    def __init__(self, pool: RemoteAdapters, workers: DeploymentHandle, loop: asyncio.AbstractEventLoop) -> None:
+        self.pool, self._workers, self._loop = pool, workers, loop
+
+    def refuse_baked(self) -> None:
+        """Do nothing: workers do not start with a baked model and a store."""
+
+    def register_file(self, path: Path, name: str, digest: str) -> AdapterSize:
+        """Register an adapter of one file; raises as ``Compiled.register_file``."""
+        file = SharedFile(path, digest)
+        call = call_worker(self._workers, "register", name, file)
+        size = cast(AdapterSize, asyncio.run_coroutine_threadsafe(call, self._loop).result())
+        self.pool.files[name] = file
+        return size
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter that was registered."""
+        del self.pool.files[name]
