@@ -13,7 +13,7 @@ from lorac.serving.app import build_app
 from lorac.serving.ray.remote_model import RemoteModel
 from lorac.serving.ray.remote_scheduler import RemoteScheduler
 from lorac.serving.ray.worker import Worker
-from lorac.serving.ray.worker_calls import RemoteRows, StoredModel
+from lorac.serving.ray.worker_calls import RemoteAdapterHolder, RemoteRows
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
 
@@ -92,7 +92,7 @@ class Front:
             self._store = await asyncio.to_thread(self._open_store, asyncio.get_running_loop())
 
     def _open_store(self, loop: asyncio.AbstractEventLoop) -> AdapterStore:
-        server, model = self._server, StoredModel(self._model.pool, self._workers, loop)
+        server, model = self._server, RemoteAdapterHolder(self._model.pool, self._workers, loop)
         return AdapterStore(model, server.store, bases=server.bases, reserved=[server.settings.base_name])
 
     def __serve_build_asgi_app__(self) -> object:

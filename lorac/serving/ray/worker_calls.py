@@ -77,7 +77,7 @@ class RemoteRows:
 
 
 @final
-class StoredModel:
+class RemoteAdapterHolder:
     """The model that workers hold, as a store of adapters sees it.
 
     An adapter is checked by one worker, and the others read it when a request needs it. A worker lets go of it when its
