@@ -12,6 +12,7 @@ from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.plans import SitePlan
 
 
+@torch.inference_mode(False)  # tensors made in that mode could not be written outside it
 def allocate_buffer(owner: nn.Module, plan: SitePlan, base: BaseReader) -> FusedBuffer:
     """Give a module that has a bound weight a parameter of its own for it, with the base's values at first."""
     site = plan.site

@@ -174,6 +174,7 @@ def base_on_device(base: BaseReader, device: torch.device) -> BaseReader:
     return BaseReader(lambda site: base.weight(site).to(device), bias)
 
 
+@torch.inference_mode(False)  # tensors made in that mode could not be written outside it
 def make_fused_buffers(
     plans: Mapping[str, SitePlan], base: BaseReader
 ) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:

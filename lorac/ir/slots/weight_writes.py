@@ -17,7 +17,8 @@ def scatter(memory: Tensor, positions: Tensor, values: Tensor) -> None:
         memory.view(-1).index_put_((positions,), values)
         return
     library.scatter(memory, positions, values)
-    _record_write(memory)
+    # Autograd does not see the write, and is to refuse a backward pass over what was there.
+    torch.autograd.graph.increment_version(memory)
 
 
 def write_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -28,14 +29,8 @@ def write_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> N
         add_product(weight, left, right, out=out)
     elif weight.is_contiguous() and out.is_contiguous():
         library.add_product(weight, left.contiguous(), right.contiguous(), out)
-        _record_write(out)
+        torch.autograd.graph.increment_version(out)
     elif weight.mT.is_contiguous() and out.mT.is_contiguous():
         write_product(weight.mT, right.mT, left.mT, out.mT)
     else:
         add_product(weight, left, right, out=out)
-
-
-def _record_write(memory: Tensor) -> None:
-    """Let autograd know of a write that it does not see, so that a backward pass over what was there is refused."""
-    if not memory.is_inference():
-        torch.autograd.graph.increment_version(memory)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import lorac
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense, LowRank, Sparse, move_change
 from lorac.ir.slots import buffers
@@ -59,3 +60,18 @@ def test_a_change_that_is_there_stays_as_it_is() -> None:
     change = Sparse(torch.tensor([0]), torch.tensor([1]), torch.tensor([2.0]))
     buffer.write(change)
     assert buffer.current is change and weight[1, 0] == 2
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_weights_allocated_in_inference_mode_are_written_outside_it(target: str) -> None:
+    model, x = nn.Sequential(nn.Linear(IN, OUT)), torch.ones(2, IN)
+    methods = {
+        "sparse": lorac.SHiRA(ratio=0.5, targets="all-linear"),
+        "low rank": lorac.LoRA(r=2, targets="all-linear"),
+    }
+    with torch.inference_mode():
+        compiled = lorac.compile(model, methods, target=target, mode="fused", active=None, example_inputs=(x,))
+        before = compiled(x)
+    for choice in (*methods, None):
+        compiled.swap(choice)
+    assert torch.equal(compiled(x), before)
