@@ -6,6 +6,9 @@ A perceptron that reads printed digits is to read them turned by an eighth. Six 
 digits each. In each of three rounds every client trains a LoRA for some steps, and the server adds them up: by stacked
 factors (FLoRA), or by the means of A and of B, of equal ranks (FedIT) or of ranks padded with zeros. Then the clients
 go on from what the server sends: the sum and a fresh LoRA, or their ranks of the means.
+
+At equal ranks the loss does not separate from FedIT's over five seeds, though the error of the sum does; clients with
+two or four digits alone, ten clients, and digits turned by a quarter were tried on other seeds.
 """
 
 from __future__ import annotations
