@@ -8,7 +8,7 @@ factors (FLoRA), or by the means of A and of B, of equal ranks (FedIT) or of ran
 go on from what the server sends: the sum and a fresh LoRA, or their ranks of the means.
 
 At equal ranks the loss does not separate from FedIT's over five seeds, though the error of the sum does; clients with
-two or four digits alone, ten clients, and digits turned by a quarter were tried on other seeds.
+two or four digits alone, ten clients, and digits turned by a quarter were tried on one or two seeds each.
 """
 
 from __future__ import annotations
