@@ -10,6 +10,7 @@ it is.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib
 import json
@@ -52,9 +53,18 @@ def load(name: str) -> Experiment:
 
 
 def digest(name: str) -> str:
-    """Return a hash of an experiment's code and of the shared files it imports."""
-    texts = [path.read_bytes() for path in sorted(sources(name))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    """Return a hash of an experiment's code and of the shared files it imports, without comments and docstrings."""
+    texts = [code(path) for path in sorted(sources(name))]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def code(path: Path) -> str:
+    """Return the code of a file as text in which no comment nor docstring is left."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def sources(name: str) -> set[Path]:
