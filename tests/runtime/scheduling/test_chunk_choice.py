@@ -12,7 +12,9 @@ import torch
 import lorac
 from lorac import Scheduler, TextRequest
 from lorac.errors import LoracWarning
-from lorac.runtime.scheduling.chunk_choice import LEAST, MOST, choose_chunk, largest_chunk
+from lorac.runtime.scheduling import running_batch
+from lorac.runtime.scheduling.chunk_choice import LEAST, MOST, UNDISTURBING, choose_chunk, largest_chunk
+from lorac.runtime.scheduling.running_row import RunningRow
 from tests.decoders import DECODERS
 
 
@@ -60,6 +62,24 @@ def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
         assert scheduler.chunk == chunk
     with Scheduler(compiled, rows=2, chunk=3) as scheduler:
         assert scheduler.chunk == 3
+
+
+def test_a_prompt_is_read_in_larger_chunks_while_no_row_runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_batch, "choose_chunk", lambda *_: LEAST)
+    lengths, read = list[int](), RunningRow.read
+
+    def noted(row: RunningRow, chunk: int) -> Any:
+        lengths.append(chunk)
+        return read(row, chunk)
+
+    monkeypatch.setattr(RunningRow, "read", noted)
+    long = TextRequest(torch.arange(1, 30), None, options={"max_new_tokens": 20, "eos_token_id": None})
+    with Scheduler(compiled, rows=2, prompt_cache=0) as scheduler:
+        first = iter(scheduler.submit(long))
+        next(first)
+        assert lengths == [UNDISTURBING]
+        list(scheduler.submit(long))
+        assert LEAST in lengths
 
 
 def test_a_model_without_room_to_be_timed(compiled: Any) -> None:
