@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tensor = torch.Tensor
-_INTERFACE = "lorac_norms"
 NEAR, ABOVE = 0.5, 1.0
 """Ratios from which a head is called near the threshold and above it: a convention, since the theorem is asymptotic."""
 
@@ -204,19 +203,19 @@ def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
         recorder.record(module, query, key, value, given if isinstance(given, float) else query.shape[-1] ** -0.5)
         return usual(module, query, key, value, *args, **kwargs)
 
-    before = model.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS[_INTERFACE] = attend
-    ALL_MASK_ATTENTION_FUNCTIONS[_INTERFACE] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    before, own = model.config._attn_implementation, f"lorac_norms_{id(recorder)}"  # two threads may measure
+    ALL_ATTENTION_FUNCTIONS[own] = attend
+    ALL_MASK_ATTENTION_FUNCTIONS[own] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     named = [module for name, module in model.named_modules() if name.endswith(recorder.projections)]
     hooks = [module.register_forward_pre_hook(recorder.record_input) for module in named]
     try:
-        model.set_attn_implementation(_INTERFACE)
+        model.set_attn_implementation(own)
         yield
     finally:
         model.set_attn_implementation(before)
         for hook in hooks:
             hook.remove()
-        del ALL_ATTENTION_FUNCTIONS[_INTERFACE], ALL_MASK_ATTENTION_FUNCTIONS[_INTERFACE]
+        del ALL_ATTENTION_FUNCTIONS[own], ALL_MASK_ATTENTION_FUNCTIONS[own]
 
 
 def _merge(model: nn.Module, adapter: Adapter | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
