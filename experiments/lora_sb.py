@@ -1,6 +1,6 @@
 """LoRA-SB beside LoRA-XS at equal rank and rate: the loss at every step, and how much alpha matters to each.
 
-    python -m experiments.lora_sb [--seeds 5] [--steps 100] [--smoke]
+    python -m experiments.lora_sb [--seeds 10] [--steps 100] [--smoke]
 
 A perceptron of two hidden layers tells the next character of Python's manual from the six before it; then adapters
 make it do so for the standard library's code. Both train a core of r² values per layer by AdamW with a linear warm-up;
@@ -125,6 +125,7 @@ EXPERIMENT = Experiment(
     source="Ponkshe, Singhal et al., LoRA-SB, arXiv 2411.19557, sections 3 and 5",
     find=find,
     steps=100,
+    seeds=10,
 )
 
 if __name__ == "__main__":
