@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorac
+from lorac.backends.onnx.model_files import read_model_files
+from lorac.backends.onnxruntime.native_op import OP, use_native_op
 from lorac.errors import LoracError
 from tests.limits import NATIVE, NATIVE_HALF
 from tests.native.library import installed, needs_compiler
@@ -67,6 +70,28 @@ def test_every_choice_is_what_the_own_ops_compute(
     assert "lorac-native adds the adapters of 7 of 7 sites" in str(fast.explain())
     assert "float16" in str(half.explain())
     assert "native" not in str(own.explain())
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_the_op_is_all_that_an_adapter_adds_to_a_decoding_step(
+    model: LlamaForCausalLM, adapters: dict[str, lorac.Adapter], weights: str | None, native: Path, tmp_path: Path
+) -> None:
+    options = {"weights": weights, "cache": True, "self_test": False}
+    base, fast = (_compile(model, one, True, **options) for one in ({}, {"lora": adapters["lora"]}))
+    assert _session_ops(fast) - _session_ops(base) == {OP: 4}
+    fast.save(tmp_path / "artifact")
+    own = lorac.load(tmp_path / "artifact", native=False)
+    for choice in (None, "lora", ["lora", None, None, "lora"]):
+        expected = own(**INPUTS, adapters=choice).logits
+        assert (fast(**INPUTS, adapters=choice).logits - expected).norm() <= 10 * NATIVE * expected.norm()
+
+
+def _session_ops(compiled: lorac.Compiled) -> Counter[str]:
+    """The ops of the model in a session with the op of lorac-native."""
+    model, _ = read_model_files(compiled.engine.files, "main")
+    use_native_op(model)
+    return Counter(node.op_type for node in model.graph.node)
 
 
 @needs_compiler

@@ -16,14 +16,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.passes import OnnxPass, module_around
+from lorac.backends.onnxruntime.leading_axes import AXIS_OPS, ELEMENTWISE
 from lorac.ir.graph.passes import PassResult, Skip
 
-_ELEMENTWISE = frozenset(
-    ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Exp", "Erf", "Sqrt", "Tanh", "Sigmoid", "Relu", "Gelu", "Identity")
-)
 _MATRIX = 2
-_AXIS_OPS = {"LayerNormalization": -1, "SimplifiedLayerNormalization": -1, "Split": 0}
-"""Op -> the axis it acts along by default; it acts on each row alone where that is the last axis."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +156,11 @@ class _Flattener:
         values = [value for value in node.inputs if value is not None]
         if node.op_type == "MatMul":
             return values[:1] if _rank(values[1]) == _MATRIX and self._has_rows(values[0]) else []
-        if node.op_type in _AXIS_OPS:
-            axis = node.attributes.get_int("axis", _AXIS_OPS[node.op_type])
+        if node.op_type in AXIS_OPS:
+            axis = node.attributes.get_int("axis", AXIS_OPS[node.op_type])
             last = axis in (-1, (_rank(values[0]) or 0) - 1)
             return values[:1] if last and self._has_rows(values[0]) else []
-        if node.op_type not in _ELEMENTWISE:
+        if node.op_type not in ELEMENTWISE:
             return []
         full = [value for value in values if _rank(value) not in (0, 1)]
         return full if all(self._has_rows(value) for value in full) else []

@@ -17,13 +17,13 @@ import onnx
 from onnx import TensorProto, helper
 
 from lorac.backends.onnx.model_files import walk_subgraphs
+from lorac.backends.onnxruntime.leading_axes import Shape, restore_leading_axes, shape_of
 from lorac.ir.algebra import operands
 
 DOMAIN, OP = "lorac.native", "AddLowRank"
 _PAIR = 1
 _SCALES = {operands.G: 2, operands.H: 4, operands.C: 8}
 """Operand -> its bit in the attribute ``parts``, in the order of the op's inputs, which follow the pair."""
-Shape = tuple[int | str, ...]
 
 
 def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
@@ -49,6 +49,7 @@ def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
     del model.graph.node[:]
     model.graph.node.extend(kept)
     model.opset_import.add(domain=DOMAIN, version=1)
+    restore_leading_axes(model.graph, DOMAIN)
     layers = [layer for group in groups for layer in group.layers if layer.parts]
     if half:
         _narrow(model.graph, {name for layer in layers for name in layer.factors})
@@ -129,7 +130,7 @@ class _LayerFinder:
         self._uses = Counter(name for node in self._all_nodes for name in node.input)
         self._uses.update(value.name for value in graph.output)
         values = (*graph.value_info, *graph.input, *graph.output)
-        self._shapes = {value.name: _shape_of(value) for value in values}
+        self._shapes = {value.name: shape_of(value) for value in values}
         floats = [value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.FLOAT]
         self._roles = {name: role for name in floats for path, _, role in [name.rpartition(":")] if path}
 
@@ -226,7 +227,3 @@ def _agree(shape: Shape, other: Shape) -> bool:
     pairs = list(zip(shape, other, strict=False))
     fixed = all(one == two for one, two in pairs if isinstance(one, int) or isinstance(two, int))
     return fixed and bool(shape) and len(shape) == len(other)
-
-
-def _shape_of(value: onnx.ValueInfoProto) -> Shape:
-    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
