@@ -34,7 +34,8 @@ HEAD = """# What the papers claim, tried here
 Each row is one experiment of minutes on two cores: a claim of a paper, tried with several seeds, every side trained at
 its own best rate, which is found on other seeds. *Shown*: all that the claim says separates by the 95 % interval of the
 paired differences. *Not shown*: some of it does not. *Contrary*: some of it separates the other way. The tasks are
-small, so that a claim that is not shown here may well hold where the paper says it does.
+small, so that a claim that is not shown here may well hold where the paper says it does; unless its text says more, the
+rates, seeds and steps of its tables are all that was tried. Seconds are those of one run beside others.
 
 `make experiments` runs them all and writes this page; `python -m experiments.<name>` runs one and prints its tables.
 
@@ -135,7 +136,7 @@ def draw(name: str, tables: Sequence[Table]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = name  # the same figures give the same file
+    matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none"})  # the same figures give the same file
     heights = [0.35 * len(table.scores) + 0.9 for table in tables]
     figure = Figure(figsize=(8, sum(heights)), layout="constrained")
     axes = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
