@@ -127,7 +127,9 @@ def find(given: argparse.Namespace) -> Finding:
                 counted[side].append(steps)
         report.step("calls")
         times = time_calls(given.seeds, min(given.steps, 9))
-    return Finding([Table(STEPS, "until all is answered", counted), Table(TIMES, "over the base's", times)], EXPECTED)
+    return Finding(
+        [Table(STEPS, "until all is answered", dict(counted)), Table(TIMES, "over the base's", times)], EXPECTED
+    )
 
 
 FEW, _, MANY = (f"{count} registered" for count in REGISTERED)
