@@ -190,7 +190,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
-    """Have a model attend by an interface of its own that records; it is as it was afterwards."""
+    """Switch a model to an attention function that records, and back at the end."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -20,8 +20,8 @@ SHARE = 0.5
 """The most time that a chunk takes, in steps of running rows, which wait for it."""
 LEAST, MOST = 8, 512
 """The fewest and the most tokens of a chunk; in between, powers of two are tried."""
-UNDISTURBING = 64
-"""The tokens of a chunk, if those are more, where no row runs: only requests that come meanwhile wait for them."""
+LEAST_IDLE = 64
+"""The fewest tokens of a chunk while no row runs: only requests that come meanwhile wait for them."""
 _REPEATS = 3
 
 

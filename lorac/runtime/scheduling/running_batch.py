@@ -13,7 +13,7 @@ from lorac.errors import OverBudget, Unavailable
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.row_sampler import BatchSampler
 from lorac.runtime.row_bank import RowBank
-from lorac.runtime.scheduling.chunk_choice import UNDISTURBING, choose_chunk
+from lorac.runtime.scheduling.chunk_choice import LEAST_IDLE, choose_chunk
 from lorac.runtime.scheduling.running_row import RunningRow
 from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
@@ -44,7 +44,7 @@ class RunningBatch:
         self, model: SwitchableModel, rows: int, chunk: int | None, prompts: PromptCache | None, graph: str
     ) -> None:
         self.model, self.graph, self.chunk, self.prompts = model, graph, chunk, prompts
-        self._most_rows, self._undisturbing = rows, chunk
+        self._most_rows, self._idle_chunk = rows, chunk
         self.reading: collections.deque[RunningRow] = collections.deque()
         self._ready: collections.deque[RunningRow] = collections.deque()
         self._bank: RowBank | None = None
@@ -74,7 +74,7 @@ class RunningBatch:
         """Choose how many tokens of a prompt a step reads, unless that is given; more of them where no row runs."""
         if self.chunk is None:
             self.chunk = choose_chunk(self.model, self.graph, self._most_rows, self._bank)
-            self._undisturbing = max(self.chunk, UNDISTURBING)
+            self._idle_chunk = max(self.chunk, LEAST_IDLE)
 
     def admit(self, row: RunningRow) -> None:
         """Begin to read a row's prompt.
@@ -112,7 +112,7 @@ class RunningBatch:
     def _read(self, row: RunningRow) -> None:
         reason, logits = row.stream.interrupted or row.find_earlier_end(), None
         if not reason:
-            tokens = self.chunk if self.running else self._undisturbing
+            tokens = self.chunk if self.running else self._idle_chunk
             assert tokens is not None
             logits = row.read(tokens)
         if logits is not None:

@@ -57,7 +57,7 @@ async def call_worker(workers: DeploymentHandle, method: str, *given: object) ->
 
 @final
 class RemoteRows:
-    """Has rows computed by workers.
+    """A computer of rows that calls workers.
 
     Args:
         pool: the model's adapters.

@@ -13,7 +13,7 @@ import lorac
 from lorac import Scheduler, TextRequest
 from lorac.errors import LoracWarning
 from lorac.runtime.scheduling import running_batch
-from lorac.runtime.scheduling.chunk_choice import LEAST, MOST, UNDISTURBING, choose_chunk, largest_chunk
+from lorac.runtime.scheduling.chunk_choice import LEAST, LEAST_IDLE, MOST, choose_chunk, largest_chunk
 from lorac.runtime.scheduling.running_row import RunningRow
 from tests.decoders import DECODERS
 
@@ -77,7 +77,7 @@ def test_a_prompt_is_read_in_larger_chunks_while_no_row_runs(compiled: Any, monk
     with Scheduler(compiled, rows=2, prompt_cache=0) as scheduler:
         first = iter(scheduler.submit(long))
         next(first)
-        assert lengths == [UNDISTURBING]
+        assert lengths == [LEAST_IDLE]
         list(scheduler.submit(long))
         assert LEAST in lengths
 
