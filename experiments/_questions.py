@@ -23,9 +23,9 @@ def questions(count: int, seed: int, letters: str = KINDS[0]) -> list[str]:
 
 
 def mixed(seed: int, kind: str) -> list[str]:
-    """Return six questions, of which about a quarter are of other kinds."""
+    """Return six questions, of which nearly half are of other kinds."""
     drawn = random.Random(seed)
-    return [questions(1, seed * 6 + n, drawn.choice(KINDS) if drawn.random() < 0.3 else kind)[0] for n in range(6)]
+    return [questions(1, seed * 6 + n, drawn.choice(KINDS) if drawn.random() < 0.6 else kind)[0] for n in range(6)]
 
 
 @functools.cache
@@ -50,7 +50,8 @@ def host(width: int, seed: int, steps: int) -> Any:
     for step in range(steps):
         kinds = random.Random(step).choices(KINDS, k=16)
         lists = [("Write.", *mixed(100 * step + row, kind)) for row, kind in enumerate(kinds)]
-        ids = torch.tensor(characters(["\nQuestion: ".join(one) for one in lists])["input_ids"])
+        texts = ["\nQuestion: ".join(one) + characters.eos_token for one in lists]
+        ids = torch.tensor(characters(texts)["input_ids"])
         loss = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -2,14 +2,13 @@
 
     python -m experiments.trans_lora [--seeds 4] [--steps 160] [--smoke]
 
-Two Llamas over characters, of widths 32 and 48, know lists of questions of three characters, most of a list of one of
-four kinds. A LoRA of the small one answers questions of the first kind by their last letter in capitals; a second one
-tells such questions from those that the small model writes after four of them. From these four questions the large
-model writes a hundred others, the small one answers them, and a LoRA of the large one learns the answers, or the
-probabilities of their characters. Against the prompts that the filter takes stand unfiltered ones, and random
-characters of all kinds. All are judged by a hundred questions of the first kind; "as good as the source" is taken as at
-most five more wrong. At these sizes the filter takes no question of the kind, so that its sides learn nothing: the
-set-up cannot tell yet.
+Two Llamas over characters, of widths 32 and 48, know lists of questions of three characters, more than half of a list
+of one of four kinds. A LoRA of the small one answers questions of the first kind by their last letter in capitals; a
+second one tells such questions from those that the small model writes after four of them. All LoRAs are of the layers
+and of the head, as the letters of a kind are alike to the host. From these four questions the large model writes a
+hundred others, the small one answers them, and a LoRA of the large one learns the answers, or the probabilities of
+their characters. Against the prompts that the filter takes stand unfiltered ones, and random characters of all kinds.
+All are judged by a hundred questions of the first kind; "as good as the source" is taken as at most five more wrong.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ FILTERED, SOFT, UNFILTERED, RANDOM = "filtered", "filtered, probabilities", "unf
 SOURCE, NEAR = "the source", "the source, and 0.05"
 WRONG = "wrong"
 TASK = transfer.Task(
-    name="d", seeds=("bad", "fgh", "ceg", "hab"), instruction="Write.", question=" {name}?", yes="y", no="n"
+    name="d", seeds=("bad", "fgh", "ceg", "hab"), instruction="Write.", question=" {name}?", yes=":", no="."
 )
-LORA = lorac.LoRA(r=8, alpha=16, targets="all-linear")
+LORA = lorac.LoRA(r=8, alpha=16, targets=r".*_proj|lm_head")
 
 
 def speaking(model: Any, **adapters: lorac.LoRA) -> Any:
