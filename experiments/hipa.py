@@ -39,7 +39,6 @@ D = structural_distance
 SIDES = {
     "L1": HighFrequencyLoss(high="none", spatial=F.l1_loss),
     "L1 + both": HighFrequencyLoss(spatial=F.l1_loss),
-    "L1 + both by D": HighFrequencyLoss(spatial=F.l1_loss, between=D),
     "D": HighFrequencyLoss(high="none"),
     "D + both": HighFrequencyLoss(),
     "D + both by D": HighFrequencyLoss(between=D),
