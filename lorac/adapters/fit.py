@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from lorac.adapters.adapter_sites import add_adapted_modules
@@ -28,6 +30,8 @@ from lorac.variants.params import ParamSpec, Role
 Tensor = torch.Tensor
 _NUMBER = re.compile(r"\d+")
 T = TypeVar("T")
+_SUMMED_IN_ONE = 1 << 14
+"""Numbers that torch sums in one thread."""
 
 
 def check_adapter(adapter: Adapter, view: ModelView) -> None:
@@ -132,9 +136,8 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
     Raises:
         AdapterError: naming the first such tensor, and how many of its values.
     """
-    numbers = {n: t for n, t in tensors.items() if not t.is_meta and (t.is_floating_point() or t.is_complex())}
     with pause_clock():
-        suspected = {name: torch.isfinite(_widen(numbers[name])) for name in _find_infinite_sums(numbers)}
+        suspected = {name: torch.isfinite(_widen(tensors[name])) for name in _find_infinite_sums(tensors)}
     for name, finite in suspected.items():
         if not finite.all():
             raise AdapterError(
@@ -144,6 +147,18 @@ def check_finite(tensors: Mapping[str, Tensor], owner: str) -> None:
             )
 
 
+def has_finite_sum(flat: Tensor) -> bool:
+    """Return whether the sum of some numbers is finite, and so are they; that of finite ones may overflow all the same.
+
+    It is found in this thread alone: torch's other threads would wait busily for each other.
+    """
+    if not _holds_numbers(flat):
+        return True
+    if flat.dtype in (torch.float32, torch.float64):
+        return math.isfinite(np.einsum("i->", flat.numpy()))
+    return all(math.isfinite(abs(_widen(part).sum().item())) for part in flat.split(_SUMMED_IN_ONE))
+
+
 def _find_infinite_sums(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors whose sum is not finite; that of finite values may overflow all the same.
 
@@ -151,14 +166,16 @@ def _find_infinite_sums(tensors: Mapping[str, Tensor]) -> list[str]:
     """
     groups: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        total = _widen(tensor).sum()
-        groups.setdefault((total.dtype, total.device), {})[name] = total
-    finite = {name: is_finite for sums in groups.values() for name, is_finite in _are_finite(sums).items()}
-    return [name for name in tensors if not finite[name]]
+        if _holds_numbers(tensor):
+            total = _widen(tensor).sum()
+            groups.setdefault((total.dtype, total.device), {})[name] = total
+    finite = [torch.stack([*sums.values()]).isfinite().tolist() for sums in groups.values()]
+    are_finite = dict(zip(itertools.chain(*groups.values()), itertools.chain(*finite), strict=True))
+    return [name for name in tensors if not are_finite.get(name, True)]
 
 
-def _are_finite(numbers: Mapping[str, Tensor]) -> dict[str, bool]:
-    return dict(zip(numbers, torch.stack([*numbers.values()]).isfinite().tolist(), strict=True))
+def _holds_numbers(tensor: Tensor) -> bool:
+    return not tensor.is_meta and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _widen(tensor: Tensor) -> Tensor:

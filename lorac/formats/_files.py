@@ -11,13 +11,12 @@ import functools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lorac.adapters.fit import check_finite
+from lorac.adapters.fit import check_finite, has_finite_sum
 from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error
@@ -29,7 +28,7 @@ from lorac.storage.tensor_hash import agrees_with_hash, hash_contents
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes, the library's own limit."""
-_PART = 32 << 20
+_PART = 8 << 20
 """Bytes of tensors that are read at a time, each such part by a thread."""
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
 LONGEST_NAME = 1000
@@ -75,19 +74,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorPlace]]:
     """Return the metadata, and the dtype, shape and first byte of every tensor."""
     known, size = _read_raw_header(path)
-    header = {name: entry for name, entry in known.items() if name != "__metadata__"}
     metadata = known.get("__metadata__")
     metadata = {} if metadata is None else metadata  # MLX writes null
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _corrupt(path, "its metadata is not a mapping of text to text")
-    offsets = {name: _parse_offsets(path, name, entry) for name, entry in header.items()}
-    _check_offsets(path, offsets, size)
-    entries: JsonMapping = header
     first = path.stat().st_size - size
-    return metadata, {
-        name: TensorPlace(DTYPES[entry["dtype"]], entry["shape"], first + offsets[name][0])
-        for name, entry in entries.items()
-    }
+    places = {name: _parse_place(path, name, known[name], first) for name in known if name != "__metadata__"}
+    _check_places(path, places, first, size)
+    return metadata, places
 
 
 def peek_metadata(path: Path) -> dict[str, str]:
@@ -171,28 +165,32 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
-    """Read tensors, and check those of one part while the next ones are read."""
+    """Read tensors and look at their values, in several threads."""
     tensors = dict[str, Tensor]()
     with pause_clock(), ThreadPoolExecutor() as readers:
-        for part in readers.map(functools.partial(_read_part, path), _split_parts(places)):
-            check_finite(part, f"'{path}'")
-            tensors |= part
+        for block, are_finite in readers.map(functools.partial(_read_part, path), _split_parts(places)):
+            tensors |= block
+            if not are_finite:
+                check_finite(block, f"'{path}'")
     return tensors
 
 
-def _read_part(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
+def _read_part(path: Path, places: Mapping[str, TensorPlace]) -> tuple[dict[str, Tensor], bool]:
+    """Return tensors, and whether they are surely finite."""
     with path.open("rb", buffering=0) as file:
-        return read_tensors(file, places)
+        block = read_tensors(file, places)
+    return block.tensors, all(map(has_finite_sum, block.runs))
 
 
 def _split_parts(places: Mapping[str, TensorPlace]) -> list[dict[str, TensorPlace]]:
-    parts, size = [dict[str, TensorPlace]()], 0
+    parts, room = list[dict[str, TensorPlace]](), 0
     for name, place in places.items():
-        if size + place.size > _PART:
+        size = place.size
+        if size > room or not parts:
             parts.append({})
-            size = 0
+            room = _PART
         parts[-1][name] = place
-        size += place.size
+        room -= size
     return parts
 
 
@@ -335,8 +333,8 @@ def _check_name(path: Path, name: str) -> None:
         raise _corrupt(path, f"a tensor's name has {len(name)} characters, more than {LONGEST_NAME}: '{name[:50]}…'")
 
 
-def _parse_offsets(path: Path, name: str, entry: object) -> tuple[int, int]:
-    """Return the first byte of a tensor and the one after its last, counted from the end of the header."""
+def _parse_place(path: Path, name: str, entry: object, first: int) -> TensorPlace:
+    """Return the place of a tensor whose offsets are counted from a byte of the file."""
     _check_name(path, name)
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_FIELDS:
         raise _corrupt(path, f"the entry of '{name}' is not dtype, shape and data_offsets")
@@ -346,25 +344,26 @@ def _parse_offsets(path: Path, name: str, entry: object) -> tuple[int, int]:
     if not (_is_natural_list(shape) and _is_natural_list(offsets) and len(offsets) == 2):
         raise _corrupt(path, f"the shape or offsets of '{name}' are not whole numbers")
     begin, end = offsets
-    if end - begin != prod(shape) * DTYPES[dtype].itemsize:
+    place = TensorPlace(DTYPES[dtype], shape, first + begin)
+    if end - begin != place.size:
         raise _corrupt(path, f"'{name}' is {dtype} {tuple(shape)}, but has {end - begin} bytes")
-    return begin, end
+    return place
 
 
-def _check_offsets(path: Path, offsets: Mapping[str, tuple[int, int]], size: int) -> None:
+def _check_places(path: Path, places: Mapping[str, TensorPlace], first: int, size: int) -> None:
     """Refuse tensors that overlap, leave a hole, or do not fill the file."""
     reached = 0
-    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
+    for begin, length, name in sorted((place.begin - first, place.size, name) for name, place in places.items()):
         if begin != reached:
             what = "overlaps the tensor before it" if begin < reached else "leaves a hole before it"
             raise _corrupt(path, f"'{name}' {what}: it begins at byte {begin}, not {reached}")
-        reached = end
+        reached += length
     if reached != size:
         raise _corrupt(path, f"its header promises {reached} bytes of data, the file has {size}")
 
 
 def _is_natural_list(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def _corrupt(path: Path, reason: str, nearest: str | None = None) -> FormatError:

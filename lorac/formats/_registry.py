@@ -17,7 +17,7 @@ from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, LoracError, OptionError, WrongType, nearest_name, warn
 from lorac.formats._files import read_headers_only, read_metadata
-from lorac.formats._format import Format
+from lorac.formats._format import Evidence, Format
 from lorac.formats.checkpoint import CheckpointFormat
 from lorac.frontend.model_view import Model, ModelView
 from lorac.limits import charge_reading
@@ -173,9 +173,10 @@ def _find_format(path: Path) -> Format:
             next_step=suggest_download(path) or "give the path of a file or folder",
             code="unknown_format",
         )
-    matching = [format for format in formats().values() if format.recognises(path)]
-    if matching:
-        return _choose_surest(path, matching)
+    for evidence in Evidence:  # a less sure one is not looked for where there is a surer one
+        matching = [f for f in formats().values() if f.evidence is evidence and f.recognises(path)]
+        if matching:
+            return _choose_finest(path, matching)
     if path.is_file() and path.suffix == ".safetensors":
         read_metadata(path)  # the error of a damaged file says more
     raise FormatError(
@@ -186,16 +187,14 @@ def _find_format(path: Path) -> Format:
     )
 
 
-def _choose_surest(path: Path, matching: Sequence[Format]) -> Format:
-    """Return the format of the surest evidence; of several, the one that refines the others.
+def _choose_finest(path: Path, matching: Sequence[Format]) -> Format:
+    """Return the format that refines the others; their evidence is of one kind.
 
     Raises:
         FormatError: two formats have equal claims.
     """
-    surest = min(format.evidence for format in matching)
-    found = [format for format in matching if format.evidence is surest]
-    refined = {format.refines for format in found}
-    found = [format for format in found if format.name not in refined]
+    refined = {format.refines for format in matching}
+    found = [format for format in matching if format.name not in refined]
     if len(found) > 1:
         raise FormatError(
             f"'{path}' is as much of the format '{found[0].name}' ({found[0].looks_for}) as of '{found[1].name}' "

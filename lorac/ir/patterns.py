@@ -159,7 +159,7 @@ def select_sites(
     selected = []
     for path, site in sites.items():
         check_time()
-        if is_named(parameters, str(site.weight)):
+        if parameters and is_named(parameters, str(site.weight)):
             selected.append(site)
             continue
         named_as = named(path, site) if site.kind is not SiteKind.MATRIX else None

@@ -92,7 +92,7 @@ def read_onnx_adapter(path: Path, refuse: Callable[[str], FormatError]) -> dict[
             raise refuse(str(error)) from error
         claim_memory(sum(place.size for place in places.values()) - path.stat().st_size, "its tensors share bytes")
         with pause_clock():
-            return read_tensors(file, places)
+            return read_tensors(file, places).tensors
 
 
 @dataclass(frozen=True)

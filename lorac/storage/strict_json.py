@@ -6,11 +6,12 @@ reader of the value would fail. What is refused in a file is never written eithe
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,31 +86,42 @@ def dump_json(value: Json, indent: int | None = None) -> str:
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> JsonObject:
-    value: JsonObject = {}
-    for name, item in pairs:
-        if name in value:
-            raise ValueError(f"'{name}' is given twice")
-        value[name] = item
+    value: JsonObject = dict(pairs)
+    if len(value) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"'{twice}' is given twice")
     return value
 
 
 def _check(value: Json) -> None:
     """Check every part of a value, level by level, so that depth needs no recursion."""
-    level = [value]
+    level: Iterable[Json] = [value]
     for _ in range(MAX_DEPTH):
         check_time()
-        # Half of a surrogate pair could neither be printed nor written.
-        "".join(item for item in level if isinstance(item, str)).encode("utf-8")
-        if bad := [item for item in level if isinstance(item, float) and not math.isfinite(item)]:
-            raise ValueError(f"{bad[0]} is not a finite number")
-        bits = max((item.bit_length() for item in level if isinstance(item, int)), default=0)
-        if bits > _BITS:
-            raise ValueError(f"it holds an integer of {bits} bits, more than {_BITS}")
-        groups = [item for item in level if not isinstance(item, _SCALARS)]
-        level = list(itertools.chain.from_iterable(map(_parts_of, groups)))
+        kinds: dict[type, list[Json]] = {}
+        for item in level:
+            kinds.setdefault(type(item), []).append(item)
+        for kind, items in kinds.items():
+            _check_scalars(kind, items)
+        groups = [items for kind, items in kinds.items() if not issubclass(kind, _SCALARS)]
+        level = [*itertools.chain.from_iterable(map(_parts_of, itertools.chain.from_iterable(groups)))]
         if not level:
             return
     raise ValueError(f"it is nested deeper than {MAX_DEPTH} values")
+
+
+def _check_scalars(kind: type, items: Sequence[Json]) -> None:
+    """Check values of one type."""
+    if issubclass(kind, str):
+        "".join(items).encode("utf-8")  # half of a surrogate pair could neither be printed nor written
+    elif issubclass(kind, float):
+        if bad := [item for item in items if not math.isfinite(item)]:
+            raise ValueError(f"{bad[0]} is not a finite number")
+    elif issubclass(kind, int):
+        bits = max(max(items).bit_length(), min(items).bit_length())
+        if bits > _BITS:
+            raise ValueError(f"it holds an integer of {bits} bits, more than {_BITS}")
 
 
 def _parts_of(value: Json) -> Iterable[Json]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ def hash_contents(text: str, tensors: Mapping[str, Tensor]) -> str:
         parts = list(pool.map(_hash_each, [values[first::threads] for first in range(threads)]))
     digest = hashlib.sha256(dump_json([text, len(tensors)]).encode())
     for index, name in enumerate(names):
-        digest.update(dump_json([name, DTYPE_NAMES[tensors[name].dtype], list(tensors[name].shape)]).encode())
+        digest.update(_describe(name, tensors[name]))
         digest.update(parts[index % threads][index // threads])
     return digest.hexdigest()
 
@@ -58,7 +59,12 @@ def _hash_in_order(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(dump_json([text, len(tensors)]).encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(dump_json([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]).encode())
-        digest.update(raw_bytes(tensor))
+        digest.update(_describe(name, tensors[name]))
+        digest.update(raw_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def _describe(name: str, tensor: Tensor) -> bytes:
+    """Return a tensor's name, dtype and shape as JSON without spaces."""
+    shape = ",".join(map(str, tensor.shape))
+    return f'[{json.dumps(name)},"{DTYPE_NAMES[tensor.dtype]}",[{shape}]]'.encode()

@@ -113,7 +113,7 @@ class _Reader:
         begin = -(-self.file.tell() // alignment) * alignment
         self._check_places(places, begin, alignment)
         with pause_clock():
-            stored = read_tensors(self.file, {name: place.stored(begin) for name, place in places.items()})
+            stored = read_tensors(self.file, {name: place.stored(begin) for name, place in places.items()}).tensors
             return GgufFile(fields, {name: _unpack(stored[name], place) for name, place in places.items()})
 
     def _fields(self, count: int) -> dict[str, object]:
