@@ -55,7 +55,9 @@ def check_adapter(adapter: Adapter, view: ModelView) -> None:
     check_numbers(adapter.name, adapter.variant)
     if not adapter.tensors and not adapter.replaced:
         raise no_match_error(adapter.name, adapter.variant.all_targets, view.sites)
-    known, view = view.named_tensors(), add_adapted_modules(adapter, view)
+    copies = adapter.provenance.get("copies", {})
+    known = view.named_tensors() if adapter.replaced or copies else {}
+    view = add_adapted_modules(adapter, view)
     sites = view.sites
     shapes = not adapter.provenance.get("left_out")
     for path, tensors in adapter.tensors.items():
@@ -66,7 +68,7 @@ def check_adapter(adapter: Adapter, view: ModelView) -> None:
     for name, tensor in adapter.replaced.items():
         check_replaced(adapter.name, name, tensor, known)
     check_values(adapter)
-    for name, copy in adapter.provenance.get("copies", {}).items():
+    for name, copy in copies.items():
         check_copy(adapter.name, name, copy, _find_replaced_tensor(adapter.name, name, known))
     recorded = adapter.provenance.get("base")
     if recorded:

@@ -170,7 +170,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             assert isinstance(entry.source, StoredAdapter)
             begun, room = time.monotonic(), self.budget.claim(entry.source.nbytes)
             try:
-                prepared = self._prepare_packed(entry.source.read(name))
+                prepared = self._prepare_packed(entry.source.read(name), just_checked=True)
             finally:
                 room.resize(0)  # an error's traceback would hold it
             self.read_seconds.append(time.monotonic() - begun)
@@ -245,11 +245,11 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         self.check_name_free(adapter.name)
         return self._prepare_packed(adapter)
 
-    def _prepare_packed(self, adapter: Adapter) -> PreparedAdapter:
+    def _prepare_packed(self, adapter: Adapter, *, just_checked: bool = False) -> PreparedAdapter:
         """Return an adapter's normal forms in few blocks of memory, unless it trains and is prepared at every step."""
         if self._trains:
-            return self._preparer.prepare(adapter)
-        return pack_adapter(self._preparer.prepare(adapter, contiguous=False), adapter)
+            return self._preparer.prepare(adapter, just_checked=just_checked)
+        return pack_adapter(self._preparer.prepare(adapter, contiguous=False, just_checked=just_checked), adapter)
 
     def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
         """Add an adapter in memory.

@@ -66,16 +66,18 @@ class Preparer:
         self._by_site: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
     @torch.no_grad()
-    def prepare(self, adapter: Adapter, *, contiguous: bool = True) -> PreparedAdapter:
+    def prepare(self, adapter: Adapter, *, contiguous: bool = True, just_checked: bool = False) -> PreparedAdapter:
         """Return the normal forms of all terms of an adapter that ``check_adapter`` has passed.
 
         Args:
             contiguous: copy tensors that lie in another order in memory, such as transposes.
+            just_checked: nobody can have written its tensors since.
 
         Raises:
             AdapterError: a tensor was written since it was checked, and is NaN or infinite.
         """
-        check_values(adapter)
+        if not just_checked:
+            check_values(adapter)
         terms = {path: self.term(adapter, path, contiguous=contiguous) for path in self.touched(adapter)}
         branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
         once = get_once_path(adapter)
@@ -112,7 +114,7 @@ class Preparer:
         shapes = tuple([(name, tensor.shape) for name, tensor in tensors.items()])
         known = self._by_site.get(site.path)
         # Training asks at every step, where describing the structure would take longest.
-        if known is None or known[0] is not variant or known[1] != shapes:
+        if known is None or known[1] != shapes or not (known[0] is variant or known[0] == variant):
             known = self._by_site[site.path] = (
                 variant,
                 shapes,

@@ -166,13 +166,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Tensor]:
     """Read tensors and look at their values, in several threads."""
-    tensors = dict[str, Tensor]()
     with pause_clock(), ThreadPoolExecutor() as readers:
-        for block, are_finite in readers.map(functools.partial(_read_part, path), _split_parts(places)):
-            tensors |= block
-            if not are_finite:
-                check_finite(block, f"'{path}'")
-    return tensors
+        parts = list(readers.map(functools.partial(_read_part, path), _split_parts(places)))
+    for part, are_finite in parts:
+        if not are_finite:
+            check_finite(part, f"'{path}'")
+    return {name: tensor for part, _ in parts for name, tensor in part.items()}
 
 
 def _read_part(path: Path, places: Mapping[str, TensorPlace]) -> tuple[dict[str, Tensor], bool]:

@@ -106,7 +106,7 @@ class TensorBlock(NamedTuple):
 
 
 @dataclass
-class _Run:
+class _ByteRun:
     """Bytes of one dtype that lie side by side, both in a file and in memory."""
 
     dtype: torch.dtype
@@ -126,14 +126,14 @@ def read_tensors(file: FileIO | BufferedReader, places: Mapping[str, TensorPlace
     Raises:
         EOFError: the file ends before a tensor does.
     """
-    parts, runs, end = list[_Run](), list[_Run](), 0
+    parts, runs, end = list[_ByteRun](), list[_ByteRun](), 0
     for place in places.values():
-        part = _Run(place.dtype, place.begin, end, place.size)
+        part = _ByteRun(place.dtype, place.begin, end, place.size)
         end += -(-part.size // _ALIGNMENT) * _ALIGNMENT
         parts.append(part)
         last = runs[-1] if runs else part
         if (last.dtype, last.begin + last.size, last.offset + last.size) != (part.dtype, part.begin, part.offset):
-            runs.append(last := _Run(part.dtype, part.begin, part.offset))
+            runs.append(last := _ByteRun(part.dtype, part.begin, part.offset))
         last.size += part.size
     memory = np.empty(end + _ALIGNMENT, np.uint8)
     memory = memory[-memory.ctypes.data % _ALIGNMENT :]

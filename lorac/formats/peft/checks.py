@@ -50,10 +50,11 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
     if errors:
         raise errors[0]
     _refuse_untargeted(adapter, file, {path: view.sites[path] for path in sites}, targets, by_weight=True)
-    named = view.named_tensors()
+    contents = file.contents
+    named = view.named_tensors() if adapter.replaced or contents.embeddings or contents.copies else {}
     _refuse_computed_weights(adapter, set(named))
     _refuse_incomplete(adapter, targets, view)
-    for name, tensor in file.contents.embeddings.items():
+    for name, tensor in contents.embeddings.items():
         check_replaced(adapter.name, name, tensor, named)
         if not _is_same_value(tensor, named[name]):
             adapter.replaced[name] = tensor
@@ -70,7 +71,7 @@ def check_against_model(adapter: Adapter, file: PeftFile, sites: Mapping[str, Si
                 next_step=f"target '{site.within}' in PEFT, which adapts all of it",
             )
         file.peft_type.check_site(site, adapter.tensors[path])
-    for name, tensor in file.contents.copies.items():
+    for name, tensor in contents.copies.items():
         check_replaced(adapter.name, name, tensor, named)
         if not _is_same_value(tensor, named[name]):
             raise copy_mismatch_error(adapter.name, name)
