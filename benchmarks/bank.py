@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import os
 import statistics
 from collections.abc import Sequence
@@ -111,10 +112,11 @@ def _times_in_memory(model: Any, names: Sequence[str], given: argparse.Namespace
     states = [model._states.of(((name, _active()),)) for name in names[:2]]  # both are swapped to below
     own = model.engine.placed_tensors(states[0].bound.content).values()
     source = torch.cat([tensor.reshape(-1) for tensor in own])
-    target, turns, bank = torch.empty_like(source), iter(range(10**9)), model.new_row_bank(2)
+    target, turns, bank = torch.empty_like(source), itertools.count(), model.new_row_bank(2)
+    placed = itertools.cycle(states)
 
     def place() -> None:
-        bank.admit(0, states[0])
+        bank.admit(0, next(placed))
 
     sides: dict[str, common.Side] = {name: lambda: target.copy_(source) for name in (COPY, AGAIN)}
     return common.alternate({**sides, PREPARED: place, SWAP: lambda: model.swap(names[next(turns) % 2])}, given.rounds)

@@ -4,6 +4,7 @@
 
 The first table has tokens per second: 8 requests of one length, one after the other and together; then 24 of ragged
 lengths, in batches of 8 by `generate` and through 8 rows of a scheduler, with one adapter or with 8 different ones.
+"The engine alone" is the ceiling: as many of its calls with 8 rows as it takes where no row waits, and nothing else.
 
 The second has waiting times: the first token where adapters on disk are as many as memory has room for, and one more;
 between two tokens of 4 requests, alone and while the prompt of a fifth is read; and until a request that is cancelled
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import random
 import statistics
 import threading
@@ -31,9 +33,19 @@ from benchmarks import bank, common
 
 WEIGHTS = ("float32", "int4")
 ROWS = 8
-ALONE, TOGETHER = "8, one at a time", "8 together"
+ALONE, TOGETHER, TOGETHER_MOST = "8, one at a time", "8 together", "8, the engine alone"
 STATIC, RAGGED, AGAIN, MIXED = "ragged, in batches", "ragged, in rows", "ragged, in rows, A/A", "ragged, 8 adapters"
-SPEEDS = {ALONE: ALONE, TOGETHER: ALONE, STATIC: STATIC, RAGGED: STATIC, AGAIN: RAGGED, MIXED: RAGGED}
+RAGGED_MOST = "ragged, the engine alone"
+SPEEDS = {
+    ALONE: ALONE,
+    TOGETHER: ALONE,
+    TOGETHER_MOST: ALONE,
+    STATIC: STATIC,
+    RAGGED: STATIC,
+    RAGGED_MOST: STATIC,
+    AGAIN: RAGGED,
+    MIXED: RAGGED,
+}
 """Side -> whose speed its own is divided by."""
 FITS, FITS_AGAIN, ONE_MORE = "first token, all fit", "first token, A/A", "first token, one more"
 QUIET, QUIET_AGAIN, READING = "between tokens, p95", "between tokens, p95, A/A", "beside a prompt, p95"
@@ -93,15 +105,17 @@ def _speeds(model: Any, given: argparse.Namespace) -> dict[str, float]:
         sides = {
             ALONE: lambda: [one() for one in singles],
             TOGETHER: rows(even, names[:1]),
+            TOGETHER_MOST: lambda: _run_engine(model, prompts[:ROWS], even, names[0]),
             STATIC: lambda: _generate_batches(model, prompts, ragged, names[0]),
             RAGGED: rows(ragged, names[:1]),
+            RAGGED_MOST: lambda: _run_engine(model, prompts, ragged, names[0]),
             AGAIN: rows(ragged, names[:1]),
             MIXED: rows(ragged, names),
         }
         requests = [_request(prompt, even[0], names[0]) for prompt in prompts[:ROWS]]
         singles = [lambda request=request: _read_all([scheduler.submit(request)]) for request in requests]
         seconds = common.alternate(sides, given.rounds, warm_up=1, clock=common.CLOCKS[given.clock])
-    tokens = {side: sum(even if side in {ALONE, TOGETHER} else ragged) for side in sides}
+    tokens = {side: sum(even if SPEEDS[side] == ALONE else ragged) for side in sides}
     return {side: seconds[side] / tokens[side] for side in sides}
 
 
@@ -116,6 +130,29 @@ def _generate_batches(model: Any, prompts: Sequence[Any], counts: Sequence[int],
             [torch.ones_like(row) for row in batch], batch_first=True, padding_side="left"
         )
         model.generate(ids, attention_mask=mask, adapters=adapter, max_new_tokens=most, do_sample=False, pad_token_id=0)
+
+
+def _run_engine(model: Any, prompts: Sequence[Any], counts: Sequence[int], adapter: str) -> None:
+    """Make the fewest calls of the engine: prompts 8 at a time, and full steps for the other tokens."""
+    import torch
+
+    from lorac.frontend.components import MAIN_GRAPH
+    from lorac.target.kv_cache import DecodeStep
+
+    with model.hold(adapter) as held, torch.no_grad():
+        program = held.program_of(model.engine)
+
+        def decode(cache: Any, new: Sequence[int]) -> None:
+            ids = torch.zeros(ROWS, max(new), dtype=torch.long)
+            wanted = torch.tensor(new)[:, None] - 1
+            program.decode(MAIN_GRAPH, cache, DecodeStep(ids=ids, counts=new, wanted=wanted)).argmax(-1)
+
+        lengths, steps = [len(prompt) for prompt in prompts], math.ceil((sum(counts) - len(counts)) / ROWS)
+        for first in range(0, len(lengths), ROWS):
+            cache = model.engine.new_cache(MAIN_GRAPH, ROWS, max(lengths) + steps)
+            decode(cache, lengths[first : first + ROWS])
+        for _ in range(steps):
+            decode(cache, [1] * ROWS)
 
 
 # ── Waiting ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,8 @@ class RowBank:
         self._charge = budget.charge(self._places.stacks)
         for name, place in self._places.by_slot.items():
             place.copy_(tensors[name].expand_as(place))
-        self._bound: dict[int, BoundProgram] = {}
+        self._bound: dict[tuple[int, int], BoundProgram] = {}
+        self._held: list[weakref.ref[ComposedWeights] | None] = [None] * rows
         self._apart: weakref.WeakKeyDictionary[ComposedWeights, str | None] = weakref.WeakKeyDictionary()
         self._copies: weakref.WeakKeyDictionary[ComposedWeights, list[_PlaceCopy]] = weakref.WeakKeyDictionary()
 
@@ -54,15 +55,16 @@ class RowBank:
         return sum(size for _, size in self._charge.blocks)
 
     def admit(self, row: int, state: ChoiceState) -> None:
-        """Write a choice into the place of a row; what was there before leaves no trace.
+        """Write a choice into the place of a row, unless it is there; what was there before leaves no trace.
 
         Raises:
             Unavailable: the choice fills slots that rows share.
             OverBudget: its rank is larger than any before, and there is no room for that; then nothing changes.
         """
-        if state.snapshot not in self._apart:
-            self._apart[state.snapshot] = self._engine.why_apart(state.snapshot, self._graph)
-        why = self._apart[state.snapshot]
+        held = self._held[row]
+        if held is not None and held() is state.snapshot:
+            return
+        why = self.why_apart(state)
         if why is not None:
             raise Unavailable(
                 f"the row cannot have adapters of its own: {why}",
@@ -74,19 +76,21 @@ class RowBank:
             self._copies[state.snapshot] = self._places.find_copies(tensors)
         for copy in self._copies[state.snapshot]:
             copy.write(row)
+        self._held[row] = weakref.ref(state.snapshot)
 
-    def move(self, order: Sequence[int]) -> None:
-        """Follow the rows of a cache (``KeyValueCache.remove``): each place gets what the row had that is there now."""
-        moved = {new: old for new, old in enumerate(order) if new != old}
-        for stack in self._places.stacks:
-            stack[:, list(moved)] = stack[:, list(moved.values())]
+    def why_apart(self, state: ChoiceState) -> str | None:
+        """Return why a row with a choice cannot share a call with rows of other choices; None where it can."""
+        if state.snapshot not in self._apart:
+            self._apart[state.snapshot] = self._engine.why_apart(state.snapshot, self._graph)
+        return self._apart[state.snapshot]
 
-    def bound(self, rows: int) -> BoundProgram:
-        """Return the engine's program for the first rows, each with its own choice."""
-        if rows not in self._bound:
-            first = {name: place[:rows] for name, place in self._places.by_slot.items()}
-            self._bound[rows] = self._engine.bind_places(self._content(self._base), first)  # type: ignore[arg-type]  # its own
-        return self._bound[rows]
+    def bound(self, rows: int, first: int = 0) -> BoundProgram:
+        """Return the engine's program for rows whose choices lie one behind the other, from a place on."""
+        key = (rows, first)
+        if key not in self._bound:
+            places = {name: place[first : first + rows] for name, place in self._places.by_slot.items()}
+            self._bound[key] = self._engine.bind_places(self._content(self._base), places)  # type: ignore[arg-type]  # its own
+        return self._bound[key]
 
     def _content(self, state: ChoiceState) -> object:
         assert state.bound is not None

@@ -111,7 +111,7 @@ class ServerMetrics:
         if memory.limit is not None:
             yield self._gauge("lorac_memory_limit_bytes", "The most memory of adapters and caches.", memory.limit)
         if scheduler is not None and scheduler.chunk is not None:
-            yield self._gauge("lorac_prefill_chunk_tokens", "The most tokens of a prompt per step.", scheduler.chunk)
+            yield self._gauge("lorac_prefill_chunk_tokens", "The most tokens of each prompt per step.", scheduler.chunk)
         for name, nbytes in ({} if scheduler is None else scheduler.nbytes).items():
             yield self._gauge(f"lorac_{name}_bytes", f"Memory of the {name} of rows at work.", nbytes)
 

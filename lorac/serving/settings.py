@@ -16,7 +16,7 @@ class ServingSettings:
     Attributes:
         rows: the most requests at work.
         waiting: the most requests that wait.
-        chunk: the most tokens of a prompt per step; None: chosen by timing the model, as ``lorac.Scheduler`` does.
+        chunk: the most tokens of each prompt per step; None: chosen by timing the model, as ``lorac.Scheduler`` does.
         base_name: the name of the model without adapters, in requests and in ``/v1/models``.
         keys: API key -> tenant; without any, everybody may ask.
         max_body_bytes: the most bytes of a request, but for uploads.

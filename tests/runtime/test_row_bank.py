@@ -55,9 +55,9 @@ def test_rows_with_adapters_of_their_own_come_and_go(compiled: Any) -> None:
             cache.join(prompt)
             rows.append(choice)
         ended = {place for place, length in enumerate(cache.lengths) if length == 10 or generator.random() < 0.1}
-        order = cache.remove(ended)
-        bank.move(order)
-        rows = [rows[row] for row in order]
+        rows = [rows[row] for row in cache.remove(ended)]
+        for place, choice in enumerate(rows):
+            bank.admit(place, states[choice])
         if rows:
             places = torch.tensor(cache.lengths)
             logits = decoded(bank.bound(len(rows)), cache, IDS[0, places][:, None])

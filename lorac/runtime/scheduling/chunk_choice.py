@@ -20,8 +20,9 @@ SHARE = 0.5
 """The most time that a chunk takes, in steps of running rows, which wait for it."""
 LEAST, MOST = 8, 512
 """The fewest and the most tokens of a chunk; in between, powers of two are tried."""
-LEAST_IDLE = 64
-"""The fewest tokens of a chunk while no row runs: only requests that come meanwhile wait for them."""
+IDLE, IDLE_TOGETHER = 64, 256
+"""The tokens of a prompt per step while no row runs, since only requests that come meanwhile wait for them; and the
+most of all prompts together, if those are not more than the chunk's."""
 _REPEATS = 3
 
 
@@ -57,6 +58,16 @@ def largest_chunk(step: float, measure: Callable[[int], float], longest: int) ->
     while 2 * chunk <= longest and measure(2 * chunk) <= SHARE * step:
         chunk *= 2
     return chunk
+
+
+def idle_chunk(chunk: int, prompts: int) -> int:
+    """Return the most tokens of each of some prompts per step while no row runs.
+
+    Args:
+        chunk: the most while rows run.
+        prompts: how many are read.
+    """
+    return max(chunk, min(IDLE, IDLE_TOGETHER // prompts))
 
 
 class _StepTimer:

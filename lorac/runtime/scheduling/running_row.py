@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from lorac.errors import InputMismatch
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
-from lorac.runtime.generation.row_sampler import BatchSampler, RowSampler
+from lorac.runtime.generation.row_sampler import RowSampler
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
 from lorac.target.engine import BoundProgram
-from lorac.target.kv_cache import DecodeStep, KeyValueCache
+from lorac.target.kv_cache import KeyValueCache
 
 if TYPE_CHECKING:
     from lorac.runtime.choice_states import ChoiceState
@@ -32,14 +33,13 @@ class RunningRow:
     Attributes:
         stream: the tokens of the answer.
         text: the prompt and the answer so far (length,).
-        cache: keys and values of the text, until a batch has them.
+        is_read: whether the whole prompt was computed.
 
     Raises:
         AdapterNotFound, ChoiceError: as for ``compiled.swap``.
         InputMismatch, OptionError, Unavailable: as for ``compiled.generate``.
     """
 
-    cache: KeyValueCache
     state: ChoiceState
     program: BoundProgram
     key: CacheKey
@@ -52,9 +52,10 @@ class RunningRow:
         self.stream, self.text = TokenStream(request.deadline), request.ids
         self._model, self._graph, self._held = model, graph, contextlib.ExitStack()
         self._error: Exception | None = None
+        self.is_read = False
 
-    def begin(self, prompts: PromptCache | None) -> None:
-        """Hold the adapters, and allocate a cache for the prompt with what is known of it.
+    def begin(self, prompts: PromptCache | None) -> KeyValueCache:
+        """Hold the adapters; return a cache for the prompt, with what is known of it.
 
         Raises:
             OverBudget: there is no memory for it now.
@@ -67,22 +68,13 @@ class RunningRow:
             known = None if prompts is None else prompts.find(self._model.engine, self.key, [self.text])
             if known is not None:
                 known.grow(self.sampler.most)
-            self.cache = known or self._model.engine.new_cache(self._graph, 1, self.sampler.most)
+            cache = known or self._model.engine.new_cache(self._graph, 1, self.sampler.most)
             self._held = undo.pop_all()
+        return cache
 
-    def read(self, chunk: int) -> Tensor | None:
-        """Compute a chunk of the prompt; return the logits (1, vocabulary) after the last one, else None."""
-        read = self.cache.lengths[0]
-        ids = self.text[None, read : read + chunk]
-        count = ids.shape[1]
-        step = DecodeStep(ids=ids, counts=[count], wanted=torch.tensor([[count - 1]]))
-        logits = self.program.decode(self._graph, self.cache, step)[:, 0]
-        return logits if self.cache.lengths[0] == len(self.text) else None
-
-    def draw(self, logits: Tensor) -> str:
-        """Draw the next token from logits (1, vocabulary); return why the text ends, or ""."""
-        sampler = BatchSampler([self.sampler])
-        return self.take(int(sampler.draw([self.text], logits)[0]), logits[0], sampler.failed.get(0))
+    def let_go(self) -> None:
+        """Let go of the adapters."""
+        self._held.close()
 
     def take(self, token: int, logits: Tensor, failed: Exception | None = None) -> str:
         """Add a token that was drawn from logits (vocabulary,); return why the text ends, or "".
@@ -90,11 +82,16 @@ class RunningRow:
         Args:
             failed: why none could be drawn.
         """
+        if failed is not None:
+            self._error = failed
+            return "error"
+        return self._guard(lambda: self._add(token, logits))
+
+    def _guard(self, work: Callable[[], str]) -> str:
+        """Return why the text ends, or ""; processors and stopping criteria of its own fail no other row."""
         try:
-            if failed is not None:
-                raise failed
-            return self._add(token, logits)
-        except Exception as error:  # of its own processors or stopping criteria, which are no other row's
+            return work()
+        except Exception as error:
             self._error = error
             return "error"
 
@@ -105,7 +102,7 @@ class RunningRow:
 
     def find_earlier_end(self) -> str:
         """Return why the text ended when it was interrupted elsewhere, or ""."""
-        return self._find_end() if self.request.drawn else ""
+        return self._guard(self._find_end) if self.request.drawn else ""
 
     def _find_end(self) -> str:
         if not self.sampler.ends(self.text):
@@ -114,7 +111,7 @@ class RunningRow:
 
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End the request, and let go of its adapters."""
-        self._held.close()
+        self.let_go()
         self.stream.end(reason, error or self._error)
 
 

@@ -27,18 +27,19 @@ if TYPE_CHECKING:
 class Scheduler:
     """A compiled model that answers many requests at once, in a thread of its own.
 
-    A step computes one token for every running row, in one engine call whatever adapters they have, and a chunk of one
-    prompt. The next row goes to the tenant with the fewest, and among these to the request that has waited longest. A
-    request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and
-    swapped meanwhile; a request keeps those that it began with.
+    A step computes one token for every running row, in one engine call whatever adapters they have, and a chunk of each
+    prompt, in another. The next row goes to the tenant with the fewest, and among these to the request that has waited
+    longest. A request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added,
+    removed and swapped meanwhile; a request keeps those that it began with.
 
     Args:
         compiled: compiled with ``cache=True``.
         rows: the most requests at work.
         waiting: the most that wait.
-        chunk: the most tokens of a prompt per step. Running requests wait for them: with more, prompts are read sooner,
-            and the others' next tokens come later. Default: as many as take half the time of a step of half the rows,
-            but at least 8, or 64 while no request runs; the model is timed once, before the first request begins.
+        chunk: the most tokens of each prompt per step. Running requests wait for them: with more, prompts are read
+            sooner, and the others' next tokens come later. Default: as many as take half the time of a step of half the
+            rows, but at least 8, or 64 while no request runs (fewer where more than 4 prompts are read together); the
+            model is timed once, before the first request begins.
         prompt_cache: bytes of what requests computed that are kept for prompts that begin alike; 0 keeps nothing.
         component: which of several models decodes.
 
@@ -113,7 +114,7 @@ class Scheduler:
 
     @property
     def chunk(self) -> int | None:
-        """The most tokens of a prompt per step; None until that is chosen."""
+        """The most tokens of each prompt per step; None until that is chosen."""
         return self._batch.chunk
 
     @property

@@ -13,8 +13,16 @@ import lorac
 from lorac import Scheduler, TextRequest
 from lorac.errors import LoracWarning
 from lorac.runtime.scheduling import running_batch
-from lorac.runtime.scheduling.chunk_choice import LEAST, LEAST_IDLE, MOST, choose_chunk, largest_chunk
-from lorac.runtime.scheduling.running_row import RunningRow
+from lorac.runtime.scheduling.chunk_choice import (
+    IDLE,
+    IDLE_TOGETHER,
+    LEAST,
+    MOST,
+    choose_chunk,
+    idle_chunk,
+    largest_chunk,
+)
+from lorac.target.engine import BoundProgram
 from tests.decoders import DECODERS
 
 
@@ -64,22 +72,35 @@ def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
         assert scheduler.chunk == 3
 
 
-def test_a_prompt_is_read_in_larger_chunks_while_no_row_runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_read_in_larger_chunks_while_no_row_runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running_batch, "choose_chunk", lambda *_: LEAST)
-    lengths, read = list[int](), RunningRow.read
+    shapes, decode = list[tuple[int, ...]](), BoundProgram.decode
 
-    def noted(row: RunningRow, chunk: int) -> Any:
-        lengths.append(chunk)
-        return read(row, chunk)
+    def noted(program: Any, graph: str, cache: Any, step: Any) -> Any:
+        shapes.append(tuple(step.ids.shape))
+        return decode(program, graph, cache, step)
 
-    monkeypatch.setattr(RunningRow, "read", noted)
+    monkeypatch.setattr(BoundProgram, "decode", noted)
     long = TextRequest(torch.arange(1, 30), None, options={"max_new_tokens": 20, "eos_token_id": None})
     with Scheduler(compiled, rows=2, prompt_cache=0) as scheduler:
         first = iter(scheduler.submit(long))
         next(first)
-        assert lengths == [LEAST_IDLE]
+        assert shapes[0] == (1, 29)
         list(scheduler.submit(long))
-        assert LEAST in lengths
+        assert max(length for _, length in shapes[1:]) == LEAST
+
+
+@pytest.mark.parametrize(
+    ("chunk", "prompts", "each"),
+    [
+        (LEAST, 1, IDLE),
+        (LEAST, 8, IDLE_TOGETHER // 8),
+        (LEAST, 10**3, LEAST),
+        (MOST, 8, MOST),
+    ],
+)
+def test_the_more_prompts_are_read_together_the_smaller_their_chunks(chunk: int, prompts: int, each: int) -> None:
+    assert idle_chunk(chunk, prompts) == each
 
 
 def test_a_model_without_room_to_be_timed(compiled: Any) -> None:

@@ -16,6 +16,7 @@ import lorac
 from lorac import Scheduler, TextRequest
 from lorac.runtime.row_bank import RowBank
 from lorac.runtime.scheduling.running_row import RunningRow
+from lorac.target.engine import BoundProgram
 from lorac.testing import adapter_away
 from tests.decoders import DECODERS
 from tests.refusing import refuses
@@ -106,40 +107,94 @@ def test_the_active_choice_is_the_default_and_a_merged_weight_has_a_call_of_its_
     assert [[token.id for token in stream] for stream in streams] == [alone(compiled, request) for request in requests]
 
 
-def test_running_rows_share_one_call_beside_a_chunk_of_a_prompt(
-    compiled: Any, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[int, int]] = []
-    decode = lorac.target.engine.BoundProgram.decode
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """How many new tokens each row has, for each call of the engine."""
+    noted, decode = list[list[int]](), BoundProgram.decode
 
-    def counted(program: Any, graph: str, cache: Any, step: Any) -> torch.Tensor:
-        calls.append(tuple(step.ids.shape))
+    def note(program: Any, graph: str, cache: Any, step: Any) -> torch.Tensor:
+        noted.append(list(step.counts))
         return decode(program, graph, cache, step)
 
-    monkeypatch.setattr(lorac.target.engine.BoundProgram, "decode", counted)
+    monkeypatch.setattr(BoundProgram, "decode", note)
+    return noted
+
+
+def submit_at_once(scheduler: Scheduler, requests: list[TextRequest]) -> list[Any]:
+    """Put requests in line that begin in one step, if there are rows for them."""
+    with scheduler._changed:
+        return [scheduler.submit(request) for request in requests]
+
+
+def test_running_rows_share_one_call_beside_a_chunk_of_a_prompt(
+    compiled: Any, scheduler: Scheduler, calls: list[list[int]]
+) -> None:
     streams = [
         scheduler.submit(TextRequest(prompt(n), c, options={"max_new_tokens": 9})) for n, c in enumerate(CHOICES[:3])
     ]
     late = scheduler.submit(TextRequest(prompt(7, 11), None, options={"max_new_tokens": 2}))
     for stream in (*streams, late):
         list(stream)
-    assert (3, 1) in calls
-    assert max(length for rows, length in calls) == 4
-    assert sum(rows > 1 for rows, _ in calls) < 16
+    assert [1, 1, 1] in calls
+    assert max(map(max, calls)) == 4
+    assert sum(len(counts) > 1 for counts in calls) < 18
+
+
+@pytest.mark.parametrize("choices", [CHOICES[:3], ["one"] * 3])
+def test_prompts_that_come_together_share_a_call(
+    choices: list[Any], compiled: Any, scheduler: Scheduler, calls: list[list[int]]
+) -> None:
+    lengths = (6, 1, 10)
+    requests = [
+        TextRequest(prompt(n, length), choice, options={"max_new_tokens": 4, "eos_token_id": None})
+        for n, (length, choice) in enumerate(zip(lengths, choices, strict=True))
+    ]
+    streams = submit_at_once(scheduler, requests)
+    answers = [[token.id for token in stream] for stream in streams]
+    assert [sorted(counts) for counts in calls[:6]] == [[1, 4, 4], [1], [2, 4], [1, 1], [2], [1, 1, 1]]
+    assert answers == [alone(compiled, request) for request in requests]
+
+
+def test_a_request_that_ends_in_its_prompt_leaves_the_others_that_are_read(
+    compiled: Any, scheduler: Scheduler, calls: list[list[int]]
+) -> None:
+    requests = [TextRequest(prompt(n, 10), c, options={"max_new_tokens": 4}) for n, c in enumerate(CHOICES[:3])]
+    left, *streams = submit_at_once(scheduler, [replace(requests[0], deadline=0), *requests[1:]])
+    assert list(left) == []
+    assert [[t.id for t in stream] for stream in streams] == [alone(compiled, request) for request in requests[1:]]
+    assert max(map(len, calls)) == 2
+
+
+def test_prompts_are_read_apart_where_their_adapters_have_no_room_together(calls: list[list[int]]) -> None:
+    host = DECODERS["llama"]()
+    variants = {"one": lorac.LoRA(r=2, targets="all-linear"), "two": lorac.LoRA(r=9, targets="all-linear")}
+    adapters = [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
+    compiled = lorac.compile(host, adapters, target="onnxruntime", active=None, cache=True, self_test=False)
+    requests = [TextRequest(prompt(n), c, options={"max_new_tokens": 3}) for n, c in enumerate(["one", "two"])]
+    expected = alone(compiled, requests[0])
+    with Scheduler(compiled, rows=2, chunk=64, prompt_cache=0) as scheduler:
+        list(scheduler.submit(requests[0]))  # the bank has room for its rank
+        gc.collect()
+        compiled.memory.limit = compiled.memory.used + 6 * compiled.engine.new_cache("main", 1, 9).nbytes
+        calls.clear()
+        streams = submit_at_once(scheduler, requests)
+        assert [token.id for token in streams[0]] == expected
+        with refuses("over_budget"):
+            list(streams[1])
+    assert calls[0] == [6, 0]
 
 
 def test_rows_of_one_choice_read_it_once(compiled: Any, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     places, bound = list[int](), RowBank.bound
 
-    def noted(bank: RowBank, rows: int) -> Any:
-        places.append(rows)
-        return bound(bank, rows)
+    def noted(bank: RowBank, *given: int) -> Any:
+        places.append(given[0])
+        return bound(bank, *given)
 
     monkeypatch.setattr(RowBank, "bound", noted)
     for choices in (["one", "one"], ["one", "two"], [None, None]):
-        with scheduler._changed:
-            requests = [TextRequest(prompt(n), c, options={"max_new_tokens": 5}) for n, c in enumerate(choices)]
-            streams = [scheduler.submit(request) for request in requests]
+        requests = [TextRequest(prompt(n), c, options={"max_new_tokens": 5}) for n, c in enumerate(choices)]
+        streams = submit_at_once(scheduler, requests)
         assert [[t.id for t in stream] for stream in streams] == [alone(compiled, request) for request in requests]
         assert bool(places) == (choices == ["one", "two"])
         places.clear()
@@ -226,9 +281,9 @@ def test_a_request_has_the_same_bits_beside_whatever_others(compiled: Any) -> No
 def test_a_free_row_goes_to_the_tenant_with_the_fewest(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, begin = list[str](), RunningRow.begin
 
-    def noted(row: RunningRow, *given: Any) -> None:
+    def noted(row: RunningRow, *given: Any) -> Any:
         begun.append(str(row.request.seed))
-        begin(row, *given)
+        return begin(row, *given)
 
     monkeypatch.setattr(RunningRow, "begin", noted)
     with Scheduler(compiled, rows=2) as scheduler, scheduler._changed:  # its thread waits until all are in line
