@@ -26,7 +26,7 @@ from lorac.ir.slots.plans import BranchTerm, PreparedAdapter
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 21
 """Values of a weight that are in float32 at once, where its rows are merged one by one."""
 
 

@@ -135,11 +135,20 @@ def test_tensors_outlive_their_file(tmp_path: Path) -> None:
     assert tensors["a"].sum() == 1000
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e5m2, torch.complex64])
+NUMBERS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
 def test_non_finite_values_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     save_file({"fine": torch.ones(2), "bad": torch.tensor([1, float("nan"), 2]).to(dtype)}, tmp_path / "x")
     with refuses("non_finite", match=r"tensor 'bad' .* holds 1 NaN or infinite of 3 values"):
         read_safetensors(tmp_path / "x")
+
+
+@pytest.mark.parametrize("dtype", NUMBERS[:5], ids=str)
+def test_finite_values_whose_sum_is_not(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_file({"large": torch.full((300,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)}, tmp_path / "x")
+    assert (read_safetensors(tmp_path / "x")[0]["large"].double() == torch.finfo(dtype).max).all()
 
 
 class Evil:
