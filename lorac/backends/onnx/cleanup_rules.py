@@ -29,9 +29,13 @@ _NEUTRAL_PATTERNS: tuple[tuple[Callable[..., object], bool], ...] = (
 
 
 def default_rules() -> list[pattern.RewriteRule]:
-    """Return the exporter's rules without those that are slow or not exact."""
+    """Return copies of the exporter's rules without those that are slow or not exact.
+
+    A rule keeps the last graph that it matched, with all weights, so one of the process would keep them for good.
+    """
     inexact = {id(rule) for rule in _no_op.rules}
-    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != _SLOW_RULE and id(rule) not in inexact]
+    exact = (rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != _SLOW_RULE and id(rule) not in inexact)
+    rules = [copy.deepcopy(rule) for rule in exact]
     return [_skip_half_precision(rule) if str(rule.name).startswith(_FOLDING_RULES) else rule for rule in rules]
 
 
@@ -48,11 +52,11 @@ def _skip_half_precision(rule: pattern.RewriteRule) -> pattern.RewriteRule:
 
 
 def exact_no_op_rules() -> Iterator[pattern.RewriteRule]:
-    """Return exact rules in the place of those that are not."""
+    """Return exact rules, new ones, in the place of those that are not."""
     for target, commutes in _NEUTRAL_PATTERNS:
         rule = pattern.RewriteRule(target, _no_op.identity)
         yield from rule.commute() if commutes else [rule]
-    yield from (_no_op.dropout_zero_rule, _no_op.dropout_inference_rule)
+    yield from map(copy.deepcopy, (_no_op.dropout_zero_rule, _no_op.dropout_inference_rule))
 
 
 def _exact_constant(value: int) -> pattern.Constant:

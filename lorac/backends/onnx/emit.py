@@ -56,7 +56,7 @@ def list_unsupported_ops(program: Program, dialect: OnnxDialect) -> tuple[str, .
     return tuple(dict.fromkeys(found))
 
 
-@tracing()  # onnxscript's rules are objects of the process, and keep notes while they match
+@tracing()  # the passes of onnx_ir are objects of the process
 def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None) -> ir.Model:
     """Return the model, whether or not the target claims its ops."""
     model = export(graph.exported, TRANSLATIONS)
@@ -66,7 +66,7 @@ def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | Non
     with suppress_third_party_output():
         common_passes.InlinePass()(model)
         concatenate_weights(model)
-        _SIMPLIFY(model)
+        _simplify(model)
         run_passes(model, dialect.early_rewrites, observe)
         _CLEAN_UP(model)
     GATES[dialect.gates](model, graph.slots)
@@ -100,10 +100,12 @@ def _transposed_concatenation(node: ir.Node) -> ConcatenatedTensor | None:
     return tensor.transposed if isinstance(tensor, ConcatenatedTensor) else None
 
 
-_SIMPLIFY = ir.passes.Sequential(
-    _FoldConstants(shape_inference=False, input_size_limit=1024, output_size_limit=1024),
-    make_rewrite_pass([*default_rules(), *exact_no_op_rules()]),
-)
+def _simplify(model: ir.Model) -> None:
+    """Fold constants and apply the exporter's rules, in place."""
+    _FoldConstants(shape_inference=False, input_size_limit=1024, output_size_limit=1024)(model)
+    make_rewrite_pass([*default_rules(), *exact_no_op_rules()])(model)
+
+
 _CLEAN_UP = ir.passes.Sequential(
     common_passes.RemoveUnusedNodesPass(),
     common_passes.RemoveUnusedFunctionsPass(),

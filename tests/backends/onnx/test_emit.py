@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -43,6 +44,14 @@ def test_a_language_model(llama: lorac.Compiled) -> None:
     assert found[f"{path}:a"][2] == found[f"{path}:b"][1] == f"{path}:rank"
     assert found[f"{path}:a"][0] == found[f"{path}:b"][0] == "adapters"
     assert not any(name.startswith("linear") for name in found)
+
+
+def test_nothing_keeps_an_emitted_model_and_its_weights(llama: lorac.Compiled) -> None:
+    gc.collect()
+    kept = [
+        found for found in gc.get_objects() if type(found) is ir.Graph and "model.norm.weight" in found.initializers
+    ]
+    assert llama.adapters and not kept
 
 
 def test_an_encoder_and_its_decoder() -> None:
