@@ -20,9 +20,9 @@ SHARE = 0.5
 """The most time that a chunk takes, in steps of running rows, which wait for it."""
 LEAST, MOST = 8, 512
 """The fewest and the most tokens of a chunk; in between, powers of two are tried."""
-IDLE, IDLE_TOGETHER = 64, 256
-"""The tokens of a prompt per step while no row runs, since only requests that come meanwhile wait for them; and the
-most of all prompts together, if those are not more than the chunk's."""
+LARGE, LARGE_TOGETHER = 64, 256
+"""The tokens of each prompt per step while more prompts are read than rows run, which wait for them; and the most of
+all prompts together."""
 _REPEATS = 3
 
 
@@ -60,14 +60,14 @@ def largest_chunk(step: float, measure: Callable[[int], float], longest: int) ->
     return chunk
 
 
-def idle_chunk(chunk: int, prompts: int) -> int:
-    """Return the most tokens of each of some prompts per step while no row runs.
+def large_chunk(chunk: int, prompts: int) -> int:
+    """Return the most tokens of each prompt per step while more prompts are read than rows run.
 
     Args:
-        chunk: the most while rows run.
+        chunk: the most otherwise, and the fewest now.
         prompts: how many are read.
     """
-    return max(chunk, min(IDLE, IDLE_TOGETHER // prompts))
+    return max(chunk, min(LARGE, LARGE_TOGETHER // prompts))
 
 
 class _StepTimer:

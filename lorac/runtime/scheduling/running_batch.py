@@ -15,7 +15,7 @@ from lorac.errors import OverBudget, Unavailable
 from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.runtime.generation.row_sampler import BatchSampler
 from lorac.runtime.row_bank import RowBank
-from lorac.runtime.scheduling.chunk_choice import choose_chunk, idle_chunk
+from lorac.runtime.scheduling.chunk_choice import choose_chunk, large_chunk
 from lorac.runtime.scheduling.running_row import RunningRow
 from lorac.target.engine import BoundProgram
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
@@ -68,7 +68,7 @@ class RunningBatch:
         return {"bank": 0 if self._bank is None else self._bank.nbytes, "kv": kv}
 
     def choose_chunk(self) -> None:
-        """Choose how many tokens of a prompt a step reads, unless that is given; more of them where no row runs."""
+        """Choose how many tokens of a prompt a step reads, unless that is given."""
         if self.chunk is None:
             self.chunk = choose_chunk(self.model, self.graph, self._most_rows, self._bank)
 
@@ -141,7 +141,8 @@ class RunningBatch:
         """Return the program that reads the prompts of a lane, and how many tokens of each."""
         assert self.chunk is not None
         reading = [row for row in lane.rows if not row.is_read]
-        chunk = idle_chunk(self.chunk, len(reading)) if self._chooses and not self.running else self.chunk
+        crowded = self._chooses and len(reading) > len(self.running)
+        chunk = large_chunk(self.chunk, len(reading)) if crowded else self.chunk
         try:
             program = lane.bind(self._most_rows - len(lane.rows))
         except OverBudget:  # their adapters need not have room together: those of one choice are read without

@@ -38,8 +38,8 @@ class Scheduler:
         waiting: the most that wait.
         chunk: the most tokens of each prompt per step. Running requests wait for them: with more, prompts are read
             sooner, and the others' next tokens come later. Default: as many as take half the time of a step of half the
-            rows, but at least 8, or 64 while no request runs (fewer where more than 4 prompts are read together); the
-            model is timed once, before the first request begins.
+            rows, but at least 8, or 64 while more prompts are read than requests run (256 of all prompts together);
+            the model is timed once, before the first request begins.
         prompt_cache: bytes of what requests computed that are kept for prompts that begin alike; 0 keeps nothing.
         component: which of several models decodes.
 

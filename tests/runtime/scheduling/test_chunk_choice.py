@@ -14,12 +14,12 @@ from lorac import Scheduler, TextRequest
 from lorac.errors import LoracWarning
 from lorac.runtime.scheduling import running_batch
 from lorac.runtime.scheduling.chunk_choice import (
-    IDLE,
-    IDLE_TOGETHER,
+    LARGE,
+    LARGE_TOGETHER,
     LEAST,
     MOST,
     choose_chunk,
-    idle_chunk,
+    large_chunk,
     largest_chunk,
 )
 from lorac.target.engine import BoundProgram
@@ -72,7 +72,7 @@ def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
         assert scheduler.chunk == 3
 
 
-def test_prompts_are_read_in_larger_chunks_while_no_row_runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_read_in_large_chunks_where_fewer_rows_run(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running_batch, "choose_chunk", lambda *_: LEAST)
     shapes, decode = list[tuple[int, ...]](), BoundProgram.decode
 
@@ -82,25 +82,33 @@ def test_prompts_are_read_in_larger_chunks_while_no_row_runs(compiled: Any, monk
 
     monkeypatch.setattr(BoundProgram, "decode", noted)
     long = TextRequest(torch.arange(1, 30), None, options={"max_new_tokens": 20, "eos_token_id": None})
-    with Scheduler(compiled, rows=2, prompt_cache=0) as scheduler:
+    with Scheduler(compiled, rows=3, prompt_cache=0) as scheduler:
         first = iter(scheduler.submit(long))
         next(first)
         assert shapes[0] == (1, 29)
-        list(scheduler.submit(long))
+        with scheduler._changed:  # no step begins meanwhile
+            second = scheduler.submit(long)
+        list(second)
         assert max(length for _, length in shapes[1:]) == LEAST
+        first = iter(scheduler.submit(long))
+        next(first)
+        with scheduler._changed:
+            streams = [scheduler.submit(long) for _ in range(2)]
+        assert [len(list(stream)) for stream in streams] == [20, 20]
+        assert (2, 29) in shapes
 
 
 @pytest.mark.parametrize(
     ("chunk", "prompts", "each"),
     [
-        (LEAST, 1, IDLE),
-        (LEAST, 8, IDLE_TOGETHER // 8),
+        (LEAST, 1, LARGE),
+        (LEAST, 8, LARGE_TOGETHER // 8),
         (LEAST, 10**3, LEAST),
         (MOST, 8, MOST),
     ],
 )
 def test_the_more_prompts_are_read_together_the_smaller_their_chunks(chunk: int, prompts: int, each: int) -> None:
-    assert idle_chunk(chunk, prompts) == each
+    assert large_chunk(chunk, prompts) == each
 
 
 def test_a_model_without_room_to_be_timed(compiled: Any) -> None:
