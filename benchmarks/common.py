@@ -355,32 +355,48 @@ def forget_peak() -> None:
 
 
 def peak() -> float:
-    """Return the peak memory in MiB; getrusage's is never below the parent process's."""
-    marks = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(marks["VmHWM"].split()[0]) / 1024
+    """Return the peak memory in MiB, pages of mapped files included; getrusage's is never below the parent's."""
+    return _memory("VmHWM")
+
+
+def anonymous() -> float:
+    """Return the memory in MiB without pages of mapped files, which the kernel takes back when it needs them."""
+    return _memory("RssAnon")
+
+
+def _memory(field: str) -> float:
+    """Return a field of this process's status in MiB."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].split()[0]) / 1024
 
 
 def measure_call(call: Callable[[], object], *, above_start: bool = False) -> dict[str, float]:
-    """Return the seconds and CPU seconds of a call, and the peak memory in MiB, or how far that is above the start."""
+    """Return the seconds and CPU seconds of a call, and its memory in MiB, or how far that is above the start.
+
+    The memory is the peak, pages of mapped files included, and what is anonymous while the result is kept.
+    """
     forget_peak()
-    before, begun, spent = peak(), time.perf_counter(), time.process_time()
+    before, unmapped, begun, spent = peak(), anonymous(), time.perf_counter(), time.process_time()
     kept = call()
     took = {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - spent}
+    held = {"peak": peak(), "anonymous": anonymous()}
     del kept
-    return {**took, "peak": peak() - (before if above_start else 0)}
+    start = {"peak": before, "anonymous": unmapped} if above_start else dict.fromkeys(held, 0.0)
+    return {**took, **{what: value - start[what] for what, value in held.items()}}
 
 
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def compare_sides(title: str, found: Found, sides: Sequence[str]) -> Table:
     """Return a table of what ``measure_call`` found of each side, beside the first; the second is another run of it."""
     first, again, *_ = sides
-    ratios = {side: {what: found[(side,)][what] / found[(first,)][what] for what in found[(first,)]} for side in sides}
+    compared = ("peak", "cpu", "seconds")
+    ratios = {side: {what: found[(side,)][what] / found[(first,)][what] for what in compared} for side in sides}
     rows = []
     for side in sides:
         one, ratio = found[(side,)], ratios[side]
-        figures = (f"{one['seconds']:.3f}", f"{one['cpu']:.3f}", f"{one['peak']:.0f}")
-        rows.append((side, *figures, *(f"{ratio[what]:.2f}" for what in ("peak", "cpu", "seconds"))))
-    columns = ("side", "s", "CPU s", "peak MiB", "memory ratio", "CPU ratio", "time ratio")
+        figures = (f"{one['seconds']:.3f}", f"{one['cpu']:.3f}", f"{one['peak']:.0f}", f"{one['anonymous']:.0f}")
+        rows.append((side, *figures, *(f"{ratio[what]:.2f}" for what in compared)))
+    columns = ("side", "s", "CPU s", "peak MiB", "anonymous MiB", "memory ratio", "CPU ratio", "time ratio")
     return Table(title, columns, rows, [(side,) for side in sides], ratios[again])
 
 
