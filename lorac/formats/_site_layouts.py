@@ -18,6 +18,7 @@ from lorac.variants.adapter import Adapter
 
 LAYOUT = "layout"
 """Key of ``Adapter.provenance`` for the sites: path -> ``site_to_json(site)``."""
+_KINDS = [*SiteKind]
 
 
 def site_to_json(site: Site) -> dict[str, object]:
@@ -47,7 +48,7 @@ def is_site_json(layout: JsonMapping) -> bool:
         sizes |= {"channels": layout.get("channels"), "groups": layout.get("groups")}
         sizes |= {f"kernel {axis}": size for axis, size in enumerate(kernel)}
     whole = all(type(size) is int and size > 0 for size in sizes.values())
-    return whole and layout.get("kind") in set(SiteKind) and isinstance(layout.get("transposed"), bool)
+    return whole and layout.get("kind") in _KINDS and isinstance(layout.get("transposed"), bool)
 
 
 def site_from_json(path: str, layout: JsonMapping) -> Site:
