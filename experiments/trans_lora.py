@@ -9,6 +9,7 @@ and of the head, as the letters of a kind are alike to the host. From these four
 hundred others, the small one answers them, and a LoRA of the large one learns the answers, or the probabilities of
 their characters. Against the prompts that the filter takes stand unfiltered ones, and random characters of all kinds.
 All are judged by a hundred questions of the first kind; "as good as the source" is taken as at most five more wrong.
+On two of four seeds the filtered prompts are all but right, and learning from them stays at chance nevertheless.
 """
 
 from __future__ import annotations
