@@ -97,7 +97,7 @@ class RunningBatch:
         for key, lane in list(lanes.items()):
             self._guard(lane.rows, functools.partial(work, lane))
             if not lane.rows:
-                del lanes[key]
+                lanes.pop(key, None)
 
     def _guard(self, rows: list[RunningRow], work: Callable[[], object]) -> None:
         """Run work of some rows; an error ends them, and no others."""
@@ -153,12 +153,26 @@ class RunningBatch:
     def _run_ready(self, prompts: _Lane) -> None:
         """Make the rows run whose prompts are read, in their order, until memory is only free when others end."""
         ready = [place for place, row in enumerate(prompts.rows) if row.is_read]
+        if ready and len(ready) == len(prompts.rows) and self._run_all(prompts):
+            return
         left = list(itertools.takewhile(lambda place: self._join(prompts, place), ready))
         if left:
             prompts.remove(left)
 
+    def _run_all(self, prompts: _Lane) -> bool:
+        """Make all rows of a lane run where none runs that they share calls with: their caches need not be copied."""
+        key = self._key(prompts.rows[0])
+        if key in self._lanes:
+            return False
+        try:
+            prompts.place_adapters()
+        except OverBudget:  # for all of them together
+            return False
+        self._lanes[key] = self._reading.pop(key)
+        return True
+
     def _join(self, prompts: _Lane, place: int) -> bool:
-        """Make a row run, and return True; leave it as it is where memory is only free when others end."""
+        """Make a row run, and return True; leave it as it is where memory is only free when others end or are read."""
         row = prompts.rows[place]
         try:
             key = self._key(row)
@@ -168,7 +182,7 @@ class RunningBatch:
             lane.join(row, prompts.cache.copy([place]))
             self._lanes[key] = lane
         except Exception as error:
-            if isinstance(error, OverBudget) and self.running:
+            if isinstance(error, OverBudget) and (self.running or not all(other.is_read for other in self.rows)):
                 return False
             row.end("error", error)
         return True
@@ -240,9 +254,18 @@ class _Lane:
         one = self.rows[0]
         if self.bank is None or all(row.state is one.state for row in self.rows):
             return one.program
-        for place, row in enumerate(self.rows, first):
-            self.bank.admit(place, row.state)
+        self.place_adapters(first)
         return self.bank.bound(len(self.rows), first)
+
+    def place_adapters(self, first: int = 0) -> None:
+        """Write the rows' adapters into the bank's places, from one on.
+
+        Raises:
+            OverBudget: the bank has no room for them.
+        """
+        if self.bank is not None:
+            for place, row in enumerate(self.rows, first):
+                self.bank.admit(place, row.state)
 
     def join(self, row: RunningRow, cache: KeyValueCache) -> None:
         """Add a row, whose keys and values a cache of its own holds."""

@@ -356,6 +356,17 @@ def test_a_request_waits_for_memory_and_one_that_never_fits_ends() -> None:
         assert [token.id for token in scheduler.submit(requests[0])] == expected[0]
 
 
+def test_a_prompt_that_was_read_runs_where_memory_has_no_room_for_a_copy() -> None:
+    compiled = lorac.compile(DECODERS["llama"](), {}, target="onnxruntime", cache=True, self_test=False)
+    request = TextRequest(prompt(0), options={"max_new_tokens": 12})
+    expected = alone(compiled, request)
+    with Scheduler(compiled, rows=3, prompt_cache=0) as scheduler:
+        list(scheduler.submit(TextRequest(prompt(1), options={"max_new_tokens": 1})))
+        gc.collect()
+        compiled.memory.limit = compiled.memory.used + 2 * compiled.engine.new_cache("main", 1, 18).nbytes
+        assert [token.id for token in scheduler.submit(request)] == expected
+
+
 def test_adapters_come_and_go_beside_it(compiled: Any, scheduler: Scheduler) -> None:
     request = TextRequest(prompt(1), "late", options={"max_new_tokens": 20})
     compiled.add_adapter(compiled.adapters["one"], name="late")
