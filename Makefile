@@ -55,8 +55,9 @@ soak-serve: $(STAMP) ## Send thousands of requests to a scheduler, and over HTTP
 kill: $(STAMP) ## Kill every writer at every step and at 200 random moments
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.kill --seed $(SEED)
 
-experiments: $(STAMP) ## Try the claims of the papers (about two hours; goes on where it stopped), and write docs/experiments.md
+experiments: $(STAMP) ## Try the claims of the papers (hours; goes on where it stopped), and write docs/experiments.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments
+	$(BIN)/python -m experiments.lorafactory --page docs/taxonomy.md
 
 COUNT ?= 30
 mutants: $(STAMP) ## Put faults into COUNT= lines of the core, and see whether the suite finds each (hours; SEED= chooses)

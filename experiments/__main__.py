@@ -37,7 +37,8 @@ paired differences. *Not shown*: some of it does not. *Contrary*: some of it sep
 small, so that a claim that is not shown here may well hold where the paper says it does; unless its text says more, the
 rates, seeds and steps of its tables are all that was tried. Seconds are those of one run beside others.
 
-`make experiments` runs them all and writes this page; `python -m experiments.<name>` runs one and prints its tables.
+`make experiments` runs them all and writes this page, and that of the [families of methods](taxonomy.md);
+`python -m experiments.<name>` runs one and prints its tables.
 
 To try your own variation: copy a file of `experiments/`, change the sides of its question (a side is a function of
 rate, seed and steps that returns losses), say in `EXPECTED` which side the claim says to be lower, and run it by its
@@ -106,7 +107,7 @@ def row(name: str, result: Mapping[str, Any]) -> str:
     """Return the row of the page."""
     experiment = load(name)
     claim = f"{experiment.claim} ({experiment.source})"
-    figure = f"[{len(result['tables'])} tables](pictures/experiments/{name}.svg)"
+    figure = f"[figure](pictures/experiments/{name}.svg)"
     return f"| `{name}` | {claim} | {result['verdict']} | {figure} | {result['seconds']} |"
 
 

@@ -40,7 +40,7 @@ A star marks those that the survey does not place; they stand where they come ne
 
 - *form*: on that perceptron's kind of layer, as in [Methods](methods.md). Low-rank forms run next to the weight and are
   swapped by rebinding, per call or per row; sparse, delta and dense ones in a merged weight; branches as a subgraph.
-- *values*: trained, and *time* of a training over LoRA's, compilation included, on one core.
+- *values*: trained, and *time* of the shortest training over LoRA's, compilation included, on one core.
 - *loss*: after training at the *best rate*, the mean over {seeds} seeds, less LoRA's {lora:.3f}; in bold where the 95 %
   interval of the paired differences leaves 0 out. *At LoRA's rate* is the same at {rate:.2g}.
 
