@@ -29,14 +29,18 @@ _NEUTRAL_PATTERNS: tuple[tuple[Callable[..., object], bool], ...] = (
 
 
 def default_rules() -> list[pattern.RewriteRule]:
-    """Return copies of the exporter's rules without those that are slow or not exact.
-
-    A rule keeps the last graph that it matched, with all weights, so one of the process would keep them for good.
-    """
+    """Return copies of the exporter's rules without those that are slow or not exact."""
     inexact = {id(rule) for rule in _no_op.rules}
     exact = (rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule.name != _SLOW_RULE and id(rule) not in inexact)
-    rules = [copy.deepcopy(rule) for rule in exact]
+    rules = map(_copy_rule, exact)
     return [_skip_half_precision(rule) if str(rule.name).startswith(_FOLDING_RULES) else rule for rule in rules]
+
+
+def _copy_rule(rule: pattern.RewriteRule) -> pattern.RewriteRule:
+    """Return a rule with a matcher of its own: it keeps the last graph that it looked at, with all weights."""
+    copied = copy.copy(rule)
+    copied._matcher = type(rule._matcher)(rule._target_pattern)
+    return copied
 
 
 def _skip_half_precision(rule: pattern.RewriteRule) -> pattern.RewriteRule:
@@ -56,7 +60,7 @@ def exact_no_op_rules() -> Iterator[pattern.RewriteRule]:
     for target, commutes in _NEUTRAL_PATTERNS:
         rule = pattern.RewriteRule(target, _no_op.identity)
         yield from rule.commute() if commutes else [rule]
-    yield from map(copy.deepcopy, (_no_op.dropout_zero_rule, _no_op.dropout_inference_rule))
+    yield from map(_copy_rule, (_no_op.dropout_zero_rule, _no_op.dropout_inference_rule))
 
 
 def _exact_constant(value: int) -> pattern.Constant:

@@ -27,3 +27,14 @@ def test_only_what_changes_nothing_is_left_out(op, operands, neutral, little):
         model = ir.from_onnx_text(GRAPH.format(value=value, op=op, operands=operands))
         rewriter.RewritePass([*default_rules(), *exact_no_op_rules()])(model)
         assert model.graph.outputs[0].producer().op_type == left
+
+
+def test_rules_that_others_used_are_copied_without_the_graph_that_they_saw():
+    model = ir.from_onnx_text(GRAPH.format(value="0.5", op="Add", operands="x, c"))
+    rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES)(model)
+    seen = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if _find_graphs(rule)]
+    assert seen and not any(map(_find_graphs, [*default_rules(), *exact_no_op_rules()]))
+
+
+def _find_graphs(rule):
+    return [value for value in vars(rule._matcher).values() if isinstance(value, ir.Graph)]
