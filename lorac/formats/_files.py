@@ -175,7 +175,7 @@ def _read_tensors(path: Path, places: Mapping[str, TensorPlace]) -> dict[str, Te
 
 
 def _read_part(path: Path, places: Mapping[str, TensorPlace]) -> tuple[dict[str, Tensor], bool]:
-    """Return tensors, and whether they are surely finite."""
+    """Return tensors, and whether the sums of their values show that all are finite."""
     with path.open("rb", buffering=0) as file:
         block = read_tensors(file, places)
     return block.tensors, all(map(has_finite_sum, block.runs))

@@ -1,8 +1,8 @@
 """Adapters from disk as the contents of their slots, in one file that nobody else can open.
 
-Reading an adapter's own file, checking it and reducing its formula takes some thirty times as long as reading its
-bytes. So what was made of it is written once, when it is let go of, and brought back by one read. The file has no name:
-it lies with the adapters, and its space is free when the process ends, however that ends.
+Reading an adapter's own file, checking it and reducing its formula takes many times as long as reading its bytes. So
+what was made of it is written once, when it is let go of, and brought back by one read. The file has no name: it lies
+with the adapters, and its space is free when the process ends, however that ends.
 """
 
 from __future__ import annotations

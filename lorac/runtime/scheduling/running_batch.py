@@ -57,7 +57,7 @@ class RunningBatch:
 
     @property
     def rows(self) -> list[RunningRow]:
-        """All rows at work, those that begin to run once."""
+        """All rows at work, each once: a row that begins to run is in a lane of both kinds for a moment."""
         reading = [row for lane in [*self._reading.values()] for row in [*lane.rows]]
         return [*dict.fromkeys([*self.running, *reading])]
 
@@ -160,7 +160,7 @@ class RunningBatch:
             prompts.remove(left)
 
     def _run_all(self, prompts: _Lane) -> bool:
-        """Make all rows of a lane run where none runs that they share calls with: their caches need not be copied."""
+        """Make a whole lane run, without copying its cache; return False where others run that it shares calls with."""
         key = self._key(prompts.rows[0])
         if key in self._lanes:
             return False
