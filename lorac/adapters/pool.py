@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorac.adapters.fit import check_values
 from lorac.adapters.packing import pack_adapter
 from lorac.adapters.preparation import Preparer
 from lorac.errors import AdapterError
@@ -163,6 +164,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         """Make the normal forms of an entry, and keep them.
 
         Raises:
+            AdapterError: a tensor was written since it was added, and is NaN or infinite.
             OverBudget: there is no room for them.
         """
         known, adapter = self._prepared.get(name), entry.adapter
@@ -170,13 +172,14 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             assert isinstance(entry.source, StoredAdapter)
             begun, room = time.monotonic(), self.budget.claim(entry.source.nbytes)
             try:
-                prepared = self._prepare_packed(entry.source.read(name), just_checked=True)
+                prepared = self._prepare_packed(entry.source.read(name))
             finally:
                 room.resize(0)  # an error's traceback would hold it
             self.read_seconds.append(time.monotonic() - begun)
             return self._keep(name, entry, prepared, self.read_versions((entry,)))
         before = _NEVER if known is None else known.versions
         now = self.read_versions((entry,), before)
+        check_values(adapter)
         self._preparer.forget_shared(now.tensors if now.versions == before.versions else ())
         return self._keep(name, entry, self._prepare_packed(adapter), now)
 
@@ -245,11 +248,11 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         self.check_name_free(adapter.name)
         return self._prepare_packed(adapter)
 
-    def _prepare_packed(self, adapter: Adapter, *, just_checked: bool = False) -> PreparedAdapter:
+    def _prepare_packed(self, adapter: Adapter) -> PreparedAdapter:
         """Return an adapter's normal forms in few blocks of memory, unless it trains and is prepared at every step."""
         if self._trains:
-            return self._preparer.prepare(adapter, just_checked=just_checked)
-        return pack_adapter(self._preparer.prepare(adapter, contiguous=False, just_checked=just_checked), adapter)
+            return self._preparer.prepare(adapter)
+        return pack_adapter(self._preparer.prepare(adapter, contiguous=False), adapter)
 
     def add(self, adapter: Adapter, prepared: PreparedAdapter | None = None) -> None:
         """Add an adapter in memory.

@@ -12,7 +12,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import cast_tensor, describe_structure, make_branch_term, make_once_term
-from lorac.adapters.fit import check_values
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
@@ -66,18 +65,12 @@ class Preparer:
         self._by_site: dict[str, tuple[Variant, Shapes, Reduction]] = {}
 
     @torch.no_grad()
-    def prepare(self, adapter: Adapter, *, contiguous: bool = True, just_checked: bool = False) -> PreparedAdapter:
+    def prepare(self, adapter: Adapter, *, contiguous: bool = True) -> PreparedAdapter:
         """Return the normal forms of all terms of an adapter that ``check_adapter`` has passed.
 
         Args:
             contiguous: copy tensors that lie in another order in memory, such as transposes.
-            just_checked: nobody can have written its tensors since.
-
-        Raises:
-            AdapterError: a tensor was written since it was checked, and is NaN or infinite.
         """
-        if not just_checked:
-            check_values(adapter)
         terms = {path: self.term(adapter, path, contiguous=contiguous) for path in self.touched(adapter)}
         branches = {path: term for path, term in terms.items() if isinstance(term, BranchTerm)}
         once = get_once_path(adapter)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorac.adapters.fit import check_finite, has_finite_sum
+from lorac.adapters.fit import check_finite, find_infinite_sums
 from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error
@@ -178,7 +178,7 @@ def _read_part(path: Path, places: Mapping[str, TensorPlace]) -> tuple[dict[str,
     """Return tensors, and whether the sums of their values show that all are finite."""
     with path.open("rb", buffering=0) as file:
         block = read_tensors(file, places)
-    return block.tensors, all(map(has_finite_sum, block.runs))
+    return block.tensors, not find_infinite_sums(dict(enumerate(block.runs)))
 
 
 def _split_parts(places: Mapping[str, TensorPlace]) -> list[dict[str, TensorPlace]]:

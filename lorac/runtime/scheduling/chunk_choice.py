@@ -41,7 +41,7 @@ def choose_chunk(model: SwitchableModel, graph: str, rows: int, bank: RowBank | 
             reading = held.program_of(model.engine)
             step = timer.measure(reading if bank is None else bank.bound(half), half, 1)
             return largest_chunk(step, lambda tokens: timer.measure(reading, 1, tokens), timer.longest)
-    except Exception as error:  # requests meet what is wrong with the model, and report it
+    except Exception as error:  # engines raise their libraries' errors, and requests report them
         warn(f"the scheduler could not time the model, and reads prompts by {LEAST} tokens: {error}")
         return LEAST
 

@@ -122,7 +122,7 @@ class RunningBatch:
         """Read a chunk of each prompt; rows whose prompts are read get their first token, and run."""
         self._remove(lane, [row.stream.interrupted or row.find_earlier_end() for row in lane.rows])
         self._run_ready(lane)
-        if all(row.is_read for row in lane.rows):
+        if not lane.unread:
             return
         program, counts = self._plan_reading(lane)
         texts = [row.text[read : read + n] for row, read, n in zip(lane.rows, lane.cache.lengths, counts, strict=True)]
@@ -140,7 +140,7 @@ class RunningBatch:
     def _plan_reading(self, lane: _Lane) -> tuple[BoundProgram, list[int]]:
         """Return the program that reads the prompts of a lane, and how many tokens of each."""
         assert self.chunk is not None
-        reading = [row for row in lane.rows if not row.is_read]
+        reading = lane.unread
         crowded = self._chooses and len(reading) > len(self.running)
         chunk = large_chunk(self.chunk, len(reading)) if crowded else self.chunk
         try:
@@ -153,7 +153,7 @@ class RunningBatch:
     def _run_ready(self, prompts: _Lane) -> None:
         """Make the rows run whose prompts are read, in their order, until memory is only free when others end."""
         ready = [place for place, row in enumerate(prompts.rows) if row.is_read]
-        if ready and len(ready) == len(prompts.rows) and self._run_all(prompts):
+        if ready and not prompts.unread and self._run_all(prompts):
             return
         left = list(itertools.takewhile(lambda place: self._join(prompts, place), ready))
         if left:
@@ -241,6 +241,11 @@ class _Lane:
         if self._sampler is None:
             self._sampler = BatchSampler([row.sampler for row in self.rows])
         return self._sampler
+
+    @property
+    def unread(self) -> list[RunningRow]:
+        """The rows of whose prompts a part is still to be read."""
+        return [row for row in self.rows if not row.is_read]
 
     def bind(self, first: int = 0) -> BoundProgram:
         """Return the engine's program for the rows: one choice that all of them have is read once, not for each row.
