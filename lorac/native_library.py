@@ -8,10 +8,10 @@ import importlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lorac.errors import warn
 
-Tensor = torch.Tensor
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 

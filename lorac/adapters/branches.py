@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.ir.algebra.formulas import Formula
@@ -13,8 +14,6 @@ from lorac.ir.sites import Site, factor_dtype
 from lorac.ir.slots.plans import BranchSlot, BranchTerm
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
-
-Tensor = torch.Tensor
 
 
 def make_branch_term(adapter: Adapter, site: Site, *, detach: bool = True) -> BranchTerm:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.branches import cast_tensor
 from lorac.adapters.lora_conversion import make_lora_variant
@@ -15,7 +16,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.edit import PARTS, Edit
 
-Tensor = torch.Tensor
 _SIZED: Mapping[str, str] = {"a": "pair", "t": "t", "values": "sparse"}
 """The tensors whose last axis is the size of a part -> the part."""
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter, check_site, check_values
@@ -20,7 +21,6 @@ from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import BranchTerm
 from lorac.variants.adapter import Adapter
 
-Tensor = torch.Tensor
 _OUT, _IN = 9973, 9967
 """Sizes of a probe that shows which axes of a parameter are a site's outputs and inputs: primes, which no other axis
 has."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
@@ -22,7 +23,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, iterate_fields
 from lorac.variants.params import ParamSpec, Role
 
-Tensor = torch.Tensor
 _NUMBER = re.compile(r"\d+")
 T = TypeVar("T")
 _SUMMED_IN_ONE = 1 << 14

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.fit import check_numbers, sort_by_site
 from lorac.errors import AdapterError
@@ -18,8 +18,6 @@ from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.params import InitContext, ParamSpec, Role
-
-Tensor = torch.Tensor
 
 
 def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseReader | None = None) -> Adapter:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.factors import factors, iter_changes
 from lorac.adapters.truncation import Truncation, truncate_matrix, truncate_product
@@ -18,7 +19,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 T = TypeVar("T")
 
 

@@ -6,13 +6,12 @@ import collections
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lorac.ir.algebra.changes import Change, LowRank, SparseSum, from_outputs, iter_tensors, to_outputs
 from lorac.ir.slots.plans import PreparedAdapter
 from lorac.ir.slots.stacks import StackShape
 from lorac.variants.adapter import Adapter
-
-Tensor = torch.Tensor
 
 
 def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter:

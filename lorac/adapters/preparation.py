@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.adapter_sites import get_once_path
@@ -28,7 +28,6 @@ from lorac.variants._missing_method import class_modules
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
-Tensor = torch.Tensor
 _REDUCTIONS: dict[tuple[object, ...], Reduction] = {}
 """Structure (method, hyper-parameters, shapes, dtype, rules) -> its reduction, of every program in this process."""
 _MAX_REDUCTIONS = 512

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lorac.adapters.lora_conversion import check_error, check_sizes, make_lora_variant
@@ -19,8 +20,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant
 from lorac.variants.lora import LoRA
 from lorac.variants.low_rank import ScaledRank
-
-Tensor = torch.Tensor
 
 
 @torch.no_grad()

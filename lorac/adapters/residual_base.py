@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import WeightVariant
 from lorac.variants.low_rank import ScaledRank
 from lorac.variants.residual import Residual
 
-Tensor = torch.Tensor
 FactorPair = tuple[Tensor, Tensor]
 """A (r, in) and B (out, r)."""
 FactorRule = Callable[[Tensor, int, float], FactorPair]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.fit import check_values
 from lorac.adapters.lora_conversion import make_lora_variant
@@ -14,7 +15,6 @@ from lorac.ir.algebra.reduction import Params
 from lorac.variants._mixtures import RoutedVariant
 from lorac.variants.adapter import Adapter
 
-Tensor = torch.Tensor
 Weights = Sequence[float] | Tensor
 
 

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-Tensor = torch.Tensor
 _WHOLE = 256
 """Matrices with a side up to this length are decomposed whole, which takes milliseconds."""
 _SPARE = 16

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.factors import iter_changes
 from lorac.errors import Unavailable
@@ -26,7 +26,6 @@ from lorac.variants.adapter import Adapter
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Tensor = torch.Tensor
 NEAR, ABOVE = 0.5, 1.0
 """Ratios from which a head is called near the threshold and above it: a convention, since the theorem is asymptotic."""
 

@@ -12,10 +12,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorac.errors import OptionError
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.truncation import find_rank
@@ -22,7 +23,6 @@ from lorac.errors import AdapterError, MissingExtra, not_one_of
 from lorac.frontend.model_view import Model, ModelView
 from lorac.variants.adapter import Adapter
 
-Tensor = torch.Tensor
 _ORDERS = ("row_major", "interleaved")
 _LABELLED = 12
 """Sites that a picture has names for."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base
@@ -30,7 +31,6 @@ from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank, Sparse
 from lorac.variants.adapter import Adapter
 
-Tensor = torch.Tensor
 _LARGEST = 1024
 """The longest side of a matrix whose singular values are all computed for a report."""
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.factors import iter_changes
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import merge_weight
 from lorac.variants.adapter import Adapter
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

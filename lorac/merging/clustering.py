@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 def cluster(points: Tensor, weights: Tensor, k: int, generator: torch.Generator, tries: int, steps: int) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.edits import hold_changes
@@ -37,7 +38,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 Weights = Mapping[str, float] | Sequence[float]
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated, TypeAlias
 
 import torch
+from torch import Tensor
 
 from lorac.argument_types import Bounds
 from lorac.errors import OptionError
 
-Tensor = torch.Tensor
 Part: TypeAlias = Annotated[float | Sequence[float], Bounds(0, 1, exclusive=True)]
 """A part of the entries, above 0, for all adapters or for each."""
 Share: TypeAlias = Annotated[float | Sequence[float], Bounds(0, 1)]

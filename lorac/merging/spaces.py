@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, are_summable, compose
 from lorac.merging.terms import SiteTerms, refuse_weight, require_equal_ranks
 
-Tensor = torch.Tensor
 Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(tensors (N, …), their weights (N,), source of random choices) -> one tensor (…)."""
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.lora_conversion import compute_delta
 from lorac.errors import BaseNeeded, ChoiceError, CompileError
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum, compose
 from lorac.variants.adapter import Adapter
 from lorac.variants.low_rank import ScaledRank
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.lora_conversion import to_lora
 from lorac.argument_types import Count, OneOf, Rate, check_fields
@@ -24,8 +25,6 @@ from lorac.merging.spaces import SPACES, sum_changes
 from lorac.merging.terms import ScaledPair, SiteTerms
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lorac.frontend.capture.decoder_families import find_sequence
 from lorac.ir.graph import ops
@@ -37,8 +37,6 @@ from lorac.ir.slots.program_values import (
     program_value_name,
 )
 from lorac.passes.rows_apart import FormulaCall
-
-Tensor = torch.Tensor
 
 
 class _NotByRowError(Exception):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.adapted_call import (
@@ -27,7 +27,6 @@ from lorac.ir.slots.attention import BranchAttention
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.roles import branch_name, is_strength, slot_name
 
-Tensor = torch.Tensor
 aten = torch.ops.aten
 _ROWS = 3
 """The operands of a branch that have a row for each of the batch: a site's input, its output, and that of the base."""

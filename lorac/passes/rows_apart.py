@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
@@ -20,7 +21,6 @@ from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.placed_execution import SegmentOps
 from lorac.ir.slots.plans import BranchSlot, ValueAxis
 
-Tensor = torch.Tensor
 Size = int | torch.SymInt
 _ROWS, _OTHER = 3, 4
 """The number of rows of a made-up call, and the first of its other sizes that vary."""

@@ -18,14 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorac.adapters.pool import PoolEntry, StoredAdapter
 from lorac.ir.slots.composition import ComposedSite, ComposedWeights
 from lorac.ir.slots.plans import BranchTerm
 from lorac.ir.slots.stacks import StackShape
 from lorac.storage.tensor_file import raw_bytes
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

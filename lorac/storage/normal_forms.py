@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from lorac.errors import ArtifactError
 from lorac.ir.algebra.changes import Change, SparseSum, from_outputs, to_outputs
@@ -22,7 +22,6 @@ from lorac.storage.plans import branch_from_json, branch_to_json
 from lorac.storage.strict_json import JsonObject, dump_json, parse_object
 from lorac.storage.tensor_file import TensorFile
 
-Tensor = torch.Tensor
 _ENTRY = "forms"
 
 

@@ -13,12 +13,12 @@ from io import BufferedReader
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorac.errors import FormatError, Unavailable
 from lorac.limits import check_time, claim_memory, pause_clock
 from lorac.storage.tensor_file import TensorPlace, read_tensors
 
-Tensor = torch.Tensor
 MAGIC = b"TORT"
 """Bytes 4 to 8 of every file."""
 _VERSION = 1

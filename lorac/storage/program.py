@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
@@ -25,7 +25,6 @@ from lorac.storage.op_guards import GuardedOp
 from lorac.storage.op_names import find_op, op_name
 from lorac.storage.strict_json import Json, JsonObject
 
-Tensor = torch.Tensor
 MOST_NODES = 100_000
 """Nodes of a program: ten times those of the largest model that lorac was tried on."""
 _ROOM, _SLACK = 16, 1 << 26

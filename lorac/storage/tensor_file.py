@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from lorac.errors import ArtifactError, BaseNeeded
 from lorac.ir.sites import BaseReader, Site, SiteKind
@@ -24,7 +25,6 @@ from lorac.ir.slots.plans import SitePlan
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json
 
-Tensor = torch.Tensor
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.factors import factors
 from lorac.frontend.base_weights import read_bias
@@ -40,7 +40,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 
 Array = np.ndarray
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.preparation import Preparer
 from lorac.argument_types import Fields
@@ -30,7 +30,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import Role
 
-Tensor = torch.Tensor
 MIX = {"a": 0.7, "b": 0.3}
 ROUNDING = {
     torch.float64: 1e-12,

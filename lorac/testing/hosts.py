@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.argument_types import Fields
 from lorac.errors import AdapterError, SiteError
@@ -35,7 +35,6 @@ from lorac.testing.models import (
 from lorac.variants.base import BranchVariant, Variant
 
 Array = np.ndarray
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.argument_types import Fields
 from lorac.errors import OptionError
@@ -18,7 +18,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, dataclass_fields
 from lorac.variants.params import Role
 
-Tensor = torch.Tensor
 AIM = 0.2
 """The contribution of a sampled adapter relative to the base's output."""
 _SCALES = {"alpha": 5.0, "scale": 0.7}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorac.errors import CompileError
 from lorac.session.api import compile
@@ -15,8 +16,6 @@ from lorac.session.compiled import Compiled
 from lorac.testing.case import Case
 from lorac.testing.eager_checks import MIX, assert_raises
 from lorac.testing.parity import assert_parity
-
-Tensor = torch.Tensor
 
 
 def check_live(case: Case, target: str) -> None:

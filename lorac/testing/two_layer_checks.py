@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 from torch.export import Dim
 
 from lorac.errors import LoracWarning
@@ -20,7 +21,6 @@ from lorac.testing.case import Case
 from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
 
-Tensor = torch.Tensor
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lorac import training
@@ -15,7 +16,6 @@ from lorac.errors import ChoiceError, Unavailable
 from lorac.session.compiled import CompiledModule
 from lorac.trainer.data import Row
 
-Tensor = torch.Tensor
 Losses = Mapping[str, JsonMapping]
 """Name -> keywords."""
 GATES, PENALTY, SAMPLED = "gate_loss", "gate_penalty", "sampled_selection_loss"

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.argument_types import Operands
@@ -17,7 +18,6 @@ from lorac.errors import AdapterNotFound, ChoiceError, Unavailable
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 
-Tensor = torch.Tensor
 State: TypeAlias = dict[str, Any]
 """A state dict: tensors, numbers and strings in lists and dicts."""
 

@@ -6,8 +6,7 @@ Cayley's transform, and the series that approximates it: Qiu et al. 2025 (OFTv2)
 from __future__ import annotations
 
 import torch
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 def skew(upper: Tensor, size: int) -> Tensor:

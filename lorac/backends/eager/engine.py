@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.backends.eager.branches import BranchRunner
 from lorac.backends.eager.forward_call import (
@@ -60,7 +60,6 @@ from lorac.ir.slots.program_values import (
 )
 from lorac.target.engine import BoundProgram, CallResult, Engine
 
-Tensor = torch.Tensor
 T = TypeVar("T")
 EmissionListener = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
 

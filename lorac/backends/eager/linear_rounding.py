@@ -11,9 +11,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-Tensor = torch.Tensor
+from torch import Tensor, nn
 
 
 def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import Unavailable
@@ -23,7 +23,6 @@ from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import first_tensor
 from lorac.target.engine import RowsApart
 
-Tensor = torch.Tensor
 _ROWS = 1009
 """A number of rows that sizes of models rarely are; a larger one is taken where an input has this size."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorac.errors import InputMismatch, LoracError
 from lorac.frontend.components import check_component
@@ -20,8 +21,6 @@ from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.storage.program import StoredProgram
 from lorac.target.engine import BoundProgram, CallResult, ProgramFiles
 from lorac.target.placed_engine import PlacedEngine, find_shared_slots
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

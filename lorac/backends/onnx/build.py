@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic
 
-import torch
+from torch import Tensor
 
 from lorac.backends.onnx.claims import check_claims
 from lorac.backends.onnx.emit import emit
@@ -28,7 +28,6 @@ from lorac.target.engine import ProgramFiles
 if TYPE_CHECKING:
     from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
 
-Tensor = torch.Tensor
 _FILLERS = {SlotStorage.CONSTANTS: bake_slots, SlotStorage.DEFAULTS: set_slot_defaults}
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorac.frontend.components import check_component
 from lorac.ir.graph.feeds import collect_slot_tensors, convert_input, group_aux_outputs, select_reached_plans
@@ -24,8 +25,6 @@ from lorac.target.placed_engine import PlacedEngine, find_shared_slots
 
 if TYPE_CHECKING:
     from lorac.report.dump import Dump
-
-Tensor = torch.Tensor
 
 
 class LoadedGraph(Protocol):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import MODEL_FILE, graph_file
@@ -40,7 +41,6 @@ from lorac.ir.slots.role import NoiseScale, SlotSpec
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.rows import stack_places
 
-Tensor = torch.Tensor
 _NOISE_RANK = 3
 _FEW_ROWS = 2
 """Rows, or equal parts of a batch, that get noise of their own."""

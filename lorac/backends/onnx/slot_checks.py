@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from lorac.errors import CompileError, list_some
-
-Tensor = torch.Tensor
 
 
 def check_slot_inputs(model: ir.Model, slots: Collection[str], known: Collection[str]) -> None:

@@ -8,13 +8,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, read_model_files
 from lorac.storage.tensor_file import TensorLocation, raw_bytes
 from lorac.target.engine import ProgramFiles
 
-Tensor = torch.Tensor
 _MATRIX = 2
 _PREFIX_BYTES = 64
 """Number of first bytes by which candidates are found before all their bytes are compared."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import SlotInput
@@ -17,8 +18,6 @@ from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.plans import SitePlan
-
-Tensor = torch.Tensor
 
 
 def bound_tensors(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import torch
+from torch import Tensor
 
 from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, convert_inputs
 from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors
@@ -40,7 +41,6 @@ from lorac.storage.tensor_file import write_safetensors
 from lorac.target.engine import CallResult
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 
-Tensor = torch.Tensor
 _BOUND_NOTE = (
     "merged weights are inputs, which ONNX Runtime does not prepack, and so slower token by token than constants: "
     "swap(..., settle=True) makes constants of a choice's"

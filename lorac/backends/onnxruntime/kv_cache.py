@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import onnxruntime as ort
 import torch
+from torch import Tensor
 
 from lorac.backends.onnx.model_files import MAX_LENGTH_KEY
 from lorac.backends.onnxruntime.devices.memory import as_ort_value
@@ -33,7 +34,6 @@ from lorac.ir.graph.feeds import CacheInputShape, convert_input
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 from lorac.target.memory_budget import Charge, MemoryBudget
 
-Tensor = torch.Tensor
 _MASK = "attention_mask"
 
 

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from google.protobuf.message import Message
-from torch import fx
+from torch import Tensor, fx
 
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.build import EmittedProgram
@@ -33,7 +33,6 @@ from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.target.engine import ProgramFiles
 
-Tensor = torch.Tensor
 T = TypeVar("T")
 _HALF = (torch.float16, torch.bfloat16)
 _HALF_TYPES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)

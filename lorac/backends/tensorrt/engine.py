@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine
 from lorac.backends.tensorrt.device.cuda_graphs import GRAPHS_NOTE
@@ -36,7 +37,6 @@ from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.rows import ADAPTERS_AXIS
 from lorac.storage.open_file import OpenFile
 
-Tensor = torch.Tensor
 PLAN_FILE = "engine.plan"
 """The name of a graph's plan, next to the model that it was built from."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.device.cuda_graphs import MAX_GRAPHS, CudaGraphCache, record_on_cuda
@@ -34,7 +35,6 @@ from lorac.errors import ArtifactError, Unavailable
 if TYPE_CHECKING:
     import tensorrt
 
-Tensor = torch.Tensor
 Plan = bytes | memoryview | mmap.mmap
 MAX_CONTEXTS = 4
 """The most calls that are queued at the same time; each context has its own memory for intermediate values."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 
 from lorac.backends.tensorrt.device.interfaces import CudaEngine, Refitter
 from lorac.backends.tensorrt.library import BuildMessages, TensorRTLibrary, collect_errors
@@ -18,7 +18,6 @@ from lorac.errors import Unavailable
 if TYPE_CHECKING:
     import tensorrt
 
-Tensor = torch.Tensor
 _INSTEAD = "compile with mode='fused' alone: merged weights are then inputs of the plan"
 
 

@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from lorac.errors import CompileError
 from lorac.ir.algebra.operands import BIAS, DELTA, FOLDABLE, MERGEABLE, WEIGHT, A, B, C, D, G, H, T
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

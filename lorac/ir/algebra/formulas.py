@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -29,7 +30,6 @@ from lorac.ir.tracing import tracing
 from lorac.source_lines import definition_line, innermost_user_line
 from lorac.third_party_output import suppress_third_party_output
 
-Tensor = torch.Tensor
 _FORMULA_ERRORS = (
     ArithmeticError,
     AssertionError,

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 aten = torch.ops.aten
-Tensor = torch.Tensor
 _PRODUCTS = {aten.linear.default, aten.matmul.default, aten.mm.default}
 DROPOUT_RATE = "rate"
 """The name of the last input of a graph from ``insert_inner_dropout``."""

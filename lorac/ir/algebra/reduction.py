@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorac.ir.algebra import operands
@@ -27,7 +27,6 @@ Params = SimpleNamespace
 """The argument ``p`` of a formula, with one tensor attribute per parameter of the variant."""
 
 aten = torch.ops.aten
-Tensor = torch.Tensor
 
 LOW_RANK, SPARSE, DELTA, DENSE, BRANCH = "low-rank", "sparse", "delta", "dense", "branch"
 _TOKENS, _OTHER_TOKENS = 5, 7

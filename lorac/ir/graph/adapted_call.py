@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lorac.argument_types import Fields, Operands
 from lorac.ir.graph import attention_ops as attending
@@ -37,7 +36,6 @@ from lorac.ir.slots.program_values import (
 )
 from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
 
-Tensor = torch.Tensor
 VALUE_PREFIX = "value:"
 """Prefix of the names of program values among the operands of an adapted op."""
 

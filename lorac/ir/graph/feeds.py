@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from lorac.errors import ChoiceError
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
@@ -14,8 +15,6 @@ from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import record_extra_outputs
 from lorac.ir.slots.roles import slot_name, strength_role
 from lorac.ir.slots.rows import as_place
-
-Tensor = torch.Tensor
 
 
 def collect_slot_tensors(

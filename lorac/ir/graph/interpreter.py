@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
@@ -26,7 +26,6 @@ from lorac.ir.graph.nodes import SLOTS_KEYWORD
 from lorac.ir.sizes import AxisSizes
 
 aten = torch.ops.aten
-Tensor = torch.Tensor
 TOLERANCE = 1e-3
 """Largest ``relative_error`` between two computations of one value. In float32 rounding leaves 1e-6 to 1e-5; a wrong
 result is off by far more."""

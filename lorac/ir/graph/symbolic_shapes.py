@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lorac.ir.graph.graph import Graph
 
-Tensor = torch.Tensor
 _SYMBOL = re.compile(r"[su]\d+")
 
 

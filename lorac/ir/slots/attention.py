@@ -7,10 +7,9 @@ from typing import final
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lorac.errors import Unavailable
-
-Tensor = torch.Tensor
 
 
 class BranchAttention(ABC):

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-Tensor = torch.Tensor
 
 
 class BatchedFunctions(TorchFunctionMode):

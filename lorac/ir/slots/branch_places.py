@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from lorac.ir.slots.batched_functions import BatchedFunctions
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_formula
@@ -16,7 +17,6 @@ from lorac.ir.slots.placed_execution import SegmentOps
 from lorac.ir.slots.plans import BranchFill, BranchSlot, ValueAxis
 from lorac.ir.slots.program_values import program_value_name
 
-Tensor = torch.Tensor
 Mapped = Callable[[Sequence[Tensor], Sequence[Tensor], FormulaContext], Mapping[str, Tensor]]
 """(the parameters of a place, tensors of its rows, the context of that place) -> results by name."""
 _DELTA = "delta"

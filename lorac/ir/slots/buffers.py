@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import (
@@ -29,9 +30,6 @@ from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import slot_name
 from lorac.ir.slots.weight_writes import scatter, write_product
-
-Tensor = torch.Tensor
-
 
 _UNDEFINED = Dense(torch.empty(0))
 """Stands for the unknown content of a buffer during a write."""

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
+from torch import Tensor
 
 from lorac.errors import ChoiceError
 from lorac.ir.algebra import operands
@@ -19,8 +19,6 @@ from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_branches, fill_site, filled_roles, find_missing_room, why_merged_weight
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

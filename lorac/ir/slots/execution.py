@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lorac.errors import SiteError
@@ -25,8 +26,6 @@ from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import OWN, branch_owner, program_value_name
 from lorac.ir.slots.role import Stage
 from lorac.ir.slots.roles import ROLES
-
-Tensor = torch.Tensor
 
 
 class FormulaContext:

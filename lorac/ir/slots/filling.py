@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from lorac.errors import NeedsRecompile
 from lorac.ir.algebra import operands
@@ -15,8 +16,6 @@ from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchTerm, SitePlan, SiteSlots
 from lorac.ir.slots.role import SlotSpec
 from lorac.ir.slots.roles import ROLES, tensors_by_role
-
-Tensor = torch.Tensor
 
 
 def fill_site(

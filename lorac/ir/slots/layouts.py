@@ -25,12 +25,12 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lorac.ir.algebra.changes import multiply_blocks
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.segment_convolution import CONVOLUTIONS, convolve_segments
 
-Tensor = torch.Tensor
 _MATRIX = 2
 
 

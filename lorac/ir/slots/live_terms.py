@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lorac.errors import Unavailable
 from lorac.ir.algebra import operands
@@ -26,8 +27,6 @@ from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import branch_owner
 from lorac.ir.slots.role import SlotRole, SlotSpec, Stage
 from lorac.ir.slots.roles import ROLES, acts_at, apply_stage, keeps_base_weight, tensors_by_role
-
-Tensor = torch.Tensor
 
 
 class Dropout(enum.StrEnum):

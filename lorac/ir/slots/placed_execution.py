@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 
 from lorac.ir.slots.execution import FormulaContext, add_bias, add_branches, multiply_pair, run_site
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.rows import as_place, cut_segments, join_segments, stack_places
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
+from torch import Tensor
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, iter_tensors
@@ -20,8 +20,6 @@ from lorac.ir.algebra.formulas import Formula
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.role import SlotRole, Stage
 from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
-
-Tensor = torch.Tensor
 
 
 class ValueAxis(enum.StrEnum):

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorac.ir.sites import Site, factor_dtype
 from lorac.ir.slots.layouts import SiteLayout
 
-Tensor = torch.Tensor
 Size = int | torch.SymInt
 Shape = tuple[Size, ...]
 

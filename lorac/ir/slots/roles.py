@@ -19,14 +19,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, identity_blocks
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.role import AddNoise, NoiseScale, Shape, SlotRole, SlotSpec, Stage
-
-Tensor = torch.Tensor
 
 # ── Columns of the table ─────────────────────────────────────────────────────────────────────────────────────────────
 _SHARE = 0.3

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-Tensor = torch.Tensor
 Size = int | torch.SymInt
 KeyT = TypeVar("KeyT")
 ADAPTERS_AXIS = "adapters"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-Tensor = torch.Tensor
 _ALIGNMENT = 64
 """Bytes, as torch aligns what it allocates, so that kernels compute alike in every tensor of a stack."""
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lorac.ir.algebra.changes import add_product
 from lorac.native_library import find_native_library
-
-Tensor = torch.Tensor
 
 
 def scatter(memory: Tensor, positions: Tensor, values: Tensor) -> None:

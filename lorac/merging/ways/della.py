@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorac.merging.pruning import Share, keep_by_rank, per_adapter
 from lorac.merging.way import SignElectionWay
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

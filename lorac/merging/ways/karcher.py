@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorac.argument_types import Count, Positive
 from lorac.merging.way import SumWay
 from lorac.merging.ways._sphere import measure, move, normalise, rescale
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from lorac.argument_types import Count, OneOf
 from lorac.errors import ChoiceError
@@ -15,7 +16,6 @@ from lorac.merging.clustering import average, cluster, sort_points
 from lorac.merging.terms import ScaledPair, SiteTerms
 from lorac.merging.way import FactorsWay
 
-Tensor = torch.Tensor
 _NORMS = {"inf": math.inf, "l2": 2.0}
 
 

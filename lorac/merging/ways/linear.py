@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from lorac.errors import ChoiceError
 from lorac.merging.way import SumWay
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from lorac.merging.way import SumWay
 from lorac.merging.ways._sphere import normalise
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from lorac.errors import ChoiceError
 from lorac.merging.way import SumWay
 from lorac.merging.ways._sphere import measure, move, normalise, rescale
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lorac.argument_types import Rate
 from lorac.merging.pruning import keep_largest
 from lorac.merging.way import CombiningWay
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from lorac.argument_types import Rate
 from lorac.merging.way import SumWay
 
-Tensor = torch.Tensor
 _PARALLEL = 0.9995
 """Cosine above which the arc is taken for a line."""
 

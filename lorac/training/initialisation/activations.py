@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.errors import AdapterError, SiteError
 from lorac.ir.sites import Site, SiteKind
 from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
 
-Tensor = torch.Tensor
 Visit = Callable[[str, Tensor], None]
 """(path of a site, rows (n, in) that it was called with)."""
 IGNORED = -100

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.lora_conversion import make_lora_variant
 from lorac.adapters.residual_base import FactorPair, balance_factors
@@ -29,7 +29,6 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 _MODES = ("ipm", "kpm")
 _DAMP, _INEXACT = 0.01, 0.05
 """CorDA's first share of the mean variance that is added to the covariance, and how far C·C⁻¹ may be from I."""

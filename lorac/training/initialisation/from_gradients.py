@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.residual_base import FactorPair
 from lorac.errors import OptionError, not_one_of
@@ -30,7 +30,6 @@ from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 from lorac.variants.lora_xs import LoRAXS
 
-Tensor = torch.Tensor
 _SPLITS = {"ArB2r": (slice(0, 1), slice(1, 2)), "A2rBr": (slice(1, 2), slice(0, 1))}
 """Direction -> the slices of the first 2r components for A and B, in units of r."""
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.sites import Site, factor_dtype
 from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
 
-Tensor = torch.Tensor
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> the loss, a scalar."""
 

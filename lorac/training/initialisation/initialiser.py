@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import make_fresh_adapter
@@ -27,7 +26,6 @@ from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 Batches = Iterable[Any]
 """Arguments of calls: a mapping of keywords, a tuple of arguments, or one argument each."""
 

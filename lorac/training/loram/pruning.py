@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.errors import OptionError, SiteError, not_one_of
 from lorac.frontend.model_view import ModelView
@@ -25,7 +25,6 @@ from lorac.training.loram.units import (
     unit_positions,
 )
 
-Tensor = torch.Tensor
 SCORES = ("magnitude", "gradient", "random")
 
 

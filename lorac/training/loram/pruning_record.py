@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from lorac.errors import ArtifactError, FormatError
 from lorac.limits import charge_reading
@@ -16,7 +17,6 @@ from lorac.storage.paths import translate_os_errors
 from lorac.storage.tensor_file import TensorFile, write_safetensors
 from lorac.storage.tensor_hash import agrees_with_hash, hash_contents
 
-Tensor = torch.Tensor
 _SEAL = "lorac_seal"
 _RECORD_PARTS = ("shape", "rows", "columns")
 

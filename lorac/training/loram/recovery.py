@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.adapters.fit import check_adapter
 from lorac.errors import AdapterError, AdapterNotFound, not_one_of
@@ -18,7 +18,6 @@ from lorac.training.loram.pruning_record import PruningRecord
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 FILLS = ("zeros", "normal")
 
 

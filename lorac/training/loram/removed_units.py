@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.errors import FormatError, nearest_name
 from lorac.limits import charge_reading
@@ -20,7 +20,6 @@ from lorac.training.loram.pruning import make_pruning_records
 from lorac.training.loram.pruning_record import PruningRecord
 from lorac.training.loram.units import UnitGroup, find_unit_groups
 
-Tensor = torch.Tensor
 _KEY = "pruned_idx"
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.errors import SiteError
 
-Tensor = torch.Tensor
 HEADS, HIDDEN = "heads", "hidden"
 _ATTENTION = (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj"))
 """Names of attention layers: heads are rows of the first, and columns of one of the second."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.argument_types import Operands
@@ -22,8 +22,6 @@ from lorac.training.rule import HookHandle, Rule
 from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, check_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
-
-Tensor = torch.Tensor
 
 
 class ALLoRA(Rule):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import not_one_of
@@ -31,9 +32,6 @@ from lorac.training.rules.pairs import (
 from lorac.training.step_view import Group
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
-
-Tensor = torch.Tensor
-
 
 _EPS = 1e-6
 """ε, the released code's."""

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound
 from lorac.training.rule import Rule, unwrap_ddp
 from lorac.training.rules.pairs import FROM_0, check_settings
 from lorac.variants.base import BranchVariant, Variant
-
-Tensor = torch.Tensor
 
 
 class Balanced(Rule):

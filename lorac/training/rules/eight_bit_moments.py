@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorac.errors import MissingExtra
 from lorac.training.rule import State
 
-Tensor = torch.Tensor
 _BLOCK = 256
 _FEWEST = 4096
 """Moments with fewer entries stay in float, as in bitsandbytes' own optimizers."""

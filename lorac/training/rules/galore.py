@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, Unavailable, not_one_of
@@ -26,7 +27,6 @@ from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, check_settings
 from lorac.training.step_view import Group
 from lorac.variants.full import Full
 
-Tensor = torch.Tensor
 _SIDES = ("std", "reverse_std", "left", "right", "full")
 _PROJECTED = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 """The settings of a group whose gradients are projected; a group without ``rank`` is trained as usual."""

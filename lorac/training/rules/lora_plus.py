@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
@@ -20,7 +20,6 @@ from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 _PLAIN, _FASTER, _EMBEDDED = "plain", "faster", "embedded"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.training.rule import Rule, State
@@ -25,8 +26,6 @@ from lorac.training.rules.pairs import (
 )
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
-
-Tensor = torch.Tensor
 
 
 class LoRAPro(Rule):

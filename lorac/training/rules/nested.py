@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.argument_types import Operands
@@ -25,8 +25,6 @@ from lorac.training.rules.pairs import copy_state
 from lorac.training.step_view import GroupView, view_optimizer
 from lorac.variants.base import Variant
 from lorac.variants.dylora import DyLoRA
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
 from lorac.training.rule import State, TrainedTerm
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 FACTORS = ("lora_A", "lora_B")
 
 

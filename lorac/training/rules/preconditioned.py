@@ -10,6 +10,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, Unavailable
@@ -18,7 +19,6 @@ from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 from lorac.variants.plp import PLP
 
-Tensor = torch.Tensor
 _NOTHING = 1e-6
 """Frobenius norm of a Gram matrix up to which the identity takes its place: a factor that starts at 0."""
 _UP, _DOWN = ("up_frozen", "up_learned"), ("down_frozen", "down_learned")

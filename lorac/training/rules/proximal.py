@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, not_one_of
 from lorac.training.rule import Rule, trained_terms
 from lorac.variants.base import Variant
 from lorac.variants.sora import SoRA
-
-Tensor = torch.Tensor
 
 
 def soft_threshold(g: Tensor, xi: float) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound, ChoiceError
@@ -20,7 +21,6 @@ from lorac.variants.base import Variant
 from lorac.variants.full import Full
 from lorac.variants.lora import LoRA
 
-Tensor = torch.Tensor
 _ROUNDING = 1e-9
 """Keeps a quantile that falls on an entry from falling below it."""
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lorac.errors import ChoiceError, Unavailable
 from lorac.training.rule import trained_terms, unwrap_ddp
 from lorac.variants._mixtures import add_gumbel_noise
 from lorac.variants.meteora import MeteoRA
-
-Tensor = torch.Tensor
 
 
 def gate_loss(

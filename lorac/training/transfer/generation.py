@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lorac.errors import AdapterError, Unavailable
 
-Tensor = torch.Tensor
 PromptAnswer = tuple[str, str]
 """A prompt, and what is to come after it."""
 IGNORED = -100

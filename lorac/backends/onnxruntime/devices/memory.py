@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 
 import onnxruntime as ort
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffers
 from lorac.ir.slots.plans import SitePlan
 
-Tensor = torch.Tensor
 FusedWeights = tuple[dict[str, FusedBuffer], dict[str, Tensor]]
 """A buffer per weight that is written in place, by site path, and the memory by slot name."""
 

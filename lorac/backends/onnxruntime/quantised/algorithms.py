@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorac.backends.onnxruntime.quantised.codec import Array, Codec, EncodedMatrix
 
-Tensor = torch.Tensor
 RTN, K_QUANT, GPTQ = "rtn", "k_quant", "gptq"
 ALGORITHMS = (RTN, K_QUANT, GPTQ)
 """Names of the algorithms, the fastest first."""

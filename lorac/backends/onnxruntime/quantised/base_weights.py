@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.model_files import WEIGHTS_FILE, graph_file, read_model_files
@@ -26,7 +27,6 @@ from lorac.target.engine import ProgramFiles
 if TYPE_CHECKING:
     from lorac.backends.onnxruntime.quantised.quantisation_report import QuantisationReport, QuantisedProduct
 
-Tensor = torch.Tensor
 _METADATA_KEY = "quantised"
 """The entry of a file's metadata that lists the quantised tensors whose parts the file holds."""
 _COMPARED_FIRST = 8

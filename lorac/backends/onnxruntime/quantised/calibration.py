@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorac.errors import OptionError
 from lorac.frontend.copying import copy_structure
@@ -13,7 +13,6 @@ from lorac.frontend.model_runner import disable_fast_path, seed_random_numbers
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.progress import progress
 
-Tensor = torch.Tensor
 Call = Mapping[str, object]
 """Arguments of a call of a model by name, such as what a tokenizer returns."""
 _TEXTS, _TOKENS = 16, 256

@@ -15,13 +15,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, copy_to_engine
 from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
 from lorac.backends.tensorrt.device.io_tensors import IOTensors
 from lorac.errors import LoracError, Unavailable, warn
 
-Tensor = torch.Tensor
 GraphKey = tuple[object, ...]
 QueueWork = Callable[[int], None]
 """Queues an engine's work on a stream, given by its handle."""

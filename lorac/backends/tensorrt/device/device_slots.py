@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.backends.tensorrt.device.io_tensors import IOTensor
 
-Tensor = torch.Tensor
 ALIGNMENT = 256
 """Addresses are multiples of this many bytes (``IExecutionContext::setTensorAddress``)."""
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from lorac.backends.tensorrt.device.device_slots import ALIGNMENT, DeviceSlots, allocate
 from lorac.backends.tensorrt.device.interfaces import ExecutionContext
@@ -19,8 +20,6 @@ from lorac.errors import InputMismatch, Unavailable
 
 if TYPE_CHECKING:
     import tensorrt
-
-Tensor = torch.Tensor
 
 
 class StreamOrder(Protocol):

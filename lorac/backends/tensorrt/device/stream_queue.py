@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, keep_alive_for
-
-Tensor = torch.Tensor
 
 
 class StreamQueue:
