@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lorac.merging.pruning import Share, drop_outliers, per_adapter
 from lorac.merging.way import SignElectionWay
+from lorac.merging.ways.breadcrumbs import Breadcrumbs
 
 
 @dataclass(frozen=True, kw_only=True)
-class BreadcrumbsTies(SignElectionWay):
-    """The sum of entries that have the elected sign, without the smallest and the very largest.
-
-    Attributes:
-        gamma: the part of the entries that are outliers, for all adapters or for each.
-    """
-
-    gamma: Share = 0.01
+class BreadcrumbsTies(SignElectionWay, Breadcrumbs):
+    """The sum of entries that have the elected sign, without the smallest and the very largest."""
 
     name = "breadcrumbs_ties"
-    paper = "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, arXiv 2312.06795"
-
-    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
-        return drop_outliers(tensor, density, per_adapter(self.gamma, index + 1)[index])

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lorac.merging.pruning import keep_at_random
 from lorac.merging.way import SignElectionWay
+from lorac.merging.ways.dare_linear import DareLinear
 
 
 @dataclass(frozen=True, kw_only=True)
-class DareTies(SignElectionWay):
+class DareTies(SignElectionWay, DareLinear):
     """The sum of random entries with the elected sign, scaled up to the whole's size; the paper's p is 1 − density."""
 
     name = "dare_ties"
-    paper = (
-        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, arXiv 2311.03099"
-    )
-    rescales = True
-
-    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
-        return keep_at_random(torch.full_like(tensor, density), generator)

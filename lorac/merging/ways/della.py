@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lorac.merging.pruning import Share, keep_by_rank, per_adapter
 from lorac.merging.way import SignElectionWay
+from lorac.merging.ways.della_linear import DellaLinear
 
 
 @dataclass(frozen=True, kw_only=True)
-class Della(SignElectionWay):
-    """The sum of entries that are drawn by their rank in the row, and have the elected sign.
-
-    Attributes:
-        epsilon: the probability of an entry rises from density − ε for a row's smallest to density + ε for its largest;
-            one number for all adapters, or one for each.
-    """
-
-    epsilon: Share = 0.15
+class Della(SignElectionWay, DellaLinear):
+    """The sum of entries that are drawn by their rank in the row, and have the elected sign."""
 
     name = "della"
-    paper = "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling, arXiv 2406.11617"
     normalizes = True
-    rescales = True
-
-    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
-        return keep_by_rank(tensor, density, per_adapter(self.epsilon, index + 1)[index], generator)
