@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lorac.merging.pruning import Share, drop_outliers, per_adapter
-from lorac.merging.way import PrunedSumWay
+from lorac.merging.way import PrunedSumWay, PruningWay
 
 
 @dataclass(frozen=True, kw_only=True)
-class Breadcrumbs(PrunedSumWay):
-    """The sum of each change's entries but the smallest and the very largest.
+class OutlierPruningWay(PruningWay):
+    """A way that leaves out the smallest entries of each change, and the very largest.
 
     Attributes:
         gamma: the part of the entries that are outliers, for all adapters or for each.
@@ -21,8 +21,14 @@ class Breadcrumbs(PrunedSumWay):
 
     gamma: Share = 0.01
 
-    name = "breadcrumbs"
     paper = "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, arXiv 2312.06795"
 
     def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
         return drop_outliers(tensor, density, per_adapter(self.gamma, index + 1)[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breadcrumbs(OutlierPruningWay, PrunedSumWay):
+    """The sum of each change's entries but the smallest and the very largest."""
+
+    name = "breadcrumbs"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorac.merging.way import SignElectionWay
-from lorac.merging.ways.breadcrumbs import Breadcrumbs
+from lorac.merging.ways.breadcrumbs import OutlierPruningWay
 
 
 @dataclass(frozen=True, kw_only=True)
-class BreadcrumbsTies(SignElectionWay, Breadcrumbs):
+class BreadcrumbsTies(OutlierPruningWay, SignElectionWay):
     """The sum of entries that have the elected sign, without the smallest and the very largest."""
 
     name = "breadcrumbs_ties"

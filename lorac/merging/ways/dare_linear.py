@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from lorac.merging.pruning import keep_at_random
-from lorac.merging.way import PrunedSumWay
+from lorac.merging.way import PrunedSumWay, PruningWay
 
 
 @dataclass(frozen=True, kw_only=True)
-class DareLinear(PrunedSumWay):
-    """The sum of random entries, scaled up to the size of the whole; the paper's p is 1 − density."""
+class RandomPruningWay(PruningWay):
+    """A way that keeps entries at random."""
 
-    name = "dare_linear"
     paper = (
         "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, arXiv 2311.03099"
     )
@@ -23,3 +22,10 @@ class DareLinear(PrunedSumWay):
 
     def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
         return keep_at_random(torch.full_like(tensor, density), generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareLinear(RandomPruningWay, PrunedSumWay):
+    """The sum of random entries, scaled up to the size of the whole; the paper's p is 1 − density."""
+
+    name = "dare_linear"

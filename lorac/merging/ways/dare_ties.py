@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorac.merging.way import SignElectionWay
-from lorac.merging.ways.dare_linear import DareLinear
+from lorac.merging.ways.dare_linear import RandomPruningWay
 
 
 @dataclass(frozen=True, kw_only=True)
-class DareTies(SignElectionWay, DareLinear):
+class DareTies(RandomPruningWay, SignElectionWay):
     """The sum of random entries with the elected sign, scaled up to the whole's size; the paper's p is 1 − density."""
 
     name = "dare_ties"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorac.merging.way import SignElectionWay
-from lorac.merging.ways.della_linear import DellaLinear
+from lorac.merging.ways.della_linear import RankPruningWay
 
 
 @dataclass(frozen=True, kw_only=True)
-class Della(SignElectionWay, DellaLinear):
+class Della(RankPruningWay, SignElectionWay):
     """The sum of entries that are drawn by their rank in the row, and have the elected sign."""
 
     name = "della"
