@@ -34,6 +34,11 @@ DEVICES = [
         lambda w: _program(w, device="cuda", providers=("CPUExecutionProvider",)),
         lambda w, said: OnnxRuntimeOptions(device="cuda"),
     ),
+    Mistake(
+        "prepacked weights for a GPU",
+        lambda w: _program(w, device="cuda", prepacked="weights"),
+        lambda w, said: (OnnxRuntimeOptions(device="cuda"), OnnxRuntimeOptions(device="cpu", prepacked="weights")),
+    ),
     Mistake("a device that ONNX Runtime does not run on", lambda w: _program(w, device="mps")),
     Mistake(
         "a provider that is misspelt",

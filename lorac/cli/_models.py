@@ -29,6 +29,10 @@ CompiledOrModel = Annotated[str, typer.Argument(help=COMPILED_HELP, metavar="MOD
 AdapterOption = Annotated[
     list[str], typer.Option("--adapter", "-a", help="NAME=PATH, or PATH; may be given several times.")
 ]
+PrepackedOption = Annotated[
+    Path | None,
+    typer.Option(help="A folder for prepacked weights, which processes map instead of each having a copy of its own."),
+]
 
 
 def load_model(spec: str) -> nn.Module:
@@ -36,12 +40,13 @@ def load_model(spec: str) -> nn.Module:
     return load_with_tokenizer(spec)[0]
 
 
-def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compiled:
+def load_compiled(spec: str, adapters: Sequence[str], *, prepacked: Path | None = None, **options: Any) -> Compiled:
     """Load a compiled folder, or compile a model for target "eager", with its tokenizer.
 
     Args:
         spec: the folder or the model.
         adapters: the adapters of the command line.
+        prepacked: the option of target "onnxruntime".
         options: further arguments of ``lorac.compile``.
 
     Raises:
@@ -57,7 +62,7 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compile
                 f"'{spec}' is compiled, and holds adapters of its own",
                 next_step="give the model itself, or compile it with them: lorac compile MODEL -a NAME=PATH -o FOLDER",
             )
-        return lorac.load(folder)
+        return lorac.load(folder) if prepacked is None else lorac.load(folder, prepacked=prepacked)
     if ":" not in spec and not folder.exists():
         folders = [found.parent.name for name in (MANIFEST, CONFIG) for found in folder.parent.glob(f"*/{name}")]
         raise OptionError(
@@ -66,6 +71,8 @@ def load_compiled(spec: str, adapters: Sequence[str], **options: Any) -> Compile
             next_step=COMPILED_HELP,
         )
     model, tokenizer = load_with_tokenizer(spec)
+    if prepacked is not None:
+        options["prepacked"] = prepacked
     compiled = lorac.compile(model, parse_adapters(adapters), **options)
     compiled.tokenizer = tokenizer
     return compiled

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorac.cli._inputs import Array, InputsOption, format_inputs, read_inputs, to_arrays
-from lorac.cli._models import AdapterOption, CompiledOrModel, load_compiled, parse_choice
+from lorac.cli._models import (
+    AdapterOption,
+    CompiledOrModel,
+    PrepackedOption,
+    load_compiled,
+    parse_choice,
+)
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import ChoiceError, LoracError, OptionError
 from lorac.progress import progress
@@ -37,13 +43,14 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
         float | None, typer.Option(min=0, help="Sample tokens; 0 takes the best. Default: the model's setting.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs to this .npz file.")] = None,
+    prepacked: PrepackedOption = None,
     json: JsonOption = False,
 ) -> None:
     """Call a compiled model with --inputs, let it continue a --prompt, or chat with it: /adapter NAME, /adapters."""
     _check_run_options(inputs, prompt, out, json)
     with progress("run") as report:
         report.step("loading")
-        compiled = load_compiled(model, adapter)
+        compiled = load_compiled(model, adapter, prepacked=prepacked)
         if inputs is not None:
             report.step("calling")
             choice = {"adapters": parse_choice(adapters)} if adapters else {}

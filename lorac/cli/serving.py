@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lorac.cli._models import PrepackedOption
 from lorac.errors import OptionError
 
 
@@ -35,6 +36,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         list[str] | None, typer.Option("--pin", help="An adapter that stays in memory; may be given several times.")
     ] = None,
     pooling: Annotated[str, typer.Option(help="What of an encoder is an embedding: mean or cls.")] = "mean",
+    prepacked: PrepackedOption = None,
     keys: Annotated[
         Path | None, typer.Option("--keys", help="A JSON file of API key -> tenant; default: everybody may ask.")
     ] = None,
@@ -52,7 +54,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
         pooling=pooling,  # type: ignore[arg-type]  # the settings check it
         keys={} if keys is None else _read_keys(keys),
     )
-    run(folder, settings, host, port, adapters=adapters, store=store, bases=bases or ())
+    run(folder, settings, host, port, adapters=adapters, store=store, bases=bases or (), prepacked=prepacked)
 
 
 def _read_keys(path: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ def run(
     adapters: str | Path | None = None,
     store: str | Path | None = None,
     bases: Collection[str] = (),
+    prepacked: str | Path | None = None,
 ) -> None:
     """Serve a compiled folder until the process is interrupted; requests at work are then finished.
 
@@ -29,6 +30,7 @@ def run(
         adapters: a folder of further adapters, read when they are used.
         store: a folder for the adapters that tenants bring; None: they may bring none.
         bases: names by which PEFT's configurations call the model (``AdapterStore``).
+        prepacked: a folder for prepacked weights, as ``lorac.load`` takes it.
 
     Raises:
         ArtifactError: the folder holds no compiled model, or a damaged one.
@@ -40,7 +42,7 @@ def run(
 
     LOGGER.addHandler(logging.StreamHandler())
     LOGGER.setLevel(logging.INFO)
-    compiled = lorac.load(folder)
+    compiled = lorac.load(folder) if prepacked is None else lorac.load(folder, prepacked=prepacked)
     if adapters is not None:
         compiled.register(adapters)
     settings = ServingSettings() if settings is None else settings

@@ -68,7 +68,7 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
     if _contains_working_folder(target):
         raise OSError(errno.EBUSY, "this process works in that folder, give a path below it", str(target))
     _make_folder(target.parent)
-    with _locked(target.parent):
+    with locked_folder(target.parent):
         _move_back(target)
         remove_abandoned(target.parent, _mark(target))
     workshop = make_process_folder(target.parent, _mark(target))
@@ -76,7 +76,7 @@ def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterat
         staged = workshop / _NEW
         yield staged
         flush_folder(staged)
-        with _locked(target.parent):
+        with locked_folder(target.parent):
             _move_back(target)
             _install(staged, target, owned)
     finally:
@@ -229,7 +229,7 @@ def _exchange_in_one_step(one: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Admit one process or thread at a time, where the file system has locks; the system unlocks for a killed one."""
     with contextlib.ExitStack() as stack:
         if sys.platform != "win32":
@@ -258,7 +258,7 @@ def recover_folder(path: Path) -> None:
     path = Path(os.path.realpath(path))
     if os.path.lexists(path) or not path.parent.is_dir():
         return
-    with _locked(path.parent):
+    with locked_folder(path.parent):
         _move_back(path)
 
 

@@ -41,6 +41,7 @@ class OpenFile:
         self.where = where
         self._handle = os.open(where, _FLAGS)
         self._mapping: weakref.ref[mmap.mmap] | None = None
+        self._digest: str | None = None
         weakref.finalize(self, os.close, self._handle)
         if not stat.S_ISREG(os.fstat(self._handle).st_mode):
             raise OSError(f"'{where}' is not a regular file")
@@ -106,8 +107,13 @@ class OpenFile:
     def digest(self) -> str:
         """Return a hash of the bytes, 16 bytes as text: blake2b over the blake2b hashes of its pieces of 32 MiB.
 
-        As many threads as there are cores hash pieces at the same time.
+        As many threads as there are cores hash pieces at the same time, once.
         """
+        if self._digest is None:
+            self._digest = self._hash_pieces()
+        return self._digest
+
+    def _hash_pieces(self) -> str:
         starts = range(0, self.size, _PIECE)
         threads = min(len(starts), os.cpu_count() or 1)
         if threads < 2:

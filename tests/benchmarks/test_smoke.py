@@ -62,7 +62,10 @@ ROWS = {
         ]
     ],
     "files": [["safetensors", "safetensors, A/A", "of PEFT", "lorac's own, sealed", "hashing alone"]],
-    "load": [["bare session", "bare session, A/A", "lorac.load"]],
+    "load": [
+        ["bare session", "bare session, A/A", "lorac.load", "lorac.load, prepacked="],
+        ["lorac.load", "lorac.load, prepacked="],
+    ],
     "merged_checkpoint": [["copy", "copy, A/A", "lorac merge"]],
     "overhead": [
         [

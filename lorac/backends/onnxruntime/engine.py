@@ -137,7 +137,11 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         return self.device_memory.fused(self.plans, self.base)
 
     def machine_notes(self, graph: GraphSession) -> tuple[str, ...]:
-        """Say what this machine does its own way: ops of a GPU on the CPU, bound weights, how adapters are added."""
+        """Say what this machine does its own way: ops of a GPU on the CPU, bound or mapped weights, adapters' op."""
+        mapped = (f"prepacked weights are mapped from '{self.options.prepacked}'",)
+        return (*self._computing_notes(graph), *(mapped if graph.session.lorac_prepacked else ()))
+
+    def _computing_notes(self, graph: GraphSession) -> tuple[str, ...]:
         if self.fused and graph.slots and self.options.place.type == "cpu" and self.options.settle == "asked":
             return (_BOUND_NOTE,)
         ops = ops_on_cpu(graph.session)

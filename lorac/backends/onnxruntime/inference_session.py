@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -18,7 +21,11 @@ from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, rea
 from lorac.backends.onnxruntime.devices.providers import start_session
 from lorac.backends.onnxruntime.native_op import use_native_op
 from lorac.backends.onnxruntime.options import FLOAT16, FLOAT32_LEVEL, OnnxRuntimeOptions
+from lorac.backends.onnxruntime.prepacked import keep_optimised, open_prepacked, write_prepacked
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE
+from lorac.frontend.components import MAIN_GRAPH
+from lorac.native_library import NativeLibrary
+from lorac.storage.open_file import OpenFile
 from lorac.target.engine import ProgramFiles
 
 TORCH_DTYPES = {
@@ -66,10 +73,6 @@ def create_session(
 ) -> ort.InferenceSession:
     """Create a session over a graph's model.
 
-    ONNX Runtime gets the model's bytes, and maps the weights by the path of the open file, whatever another process
-    puts in the file's place. It refuses that path once the file is deleted. Then the weights are handed over as they
-    are mapped here, and ONNX Runtime copies those that it does not prepack.
-
     Args:
         files: the program's, open.
         constants: slot input -> its content in this session for good; kept alive by the session, and not copied.
@@ -80,16 +83,12 @@ def create_session(
         ArtifactError: a weight is not where the model says.
         Unavailable: an op has no kernel in the model's dtype.
     """
-    weights = files.get(graph_file(graph, WEIGHTS_FILE))
-    start = functools.partial(_start_session, files, graph, options, constants or {}, rounds)
-    if weights is None or not weights.is_linked:
-        return start(None)
-    try:
-        return start(weights.path)
-    except Fail:
-        if weights.is_linked:
-            raise
-        return start(None)  # the file was deleted meanwhile
+    source = _read_source(files, graph, options, constants or {}, rounds)
+    if options.prepacked is None or constants is not None or not rounds:
+        return source.start(options)
+    folder = Path(options.prepacked)
+    packed = open_prepacked(folder, source.digest(), functools.partial(source.write_prepacked, options))
+    return source.start(options) if packed is None else source.start_prepacked(packed, options)
 
 
 def create_settled_session(
@@ -100,44 +99,112 @@ def create_settled_session(
     return create_session(files, graph, options, copies)
 
 
-def _start_session(
-    files: ProgramFiles,
-    graph: str,
-    options: OnnxRuntimeOptions,
-    constants: Mapping[str, Array],
-    rounds: bool,
-    path: Path | None,
-) -> ort.InferenceSession:
-    """Start a session that maps its weights from a path; without a path they are handed over."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _SessionSource:
+    """A graph's model as a session takes it, with this machine's ops.
+
+    Attributes:
+        weights: name -> content in the file of weights, mapped.
+        file: the file of weights; None where there is none.
+        constants: name -> content that is handed over.
+        library: with the model's own ops; None where it has none.
+        native_layers: how many layers such ops compute.
+    """
+
+    model: onnx.ModelProto
+    weights: Mapping[str, Array]
+    file: OpenFile | None
+    constants: Mapping[str, Array]
+    library: NativeLibrary | None
+    native_layers: int
+
+    def start(
+        self, options: OnnxRuntimeOptions, prepare: Callable[[ort.SessionOptions], None] = lambda _: None
+    ) -> ort.InferenceSession:
+        """Start a session.
+
+        ONNX Runtime gets the model's bytes, and maps the weights by the path of the open file, whatever another process
+        puts in the file's place. It refuses that path once the file is deleted. Then the weights are handed over as
+        they are mapped here, and ONNX Runtime copies those that it does not prepack.
+
+        Args:
+            prepare: adds to ONNX Runtime's settings.
+        """
+        if self.file is None or not self.file.is_linked:
+            return self._start(options, None, prepare)
+        try:
+            return self._start(options, self.file.path, prepare)
+        except Fail:
+            if self.file.is_linked:
+                raise
+            return self._start(options, None, prepare)  # the file was deleted meanwhile
+
+    def digest(self) -> str:
+        """Return a hash of the model and its weights, equal for equal ones."""
+        found = hashlib.blake2b(self.model.SerializeToString(deterministic=True), digest_size=16)
+        found.update(b"" if self.file is None else self.file.digest().encode())
+        return found.hexdigest()
+
+    def write_prepacked(self, options: OnnxRuntimeOptions, folder: Path) -> None:
+        """Write the optimised model and its prepacked weights into a folder."""
+        self.start(options, functools.partial(write_prepacked, folder=folder))
+
+    def start_prepacked(self, files: ProgramFiles, options: OnnxRuntimeOptions) -> ort.InferenceSession:
+        """Start a session from what ``write_prepacked`` wrote."""
+        model, weights = read_model_files(files, MAIN_GRAPH)
+        packed = dataclasses.replace(self, model=model, weights=weights, file=files.get(WEIGHTS_FILE))
+        session = packed.start(options, keep_optimised)
+        session.lorac_prepacked = True
+        return session
+
+    def _start(
+        self, options: OnnxRuntimeOptions, path: Path | None, prepare: Callable[[ort.SessionOptions], None]
+    ) -> ort.InferenceSession:
+        """Start a session that maps its weights from a path; without a path they are handed over."""
+        settings = session_options(options)
+        prepare(settings)
+        if self.library is not None:
+            settings.register_custom_ops_library(self.library.path)
+        stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        handed = {**self.constants, **({} if path is not None else self.weights)}
+        if path is not None:
+            for name in self.weights:
+                _set_location(stored[name], path.relative_to(path.anchor).as_posix())
+            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", path.anchor)
+        values = [_alias_array(array, stored[name]) for name, array in handed.items()]
+        settings.add_external_initializers(list(handed), values)
+        try:
+            session = start_session(self.model.SerializeToString(), settings, options.chosen, options.place)
+        except NoKernel as error:
+            from lorac.backends.onnxruntime.missing_kernel import missing_kernel_error
+
+            raise missing_kernel_error(self.model, error) from error
+        session.lorac_constants = handed  # the session reads the arrays for as long as it lives
+        session.lorac_native_layers = self.native_layers
+        session.lorac_prepacked = False
+        _release_pages(self.weights)
+        return session
+
+
+def _read_source(
+    files: ProgramFiles, graph: str, options: OnnxRuntimeOptions, constants: Mapping[str, Array], rounds: bool
+) -> _SessionSource:
+    """Read a graph's model and put this machine's ops into it."""
     model, weights = read_model_files(files, graph)
     if not rounds:
         _compute_in_float32(model.graph)
-    settings = session_options(options)
     library = options.native_library
-    native_layers = use_native_op(model, half=options.native == FLOAT16) if library is not None else 0
-    if library is not None and native_layers:
-        settings.register_custom_ops_library(library.path)
+    layers = use_native_op(model, half=options.native == FLOAT16) if library is not None else 0
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    handed = _make_constants(model, stored, constants)
-    weights = {name: array for name, array in weights.items() if name not in handed}
-    if path is None:
-        handed |= weights
-    else:
-        for name in weights:
-            _set_location(stored[name], path.relative_to(path.anchor).as_posix())
-        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", path.anchor)
-    values = [_alias_array(array, stored[name]) for name, array in handed.items()]
-    settings.add_external_initializers(list(handed), values)
-    try:
-        session = start_session(model.SerializeToString(), settings, options.chosen, options.place)
-    except NoKernel as error:
-        from lorac.backends.onnxruntime.missing_kernel import missing_kernel_error
-
-        raise missing_kernel_error(model, error) from error
-    session.lorac_constants = handed  # the session reads the arrays for as long as it lives
-    session.lorac_native_layers = native_layers
-    _release_pages(weights)
-    return session
+    fixed = _make_constants(model, stored, constants)
+    return _SessionSource(
+        model=model,
+        weights={name: array for name, array in weights.items() if name not in fixed},
+        file=files.get(graph_file(graph, WEIGHTS_FILE)),
+        constants=fixed,
+        library=library if layers else None,
+        native_layers=layers,
+    )
 
 
 def _compute_in_float32(graph: onnx.GraphProto) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import onnxruntime
@@ -83,10 +84,13 @@ class OnnxRuntimeOptions(TargetOptions):
             own ops: ``"auto"`` where it is installed; True always; False never; ``"float16"`` always, with factors
             in float16, which are read in half the time and rounded by up to 5e-4 of their values. It belongs to this
             machine: a saved program has ONNX Runtime's own ops.
+        prepacked: a folder for the weights as the CPU's kernels read them, about twice their bytes on disk. They are
+            written when the program first runs, and mapped from then on, so that a process has no copy of its own in
+            memory, and several share one. It belongs to this machine and is not part of an artifact. None: no folder.
     """
 
-    running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers", "native")
-    local: ClassVar[tuple[str, ...]] = ("calibration", "native")
+    running: ClassVar[tuple[str, ...]] = ("threads", "spinning", "settle", "providers", "native", "prepacked")
+    local: ClassVar[tuple[str, ...]] = ("calibration", "native", "prepacked")
     threads: int = 0
     spinning: bool | None = None
     settle: str = "asked"
@@ -103,6 +107,7 @@ class OnnxRuntimeOptions(TargetOptions):
     symmetric: bool | None = None
     accuracy_level: int | None = None
     native: bool | str = "auto"
+    prepacked: str | Path | None = None
 
     @property
     def codec(self) -> Codec | None:
@@ -152,6 +157,11 @@ class OnnxRuntimeOptions(TargetOptions):
         self._check_weights()
         self._check_device()
         self._check_native()
+        if self.prepacked is not None and self.chosen != (CPU,):
+            raise OptionError(
+                f"prepacked= keeps weights for the CPU, and sessions run on {self.chosen[0]}",
+                next_step="leave prepacked= out, or give device='cpu'",
+            )
         if self.settle not in _SETTLE_TIMES:
             raise not_one_of("settle cannot be", self.settle, _SETTLE_TIMES)
         if not 0 <= self.threads <= MAX_THREADS:

@@ -1,0 +1,132 @@
+"""Prepacked weights in files: sessions of every process map them, instead of each laying them out in memory of its own.
+
+ONNX Runtime lays constant weights out for the processor's kernels when a session starts, and keeps these copies as long
+as the session lives. It can write them, with the optimised model, and read them again. Such files belong to one release
+of ONNX Runtime and one kind of processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
+from lorac.errors import ArtifactError, warn
+from lorac.progress import step
+from lorac.storage.artifact import check_manifest, describe_files, open_checked, read_manifest, write_manifest
+from lorac.storage.atomic_folders import MANIFEST, locked_folder, replace_atomically
+from lorac.storage.paths import translate_os_errors
+from lorac.target.engine import ProgramFiles
+
+_FIELDS: dict[str, type] = {"machine": dict, "files": dict}
+_LEAF = "session"
+"""The folder of a model's files, in a folder that is named by the model."""
+_WRITING = {
+    "session.optimized_model_external_initializers_file_name": WEIGHTS_FILE,
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+    "session.save_external_prepacked_constant_initializers": "1",
+}
+"""ONNX Runtime's settings for a session that writes its optimised model and its prepacked weights."""
+
+
+def open_prepacked(folder: Path, key: str, write: Callable[[Path], object]) -> ProgramFiles | None:
+    """Open the optimised model and the prepacked weights of a session; write them where they are not there.
+
+    Files that are damaged, or were written elsewhere, are written anew with a warning. Several processes write them
+    once: the others wait.
+
+    Args:
+        folder: where they are kept, with those of other models.
+        key: names the model and its weights.
+        write: starts a session that writes them into a folder (``write_prepacked``).
+
+    Returns:
+        None where they can be neither read nor written, which a warning says.
+    """
+    place = folder / key / _LEAF
+    if (files := _read(place)) is not None:
+        return files
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with locked_folder(folder):
+            return _read(place, explain=True) or _write(place, write)
+    except (OSError, Fail) as error:
+        reason = error.strerror if isinstance(error, OSError) else "ONNX Runtime cannot write its weights there"
+        warn(
+            f"prepacked='{folder}' is not used: {reason or error}",
+            next_step="give a folder that can be written to, on a disk with twice the room of the model's weights",
+        )
+        return None
+
+
+def write_prepacked(settings: ort.SessionOptions, folder: Path) -> None:
+    """Have a session write its optimised model and its prepacked weights when it starts."""
+    settings.optimized_model_filepath = str(folder / MODEL_FILE)
+    for name, value in _WRITING.items():
+        settings.add_session_config_entry(name, value)
+
+
+def keep_optimised(settings: ort.SessionOptions) -> None:
+    """Have a session take a written model as it is: it was optimised when it was written."""
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+
+def _read(place: Path, *, explain: bool = False) -> ProgramFiles | None:
+    """Open files and check them; return None where they are missing, damaged or of another machine.
+
+    Args:
+        explain: warn of files that are there and of no use.
+    """
+    if not place.exists():
+        return None
+    try:
+        with translate_os_errors(place, ArtifactError, "read"):
+            return _open_checked(place)
+    except ArtifactError as error:
+        if explain:
+            warn(f"prepacked weights are written anew: {error.what}")
+        return None
+
+
+def _open_checked(place: Path) -> ProgramFiles:
+    fields = read_manifest(place / MANIFEST)
+    check_manifest(place, fields, _FIELDS)
+    if others := [name for name, value in _describe_machine().items() if fields["machine"].get(name) != value]:
+        raise ArtifactError(f"'{place}' was written by another {others[0]}")
+    return {name: open_checked(place, name, entry) for name, entry in fields["files"].items()}
+
+
+def _write(place: Path, write: Callable[[Path], object]) -> ProgramFiles:
+    step("prepacking weights")
+    with replace_atomically(place, lambda _: (MODEL_FILE, WEIGHTS_FILE, MANIFEST)) as staged:
+        staged.mkdir()
+        write(staged)
+        write_manifest(staged / MANIFEST, {"machine": _describe_machine(), "files": describe_files(staged)})
+    _release_free_memory()
+    return _open_checked(place)
+
+
+def _release_free_memory() -> None:
+    """Have the GNU C library give free memory back to the system: as much as the weights, once they are written."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # other C libraries do so by themselves
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _describe_machine() -> dict[str, str]:
+    """Return what decides how weights are laid out: the release of ONNX Runtime, and the processor's instructions."""
+    capabilities = torch.cpu.get_capabilities()
+    instructions = sorted(name for name, value in capabilities.items() if value is True)
+    return {
+        "onnxruntime": f"{ort.__version__} ({ort.get_build_info()})",
+        "processor": " ".join([str(capabilities["architecture"]), *instructions]),
+    }
