@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import random
 import sys
@@ -55,7 +56,7 @@ class Case:
 
     Attributes:
         request: what they send.
-        answers: the tokens that ``generate`` answers alone, with each version of its adapters.
+        answers: the tokens that ``generate`` answers alone, with any versions of its adapters.
     """
 
     request: lorac.TextRequest
@@ -108,16 +109,16 @@ class Store:
         """Return the folder that holds a version of an adapter's folder."""
         return self.folder / f"version{version}" / name
 
-    def load(self, version: int = 0) -> lorac.Compiled:
-        """Return the model with all adapters registered."""
+    def load(self) -> lorac.Compiled:
+        """Return the model with all adapters registered, in their first versions."""
         loaded = lorac.load(self.folder / "model")
         for name in self.names:
-            loaded.register(self.path(name, version if name in self.changing else 0))
+            loaded.register(self.path(name))
         return loaded
 
     def cases(self, chance: random.Random) -> list[Case]:
         """Return random requests with their answers."""
-        models = [self.load(version) for version in range(2)]
+        model = self.load()
         shared = [_prompt(chance, 12) for _ in range(8)]
         cases = []
         for seed in range(CASES):
@@ -129,9 +130,17 @@ class Store:
             request = lorac.TextRequest(
                 ids, self._choice(chance), seed, tenant=str(chance.randrange(4)), options=options
             )
-            changes = not {*_names(request.adapters)}.isdisjoint(self.changing)
-            cases.append(Case(request, tuple(_alone(model, request) for model in models[: 1 + changes])))
+            cases.append(Case(request, tuple(self._answer(model, request))))
         return cases
+
+    def _answer(self, model: lorac.Compiled, request: lorac.TextRequest) -> Iterator[list[int]]:
+        """Answer a request with each version of each of its adapters, in turn."""
+        changing = [name for name in _names(request.adapters) if name in self.changing]
+        for versions in itertools.product(range(2), repeat=len(changing)):
+            for name, version in zip(changing, versions, strict=True):
+                model.remove_adapter(name)
+                model.register(self.path(name, version))
+            yield _alone(model, request)
 
     def _choice(self, chance: random.Random) -> Any:
         one, other = chance.sample(self.names, 2)
@@ -256,14 +265,16 @@ class Load:
                 sys.excepthook(type(error), error, error.__traceback__)
             self.count[kind] += 1
 
-    def _held(self, kind: str, right: bool) -> None:
+    def _held(self, kind: str, right: bool, case: Case | None = None) -> None:
         self.count[kind] += 1
+        if not right and case is not None:
+            print(f"wrong {kind}: {case.request}", file=sys.stderr, flush=True)
         self.count[f"wrong {kind}"] += not right
 
     async def _read(self, case: Case, chance: random.Random) -> None:
         stream = self.scheduler.submit(case.request)
         tokens = [token.id async for token in stream]
-        self._held("read", tokens in case.answers and stream.reason in {"stop", "length"})
+        self._held("read", tokens in case.answers and stream.reason in {"stop", "length"}, case)
 
     async def _leave(self, case: Case, chance: random.Random) -> None:
         """Read a few tokens, and leave."""
@@ -273,7 +284,7 @@ class Load:
                 tokens.append(token.id)
                 if len(tokens) == most:
                     break
-        self._held("left", case.begins_with(tokens))
+        self._held("left", case.begins_with(tokens), case)
 
     async def _kill(self, case: Case, chance: random.Random) -> None:
         """Be cancelled at any moment, even before the first token."""
@@ -289,13 +300,13 @@ class Load:
         stream = self.scheduler.submit(dataclasses.replace(case.request, deadline=chance.expovariate(50)))
         tokens = [token.id async for token in stream]
         whole = tokens in case.answers or stream.reason == "deadline"
-        self._held("with a deadline", whole and case.begins_with(tokens))
+        self._held("with a deadline", whole and case.begins_with(tokens), case)
 
     async def _lose_loop(self, case: Case, chance: random.Random) -> None:
         """Read a token in a thread whose event loop is closed then, as in a worker that crashes."""
         stream = self.scheduler.submit(case.request)
         tokens = await asyncio.to_thread(_read_one, stream)
-        self._held("lost its loop", case.begins_with(tokens))
+        self._held("lost its loop", case.begins_with(tokens), case)
 
     # --- adapters ------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class HttpLoad(Load):
         if chance.random() < 0.5:
             with self._refused(case):
                 answer = await self._openai.post(PATH, body=self._fields(case), cast_to=openai.types.Completion)
-                self._held("read", answer.choices[0].text in self._texts(case))
+                self._held("read", answer.choices[0].text in self._texts(case), case)
         else:
             await self._read_stream(case, "read as a stream")
 
@@ -84,7 +84,8 @@ class HttpLoad(Load):
                     if len(found) == most:
                         break
             whole = "".join(found)
-            self._held(kind, any(text == whole or (most and text.startswith(whole)) for text in self._texts(case)))
+            right = any(text == whole or (most and text.startswith(whole)) for text in self._texts(case))
+            self._held(kind, right, case)
 
     @contextlib.contextmanager
     def _refused(self, case: Case) -> Iterator[None]:
