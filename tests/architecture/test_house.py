@@ -140,12 +140,15 @@ def test_functions_are_short():
     assert [where for where, node in _functions() if _code_lines(node) > LONGEST_FUNCTION] == []
 
 
+@functools.cache
 def _functions():
     """Every function of the package with its place."""
-    for source, tree in _trees().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                yield f"{_within(source)}:{node.lineno} {node.name}", node
+    return [
+        (f"{_within(source)}:{node.lineno} {node.name}", node)
+        for source, tree in _trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def _code_lines(node):
