@@ -1,8 +1,11 @@
 """Which modules a pattern names: PEFT's own functions are the oracle, on random paths."""
 
+import hashlib
+import threading
 import time
 
 import pytest
+import regex
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 import lorac
+from lorac.ir import patterns
 from lorac.ir.patterns import find_first_pattern, match_pattern, select_sites
 from lorac.ir.sites import Site, SiteKind
 from tests.refusing import refuses
@@ -94,6 +98,40 @@ def test_a_pattern_that_backtracks_without_end_is_stopped(pattern):
     with refuses("pattern_too_slow", match="did not finish"):
         match_pattern(pattern, "a" * 50_000 + "b")
     assert time.monotonic() - started < 30
+
+
+def test_the_time_of_other_threads_does_not_count(monkeypatch):
+    class Busy:
+        """A pattern in a process whose other threads use up the first tenth of a second of the engine's clock."""
+
+        def fullmatch(self, path, timeout):
+            if timeout <= patterns.TIMEOUT_SECONDS:
+                raise TimeoutError
+            return regex.fullmatch(".*proj", path)
+
+    monkeypatch.setattr(patterns, "_compile", lambda _: Busy())
+    assert match_pattern(".*proj", "layers.0.q_proj") is not None
+
+
+def test_the_engines_clock_runs_with_all_threads():
+    """What ``_match_in_time`` makes up for: an engine that counts this thread's time alone makes it needless."""
+    stop, block = threading.Event(), bytes(1 << 24)
+
+    def work():
+        while not stop.is_set():
+            hashlib.sha256(block).digest()
+
+    others = [threading.Thread(target=work) for _ in range(3)]
+    for other in others:
+        other.start()
+    begun = time.thread_time()
+    with pytest.raises(TimeoutError):
+        regex.compile("(a|aa)+$").fullmatch("a" * 50_000 + "b", timeout=0.3)
+    own = time.thread_time() - begun
+    stop.set()
+    for other in others:
+        other.join()
+    assert own < 0.3
 
 
 def test_compile_stops_on_such_a_pattern():
