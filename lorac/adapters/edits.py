@@ -11,7 +11,7 @@ from torch import Tensor
 from lorac.adapters.branches import cast_tensor
 from lorac.adapters.lora_conversion import make_lora_variant
 from lorac.errors import BaseNeeded
-from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, Sparse, SparseSum
+from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.edit import PARTS, Edit
@@ -74,17 +74,12 @@ def _hold(path: str, change: Change, weight: Callable[[str], Tensor] | None) -> 
         base = weight(path)
         wide = torch.promote_types(torch.promote_types(base.dtype, change.weight.dtype), torch.float32)
         return {"delta": change.weight.to(wide) - base.to(wide), **shift}
-    summed = _add_up(change)
-    return {**(summed if summed["values"].numel() else {}), **shift}
-
-
-def _add_up(change: Sparse | SparseSum) -> dict[str, Tensor]:
-    """Return each position once, with the sum of its values."""
     terms = change.terms if isinstance(change, SparseSum) else ((1.0, change),)
     every = torch.stack([torch.cat([t.rows for _, t in terms]), torch.cat([t.cols for _, t in terms])])
     indices, places = torch.unique(every, dim=1, return_inverse=True)
     values = torch.cat([term.values if strength == 1 else strength * term.values for strength, term in terms])
-    return {"indices": indices, "values": values.new_zeros(indices.shape[1]).index_add_(0, places, values)}
+    summed = {"indices": indices, "values": values.new_zeros(indices.shape[1]).index_add_(0, places, values)}
+    return {**(summed if summed["values"].numel() else {}), **shift}
 
 
 def _make_lora(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Variant) -> Adapter:

@@ -32,7 +32,9 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     """
     check_numbers(name, variant)
     sites, model, base = view.sites, view.module, base or view.base
-    chosen = select_target_sites(variant, view)
+    found = variant.named_sites(view)
+    # A site of a kind the method is not defined on stays in, to be refused by name.
+    chosen = [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
     replaced = [path for path, _ in model.named_modules() if variant.replaces_module(path)]
     check_targets_match(name, variant.targets, sites, replaced)
     check_targets_match(
@@ -83,13 +85,6 @@ def make_site_tensors(variant: Variant, name: str, site: Site, base: BaseReader)
     """
     variant.at(site).check(site)
     return _make_initial_tensors(_make_specs(name, variant, site), site, name, base, _SharedTensors({}, {}))
-
-
-def select_target_sites(variant: Variant, view: ModelView) -> list[Site]:
-    """Return the sites that a variant's ``targets`` name."""
-    found = variant.named_sites(view)
-    # A site of a kind the method is not defined on stays in, to be refused by name.
-    return [site for site in found if site.kind not in variant.kinds or variant.adapts(site)]
 
 
 def make_trainable(adapter: Adapter, view: ModelView) -> Adapter:

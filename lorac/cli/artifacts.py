@@ -47,7 +47,12 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
     json: JsonOption = False,
 ) -> None:
     """Call a compiled model with --inputs, let it continue a --prompt, or chat with it: /adapter NAME, /adapters."""
-    _check_run_options(inputs, prompt, out, json)
+    if inputs is not None and prompt is not None:
+        raise typer.BadParameter("--inputs and --prompt are two ways to call a model; give one")
+    if out is not None and inputs is None:
+        raise typer.BadParameter("--out writes the outputs of a call with --inputs")
+    if json and inputs is None and prompt is None:
+        raise typer.BadParameter("--json is for --inputs and --prompt, not for a chat")
     with progress("run") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, prepacked=prepacked)
@@ -69,15 +74,6 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
         Chat(writer).run()
     else:
         _print_continuation(writer, prompt, json)
-
-
-def _check_run_options(inputs: Path | None, prompt: str | None, out: Path | None, json: bool) -> None:
-    if inputs is not None and prompt is not None:
-        raise typer.BadParameter("--inputs and --prompt are two ways to call a model; give one")
-    if out is not None and inputs is None:
-        raise typer.BadParameter("--out writes the outputs of a call with --inputs")
-    if json and inputs is None and prompt is None:
-        raise typer.BadParameter("--json is for --inputs and --prompt, not for a chat")
 
 
 def _print_outputs(outputs: dict[str, Any], out: Path | None, json: bool) -> None:

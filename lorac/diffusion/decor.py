@@ -135,7 +135,14 @@ def at_text_encoder(
             next_step="give targets= the path of one norm",
             code="site_not_found",
         )
-    tokens = _prompt_length(text_encoder, rows)
+    config = getattr(text_encoder, "config", None)
+    length = getattr(config, "max_position_embeddings", None) or (None if rows is None else len(rows))
+    if length is None:
+        raise ChoiceError(
+            f"{type(text_encoder).__name__}'s config does not say how long a prompt may be",
+            next_step="give rows=, with one number for each token",
+        )
+    tokens = int(length)
     variant = DECOR(targets=re.escape(paths[0]), r=capacity or max(1, span.shape[1]), tokens=tokens)
     own = {"span": span.new_zeros(len(span), variant.r), "rows": span.new_ones(tokens)}
     adapter = Adapter(name, variant, {paths[0]: own})
@@ -227,17 +234,6 @@ def mix(content: Tensor, style: Tensor, *, how: Literal["mean", "concat"] = "mea
     if how not in {"mean", "concat"}:
         raise ChoiceError(f"contexts are not mixed by '{how}'", next_step="give mean or concat")
     return (content + style) / 2 if how == "mean" else torch.cat([content, style], dim=-2)
-
-
-def _prompt_length(text_encoder: nn.Module, rows: Tensor | None) -> int:
-    config = getattr(text_encoder, "config", None)
-    length = getattr(config, "max_position_embeddings", None) or (None if rows is None else len(rows))
-    if length is None:
-        raise ChoiceError(
-            f"{type(text_encoder).__name__}'s config does not say how long a prompt may be",
-            next_step="give rows=, with one number for each token",
-        )
-    return int(length)
 
 
 def _check_alpha(alpha: float) -> None:

@@ -137,7 +137,12 @@ class MlxFormat(Format):
         variant = adapter.variant
         config: JsonMapping = {"fine_tune_type": "full", "num_layers": -1}
         if isinstance(variant, Full):
-            tensors = _write_full(adapter, view, self.name)
+            sites = find_layers(adapter, view, self.name, _KINDS)
+            weights = {
+                f"{layer}.weight": _transpose_table(site, adapter.tensors[layer]["weight"])
+                for layer, site in sites.items()
+            }
+            tensors = {**weights, **adapter.replaced}
         elif isinstance(variant, LoRA | DoRA) and not adapter.replaced and not getattr(variant, "lora_bias", False):
             config, tensors = _write_factors(adapter, variant, view, self.name)
         else:
@@ -253,14 +258,6 @@ def _write_factors(
         "lora_parameters": {"rank": r, "scale": scale, "dropout": variant.dropout, "keys": keys},
         "num_layers": -1,
     }, tensors
-
-
-def _write_full(adapter: Adapter, view: ModelView | None, format: str) -> dict[str, Tensor]:
-    sites = find_layers(adapter, view, format, _KINDS)
-    weights = {
-        f"{layer}.weight": _transpose_table(site, adapter.tensors[layer]["weight"]) for layer, site in sites.items()
-    }
-    return {**weights, **adapter.replaced}
 
 
 FORMAT = MlxFormat()

@@ -145,7 +145,8 @@ def merge_sites(
             report.step(terms.path)
             merge_terms = _merge_site if terms.path in adapted else _merge_replaced
             found[terms.path], errors[terms.path] = merge_terms(way, terms, view)
-    dtype = _result_dtype(adapters)
+    tensors = (tensor for adapter in adapters for tensor in adapter.parameters() if tensor.is_floating_point())
+    dtype = functools.reduce(torch.promote_types, [torch.float32 if t.itemsize == 1 else t.dtype for t in tensors])
     changes = {path: change for path, change in found.items() if path in adapted}
     replaced = {path: change for path, change in found.items() if path not in adapted}
     whole = {} if view is None else _merged_parameters(view, replaced, dtype)
@@ -161,12 +162,6 @@ def _with_sites_of(view: ModelView, adapters: Iterable[Adapter]) -> ModelView:
     for adapter in adapters:
         view = add_adapted_modules(adapter, add_replaced_parameters(adapter, view))
     return view
-
-
-def _result_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
-    """Return the dtype that holds the tensors of all adapters; those of 8 bits count as float32."""
-    tensors = (tensor for adapter in adapters for tensor in adapter.parameters() if tensor.is_floating_point())
-    return functools.reduce(torch.promote_types, [torch.float32 if t.itemsize == 1 else t.dtype for t in tensors])
 
 
 def _iter_terms(

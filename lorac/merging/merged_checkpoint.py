@@ -124,7 +124,13 @@ class _OutputTensors(Mapping[str, Tensor]):
 
     def __init__(self, source: StoredModel, merged: MergedWeights) -> None:
         self._source, self._merged, self.added = source, merged, dict[str, str]()
-        _check_stored(source, merged)
+        missing = [name for name in merged if name not in source.view.stored]
+        if missing:
+            raise CompileError(
+                f"'{source.folder}' does not store {list_some(missing)} as the model has it",
+                next_step="load the model, and save lorac.merge_into(model, adapters) by its save_pretrained",
+                code="not_mergeable",
+            )
         model, kept = source.view.module, list(find_kept_ties(source.view.module, merged))
         self._names = {source.keys[name]: name for name in merged if name in source.keys}
         groups = dict.fromkeys(source.converted[name] for name in merged if name in source.converted)
@@ -141,21 +147,17 @@ class _OutputTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         if key in self._groups:
-            return self._take_part(key)
+            if key not in self._made:
+                group = self._groups[key]
+                names = [name for name, one in self._source.converted.items() if one is group]
+                self._made |= group.save({name: self._read(name) for name in names})
+                self._merged.forget()
+            return self._made.pop(key)
         name = self._names.get(key)
         return self._source.tensors[key] if name is None else self._read(name)
 
     def _read(self, name: str) -> Tensor:
         return self._merged[name] if name in self._merged else self._source.view.stored[name]
-
-    def _take_part(self, key: str) -> Tensor:
-        """Return a tensor that is stored in parts; the others are kept until they are read too."""
-        if key not in self._made:
-            group = self._groups[key]
-            names = [name for name, one in self._source.converted.items() if one is group]
-            self._made |= group.save({name: self._read(name) for name in names})
-            self._merged.forget()
-        return self._made.pop(key)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._source.tensors
@@ -173,17 +175,6 @@ class _OutputTensors(Mapping[str, Tensor]):
         """Return whether a file differs from that of the model's folder."""
         is_kept = isinstance(self._source.tensors, ShardedTensors)
         return not is_kept or not (self._names.keys() | self._groups.keys()).isdisjoint(self.outline(shard))
-
-
-def _check_stored(source: StoredModel, merged: MergedWeights) -> None:
-    """Refuse tensors that are not stored as the model has them."""
-    missing = [name for name in merged if name not in source.view.stored]
-    if missing:
-        raise CompileError(
-            f"'{source.folder}' does not store {list_some(missing)} as the model has it",
-            next_step="load the model, and save lorac.merge_into(model, adapters) by its save_pretrained",
-            code="not_mergeable",
-        )
 
 
 def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> int:

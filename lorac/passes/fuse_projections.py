@@ -55,7 +55,10 @@ class FuseProjections(Pass):
 
         A note of the graph says why sites with neighbours that read the same input stay single.
         """
-        calls = _find_calls(graph)
+        used, calls = find_used_nodes(graph), dict[str, list[fx.Node]]()
+        for node in graph.find(*ops.SITE_OPS):
+            if node in used and ops.site_of(node) not in graph.projections:
+                calls.setdefault(ops.site_of(node), []).append(node)
         unfit = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
         groups = list(_group_fusable(graph, unfit, _COMMON_ROLES if self.constant else ()))
         candidates = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)
@@ -118,15 +121,6 @@ def _find_weight_obstacle(graph: Graph, site: Site, calls: Sequence[fx.Node]) ->
 def _writes_to_input(call: fx.Node) -> bool:
     x = call.args[0]
     return isinstance(x, fx.Node) and any(x in find_written_operands(user) for user in x.users)
-
-
-def _find_calls(graph: Graph) -> dict[str, list[fx.Node]]:
-    """Return the calls of single sites whose results the graph uses, by path and in order."""
-    used, calls = find_used_nodes(graph), dict[str, list[fx.Node]]()
-    for node in graph.find(*ops.SITE_OPS):
-        if node in used and ops.site_of(node) not in graph.projections:
-            calls.setdefault(ops.site_of(node), []).append(node)
-    return calls
 
 
 def _group_fusable(graph: Graph, unfit: Mapping[str, str], common_roles: Sequence[str]) -> Iterator[list[str]]:

@@ -218,7 +218,9 @@ class OutputMerger:
         if name == "beam_indices":
             return self._stack([self._shift_beams(*pair) for pair in zip(values, self.groups, strict=True)], -1)
         if name in ("scores", "logits"):
-            return self._merge_steps(values)
+            longest = max(map(len, values))
+            padded = [[*steps, *[torch.zeros_like(steps[0])] * (longest - len(steps))] for steps in values]
+            return tuple(self._stack(step, 0) for step in zip(*padded, strict=True))
         raise Unavailable(
             f"the {name} of rows that choose their own adapters, seeds or drafts cannot be merged",
             next_step="call once per choice, or leave out the option that asks for them",
@@ -228,12 +230,6 @@ class OutputMerger:
         """Return indices into a run's own beams as indices into the beams of all rows."""
         first = torch.tensor(rows)[indices.clamp(min=0) // self.beams] * self.beams
         return torch.where(indices < 0, indices, first + indices % self.beams)
-
-    def _merge_steps(self, values: Sequence[Sequence[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-        """Return the scores of each step; zeros for a run that was finished."""
-        longest = max(map(len, values))
-        padded = [[*steps, *[torch.zeros_like(steps[0])] * (longest - len(steps))] for steps in values]
-        return tuple(self._stack(step, 0) for step in zip(*padded, strict=True))
 
     def _stack(self, parts: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
         """Return the rows of several runs in the batch's order, filled up on the right."""

@@ -37,7 +37,10 @@ class ReadWriteLock:
         """
         lock: threading.RLock | None = getattr(self._local, "lock", None)
         if lock is None:
-            lock = self._add_reader()
+            lock = threading.RLock()
+            with self._gate:
+                self._readers = (*(ref for ref in self._readers if ref() is not None), weakref.ref(lock))
+                self._local.lock = lock
         if _is_owned(lock):
             return lock
         with self._gate:
@@ -56,13 +59,6 @@ class ReadWriteLock:
         """Wait for running readers, hold back new ones, and run some work alone."""
         with self._gate:
             return _run_with_locks([lock for ref in self._readers if (lock := ref()) is not None], work)
-
-    def _add_reader(self) -> threading.RLock:
-        lock = threading.RLock()
-        with self._gate:
-            self._readers = (*(ref for ref in self._readers if ref() is not None), weakref.ref(lock))
-            self._local.lock = lock
-        return lock
 
 
 def _is_owned(lock: threading.RLock) -> bool:

@@ -117,13 +117,6 @@ def error_body(error: LoracError) -> dict[str, object]:
     return _body(error_status(error), "; ".join(filter(None, parts)), error.code, field)
 
 
-def validation_answer(error: RequestValidationError, known: Sequence[str] = ()) -> JSONResponse:
-    """Return what is wrong with the fields of a request as the answer to it."""
-    first = error.errors()[0]
-    field = _join_path(first["loc"][1:])
-    return refusal(400, _describe(first, field, known), code=first["type"], field=field or None)
-
-
 def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
     if problem["type"] == "extra_forbidden":
         nearest = nearest_name(field, known, alike=0.7)
@@ -157,7 +150,10 @@ def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.Ba
     async def answer_validation(request: fastapi.Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         model = fields.get(request.url.path)
-        return validation_answer(error, () if model is None else tuple(model.model_fields))
+        known = () if model is None else tuple(model.model_fields)
+        first = error.errors()[0]
+        field = _join_path(first["loc"][1:])
+        return refusal(400, _describe(first, field, known), code=first["type"], field=field or None)
 
     async def answer_status(request: fastapi.Request, error: Exception) -> JSONResponse:
         status = getattr(error, "status_code", 500)

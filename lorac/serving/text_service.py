@@ -73,7 +73,17 @@ class TextService:
         tools = fields.offered_tools
         if tools and self._template is None:
             raise RefusedField("tools", "are not supported: the model's tokenizer has no response template")
-        ids = self._encode_chat(fields.turns, tools)
+        if not self._tokenizer.chat_template:
+            raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
+        try:
+            with self._lock:
+                found = self._tokenizer.apply_chat_template(
+                    fields.turns, tools=tools or None, add_generation_prompt=True, return_dict=True
+                )
+        except Exception as error:  # a template is a program of the model's author, and may raise anything
+            reason = str(error).strip().partition("\n")[0]
+            raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error
+        ids = found["input_ids"]
         return self._submit(fields, tenant, [ids], tools, fields.response_format)
 
     def begin_completion(self, fields: CompletionFields, tenant: str) -> Answers:
@@ -169,16 +179,3 @@ class TextService:
         if not ids:
             raise RefusedField("prompt", "is empty")
         return ids
-
-    def _encode_chat(self, turns: Sequence[JsonMapping], tools: Sequence[JsonMapping]) -> Sequence[int]:
-        if not self._tokenizer.chat_template:
-            raise RefusedField("messages", "need a chat template, which the model's tokenizer lacks")
-        try:
-            with self._lock:
-                found = self._tokenizer.apply_chat_template(
-                    turns, tools=tools or None, add_generation_prompt=True, return_dict=True
-                )
-        except Exception as error:  # a template is a program of the model's author, and may raise anything
-            reason = str(error).strip().partition("\n")[0]
-            raise RefusedField("messages", f"do not fit the model's chat template: {reason}") from error
-        return found["input_ids"]

@@ -45,28 +45,24 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
     calls = {site: count for dump in captured for site, count in dump.calls.items()}
 
     def context() -> PictureContext:
-        return _picture_context(session, model, calls)
+        adapters = model.adapters
+        notes = AdapterNotes(
+            adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
+            terms=describe_terms(model.prepared_adapters, model.plans, mode=model.mode, snapshot=model.snapshot),
+            trainable=_count_trainable(adapters),
+            calls=calls,
+        )
+        return PictureContext(
+            explanation=explain(session, model),
+            notes=notes,
+            parameters={name: _count_parameters(adapter) for name, adapter in adapters.items()},
+        )
 
     def view(name: str) -> GraphView:
         skipped = {**history.skips.get(name, {}), **model.engine.skipped.get(name, {})}
         return GraphView(dumps[name], context, skipped=skipped, emission=lambda: listing().get(name))
 
     return GraphViews({name: view(name) for name in dumps}, context)
-
-
-def _picture_context(session: Session, model: SwitchableModel, calls: Mapping[str, int]) -> PictureContext:
-    adapters = model.adapters
-    notes = AdapterNotes(
-        adapters={name: describe_variant(adapter.variant) for name, adapter in adapters.items()},
-        terms=describe_terms(model.prepared_adapters, model.plans, mode=model.mode, snapshot=model.snapshot),
-        trainable=_count_trainable(adapters),
-        calls=calls,
-    )
-    return PictureContext(
-        explanation=explain(session, model),
-        notes=notes,
-        parameters={name: _count_parameters(adapter) for name, adapter in adapters.items()},
-    )
 
 
 def _count_parameters(adapter: Adapter) -> int:

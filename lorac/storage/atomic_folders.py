@@ -110,24 +110,19 @@ def _make_folder(folder: Path) -> None:
 
 def _install(staged: Path, target: Path, owned: OwnedFiles) -> None:
     if staged.is_dir() and target.is_dir():
-        _take_over(staged, target, owned)
+        written = list_foreign(staged, ())
+        through = staged.with_name(_LINK)
+        transferred = _transfer(target, staged, through, {*owned(target), *written}, {})
+        _exchange(staged, target)
+        try:
+            _transfer(staged, target, through, {*owned(staged), *written}, transferred)
+        except BaseException:
+            _exchange(staged, target)
+            raise
+        flush(staged.parent)
     else:
         os.replace(staged, target)
     flush(target.parent)
-
-
-def _take_over(staged: Path, target: Path, owned: OwnedFiles) -> None:
-    """Replace a folder by a new one, and keep the old one's foreign files."""
-    written = list_foreign(staged, ())
-    through = staged.with_name(_LINK)
-    transferred = _transfer(target, staged, through, {*owned(target), *written}, {})
-    _exchange(staged, target)
-    try:
-        _transfer(staged, target, through, {*owned(staged), *written}, transferred)
-    except BaseException:
-        _exchange(staged, target)
-        raise
-    flush(staged.parent)
 
 
 def _transfer(

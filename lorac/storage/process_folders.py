@@ -74,7 +74,13 @@ def _host() -> str:
 def _started(process: int) -> str | None:
     """Return the start time of a process in the system's units; None if it has ended."""
     if Path("/proc/self/stat").is_file():
-        return _read_linux_start(process)
+        try:
+            text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        fields = text.rpartition(")")[2].split()  # the command before it may contain anything
+        state, start = fields[0], fields[19]
+        return None if state in "ZX" else start
     if sys.platform == "win32":  # there, sending signal 0 ends a process
         return _UNKNOWN
     try:
@@ -84,13 +90,3 @@ def _started(process: int) -> str | None:
     except OSError:  # another user's
         return _UNKNOWN
     return _UNKNOWN
-
-
-def _read_linux_start(process: int) -> str | None:
-    try:
-        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the command before it may contain anything
-    state, start = fields[0], fields[19]
-    return None if state in "ZX" else start

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,15 @@ class StoredProgram(nn.Module):
             self.register_buffer(_buffer_name(name), tensors[name])
         held = sum(tensor.numel() for tensor in (*self.buffers(), *self.examples.values()))
         check_sizes(graph, _ROOM * held + _SLACK)
-        self.forward = self._with_signature()
+
+        def forward(**given: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.program(*self._collect(given)))
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # functions take attributes
+            [inspect.Parameter(name, kind) for name, tensor in self.inputs if tensor is None]
+        )
+        self.forward = forward
         self.bounded = BoundedRun(self.program)
 
     def call_bounded(self, given: Mapping[str, Tensor]) -> Sequence[Any]:
@@ -117,16 +125,6 @@ class StoredProgram(nn.Module):
 
     def _collect(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         return [given[name] if tensor is None else getattr(self, _buffer_name(tensor)) for name, tensor in self.inputs]
-
-    def _with_signature(self) -> Callable[..., tuple[Tensor, ...]]:
-        def forward(**given: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self.program(*self._collect(given)))
-
-        kind = inspect.Parameter.KEYWORD_ONLY
-        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # functions take attributes
-            [inspect.Parameter(name, kind) for name, tensor in self.inputs if tensor is None]
-        )
-        return forward
 
 
 def graph_from_json(nodes: Sequence[JsonObject]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:

@@ -16,7 +16,6 @@ from torch.export import Dim
 
 from lorac.errors import LoracWarning
 from lorac.session.api import compile
-from lorac.session.compiled import Compiled
 from lorac.testing.case import Case
 from lorac.testing.eager_checks import assert_close
 from lorac.testing.parity import assert_parity
@@ -92,7 +91,15 @@ def check_other_sizes(case: Case, target: str) -> None:
     inputs = [case.host.inputs(batch) for batch in (first, *(b for b in others if len(b) == len(first)))]
     wide = copy.deepcopy(case.model).half().float()
     eager = compile(wide, {"a": case.a})
-    compiled = _compile_and_count_warnings(case, target, _cast_like(inputs[0], torch.float16))
+    example = _cast_like(inputs[0], torch.float16)
+    shapes = ({axis: Dim.AUTO for axis in range(example.dim() - len(case.host.sizes))},)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = copy.deepcopy(case.model).half()
+        compiled = compile(model, {"a": case.a}, target, (example,), dynamic_shapes=shapes)
+    messages = [str(warning.message) for warning in caught if warning.category is LoracWarning]
+    casts = compiled.explain().casts
+    assert len(messages) == len(casts) <= 1, f"{len(casts)} casts to another dtype, and {len(messages)} warnings"
     for x in inputs:
         halved = _cast_like(x, torch.float16)
         with torch.no_grad():
@@ -104,18 +111,6 @@ def check_other_sizes(case: Case, target: str) -> None:
 
 TARGET_CHECKS: Mapping[str, Callable[[Case, str], None]] = {"other_sizes": check_other_sizes}
 """Every check of a target on a host of several sites."""
-
-
-def _compile_and_count_warnings(case: Case, target: str, example: Tensor) -> Compiled:
-    shapes = ({axis: Dim.AUTO for axis in range(example.dim() - len(case.host.sizes))},)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = copy.deepcopy(case.model).half()
-        compiled = compile(model, {"a": case.a}, target, (example,), dynamic_shapes=shapes)
-    messages = [str(warning.message) for warning in caught if warning.category is LoracWarning]
-    casts = compiled.explain().casts
-    assert len(messages) == len(casts) <= 1, f"{len(casts)} casts to another dtype, and {len(messages)} warnings"
-    return compiled
 
 
 def _cast_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from types import TracebackType
@@ -98,7 +98,15 @@ class Rule(ABC):
     def __init__(self, compiled: Any, optimizer: Optimizer) -> None:
         self.compiled, self.optimizer = unwrap_ddp(compiled), unwrap_optimizer(optimizer)
         self.terms = trained_terms(compiled, self.methods, begun=self.begun)
-        _check_optimizer_holds(self.optimizer, self.terms, self.governed)
+        held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
+        wanted = ((term, name) for term in self.terms for name in self.governed if name in term.tensors)
+        for term, name in wanted:
+            tensor = term.tensors[name]
+            if tensor.requires_grad and id(tensor) not in held:
+                raise ChoiceError(
+                    f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
+                    next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
+                )
         self._handles: list[HookHandle] = []
         self._skipped = False
 
@@ -166,7 +174,13 @@ class Rule(ABC):
                 f"{type(self).__name__} reads the gradients before the step; a closure computes them within it",
                 next_step="call backward() first, and step() without a closure",
             )
-        self._require_present()
+        adapters = self.compiled.adapters
+        for term in self.terms:
+            if term.adapter not in adapters or adapters[term.adapter].tensors.get(term.site) is not term.tensors:
+                raise Unavailable(
+                    f"adapter '{term.adapter}' has changed since {type(self).__name__} was attached",
+                    next_step="remove the rule, and attach a new one",
+                )
         self._skipped = _has_infinite_gradients(optimizer)
         if self._skipped:
             return args, kwargs
@@ -180,16 +194,6 @@ class Rule(ABC):
         with torch.no_grad():
             if not self._skipped:
                 self.after()
-
-    def _require_present(self) -> None:
-        """Raise ``Unavailable`` if an adapter was removed, or its tensors replaced, since the rule was attached."""
-        adapters = self.compiled.adapters
-        for term in self.terms:
-            if term.adapter not in adapters or adapters[term.adapter].tensors.get(term.site) is not term.tensors:
-                raise Unavailable(
-                    f"adapter '{term.adapter}' has changed since {type(self).__name__} was attached",
-                    next_step="remove the rule, and attach a new one",
-                )
 
     def _save(self, optimizer: Optimizer, state_dict: State) -> None:
         state_dict.setdefault(self.saved, []).append(self.state())
@@ -273,15 +277,3 @@ def _unscale_gradients(optimizer: Optimizer) -> None:
         if grad is not None:
             grad.div_(scale.to(grad.device))
     setattr(optimizer, "grad_scale", None)  # noqa: B010  (an attribute that only GradScaler knows)
-
-
-def _check_optimizer_holds(optimizer: Optimizer, terms: Iterable[TrainedTerm], governed: Iterable[str]) -> None:
-    held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    wanted = ((term, name) for term in terms for name in governed if name in term.tensors)
-    for term, name in wanted:
-        tensor = term.tensors[name]
-        if tensor.requires_grad and id(tensor) not in held:
-            raise ChoiceError(
-                f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
-                next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
-            )

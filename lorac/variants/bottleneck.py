@@ -152,16 +152,13 @@ class Bottleneck(BranchVariant):
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         site = ctx.site
         if self._couples(site):
-            return self._couple(x, y, p, ctx)
+            act, path = ACTIVATIONS[self.non_linearity], ctx.site.path
+            if find_first_pattern(self.embeddings, path):
+                return apply_coupling(y, p, act)
+            if not self._is_norm(ctx.site):
+                return invert_coupling(y, p, act)
+            return y + F.linear(invert_coupling(x, p, act) - x, ctx.value(f"weight:{path}"))
         return self._after_norm(x, y, p, ctx) if self._is_norm(site) else self._at_sublayer(x, y, p, ctx)
-
-    def _couple(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        act, path = ACTIVATIONS[self.non_linearity], ctx.site.path
-        if find_first_pattern(self.embeddings, path):
-            return apply_coupling(y, p, act)
-        if not self._is_norm(ctx.site):
-            return invert_coupling(y, p, act)
-        return y + F.linear(invert_coupling(x, p, act) - x, ctx.value(f"weight:{path}"))
 
     def _at_sublayer(self, x: Tensor, h: Tensor, p: Params, ctx: Context) -> Tensor:
         """Return y' to which the model adds r; without ``original_ln_after`` r is subtracted, unless it cancels."""

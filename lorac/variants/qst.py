@@ -88,7 +88,13 @@ class QST(BranchVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         d = site.out_features
-        h = self._side_width(d)
+        h, groups = d // self.r, self.kv_heads or self.heads
+        if not self.blocks or d % self.r or h % (2 * self.heads) or self.heads % groups or self.intermediate < self.r:
+            raise AdapterError(
+                f"QST cannot build a side network of width {d}/r with {self.heads} heads of even size, {groups} of "
+                f"them for keys, and MLPs of width {self.intermediate}/r, for r={self.r} and {len(self.blocks)} blocks",
+                next_step=f"give an r= that divides {d} / (2·heads), or other heads= (lorac.QST.of reads them)",
+            )
         specs: dict[str, ParamSpec] = {}
         for n in range(len(self.blocks) + 1):
             specs |= self._down(n, d, h) if n or self.own_first else {}
@@ -100,21 +106,6 @@ class QST(BranchVariant):
             "up_bias": ParamSpec((d,), uniform(h**-0.5)),
             "alpha": _scale_spec(d if self.vectors else 1),
         }
-
-    def _side_width(self, d: int) -> int:
-        """Return the side network's width, with an even number of features per head.
-
-        Raises:
-            AdapterError: the sizes do not divide.
-        """
-        h, groups = d // self.r, self.kv_heads or self.heads
-        if not self.blocks or d % self.r or h % (2 * self.heads) or self.heads % groups or self.intermediate < self.r:
-            raise AdapterError(
-                f"QST cannot build a side network of width {d}/r with {self.heads} heads of even size, {groups} of "
-                f"them for keys, and MLPs of width {self.intermediate}/r, for r={self.r} and {len(self.blocks)} blocks",
-                next_step=f"give an r= that divides {d} / (2·heads), or other heads= (lorac.QST.of reads them)",
-            )
-        return h
 
     def _down(self, n: int, d: int, h: int) -> dict[str, ParamSpec]:
         """Return the tensors of D_n."""

@@ -80,7 +80,9 @@ class TLoRA(WeightVariant):
         for known in (*self.dims, *_DIMS):
             if math.prod(known) == size:
                 return known
-        return _balanced(size)
+        firsts = [d for d in range(1, size + 1) if size % d == 0]
+        triples = ((a, b, size // a // b) for a in firsts for b in firsts if a <= b and size // a % b == 0)
+        return min((t for t in triples if t[1] <= t[2]), key=sum)
 
     def check(self, site: Site) -> None:
         super().check(site)
@@ -154,10 +156,3 @@ def _times_ring(W: Tensor, cores: Sequence[Tensor]) -> Tensor:
         split = state.reshape(done, size, rest // size, ring, ring)
         state = torch.einsum("njmpq,jkqr->nkmpr", split, core).reshape(done * size, rest // size, ring, ring)
     return torch.einsum("nmpp->nm", state).reshape(out, columns)
-
-
-def _balanced(size: int) -> tuple[int, int, int]:
-    """Return three factors in ascending order with the least sum."""
-    firsts = [d for d in range(1, size + 1) if size % d == 0]
-    triples = ((a, b, size // a // b) for a in firsts for b in firsts if a <= b and size // a % b == 0)
-    return min((t for t in triples if t[1] <= t[2]), key=sum)

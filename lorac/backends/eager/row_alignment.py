@@ -6,7 +6,7 @@ own code says so: it is run on tensors without values, whose number of rows is n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -92,25 +92,19 @@ class RowAlignment:
         # Axes of size 1 may be anything; of other sizes one is like another.
         form = (module, tuple(kwargs), tuple(tuple(min(size, 2) for size in shape[1:]) for shape in shapes))
         if form not in self._seen:
-            self._observe(module, shapes, args, kwargs)
+            rows = max(_ROWS, *(size + 1 for shape in shapes for size in shape)) if shapes else _ROWS
+            sizes, why = dict[str, set[int]](), "the rows of its input are not those of the batch"
+            try:
+                self._run(module, rows, args, kwargs, sizes)
+            except Exception as error:  # of the model's own code
+                reason = str(error).strip().partition("\n")[0]
+                why = f"its model cannot be followed without values: {type(error).__name__}: {reason}"
+                sizes = {path: set() for path in self._paths}
+            self._apart |= {path: why for path, found in sizes.items() if found != {rows}}
             self._seen.add(form)
         if any(path in self._apart for path in paths):
             raise RowsApart
         return batch_size(args, kwargs)
-
-    def _observe(
-        self, module: str, shapes: Sequence[torch.Size], args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> None:
-        """Note the sites that compute with other rows than those of the batch, or all if nothing can be found out."""
-        rows = max(_ROWS, *(size + 1 for shape in shapes for size in shape)) if shapes else _ROWS
-        sizes, why = dict[str, set[int]](), "the rows of its input are not those of the batch"
-        try:
-            self._run(module, rows, args, kwargs, sizes)
-        except Exception as error:  # of the model's own code
-            reason = str(error).strip().partition("\n")[0]
-            why = f"its model cannot be followed without values: {type(error).__name__}: {reason}"
-            sizes = {path: set() for path in self._paths}
-        self._apart |= {path: why for path, found in sizes.items() if found != {rows}}
 
     def _run(
         self,

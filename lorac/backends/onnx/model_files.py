@@ -85,12 +85,6 @@ def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.Mo
             tensor.raw_data = _read_weight(tensor, data, where).tobytes()
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT
-    _check_node_tensors(model, where)
-    return model, weights
-
-
-def _check_node_tensors(model: onnx.ModelProto, where: Path) -> None:
-    """Refuse a model with a tensor in a file that is not an initializer, since no file is opened for it."""
     parts = (model.graph.node, model.graph.sparse_initializer, model.functions, model.training_info)
     tensors = (tensor for part in parts for message in part for tensor in _walk_tensors(message))
     for tensor in filter(_is_external, tensors):
@@ -98,6 +92,7 @@ def _check_node_tensors(model: onnx.ModelProto, where: Path) -> None:
             f"'{where}' stores a constant of a node in the file '{_external_data(tensor).get('location')}'",
             next_step="do not use this artifact: lorac does not write such models",
         )
+    return model, weights
 
 
 def _is_external(tensor: onnx.TensorProto) -> bool:

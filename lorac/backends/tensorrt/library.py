@@ -70,7 +70,21 @@ class TensorRTLibrary:
 
         TensorRT keeps the first logger of a process for good.
         """
-        return _create_logger(self.module)
+        module = self.module
+        base = module.ILogger
+        failures = (base.INTERNAL_ERROR, base.ERROR)
+
+        class Listener(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
+            def __init__(self) -> None:
+                base.__init__(self)
+
+            def log(self, severity: tensorrt.ILogger.Severity, text: str) -> None:
+                if severity in failures:
+                    _LOG.debug("%s", text)
+                    for messages in _LISTENERS.blocks[-1:] or tuple(_ALL_LISTENERS):
+                        messages.errors.append(text)
+
+        return Listener()
 
     def dtype(self, dtype: torch.dtype) -> tensorrt.DataType:
         """Return its dtype for one of torch's.
@@ -175,25 +189,3 @@ def collect_errors() -> Iterator[BuildMessages]:
         _ALL_LISTENERS.discard(messages)
     if messages.errors and not messages.read:
         warn(f"TensorRT goes on after an error: {messages.why()}")
-
-
-def _create_logger(module: ModuleType) -> tensorrt.ILogger:
-    base = module.ILogger
-    failures = (base.INTERNAL_ERROR, base.ERROR)
-
-    class Listener(base):  # type: ignore[misc, valid-type]  # the base is known once the library is
-        def __init__(self) -> None:
-            base.__init__(self)
-
-        def log(self, severity: tensorrt.ILogger.Severity, text: str) -> None:
-            if severity in failures:
-                _record_error(text)
-
-    return Listener()
-
-
-def _record_error(text: str) -> None:
-    """Report an error to this thread's innermost block, or else to every block; never raise inside TensorRT."""
-    _LOG.debug("%s", text)
-    for messages in _LISTENERS.blocks[-1:] or tuple(_ALL_LISTENERS):
-        messages.errors.append(text)

@@ -78,7 +78,13 @@ def parse_model(path: Path, library: TensorRTLibrary) -> ParsedNetwork:
         # Networks with the program's own dtypes; newer libraries ignore the flag.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, library.logger)
-        _check_operators(model, parser, library)
+        nodes = [node for graph in (model.graph, *walk_subgraphs(model.graph)) for node in graph.node]
+        known = {op: bool(parser.supports_operator(op)) for op in {node.op_type for node in nodes}}
+        strange = dict.fromkeys(f"{node.op_type}{_origin(node)}" for node in nodes if not known[node.op_type])
+        if strange:
+            raise Unavailable(
+                f"{library.name_and_version} does not compute {'; nor '.join(strange)}", next_step=_NEXT_STEP
+            )
         if not parser.parse_from_file(str(path)):
             refused = "; nor ".join(_parser_errors(model, parser)) or f"the program: {messages.why()}"
             raise Unavailable(f"tensorrt does not take {refused}", next_step=_NEXT_STEP)
@@ -120,15 +126,6 @@ def _matches_ranges(value: tensorrt.ITensor, axes: Sequence[SizeRange]) -> bool:
     if len(sizes) != len(axes):
         return False
     return all(size == DYNAMIC or axis.least == size == axis.most for size, axis in zip(sizes, axes, strict=True))
-
-
-def _check_operators(model: onnx.ModelProto, parser: tensorrt.OnnxParser, library: TensorRTLibrary) -> None:
-    """Refuse all ops that this release's parser does not know."""
-    nodes = [node for graph in (model.graph, *walk_subgraphs(model.graph)) for node in graph.node]
-    known = {op: bool(parser.supports_operator(op)) for op in {node.op_type for node in nodes}}
-    strange = dict.fromkeys(f"{node.op_type}{_origin(node)}" for node in nodes if not known[node.op_type])
-    if strange:
-        raise Unavailable(f"{library.name_and_version} does not compute {'; nor '.join(strange)}", next_step=_NEXT_STEP)
 
 
 def _parser_errors(model: onnx.ModelProto, parser: tensorrt.OnnxParser) -> list[str]:

@@ -24,7 +24,9 @@ def join_methods(methods: Mapping[str, Variant]) -> Variant:
     """
     groups: list[tuple[Variant, dict[str, Variant]]] = []
     for path, method in methods.items():
-        common = _without_patterned(method)
+        defaults: Fields = {field.name: field.default for field in dataclasses.fields(method)}
+        patterned: Fields = {name: defaults[name] for name in method.patterned.values()}
+        common = dataclasses.replace(method, **patterned)
         group = next((members for kind, members in groups if kind == common), None)
         if group is None:
             group = {}
@@ -32,12 +34,6 @@ def join_methods(methods: Mapping[str, Variant]) -> Variant:
         group[path] = method
     parts = [_join_group(members) for _, members in groups]
     return parts[0] if len(parts) == 1 else Union.over(*parts)
-
-
-def _without_patterned(method: Variant) -> Variant:
-    defaults: Fields = {field.name: field.default for field in dataclasses.fields(method)}
-    patterned: Fields = {name: defaults[name] for name in method.patterned.values()}
-    return dataclasses.replace(method, **patterned)
 
 
 def _join_group(methods: Mapping[str, Variant]) -> Variant:

@@ -123,7 +123,11 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
     wrapped: PeftObject = model
     for name, config in wrapped.peft_config.items():
         peft_type_of({"peft_type": str(config.peft_type.value)}, Path(name))
-    _refuse_merged(wrapped)
+    path = next((path for path, layer in _iterate_peft_layers(wrapped) if layer.merged), None)
+    if path is not None:
+        raise CompileError(
+            f"adapters are merged into the base's weight at '{path}'", next_step="call model.unmerge_adapter() first"
+        )
     copied = _restore_saved_modules(copy_structure(wrapped))
     base: nn.Module = copied.unload() if is_wrapped else _remove_layers(copied)
     _refuse_peft_layers(base)
@@ -224,12 +228,4 @@ def _refuse_peft_layers(model: nn.Module) -> None:
         raise CompileError(
             f"the model has PEFT's layers in it, at '{path}' first, and no peft_config that describes them",
             next_step="give the PeftModel, or the model without the layers: lorac.compile(base, [folder])",
-        )
-
-
-def _refuse_merged(model: nn.Module) -> None:
-    path = next((path for path, layer in _iterate_peft_layers(model) if layer.merged), None)
-    if path is not None:
-        raise CompileError(
-            f"adapters are merged into the base's weight at '{path}'", next_step="call model.unmerge_adapter() first"
         )

@@ -57,7 +57,13 @@ def _find_inlinable(program: ExportedProgram) -> fx.Node | None:
     for node in [node for node in program.graph.nodes if isinstance(node.target, HigherOrderOperator)]:
         if node.target is _COND or _is_neutral(node):
             return node
-        _refuse_sites(program, node)
+        bodies = _list_bodies(program.graph_module, node)
+        sites = [ops.site_of(inner) for body in bodies for inner in body.graph.nodes if inner.target in ops.SITE_OPS]
+        if sites or node.target.name() == "wrap_with_autocast":  # type: ignore[union-attr]  # a higher-order op
+            name = node.target.name().removeprefix("wrap_with_")  # type: ignore[union-attr]  # a higher-order op
+            lines = (find_source_line(inner) for body in bodies for inner in body.graph.nodes)
+            line = next((line for line in lines if line), None)
+            raise _refusal(sites[0] if sites else bodies[0].graph.output_node().name, name, line)
     return None
 
 
@@ -65,16 +71,6 @@ def _is_neutral(node: fx.Node) -> bool:
     """Return whether an op runs its body in a context that changes no result."""
     name = node.target.name()  # type: ignore[union-attr]  # a higher-order op
     return name == "wrap_with_set_grad_enabled" or (name == "wrap_with_autocast" and not node.args[2])
-
-
-def _refuse_sites(program: ExportedProgram, node: fx.Node) -> None:
-    bodies = _list_bodies(program.graph_module, node)
-    sites = [ops.site_of(inner) for body in bodies for inner in body.graph.nodes if inner.target in ops.SITE_OPS]
-    if sites or node.target.name() == "wrap_with_autocast":  # type: ignore[union-attr]  # a higher-order op
-        name = node.target.name().removeprefix("wrap_with_")  # type: ignore[union-attr]  # a higher-order op
-        lines = (find_source_line(inner) for body in bodies for inner in body.graph.nodes)
-        line = next((line for line in lines if line), None)
-        raise _refusal(sites[0] if sites else bodies[0].graph.output_node().name, name, line)
 
 
 def _list_bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:

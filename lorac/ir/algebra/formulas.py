@@ -112,7 +112,9 @@ class Formula:
 
     def _named(self, args: Sequence[object], read: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return every tensor that must not be written, by its name in the formula."""
-        names = _argument_names(self.function, len(args))
+        count = len(args)
+        known = list(inspect.signature(self.function).parameters)[:count]
+        names = [*known, *(f"argument {index}" for index in range(len(known), count))]
         found = {name: arg for name, arg in zip(names, args, strict=True) if isinstance(arg, Tensor)}
         for name, arg in zip(names, args, strict=True):
             if isinstance(arg, SimpleNamespace):
@@ -223,12 +225,6 @@ def _mutated_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[s
 def _storage_key(tensor: Tensor) -> int:
     """Return an id that tensors with the same memory share."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def _argument_names(function: Callable[..., object], count: int) -> list[str]:
-    """Return the names of a function's first arguments."""
-    known = list(inspect.signature(function).parameters)[:count]
-    return [*known, *(f"argument {index}" for index in range(len(known), count))]
 
 
 def _empty_copy(tensor: Tensor) -> Tensor:

@@ -138,28 +138,25 @@ class FusedBuffer:
 
     def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:
         if change not in self._patches:
-            self._patches[change] = self._make_patch(change)
+            terms = ((1.0, change),) if isinstance(change, Sparse) else change.terms
+            base = self.base()
+            strides = self.matrix_of(self.buffer).stride()
+            columns = base.shape[1]
+            flat = torch.cat([term.rows * columns + term.cols for _, term in terms])
+            unique, inverse = torch.unique(flat, return_inverse=True)
+            rows, cols = unique // columns, unique % columns
+            original = base[rows, cols]
+            new = original.clone()
+            start = 0
+            for strength, term in terms:
+                indices = inverse[start : start + term.rows.numel()]
+                values = term.values if strength == 1 else term.values * strength
+                new.index_put_((indices,), values.to(new.dtype), accumulate=True)
+                start += term.rows.numel()
+            # Sorted by address, since scattered writes are slower.
+            positions, order = torch.sort(rows * strides[0] + cols * strides[1])
+            self._patches[change] = _SparsePatch(positions, new[order], original[order])
         return self._patches[change]
-
-    def _make_patch(self, change: Sparse | SparseSum) -> _SparsePatch:
-        terms = ((1.0, change),) if isinstance(change, Sparse) else change.terms
-        base = self.base()
-        strides = self.matrix_of(self.buffer).stride()
-        columns = base.shape[1]
-        flat = torch.cat([term.rows * columns + term.cols for _, term in terms])
-        unique, inverse = torch.unique(flat, return_inverse=True)
-        rows, cols = unique // columns, unique % columns
-        original = base[rows, cols]
-        new = original.clone()
-        start = 0
-        for strength, term in terms:
-            indices = inverse[start : start + term.rows.numel()]
-            values = term.values if strength == 1 else term.values * strength
-            new.index_put_((indices,), values.to(new.dtype), accumulate=True)
-            start += term.rows.numel()
-        # Sorted by address, since scattered writes are slower.
-        positions, order = torch.sort(rows * strides[0] + cols * strides[1])
-        return _SparsePatch(positions, new[order], original[order])
 
 
 def base_on_device(base: BaseReader, device: torch.device) -> BaseReader:

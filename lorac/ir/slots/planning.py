@@ -156,7 +156,11 @@ def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: s
             code="not_mergeable",
         )
     if change.e is not None:
-        _require_bias(name, site)
+        if site.within is not None and site.bias is None:
+            raise SiteError(
+                f"adapter '{name}' has a bias for '{site.path}', and its module '{site.within}' has none",
+                next_step="exclude= the module, or train the adapter without a bias",
+            )
         need.require(operands.BIAS)
     if mode in {"fused", "baked"}:
         need.require(operands.WEIGHT)
@@ -176,14 +180,6 @@ def _merge_reason(site: Site, change: Change) -> str:
     if site.within is not None:
         return "acts on a weight that its module reads in its own forward, where nothing can run next to it"
     return "changes the site's input, which has no axis of features"
-
-
-def _require_bias(name: str, site: Site) -> None:
-    if site.within is not None and site.bias is None:
-        raise SiteError(
-            f"adapter '{name}' has a bias for '{site.path}', and its module '{site.within}' has none",
-            next_step="exclude= the module, or train the adapter without a bias",
-        )
 
 
 def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:

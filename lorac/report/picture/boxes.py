@@ -127,22 +127,20 @@ class _BoxBuilder:
     def _box(self, bundle: _BoxItems, outer: str) -> Box:
         first = bundle.items[0]
         if isinstance(first, int):
-            return self._box_of_rows(sorted(item for item in bundle.items if isinstance(item, int)), outer)
+            rows = sorted(item for item in bundle.items if isinstance(item, int))
+            row = self.rows[rows[0]]
+            if row.kind != "value":
+                title = row.name if row.kind == "in" else "output"
+                return Box(row.kind, "", title, row.type, tuple(rows))
+            if row.site is not None:
+                return Box("site", outer, _inner_path(row.site, outer), _op_name(row), tuple(rows), sites=(row.site,))
+            return Box("ops", outer, *self._summarize(rows), tuple(rows))
         copies = [item for item in bundle.items[1:] if isinstance(item, Section)]
         for copy in copies:
             self.drawn_as |= dict(zip(copy.rows(), first.rows(), strict=True))
         box = self._box_of_section(first, outer)
         box.copies = tuple(copy.call for copy in copies)
         return box
-
-    def _box_of_rows(self, rows: Sequence[int], outer: str) -> Box:
-        row = self.rows[rows[0]]
-        if row.kind != "value":
-            title = row.name if row.kind == "in" else "output"
-            return Box(row.kind, "", title, row.type, tuple(rows))
-        if row.site is not None:
-            return Box("site", outer, _inner_path(row.site, outer), _op_name(row), tuple(rows), sites=(row.site,))
-        return Box("ops", outer, *self._summarize(rows), tuple(rows))
 
     def _box_of_section(self, section: Section, outer: str) -> Box:
         rows = tuple(section.rows())

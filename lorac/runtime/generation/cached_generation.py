@@ -76,7 +76,10 @@ class CachedGeneration:
         if draft is not None:
             drafting = self._make_driver(draft, [])
             extra["assistant_model"] = DraftModel(drafting, lambda work: work(drafting), self.request)
-        keyed = self._rows_by_key(state)
+        keyed: dict[CacheKey, list[int]] = {}
+        for row in range(0 if self.prompts is None else len(self.prompts.counts)):
+            own = self.row_states[row] if self.row_states else state
+            keyed.setdefault((self.graph, own.choice, own.versions.versions), []).append(row)
         if self.prompts is not None:
             cache = self.options.get("cache")
             if cache is not None:
@@ -128,18 +131,6 @@ class CachedGeneration:
         state.rows = None if prompts is None else _cached_tokens(prompts, output, state.cache, beams=1)
 
     # --- prompts that were computed before -------------------------------------------------------------------------
-
-    def _rows_by_key(self, state: ChoiceState) -> dict[CacheKey, list[int]]:
-        """Return the rows of each choice of adapters.
-
-        Args:
-            state: the choice of rows without their own.
-        """
-        keyed: dict[CacheKey, list[int]] = {}
-        for row in range(0 if self.prompts is None else len(self.prompts.counts)):
-            own = self.row_states[row] if self.row_states else state
-            keyed.setdefault((self.graph, own.choice, own.versions.versions), []).append(row)
-        return keyed
 
     def _find(
         self, prompt_cache: PromptCache, keyed: Mapping[CacheKey, Sequence[int]], tokens: Sequence[torch.Tensor]

@@ -51,7 +51,15 @@ class EncoderDecoderDriver(GenerationDriver):
     def __init__(self, program: DecodingProgram, config: JsonMapping, generation: JsonMapping) -> None:
         super().__init__(program, config, generation)
         if self.rules is not None:
-            _add_attributes(self, self.rules, config, generation)
+            for target, values in ((self.config, config), (self.generation_config, generation)):
+                vars(target).update({name: value for name, value in values.items() if not hasattr(target, name)})
+            vars(self.config)["model_type"] = config.get("model_type", "")
+            modules = SimpleNamespace()
+            for path, value in self.rules.asks.items():
+                *above, last = path.split(".")
+                setattr(functools.reduce(_child_namespace, above, modules), last, value)
+            # An attribute that an artifact names replaces none of the driver's own.
+            vars(self).update({name: value for name, value in vars(modules).items() if not hasattr(self, name)})
         self.main_input_name = main_input(program.cache_spec.encodes)
         self._encoder_inputs: dict[str, object] = {}
         self._columns = 0
@@ -129,21 +137,6 @@ def driver_class(rules: CustomGeneration | None) -> type[EncoderDecoderDriver]:
     if rules is None:
         return EncoderDecoderDriver
     return type(EncoderDecoderDriver.__name__, (EncoderDecoderDriver, load_rules_class(rules)), {"rules": rules})
-
-
-def _add_attributes(
-    driver: EncoderDecoderDriver, rules: CustomGeneration, config: JsonMapping, generation: JsonMapping
-) -> None:
-    """Give a driver the attributes that rules read of a model: its whole configuration, and sizes of its modules."""
-    for target, values in ((driver.config, config), (driver.generation_config, generation)):
-        vars(target).update({name: value for name, value in values.items() if not hasattr(target, name)})
-    vars(driver.config)["model_type"] = config.get("model_type", "")
-    modules = SimpleNamespace()
-    for path, value in rules.asks.items():
-        *above, last = path.split(".")
-        setattr(functools.reduce(_child_namespace, above, modules), last, value)
-    # An attribute that an artifact names replaces none of the driver's own.
-    vars(driver).update({name: value for name, value in vars(modules).items() if not hasattr(driver, name)})
 
 
 def _child_namespace(parent: SimpleNamespace, name: str) -> SimpleNamespace:

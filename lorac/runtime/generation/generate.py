@@ -190,7 +190,12 @@ class _GenerateCall:
     ) -> Output:
         if len(groups) == 1:
             return self._run(groups[0], seeds, draft, prompt_cache)
-        self._check_splittable(groups)
+        for name in ("streamer", CACHE):
+            if self.request.options.get(name) is not None:
+                raise Unavailable(
+                    f"{name}= is for one run, and these rows take {len(groups)}",
+                    next_step="call once per choice of adapters, or leave it out",
+                )
         outputs = []
         for group in groups:
             own = [seeds[row] for row in group.rows] if isinstance(seeds, list) else seeds
@@ -210,15 +215,6 @@ class _GenerateCall:
         """
         traits = self.model.traits[self.graph]
         return self._over_cache or (traits.generation is not None and traits.rules is None)
-
-    def _check_splittable(self, groups: Sequence[RowGroup]) -> None:
-        """Raise ``Unavailable`` for options that belong to one run alone."""
-        for name in ("streamer", CACHE):
-            if self.request.options.get(name) is not None:
-                raise Unavailable(
-                    f"{name}= is for one run, and these rows take {len(groups)}",
-                    next_step="call once per choice of adapters, or leave it out",
-                )
 
     def _select(self, rows: Sequence[int], total: int) -> _GenerateCall:
         """Return the call of some of the rows."""

@@ -86,7 +86,7 @@ class PromptCache:
             rows: the tokens of each row.
         """
         with self._lock:
-            entries = self._entries_of(engine, key)
+            entries = [entry for entry in self._entries if entry.engine() is engine and entry.key == key]
             best = max(entries, key=lambda entry: sum(entry.best_match(row)[0] for row in rows), default=None)
             if best is None:
                 return None
@@ -124,9 +124,6 @@ class PromptCache:
         """Forget one call's sequences, where others need the memory."""
         with self._lock:
             self._entries = [other for other in self._entries if other is not entry]
-
-    def _entries_of(self, engine: Engine, key: CacheKey) -> list[_CachedPrompts]:
-        return [entry for entry in self._entries if entry.engine() is engine and entry.key == key]
 
 
 def _drop(owner: Callable[[], PromptCache | None], entry: Callable[[], _CachedPrompts | None]) -> None:

@@ -64,7 +64,14 @@ class Prompts:
                 f"attention_mask has the shape {tuple(is_token.shape)}, and input_ids {tuple(given.shape)}",
                 next_step="give one of the same shape, 1 for each token",
             )
-        _refuse_empty(is_token)
+        if is_token.shape[0] == 0:
+            raise InputMismatch("the batch of prompts has no row", next_step="give one prompt or more")
+        counts = is_token.sum(1).tolist()
+        if 0 in counts:
+            raise InputMismatch(
+                f"row {counts.index(0)} of the prompts is empty",
+                next_step="begin it with a token, such as the tokenizer's bos_token_id",
+            )
         if bool(is_token.all()):
             return cls(given, given, None, None)
         order = is_token.argsort(dim=1, stable=True)
@@ -133,14 +140,3 @@ def _token_batch(value: object, name: str) -> Tensor:
         f"{name}= is not a batch of tokens: {shown}",
         next_step="give (rows, length), such as a tokenizer makes with return_tensors='pt'",
     )
-
-
-def _refuse_empty(is_token: Tensor) -> None:
-    if is_token.shape[0] == 0:
-        raise InputMismatch("the batch of prompts has no row", next_step="give one prompt or more")
-    counts = is_token.sum(1).tolist()
-    if 0 in counts:
-        raise InputMismatch(
-            f"row {counts.index(0)} of the prompts is empty",
-            next_step="begin it with a token, such as the tokenizer's bos_token_id",
-        )

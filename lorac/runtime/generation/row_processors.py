@@ -41,7 +41,16 @@ class RowProcessors:
     """
 
     def __init__(self, rows: Sequence[Iterable[Processor]]) -> None:
-        self._stages = _plan_stages([list(row) for row in rows])
+        left = [list(row) for row in rows]
+        stages: list[_Stage] = []
+        while any(left):
+            kinds = {_class_name(row[0]): None for row in left if row}
+            # A class that comes later in some row waits for that row, so that all rows which have it run together.
+            ready = (name for name in kinds if not any(name in map(_class_name, row[1:]) for row in left))
+            name = next(ready, next(iter(kinds)))
+            heads = {index: row.pop(0) for index, row in enumerate(left) if row and _class_name(row[0]) == name}
+            stages += _join(name, heads)
+        self._stages = stages
         self._count = len(rows)
         self.failed: dict[int, Exception] = {}
 
@@ -90,19 +99,6 @@ class _Stage:
         # A row is filled up with its first token, which changes nothing for what asks whether a token occurs.
         filled = [torch.cat([text[:1].expand(longest - len(text)), text]) for text in texts]
         return self.process(torch.stack(filled), scores)
-
-
-def _plan_stages(left: list[list[Processor]]) -> list[_Stage]:
-    """Return calls that together run each row's processors in its order; empties the lists."""
-    stages: list[_Stage] = []
-    while any(left):
-        kinds = {_class_name(row[0]): None for row in left if row}
-        # A class that comes later in some row waits for that row, so that all rows which have it run together.
-        ready = (name for name in kinds if not any(name in map(_class_name, row[1:]) for row in left))
-        name = next(ready, next(iter(kinds)))
-        heads = {index: row.pop(0) for index, row in enumerate(left) if row and _class_name(row[0]) == name}
-        stages += _join(name, heads)
-    return stages
 
 
 def _join(name: str, heads: dict[int, Any]) -> list[_Stage]:

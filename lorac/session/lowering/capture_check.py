@@ -56,7 +56,14 @@ def check_capture(graph: Graph, model: nn.Module, *, tested: bool) -> None:
     else:
         _accept_unchecked(graph, read_example_inputs(graph, graph.interface.inputs))
     if graph.interface.sizes.fixed:
-        _warn_fixed_sizes(graph)
+        sizes = graph.interface.sizes
+        values = sorted({f"{sizes.shapes[name][axis]}" for name, axis in sizes.fixed})
+        lines = "".join(f"\n  at {line}" for line in dict.fromkeys(sizes.lines.values()))
+        warn(
+            f"the trace of the model fixed sizes that should vary: {describe_axes(sizes.fixed)}, at "
+            f"{' and '.join(values)}; calls of another size are refused{lines}",
+            next_step="compile with example_inputs= of the sizes that are needed; target='eager' takes any",
+        )
     for note in graph.interface.notes:
         warn(note)
 
@@ -120,17 +127,6 @@ def _set_sizes(graph: Graph, right: Sequence[AxisSizes]) -> None:
     graph.interface = replace(graph.interface, sizes=sizes)
 
 
-def _warn_fixed_sizes(graph: Graph) -> None:
-    sizes = graph.interface.sizes
-    values = sorted({f"{sizes.shapes[name][axis]}" for name, axis in sizes.fixed})
-    lines = "".join(f"\n  at {line}" for line in dict.fromkeys(sizes.lines.values()))
-    warn(
-        f"the trace of the model fixed sizes that should vary: {describe_axes(sizes.fixed)}, at "
-        f"{' and '.join(values)}; calls of another size are refused{lines}",
-        next_step="compile with example_inputs= of the sizes that are needed; target='eager' takes any",
-    )
-
-
 @dataclass(frozen=True)
 class _OutputDifference:
     """How far an output of the program is off.
@@ -176,7 +172,14 @@ class _ModelComparison:
         except _ProgramError as error:
             raise self._differs(_OutputDifference("", math.inf, self.inputs, error)) from error
         if (first.drew or worst is not None) and self._is_stochastic(first):
-            self._note_stochastic(worst)
+            with seed_random_numbers(self.model, _SEED) as drew:
+                run_graph(self.graph, self.inputs)
+                draws = drew()
+            does = "draws at each call, too" if draws else "repeats what was drawn when it was captured"
+            unchecked = "" if worst is None else ", and could not be compared with the model"
+            self.graph.add_notes(
+                f"the model is stochastic: on equal inputs it answers differently; the program {does}{unchecked}"
+            )
             if worst is not None:  # outputs cannot be compared at other sizes either
                 _accept_unchecked(self.graph, self.inputs)
                 return
@@ -351,16 +354,6 @@ class _ModelComparison:
         self.graph.add_notes(
             f"the model's answers depend on what earlier calls left in {place}; the program leaves nothing there, and "
             "always answers as a first call does"
-        )
-
-    def _note_stochastic(self, worst: _OutputDifference | None) -> None:
-        with seed_random_numbers(self.model, _SEED) as drew:
-            run_graph(self.graph, self.inputs)
-            draws = drew()
-        does = "draws at each call, too" if draws else "repeats what was drawn when it was captured"
-        unchecked = "" if worst is None else ", and could not be compared with the model"
-        self.graph.add_notes(
-            f"the model is stochastic: on equal inputs it answers differently; the program {does}{unchecked}"
         )
 
     def _differs(self, worst: _OutputDifference) -> CaptureError:

@@ -55,7 +55,15 @@ class ALLoRA(Rule):
         self.eta2 = eta2
         self.pairs = trained_pairs(self.terms, type(self).__name__)
         for pair in self.pairs:
-            _refuse_scaled(pair)
+            variant = pair.term.variant
+            assert isinstance(variant, LoRA)
+            if variant.dropout or pair.scale != 1:
+                what = f"dropout={variant.dropout}" if variant.dropout else f"a scale of {pair.scale:g}"
+                raise ChoiceError(
+                    f"ALLoRA has neither dropout nor a scale, and {pair.term} has {what}",
+                    nearest=f"lorac.LoRA(r={variant.r}, alpha={variant.r})",
+                    next_step="compile with that",
+                )
             _refuse_within(self.compiled.sites[pair.term.site])
         self._gathered: dict[int, Tensor] = {}
         self._rates: dict[int, tuple[tuple[int, int], Tensor]] = {}
@@ -104,18 +112,6 @@ class ALLoRA(Rule):
 
     def _scale(self, pair: Pair, grad: Tensor) -> Tensor:
         return grad * self.rates(pair).unsqueeze(-1)
-
-
-def _refuse_scaled(pair: Pair) -> None:
-    variant = pair.term.variant
-    assert isinstance(variant, LoRA)
-    if variant.dropout or pair.scale != 1:
-        what = f"dropout={variant.dropout}" if variant.dropout else f"a scale of {pair.scale:g}"
-        raise ChoiceError(
-            f"ALLoRA has neither dropout nor a scale, and {pair.term} has {what}",
-            nearest=f"lorac.LoRA(r={variant.r}, alpha={variant.r})",
-            next_step="compile with that",
-        )
 
 
 def _refuse_within(site: Site) -> None:

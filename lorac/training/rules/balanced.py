@@ -49,7 +49,21 @@ class Balanced(Rule):
         emitted: str = "chosen",
         bias: str = "lora_topk_bias",
     ) -> None:
-        self.methods = _find_routed_methods(compiled, emitted, bias)  # type: ignore[misc]  # which they are is known of this model alone
+        adapters = getattr(unwrap_ddp(compiled), "adapters", {}).values()
+        found = {
+            type(adapter.variant): None
+            for adapter in adapters
+            if emitted in getattr(adapter.variant, "emits", ()) and any(bias in own for own in adapter.tensors.values())
+        }
+        if not found:
+            there = (
+                ", ".join(f"'{adapter.name}' ({adapter.variant.name})" for adapter in adapters) or "no adapter at all"
+            )
+            raise AdapterNotFound(
+                f"no adapter emits '{emitted}' and holds a buffer '{bias}'; there is {there}",
+                next_step="compile with a method that chooses by a score and a bias",
+            )
+        self.methods = tuple(found)
         self.listens = (emitted,)  # type: ignore[misc]  # the same
         super().__init__(compiled, optimizer)
         check_settings(type(self).__name__, rate=(rate, FROM_0))
@@ -71,23 +85,6 @@ class Balanced(Rule):
             bias = self._biases[path]
             bias.add_((self.rate * torch.sign(whole.mean() - whole)).to(bias))
         self._counts = {}
-
-
-def _find_routed_methods(compiled: Any, emitted: str, bias: str) -> tuple[type[Variant], ...]:
-    """Return the methods that select by a score and a bias."""
-    adapters = getattr(unwrap_ddp(compiled), "adapters", {}).values()
-    found = {
-        type(adapter.variant): None
-        for adapter in adapters
-        if emitted in getattr(adapter.variant, "emits", ()) and any(bias in own for own in adapter.tensors.values())
-    }
-    if not found:
-        there = ", ".join(f"'{adapter.name}' ({adapter.variant.name})" for adapter in adapters) or "no adapter at all"
-        raise AdapterNotFound(
-            f"no adapter emits '{emitted}' and holds a buffer '{bias}'; there is {there}",
-            next_step="compile with a method that chooses by a score and a bias",
-        )
-    return tuple(found)
 
 
 def _sum_over_processes(count: Tensor) -> Tensor:

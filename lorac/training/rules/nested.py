@@ -100,7 +100,16 @@ class NestedRanks(Rule):
         super().__init__(compiled, optimizer)
         self.frozen, self.exact_skip = frozen, exact_skip
         self.before_gradients = exact_skip
-        self.ranks = _check_ranks(ranks, max(len(term.tensors["lora_A"]) for term in self.terms))
+        largest = max(len(term.tensors["lora_A"]) for term in self.terms)
+        chosen = tuple(range(1, largest + 1)) if ranks is None else tuple(ranks)
+        wrong = [b for b in chosen if not 1 <= b <= largest]
+        if wrong or not chosen:
+            raise ChoiceError(
+                f"no layer has rank {wrong[0]}" if wrong else "ranks= is empty",
+                nearest=f"1 to {largest}",
+                next_step="give ranks= some of these, or None for all",
+            )
+        self.ranks = chosen
         self.weights = _check_weights(weights, self.ranks)
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.rank = self._draw()
@@ -209,18 +218,6 @@ def _join_states(factor: _Factor, states: Sequence[State]) -> State:
         else:
             joined[key] = max(found)
     return joined
-
-
-def _check_ranks(ranks: Sequence[int] | None, largest: int) -> tuple[int, ...]:
-    chosen = tuple(range(1, largest + 1)) if ranks is None else tuple(ranks)
-    wrong = [b for b in chosen if not 1 <= b <= largest]
-    if wrong or not chosen:
-        raise ChoiceError(
-            f"no layer has rank {wrong[0]}" if wrong else "ranks= is empty",
-            nearest=f"1 to {largest}",
-            next_step="give ranks= some of these, or None for all",
-        )
-    return chosen
 
 
 def _check_weights(weights: Sequence[float] | None, ranks: Sequence[int]) -> Tensor:

@@ -81,7 +81,12 @@ class Squeeze(Rule):
                 f"stages={list(stages)} are not (rank, steps) of falling ranks",
                 next_step="the ranks halve in those of rank_stages",
             )
-        _refuse_processes()
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise Unavailable(
+                "Squeeze exchanges tensors that several processes' wrapper holds",
+                next_step="train a stage, compile again with the adapter that `reduce_rank` returns, and wrap that",
+            )
         self.stages, self.steps = tuple(stages), 0
         self.attach()
 
@@ -120,12 +125,3 @@ class Squeeze(Rule):
         self.optimizer.state.pop(old, None)
         for group in self.optimizer.param_groups:
             group["params"] = [new if tensor is old else tensor for tensor in group["params"]]
-
-
-def _refuse_processes() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise Unavailable(
-            "Squeeze exchanges tensors that several processes' wrapper holds",
-            next_step="train a stage, compile again with the adapter that `reduce_rank` returns, and wrap that",
-        )

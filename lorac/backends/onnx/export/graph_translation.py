@@ -133,25 +133,22 @@ class _GraphTranslator:
 
     def _translate(self, node: fx.Node) -> None:
         try:
-            self._translate_node(node)
+            if node.op == "placeholder":
+                value = SymbolicTensor(TENSOR_OPSET, name=node.name)  # type: ignore[arg-type]  # stands for an Opset
+                value.meta["node"] = node
+                _annotate(value, node.meta["val"])
+                self.values[node.name] = value
+                self.target.inputs.append(value)
+            elif node.op == "output":
+                outputs: list[fx.Node] = []
+                fx.map_arg(node.args, outputs.append)
+                self.target.outputs.extend(v for output in outputs for v in _as_sequence(self.values[output.name]))
+            elif node.op == "call_function" and node.target not in _ASSERTIONS:
+                self._translate_call(node)
         except TranslationFailed:
             raise
         except Exception as error:  # a translation may raise anything
             raise TranslationFailed(node) from error
-
-    def _translate_node(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            value = SymbolicTensor(TENSOR_OPSET, name=node.name)  # type: ignore[arg-type]  # stands for an Opset
-            value.meta["node"] = node
-            _annotate(value, node.meta["val"])
-            self.values[node.name] = value
-            self.target.inputs.append(value)
-        elif node.op == "output":
-            outputs: list[fx.Node] = []
-            fx.map_arg(node.args, outputs.append)
-            self.target.outputs.extend(v for output in outputs for v in _as_sequence(self.values[output.name]))
-        elif node.op == "call_function" and node.target not in _ASSERTIONS:
-            self._translate_call(node)
 
     def _translate_call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:

@@ -114,7 +114,10 @@ class Recorder(_building.OpRecorder):
         return op, args, numbers
 
     def _record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
-        signature = _read_signature(schema)
+        key = schema.domain, schema.name, schema.since_version
+        if key not in _SIGNATURES:
+            _SIGNATURES[key] = OpSignature.from_op_schema(schema)
+        signature = _SIGNATURES[key]
         inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
         count = _building._determine_output_number(signature, attributes)
         typed = {name: _type_attribute(name, value) for name, value in attributes.items()}
@@ -165,13 +168,6 @@ def _unpack(outputs: Sequence[ir.Value]) -> Outputs:
 
 
 _SIGNATURES: dict[tuple[str, str, int], OpSignature] = {}
-
-
-def _read_signature(schema: onnx.defs.OpSchema) -> OpSignature:
-    key = schema.domain, schema.name, schema.since_version
-    if key not in _SIGNATURES:
-        _SIGNATURES[key] = OpSignature.from_op_schema(schema)
-    return _SIGNATURES[key]
 
 
 @functools.cache

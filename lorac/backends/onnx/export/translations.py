@@ -85,21 +85,16 @@ def conv3d(
 def adaptive_avg_pool2d(x: ir.Value, sizes: Sequence[int]) -> Outputs:
     """Write a mean over the windows of each axis; torch's decomposition keeps the windows of the example's size."""
     for axis, count in zip((-2, -1), sizes, strict=True):
-        x = _pool_axis(x, axis, count)
+        axes = op.Constant(value_ints=[axis])
+        size, number = op.Shape(x, start=axis, end=axis + 1 or None), op.Constant(value_ints=[count])
+        means = []
+        for window in range(count):
+            first, after = (op.Constant(value_ints=[window]), op.Constant(value_ints=[window + 1]))
+            begin = op.Div(op.Mul(size, first), number)
+            end = op.Div(op.Add(op.Mul(size, after), op.Constant(value_ints=[count - 1])), number)
+            means.append(op.ReduceMean(op.Slice(x, begin, end, axes), axes, keepdims=1))
+        x = op.Concat(*means, axis=axis)
     return x
-
-
-def _pool_axis(x: ir.Value, axis: int, count: int) -> ir.Value:
-    """Return ``count`` means along an axis, over windows that may overlap."""
-    axes = op.Constant(value_ints=[axis])
-    size, number = op.Shape(x, start=axis, end=axis + 1 or None), op.Constant(value_ints=[count])
-    means = []
-    for window in range(count):
-        first, after = (op.Constant(value_ints=[window]), op.Constant(value_ints=[window + 1]))
-        begin = op.Div(op.Mul(size, first), number)
-        end = op.Div(op.Add(op.Mul(size, after), op.Constant(value_ints=[count - 1])), number)
-        means.append(op.ReduceMean(op.Slice(x, begin, end, axes), axes, keepdims=1))
-    return op.Concat(*means, axis=axis)
 
 
 def rms_norm(
