@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -148,46 +148,62 @@ def stack_factors(path: str, factors: Sequence[Factors | None], rank: int, metho
     return down, torch.cat([F.pad(b, (0, rank - b.shape[1])) for _, b in pairs], dim=1)
 
 
-def route_loras(
-    adapters: Sequence[Adapter],
-    method: str,
-    make_variant: Callable[[tuple[str, ...], int, int], Variant],
-    *,
-    name: str,
-    seed: int,
-    sites: Sequence[str] = (),
-) -> Adapter:
-    """Return one adapter with several LoRAs as its parts, in their order; tensors of its own are freshly initialised.
+class LoraMixture(Variant):
+    """A method whose parts are LoRAs, with their factors stacked as ``RoutedVariant`` has them.
 
-    Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of the
-    LoRAs adapt a site, the others' factors are zero.
-
-    Args:
-        adapters: plain LoRAs.
-        method: the method's name, for messages.
-        make_variant: (site paths, rank, number of LoRAs) -> the variant; its tensors must start without the base.
-        name: the new adapter's name.
-        seed: seed of the fresh tensors.
-        sites: paths in the order that the adapter is to have; other paths follow in the LoRAs' order.
-
-    Raises:
-        AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
-            different models.
+    Its field ``r`` is the rank of each, ``experts`` their number, and its tensors start without the base.
     """
-    if not adapters:
-        raise AdapterError(f"{method} needs at least one LoRA", next_step="give adapters of lorac.LoRA")
-    sources = [read_factors(adapter, method) for adapter in adapters]
-    rank = max(a.shape[0] for source in sources for a, _ in source.values())
-    known = dict.fromkeys(path for source in sources for path in source)
-    paths = tuple(dict.fromkeys([*(path for path in sites if path in known), *known]))
-    variant = make_variant(paths, rank, len(sources))
-    generator = torch.Generator().manual_seed(seed)
-    shared: dict[str, Tensor] = {}
-    tensors = {}
-    for path in paths:
-        factors = stack_factors(path, [source.get(path) for source in sources], rank, method)
-        tensors[path] = _initialise_site(variant, path, factors, shared, generator, name)
-    return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
+
+    experts: int
+    rank_fields: ClassVar[tuple[str, ...]] = ("r",)
+    """The fields that are the rank where the LoRAs' scales are folded in."""
+
+    @property
+    def routes(self) -> int:
+        """The number of LoRAs."""
+        return self.experts
+
+    @classmethod
+    def from_loras(
+        cls,
+        adapters: Sequence[Adapter],
+        *,
+        name: str | None = None,
+        seed: int = 0,
+        sites: Sequence[str] = (),
+        **fields: object,
+    ) -> Adapter:
+        """Return one adapter made from several LoRAs, in their order; tensors of its own are freshly initialised.
+
+        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
+        the LoRAs adapt a site, the others' factors are zero.
+
+        Args:
+            adapters: plain LoRAs.
+            name: the new adapter's name; default: the method's.
+            seed: seed of the fresh tensors.
+            sites: paths in the order that the adapter is to have; other paths follow in the LoRAs' order.
+            **fields: fields of the method.
+
+        Raises:
+            AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
+                different models.
+        """
+        name, method = name or cls.name, cls.__name__
+        if not adapters:
+            raise AdapterError(f"{method} needs at least one LoRA", next_step="give adapters of lorac.LoRA")
+        sources = [read_factors(adapter, method) for adapter in adapters]
+        rank = max(a.shape[0] for source in sources for a, _ in source.values())
+        known = dict.fromkeys(path for source in sources for path in source)
+        paths = tuple(dict.fromkeys([*(path for path in sites if path in known), *known]))
+        ranks = dict.fromkeys(cls.rank_fields, rank)
+        variant = cls(targets=paths, experts=len(sources), **ranks, **fields)  # type: ignore[call-arg, arg-type]  # checked by the class
+        generator, shared = torch.Generator().manual_seed(seed), dict[str, Tensor]()
+        tensors = {}
+        for path in paths:
+            factors = stack_factors(path, [source.get(path) for source in sources], rank, method)
+            tensors[path] = _initialise_site(variant, path, factors, shared, generator, name)
+        return Adapter(name, variant, tensors, provenance={"experts": [adapter.name for adapter in adapters]})
 
 
 def _initialise_site(

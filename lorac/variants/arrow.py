@@ -6,15 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from lorac.argument_types import Count, Positive
-from lorac.variants._mixtures import RoutedVariant, route_loras, top_k_softmax
-from lorac.variants.adapter import Adapter
+from lorac.variants._mixtures import LoraMixture, RoutedVariant, top_k_softmax
 from lorac.variants.base import Context, InitContext, Params, ParamSpec, Role, Site, Tensor
 from lorac.variants.low_rank import factor_specs
 
@@ -31,7 +29,7 @@ def _prototypes(context: InitContext) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrow(RoutedVariant):
+class Arrow(LoraMixture, RoutedVariant):
     """``y' = y + Σ_{j ∈ top-k(z)} w_j·B_j·A_j·x``, z = |V·x|, w = softmax(z/temperature) over the chosen.
 
     A (experts·r, in) and B (out, experts·r) are the experts' factors stacked, each one's scale in its B. A row of V
@@ -60,10 +58,6 @@ class Arrow(RoutedVariant):
         prototypes = ParamSpec((self.experts, site.in_features), _prototypes, Role.FROZEN)
         return factor_specs(site, self.experts * self.r, role) | {"prototypes": prototypes}
 
-    @property
-    def routes(self) -> int:
-        return self.experts
-
     def output_scale(self, p: Params) -> float:
         return 1.0
 
@@ -71,28 +65,3 @@ class Arrow(RoutedVariant):
         scores = F.linear(x, p.prototypes).abs()
         ctx.emit("router", scores)
         return y + self.mix(F.linear(x, p.lora_A), top_k_softmax(scores, self.top_k, self.temperature), p)
-
-    @staticmethod
-    def from_loras(
-        adapters: Sequence[Adapter], *, top_k: int = 3, temperature: float = 1.0, name: str = "arrow"
-    ) -> Adapter:
-        """Return one routed adapter made from several LoRAs, in their order.
-
-        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
-        the LoRAs adapt a site, the others' factors are zero.
-
-        Args:
-            adapters: plain LoRAs.
-            top_k, temperature: fields of the variant.
-            name: the new adapter's name.
-
-        Raises:
-            AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
-                different models.
-        """
-        routed = Arrow(top_k=top_k, temperature=temperature)
-
-        def make_variant(paths: tuple[str, ...], rank: int, number: int) -> Arrow:
-            return replace(routed, targets=paths, r=rank, experts=number)
-
-        return route_loras(adapters, "Arrow", make_variant, name=name, seed=0)

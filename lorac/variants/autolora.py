@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lorac.argument_types import Count
 from lorac.errors import AdapterError, FormatError, nearest_name
-from lorac.variants._mixtures import RoutedVariant, route_loras
+from lorac.variants._mixtures import LoraMixture, RoutedVariant
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Context, Params, ParamSpec, Role, Site, Tensor
 from lorac.variants.initialisers import constant, normal, ones, zeros
@@ -23,7 +23,7 @@ from lorac.variants.low_rank import factor_specs
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoLoRA(RoutedVariant):
+class AutoLoRA(LoraMixture, RoutedVariant):
     """``y' = y + Σ_i w_out∘g_i∘l_i``, l_i = B_i·A_i·x, g_i = σ(w_base∘ỹ + w_lora∘l̃_i + w_cross∘ỹ∘l̃_i + β).
 
     A (experts·r, in) and B (out, experts·r) are the LoRAs' factors stacked, each one's scale in its B; ỹ and l̃_i are y
@@ -45,10 +45,6 @@ class AutoLoRA(RoutedVariant):
 
     name = "autolora"
     paper = "AutoLoRA: Automatic LoRA Retrieval and Fine-Grained Gated Fusion, arXiv 2508.02107"
-
-    @property
-    def routes(self) -> int:
-        return self.experts
 
     def output_scale(self, p: Params) -> Tensor:
         return p.weight_out
@@ -90,32 +86,25 @@ class AutoLoRA(RoutedVariant):
             logits = logits + p.weight_base * base
         return logits + p.weight_cross * base * lora if self.cross else logits
 
-    @staticmethod
+    @classmethod
     def from_loras(
+        cls,
         adapters: Sequence[Adapter],
         *,
-        base: bool = True,
-        cross: bool = True,
-        name: str = "autolora",
-        seed: int = 0,
         gates: Mapping[str, Tensor] | None = None,
+        name: str | None = None,
+        seed: int = 0,
+        sites: Sequence[str] = (),
+        **fields: object,
     ) -> Adapter:
         """Return one gated adapter made from several LoRAs, with fresh gates or those of a trained merger.
 
-        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
-        the LoRAs adapt a site, the others' factors are zero and add nothing.
-
         Args:
-            adapters: plain LoRAs.
-            base, cross: fields of the variant.
-            name: the new adapter's name.
-            seed: seed of the gates.
             gates: the tensors of the authors' merger, by key (``model_dict.<path, ___ for its dots>.weight_lora``, …).
-                They decide ``base`` and ``cross``.
+                They decide ``base`` and ``cross``. The others are as ``LoraMixture`` has them.
 
         Raises:
-            AdapterError: there is no LoRA, one has more than its two factors on linear layers, two were made for
-                different models, or a gate's width fits no layer.
+            AdapterError: as ``LoraMixture`` has it; or a gate's width fits no layer.
             FormatError: the merger has a tensor that belongs to no gate, a layer that no LoRA adapts, or lacks a gate
                 of a layer that a LoRA adapts.
         """
@@ -125,11 +114,8 @@ class AutoLoRA(RoutedVariant):
             base, cross = "weight_base" in keys, "weight_cross" in keys
             if not base and not cross:  # the authors' gates keep this norm all the same
                 merger = {path: _without_norm(gate) for path, gate in merger.items()}
-
-        def make_variant(paths: tuple[str, ...], rank: int, number: int) -> AutoLoRA:
-            return AutoLoRA(targets=paths, r=rank, experts=number, base=base, cross=cross)
-
-        adapter = route_loras(adapters, "AutoLoRA", make_variant, name=name, seed=seed)
+            fields |= {"base": base, "cross": cross}
+        adapter = super().from_loras(adapters, name=name, seed=seed, sites=sites, **fields)
         return adapter if merger is None else _set_gates(adapter, merger)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorac.argument_types import Count
-from lorac.variants._mixtures import route_loras
+from lorac.variants._mixtures import LoraMixture
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import ones
@@ -17,7 +17,7 @@ from lorac.variants.low_rank import factor_specs
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedCat(WeightVariant):
+class LearnedCat(LoraMixture, WeightVariant):
     """``W' = W + Σ_i w_i·B_i·A_i``, w (experts,) learned at each site.
 
     A (experts·r, in) and B (out, experts·r) are the LoRAs' factors stacked, each one's scale in its B.
@@ -44,28 +44,23 @@ class LearnedCat(WeightVariant):
         weighted = p.lora_B.unflatten(1, (self.experts, self.r)) * p.weights.unsqueeze(-1)
         return W + weighted.flatten(1) @ p.lora_A
 
-    @staticmethod
+    @classmethod
     def from_loras(
-        adapters: Sequence[Adapter], *, weights: Sequence[float] | None = None, name: str = "learned_cat"
+        cls,
+        adapters: Sequence[Adapter],
+        *,
+        weights: Sequence[float] | None = None,
+        name: str | None = None,
+        seed: int = 0,
+        sites: Sequence[str] = (),
+        **fields: object,
     ) -> Adapter:
         """Return one adapter made from several LoRAs, in their order; its weights are to be trained.
 
-        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
-        the LoRAs adapt a site, the others' factors are zero.
-
         Args:
-            adapters: plain LoRAs.
-            weights: start values of each site's weights; default: 1 each.
-            name: the new adapter's name.
-
-        Raises:
-            AdapterError: there is no LoRA, one has more than its two factors, or two were made for different models.
+            weights: start values of each site's weights; default: 1 each. The others are as ``LoraMixture`` has them.
         """
-
-        def make_variant(paths: tuple[str, ...], rank: int, number: int) -> LearnedCat:
-            return LearnedCat(targets=paths, r=rank, experts=number)
-
-        made = route_loras(adapters, "LearnedCat", make_variant, name=name, seed=0)
+        made = super().from_loras(adapters, name=name, seed=seed, sites=sites, **fields)
         for tensors in made.tensors.values() if weights is not None else ():
             tensors["weights"] = tensors["weights"].new_tensor(weights)
         return made

@@ -8,7 +8,7 @@ the weight ``scaling_pass_value``. Only the classifier is trained.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -20,8 +20,7 @@ from lorac.errors import AdapterError
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site
 from lorac.ir.slots.program_values import BASE, pass_value_name
-from lorac.variants._mixtures import RoutedVariant, route_loras, top_k_mask
-from lorac.variants.adapter import Adapter
+from lorac.variants._mixtures import LoraMixture, RoutedVariant, top_k_mask
 from lorac.variants.base import Context, Params, ParamSpec, Role, Site, Tensor
 from lorac.variants.initialisers import kaiming_uniform, uniform
 from lorac.variants.low_rank import factor_specs
@@ -31,7 +30,7 @@ SCALING_PASS = "scaling"
 
 
 @dataclass(frozen=True, kw_only=True)
-class XLoRA(RoutedVariant):
+class XLoRA(LoraMixture, RoutedVariant):
     """``y' = y + g·Σ_i σ_i·B_i·A_i·x``, σ = softmax(MLP(h)/temperature) of each token, h the last hidden state.
 
     h comes from a scaling pass without gradients, in which σ_i = v at every token and site; for v = 0 that is a pass of
@@ -115,10 +114,6 @@ class XLoRA(RoutedVariant):
             found[f"classifier_{j}_bias"] = ParamSpec((out,), uniform(inside**-0.5), shared=True)
         return found
 
-    @property
-    def routes(self) -> int:
-        return self.experts
-
     def output_scale(self, p: Params) -> float:
         return self.global_scaling_weight
 
@@ -182,34 +177,3 @@ class XLoRA(RoutedVariant):
     def _site_index(self, path: str) -> int:
         """Return the index of a site's weights among those that the classifier gives."""
         return self.targets.index(path) if self.layerwise_scalings else 0
-
-    @staticmethod
-    def from_loras(
-        adapters: Sequence[Adapter],
-        *,
-        sites: Sequence[str] = (),
-        name: str = "x_lora",
-        seed: int = 0,
-        **fields: object,
-    ) -> Adapter:
-        """Return one mixed adapter made from several LoRAs, in their order; the classifier is freshly initialised.
-
-        Each LoRA's scale is folded into its B, and smaller ranks are padded with zeros (both exact). Where only some of
-        the LoRAs adapt a site, the others' factors are zero.
-
-        Args:
-            adapters: plain LoRAs.
-            sites: paths of the sites in the model's order; default: the adapters' order.
-            name: the new adapter's name.
-            seed: seed of the classifier.
-            **fields: fields of the variant, ``hidden`` and ``hidden_size`` among them.
-
-        Raises:
-            AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
-                different models.
-        """
-
-        def make_variant(paths: tuple[str, ...], rank: int, number: int) -> XLoRA:
-            return XLoRA(targets=paths, r=rank, experts=number, **fields)  # type: ignore[arg-type]  # checked by XLoRA
-
-        return route_loras(adapters, "X-LoRA", make_variant, name=name, seed=seed, sites=sites)
