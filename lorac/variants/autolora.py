@@ -87,7 +87,7 @@ class AutoLoRA(LoraMixture, RoutedVariant):
         return logits + p.weight_cross * base * lora if self.cross else logits
 
     @classmethod
-    def from_loras(
+    def from_loras(  # type: ignore[override]  # no field is called gates
         cls,
         adapters: Sequence[Adapter],
         *,

@@ -45,7 +45,7 @@ class LearnedCat(LoraMixture, WeightVariant):
         return W + weighted.flatten(1) @ p.lora_A
 
     @classmethod
-    def from_loras(
+    def from_loras(  # type: ignore[override]  # no field is called weights
         cls,
         adapters: Sequence[Adapter],
         *,

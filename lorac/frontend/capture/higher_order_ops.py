@@ -59,8 +59,8 @@ def _find_inlinable(program: ExportedProgram) -> fx.Node | None:
             return node
         bodies = _list_bodies(program.graph_module, node)
         sites = [ops.site_of(inner) for body in bodies for inner in body.graph.nodes if inner.target in ops.SITE_OPS]
-        if sites or node.target.name() == "wrap_with_autocast":  # type: ignore[union-attr]  # a higher-order op
-            name = node.target.name().removeprefix("wrap_with_")  # type: ignore[union-attr]  # a higher-order op
+        if sites or node.target.name() == "wrap_with_autocast":
+            name = node.target.name().removeprefix("wrap_with_")
             lines = (find_source_line(inner) for body in bodies for inner in body.graph.nodes)
             line = next((line for line in lines if line), None)
             raise _refusal(sites[0] if sites else bodies[0].graph.output_node().name, name, line)

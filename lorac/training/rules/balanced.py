@@ -63,7 +63,7 @@ class Balanced(Rule):
                 f"no adapter emits '{emitted}' and holds a buffer '{bias}'; there is {there}",
                 next_step="compile with a method that chooses by a score and a bias",
             )
-        self.methods = tuple(found)
+        self.methods = tuple(found)  # type: ignore[misc]  # which they are is known of this model alone
         self.listens = (emitted,)  # type: ignore[misc]  # the same
         super().__init__(compiled, optimizer)
         check_settings(type(self).__name__, rate=(rate, FROM_0))
