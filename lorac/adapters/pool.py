@@ -8,10 +8,8 @@ import itertools
 import operator
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch import Tensor
 from lorac.adapters.fit import check_values
 from lorac.adapters.packing import pack_adapter
 from lorac.adapters.preparation import Preparer
+from lorac.adapters.stored import StoredAdapter
 from lorac.errors import AdapterError
 from lorac.ir.slots.choice import require_adapter
 from lorac.ir.slots.plans import PreparedAdapter
@@ -54,30 +53,6 @@ _KEPT_TIMES = 10_000
 """How many times of reads are kept."""
 _NEVER = TensorVersions(())
 """Equals the versions of no adapter."""
-
-
-class StoredAdapter(ABC):
-    """An adapter on disk, which is read when it is used. A pool may hold thousands.
-
-    Attributes:
-        nbytes: the size of its tensors there.
-    """
-
-    __slots__ = ("nbytes",)
-    nbytes: int
-
-    @property
-    @abstractmethod
-    def folder(self) -> Path:
-        """The folder that it lies in."""
-
-    @abstractmethod
-    def read(self, name: str) -> Adapter:
-        """Read the adapter, strictly checked against the model.
-
-        Raises:
-            FormatError, AdapterError, SiteError: it is not what it was when it was registered.
-        """
 
 
 @dataclass(frozen=True, eq=False, slots=True)

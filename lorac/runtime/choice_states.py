@@ -9,28 +9,26 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
+from lorac.adapters.stored import SlotContents, SlotReader, StoredAdapter
 from lorac.errors import FormatError, NeedsRecompile
-from lorac.ir.algebra import operands
-from lorac.ir.algebra.changes import LowRank
-from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, BaseReader, Site, SiteKind
+from lorac.ir.sites import BaseReader
 from lorac.ir.slots.choice import Active, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
-from lorac.ir.slots.filling import find_branch_misfit, find_misfit
-from lorac.ir.slots.planning import Reserve, needs_merged_weight, quantized_merge_error
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan, SiteSlots
-from lorac.ir.slots.roles import ROLES, roles_needed
+from lorac.runtime.capacity import suggest_reserve
 from lorac.runtime.slot_images import SlotImages
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import Charge
+from lorac.target.placed_engine import PlacedEngine
 
 _MAX_MIXTURES = 8
 """Kept states of mixtures and strengths, whatever the room."""
@@ -150,6 +148,7 @@ class ChoiceStates:
         self._together: dict[int, _RowsBinding] = {}
         self._numbers = itertools.count()
         self._images = SlotImages()
+        self._let_go_once: dict[str, int] = {}
         self._base_program: BoundProgram | None = None
 
     def of(self, choice: Choice, *, stale: bool = False) -> ChoiceState:
@@ -170,7 +169,30 @@ class ChoiceStates:
         prepared = {name: self._pool[name] for name, _ in choice}
         with self._lock:
             state = self._find(choice, stale=stale)
-            return self._keep(self.new(choice, prepared)) if state is None else state
+            state = self._keep(self.new(choice, prepared)) if state is None else state
+        self._show_slots(state)
+        return state
+
+    def _show_slots(self, state: ChoiceState) -> None:
+        """Show what slots hold of an adapter on disk that was read the long way."""
+        entry, engine = self._find_stored(state.choice), self._engine
+        if (
+            entry is None
+            or not isinstance(engine, PlacedEngine)
+            or state.bound is None
+            or not self._may_be_apart(state)
+        ):
+            return
+        idle = self.of(()).bound
+        assert idle is not None
+        assert isinstance(entry.source, StoredAdapter)
+        tensors, idle_tensors = self._placed_tensors(state.bound), self._placed_tensors(idle)
+        entry.source.show_slots(SlotContents(state.snapshot, engine.slots, tensors, idle_tensors))
+
+    def _may_be_apart(self, state: ChoiceState) -> bool:
+        """Return whether all slots that a choice fills have places."""
+        graphs = self._engine.interfaces
+        return bool(graphs) and not any(self._engine.why_apart(state.snapshot, graph) for graph in graphs)
 
     def _find(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
         """Return the state of a choice if it is kept."""
@@ -193,39 +215,49 @@ class ChoiceStates:
         return kept.hand_out()
 
     def _let_go(self, choice: Choice) -> None:
-        """Keep a state no longer, for want of room; of an adapter on disk, what its slots held is written there."""
+        """Keep a state no longer, for want of room; of an adapter on disk, what its slots held may be written there.
+
+        One that can be read straight into its slots is written only when it is let go of for the second time: writing
+        takes longer than reading it once more.
+        """
         kept, entry = self._kept.pop(choice, None), self._find_stored(choice)
         if kept is None or entry is None or self._base_program is None or kept.state.entries != (entry,):
             return
-        if self._images.find(choice[0][0], entry) is not None:
+        name, state = choice[0][0], kept.state
+        if self._images.find(name, entry) is not None or not self._may_be_apart(state):
             return
-        state = kept.state
-        if any(self._engine.why_apart(state.snapshot, graph) for graph in self._engine.interfaces):
+        if self._let_go_once.get(name) != entry.serial and self._find_reader(name, entry) is not None:
+            self._let_go_once[name] = entry.serial
             return
         base = self._placed_tensors(self._base_program)
         assert state.bound is not None
         own = {n: t for n, t in self._placed_tensors(state.bound).items() if not _is_same(t, base[n])}
-        self._images.write(choice[0][0], entry, state.snapshot, own)
+        self._images.write(name, entry, state.snapshot, own)
+
+    def _find_reader(self, name: str, entry: PoolEntry) -> SlotReader | None:
+        """Return what reads the contents of the slots of an adapter on disk, if there is anything."""
+        assert isinstance(entry.source, StoredAdapter)
+        return self._images.find(name, entry) or entry.source.find_reader()
 
     def _bring_back(self, choice: Choice) -> ChoiceState | None:
-        """Return the state of an adapter on disk from what its slots held when it was let go of, if it was."""
+        """Return the state of an adapter on disk, if the contents of its slots can be read."""
         if self._find_stored(choice) is None:
             return None
         with self._lock:
             state, entry = self._find(choice, stale=False), self._pool.find(choice[0][0])
-            image = self._images.find(choice[0][0], entry) if state is None else None
-            if image is None:
+            reader = self._find_reader(choice[0][0], entry) if state is None else None
+            if reader is None:
                 return state
             begun = time.monotonic()
-            memory = torch.empty(image.nbytes, dtype=torch.uint8)
+            memory = torch.empty(reader.layout.nbytes, dtype=torch.uint8)
             charge, base = self._pool.budget.charge([memory]), self.of(()).bound
-            if base is None or not self._images.read(image, memory):
+            if base is None or not reader.read(memory):
                 return None
             self._pool.read_seconds.append(time.monotonic() - begun)
-            snapshot = ComposedWeights(choice, image.layout.sites)
-            bound = self._engine.bind_places(base.content, image.layout.view(memory))  # type: ignore[arg-type]  # its own
-            versions = self._pool.read_versions((entry,))
-            return self._keep(ChoiceState(snapshot, bound, self._pool, (entry,), versions, image.nbytes, charge))
+            layout, versions = reader.layout, self._pool.read_versions((entry,))
+            bound = self._engine.bind_places(base.content, layout.view(memory))  # type: ignore[arg-type]  # its own
+            snapshot = ComposedWeights(choice, layout.sites)
+            return self._keep(ChoiceState(snapshot, bound, self._pool, (entry,), versions, layout.nbytes, charge))
 
     def _find_stored(self, choice: Choice) -> PoolEntry | None:
         """Return the entry of a choice that is one adapter on disk as it is, else None."""
@@ -314,6 +346,7 @@ class ChoiceStates:
     def forget(self, name: str) -> None:
         """Keep no state that an adapter is part of; those in use last until nobody uses them."""
         self._images.forget(name)
+        self._let_go_once.pop(name, None)
         for choice in [choice for choice in tuple(self._kept) if name in dict(choice)]:
             self._drop(choice)
         for number, known in tuple(self._together.items()):
@@ -332,52 +365,3 @@ class ChoiceStates:
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are one part of memory."""
     return tensor.data_ptr() == other.data_ptr() and tensor.shape == other.shape
-
-
-def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:
-    """Return the ``reserve=`` argument that would admit adapters that are active together."""
-    paths = sorted({path.rpartition(".")[2] for prepared in together for path in prepared.paths})
-    changes = [change for prepared in together for change in prepared.changes.values()]
-    rank = max((change.rank for change in changes if isinstance(change, LowRank)), default=0)
-    # A role without a field of its own is admitted through a bound weight.
-    needed = {role.reserve or ROLES[operands.WEIGHT].reserve for change in changes for role in roles_needed(change)}
-    arguments = [f"targets={paths}", f"rank={rank}"]
-    arguments += [f"adapters={len(together)}"] if len(together) > 1 else []
-    arguments += [f"{field.name}=True" for field in fields(Reserve) if field.name in needed and field.default is False]
-    return f"reserve=lorac.Reserve({', '.join(arguments)})"
-
-
-def check_capacity(
-    name: str, prepared: PreparedAdapter, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]
-) -> None:
-    """Check that an adapter fits the plans.
-
-    Raises:
-        NeedsRecompile: it does not fit; the message has the ``reserve=`` that admits it.
-        CompileError: it needs a merged weight at a quantised weight, which no reserve admits.
-    """
-    problems = []
-    for path, change in prepared.changes.items():
-        plan = plans.get(path)
-        reason = "has no slot" if plan is None or plan.empty else find_misfit(plan, change)
-        problems += [(path, reason)] if reason else []
-    for path, term in prepared.branches.items():
-        reason = find_branch_misfit(plans.get(path), term)
-        problems += [(path, reason)] if reason else []
-    for path in [path for path, _ in problems if path in prepared.changes and path in sites]:
-        if sites[path].packed and needs_merged_weight(sites[path], prepared.changes[path]):
-            raise quantized_merge_error(sites[path], f", and adapter '{name}' needs a merged weight there")
-    if problems:
-        path, reason = problems[0]
-        raise NeedsRecompile(
-            f"adapter '{name}' does not fit: '{path}' {reason} ({len(problems)} sites in all)",
-            next_step=f"compile again with {_suggest_room(prepared, sites)}the adapter in adapters=",
-        )
-
-
-def _suggest_room(prepared: PreparedAdapter, sites: Mapping[str, Site]) -> str:
-    """Return the reserve that would admit an adapter; none does for blocks, branches and bare parameters."""
-    kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
-    if prepared.branches or kinds & KINDS_WITHOUT_WEIGHT:
-        return ""
-    return f"{suggest_reserve([prepared])}, or with "

@@ -1,57 +1,28 @@
 """Adapters from disk as the contents of their slots, in one file that nobody else can open.
 
 Reading an adapter's own file, checking it and reducing its formula takes many times as long as reading its bytes. So
-what was made of it is written once, when it is let go of, and brought back by one read. The file has no name: it lies
-with the adapters, and its space is free when the process ends, however that ends.
+what was made of it is written once, when it is let go of, and brought back by one read. Where its file can be read
+straight into the slots, that is worth it only for an adapter that is let go of again. The file of images has no name:
+it lies with the adapters, and its space is free when the process ends, however that ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import tempfile
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from lorac.adapters.pool import PoolEntry, StoredAdapter
-from lorac.ir.slots.composition import ComposedSite, ComposedWeights
-from lorac.ir.slots.plans import BranchTerm
-from lorac.ir.slots.stacks import StackShape
+from lorac.adapters.pool import PoolEntry
+from lorac.adapters.stored import SlotLayout, StoredAdapter
+from lorac.ir.slots.composition import ComposedWeights
 from lorac.storage.tensor_file import raw_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class _ImageLayout:
-    """The order of slots in an image, which adapters of one structure share.
-
-    Attributes:
-        sites: the sites that the adapter touches, without their tensors.
-        stacks: the slots of each stack, in the order of the bytes.
-    """
-
-    sites: Mapping[str, ComposedSite]
-    stacks: tuple[tuple[StackShape, tuple[str, ...]], ...]
-
-    @functools.cached_property
-    def nbytes(self) -> int:
-        """The size of an image."""
-        return sum(stack.nbytes for stack, _ in self.stacks)
-
-    def view(self, memory: Tensor) -> dict[str, Tensor]:
-        """Return the bytes of an image as tensors by slot."""
-        parts = memory.split([stack.nbytes for stack, _ in self.stacks])
-        return {
-            name: tensor
-            for (stack, names), part in zip(self.stacks, parts, strict=True)
-            for name, tensor in zip(names, stack.view(part).unbind(), strict=True)
-        }
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,17 +34,18 @@ class SlotImage:
         serial: the pool's number of it.
         layout: the order of its slots.
         offset: its first byte in the file.
+        images: has it.
     """
 
     name: str
     serial: int
-    layout: _ImageLayout
+    layout: SlotLayout
     offset: int
+    images: SlotImages
 
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return self.layout.nbytes
+    def read(self, memory: Tensor) -> bool:
+        """Read it into memory of its size; return whether it is still there."""
+        return self.images.read(self, memory)
 
 
 class SlotImages:
@@ -83,7 +55,7 @@ class SlotImages:
         self._lock, self._process = threading.Lock(), os.getpid()
         self._file: int | None = None
         self._images: dict[str, SlotImage] = {}
-        self._layouts: weakref.WeakValueDictionary[object, _ImageLayout] = weakref.WeakValueDictionary()
+        self._layouts: weakref.WeakValueDictionary[object, SlotLayout] = weakref.WeakValueDictionary()
         self._free: dict[int, list[int]] = {}
         self._end = 0
 
@@ -106,9 +78,10 @@ class SlotImages:
             if not hasattr(os, "preadv") or self._process != os.getpid() or self.find(name, entry) is not None:
                 return
             self._forget(name)
-            file, layout = self._open(entry.source.folder), self._layout(snapshot, tensors)
+            file, layout = self._open(entry.source.folder), SlotLayout.of(snapshot, tensors)
+            layout = self._layouts.setdefault(layout.key, layout)
             places = self._find_places(layout.nbytes)
-            image = SlotImage(name, entry.serial, layout, places[-1])
+            image = SlotImage(name, entry.serial, layout, places[-1], self)
             _write_image(file, image, tensors)  # where the disk is full, the place stays free
             self._images[name] = image
             places.pop()
@@ -152,27 +125,9 @@ class SlotImages:
         if image is not None:
             self._free.setdefault(image.layout.nbytes, []).append(image.offset)
 
-    def _layout(self, snapshot: ComposedWeights, tensors: Mapping[str, Tensor]) -> _ImageLayout:
-        groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
-        for name, tensor in tensors.items():
-            groups.setdefault((tuple(tensor.shape), tensor.dtype), []).append(name)
-        stacks = tuple((StackShape(len(names), shape, dtype), tuple(names)) for (shape, dtype), names in groups.items())
-        sites = {path: _without_tensors(site) for path, site in snapshot.composed.items()}
-        key = (tuple(_describe_site(path, site) for path, site in sites.items()), stacks)
-        return self._layouts.setdefault(key, _ImageLayout(sites, stacks))
-
-
-def _without_tensors(site: ComposedSite) -> ComposedSite:
-    branches = tuple((strength, BranchTerm(term.slot, ())) for strength, term in site.branches)
-    return replace(site, change=None, branches=branches)
-
-
-def _describe_site(path: str, site: ComposedSite) -> tuple[object, ...]:
-    return path, site.roles, site.reasons, tuple((strength, term.slot) for strength, term in site.branches)
-
 
 def _write_image(file: int, image: SlotImage, tensors: Mapping[str, Tensor]) -> None:
-    offset, end = image.offset, image.offset + image.nbytes
+    offset, end = image.offset, image.offset + image.layout.nbytes
     os.ftruncate(file, max(end, os.fstat(file).st_size))  # behind the last tensor is what aligns the next
     for stack, names in image.layout.stacks:
         for slot in names:

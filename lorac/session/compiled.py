@@ -15,7 +15,7 @@ from lorac.errors import BaseNeeded, FormatError, Unavailable
 from lorac.formats import save_adapter
 from lorac.frontend.components import MAIN_GRAPH, check_component
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec
-from lorac.runtime.choice_states import check_capacity
+from lorac.runtime.capacity import check_capacity
 from lorac.runtime.switchable_model import SwitchableModel
 from lorac.session.adapter_loading import make_adapter, outline_adapter_forms
 from lorac.session.adapter_tensors import AdapterTensors, drop_excluded_keys, ignore_excluded_keys, state_dict_key

@@ -2,38 +2,39 @@
 
 A registered adapter takes a few hundred bytes of memory. Its file is checked when it is registered, but for its values:
 its sites, shapes and configuration, and whether it fits the program. Files that say the same are checked once. When the
-adapter is used, its file is read and checked as any other; what was made of it then comes back without its file
-(``lorac.runtime.slot_images``).
+adapter is used, its file is read and checked as any other, or its values alone where others of its layout have shown
+the way from its file to the slots (``lorac.session.direct_reading``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lorac.adapters.pool import StoredAdapter
+from lorac.adapters.stored import SlotContents, SlotLayout, SlotReader, StoredAdapter
 from lorac.errors import FormatError
 from lorac.formats import is_adapter, load_adapter, outline_adapter
+from lorac.formats._file_layout import read_header
+from lorac.formats._files import MAX_HEADER
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.slots.plans import PreparedAdapter
-from lorac.runtime.choice_states import check_capacity
+from lorac.runtime.capacity import check_capacity
 from lorac.session.adapter_loading import add_sites, outline_adapter_forms
+from lorac.session.direct_reading import DirectWay, DirectWays
 from lorac.session.session import Session
 from lorac.storage.open_file import OpenFile
 from lorac.storage.paths import parse_path, translate_os_errors
 from lorac.variants.adapter import Adapter
 
 _TENSORS, _TEXTS = (".safetensors",), (".json", ".yaml", ".yml")
-_MOST_HEADER = 100_000_000
-_SEAL = re.compile(rb'"lorac_seal":"[0-9a-f]*"')
-"""The digest of a file's values, which are checked when the file is read."""
 _UNREAD = (".md",)
 """Endings of files that no format reads."""
 _MOST_CHECKED = 10_000
@@ -64,12 +65,16 @@ class AdapterRegistry:
 
     Args:
         session: the model that they are for.
+
+    Attributes:
+        direct_ways: the ways of their layouts into the slots.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._view: ModelView | None = None
         self._checked: dict[bytes, AdapterSize] = {}
+        self.direct_ways = DirectWays(session)
 
     @property
     def view(self) -> ModelView:
@@ -149,14 +154,50 @@ class StoredFile(StoredAdapter):
         return Path(self._path).parent
 
     def read(self, name: str) -> Adapter:
+        with self._open() as path:
+            return load_adapter(path, self._registry.view, name)
+
+    def find_reader(self) -> SlotReader | None:
+        with contextlib.suppress(OSError):  # the usual way says what is wrong
+            way = self._registry.direct_ways.known.get(_read_headers(Path(self._path))[0])
+            return None if way is None else _StoredFileReader(way, self)
+        return None
+
+    def show_slots(self, contents: SlotContents) -> None:
+        with contextlib.suppress(OSError):
+            path = Path(self._path)
+            self._registry.direct_ways.learn(_read_headers(path)[0], path, self._registry.view, contents)
+
+    def read_by(self, way: DirectWay, memory: Tensor) -> bool:
+        """Fill memory with the contents of its slots; return whether its files are those of that way."""
+        with translate_os_errors(self._path, FormatError, "read", "unreadable"), self._open() as path:
+            return way.read(path, memory)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Path]:
+        """Give the path to the block, at which nothing else lies than what was registered."""
         if self._digest is None:
-            return load_adapter(self._path, self._registry.view, name)
+            yield Path(self._path)
+            return
         with translate_os_errors(self._path, FormatError, "read", "unreadable"):
             file = OpenFile(Path(self._path))
         if file.digest() != self._digest:
             raise FormatError(f"'{self._path}' was changed since it was registered", code="corrupt_file")
         with file.named() as path:
-            return load_adapter(path, self._registry.view, name)
+            yield path
+
+
+@dataclass(frozen=True)
+class _StoredFileReader:
+    way: DirectWay
+    file: StoredFile
+
+    @property
+    def layout(self) -> SlotLayout:
+        return self.way.layout
+
+    def read(self, memory: Tensor) -> bool:
+        return self.file.read_by(self.way, memory)
 
 
 def _name_of(path: Path) -> str:
@@ -187,12 +228,12 @@ def _read_header(file: Path) -> tuple[bytes, int]:
     """Return what a file says besides values, and the bytes of its values."""
     length = file.stat().st_size
     if file.suffix in _TEXTS:
-        return file.read_bytes()[:_MOST_HEADER], 0
+        return file.read_bytes()[:MAX_HEADER], 0
     if file.suffix not in _TENSORS:
         return str(file).encode(), length
     with file.open("rb") as opened:
-        count = int.from_bytes(opened.read(8), "little")
-        return _SEAL.sub(b"", opened.read(min(count, length, _MOST_HEADER))), max(length - 8 - count, 0)
+        header = read_header(opened)
+        return header.common, max(length - opened.tell(), 0)
 
 
 def _with_zeros(adapter: Adapter) -> Adapter:

@@ -92,6 +92,10 @@ class TensorPlace(NamedTuple):
         """Length in bytes."""
         return _size_of(self.dtype, self.shape)
 
+    def take(self, file: Tensor) -> Tensor:
+        """Return the tensor in the bytes of the file, which are not copied."""
+        return file[self.begin : self.begin + self.size].view(self.dtype).view(tuple(self.shape))
+
 
 class TensorBlock(NamedTuple):
     """Tensors in one allocation, which takes half the time of one for each: NumPy asks for huge pages.

@@ -1,0 +1,135 @@
+"""Adapters on disk, and the contents of their slots in one block of memory."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from lorac.ir.graph.graph import SlotInput
+from lorac.ir.slots.composition import ComposedSite, ComposedWeights
+from lorac.ir.slots.plans import BranchTerm
+from lorac.ir.slots.stacks import StackShape
+from lorac.variants.adapter import Adapter
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SlotLayout:
+    """The order of slots in memory, which adapters of one structure share.
+
+    Attributes:
+        sites: the sites that the adapter touches, without their tensors.
+        stacks: the slots of each stack, in the order of the bytes.
+    """
+
+    sites: Mapping[str, ComposedSite]
+    stacks: tuple[tuple[StackShape, tuple[str, ...]], ...]
+
+    @classmethod
+    def of(cls, snapshot: ComposedWeights, tensors: Mapping[str, Tensor]) -> SlotLayout:
+        """Return the layout of an adapter.
+
+        Args:
+            snapshot: the adapter, composed at every site.
+            tensors: the contents of its slots.
+        """
+        groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
+        for name, tensor in tensors.items():
+            groups.setdefault((tuple(tensor.shape), tensor.dtype), []).append(name)
+        stacks = tuple((StackShape(len(names), shape, dtype), tuple(names)) for (shape, dtype), names in groups.items())
+        return cls({path: _without_tensors(site) for path, site in snapshot.composed.items()}, stacks)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal layouts."""
+        return tuple(_describe_site(path, site) for path, site in self.sites.items()), self.stacks
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """The size of the memory."""
+        return sum(stack.nbytes for stack, _ in self.stacks)
+
+    def view(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return memory as tensors by slot."""
+        parts = memory.split([stack.nbytes for stack, _ in self.stacks])
+        return {
+            name: tensor
+            for (stack, names), part in zip(self.stacks, parts, strict=True)
+            for name, tensor in zip(names, stack.view(part).unbind(), strict=True)
+        }
+
+
+class SlotReader(Protocol):
+    """Reads the contents of an adapter's slots into memory."""
+
+    @property
+    def layout(self) -> SlotLayout:
+        """The order of the slots."""
+
+    def read(self, memory: Tensor) -> bool:
+        """Fill memory of the layout's size; return whether that is still possible."""
+
+
+@dataclass(frozen=True, eq=False)
+class SlotContents:
+    """What the slots of an adapter hold.
+
+    Attributes:
+        snapshot: the adapter, composed at every site.
+        inputs: the program's slots, by name.
+        tensors: the tensors in those that have places, by name.
+        idle: the tensors there without an adapter.
+    """
+
+    snapshot: ComposedWeights
+    inputs: Mapping[str, SlotInput]
+    tensors: Mapping[str, Tensor]
+    idle: Mapping[str, Tensor]
+
+
+class StoredAdapter(ABC):
+    """An adapter on disk, which is read when it is used. A pool may hold thousands.
+
+    Attributes:
+        nbytes: the size of its tensors there.
+    """
+
+    __slots__ = ("nbytes",)
+    nbytes: int
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """The folder that it lies in."""
+
+    @abstractmethod
+    def read(self, name: str) -> Adapter:
+        """Read the adapter, strictly checked against the model.
+
+        Raises:
+            FormatError, AdapterError, SiteError: it is not what it was when it was registered.
+        """
+
+    @abstractmethod
+    def find_reader(self) -> SlotReader | None:
+        """Return what reads it straight into slots, if adapters of its layout have shown how."""
+
+    @abstractmethod
+    def show_slots(self, contents: SlotContents) -> None:
+        """Show what its slots hold, so that others of its layout can be read straight into theirs."""
+
+
+def _without_tensors(site: ComposedSite) -> ComposedSite:
+    branches = tuple((strength, BranchTerm(term.slot, ())) for strength, term in site.branches)
+    return replace(site, change=None, branches=branches)
+
+
+def _describe_site(path: str, site: ComposedSite) -> tuple[object, ...]:
+    return path, site.roles, site.reasons, tuple((strength, term.slot) for strength, term in site.branches)

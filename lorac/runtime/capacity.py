@@ -1,0 +1,64 @@
+"""Whether adapters fit a program's slots, and the ``reserve=`` that admits those that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+from lorac.errors import NeedsRecompile
+from lorac.ir.algebra import operands
+from lorac.ir.algebra.changes import LowRank
+from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site, SiteKind
+from lorac.ir.slots.filling import find_branch_misfit, find_misfit
+from lorac.ir.slots.planning import Reserve, needs_merged_weight, quantized_merge_error
+from lorac.ir.slots.plans import PreparedAdapter, SitePlan
+from lorac.ir.slots.roles import ROLES, roles_needed
+
+
+def suggest_reserve(together: Sequence[PreparedAdapter]) -> str:
+    """Return the ``reserve=`` argument that would admit adapters that are active together."""
+    paths = sorted({path.rpartition(".")[2] for prepared in together for path in prepared.paths})
+    changes = [change for prepared in together for change in prepared.changes.values()]
+    rank = max((change.rank for change in changes if isinstance(change, LowRank)), default=0)
+    # A role without a field of its own is admitted through a bound weight.
+    needed = {role.reserve or ROLES[operands.WEIGHT].reserve for change in changes for role in roles_needed(change)}
+    arguments = [f"targets={paths}", f"rank={rank}"]
+    arguments += [f"adapters={len(together)}"] if len(together) > 1 else []
+    arguments += [f"{field.name}=True" for field in fields(Reserve) if field.name in needed and field.default is False]
+    return f"reserve=lorac.Reserve({', '.join(arguments)})"
+
+
+def check_capacity(
+    name: str, prepared: PreparedAdapter, plans: Mapping[str, SitePlan], sites: Mapping[str, Site]
+) -> None:
+    """Check that an adapter fits the plans.
+
+    Raises:
+        NeedsRecompile: it does not fit; the message has the ``reserve=`` that admits it.
+        CompileError: it needs a merged weight at a quantised weight, which no reserve admits.
+    """
+    problems = []
+    for path, change in prepared.changes.items():
+        plan = plans.get(path)
+        reason = "has no slot" if plan is None or plan.empty else find_misfit(plan, change)
+        problems += [(path, reason)] if reason else []
+    for path, term in prepared.branches.items():
+        reason = find_branch_misfit(plans.get(path), term)
+        problems += [(path, reason)] if reason else []
+    for path in [path for path, _ in problems if path in prepared.changes and path in sites]:
+        if sites[path].packed and needs_merged_weight(sites[path], prepared.changes[path]):
+            raise quantized_merge_error(sites[path], f", and adapter '{name}' needs a merged weight there")
+    if problems:
+        path, reason = problems[0]
+        raise NeedsRecompile(
+            f"adapter '{name}' does not fit: '{path}' {reason} ({len(problems)} sites in all)",
+            next_step=f"compile again with {_suggest_room(prepared, sites)}the adapter in adapters=",
+        )
+
+
+def _suggest_room(prepared: PreparedAdapter, sites: Mapping[str, Site]) -> str:
+    """Return the reserve that would admit an adapter; none does for blocks, branches and bare parameters."""
+    kinds = {sites[path].kind if path in sites else SiteKind.PARAMETER for path in prepared.paths}
+    if prepared.branches or kinds & KINDS_WITHOUT_WEIGHT:
+        return ""
+    return f"{suggest_reserve([prepared])}, or with "
