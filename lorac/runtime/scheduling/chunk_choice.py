@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorac.errors import warn
-from lorac.target.engine import BoundProgram
+from lorac.target.engine import BoundProgram, Engine
 from lorac.target.kv_cache import DecodeStep
 
 if TYPE_CHECKING:
@@ -35,12 +35,14 @@ def choose_chunk(model: SwitchableModel, graph: str, rows: int, bank: RowBank | 
         rows: the most rows of a step.
         bank: holds the rows' own adapters, if they may have such.
     """
-    timer, half = _StepTimer(model, graph), max(rows // 2, 1)
+    engine, half = model.engine, max(rows // 2, 1)
+    spec = engine.cache_spec(graph)
+    longest = MOST if spec is None or spec.limit is None else min(MOST, spec.limit)
     try:
         with model.hold() as held:
-            reading = held.program_of(model.engine)
-            step = timer.measure(reading if bank is None else bank.bound(half), half, 1)
-            return largest_chunk(step, lambda tokens: timer.measure(reading, 1, tokens), timer.longest)
+            reading = held.program_of(engine)
+            step = _time_step(engine, graph, reading if bank is None else bank.bound(half), half, 1)
+            return largest_chunk(step, lambda tokens: _time_step(engine, graph, reading, 1, tokens), longest)
     except Exception as error:  # engines raise their libraries' errors, and requests report them
         warn(f"the scheduler could not time the model, and reads prompts by {LEAST} tokens: {error}")
         return LEAST
@@ -70,30 +72,13 @@ def large_chunk(chunk: int, prompts: int) -> int:
     return max(chunk, min(LARGE, LARGE_TOGETHER // prompts))
 
 
-class _StepTimer:
-    """Measures the time of an engine's calls.
-
-    Args:
-        model: the compiled model.
-        graph: decodes.
-
-    Attributes:
-        longest: the most tokens of a row.
-    """
-
-    def __init__(self, model: SwitchableModel, graph: str) -> None:
-        self._engine, self._graph = model.engine, graph
-        spec = model.engine.cache_spec(graph)
-        self.longest = MOST if spec is None or spec.limit is None else min(MOST, spec.limit)
-
-    def measure(self, program: BoundProgram, rows: int, tokens: int) -> float:
-        """Return the shortest of some times in seconds, for new rows of so many tokens."""
-        ids, wanted = torch.zeros(rows, tokens, dtype=torch.long), torch.full((rows, 1), tokens - 1)
-        step = DecodeStep(ids=ids, counts=[tokens] * rows, wanted=wanted)
-        return min(self._time(program, step) for _ in range(_REPEATS))
-
-    def _time(self, program: BoundProgram, step: DecodeStep) -> float:
-        cache = self._engine.new_cache(self._graph, *step.ids.shape)
+def _time_step(engine: Engine, graph: str, program: BoundProgram, rows: int, tokens: int) -> float:
+    """Return the shortest of some times of an engine's call in seconds, for new rows of so many tokens."""
+    ids, wanted = torch.zeros(rows, tokens, dtype=torch.long), torch.full((rows, 1), tokens - 1)
+    step, times = DecodeStep(ids=ids, counts=[tokens] * rows, wanted=wanted), []
+    for _ in range(_REPEATS):
+        cache = engine.new_cache(graph, rows, tokens)
         begun = time.perf_counter()
-        program.decode(self._graph, cache, step).sum().item()  # of an engine on a device, whose calls return before
-        return time.perf_counter() - begun
+        program.decode(graph, cache, step).sum().item()  # of an engine on a device, whose calls return before
+        times.append(time.perf_counter() - begun)
+    return min(times)
