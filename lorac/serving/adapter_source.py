@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import BinaryIO, NoReturn, Protocol, final
 
 from lorac.ir.slots.choice import require_adapter
@@ -11,19 +10,11 @@ from lorac.serving.refusals import NotAllowed
 from lorac.serving.served_model import ServedModel
 
 
-class NamedAdapter(Protocol):
-    """An adapter as a tenant sees it."""
-
-    @property
-    def name(self) -> str:
-        """Its name in requests."""
-
-
 class AdapterSource(Protocol):
     """The adapters of each tenant, which come and go while the server runs."""
 
-    def adapters(self, tenant: str) -> Sequence[NamedAdapter]:
-        """Return the adapters that a tenant may use."""
+    def names(self, tenant: str) -> Sequence[str]:
+        """Return the names of the adapters that a tenant may use."""
 
     def find(self, tenant: str, name: str) -> str:
         """Return the name that an adapter of a tenant has in the compiled model.
@@ -47,13 +38,6 @@ class AdapterSource(Protocol):
         """Remove an adapter; requests at work keep it to their end."""
 
 
-@dataclass(frozen=True)
-class SharedAdapter:
-    """An adapter of the compiled model itself, which every tenant may use."""
-
-    name: str
-
-
 @final
 class SharedAdapters:
     """The adapters of the compiled model itself, for every tenant; none can be loaded nor unloaded.
@@ -65,8 +49,8 @@ class SharedAdapters:
     def __init__(self, compiled: ServedModel) -> None:
         self._pool = compiled.pool
 
-    def adapters(self, tenant: str) -> Sequence[NamedAdapter]:
-        return [SharedAdapter(name) for name in self._pool]
+    def names(self, tenant: str) -> Sequence[str]:
+        return [*self._pool]
 
     def find(self, tenant: str, name: str) -> str:
         require_adapter(name, self._pool)

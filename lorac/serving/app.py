@@ -77,7 +77,7 @@ def build_app(
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.compiled, app.state.settings, app.state.scheduler = compiled, given, None
     app.state.source = SharedAdapters(compiled) if store is None else store
-    check_shared_names((adapter.name for adapter in app.state.source.adapters("")), given.base_name)
+    check_shared_names(app.state.source.names(""), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name)
     app.state.activity = Activity(app.state.metrics)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
@@ -136,13 +136,13 @@ def _add_state(app: fastapi.FastAPI) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        shared = {adapter.name for adapter in state.source.adapters("")}  # nobody's: no tenant has this name
+        shared = {*state.source.names("")}  # nobody's: no tenant has this name
         found = state.metrics.expose(state.scheduler, [*state.activity.running.values()], shared)
         return Response(found, media_type=MEDIA_TYPE)
 
     @app.get("/v1/models")
     async def models(http: fastapi.Request) -> dict[str, object]:
-        names = [adapter.name for adapter in state.source.adapters(http.state.tenant)]
+        names = state.source.names(http.state.tenant)
         base = state.settings.base_name
         return {"object": "list", "data": [_describe_model(name, created, base) for name in (base, *names)]}
 

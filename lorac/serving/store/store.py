@@ -128,6 +128,10 @@ class AdapterStore:
         found = {} if own is None else dict(own.adapters)
         return [*(found[name] for name in sorted(found)), *self._shared.values()]
 
+    def names(self, tenant: str) -> list[str]:
+        """Return the names of the adapters that a tenant may use."""
+        return [adapter.name for adapter in self.adapters(tenant)]
+
     def find(self, tenant: str, name: str) -> str:
         """Return the name that an adapter of a tenant has in the compiled model.
 
