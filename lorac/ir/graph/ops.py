@@ -79,19 +79,7 @@ def conv(
     return result
 
 
-@conv.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    site: str,
-) -> Tensor:
-    result: Tensor = _CONVOLUTIONS[weight.dim()](x, weight, bias, stride, padding, dilation, groups)
-    return result
+conv.register_fake(OP_FUNCTIONS[conv._opoverload])  # it has the shapes of torch's op
 
 
 @_site_op(lambda args: (aten.clone.default, (args[1],)))
