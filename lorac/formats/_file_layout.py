@@ -5,9 +5,10 @@ Once a format has read one of them, only the values of the next are looked at.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -24,7 +25,6 @@ _OWN_SEAL = re.compile(rb'"lorac_seal":"([0-9a-f]*)"')
 """The digest of a file's values."""
 _OWN_NAME = re.compile(rb'"lorac":"{\\"version\\":\d+,\\"name\\":\\"([^"\\]*)\\"')
 """The name that an adapter had when lorac wrote it, which its registered name replaces."""
-_ALIGNMENT = 8
 
 
 class FileHeader(NamedTuple):
@@ -53,24 +53,23 @@ def read_header(file: BufferedReader | FileIO) -> FileHeader:
 
 @dataclass(frozen=True, eq=False)
 class FileLayout:
-    """What files of tensors have in common that differ in values alone.
+    """What files of tensors of one dtype have in common that differ in values alone.
 
     Attributes:
         header: of one of them.
         places: where the tensors lie, by name, counted from the first of their bytes.
-        runs: all their values as fewer tensors.
         sealed: the text that the seal of that one covers together with the tensors; None if the format has no seals.
     """
 
     header: FileHeader
     places: Mapping[str, TensorPlace]
-    runs: Sequence[TensorPlace]
     sealed: str | None
 
     @classmethod
     def of(cls, outline: Outline) -> FileLayout | None:
-        """Return the layout of an adapter's file; None if it has several, or seals of its parts."""
-        if len(outline.files) != 1 or len(outline.sealed) > 1:
+        """Return the layout of an adapter's file; None if it has several, or dtypes, or seals of its parts."""
+        dtypes = {tensor.dtype for tensor in outline.tensors.values()}
+        if len(outline.files) != 1 or len(dtypes) != 1 or len(outline.sealed) > 1:
             return None
         ((path, places),) = outline.files.items()
         if any(names != places.keys() for _, names in outline.sealed):
@@ -78,14 +77,12 @@ class FileLayout:
         with path.open("rb") as file:
             header, first = read_header(file), file.tell()
         places = {name: place._replace(begin=place.begin - first) for name, place in places.items()}
-        if any(place.begin % place.dtype.itemsize for place in places.values()):
-            return None
-        return cls(header, places, _join_neighbours(places.values()), outline.sealed[0][0] if outline.sealed else None)
+        return cls(header, places, outline.sealed[0][0] if outline.sealed else None)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
-        """The size of the tensors."""
-        return sum(run.size for run in self.runs)
+        """The size of the tensors, which leave no holes."""
+        return sum(place.size for place in self.places.values())
 
     def read(self, path: Path) -> Tensor | None:
         """Return the bytes of a file's tensors, checked as ``read_safetensors`` does; None of another layout.
@@ -98,10 +95,11 @@ class FileLayout:
             header, size = read_header(file), os.fstat(file.fileno()).st_size - file.tell()
             if header.common != self.header.common or size != self.nbytes:
                 return None
-            block = torch.empty(-(-size // _ALIGNMENT) * _ALIGNMENT, dtype=torch.uint8)  # can be viewed as any dtype
-            if file.readinto(raw_bytes(block[:size])) != size:
+            block = torch.empty(size, dtype=torch.uint8)
+            if file.readinto(raw_bytes(block)) != size:
                 return None
-        if find_infinite_sums({index: run.take(block) for index, run in enumerate(self.runs)}):
+        (dtype,) = {place.dtype for place in self.places.values()}
+        if find_infinite_sums({"all": block.view(dtype)}):
             check_finite(self._take_tensors(block), f"'{path}'")
         if header.seal is not None and self.sealed is not None:
             text = self.sealed.replace(f'"name":"{self.header.name}"', f'"name":"{header.name}"', 1)
@@ -110,15 +108,3 @@ class FileLayout:
 
     def _take_tensors(self, block: Tensor) -> dict[str, Tensor]:
         return {name: place.take(block) for name, place in self.places.items()}
-
-
-def _join_neighbours(places: Iterable[TensorPlace]) -> list[TensorPlace]:
-    """Return as few flat tensors as hold all values of others, which leave no holes between them."""
-    runs = list[TensorPlace]()
-    for place in sorted(places, key=lambda place: place.begin):
-        count = place.size // place.dtype.itemsize
-        if runs and runs[-1].dtype is place.dtype:
-            runs[-1] = runs[-1]._replace(shape=(runs[-1].shape[0] + count,))
-        else:
-            runs.append(place._replace(shape=(count,)))
-    return runs

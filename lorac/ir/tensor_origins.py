@@ -52,6 +52,12 @@ class TensorOrigin:
     part: Tensor
     steps: tuple[OriginStep, ...] = ()
 
+    def view(self, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the part of one of the given tensors, as it was before any step."""
+        tensor = given[self.name]
+        offset = int(tensor.storage_offset() + self.part.storage_offset())
+        return tensor.as_strided(self.part.shape, self.part.stride(), offset)
+
 
 class OriginRecorder(TorchDispatchMode):
     """Records in its blocks the origins of what is made of given tensors.

@@ -9,7 +9,8 @@ its values are checked as ever, and copied. An adapter of which this cannot be s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +28,14 @@ from lorac.frontend.model_view import ModelView
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.slots.choice import Active
 from lorac.ir.slots.composition import compose_choice, fill_slots
-from lorac.ir.tensor_origins import OriginRecorder, OriginStep, Unrecordable
+from lorac.ir.slots.stacks import find_stacks
+from lorac.ir.tensor_origins import OriginRecorder, OriginStep, TensorOrigin, Unrecordable
 from lorac.session.session import Session
 
 _OF_NUMPY = {torch.float16, torch.float32, torch.float64}
 _MOST_WAYS = 32
 """Ways that are kept, each of some 100 kB."""
-_LOOK_AHEAD = 32
-"""Copies among which the one is sought that follows another at the distance of the rest, as in the next layer."""
+_NUMBER = re.compile(r"\d+")
 
 
 class _StridedPart(NamedTuple):
@@ -46,18 +47,13 @@ class _StridedPart(NamedTuple):
     offset: int
 
     @classmethod
-    def of(cls, tensor: Tensor, begin: int = 0) -> _StridedPart:
-        """Return the part that a view of a tensor is, which begins at a byte."""
-        offset = int(tensor.storage_offset()) + begin // tensor.itemsize
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), offset)
+    def of(cls, tensor: Tensor) -> _StridedPart:
+        """Return the part of its memory that a tensor is."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     def take(self, block: Tensor) -> Tensor:
-        """Return the tensor in such a block, whose size is a multiple of that of the dtype."""
+        """Return the tensor in such a block."""
         return block.view(self.dtype).as_strided(self.shape, self.strides, self.offset)
-
-    def repeat(self, count: int, step: int) -> _StridedPart:
-        """Return several such tensors at equal distances as one."""
-        return self._replace(shape=(count, *self.shape), strides=(step, *self.strides))
 
 
 class _SlotCopy(NamedTuple):
@@ -166,12 +162,7 @@ def _find_way(session: Session, path: Path, view: ModelView, contents: SlotConte
         return None
     found = {name: origin for name, origin in origins.items() if origin is not None}
     layout = SlotLayout.of(contents.snapshot, {name: contents.tensors[name] for name in found})
-    places = layout.view(torch.empty(layout.nbytes, dtype=torch.uint8, device="meta"))
-    copies = [
-        _SlotCopy(_StridedPart.of(origin.part, files.places[origin.name].begin), origin.steps, _StridedPart.of(place))
-        for origin, place in ((found[name], places[name]) for name in found)
-    ]
-    return DirectWay(layout, files, inside[0], _join_copies(copies))
+    return DirectWay(layout, files, inside[0], [*_find_copies(found, layout, files)])
 
 
 def _outline_slots(session: Session, path: Path, view: ModelView, contents: SlotContents) -> dict[str, Tensor]:
@@ -189,33 +180,18 @@ def _has_same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def _join_copies(copies: Sequence[_SlotCopy]) -> list[_SlotCopy]:
-    """Return fewer copies that do the same: those of equal shapes at equal distances are one."""
-    alike: dict[object, dict[tuple[int, int], _SlotCopy]] = {}
-    for copy in copies:
-        key = (copy.source._replace(offset=0), copy.into._replace(offset=0), copy.steps)
-        alike.setdefault(key, {})[copy.source.offset, copy.into.offset] = copy
-    return [joined for group in alike.values() for joined in _join_alike(group)]
+def _find_copies(origins: Mapping[str, TensorOrigin], layout: SlotLayout, files: FileLayout) -> Iterator[_SlotCopy]:
+    """Yield the copies that fill slots from their origins; what is at equal distances in all layers is one copy."""
+    file, memory = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (files.nbytes, layout.nbytes))
+    sources, places = {name: place.take(file) for name, place in files.places.items()}, layout.view(memory)
 
+    def order(name: str) -> tuple[str, int]:
+        return _NUMBER.sub("", name), files.places[origins[name].name].begin
 
-def _join_alike(copies: dict[tuple[int, int], _SlotCopy]) -> list[_SlotCopy]:
-    """Join copies of equal shapes, by where they read and write."""
-    joined, copies = list[_SlotCopy](), dict(sorted(copies.items()))
-    while copies:
-        (first, copy), *following = itertools.islice(copies.items(), _LOOK_AHEAD)
-        runs = [_find_run(copies, first, second) for second, _ in following]
-        run = max(runs, key=len, default=[first])
-        source, into = (0, 0) if len(run) == 1 else (run[1][0] - first[0], run[1][1] - first[1])
-        joined.append(_SlotCopy(copy.source.repeat(len(run), source), copy.steps, copy.into.repeat(len(run), into)))
-        copies = {place: copy for place, copy in copies.items() if place not in run}
-    return joined
-
-
-def _find_run(
-    copies: Mapping[tuple[int, int], _SlotCopy], first: tuple[int, int], second: tuple[int, int]
-) -> list[tuple[int, int]]:
-    """Return the places of as many copies as follow two of them at their distance."""
-    run, step = [first], (second[0] - first[0], second[1] - first[1])
-    while step[1] > 0 and (place := (run[-1][0] + step[0], run[-1][1] + step[1])) in copies:
-        run.append(place)
-    return run
+    for _, names in itertools.groupby(sorted(origins, key=order), lambda name: (order(name)[0], origins[name].steps)):
+        group = [*names]
+        for into in find_stacks([places[name] for name in group]):
+            these, group = group[: len(into)], group[len(into) :]
+            parts = find_stacks([origins[name].view(sources) for name in these])
+            for part, place in zip(parts, into.split([len(part) for part in parts]), strict=True):
+                yield _SlotCopy(_StridedPart.of(part), origins[these[0]].steps, _StridedPart.of(place))

@@ -11,8 +11,13 @@ import pytest
 import torch
 
 import lorac
-from lorac.session.direct_reading import DirectWays, _join_copies, _SlotCopy, _StridedPart
+from lorac.adapters.stored import SlotLayout
+from lorac.formats._file_layout import FileHeader, FileLayout
+from lorac.ir.slots.stacks import StackShape
+from lorac.ir.tensor_origins import TensorOrigin
+from lorac.session.direct_reading import DirectWays, _find_copies
 from lorac.storage.open_file import OpenFile
+from lorac.storage.tensor_file import TensorPlace
 from lorac.testing import adapter_away
 from lorac.variants.base import Variant
 from tests.refusing import refuses
@@ -175,26 +180,20 @@ def test_a_file_with_a_digest_is_read_while_it_has_it(compiled: Any, tmp_path: P
         answer(compiled, adapters="new")
 
 
-def test_joined_copies_write_what_each_wrote() -> None:
-    generator = torch.Generator().manual_seed(0)
-    file = torch.randn(4096, generator=generator).view(torch.uint8)
-    # Three tensors of each of 16 layers, whose order in the file is that of their names.
-    places = {f"{layer}.{kind}": 16 * (3 * layer + kind) for layer in range(16) for kind in range(3)}
-    named = sorted(places)
-    copies = [
-        _SlotCopy(_part((4, 3), (1, 4), 12 * index), (), _part((4, 3), (3, 1), places[name]))
-        for index, name in enumerate(named)
-    ]
-    joined = _join_copies(copies)
-    assert len(joined) < len(copies) / 3
-    one, other = torch.zeros(4096, dtype=torch.uint8), torch.zeros(4096, dtype=torch.uint8)
+def test_copies_of_all_layers_are_few_and_write_every_slot() -> None:
+    layers, kinds, shape = 12, ("q", "up"), (3, 4)
+    # A file has its tensors in the order of their names, so that the tenth layer follows the first.
+    names = sorted(f"layers.{layer}.{kind}" for layer in range(layers) for kind in kinds)
+    places = {name: TensorPlace(torch.float32, shape, 48 * index) for index, name in enumerate(names)}
+    files = FileLayout(FileHeader(b"", None, None), places, None)
+    slots = tuple(f"layers.{layer}.{kind}" for layer in range(layers) for kind in kinds)
+    layout = SlotLayout({}, ((StackShape(len(slots), (4, 3), torch.float32), slots),))
+    origins = {name: TensorOrigin(name, torch.empty(shape, device="meta").t()) for name in slots}
+    copies = [*_find_copies(origins, layout, files)]
+    assert len(copies) == 6, "layers 0 and 1, 10 and 11, and 2 to 9 of each kind"
+    file = torch.randn(len(names), *shape, generator=torch.Generator().manual_seed(0))
+    memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for copy in copies:
-        copy.run(file, one)
-    for copy in joined:
-        copy.run(file, other)
-    assert one.count_nonzero()
-    assert torch.equal(one, other)
-
-
-def _part(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> _StridedPart:
-    return _StridedPart(torch.float32, shape, strides, offset)
+        copy.run(file.view(torch.uint8).flatten(), memory)
+    for index, name in enumerate(names):
+        assert torch.equal(layout.view(memory)[name], file[index].t())
