@@ -188,10 +188,18 @@ def _find_copies(origins: Mapping[str, TensorOrigin], layout: SlotLayout, files:
     def order(name: str) -> tuple[str, int]:
         return _NUMBER.sub("", name), files.places[origins[name].name].begin
 
-    for _, names in itertools.groupby(sorted(origins, key=order), lambda name: (order(name)[0], origins[name].steps)):
-        group = [*names]
-        for into in find_stacks([places[name] for name in group]):
-            these, group = group[: len(into)], group[len(into) :]
-            parts = find_stacks([origins[name].view(sources) for name in these])
-            for part, place in zip(parts, into.split([len(part) for part in parts]), strict=True):
-                yield _SlotCopy(_StridedPart.of(part), origins[these[0]].steps, _StridedPart.of(place))
+    for _, group in itertools.groupby(sorted(origins, key=order), lambda name: (order(name)[0], origins[name].steps)):
+        names = [*group]
+        steps = origins[names[0]].steps
+        yield from _join_copies([origins[n].view(sources) for n in names], steps, [places[n] for n in names])
+
+
+def _join_copies(
+    sources: Sequence[Tensor], steps: tuple[OriginStep, ...], places: Sequence[Tensor]
+) -> Iterator[_SlotCopy]:
+    """Yield as few copies as there are runs of tensors at equal distances, where they read and where they write."""
+    for into in find_stacks(places):
+        parts = find_stacks(sources[: len(into)])
+        sources = sources[len(into) :]
+        pairs = zip(parts, into.split([len(part) for part in parts]), strict=True)
+        yield from (_SlotCopy(_StridedPart.of(part), steps, _StridedPart.of(place)) for part, place in pairs)
