@@ -79,6 +79,9 @@ HELD: Sequence[tuple[str, str, Mapping[str, float]]] = (
     (INT4_LIVE, LIVE, {"x1": 2.3}),
 )
 """Whose speed is held against whose, and how large the ratio is to be."""
+LIVES = {AGAIN: BASE, LIVE: BASE, NATIVE: BASE, NATIVE_HALF: BASE}
+LIVES |= {INT4_LIVE: INT4_BASE, INT4_NATIVE: INT4_BASE, INT4_HALF: INT4_BASE}
+"""Sides whose adapter is next to the weights -> their base."""
 
 
 # ── What is prepared ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -218,6 +221,8 @@ def measure(job: common.Job, given: argparse.Namespace) -> dict[str, Any]:
     try:
         sides = {name: _side(name, given) for name in measured(given)}
         found: dict[str, dict[str, Any]] = {name: {"nodes": _nodes(name, given), "same": 0} for name in sides}
+        for name in {*found} & {*LOADED}:
+            found[name] |= _bytes_read(name, given)
         reference = json.loads(_reference_file(given).read_text())
         for label in given.shapes:
             _measure_shape(label, sides, reference[label], found, given)
@@ -277,6 +282,25 @@ def _nodes(name: str, given: argparse.Namespace) -> int:
     return sum(1 for _ in onnx_ir.load(file).graph.all_nodes()) if file.exists() else 0
 
 
+def _bytes_read(name: str, given: argparse.Namespace) -> dict[str, int]:
+    """Bytes of weights, and of the adapter's factors, that a step for one row reads, as it lies in its files."""
+    import onnx_ir
+    from safetensors import safe_open
+
+    graph = onnx_ir.load(_folder(given) / LOADED[name] / "model.onnx").graph
+    nodes = list(graph.all_nodes())
+    upright = {node.outputs[0].name: node.inputs[0].name for node in nodes if node.op_type == "Transpose"}
+    products = [node for node in nodes if node.op_type in {"MatMul", "Gemm", "MatMulNBits"}]
+    read = {upright.get(value.name, value.name) for node in products for value in node.inputs if value is not None}
+    slots = {value.name for value in graph.inputs}
+    base = sum(graph.initializers[one].const_value.nbytes for one in (read & graph.initializers.keys()) - slots)
+    adapter = 0
+    if name in {*ADAPTED, INT4_LIVE, INT4_NATIVE, INT4_HALF} and LOADED[name] != FUSED:
+        with safe_open(_folder(given) / "adapter" / "adapter_model.safetensors", "np") as file:
+            adapter = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118  (it is no mapping)
+    return {"base bytes": base, "adapter bytes": adapter // (2 if WITH_OP.get(name) == "float16" else 1)}
+
+
 # ── Tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:
     """Return the tables of times, and of speed compared with others."""
@@ -292,10 +316,29 @@ def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Ta
     base, second = sides.get(BASE, {}), sides.get(AGAIN, {})
     again = {what: base[what] / second[what] for what in (*DECODING, *PREFILL) if what in base and what in second}
     notes = [_genai.note(given), common.native_note()]
+    held = {side: other for side, other, _ in _held(given) if side in LIVES and LIVES[side] == other}
     return [
         common.Table(title, columns, rows, [(name,) for name in given.only], {}, notes),
         common.Table("speed beside another's", ("speed", *DECODING, *PREFILL), ratios, speeds, again),
+        common.Table(
+            "bytes that a step for one row reads, and the speed beside the base's that they allow",
+            ("side", "weights MB", "adapter MB", "GB/s of both", "allowed", "measured"),
+            [(side, *_traffic(sides.get(side, {}), sides.get(other, {}))) for side, other in held.items()],
+            [(side,) for side in held],
+            {},
+            ["allowed: where a step takes as long as reading takes, and the factors are read as fast as the weights"],
+        ),
     ]
+
+
+def _traffic(side: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a row of the table of bytes, from the figures of a side and of its base."""
+    if "x1" not in side or "x1" not in base:
+        return ("-",) * 5
+    weights, adapter = side["base bytes"], side["adapter bytes"]
+    speed, allowed = (weights + adapter) / side["x1"], weights / (weights + adapter)
+    cells = (f"{weights / 1e6:.1f}", f"{adapter / 1e6:.1f}", f"{speed / 1e9:.1f}", f"{allowed:.3f}")
+    return (*cells, f"{base['x1'] / side['x1']:.3f}")
 
 
 def _held(given: argparse.Namespace) -> list[tuple[str, str, Mapping[str, float]]]:

@@ -32,22 +32,32 @@ class NativeLibrary:
         describe = library.LoracNativeKernels
         describe.restype = ctypes.c_char_p
         self.path, self.kernels = path, describe().decode()
-        self._scatter = _declare(library.LoracNativeScatter, [_POINTER] * 3 + [_NUMBER] * 3)
-        self._add_product = _declare(library.LoracNativeAddProduct, [_POINTER] * 4 + [_NUMBER] * 4)
+        self._scatter = _declare(library.LoracNativeWriteSparse, [_POINTER] * 4 + [_NUMBER] * 3)
+        self._add_product = _declare(
+            library.LoracNativeWriteProduct, [_POINTER, *[_POINTER, ctypes.c_bool] * 2, _POINTER, *[_NUMBER] * 4]
+        )
 
-    def scatter(self, memory: Tensor, positions: Tensor, values: Tensor) -> None:
-        """Write values at distinct positions (int64) of a contiguous tensor of their type; nothing is checked."""
-        count, threads = positions.numel(), torch.get_num_threads()
-        self._scatter(memory.data_ptr(), positions.data_ptr(), values.data_ptr(), count, values.element_size(), threads)
+    def scatter(self, writes: Sequence[tuple[Tensor, Tensor, Tensor]], item_bytes: int) -> None:
+        """Write values at positions of contiguous tensors of their type; nothing is checked.
+
+        Args:
+            writes: each a tensor, distinct and ascending positions in it (int64), and their values. Those into one
+                tensor are next to each other, and a later one goes over an earlier one.
+            item_bytes: bytes of a value.
+        """
+        count = len(writes)
+        pointers = [(_POINTER * count)(*(one.data_ptr() for one in tensors)) for tensors in zip(*writes, strict=True)]
+        counts = (_NUMBER * count)(*(positions.numel() for _, positions, _ in writes))
+        self._scatter(*pointers, counts, count, item_bytes, torch.get_num_threads())
 
     def add_product(self, weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
-        """Write W + left·right to ``out``: contiguous float32 matrices (n, m), (n, R), (R, m); nothing is checked.
+        """Write W + left·right to ``out``: float32 matrices (n, m), (n, R), (R, m); nothing is checked.
 
-        Sums have the same order whatever the number of threads.
+        They are contiguous; so may be the factors' transposes. Sums have the same order whatever the number of threads.
         """
-        tensors = (weight, left, right, out)
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        self._add_product(*pointers, len(left), len(right), right.shape[1], torch.get_num_threads())
+        factors = [part for factor in (left, right) for part in (factor.data_ptr(), not factor.is_contiguous())]
+        shape = (len(left), len(right), right.shape[1])
+        self._add_product(weight.data_ptr(), *factors, out.data_ptr(), *shape, torch.get_num_threads())
 
 
 def _declare(function: ctypes._NamedFuncPointer, types: Sequence[type]) -> ctypes._NamedFuncPointer:

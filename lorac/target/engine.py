@@ -22,6 +22,7 @@ from lorac.ir.interface import Interface
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SiteSlots
+from lorac.ir.slots.weight_writes import SparseWrites
 from lorac.storage.open_file import OpenFile
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 from lorac.target.memory_budget import Charge, MemoryBudget
@@ -218,10 +219,11 @@ class Engine(ABC, Generic[Content_contra]):
         Returns:
             The number of bytes written.
         """
-        written = 0
+        written, sparse = 0, SparseWrites()
         for path, buffer in self.buffers.items():
             composed = snapshot.composed.get(path)
-            written += buffer.write(composed.change if composed is not None else None)
+            written += buffer.start_write(composed.change if composed is not None else None, sparse)
+        sparse.run()
         self.record_written(snapshot)
         return written
 

@@ -14,9 +14,10 @@
 #include "kernels.h"
 #include "low_rank.h"
 
-extern "C" void LoracNativeScatter(void*, const int64_t*, const void*, int64_t, int64_t, int64_t);
-extern "C" void LoracNativeAddProduct(
-    const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t);
+extern "C" void LoracNativeWriteSparse(
+    void* const*, const int64_t* const*, const void* const*, const int64_t*, int64_t, int64_t, int64_t);
+extern "C" void LoracNativeWriteProduct(
+    const float*, const float*, bool, const float*, bool, float*, int64_t, int64_t, int64_t, int64_t);
 
 namespace {
 
@@ -154,16 +155,34 @@ bool Check(Random& random) {
 }
 
 bool CheckScatter(Random& random) {
-  std::vector<int64_t> positions;
-  std::vector<float> memory(Pick(random, 1, 60000)), values;
-  const int64_t step = Pick(random, 1, 5);
-  for (int64_t i = 0; i < int64_t(memory.size()); i += Pick(random, 1, step)) positions.push_back(i);
-  values = Floats(random, positions.size(), 1);
-  std::vector<float> expected = memory;
-  for (size_t i = 0; i < positions.size(); ++i) expected[positions[i]] = values[i];
-  LoracNativeScatter(memory.data(), positions.data(), values.data(), positions.size(), sizeof(float), 3);
-  if (memory == expected) return true;
-  std::printf("%zu values are not where they belong\n", positions.size());
+  const int64_t weights = Pick(random, 0, 5);
+  std::vector<std::vector<int64_t>> positions(weights);
+  std::vector<std::vector<float>> memories(weights), values(weights), expected(weights);
+  std::vector<void*> into;
+  std::vector<const int64_t*> where;
+  std::vector<const void*> from;
+  std::vector<int64_t> counts, owner;
+  for (int64_t w = 0; w < weights; ++w) {
+    owner.push_back(w > 0 && Pick(random, 0, 1) ? owner[w - 1] : w);  // some go over the one before them
+    std::vector<float>& memory = memories[owner[w]];
+    if (owner[w] == w) {
+      memory.resize(Pick(random, 1, 20000));
+      expected[w] = memory;
+    }
+    const int64_t step = Pick(random, 1, 5);
+    for (int64_t i = Pick(random, 0, 9); i < int64_t(memory.size()); i += Pick(random, 1, step)) {
+      positions[w].push_back(i);
+    }
+    values[w] = Floats(random, positions[w].size(), 1);
+    for (size_t i = 0; i < positions[w].size(); ++i) expected[owner[w]][positions[w][i]] = values[w][i];
+    into.push_back(memory.data());
+    where.push_back(positions[w].data());
+    from.push_back(values[w].data());
+    counts.push_back(positions[w].size());
+  }
+  LoracNativeWriteSparse(into.data(), where.data(), from.data(), counts.data(), weights, sizeof(float), 3);
+  if (memories == expected) return true;
+  std::printf("values of %d weights are not where they belong\n", int(weights));
   return false;
 }
 
@@ -172,8 +191,12 @@ bool CheckAddProduct(Random& random) {
   const std::vector<float> weight(rows * columns, 0), left = Floats(random, rows * rank, 1),
                            right = Floats(random, rank * columns, 1);
   std::vector<float> out(weight), again(weight);
-  LoracNativeAddProduct(weight.data(), left.data(), right.data(), out.data(), rows, rank, columns, 1);
-  LoracNativeAddProduct(weight.data(), left.data(), right.data(), again.data(), rows, rank, columns, 3);
+  std::vector<float> left_transposed(left), right_transposed(right);
+  for (int64_t i = 0; i < rows * rank; ++i) left_transposed[i % rank * rows + i / rank] = left[i];
+  for (int64_t i = 0; i < rank * columns; ++i) right_transposed[i % columns * rank + i / columns] = right[i];
+  LoracNativeWriteProduct(weight.data(), left.data(), false, right.data(), false, out.data(), rows, rank, columns, 1);
+  LoracNativeWriteProduct(weight.data(), left_transposed.data(), true, right_transposed.data(), true, again.data(), rows,
+                          rank, columns, 3);
   double wrong = 0, added = 0;
   for (int64_t i = 0; i < rows * columns; ++i) {
     double sum = 0;

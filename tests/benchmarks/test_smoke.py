@@ -53,6 +53,7 @@ ROWS = {
             "live, generate / live",
             "int4 live / live",
         ],
+        ["base, A/A", "live"],
     ],
     "forms": [
         [
@@ -126,8 +127,9 @@ ROWS = {
             "A/A: fused LoRA (eager)",
             "fused SHiRA 1 % (eager)",
             "fused SHiRA 1 % (ONNX Runtime)",
-            "bare addmm(out=)",
-            "bare two scatters",
+            "weights copied once",
+            "touched lines, contiguous",
+            "touched lines, where they lie",
             "PEFT unmerge + merge",
         ],
         ["live", "fused"],

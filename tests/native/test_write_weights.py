@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.slots.weight_writes import scatter, write_product
+from lorac.ir.slots.weight_writes import SparseWrites, write_product
 from lorac.native_library import find_native_library
 from tests.limits import NATIVE
 from tests.native.library import installed, needs_compiler
@@ -28,8 +28,15 @@ def test_values_are_where_torch_puts_them(dtype: torch.dtype, count: int, native
     values = torch.randint(-100, 100, (count,), generator=generator).to(dtype)
     expected = memory.clone()
     expected.view(-1)[positions] = values
-    scatter(memory, positions, values)
+    other = torch.zeros_like(memory, dtype=torch.float64)
+    writes = SparseWrites()
+    writes.add(memory, positions, ~values if dtype == torch.int8 else -values)  # the next write goes over it
+    writes.add(other, positions, values.double())
+    writes.add(memory, positions, values)
+    writes.run()
     assert torch.equal(memory, expected)
+    assert torch.equal(other.view(-1)[positions], values.double())
+    assert other.count_nonzero() == values.count_nonzero()
 
 
 @pytest.mark.parametrize(("rows", "rank", "columns"), [(1, 1, 1), (67, 3, 45), (130, 16, 256), (9, 0, 20)])
@@ -57,7 +64,9 @@ def test_a_product_is_added_in_either_layout(
 def test_what_was_read_before_a_write_has_no_gradient(dtype: torch.dtype, native: Path) -> None:
     memory, x = torch.ones(4, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype, requires_grad=True)
     y = (x @ memory).sum()
-    scatter(memory, torch.tensor([3]), torch.tensor([2.0], dtype=dtype))
+    writes = SparseWrites()
+    writes.add(memory, torch.tensor([3]), torch.tensor([2.0], dtype=dtype))
+    writes.run()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 

@@ -6,6 +6,7 @@ positions of the last sparse change before they set their own.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import slot_name
-from lorac.ir.slots.weight_writes import scatter, write_product
+from lorac.ir.slots.weight_writes import SparseWrites, write_product
 
 _UNDEFINED = Dense(torch.empty(0))
 """Stands for the unknown content of a buffer during a write."""
@@ -71,16 +72,26 @@ class FusedBuffer:
         self._patches: weakref.WeakKeyDictionary[Change, _SparsePatch] = weakref.WeakKeyDictionary()
         self._moved: weakref.WeakKeyDictionary[Change, Change] = weakref.WeakKeyDictionary()
 
-    @torch.no_grad()
     def write(self, change: Change | None) -> int:
         """Write a change, or the base for None, into the buffer and return the number of bytes written."""
+        sparse = SparseWrites()
+        written = self.start_write(change, sparse)
+        sparse.run()
+        return written
+
+    @torch.no_grad()
+    def start_write(self, change: Change | None, sparse: SparseWrites) -> int:
+        """Write as ``write`` does, apart from sparse changes: what they write is added to writes that the caller makes.
+
+        Until then the content counts as unknown.
+        """
         change = None if change is None else self._on_device(change)
         if change is self.current:
             return 0
         # A write that fails half-way must not pass for the previous content.
         previous, self.current = self.current, _UNDEFINED
-        written = self._write(change, previous)
-        self.current = change
+        written = self._write(change, previous, sparse)
+        sparse.then(functools.partial(setattr, self, "current", change))
         return written
 
     def forget(self) -> None:
@@ -95,14 +106,14 @@ class FusedBuffer:
             self._moved[change] = move_change(change, self.buffer.device)
         return self._moved[change]
 
-    def _write(self, change: Change | None, previous: Change | None) -> int:
+    def _write(self, change: Change | None, previous: Change | None, sparse: SparseWrites) -> int:
         if self._grouped:
             self.buffer.copy_(self.site.store(self.base() if change is None else merge_weight(change, self.base())))
             written = self.buffer.nbytes
         elif isinstance(change, Sparse | SparseSum) and isinstance(previous, Sparse | SparseSum | None):
-            written = self._write_sparse(change, previous)
+            written = self._write_sparse(change, previous, sparse)
         elif change is None and isinstance(previous, Sparse | SparseSum):
-            written = self._restore(previous)
+            written = self._restore(previous, sparse)
         else:
             written = self._write_whole(change)
         if self.bias is not None:
@@ -123,17 +134,17 @@ class FusedBuffer:
             target.copy_(merge_weight(change, base))
         return self.buffer.nbytes
 
-    def _write_sparse(self, change: Sparse | SparseSum, previous: Change | None) -> int:
-        written = self._restore(previous)
+    def _write_sparse(self, change: Sparse | SparseSum, previous: Change | None, sparse: SparseWrites) -> int:
+        written = self._restore(previous, sparse)
         patch = self._patch(change)
-        scatter(self.buffer, patch.positions, patch.new)
+        sparse.add(self.buffer, patch.positions, patch.new)
         return written + patch.new.nbytes
 
-    def _restore(self, previous: Change | None) -> int:
+    def _restore(self, previous: Change | None, sparse: SparseWrites) -> int:
         if not isinstance(previous, Sparse | SparseSum):
             return 0
         patch = self._patch(previous)
-        scatter(self.buffer, patch.positions, patch.original)
+        sparse.add(self.buffer, patch.positions, patch.original)
         return patch.original.nbytes
 
     def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:

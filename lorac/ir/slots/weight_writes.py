@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,15 +12,40 @@ from lorac.ir.algebra.changes import add_product
 from lorac.native_library import find_native_library
 
 
-def scatter(memory: Tensor, positions: Tensor, values: Tensor) -> None:
-    """Write values at distinct positions (int64, ascending for speed) of a contiguous tensor of their type."""
-    library = find_native_library()
-    if library is None or not memory.is_cpu:
-        memory.view(-1).index_put_((positions,), values)
-        return
-    library.scatter(memory, positions, values)
-    # Autograd does not see the write, and is to refuse a backward pass over what was there.
-    torch.autograd.graph.increment_version(memory)
+class SparseWrites:
+    """Sparse writes into weights, made together: the cores then share all of them, however few each weight has."""
+
+    def __init__(self) -> None:
+        self._by_memory: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._actions: list[Callable[[], None]] = []
+
+    def add(self, memory: Tensor, positions: Tensor, values: Tensor) -> None:
+        """Add a write of values at distinct, ascending positions (int64) of a contiguous tensor of their type.
+
+        It goes over those that were added for the tensor before.
+        """
+        self._by_memory.setdefault(id(memory), []).append((memory, positions, values))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Add what is to be done once all writes are made."""
+        self._actions.append(action)
+
+    def run(self) -> None:
+        """Make the writes."""
+        library = find_native_library()
+        by_size: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for memory, positions, values in itertools.chain.from_iterable(self._by_memory.values()):
+            if library is None or not memory.is_cpu:
+                memory.view(-1).index_put_((positions,), values)
+            else:
+                by_size.setdefault(memory.element_size(), []).append((memory, positions, values))
+        for item_bytes, writes in by_size.items():
+            assert library is not None
+            library.scatter(writes, item_bytes)
+            # Autograd does not see the writes, and is to refuse a backward pass over what was there.
+            torch.autograd.graph.increment_version([memory for memory, _, _ in writes])
+        for action in self._actions:
+            action()
 
 
 def write_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -27,7 +55,8 @@ def write_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> N
     if library is None or weight.dim() != 2 or any(t.dtype != torch.float32 or not t.is_cpu for t in tensors):
         add_product(weight, left, right, out=out)
     elif weight.is_contiguous() and out.is_contiguous():
-        library.add_product(weight, left.contiguous(), right.contiguous(), out)
+        left, right = (factor if factor.mT.is_contiguous() else factor.contiguous() for factor in (left, right))
+        library.add_product(weight, left, right, out)
         torch.autograd.graph.increment_version(out)
     elif weight.mT.is_contiguous() and out.mT.is_contiguous():
         write_product(weight.mT, right.mT, left.mT, out.mT)
