@@ -35,6 +35,8 @@ SIDES: dict[str, dict[str, Any]] = {
     f"{NEAREST}, zero points": {"weights": "int4", "head": "int4", "symmetric": False},
     "int4": {"weights": "int4"},
     "int4, k_quant": {"weights": "int4", "algorithm": "k_quant"},
+    "int4, mixed": {"weights": "int4", "mixed": True},
+    "int4, k_quant, mixed": {"weights": "int4", "algorithm": "k_quant", "mixed": True},
     GPTQ: {"weights": "int4", "algorithm": "gptq"},
     OWN_TEXTS: {"weights": "int4", "algorithm": "gptq"},
     f"{GPTQ}, int4 head": {"weights": "int4", "algorithm": "gptq", "head": "int4"},

@@ -206,6 +206,11 @@ COMPILING = [
         lambda w: w.compile(target="onnxruntime", weights="int4", algorithm="k_quant", symmetric=True),
         lambda w, said: OnnxRuntimeOptions(weights="int4", algorithm="k_quant"),
     ),
+    Mistake(
+        "some weights in eight bits where all are",
+        lambda w: w.compile(target="onnxruntime", weights="int8", mixed=True),
+        lambda w, said: OnnxRuntimeOptions(weights="int4", mixed=True),
+    ),
     Mistake("blocks of any size", lambda w: w.compile(target="onnxruntime", weights="int4", block_size=24)),
     Mistake(
         "blocks of weights that are not quantised",

@@ -109,8 +109,16 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         calibration = None
         if options.codec is not None and options.algorithm == GPTQ:
             calibration = Calibration(request.model, request.sites, request.base, options.calibration)
-        head, level = options.head_codec, options.product_level
-        return (QuantiseWeights(options.codec, level, prequantised, head, options.algorithm, calibration),)
+        passed = QuantiseWeights(
+            options.codec,
+            options.product_level,
+            prequantised,
+            options.head_codec,
+            options.algorithm,
+            calibration,
+            options.mixed,
+        )
+        return (passed,)
 
     def check_emitted(self, emitted: Emitted) -> None:
         """Refuse to quantise a model of which no weight can be quantised, or a head that it lacks.
@@ -120,14 +128,13 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             OptionError: ``head=`` is given, and the model has no such layer.
         """
         options, reports = emitted.request.options, _quantisation_reports(emitted).values()
-        codecs = {product.encoded.codec for report in reports for product in report.quantised.values()}
-        if options.head is not None and options.head_codec not in codecs:
+        if options.head is not None and not any(report.has_head for report in reports):
             raise OptionError(
                 f"head={options.head!r} says how an output layer is stored, and the model has none that is as large as "
                 "an embedding",
                 next_step="leave head= out",
             )
-        if options.codec is None or codecs:
+        if options.codec is None or any(report.quantised for report in reports):
             return
         reasons = {f"'{name}' is {why}" for report in reports for name, why in report.floats.items()}
         raise Unavailable(

@@ -35,7 +35,7 @@ _CACHE_RELEASE = (1, 32)
 FLOAT16 = "float16"
 """The value of ``native`` with which factors are float16."""
 _NATIVE = ("auto", True, False, FLOAT16)
-_CODE_OPTIONS = ("head", "algorithm", "calibration")
+_CODE_OPTIONS = ("head", "mixed", "algorithm", "calibration")
 """Options that say how codes are chosen; those of a pre-quantised weight are there already."""
 _QUANTISATION_OPTIONS = ("block_size", "symmetric", "accuracy_level", *_CODE_OPTIONS)
 """Options that say how weights are quantised."""
@@ -69,6 +69,8 @@ class OnnxRuntimeOptions(TargetOptions):
             first.
         head: ``"int8"`` or ``"int4"``, of output layers as large as an embedding, and of an embedding that is tied to
             one; default: ``"int8"``, since a model loses most by rounding these.
+        mixed: with ``weights="int4"``, the first and the last layers, by which a model loses most, are stored in eight
+            bits, up to an eighth more bytes in all.
         algorithm: what chooses the codes. ``"rtn"``: rounding to the nearest. ``"k_quant"``: the scales and zero points
             of llama.cpp. ``"gptq"``: each column's error is made up for by the columns after it, which takes calls of
             the model and is the most accurate.
@@ -101,6 +103,7 @@ class OnnxRuntimeOptions(TargetOptions):
     device: str | None = None
     weights: str | None = None
     head: str | None = None
+    mixed: bool = False
     algorithm: str = RTN
     calibration: tuple[Mapping[str, object], ...] = ()
     block_size: int = 32
@@ -197,6 +200,11 @@ class OnnxRuntimeOptions(TargetOptions):
             if stored is not None and stored not in _WEIGHT_BITS:
                 raise not_one_of(f"{name} cannot be stored as", stored, tuple(_WEIGHT_BITS))
         self._refuse_idle(_CODE_OPTIONS)
+        if self.mixed and self.weights != "int4":
+            raise OptionError(
+                f"mixed=True stores some of the weights in 8 bits, as weights='{self.weights}' stores all",
+                next_step="leave mixed= out, or give weights='int4'",
+            )
         if self.algorithm not in ALGORITHMS:
             raise not_one_of("codes cannot be chosen by", self.algorithm, ALGORITHMS)
         if self.algorithm == K_QUANT and self.symmetric:

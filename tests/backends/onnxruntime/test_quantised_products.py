@@ -53,7 +53,7 @@ def test_what_is_packed_is_within_half_a_step(codec):
     whole = matrix()
     encoded = codec.encode(whole)
     assert encoded.shape == whole.shape
-    assert encoded.nbytes == sum(part.nbytes for part in encoded.parts().values())
+    assert encoded.nbytes == sum(part.nbytes for part in encoded.parts().values()) == codec.count_bytes(whole.shape)
     again = codec.encode(whole.copy())
     assert all((part == again.parts()[name]).all() for name, part in encoded.parts().items())
     steps = np.repeat(np.abs(encoded.scales), codec.block, 1)[:, :COLUMNS]
@@ -169,6 +169,22 @@ def test_slots_and_vectors_are_left_alone():
     report = QuantiseWeights(INT4, FLOAT32_LEVEL).apply(model).details
     assert not report.quantised
     assert not report.floats
+
+
+def test_of_mixed_weights_the_first_and_last_have_eight_bits():
+    """As many as there is room for, in the order of the program: its largest matrix stays in four."""
+    tables = {name: matrix(72, seed=seed) for seed, name in enumerate("edcba")} | {"z": matrix(200, seed=9)}
+    lines = " ".join(
+        f"{out} = MatMul({read}, {name})" for read, name, out in zip("xpqrst", "abcdez", "pqrsto", strict=True)
+    )
+    model = program(lines, {name: table.T.copy() for name, table in tables.items()})
+    report = QuantiseWeights(INT4, FLOAT32_LEVEL, mixed=True).apply(model).details
+    bits = {name: one.encoded.codec.bits for name, one in report.quantised.items()}
+    assert bits == {"a": 8, "b": 4, "c": 4, "d": 4, "e": 4, "z": 4}
+    wanted = X
+    for name in "abcdez":
+        wanted = wanted @ report.quantised[name].encoded.decode().T
+    assert_close(answer(model), torch.from_numpy(wanted))
 
 
 def test_pieces_of_joined_matrices_are_found_again():

@@ -85,6 +85,13 @@ class Codec:
         packed = self._packed(padded).reshape(*scales.shape, -1)
         return EncodedMatrix(self, columns, packed, scales, None if self.symmetric else self._packed(zeros))
 
+    def count_bytes(self, shape: tuple[int, int]) -> int:
+        """Count the bytes of a matrix (rows, columns) of numbers."""
+        rows, columns = shape
+        blocks = -(-columns // self.block)
+        zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return rows * (blocks * (self.block * self.bits // 8 + np.dtype(np.float32).itemsize) + zeros)
+
     def _packed(self, whole: Array) -> Array:
         """Pack numbers along the last axis into bytes, two of 4 bits into each."""
         if self.bits == 8:

@@ -8,7 +8,7 @@ once: both ops read the same bytes. Slots are not constants, and stay float.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -28,6 +28,8 @@ from lorac.ir.graph.passes import PassResult
 _DOMAIN = "com.microsoft"
 _QUANT_TYPES = {NF4: 1}
 """Table of levels -> its number in ``MatMulBnb4``."""
+_MIXED_SHARE = 1 / 8
+"""How many more bytes weights of mixed widths may take, as a share of those of 4-bit weights."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -64,6 +66,7 @@ class QuantiseWeights(OnnxPass):
         head: the codec of output layers, with the tables that are tied to them; None: that of all.
         algorithm: one of ``lorac.backends.onnxruntime.quantised.algorithms.ALGORITHMS``.
         calibration: what layers read, for algorithms that need it.
+        mixed: whether the first and last matrices have 8 bits, up to ``_MIXED_SHARE`` more bytes in all.
     """
 
     name: ClassVar[str] = "quantise-weights"
@@ -73,25 +76,46 @@ class QuantiseWeights(OnnxPass):
     head: Codec | None = None
     algorithm: str = RTN
     calibration: Calibration | None = None
+    mixed: bool = False
 
     def apply(self, model: ir.Model) -> PassResult:
-        """Quantise in place, one matrix at a time; the details of the result are a ``QuantisationReport``."""
+        """Quantise in place; the details of the result are a ``QuantisationReport``."""
         quantised: dict[str, QuantisedProduct] = {}
         floats: dict[str, str] = {}
         found = [(value, constant, _find_readers(value)) for value, constant in _iter_matrices(model)]
         tables = {_shape_read(constant, readers) for _, constant, readers in found if _has_lookup(readers)}
+        has_head = False
+        coded: list[_CodedConstant] = []
         for value, constant, readers in found:
             is_head = _has_product(readers) and _shape_read(constant, readers) in tables
             encoded = readers if isinstance(readers, str) else self._encode(constant, readers, is_head=is_head)
             if isinstance(readers, str) or isinstance(encoded, str):
                 floats[_display_name(value)] = str(encoded)
                 continue
-            names = _replace(model, value, readers, encoded, self.accuracy_level)
-            quantised[str(value.name)] = QuantisedProduct(encoded, readers[0].by_columns, constant, names)
+            has_head |= is_head
+            coded.append(_CodedConstant(value, constant, readers, encoded))
+        for one in self._widen(model, coded) if self.mixed else coded:
+            names = _replace(model, one.value, one.readers, one.encoded, self.accuracy_level)
+            product = QuantisedProduct(one.encoded, one.readers[0].by_columns, one.constant, names)
+            quantised[str(one.value.name)] = product
         RemoveUnusedNodesPass()(model)
         model.graph.opset_imports.setdefault(_DOMAIN, 1)
         missed = () if self.calibration is None else tuple(self.calibration.missed)
-        return QuantisationReport(quantised, floats, self.accuracy_level, missed).to_result()
+        return QuantisationReport(quantised, floats, self.accuracy_level, missed, has_head=has_head).to_result()
+
+    def _widen(self, model: ir.Model, coded: Sequence[_CodedConstant]) -> list[_CodedConstant]:
+        """Store the matrices that are read first and last in 8 bits, in turn from both ends."""
+        assert self.codec is not None
+        wide, room = replace(self.codec, bits=8), _MIXED_SHARE * sum(one.encoded.nbytes for one in coded)
+        order = {node: place for place, node in enumerate(model.graph.all_nodes())}
+        found = sorted(coded, key=lambda one: min(order[reader.node] for reader in one.readers))
+        ends = [end for pair in zip(range(len(found)), reversed(range(len(found))), strict=True) for end in pair]
+        for place in dict.fromkeys(ends):
+            one = found[place]
+            more = wide.count_bytes(one.encoded.shape) - one.encoded.nbytes
+            if one.encoded.codec == self.codec and more <= room:
+                found[place], room = replace(one, encoded=wide.encode(one.matrix())), room - more
+        return found
 
     def _encode(
         self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader], *, is_head: bool
@@ -103,7 +127,7 @@ class QuantiseWeights(OnnxPass):
             return f"of {len(constant.shape)} axes"
         if len({reader.by_columns for reader in readers}) > 1:
             return "read along both axes"
-        matrix = constant.numpy().T if readers[0].by_columns else constant.numpy()
+        matrix = _read_matrix(constant, readers)
         looked_up = _has_lookup(readers)  # no lookup reads codes that are indices into a table
         known = [one for one in self.prequantised if not (one.encoded.codec.table and looked_up)]
         if (reused := _reuse_codes(matrix, known)) is not None:
@@ -141,6 +165,24 @@ class _MatrixReader:
         return self.node.op_type == "Gather"
 
 
+@dataclass(frozen=True, eq=False)
+class _CodedConstant:
+    """A constant matrix with its codes.
+
+    Attributes:
+        readers: the nodes that read it.
+    """
+
+    value: ir.Value
+    constant: ir.TensorProtocol
+    readers: list[_MatrixReader]
+    encoded: EncodedMatrix
+
+    def matrix(self) -> Array:
+        """Return the matrix that the codes stand for."""
+        return _read_matrix(self.constant, self.readers)
+
+
 def _iter_matrices(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """Yield the constants of a program that are float matrices, or stacks of them."""
     for value in list(model.graph.initializers.values()):
@@ -160,6 +202,12 @@ def _has_lookup(readers: Sequence[_MatrixReader] | str) -> bool:
 
 def _has_product(readers: Sequence[_MatrixReader] | str) -> bool:
     return not isinstance(readers, str) and not all(reader.looks_up for reader in readers)
+
+
+def _read_matrix(constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> Array:
+    """Return a constant with the rows that its readers read."""
+    matrix: Array = constant.numpy()
+    return matrix.T if readers[0].by_columns else matrix
 
 
 def _shape_read(constant: ir.TensorProtocol, readers: Sequence[_MatrixReader] | str) -> tuple[int, ...]:

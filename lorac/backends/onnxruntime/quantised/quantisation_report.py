@@ -49,12 +49,14 @@ class QuantisationReport:
         floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
         accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
         uncalibrated: the layers whose codes are the nearest, since no call of the calibration reaches them.
+        has_head: whether an output layer as large as an embedding is quantised.
     """
 
     quantised: Mapping[str, QuantisedProduct]
     floats: Mapping[str, str]
     accuracy_level: int
     uncalibrated: Sequence[str] = ()
+    has_head: bool = False
 
     def to_result(self) -> PassResult:
         """Return the result of the pass, with the report as its details."""
