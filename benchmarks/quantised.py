@@ -6,7 +6,7 @@ The text is Python's own help (`pydoc_data.topics`). Each window of tokens is re
 first is predicted. GPTQ learns from other text: sources of Python's library, or what the model writes. Next to lorac's
 sides are models of onnxruntime-genai's builder, and the values of llama.cpp's Q4_0, which the `gguf` package computes,
 in products of float32. Targets: int8 within 0.5 % of float's perplexity; int4 within 15 % of it, at <= 1.1 of the bytes
-and of the time per token of codes that are rounded to the nearest, and no slower than float at any length.
+and of the time per token of the same without layers in eight bits, and no slower than float at any length.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from typing import Any
 from benchmarks import _genai, common
 
 FLOAT, AGAIN, NEAREST, GGUF = "float32", "float32, A/A", "int4, int4 head", "gguf Q4_0"
-GPTQ, OWN_TEXTS = "int4, gptq", "int4, gptq, own texts"
+UNMIXED, GPTQ, OWN_TEXTS = "int4, not mixed", "int4, gptq", "int4, gptq, own texts"
 SIDES: dict[str, dict[str, Any]] = {
     FLOAT: {},
     AGAIN: {},
     "int8": {"weights": "int8"},
-    NEAREST: {"weights": "int4", "head": "int4"},
-    f"{NEAREST}, zero points": {"weights": "int4", "head": "int4", "symmetric": False},
+    NEAREST: {"weights": "int4", "head": "int4", "mixed": False},
+    f"{NEAREST}, zero points": {"weights": "int4", "head": "int4", "mixed": False, "symmetric": False},
+    UNMIXED: {"weights": "int4", "mixed": False},
     "int4": {"weights": "int4"},
     "int4, k_quant": {"weights": "int4", "algorithm": "k_quant"},
-    "int4, mixed": {"weights": "int4", "mixed": True},
-    "int4, k_quant, mixed": {"weights": "int4", "algorithm": "k_quant", "mixed": True},
     GPTQ: {"weights": "int4", "algorithm": "gptq"},
     OWN_TEXTS: {"weights": "int4", "algorithm": "gptq"},
     f"{GPTQ}, int4 head": {"weights": "int4", "algorithm": "gptq", "head": "int4"},

@@ -129,8 +129,9 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
     weights: Annotated[str | None, typer.Option(help="int8 or int4: quantise the base; for onnxruntime.")] = None,
     head: Annotated[str | None, typer.Option(help="int8 or int4: with --weights, of the output layer; int8.")] = None,
     mixed: Annotated[
-        bool, typer.Option("--mixed", help="With --weights int4: 8 bits for the first and last layers.")
-    ] = False,
+        bool | None,
+        typer.Option("--mixed/--no-mixed", help="With --weights int4: 8 bits for the first and last layers; mixed."),
+    ] = None,
     algorithm: Annotated[
         str | None, typer.Option(help="rtn, k_quant or gptq: with --weights, what chooses the codes; rtn.")
     ] = None,
@@ -164,7 +165,7 @@ def compile(  # noqa: PLR0913, PLR0917  (an argument per option)
             **({"cache": True} if cache else {}),
             **({"weights": weights} if weights else {}),
             **({"head": head} if head else {}),
-            **({"mixed": True} if mixed else {}),
+            **({} if mixed is None else {"mixed": mixed}),
             **({"algorithm": algorithm} if algorithm else {}),
             **({"calibration": read_calibration(calibration, tokenizer)} if calibration else {}),
             **({"target_capabilities": capabilities.split(",")} if capabilities else {}),

@@ -116,7 +116,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             options.head_codec,
             options.algorithm,
             calibration,
-            options.mixed,
+            options.is_mixed,
         )
         return (passed,)
 

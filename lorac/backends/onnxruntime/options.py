@@ -70,7 +70,7 @@ class OnnxRuntimeOptions(TargetOptions):
         head: ``"int8"`` or ``"int4"``, of output layers as large as an embedding, and of an embedding that is tied to
             one; default: ``"int8"``, since a model loses most by rounding these.
         mixed: with ``weights="int4"``, the first and the last layers, by which a model loses most, are stored in eight
-            bits, up to an eighth more bytes in all.
+            bits, up to a tenth more bytes in all. Default: True.
         algorithm: what chooses the codes. ``"rtn"``: rounding to the nearest. ``"k_quant"``: the scales and zero points
             of llama.cpp. ``"gptq"``: each column's error is made up for by the columns after it, which takes calls of
             the model and is the most accurate.
@@ -103,7 +103,7 @@ class OnnxRuntimeOptions(TargetOptions):
     device: str | None = None
     weights: str | None = None
     head: str | None = None
-    mixed: bool = False
+    mixed: bool | None = None
     algorithm: str = RTN
     calibration: tuple[Mapping[str, object], ...] = ()
     block_size: int = 32
@@ -121,6 +121,11 @@ class OnnxRuntimeOptions(TargetOptions):
     def head_codec(self) -> Codec | None:
         """The codec of quantised output layers, or None."""
         return None if self.weights is None else self._codec(self.head or "int8")
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some of 4-bit weights are stored in 8."""
+        return self.weights == "int4" and self.mixed is not False
 
     def _codec(self, weights: str) -> Codec:
         symmetric = self.algorithm != K_QUANT if self.symmetric is None else self.symmetric

@@ -28,7 +28,7 @@ from lorac.ir.graph.passes import PassResult
 _DOMAIN = "com.microsoft"
 _QUANT_TYPES = {NF4: 1}
 """Table of levels -> its number in ``MatMulBnb4``."""
-_MIXED_SHARE = 1 / 8
+_MIXED_SHARE = 1 / 10
 """How many more bytes weights of mixed widths may take, as a share of those of 4-bit weights."""
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
