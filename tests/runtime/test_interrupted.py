@@ -13,6 +13,7 @@ import lorac
 from lorac.adapters.pool import AdapterPool
 from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.onnxruntime.engine import OrtEngine
+from lorac.ir.slots.weight_writes import SparseWrites
 from lorac.runtime.choice_states import ChoiceStates
 from lorac.session import compiled as running
 from lorac.session.compiled import CompiledModule
@@ -175,15 +176,15 @@ def test_an_adapter_that_fails_to_be_removed_stays(
     _check(compiled, expected)
 
 
-def _failing(honest: Callable[[Any], int], calls: list[bool]) -> Callable[[Any], int]:
+def _failing(honest: Callable[[Any, SparseWrites], int], calls: list[bool]) -> Callable[[Any, SparseWrites], int]:
     """A method that fails at those of its calls for which the list says so."""
 
-    def write(change: Any) -> int:
+    def start_write(change: Any, sparse: SparseWrites) -> int:
         if calls and calls.pop(0):
             raise MemoryError
-        return honest(change)
+        return honest(change, sparse)
 
-    return write
+    return start_write
 
 
 def test_weights_that_nobody_could_restore_are_written_anew(
@@ -194,7 +195,7 @@ def test_weights_that_nobody_could_restore_are_written_anew(
         pytest.skip("live mode writes no weights")
     first, *_, last = compiled.engine.buffers.values()
     for buffer, calls in ((first, [False, True]), (last, [True])):
-        monkeypatch.setattr(buffer, "write", _failing(buffer.write, calls))
+        monkeypatch.setattr(buffer, "start_write", _failing(buffer.start_write, calls))
     with pytest.raises(MemoryError):
         compiled.swap("b")
     assert compiled.active == {"a": 1.0}
