@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.composition import ComposedSite, ComposedWeights
 from lorac.ir.slots.plans import BranchTerm
 from lorac.ir.slots.stacks import StackShape
 from lorac.variants.adapter import Adapter
-
-Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
