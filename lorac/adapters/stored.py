@@ -78,7 +78,7 @@ class SlotReader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SlotContents:
-    """What the slots of an adapter hold.
+    """The contents of an adapter's slots.
 
     Attributes:
         snapshot: the adapter, composed at every site.

@@ -1,4 +1,4 @@
-"""What files of adapters have in common that differ in values alone, and reading another such file.
+"""The common layout of adapter files that differ only in values, and reading such a file by it.
 
 Once a format has read one of them, only the values of the next are looked at.
 """
@@ -53,7 +53,7 @@ def read_header(file: BufferedReader | FileIO) -> FileHeader:
 
 @dataclass(frozen=True, eq=False)
 class FileLayout:
-    """What files of tensors of one dtype have in common that differ in values alone.
+    """The layout of tensor files of one dtype that differ only in values.
 
     Attributes:
         header: of one of them.

@@ -114,7 +114,7 @@ def test_the_time_of_other_threads_does_not_count(monkeypatch):
 
 
 def test_the_engines_clock_runs_with_all_threads():
-    """What ``_match_in_time`` makes up for: an engine that counts this thread's time alone makes it needless."""
+    """``_match_in_time`` relies on it; if it fails, the engine counts one thread alone and the second try can go."""
     stop, block = threading.Event(), bytes(1 << 24)
 
     def work():

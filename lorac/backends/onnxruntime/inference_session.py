@@ -107,7 +107,7 @@ class _SessionSource:
         weights: name -> content in the file of weights, mapped.
         file: the file of weights; None where there is none.
         constants: name -> content that is handed over.
-        library: with the model's own ops; None where it has none.
+        library: holds the kernels of custom ops; None if the model uses none.
         native_layers: how many layers such ops compute.
     """
 

@@ -68,14 +68,14 @@ def open_prepacked(folder: Path, key: str, write: Callable[[Path], object]) -> P
 
 
 def write_prepacked(settings: ort.SessionOptions, folder: Path) -> None:
-    """Have a session write its optimised model and its prepacked weights when it starts."""
+    """Set a session to write its optimised model and its prepacked weights when it starts."""
     settings.optimized_model_filepath = str(folder / MODEL_FILE)
     for name, value in _WRITING.items():
         settings.add_session_config_entry(name, value)
 
 
 def keep_optimised(settings: ort.SessionOptions) -> None:
-    """Have a session take a written model as it is: it was optimised when it was written."""
+    """Turn off optimisation for a session: its model was optimised before it was written."""
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
@@ -115,7 +115,7 @@ def _write(place: Path, write: Callable[[Path], object]) -> ProgramFiles:
 
 
 def _release_free_memory() -> None:
-    """Have the GNU C library give free memory back to the system: as much as the weights, once they are written."""
+    """Return free memory to the system, which the GNU C library keeps: writing weights frees as much as they take."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # other C libraries do so by themselves
             ctypes.CDLL(None).malloc_trim(0)

@@ -46,7 +46,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def _answers(compiled: lorac.Compiled) -> list[torch.Tensor]:
-    """What a program computes: text over a cache with every choice, after swaps, and with a choice for each row."""
+    """Return a program's answers: generated text for every choice, after swaps, and with a choice for each row."""
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     answers = []
     for choice in ("a", "b", None, {"a": 0.5, "b": 0.25}, "a"):
