@@ -9,7 +9,7 @@ import torch
 from lorac.backends.onnxruntime.options import FLOAT32_LEVEL
 from lorac.backends.onnxruntime.quantised.base_weights import find_quantised, replace_quantised
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.backends.onnxruntime.quantised.products import QuantiseWeights
+from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix, QuantiseWeights
 from lorac.testing.eager_checks import assert_close
 
 CODECS = [
@@ -185,6 +185,16 @@ def test_of_mixed_weights_the_first_and_last_have_eight_bits():
     for name in "abcdez":
         wanted = wanted @ report.quantised[name].encoded.decode().T
     assert_close(answer(model), torch.from_numpy(wanted))
+
+
+def test_the_codes_of_a_quantised_model_stay_where_others_are_mixed():
+    given = INT4.encode(matrix(8, seed=1))
+    model = program(
+        "a = MatMul(x, p) b = MatMul(x, l) o = Concat<axis = -1>(a, b)",
+        {"p": given.decode().T.copy(), "l": matrix(120, seed=2).T.copy()},
+    )
+    passed = QuantiseWeights(INT4, FLOAT32_LEVEL, [PrequantisedMatrix(given.decode(), given)], mixed=True)
+    assert passed.apply(model).details.quantised["p"].encoded is given
 
 
 def test_pieces_of_joined_matrices_are_found_again():

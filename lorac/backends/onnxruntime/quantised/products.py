@@ -104,17 +104,17 @@ class QuantiseWeights(OnnxPass):
         return QuantisationReport(quantised, floats, self.accuracy_level, missed, has_head=has_head).to_result()
 
     def _widen(self, model: ir.Model, coded: Sequence[_CodedConstant]) -> list[_CodedConstant]:
-        """Store the matrices that are read first and last in 8 bits, in turn from both ends."""
+        """Store the matrices that are read first and last in 8 bits, in turn from both ends; given codes stay."""
         assert self.codec is not None
         wide, room = replace(self.codec, bits=8), _MIXED_SHARE * sum(one.encoded.nbytes for one in coded)
         order = {node: place for place, node in enumerate(model.graph.all_nodes())}
         found = sorted(coded, key=lambda one: min(order[reader.node] for reader in one.readers))
-        ends = [end for pair in zip(range(len(found)), reversed(range(len(found))), strict=True) for end in pair]
-        for place in dict.fromkeys(ends):
-            one = found[place]
+        for place in sorted(range(len(found)), key=lambda place: min(place, len(found) - 1 - place)):
+            one, matrix = found[place], found[place].matrix()
             more = wide.count_bytes(one.encoded.shape) - one.encoded.nbytes
-            if one.encoded.codec == self.codec and more <= room:
-                found[place], room = replace(one, encoded=wide.encode(one.matrix())), room - more
+            given = one.encoded.codec != self.codec or _reuse_codes(matrix, self.prequantised) is not None
+            if not given and more <= room:
+                found[place], room = replace(one, encoded=wide.encode(matrix)), room - more
         return found
 
     def _encode(
