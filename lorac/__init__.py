@@ -7,8 +7,6 @@
 The public names are listed in ``__init__.pyi``. Each is imported when it is first used.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 

@@ -4,8 +4,6 @@ What a field's type does not say stands next to it: ``Annotated[int, Bounds(1)]`
 NumPy's numbers count as numbers, lists count as tuples since files hold lists, and booleans do not count as numbers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

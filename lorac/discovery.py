@@ -1,7 +1,5 @@
 """Discovery of things that register by existing: the modules of a package, and entry points of other packages."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import os

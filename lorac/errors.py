@@ -28,8 +28,6 @@ next step, and a stable ``code``. A class exists where a caller would catch it a
 A ``LoracWarning`` tells what is not an error but must not pass in silence.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

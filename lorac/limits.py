@@ -5,8 +5,6 @@ blocks, whose time grows with the sizes of the file and the model. It is also ch
 file asks for (``claim_memory``). When no file is read, time is not counted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

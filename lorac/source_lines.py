@@ -4,8 +4,6 @@ Python's own library, torch and lorac are not user code. lorac's methods, and th
 as user code since errors are about them.
 """
 
-from __future__ import annotations
-
 import inspect
 import linecache
 import os

@@ -6,8 +6,6 @@ it is called. Levels, filters and handlers of the process keep their meaning for
 and one of warnings are added to them, and both let everything pass outside a silent context.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator

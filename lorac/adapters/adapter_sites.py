@@ -1,7 +1,5 @@
 """Sites that a model has because an adapter names them: modules, and values that an adapter computes once per call."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary

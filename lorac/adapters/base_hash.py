@@ -1,7 +1,5 @@
 """A hash of the base weights that an adapter was made for."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import weakref

@@ -1,7 +1,5 @@
 """Terms that stay branches: the slots that an adapter's formula needs, and the tensors that fill them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 

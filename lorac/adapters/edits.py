@@ -1,7 +1,5 @@
 """Adapters of given changes: a LoRA where every change is a pair, else an edit, which holds each in its normal form."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 

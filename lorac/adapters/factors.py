@@ -1,7 +1,5 @@
 """An adapter as tensors: its change of each site, in factors where its method has them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator
 

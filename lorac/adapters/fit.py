@@ -1,7 +1,5 @@
 """The check that an adapter fits a model: its sites, shapes and values, and the weights it was made for."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,7 +1,5 @@
 """New adapters from a variant, and trainable copies of adapters."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

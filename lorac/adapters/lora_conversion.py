@@ -1,7 +1,5 @@
 """Conversion of adapters of other methods to LoRA, for files and programs that support nothing else."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Prepared adapters in a few blocks of memory, as programs with places for rows take them."""
 
-from __future__ import annotations
-
 import collections
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Adapters in normal form: the formula of a structure is reduced once, then evaluated on each adapter's tensors."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any

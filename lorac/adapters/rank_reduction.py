@@ -3,8 +3,6 @@
 Vulić et al. 2026, arXiv 2602.10993, in the form that never makes a matrix as large as the weight (Algorithm 2).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import cast

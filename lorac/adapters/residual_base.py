@@ -4,8 +4,6 @@ Only the base is needed to read a file that names one of these rules. PiSSA: Men
 Büyükakyüz 2024, arXiv 2406.01775.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import cast

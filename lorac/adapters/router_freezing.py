@@ -1,7 +1,5 @@
 """A router frozen to one choice of weights, which leaves a mixture of experts: a LoRA."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -4,8 +4,6 @@ The nearest in the Frobenius norm has the largest singular values, and its error
 Young 1936). Random projections: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -5,8 +5,6 @@ Polynomial features φ of a degree give exp(⟨a, b⟩) ≈ ⟨φ(a), φ(b)⟩, 
 factors (L, k) whose chain never forms a matrix (L, L).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Chen et al. 2026, arXiv 2601.06788. A matrix (out, in) is flattened into the sta
 first sites count the outputs and the others the inputs. Every cut of the chain has an entropy.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Everything is computed in float64, from factors where a change has them. With ΔW = W' − W, norms are Frobenius's.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The table of all methods, read from the code: formula, normal form and size on one layer, paper, files."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import math

@@ -3,8 +3,6 @@
 Bhardwaj et al. 2024, arXiv 2406.13175.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

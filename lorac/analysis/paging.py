@@ -6,8 +6,6 @@ hidden state. Nothing here computes with a model: a trace of requests is replaye
 counted.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

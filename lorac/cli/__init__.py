@@ -9,8 +9,6 @@ Exit codes, for scripts:
     130  interrupted
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

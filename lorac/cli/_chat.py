@@ -1,7 +1,5 @@
 """A chat in the terminal: lines are turns, and lines that begin with a slash are commands."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The rows of the table of methods, made with the formats' lists of methods."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 
 import torch

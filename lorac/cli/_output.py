@@ -1,7 +1,5 @@
 """The output of commands: reports as tables that fit the terminal, or as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

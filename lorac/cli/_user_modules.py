@@ -3,8 +3,6 @@
 ``add_import_option`` adds the option to the parameters of a command.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

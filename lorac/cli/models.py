@@ -1,7 +1,5 @@
 """Commands about models and methods: sites, variants, compile, explain."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The command that finds adapters by a prompt: retrieve."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

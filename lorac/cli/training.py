@@ -1,7 +1,5 @@
 """Commands about training: train, transfer."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from pathlib import Path

@@ -12,8 +12,6 @@ arXiv 2403.19456 and ACM TOG 44(2), 2025. Halves that were trained against the s
 others, whose bases their adapters' names seed, the joined adapter needs the second stage.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Sequence

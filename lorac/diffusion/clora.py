@@ -12,8 +12,6 @@ gradients in eager mode move the latents, so that maps of one concept agree and 
 LoRA's noise is taken where its words are attended to. Meral et al. 2024, arXiv 2403.19776.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """``compile``: a pipeline and its adapters for a target."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar

@@ -11,8 +11,6 @@ self-attention does not look from one box into another. At most 25 first steps m
 mode, so that attention to the concepts lies in their boxes. Yang et al. 2024, arXiv 2403.11627.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -3,8 +3,6 @@
 Maps have leading axes of their own, such as the rows of a batch. Sizes are those of the maps' grid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -9,8 +9,6 @@ arXiv 2412.09169, of which the formula X' = X − αX·V·Vᵀ is read and no co
 projected, the limit of the rank and the way of mixing are lorac's own choices.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@
 arXiv 2508.02107, and its code lzws/AutoLoRA: each step fuses two of the LoRAs and a third of low rank that both give.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Callable, Sequence

@@ -7,8 +7,6 @@ similarity. DISTS, which the related work uses, needs weights that no package ho
 have it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """The models of a pipeline, as they are compiled, and what stands in their places afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -1,7 +1,5 @@
 """Regions of a picture: a concept each, and the tensors that it needs at every cross-attention."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

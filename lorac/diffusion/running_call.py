@@ -1,7 +1,5 @@
 """The adapters of a call of a pipeline, as each of its models takes them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The schedulers of diffusers, as far as compositions use them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Protocol
 

@@ -3,8 +3,6 @@
 arXiv 2508.02107, and its code lzws/AutoLoRA, whose names of tensors these are.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -4,8 +4,6 @@ Authors' code saves the tensors and leaves the hyper-parameters in the arguments
 from a JSON object in a file of its name with the suffix ``.json``, and nothing is guessed.
 """
 
-from __future__ import annotations
-
 import re
 from abc import abstractmethod
 from collections.abc import Mapping

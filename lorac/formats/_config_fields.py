@@ -3,8 +3,6 @@
 A table maps the name of every field to one of four kinds; a name that no table has is refused.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Errors that many formats raise."""
 
-from __future__ import annotations
-
 from lorac.errors import FormatError
 from lorac.variants.base import BranchVariant, Variant
 

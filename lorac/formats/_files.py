@@ -4,8 +4,6 @@ safetensors: https://github.com/huggingface/safetensors#format. Its header is ch
 fault, and each tensor is read once, into memory of its own. ``lorac.storage.tensor_file`` writes such files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping

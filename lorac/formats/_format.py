@@ -1,7 +1,5 @@
 """The base class of file formats."""
 
-from __future__ import annotations
-
 import enum
 from abc import ABC, abstractmethod
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LoRAs in files that hold A and B of every layer and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Formats are looked up by name when they are needed, so that a format may read adapters of another.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -4,8 +4,6 @@ A PEFT file stores the kernel of a convolution with four axes, and an embedding 
 facts that the matrices of the adapter do not show.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from math import prod
 

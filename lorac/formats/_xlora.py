@@ -8,8 +8,6 @@ PEFT up to 0.21 drops tensors of the classifier when it saves: with n experts it
 and the folders that PEFT writes of the experts, which lack tensors for the same reason.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

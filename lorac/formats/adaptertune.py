@@ -4,8 +4,6 @@ Source: salimkhazem/adaptertune. The model is timm's, whose blocks lie one level
 it is in the file, and what is not the adapter's or the head's is compared with the base.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

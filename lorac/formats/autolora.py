@@ -3,8 +3,6 @@
 Source: the authors' repository; keys are ``model_dict.<path of a layer, ___ for its dots>.weight_lora`` and so on.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lorac.formats._errors import unsupported_error

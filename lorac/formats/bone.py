@@ -3,8 +3,6 @@
 Source: JL-er/Bone and RWKV-PEFT. PEFT's later names of both are in ``lorac.formats.peft.types.miss``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

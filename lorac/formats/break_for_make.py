@@ -4,8 +4,6 @@ Source: ICTMCG/Break-for-make. Keys are ``unet.unet.<layer>.lora.up.weight`` and
 ``up`` and of the columns of ``down`` is frozen; the scale is 1.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -7,8 +7,6 @@ The tensors of the host are ignored. The record is that of lorac's own format (`
 no hash. So lorac puts one over the record and the adapter's tensors into the record when the state dict is made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Written are PEFT's names, ``<component>.<module>.lora_A.weight``; read also thos
 as diffusers 0.42 itself writes (``.lora.down.weight``, ``.lora_linear_layer.down.weight``, ``.processor.to_q_lora``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar

@@ -5,8 +5,6 @@ on, of the layers ``mlp.fc2`` and ``attn.proj``, and the head. That of a languag
 ``output.hydra_par.hydra_A.weight`` and so on, of the layer ``output.dense``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Modules of Stable Diffusion XL's U-Net and of the transformers of Flux and SD3 are named as their authors named them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar

@@ -3,8 +3,6 @@
 Source: SKDDJ/LoLDU. The factors are those of the base's own weights, and are computed again from the model.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

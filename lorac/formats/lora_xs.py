@@ -4,8 +4,6 @@ Source: MohammadrezaBanaei/LoRA-XS, RaghavSinghal10/lora-sb; keys as in ``lorac.
 PEFT itself reads such a folder as a LoRA without the matrices, so the format has a name of its own.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lorac.formats._errors import native_or_lora, unsupported_error

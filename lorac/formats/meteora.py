@@ -3,8 +3,6 @@
 Source: NJUDeepEngine/meteora. The file may hold the whole model, which is then compared with the base.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

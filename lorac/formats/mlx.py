@@ -9,8 +9,6 @@ Source: tuner/utils.py, tuner/lora.py and tuner/dora.py of mlx-lm 0.32. ``fine_t
     ======  ===============================================================================================
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -8,8 +8,6 @@ module of the class, which no reader imports. The entry "lorac_seal" holds a has
 are one object are stored once, under the first name.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path

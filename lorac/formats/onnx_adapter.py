@@ -6,8 +6,6 @@
 Both have A as (in, r) and B as (r, out) with the scale in it, and no metadata.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

@@ -4,8 +4,6 @@ Source: YouAreSpecialToMe/QST, ``save_qst_state`` of QSTLlamaForCausalLM. Layers
 ``lorac.QST``. Numbers of heads are the model's and in no file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Source: TsinghuaC3I/SoRA on OpenDelta, whose configuration says what was trained besides.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -7,8 +7,6 @@ normalise the weights that top-k leaves over the whole batch. lorac and PEFT nor
 with that setting is refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The base weights of a model in memory, by name and by site."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -5,8 +5,6 @@ that a model's class makes, ``rename_source_key``, which applies them to a name,
 ``reverse_transform`` of a change, by which transformers loads a tensor and saves it again.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Several models compiled as one host: an adapter may span them, and one swap switches them all."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn

@@ -1,7 +1,5 @@
 """A structural copy of a model: own modules, flags and hooks; shared weight storage."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections import Counter

@@ -1,7 +1,5 @@
 """The module of a transformers model that gives its last hidden state, found by running the model once."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree

@@ -8,8 +8,6 @@ acts where its layer is called, as PEFT's does, and has no effect on such a read
 the bytecode of the reader's class, since only some calls take the branch that reads.
 """
 
-from __future__ import annotations
-
 import dis
 import functools
 import inspect

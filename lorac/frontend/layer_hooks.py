@@ -4,8 +4,6 @@ A hook that changes the inputs or outputs of a layer is ambiguous there: PEFT's 
 alone, and on the adapted one once the adapter is merged. So it is refused; a hook that changes nothing is kept.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 

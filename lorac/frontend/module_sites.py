@@ -11,8 +11,6 @@ module's structure, never from the model family, so that a skeleton gives the sa
 5. a module next to norms of one width, which takes or returns that width, maps it to itself.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Sites show the computed weight, by which the layer multiplies, and adapters chan
 of such a host in which the computed weights are plain parameters; the host stays unchanged.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass

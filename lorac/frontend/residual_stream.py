@@ -11,8 +11,6 @@ names play no part. Within a block, the sum of the stream and of a module's outp
    of another sum and is not the block's output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal

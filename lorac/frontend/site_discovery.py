@@ -1,7 +1,5 @@
 """The sites of a model, found by walking its modules."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -6,8 +6,6 @@ same names, kinds and shapes. Tensors that an artifact stores (the base weights 
 are real; all others are on the meta device and take no memory. It has a form in JSON, which an artifact contains.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The repeated blocks of a transformer, found by running a copy of the model once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

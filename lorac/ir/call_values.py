@@ -1,7 +1,5 @@
 """Values that a call gives for the inputs of a program."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Arguments of a host's forward that are constants of its program, and their values as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

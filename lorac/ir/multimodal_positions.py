@@ -5,8 +5,6 @@ forward takes the method's result as an argument. So the positions are an input 
 out gets the result of the model's own method, which needs its configuration and none of its weights.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

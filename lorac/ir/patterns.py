@@ -4,8 +4,6 @@ Compiling a pattern cannot be interrupted, so its length and its repetitions are
 file share that file's time (``lorac.limits``).
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

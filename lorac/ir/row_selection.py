@@ -1,7 +1,5 @@
 """The rows of a call's inputs, in any nesting: in mappings, tuples and lists, and in the attributes of objects."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field

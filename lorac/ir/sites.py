@@ -5,8 +5,6 @@ embedding table, a convolution kernel, a grouped kernel. Only ``Site`` knows the
 finds the sites of a model.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field

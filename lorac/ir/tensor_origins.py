@@ -3,8 +3,6 @@
 The code runs on tensors of the meta device, which have no values, so it does the same with any values.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

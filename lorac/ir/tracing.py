@@ -4,8 +4,6 @@
 transformers' exporters. Two threads that trace at once read each other's.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Weighted k-means, whose result does not depend on the order of the points."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Each library stores a matrix in several parts. Their layouts are in bitsandbytes
 GPTQModel's torch kernels, AutoAWQ's utils.packing_utils and transformers.integrations.finegrained_fp8 and fbgemm_fp8.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """``extract``: the difference of two checkpoints of one model as an adapter, site by site."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path

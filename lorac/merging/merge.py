@@ -1,7 +1,5 @@
 """``lorac.merge``: one adapter from several, in any of the ways of ``lorac.merging.ways``."""
 
-from __future__ import annotations
-
 import functools
 import heapq
 import itertools

@@ -1,7 +1,5 @@
 """Adapters merged into a model's folder: the weights pass through memory one at a time, shard by shard."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """``merge_into``: a model of the same class whose weights have adapters merged into them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, overload

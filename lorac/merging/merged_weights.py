@@ -1,7 +1,5 @@
 """The tensors of a model that a mixture of adapters changes, with the adapters in them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeGuard

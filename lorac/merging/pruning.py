@@ -1,7 +1,5 @@
 """How ways of merging leave entries of a change out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, TypeAlias
 

@@ -11,8 +11,6 @@ parameters: {normalize: true, lambda: 1.0}
 dtype: float16
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Finding ways of merging, and reading their options."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

@@ -6,8 +6,6 @@
 arXiv 2509.17786). The last two keep every change exactly and never form a matrix as large as W.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

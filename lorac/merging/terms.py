@@ -1,7 +1,5 @@
 """The changes of several adapters at one site, in the forms that ways of merging read."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

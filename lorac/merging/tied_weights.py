@@ -1,7 +1,5 @@
 """Parameters that several layers share, of which adapters may change one layer's alone."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 

@@ -5,8 +5,6 @@ changes entry by entry, ``FactorsWay`` factors, ``AdaptersWay`` whole adapters. 
 touch, dtypes, seeds, truncation and the form of the result are done for all of them in ``lorac.merging.merge``.
 """
 
-from __future__ import annotations
-
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@ A formula that works on the rows of a batch one by one runs for each place. It i
 what it reads, to see what it does.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

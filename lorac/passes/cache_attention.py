@@ -5,8 +5,6 @@ tokens in them. Positions start behind the tokens in the cache. Values that depe
 tables. Attention to sequences that do not grow, in an encoder or from a decoder to its encoder, becomes torch's own op.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """cleanup: remove nodes and tensors that nothing reads, so that replaced weights leave the program."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, final
 

@@ -5,8 +5,6 @@ own. Values of an earlier pass, of the base or of the adapter alone, are compute
 that leads to them (``lorac.passes.replay``).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass

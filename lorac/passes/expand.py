@@ -1,7 +1,5 @@
 """expand: adapted ops become aten ops in their normal form, and the ops of other sites their aten ops."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

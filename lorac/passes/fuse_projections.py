@@ -6,8 +6,6 @@ to its part what its own slots make of x. One pair for all would have a block-di
 Slots that become constants are weights and biases alone, and are joined as the base's are.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """insert: each call of a touched site becomes one ``adapted`` op with the site's slots among its operands."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final

@@ -3,8 +3,6 @@
 After each pass the verifier runs, and an observer may look at the graph.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 

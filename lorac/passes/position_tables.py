@@ -1,7 +1,5 @@
 """Tables for values that depend on positions alone, such as rotary angles, so that no call computes them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

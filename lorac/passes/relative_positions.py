@@ -7,8 +7,6 @@ cache. It does not check that the bias depends on distances alone; the compariso
 Where the bias of a key is its number times a slope (ALiBi), the softmax sees differences alone, which are a table.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

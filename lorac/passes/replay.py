@@ -4,8 +4,6 @@ Nodes that depend on no adapted op are not copied. In a pass of the base every a
 a pass of an adapter its branches follow, whose formula gets the pass's name.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

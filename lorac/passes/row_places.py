@@ -1,7 +1,5 @@
 """Which sites of a graph have slots with places, so that the rows of a batch may choose their own adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

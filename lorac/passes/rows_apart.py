@@ -3,8 +3,6 @@
 Both are found by calls on made-up values: a formula is a function of torch ops, whatever they are.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

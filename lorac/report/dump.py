@@ -5,8 +5,6 @@ Names come from the module path and the op, never from a counter over the whole 
 layer renames nothing elsewhere, and identical layers have identical rows.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re

@@ -1,7 +1,5 @@
 """``compiled.explain()``: how each adapter runs at each site, its cost, and why nothing cheaper does."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The stages of each graph as text, without the graphs and weights themselves."""
 
-from __future__ import annotations
-
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Skip
 from lorac.report.dump import Dump, dump

@@ -1,7 +1,5 @@
 """The origin of a graph's values: the modules around each, its source line, its site."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

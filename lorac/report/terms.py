@@ -1,7 +1,5 @@
 """Terms as people read them: one adapter at one site, in its normal form."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ decoders, whose layers hold a tensor with one row per sequence. Each call gets a
 rows, and the original holds afterwards what a single call would have left in it.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Whether adapters fit a program's slots, and the ``reserve=`` that admits those that do not."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 

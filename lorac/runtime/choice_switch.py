@@ -1,7 +1,5 @@
 """Choosing adapters of an engine while it runs: for a call, for a block of calls, and until the next swap."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import functools

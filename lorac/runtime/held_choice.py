@@ -1,7 +1,5 @@
 """A choice of adapters that stays as it is while it is held."""
 
-from __future__ import annotations
-
 from lorac.errors import ChoiceError
 from lorac.ir.slots.choice import Choice, describe_choice
 from lorac.runtime.choice_states import ChoiceState

@@ -5,8 +5,6 @@ that happens. For that each lock is one of the interpreter's own, held by a ``wi
 context manager written in Python would not do, since an interrupt may come between its own lines.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable, Sequence

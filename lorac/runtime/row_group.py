@@ -1,7 +1,5 @@
 """Rows of a batch that one call computes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from lorac.ir.slots.choice import ChoiceSpec

@@ -1,7 +1,5 @@
 """The report of a swap."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

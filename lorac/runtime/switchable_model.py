@@ -1,7 +1,5 @@
 """An engine whose adapters can be switched, added and removed while it runs."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """The traits of a model: the attributes that pipelines and generation read."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

@@ -3,8 +3,6 @@
 The public names are imported when they are first used: what reads strangers' files imports no server.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

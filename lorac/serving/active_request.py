@@ -1,7 +1,5 @@
 """A request for text that is being answered."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from dataclasses import dataclass, field

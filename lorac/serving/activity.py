@@ -1,7 +1,5 @@
 """The requests for text that a server is answering."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final

@@ -1,7 +1,5 @@
 """Where a server finds the adapters that requests name."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, NoReturn, Protocol, final
 

@@ -1,7 +1,5 @@
 """The app: OpenAI's endpoints over a compiled model."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

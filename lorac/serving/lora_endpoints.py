@@ -1,7 +1,5 @@
 """The endpoints that load and unload adapters, as vLLM has them."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import fastapi

@@ -1,7 +1,5 @@
 """Refusals as OpenAI's clients read them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import fastapi

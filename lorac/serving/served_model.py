@@ -1,7 +1,5 @@
 """What a server needs of a compiled model, and of what computes for it, wherever they are."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Run an app under uvicorn."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Collection

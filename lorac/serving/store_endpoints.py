@@ -1,7 +1,5 @@
 """The endpoints by which tenants bring adapters, list and remove them."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import anyio

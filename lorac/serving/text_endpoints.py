@@ -1,7 +1,5 @@
 """The endpoints that give text."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence

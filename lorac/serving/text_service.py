@@ -1,7 +1,5 @@
 """Requests for text, checked and submitted."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Sequence

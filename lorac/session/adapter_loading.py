@@ -1,7 +1,5 @@
 """Adapters for a session, from whatever compile() and add_adapter() take."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """An adapter's tensors as parameters and buffers of an nn.Module, and their keys in its state dict."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterator, Mapping
 

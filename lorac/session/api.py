@@ -1,7 +1,5 @@
 """``compile``: a model and its adapters for a target."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Literal, overload
 

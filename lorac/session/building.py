@@ -1,7 +1,5 @@
 """Open a session for a model and a request, and build its engine."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

@@ -5,8 +5,6 @@ body, and multiplies with the head's weight chunk by chunk. On a compiled model 
 its adapters wherever a layer is recomputed.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Mapping

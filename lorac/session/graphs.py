@@ -1,7 +1,5 @@
 """``compiled.graph``: the graphs of a compiled model at every stage."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """``load``: a compiled model from an artifact. Modules that only compiling needs are imported where they are used."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Mapping

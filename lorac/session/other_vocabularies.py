@@ -4,8 +4,6 @@ A compiled model refuses them on every target. On target ``"eager"`` they would 
 and change it behind the engine's back.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from lorac.errors import ChoiceError

@@ -1,7 +1,5 @@
 """How a compiled model presents itself: its summary, its explanation, and the names that it offers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Save a compiled model as an artifact."""
 
-from __future__ import annotations
-
 import contextlib
 from importlib import metadata
 from pathlib import Path

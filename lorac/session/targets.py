@@ -4,8 +4,6 @@ Another package offers a target by an entry point of the group ``lorac.backends`
 ``module:object`` of its ``lorac.target.engine.Backend``.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from importlib import metadata

@@ -19,8 +19,6 @@ A folder is written next to its target and takes the target's place in one step 
 nothing is left of it. It replaces only an older artifact, and only files that the older manifest lists.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping

@@ -13,8 +13,6 @@ A writer states which files of a folder are its own. All others are kept: they a
 takes the old one's place, and files that appeared or changed meanwhile are transferred afterwards.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

@@ -5,8 +5,6 @@ first call with some shapes, the ops run on torch's meta device, which allocates
 each op is measured so before it runs.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import Counter, defaultdict

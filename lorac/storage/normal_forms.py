@@ -7,8 +7,6 @@ The metadata entry "forms" is JSON with the form of each change and the rest of 
 share is stored once, and is one tensor again when it is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

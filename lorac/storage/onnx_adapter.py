@@ -4,8 +4,6 @@ It is a flat buffer: https://github.com/microsoft/onnxruntime/blob/main/onnxrunt
 ONNX Runtime does not compare the length of a parameter with its shape, so the file is read here instead.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A captured program has no such calls; a file that somebody wrote may. Seen on the CPU with torch 2.13.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

@@ -7,8 +7,6 @@ uninitialised, takes packed or unchecked layouts or reads a file is not among th
 kernels do not check their operands, are checked when they are called (``lorac.storage.op_guards``).
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

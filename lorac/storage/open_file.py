@@ -5,8 +5,6 @@ hashed and read through one handle. It is not copied into memory, and stays on d
 program that writes into the file in place changes it for every reader; lorac never does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

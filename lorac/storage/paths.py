@@ -1,7 +1,5 @@
 """Paths, as people give them and as files name them, and the system's errors about them as lorac's."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

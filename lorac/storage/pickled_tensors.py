@@ -6,8 +6,6 @@ few bytes of a zip file can unpack to any length. So sizes are added up first, a
 that a dictionary of dense tensors needs.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import pickletools

@@ -1,7 +1,5 @@
 """Plans, choices, and the interface and slots of graphs as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 
 import torch

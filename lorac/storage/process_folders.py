@@ -4,8 +4,6 @@ Their names are ``<mark>lorac-<host>-<process>-<start>-<random>``. Process ids a
 folder. So a folder counts as abandoned only where this host knows that the process has ended.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -5,8 +5,6 @@ is a list of nodes: an op by its registered name, operands, and the names of ten
 functional ones (``lorac.storage.op_names``), and runs nothing.
 """
 
-from __future__ import annotations
-
 import inspect
 import keyword
 import math

@@ -4,8 +4,6 @@ Tracing a formula needs torch's compiler, whose import takes longer than loading
 of ops, stored in the form of programs (``lorac.storage.program``). What only training needs is left out.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """A model's weights as transformers and diffusers save them: one safetensors file, or several with an index."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 

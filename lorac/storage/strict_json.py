@@ -4,8 +4,6 @@ Refused are names given twice, NaN and infinity, integers of more than 64 bits, 
 reader of the value would fail. What is refused in a file is never written either.
 """
 
-from __future__ import annotations
-
 import collections
 import itertools
 import json

@@ -1,7 +1,5 @@
 """YAML of recipes, which may come from anyone: without aliases, repeated names, deep nesting, and classes of Python."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ Format: https://github.com/huggingface/safetensors#format. The library's writer 
 entries in random order, and copies all tensors before it writes the first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The hash of a description together with its tensors, which seals files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The backend of a target: its options, and how engines for it are built, stored and restored."""
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

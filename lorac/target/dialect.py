@@ -1,7 +1,5 @@
 """The dialect of a target: which ops it computes, and how a program for it is written."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field

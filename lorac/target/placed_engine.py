@@ -1,7 +1,5 @@
 """The base of engines that run a stored program, whose slots are inputs and may have places for choices of rows."""
 
-from __future__ import annotations
-
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The list of checks that every variant must pass, for any test runner."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType

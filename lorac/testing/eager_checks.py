@@ -1,7 +1,5 @@
 """The checks in eager float64, which decide. Each asserts one property of a ``Case``."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import tempfile

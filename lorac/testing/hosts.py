@@ -4,8 +4,6 @@ Most have one adaptable site. In those with two of unequal sizes the second laye
 tensor that the layers share is larger than one of them needs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping

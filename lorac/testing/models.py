@@ -1,7 +1,5 @@
 """The models of the hosts that every method is tested on (``lorac.testing.hosts``)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 
 import torch

@@ -4,8 +4,6 @@
 missing term or a swapped tensor cannot hide behind the base.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

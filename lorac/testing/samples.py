@@ -1,7 +1,5 @@
 """Configurations of a variant to test, and adapters away from their start values."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The checks of a target against eager, in float32."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 In these the second layer reads an adapted layer's output, and each layer uses its part of a shared tensor.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import warnings

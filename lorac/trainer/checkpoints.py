@@ -7,8 +7,6 @@
 checkpoint.json is written last: a folder without it is not a checkpoint.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

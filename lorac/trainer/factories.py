@@ -1,7 +1,5 @@
 """Methods, initialisers, optimizers, rules and losses, made from their names and keywords in a recipe."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

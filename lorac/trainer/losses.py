@@ -1,7 +1,5 @@
 """Loss terms of routed methods, named like the functions of ``lorac.training`` that compute them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 

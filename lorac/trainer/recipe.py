@@ -1,7 +1,5 @@
 """Recipes: a dataclass of settings, and its YAML file, which may come from anyone."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import os

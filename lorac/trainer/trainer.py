@@ -6,8 +6,6 @@
 This file alone overrides private functions of ``Trainer``; ``tests/trainer/test_trainer.py`` says what is relied on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

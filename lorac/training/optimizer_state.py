@@ -1,7 +1,5 @@
 """An optimizer's state by the names of tensors, which torch keeps by the position of parameters."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

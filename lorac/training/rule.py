@@ -1,7 +1,5 @@
 """Base class of training rules: the terms a rule applies to, and its hooks on an optimizer."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

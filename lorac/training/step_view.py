@@ -4,8 +4,6 @@ torch passes the optimizer to ``step`` through its pre-hooks, so that a hook may
 groups never change, also where the step raises.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

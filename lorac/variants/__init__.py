@@ -5,8 +5,6 @@ fields that LoRA-like methods share, ``params.py`` the tensors of a method, ``in
 ``adapter.py`` the adapter.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Iterator, Mapping

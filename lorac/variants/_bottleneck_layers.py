@@ -4,8 +4,6 @@ Names are those of AdapterHub's ``BnConfig``. A plain layer has the tensors ``<n
 (out,); a hypercomplex one (PHM, Compacter: arXiv 2106.04647) has the factors of H = Σᵢ rule_i ⊗ W_i.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

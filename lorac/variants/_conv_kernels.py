@@ -3,8 +3,6 @@
 FedPara's proposition 3, arXiv 2108.06098; as in LyCORIS, arXiv 2309.14859, and PEFT's use_effective_conv2d.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

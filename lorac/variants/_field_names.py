@@ -1,7 +1,5 @@
 """Other libraries' names of hyper-parameters, and the error for a hyper-parameter that a method does not have."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 from lorac.errors import FormatError, nearest_name, short

@@ -1,7 +1,5 @@
 """The five masks of SHiRA (arXiv 2406.13175, section 3.2), which choose the trained positions of a weight."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

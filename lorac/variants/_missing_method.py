@@ -4,8 +4,6 @@ Adapter files name methods without bringing their code, so that reading a file r
 normal forms work without the class (``lorac.storage.normal_forms``); anything else raises ``UnknownMethod``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn

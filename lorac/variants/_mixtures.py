@@ -1,7 +1,5 @@
 """Mixtures of LoRAs: the base class of routed methods, their gates, and how LoRAs become experts."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar

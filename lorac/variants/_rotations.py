@@ -3,8 +3,6 @@
 Cayley's transform, and the series that approximates it: Qiu et al. 2025 (OFTv2), arXiv 2506.19847.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 Zhang et al. 2023, arXiv 2303.10512; shapes, initialisation and scale as in PEFT's ADALORA.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@
 ``create_arrow_model``. Nothing is trained.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@
 with some of the terms; the one with all of them is put together from these.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

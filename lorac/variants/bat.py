@@ -3,8 +3,6 @@
 Kang 2024, arXiv 2409.15371v1; shapes and layout as in PEFT's MISS with init_weights="bat".
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

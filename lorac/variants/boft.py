@@ -4,8 +4,6 @@ Liu et al. 2023, arXiv 2311.06243; of outputs as in LyCORIS (https://github.com/
 "diag-oft" is one factor.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

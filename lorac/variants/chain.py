@@ -4,8 +4,6 @@ Adapters that are active together are summed, each as a change of the base's own
 those of some types (BAT, OFT, BOFT, HRA) on top of each other; ``Chain.of`` joins such adapters into one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator

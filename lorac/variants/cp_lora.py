@@ -4,8 +4,6 @@
 start values are lorac's: the output factor is 0, so that a fresh adapter changes nothing.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@
 (``lorac.diffusion.decor``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

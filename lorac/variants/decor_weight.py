@@ -1,7 +1,5 @@
 """DECOR's projection merged into layers that read embeddings: arXiv 2412.09169, see ``lorac.variants.decor``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

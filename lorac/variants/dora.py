@@ -3,8 +3,6 @@
 Liu et al. 2024, arXiv 2402.09353; the norm is per output feature, as in the paper's code and PEFT.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant

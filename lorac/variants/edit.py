@@ -3,8 +3,6 @@
 Merged and extracted adapters, which no method's formula describes, are held in it (``lorac.adapters.edits``).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ forward pass, and stops the gradient at the projection; here a training rule upd
 unless ``detach_router`` is set.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

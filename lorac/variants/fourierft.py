@@ -3,8 +3,6 @@
 Gao et al. 2024, arXiv 2405.03003; positions, initialisation and scale as in PEFT's FOURIERFT.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -3,8 +3,6 @@
 Optimizers for whole weights (``lorac.training.GaLoreAdamW``) train this method.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant

@@ -4,8 +4,6 @@ Chavan et al. 2023, arXiv 2306.07967, in the form of LyCORIS (https://github.com
 lycoris/modules/glora.py), whose names and start values are taken over; the paper also has changes of the bias.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Huang et al., ICLR 2025, OpenReview TwJrTz9cRS (not on arXiv); names and initialisation as in PEFT's HIRA.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -3,8 +3,6 @@
 Yuan et al. 2024, arXiv 2405.17484.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Kim et al. 2023, arXiv 2309.06922.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Start values of a method's tensors. Each function takes an ``InitContext`` and returns a tensor of its shape."""
 
-from __future__ import annotations
-
 import math
 
 import torch

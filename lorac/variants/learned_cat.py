@@ -3,8 +3,6 @@
 "LoRA Soups: Merging LoRAs for Practical Skill Composition Tasks", Prabhakar et al. 2024, arXiv 2410.13025.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

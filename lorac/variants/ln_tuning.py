@@ -3,8 +3,6 @@
 Zhao et al. 2023, arXiv 2312.11420.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ FedPara: Hyeon-Woo et al. 2021, arXiv 2108.06098; LyCORIS: Yeh et al. 2023, arXi
 as in PEFT's LOHA.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.variants._conv_kernels import expand_groups, kernel_columns, tucker_kernel, uniform_core

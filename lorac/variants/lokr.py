@@ -4,8 +4,6 @@ LyCORIS: Yeh et al. 2023, arXiv 2309.14859; KronA: Edalati et al. 2022, arXiv 22
 scale as in PEFT's LOKR.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant

@@ -5,8 +5,6 @@ unfolded layout, A (r, in·kh·kw) and B (out, r), the same method is convLoRA (
 convolution. ``DoRA`` there is convDoRA.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

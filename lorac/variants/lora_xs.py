@@ -3,8 +3,6 @@
 Bałazy, Banaei et al. 2024, arXiv 2405.17604; Ponkshe, Singhal et al. 2024 (LoRA-SB), arXiv 2411.19557.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Hyper-parameters, tensors and formulas that LoRA-like methods share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

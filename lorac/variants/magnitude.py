@@ -4,8 +4,6 @@ LyCORIS: ``weight_decompose`` of all its algorithms (https://github.com/KohakuBl
 2402.09353, where the norms are those of the columns.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ Xu, Lai, Huang, ICLR 2025, arXiv 2405.13053. Only the gates are trained, as in t
 the LoRAs too (``train_experts``).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

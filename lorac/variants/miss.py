@@ -3,8 +3,6 @@
 Kang 2024, arXiv 2409.15371, later versions (the first one, Bone, is ``bat``); shapes and layout as in PEFT's MISS.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

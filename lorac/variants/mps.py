@@ -4,8 +4,6 @@ Chen et al. 2026, arXiv 2601.06788. The paper gives no code or start values: her
 variance of LoRA's.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

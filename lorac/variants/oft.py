@@ -3,8 +3,6 @@
 Qiu et al. 2023, arXiv 2306.07280; the truncated series: Qiu et al. 2025 (OFTv2), arXiv 2506.19847.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated

@@ -3,8 +3,6 @@
 Break-for-Make, 2024, arXiv 2403.19456: the content learns half of the down factor, the style half of the up factor.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -3,8 +3,6 @@
 Albert et al. 2025, arXiv 2502.00987; layout and draw of the bases as in PEFT, which pairs them its own way.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ published. The choice is not differentiable: the router learns from the loss by 
 emitted.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Mapping

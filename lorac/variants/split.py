@@ -4,8 +4,6 @@ The caller names the parts and the order of their rows: GPT-2's ``c_attn``, timm
 store all rows of a part together, GPT-NeoX's ``query_key_value`` stores them per head.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

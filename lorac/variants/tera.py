@@ -5,8 +5,6 @@ and shared by the layers, with trained diagonal factors per layer. The position 
 start values are lorac's choice, each with a field.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Tao et al. 2025, arXiv 2501.08727; names, scale and index order as in the authors' code (taozerui/tlora_diffusion).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 PEFT's TRAINABLE_TOKENS (https://huggingface.co/docs/peft/package_reference/trainable_tokens).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -3,8 +3,6 @@
 Li et al. 2024, arXiv 2405.15179; shapes and start values as in PEFT.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

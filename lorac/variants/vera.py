@@ -3,8 +3,6 @@
 Kopiczko et al. 2024, arXiv 2310.11454; shapes, start values and the draw of A and B as in PEFT.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The eager target; its programs are stored as nodes and tensors, since a module would need pickle."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Mapping

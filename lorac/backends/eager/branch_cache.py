@@ -4,8 +4,6 @@ They are layers of that cache behind the model's own, so that they follow whatev
 This module imports transformers, so it is imported only for a call with such a cache.
 """
 
-from __future__ import annotations
-
 from typing import final
 
 import torch

@@ -4,8 +4,6 @@ A pass in which one adapter acts alone (``lorac.ir.slots.program_values``) is a 
 call: it has that call's branches, randomness and first values.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence

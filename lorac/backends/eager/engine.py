@@ -4,8 +4,6 @@ The host's code runs as it is (any signature, checkpointing, autocast, Trainer);
 attributes are set, so module types, names and state-dict keys stay the host's.
 """
 
-from __future__ import annotations
-
 import contextvars
 import functools
 import types

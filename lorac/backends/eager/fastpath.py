@@ -5,8 +5,6 @@ inside such a layer, the layer's Python code runs. Where it touches none, the la
 weights may need gradients.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Fused mode in eager: touched weights have memory of their own, which a swap writes."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -5,8 +5,6 @@ one product over all tokens where the weight needs a gradient, so that the backw
 batch. Whether a gradient is recorded makes no difference to it, and the weights of the copy never need one.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -4,8 +4,6 @@ A site's computation depends on the state of the model's call, which torch.compi
 function again for every site, up to its limit.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections import defaultdict

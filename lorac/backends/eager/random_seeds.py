@@ -5,8 +5,6 @@ a checkpoint with torch's random state resumes it. Where ``torch.utils.checkpoin
 that state; where it recomputes a layer, the call and its seed are known.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from typing import final
 

@@ -4,8 +4,6 @@ A model may lay out its batch in its own way: with the length first, twice over,
 own code says so: it is run on tensors without values, whose number of rows is no other size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

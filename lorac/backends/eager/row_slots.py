@@ -1,7 +1,5 @@
 """Rows with choices of their own: their slots one behind the other, branches part by part, or, in training, terms."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 

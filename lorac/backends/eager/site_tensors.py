@@ -3,8 +3,6 @@
 A module's tensors may be replaced: for one call by ``torch.func.functional_call``, for good by FSDP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """A stored program run in PyTorch, as ``lorac.load`` returns it for an eager artifact. It does not train."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The ops that a target claims, compared with an emitted program before anything is written or built."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping

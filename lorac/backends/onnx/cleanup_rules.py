@@ -4,8 +4,6 @@ The exporter takes a small number for 0, and a number near 1 for 1. It would dro
 ``x / (y + 1e-9)``, and the program would divide by 0 where the model does not.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 

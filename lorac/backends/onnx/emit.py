@@ -3,8 +3,6 @@
 Slots stay true inputs. Inputs, outputs and axes have the model's own names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import onnx_ir as ir

@@ -1,7 +1,5 @@
 """Parts of gates: the graphs of an ``If``, and the values in place of what an idle gate does not compute."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 The exporter traces the whole graph again to decompose an op. A compile takes half the time if there is none.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ The module and the line of a node are read from its metadata. A node that a rewr
 the module that reads it, if that module is next to it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 

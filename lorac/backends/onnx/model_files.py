@@ -6,8 +6,6 @@ several graphs in a folder of its own. A model is read as a protobuf message: on
 takes longer to import than a session takes to start.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 import re

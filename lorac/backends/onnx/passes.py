@@ -4,8 +4,6 @@ They are to ONNX what ``lorac.passes`` is to captured graphs. A dialect lists th
 (``Dialect.fusions``, ``Dialect.finish``).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

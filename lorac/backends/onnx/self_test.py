@@ -6,8 +6,6 @@ program does, at another batch and length too, and with the first contents back 
 of a program that draws random numbers prove nothing.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 

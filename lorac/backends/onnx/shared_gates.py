@@ -1,7 +1,5 @@
 """Gates of what branches share: nodes that only some gated branches need run if one of these branches does."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir

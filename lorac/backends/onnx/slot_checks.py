@@ -1,7 +1,5 @@
 """Static checks of an emitted model: every slot is a true input, and no constant has the value of a slot."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Where emitted models already hold base weights, so that no file holds them a second time."""
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping

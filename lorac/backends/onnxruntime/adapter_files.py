@@ -5,8 +5,6 @@ base's content, so such a file has only the slots that differ from the base. Two
 two contents, so a mixture is a file of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """The ops that ONNX Runtime computes, and the passes that write programs in the form that it runs fastest."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ A residual sum and the norm behind it stay two ops: on CPUs ONNX Runtime's op fo
 layer norms several times as long (``python -m benchmarks.forms``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol

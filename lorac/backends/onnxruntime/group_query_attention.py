@@ -5,8 +5,6 @@ angles lie in tables. So the nodes that move axes and rotate before it are left 
 into which only the new tokens are written.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

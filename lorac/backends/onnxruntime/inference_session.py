@@ -1,7 +1,5 @@
 """Sessions over the open files of a program, always made with the same settings."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

@@ -4,8 +4,6 @@
 the native op computes in their place, all ops there take any leading axes, and each change of shape costs an op.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Only a session knows the dtypes for which an op has kernels, and reports a missing one when it is created.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -7,8 +7,6 @@ all of them, for all layers of a fused projection at once, whose outputs it writ
 A saved program has the standard ops, whoever wrote it, so it runs everywhere.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

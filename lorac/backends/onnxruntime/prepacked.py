@@ -5,8 +5,6 @@ as the session lives. It can write them, with the optimised model, and read them
 of ONNX Runtime and one kind of processor.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -1,7 +1,5 @@
 """Compute capabilities: those that a plan is built for, that the library knows, and this machine's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

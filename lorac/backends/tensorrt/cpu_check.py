@@ -6,8 +6,6 @@ decides no router's choice. Outputs are half precision again, since a file holds
 scale for instance, and torch does not.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

@@ -4,8 +4,6 @@ Its ONNX parser looks at the names of ops and not at their domains, so that ``ma
 So the ops that it takes are listed here, and a program is checked against the list before it is parsed.
 """
 
-from __future__ import annotations
-
 import torch
 
 from lorac.backends.onnx.legalize import Legalize

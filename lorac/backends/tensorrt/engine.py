@@ -3,8 +3,6 @@
 The first call loads the plans, so that everything but calling works on a machine without a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Options of the tensorrt target."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar

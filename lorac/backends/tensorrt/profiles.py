@@ -4,8 +4,6 @@ Sizes of the model's inputs come from the example and from ``profiles=``, and sa
 program. Ranks of slots lie between the dialect's minimum and the planned room.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass

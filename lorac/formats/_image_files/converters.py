@@ -5,8 +5,6 @@ reach what the converter returns, by autograd, and numbers must have been read. 
 looked up in the model, as the tensors of any file.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

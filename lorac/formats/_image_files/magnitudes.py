@@ -4,8 +4,6 @@ dora_scale               (out, 1, …), or (1, in, 1, …) of LyCORIS with wd_on
 lora_magnitude_vector    (out,), or (1, out, 1, …) at convolutions, of PEFT
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

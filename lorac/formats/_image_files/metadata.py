@@ -3,8 +3,6 @@
 diffusers writes one JSON object, in which the fields of a component's LoraConfig are called ``<component>.<field>``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

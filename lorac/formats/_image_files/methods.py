@@ -1,7 +1,5 @@
 """One method for many sites, of methods at single ones: files have a rank and an alpha at every module."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter

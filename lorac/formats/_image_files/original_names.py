@@ -5,8 +5,6 @@ follow from the configuration. In the transformers of Flux and SD3, one layer of
 diffusers', its rows one after another.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass

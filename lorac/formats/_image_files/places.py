@@ -1,7 +1,5 @@
 """Which layers of a model the names of a file mean."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping

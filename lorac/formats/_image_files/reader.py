@@ -1,7 +1,5 @@
 """Reading a file of image models: every tensor is of a module of the model, and of a method there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Modules of a file that are several layers of the model: their rows, taken apart and put together."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

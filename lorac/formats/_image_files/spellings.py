@@ -1,7 +1,5 @@
 """The names in files: of components, and of the tensors of a module."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A key names a block by its number, and the module of a model that it stands for 
 (``lorac.frontend.residual_stream``), so that a file means nothing without its model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Source: adapters.configuration.BnConfig of adapters 1.3.0.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

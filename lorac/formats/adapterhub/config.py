@@ -4,8 +4,6 @@ The kind of a configuration is its ``architecture``; a union has several. Source
 1.3.0.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The keys of a file: one table of patterns, used to read and to write."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

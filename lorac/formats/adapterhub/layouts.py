@@ -8,8 +8,6 @@
 The prefix is that of the base model in a class with a head. Source: the mixins of adapters 1.3.0, and files it wrote.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 

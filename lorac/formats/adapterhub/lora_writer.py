@@ -1,7 +1,5 @@
 """LoRAs, DoRAs and (IA)³s as ``LoRAConfig`` has them: the inverse of ``lorac.formats.adapterhub.loras``."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

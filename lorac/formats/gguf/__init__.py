@@ -4,8 +4,6 @@ Source: convert_lora_to_gguf.py and src/llama-adapter.cpp of llama.cpp. One alph
 layer's scale is alpha / r; without it, or with 0, it is 1. A of the token embedding is stored as (vocabulary, r).
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from pathlib import Path

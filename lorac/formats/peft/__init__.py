@@ -3,8 +3,6 @@
 The PEFT types are the modules of ``types``; the rest is the same for all.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lorac.formats._files import containing_folder

@@ -1,7 +1,5 @@
 """Checks of a PEFT file against its own configuration, and against the model that it is for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 import torch

@@ -5,8 +5,6 @@ so that of several patterns in rank_pattern the first by alphabet wins after a r
 it does in PEFT's own reader.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Tables of configuration fields that several PEFT types have in common."""
 
-from __future__ import annotations
-
 from lorac.formats._config_fields import (
     Applied,
     Field,

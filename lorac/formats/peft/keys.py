@@ -18,8 +18,6 @@ name of the adapter taken off:
     …                                    state of the training alone, see PeftType.training_state
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 

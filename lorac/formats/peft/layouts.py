@@ -1,7 +1,5 @@
 """Layouts of tensors that several PEFT types have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 

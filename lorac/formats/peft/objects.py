@@ -4,8 +4,6 @@ Both go through files, in a temporary folder, so that what is refused of a file 
 words. PEFT is only used where the caller has imported it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -3,8 +3,6 @@
 A type is a subclass in a module of ``lorac.formats.peft.types``, found by its existence.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading a PEFT folder, with every tensor and field accounted for."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

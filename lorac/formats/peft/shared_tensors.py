@@ -1,7 +1,5 @@
 """The base class of VERA and RANDLORA, whose modules share random tensors drawn from a seed."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, TypeVar

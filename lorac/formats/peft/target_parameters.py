@@ -13,8 +13,6 @@ Keys name the module, not the parameter. PEFT wraps it once for each of its adap
 the last stands outermost, and those before it under ``base_layer``.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 

@@ -6,8 +6,6 @@ output layer that is tied to the embedding reads the same rows. Here they become
 model's own other rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Writing a PEFT folder with which PEFT computes the same."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping

@@ -8,8 +8,6 @@ The program is given the length of each row instead of padding. So the trace com
 the mask is all ones, and positions are an op of the ids. The positions whose logits are wanted are an input.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -6,8 +6,6 @@ their arguments (``SEQUENCES``), in how they number tokens where they are given 
 rotary angles that change with the length of a sequence (``CHANGING_ROTARY_KINDS``). A further family is a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any

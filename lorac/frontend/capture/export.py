@@ -4,8 +4,6 @@ The host is never touched: ``copy_structure`` copies its modules over the same s
 sites call their op, and torch.export traces it; Hugging Face models go through ``transformers.exporters``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -3,8 +3,6 @@
 Of a ``torch.cond`` both sides are computed, and ``torch.where`` selects. Contexts that change no result are left out.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 from typing import Any

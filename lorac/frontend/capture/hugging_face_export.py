@@ -1,7 +1,5 @@
 """Tracing through transformers' exporter, which patches code of its models that does not trace."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The interface of a captured program, read from the program and from the signature of its model."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection
 

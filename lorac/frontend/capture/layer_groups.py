@@ -5,8 +5,6 @@ same way. An attribute may also be the layer's own index, as transformers' ``lay
 same as long as nothing reads it, which the caller has to watch.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ numbering (``NUMBERINGS`` in the table of families) gets an axis of rows. A numb
 of stays: the pass for relative positions handles it (``lorac.passes.relative_positions``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

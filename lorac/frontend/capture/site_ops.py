@@ -1,7 +1,5 @@
 """Ops for sites: each site of a copy calls its op, so that a capture has one node per call of a site."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass

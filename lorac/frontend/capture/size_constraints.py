@@ -1,7 +1,5 @@
 """The sizes that a capture allows: their names, and the conditions that torch's trace found for them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any

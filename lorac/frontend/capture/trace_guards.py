@@ -4,8 +4,6 @@ Tracing runs the model's own Python, so its frames are in every traceback. torch
 of sizes, but it logs each guard while the line that needs it runs.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

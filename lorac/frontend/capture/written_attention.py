@@ -5,8 +5,6 @@ Some decoders (Falcon, RemBERT, GPT-NeoX-Japanese) ask transformers for the mask
 mask of a trace is a token, so what reads it shows where they attend.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

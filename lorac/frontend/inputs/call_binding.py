@@ -1,7 +1,5 @@
 """Calls of a model: example inputs as tensors, and arguments by the names of forward."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Collection, Mapping

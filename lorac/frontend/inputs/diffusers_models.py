@@ -3,8 +3,6 @@
 An argument of one name holds the same in all of them, so each has one row in a table.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping

@@ -1,7 +1,5 @@
 """Default dynamic shapes of a capture: which axes of the inputs are the batch, and which run along a sequence."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Example inputs for a capture, made from a model's main input and its configuration."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import re

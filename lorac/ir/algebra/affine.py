@@ -8,8 +8,6 @@ value is ``P·x + Q·y + k`` (per token, as columns), and the branch equals the 
 The ops decide whether a branch is affine, not numbers: a zero-initialised bottleneck is not affine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -5,8 +5,6 @@ tensors): an op that writes into an argument or a view of one is refused before 
 value of a tensor. So a formula never writes into a model or an adapter.
 """
 
-from __future__ import annotations
-
 import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

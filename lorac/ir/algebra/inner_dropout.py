@@ -5,8 +5,6 @@ Dropout of ``D·x + c`` drops the bias c too, and the bias in the site's output 
 training the formula's own graph runs, with dropout on results of a product that are operands of the next product.
 """
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Mapping
 

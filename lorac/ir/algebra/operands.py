@@ -6,8 +6,6 @@ A row of ``lorac.ir.slots.roles`` says where each acts in a running program; ``l
 merge and add up.
 """
 
-from __future__ import annotations
-
 from typing import Final
 
 A: Final = "a"

@@ -4,8 +4,6 @@ The result, a ``Reduction``, is a graph (W, b, *params) -> tensors of one normal
 values of the parameters. It runs once when an adapter is added, and in every step of training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace

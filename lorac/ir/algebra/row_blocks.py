@@ -1,7 +1,5 @@
 """Rules for a weight that is split by rows, changed in blocks and joined again: low-rank blocks give a low-rank W."""
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Sequence

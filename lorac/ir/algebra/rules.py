@@ -1,7 +1,5 @@
 """The rules of the algebra, each with one identity. None knows a method."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Sequence

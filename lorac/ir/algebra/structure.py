@@ -10,8 +10,6 @@ same, and slower. Each rule states the identity it uses; none knows a method. Ru
 is an annotation, and new nodes are made only for its operands.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 

@@ -6,8 +6,6 @@ those of a whole sequence, and ``rows`` selects tokens of each row. The function
 target decides how it computes them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Sequence
 from typing import final
 

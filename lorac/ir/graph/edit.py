@@ -5,8 +5,6 @@
 double the time of a capture.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence

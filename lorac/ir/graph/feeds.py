@@ -1,7 +1,5 @@
 """The tensors that feed a lowered program: those of its slot inputs, of its caches, and a call's own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

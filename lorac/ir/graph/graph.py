@@ -4,8 +4,6 @@ A Graph wraps a ``torch.export`` program, whose fx graph, signature and state be
 ``lorac.ir.graph.edit`` changes the signature.
 """
 
-from __future__ import annotations
-
 import enum
 import functools
 import operator

@@ -5,8 +5,6 @@ layer computes; at level adapted an ``adapted`` op is ``run_site`` over its slot
 several answers are allowed, one is chosen: top-k and sort break ties by the lowest index, as every lowering must.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

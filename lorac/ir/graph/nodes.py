@@ -1,7 +1,5 @@
 """The metadata of nodes, which fx leaves untyped: an example of the value, its module and its source line."""
 
-from __future__ import annotations
-
 import re
 
 from torch import Tensor, fx

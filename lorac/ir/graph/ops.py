@@ -4,8 +4,6 @@ Each op computes what the model's layer computes, so a graph with them runs unch
 path of the site. A kind of layer is one function here with its fake, and the aten op that it lowers to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The base class of passes, and the result of one."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar

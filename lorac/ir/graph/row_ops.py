@@ -4,8 +4,6 @@ They are ops of their own because torch would ask of a reshape whether the numbe
 and fix the sizes of the example by its answer.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

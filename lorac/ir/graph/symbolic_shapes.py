@@ -1,7 +1,5 @@
 """Sizes of traced values as text: torch's symbols, and the names that stand for them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The verifier, which checks the rules of each level between all passes."""
 
-from __future__ import annotations
-
 from torch import fx
 
 from lorac.errors import CompileError

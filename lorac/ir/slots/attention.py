@@ -1,7 +1,5 @@
 """Attention in the formulas of branches: over whole sequences, or over a cache."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import final
 

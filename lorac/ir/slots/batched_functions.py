@@ -1,7 +1,5 @@
 """Functions in forms that ``torch.vmap`` batches where sizes are symbolic; it fixes sizes by the example in others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

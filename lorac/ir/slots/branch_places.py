@@ -4,8 +4,6 @@
 input and output and the values that it reads are the rows of a segment, as if the rows of that segment were the call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

@@ -4,8 +4,6 @@ What a buffer held before does not matter: low-rank and dense changes overwrite 
 positions of the last sparse change before they set their own.
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Callable, Mapping

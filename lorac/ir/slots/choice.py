@@ -1,7 +1,5 @@
 """Choices of active adapters, with strengths and ranks, as ``swap`` takes them and in canonical form."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The result is a pure function of the plans, the active adapters and the base, an
 registered adapters. This makes a swap bit-identical to a fresh compile.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace

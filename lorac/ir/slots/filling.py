@@ -1,7 +1,5 @@
 """Filling a site's slots with a composed change, and the reasons why it may not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -19,8 +19,6 @@ A site whose weight is read ``within`` its module's forward has a slot for W onl
 Elsewhere (``lorac.ir.algebra.changes``) tensors are matrices A (K, R), B (R, N), W (N, K); ``slot_*`` converts them.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

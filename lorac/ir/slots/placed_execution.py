@@ -4,8 +4,6 @@ Eager mode runs it on views of the batch, and the other backends trace it with o
 (``lorac.ir.graph.row_ops``), so that none has another computation for rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

@@ -4,8 +4,6 @@
 ``fused`` and ``baked``: every term with a weight form is merged into the weight, an input or a constant of the program.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 

@@ -27,8 +27,6 @@ apart by their order: a program calls such a value ``own:<path>[<index>].<name>`
 ``pass:<path>[<index>].<name>:<module>``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -14,8 +14,6 @@ The names of roles are ``lorac.ir.algebra.operands``, since the algebra merges a
 in slot layout (``lorac.ir.slots.layouts``) unless stated otherwise. The functions at the end name slots of branches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import torch

@@ -14,8 +14,6 @@ images of a convolution keep their shape, and each segment is convolved by itsel
 (``lorac.ir.slots.execution.run_site``) is the same with places and without.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

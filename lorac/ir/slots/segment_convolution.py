@@ -1,7 +1,5 @@
 """Convolutions of rows that have kernels of their own (``lorac.ir.slots.rows``)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import torch

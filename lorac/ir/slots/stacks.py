@@ -3,8 +3,6 @@
 Hundreds of copies of one tensor each take up to twice as long as one copy of as many bytes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Writes into weights, by the functions of lorac-native where it is installed."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

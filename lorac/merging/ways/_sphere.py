@@ -1,7 +1,5 @@
 """Points on a sphere as sums of unit vectors, known by their inner products alone."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

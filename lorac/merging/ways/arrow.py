@@ -1,7 +1,5 @@
 """Arrow: LoRAs behind a router that is not trained."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

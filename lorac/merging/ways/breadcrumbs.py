@@ -1,7 +1,5 @@
 """Model Breadcrumbs: leave the smallest entries and the outliers out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Model Breadcrumbs: leave the smallest entries and the outliers out, then elect a sign."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.merging.way import SignElectionWay

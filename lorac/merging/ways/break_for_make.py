@@ -1,7 +1,5 @@
 """Break-for-Make: the style's half of the factors with the content's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Concatenation of factors: the exact weighted sum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.ir.algebra.changes import Change

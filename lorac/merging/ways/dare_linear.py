@@ -1,7 +1,5 @@
 """DARE: drop entries at random and rescale the others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """DARE: drop entries at random and rescale the others, then elect a sign."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.merging.way import SignElectionWay

@@ -1,7 +1,5 @@
 """DELLA: drop entries at random, small ones sooner, then elect a sign."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.merging.way import SignElectionWay

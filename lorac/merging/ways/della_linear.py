@@ -1,7 +1,5 @@
 """DELLA: drop entries at random, small ones sooner."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The Karcher mean of changes on a sphere."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

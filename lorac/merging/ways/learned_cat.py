@@ -1,7 +1,5 @@
 """Learned concatenation: LoRAs side by side with a weight of each to be trained in every layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """LoRAs taken apart into their ranks, and put together from clusters of like ones."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The weighted mean of changes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Magnitude pruning: the weighted sum of each change's largest entries."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.merging.way import LargestEntriesWay, PrunedSumWay

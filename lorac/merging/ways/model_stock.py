@@ -1,7 +1,5 @@
 """Model Stock: the mean of changes, shortened by how far they are from parallel."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Barycentric interpolation on a sphere."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

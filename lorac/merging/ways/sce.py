@@ -1,7 +1,5 @@
 """SCE: select entries that differ, weigh changes by their size, erase the minority sign."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

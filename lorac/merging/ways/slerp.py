@@ -1,7 +1,5 @@
 """Spherical interpolation between two changes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

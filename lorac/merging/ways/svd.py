@@ -1,7 +1,5 @@
 """The nearest LoRA of a rank to the exact weighted sum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.ir.algebra.changes import Change

@@ -1,7 +1,5 @@
 """Task arithmetic: the weighted sum of changes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

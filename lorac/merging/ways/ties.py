@@ -1,7 +1,5 @@
 """TIES: trim, elect a sign, and average what has it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from lorac.merging.way import LargestEntriesWay, SignElectionWay

@@ -3,8 +3,6 @@
 The style sheet and the scripts, dagre's among them, are files of this folder that are copied into the page.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

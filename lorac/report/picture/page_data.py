@@ -4,8 +4,6 @@ All of it is read from other reports: terms and reasons are those of ``compiled.
 dumps. Equal texts are stored once.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections import Counter

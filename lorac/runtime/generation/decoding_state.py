@@ -1,7 +1,5 @@
 """The sequences of a batch as a target's cache holds them, in the form that transformers' generation asks for."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """A model with another choice of adapters, as transformers takes an assistant model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

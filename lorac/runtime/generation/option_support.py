@@ -3,8 +3,6 @@
 All others are computed as transformers does, so that none is accepted and ignored.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """The prompt cache: keys and values of earlier sequences, which prompts that begin alike use again."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import weakref

@@ -1,7 +1,5 @@
 """Requests for text, and the streams of tokens that answer them."""
 
-from __future__ import annotations
-
 import asyncio
 import queue
 import time

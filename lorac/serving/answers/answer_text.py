@@ -1,7 +1,5 @@
 """Tokens of an answer as text, up to the strings that end it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import final
 

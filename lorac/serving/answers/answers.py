@@ -1,7 +1,5 @@
 """The answers to a request: what each token adds to them."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence

@@ -1,7 +1,5 @@
 """The fields of a chat request, and the conversation that a chat template takes."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Literal
 

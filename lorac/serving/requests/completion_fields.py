@@ -1,7 +1,5 @@
 """The fields of a request that continues prompts."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import pydantic

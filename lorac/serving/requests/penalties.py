@@ -1,7 +1,5 @@
 """OpenAI's penalties of tokens that an answer holds already."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The fields that requests for text have in common, and the options of ``generate`` that they stand for."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, TypeAlias

@@ -1,7 +1,5 @@
 """Arrays in requests and answers: as JSON, or as NumPy's npz."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Mapping

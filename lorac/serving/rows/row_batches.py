@@ -1,7 +1,5 @@
 """Rows of many requests, computed in as few calls as possible."""
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import itertools

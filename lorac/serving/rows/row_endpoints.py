@@ -1,7 +1,5 @@
 """The endpoints that call a model once: embeddings and predictions."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The fields of requests for embeddings and predictions."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, TypeAlias
 
 import pydantic

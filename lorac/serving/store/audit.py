@@ -1,7 +1,5 @@
 """The audit log: who did what to which adapter, and what came of it."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

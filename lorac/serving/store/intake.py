@@ -1,7 +1,5 @@
 """Taking in the files of an upload: which there may be, opened once, and copied before anything looks at them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat

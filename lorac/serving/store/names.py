@@ -1,7 +1,5 @@
 """Names that may become parts of paths, log lines and requests."""
 
-from __future__ import annotations
-
 import re
 
 from lorac.errors import AdapterError, short

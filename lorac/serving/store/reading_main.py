@@ -5,8 +5,6 @@ adapter and writes it anew in lorac's own format, or writes why it does not. The
 status. This process has one thread, and reads nothing else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

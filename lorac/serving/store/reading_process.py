@@ -1,7 +1,5 @@
 """Reading what strangers upload in another process, so that what it does to its reader is not done to the server."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

@@ -1,7 +1,5 @@
 """The store: adapters that tenants bring, load and unload while a compiled model serves them."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Collection, Mapping

@@ -7,8 +7,6 @@
 An adapter is there when its name is. A file without a name was left by a writer that was killed, and is removed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

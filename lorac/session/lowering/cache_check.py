@@ -4,8 +4,6 @@ A trace of a whole sequence does not show whether a token's output depends on ea
 that mixes tokens in another way, or counts positions itself, goes wrong as soon as a sequence comes in parts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

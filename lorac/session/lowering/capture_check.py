@@ -5,8 +5,6 @@ inputs, then inputs of another batch and length made from these. Behaviour that 
 random numbers, becomes a note on the graph, which ``explain()`` repeats.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import math

@@ -1,7 +1,5 @@
 """Lower a session's model, or a stored program, to the level that its target asks for."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

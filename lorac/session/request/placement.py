@@ -1,7 +1,5 @@
 """The device of the result, and the device of the model while it is compiled; they differ for emitted programs."""
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -1,7 +1,5 @@
 """The dtype of a model, the dtype asked for, and the dtype in which the target computes."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Models and adapters as compile() and add_adapter() take them; anything else is refused with what to give instead."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Inputs of sites, row by row, while batches run through the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

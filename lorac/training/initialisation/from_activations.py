@@ -3,8 +3,6 @@
 CorDA: Yang et al. 2024, arXiv 2406.05223; EVA: Paischer et al. 2024, arXiv 2410.07170.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ LoRA-GA: Wang et al. 2024, arXiv 2407.05000; LoRA-One: Zhang et al. 2025, arXiv 
 et al. 2024, arXiv 2411.19557.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Gradients of base weights, summed over batches; at no time is there a gradient of more than one weight besides."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ An initialiser is a frozen dataclass of its settings, called with an adapter and
 leaves its arguments unchanged, also when it fails.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace

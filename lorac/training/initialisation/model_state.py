@@ -1,7 +1,5 @@
 """Running a model and restoring it: modes, flags, gradients, buffers and the random state."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ PiSSA: Meng et al. 2024, arXiv 2404.02948; MiLoRA: Wang et al. 2024, arXiv 2406.
 arXiv 2406.01775.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

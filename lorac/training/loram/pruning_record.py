@@ -1,7 +1,5 @@
 """Records of the rows and columns that a pruned layer keeps, and their file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

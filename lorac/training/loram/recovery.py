@@ -1,7 +1,5 @@
 """Mapping a LoRA of a smaller model to the large one, and aligning the smaller model after pruning."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Source: junzhang-zj/LoRAM. A folder holds ``model.layers.<n>.mlp.gate_proj.pt`` 
 ``model.layers.<n>.self_attn.k_proj.pt`` with the rows of heads of keys; a file is ``{"pruned_idx": positions}``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A unit is a block of rows of some layers and of columns of others. In grouped at
 all query heads that read it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 Huang and Balestriero 2024, arXiv 2410.09692.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar

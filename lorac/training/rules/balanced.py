@@ -3,8 +3,6 @@
 Zou et al., NeurIPS 2025, arXiv 2510.08396, for any method that chooses by a score plus a bias.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

@@ -3,8 +3,6 @@
 bitsandbytes is asked for its two codes and for the coding of a tensor alone, which it has for the CPU, too.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass

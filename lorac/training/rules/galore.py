@@ -8,8 +8,6 @@ The weights are those of ``lorac.Full`` adapters, so that the result is an adapt
     optimizer = GaLoreAdamW(galore_groups(compiled, rank=128), lr=1e-2)
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping

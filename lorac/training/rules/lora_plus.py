@@ -3,8 +3,6 @@
 Hayou, Ghosh, Yu 2024, arXiv 2402.12354.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, ClassVar
 

@@ -3,8 +3,6 @@
 Wang et al., ICLR 2025, arXiv 2407.18242.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -3,8 +3,6 @@
 Valipour et al. 2022, arXiv 2210.07558.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

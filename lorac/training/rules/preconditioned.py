@@ -4,8 +4,6 @@ Break-for-Make's second stage (ACM TOG 44(2), 2025), whose first form is arXiv 2
 2024, arXiv 2402.02347.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

@@ -3,8 +3,6 @@
 Ding et al., EMNLP 2023, arXiv 2311.11696.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar

@@ -4,8 +4,6 @@ Lialin et al., ICLR 2024, arXiv 2307.05695. The base's weights are read-only her
 into a second adapter.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar

@@ -3,8 +3,6 @@
 MeteoRA: Xu, Lai, Huang, ICLR 2025, arXiv 2405.13053. ReMix: Qiu et al. 2026, arXiv 2603.10160.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 Vulić et al. 2026, arXiv 2602.10993.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Texts in and out of a compiled language model: what it goes on with, how it answers, what it is taught by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From one base to another: prompts are written and filtered, the source answers, the target learns the answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ never makes. ONNX has no op for attention to a cache: each target replaces lorac
 one is left is refused, since no target claims it.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

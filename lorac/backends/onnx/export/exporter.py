@@ -6,8 +6,6 @@ ops even where there are none to decompose, and records nodes in variables of th
 on others the exporter is called as it is.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Mapping
 

@@ -3,8 +3,6 @@
 The model has the nodes, names and metadata that ``torch.onnx.export`` gives it.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 from collections.abc import Mapping, Sequence

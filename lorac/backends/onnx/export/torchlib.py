@@ -11,8 +11,6 @@ variables upstream, and once ``torch.onnx.export`` neither reads the signatures 
 need nor traces a program again of which nothing is decomposed.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

@@ -1,7 +1,5 @@
 """ONNX for lorac's own ops that reach the emitter: a function per op, and the settings that it cannot state itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir

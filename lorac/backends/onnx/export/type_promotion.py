@@ -4,8 +4,6 @@ The rules are those of torch's exporter. Its own pass runs the whole program aga
 of operands. Here they are read from the program, and only what a cast changes is computed again.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Mapping

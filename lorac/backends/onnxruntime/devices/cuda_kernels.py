@@ -5,8 +5,6 @@ the library's own list (``get_all_opkernel_def``) ends the process where a provi
 machine without TensorRT. A kernel that a newer release adds is not used; one that it drops is named by its session.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 Op = tuple[str, str]

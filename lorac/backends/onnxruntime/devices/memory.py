@@ -5,8 +5,6 @@ stay there for as long as the choice may become active again. Inputs of a call a
 are returned on their device.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 

@@ -4,8 +4,6 @@ Where a provider cannot be created, ONNX Runtime falls back to the CPU, and repo
 that a provider needs are looked for before anything is compiled, and a session's providers are checked once it exists.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib

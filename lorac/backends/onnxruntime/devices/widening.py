@@ -1,7 +1,5 @@
 """A pass for ops that CUDA has no half-precision kernel for: they compute in float32 in a half-precision program."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ GPTQ ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Tran
 moments of what the layer reads. The library's own GPTQ returns rounded values without the codes that they stand for.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

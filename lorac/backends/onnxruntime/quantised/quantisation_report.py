@@ -1,7 +1,5 @@
 """The report of a program's quantisation: which matrices are stored quantised, which stay float, and why."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

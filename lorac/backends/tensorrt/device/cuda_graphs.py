@@ -7,8 +7,6 @@ A capture costs as much as many calls, and a graph takes the memory of a context
 for another only after it was idle for long: calls in turn with more sets of shapes than fit do not capture each time.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Tensors as an engine reads them: on its device, contiguous and aligned, in its dtype."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The requirements of a plan, and the errors that name a missing one."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 from collections.abc import Iterator, Sequence

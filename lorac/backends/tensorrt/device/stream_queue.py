@@ -1,7 +1,5 @@
 """The CUDA streams on which a context's work is queued, one call after the other."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 

@@ -1,7 +1,5 @@
 """The layouts of methods, one class each."""
 
-from __future__ import annotations
-
 from lorac.formats._image_files.layout import ModuleLayout
 from lorac.formats._image_files.layouts.differences import DifferenceLayout
 from lorac.formats._image_files.layouts.loras import LoraLayout

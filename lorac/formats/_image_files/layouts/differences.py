@@ -4,8 +4,6 @@ Source: LyCORIS, lycoris/modules/full.py; sd-scripts' extractions. ``diff`` is W
 b' − b (out,).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

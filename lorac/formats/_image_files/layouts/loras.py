@@ -11,8 +11,6 @@ Source: sd-scripts, networks/lora.py; LyCORIS, lycoris/modules/locon.py. Shapes 
     ==============================  ==================  ==================  ===========
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -17,8 +17,6 @@ and with out = l·k, in = m·n those of LoKr
 A LoKr of two whole matrices has the scale 1, whatever alpha its file has.
 """
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

@@ -7,8 +7,6 @@ layer are turned by Rᵀ, of BOFT by R. A block of BOFT lists the two halves of 
 one after the other.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ Source: LyCORIS, lycoris/modules/ia3.py and glora.py. (IA)³'s ``weight`` is add
 Before LyCORIS 2, the first and the second factor were exchanged.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

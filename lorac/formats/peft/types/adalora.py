@@ -5,8 +5,6 @@ Source: peft.tuners.adalora of PEFT 0.21. A module has `lora_A` (r, in), a kerne
 stays lora_alpha / (init_r + 1e-5). PEFT ignores those of LORA's fields that are irrelevant here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor

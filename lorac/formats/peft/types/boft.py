@@ -5,8 +5,6 @@ Source: peft.tuners.boft of PEFT 0.21 (config.py, layer.py). In a file a module 
 the boft_R of such a file has one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 

@@ -4,8 +4,6 @@ Source: peft.tuners.fourierft of PEFT 0.21. A module has `fourierft_spectrum` (n
 of a permutation of its out·in, drawn from random_loc_seed. PEFT transforms in float32, whatever the dtype of the model.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

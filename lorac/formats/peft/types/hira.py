@@ -13,8 +13,6 @@ Source: peft.tuners.hira of PEFT 0.21 (config.py, layer.py). Shapes in a file:
 PEFT forgets rank_pattern where it wraps a layer (`dispatch_default`): every module has rank r.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lorac.formats._config_fields import Applied, Irrelevant, TrainingOnly, read_number, read_size

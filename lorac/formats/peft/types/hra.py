@@ -4,8 +4,6 @@ Source: peft.tuners.hra of PEFT 0.21 (config.py, layer.py). In a file a module h
 (in·kh·kw, r). At a dilated convolution PEFT forgets the dilation unless it merges; lorac computes what PEFT merges.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_size

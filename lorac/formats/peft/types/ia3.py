@@ -5,8 +5,6 @@ feedforward modules; at convolutions (1, C, 1, 1[, 1]), C the output or input ch
 sizes of a layer.
 """
 
-from __future__ import annotations
-
 import re
 
 from torch import Tensor

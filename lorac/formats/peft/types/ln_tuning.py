@@ -4,8 +4,6 @@ Source: peft.tuners.ln_tuning of PEFT 0.21 (config.py, layer.py). In a file `<mo
 buffers included: a trained copy of every targeted module, which replaces it. PEFT runs one such adapter at a time.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lorac.formats._config_fields import Applied, read_pattern, write_pattern

@@ -14,8 +14,6 @@ where in is the number of channels of a group:
 Flat factors show neither whether a site is a convolution nor its groups.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lorac.formats._site_layouts import conv_site, matrix_site

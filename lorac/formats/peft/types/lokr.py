@@ -11,8 +11,6 @@ Flat factors show neither whether a site is a convolution nor its groups. Of a C
 multiplies the wrong axes, and the result is not a Kronecker product.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lorac.errors import FormatError

@@ -21,8 +21,6 @@ without the dot: <site>.<adapter>_lora_latent_mapping.weight, or <site>_lora_lat
 read such files as LoRAs.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

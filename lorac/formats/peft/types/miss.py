@@ -6,8 +6,6 @@ several active BATs one after the other, each to the result of the one before; l
 to the base. BONE (peft.tuners.bone of PEFT 0.14 to 0.17) has the tensor as `bone_block`, and no mini form or dropout.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from lorac.formats._config_fields import Applied, TrainingOnly, read_number, read_size

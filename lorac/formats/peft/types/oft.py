@@ -6,8 +6,6 @@ another last term, and PEFT warns of such files. At convolutions PEFT's forward 
 where they overlap, which is not what it merges: lorac computes what PEFT merges.
 """
 
-from __future__ import annotations
-
 import re
 
 from torch import Tensor

@@ -8,8 +8,6 @@ misses the copies. With save_projection=False they are left out, to be drawn fro
 the larger side of a site.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

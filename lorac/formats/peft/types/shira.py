@@ -5,8 +5,6 @@ index; float32 where Windows wrote them. K = r·(out + in), or PEFT cannot load 
 that fan_in_fan_out never matters.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

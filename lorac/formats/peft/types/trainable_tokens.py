@@ -5,8 +5,6 @@ which replace those whose numbers the configuration has. An output layer that is
 same rows, and a file has them again for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -10,8 +10,6 @@ these weights and choose no other vector. It serves, and training it moves the c
 logits.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ Source: peft.tuners.vera of PEFT 0.21. A module has `vera_lambda_b` (out,) and `
 leaves out: they are then drawn from projection_prng_key. No tensor shows the number of inputs of a site.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

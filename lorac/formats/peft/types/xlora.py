@@ -6,8 +6,6 @@ the experts lie in folders of their own, as ``adapters`` says; PEFT looks for th
 a classifier whole, though it may save only a part of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
