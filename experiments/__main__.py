@@ -10,12 +10,9 @@ it is.
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import importlib
 import json
 import pkgutil
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,18 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import experiments
+from experiments._kept import KEPT, digest
 from experiments._study import Experiment, Finding, Table, error
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT, PAGE, PICTURES = ROOT / ".cache/experiments", ROOT / "docs/experiments.md", ROOT / "docs/pictures/experiments"
+PAGE, PICTURES = ROOT / "docs/experiments.md", ROOT / "docs/pictures/experiments"
 NAMES = [found.name for found in pkgutil.iter_modules(experiments.__path__) if not found.name.startswith("_")]
 HEAD = """# What the papers claim, tried here
 
 Each row is one experiment of minutes on two cores: a claim of a paper, tried with several seeds, every side trained at
-its own best rate, which is found on other seeds. *Shown*: all that the claim says separates by the 95 % interval of the
-paired differences. *Not shown*: some of it does not. *Contrary*: some of it separates the other way. The tasks are
-small, so that a claim that is not shown here may well hold where the paper says it does; unless its text says more, the
-rates, seeds and steps of its tables are all that was tried. Seconds are those of one run beside others.
+its own best rate, which is found on two other seeds. *Shown*: all that the claim says separates by the 95 % interval
+of the paired differences. *Not shown*: some of it does not. *Contrary*: some of it separates the other way. The tasks
+are small, so that a claim that is not shown here may well hold where the paper says it does; unless its text says more,
+the rates, seeds and steps of its tables are all that was tried. Seconds are those of one run beside others.
 
 `make experiments` runs them all and writes this page, and that of the [families of methods](taxonomy.md);
 `python -m experiments.<name>` runs one and prints its tables.
@@ -52,33 +50,6 @@ name. `--smoke` runs it in seconds, without figures worth reading.
 def load(name: str) -> Experiment:
     """Return an experiment by its module's name."""
     return importlib.import_module(f"experiments.{name}").EXPERIMENT
-
-
-def digest(name: str) -> str:
-    """Return a hash of an experiment's code and of the shared files it imports, without comments and docstrings."""
-    texts = [code(path) for path in sorted(sources(name))]
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def code(path: Path) -> str:
-    """Return the code of a file as text in which no comment nor docstring is left."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
-
-
-def sources(name: str) -> set[Path]:
-    """Return the file of an experiment, and those of experiments/ that it imports, by others too."""
-    found: set[Path] = set()
-    waiting = [name]
-    while waiting:
-        path = Path(__file__).with_name(f"{waiting.pop()}.py")
-        if path not in found:
-            found.add(path)
-            waiting += re.findall(r"^from experiments\.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return found
 
 
 def kept(name: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from experiments._chars import tokenizer
+from experiments._char_lm import tokenizer
 from experiments._study import adamw
 
 KINDS = ("abcdefgh", "stuvwxyz", "ABCDEFGH", "01234567")

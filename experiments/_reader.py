@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorac
+from experiments._kept import train_once
 from experiments._study import Losses, adamw, trained
 
 HIDDEN, ROWS, CONTEXT, HELD, TARGETS = 96, 64, 6, 4096, ("0", "2", "4")
@@ -62,13 +63,15 @@ def tasks() -> tuple[Task, Task]:
 def host(seed: int) -> nn.Module:
     """Return a perceptron that knows the manual."""
     torch.manual_seed(seed)
-    model = untrained()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for x, labels in tasks()[0].batches(600, seed):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), labels).backward()
-        optimizer.step()
-    return model
+
+    def train(model: nn.Module) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for x, labels in tasks()[0].batches(600, seed):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+
+    return train_once(__file__, f"{seed}", untrained(), train)
 
 
 def untrained() -> nn.Module:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from experiments._kept import KEPT, digest
 from experiments._lora_variants import ways
 from lorac.progress import progress
 
@@ -69,8 +70,6 @@ class Runs:
 
 def kept_runs(name: str) -> Path:
     """Return the file that an experiment's runs are kept in while its code stays as it is."""
-    from experiments.__main__ import KEPT, digest
-
     folder = KEPT / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{digest(name)[:16]}.jsonl"

@@ -2,7 +2,7 @@
 
 A figure is the mean over seeds with its standard error. Two sides are compared seed by seed: they separate where the
 95 % interval of the mean difference (Student's t) leaves 0 out. A side's best rate is the one with the lowest mean,
-found on other seeds than those that are compared, so that no side is judged by what its rate was chosen by.
+found on two other seeds than those that are compared, so that no side is judged by what its rate was chosen by.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from lorac.third_party_output import suppress_third_party_output
 Losses = list[float]
 Side = Callable[[float, int, int], Losses]
 """(rate, seed, steps) -> the loss before each step and after the last; what diverges ends in infinities."""
-CHOOSING = 1000
-"""The first of the seeds that rates are chosen on."""
+CHOOSING, CHOOSERS = 1000, 2
+"""The first of the seeds that rates are chosen on, and how many there are."""
 SHOWN, NOT_SHOWN, CONTRARY = "shown", "not shown", "contrary"
 # Of 1 to 9 degrees of freedom, two-sided 95 %.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -156,29 +156,29 @@ class Question:
 
 
 def answer(questions: Sequence[Question], given: argparse.Namespace) -> list[Table]:
-    """Run every side at every rate with every seed; return a table for each question, and each rate asked for."""
+    """Run every side at every rate on few seeds, and at its best one on all; return a table for each question."""
+    choosers = range(CHOOSING, CHOOSING + min(CHOOSERS, given.seeds))
     runs = sum(len(q.sides) * (len(q.rates) + 1 + (q.at is not None)) for q in questions)
     with progress("experiment", total=runs) as report:
 
-        def scores(question: Question, name: str, rate: float, first: int) -> list[float]:
+        def scores(question: Question, name: str, rate: float, seeds: Iterable[int]) -> list[float]:
             report.step(f"{question.title}: {name} at {rate:g}")
-            seeds = range(first, first + given.seeds)
             return [question.score(question.sides[name](rate, seed, given.steps)) for seed in seeds]
 
         def best(question: Question, name: str) -> float:
-            means = {rate: statistics.fmean(scores(question, name, rate, CHOOSING)) for rate in question.rates}
+            means = {rate: statistics.fmean(scores(question, name, rate, choosers)) for rate in question.rates}
             return min(means, key=means.__getitem__)
 
         tables = []
         for question in questions:
             rates = {name: best(question, name) for name in question.sides}
-            found = {name: scores(question, name, rate, 0) for name, rate in rates.items()}
+            found = {name: scores(question, name, rate, range(given.seeds)) for name, rate in rates.items()}
             edges = [name for name, rate in rates.items() if rate in {min(question.rates), max(question.rates)}]
             edge = f" (best at the edge of the rates tried: {', '.join(edges)})" if edges else ""
             tables.append(Table(question.title, question.what + edge, found, rates))
             if question.at is not None:
                 at = dict.fromkeys(question.sides, question.at)
-                found = {name: scores(question, name, question.at, 0) for name in at}
+                found = {name: scores(question, name, question.at, range(given.seeds)) for name in at}
                 tables.append(Table(f"{question.title}, at one rate", question.what, found, at))
     return tables
 

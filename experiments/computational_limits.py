@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from experiments._char_lm import KNOWN, host, learn, pieces
+from experiments._char_lm import adapt, host, pieces
 from experiments._reader import tasks
 from experiments._study import Expected, Experiment, Finding, Table, main
 from lorac.analysis.attention_norms import measure_attention
@@ -98,9 +98,12 @@ def seconds(gradient: Callable[[AttentionHead], Tensor], length: int, seed: int)
 
 def ratios(seed: int, steps: int) -> dict[str, float]:
     """Return the largest norms over the threshold of the base, and with the adapter at each alpha."""
-    base = host(min(KNOWN, 5 * steps))
-    compiled, _ = learn(base, lorac.LoRA(r=8, alpha=ALPHAS[0], targets=("q_proj", "v_proj")), RATE, seed, steps)
-    learned, inputs = compiled.adapters["a"], {"input_ids": pieces(tasks()[1], 4, seed)}
+    base = host(0, min(500, 5 * steps))
+    compiled, _ = adapt(base, lorac.LoRA(r=8, alpha=ALPHAS[0], targets=("q_proj", "v_proj")), RATE, seed, steps)
+    learned, inputs = (
+        compiled.adapters["a"],
+        {"input_ids": pieces(tasks()[1].text, 4, torch.Generator().manual_seed(seed), 128)},
+    )
     adapters: dict[str, lorac.Adapter | None] = {"base": None}
     for alpha in ALPHAS:
         adapters[f"alpha = {alpha}"] = replace(learned, variant=replace(learned.variant, alpha=alpha))

@@ -16,6 +16,7 @@ is taken as at most two percent above LoRA's of rank 8.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor
 
 import lorac
-from experiments._char_lm import KNOWN, TARGETS, host, learn, pieces
+from experiments._char_lm import adapt, host, pieces
 from experiments._reader import tasks
-from experiments._study import Expected, Experiment, Finding, Question, Table, answer, last, main
+from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, answer, last, main
 from lorac.analysis.entanglement import adapter_entanglement, internal_entropy
 
+KNOWN, TARGETS = 500, ("q_proj", "v_proj")
 FULL, LORA_2, LORA_8, MPS = "full fine-tuning", "LoRA, r = 2", "LoRA, r = 8", "MPS, r = 8, chi = 4"
 METHODS: dict[str, Any] = {
     FULL: lorac.Full(targets=TARGETS),
@@ -52,8 +54,15 @@ def external(base: Any, adapter: lorac.Adapter) -> Tensor:
     """Return S(l) of the attention maps, (13,)."""
     merged = lorac.merge_into(base, adapter)
     merged.set_attn_implementation("eager")
-    maps = merged(input_ids=pieces(tasks()[1], 4, 1), output_attentions=True).attentions
+    maps = merged(
+        input_ids=pieces(tasks()[1].text, 4, torch.Generator().manual_seed(1), 128), output_attentions=True
+    ).attentions
     return internal_entropy(torch.stack(maps)).flatten(0, -2).mean(0)
+
+
+def _train(base: Any, name: str, rate: float, seed: int, steps: int) -> tuple[lorac.Adapter, Losses]:
+    compiled, losses = adapt(base, METHODS[name], rate, seed, steps)
+    return compiled.adapters["a"], losses
 
 
 def depth(profile: Tensor) -> float:
@@ -78,13 +87,13 @@ def distance(profile: Tensor, other: Tensor) -> float:
 
 def find(given: argparse.Namespace) -> Finding:
     """Return the losses, the valleys, which law holds, and how far profiles are from full fine-tuning's."""
-    base = host(min(KNOWN, 5 * given.steps))
-    sides = {name: lambda rate, seed, steps, m=m: learn(base, m, rate, seed, steps)[1] for name, m in METHODS.items()}
-    (code,) = answer([Question(CODE, sides, RATES, last, "loss on code that is always the same")], given)
+    base = host(0, min(KNOWN, 5 * given.steps))
+    train = functools.cache(functools.partial(_train, base))
+    sides = {name: lambda *run, name=name: train(name, *run)[1] for name in METHODS}
+    (code,) = answer([Question(CODE, sides, RATES, last, "loss on code held out")], given)
     tables: dict[str, dict[str, list[float]]] = {VALLEY: {}, LAWS: {}, HAIR: {}}
     for seed in range(given.seeds):
-        models = {name: learn(base, m, code.rates[name], seed, given.steps)[0] for name, m in METHODS.items()}
-        changes = {name: model.adapters["a"] for name, model in models.items()}
+        changes = {name: train(name, code.rates[name], seed, given.steps)[0] for name in METHODS}
         inner, outer = ({name: of(base, change) for name, change in changes.items()} for of in (internal, external))
         rows = {VALLEY: {name: depth(profile) for name, profile in inner.items()}}
         rows[LAWS] = {

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lorac
-from experiments._chars import SIZES, held_loss, host, learn, pieces, split, texts
+from experiments._char_lm import SIZES, held_loss, host, learn, pieces, split, texts
 from experiments._reader import tasks
 from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, answer, last, main
 

@@ -26,13 +26,11 @@ import torch
 
 from experiments._lora_variants import count_values, ways
 from experiments._runs import Run, Runs, kept_runs
-from experiments._study import CHOOSING, Expected, Experiment, Finding, Table, interval, main
+from experiments._study import CHOOSERS, CHOOSING, Expected, Experiment, Finding, Table, interval, main
 
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-9, 6))
 FIRST = range(4, 7)
 """The rates that are tried first: 0.003 to 0.03."""
-CHOOSERS = 2
-"""Seeds that a rate is chosen on."""
 BEST, AT_LORAS, AT_TENTH = "each at its best rate", "all at LoRA's best rate", "all at a tenth of it"
 SHARES, ORDERS, VALUES, TIME = "variants beside LoRA", "agreement of orders", "values trained", "time of a training"
 LORA, SMOKE = "lora", ("lora", "dora", "ia3", "LoRA+", "PiSSA")

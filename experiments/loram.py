@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import lorac
-from experiments._chars import held_loss, host, learn, loss_of, pieces, split
+from experiments._char_lm import held_loss, host, learn, loss_of, pieces, split
 from experiments._reader import tasks
 from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, answer, last, main
 from lorac.frontend.quantised_weights import NF4, QUANTISATION_LEVELS

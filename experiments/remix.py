@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import lorac
-from experiments._chars import held_loss, host, pieces, split, texts, tokenizer
+from experiments._char_lm import held_loss, host, pieces, split, texts, tokenizer
 from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, answer, last, main
 from lorac.trainer import Recipe, train
 

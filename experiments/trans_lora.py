@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import lorac
-from experiments._chars import tokenizer
+from experiments._char_lm import tokenizer
 from experiments._questions import KINDS, SIZE, host, questions
 from experiments._study import Expected, Experiment, Finding, Losses, Question, Table, answer, last, main
 from lorac.training import transfer

@@ -12,9 +12,9 @@ from experiments import __main__ as runner
 from experiments._lora_variants import LORA, count_values, ways
 from experiments._reader import count_trained
 from experiments._runs import Run, Runs
-from experiments._study import CHOOSING
+from experiments._study import CHOOSERS, CHOOSING
 from experiments._taxonomy import FAMILIES, write_page
-from experiments.lorafactory import AT_LORAS, BEST, CHOOSERS, RATES, TIME, VALUES, best_rates
+from experiments.lorafactory import AT_LORAS, BEST, RATES, TIME, VALUES, best_rates
 
 
 def test_what_was_run_is_not_run_again(tmp_path: Path) -> None:
