@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import itertools
 import json
-import os
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from campaigns.soak import resident
 
 COPY, AGAIN, PREPARED = "copy of its bytes", "copy of its bytes, A/A", "a prepared adapter into its place"
 READ, READ_AGAIN, SWAP = "reading its file", "reading its file, A/A", "a swap to a prepared adapter"
@@ -160,13 +158,6 @@ def _active() -> Any:
     from lorac import Active
 
     return Active()
-
-
-def resident() -> int:
-    """Return the bytes of this process in memory."""
-    gc.collect()
-    samples = [int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") for _ in range(3)]
-    return int(statistics.median(samples))
 
 
 def tables(found: common.Found, given: argparse.Namespace) -> Sequence[common.Table]:

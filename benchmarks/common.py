@@ -30,6 +30,8 @@ from lorac.third_party_output import hide_progress_bars, suppress_third_party_ou
 Side = Callable[[], Any]
 Job = tuple[str, ...]
 Found = Mapping[Job, Mapping[str, Any]]
+WARM_UP = 2
+"""Calls of each side before it is timed."""
 # Sessions of one model in one process differ by the pages they land on; huge pages make them alike.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 LIBRARIES = ("torch", "onnxruntime", "transformers", "peft", "lorac")
@@ -313,7 +315,7 @@ def plain_export(model: Any, path: Path) -> None:
 
 # ── Figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def alternate(
-    sides: Mapping[str, Side], rounds: int, warm_up: int = 2, clock: Callable[[], float] = time.perf_counter
+    sides: Mapping[str, Side], rounds: int, warm_up: int = WARM_UP, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
     """Seconds per call of each side by a clock: the median over rounds, order shuffled in each."""
     names = list(sides)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bank, common
+from campaigns.soak import resident
 
 ROWS, DISTINCT = 32, (1, 8, 9, 32)
 EAGER = "eager"
@@ -38,6 +39,8 @@ NATIVE: dict[str, bool | str] = {"auto": "auto", "no": False, "yes": True, "floa
 BASE, AGAIN, CALLS, READ = "base", "A/A", "a call per choice", "bytes of all"
 PEFT_BASE, PEFT = "PEFT's base", "PEFT, all"
 STEP, FIRST, BYTES = "step", "first token", "bytes each"
+_IN_A_STEP = 8
+"""Adapters of the rows of a step, where thousands are registered."""
 REGISTERED = "registered"
 """The job of the second table."""
 
@@ -60,8 +63,15 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def counts(given: argparse.Namespace) -> Sequence[int]:
-    """Return how many adapters are registered, each time more."""
-    return [count for count in (ROWS, 256) if count < given.registered] + [given.registered]
+    """Return how many adapters are registered, each time more.
+
+    Raises:
+        SystemExit: they are too few for each first token to be that of another adapter.
+    """
+    least = _IN_A_STEP + given.rounds + common.WARM_UP
+    if given.registered < least:
+        raise SystemExit(f"--registered {given.registered} is too few for {given.rounds} rounds: at least {least}")
+    return [count for count in (ROWS, 256) if least <= count <= given.registered - least] + [given.registered]
 
 
 def measure(job: common.Job, given: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -99,11 +109,11 @@ def _measure_registered(given: argparse.Namespace) -> dict[str, dict[str, float]
     inputs, first = common.tokens(given, (ROWS, 1)), common.tokens(given, (1, 16))
     found, known = {}, 0
     for count in counts(given):
-        before = bank.resident()
+        before = resident()
         names = live.register(folder / "adapters" / str(count))
-        each = (bank.resident() - before) / (count - known)
-        fresh, known = iter(names[8:]), count
-        step = common.call(live, {**inputs, "adapters": [names[row // 4] for row in range(ROWS)]})
+        each = (resident() - before) / (count - known)
+        fresh, known = iter(names[_IN_A_STEP:]), count
+        step = common.call(live, {**inputs, "adapters": [names[row * _IN_A_STEP // ROWS] for row in range(ROWS)]})
         sides = {
             BASE: common.call(base, inputs),
             AGAIN: common.call(base, inputs),

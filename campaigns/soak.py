@@ -340,7 +340,7 @@ def _unless_interrupted(given: Any) -> None:
 
 
 def resident() -> int:
-    """Return the bytes of this process in memory."""
+    """Return the bytes of this process in memory, without free ones that the C library keeps for itself."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
