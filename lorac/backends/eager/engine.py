@@ -44,8 +44,7 @@ from lorac.frontend.layer_hooks import guard_hooks
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.execution import read_weight_slots, run_site
-from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.execution import SiteCall, read_weight_slots, run_site
 from lorac.ir.slots.live_terms import TrainingTerms, combine_weights, run_terms
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
@@ -341,24 +340,22 @@ class EagerEngine(Engine[ActiveSlots]):
     def _compute_adapted(self, path: str, module: nn.Module, x: Tensor, block: Tensor | None = None) -> Tensor | None:
         """Return the output of a touched site from its live terms or its slots; None if the weights hold the choice."""
         call, plan = self._call(), self.plans[path]
-        weight, bias = self._weights[path]
         emitted: dict[str, list[Tensor]] = {}
         ctx = self._branches.ctx(plan, call, module.training, emitted)
+        site_call = SiteCall(x, ctx, *self._weights[path], block=block)
         if call.passing is not None:
-            y = block if block is not None or weight is None else layout_of(plan.site).base(x, weight, bias)
-            assert y is not None
-            return self._branches.run_alone(path, call.passing, x, y, ctx)
+            return self._branches.run_alone(path, call.passing, x, site_call.base(), ctx)
         places = call.active.places
         if places:
             self._alignment.require_rows(path, x, call.rows, len(places))
             if call.terms is None:
-                return run_row_slots(plan, call.active, x, weight, bias, ctx, block)
-            return run_row_terms(plan.site, call.terms, places, x, weight, bias, ctx, block)
+                return run_row_slots(plan, call.active, site_call)
+            return run_row_terms(call.terms, places, site_call)
         terms, slots = self._branches.live_terms(path, call), call.active.slots.get(path)
         if terms is not None:
-            y = run_terms(plan.site, terms, x, weight, bias, ctx, block)
+            y = run_terms(terms, site_call)
         elif slots is not None:
-            y = run_site(plan, slots, x, weight, bias, ctx=ctx, block=block)
+            y = run_site(plan, slots, site_call)
         else:
             return None
         record_extra_outputs(call.aux, path, {n: found for n, found in emitted.items() if n in self._recorded_names})

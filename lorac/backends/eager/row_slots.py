@@ -1,5 +1,6 @@
 """Rows with choices of their own: their slots one behind the other, branches part by part, or, in training, terms."""
 
+import dataclasses
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 
@@ -7,10 +8,8 @@ import torch
 from torch import Tensor
 
 from lorac.backends.eager.forward_call import ActiveSlots
-from lorac.ir.sites import Site
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.execution import FormulaContext, run_site
-from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.execution import SiteCall, run_site
 from lorac.ir.slots.live_terms import TrainingTerms, run_terms
 from lorac.ir.slots.placed_execution import run_placed, stack_site_slots, why_shared
 from lorac.ir.slots.plans import BranchSlot, SitePlan
@@ -55,57 +54,35 @@ def stack_choices(plans: Mapping[str, SitePlan], contents: Sequence[ActiveSlots]
     )
 
 
-def run_row_slots(
-    plan: SitePlan,
-    active: ActiveSlots,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ctx: FormulaContext,
-    block: Tensor | None,
-) -> Tensor:
+def run_row_slots(plan: SitePlan, active: ActiveSlots, call: SiteCall) -> Tensor:
     """Return a site's output from the slots of all parts of the rows at once; where they have no places, part by part.
 
     Args:
+        plan, call: as for ``lorac.ir.slots.execution.run_site``.
         active: the slots of all parts.
-        plan, x, weight, bias, ctx, block: as for ``lorac.ir.slots.execution.run_site``.
     """
     slots, path, count = active.slots.get(plan.site.path), plan.site.path, len(active.places)
     if slots is not None:
-        return run_placed(plan, slots, x, weight, bias)
-    blocks = [None] * count if block is None else block.chunk(count)
-    parts = zip(active.places, x.chunk(count), blocks, strict=True)
-    return torch.cat(
-        [run_site(plan, each.slots[path], own, weight, bias, ctx=ctx, block=given) for each, own, given in parts]
-    )
+        return run_placed(plan, slots, call)
+    blocks = [None] * count if call.block is None else call.block.chunk(count)
+    parts = (dataclasses.replace(call, x=x, block=y) for x, y in zip(call.x.chunk(count), blocks, strict=True))
+    return torch.cat([run_site(plan, each.slots[path], p) for each, p in zip(active.places, parts, strict=True)])
 
 
-def run_row_terms(
-    site: Site,
-    terms: TrainingTerms,
-    places: Sequence[ActiveSlots],
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ctx: FormulaContext,
-    block: Tensor | None,
-) -> Tensor:
+def run_row_terms(terms: TrainingTerms, places: Sequence[ActiveSlots], call: SiteCall) -> Tensor:
     """Return a site's output from the terms of each part of the rows, beside one product with the base's weight.
 
     Args:
         terms: computed from the adapters' tensors.
         places: the choice of each part.
-        x, weight, bias, ctx, block: as for ``run_terms``.
+        call: as for ``run_terms``.
     """
-    size, first, parts = x.shape[0] // len(places), 0, list[Tensor]()
-    base = block
-    if base is None:
-        assert weight is not None
-        base = layout_of(site).base(x, weight, bias)
+    size, first, parts = call.x.shape[0] // len(places), 0, list[Tensor]()
+    base = call.base()
     for choice, same in itertools.groupby(place.choice for place in places):
         rows = slice(first, first + size * len(list(same)))
-        own = terms.at(site.path, choice)
-        part = base[rows]
-        parts.append(part if own is None else run_terms(site, own, x[rows], weight, bias, ctx, part))
+        own = terms.at(call.ctx.site.path, choice)
+        part = dataclasses.replace(call, x=call.x[rows], block=base[rows])
+        parts.append(part.base() if own is None else run_terms(own, part))
         first = rows.stop
     return torch.cat(parts)

@@ -21,7 +21,7 @@ from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.branch_places import add_branch_in_places
-from lorac.ir.slots.execution import FormulaContext, run_site
+from lorac.ir.slots.execution import FormulaContext, SiteCall, run_site
 from lorac.ir.slots.placed_execution import run_placed
 from lorac.ir.slots.plans import BranchFill, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
@@ -160,16 +160,14 @@ def compute_adapted(
     slots = SiteSlots.of_named(tensors, plan)
     if call.op is ops.BLOCK:
         x, block = call.tensors
-        return run_site(plan, slots, x, None, None, ctx=ctx, block=block)
+        return run_site(plan, slots, SiteCall(x, ctx, block=block))
     x, matrix, *rest = call.tensors
     bias = rest[0] if rest else None
     product = matrix if call.op is ops.MEMBER else None
     # The operand of a linear site is its matrix (out, in); run_site takes the weight as the module stores it.
     stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
-    weight = stored if product is None else None
-    if not plan.placed:
-        return run_site(plan, slots, x, weight, bias, ctx=ctx, product=product)
-    return run_placed(plan, slots, x, weight, bias, ctx=ctx, product=product, segments=row_ops.SEGMENTS)
+    site_call = SiteCall(x, ctx, stored if product is None else None, bias, product=product)
+    return run_placed(plan, slots, site_call, row_ops.SEGMENTS) if plan.placed else run_site(plan, slots, site_call)
 
 
 # ── Branches with places ─────────────────────────────────────────────────────────────────────────────────────────────

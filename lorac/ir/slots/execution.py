@@ -10,6 +10,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -141,45 +142,68 @@ def _zero_seed() -> int:
     return 0
 
 
-def run_site(
-    plan: SitePlan,
-    slots: SiteSlots,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    ctx: FormulaContext | None = None,
-    block: Tensor | None = None,
-    product: Tensor | None = None,
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class SiteCall:
+    """One call of a site, whichever adapters are active.
+
+    Attributes:
+        x: its input (ids for embeddings).
+        ctx: the context of branches; it also decides whether dropout acts.
+        weight: its stored base weight; None for a block, and where ``product`` is known.
+        bias: its base bias.
+        block: the output of a block, if the site is one.
+        product: the base's product W·x, if a fused projection computed it.
+    """
+
+    x: Tensor
+    ctx: FormulaContext
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    block: Tensor | None = None
+    product: Tensor | None = None
+
+    @functools.cached_property
+    def layout(self) -> SiteLayout:
+        """The layout of the site."""
+        return layout_of(self.ctx.site)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The stored base weight of a site that has one."""
+        assert self.weight is not None
+        return self.weight
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the base's product with an input."""
+        return self.layout.base(x, self.base_weight, bias)
+
+    def base(self) -> Tensor:
+        """Return the output of the site without adapters."""
+        return self.multiply(self.x, self.bias) if self.block is None else self.block
+
+
+def run_site(plan: SitePlan, slots: SiteSlots, call: SiteCall) -> Tensor:
     """Return the output of an adapted site.
 
     Args:
         plan: the site's slots.
         slots: the tensors in them.
-        x: its input (ids for embeddings).
-        weight: its stored base weight.
-        bias: its base bias.
-        ctx: the context of branches.
-        block: the output of a block, if the site is one.
-        product: the base's product W·x, if a fused projection computed it.
+        call: what the site computes with besides.
     """
-    layout = layout_of(plan.site)
-    if block is not None:
-        return add_branches(plan, slots, x, block, block, ctx)
+    if call.block is not None:
+        return add_branches(plan, slots, call, call.block, call.block)
+    layout, linear = call.layout, call.product
     if layout.keeps_bias_inside and not plan.branches and slots.leaves_base:
-        assert weight is not None
-        return _add_pair(layout, slots, x, layout.base(x, weight, bias))
-    linear = product
-    if linear is None and weight is not None and (slots.leaves_base or plan.branches):
-        linear = layout.base(x, weight, None)
-    y = _add_pair(layout, slots, x, _base_product(layout, slots, x, weight, linear))
+        return _add_pair(layout, slots, call.x, call.base())
+    if linear is None and plan.branches:
+        linear = call.multiply(call.x)
+    y = _add_pair(layout, slots, call.x, _base_product(slots, call, linear))
     # The bias is added last, where ONNX Runtime's fusions expect it.
-    y = add_bias(layout, y, slots.tensors.get(operands.BIAS, bias))
+    y = add_bias(layout, y, slots.tensors.get(operands.BIAS, call.bias))
     if not plan.branches:
         return y
     assert linear is not None
-    return add_branches(plan, slots, x, y, add_bias(layout, linear, bias), ctx)
+    return add_branches(plan, slots, call, y, add_bias(layout, linear, call.bias))
 
 
 def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tensor | None]:
@@ -198,17 +222,15 @@ def _apply_slots(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tens
     return value
 
 
-def _base_product(
-    layout: SiteLayout, slots: SiteSlots, x: Tensor, weight: Tensor | None, linear: Tensor | None
-) -> Tensor:
+def _base_product(slots: SiteSlots, call: SiteCall, linear: Tensor | None) -> Tensor:
     """Return c∘(W·((d∘x)·T)) without a bias; ``linear`` is W·x if it is known."""
+    layout, x = call.layout, call.x
     if slots.stages[Stage.INPUT]:
         x, linear = _apply_slots(Stage.INPUT, layout, slots, x), None
     if slots.stages[Stage.PRODUCT]:
         linear = _apply_slots(Stage.PRODUCT, layout, slots, x)
     elif linear is None:
-        assert weight is not None
-        linear = layout.base(x, weight, None)
+        linear = call.multiply(x)
     return _apply_slots(Stage.OUTPUT, layout, slots, linear)
 
 
@@ -237,37 +259,31 @@ def add_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else ROLES[operands.BIAS].apply(layout, y, bias)
 
 
-def add_branches(
-    plan: SitePlan, slots: SiteSlots, x: Tensor, y: Tensor, base: Tensor, ctx: FormulaContext | None
-) -> Tensor:
+def add_branches(plan: SitePlan, slots: SiteSlots, call: SiteCall, y: Tensor, base: Tensor) -> Tensor:
     """Return y plus t·(y'ᵢ − base) of every active branch.
 
     Args:
-        x: the site's input.
-        y: its output without branches.
+        y: the site's output without branches.
         base: its output in the base.
     """
     for i, (slot, fill) in enumerate(zip(plan.branches, slots.branches, strict=True)):
         if fill is not None:
-            y = y + compute_branch_delta(plan.site, slot, fill, x, base, ctx, branch_owner(plan.branches[:i], slot))
+            y = y + compute_branch_delta(slot, fill, call, base, branch_owner(plan.branches[:i], slot))
     return y
 
 
-def compute_branch_delta(
-    site: Site, slot: BranchSlot, fill: BranchFill, x: Tensor, y: Tensor, ctx: FormulaContext | None, owner: str = ""
-) -> Tensor:
+def compute_branch_delta(slot: BranchSlot, fill: BranchFill, call: SiteCall, y: Tensor, owner: str) -> Tensor:
     """Return t·(y' − y) of one branch, computed in the factors' dtype and cast to that of y, as for a low-rank pair.
 
     Args:
         fill: its strength and parameters.
-        x: the site's input.
         y: the site's output in the base.
         owner: the prefix of its ``own:`` values (``lorac.ir.slots.program_values.branch_owner``).
 
     Raises:
         AdapterError: the formula is not allowed (``lorac.ir.algebra.formulas``); nothing was written.
     """
-    output, wide = run_formula(slot, fill.params, x, y, ctx or FormulaContext(site), owner)
+    output, wide = run_formula(slot, fill.params, call.x, y, call.ctx, owner)
     return (fill.strength * (output - wide)).to(y.dtype)
 
 

@@ -7,6 +7,7 @@ DoRA, random numbers included.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,8 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
 from lorac.ir.sites import BaseReader, Site
 from lorac.ir.slots.choice import Choice
-from lorac.ir.slots.execution import FormulaContext, compute_branch_delta, run_site
-from lorac.ir.slots.layouts import SiteLayout, layout_of
+from lorac.ir.slots.execution import FormulaContext, SiteCall, compute_branch_delta, run_site
+from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import branch_owner
 from lorac.ir.slots.role import SlotRole, SlotSpec, Stage
@@ -83,48 +84,29 @@ class TrainingTerms(ABC):
         """
 
 
-def run_terms(
-    site: Site,
-    terms: Sequence[LiveTerm],
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ctx: FormulaContext,
-    block: Tensor | None = None,
-) -> Tensor:
-    """Return ``y + Σ t·(y'ᵢ − y)``, each term relative to the base's output y.
-
-    Args:
-        terms: active terms, sorted by adapter name.
-        x: its input.
-        weight: the stored base weight.
-        bias: the base's bias.
-        ctx: the context of branches; it also decides whether dropout acts.
-        block: the output of a block, if the site is one.
+def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
+    """Return ``y + Σ t·(y'ᵢ − y)`` of active terms, sorted by adapter name, each relative to the base's output y.
 
     Raises:
         Unavailable: a term has a dropout rate, and its form has no place for dropout.
     """
-    layout = layout_of(site)
-    base = block
-    if base is None:
-        assert weight is not None
-        if len(terms) == 1 and _replaces_base(terms[0], ctx):
-            return _run_alone(layout, terms[0].change, x, weight, bias)
-        base = layout.base(x, weight, bias)
-    y, earlier = base, list[BranchSlot]()
+    ctx = call.ctx
+    if call.block is None and len(terms) == 1 and _replaces_base(terms[0], ctx):
+        return _run_alone(terms[0].change, call)
+    y = base = call.base()
+    earlier = list[BranchSlot]()
     for term in terms:
         if term.branch is not None:
             slot, fill = term.branch
-            _refuse_dropout(site, term, ctx, _DROPOUTS, "whose branch is not affine")
-            y = y + compute_branch_delta(site, slot, fill, x, base, ctx, branch_owner(earlier, slot))
+            _refuse_dropout(term, ctx, _DROPOUTS, "whose branch is not affine")
+            y = y + compute_branch_delta(slot, fill, call, base, branch_owner(earlier, slot))
             earlier.append(slot)
         elif term.dropout_delta is not None and (rate := _active_rate(term, ctx, Dropout.RANK)):
-            y = y + _scale(term.strength, term.dropout_delta(x, base, rate)).to(y.dtype)
-        elif isinstance(term.change, LowRank) and keeps_base_weight(layout, term.change):
-            y = y + _scale(term.strength, _low_rank_delta(layout, term, x, base, weight, bias, ctx)).to(y.dtype)
+            y = y + _scale(term.strength, term.dropout_delta(call.x, base, rate)).to(y.dtype)
+        elif isinstance(term.change, LowRank) and keeps_base_weight(call.layout, term.change):
+            y = y + _scale(term.strength, _low_rank_delta(term, term.change.folded(), call, base)).to(y.dtype)
         elif term.change is not None:
-            y = y + _scale(term.strength, _dense_delta(layout, term, x, base, weight, bias, ctx))
+            y = y + _scale(term.strength, _dense_delta(term, term.change, call, base))
     return y
 
 
@@ -160,10 +142,10 @@ def _active_rate(term: LiveTerm, ctx: FormulaContext, dropout: Dropout) -> float
     return term.rate if ctx.training and term.dropout is dropout else 0.0
 
 
-def _refuse_dropout(site: Site, term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropout], why: str) -> None:
+def _refuse_dropout(term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropout], why: str) -> None:
     if any(_active_rate(term, ctx, place) for place in places):
         raise Unavailable(
-            f"dropout is not defined for the method at '{site.path}', {why}",
+            f"dropout is not defined for the method at '{ctx.site.path}', {why}",
             next_step="set the method's dropout to 0, or train in eval mode",
         )
 
@@ -174,15 +156,16 @@ def _replaces_base(term: LiveTerm, ctx: FormulaContext) -> bool:
     return whole and term.strength == 1 and not any(_active_rate(term, ctx, place) for place in _DROPOUTS)
 
 
-def _run_alone(layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_alone(change: Change | None, call: SiteCall) -> Tensor:
     """Return y' of one term that acts alone."""
-    if not isinstance(change, LowRank) or not keeps_base_weight(layout, change):
-        return _run_with_weight(layout, change, x, weight, bias)
-    tensors = _lay_out(layout, change.folded())
-    new_bias = merge_bias(change, bias)
-    if new_bias is not None:
-        tensors[operands.BIAS] = new_bias
-    return run_site(SitePlan(layout.site), SiteSlots(tensors), x, weight, bias)
+    assert change is not None
+    if not isinstance(change, LowRank) or not keeps_base_weight(call.layout, change):
+        return _run_with_weight(change, call)
+    tensors = _lay_out(call.layout, change.folded())
+    bias = merge_bias(change, call.bias)
+    if bias is not None:
+        tensors[operands.BIAS] = bias
+    return run_site(SitePlan(call.ctx.site), SiteSlots(tensors), call)
 
 
 def _lay_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
@@ -190,17 +173,8 @@ def _lay_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
     return {name: ROLES[name].into_slot(layout, tensor) for name, tensor in tensors_by_role(change).items()}
 
 
-def _low_rank_delta(
-    layout: SiteLayout,
-    term: LiveTerm,
-    x: Tensor,
-    base: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ctx: FormulaContext,
-) -> Tensor:
-    assert isinstance(term.change, LowRank)
-    change = term.change.folded()
+def _low_rank_delta(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor) -> Tensor:
+    layout, x, ctx = call.layout, call.x, call.ctx
     tensors, rate = _lay_out(layout, change), _active_rate(term, ctx, Dropout.INPUT)
     cast = x.to(change.a.dtype) if x.is_floating_point() else x
     dropped = F.dropout(cast, rate) if rate else cast
@@ -212,29 +186,26 @@ def _low_rank_delta(
         deltas.append(apply_stage(Stage.AFTER, layout, up, tensors))
     if acts_at(change, Stage.OUTPUT) or acts_at(change, Stage.INPUT):
         if rate:
-            assert weight is not None
-            linear = layout.base(dropped.to(weight.dtype), weight, None)
+            linear = _multiply_cast(call, dropped)
         else:
-            linear = base if bias is None else base - layout.per_output(bias)
-        deltas.append(_product_delta(layout, change, tensors, dropped, linear, weight))
+            linear = base if call.bias is None else base - layout.per_output(call.bias)
+        deltas.append(_product_delta(change, tensors, call, dropped, linear))
     if change.e is not None:
         deltas.append(layout.per_output(change.e))
     return sum(deltas[1:], deltas[0]) if deltas else torch.zeros_like(base)
 
 
-def _product_delta(
-    layout: SiteLayout,
-    change: LowRank,
-    tensors: Mapping[str, Tensor],
-    x: Tensor,
-    linear: Tensor,
-    weight: Tensor | None,
-) -> Tensor:
+def _multiply_cast(call: SiteCall, x: Tensor) -> Tensor:
+    """Return the base's product with an input in the dtype of factors, which is cast to that of the weight."""
+    return call.multiply(x.to(call.base_weight.dtype))
+
+
+def _product_delta(change: LowRank, tensors: Mapping[str, Tensor], call: SiteCall, x: Tensor, linear: Tensor) -> Tensor:
     """Return c∘(W·((d∘x)·T)) − W·x, where ``linear`` is W·x."""
+    layout = call.layout
     outputs, product = [name for name in change.scales if ROLES[name].stage is Stage.OUTPUT], linear
     if acts_at(change, Stage.INPUT):
-        assert weight is not None
-        product = layout.base(apply_stage(Stage.INPUT, layout, x, tensors).to(weight.dtype), weight, None)
+        product = _multiply_cast(call, apply_stage(Stage.INPUT, layout, x, tensors))
     elif len(outputs) == 1:
         return _role_delta(layout, ROLES[outputs[0]], tensors[outputs[0]], linear)
     # In the factors' wider dtype, so that the result is rounded once, with the other deltas.
@@ -246,27 +217,15 @@ def _role_delta(layout: SiteLayout, role: SlotRole, tensor: Tensor, linear: Tens
     return role.apply(layout, linear.to(tensor.dtype), tensor - role.neutral(SlotSpec(layout=layout)).to(tensor))
 
 
-def _dense_delta(
-    layout: SiteLayout,
-    term: LiveTerm,
-    x: Tensor,
-    base: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    ctx: FormulaContext,
-) -> Tensor:
-    assert weight is not None
-    _refuse_dropout(layout.site, term, ctx, (Dropout.RANK,), "whose formula has no factors to drop between")
-    rate = _active_rate(term, ctx, Dropout.INPUT)
+def _dense_delta(term: LiveTerm, change: Change, call: SiteCall, base: Tensor) -> Tensor:
+    _refuse_dropout(term, call.ctx, (Dropout.RANK,), "whose formula has no factors to drop between")
+    rate = _active_rate(term, call.ctx, Dropout.INPUT)
     if not rate:
-        return _run_with_weight(layout, term.change, x, weight, bias) - base
-    dropped = F.dropout(x, rate)
-    return _run_with_weight(layout, term.change, dropped, weight, bias) - layout.base(dropped, weight, bias)
+        return _run_with_weight(change, call) - base
+    dropped = dataclasses.replace(call, x=F.dropout(call.x, rate))
+    return _run_with_weight(change, dropped) - dropped.base()
 
 
-def _run_with_weight(
-    layout: SiteLayout, change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    assert change is not None
-    merged = merge_weight(change, layout.site.present(weight))
-    return layout.bound(x, layout.slot_weight(merged), merge_bias(change, bias))
+def _run_with_weight(change: Change, call: SiteCall) -> Tensor:
+    merged = merge_weight(change, call.ctx.site.present(call.base_weight))
+    return call.layout.bound(call.x, call.layout.slot_weight(merged), merge_bias(change, call.bias))

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lorac.ir.slots.execution import FormulaContext, add_bias, add_branches, multiply_pair, run_site
-from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.execution import SiteCall, add_bias, add_branches, multiply_pair, run_site
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.rows import as_place, cut_segments, join_segments, stack_places
@@ -58,45 +57,31 @@ def stack_site_slots(each: Sequence[SiteSlots]) -> SiteSlots:
     return SiteSlots(stacked, (None,) * len(each[0].branches))
 
 
-def run_placed(
-    plan: SitePlan,
-    slots: SiteSlots,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    ctx: FormulaContext | None = None,
-    product: Tensor | None = None,
-    segments: SegmentOps = VIEWS,
-) -> Tensor:
+def run_placed(plan: SitePlan, slots: SiteSlots, call: SiteCall, segments: SegmentOps = VIEWS) -> Tensor:
     """Return the output of an adapted site whose slots have places.
 
     Args:
-        plan, slots, x, weight, bias, ctx, product: as for ``lorac.ir.slots.execution.run_site``.
+        plan, slots, call: as for ``lorac.ir.slots.execution.run_site``.
         segments: the ways between a batch and its segments.
     """
-    layout = layout_of(plan.site)
+    layout, x, product = call.layout, call.x, call.product
     active = any(fill is not None for fill in slots.branches)
     if active and product is None:
-        assert weight is not None
-        product = layout.base(x, weight, None)
+        product = call.multiply(x)
     slot, features = _first_placed(slots), layout.input_axes
     if not active and all(role.stage.of_pair for role, _ in plan.roles()):
-        inside = bias if layout.keeps_bias_inside and product is None else None
-        base = layout.base(x, weight, inside) if product is None else product  # type: ignore[arg-type]  # one is given
+        inside = call.bias if layout.keeps_bias_inside and product is None else None
+        base = call.multiply(x, inside) if product is None else product
         pair = multiply_pair(layout, slots, segments.cut(x, slot, features))
         y = base + segments.join(pair, x, features).to(base.dtype)
-        return add_bias(layout, y, bias if inside is None else None)
-    parts = (
-        segments.cut(x, slot, features),
-        None if product is None else segments.cut(product, slot, layout.output_axes),
-    )
-    weights = replace(plan, branches=()), replace(slots, branches=())
-    y = segments.join(run_site(*weights, parts[0], weight, bias, product=parts[1]), x, features)
+        return add_bias(layout, y, call.bias if inside is None else None)
+    cut = None if product is None else segments.cut(product, slot, layout.output_axes)
+    parts = replace(call, x=segments.cut(x, slot, features), product=cut)
+    y = segments.join(run_site(plan.without_branches, replace(slots, branches=()), parts), x, features)
     if not active:
         return y
     assert product is not None
-    return add_branches(plan, slots, x, y, add_bias(layout, product, bias), ctx)
+    return add_branches(plan, slots, call, y, add_bias(layout, product, call.bias))
 
 
 def _first_placed(slots: SiteSlots) -> Tensor:
