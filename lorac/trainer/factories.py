@@ -10,7 +10,7 @@ from torch import nn
 
 import lorac
 from lorac import training
-from lorac.argument_types import matches_type
+from lorac.argument_types import Fields, matches_type
 from lorac.errors import OptionError, nearest_name, not_one_of, short, translate_errors
 from lorac.session.compiled import CompiledModule
 from lorac.trainer import losses
@@ -24,7 +24,7 @@ GROUP_SETTINGS = ("rank", "update_proj_gap", "scale", "proj_type")
 
 
 def make_adapters(
-    given: Mapping[str, Mapping[str, Any]], model: nn.Module, batches: Callable[[], Iterable[Any]]
+    given: Mapping[str, Fields], model: nn.Module, batches: Callable[[], Iterable[object]]
 ) -> dict[str, Adapter | Variant]:
     """Make the adapters of a recipe: read from files, fresh, or begun on the model, with batches if a start reads some.
 

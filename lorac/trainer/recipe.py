@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from lorac.argument_types import Count, OneOf, check_fields, field_types, format_type, matches_type
+from lorac.argument_types import Count, Fields, OneOf, check_fields, field_types, format_type, matches_type
 from lorac.errors import ChoiceError, MissingExtra, OptionError, WrongType, nearest_name, short
 from lorac.storage.paths import parse_path
 from lorac.storage.strict_yaml import read_yaml
 
-NamedSpec = str | Mapping[str, Any]
+NamedSpec = str | Fields
 """A name, or ``{"name": ..., <keyword>: ...}``."""
 TASKS: Mapping[str, tuple[str, str, str]] = {
     "sft": ("trl", "SFTTrainer", "SFTConfig"),
@@ -61,7 +61,7 @@ class Recipe:
         MissingExtra: TRL or transformers is not installed.
     """
 
-    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    adapters: Mapping[str, Fields] = field(default_factory=dict)
     model: str | None = None
     out: str | None = None
     active: Mapping[str, float] | None = None
@@ -75,7 +75,7 @@ class Recipe:
     start_batches: Count = 8
     early_stopping_patience: Count | None = None
     recover: Mapping[str, str] | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Fields = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,8 +1,8 @@
 """An optimizer's state by the names of tensors, which torch keeps by the position of parameters."""
 
 import functools
-from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
@@ -12,7 +12,7 @@ _TENSORS, _OPTIMIZER = "tensors", "optimizer"
 _STEP = "compile with the adapters, and make the optimizer with the groups, of the run that is continued"
 
 
-def name_optimizer_state(compiled: Any, optimizer: Optimizer) -> None:
+def name_optimizer_state(compiled: nn.Module, optimizer: Optimizer) -> None:
     """Make ``optimizer.state_dict()`` and ``load_state_dict`` identify tensors by name instead of position.
 
     The names are the keys of ``compiled.state_dict()``. The state also holds the optimizer's class and each tensor's
@@ -31,7 +31,7 @@ def name_optimizer_state(compiled: Any, optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(functools.partial(_place, compiled))
 
 
-def _name(compiled: Any, optimizer: Optimizer, state: State) -> State:
+def _name(compiled: nn.Module, optimizer: Optimizer, state: State) -> State:
     groups = _list_names(compiled, optimizer)
     names = [name for group in groups for name in group]
     named = [{**group, "params": own} for group, own in zip(state["param_groups"], groups, strict=True)]
@@ -39,7 +39,7 @@ def _name(compiled: Any, optimizer: Optimizer, state: State) -> State:
     return {**state, "state": entries, "param_groups": named, **_describe(optimizer, names)}
 
 
-def _place(compiled: Any, optimizer: Optimizer, state: State) -> State:
+def _place(compiled: nn.Module, optimizer: Optimizer, state: State) -> State:
     groups = _list_names(compiled, optimizer)
     places = {name: index for index, name in enumerate(name for group in groups for name in group)}
     _check_same(_describe(optimizer, [*places]), state)
@@ -71,7 +71,7 @@ def _check_same(own: State, state: State) -> None:
         raise ChoiceError(f"the state is of other tensors: {shapes}", next_step=_STEP)
 
 
-def _list_names(compiled: Any, optimizer: Optimizer) -> list[list[str]]:
+def _list_names(compiled: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """Return the names of an optimizer's tensors, group by group."""
     known = {id(tensor): name for name, tensor in unwrap_ddp(compiled).named_parameters()}
     groups = [group["params"] for group in optimizer.param_groups]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.argument_types import Operands
@@ -93,7 +93,7 @@ class Rule(ABC):
     attached; empty without state."""
 
     @abstractmethod
-    def __init__(self, compiled: Any, optimizer: Optimizer) -> None:
+    def __init__(self, compiled: nn.Module, optimizer: Optimizer) -> None:
         self.compiled, self.optimizer = unwrap_ddp(compiled), unwrap_optimizer(optimizer)
         self.terms = trained_terms(compiled, self.methods, begun=self.begun)
         held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
@@ -216,26 +216,26 @@ def check_compatible(rules: Sequence[Rule]) -> None:
             )
 
 
-def unwrap_ddp(compiled: Any) -> Any:
+def unwrap_ddp(compiled: nn.Module) -> Any:
     """Return the compiled model inside a wrapper that holds it as ``module``, such as DDP; otherwise the argument."""
     inner = getattr(compiled, "module", None)
     return inner if hasattr(inner, "engine") and not hasattr(compiled, "engine") else compiled
 
 
-def trained_terms(compiled: Any, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
+def trained_terms(compiled: nn.Module, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
     """Return the terms of the adapters of some methods, by name; with ``begun``, also inside a ``Residual``.
 
     Raises:
         Unavailable: the compiled model does not train.
         AdapterNotFound: no adapter has one of the methods.
     """
-    compiled = unwrap_ddp(compiled)
-    target = getattr(getattr(compiled, "engine", None), "target", None)
+    model = unwrap_ddp(compiled)
+    target = getattr(getattr(model, "engine", None), "target", None)
     if target != "eager":
-        what = f"target '{target}'" if target else f"{type(compiled).__name__}, which lorac.compile did not return,"
+        what = f"target '{target}'" if target else f"{type(model).__name__}, which lorac.compile did not return,"
         raise Unavailable(f"{what} does not train", next_step="lorac.compile(model, adapters, target='eager') does")
-    compiled.refuse_baked()
-    adapters: list[Adapter] = [adapter for _, adapter in sorted(compiled.adapters.items())]
+    model.refuse_baked()
+    adapters: list[Adapter] = [adapter for _, adapter in sorted(model.adapters.items())]
     found = [
         TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained_method)
         for adapter in adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from lorac.variants.base import Variant, WeightVariant
 Tensors = Mapping[str, Tensor]
 Method = tuple[WeightVariant, dict[str, Tensor]]
 """A method with its hyper-parameters at one site, and its tensors there."""
+VariantT = TypeVar("VariantT", bound=Variant)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _strip_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[: max((axis + 1 for axis, size in enumerate(shape) if size != 1), default=0)]
 
 
-class ModuleLayout(ABC):
+class ModuleLayout(ABC, Generic[VariantT]):
     """How the tensors of one method lie at one module.
 
     Attributes:
@@ -129,7 +130,7 @@ class ModuleLayout(ABC):
         """
 
     @abstractmethod
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: VariantT, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         """Return the tensors as a file has them; the inverse of ``read``.
 
         Args:
@@ -139,7 +140,7 @@ class ModuleLayout(ABC):
             FormatError: a file has no place for what they hold.
         """
 
-    def alpha(self, variant: Any) -> float | None:
+    def alpha(self, variant: VariantT) -> float | None:
         """Return the alpha that a file stores; None for methods that have none."""
         return None
 
@@ -164,6 +165,9 @@ class ModuleLayout(ABC):
         for leaf, key in module.keys.items():
             if leaf not in self.leaves:
                 raise unused_tensor(owner, key, f"with '{own}' at the same module")
+
+
+AnyLayout = ModuleLayout[Any]
 
 
 def unused_tensor(owner: str, key: str, why: str) -> FormatError:

@@ -5,13 +5,13 @@ lora_magnitude_vector    (out,), or (1, out, 1, …) at convolutions, of PEFT
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, StoredModule
 from lorac.ir.sites import Site
+from lorac.variants.base import Variant
 from lorac.variants.chain import Chain
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
@@ -55,8 +55,8 @@ def _is_row(scale: Tensor, site: Site) -> bool:
 
 
 def take_magnitude(
-    variant: Any, tensors: Mapping[str, Tensor], site: Site
-) -> tuple[Any, dict[str, Tensor], Tensor | None]:
+    variant: Variant, tensors: Mapping[str, Tensor], site: Site
+) -> tuple[Variant, dict[str, Tensor], Tensor | None]:
     """Return a method and its tensors without norms, and the norms as LyCORIS has them; None for a method without."""
     rest = dict(tensors)
     ones = (1,) * max(len(site.kernel) - 1, 1)

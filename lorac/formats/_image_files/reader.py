@@ -12,7 +12,7 @@ from lorac.errors import AdapterError, BaseNeeded, FormatError, SiteError, short
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._files import BASE_HASH, check_seal, read_safetensors
 from lorac.formats._image_files.converters import convert_names
-from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, unused_tensor
+from lorac.formats._image_files.layout import AnyLayout, Method, StoredModule, unused_tensor
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.layouts.loras import find_alpha
 from lorac.formats._image_files.magnitudes import MAGNITUDES, add_magnitude
@@ -235,7 +235,7 @@ class _FileReader:
             )
         return site
 
-    def _find_layout(self, module: _Module) -> ModuleLayout:
+    def _find_layout(self, module: _Module) -> AnyLayout:
         """Return the layout that one of a module's tensors is of."""
         found = next((layout for layout in LAYOUTS if not module.names.keys().isdisjoint(layout.leaves)), None)
         if found is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorac.formats._errors import unsupported_error
-from lorac.formats._image_files.layout import Method, ModuleLayout
+from lorac.formats._image_files.layout import AnyLayout, Method
 from lorac.formats._image_files.original_names import Place
 from lorac.variants.base import Params
 from lorac.variants.dora import DoRA
@@ -20,7 +20,7 @@ _MAGNITUDE = "magnitude"
 
 
 def split_rows(
-    method: Method, layout: ModuleLayout, place: Place, widths: Sequence[int], columns: int, key: str
+    method: Method, layout: AnyLayout, place: Place, widths: Sequence[int], columns: int, key: str
 ) -> list[Method | None]:
     """Return the method of each layer whose rows a module has; None for one where a LoRA of others does nothing.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from lorac.argument_types import Operands
 from lorac.ir.graph.attention_ops import DECODER_IDS, IDS
 
 aten = torch.ops.aten
@@ -81,7 +82,7 @@ def _is_stored_range(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> b
     """Return whether a node is a slice of a stored ``arange``, with or without an axis for rows."""
     if node.target is not aten.slice.Tensor or str(node.meta["val"].shape[-1]) != str(ids.meta["val"].shape[1]):
         return False
-    operands: Any = node.args
+    operands: Operands = node.args
     source, axis, start = (*operands, 0, 0)[:3]
     names = {getattr(spec.arg, "name", ""): str(spec.target) for spec in program.graph_signature.input_specs}
     stored = {**program.state_dict, **program.constants}.get(names.get(source.name, ""))

@@ -17,6 +17,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from lorac.argument_types import Operands
 from lorac.errors import Unavailable
 from lorac.ir.graph import attention_ops, ops
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name, find_token_input
@@ -88,7 +89,7 @@ class _GraphHalves:
 
     def find_problem(self, node: fx.Node) -> str | None:
         """Return why no cache can stand for an attention; None where one can."""
-        operands: Any = node.args
+        operands: Operands = node.args
         _, key, value, _, seen, _, _, causal, *_ = operands
         if node in self.encoded:
             return "attends causally in an encoder" if causal else None
@@ -217,7 +218,7 @@ def _remove_other_half(graph: Graph, other: Collection[str], structure: OutputSt
     left = [node for name, node in inputs.items() if name not in other]
     _erase_unused(program, other)
     for node in list(program.graph.nodes):
-        operands: Any = node.args
+        operands: Operands = node.args
         if node.target is aten.sym_size.int and operands[0].name in other:
             node.replace_all_uses_with(_read_size(graph, node, left))
     _erase_unused(program, other)

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
+from lorac.argument_types import Operands
 from lorac.frontend.capture.layer_groups import IndexAttributes, LayerGroup
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.graph import ops
@@ -317,7 +318,7 @@ class _LayerCopier:
     """
 
     def __init__(self, graph: fx.Graph, weights: Mapping[str, fx.Node], node: fx.Node, prefix: str) -> None:
-        operands: Any = node.args
+        operands: Operands = node.args
         arguments, _, markers, self.path, self.first = operands
         first_given, outputs = (note.args[0] for note in markers)
         self.outputs: Sequence[fx.Node] = outputs

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from lorac.argument_types import Operands
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.nodes import find_module_path
@@ -94,7 +95,7 @@ def _match(masked: fx.Node) -> _WrittenAttention | None:
 
 def _find_masked(node: fx.Node) -> fx.Node | None:
     """Return the scores that a node adds a mask to, or fills where the mask hides."""
-    operands: Any = node.args
+    operands: Operands = node.args
     if node.target is aten.masked_fill.Scalar:
         return operands[0] if operands[2] <= torch.finfo(torch.float16).min else None
     others = (operand for operand in node.all_input_nodes if operand.target is not attention_ops.MASK)
@@ -113,7 +114,7 @@ def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float
     """Return queries, keys, what is added to their products, and the scale of these."""
     scale, bias = 1.0, None
     while True:
-        operands: Any = node.args
+        operands: Operands = node.args
         if node.target in _QUOTIENTS | _MULTIPLES and isinstance(operands[1], int | float):
             scale *= 1 / operands[1] if node.target in _QUOTIENTS else operands[1]
         elif node.target is aten.add.Tensor and scale == 1 and bias is None and not node.kwargs:
@@ -122,7 +123,7 @@ def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float
             break
         node = operands[0]
     if node.target is aten.baddbmm.default:
-        added, *operands = operands
+        added, operands = operands[0], operands[1:]
         alpha: Any = node.kwargs.get("alpha", 1)
         adds = added.target is not aten.zeros.default
         if adds and (bias is not None or scale != 1 or node.kwargs.get("beta", 1) != 1):
@@ -136,7 +137,7 @@ def _read_scores(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float
 
 def _untranspose(node: fx.Node) -> fx.Node | None:
     """Return keys, given their transposition."""
-    operands: Any = node.args
+    operands: Operands = node.args
     rank = node.meta["val"].dim()
     swaps = node.target is aten.transpose.int and {axis % rank for axis in operands[1:]} == {rank - 2, rank - 1}
     return _find_heads(operands[0]) if swaps else None

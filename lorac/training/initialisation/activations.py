@@ -1,7 +1,6 @@
 """Inputs of sites, row by row, while batches run through the model."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ IGNORED = -100
 
 @torch.no_grad()
 def visit_inputs(
-    model: nn.Module, sites: Mapping[str, Site], batches: Iterable[Any], visit: Visit, *, labelled: bool
+    model: nn.Module, sites: Mapping[str, Site], batches: Iterable[object], visit: Visit, *, labelled: bool
 ) -> None:
     """Run batches in evaluation mode and pass the inputs of every site to ``visit``.
 
@@ -38,8 +37,8 @@ def visit_inputs(
     reached: set[str] = set()
     kept: list[Tensor | None] = [None]
 
-    def watching(path: str) -> Any:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watching(path: str) -> Callable[..., None]:
+        def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
             rows = _input_rows(given, kept[0])
             if not rows.isfinite().all():
@@ -71,7 +70,7 @@ def _check_linear(site: Site) -> None:
         )
 
 
-def _counted_positions(batch: Any) -> Tensor | None:
+def _counted_positions(batch: object) -> Tensor | None:
     """Return which positions (b, s) of a batch count; None for all."""
     found: Tensor | None = None
     if isinstance(batch, Mapping):

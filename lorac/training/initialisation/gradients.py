@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.base_weights import read_stored_tensor
@@ -29,7 +30,7 @@ class SummedGradients:
     batches: int
 
 
-def compute_loss(model: nn.Module, batch: Any) -> Tensor:
+def compute_loss(model: nn.Module, batch: object) -> Tensor:
     """Return the loss that a model computes itself.
 
     Raises:
@@ -47,7 +48,7 @@ def compute_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def sum_gradients(
-    model: nn.Module, sites: Mapping[str, Site], batches: Iterable[Any], loss: Loss | None = None
+    model: nn.Module, sites: Mapping[str, Site], batches: Iterable[object], loss: Loss | None = None
 ) -> SummedGradients:
     """Sum the gradients of the weights of some sites over batches, in training mode, as the paper's code does.
 
@@ -100,7 +101,7 @@ def _trainable_weight_name(site: Site, model: nn.Module) -> str:
 
 
 def _accumulate_gradients(
-    model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor], handles: list[Any]
+    model: nn.Module, sites: Mapping[str, Site], sums: dict[str, Tensor], handles: list[RemovableHandle]
 ) -> None:
     """Add every weight's gradient to its sum, and free it, as soon as backward has computed it."""
     for parameter in model.parameters():

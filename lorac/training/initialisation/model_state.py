@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def _capture_state(model: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def remove_hooks(handles: list[Any]) -> Iterator[list[Any]]:
+def remove_hooks(handles: list[RemovableHandle]) -> Iterator[list[RemovableHandle]]:
     """Remove hooks at the end of the block, those added to the list within it too."""
     try:
         yield handles
@@ -49,7 +50,7 @@ def remove_hooks(handles: list[Any]) -> Iterator[list[Any]]:
             handle.remove()
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
+def call_model(model: nn.Module, batch: object) -> Any:
     """Call a model with a batch: a mapping of keywords, a tuple of arguments, or one argument."""
     if isinstance(batch, Mapping):
         return model(**batch)

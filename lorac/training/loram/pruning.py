@@ -14,7 +14,7 @@ from lorac.errors import OptionError, SiteError, not_one_of
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import find_layer_index, select_sites
 from lorac.ir.sites import Site, SiteKind
-from lorac.training.initialisation.gradients import sum_gradients
+from lorac.training.initialisation.gradients import Loss, sum_gradients
 from lorac.training.loram.pruning_record import PruningRecord
 from lorac.training.loram.units import (
     HEADS,
@@ -72,8 +72,8 @@ def prune(
     hidden: float = 0.5,
     layers: Collection[int] | None = None,
     by: str = "magnitude",
-    batches: Iterable[Any] | None = None,
-    loss: Any = None,
+    batches: Iterable[object] | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
 ) -> PrunedModel:
     """Copy a model without a share of its heads and hidden units; embeddings, norms and the residual stream stay whole.
@@ -171,12 +171,12 @@ def _check_share(name: str, share: float) -> None:
 
 
 def _score_weights(
-    model: nn.Module, paths: list[str], by: str, batches: Iterable[Any] | None, loss: Any, seed: int
+    model: nn.Module, paths: list[str], by: str, batches: Iterable[object] | None, loss: Loss | None, seed: int
 ) -> dict[str, Tensor]:
     """Score every weight, by path of its layer."""
     if by not in SCORES:
         raise not_one_of("nothing is pruned by", by, SCORES)
-    weights: dict[str, Any] = {path: model.get_submodule(path).weight for path in paths}
+    weights = {path: model.get_parameter(f"{path}.weight") for path in paths}
     if by == "magnitude":
         return {path: weight.detach().float().square() for path, weight in weights.items()}
     if by == "random":
@@ -192,25 +192,17 @@ def make_pruning_records(model: nn.Module, left: list[tuple[UnitGroup, Tensor]])
     found: dict[str, PruningRecord] = {}
     for group, units in left:
         for path, width in group.rows.items():
-            weight = _layer_weight(model, path)
-            found[path] = PruningRecord(
-                tuple(weight.shape), unit_positions(units, width), torch.arange(weight.shape[1])
-            )
+            rows, columns = model.get_parameter(f"{path}.weight").shape
+            found[path] = PruningRecord((rows, columns), unit_positions(units, width), torch.arange(columns))
         for path, width in group.columns.items():
-            weight = _layer_weight(model, path)
-            found[path] = PruningRecord(
-                tuple(weight.shape), torch.arange(weight.shape[0]), unit_positions(units, width)
-            )
+            rows, columns = model.get_parameter(f"{path}.weight").shape
+            found[path] = PruningRecord((rows, columns), torch.arange(rows), unit_positions(units, width))
     return found
-
-
-def _layer_weight(model: nn.Module, path: str) -> Any:
-    return model.get_submodule(path).weight
 
 
 def _slice_model(model: nn.Module, kept: Mapping[str, PruningRecord]) -> nn.Module:
     """Copy a model with its layers pruned; removed weights are never copied."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for path, one in kept.items():
         layer: Any = model.get_submodule(path)
         memo[id(layer.weight)] = _make_parameter(layer.weight, layer.weight.detach()[one.rows][:, one.columns])

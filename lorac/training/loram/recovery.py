@@ -89,7 +89,7 @@ def _scatter_factors(
 
 def align(
     smaller: PrunedModel,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     *,
     steps: int,
     lr: float = 5e-5,

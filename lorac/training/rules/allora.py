@@ -5,7 +5,7 @@ Huang and Balestriero 2024, arXiv 2410.09692.
 
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class ALLoRA(Rule):
     governed: ClassVar[tuple[str, ...]] = FACTORS
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate"})
 
-    def __init__(self, compiled: Any, optimizer: Optimizer, *, eta2: float = 4.0) -> None:
+    def __init__(self, compiled: nn.Module, optimizer: Optimizer, *, eta2: float = 4.0) -> None:
         super().__init__(compiled, optimizer)
         check_settings(type(self).__name__, eta2=(eta2, ABOVE_0))
         self.eta2 = eta2

@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import not_one_of
@@ -109,7 +109,7 @@ class AltLoRA(Rule):
 
     def __init__(
         self,
-        compiled: Any,
+        compiled: nn.Module,
         optimizer: Optimizer,
         *,
         plus: bool = False,

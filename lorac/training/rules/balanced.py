@@ -4,10 +4,10 @@ Zou et al., NeurIPS 2025, arXiv 2510.08396, for any method that chooses by a sco
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound
@@ -40,7 +40,7 @@ class Balanced(Rule):
 
     def __init__(
         self,
-        compiled: Any,
+        compiled: nn.Module,
         optimizer: Optimizer,
         *,
         rate: float = 1e-3,

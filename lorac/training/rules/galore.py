@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from lorac.errors import ChoiceError, Unavailable, not_one_of
 from lorac.training.rule import State, trained_terms, unwrap_ddp
@@ -31,7 +32,7 @@ _PROJECTED = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "
 
 
 def galore_groups(
-    compiled: Any, *, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25, proj_type: str = "std"
+    compiled: nn.Module, *, rank: int = 128, update_proj_gap: int = 200, scale: float = 0.25, proj_type: str = "std"
 ) -> list[Group]:
     """Make parameter groups for GaLore's optimizers: weights of ``Full`` adapters projected, other parameters not.
 
@@ -187,7 +188,7 @@ class GaLoreAdamW(GaLore):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
@@ -243,7 +244,7 @@ class GaLoreSGD(GaLore):
         ChoiceError, OptionError: as ``GaLore``.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         check_settings(
             type(self).__name__,
             lr=(lr, FROM_0),

@@ -4,9 +4,9 @@ Hayou, Ghosh, Yu 2024, arXiv 2402.12354.
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
@@ -45,7 +45,7 @@ class LoRAPlus(Rule):
     saved: ClassVar[str] = "lora_plus"
 
     def __init__(
-        self, compiled: Any, optimizer: Optimizer, *, ratio: float = 16.0, embedding_lr: float | None = None
+        self, compiled: nn.Module, optimizer: Optimizer, *, ratio: float = 16.0, embedding_lr: float | None = None
     ) -> None:
         super().__init__(compiled, optimizer)
         name = type(self).__name__

@@ -3,10 +3,10 @@
 Wang et al., ICLR 2025, arXiv 2407.18242.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.training.rule import Rule, State
@@ -62,7 +62,7 @@ class LoRAPro(Rule):
 
     def __init__(
         self,
-        compiled: Any,
+        compiled: nn.Module,
         optimizer: Optimizer,
         *,
         full: bool = False,

@@ -86,7 +86,7 @@ class NestedRanks(Rule):
 
     def __init__(
         self,
-        compiled: Any,
+        compiled: nn.Module,
         optimizer: Optimizer,
         *,
         ranks: Sequence[int] | None = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,7 +143,7 @@ class Gram:
         return cls(values, vectors, (vectors * reciprocals.unsqueeze(-2)) @ vectors.mT)
 
 
-def check_saved_state(rule: str, saved: Sequence[Any], own: Sequence[Any]) -> None:
+def check_saved_state(rule: str, saved: Sequence[object], own: Sequence[object]) -> None:
     """Raise ``ChoiceError`` if a state was saved for other tensors, or by another form of the rule."""
     if len(saved) != len(own):
         raise ChoiceError(

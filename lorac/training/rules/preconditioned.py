@@ -5,10 +5,10 @@ Break-for-Make's second stage (ACM TOG 44(2), 2025), whose first form is arXiv 2
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, Unavailable
@@ -45,7 +45,7 @@ class Preconditioned(Rule):
     decides: ClassVar[frozenset[str]] = frozenset({"direction"})
     before_gradients = True
 
-    def __init__(self, compiled: Any, optimizer: Optimizer, *, reg: float = 0.0) -> None:
+    def __init__(self, compiled: nn.Module, optimizer: Optimizer, *, reg: float = 0.0) -> None:
         super().__init__(compiled, optimizer)
         if not 0 <= reg < math.inf:
             raise ChoiceError(f"reg={reg} regularises nothing", next_step="it is a finite number from 0 on")

@@ -5,18 +5,20 @@ Ding et al., EMNLP 2023, arXiv 2311.11696.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError, not_one_of
-from lorac.training.rule import Rule, trained_terms
+from lorac.training.rule import Rule, trained_terms, unwrap_ddp
 from lorac.variants.base import Variant
 from lorac.variants.sora import SoRA
+
+ChoiceT = TypeVar("ChoiceT")
 
 
 def soft_threshold(g: Tensor, xi: float) -> Tensor:
@@ -70,7 +72,9 @@ class ProximalGates(Rule):
     governed: ClassVar[tuple[str, ...]] = ("gate",)
     decides: ClassVar[frozenset[str]] = frozenset({"factors"})
 
-    def __init__(self, compiled: Any, optimizer: Optimizer, *, threshold: float = 1e-3, prox: str = "soft") -> None:
+    def __init__(
+        self, compiled: nn.Module, optimizer: Optimizer, *, threshold: float = 1e-3, prox: str = "soft"
+    ) -> None:
         super().__init__(compiled, optimizer)
         self.threshold = threshold
         self._map = _look_up(prox, _MAPS, "proximal map")
@@ -95,7 +99,7 @@ class ProximalGates(Rule):
                 gate.copy_(self._map(gate, self._threshold))
 
 
-def gate_penalty(compiled: Any, weight: float) -> Tensor:
+def gate_penalty(compiled: nn.Module, weight: float) -> Tensor:
     """``λ₁·Σ|g| / N`` over the N gates of the active SoRA adapters: a scalar to add to the loss.
 
     The released code adds this subgradient to the proximal map; the paper's method is the map alone, λ₁ = 0.
@@ -108,7 +112,8 @@ def gate_penalty(compiled: Any, weight: float) -> Tensor:
         Unavailable, AdapterNotFound: as ``Rule``.
         ChoiceError: no SoRA adapter is active.
     """
-    gates = [term.tensors["gate"] for term in trained_terms(compiled, (SoRA,)) if term.adapter in compiled.active]
+    active = unwrap_ddp(compiled).active
+    gates = [term.tensors["gate"] for term in trained_terms(compiled, (SoRA,)) if term.adapter in active]
     if not gates:
         raise ChoiceError("no sora adapter is active, so no gate to penalise", next_step="swap to one first")
     return weight * torch.cat(gates).abs().mean()
@@ -139,7 +144,7 @@ def thresholds(first: float, last: float, count: int, spacing: str = "linear") -
     return tuple(float(xi) for xi in space(first, last, count))
 
 
-def _look_up(name: str, known: Mapping[str, Any], what: str) -> Any:
+def _look_up(name: str, known: Mapping[str, ChoiceT], what: str) -> ChoiceT:
     if name not in known:
         raise not_one_of(f"there is no {what}", name, known)
     return known[name]

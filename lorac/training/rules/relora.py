@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound, ChoiceError
 from lorac.training.rule import Rule, State, unwrap_ddp
 from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, SettingRange, check_settings, trained_pairs
+from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.full import Full
 from lorac.variants.lora import LoRA
@@ -55,7 +56,7 @@ class ReLoRA(Rule):
     saved: ClassVar[str] = "relora"
 
     def __init__(
-        self, compiled: Any, optimizer: Optimizer, *, into: str, every: int, prune: float = 0.99, seed: int = 0
+        self, compiled: nn.Module, optimizer: Optimizer, *, into: str, every: int, prune: float = 0.99, seed: int = 0
     ) -> None:
         target = _find_target_adapter(compiled, into)
         before = [(tensor, tensor.requires_grad) for tensor in target.parameters()]
@@ -135,7 +136,7 @@ class ReLoRA(Rule):
                 place = int(self.prune * (moment.numel() - 1) + _ROUNDING) + 1
                 moment.masked_fill_(sizes <= sizes.flatten().kthvalue(place).values, 0)
 
-    def _room(self, target: Any) -> float:
+    def _room(self, target: Adapter) -> float:
         """How many restarts ``into`` takes."""
         room = math.inf
         for pair in self.pairs:
@@ -211,7 +212,7 @@ def restart_schedule(
     return factor
 
 
-def _find_target_adapter(compiled: Any, into: str) -> Any:
+def _find_target_adapter(compiled: nn.Module, into: str) -> Any:
     """Return the adapter that the factors are folded into."""
     adapters = getattr(unwrap_ddp(compiled), "adapters", {})
     found = adapters.get(into)

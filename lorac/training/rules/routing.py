@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorac.errors import ChoiceError, Unavailable
 from lorac.training.rule import trained_terms, unwrap_ddp
@@ -17,7 +17,7 @@ from lorac.variants.meteora import MeteoRA
 
 
 def gate_loss(
-    compiled: Any, experts: Tensor, *, weight: float = 50.0, shifted: bool = True, ignore: int = -100
+    compiled: nn.Module, experts: Tensor, *, weight: float = 50.0, shifted: bool = True, ignore: int = -100
 ) -> Tensor:
     """``weight`` · the mean cross-entropy of all MeteoRA gates of the last call: a scalar to add to the model's loss.
 
@@ -32,9 +32,9 @@ def gate_loss(
         Unavailable, AdapterNotFound: as a rule; the last call gave no logits of gates.
         ChoiceError: experts do not have the logits' rows, or there is no such expert.
     """
-    compiled = unwrap_ddp(compiled)
+    model = unwrap_ddp(compiled)
     sites = {term.site for term in trained_terms(compiled, (MeteoRA,))}
-    found = [z for path, z in compiled.aux.get("router", {}).items() if path.partition("[")[0] in sites]
+    found = [z for path, z in model.aux.get("router", {}).items() if path.partition("[")[0] in sites]
     if not found:
         raise Unavailable(
             "the last call gave no logits of MeteoRA's gates",
@@ -107,7 +107,7 @@ def sum_by_row(emitted: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.flatten(1).sum(1) if value.dim() > 1 else value for value in emitted.values()]).sum(0)
 
 
-def repeat_rows(inputs: Mapping[str, Any], draws: int) -> dict[str, Any]:
+def repeat_rows(inputs: Mapping[str, object], draws: int) -> dict[str, Any]:
     """Return a call's arguments with every row ``draws`` times; the first tensor says how many rows there are."""
     rows = _count_rows(inputs)
     return {
@@ -116,13 +116,13 @@ def repeat_rows(inputs: Mapping[str, Any], draws: int) -> dict[str, Any]:
     }
 
 
-def _count_rows(inputs: Mapping[str, Any]) -> int:
+def _count_rows(inputs: Mapping[str, object]) -> int:
     return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)
 
 
 def sampled_selection_loss(
-    compiled: Any,
-    inputs: Mapping[str, Any],
+    compiled: nn.Module,
+    inputs: Mapping[str, object],
     loss_of: Callable[[Any], Tensor],
     *,
     draws: int = 2,
@@ -141,14 +141,14 @@ def sampled_selection_loss(
         Unavailable: no router gave log-probabilities.
         ChoiceError: fewer than two draws, no tensor among the inputs, or another number of losses than rows.
     """
-    compiled = unwrap_ddp(compiled)
+    model = unwrap_ddp(compiled)
     rows = _count_rows(inputs)
     if draws < 2 or not rows:
         raise ChoiceError(
             f"{draws} draws of {rows} rows leave nobody to compare with", next_step="give two draws or more of a batch"
         )
-    losses = loss_of(compiled(**repeat_rows(inputs, draws)))
-    found = compiled.aux.get(emitted, {})
+    losses = loss_of(model(**repeat_rows(inputs, draws)))
+    found = model.aux.get(emitted, {})
     if not found:
         raise Unavailable(
             f"the call gave no '{emitted}'",

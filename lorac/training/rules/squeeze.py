@@ -5,9 +5,10 @@ Vulić et al. 2026, arXiv 2602.10993.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from lorac.adapters.rank_reduction import reduce_rank
@@ -70,7 +71,7 @@ class Squeeze(Rule):
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "squeeze"
 
-    def __init__(self, compiled: Any, optimizer: Optimizer, *, stages: Stages) -> None:
+    def __init__(self, compiled: nn.Module, optimizer: Optimizer, *, stages: Stages) -> None:
         super().__init__(compiled, optimizer)
         ranks, steps = [rank for rank, _ in stages], [count for _, count in stages]
         falling = all(a > b for a, b in pairwise(ranks))

@@ -4,8 +4,6 @@ Source: LyCORIS, lycoris/modules/full.py; sd-scripts' extractions. ``diff`` is W
 b' − b (out,).
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from lorac.errors import SiteError
@@ -17,7 +15,7 @@ from lorac.variants.edit import Edit
 _PARTS = {"diff": "delta", "diff_b": "e"}
 
 
-class DifferenceLayout(ModuleLayout):
+class DifferenceLayout(ModuleLayout[Edit]):
     """The difference of a weight, and of its bias."""
 
     required = ("diff",)
@@ -36,7 +34,7 @@ class DifferenceLayout(ModuleLayout):
             tensors["e"] = module.matrix("diff_b", module.site.out_features).flatten()
         return Edit(parts=dict.fromkeys(tensors, 1)), tensors
 
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: Edit, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         if "delta" not in tensors or not tensors.keys() <= {*_PARTS.values()}:
             raise unsupported_error(
                 f"these files hold an edit of '{site.path}' as a difference alone, and not by {', '.join(tensors)}",

@@ -11,8 +11,6 @@ Source: sd-scripts, networks/lora.py; LyCORIS, lycoris/modules/locon.py. Shapes 
     ==============================  ==================  ==================  ===========
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from lorac.variants.lora import LoRA
 from lorac.variants.low_rank import ScaledRank
 
 
-class LoraLayout(ModuleLayout):
+class LoraLayout(ModuleLayout[LoRA | DoRA]):
     """LoRA's factors, those of DoRA among them."""
 
     required = ("lora_down", "lora_up")
@@ -57,7 +55,7 @@ class LoraLayout(ModuleLayout):
         product: Tensor = torch.einsum("ijt,jq->iqt", core.to(wide), down.to(wide)).flatten(1)
         return product
 
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: LoRA | DoRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         down, up = tensors["lora_A"], tensors["lora_B"]
         if site.conv is not None:
             if site.conv.groups > 1:
@@ -70,7 +68,7 @@ class LoraLayout(ModuleLayout):
         written = {"lora_down": down, "lora_up": up}
         return written | ({"lora_bias": tensors["lora_bias"]} if "lora_bias" in tensors else {})
 
-    def alpha(self, variant: Any) -> float:
+    def alpha(self, variant: LoRA | DoRA) -> float:
         return find_alpha(variant)
 
 

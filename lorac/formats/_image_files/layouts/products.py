@@ -18,7 +18,6 @@ A LoKr of two whole matrices has the scale 1, whatever alpha its file has.
 """
 
 from math import prod
-from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +31,7 @@ _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 
 
-class LohaLayout(ModuleLayout):
+class LohaLayout(ModuleLayout[LoHa]):
     """LoHa's four factors, and two cores."""
 
     required = _FACTORS
@@ -54,14 +53,14 @@ class LohaLayout(ModuleLayout):
         alpha = rank if module.alpha is None else module.alpha
         return LoHa(r=rank, alpha=alpha, effective_conv2d=core), tensors
 
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: LoHa, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         return {**tensors, **{name: _as_kernel(site, tensors[name]) for name in _CORES if name in tensors}}
 
-    def alpha(self, variant: Any) -> float:
+    def alpha(self, variant: LoHa) -> float:
         return float(variant.alpha)
 
 
-class LokrLayout(ModuleLayout):
+class LokrLayout(ModuleLayout[LoKr]):
     """LoKr's two matrices, each whole or in factors."""
 
     optional = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -105,7 +104,7 @@ class LokrLayout(ModuleLayout):
             )
         return variant, tensors
 
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: LoKr, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         written = dict(tensors)
         if "lokr_t2" in written:
             written["lokr_t2"] = _as_kernel(site, written["lokr_t2"])
@@ -115,7 +114,7 @@ class LokrLayout(ModuleLayout):
             written["lokr_w1"] = written["lokr_w1"] * variant.scale
         return written
 
-    def alpha(self, variant: Any) -> float:
+    def alpha(self, variant: LoKr) -> float:
         return float(variant.alpha)
 
     def _names(self, module: StoredModule) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -7,8 +7,6 @@ layer are turned by Rᵀ, of BOFT by R. A block of BOFT lists the two halves of 
 one after the other.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ _ROUNDING = 1e-8
 """LyCORIS adds this number to the norm before it compares it with the bound."""
 
 
-class RotationLayout(ModuleLayout):
+class RotationLayout(ModuleLayout[BOFT]):
     """diag-OFT's blocks, which are one factor of BOFT, and BOFT's."""
 
     required = ("oft_blocks",)
@@ -42,7 +40,7 @@ class RotationLayout(ModuleLayout):
         method = BOFT(block_size=size, n_butterfly_factor=len(rotation), rotates_output=True)
         return method, {"boft_R": rotation, "boft_s": scale}
 
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: BOFT, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         if not variant.rotates_output:
             raise unsupported_error(
                 f"LyCORIS rotates outputs, and the adapter the input of '{site.path}'",
@@ -53,7 +51,7 @@ class RotationLayout(ModuleLayout):
         ones = (1,) * (len(site.kernel) - 1)
         return {"oft_blocks": blocks} | ({} if (scale == 1).all() else {"rescale": scale.reshape(-1, *ones)})
 
-    def alpha(self, variant: Any) -> float:
+    def alpha(self, variant: BOFT) -> float:
         return 0.0
 
 

@@ -6,8 +6,6 @@ Source: LyCORIS, lycoris/modules/ia3.py and glora.py. (IA)³'s ``weight`` is add
 Before LyCORIS 2, the first and the second factor were exchanged.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from lorac.variants.ia3 import IA3
 _EXCHANGED = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
 
 
-class ScaleLayout(ModuleLayout):
+class ScaleLayout(ModuleLayout[IA3]):
     """(IA)³'s vector, and the side of the layer that it scales."""
 
     required = ("weight", "on_input")
@@ -36,7 +34,7 @@ class ScaleLayout(ModuleLayout):
         method = IA3(feedforward=".*" if on_input else (), scales_bias=on_input)
         return method, {"ia3_l": scale if on_input else scale.t()}
 
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: IA3, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         on_input = variant.scales_input(site.path)
         if variant.scales_bias and not on_input and site.bias is not None:
             raise unsupported_error(
@@ -47,7 +45,7 @@ class ScaleLayout(ModuleLayout):
         return {"weight": (tensors["ia3_l"] - 1).reshape(axes), "on_input": torch.tensor(int(on_input))}
 
 
-class GloraLayout(ModuleLayout):
+class GloraLayout(ModuleLayout[GLoRA]):
     """GLoRA's two pairs of factors."""
 
     required = ("a1", "a2", "b1", "b2")
@@ -66,7 +64,7 @@ class GloraLayout(ModuleLayout):
     def _is_exchanged(self, module: StoredModule, rank: int) -> bool:
         return module.length("b1", 0) == rank != module.site.out_features and module.length("a1", 0) == rank
 
-    def write(self, variant: Any, site: Site, tensors: Tensors) -> dict[str, Tensor]:
+    def write(self, variant: GLoRA, site: Site, tensors: Tensors) -> dict[str, Tensor]:
         if site.conv is None:
             return dict(tensors)
         ones, kernel = (1,) * len(site.conv.kernel), site.conv.kernel
@@ -75,5 +73,5 @@ class GloraLayout(ModuleLayout):
             for name, tensor in tensors.items()
         }
 
-    def alpha(self, variant: Any) -> float:
+    def alpha(self, variant: GLoRA) -> float:
         return float(variant.alpha)
