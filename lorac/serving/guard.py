@@ -1,19 +1,15 @@
 """Who may ask, and how much: checked before the app reads a request."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorac.serving.refusals import refusal
 from lorac.serving.settings import ServingSettings
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 UPLOADS = "/v1/adapters"
 """The path to which adapters are uploaded."""

@@ -1,16 +1,13 @@
 """One line of JSON for each request."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time
-from typing import TYPE_CHECKING, final
+from typing import final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorac.serving.answers.connection import CLIENT_LEFT
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOGGER = logging.getLogger("lorac.serving")
 

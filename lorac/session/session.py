@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,14 +13,12 @@ from lorac.frontend.base_weights import read_bias, read_weight
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import BaseReader, Site
 from lorac.ir.slots.plans import SitePlan
+from lorac.report.pass_history import PassHistory
 from lorac.runtime.traits import ModelTraits
 from lorac.session.host_model import HostModel
 from lorac.session.request.precision import Precision
 from lorac.storage.tensor_file import make_file_base_reader
 from lorac.target.backend import Backend, TargetOptions
-
-if TYPE_CHECKING:
-    from lorac.report.pass_history import PassHistory
 
 
 @dataclass(eq=False, kw_only=True)

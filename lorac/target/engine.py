@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, Never
+from typing import Generic, Never
 
 import torch
 from torch import nn
@@ -23,12 +23,10 @@ from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.weight_writes import SparseWrites
+from lorac.report.dump import Dump
 from lorac.storage.open_file import OpenFile
 from lorac.target.kv_cache import CacheSpec, DecodeStep, KeyValueCache
 from lorac.target.memory_budget import Charge, MemoryBudget
-
-if TYPE_CHECKING:
-    from lorac.report.dump import Dump
 
 AuxOutputs = Mapping[str, Mapping[str, object]]
 """Extra outputs: name -> site path -> tensor."""

@@ -1,17 +1,16 @@
 """One run of a recipe: rows, a compiled model and the task's trainer, put together."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 import lorac
 from lorac.errors import ChoiceError, FormatError, OptionError, translate_errors
+from lorac.session.compiled import CompiledModule
 from lorac.session.model_folders import outline_model
 from lorac.storage.paths import file_stems, parse_path
 from lorac.trainer import checkpoints, factories, losses
@@ -19,9 +18,6 @@ from lorac.trainer.data import load_rows
 from lorac.trainer.recipe import Recipe
 from lorac.training import loram
 from lorac.variants.adapter import Adapter
-
-if TYPE_CHECKING:
-    from lorac.session.compiled import CompiledModule
 
 _STEP = "change the field that it names, or the rows"
 

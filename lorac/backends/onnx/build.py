@@ -1,11 +1,9 @@
 """Building an ONNX program: emission, slot defaults and base weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic
+from typing import Generic
 
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from lorac.backends.onnx.claims import check_claims
 from lorac.backends.onnx.emit import emit
 from lorac.backends.onnx.initializers import bake_slots, set_slot_defaults, write_model
 from lorac.backends.onnx.model_files import BASE_FILE, NEUTRAL_FILE, SlotStorage, graph_folder
-from lorac.backends.onnx.passes import run_passes
+from lorac.backends.onnx.passes import OnnxDialect, OnnxPass, run_passes
 from lorac.backends.onnx.weight_locations import locate_weights
 from lorac.frontend.base_weights import collect_base_tensors
 from lorac.ir.graph.feeds import collect_slot_tensors
@@ -24,9 +22,6 @@ from lorac.storage.open_file import open_files
 from lorac.storage.tensor_file import TensorFile, TensorLocation, find_transposed_weights, write_safetensors
 from lorac.target.backend import BuildRequest, OptionsT
 from lorac.target.engine import ProgramFiles
-
-if TYPE_CHECKING:
-    from lorac.backends.onnx.passes import OnnxDialect, OnnxPass
 
 _FILLERS = {SlotStorage.CONSTANTS: bake_slots, SlotStorage.DEFAULTS: set_slot_defaults}
 

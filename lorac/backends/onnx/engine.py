@@ -1,11 +1,9 @@
 """The base of engines made from emitted ONNX files, whichever library runs them."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +17,10 @@ from lorac.ir.sites import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.report.dump import Dump
 from lorac.target.backend import TargetOptions
 from lorac.target.engine import BoundProgram, CallResult, ProgramFiles
 from lorac.target.placed_engine import PlacedEngine, find_shared_slots
-
-if TYPE_CHECKING:
-    from lorac.report.dump import Dump
 
 
 class LoadedGraph(Protocol):

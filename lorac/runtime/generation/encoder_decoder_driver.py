@@ -7,20 +7,19 @@ batch, however many beams each row has.
 The first call of ``generate`` imports this module, as it does ``driver``.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateEncoderDecoderOutput
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.generic import ModelOutput
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import Unavailable
@@ -28,9 +27,6 @@ from lorac.runtime.generation.decoding_state import DecodingState
 from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver
 from lorac.runtime.generation.prompts import main_input
 from lorac.runtime.traits import CustomGeneration
-
-if TYPE_CHECKING:
-    from transformers.utils.generic import ModelOutput
 
 DECODER_MASK = "decoder_attention_mask"
 """transformers' name for the mask of a decoder's tokens."""

@@ -1,16 +1,12 @@
 """Work that ends when its client leaves."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from typing import TYPE_CHECKING, TypeVar, final
+from typing import TypeVar, final
 
 from fastapi.responses import StreamingResponse
-
-if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 CLIENT_LEFT = 499

@@ -1,18 +1,14 @@
 """Answers in the form that OpenAI's clients read."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import ClassVar, final
 
 from lorac.runtime.scheduling.token_stream import TextToken
+from lorac.serving.active_request import ActiveRequest
 from lorac.serving.answers.answers import AnswerPart
 from lorac.serving.answers.chat_parsing import ParsedText, ToolCall
-
-if TYPE_CHECKING:
-    from lorac.serving.active_request import ActiveRequest
-    from lorac.serving.tokenizer import FastTokenizer
+from lorac.serving.tokenizer import FastTokenizer
 
 Json = dict[str, object]
 LEAST_LOGPROB = -9999.0
