@@ -1,7 +1,5 @@
 """The adapters of a compiled model, each with its prepared form."""
 
-from __future__ import annotations
-
 import collections
 import functools
 import itertools
@@ -44,7 +42,7 @@ class TensorVersions:
     sums: tuple[int, ...] = ()
     bits: tuple[Tensor, ...] = ()
 
-    def agrees(self, now: TensorVersions) -> bool:
+    def agrees(self, now: "TensorVersions") -> bool:
         """Return whether nothing was written between these versions and later ones."""
         return self.versions == now.versions and self.sums == now.sums
 

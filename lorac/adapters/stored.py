@@ -1,7 +1,5 @@
 """Adapters on disk, and the contents of their slots in one block of memory."""
 
-from __future__ import annotations
-
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -32,7 +30,7 @@ class SlotLayout:
     stacks: tuple[tuple[StackShape, tuple[str, ...]], ...]
 
     @classmethod
-    def of(cls, snapshot: ComposedWeights, tensors: Mapping[str, Tensor]) -> SlotLayout:
+    def of(cls, snapshot: ComposedWeights, tensors: Mapping[str, Tensor]) -> "SlotLayout":
         """Return the layout of an adapter.
 
         Args:

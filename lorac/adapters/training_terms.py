@@ -1,7 +1,5 @@
 """The terms of a training step, computed from the adapters' own tensors."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -43,10 +41,10 @@ class AdapterTerms(TrainingTerms):
     ) -> None:
         self._pool, self._preparer, self._base, self._given = pool, preparer, base, given
 
-    def over(self, base: BaseReader) -> AdapterTerms:
+    def over(self, base: BaseReader) -> "AdapterTerms":
         return AdapterTerms(self._pool, self._preparer, base, self._given)
 
-    def current(self, choice: Choice) -> AdapterTerms:
+    def current(self, choice: Choice) -> "AdapterTerms":
         given = self._pool.find_given([name for name, _ in choice])
         return AdapterTerms(self._pool, self._preparer, self._base, given) if given else self
 

@@ -5,8 +5,6 @@ with other adapters. Regions are boxes, given as fractions of height and width, 
 call has.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,7 +69,7 @@ class AttentionBranch(BranchVariant):
 
     patterned = {"heads_pattern": "heads"}  # noqa: RUF012  (a class variable of the base, which the dataclass leaves)
 
-    def for_model(self, view: ModelView, inputs: object = None) -> AttentionBranch:
+    def for_model(self, view: ModelView, inputs: object = None) -> "AttentionBranch":
         """Return this variant with the number of heads of each attention.
 
         Raises:

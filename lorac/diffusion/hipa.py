@@ -9,8 +9,6 @@ arXiv 2311.18158. The LoRA is a plain one; what is new is the loss (``lorac.diff
 timestep is a constant of the program. No code is public: which sites and rank, and the optimizer, are inferred.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -72,7 +70,7 @@ class OneStep(nn.Module):
         timestep: int | None = None,
         vae: nn.Module | None = None,
         folds: bool = True,
-    ) -> OneStep:
+    ) -> "OneStep":
         """Return the step that a pipeline's scheduler takes.
 
         Args:

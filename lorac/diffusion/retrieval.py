@@ -9,8 +9,6 @@ arXiv 2508.02107. The best of them run together with ``lorac.AutoLoRA.from_loras
 ``lorac.diffusion.gates``.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -114,7 +112,7 @@ class Retriever:
             self.tokenizer.save_pretrained(staged / TEXT)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Retriever:
+    def load(cls, folder: str | Path) -> "Retriever":
         """Read what ``save`` wrote.
 
         Raises:

@@ -3,8 +3,6 @@
 Once a format has read one of them, only the values of the next are looked at.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re
@@ -66,7 +64,7 @@ class FileLayout:
     sealed: str | None
 
     @classmethod
-    def of(cls, outline: Outline) -> FileLayout | None:
+    def of(cls, outline: Outline) -> "FileLayout | None":
         """Return the layout of an adapter's file; None if it has several, or dtypes, or seals of its parts."""
         dtypes = {tensor.dtype for tensor in outline.tensors.values()}
         if len(outline.files) != 1 or len(dtypes) != 1 or len(outline.sealed) > 1:

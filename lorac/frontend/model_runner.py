@@ -1,7 +1,5 @@
 """Runs of a model on a copy, with the random state of the process preserved."""
 
-from __future__ import annotations
-
 import functools
 import pickle
 import random
@@ -86,7 +84,7 @@ class ModelRunner:
                 detector.raise_if_refused()  # also if the model has caught the error, or raised another one for it
             return ModelRun(output, drew())
 
-    def _call(self, detector: _WeightWriteDetector, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    def _call(self, detector: "_WeightWriteDetector", args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         with detector:
             return self._copy(*args, **kwargs)
 

@@ -1,7 +1,5 @@
 """A model as adapters see it: the one object that a public operation makes of the model it is given."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect
@@ -35,7 +33,7 @@ class ModelView:
     stored: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Model) -> ModelView:
+    def of(cls, model: "Model") -> "ModelView":
         """Return the view of a model or of several models by name; a view is returned as it is.
 
         Raises:
@@ -46,7 +44,7 @@ class ModelView:
         module = Components(model) if isinstance(model, Mapping) else strip_wrappers(model)
         return cls(module, find_sites(module))
 
-    def with_sites(self, sites: Mapping[str, Site]) -> ModelView:
+    def with_sites(self, sites: Mapping[str, Site]) -> "ModelView":
         """Return a view of the same model with further sites, or with other descriptions of those it has."""
         return dataclasses.replace(self, sites={**self.sites, **sites})
 

@@ -5,8 +5,6 @@ program has none of these: it is captured from a copy whose weights are plain pa
 integers. The libraries are not imported; their classes are recognised by their names and attributes.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -49,7 +47,7 @@ class LayerWeight(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, layer: nn.Linear) -> LayerWeight:
+    def __new__(cls, layer: nn.Linear) -> "LayerWeight":
         sizes = (layer.out_features, layer.in_features)
         weight: Any = layer.weight
         dtype = getattr(getattr(weight, "quant_state", None), "dtype", torch.float32)
@@ -112,7 +110,7 @@ class QuantisedMatrix:
             grouped = grouped - self.zero.float().unsqueeze(-1)
         return (grouped * self.scale.float().unsqueeze(-1)).flatten(1)
 
-    def __deepcopy__(self, memo: object) -> QuantisedMatrix:
+    def __deepcopy__(self, memo: object) -> "QuantisedMatrix":
         """Return itself: its tensors are never written."""
         return self
 

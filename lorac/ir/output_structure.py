@@ -1,7 +1,5 @@
 """The structure of a model's output: the names of its tensors, and the structure as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import re
@@ -59,7 +57,7 @@ class OutputStructure:
         """Build the model's output from the program's tensors."""
         return pytree.tree_unflatten(self._leaves(tensors), self.spec)
 
-    def with_values(self, values: Mapping[str, object]) -> OutputStructure:
+    def with_values(self, values: Mapping[str, object]) -> "OutputStructure":
         """Return a copy with other constants, by their name in the output (``name_outputs``)."""
         names = name_outputs(self.spec, ())
         return replace(self, constants={i: values.get(names[i], value) for i, value in self.constants.items()})

@@ -5,8 +5,6 @@ the example. Where rows are independent, such a program answers any number of th
 filled up with copies of a row, whose outputs are dropped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +90,7 @@ class RowLayout:
         return {"count": self.count, "axes": dict(self.axes), "outputs": dict(self.outputs)}
 
     @classmethod
-    def from_json(cls, stored: JsonMapping) -> RowLayout:
+    def from_json(cls, stored: JsonMapping) -> "RowLayout":
         """Read the layout from JSON.
 
         Raises:

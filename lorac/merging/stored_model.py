@@ -1,7 +1,5 @@
 """A model in a folder: its structure on the meta device, whose tensors are read from its files one at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,7 +41,7 @@ class StoredModel:
     view: ModelView
 
     @classmethod
-    def open(cls, folder: Path, *, dequantize: bool | None = None) -> StoredModel:
+    def open(cls, folder: Path, *, dequantize: bool | None = None) -> "StoredModel":
         """Open a folder that transformers or diffusers wrote.
 
         Args:

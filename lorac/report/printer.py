@@ -4,8 +4,6 @@ Identical blocks are printed once. Of the weights only shapes are shown, so equa
 tensors that can be replaced at run time.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -59,7 +57,7 @@ class PrintedLine:
     note: str = ""
     role: str = "row"
 
-    def indent(self) -> PrintedLine:
+    def indent(self) -> "PrintedLine":
         """Return the line, indented by two spaces."""
         return replace(self, left=f"  {self.left}" if self.left else "")
 

@@ -1,7 +1,5 @@
 """The structure of a graph: its repeated blocks, and the values that flow between them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +19,8 @@ class Section:
     """
 
     call: str
-    items: list[int | Section] = field(default_factory=list)
-    parent: Section | None = None
+    items: "list[int | Section]" = field(default_factory=list)
+    parent: "Section | None" = None
     inputs: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -38,7 +36,7 @@ class Section:
             else:
                 yield from item.rows()
 
-    def sections(self) -> Iterator[Section]:
+    def sections(self) -> "Iterator[Section]":
         """Yield this block and every block inside."""
         yield self
         for item in self.items:

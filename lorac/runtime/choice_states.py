@@ -1,7 +1,5 @@
 """The state of an engine for each choice of adapters, made when it is needed and kept while there is room."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -61,7 +59,7 @@ class ChoiceState:
     versions: TensorVersions
     nbytes: int
     charge: Charge
-    lease: _Lease | None = None
+    lease: "_Lease | None" = None
 
     @property
     def choice(self) -> Choice:

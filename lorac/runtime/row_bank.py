@@ -4,8 +4,6 @@ A step reads the places where they lie, so that it costs the same whatever the r
 registered.
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections.abc import Mapping
@@ -146,7 +144,7 @@ class _RowPlaces:
     names: tuple[tuple[str, ...], ...]
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> _RowPlaces:
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> "_RowPlaces":
         """Return uninitialised places of shapes (rows, …), by slot, for tensors of these dtypes."""
         groups: dict[tuple[tuple[int, ...], torch.dtype], list[str]] = {}
         for name, shape in shapes.items():

@@ -6,8 +6,6 @@ straight into the slots, that is worth it only for an adapter that is let go of 
 it lies with the adapters, and its space is free when the process ends, however that ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import tempfile
@@ -41,7 +39,7 @@ class SlotImage:
     serial: int
     layout: SlotLayout
     offset: int
-    images: SlotImages
+    images: "SlotImages"
 
     def read(self, memory: Tensor) -> bool:
         """Read it into memory of its size; return whether it is still there."""

@@ -6,8 +6,6 @@ file each slot holds is kept, as long as it is no more than a copy, cast or scal
 its values are checked as ever, and copied. An adapter of which this cannot be said takes the usual way.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +45,7 @@ class _StridedPart(NamedTuple):
     offset: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _StridedPart:
+    def of(cls, tensor: Tensor) -> "_StridedPart":
         """Return the part of its memory that a tensor is."""
         return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 

@@ -1,7 +1,5 @@
 """The model of a session, for as long as an engine or its owner holds it; afterwards its skeleton."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -38,7 +36,7 @@ class HostModel:
         self.packed: Mapping[str, str] = {}
 
     @classmethod
-    def stored(cls, skeleton: Mapping[str, object], base: Mapping[str, Tensor]) -> HostModel:
+    def stored(cls, skeleton: Mapping[str, object], base: Mapping[str, Tensor]) -> "HostModel":
         """Return an artifact's model: its skeleton as JSON, and its base weights by name."""
         host = cls(None)
         host._skeleton, host._base = skeleton, base

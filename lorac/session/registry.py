@@ -6,8 +6,6 @@ adapter is used, its file is read and checked as any other, or its values alone 
 the way from its file to the slots (``lorac.session.direct_reading``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -54,7 +52,7 @@ class AdapterSize:
     rank: int
 
     @classmethod
-    def of(cls, forms: PreparedAdapter) -> AdapterSize:
+    def of(cls, forms: PreparedAdapter) -> "AdapterSize":
         """Return the size of an adapter in its normal forms."""
         ranks = [change.rank for change in forms.changes.values() if isinstance(change, LowRank)]
         return cls(len(forms.paths), max(ranks, default=0))

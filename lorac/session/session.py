@@ -1,7 +1,5 @@
 """``Session``: a model, its adapters and a backend."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -50,7 +48,7 @@ class Session:
     history: PassHistory | None = None
 
     @classmethod
-    def over(cls, host: HostModel, backend: Backend[TargetOptions], options: TargetOptions, mode: str) -> Session:
+    def over(cls, host: HostModel, backend: Backend[TargetOptions], options: TargetOptions, mode: str) -> "Session":
         """Make a session without adapters over a model."""
         base = BaseReader(lambda site: read_weight(site, host.module), lambda site: read_bias(site, host.module))
         preparer = Preparer(ModelView.of(host.module).sites, base)

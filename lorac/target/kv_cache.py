@@ -7,8 +7,6 @@ would get alone. Rows are padded on the right, and padding changes no answer.
 A decoder may also attend to the outputs of an encoder. These are computed once, and stored for each row.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -60,7 +58,7 @@ class KeyValueCache(ABC):
         """Replace the rows by some of them, in this order; a row may be repeated or left out."""
 
     @abstractmethod
-    def join(self, other: KeyValueCache) -> None:
+    def join(self, other: "KeyValueCache") -> None:
         """Add copies of another cache's rows behind the rows; the capacity becomes the larger of both.
 
         Raises:
@@ -89,7 +87,7 @@ class KeyValueCache(ABC):
         """Increase the capacity, or the number of rows that there is room for; the content stays."""
 
     @abstractmethod
-    def copy(self, rows: Sequence[int] | None = None) -> KeyValueCache:
+    def copy(self, rows: Sequence[int] | None = None) -> "KeyValueCache":
         """Return another cache with the same content.
 
         Args:

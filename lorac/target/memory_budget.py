@@ -4,8 +4,6 @@ What can be made again (prepared adapters, choices bound to the program, cached 
 and the least recently used goes first. What somebody holds stays, and counts, until the last holder lets go of it.
 """
 
-from __future__ import annotations
-
 import collections
 import threading
 import weakref
@@ -33,7 +31,7 @@ class Charge:
 
     __slots__ = ("__weakref__", "_budget", "blocks")
 
-    def __init__(self, budget: MemoryBudget) -> None:
+    def __init__(self, budget: "MemoryBudget") -> None:
         self._budget = budget
         self.blocks: tuple[Block, ...] = ()
 

@@ -1,7 +1,5 @@
 """A variant on a host, with the adapters, compiled models and references that its checks share."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -65,7 +63,7 @@ class Oracle:
     once: Callable[..., dict[str, Array]] | None = None
 
     @staticmethod
-    def of(module: ModuleType) -> Oracle:
+    def of(module: ModuleType) -> "Oracle":
         """Return the oracle of a module's functions with these names."""
         names = [field.name for field in dataclasses.fields(Oracle)]
         return Oracle(**{name: vars(module)[name] for name in names if name in vars(module)})

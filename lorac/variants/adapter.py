@@ -1,7 +1,5 @@
 """An adapter: a name, a method with its hyper-parameters, and its tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,7 +47,7 @@ class Adapter:
         own = [tensor for at in self.tensors.values() for tensor in at.values()]
         return {id(tensor): tensor for tensor in (*own, *self.replaced.values())}.values()
 
-    def to(self, dtype: torch.dtype) -> Adapter:
+    def to(self, dtype: torch.dtype) -> "Adapter":
         """Return a copy with its floating-point tensors in a dtype; tensors that sites share stay one.
 
         Raises:

@@ -3,8 +3,6 @@
 "AdapterTune: Zero-Initialized Low-Rank Adapters for Frozen Vision Transformers", 2026, arXiv 2603.14706.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class AdapterTune(BranchVariant):
     paper = "AdapterTune: Zero-Initialized Low-Rank Adapters for Frozen Vision Transformers, arXiv 2603.14706"
     kinds = frozenset({SiteKind.BLOCK})
 
-    def for_model(self, view: ModelView, inputs: object = None) -> AdapterTune:
+    def for_model(self, view: ModelView, inputs: object = None) -> "AdapterTune":
         if self.targets != "all-blocks":
             return self
         try:

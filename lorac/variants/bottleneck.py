@@ -9,8 +9,6 @@ model adds r to y'. A post-LN model computes LN(h + r), and the site is that Lay
 y' is the new residual stream.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -132,7 +130,7 @@ class Bottleneck(BranchVariant):
     patterned: ClassVar[Mapping[str, str]] = {"reduction_pattern": "reduction_factor"}
 
     @staticmethod
-    def preset(name: str, **fields: object) -> Bottleneck:
+    def preset(name: str, **fields: object) -> "Bottleneck":
         """Return one of AdapterHub's named configurations, such as ``"seq_bn"``, with the given fields changed.
 
         Raises:
@@ -309,7 +307,7 @@ class Bottleneck(BranchVariant):
         )
 
     # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
-    def for_model(self, view: ModelView, inputs: object = None) -> Bottleneck:
+    def for_model(self, view: ModelView, inputs: object = None) -> "Bottleneck":
         needs_stream = not self.targets or self.inv_adapter is not None or bool(self._operands(_placeholder_site()))
         try:
             stream = trace_residual_stream(view, inputs)
@@ -319,7 +317,7 @@ class Bottleneck(BranchVariant):
             return self
         return self.for_stream(view, stream)
 
-    def for_stream(self, view: ModelView, stream: ResidualStream, *, inverts: bool = True) -> Bottleneck:
+    def for_stream(self, view: ModelView, stream: ResidualStream, *, inverts: bool = True) -> "Bottleneck":
         """Return this method with its sites in a model's residual stream.
 
         Args:

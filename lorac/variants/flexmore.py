@@ -4,8 +4,6 @@ Pirchert et al. 2026, arXiv 2602.08818, on FlexOlmo (arXiv 2507.07024). Their ch
 experts) belong to another model class; here the dense model keeps its own MLP and class.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import itertools
@@ -121,7 +119,7 @@ class FlexMoRE(BranchVariant):
         return (chosen / chosen.sum(-1, keepdim=True) if self.normalise else chosen).to(logits.dtype)
 
     # ── Sites in a model ─────────────────────────────────────────────────────────────────────────────────────────────
-    def for_model(self, view: ModelView, inputs: object = None) -> FlexMoRE:
+    def for_model(self, view: ModelView, inputs: object = None) -> "FlexMoRE":
         found = {
             path: layers
             for path, layers in _find_gated_mlps(view.module)

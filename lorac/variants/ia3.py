@@ -3,8 +3,6 @@
 Liu et al. 2022, arXiv 2205.05638; which side of a layer is scaled, as in PEFT.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ class IA3(WeightVariant):
             return match_pattern(self.feedforward, path) is not None
         return path.endswith(tuple(self.feedforward))
 
-    def at(self, site: Site) -> IA3:
+    def at(self, site: Site) -> "IA3":
         """Return this variant for one site, with a ``feedforward`` that matches every path or none."""
         return dataclasses.replace(self, feedforward=_ALL if self.scales_input(site.path) else ())
 

@@ -1,7 +1,5 @@
 """The tensors of a method: their shapes, their start values, and how training and files treat them."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -66,7 +64,7 @@ class ParamSpec:
     decay: bool = True
     below: tuple[int, ...] = ()
 
-    def stacked(self, number: int) -> ParamSpec:
+    def stacked(self, number: int) -> "ParamSpec":
         """Return the spec for a stack of matrices: one tensor per matrix, each initialised as for a single matrix."""
 
         def init_stack(context: InitContext) -> torch.Tensor:

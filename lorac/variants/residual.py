@@ -4,8 +4,6 @@ PiSSA, MiLoRA, OLoRA, CorDA and LoRA-GA start from non-zero factors, and change 
 same. Here the base is not changed: the product that they subtract from it is stored in the adapter.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,7 +33,7 @@ class Residual(WeightVariant):
     patterned: ClassVar[Mapping[str, str]] = {"rank_pattern": "r"}
 
     @classmethod
-    def around(cls, method: WeightVariant, r: int, rank_pattern: Mapping[str, int]) -> Residual:
+    def around(cls, method: WeightVariant, r: int, rank_pattern: Mapping[str, int]) -> "Residual":
         """Return a residual around a method, with its targets and the modules and biases that it trains whole."""
         common = {name: value for name, value in method.settings.items() if name not in method.own_settings}
         return cls(method=method, r=r, rank_pattern=rank_pattern, **common)  # type: ignore[arg-type]  # of the same fields

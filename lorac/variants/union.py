@@ -4,8 +4,6 @@ It covers AdapterHub's ``ConfigUnion`` for parts with disjoint sites (UniPELT's 
 2110.07577, without its gates and prefixes).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +73,7 @@ class Union(Variant):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return self.at(site).params(site)
 
-    def for_model(self, view: ModelView, inputs: object = None) -> Union:
+    def for_model(self, view: ModelView, inputs: object = None) -> "Union":
         """Return this union with full paths as the targets of its parts.
 
         Raises:
@@ -109,7 +107,7 @@ class Union(Variant):
         return joined
 
     @classmethod
-    def over(cls, *parts: Variant, like: Variant | None = None) -> Union:
+    def over(cls, *parts: Variant, like: Variant | None = None) -> "Union":
         """Return a union of methods whose targets are full paths.
 
         Args:

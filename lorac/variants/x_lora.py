@@ -5,8 +5,6 @@ classifier reads the last hidden state of a scaling pass: of the unadapted model
 the weight ``scaling_pass_value``. Only the classifier is trained.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,7 +78,7 @@ class XLoRA(LoraMixture, RoutedVariant):
     name = "x_lora"
     paper = "X-LoRA: Mixture of Low-Rank Adapter Experts, arXiv 2402.07148"
 
-    def for_model(self, view: ModelView, inputs: object = None) -> XLoRA:
+    def for_model(self, view: ModelView, inputs: object = None) -> "XLoRA":
         """Return this variant, after a check of the width that the classifier reads.
 
         Raises:

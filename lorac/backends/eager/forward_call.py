@@ -1,7 +1,5 @@
 """The slots that a choice of adapters fills, and the state of one call of the model."""
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,14 +41,14 @@ class ActiveSlots:
     read: frozenset[str] = frozenset()
     branches: bool = False
     apart: frozenset[str] = frozenset()
-    places: tuple[ActiveSlots, ...] = ()
+    places: "tuple[ActiveSlots, ...]" = ()
 
     @property
     def needs_preparation(self) -> bool:
         """Return whether values that branches read are computed before a call, from its arguments."""
         return self.branches or any(parse_value_name(name)[0] in {BASE, INPUT, OWN} for name in self.read)
 
-    def base_pass(self, scope: str) -> ActiveSlots:
+    def base_pass(self, scope: str) -> "ActiveSlots":
         """Return the slots of a pass of the base, all empty, with the values that branches read of it.
 
         Args:
@@ -75,7 +73,7 @@ class AdapterPass:
 
     name: str
     owner: str
-    call: ForwardCall
+    call: "ForwardCall"
 
 
 @dataclass(eq=False)

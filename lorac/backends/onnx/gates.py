@@ -10,8 +10,6 @@ Nodes that only branches need, such as a pass of the base or values that adapter
 one adapter acts alone, move into another one. An idle branch neither reads nor writes its cache.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +82,7 @@ class _BranchEnd:
     passed: ir.Value
 
     @classmethod
-    def of(cls, strength: ir.Value, add: ir.Node) -> _BranchEnd:
+    def of(cls, strength: ir.Value, add: ir.Node) -> "_BranchEnd":
         """Return the end of a branch whose sum is ``add``; earlier branches of its site have their gates already."""
         return cls(strength, add, _base_operand(strength, add))
 

@@ -3,8 +3,6 @@
 Weights are written next to the model as external data, so that models over 2 GB work. They are mapped, not read.
 """
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -85,7 +83,7 @@ class ConcatenatedTensor(ir.LazyTensor):
         self._computed: list[weakref.ref[_Array]] = []
 
     @property
-    def transposed(self) -> ConcatenatedTensor:
+    def transposed(self) -> "ConcatenatedTensor":
         """Return the transpose of the matrix; no array is computed for it."""
         return ConcatenatedTensor(self._parts, is_transposed=not self._is_transposed)
 

@@ -1,7 +1,5 @@
 """The ONNX Runtime engine: a session per graph; a choice of adapters is a set of values for their slot inputs."""
 
-from __future__ import annotations
-
 import functools
 import threading
 import weakref
@@ -69,7 +67,7 @@ class GraphSession:
         values = (*session.get_inputs(), *session.get_overridable_initializers())
         self.narrow_slots = {value.name for value in values if value.name in slots and value.type == "tensor(float16)"}
 
-    def read_encoder(self, encoder: GraphSession) -> None:
+    def read_encoder(self, encoder: "GraphSession") -> None:
         """Note which inputs of an encoder have to be given before the graph runs."""
         self.cache = CacheLayout.of(self.session, encoder.interface.inputs)
 

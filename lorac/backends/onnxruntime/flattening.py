@@ -5,8 +5,6 @@ an op for the sum. Ops that act on each row alone (sums, scales, norms) stay on 
 Where slots have places (``lorac.ir.slots.rows``), rows are computed as segments (places, rows, features) instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
@@ -276,7 +274,7 @@ class _Segments:
             cut.replace_input_with(1, self.shape(_constant(graph, [-1, features])))
 
     @classmethod
-    def of(cls, graph: ir.Graph) -> _Segments | None:
+    def of(cls, graph: ir.Graph) -> "_Segments | None":
         """Return the segments of a graph, or None for a graph without segments."""
         slots = {cut: slot for cut in graph if (slot := _cutting_slot(cut)) is not None}
         return cls(graph, next(iter(slots.values())), slots.keys()) if slots else None

@@ -4,8 +4,6 @@ Past and present are one memory, so that the cost of a call depends on its new t
 in which the slots stay bound from call to call, and the buffers for as long as the rows are the same.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ class CacheLayout:
     encoder_outputs: Mapping[str, CacheInputShape]
 
     @classmethod
-    def of(cls, session: ort.InferenceSession, encodes: tuple[str, ...] = ()) -> CacheLayout | None:
+    def of(cls, session: ort.InferenceSession, encodes: tuple[str, ...] = ()) -> "CacheLayout | None":
         """Return the layout of a session; None for a session without a cache.
 
         Args:
@@ -210,7 +208,7 @@ class OrtCache(KeyValueCache):
         self.capacity = max(capacity, self.capacity)
         self._allocate(max(rows, len(self.lengths)), self.capacity)
 
-    def copy(self, rows: Sequence[int] | None = None) -> OrtCache:
+    def copy(self, rows: Sequence[int] | None = None) -> "OrtCache":
         rows = list(range(len(self.lengths)) if rows is None else rows)
         copied = OrtCache(self.layout, len(rows), self.capacity, self.budget)
         copied.lengths = tuple(self.lengths[row] for row in rows)

@@ -1,7 +1,5 @@
 """The base class of the layouts of one module's tensors."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -76,17 +74,17 @@ class StoredModule:
             )
         return tensor.shape[axis]
 
-    def without(self, leaves: Collection[str]) -> StoredModule:
+    def without(self, leaves: Collection[str]) -> "StoredModule":
         """Return it without some tensors."""
         tensors = {leaf: tensor for leaf, tensor in self.tensors.items() if leaf not in leaves}
         return replace(self, tensors=tensors, keys={leaf: self.keys[leaf] for leaf in tensors})
 
-    def renamed(self, names: Mapping[str, str]) -> StoredModule:
+    def renamed(self, names: Mapping[str, str]) -> "StoredModule":
         """Return it with other names of its tensors."""
         tensors = {names[leaf]: tensor for leaf, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, keys={names[leaf]: key for leaf, key in self.keys.items()})
 
-    def with_alpha(self, alpha: float) -> StoredModule:
+    def with_alpha(self, alpha: float) -> "StoredModule":
         """Return it with an alpha."""
         return replace(self, alpha=alpha)
 

@@ -1,7 +1,5 @@
 """Components of an AdapterHub file: one configuration each, with the places of its tensors in a model."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ class ModelLayout:
     embedder: str = ""
 
     @classmethod
-    def of(cls, view: ModelView, family: Family) -> ModelLayout:
+    def of(cls, view: ModelView, family: Family) -> "ModelLayout":
         """Return the layout of a model of a family.
 
         Raises:

@@ -18,8 +18,6 @@ A layer that packs queries, keys and values has the tensors of the chosen ones s
 (out/3·k, r); with scale, alpha multiplies the rows of those that are not chosen, too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +115,7 @@ class LoraFields:
         return LETTERS if self.scales and self.alpha != 1 else self.letters(layer)
 
 
-def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False) -> LoraComponent:
+def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False) -> "LoraComponent":
     """Return a configuration, read.
 
     Args:

@@ -5,8 +5,6 @@ of queries and keys in some architectures, where transformers rotates the two ha
 reorders the rows of both projections, and with them those of a LoRA's B.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +77,7 @@ class GgufNames:
     heads: tuple[int, int]
 
     @classmethod
-    def of(cls, view: ModelView, subject: str) -> GgufNames:
+    def of(cls, view: ModelView, subject: str) -> "GgufNames":
         """Return the names of a model's layers.
 
         Args:

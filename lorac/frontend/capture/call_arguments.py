@@ -4,8 +4,6 @@ A trace follows Python, so a value that Python code branches on is fixed: a numb
 argument is not an input of the program but a part of it, and a call with another value is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import json
@@ -62,7 +60,7 @@ class CallArguments:
         branching = "forward branches on values that it computes, and the program takes the example's branches"
         return read + ([f"{branching}, at {', at '.join(self.truths)}"] if self.truths else [])
 
-    def iter_alternatives(self, model: nn.Module) -> Iterator[CallArguments]:
+    def iter_alternatives(self, model: nn.Module) -> "Iterator[CallArguments]":
         """Yield these arguments, then the same with more constants: image sizes, then branches that forward takes."""
         yield self
         named = {name: value for name, value in self.inputs.items() if name.endswith(GRID_SUFFIX)}
@@ -85,7 +83,7 @@ class CallArguments:
             yield
 
     @classmethod
-    def of(cls, model: nn.Module, named: Inputs) -> CallArguments:
+    def of(cls, model: nn.Module, named: Inputs) -> "CallArguments":
         """Sort the arguments of an example call into inputs and constants.
 
         Raises:

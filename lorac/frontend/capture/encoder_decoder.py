@@ -5,8 +5,6 @@ its cross-attentions. Both are copies of one capture; nodes that belong to neith
 both.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +71,7 @@ class _GraphHalves:
     ids: fx.Node
 
     @classmethod
-    def of(cls, program: ExportedProgram) -> _GraphHalves:
+    def of(cls, program: ExportedProgram) -> "_GraphHalves":
         nodes = list(program.graph.nodes)
         given = _user_inputs(program)
         ids = given[find_token_input(given)]

@@ -10,8 +10,6 @@ tables of angles). A layer is traced itself if it might differ unseen: if it rea
 one with a region of autocast or of gradients, inside or around it, since torch makes a separate graph of each.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -64,7 +62,7 @@ def _below(path: str, paths: Collection[str]) -> Iterator[str]:
             yield other.removeprefix(path)
 
 
-def _repeat(layer: nn.Module, path: str, group: _GroupTrace, state: _LayerState) -> None:
+def _repeat(layer: nn.Module, path: str, group: "_GroupTrace", state: "_LayerState") -> None:
     """Make a layer be traced unless an earlier one of its group stands for it."""
     forward = layer.forward
 
@@ -132,7 +130,7 @@ class _FlatValues:
     spec: pytree.TreeSpec
 
     @classmethod
-    def of(cls, tree: object) -> _FlatValues:
+    def of(cls, tree: object) -> "_FlatValues":
         return cls(*pytree.tree_flatten(tree))
 
     @property
@@ -157,7 +155,7 @@ class _GroupTrace:
     """
 
     numbered: IndexAttributes
-    traced_layers: list[_TracedLayer] = field(default_factory=list)
+    traced_layers: "list[_TracedLayer]" = field(default_factory=list)
     outputs: Sequence[Tensor] = ()
     reads: list[str] = field(default_factory=list)
 

@@ -16,8 +16,6 @@ as its blocks (n, k, k). For stacked matrices, W (E, out, in), every tensor begi
 composing makes a new one, always from the original W, never by subtraction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -49,14 +47,14 @@ class LowRank:
         """The rank R."""
         return self.a.shape[-1]
 
-    def truncated(self, rank: int, power: float = 0.0) -> LowRank:
+    def truncated(self, rank: int, power: float = 0.0) -> "LowRank":
         """Return the first ``rank`` components, scaled by (R/rank)^power for a method with the scale r^−power."""
         if rank >= self.rank:
             return self
         folded, factor = self.folded(), (self.rank / rank) ** power
         return replace(folded, a=folded.a[..., :rank].contiguous(), b=folded.b[..., :rank, :] * factor)
 
-    def folded(self) -> LowRank:
+    def folded(self) -> "LowRank":
         """Return the change with g and h folded into B."""
         if not self.scales.keys() & FOLDABLE:
             return self

@@ -3,8 +3,6 @@
 The ``expand`` pass traces ``compute_adapted``; the reference interpreter runs it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Mapping
@@ -57,13 +55,13 @@ class AdaptedCall:
     site: str
 
     @classmethod
-    def of(cls, node: fx.Node) -> AdaptedCall:
+    def of(cls, node: fx.Node) -> "AdaptedCall":
         """Return the operands of an ``adapted`` node."""
         arguments: Operands = node.args
         return cls(*arguments)
 
     @classmethod
-    def adapting(cls, node: fx.Node, operands: Mapping[str, fx.Node]) -> AdaptedCall:
+    def adapting(cls, node: fx.Node, operands: Mapping[str, fx.Node]) -> "AdaptedCall":
         """Return the adapted form of a call of a site's op."""
         return cls(node.target, ops.operands_of(node), operands, ops.site_of(node))
 

@@ -4,8 +4,6 @@ The eager backend calls ``run_site`` and the other backends trace it (``lorac.ir
 has a formula of its own.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -114,20 +112,20 @@ class FormulaContext:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return self._attention.attend(name, q, k, v, causal=causal, mask=mask, scale=scale)
 
-    def within(self, dtype: torch.dtype, owner: str = "") -> FormulaContext:
+    def within(self, dtype: torch.dtype, owner: str = "") -> "FormulaContext":
         """Return this context for a branch that computes in ``dtype``; ``owner`` prefixes its own values."""
         inner = copy.copy(self)
         inner._dtype, inner._owner = dtype, owner
         vars(inner).pop("generator", None)
         return inner
 
-    def in_place(self, values: Mapping[str, Tensor]) -> FormulaContext:
+    def in_place(self, values: Mapping[str, Tensor]) -> "FormulaContext":
         """Return this context for one place of several that run at once, with its own values and extra outputs."""
         inner = copy.copy(self)
         inner._values, inner._emitted, inner.placed = values, {}, True
         return inner
 
-    def over(self, values: Mapping[str, Tensor]) -> FormulaContext:
+    def over(self, values: Mapping[str, Tensor]) -> "FormulaContext":
         """Return this context with other values; extra outputs and cached attention are discarded."""
         other = copy.copy(self)
         other._values, other._emitted = values, {}

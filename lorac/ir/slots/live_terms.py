@@ -5,8 +5,6 @@ The op applies dropout by the term's trait (docs/architecture.md, "The one idea"
 DoRA, random numbers included.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from abc import ABC, abstractmethod
@@ -73,11 +71,11 @@ class TrainingTerms(ABC):
         """Return the active terms of a site; None if no adapter of the choice touches it."""
 
     @abstractmethod
-    def over(self, base: BaseReader) -> TrainingTerms:
+    def over(self, base: BaseReader) -> "TrainingTerms":
         """Return the terms over other base weights."""
 
     @abstractmethod
-    def current(self, choice: Choice) -> TrainingTerms:
+    def current(self, choice: Choice) -> "TrainingTerms":
         """Return the terms of the tensors given for the adapters now, as torch.func.functional_call gives them.
 
         They are these terms themselves if the adapters have their own tensors.

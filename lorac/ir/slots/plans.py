@@ -5,8 +5,6 @@ choice of adapters. Both are organised by role (``lorac.ir.slots.roles``). ``lor
 computes an adapted site from both.
 """
 
-from __future__ import annotations
-
 import enum
 import functools
 from collections.abc import Iterable, Iterator, Mapping
@@ -138,7 +136,7 @@ class SitePlan:
         return any(slot.axes is not None for slot in self.branches)
 
     @property
-    def without_branches(self) -> SitePlan:
+    def without_branches(self) -> "SitePlan":
         """The plan of the site's other slots."""
         return replace(self, branches=())
 
@@ -205,7 +203,7 @@ class SiteSlots:
         return tensors
 
     @staticmethod
-    def of_named(tensors: Mapping[str, Tensor], plan: SitePlan) -> SiteSlots:
+    def of_named(tensors: Mapping[str, Tensor], plan: SitePlan) -> "SiteSlots":
         """Invert ``named``."""
         fills = []
         for index, slot in enumerate(plan.branches):

@@ -5,8 +5,6 @@ depend on the same of its boxes. Neighbours in one list of modules are drawn as 
 adapters included, and where each reads its predecessor's inputs or its outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,8 +32,8 @@ class BoxLink:
     """
 
     value: int
-    source: Box | None
-    target: Box | None
+    source: "Box | None"
+    target: "Box | None"
 
 
 @dataclass(eq=False)
@@ -59,12 +57,12 @@ class Box:
     title: str
     about: str = ""
     rows: tuple[int, ...] = ()
-    parts: tuple[Box, ...] = ()
+    parts: "tuple[Box, ...]" = ()
     links: tuple[BoxLink, ...] = ()
     sites: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
 
-    def all(self) -> Iterator[Box]:
+    def all(self) -> "Iterator[Box]":
         """Yield this box and every box inside."""
         yield self
         for part in self.parts:

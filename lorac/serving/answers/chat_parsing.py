@@ -1,7 +1,5 @@
 """Content, reasoning and tool calls in the text of a chat's answer, as transformers parses it."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Sequence
@@ -47,7 +45,7 @@ class ParsedText:
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls)
 
-    def joined(self, other: ParsedText) -> ParsedText:
+    def joined(self, other: "ParsedText") -> "ParsedText":
         """Return this part and one behind it as one."""
         return ParsedText(self.content + other.content, self.reasoning + other.reasoning, self.calls + other.calls)
 

@@ -1,7 +1,5 @@
 """What a tenant may bring, and what of it is used."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import threading
@@ -118,7 +116,7 @@ class TenantAccount:
             )
 
     @contextlib.contextmanager
-    def claim(self) -> Iterator[QuotaClaim]:
+    def claim(self) -> "Iterator[QuotaClaim]":
         """Give the block a claim to what it is about to use; what the claim does not keep is given back."""
         claim = QuotaClaim(self)
         try:

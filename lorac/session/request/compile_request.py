@@ -1,7 +1,5 @@
 """``CompileRequest``: what compile() was asked for, apart from the model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +50,7 @@ class CompileRequest:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         **options: object,
-    ) -> CompileRequest:
+    ) -> "CompileRequest":
         """Check the arguments of compile().
 
         Raises:

@@ -1,7 +1,5 @@
 """A smaller model to train on: heads and hidden units taken out, or single weights set to 0."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ class PrunedModel:
     model: nn.Module
     kept: Mapping[str, PruningRecord]
     masks: Mapping[str, Tensor]
-    sizes: SizeComparison
+    sizes: "SizeComparison"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 Yu et al., NeurIPS 2025, arXiv 2505.12455; ``released`` is what the authors' optimizers do instead.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -171,7 +169,7 @@ class AltLoRA(Rule):
                 side.state = copy_state(own, side.own)
         self._skip()
 
-    def _both_turns(self, sides: tuple[_FactorSide, _FactorSide], groups: Mapping[int, Group]) -> None:
+    def _both_turns(self, sides: "tuple[_FactorSide, _FactorSide]", groups: Mapping[int, Group]) -> None:
         moved: Tensor | None = None
         for letter, side in zip("AB", sides, strict=True):
             if letter not in self.turn:
@@ -179,7 +177,7 @@ class AltLoRA(Rule):
             elif side.own.grad is not None:
                 moved = self._turn(side, moved, groups[id(side.own)])
 
-    def _turn(self, side: _FactorSide, partner: Tensor | None, group: Group) -> Tensor:
+    def _turn(self, side: "_FactorSide", partner: Tensor | None, group: Group) -> Tensor:
         """Set one factor's gradient to its direction; return the factor as it will be after the step.
 
         Args:
@@ -197,7 +195,7 @@ class AltLoRA(Rule):
         side.own.grad = direction.to(side.own.dtype)
         return side.own - group["lr"] * (side.own.grad + group["weight_decay"] * side.own)
 
-    def _directed(self, side: _FactorSide, projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
+    def _directed(self, side: "_FactorSide", projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
         """M, divided by √V + ε with ``plus``, as if the factor were A; the state goes on."""
         state = side.begun(projected, other, self.plus)
         beta1, beta2 = self.betas

@@ -1,7 +1,5 @@
 """Helpers of rules on LoRA's two factors: pairs, Gram matrices, and checks of optimizers and settings."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -131,7 +129,7 @@ class Gram:
     inverse: Tensor
 
     @classmethod
-    def of(cls, factor: Tensor, reg: float) -> Gram:
+    def of(cls, factor: Tensor, reg: float) -> "Gram":
         """Decompose the Gram matrix of a factor (r, n)."""
         wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
         gram = wide @ wide.mT

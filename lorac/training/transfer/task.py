@@ -1,7 +1,5 @@
 """Tasks of a transfer: a name, a few seed prompts, and the instructions built from them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +65,7 @@ class Task:
         (folder / _SEEDS).write_text("".join(json.dumps({"prompt": seed}) + "\n" for seed in self.seeds))
 
     @classmethod
-    def load(cls, folder: str | Path) -> Task:
+    def load(cls, folder: str | Path) -> "Task":
         """Read what ``save`` wrote.
 
         Raises:

@@ -5,8 +5,6 @@ another thread's export may record. An opset here records in a context variable 
 calls onnxscript's evaluator, as ``torch.onnx.export`` expects of a translation.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 import types
@@ -57,7 +55,7 @@ class RecordedOp:
         schema: its inputs and attributes.
     """
 
-    def __init__(self, opset: RecordingOpset | Opset, name: str, schema: onnx.defs.OpSchema) -> None:
+    def __init__(self, opset: "RecordingOpset | Opset", name: str, schema: onnx.defs.OpSchema) -> None:
         self.opset, self.name, self.schema = opset, name, schema
 
     def __call__(self, *args: object, **kwargs: object) -> Outputs:

@@ -1,7 +1,5 @@
 """Calibration: second moments of what the linear layers of a model read, from calls of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -98,7 +96,7 @@ class Calibration:
                 handle.remove()
         return collector.moments
 
-    def _run(self, collector: _MomentCollector) -> None:
+    def _run(self, collector: "_MomentCollector") -> None:
         with progress("calibration", total=len(self._calls)) as report:
             for number, call in enumerate(self._calls):
                 report.step(f"call {number + 1} of {len(self._calls)}")

@@ -5,8 +5,6 @@ of rows (``Gather``), and all of them read it along the same axis. So a table th
 once: both ops read the same bytes. Slots are not constants, and stay float.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -103,7 +101,7 @@ class QuantiseWeights(OnnxPass):
         missed = () if self.calibration is None else tuple(self.calibration.missed)
         return QuantisationReport(quantised, floats, self.accuracy_level, missed, has_head=has_head).to_result()
 
-    def _widen(self, model: ir.Model, coded: Sequence[_CodedConstant]) -> list[_CodedConstant]:
+    def _widen(self, model: ir.Model, coded: "Sequence[_CodedConstant]") -> "list[_CodedConstant]":
         """Store the matrices that are read first and last in 8 bits, in turn from both ends; given codes stay."""
         assert self.codec is not None
         wide, room = replace(self.codec, bits=8), _MIXED_SHARE * sum(one.encoded.nbytes for one in coded)
@@ -118,7 +116,7 @@ class QuantiseWeights(OnnxPass):
         return found
 
     def _encode(
-        self, constant: ir.TensorProtocol, readers: Sequence[_MatrixReader], *, is_head: bool
+        self, constant: ir.TensorProtocol, readers: "Sequence[_MatrixReader]", *, is_head: bool
     ) -> EncodedMatrix | str:
         """Return the codes of a constant, or why it stays float."""
         if constant.dtype is not ir.DataType.FLOAT:
@@ -137,7 +135,7 @@ class QuantiseWeights(OnnxPass):
             return "float in the model"
         return codec.why_not(matrix.shape[1]) or self._choose_codes(codec, matrix, readers)
 
-    def _choose_codes(self, codec: Codec, matrix: Array, readers: Sequence[_MatrixReader]) -> EncodedMatrix:
+    def _choose_codes(self, codec: Codec, matrix: Array, readers: "Sequence[_MatrixReader]") -> EncodedMatrix:
         """Return the codes that the algorithm chooses; those of a head with other bits are the nearest."""
         if codec != self.codec:
             return codec.encode(matrix)
