@@ -2,10 +2,10 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,15 +63,16 @@ class SlotLayout:
         }
 
 
-class SlotReader(Protocol):
-    """Reads the contents of an adapter's slots into memory."""
+class SlotReader(NamedTuple):
+    """Reads the contents of an adapter's slots into memory.
 
-    @property
-    def layout(self) -> SlotLayout:
-        """The order of the slots."""
+    Attributes:
+        layout: the order of the slots.
+        read: fills memory of the layout's size; returns whether that is still possible.
+    """
 
-    def read(self, memory: Tensor) -> bool:
-        """Fill memory of the layout's size; return whether that is still possible."""
+    layout: SlotLayout
+    read: Callable[[Tensor], bool]
 
 
 @dataclass(frozen=True, eq=False)

@@ -235,7 +235,10 @@ class ChoiceStates:
     def _find_reader(self, name: str, entry: PoolEntry) -> SlotReader | None:
         """Return what reads the contents of the slots of an adapter on disk, if there is anything."""
         assert isinstance(entry.source, StoredAdapter)
-        return self._images.find(name, entry) or entry.source.find_reader()
+        image = self._images.find(name, entry)
+        if image is None:
+            return entry.source.find_reader()
+        return SlotReader(image.layout, functools.partial(self._images.read, image))
 
     def _bring_back(self, choice: Choice) -> ChoiceState | None:
         """Return the state of an adapter on disk, if the contents of its slots can be read."""

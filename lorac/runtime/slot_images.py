@@ -32,18 +32,12 @@ class SlotImage:
         serial: the pool's number of it.
         layout: the order of its slots.
         offset: its first byte in the file.
-        images: has it.
     """
 
     name: str
     serial: int
     layout: SlotLayout
     offset: int
-    images: "SlotImages"
-
-    def read(self, memory: Tensor) -> bool:
-        """Read it into memory of its size; return whether it is still there."""
-        return self.images.read(self, memory)
 
 
 class SlotImages:
@@ -79,7 +73,7 @@ class SlotImages:
             file, layout = self._open(entry.source.folder), SlotLayout.of(snapshot, tensors)
             layout = self._layouts.setdefault(layout.key, layout)
             places = self._find_places(layout.nbytes)
-            image = SlotImage(name, entry.serial, layout, places[-1], self)
+            image = SlotImage(name, entry.serial, layout, places[-1])
             _write_image(file, image, tensors)  # where the disk is full, the place stays free
             self._images[name] = image
             places.pop()

@@ -7,6 +7,7 @@ the way from its file to the slots (``lorac.session.direct_reading``).
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorac.adapters.stored import SlotContents, SlotLayout, SlotReader, StoredAdapter
+from lorac.adapters.stored import SlotContents, SlotReader, StoredAdapter
 from lorac.errors import FormatError
 from lorac.formats import is_adapter, load_adapter, outline_adapter
 from lorac.formats._file_layout import read_header
@@ -158,7 +159,7 @@ class StoredFile(StoredAdapter):
     def find_reader(self) -> SlotReader | None:
         with contextlib.suppress(OSError):  # the usual way says what is wrong
             way = self._registry.direct_ways.known.get(_read_headers(Path(self._path))[0])
-            return None if way is None else _StoredFileReader(way, self)
+            return None if way is None else SlotReader(way.layout, functools.partial(self._read_slots, way))
         return None
 
     def show_slots(self, contents: SlotContents) -> None:
@@ -166,7 +167,7 @@ class StoredFile(StoredAdapter):
             path = Path(self._path)
             self._registry.direct_ways.learn(_read_headers(path)[0], path, self._registry.view, contents)
 
-    def read_by(self, way: DirectWay, memory: Tensor) -> bool:
+    def _read_slots(self, way: DirectWay, memory: Tensor) -> bool:
         """Fill memory with the contents of its slots; return whether its files are those of that way."""
         with translate_os_errors(self._path, FormatError, "read", "unreadable"), self._open() as path:
             return way.read(path, memory)
@@ -183,19 +184,6 @@ class StoredFile(StoredAdapter):
             raise FormatError(f"'{self._path}' was changed since it was registered", code="corrupt_file")
         with file.named() as path:
             yield path
-
-
-@dataclass(frozen=True)
-class _StoredFileReader:
-    way: DirectWay
-    file: StoredFile
-
-    @property
-    def layout(self) -> SlotLayout:
-        return self.way.layout
-
-    def read(self, memory: Tensor) -> bool:
-        return self.file.read_by(self.way, memory)
 
 
 def _name_of(path: Path) -> str:
