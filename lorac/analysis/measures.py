@@ -152,7 +152,6 @@ def diff(
     return found
 
 
-# ── One site ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_change(adapter: Adapter, path: str, view: ModelView | None) -> Change | None:
     """Return the change of one site in float64, or None where the adapter does not touch it."""
     if path not in adapter.tensors:
@@ -289,7 +288,6 @@ def _find_cosines(spaces: list[tuple[Tensor, Tensor]]) -> tuple[tuple[float, ...
     return outputs, inputs
 
 
-# ── What does not fit ────────────────────────────────────────────────────────────────────────────────────────────────
 def _iter_mismatches(adapter: Adapter, view: ModelView) -> Iterator[str]:
     """Yield what of an adapter does not fit a model, where ``check_adapter`` stops at the first."""
     known, recorded = view.named_tensors(), adapter.provenance.get("base")

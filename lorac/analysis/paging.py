@@ -22,7 +22,6 @@ JOIN_EVERY, PREFETCH_AT = 10, (5, 7)
 """Decoding steps after which waiting requests may join, and the steps between at which their adapters are fetched."""
 
 
-# ── The pool of cells ────────────────────────────────────────────────────────────────────────────────────────────────
 class CellPool:
     """Cells of equal size, of which any free ones are given out: nothing is lost to fragmentation.
 
@@ -92,7 +91,6 @@ def unpack_adapter(keys: Array, values: Array) -> tuple[Array, Array]:
     return keys.copy(), values.reshape(-1, keys.shape[0])
 
 
-# ── Admission ────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class RowLoad:
     """The tokens of a request so far, and how many it may still get."""
@@ -123,7 +121,6 @@ def admits(running: Iterable[RowLoad], candidate: RowLoad, cells: int, ranks: It
     return cells_needed((*running, candidate)) < cells - sum(map(adapter_cells, ranks))
 
 
-# ── Replaying a trace ────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, eq=False)
 class TracedRequest:
     """A request of a trace.

@@ -108,7 +108,6 @@ def _nonempty_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in settings.items() if value not in _EMPTY_VALUES}
 
 
-# ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def format_contents(contents: Inspection) -> Iterator[Table | str]:
     """Yield the report for people."""
     from lorac.report.terms import format_size

@@ -194,7 +194,6 @@ class ContrastiveComposer:
                 latents = self.scheduler.step(told, t, latents).prev_sample
         return latents
 
-    # ── Predictions and gradients ────────────────────────────────────────────────────────────────────────────────────
     def predict(self, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], guidance: float) -> Tensor:
         """Return the noise (1 or 2, passes, b, channels, H, W) of prompts and, with guidance, of negative ones."""
         prompts = [one.states for one in passes] + [one.negative for one in passes if guidance != 1]

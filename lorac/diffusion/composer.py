@@ -151,7 +151,6 @@ class Composer:
         """
         write_regions([self.eager, self.engine], regions, self.view)
 
-    # ── Predictions and gradients ────────────────────────────────────────────────────────────────────────────────────
     def _predict(self, latents: Tensor, t: Tensor, states: Tensor, negative: Tensor, guidance: float) -> Tensor:
         prompts = [states] if guidance == 1 else [states, negative]
         guided, *plain = self._run(self.engine, latents, t, prompts).chunk(len(prompts))

@@ -135,7 +135,6 @@ class AuthorsFormat(Format):
         """Return the settings to write."""
         return {name: field.write(getattr(variant, field.to)) for name, field in self.settings.items() if field.to}
 
-    # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def recognises(self, path: Path) -> bool:
         file = self.find_file(path)
         if file is None:
@@ -233,7 +232,6 @@ class AuthorsFormat(Format):
     def _names(row: KeyRow, adapter: Adapter) -> list[str]:
         return [key for key in map(row.find_key, adapter.tensors) if key is not None]
 
-    # ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         """Write the file of tensors, and that of hyper-parameters where the format has some, into a folder.
 

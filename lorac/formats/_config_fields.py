@@ -1,6 +1,7 @@
 """Fields of configuration files: their kinds, and how their values are read and written.
 
-A table maps the name of every field to one of four kinds; a name that no table has is refused.
+A table maps the name of every field to one of four kinds; a name that no table has is refused. The functions ``read_*``
+turn a value of the file, which may be None, into lorac's; ``write_*`` turn a value of the variant into the file's.
 """
 
 import math
@@ -139,9 +140,6 @@ def check_field_type(cls: type, name: str, value: object, path: Path) -> None:
     raise unsupported_error(f"'{path}' sets {name}={short(value)}", nearest=nearest, next_step=f"it takes {expected}")
 
 
-# ── Readers: a value of the file, None included, to lorac's ──────────────────────────────────────────────────────────
-
-
 def read_flag(value: object) -> bool:
     """Return a truth value; null is false, as PEFT has it."""
     if value is not None and not isinstance(value, bool):
@@ -236,9 +234,6 @@ def _read_mapping(value: object) -> dict[str, object]:
     if value is not None and not isinstance(value, dict):
         raise ValueError("expected a mapping of patterns")
     return value or {}
-
-
-# ── Writers: a value of the variant to the file's ────────────────────────────────────────────────────────────────────
 
 
 def write_pattern(value: str | tuple[str, ...]) -> str | list[str] | None:

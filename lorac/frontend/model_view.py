@@ -48,7 +48,6 @@ class ModelView:
         """Return a view of the same model with further sites, or with other descriptions of those it has."""
         return dataclasses.replace(self, sites={**self.sites, **sites})
 
-    # ── Its parts ────────────────────────────────────────────────────────────────────────────────────────────────────
     @functools.cached_property
     def components(self) -> dict[str, nn.Module]:
         """Graph name -> the model that is captured as that graph."""
@@ -70,7 +69,6 @@ class ModelView:
         """Paths of the layer that the model names as its output layer."""
         return find_output_layers(self.module)
 
-    # ── Its tensors ──────────────────────────────────────────────────────────────────────────────────────────────────
     def named_tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers by every name that they have."""
         return {
@@ -94,7 +92,6 @@ class ModelView:
         owner = name.rpartition(".")[0]
         return Site(name, SiteKind.PARAMETER, tensor.numel(), 1, tensor.dtype, name, buffer=buffer, within=owner)
 
-    # ── What branches read ───────────────────────────────────────────────────────────────────────────────────────────
     @functools.cached_property
     def readable_values(self) -> ReadableValues:
         """The values that a branch may read by name."""

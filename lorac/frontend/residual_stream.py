@@ -153,7 +153,6 @@ class _StreamRecorder(WatchingMode):
         self._norm_outputs: dict[str, _Key] = {}
         self._sums: list[_RecordedSum] = []
 
-    # ── During the run ───────────────────────────────────────────────────────────────────────────────────────────────
     def enter(self, path: str) -> Callable[[nn.Module, object, object], None]:
         """Return a hook to run before a module's forward."""
 
@@ -210,7 +209,6 @@ class _StreamRecorder(WatchingMode):
             self._tensors[key] = _TensorUses(self._time)
         return key
 
-    # ── After the run ────────────────────────────────────────────────────────────────────────────────────────────────
     def summarize(self, head: str | None) -> ResidualStream:
         """Return the residual stream of the recorded run.
 
@@ -268,7 +266,6 @@ def _is_inside(path: str, block: str) -> bool:
     return not block or path.startswith(f"{block}.")
 
 
-# ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def find_sublayer_sites(view: ModelView, stream: ResidualStream) -> dict[str, Sublayer]:
     """Return path of the site -> sublayer: the norm behind it, or its first module whose width can be inferred."""
     paths = [(sublayer.norm or _first_site(sublayer.modules, view), sublayer) for sublayer in stream.sublayers]

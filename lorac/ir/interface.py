@@ -92,8 +92,6 @@ class Interface:
     types: Mapping[str, str] = field(default_factory=dict)
     unused_sites: tuple[str, ...] = ()
 
-    # --- calls -------------------------------------------------------------------------------------------------
-
     def run(self, args: tuple[object, ...], kwargs: Inputs, program: RunProgram) -> tuple[object, dict[str, object]]:
         """Run a program for one call, in parts where it takes fewer rows than the call has.
 
@@ -238,8 +236,6 @@ class Interface:
         missing = object()
         return tuple(name for name in self.constants if self.defaults.get(name, missing) != self._fixed[name])
 
-    # --- outputs -----------------------------------------------------------------------------------------------
-
     def build_output(self, values: Sequence[object], kwargs: Inputs | None = None) -> tuple[object, dict[str, object]]:
         """Build the model's output object from the program's outputs.
 
@@ -280,8 +276,6 @@ class Interface:
                 )
         return values[:count]
 
-    # --- variations --------------------------------------------------------------------------------------------
-
     def with_notes(self, *notes: str) -> Interface:
         """Return a copy with further notes, each once."""
         return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
@@ -308,8 +302,6 @@ class Interface:
             aliases={argument: name for argument, name in self.aliases.items() if name in names},
             sizes=self.sizes.restrict(names),
         )
-
-    # --- storage -----------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, object]:
         """Return the interface as JSON; the output's class stands there by name."""

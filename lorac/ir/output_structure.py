@@ -255,7 +255,6 @@ def _check_names(stored: object) -> list[str]:
     return stored
 
 
-# ── Output classes of other libraries ────────────────────────────────────────────────────────────────────────────────
 class NamedOutput(OrderedDict[str, Any]):
     """An output with the interface of transformers' and diffusers' output classes: by name, by index, as a tuple.
 

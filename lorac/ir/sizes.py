@@ -125,8 +125,6 @@ class SizeConstraints:
             lines={axis: line for axis, line in self.lines.items() if axis[0] in inputs},
         )
 
-    # --- sizes to try --------------------------------------------------------------------------------------------
-
     def find_other(self, sizes: AxisSizes) -> dict[Axis, int] | None:
         """Return admitted sizes near an example's that differ along as many axes as possible; None without any."""
         for change in _CHANGES:
@@ -201,8 +199,6 @@ class SizeConstraints:
     def _varying(self) -> list[Axis]:
         return [(name, axis) for name, shape in self.shapes.items() for axis, size in enumerate(shape) if size is None]
 
-    # --- errors --------------------------------------------------------------------------------------------------
-
     def _check_shape(self, name: str, shape: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
         if len(shape) == len(expected):
             wrong = [axis for axis, size in enumerate(expected) if size is not None and size != shape[axis]]
@@ -222,8 +218,6 @@ class SizeConstraints:
                 + (f", at {line}" if line else ""),
                 next_step=f"compile with example_inputs= of size {shape[axis]} there; target='eager' takes any size",
             )
-
-    # --- storage -------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, object]:
         """Return the constraints as JSON."""
@@ -294,7 +288,6 @@ def shorten_condition(condition: str) -> str:
     return condition if len(condition) <= _SHOWN else f"{condition[:_SHOWN]} …"
 
 
-# ── Conditions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 _Evaluate = Callable[[AxisSizes], int]
 
 

@@ -189,7 +189,6 @@ def _choose_layouts(folder: Path, settings: JsonMapping) -> tuple[QuantisedLayou
     return LAYOUTS[str(method)]
 
 
-# ── Layouts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _shape_of_weight(parts: Parts, settings: JsonMapping) -> tuple[int, ...]:
     return tuple(parts["weight"].shape)
 

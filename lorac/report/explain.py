@@ -90,7 +90,6 @@ class Explanation:
         return escape_controls("\n".join(_explanation_lines(self)) + "\n")
 
 
-# ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _explanation_lines(report: Explanation) -> Iterator[str]:
     yield f"{report.target}, {report.mode}, active: {report.active}"
     if report.rows:

@@ -58,7 +58,6 @@ _FIELDS: dict[str, type] = {
 """The fields of a manifest and their types. Plans are by site path, reductions by structure, components by graph."""
 
 
-# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def write_artifact(folder: str | os.PathLike[str], fill: Callable[[Path], JsonObject]) -> None:
     """Write an artifact; unless everything succeeds, the folder stays as it was.
 
@@ -128,7 +127,6 @@ def describe_files(folder: Path) -> JsonObject:
     return {name: {"bytes": file.size, "hash": file.digest()} for name, file in files}
 
 
-# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Manifest:
     """An artifact's manifest, whose hash and files were checked.

@@ -44,7 +44,6 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 
 
-# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @contextlib.contextmanager
 def replace_atomically(target: Path, owned: OwnedFiles = lambda _: ()) -> Iterator[Path]:
     """Give the block a path for a file or a new folder, which replaces the target when the block ends.
@@ -192,7 +191,6 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-# ── Changing places ──────────────────────────────────────────────────────────────────────────────────────────────────
 def _exchange(one: Path, other: Path) -> None:
     """Exchange two folders, the first of which lies in a workshop."""
     if _exchange_in_one_step(one, other):
@@ -242,7 +240,6 @@ def _mark(target: Path) -> str:
     return f".{target.name}."
 
 
-# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def recover_folder(path: Path) -> None:
     """Move a folder back that a killed writer left in its workshop.
 

@@ -15,7 +15,6 @@ from lorac.ir.slots.roles import ROLES
 from lorac.storage.strict_json import JsonObject
 
 
-# ── Plans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def plan_to_json(plan: SitePlan) -> JsonObject:
     """Return a plan as JSON, without its site, which the skeleton describes."""
     return {
@@ -79,7 +78,6 @@ def _missing_formula(path: str) -> Callable[..., torch.Tensor]:
     return formula
 
 
-# ── Choices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def choice_to_json(choice: Choice) -> JsonObject:
     """Return strength and rank of each adapter, by name."""
     return {name: {"strength": how.strength, "rank": how.rank} for name, how in choice}
@@ -90,7 +88,6 @@ def choice_from_json(stored: Mapping[str, JsonObject]) -> dict[str, Active] | No
     return {name: Active(how["strength"], how["rank"]) for name, how in stored.items()} or None
 
 
-# ── Graphs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def graph_to_json(interface: Interface, slots: Iterable[SlotInput]) -> JsonObject:
     """Return a graph's interface and slot inputs as JSON."""
     entries = [{**vars(slot), "members": list(slot.members)} for slot in slots]

@@ -103,8 +103,6 @@ class Engine(ABC, Generic[Content_contra]):
         """Return the emitted program as rows of text, by graph; empty where the engine runs the model itself."""
         return {}
 
-    # --- calls -------------------------------------------------------------------------------------------------
-
     @abstractmethod
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[Content_contra]:
         """Bind the tensors of a choice to the program's slots."""
@@ -166,8 +164,6 @@ class Engine(ABC, Generic[Content_contra]):
     def activate(self, content: Content_contra) -> None:
         """Make a choice the active one, for work outside any call, such as recomputation in backward."""
 
-    # --- cached attention --------------------------------------------------------------------------------------
-
     def cache_spec(self, graph: str) -> CacheSpec | None:
         """Return the limits of a graph's cache; None for a graph without one."""
         return None
@@ -203,8 +199,6 @@ class Engine(ABC, Generic[Content_contra]):
             f"this program for {self.target} keeps no cache",
             next_step="compile with cache=True for target='onnxruntime'",
         )
-
-    # --- fused mode --------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -243,8 +237,6 @@ class Engine(ABC, Generic[Content_contra]):
         raise Unavailable(
             f"there is nothing to settle in {self.target}", next_step="target='onnxruntime', mode='fused' settles"
         )
-
-    # --- files -------------------------------------------------------------------------------------------------
 
     def write_choice(self, snapshot: ComposedWeights, graph: str, path: Path) -> None:
         """Write the slot tensors of a choice to a file that the target's own library reads.

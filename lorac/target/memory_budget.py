@@ -145,8 +145,6 @@ class MemoryBudget:
             charge.blocks = blocks
             return None
 
-    # --- what is kept --------------------------------------------------------------------------------------------
-
     def keep(
         self, key: Hashable, charge: Charge, drop: Callable[[], object], in_use: Callable[[], bool] = lambda: False
     ) -> None:
@@ -209,8 +207,6 @@ class MemoryBudget:
                 next_step="wait until one of these ends, or raise compiled.memory.limit",
             )
         return found
-
-    # --- counting ------------------------------------------------------------------------------------------------
 
     def _add(self, blocks: Iterable[Block]) -> None:
         for block in blocks:

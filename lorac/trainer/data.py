@@ -68,7 +68,6 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
     return rows.map(lambda row: {name: _plain_turns(row[name]) for name in talks}) if talks else rows
 
 
-# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _python_docs() -> Iterable[str]:
     from pydoc_data.topics import topics
 
@@ -111,7 +110,6 @@ def _read(data: str) -> Dataset:
     return rows["train"] if isinstance(rows, dict) else rows
 
 
-# ── Columns ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _ask(row: Row) -> Row:
     asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
     turns = {"prompt": ("user", asked), "completion": ("assistant", row["output"])}

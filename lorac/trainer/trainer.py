@@ -61,8 +61,6 @@ class AdapterTrainer(Trainer):
         if GATES in self.losses:
             self.data_collator = losses.collate_experts(self.data_collator)
 
-    # --- Steps ---------------------------------------------------------------------------------------------------
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the recipe's optimizer, or else that of the arguments, and attach the recipe's rules to it."""
         if self.optimizer is None and self.recipe.optimizer is not None:
@@ -111,8 +109,6 @@ class AdapterTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if GATES in self.losses and EXPERTS not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, EXPERTS]
-
-    # --- Checkpoints ---------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Checkpoint | str | bool | None = None, *args: Any, **settings: Any) -> Any:
         """Train as ``Trainer`` does, perhaps from a checkpoint or its folder, or True for the newest of the run.

@@ -122,7 +122,6 @@ def drop_by_site(value: Tensor, rate: float, ctx: Context, shape: Sequence[int])
     return value * mask.to(value) / (1 - rate)
 
 
-# ── Coupling blocks ──────────────────────────────────────────────────────────────────────────────────────────────────
 _WIDEST = 2**31 - 1
 """The most channels that a bottleneck may have."""
 
@@ -166,7 +165,6 @@ def _apply_bottleneck(z: Tensor, p: Params, name: str, act: Callable[[Tensor], T
     return apply_layer(act(apply_layer(z, p, f"{name}_down")), p, f"{name}_up")
 
 
-# ── AdapterHub's names ───────────────────────────────────────────────────────────────────────────────────────────────
 _PLAIN: dict[str, dict[str, object]] = {
     "double_seq_bn": {},
     "seq_bn": {"mh_adapter": False, "original_ln_before": True, "non_linearity": "relu"},

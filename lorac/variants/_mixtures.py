@@ -47,7 +47,6 @@ class RoutedVariant(BranchVariant):
         return F.linear(gated, p.lora_B)
 
 
-# ── Gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def top_k_mask(logits: Tensor, k: int) -> Tensor:
     """Return a mask (…, L) of the k largest logits; ties go to the lowest index, on every backend.
 
@@ -96,7 +95,6 @@ def ordered_log_prob(logits: Tensor, chosen: Tensor) -> Tensor:
     return total
 
 
-# ── Experts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def read_factors(adapter: Adapter, method: str) -> dict[str, Factors]:
     """Return the factors of a plain LoRA by site path.
 

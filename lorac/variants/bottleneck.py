@@ -140,7 +140,6 @@ class Bottleneck(BranchVariant):
             raise not_one_of("AdapterHub has no configuration", name, PRESETS)
         return Bottleneck(**{**PRESETS[name], **fields})  # type: ignore[arg-type]  # checked by Bottleneck
 
-    # ── The formula ──────────────────────────────────────────────────────────────────────────────────────────────────
     def reads(self, site: Site) -> tuple[str, ...]:
         if self._couples(site):
             return (f"weight:{site.path}",) if self._is_norm(site) else ()
@@ -204,7 +203,6 @@ class Bottleneck(BranchVariant):
             up = up + residual
         return F.layer_norm(up, width, p.norm_after, p.norm_after_bias) if self.ln_after else up
 
-    # ── Operands ─────────────────────────────────────────────────────────────────────────────────────────────────────
     @property
     def _residual_kind(self) -> str:
         """The bottleneck's residual: ``"h"``, ``"sum"`` (h + r) or ``"z"`` (the norm of that sum)."""
@@ -245,7 +243,6 @@ class Bottleneck(BranchVariant):
     def _couples(self, site: Site) -> bool:
         return find_first_pattern((*self.embeddings, *self.heads), site.path) is not None
 
-    # ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def check(self, site: Site) -> None:
         super().check(site)
         if site.kind is SiteKind.EMBEDDING and not self._couples(site):
@@ -306,7 +303,6 @@ class Bottleneck(BranchVariant):
             std=self.phm_init_range,
         )
 
-    # ── Sites ────────────────────────────────────────────────────────────────────────────────────────────────────────
     def for_model(self, view: ModelView, inputs: object = None) -> "Bottleneck":
         needs_stream = not self.targets or self.inv_adapter is not None or bool(self._operands(_placeholder_site()))
         try:

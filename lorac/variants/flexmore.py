@@ -118,7 +118,6 @@ class FlexMoRE(BranchVariant):
         chosen = shares * top_k_mask(shares, self.top_k)
         return (chosen / chosen.sum(-1, keepdim=True) if self.normalise else chosen).to(logits.dtype)
 
-    # ── Sites in a model ─────────────────────────────────────────────────────────────────────────────────────────────
     def for_model(self, view: ModelView, inputs: object = None) -> "FlexMoRE":
         found = {
             path: layers

@@ -81,7 +81,6 @@ class QST(BranchVariant):
         """Whether tokens attend to later ones, which no cache stores."""
         return not self.causal
 
-    # ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def reads(self, site: Site) -> tuple[str, ...]:
         mask = () if self.mask is None else (f"input:{self.mask}",)
         return (f"in:{self.blocks[0]}", *self.blocks, *mask)
@@ -135,7 +134,6 @@ class QST(BranchVariant):
     def starts_as_base(self, site: Site) -> bool:
         return not self.sigmoid
 
-    # ── The formula ──────────────────────────────────────────────────────────────────────────────────────────────────
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         first, *rest = (ctx.value(name).detach() for name in (f"in:{self.blocks[0]}", *self.blocks))
         rotary = _rotary_tables(ctx.positions(first), first, y.shape[-1] // self.r // self.heads, self.rope_theta)
@@ -172,7 +170,6 @@ class QST(BranchVariant):
         z = _rms(u, getattr(p, f"side_{n}_post_norm"), self.eps)
         return u + F.linear(F.silu(F.linear(z, w["gate"])) * F.linear(z, w["up"]), w["down"])
 
-    # ── For a model ───────────────────────────────────────────────────────────────────────────────────────────────────
     @staticmethod
     def of(model: nn.Module, **fields: Any) -> QST:
         """Return the side network of a model, with the last norm, blocks and sizes that its structure and config give.
@@ -201,7 +198,6 @@ class QST(BranchVariant):
         return QST(targets=re.escape(norm), blocks=blocks, **{**_read_sizes(model, blocks[0], sites, fields), **fields})
 
 
-# ── Parts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 _POOLS = {"max": lambda parts: parts.amax(-1), "avg": lambda parts: parts.mean(-1)}
 """Downsamplers without parameters: (…, d/r, r) -> (…, d/r)."""
 _DOWNSAMPLERS = ("adapter", "lora", "linear", *_POOLS)
@@ -235,7 +231,6 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-# ── Reading a model ──────────────────────────────────────────────────────────────────────────────────────────────────
 def _chains(paths: set[str], sites: Mapping[str, Site]) -> dict[str, list[str]]:
     """Return the blocks in the model's order, by the path of the list that holds them."""
     found: dict[str, list[str]] = {}

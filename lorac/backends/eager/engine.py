@@ -116,8 +116,6 @@ class EagerEngine(Engine[ActiveSlots]):
         }
         self._weights.remember(self.buffers.keys() - self._merged)
 
-    # --- the engine's contract -----------------------------------------------------------------------------------
-
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ActiveSlots]:
         """Bind the slots of the sites that the choice touches; other sites run unchanged."""
         return BoundProgram(self, slots_from_snapshot(snapshot, slots))
@@ -229,8 +227,6 @@ class EagerEngine(Engine[ActiveSlots]):
         if call.active.needs_preparation:
             scope = get_component_prefix(self.module, graph)
             self._branches.prepare(call, self.components[graph], scope, args, kwargs, self._running)
-
-    # --- the sites ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def _running(self, call: ForwardCall) -> Iterator[None]:

@@ -42,8 +42,6 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
 
     engine: ClassVar[type[AnyOnnxEngine]]
 
-    # --- what a target says --------------------------------------------------------------------------------------
-
     @abstractmethod
     def dialect_for(self, options: OptionsT) -> OnnxDialect:
         """Return what the target can run with some options; imported there, since artifacts load without it."""
@@ -134,8 +132,6 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         if request.mode != "baked":
             self.write_base_weights(emitted)
         return emitted
-
-    # --- the backend's contract ----------------------------------------------------------------------------------
 
     @property
     def emits(self) -> bool:

@@ -101,8 +101,6 @@ class OnnxEngine(PlacedEngine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         self.buffers, self.memory = self.allocate_weights() if self.fused else ({}, {})
         self.fused_content = self.lay_out(self.memory, fixed=True)
 
-    # --- what a target says --------------------------------------------------------------------------------------
-
     @abstractmethod
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> ContentT:
         """Return slot tensors as the library reads them.
@@ -128,8 +126,6 @@ class OnnxEngine(PlacedEngine[ContentT], Generic[GraphT, OptionsT, ContentT]):
     def machine_notes(self, graph: GraphT) -> tuple[str, ...]:
         """Return notes for callers of a graph on this machine, each a sentence."""
         return ()
-
-    # --- the engine's contract -----------------------------------------------------------------------------------
 
     def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ContentT]:
         """Lay out the slots' tensors; a baked program has no slots to fill."""

@@ -204,7 +204,6 @@ def _identity_nodes(value: ir.Value, like: ir.Value) -> list[ir.Node]:
     return [ir.Node("", "Identity", [value], outputs=[passed_on])]
 
 
-# ── What one branch needs ────────────────────────────────────────────────────────────────────────────────────────────
 def _branch_nodes(add: ir.Node, passed: ir.Value, emitted: Sequence[ir.Value]) -> set[ir.Node]:
     """Return the nodes that only ``add`` and extra outputs need, except those that ``passed`` needs.
 

@@ -80,7 +80,6 @@ def run_self_test(
         contents.leave()
 
 
-# ── What the slots hold ──────────────────────────────────────────────────────────────────────────────────────────────
 class _SlotContents(ABC):
     """Contents to try in the slots of an engine."""
 
@@ -172,7 +171,6 @@ def _distinctive_contents(tensors: Mapping[str, Tensor], idle: Callable[[str], T
     }
 
 
-# ── Dynamically ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class _ProgramComparison:
     """Compares a graph of an emitted program with the captured one.
 

@@ -88,8 +88,6 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
     ) -> GraphSession:
         return GraphSession(create_session(files, name, options), interface, slots)
 
-    # --- building ------------------------------------------------------------------------------------------------
-
     def check(self, request: BuildRequest[OnnxRuntimeOptions]) -> None:
         """Refuse options that say how weights are quantised, where none are."""
         from lorac.frontend.quantised_weights import iter_quantised_origins
@@ -174,8 +172,6 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
             engine = OrtEngine(dataclasses.replace(engine.program, graphs=graphs))
         replace = functools.partial(replace_quantised, reports)
         run_self_test(engine, emitted.program, emitted.request.snapshot, replace)
-
-    # --- restoring -----------------------------------------------------------------------------------------------
 
     def restore_options(
         self, stored: JsonMapping, plans: Mapping[str, SitePlan], device: str | torch.device | None

@@ -117,8 +117,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         # Keyed weakly: constants that can never serve again are let go.
         self._settled: weakref.WeakKeyDictionary[ComposedWeights, _SettledSessions] = weakref.WeakKeyDictionary()
 
-    # --- the engine's contract -----------------------------------------------------------------------------------
-
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotValues:
         """Return values over the tensors; a tensor that lies where sessions read it is not copied.
 
@@ -216,8 +214,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         name, file = next(iter(self.files.items()))
         return file.where.parents[name.count("/")]
 
-    # --- calls ---------------------------------------------------------------------------------------------------
-
     def call(
         self, content: SlotValues, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> CallResult:
@@ -254,8 +250,6 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         """Return the session that serves a call, and the values to bind."""
         settled = self._settled.get(self._written_choice) if values is self.fused_content else None
         return (self.graphs[graph].session, values) if settled is None else (settled.sessions[graph], settled.values)
-
-    # --- over a cache --------------------------------------------------------------------------------------------
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
         layout = self.graphs[check_component(graph, self.graphs)].cache

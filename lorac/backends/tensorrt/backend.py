@@ -60,8 +60,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         names = list(graphs)
         return [*list_program_files(names), *(graph_file(name, PLAN_FILE) for name in names)]
 
-    # --- building ------------------------------------------------------------------------------------------------
-
     def check(self, request: BuildRequest[TensorRTOptions]) -> None:
         """Refuse ``refit=True`` where nothing is merged or the library cannot build such a plan.
 
@@ -116,8 +114,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
 
     def test(self, engine: AnyOnnxEngine, emitted: Emitted) -> None:
         """Do nothing: the files were tested before plans were built from them."""
-
-    # --- storing and restoring -----------------------------------------------------------------------------------
 
     def graph_to_json(self, graph: GraphPlan) -> dict[str, object]:
         return {

@@ -109,7 +109,6 @@ class CpuProgram(OnnxEngine[CpuGraph, TensorRTOptions, CpuSlots]):
         return self.graphs[graph].run({**inputs, **content.tensors})
 
 
-# ── The file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
     """Create a session over a model, with half precision computed in float32."""
     settings = ort.SessionOptions()
@@ -170,7 +169,6 @@ def _widen_array(array: Array) -> Array:
     return np.ascontiguousarray(array.astype(np.float32) if half else array)
 
 
-# ── The program ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def widen_graph(graph: Graph) -> Graph:
     """Return a graph that computes half precision in float32; the same graph if it has none."""
     module = graph.exported.graph_module

@@ -95,8 +95,6 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         self._loading = threading.Lock()
         warn_missing_requirement()
 
-    # --- the engine's contract -----------------------------------------------------------------------------------
-
     def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotTensors:
         """Return the tensors, which the first call that reads them copies to the GPU."""
         return SlotTensors({} if fixed and self.options.refit else tensors, fixed)
@@ -124,8 +122,6 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
     def most_places(self, graph: str) -> int | None:
         plan = self.graphs[graph]
         return next((plan.ranges[name][0].most for name, slot in plan.slots.items() if slot.placed), None)
-
-    # --- calls ---------------------------------------------------------------------------------------------------
 
     def run_graph(self, graph: str, content: SlotTensors, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Run a graph's plan.

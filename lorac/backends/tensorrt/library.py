@@ -38,7 +38,6 @@ _DTYPES = {
 """TensorRT's name -> torch's dtype, for those that both have."""
 
 
-# ── The library ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class TensorRTLibrary:
     """One of the two libraries.
 
@@ -140,7 +139,6 @@ def torch_dtype(dtype: tensorrt.DataType) -> torch.dtype:
     return found
 
 
-# ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(eq=False)
 class BuildMessages:
     """The errors that TensorRT reports while a block of ``collect_errors`` runs.

@@ -40,7 +40,6 @@ MAX_CONTEXTS = 4
 """The most calls that are queued at the same time; each context has its own memory for intermediate values."""
 
 
-# ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 class ContextPool:
     """A pool of contexts that serves calls of an engine, with any slots, from any thread.
 
@@ -160,7 +159,6 @@ class ContextPool:
         return made
 
 
-# ── On a GPU ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 class PlanRunner:
     """Runs a plan on a GPU.
 

@@ -116,7 +116,6 @@ def check_sizes(ranges: SizeRanges, inputs: Mapping[str, torch.Tensor], names: M
         )
 
 
-# ── Inputs of the model ──────────────────────────────────────────────────────────────────────────────────────────────
 def axis_names(interface: Interface) -> dict[Axis, str]:
     """Return the names of the axes that vary: (input, axis) -> name."""
     varying = [(name, i) for name, shape in interface.sizes.shapes.items() for i, size in enumerate(shape) if not size]
@@ -212,7 +211,6 @@ def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> 
         ) from error
 
 
-# ── Slots ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _slot_range(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> SizeRange:
     """Return the range of a slot's axis that is not of places; a size that varies is a rank."""
     number = constant_size(size)

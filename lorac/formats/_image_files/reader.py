@@ -102,7 +102,6 @@ class _FileReader:
         check_adapter(adapter, self.view)
         return adapter
 
-    # ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────
     def _list_modules(self) -> list[_Module]:
         """Return the modules of the file.
 
@@ -162,7 +161,6 @@ class _FileReader:
                 code="unused_tensors",
             )
 
-    # ── Tensors ──────────────────────────────────────────────────────────────────────────────────────────────────────
     def _read_differences(self, module: _Module) -> dict[str, Tensor]:
         """Take the differences of norms and of single biases from a module; return these parameters by name."""
         paths = [module.component.prefix + path for path in module.place.paths]

@@ -54,7 +54,6 @@ _ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """Activations in files without a version -> today's names."""
 
 
-# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class BottleneckComponent(ComponentConfig):
     """A configuration of bottlenecks.
@@ -162,7 +161,6 @@ def _key_patterns(variant: Bottleneck, layout: ModelLayout) -> tuple[KeyPattern,
     return tuple(patterns)
 
 
-# ── Writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def write_bottlenecks(adapter: Adapter, variant: Bottleneck, layout: ModelLayout) -> ComponentFile:
     """Return the bottlenecks of an adapter as the library has them.
 

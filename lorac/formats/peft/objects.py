@@ -47,7 +47,6 @@ def _find_class(module: str, name: str) -> tuple[type, ...]:
     return () if cls is None else (cls,)
 
 
-# ── Configurations ───────────────────────────────────────────────────────────────────────────────────────────────────
 def is_peft_config(value: object) -> bool:
     """Return whether a value is a configuration of PEFT's, such as a ``LoraConfig``."""
     return isinstance(value, _find_class("peft.config", "PeftConfig"))
@@ -88,7 +87,6 @@ def _refuse_training_fields(raw: JsonMapping, peft_type: AnyPeftType, path: Path
             )
 
 
-# ── Models ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class UnwrappedModel:
     """The parts of a model with PEFT's layers.

@@ -20,7 +20,6 @@ from lorac.ir.graph.attention_ops import DECODER_IDS, IDS
 aten = torch.ops.aten
 
 
-# ── Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class SequenceArguments:
     """The arguments of forward that describe the sequence that grows.
@@ -47,7 +46,6 @@ def find_sequence(names: Container[str]) -> SequenceArguments:
     return next((sequence for sequence in SEQUENCES if sequence.ids in names), SEQUENCES[-1])
 
 
-# ── Numbering of tokens ──────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class Numbering:
     """A way in which decoders number the tokens of a sequence, for all rows alike or by their padding.
@@ -117,7 +115,6 @@ def counts_by_padding(host: nn.Module) -> bool:
     return any(hasattr(module, _COUNTING_METHOD) for module in host.modules())
 
 
-# ── Rotary positions ─────────────────────────────────────────────────────────────────────────────────────────────────
 _DYNAMIC = "dynamic"
 CHANGING_ROTARY_KINDS = (_DYNAMIC, "longrope")
 """Values of ``rope_type`` whose angles change once a sequence is longer than the original limit."""

@@ -117,7 +117,6 @@ def _find_dependents(nodes: Iterable[fx.Node], first: Sequence[fx.Node]) -> set[
     return found
 
 
-# ── Two graphs of one ────────────────────────────────────────────────────────────────────────────────────────────────
 def split_encoder_decoder(graph: Graph, encoder: str) -> tuple[Graph, ...]:
     """Split a graph with an encoder into the decoder's graph, which keeps the name, and the encoder's.
 

@@ -72,7 +72,6 @@ from lorac.ir.tracing import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 
-# ── The export ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def export_model(
     model: nn.Module,
     example_inputs: Sequence[object] | Inputs | None = None,
@@ -352,7 +351,6 @@ _FIXED = "your code specialized it to be a constant"
 """Part of torch's message about an axis that was to vary and that the model fixes."""
 
 
-# ── The errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def _is_about_shapes(error: BaseException) -> bool:
     """Return whether the model traced, but not for every size that the shapes promise."""
     return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in iter_error_causes(error))

@@ -121,7 +121,6 @@ def _same(before: Sequence[object], now: Iterable[object]) -> bool:
 _NOTHING = object()
 
 
-# ── One call ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, eq=False)
 class _FlatValues:
     """Values in any nesting, flattened."""
@@ -267,7 +266,6 @@ def _alike(one: object, other: object, *, flows: bool) -> bool:
     return type(one) is type(other) and isinstance(one, int | float | str | torch.dtype | torch.device) and one == other
 
 
-# ── After the trace ──────────────────────────────────────────────────────────────────────────────────────────────────
 def expand_repeated_layers(program: ExportedProgram, prefix: str = "") -> None:
     """Replace each node that stands for a layer by copies of the traced layer's nodes, in place.
 

@@ -55,7 +55,6 @@ def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-# ── What a trace found ───────────────────────────────────────────────────────────────────────────────────────────────
 def collect_dynamic_axes(value: Any, axes: Any, name: str = "") -> list[Axis]:
     """Return the axes that dynamic shapes leave free, by torch's names of inputs.
 

@@ -27,7 +27,6 @@ def is_diffusers(model: nn.Module) -> bool:
     return library is not None and isinstance(model, library.ModelMixin)
 
 
-# ── Axes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 _IMAGE = {2: "height", 3: "width"}
 _AXES: Mapping[tuple[str, int], Mapping[int, str]] = {
     **{(name, 4): _IMAGE for name in ("sample", "hidden_states", "z", "x")},
@@ -89,7 +88,6 @@ def list_row_numbers(model: nn.Module, args: tuple[object, ...], kwargs: Mapping
     return [named[name] for name in ROW_NUMBERS if name in named]
 
 
-# ── Example inputs ───────────────────────────────────────────────────────────────────────────────────────────────────
 def make_image_inputs(model: nn.Module) -> dict[str, object]:
     """Make example inputs of a diffusers model from its configuration; none where that does not suffice."""
     config = getattr(model, "config", None)

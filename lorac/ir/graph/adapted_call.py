@@ -168,7 +168,6 @@ def compute_adapted(
     return run_placed(plan, slots, site_call, row_ops.SEGMENTS) if plan.placed else run_site(plan, slots, site_call)
 
 
-# ── Branches with places ─────────────────────────────────────────────────────────────────────────────────────────────
 def select_operands(plan: SitePlan, index: int, call: AdaptedCall) -> dict[str, Any]:
     """Return the operands of one branch by role: its strength, its parameters and the values that it reads."""
     slot, branch = plan.branches[index], branch_name(index)

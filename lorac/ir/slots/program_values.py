@@ -81,7 +81,6 @@ def make_once_site(path: str, dtype: torch.dtype) -> Site:
     return Site(path, SiteKind.ONCE, 0, 0, dtype, None)
 
 
-# ── Readable values ──────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class ReadableValues:
     """The values of a model that branches may read.
@@ -146,7 +145,6 @@ class ReadableValues:
         return names.get(kind, ())
 
 
-# ── Values read ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def owner_prefix(path: str, index: int) -> str:
     """Return the prefix of the names of one adapter's own values, computed at the ``once`` site ``path``."""
     return f"{path}[{index}]"
@@ -226,7 +224,6 @@ def replace_first_tensor(tree: T, change: Callable[[torch.Tensor], torch.Tensor]
     return replaced
 
 
-# ── Extra outputs ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def record_extra_outputs(aux: dict[str, dict[str, T]], path: str, emitted: Mapping[str, Sequence[T]]) -> None:
     """Add one call's extra outputs to ``aux``, name -> site path -> tensor.
 

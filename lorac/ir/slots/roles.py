@@ -25,7 +25,6 @@ from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.role import AddNoise, NoiseScale, Shape, SlotRole, SlotSpec, Stage
 
-# ── Columns of the table ─────────────────────────────────────────────────────────────────────────────────────────────
 _SHARE = 0.3
 """The noise of a pair relative to its site's output, and the noise of a weight's rows and columns."""
 
@@ -119,7 +118,6 @@ def _apply_down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
     return layout.down(x.to(a.dtype) if x.is_floating_point() else x, a)
 
 
-# ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 _TABLE = (
     SlotRole(
         name=operands.A,
@@ -267,7 +265,6 @@ def apply_stage(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mappin
     return value
 
 
-# ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 _BRANCH, _STRENGTH = "branch", "t"
 
 

@@ -28,7 +28,6 @@ ADAPTERS_AXIS = "adapters"
 """The name of the axis of places."""
 
 
-# ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 def placed_shape(shape: Sequence[Size], places: Size, *, by_token: bool = True) -> tuple[Size, ...]:
     """Return the shape of a slot with places.
 
@@ -63,7 +62,6 @@ def write_place(place: Tensor, tensor: Tensor) -> None:
     place[tuple(slice(size) for size in tensor.shape[1:])].copy_(tensor[0])
 
 
-# ── Segments ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def cut_segments(x: Tensor, places: Size, features: int) -> Tensor:
     """Return the tokens of each segment: (places, tokens), and the axes of features that x (rows, …) has.
 

@@ -116,8 +116,6 @@ class _BoxBuilder:
             pass
         return graph
 
-    # --- boxes -------------------------------------------------------------------------------------------------
-
     def _inner_boxes(self, section: Section) -> tuple[Box, ...]:
         bundles = _bundle_items(section, self.rows, self._runs(section))
         return tuple(self._box(bundle, section.path) for bundle in bundles)
@@ -158,8 +156,6 @@ class _BoxBuilder:
         named = list(dict.fromkeys([op for op in ops if op.lower() not in _LAYOUT_OPS] or ops))
         more = f" +{len(named) - _MAX_NAMED_OPS}" if len(named) > _MAX_NAMED_OPS else ""
         return " · ".join(named[:_MAX_NAMED_OPS]) + more, f"{len(ops)} ops" if len(ops) > 1 else ""
-
-    # --- identical neighbours ----------------------------------------------------------------------------------
 
     def _runs(self, section: Section) -> list[list[int | Section]]:
         """Return the items of a section, with neighbours that compute the same together."""

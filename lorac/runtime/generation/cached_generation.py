@@ -130,8 +130,6 @@ class CachedGeneration:
         prompts = self.prompts if self.request.beams == 1 else None
         state.rows = None if prompts is None else _cached_tokens(prompts, output, state.cache, beams=1)
 
-    # --- prompts that were computed before -------------------------------------------------------------------------
-
     def _find(
         self, prompt_cache: PromptCache, keyed: Mapping[CacheKey, Sequence[int]], tokens: Sequence[torch.Tensor]
     ) -> KeyValueCache | None:

@@ -79,8 +79,6 @@ class DecodingState:
             return logits
         return torch.where(torch.tensor(unfinished, dtype=torch.bool)[:, None], logits, logits.new_zeros(()))
 
-    # --- what transformers asks of a cache ---------------------------------------------------------------------------
-
     def get_seq_length(self) -> int:
         """Return the number of tokens of the first row."""
         return self.cache.lengths[0]
@@ -101,8 +99,6 @@ class DecodingState:
         """Replace the rows by these of them, unless they are the same."""
         if list(rows) != list(range(len(self.cache.lengths))):
             self.cache.select(rows)
-
-    # --- growing -----------------------------------------------------------------------------------------------------
 
     def _new_tokens(self, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
         """Return the tokens of each row that the cache does not hold."""

@@ -102,7 +102,6 @@ class EncoderDecoderDriver(GenerationDriver):
         return self._columns
 
 
-# ── A model's own rules ──────────────────────────────────────────────────────────────────────────────────────────────
 _ALLOWED_CLASSES = re.compile(r"transformers\.models\.\w+\.generation_\w+:[A-Za-z]\w*", re.ASCII)
 """Classes that an artifact may name: the generation mixins of transformers' own models."""
 

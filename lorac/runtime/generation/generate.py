@@ -85,7 +85,6 @@ def _require_transformers() -> None:
         raise MissingExtra("transformers", "hf") from error
 
 
-# ── A call, checked ──────────────────────────────────────────────────────────────────────────────────────────────────
 def _check_cached(
     model: SwitchableModel, graph: str, traits: ModelTraits, given: Mapping[str, object]
 ) -> _GenerateCall:
@@ -230,8 +229,6 @@ class _GenerateCall:
         output["sequences"] = output["sequences"].numpy()
         return output
 
-    # --- one run -----------------------------------------------------------------------------------------------------
-
     def _run(self, group: RowGroup, seeds: Seeds, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
         """Generate for all rows of a group, as one call (invariant 7)."""
         options, prompts = dict(self.request.options), self.prompts
@@ -297,7 +294,6 @@ class _GenerateCall:
         return model.with_choice(draft, lambda drafting, _: bind(drafting))
 
 
-# ── Arguments ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _missing_prompt() -> InputMismatch:
     return InputMismatch("the call has no prompt", next_step="give input_ids=, such as a tokenizer makes")
 

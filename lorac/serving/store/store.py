@@ -119,7 +119,6 @@ class AdapterStore:
         for entry in self._folder.scan():
             self._restore(entry)
 
-    # ── What a tenant has ────────────────────────────────────────────────────────────────────────────────────────────
     def adapters(self, tenant: str) -> list[TenantAdapter]:
         """Return the adapters that a tenant may use: its own by name, then those that all tenants share."""
         own = self._tenants.get(tenant)
@@ -150,7 +149,6 @@ class AdapterStore:
             next_step="upload it first, or list the adapters that there are",
         )
 
-    # ── What a tenant does ───────────────────────────────────────────────────────────────────────────────────────────
     def upload(
         self, tenant: str, name: str, files: Mapping[str, BinaryIO], *, base: str | None = None
     ) -> TenantAdapter:
@@ -221,7 +219,6 @@ class AdapterStore:
     ) -> None:
         self.close()
 
-    # ── Adding ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def _add(
         self, tenant: str, name: str, files: Mapping[str, BinaryIO], base: str | None, line: dict[str, object]
     ) -> TenantAdapter:

@@ -175,7 +175,6 @@ def _read_function_signature(function: AnyFunction) -> OpSignature:
     )
 
 
-# ── Which translation ────────────────────────────────────────────────────────────────────────────────────────────────
 def find_untranslated(program: ExportedProgram, translations: Mapping[Target, Translation]) -> list[fx.Node]:
     """Return the calls of ops that have no translation."""
     library = _read_library()
@@ -289,7 +288,6 @@ def _is_complex(operand: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_complex()
 
 
-# ── The libraries' code over other namespaces ────────────────────────────────────────────────────────────────────────
 @functools.cache
 def _detach(translation: Translation) -> Translation:
     """Return a translation that records for the calling context."""

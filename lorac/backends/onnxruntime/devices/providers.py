@@ -192,7 +192,6 @@ def _check_gpu(index: int) -> None:
         )
 
 
-# ── Providers that come as libraries of their own ────────────────────────────────────────────────────────────────────
 def _devices(provider: str, place: torch.device) -> list[ort.OrtEpDevice]:
     """Return the device of a provider in a library of its own."""
     found = [device for device in ort.get_ep_devices() if device.ep_name == provider]

@@ -33,7 +33,6 @@ _COMPARED_FIRST = 8
 """The number of values of a row that are compared first."""
 
 
-# ── Which tensors a program holds quantised ──────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, eq=False)
 class QuantisedTensor:
     """A tensor that a program stores quantised: some rows of one of its matrices.
@@ -105,7 +104,6 @@ def _first_row(quantised: QuantisedProduct, rows: Array) -> int | None:
     return next((begin for begin in begins if np.array_equal(original[begin : begin + len(rows)], rows)), None)
 
 
-# ── On disk ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 def tensors_and_notes(quantised_tensors: Mapping[str, QuantisedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return quantised tensors as parts for a file, and the file's metadata about them."""
     tensors, notes = dict[str, Tensor](), {}

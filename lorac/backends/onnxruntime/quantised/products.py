@@ -146,7 +146,6 @@ class QuantiseWeights(OnnxPass):
         return encode(codec, matrix, self.algorithm, moments)
 
 
-# ── Who reads a constant ─────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True)
 class _MatrixReader:
     """A node that reads a constant matrix.
@@ -266,7 +265,6 @@ def _display_name(value: ir.Value) -> str:
     return str(value.name) if "." in str(value.name) or not modules else modules[-1]
 
 
-# ── What is put in its place ─────────────────────────────────────────────────────────────────────────────────────────
 def _replace(
     model: ir.Model, value: ir.Value, readers: list[_MatrixReader], encoded: EncodedMatrix, accuracy_level: int
 ) -> dict[str, str]:
