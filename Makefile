@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser wheel-native test test-slow test-gpu durations soak soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser wheel-native test test-ci test-slow test-gpu durations soak soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -24,10 +24,13 @@ denoiser: $(STAMP) ## Train the tiny denoiser of experiments on diffusion, once 
 wheel-native: $(STAMP) ## Build lorac-native, an op for ONNX Runtime, as a wheel in dist/ (needs CMake and a C++ compiler)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./native
 
-test: $(STAMP) ## Run the test suite
+test: $(STAMP) ## Run the tests of a few minutes, before every push
+	$(PYTEST) -m "not slow and not medium" -n $(WORKERS) --dist worksteal --junitxml build/tests.xml
+
+test-ci: $(STAMP) ## Run those and the medium tests, as .ci/run does
 	$(PYTEST) -m "not slow" -n $(WORKERS) --dist worksteal --junitxml build/tests.xml
 
-durations: ## Show where the time of the last `make test` went
+durations: ## Show where the time of the last `make test` or `make test-ci` went
 	$(BIN)/python -m tests.durations build/tests.xml
 
 TESTS ?=

@@ -42,8 +42,8 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what waits for the long run before the markers select."""
-    tiers.mark_slow(items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
+    """Mark what waits for a longer run before the markers select."""
+    tiers.mark_tiers(items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""The tests that wait for ``make test-slow``, as ``tiers.toml`` lists them."""
+"""The tests that wait for a longer run: ``slow.toml`` and ``medium.toml`` list them, and the markers select."""
 
 from __future__ import annotations
 
@@ -10,35 +10,47 @@ from pathlib import Path
 
 import pytest
 
+TIERS = ("slow", "medium")
+
 
 @dataclass(frozen=True)
 class Moved:
-    """Tests of one file that wait for the long run."""
+    """Tests of one file that wait for a longer run."""
 
     test: str
     instead: str
     keep: Sequence[str] = ()
 
     def takes(self, test: str) -> bool:
-        """Return whether a test of the file waits for the long run."""
-        matches = fnmatch.fnmatchcase(test.replace("[", "<"), self.test.replace("[", "<"))
-        return matches and test.partition("[")[2].removesuffix("]") not in self.keep
+        """Return whether a test of the file waits for that run."""
+        case = test.partition("[")[2].removesuffix("]")
+        return _matches(test, self.test) and not any(_matches(case, kept) for kept in self.keep)
 
 
-def read_moved() -> Mapping[str, list[Moved]]:
-    """Return the rows of ``tiers.toml`` by file."""
-    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+def _matches(text: str, pattern: str) -> bool:
+    """Return whether a text is as a pattern, in which * alone stands for other characters."""
+    return fnmatch.fnmatchcase(text.replace("[", "<"), pattern.replace("[", "<"))
+
+
+def read_moved(tier: str) -> Mapping[str, list[Moved]]:
+    """Return the rows of a tier by file."""
+    tables = tomllib.loads(Path(__file__).with_name(f"{tier}.toml").read_text())
     return {file: [Moved(**row) for row in rows] for file, rows in tables.items()}
 
 
-def mark_slow(items: list[pytest.Item], *, whole: bool) -> None:
-    """Mark the tests of ``tiers.toml`` as slow; with the whole suite at hand, refuse a row that takes no test."""
-    moved, taken = read_moved(), set()
+def mark_tiers(items: list[pytest.Item], *, whole: bool) -> None:
+    """Mark the tests of each tier's list; with the whole suite at hand, refuse a row that takes no test."""
+    for tier in TIERS:
+        _mark(items, tier, whole=whole)
+
+
+def _mark(items: list[pytest.Item], tier: str, *, whole: bool) -> None:
+    moved, taken = read_moved(tier), set()
     for item in items:
         file, _, test = item.nodeid.removeprefix("tests/").partition("::")
         if rows := [row for row in moved.get(file, ()) if row.takes(test)]:
             taken.update((file, row.test) for row in rows)
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(getattr(pytest.mark, tier))
     stale = [f"{file}::{row.test}" for file, rows in moved.items() for row in rows if (file, row.test) not in taken]
     if whole and stale:
-        raise pytest.UsageError(f"tests/tiers.toml names tests that are not there: {', '.join(stale)}")
+        raise pytest.UsageError(f"tests/{tier}.toml names tests that are not there: {', '.join(stale)}")

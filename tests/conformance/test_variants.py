@@ -19,7 +19,7 @@ FORMS = {"adaptertune", "hydra", "meteora", "shira"}
 """Methods of a form each, for what a target does with a model of two layers."""
 TARGETS = ("onnxruntime", "eager")
 OF_FORMULAS = {"formula", "identity_at_init", "influence", "invalid_values", "rules", "training"}
-"""Checks that another configuration of a method may fail alone."""
+"""Checks that another configuration of a method may fail alone; where its formula is right, they seldom do."""
 LATE = ("two_conv", "two_embedding", "gated", "stack")
 """Hosts of two layers whose kinds differ in nothing that shows there, and hosts that only some methods ask for."""
 
@@ -67,7 +67,7 @@ def _checks():
 
 
 def _thinned(checks):
-    """Mark as slow what another check of the same method catches too.
+    """Mark as slow or medium what another check of the same method catches too.
 
     A method's first host has every check of the first configuration, and of the others what depends on the formula. How
     a formula reads a weight depends on the kind of site, so the formula itself runs on every kind. What a target gets
@@ -87,7 +87,9 @@ def _thinned(checks):
         if what.startswith(TARGETS):
             quick = configuration == whole and host.startswith("two_") and configuration.partition(",")[0] in FORMS
             quick |= str(check).startswith("lora,") and place == "two_embedding-eager-other_sizes"
-        yield pytest.param(check, id=str(check), marks=() if quick else pytest.mark.slow)
+        medium = quick and configuration != whole and what in OF_FORMULAS - {"formula"}
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(check, id=str(check), marks=pytest.mark.medium if medium else marks)
 
 
 @pytest.mark.parametrize("check", list(_checks()))
