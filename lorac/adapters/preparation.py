@@ -250,11 +250,14 @@ class Preparer:
         assert isinstance(variant, BranchVariant)
         if site.kind is not SiteKind.LINEAR or variant.reads(site) or variant.has_once:
             return _unreduced(tensors)
-        emitted: dict[str, list[Tensor]] = {}
-        branch, ctx = Formula(variant.branch, variant.name, site.path), FormulaContext(site, emitted=emitted)
+        emitted, site_readers = dict[str, list[Tensor]](), set[str]()
+        branch = Formula(variant.branch, variant.name, site.path)
+        ctx = FormulaContext(site, emitted=emitted, site_readers=site_readers)
         found = reduce_branch(
             lambda x, y, p: branch(x, y, p, ctx, like=y), shape, examples, dtype, self.rules, keep_factors=keep
         )
+        if site_readers:  # a reduction serves every site of the shape
+            return _unreduced(tensors, "reads which site it is at")
         # A reduced branch computes y' alone and emits nothing.
         return _unreduced(tensors, f"has extra outputs ({', '.join(emitted)})") if emitted else found
 

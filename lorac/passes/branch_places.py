@@ -16,7 +16,7 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import select_attention
 from lorac.ir.graph.edit import find_fake_mode
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.nodes import get_example
+from lorac.ir.graph.nodes import describe_type, get_example
 from lorac.ir.interface import program_input_name
 from lorac.ir.sites import SiteKind, factor_dtype
 from lorac.ir.slots.attention import BranchAttention, FullAttention
@@ -140,7 +140,7 @@ class _BranchExaminer:
             rows = [get_example(call.args[0]), get_example(call)]
             if not all(has_rows(value, self.batch) for value in rows):
                 raise _NotByRowError("the rows of its input or output are not those of the batch")
-            key = (slot.key, slot.reads, *(_describe(value) for value in (*rows, *values.values())))
+            key = (slot.key, slot.reads, *(describe_type(value) for value in (*rows, *values.values())))
             if key not in self._examined:
                 self._examined[key] = self._why_together(plan, replace(slot, axes=axes), rows, values)
             if self._examined[key]:
@@ -218,11 +218,6 @@ def _run_once(slot: BranchSlot) -> Mapped:
 def _own_name(name: str) -> str:
     """Return the name by which a branch reads a value of ``once``, from its name in a context without an owner."""
     return name.replace(f"{OWN}:.", f"{OWN}:")
-
-
-def _describe(value: Tensor) -> tuple[object, ...]:
-    """Return a key that is equal for values of one dtype and shape."""
-    return (value.dtype, *map(str, value.shape))
 
 
 def _make_parameters(plan: SitePlan, slot: BranchSlot) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """expand: adapted ops become aten ops in their normal form, and the ops of other sites their aten ops."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
@@ -19,11 +19,12 @@ from lorac.ir.graph.adapted_call import (
 )
 from lorac.ir.graph.edit import have_equal_types, inline, trace_function, trace_in_places
 from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.nodes import describe_type, get_example
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention
 from lorac.ir.slots.plans import RankPolicy, SitePlan
-from lorac.ir.slots.roles import branch_name, is_strength, slot_name
+from lorac.ir.slots.roles import ROLES, branch_name, is_strength, slot_name
 
 aten = torch.ops.aten
 _ROWS = 3
@@ -97,7 +98,10 @@ class _Expander:
         for index, slot in enumerate(plan.branches):
             operands = select_operands(plan, index, call)
             emits = [name for name in slot.emits if name in self.aux]
-            compute = functools.partial(compute_placed_branch, plan, index, sites=graph.sites, attention=self.attention)
+            inputs, readers = [call.x, y, base, *operands.values()], set[str]()
+            compute = functools.partial(
+                compute_placed_branch, plan, index, sites=graph.sites, attention=self.attention, site_readers=readers
+            )
 
             def function(x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
                 emitted: dict[str, list[Tensor]] = {}
@@ -105,27 +109,42 @@ class _Expander:
                 changed = compute((x, y, base), given, emitted=emitted)  # noqa: B023  (traced at once)
                 return (changed, *(emitted[name][0] for name in emits))  # noqa: B023  (traced at once)
 
-            inputs = [call.x, y, base, *operands.values()]
-            traced = trace_in_places(graph.exported, function, inputs)
-            _, (y, *others) = inline(graph.exported, node, function, inputs, _simplify_differences(traced, [_ROWS]))
+            key = (
+                slot.structure,
+                tuple(emits),
+                tuple(operands),
+                _describe_site(plan.site),
+                *(describe_type(get_example(operand)) for operand in inputs),
+            )
+            known = self.traces.get(key)
+            if known is None:
+                known = _simplify_differences(trace_in_places(graph.exported, function, inputs), [_ROWS])
+                self._keep_trace(key, known, readers)
+            _, (y, *others) = inline(graph.exported, node, function, inputs, known)
             self.extra.update({_extra_name(name, plan, index): o for name, o in zip(emits, others, strict=True)})
         graph.replace_node(node, y)
 
     def _expand_whole(self, node: fx.Node, call: AdaptedCall, plan: SitePlan, aux: tuple[str, ...]) -> fx.Node:
         exported, operands = self.graph.exported, call.tensors
-        function, emitted = _make_function(self.graph.sites, plan, call, aux, self.attention)
+        readers = set[str]()
+        function, emitted = _make_function(self.graph.sites, plan, call, aux, self.attention, readers)
         inputs = [*operands, *call.operands.values()]
         shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
-        key = (call.op, len(operands), tuple(call.operands), _describe_structure(plan), *shapes)
+        key = (call.op, len(operands), tuple(call.operands), _describe_structure(plan, call), *shapes)
         known = self.traces.get(key)
-        if plan.branches:  # which close over their formula: their trace serves no other site
+        if known is None and plan.branches:
             strengths = [len(operands) + i for i, role in enumerate(call.operands) if is_strength(role)]
             known = _simplify_differences(trace_function(exported, function, inputs), strengths)
         traced, (y, *others) = inline(exported, node, function, inputs, known)
-        self.traces.setdefault(key, traced)
+        self._keep_trace(key, traced, readers)
         self.graph.replace_node(node, y)
         self.extra.update(zip(emitted, others, strict=True))
         return y
+
+    def _keep_trace(self, key: object, traced: fx.GraphModule, readers: Collection[str]) -> None:
+        """Keep a trace for other sites, unless a formula in it reads what its site is."""
+        if not readers:
+            self.traces.setdefault(key, traced)
 
 
 def _share_cuts(graph: Graph) -> None:
@@ -170,17 +189,27 @@ def _behind_segments(node: fx.Node) -> fx.Node:
     return node
 
 
-def _describe_structure(plan: SitePlan) -> tuple[object, ...]:
+def _describe_structure(plan: SitePlan, call: AdaptedCall) -> tuple[object, ...]:
     """Return a key that is equal for sites that one trace serves."""
-    site = plan.site
-    shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
     free = plan.ranks is not RankPolicy.FIXED
     rooms = ((role.name, 1 if role.ranked and free else room) for role, room in plan.roles())
-    return (*shape, site.bias is not None, plan.placed, *rooms)
+    branches = ((slot.structure, slot.emits) for slot in plan.branches)
+    of_branches = (describe_type(get_example(operand)) for role, operand in call.operands.items() if role not in ROLES)
+    return (*_describe_site(plan.site), plan.placed, *rooms, *branches, *of_branches)
+
+
+def _describe_site(site: Site) -> tuple[object, ...]:
+    shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
+    return (*shape, site.bias is not None)
 
 
 def _make_function(
-    sites: Mapping[str, Site], plan: SitePlan, call: AdaptedCall, aux: tuple[str, ...], attention: BranchAttention
+    sites: Mapping[str, Site],
+    plan: SitePlan,
+    call: AdaptedCall,
+    aux: tuple[str, ...],
+    attention: BranchAttention,
+    readers: set[str],
 ) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
     """Return an adapted op as a function of its tensor operands, and the names of its extra outputs."""
     count, roles = len(call.tensors), tuple(call.operands)
@@ -189,7 +218,8 @@ def _make_function(
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         operands = dict(zip(roles, tensors[count:], strict=True))
         emitted: dict[str, list[Tensor]] = {}
-        y = compute_adapted(plan, replace(call, host=tensors[:count], operands=operands), sites, emitted, attention)
+        own = replace(call, host=tensors[:count], operands=operands)
+        y = compute_adapted(plan, own, sites, emitted, attention, readers)
         return (y, *(emitted[name].pop(0) for name, _ in emits))
 
     return function, [_extra_name(name, plan, i) for name, i in emits]

@@ -56,8 +56,11 @@ class Context(Protocol):
     """
 
     training: bool
-    site: Site
     passing: str
+
+    @property
+    def site(self) -> Site:
+        """The site whose output the formula changes."""
 
     @property
     def generator(self) -> torch.Generator | None:

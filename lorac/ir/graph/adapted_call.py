@@ -139,6 +139,7 @@ def compute_adapted(
     sites: Mapping[str, Site],
     emitted: dict[str, list[Tensor]],
     attention: BranchAttention | None = None,
+    site_readers: set[str] | None = None,
 ) -> Tensor:
     """Compute one call of an adapted site.
 
@@ -148,13 +149,20 @@ def compute_adapted(
         sites: every site, for the layout of the values read.
         emitted: filled with the extra outputs.
         attention: for branches; by default over the whole sequence.
+        site_readers: filled with the site's path if the formula of a branch reads its site.
     """
     if plan.has_placed_branches:
         return _compute_placed_branches(plan, call, sites, emitted, attention)
     tensors = dict(call.operands)
     read = [role for role in tensors if role.startswith(VALUE_PREFIX)]
     values = {role.removeprefix(VALUE_PREFIX): tensors.pop(role) for role in read}
-    ctx = FormulaContext(plan.site, values=present_weights(values, sites), emitted=emitted, attention=attention)
+    ctx = FormulaContext(
+        plan.site,
+        values=present_weights(values, sites),
+        emitted=emitted,
+        attention=attention,
+        site_readers=site_readers,
+    )
     slots = SiteSlots.of_named(tensors, plan)
     if call.op is ops.BLOCK:
         x, block = call.tensors
@@ -190,6 +198,7 @@ def compute_placed_branch(
     sites: Mapping[str, Site],
     emitted: dict[str, list[Tensor]],
     attention: BranchAttention | None = None,
+    site_readers: set[str] | None = None,
 ) -> Tensor:
     """Compute the output of a site with one of its branches, whose slots have places.
 
@@ -198,11 +207,17 @@ def compute_placed_branch(
         index: which of its branches.
         rows: the site's input, its output so far, and its output in the base.
         operands: the branch's, by role (``select_operands``).
-        sites, emitted, attention: as for ``compute_adapted``.
+        sites, emitted, attention, site_readers: as for ``compute_adapted``.
     """
     values = {role.removeprefix(VALUE_PREFIX): v for role, v in operands.items() if role.startswith(VALUE_PREFIX)}
     strength, *params = [tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)]
-    ctx = FormulaContext(plan.site, values=present_weights(values, sites), emitted=emitted, attention=attention)
+    ctx = FormulaContext(
+        plan.site,
+        values=present_weights(values, sites),
+        emitted=emitted,
+        attention=attention,
+        site_readers=site_readers,
+    )
     slot, (x, y, base) = plan.branches[index], rows
     owner = branch_owner(plan.branches[:index], slot)
     fill = BranchFill(strength, tuple(params))

@@ -14,6 +14,11 @@ def get_example(node: object) -> Tensor:
     return value
 
 
+def describe_type(value: Tensor) -> tuple[object, ...]:
+    """Return a key that is equal for values of one dtype and shape."""
+    return (value.dtype, *map(str, value.shape))
+
+
 SLOTS_KEYWORD = "lorac"
 """The keyword argument that holds all slots, a dict by public name; also the key of a node's own metadata."""
 _PROVENANCE = ("nn_module_stack", "stack_trace", "from_node")

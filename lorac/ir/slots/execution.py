@@ -36,6 +36,7 @@ class FormulaContext:
         values: program values by the program's names.
         emitted: collects the extra outputs: name -> one tensor per branch that gives it, in the order of branches.
         passing: the name of an adapter's own pass (``lorac.ir.slots.program_values``); else empty.
+        site_readers: collects the path of the site if a formula reads ``site``.
     """
 
     def __init__(
@@ -48,13 +49,21 @@ class FormulaContext:
         emitted: dict[str, list[Tensor]] | None = None,
         attention: BranchAttention | None = None,
         passing: str = "",
+        site_readers: set[str] | None = None,
     ) -> None:
-        self.site, self.training, self.passing, self.placed = site, training, passing, False
+        self._site, self.training, self.passing, self.placed = site, training, passing, False
+        self._site_readers = site_readers if site_readers is not None else set()
         self._values = values if values is not None else {}
         self._emitted = emitted if emitted is not None else {}
         self._dtype, self._owner = torch.get_default_dtype(), ""
         self._seed: Callable[[], int] | None = None if seed is None else functools.cache(seed)
         self._attention, self._attention_count = attention or FullAttention(), itertools.count()
+
+    @property
+    def site(self) -> Site:
+        """The site of the branch."""
+        self._site_readers.add(self._site.path)
+        return self._site
 
     @functools.cached_property
     def generator(self) -> torch.Generator | None:
@@ -71,14 +80,14 @@ class FormulaContext:
         found = self._values.get(program_value_name(self._owner, name))
         if found is None and self.passing:
             raise SiteError(
-                f"the formula at '{self.site.path}' reads the value '{name}', which does not exist in the pass "
+                f"the formula at '{self._site.path}' reads the value '{name}', which does not exist in the pass "
                 f"'{self.passing}'",
                 next_step="do not read it where ctx.passing names that pass, from which `once` computes its values",
                 code="site_unreached",
             )
         if found is None:
             raise SiteError(
-                f"the value '{name}' is not computed before '{self.site.path}', which reads it",
+                f"the value '{name}' is not computed before '{self._site.path}', which reads it",
                 next_step="list it in the variant's `reads`, or read 'base:<site>', which is known from the start",
                 code="site_unreached",
             )
@@ -328,7 +337,7 @@ def compute_once_values(
     Raises:
         AdapterError: the formula is not allowed; nothing was written.
     """
-    inner = ctx.within(_compute_dtype(params, ctx.site.dtype), owner)
+    inner = ctx.within(_compute_dtype(params, ctx._site.dtype), owner)
     results = slot.formula.several(_bind_params(slot, params), inner, read=ctx.values)
     return {program_value_name(owner, f"{OWN}:{name}"): tensor for name, tensor in results.items()}
 
@@ -340,8 +349,7 @@ _MAX_CHECKED = 512
 
 def _check_formula_once(slot: BranchSlot, x: Tensor, y: Tensor, params: Params, ctx: FormulaContext) -> None:
     """Run a formula on fake tensors before its first real call, so that a faulty formula writes nothing."""
-    function = slot.formula.function
-    key = (slot.key, getattr(function, "__func__", function), x.dim(), y.dim(), ctx.training, ctx.passing)
+    key = (*slot.structure, x.dim(), y.dim(), ctx.training, ctx.passing)
     if key in _CHECKED_FORMULAS or isinstance(y, FakeTensor) or ctx.placed:
         return
     with fake_execution() as fake:

@@ -56,6 +56,12 @@ class BranchSlot:
     instead: str = field(default="", compare=False)
     axes: Mapping[str, ValueAxis] | None = field(default=None, compare=False)
 
+    @property
+    def structure(self) -> tuple[str, object]:
+        """The key and the formula's code: branches that have the same compute the same of equal inputs."""
+        function = self.formula.function
+        return self.key, getattr(function, "__func__", function)
+
 
 @dataclass(frozen=True)
 class Reason:

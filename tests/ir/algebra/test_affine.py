@@ -101,3 +101,23 @@ def test_hydra_and_lora_add_up(mode):
     chained = compiled(x) + 0.7 * F.linear(F.linear(delta, p["sequential_down"]), p["sequential_up"])
     with pytest.raises(AssertionError, match="off by"):
         assert_parity(chained, alone + delta, base)
+
+
+class OfItsSite(lorac.BranchVariant):
+    """y' = y + n·s∘x, n the number of the layer."""
+
+    name = "affine_at_its_site"
+
+    def params(self, site):
+        return {"s": lorac.ParamSpec((1,), lambda context: torch.full(context.shape, 0.3))}
+
+    def branch(self, x, y, p, ctx):
+        return y + (1 + int(ctx.site.path)) * p.s * x
+
+
+def test_a_formula_that_reads_its_site_has_no_form_for_others():
+    host, x = torch.nn.Sequential(*(torch.nn.Linear(OUT, OUT) for _ in range(2))), torch.randn(3, OUT)
+    first = host[0](x) + 0.3 * x
+    compiled = lorac.compile(host, {"a": OfItsSite(targets=["0", "1"])})
+    assert_close(compiled(x), host[1](first) + 0.6 * first)
+    assert "reads which site it is at" in str(compiled.explain())
