@@ -17,10 +17,9 @@ import pytest
 
 import lorac
 from lorac import Compiled, LoracError
+from tests.sources import ROOT, SOURCES, parse
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lorac"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = sorted({source.parent for source in SOURCES})
 SHARED = {"passes", "backends", "runtime", "ir", "frontend", "target"}
 LARGEST_ROOM = 20
@@ -34,11 +33,6 @@ REASON = re.compile(r"(?:: [A-Z0-9, ]+  \(|\[[a-z, -]+\]  # )\w")
 SMALLEST = 0.01
 TOLERANCES = {"allclose", "isclose", "approx", "assert_allclose", "assert_almost_equal"}
 MEASURES = ROOT / "tests" / "limits.py"
-
-
-@functools.cache
-def _trees():
-    return {source: ast.parse(source.read_text()) for source in SOURCES}
 
 
 def _within(path):
@@ -66,7 +60,7 @@ def test_packages_are_small():
 
 def _registers_one(source):
     """Whether a module is an entry of a registry: it defines one class that gives its ``name`` or ``peft_type``."""
-    entries = [node for node in ast.parse(source.read_text()).body if _is_entry(node)]
+    entries = [node for node in parse(source).body if _is_entry(node)]
     return len(entries) == 1
 
 
@@ -145,7 +139,7 @@ def _functions():
     """Every function of the package with its place."""
     return [
         (f"{_within(source)}:{node.lineno} {node.name}", node)
-        for source, tree in _trees().items()
+        for source, tree in ((source, parse(source)) for source in SOURCES)
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
@@ -204,15 +198,20 @@ def test_whatever_silences_a_tool_says_why():
 
 
 def test_class_names_are_unique():
-    names = Counter(node.name for tree in _trees().values() for node in tree.body if isinstance(node, ast.ClassDef))
+    trees = map(parse, SOURCES)
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_public_definitions_have_docstrings():
-    assert [_within(source) for source, tree in _trees().items() if not ast.get_docstring(tree)] == []
+    assert [
+        _within(source)
+        for source, tree in ((source, parse(source)) for source in SOURCES)
+        if not ast.get_docstring(tree)
+    ] == []
     bare = [
         f"{_within(source)}:{node.lineno} {node.name}"
-        for source, tree in _trees().items()
+        for source, tree in ((source, parse(source)) for source in SOURCES)
         for node in tree.body
         if isinstance(node, ast.ClassDef | ast.FunctionDef)
         if not node.name.startswith("_") and not ast.get_docstring(node)
@@ -225,7 +224,11 @@ def test_shared_code_names_no_method():
     """Passes, backends and runtime know the forms; a method's name in them would be a special case."""
     methods = {v.__name__ for v in lorac.variants().values() if v.__module__.startswith("lorac.variants.")}
     # Names in code; docstrings and comments may say who an algorithm comes from.
-    shared = {source: tree for source, tree in _trees().items() if _within(source).partition("/")[0] in SHARED}
+    shared = {
+        source: tree
+        for source, tree in ((source, parse(source)) for source in SOURCES)
+        if _within(source).partition("/")[0] in SHARED
+    }
     named = {
         f"{_within(source)}:{node.lineno} {node.id}"
         for source, tree in shared.items()

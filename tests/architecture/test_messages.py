@@ -13,7 +13,6 @@ import inspect
 import pkgutil
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +28,8 @@ from lorac.ir.slots.planning import MODES
 from lorac.merging import ways
 from lorac.session.compiled import CompiledModule
 from lorac.session.targets import find_backend, targets
+from tests.sources import ROOT, SOURCES, parse
 
-ROOT = Path(__file__).parents[2]
 SPEAKS = {*errors.__all__, "warn", "check_type", "refuse", "unsupported_error", "corrupt_error"}
 """Calls whose texts reach a person."""
 
@@ -107,17 +106,12 @@ OF_MODELS = {
 def texts():
     """Every text that may reach a person, with its file: those of one call together are one text."""
     found = []
-    for source in sorted((ROOT / "lorac").rglob("*.py")):
+    for source in SOURCES:
         where = source.relative_to(ROOT).as_posix()
         if where.startswith("lorac/report/"):  # graphs as text and pages, in languages of their own
             continue
-        found += [(where, text) for text in map(_said, _spoken(_parse(source))) if text]
+        found += [(where, text) for text in map(_said, _spoken(parse(source))) if text]
     return found
-
-
-@functools.cache
-def _parse(source):
-    return ast.parse(source.read_text(encoding="utf-8"))
 
 
 def _spoken(tree):
@@ -302,8 +296,7 @@ def test_what_exists(called, exists):
 
 def test_every_error_says_what_to_do():
     """By the raise, or by what is usual for its class."""
-    sources = sorted((ROOT / "lorac").rglob("*.py"))
-    nodes = ((source, node) for source in sources for node in ast.walk(_parse(source)))
+    nodes = ((source, node) for source in SOURCES for node in ast.walk(parse(source)))
     raises = [(s, n) for s, n in nodes if isinstance(n, ast.Call) and _called(n) in errors.__all__]
     assert len(raises) > 300
     silent = [f"{source}:{node.lineno}: {ast.unparse(node)}" for source, node in raises if not _has_next_step(node)]
