@@ -21,9 +21,8 @@ from lorac.backends.tensorrt.profiles import SizeRange, check_profile_names
 from lorac.errors import OptionError, Unavailable
 from lorac.ir.graph.graph import Program, SlotInput
 from lorac.ir.interface import Interface
-from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step
-from lorac.target.backend import BuildRequest, StoredState
+from lorac.target.backend import BuildRequest
 from lorac.target.engine import ProgramFiles
 
 if TYPE_CHECKING:
@@ -127,26 +126,6 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         """Return the options with the name of the library that built the plans."""
         return super().options_to_json(dataclasses.replace(options, library=options.builder.name))
 
-    def restore(
-        self,
-        stored: StoredState,
-        files: ProgramFiles,
-        plans: Mapping[str, SitePlan],
-        mode: str,
-        device: str | torch.device | None,
-    ) -> AnyOnnxEngine:
-        """Load an engine from the files of an artifact, with the library that made its plans.
-
-        Raises:
-            ArtifactError: the plans were made by another library than this machine has, or another release.
-            Unavailable: the plans are for other GPUs.
-        """
-        graphs = stored["graphs"]
-        assert isinstance(graphs, Mapping)
-        for entry in graphs.values():
-            find_maker(entry["made_by"])
-        return super().restore(stored, files, plans, mode, device)
-
     def load_graph(
         self,
         name: str,
@@ -156,11 +135,13 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         stored: JsonMapping,
         options: TensorRTOptions,
     ) -> GraphPlan:
-        """Return a stored plan, which the first call loads.
+        """Return a stored plan, which the first call loads with the library that made it.
 
         Raises:
+            ArtifactError: the plan was made by another library than this machine has, or another release.
             Unavailable: the plan is for other GPUs.
         """
+        find_maker(stored["made_by"])
         plan = GraphPlan(
             file=files[graph_file(name, PLAN_FILE)],
             interface=interface,
