@@ -117,11 +117,7 @@ def _is_quantised(view: ModelView, paths: Iterable[str]) -> bool:
 
 
 def _parse_recorded_dtype(name: str, recorded: str) -> str:
-    """Return the name of the dtype in a recorded hash.
-
-    Raises:
-        AdapterError: the record is not a hash that lorac writes.
-    """
+    """Return the name of the dtype in a recorded hash."""
     recorded_dtype, _, digest = recorded.partition(":")
     known = recorded_dtype == _MIXED or isinstance(getattr(torch, recorded_dtype, None), torch.dtype)
     if not known or not _FORM.fullmatch(digest):

@@ -122,11 +122,7 @@ def _change(preparer: Preparer, adapter: Adapter, path: str) -> Change:
 
 
 def _infer_site(adapter: Adapter, path: str, dtype: torch.dtype | None) -> Site:
-    """Return the linear site that an adapter's tensors have the shapes for, which is all that most formulas read.
-
-    Raises:
-        BaseNeeded: the tensors do not determine it.
-    """
+    """Return the linear site that an adapter's tensors have the shapes for, which is all that most formulas read."""
     tensors = adapter.tensors[path]
     dtypes = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     probe = Site(path, SiteKind.LINEAR, _OUT, _IN, dtype or next(dtypes, torch.float32), weight=None)

@@ -52,12 +52,7 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
 
 
 def _make_specs(name: str, variant: Variant, site: Site) -> dict[str, ParamSpec]:
-    """Return the parameters of an adapter at a site.
-
-    Raises:
-        AdapterError: the hyper-parameters give a parameter a size that is not a whole number, or an empty one although
-            no pattern may have said so of the site.
-    """
+    """Return the parameters of an adapter at a site."""
     least = 0 if variant.patterns else 1
     settings = ", ".join(f"{field}={value!r}" for field, value in variant.own_settings.items())
     step = f"give whole numbers above 0 for ranks and sizes; it is {type(variant).__name__}({settings})"

@@ -134,12 +134,7 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
         return known.prepared
 
     def _prepare(self, name: str, entry: PoolEntry) -> PreparedAdapter:
-        """Make the normal forms of an entry, and keep them.
-
-        Raises:
-            AdapterError: a tensor was written since it was added, and is NaN or infinite.
-            OverBudget: there is no room for them.
-        """
+        """Make the normal forms of an entry, and keep them."""
         known, adapter = self._prepared.get(name), entry.adapter
         if adapter is None:
             assert isinstance(entry.source, StoredAdapter)

@@ -82,11 +82,7 @@ class AdapterTerms(TrainingTerms):
 
 
 def _check_in_memory(choice: Choice, adapters: Mapping[str, Adapter]) -> None:
-    """Refuse a choice of adapters that are registered only, which have no tensors that a gradient could reach.
-
-    Raises:
-        Unavailable: naming the first.
-    """
+    """Refuse a choice of adapters that are registered only, which have no tensors that a gradient could reach."""
     for name, _ in choice:
         if name not in adapters:
             raise Unavailable(

@@ -74,11 +74,7 @@ class Chat:
         print(f"{' ' if compiled.active else '*'} none")
 
     def _answer(self, line: str) -> None:
-        """Take one turn: what an interrupted answer has shown stays part of the conversation, a failed turn does not.
-
-        Raises:
-            InputMismatch: the conversation is longer than the model has positions for.
-        """
+        """Take one turn; what an interrupted answer has shown stays in the conversation, and a failed turn does not."""
         turns = [*self._turns, {"role": "user", "content": line}]
         inputs = self._writer.encode_turns(turns)
         if self._writer.positions_left(inputs) == 0:

@@ -196,11 +196,7 @@ def _load_artifact(folder: Path) -> Compiled:
 
 
 def _call_program(compiled: Compiled, arrays: Mapping[str, Array], **choice: object) -> object:
-    """Call a program with the arrays of a file.
-
-    Raises:
-        ChoiceError: the program cannot compute with them.
-    """
+    """Call a program with the arrays of a file."""
     try:
         return compiled(**arrays, **choice)
     except (LoracError, Warning):  # warnings may be errors

@@ -87,12 +87,7 @@ def _merge_adapters(given: MergeRecipe, model: Model | None) -> Adapter:
 
 
 def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], recipe: Path | None) -> MergeRecipe:
-    """Return what to merge and how, as the command line or a recipe says.
-
-    Raises:
-        OptionError: both say it, or neither; or an option is no KEY=VALUE.
-        AdapterError: two adapters have one name.
-    """
+    """Return what to merge and how, as the command line or a recipe says."""
     from lorac.merging.recipe import MergeRecipe, read_merge_recipe
 
     if bool(adapters) == (recipe is not None) or (recipe is not None and options):

@@ -56,11 +56,7 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
 
 
 def _read_keys(path: Path) -> dict[str, str]:
-    """Read API keys.
-
-    Raises:
-        OptionError: the file is not an object of key -> tenant.
-    """
+    """Read API keys."""
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

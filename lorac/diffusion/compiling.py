@@ -91,11 +91,7 @@ def _place(pipeline: Pipeline, compiled: Compiled, models: Mapping[str, nn.Modul
 
 
 def _select(pipeline: Pipeline, parts: Collection[str] | None) -> dict[str, nn.Module]:
-    """Return the models of a pipeline that are to be compiled.
-
-    Raises:
-        OptionError: the pipeline has no model of a given name.
-    """
+    """Return the models of a pipeline that are to be compiled."""
     _check_pipeline(pipeline)
     found = find_parts(pipeline.components)
     every = {name: model for name, model in pipeline.components.items() if isinstance(model, nn.Module)}

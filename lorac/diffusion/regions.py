@@ -111,11 +111,7 @@ def _project(words: Tensor, path: str, changes: Mapping[str, Change], view: Mode
 
 
 def _factors(change: Change, r: int, path: str) -> dict[str, Tensor]:
-    """Return the factors of a change of an output projection.
-
-    Raises:
-        AdapterError: the change is not low-rank, has a rank above r, or has scales or a bias as well.
-    """
+    """Return the factors of a change of an output projection."""
     folded = change.folded() if isinstance(change, LowRank) else None
     if folded is None or folded.scales or folded.e is not None or folded.rank > r:
         what = "no factors alone" if folded is None or folded.rank <= r else f"rank {folded.rank}"

@@ -177,11 +177,7 @@ class AuthorsFormat(Format):
         return file.with_suffix(".json") if self.settings_file is None else file.with_name(self.settings_file)
 
     def _read_settings(self, file: Path) -> tuple[JsonMapping, JsonMapping]:
-        """Return the settings as they are stored, and as lorac has them.
-
-        Raises:
-            FormatError: one that is required is missing, or one is not known.
-        """
+        """Return the settings as they are stored, and as lorac has them."""
         path = self.settings_path(file)
         raw = read_json(path) if path.is_file() else {}
         missing = [name for name, field in self.settings.items() if field.default is REQUIRED and name not in raw]
@@ -208,11 +204,7 @@ class AuthorsFormat(Format):
         return stored, rest
 
     def _account(self, file: Path, adapter: Adapter, rest: Tensors, values: JsonMapping) -> None:
-        """Take replacements, and note copies of the base.
-
-        Raises:
-            FormatError: a tensor is left.
-        """
+        """Take replacements, and note copies of the base."""
         for key, tensor in rest.items():
             copied = self.name_copy(key)
             if self.is_trained(key, values):

@@ -186,11 +186,7 @@ def _find_format(path: Path) -> Format:
 
 
 def _choose_finest(path: Path, matching: Sequence[Format]) -> Format:
-    """Return the format that refines the others; their evidence is of one kind.
-
-    Raises:
-        FormatError: two formats have equal claims.
-    """
+    """Return the format that refines the others; their evidence is of one kind."""
     refined = {format.refines for format in matching}
     found = [format for format in matching if format.name not in refined]
     if len(found) > 1:

@@ -105,11 +105,7 @@ def _is_record(name: str) -> bool:
 
 
 def _check_record(file: Path, stored: JsonMapping, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Check the entries of a record, and the tensors against its seal; older records have none.
-
-    Raises:
-        FormatError: an entry is missing or of another type, a tensor is missing, or they do not belong together.
-    """
+    """Check the entries of a record, and the tensors against its seal; older records have none."""
     places = stored.get("places")
     if stored.keys() - {SEAL} != {"record", "places"} or not matches_type(places, Places):
         raise corrupt_error(f"a record in '{file}' is not the record, the places and the seal of an adapter")

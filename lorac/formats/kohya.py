@@ -49,11 +49,7 @@ class KohyaSpelling(Spelling):
 
 
 def _find_beginning(component: PipelineModel, pipeline: Mapping[str, PipelineModel]) -> str:
-    """Return how sd-scripts begins the names of a component.
-
-    Raises:
-        FormatError: it has no name for it.
-    """
+    """Return how sd-scripts begins the names of a component."""
     if is_denoiser(component.name):
         return "lora_unet_"
     numbered = "text_encoder_2" in pipeline or any(other.uses_original_names for other in pipeline.values())

@@ -161,11 +161,7 @@ class MlxFormat(Format):
 def _read_factors(
     name: str, folder: Path, values: JsonMapping, tensors: Mapping[str, Tensor], view: ModelView | None
 ) -> Adapter:
-    """Return a LoRA or DoRA.
-
-    Raises:
-        FormatError: a tensor is missing or too many, or the rank is not that of the configuration.
-    """
+    """Return a LoRA or DoRA."""
     parameters = read_fields(values["lora_parameters"], _LORA_FIELDS, folder / CONFIG)
     r, is_dora = parameters["rank"], values["fine_tune_type"] == "dora"
     method, expected = (DoRA, {A, B, _MAGNITUDE}) if is_dora else (LoRA, {A, B})
@@ -199,12 +195,7 @@ def _turn(part: str, tensor: Tensor) -> Tensor:
 
 
 def _read_full(name: str, folder: Path, tensors: Mapping[str, Tensor], view: ModelView | None) -> Adapter:
-    """Return the weights of layers as a method, and all other parameters as replacements.
-
-    Raises:
-        BaseNeeded: no model is given, which tells the one from the other.
-        FormatError: mlx-lm lays a weight out otherwise than transformers.
-    """
+    """Return the weights of layers as a method, and all other parameters as replacements."""
     if view is None:
         raise BaseNeeded(
             f"'{folder}' holds parameters by name, and which are weights of layers depends on the model",

@@ -106,11 +106,7 @@ class QstFormat(Format):
 
 
 def _read_files(folder: Path) -> Iterator[tuple[str, tuple[str, Tensor]]]:
-    """Yield every parameter with its place, the file and the key in it, and its tensor.
-
-    Raises:
-        FormatError: a file is missing or damaged, or holds what is no tensor of a Llama's side network.
-    """
+    """Yield every parameter with its place, the file and the key in it, and its tensor."""
     for file in _TABLE:
         path = folder / file
         if not path.is_file():
@@ -121,11 +117,7 @@ def _read_files(folder: Path) -> Iterator[tuple[str, tuple[str, Tensor]]]:
 
 
 def _find_parameter(path: Path, key: str) -> str:
-    """Return the parameter that a key of a file is of.
-
-    Raises:
-        FormatError: it is of none.
-    """
+    """Return the parameter that a key of a file is of."""
     table, shape = _TABLE[path.name], _NUMBER.sub("#", key, count=1)
     if shape not in table:
         raise FormatError(

@@ -233,11 +233,7 @@ def _find_bitsandbytes_kind(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _read_bitsandbytes_layer(kind: str, module: Any) -> tuple[QuantisedOrigin, Tensor] | None:
-    """Return origin and float value of a layer of bitsandbytes; None while its weight is still a float.
-
-    Raises:
-        CaptureError: the layer has replaced its weight by a lossy form.
-    """
+    """Return origin and float value of a layer of bitsandbytes; None while its weight is still a float."""
     weight = module.weight
     if weight.is_floating_point():
         return None

@@ -147,11 +147,7 @@ class Interface:
         return spread_over_rows(split, self.row_numbers)
 
     def _split_argument(self, name: str, value: object, known: Collection[str]) -> list[tuple[str, object]]:
-        """Return an argument as inputs; a container of tensors is several, named by their place in it.
-
-        Raises:
-            InputMismatch: the container holds other tensors than the captured one.
-        """
+        """Return an argument as inputs; a container of tensors is several, named by their place in it."""
         inputs = [part for part in self.inputs if part.startswith(f"{name}_")]
         if name in known or not inputs or not isinstance(value, Mapping | list | tuple):
             return [(name, value)]
@@ -262,11 +258,7 @@ class Interface:
         return tuple(name for name in self.extra_outputs if name not in self.checks)
 
     def _drop_checks(self, values: Sequence[object]) -> Sequence[object]:
-        """Return the outputs without the checks, which come last.
-
-        Raises:
-            InputMismatch: a check is false.
-        """
+        """Return the outputs without the checks, which come last."""
         count = len(values) - len(self.checks)
         for line, holds in zip(self.checks.values(), values[count:], strict=True):
             if not bool(holds):

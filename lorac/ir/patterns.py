@@ -60,11 +60,7 @@ def match_pattern(pattern: str, path: str, *, full: bool = True) -> regex.Match[
 
 
 def _match_in_time(match: Callable[..., regex.Match[str] | None], path: str) -> regex.Match[str] | None:
-    """Match a path.
-
-    Raises:
-        TimeoutError: it took this thread longer than ``TIMEOUT_SECONDS``.
-    """
+    """Match a path."""
     # The engine's clock is the process's: other threads may use up its time, on all processors.
     for processors in (1, os.cpu_count() or 1):
         start, found, stopped = time.thread_time(), None, False

@@ -360,11 +360,7 @@ _FUNCTIONS: dict[str, Callable[[Sequence[int]], int]] = {"min": min, "max": max}
 
 
 def _compile(node: ast.expr) -> _Evaluate:
-    """Return a function that computes a part of a condition from sizes.
-
-    Raises:
-        ValueError, KeyError: conditions have no such part.
-    """
+    """Return a function that computes a part of a condition from sizes."""
     match node:
         case ast.Constant(value=int(number)):
             return lambda sizes: number

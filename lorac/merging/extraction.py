@@ -99,11 +99,7 @@ def _weighted_sites(view: ModelView) -> dict[str, Site]:
 
 
 def _check_alike(tuned: ModelView, base: ModelView) -> None:
-    """Refuse two models with other layers, layers of other sizes, or quantised ones.
-
-    Raises:
-        SiteError, AdapterError, CompileError: naming the layer.
-    """
+    """Refuse two models with other layers, layers of other sizes, or quantised ones."""
     own, other = _weighted_sites(tuned), _weighted_sites(base)
     for path in [*other, *own]:
         if path not in own or path not in other:
@@ -173,11 +169,7 @@ def _truncate(path: str, change: Change, rank: int | None, tolerance: float | No
 
 
 def _find_replaced(tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
-    """Return the tensors that belong to no site and differ, with all parameters of the modules that hold them.
-
-    Raises:
-        AdapterError: one has another shape, or only one of the models has it.
-    """
+    """Return the tensors that belong to no site and differ, with all parameters of the modules that hold them."""
     at_sites = {name for site in _weighted_sites(base).values() for name in (site.weight, site.bias)}
     at_sites |= {name for site in _weighted_sites(tuned).values() for name in (site.weight, site.bias)}
     own, other = (set(_list_names(view)) - at_sites for view in (tuned, base))

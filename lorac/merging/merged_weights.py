@@ -122,11 +122,7 @@ class _ActiveAdapter:
         return truncate_adapter(self.adapter.name, prepared, self._rank)
 
     def _find_changed(self, site: Site) -> Iterator[str]:
-        """Yield the names of the tensors that change at a site.
-
-        Raises:
-            CompileError: the change is not one of a weight, or needs a bias that the site does not have.
-        """
+        """Yield the names of the tensors that change at a site."""
         adapter, shifts = self.adapter, site.bias in self.adapter.replaced
         if site.path in adapter.tensors:
             reduction = self._preparer.reduction(adapter.variant, site, adapter.tensors[site.path])
@@ -172,11 +168,7 @@ def _not_mergeable(adapter: Adapter, site: Site, why: str) -> CompileError:
 
 
 def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], view: ModelView) -> list[str]:
-    """Return the paths without layers that are never called, at which the adapter had no effect in training either.
-
-    Raises:
-        SiteError: there is no other.
-    """
+    """Return the paths without layers that are never called, at which the adapter had no effect in training either."""
     paths = list(paths)
     layers = (path for path in paths if path in view.sites and view.sites[path].is_layer)
     read = [path for path in layers if is_only_read(path, view.module)]
@@ -232,11 +224,7 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 def _round(merged: Tensor, dtype: torch.dtype, site: Site) -> Tensor:
-    """Return a merged tensor in the dtype that the model stores.
-
-    Raises:
-        AdapterError: it has values that the dtype does not have.
-    """
+    """Return a merged tensor in the dtype that the model stores."""
     rounded = merged.to(dtype).contiguous()
     if dtype is torch.float16 and not torch.isfinite(rounded).all():
         raise AdapterError(

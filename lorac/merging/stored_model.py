@@ -129,11 +129,7 @@ def separate_names(model: nn.Module, names: Iterable[str]) -> None:
 def _outline_tensors(
     folder: Path, tensors: Stored, keys: Mapping[str, str], groups: Iterable[ConvertedTensors]
 ) -> tuple[dict[str, Tensor], dict[str, ConvertedTensors]]:
-    """Return the tensors by their names in the model, on the meta device, and what some of them are computed from.
-
-    Raises:
-        FormatError: some of those are missing, or of shapes that cannot be put together.
-    """
+    """Return the tensors by their names in the model, on the meta device, and what some of them are computed from."""
     stored = tensors.outline()
     found = {name: stored[key] for name, key in keys.items()}
     converted: dict[str, ConvertedTensors] = {}

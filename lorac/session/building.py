@@ -47,11 +47,7 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
 
 
 def _check_layers(session: Session) -> None:
-    """Refuse layers on which no adapter can act, and name those on which an adapter acts in vain.
-
-    Raises:
-        SiteError: a layer's class computes more than its layer, or an adapter acts nowhere.
-    """
+    """Refuse layers on which no adapter can act, and name those on which an adapter acts in vain."""
     model, layers = session.host.module, [path for path, plan in session.plans.items() if plan.site.is_layer]
     for path in layers:
         check_layer(path, model)

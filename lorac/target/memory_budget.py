@@ -172,11 +172,7 @@ class MemoryBudget:
             self._kept.pop(key, None)
 
     def _make_room(self, nbytes: int, limit: int | None) -> None:
-        """Let go of what was used least recently until so many bytes are free.
-
-        Raises:
-            OverBudget: everything that is not in use would not be enough.
-        """
+        """Let go of what was used least recently until so many bytes are free."""
         with self._lock:
             self._settle()
             for key in [key for key, kept in self._kept.items() if kept.charge() is None]:

@@ -122,11 +122,7 @@ _MERGER, _DOT = "model_dict.", "___"
 
 
 def _merger_gates(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return the gates of the authors' merger: path of a layer -> the tensors of its gate.
-
-    Raises:
-        FormatError: a tensor belongs to no gate.
-    """
+    """Return the gates of the authors' merger: path of a layer -> the tensors of its gate."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, dot, name = key.removeprefix(_MERGER).partition(".")

@@ -54,11 +54,7 @@ class CachedBranchAttention(BranchAttention):
         return compute_attention(q, keys, values, causal=True, mask=mask, scale=scale, first=self._length)
 
     def _layer(self, place: str) -> _BranchCacheLayer:
-        """Return the cache layer of an attention, which has as many tokens as the model's layers.
-
-        Raises:
-            Unavailable: the cache takes no more layers, or was filled without this branch.
-        """
+        """Return the cache layer of an attention, which has as many tokens as the model's layers."""
         if not isinstance(self._cache, DynamicCache):
             raise Unavailable(
                 f"a {type(self._cache).__name__} cannot hold the keys and values of the branch at '{place}'",

@@ -103,11 +103,7 @@ class StoredProgramEngine(PlacedEngine[SlotTensors]):
 
 
 def _compute(program: StoredProgram, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the outputs of a program.
-
-    Raises:
-        InputMismatch: it cannot compute with these inputs.
-    """
+    """Return the outputs of a program."""
     try:
         return list(program.call_bounded(inputs))
     except LoracError:

@@ -317,11 +317,7 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
 
 
 def _to_float16(name: str, tensor: Tensor) -> Tensor:
-    """Return a slot's tensor in float16.
-
-    Raises:
-        Unavailable: a value is too large for float16.
-    """
+    """Return a slot's tensor in float16."""
     if tensor.dtype == torch.float16:
         return tensor
     narrow = tensor.half()

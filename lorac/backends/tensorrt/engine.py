@@ -137,11 +137,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         return [outputs[name] for name in plan.interface.outputs]
 
     def _device_slots(self, graph: str, runner: PlanRunner, content: SlotTensors) -> DeviceSlots:
-        """Return a choice's slots of a graph, laid out once.
-
-        Raises:
-            InputMismatch: there are more places than the plan was built for.
-        """
+        """Return a choice's slots of a graph, laid out once."""
         if graph not in content.by_graph:
             plan = self.graphs[graph]
             slots = {name: content.tensors[name] for name in plan.slots if name in content.tensors}

@@ -194,11 +194,7 @@ def _larger_sizes(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) 
 
 
 def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> None:
-    """Refuse sizes that the model does not take.
-
-    Raises:
-        OptionError: naming the condition, as a call of these sizes would.
-    """
+    """Refuse sizes that the model does not take."""
     shapes = {
         name: tuple(chosen[name, i] if size is None else size for i, size in enumerate(shape))
         for name, shape in sizes.shapes.items()

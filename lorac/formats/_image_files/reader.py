@@ -103,12 +103,7 @@ class _FileReader:
         return adapter
 
     def _list_modules(self) -> list[_Module]:
-        """Return the modules of the file.
-
-        Raises:
-            FormatError: a name is none of a module's tensor, or of a component that the model does not have.
-            SiteError: the model has no such module.
-        """
+        """Return the modules of the file."""
         modules: dict[tuple[str, str], _Module] = {}
         for name, component in self._list_names():
             at = (component.name, name.module)
@@ -252,11 +247,7 @@ class _FileReader:
         return float(tensor) or None
 
     def _configure(self, stored: StoredModule, module: _Module, config: ScaledRank) -> StoredModule:
-        """Return a module with the alpha of its component's configuration.
-
-        Raises:
-            FormatError: the configuration has another rank there.
-        """
+        """Return a module with the alpha of its component's configuration."""
         here = config.at_path(module.name)
         assert isinstance(here, ScaledRank)
         rank = stored.length("lora_down") if "lora_down" in stored.tensors else here.r

@@ -130,11 +130,7 @@ class _FileWriter:
         return found
 
     def _method(self, path: str) -> Method:
-        """Return the method at a site and its tensors.
-
-        Raises:
-            FormatError: it does not edit a weight.
-        """
+        """Return the method at a site and its tensors."""
         variant = self.adapter.variant.at(self.view.sites[path])
         if not isinstance(variant, WeightVariant):
             raise self._no_place(variant)

@@ -123,11 +123,7 @@ class GgufFormat(Format):
 
 
 def _read_fields(path: Path, file: GgufFile) -> float:
-    """Return alpha of a file's fields, checked; 0 where the scale is 1.
-
-    Raises:
-        FormatError: the file is no adapter, or a field is unknown.
-    """
+    """Return alpha of a file's fields, checked; 0 where the scale is 1."""
     fields = file.fields
     expected = {_TYPE: "adapter", _ADAPTER_TYPE: "lora"}
     for key, value in expected.items():

@@ -148,11 +148,7 @@ def _active_names(wrapped: PeftObject) -> tuple[str, ...]:
 
 
 def _injected_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the active adapters of a model into which layers were put; each acts at the strength of its training.
-
-    Raises:
-        CompileError: an adapter has another strength.
-    """
+    """Return the active adapters of a model into which layers were put; each acts at the strength of its training."""
     layers = dict(_iterate_peft_layers(model))
     scaled = next(((path, name) for path, layer in layers.items() for name in _rescaled_names(layer)), None)
     if scaled is not None:
@@ -214,11 +210,7 @@ def _iterate_peft_layers(model: nn.Module) -> Iterator[tuple[str, PeftObject]]:
 
 
 def _refuse_peft_layers(model: nn.Module) -> None:
-    """Refuse a model with layers of PEFT's, which lorac cannot adapt.
-
-    Raises:
-        CompileError: naming the first of them, and what to give instead.
-    """
+    """Refuse a model with layers of PEFT's, which lorac cannot adapt."""
     path = next((path for path, _ in _iterate_peft_layers(model)), None)
     if path is not None:
         raise CompileError(

@@ -74,11 +74,7 @@ def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapt
 
 
 def _copy_tied_sites(file: PeftFile) -> None:
-    """Give sites that are tied to one of the file's the tensors of that.
-
-    Raises:
-        FormatError: the file has other tensors for such a site.
-    """
+    """Give sites that are tied to one of the file's the tensors of that."""
     stored = file.contents.sites
     for path, source in file.peft_type.find_tied_sites(stored, file.sites).items():
         if path in stored and not contains_tensors(stored[path], stored[source]):

@@ -177,11 +177,7 @@ def _survives_json(value: object) -> bool:
 
 
 def _holds_tensors(name: str, value: object) -> bool:
-    """Return whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples.
-
-    Raises:
-        CaptureError: it holds tensors and other values.
-    """
+    """Return whether an argument is a tensor, or nothing but tensors in dicts, lists and tuples."""
     leaves = pytree.tree_leaves(value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     others = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, Tensor)]

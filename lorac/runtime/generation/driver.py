@@ -135,11 +135,7 @@ class GenerationDriver(GenerationMixin, ABC):
         rows: int,
         longest: int,
     ) -> bool:
-        """Allocate a cache for rows that may become one token longer than ``longest`` columns.
-
-        Raises:
-            InputMismatch: the model has no positions for that many.
-        """
+        """Allocate a cache for rows that may become one token longer than ``longest`` columns."""
         mask, spec = model_kwargs.get(self.mask_name), self.program.cache_spec
         width = self._prompt_width(model_kwargs, generation_config)
         count = width if mask is None else int(mask.sum(1).max())

@@ -299,23 +299,14 @@ def _missing_prompt() -> InputMismatch:
 
 
 def _name_first_argument(given: Mapping[str, object], main: str = IDS) -> dict[str, object]:
-    """Return the arguments with the positional one under its name.
-
-    Raises:
-        InputMismatch: it is given by its name too.
-    """
+    """Return the arguments with the positional one under its name."""
     if given.get("inputs") is not None and given.get(main) is not None:
         raise InputMismatch(f"{main}= is given twice: it is the first argument too", next_step="leave one of them out")
     return {main if name == "inputs" else name: value for name, value in given.items()}
 
 
 def _count_rows(name: str, value: object) -> int:
-    """Return the number of rows to encode.
-
-    Raises:
-        WrongType: the value is not a batch.
-        InputMismatch: the batch is empty.
-    """
+    """Return the number of rows to encode."""
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         raise WrongType(f"{name}= is not a batch: {short(value)}", next_step="give a tensor with one row per sequence")
     if not value.numel():
@@ -354,11 +345,7 @@ def _parse_seeds(seed: object, rows: int) -> Seeds:
 
 
 def _parse_seed(value: Integral) -> int:
-    """Return a seed as torch takes it.
-
-    Raises:
-        InputMismatch: it has more than 64 bits.
-    """
+    """Return a seed as torch takes it."""
     number = int(value)
     if not -(1 << 63) <= number < 1 << 64:
         raise InputMismatch(f"the seed {number} has more than 64 bits", next_step="give a smaller one")

@@ -89,11 +89,7 @@ def _most_tokens(compiled: ServedModel) -> int | None:
 
 
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: int | None) -> dict[str, Tensor]:
-    """Return texts as rows that are padded on the right.
-
-    Raises:
-        RefusedField: a text is empty, or longer than the model reads.
-    """
+    """Return texts as rows that are padded on the right."""
     rows = [text if isinstance(text, list) else tokenizer(text)["input_ids"] for text in texts]
     for index, row in enumerate(rows):
         if not row or (most is not None and len(row) > most):

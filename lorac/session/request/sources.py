@@ -56,11 +56,7 @@ def read_model(given: object) -> ModelSource:
 
 
 def _read_several(models: Mapping[str, nn.Module]) -> ModelSource:
-    """Return models by name; adapters of one name in several of them become one adapter.
-
-    Raises:
-        CompileError: an adapter is active in one model and not in another.
-    """
+    """Return models by name; adapters of one name in several of them become one adapter."""
     found = {name: unwrapped for name, model in models.items() if (unwrapped := unwrap_model(model)) is not None}
     if not found:
         return ModelSource(models)

@@ -200,11 +200,7 @@ def _devices(provider: str, place: torch.device) -> list[ort.OrtEpDevice]:
 
 @functools.cache
 def _register(provider: str) -> None:
-    """Register a provider's library with ONNX Runtime.
-
-    Raises:
-        Unavailable: its package is not installed, or a library that it needs is missing.
-    """
+    """Register a provider's library with ONNX Runtime."""
     name, package = _PLUGINS[provider]
     try:
         library = importlib.import_module(name).get_library_path()

@@ -118,11 +118,7 @@ class LokrLayout(ModuleLayout[LoKr]):
         return float(variant.alpha)
 
     def _names(self, module: StoredModule) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of the tensors of w1 and of w2.
-
-        Raises:
-            FormatError: there are too many or too few.
-        """
+        """Return the names of the tensors of w1 and of w2."""
         first = ("lokr_w1",) if "lokr_w1" in module.tensors else ("lokr_w1_a", "lokr_w1_b")
         second: tuple[str, ...] = ("lokr_w2",) if "lokr_w2" in module.tensors else ("lokr_w2_a", "lokr_w2_b")
         if "lokr_t2" in module.tensors:

@@ -88,11 +88,7 @@ class LokrType(PeftType[LoKr]):
 
 
 def _factor_names(path: str, stored: Tensors) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of the tensors that make up w1, and of those that make up w2.
-
-    Raises:
-        AdapterError: there are too many or too few, or one has other axes.
-    """
+    """Return the names of the tensors that make up w1, and of those that make up w2."""
     first = (W1,) if W1 in stored else (f"{W1}_a", f"{W1}_b")
     second: tuple[str, ...] = (W2,) if W2 in stored else (f"{W2}_a", f"{W2}_b")
     second = (CORE, *second) if CORE in stored else second
