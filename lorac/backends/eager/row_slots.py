@@ -81,7 +81,7 @@ def run_row_terms(terms: TrainingTerms, places: Sequence[ActiveSlots], call: Sit
     base = call.base()
     for choice, same in itertools.groupby(place.choice for place in places):
         rows = slice(first, first + size * len(list(same)))
-        own = terms.at(call.ctx.site.path, choice)
+        own = terms.at(call.ctx.own_site.path, choice)
         part = dataclasses.replace(call, x=call.x[rows], block=base[rows])
         parts.append(part.base() if own is None else run_terms(own, part))
         first = rows.stop

@@ -37,6 +37,9 @@ class FormulaContext:
         emitted: collects the extra outputs: name -> one tensor per branch that gives it, in the order of branches.
         passing: the name of an adapter's own pass (``lorac.ir.slots.program_values``); else empty.
         site_readers: collects the path of the site if a formula reads ``site``.
+
+    Attributes:
+        own_site: the site, for lorac's own code, which ``site_readers`` does not note.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class FormulaContext:
         passing: str = "",
         site_readers: set[str] | None = None,
     ) -> None:
-        self._site, self.training, self.passing, self.placed = site, training, passing, False
+        self.own_site, self.training, self.passing, self.placed = site, training, passing, False
         self._site_readers = site_readers if site_readers is not None else set()
         self._values = values if values is not None else {}
         self._emitted = emitted if emitted is not None else {}
@@ -62,8 +65,8 @@ class FormulaContext:
     @property
     def site(self) -> Site:
         """The site of the branch."""
-        self._site_readers.add(self._site.path)
-        return self._site
+        self._site_readers.add(self.own_site.path)
+        return self.own_site
 
     @functools.cached_property
     def generator(self) -> torch.Generator | None:
@@ -80,14 +83,14 @@ class FormulaContext:
         found = self._values.get(program_value_name(self._owner, name))
         if found is None and self.passing:
             raise SiteError(
-                f"the formula at '{self._site.path}' reads the value '{name}', which does not exist in the pass "
+                f"the formula at '{self.own_site.path}' reads the value '{name}', which does not exist in the pass "
                 f"'{self.passing}'",
                 next_step="do not read it where ctx.passing names that pass, from which `once` computes its values",
                 code="site_unreached",
             )
         if found is None:
             raise SiteError(
-                f"the value '{name}' is not computed before '{self._site.path}', which reads it",
+                f"the value '{name}' is not computed before '{self.own_site.path}', which reads it",
                 next_step="list it in the variant's `reads`, or read 'base:<site>', which is known from the start",
                 code="site_unreached",
             )
@@ -172,7 +175,7 @@ class SiteCall:
     @functools.cached_property
     def layout(self) -> SiteLayout:
         """The layout of the site."""
-        return layout_of(self.ctx.site)
+        return layout_of(self.ctx.own_site)
 
     @property
     def base_weight(self) -> Tensor:
@@ -337,7 +340,7 @@ def compute_once_values(
     Raises:
         AdapterError: the formula is not allowed; nothing was written.
     """
-    inner = ctx.within(_compute_dtype(params, ctx._site.dtype), owner)
+    inner = ctx.within(_compute_dtype(params, ctx.own_site.dtype), owner)
     results = slot.formula.several(_bind_params(slot, params), inner, read=ctx.values)
     return {program_value_name(owner, f"{OWN}:{name}"): tensor for name, tensor in results.items()}
 

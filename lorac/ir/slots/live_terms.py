@@ -143,7 +143,7 @@ def _active_rate(term: LiveTerm, ctx: FormulaContext, dropout: Dropout) -> float
 def _refuse_dropout(term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropout], why: str) -> None:
     if any(_active_rate(term, ctx, place) for place in places):
         raise Unavailable(
-            f"dropout is not defined for the method at '{ctx.site.path}', {why}",
+            f"dropout is not defined for the method at '{ctx.own_site.path}', {why}",
             next_step="set the method's dropout to 0, or train in eval mode",
         )
 
@@ -163,7 +163,7 @@ def _run_alone(change: Change | None, call: SiteCall) -> Tensor:
     bias = merge_bias(change, call.bias)
     if bias is not None:
         tensors[operands.BIAS] = bias
-    return run_site(SitePlan(call.ctx.site), SiteSlots(tensors), call)
+    return run_site(SitePlan(call.ctx.own_site), SiteSlots(tensors), call)
 
 
 def _lay_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
@@ -225,5 +225,5 @@ def _dense_delta(term: LiveTerm, change: Change, call: SiteCall, base: Tensor) -
 
 
 def _run_with_weight(change: Change, call: SiteCall) -> Tensor:
-    merged = merge_weight(change, call.ctx.site.present(call.base_weight))
+    merged = merge_weight(change, call.ctx.own_site.present(call.base_weight))
     return call.layout.bound(call.x, call.layout.slot_weight(merged), merge_bias(change, call.bias))
