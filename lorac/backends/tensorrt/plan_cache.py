@@ -8,8 +8,6 @@ A plan is code for the GPU. So the folder and its files are used only where they
 reach them, and otherwise plans are built as if there were no folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -132,11 +130,11 @@ class PlanCache:
             return False
         return True
 
-    def kernels(self, key: str) -> CachedFile:
+    def kernels(self, key: str) -> "CachedFile":
         """Return the place of a plan's kernels for torch's current GPU."""
         return CachedFile(self, _hash_facts([key, current_gpu()]), KERNELS)
 
-    def timings(self, library: TensorRTLibrary) -> CachedFile:
+    def timings(self, library: TensorRTLibrary) -> "CachedFile":
         """Return the place of the kernels' times that a library measured on torch's current GPU."""
         return CachedFile(self, _hash_facts([library.name_and_version, current_gpu()]), TIMINGS)
 

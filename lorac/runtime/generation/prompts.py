@@ -5,8 +5,6 @@ last column is a token. So rows that are padded on the right, or within, are rea
 are appended to the rows as they were given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +40,7 @@ class Prompts:
     order: Tensor | None
 
     @classmethod
-    def of(cls, ids: object, mask: object, pad: int | None, ends: Iterable[int]) -> Prompts:
+    def of(cls, ids: object, mask: object, pad: int | None, ends: Iterable[int]) -> "Prompts":
         """Return the prompts of a call.
 
         Args:
@@ -85,7 +83,7 @@ class Prompts:
         rows, length = self.ids.shape
         return [length] * rows if self.mask is None else self.mask.sum(1).tolist()
 
-    def rows(self, rows: Sequence[int]) -> Prompts:
+    def rows(self, rows: Sequence[int]) -> "Prompts":
         """Return some of the rows, as wide as all of them."""
         index = list(rows)
         mask, order = (None if t is None else t[index] for t in (self.mask, self.order))
@@ -100,7 +98,7 @@ class Prompts:
         moved = value if self.order is None else value.gather(1, self.order)
         return moved[:, self.given.shape[1] - self.ids.shape[1] :]
 
-    def trim(self) -> Prompts:
+    def trim(self) -> "Prompts":
         """Return a copy without the columns in which no row has a token."""
         spare = self.ids.shape[1] - max(self.counts)
         if not spare or self.mask is None:

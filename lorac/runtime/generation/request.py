@@ -1,7 +1,5 @@
 """The options of one call of ``generate``: transformers' own, checked before anything runs."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,11 +43,11 @@ class GenerateRequest:
     defaults: Fields
     has_draft: bool = False
 
-    def with_options(self, more: Mapping[str, object]) -> GenerateRequest:
+    def with_options(self, more: Mapping[str, object]) -> "GenerateRequest":
         """Return a copy with further options."""
         return replace(self, options={**self.options, **more})
 
-    def with_draft(self) -> GenerateRequest:
+    def with_draft(self) -> "GenerateRequest":
         """Return a copy in which another choice of adapters drafts tokens.
 
         Raises:

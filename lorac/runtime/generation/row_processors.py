@@ -5,8 +5,6 @@ a number, one is run on all their rows with a column of those numbers in the num
 scores alone run once for all rows with equal settings, and what looks at a row's text runs row by row.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -67,7 +65,7 @@ class RowProcessors:
             scores = run(stage, texts, scores)
         return scores
 
-    def _run_alone(self, stage: _Stage, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
+    def _run_alone(self, stage: "_Stage", texts: Sequence[Tensor], scores: Tensor) -> Tensor:
         """Run a processor of one row; if it fails, no other row suffers."""
         try:
             return scores if stage.rows[0] in self.failed else self._run(stage, texts, scores)
@@ -75,7 +73,7 @@ class RowProcessors:
             self.failed[stage.rows[0]] = error
             return scores
 
-    def _run(self, stage: _Stage, texts: Sequence[Tensor], scores: Tensor) -> Tensor:
+    def _run(self, stage: "_Stage", texts: Sequence[Tensor], scores: Tensor) -> Tensor:
         if len(stage.rows) == self._count:
             return stage(texts, scores)
         own = stage([texts[row] for row in stage.rows], scores[stage.rows])

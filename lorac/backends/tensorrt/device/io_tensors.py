@@ -1,7 +1,5 @@
 """Names, dtypes and sizes of an engine's inputs and outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,7 +31,7 @@ class IOTensors:
     outputs: Mapping[str, IOTensor]
 
     @classmethod
-    def of(cls, engine: CudaEngine) -> IOTensors:
+    def of(cls, engine: CudaEngine) -> "IOTensors":
         """Return those of an engine."""
         inputs, outputs = dict[str, IOTensor](), dict[str, IOTensor]()
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
