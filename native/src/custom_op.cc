@@ -1,8 +1,9 @@
 // The op lorac.native::AddLowRank of ONNX Runtime, and the function that registers it.
 //
 // Inputs: x (..., K), base (..., sum of N), then of each layer what its entry of `parts` names, in this order: A and B if
-// the layer has an adapter, then g, h and c. Outputs: y (..., N) of each layer. Attributes: `widths` and `parts`, with a
-// number for each layer. Tensors of a slot have a first axis of places, or none.
+// the layer has an adapter, then g, h and c; and at last, if rows of a batch brought different numbers of tokens, these
+// numbers (batch), int32. Outputs: y (..., N) of each layer. Attributes: `widths` and `parts`, with a number for each
+// layer. Tensors of a slot have a first axis of places, or none; each place serves as many rows of the batch.
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -84,7 +85,7 @@ class AddLowRank {
       width += widths_[i];
     }
     if (base.Last() != width) return Refuse("base is not as wide as the layers");
-    if (update.rows % update.places != 0) return Refuse("the number of places does not divide that of the rows");
+    if (ort::Status* status = ReadSegments(reader, update)) return status;
     if (ort::Status* status = ReserveOutputs(context, base, update)) return status;
     lorac::Compute(update, ThreadPool(api_, context));
     return nullptr;
@@ -161,6 +162,28 @@ class AddLowRank {
     return nullptr;
   }
 
+  // Reads how many rows each place has, if they may differ.
+  ort::Status* ReadSegments(Reader& reader, Update& update) const {
+    size_t inputs = 0;
+    if (ort::Status* status = api_.KernelContext_GetInputCount(reader.context, &inputs)) return status;
+    const char* uneven = "the number of places does not divide that of the rows";
+    if (reader.index == inputs) return update.rows % update.places == 0 ? nullptr : Refuse(uneven);
+    const Tensor counts = reader.Next();
+    if (reader.status != nullptr) return reader.status;
+    if (counts.type != ort::kInt32) return Refuse("numbers of tokens are not int32");
+    const int64_t batch = counts.Count();
+    if (batch % update.places != 0) return Refuse(uneven);
+    update.segments.assign(update.places, 0);
+    int64_t rows = 0;
+    for (int64_t row = 0; row < batch; ++row) {
+      const int64_t count = static_cast<const int32_t*>(counts.data)[row];
+      if (count < 0) return Refuse("a number of tokens is negative");
+      update.segments[row / (batch / update.places)] += count;
+      rows += count;
+    }
+    return rows == update.rows ? nullptr : Refuse("the numbers of tokens do not add up to the rows");
+  }
+
   // Whether a layer before this one has tensors of slots.
   bool HasSlotsBefore(size_t index) const {
     for (size_t i = 0; i < index; ++i) {
@@ -225,8 +248,8 @@ ort::CustomOp Describe() {
   op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kVariadic; };
   op.GetVariadicOutputMinArity = [](const ort::CustomOp*) { return 1; };
   op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 1; };
-  op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
-  op.GetEndVersion = [](const ort::CustomOp*) { return 1; };
+  op.GetStartVersion = [](const ort::CustomOp*) { return 2; };
+  op.GetEndVersion = [](const ort::CustomOp*) { return 2; };
   op.CreateKernelV2 = CreateKernel;
   op.KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
     return static_cast<AddLowRank*>(kernel)->ComputeOrRefuse(context);

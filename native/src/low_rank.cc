@@ -33,9 +33,14 @@ class Call {
       u_width_ += layer.rank;
       y_width_ += layer.width;
     }
-    segment_ = update.rows / update.places;
-    blocks_per_segment_ = Divide(segment_, kRows);
-    blocks_ = blocks_per_segment_ * update.places;
+    int64_t first = 0;
+    for (int64_t place = 0; place < update.places; ++place) {
+      const int64_t end = first + (update.segments.empty() ? update.rows / update.places : update.segments[place]);
+      for (; first < end; first += std::min<int64_t>(kRows, end - first)) {
+        row_blocks_.push_back({first, std::min<int64_t>(kRows, end - first), place});
+      }
+    }
+    blocks_ = row_blocks_.size();
     chunks_ = std::max<int64_t>(1, Divide(update.features, kDepth));
     depth_ = Divide(update.features, chunks_);
     for (size_t i = 0; i < update.layers.size(); ++i) {
@@ -79,10 +84,7 @@ class Call {
     parallel_.For(total, function, this);
   }
 
-  RowBlock At(int64_t index) const {
-    const int64_t place = index / blocks_per_segment_, within = index % blocks_per_segment_ * kRows;
-    return {place * segment_ + within, std::min<int64_t>(kRows, segment_ - within), place};
-  }
+  const RowBlock& At(int64_t index) const { return row_blocks_[index]; }
 
   const void* Place(const void* matrices, int64_t place, int64_t size) const {
     return static_cast<const char*>(matrices) + place * size * (update_.half ? 2 : 4);
@@ -139,7 +141,7 @@ class Call {
   void RunBlocks(int64_t group) const {
     const int64_t first = group * group_, last = std::min(blocks_, first + group_);
     for (int64_t i = first; i < last; ++i) {
-      const RowBlock block = At(i);
+      const RowBlock& block = At(i);
       for (size_t layer = 0; layer < update_.layers.size(); ++layer) {
         for (int64_t chunk = 0; chunk < chunks_; ++chunk) Down(block, layer, chunk, u_.get(), chunk > 0);
         Scale(block, layer);
@@ -177,10 +179,11 @@ class Call {
   const Parallel& parallel_;
   const Kernels& kernels_ = ChooseKernels();
   std::vector<int64_t> u_offsets_, y_offsets_;
+  std::vector<RowBlock> row_blocks_;
   std::vector<Slice> slices_;
   std::unique_ptr<float[]> u_;
   int64_t u_width_ = 0, y_width_ = 0;
-  int64_t segment_, blocks_per_segment_, blocks_, chunks_, depth_;
+  int64_t blocks_, chunks_, depth_;
   int64_t group_ = 1;
 };
 

@@ -21,13 +21,14 @@ struct Layer {
   int64_t width = 0;  // N
 };
 
-// Rows are cut into as many segments of equal size as there are places, and segment d reads place d.
+// Rows are cut into as many segments as there are places, and segment d reads place d.
 struct Update {
   const float* x = nullptr;     // (rows, K)
   const float* base = nullptr;  // (rows, sum of N)
   int64_t rows = 0;
   int64_t features = 0;  // K
   int64_t places = 1;
+  std::vector<int64_t> segments;  // the rows of each place; empty where all have as many
   bool half = false;  // whether A and B are float16
   std::vector<Layer> layers;
 };

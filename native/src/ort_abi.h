@@ -20,7 +20,7 @@ struct ShapeInferContext;
 
 constexpr uint32_t kApiVersion = 24;  // the first with GetTensorElementTypeAndShapeDataReference: ONNX Runtime 1.24
 constexpr int kInvalidArgument = 2;
-enum ElementType : int { kUndefined = 0, kFloat = 1, kFloat16 = 10 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kInt32 = 6, kFloat16 = 10 };
 enum Arity : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 
 struct Api {

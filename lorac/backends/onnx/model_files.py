@@ -26,6 +26,8 @@ NEUTRAL_FILE = "neutral.safetensors"
 """Contents of the slots without an active adapter, for programs whose callers must give every slot."""
 MAX_LENGTH_KEY = "lorac.longest"
 """Metadata key for the longest sequence that the positions of a program with a cache admit."""
+PACKED_KEY = "lorac.packed"
+"""Metadata key of a program with a cache whose calls take as long as rows bring tokens, whatever their padding."""
 _NATURAL_NUMBER = re.compile(r"[0-9]{1,18}")
 _TENSORLESS_MESSAGES = frozenset({"onnx.ValueInfoProto", "onnx.StringStringEntryProto", "onnx.OperatorSetIdProto"})
 """Frequent messages without tensors."""

@@ -17,6 +17,7 @@ from lorac.backends.onnxruntime.devices.widening import WidenHalfPrecision
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
 from lorac.backends.onnxruntime.fusions import FuseRmsNorms, FuseRotaryPositions, FuseTopK
 from lorac.backends.onnxruntime.group_query_attention import UseGroupQueryAttention
+from lorac.backends.onnxruntime.packing import PackTokens
 from lorac.errors import Unavailable
 from lorac.ir.graph.passes import PassResult
 from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
@@ -67,7 +68,7 @@ _ON_CPU: OnnxDialect = Dialect(
     claims=_kernels() | _WITHOUT_KERNEL,
     passes=(Legalize(),),
     early_rewrites=(*_FUSIONS, FuseTopK()),
-    late_rewrites=(CheckRecurrentKernels(), FlattenToRows(), CopyReshapeSizes()),
+    late_rewrites=(CheckRecurrentKernels(), PackTokens(), FlattenToRows(), CopyReshapeSizes()),
     gates=BranchGate.IF,
     rows=True,
     why_branches_shared="its branches have one place without branch_rows=True",

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from lorac.backends.onnx.model_files import PACKED_KEY
 from lorac.backends.onnx.passes import OnnxPass, module_around
 from lorac.backends.onnxruntime.leading_axes import AXIS_OPS, ELEMENTWISE
 from lorac.ir.graph.passes import PassResult, Skip
@@ -28,7 +29,8 @@ class FlattenToRows(OnnxPass):
 
     def apply(self, model: ir.Model) -> PassResult:
         """Edit the model in place; report products of slots that no ``Gemm`` adds."""
-        changed = _Flattener(model.graph).run()
+        packed = PACKED_KEY in model.metadata_props  # then products with places are apart from all others
+        changed = _Flattener(model.graph, None if packed else _Segments.of(model.graph)).run()
         slots = set(model.graph.inputs)
         for node in list(model.graph):
             if node.op_type == "Add":
@@ -74,19 +76,18 @@ class _Flattener:
 
     Args:
         graph: edited in place.
+        segments: its cuts into segments; None where no slot has places.
 
     Attributes:
         adapted: values that a slot's product reads.
         rows: values that are on rows so far.
         first, sizes, shapes: where leading dimensions first occur; the values that hold them, and full shapes.
-        segments: the cuts into segments; None where no slot has places.
         changed: whether a ``Reshape`` reads rows now.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph, slots = graph, set(graph.inputs)
+    def __init__(self, graph: ir.Graph, segments: "_Segments | None") -> None:
+        self.graph, self.segments, slots = graph, segments, set(graph.inputs)
         products = [node for node in graph if node.op_type == "MatMul" and node.inputs[1] in slots]
-        self.segments = _Segments.of(graph)
         self.adapted = {node.inputs[0] for node in products if _rank(node.inputs[1]) == _MATRIX}
         self.adapted |= set() if self.segments is None else {cut.inputs[0] for cut in self.segments.cuts}
         self.rows: dict[ir.Value, _RowMatrix] = {}

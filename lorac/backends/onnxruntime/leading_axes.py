@@ -37,7 +37,6 @@ def restore_leading_axes(graph: onnx.GraphProto, domain: str) -> None:
         names |= _edit(graph, region)
     if names:
         _rename(graph, names)
-        _remove_unused(graph)
 
 
 @dataclass
@@ -192,7 +191,7 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
         node.input.extend(read)
 
 
-def _remove_unused(graph: onnx.GraphProto) -> None:
+def remove_unused(graph: onnx.GraphProto) -> None:
     """Remove ops whose values nothing reads, and what is noted of such values."""
     used = {value.name for value in graph.output}
     used.update(name for part in walk_subgraphs(graph) for node in part.node for name in node.input)

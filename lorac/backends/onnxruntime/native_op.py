@@ -2,7 +2,8 @@
 
 What a pair makes of a layer's input is three ops: two products, with matrices that are not known before the call, and
 a sum. For a row of one token each takes longer to start than to compute. ``lorac.native::AddLowRank`` does the work of
-all of them, for all layers of a fused projection at once, whose outputs it writes apart as ``Split`` would.
+all of them, for all layers of a fused projection at once, whose outputs it writes apart as ``Split`` would. Where
+tokens are packed (``packing``) it reads how many each row brings, so that they need not be padded for it.
 
 A saved program has the standard ops, whoever wrote it, so it runs everywhere.
 """
@@ -15,10 +16,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from lorac.backends.onnx.model_files import walk_subgraphs
-from lorac.backends.onnxruntime.leading_axes import Shape, restore_leading_axes, shape_of
+from lorac.backends.onnxruntime.leading_axes import Shape, remove_unused, restore_leading_axes, shape_of
+from lorac.backends.onnxruntime.segment_indices import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
 from lorac.ir.algebra import operands
+from lorac.ir.graph.attention_ops import NEW_LENGTHS
 
-DOMAIN, OP = "lorac.native", "AddLowRank"
+DOMAIN, OP, VERSION = "lorac.native", "AddLowRank", 2
 _PAIR = 1
 _SCALES = {operands.G: 2, operands.H: 4, operands.C: 8}
 """Operand -> its bit in the attribute ``parts``, in the order of the op's inputs, which follow the pair."""
@@ -46,8 +49,9 @@ def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(kept)
-    model.opset_import.add(domain=DOMAIN, version=1)
+    model.opset_import.add(domain=DOMAIN, version=VERSION)
     restore_leading_axes(model.graph, DOMAIN)
+    remove_unused(model.graph)
     layers = [layer for group in groups for layer in group.layers if layer.parts]
     if half:
         _narrow(model.graph, {name for layer in layers for name in layer.factors})
@@ -73,6 +77,7 @@ class _Layer:
         output, base, x: names of its output, of what the pair is added to, and of what the pair reads.
         parts: the bits of ``operands``; 0 for a layer without an adapter, whose output is its base.
         operands: names of slots, in the order of the op's inputs.
+        packed: whether x and base are packed tokens, which rows bring different numbers of.
         nodes: the ops that compute the output from the other values.
     """
 
@@ -81,6 +86,7 @@ class _Layer:
     x: str
     parts: int = 0
     operands: Sequence[str] = ()
+    packed: bool = False
     nodes: Sequence[onnx.NodeProto] = ()
 
     @property
@@ -109,6 +115,7 @@ class _Group:
         """Return the op."""
         first = next(layer for layer in self.layers if layer.parts)
         inputs = [first.x, self.base, *(name for layer in self.layers for name in layer.operands)]
+        inputs += [NEW_LENGTHS] if first.packed else []
         outputs, parts = [layer.output for layer in self.layers], [layer.parts for layer in self.layers]
         node = helper.make_node(OP, inputs, outputs, first.nodes[-1].name, domain=DOMAIN)
         for name, numbers in {"widths": self.widths, "parts": parts}.items():
@@ -127,6 +134,7 @@ class _LayerFinder:
         self._all_nodes = [*self.nodes, *(node for part in walk_subgraphs(graph) for node in part.node)]
         self._uses = Counter(name for node in self._all_nodes for name in node.input)
         self._uses.update(value.name for value in graph.output)
+        self._packed_rows = {node.input[0]: node.output[0] for node in self.nodes if _gathers(node, FROM_ROWS)}
         values = (*graph.value_info, *graph.input, *graph.output)
         self._shapes = {value.name: shape_of(value) for value in values}
         floats = [value.name for value in graph.input if value.type.tensor_type.elem_type == TensorProto.FLOAT]
@@ -187,16 +195,37 @@ class _LayerFinder:
             return self._complete(last, last.input[2], last.input[0], {operands.B: last.input[1]}, [])
         for base, product in (last.input, reversed(last.input)) if last.op_type == "Add" else ():
             slots, nodes = dict[str, str](), list[onnx.NodeProto]()
-            u = self._take("MatMul", operands.B, self._take("Mul", operands.H, product, slots, nodes), slots, nodes)
+            segments = self._take_segments(product, nodes)
+            u = self._take("MatMul", operands.B, self._take("Mul", operands.H, segments, slots, nodes), slots, nodes)
             if operands.B in slots:
                 return self._complete(last, base, u, slots, nodes)
         return None
+
+    def _take_segments(self, value: str, nodes: list[onnx.NodeProto]) -> str:
+        """Return the segments that a value's tokens are taken from, and note the op; the value where there are none."""
+        node = self._makers.get(value)
+        joined = node is not None and self._uses[value] == 1 and self._width(value) == self._width(node.input[0])
+        if node is None or not joined or not (_gathers(node, FROM_SEGMENTS) or node.op_type == "Reshape"):
+            return value
+        nodes.append(node)
+        return node.input[0]
+
+    def _find_packed(self, segments: str) -> str | None:
+        """Return the packed form of segments of tokens; None where it is not computed."""
+        cut = self._makers.get(segments)
+        if cut is None or _gathers(cut, TO_SEGMENTS):
+            return None if cut is None else cut.input[0]
+        return self._packed_rows.get(cut.input[0]) if cut.op_type == "Reshape" else None
 
     def _complete(
         self, last: onnx.NodeProto, base: str, u: str, slots: dict[str, str], nodes: list[onnx.NodeProto]
     ) -> _Layer | None:
         """Return a layer from its output's op backwards: u = (x·A)∘g, and the base's product with its scale."""
-        x = self._take("MatMul", operands.A, self._take("Mul", operands.G, u, slots, nodes), slots, nodes)
+        packed = any(_gathers(node, FROM_SEGMENTS) for node in nodes)
+        x: str | None = self._take("MatMul", operands.A, self._take("Mul", operands.G, u, slots, nodes), slots, nodes)
+        x = self._find_packed(x) if packed and x is not None else x
+        if x is None:
+            return None
         base = self._take("Mul", operands.C, base, slots, nodes)
         output, base_shape, x_shape = (self._shapes.get(name, ()) for name in (last.output[0], base, x))
         if operands.A not in slots or not _agree(output, base_shape) or not _agree(output[:-1], x_shape[:-1]):
@@ -204,7 +233,7 @@ class _LayerFinder:
         scales = [role for role in _SCALES if role in slots]
         parts = _PAIR + sum(_SCALES[role] for role in scales)
         ordered = [slots[role] for role in (operands.A, operands.B, *scales)]
-        return _Layer(last.output[0], base, x, parts, ordered, [*reversed(nodes), last])
+        return _Layer(last.output[0], base, x, parts, ordered, packed, [*reversed(nodes), last])
 
     def _take(self, op: str, role: str, value: str, slots: dict[str, str], nodes: list[onnx.NodeProto]) -> str:
         """Return what a value is computed from by an op with a slot, and note both; the value where it is not."""
@@ -218,6 +247,11 @@ class _LayerFinder:
                 nodes.append(node)
                 return operand
         return value
+
+
+def _gathers(node: onnx.NodeProto, indices: str) -> bool:
+    """Return whether an op takes tokens by such indices."""
+    return node.op_type == "GatherND" and node.input[1] == indices
 
 
 def _agree(shape: Shape, other: Shape) -> bool:

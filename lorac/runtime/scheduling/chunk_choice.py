@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from lorac.runtime.row_bank import RowBank
     from lorac.runtime.switchable_model import SwitchableModel
 
-SHARE = 0.5
-"""The most time that a chunk takes, in steps of running rows, which wait for it."""
-LEAST, MOST = 8, 512
+SLOWER = 1.5
+"""The most time of a step that reads a chunk, in steps of running rows alone, whose tokens wait for it."""
+LEAST, MOST = 4, 512
 """The fewest and the most tokens of a chunk; in between, powers of two are tried."""
 LARGE, LARGE_TOGETHER = 64, 256
 """The tokens of each prompt per step while more prompts are read than rows run, which wait for them; and the most of
@@ -27,7 +27,7 @@ _REPEATS = 3
 
 
 def choose_chunk(model: SwitchableModel, graph: str, rows: int, bank: RowBank | None) -> int:
-    """Return the most tokens of a prompt that an engine reads in half the time of a step of half the rows.
+    """Return the most tokens of a prompt with which a step of half the rows takes half as long again.
 
     Args:
         model: the compiled model; it is called some twenty times.
@@ -35,29 +35,32 @@ def choose_chunk(model: SwitchableModel, graph: str, rows: int, bank: RowBank | 
         rows: the most rows of a step.
         bank: holds the rows' own adapters, if they may have such.
     """
-    engine, half = model.engine, max(rows // 2, 1)
+    engine, running = model.engine, [1] * max(rows // 2, 1)
     spec = engine.cache_spec(graph)
     longest = MOST if spec is None or spec.limit is None else min(MOST, spec.limit)
     try:
         with model.hold() as held:
-            reading = held.program_of(engine)
-            step = _time_step(engine, graph, reading if bank is None else bank.bound(half), half, 1)
-            return largest_chunk(step, lambda tokens: _time_step(engine, graph, reading, 1, tokens), longest)
+
+            def measure(tokens: int) -> float:
+                counts = [*running, tokens][-rows:] if tokens else running
+                program = held.program_of(engine) if bank is None else bank.bound(len(counts))
+                return _time_step(engine, graph, program, counts)
+
+            return largest_chunk(measure, longest)
     except Exception as error:  # engines raise their libraries' errors, and requests report them
         warn(f"the scheduler could not time the model, and reads prompts by {LEAST} tokens: {error}")
         return LEAST
 
 
-def largest_chunk(step: float, measure: Callable[[int], float], longest: int) -> int:
-    """Return the most tokens that are read in ``SHARE`` of a step's time, but at least ``LEAST``.
+def largest_chunk(measure: Callable[[int], float], longest: int) -> int:
+    """Return the most tokens with which a step takes at most ``SLOWER`` times as long, but at least ``LEAST``.
 
     Args:
-        step: seconds of a step.
-        measure: returns the seconds in which so many tokens are read.
+        measure: returns the seconds of a step in which so many tokens of a prompt are read.
         longest: the most tokens.
     """
-    chunk = LEAST
-    while 2 * chunk <= longest and measure(2 * chunk) <= SHARE * step:
+    chunk, most = LEAST, SLOWER * measure(0)
+    while 2 * chunk <= longest and measure(2 * chunk) <= most:
         chunk *= 2
     return chunk
 
@@ -72,12 +75,13 @@ def large_chunk(chunk: int, prompts: int) -> int:
     return max(chunk, min(LARGE, LARGE_TOGETHER // prompts))
 
 
-def _time_step(engine: Engine, graph: str, program: BoundProgram, rows: int, tokens: int) -> float:
+def _time_step(engine: Engine, graph: str, program: BoundProgram, counts: Sequence[int]) -> float:
     """Return the shortest of some times of an engine's call in seconds, for new rows of so many tokens."""
-    ids, wanted = torch.zeros(rows, tokens, dtype=torch.long), torch.full((rows, 1), tokens - 1)
-    step, times = DecodeStep(ids=ids, counts=[tokens] * rows, wanted=wanted), []
+    rows, most = len(counts), max(counts)
+    ids, wanted = torch.zeros(rows, most, dtype=torch.long), torch.tensor(counts)[:, None] - 1
+    step, times = DecodeStep(ids=ids, counts=counts, wanted=wanted), []
     for _ in range(_REPEATS):
-        cache = engine.new_cache(graph, rows, tokens)
+        cache = engine.new_cache(graph, rows, most)
         begun = time.perf_counter()
         program.decode(graph, cache, step).sum().item()  # of an engine on a device, whose calls return before
         times.append(time.perf_counter() - begun)

@@ -33,7 +33,7 @@ class RunningRow:
     Attributes:
         stream: the tokens of the answer.
         text: the prompt and the answer so far (length,).
-        is_read: whether the whole prompt was computed.
+        is_read: whether the whole prompt was computed, and a token drawn.
 
     Raises:
         AdapterNotFound, ChoiceError: as for ``compiled.swap``.
@@ -96,13 +96,13 @@ class RunningRow:
             return "error"
 
     def _add(self, token: int, logits: Tensor) -> str:
-        self.text = torch.cat([self.text, self.text.new_tensor([token])])
+        self.is_read, self.text = True, torch.cat([self.text, self.text.new_tensor([token])])
         self.stream.put(_describe_token(token, logits, self.request.logprobs))
         return self._find_end()
 
     def find_earlier_end(self) -> str:
-        """Return why the text ended when it was interrupted elsewhere, or ""."""
-        return self._guard(self._find_end) if self.request.drawn else ""
+        """Return why the text ended when it was interrupted elsewhere, before it was continued here, or ""."""
+        return self._guard(self._find_end) if self.request.drawn and not self.is_read else ""
 
     def _find_end(self) -> str:
         if not self.sampler.ends(self.text):

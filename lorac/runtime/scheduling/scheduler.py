@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 class Scheduler:
     """A compiled model that answers many requests at once, in a thread of its own.
 
-    A step computes one token for every running row, in one engine call whatever adapters they have, and a chunk of each
-    prompt, in another. The next row goes to the tenant with the fewest, and among these to the request that has waited
-    longest. A request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added,
-    removed and swapped meanwhile; a request keeps those that it began with.
+    A step computes one token for every running row and a chunk of each prompt, in one engine call whatever adapters
+    they have. The next row goes to the tenant with the fewest, and among these to the request that has waited longest.
+    A request begins when there is a row and memory for it (``compiled.memory``). Adapters may be added, removed and
+    swapped meanwhile; a request keeps those that it began with.
 
     Args:
         compiled: compiled with ``cache=True``.
         rows: the most requests at work.
         waiting: the most that wait.
         chunk: the most tokens of each prompt per step. Running requests wait for them: with more, prompts are read
-            sooner, and the others' next tokens come later. Default: as many as take half the time of a step of half the
-            rows, but at least 8, or 64 while more prompts are read than requests run (256 of all prompts together);
-            the model is timed once, before the first request begins.
+            sooner, and the others' next tokens come later. Default: as many as make a step of half the rows take half
+            as long again, but at least 4, or 64 while more prompts are read than requests run (256 of all prompts
+            together); the model is timed once, before the first request begins.
         prompt_cache: bytes of what requests computed that are kept for prompts that begin alike; 0 keeps nothing.
         component: which of several models decodes.
 

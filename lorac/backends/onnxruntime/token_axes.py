@@ -1,0 +1,254 @@
+"""Which axes of a value are those of tokens, and which ops compute each token by itself.
+
+A graph with a cache takes tokens as (batch, length). An op is token-wise where selecting tokens before it and after it
+gives the same: it mixes no tokens, and reads nothing else that differs between them.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+_MICROSOFT = "com.microsoft"
+Dim = int | str | None
+"""A size, the name of one that varies, or None for an unknown one."""
+
+
+@dataclass(frozen=True)
+class TokenAxes:
+    """The axes of a value along which its tokens lie.
+
+    Attributes:
+        axes: counted from the end: those of batch and length, of places and tokens of a segment, or one of both.
+        segments: whether the first is the axis of places (``lorac.ir.slots.rows``).
+        repeats: how many items along a single axis belong to a token.
+    """
+
+    axes: tuple[int, ...]
+    segments: bool = False
+    repeats: int = 1
+
+    def places(self, rank: int) -> list[int]:
+        """Return the axes counted from the beginning."""
+        return [axis + rank for axis in self.axes]
+
+    def leads(self, rank: int) -> bool:
+        """Return whether they are the first axes, so that the tokens of a row lie one behind the other."""
+        return self.places(rank) == list(range(len(self.axes)))
+
+
+class TokenLayouts:
+    """Where the tokens lie in the values of a graph, read off the names of sizes.
+
+    Args:
+        ids: the token ids (batch, length).
+        cuts: segments of tokens (places, tokens, …).
+    """
+
+    def __init__(self, ids: ir.Value, cuts: Collection[ir.Value]) -> None:
+        self.batch, self.length = dims_of(ids)
+        self._segments = {tuple(dims_of(cut)[:2]) for cut in cuts}
+        self._varying = {self.batch, self.length, *(size for pair in self._segments for size in pair)}
+
+    def of(self, value: ir.Value | None) -> TokenAxes | None:
+        """Return the axes of a value's tokens; None for a value without tokens."""
+        dims = dims_of(value)
+        rank = len(dims)
+        if tuple(dims[:2]) in self._segments and not self._varies(dims[2:]):
+            return TokenAxes((-rank, 1 - rank), segments=True)
+        repeats = self._count_repeats(dims[0]) if dims else 0
+        if repeats and not self._varies(dims[1:]):
+            return TokenAxes((-rank,), repeats=repeats)
+        if dims.count(self.batch) != 1 or dims.count(self.length) != 1:
+            return None
+        axes = (dims.index(self.batch), dims.index(self.length))
+        rest = [dim for axis, dim in enumerate(dims) if axis not in axes]
+        return TokenAxes((axes[0] - rank, axes[1] - rank)) if axes[0] < axes[1] and not self._varies(rest) else None
+
+    def is_plain(self, value: ir.Value | None) -> bool:
+        """Return whether a value has no axis along which rows or tokens lie."""
+        return value is None or (value.shape is not None and not self._varies(dims_of(value)))
+
+    def is_token_wise(self, node: ir.Node) -> bool:
+        """Return whether an op is known to compute each token by itself."""
+        rule = _RULES.get((node.domain, node.op_type))
+        outputs = [value for value in node.outputs if value.uses() or value.is_graph_output()]
+        return rule is not None and all(self.of(value) is not None for value in outputs) and rule(self, node)
+
+    def _varies(self, dims: Sequence[Dim]) -> bool:
+        return any(dim is None or dim in self._varying or self._count_repeats(dim) for dim in dims)
+
+    def _count_repeats(self, dim: Dim) -> int:
+        """Return how many times the number of tokens, padding included, a size is; 0 for another size."""
+        factors = str(dim).split("*")
+        numbers = [factor for factor in factors if factor.isdecimal()]
+        if sorted(factors) != sorted([str(self.batch), str(self.length), *numbers]) or len(numbers) > 1:
+            return 0
+        return int(numbers[0]) if numbers else 1
+
+
+def dims_of(value: ir.Value | None) -> list[Dim]:
+    """Return the sizes of a value; an empty list where its shape is not known."""
+    if value is None or value.shape is None:
+        return []
+    return [dim if isinstance(dim, int) else None if dim.value is None else str(dim.value) for dim in value.shape]
+
+
+# ── Token-wise ops ───────────────────────────────────────────────────────────────────────────────────────────────────
+_Rule = Callable[[TokenLayouts, ir.Node], bool]
+
+
+def _is_elementwise(layouts: TokenLayouts, node: ir.Node) -> bool:
+    found = layouts.of(node.outputs[0])
+    assert found is not None
+    tokens = [value for value in node.inputs if layouts.of(value) is not None]
+    others = [value for value in node.inputs if layouts.of(value) is None]
+    plain = all(layouts.is_plain(value) and _is_one_along(value, found.axes) for value in others)
+    return bool(tokens) and plain and all(layouts.of(value) == found for value in tokens)
+
+
+def _is_one_along(value: ir.Value | None, axes: Sequence[int]) -> bool:
+    """Return whether a value is broadcast along axes."""
+    dims = dims_of(value)
+    return all(-axis > len(dims) or dims[axis] == 1 for axis in axes)
+
+
+def _multiplies_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
+    """Return whether each token is multiplied by one matrix for all, or one matrix per token by another."""
+    x, other = layouts.of(node.inputs[0]), node.inputs[1]
+    if x is None or x != layouts.of(node.outputs[0]):
+        return False
+    if layouts.is_plain(other):
+        return len(dims_of(other)) == 2 and -1 not in x.axes
+    return x.axes == (-3,) and layouts.of(other) == x
+
+
+def _is_gemm_of_rows(layouts: TokenLayouts, node: ir.Node) -> bool:
+    x, others = layouts.of(node.inputs[0]), node.inputs[1:]
+    turned = node.attributes.get_int("transA", 0)
+    plain = all(layouts.is_plain(value) for value in others) and _is_one_along([*others, None][1], (-2,))
+    return x is not None and x.axes == (-2,) and not turned and plain and x == layouts.of(node.outputs[0])
+
+
+def _is_along_features(layouts: TokenLayouts, node: ir.Node) -> bool:
+    """Return whether an op along an axis, or from it on, has no token's axis there; all its operands agree."""
+    axis = node.attributes.get_int("axis", _AXES[node.op_type])
+    count = _OPERANDS.get(node.op_type, 1)
+    others = [] if count is None else node.inputs[count:]
+    same = len({layouts.of(value) for value in node.inputs[:count]}) == 1
+    return same and all(map(layouts.is_plain, others)) and _keeps_tokens(layouts, node, [axis])
+
+
+def _is_over_listed_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
+    """Return whether an op over the axes in an operand has no token's axis among them."""
+    given = [*node.inputs, None, None, None][_LISTED.get(node.op_type, 1)]
+    listed = node.attributes.get_ints("axes") or _read_constant(given)
+    plain = all(map(layouts.is_plain, node.inputs[1:]))
+    return bool(listed) and plain and _keeps_tokens(layouts, node, list(listed or ()))
+
+
+def _keeps_tokens(layouts: TokenLayouts, node: ir.Node, axes: Sequence[int]) -> bool:
+    """Return whether axes of an op are behind those of tokens, which stay where they are."""
+    x, y = node.inputs[0], node.outputs[0]
+    before, after = layouts.of(x), layouts.of(y)
+    if before is None or after is None or before.repeats != after.repeats or before.segments != after.segments:
+        return False
+    rank = max(len(dims_of(x)), len(dims_of(y)))
+    behind = all(axis % rank > max(before.places(len(dims_of(x)))) for axis in axes)
+    return behind and before.places(len(dims_of(x))) == after.places(len(dims_of(y)))
+
+
+def _is_lookup(layouts: TokenLayouts, node: ir.Node) -> bool:
+    """Return whether each token looks a row up, or takes a part of its features."""
+    data, index = node.inputs[:2]
+    if layouts.of(data) is not None:
+        return layouts.is_plain(index) and _keeps_tokens(layouts, node, [node.attributes.get_int("axis", 0)])
+    found, made = layouts.of(index), layouts.of(node.outputs[0])
+    if found is None or made is None or not layouts.is_plain(data) or node.attributes.get_int("batch_dims", 0) != 0:
+        return False
+    first = node.attributes.get_int("axis", 0) == 0
+    whole = node.op_type == "Gather" or -1 not in found.axes
+    same = found.places(len(dims_of(index))) == made.places(len(dims_of(node.outputs[0])))
+    return first and whole and same and found.repeats == made.repeats
+
+
+def _moves_axes(layouts: TokenLayouts, node: ir.Node) -> bool:
+    before, after = layouts.of(node.inputs[0]), layouts.of(node.outputs[0])
+    order = node.attributes.get_ints("perm")
+    if before is None or after is None or not order or before.segments != after.segments:
+        return False
+    moved = [order.index(axis) for axis in before.places(len(order))]
+    return moved == after.places(len(order)) and before.repeats == after.repeats
+
+
+def _keeps_order(layouts: TokenLayouts, node: ir.Node) -> bool:
+    """Return whether a ``Reshape`` leaves the numbers of each token together, and has no other unknown size."""
+    pair = [(layouts.of(value), dims_of(value)) for value in (node.inputs[0], node.outputs[0])]
+    if any(found is None or not found.leads(len(dims)) for found, dims in pair):
+        return False
+    return all(isinstance(dim, int) for found, dims in pair if found is not None for dim in dims[len(found.axes) :])
+
+
+def _repeats_features(layouts: TokenLayouts, node: ir.Node) -> bool:
+    before, after = layouts.of(node.inputs[0]), layouts.of(node.outputs[0])
+    dims = dims_of(node.outputs[0])
+    rest = [dim for axis, dim in enumerate(dims) if after is not None and axis - len(dims) not in after.axes]
+    return before == after and all(isinstance(dim, int) for dim in rest)
+
+
+def _rotates(layouts: TokenLayouts, node: ir.Node) -> bool:
+    x, positions, *tables = node.inputs
+    found = layouts.of(x)
+    return (
+        found == layouts.of(node.outputs[0])
+        and layouts.of(positions) == TokenAxes((-2, -1))
+        and all(map(layouts.is_plain, tables))
+    )
+
+
+def _read_constant(value: ir.Value | None) -> list[int]:
+    """Return the numbers of a constant; an empty list for any other value."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return [] if tensor is None else tensor.numpy().reshape(-1).tolist()
+
+
+# fmt: off
+_ELEMENTWISE = (
+    "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Floor",
+    "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu",
+    "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "Not", "Or", "Pow",
+    "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Sum",
+    "Tanh", "Where", "Xor",
+)
+# fmt: on
+_AXES = {
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), -1),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "TopK"), -1),
+    **dict.fromkeys(("Split", "Concat", "GatherElements", "ScatterElements", "ArgMax", "ArgMin"), 0),
+}
+"""Op -> the axis along which, or from which on, it acts by default."""
+_OPERANDS = {"Concat": None, "ScatterElements": None, "GatherElements": 2}
+"""Op -> how many operands have tokens, where it is not the first alone; None for all."""
+_LISTED = {"Slice": 3}
+"""Op -> the operand that lists its axes, where it is not the second."""
+_REDUCTIONS = ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2")
+_OTHERS: dict[str, _Rule] = {
+    "MatMul": _multiplies_rows,
+    "Gemm": _is_gemm_of_rows,
+    "Gather": _is_lookup,
+    "GatherND": _is_lookup,
+    "Transpose": _moves_axes,
+    "Reshape": _keeps_order,
+    "Expand": _repeats_features,
+}
+_RULES: dict[tuple[str, str], _Rule] = {
+    **{("", op): _is_elementwise for op in _ELEMENTWISE},
+    **{("", op): _is_along_features for op in _AXES},
+    **{
+        ("", op): _is_over_listed_axes
+        for op in (*_REDUCTIONS, "ReduceSumSquare", "Slice", "Squeeze", "Unsqueeze", "CumSum")
+    },
+    **{("", op): rule for op, rule in _OTHERS.items()},
+    (_MICROSOFT, "RotaryEmbedding"): _rotates,
+    **{(_MICROSOFT, op): _is_elementwise for op in ("Gelu", "QuickGelu", "FastGelu")},
+}
