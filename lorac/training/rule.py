@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lorac.argument_types import Operands
 from lorac.errors import AdapterNotFound, ChoiceError, Unavailable
@@ -18,24 +19,6 @@ from lorac.variants.base import Variant
 
 State: TypeAlias = dict[str, Any]
 """A state dict: tensors, numbers and strings in lists and dicts."""
-
-
-class HookHandle(Protocol):
-    """A handle that removes a hook."""
-
-    def remove(self) -> None:
-        """Remove the hook."""
-
-
-@dataclass(frozen=True)
-class _CallbackHandle:
-    """A hook that is removed by a call."""
-
-    end: Callable[[], None]
-
-    def remove(self) -> None:
-        """Remove the hook."""
-        self.end()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,21 +88,22 @@ class Rule(ABC):
                     f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
                     next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
                 )
-        self._handles: list[HookHandle] = []
+        self._detach: list[Callable[[], None]] = []
         self._skipped = False
 
-    def attach(self, *handles: HookHandle) -> None:
+    def attach(self, *handles: RemovableHandle) -> None:
         """Register the rule's hooks; ``handles`` of further hooks are removed with it."""
-        self._handles = [
+        hooks = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
             *handles,
         ]
         if self.saved:
-            self._handles.append(self.optimizer.register_state_dict_post_hook(self._save))
-            self._handles.append(self.optimizer.register_load_state_dict_pre_hook(self._load))
+            hooks.append(self.optimizer.register_state_dict_post_hook(self._save))
+            hooks.append(self.optimizer.register_load_state_dict_pre_hook(self._load))
+        self._detach = [hook.remove for hook in hooks]
         if self.listens:
-            self._handles.append(_CallbackHandle(self.compiled.engine.listen(self.listens, self._hear)))
+            self._detach.append(self.compiled.engine.listen(self.listens, self._hear))
 
     def hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:  # noqa: B027  (the same)
         """Handle the extra outputs of a training call; runs once after each, micro-batches included.
@@ -151,9 +135,9 @@ class Rule(ABC):
 
     def remove(self) -> None:
         """Detach the rule; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for detach in self._detach:
+            detach()
+        self._detach = []
 
     def __enter__(self) -> Self:
         return self

@@ -10,13 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lorac.argument_types import Operands
 from lorac.errors import ChoiceError, SiteError
 from lorac.frontend.layer_classes import pad_conv_input
 from lorac.ir.sites import Site
 from lorac.ir.slots.layouts import layout_of
-from lorac.training.rule import HookHandle, Rule
+from lorac.training.rule import Rule
 from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, check_settings, trained_pairs
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
@@ -76,7 +77,7 @@ class ALLoRA(Rule):
             self._rates[id(pair)] = key, (norms + 1 / self.eta2).rsqrt()
         return self._rates[id(pair)][1]
 
-    def _hooks(self) -> Iterator[HookHandle]:
+    def _hooks(self) -> Iterator[RemovableHandle]:
         for pair in self.pairs:
             yield self.compiled.host.get_submodule(pair.term.site).register_forward_hook(
                 functools.partial(self._see, pair)

@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lorac.errors import not_one_of
-from lorac.training.rule import HookHandle, Rule, State
+from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import (
     BELOW_1,
     FACTORS,
@@ -214,7 +215,7 @@ class AltLoRA(Rule):
             square = square / (1 - beta2 ** state["step"])
         return direction / (square.sqrt() + _EPS)
 
-    def _hooks(self) -> Iterator[HookHandle]:
+    def _hooks(self) -> Iterator[RemovableHandle]:
         for pair in self.pairs:
             for letter, tensor in zip("AB", (pair.a, pair.b), strict=True):
                 yield tensor.register_hook(functools.partial(self._only_in_turn, letter))

@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lorac.argument_types import Operands
 from lorac.errors import ChoiceError
-from lorac.training.rule import HookHandle, Rule, State
+from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import copy_state
 from lorac.training.step_view import GroupView, view_optimizer
 from lorac.variants.base import Variant
@@ -143,7 +144,7 @@ class NestedRanks(Rule):
         self.rank = self._draw()
 
     def remove(self) -> None:
-        stepped = self._handles and self.exact_skip
+        stepped = self._detach and self.exact_skip
         for factor, states in zip(self._factors, self._states, strict=True) if stepped else ():
             if any(states):
                 self.optimizer.state[factor.tensor] = _join_states(factor, states)
@@ -180,7 +181,7 @@ class NestedRanks(Rule):
         whole: State = self.optimizer.state.get(factor.tensor, {})
         return [{key: factor.share(i, value) for key, value in whole.items()} for i in range(factor.rank)]
 
-    def _hooks(self) -> Iterator[HookHandle]:
+    def _hooks(self) -> Iterator[RemovableHandle]:
         yield self.compiled.register_forward_pre_hook(self._choose, with_kwargs=True)
         for factor in self._factors if self.frozen else ():
             yield factor.tensor.register_hook(functools.partial(self._only_moving, factor))
