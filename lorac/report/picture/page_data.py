@@ -116,23 +116,8 @@ def _describe_box(box: Box, dump: Dump, numbers: Mapping[Box | None, int]) -> Re
     }
 
 
-class InternTable:
-    """Values that are stored once, each known by its number."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[Hashable, int] = {}
-
-    def number(self, value: Hashable) -> int:
-        """Return the number of a value."""
-        return self._numbers.setdefault(value, len(self._numbers))
-
-    def values(self) -> list[Hashable]:
-        """Return the values, by number."""
-        return list(self._numbers)
-
-
 class LevelTable:
-    """The rows of all graphs at all levels, equal ones stored once.
+    """The rows of all graphs at all levels, equal ones stored once: each value and its number.
 
     Attributes:
         lines: (text, type, source line, role) of each row.
@@ -141,7 +126,7 @@ class LevelTable:
     """
 
     def __init__(self) -> None:
-        self.lines, self.groups, self.calls = InternTable(), InternTable(), InternTable()
+        self.lines, self.groups, self.calls = (dict[Hashable, int]() for _ in range(3))
 
     def describe(self, title: str, dump: Dump, notes: AdapterNotes) -> Record:
         """Return the record of one level: its title, and its rows as a flat list of (module, group) pairs."""
@@ -150,15 +135,20 @@ class LevelTable:
 
     def data(self) -> Record:
         """Return the stored values."""
-        return {"lines": self.lines.values(), "groups": self.groups.values(), "calls": self.calls.values()}
+        return {"lines": [*self.lines], "groups": [*self.groups], "calls": [*self.calls]}
 
     def _groups(self, dump: Dump, notes: AdapterNotes) -> Iterator[tuple[int, int]]:
         printer, enclosing = SectionPrinter(dump, notes), _enclosing_sections(build_sections(dump))
         modules = (row.modules[-1] if row.modules else "" for row in dump.rows)
         for call, rows in itertools.groupby(enumerate(modules), key=operator.itemgetter(1)):
             lines = (line for index, _ in rows for line in printer.format_row(dump.rows[index], enclosing[index]))
-            group = tuple(self.lines.number((line.left, line.type, line.note, line.role)) for line in lines)
-            yield self.calls.number(call), self.groups.number(group)
+            group = tuple(_number(self.lines, (line.left, line.type, line.note, line.role)) for line in lines)
+            yield _number(self.calls, call), _number(self.groups, group)
+
+
+def _number(numbers: dict[Hashable, int], value: Hashable) -> int:
+    """Return the number of a value, the next one if it is new."""
+    return numbers.setdefault(value, len(numbers))
 
 
 def _enclosing_sections(root: Section) -> dict[int, Section]:
