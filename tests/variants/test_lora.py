@@ -13,6 +13,7 @@ from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case
 from lorac.testing.eager_checks import assert_close
 from tests import parity, peft_files
+from tests.limits import assert_apart
 from tests.refusing import refuses
 
 
@@ -123,3 +124,19 @@ def test_count():
     sites = find_sites(nn.ModuleDict({"a": nn.Linear(7, 11), "b": nn.Conv2d(3, 8, 3), "c": nn.Embedding(13, 6)}))
     numel = {p: sum(math.prod(s.shape) for s in lorac.LoRA(r=4).params(site).values()) for p, site in sites.items()}
     assert numel == {"a": 4 * (7 + 11), "b": 4 * (3 * 3 * 3 + 8), "c": 4 * (13 + 6)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [lorac.LoRA, lorac.DoRA], ids=lambda kind: kind.name)
+def test_ids_are_not_dropped(kind):
+    """An embedding's input is not numbers, so that dropout leaves it, as in PEFT."""
+    host = nn.Sequential(nn.Embedding(9, 6))
+    compiled = lorac.compile(host, {"a": kind(r=2, dropout=0.9, targets=["0"])})
+    for parameter in (p for p in compiled.parameters() if p.requires_grad):
+        parameter.add_(torch.linspace(0.1, 0.5, parameter.numel()).reshape(parameter.shape))
+    ids = torch.tensor([[1, 8, 3], [0, 2, 2]])
+    compiled.eval()
+    expected = compiled(ids)
+    compiled.train()
+    assert_close(compiled(ids), expected)
+    assert_apart(expected, host(ids))

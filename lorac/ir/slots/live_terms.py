@@ -140,6 +140,11 @@ def _active_rate(term: LiveTerm, ctx: FormulaContext, dropout: Dropout) -> float
     return term.rate if ctx.training and term.dropout is dropout else 0.0
 
 
+def _input_rate(term: LiveTerm, call: SiteCall) -> float:
+    """Return the rate of dropout on the input; ids are not dropped (PEFT's rule)."""
+    return _active_rate(term, call.ctx, Dropout.INPUT) if call.x.is_floating_point() else 0.0
+
+
 def _refuse_dropout(term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropout], why: str) -> None:
     if any(_active_rate(term, ctx, place) for place in places):
         raise Unavailable(
@@ -173,7 +178,7 @@ def _lay_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
 
 def _low_rank_delta(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor) -> Tensor:
     layout, x, ctx = call.layout, call.x, call.ctx
-    tensors, rate = _lay_out(layout, change), _active_rate(term, ctx, Dropout.INPUT)
+    tensors, rate = _lay_out(layout, change), _input_rate(term, call)
     cast = x.to(change.a.dtype) if x.is_floating_point() else x
     dropped = F.dropout(cast, rate) if rate else cast
     deltas = []
@@ -217,7 +222,7 @@ def _role_delta(layout: SiteLayout, role: SlotRole, tensor: Tensor, linear: Tens
 
 def _dense_delta(term: LiveTerm, change: Change, call: SiteCall, base: Tensor) -> Tensor:
     _refuse_dropout(term, call.ctx, (Dropout.RANK,), "whose formula has no factors to drop between")
-    rate = _active_rate(term, call.ctx, Dropout.INPUT)
+    rate = _input_rate(term, call)
     if not rate:
         return _run_with_weight(change, call) - base
     dropped = dataclasses.replace(call, x=F.dropout(call.x, rate))
