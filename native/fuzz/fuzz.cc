@@ -111,6 +111,14 @@ bool Check(Random& random) {
   update.features = features;
   update.places = places;
   update.half = half;
+  std::vector<int64_t> place_of(rows);
+  const bool uneven = Pick(random, 0, 1) == 1;
+  for (int64_t row = 0; row < rows; ++row) place_of[row] = uneven ? Pick(random, 0, places - 1) : row / segment;
+  std::sort(place_of.begin(), place_of.end());
+  if (uneven) {
+    update.segments.assign(places, 0);
+    for (const int64_t place : place_of) ++update.segments[place];
+  }
   for (auto* into : {&outputs, &again}) {
     for (size_t i = 0; i < slots.size(); ++i) update.layers[i].y = (*into)[i].data();
     lorac::Compute(update, Ordered(into == &outputs));
@@ -124,7 +132,7 @@ bool Check(Random& random) {
     }
     double wrong = 0, added = 0, whole = 0;
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t place = row / segment;
+      const int64_t place = place_of[row];
       std::vector<double> u(layer.rank);
       for (int64_t r = 0; r < layer.rank; ++r) {
         for (int64_t k = 0; k < features; ++k) {

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-from lorac.backends.onnxruntime.native_op import OP, use_native_op
+from lorac.backends.onnxruntime.native_op import DOMAIN, OP, VERSION, use_native_op
 from tests.limits import NATIVE, NATIVE_HALF
 from tests.native.graphs import Case, own_ops
 from tests.native.library import needs_compiler
@@ -64,6 +64,46 @@ def test_other_shapes_are_refused(native: Path, name: str, shape: tuple[int, ...
     feeds = {**make_feeds(CASES[0]), name: np.zeros(shape, np.float32)}
     with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="AddLowRank"):
         session(CASES[0], native, 1).run(None, feeds)
+
+
+def uneven_session(package: Path) -> ort.InferenceSession:
+    """The op for one layer of 9 features in and 5 out, and rows that brought different numbers of tokens."""
+    kinds = {"x": ["t", 9], "base": ["t", 5], "0:a": ["places", 9, 3], "0:b": ["places", 3, 5], "counts": ["rows"]}
+    types = {"counts": TensorProto.INT32}
+    node = helper.make_node(OP, list(kinds), ["y"], domain=DOMAIN, widths=[5], parts=[1])
+    inputs = [helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), shape) for n, shape in kinds.items()]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["t", 5])]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
+    model = helper.make_model(helper.make_graph([node], "layer", inputs, outputs), opset_imports=opsets, ir_version=10)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.register_custom_ops_library(str(package / "lorac_native" / "liblorac_native.so"))
+    return ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
+def uneven_feeds(counts: list[int], places: int) -> dict[str, Array]:
+    random, tokens = np.random.default_rng(0), sum(counts)
+    shapes = {"x": (tokens, 9), "base": (tokens, 5), "0:a": (places, 9, 3), "0:b": (places, 3, 5)}
+    drawn = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {**drawn, "counts": np.array(counts, np.int32)}
+
+
+@pytest.mark.parametrize("counts", [[1, 20, 0, 3], [0, 0, 0, 1], [2, 2, 2, 2]], ids=str)
+@pytest.mark.parametrize("places", [1, 2, 4])
+def test_rows_may_bring_different_numbers_of_tokens(native: Path, counts: list[int], places: int) -> None:
+    feeds = uneven_feeds(counts, places)
+    (found,) = uneven_session(native).run(None, feeds)
+    of_row = np.repeat(np.arange(len(counts)) // (len(counts) // places), counts)
+    x = feeds["x"].astype(np.float64)
+    added = np.einsum("tk,tkr,trn->tn", x, feeds["0:a"][of_row], feeds["0:b"][of_row], optimize=True)
+    assert np.linalg.norm(found - feeds["base"] - added) <= NATIVE * np.linalg.norm(added)
+
+
+@pytest.mark.parametrize("counts", [[3, 3, 3, 3], [4, 4, 4], [9, -1, 0, 0]], ids=str)
+def test_other_numbers_of_tokens_are_refused(native: Path, counts: list[int]) -> None:
+    feeds = {**uneven_feeds([2, 2, 2, 2], 2), "counts": np.array(counts, np.int32)}
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.InvalidArgument, match="AddLowRank"):
+        uneven_session(native).run(None, feeds)
 
 
 def make_feeds(case: Case) -> dict[str, Array]:
