@@ -24,7 +24,7 @@ denoiser: $(STAMP) ## Train the tiny denoiser of experiments on diffusion, once 
 wheel-native: $(STAMP) ## Build lorac-native, an op for ONNX Runtime, as a wheel in dist/ (needs CMake and a C++ compiler)
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./native
 
-test: $(STAMP) ## Run the tests of a few minutes, before every push
+test: $(STAMP) ## Run the small tests, before every push
 	$(PYTEST) -m "not slow and not medium" -n $(WORKERS) --dist worksteal --junitxml build/tests.xml
 
 test-ci: $(STAMP) ## Run those and the medium tests, as .ci/run does
