@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,8 @@ class RunningRow:
     def end(self, reason: str, error: Exception | None = None) -> None:
         """End the request, and let go of its adapters."""
         self.let_go()
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold caches for as long as a client keeps the error
         self.stream.end(reason, error or self._error)
 
 
