@@ -1,4 +1,4 @@
-"""What is trained or found once and kept in .cache/experiments while the code that it comes from stays as it is."""
+"""A cache of trained models in .cache/experiments, each of which is valid while its code stays as it is."""
 
 from __future__ import annotations
 

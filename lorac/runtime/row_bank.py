@@ -42,7 +42,7 @@ class RowBank:
         self._charge = budget.charge(self._places.stacks)
         for name, place in self._places.by_slot.items():
             place.copy_(tensors[name].expand_as(place))
-        self._bound: dict[tuple[int, int], BoundProgram] = {}
+        self._bound: dict[int, BoundProgram] = {}
         self._held: list[weakref.ref[ComposedWeights] | None] = [None] * rows
         self._apart: weakref.WeakKeyDictionary[ComposedWeights, str | None] = weakref.WeakKeyDictionary()
         self._copies: weakref.WeakKeyDictionary[ComposedWeights, list[_PlaceCopy]] = weakref.WeakKeyDictionary()
@@ -82,13 +82,12 @@ class RowBank:
             self._apart[state.snapshot] = self._engine.why_apart(state.snapshot, self._graph)
         return self._apart[state.snapshot]
 
-    def bound(self, rows: int, first: int = 0) -> BoundProgram:
-        """Return the engine's program for rows whose choices lie one behind the other, from a place on."""
-        key = (rows, first)
-        if key not in self._bound:
-            places = {name: place[first : first + rows] for name, place in self._places.by_slot.items()}
-            self._bound[key] = self._engine.bind_places(self._content(self._base), places)  # type: ignore[arg-type]  # its own
-        return self._bound[key]
+    def bound(self, rows: int) -> BoundProgram:
+        """Return the engine's program for the rows in the first places."""
+        if rows not in self._bound:
+            places = {name: place[:rows] for name, place in self._places.by_slot.items()}
+            self._bound[rows] = self._engine.bind_places(self._content(self._base), places)  # type: ignore[arg-type]  # its own
+        return self._bound[rows]
 
     def _content(self, state: ChoiceState) -> object:
         assert state.bound is not None

@@ -65,7 +65,7 @@ PACKED = {
         "float[b, s, 5] o",
     ),
 }
-"""What is behind the first product, and the output; all products with constants are of packed tokens."""
+"""Ops behind the first product, and the output: all products with constants are of packed tokens."""
 MIXING = {
     "a sum of the tokens before": ("m = CumSum(y, one) n = Add(m, y) o = MatMul(n, v)", "float[b, s, 5] o"),
     "a branch": (
@@ -79,7 +79,7 @@ MIXING = {
         "float[b, s, 5] o",
     ),
 }
-"""What sees padded tokens, between products of packed ones."""
+"""Ops that read padded tokens, between products of packed ones."""
 COUNTS = ([3, 1, 0, 2], [1, 1, 1, 1], [0, 0, 0, 1], [3, 3, 3, 3])
 
 
