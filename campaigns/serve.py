@@ -2,11 +2,11 @@
 
 python -m campaigns.serve [--requests N] [--adapters N] [--rows N] [--seed N] [--json FILE]
 
-Requests arrive at random, for adapters on disk of which memory has room for as many as there are rows: greedy and
-sampled ones, mixtures, prompts that begin alike, several tenants. Some clients leave early, or are killed with their
-event loop; some have a deadline. Meanwhile adapters are unloaded and loaded again, with other values. Every token is
-held against what ``generate`` answers alone with an adapter that was loaded then. At the end nothing may be left: rows,
-held adapters, bytes.
+Requests arrive at random for adapters on disk, of which memory has room for as many of the largest requests as there
+are rows: greedy and sampled ones, mixtures, prompts that begin alike, several tenants. Some clients leave early, or are
+killed with their event loop; some have a deadline. Meanwhile adapters are unloaded and loaded again, with other values.
+Every token is held against what ``generate`` answers alone with an adapter that was loaded then. At the end nothing may
+be left: rows, held adapters, bytes.
 """
 
 from __future__ import annotations
@@ -116,6 +116,11 @@ class Store:
             loaded.register(self.path(name))
         return loaded
 
+    def size(self, case: Case) -> int:
+        """Return the bytes that the adapters of a request take on disk."""
+        files = (file for name in _names(case.request.adapters) for file in self.path(name).rglob("*"))
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def cases(self, chance: random.Random) -> list[Case]:
         """Return random requests with their answers."""
         model = self.load()
@@ -187,7 +192,7 @@ class Load:
 
     Args:
         store: the model and its adapters.
-        rows: the most requests at work; memory has room for as many adapters.
+        rows: the most requests at work; memory has room for as many of the largest.
         seed: of everything random.
     """
 
@@ -221,8 +226,8 @@ class Load:
         yield
 
     def _set_budget(self) -> None:
-        """Give memory room for the rows' places and for as many adapters as there are rows."""
-        widest = sorted(self.cases, key=lambda case: -len(_names(case.request.adapters)))[: self.rows]
+        """Give memory room for the rows' places, and for the adapters of as many of the largest requests."""
+        widest = sorted(self.cases, key=self.store.size, reverse=True)[: self.rows]
         for stream in [self.scheduler.submit(case.request) for case in widest]:
             for _ in stream:
                 pass
