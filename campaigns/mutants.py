@@ -4,8 +4,8 @@ python -m campaigns.mutants [--count N] [--seed N] [--only PATTERN] [--numbers N
 
 A mutant is one line of ir, passes, backends, formats or runtime, as many from each: a comparison turned round, a number
 or a truth value changed, a condition negated, two arguments exchanged, a statement left out. It is run in a worktree of
-the last commit: first the tests that mirror its file, then those of ``--then``, the whole fast suite by default, until
-one fails. A mutant that survives is equivalent to the line, or wants a test.
+the last commit: first the tests that mirror its file, then those of ``--then``, all by default, until one fails; small
+tests before medium ones. A mutant that survives is equivalent to the line, or wants a test.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import fnmatch
+import itertools
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ir", "passes", "backends", "formats", "runtime")
 KINDS = ("comparison", "constant", "condition", "arguments", "statement")
+TIERS = {"small": "not slow and not medium", "medium": "medium and not slow"}
+"""Tier of tests -> pytest's expression for it, in the order in which they run."""
 SECONDS = 1800
 """By the clock, for one run of the suite; a mutant that hangs is found by it."""
 _OPPOSITE = {
@@ -112,11 +116,11 @@ def mirrored(path: str, root: Path) -> list[str]:
     return [*(test.relative_to(root).as_posix() for test in named), folder.as_posix()]
 
 
-def _failing(tests: Sequence[str], root: Path) -> str | None:
-    """Run tests until one fails; return that one."""
+def _failing(tests: Sequence[str], tier: str, root: Path) -> str | None:
+    """Run tests of a tier until one fails; return that one."""
     if not tests:
         return None
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", TIERS[tier], "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     try:
         subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS, check=True)
@@ -139,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--numbers", nargs="*", type=int, help="those of the drawn ones; default: all")
     parser.add_argument("--then", nargs="*", default=["tests"], help="tests that follow those that mirror the file")
     given = parser.parse_args(arguments)
-    survived = 0
+    count = Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "lorac")
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(root)], cwd=ROOT, check=True)
@@ -148,17 +152,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for number, mutant in [pair for pair in drawn if not given.numbers or pair[0] in given.numbers]:
                 begun, source = time.monotonic(), (root / mutant.path).read_text()
                 (root / mutant.path).write_text(mutant.apply(source))
-                killer = _failing(mirrored(mutant.path, root), root) or _failing(given.then, root)
+                runs = itertools.product(TIERS, (mirrored(mutant.path, root), given.then))
+                tier, killer = next(((t, k) for t, tests in runs if (k := _failing(tests, t, root))), ("none", None))
                 (root / mutant.path).write_text(source)
-                survived += not killer
+                count[tier] += 1
                 print(
                     f"{number:3} {f'killed by {killer}' if killer else 'SURVIVED'} ({time.monotonic() - begun:.0f} s)"
                 )
                 print(f"    {mutant}", flush=True)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(root)], cwd=ROOT, check=True)
-    print(f"{survived} survived")
-    if survived:
+    print(f"killed by small tests {count['small']}, by medium ones alone {count['medium']}; survived {count['none']}")
+    if count["none"]:
         raise SystemExit(1)
 
 
