@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gc
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pytest_plugins = ["tests.journal"]
 pytest.register_assert_rewrite("tests.parity", "tests.peft_files")
 
 
-BETWEEN_COLLECTIONS = 10_000
+BETWEEN_COLLECTIONS = 50_000
 """New objects before Python looks for cycles: its own 700 come and go with a few nodes of a graph."""
 _known: dict[str, object] = {}
 """The shared models as the last file of tests left them."""
@@ -75,3 +76,15 @@ def _shared_models_untouched() -> Iterator[None]:
     for name in changed:
         del zoo.built[name], _known[name]  # the tests that follow get a fresh one
     assert not changed, f"a test of this file changed shared models: {changed}; use ZOO[name].fresh()"
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with two adapters over the caches of ONNX Runtime, compiled once: what needs it loads its own."""
+    import lorac
+    from tests.decoders import DECODERS, adapt_llama
+
+    host = DECODERS["llama"]()
+    made = lorac.compile(host, adapt_llama(host), target="onnxruntime", mode="live", active=None, cache=True)
+    made.save(folder := tmp_path_factory.mktemp("llama") / "compiled")
+    return folder

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+import lorac
+from lorac.testing import adapter_away
+
 VOCABULARY = 97
+IDS = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
+"""Two rows of tokens, on which the adapters of the Llama are measured."""
 
 
 def _decoder(kind: str, config: str | None = None, name: str | None = None, **fields: Any) -> Callable[[], nn.Module]:
@@ -86,3 +91,9 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 }
 """Rotary positions, whole and partial, and learned ones; norms of queries and keys; values smaller than keys, and sizes
 that are no multiple of 8; windows, soft caps and sinks; experts; attention that is written out; slopes."""
+
+
+def adapt_llama(host: nn.Module) -> list[lorac.Adapter]:
+    """Return two adapters of the Llama, away from their init."""
+    variants = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"])}
+    return [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]

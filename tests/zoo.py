@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -125,7 +125,7 @@ def resnet18() -> nn.Module:
 # Transformers
 
 
-def tiny_llama() -> nn.Module:
+def tiny_llama(layers: int = 3) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _seeded(
@@ -134,7 +134,7 @@ def tiny_llama() -> nn.Module:
                 vocab_size=128,
                 hidden_size=64,
                 intermediate_size=96,
-                num_hidden_layers=3,
+                num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 head_dim=24,  # makes q_proj and o_proj non-square
@@ -357,3 +357,6 @@ ZOO: dict[str, Entry] = {
         ),
     )
 }
+
+SMALL_LLAMA = replace(ZOO["tiny_llama"], name="small_llama", build=lambda: tiny_llama(layers=2))
+"""For programs whose layers need not be more than two."""

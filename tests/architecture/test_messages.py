@@ -116,9 +116,12 @@ def texts():
 
 def _spoken(tree):
     """Calls that raise or warn, and statements outside of them that hold a text for one."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _called(node) in SPEAKS]
+    nodes = list(ast.walk(tree))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and _called(node) in SPEAKS]
     inside = {id(inner) for call in calls for inner in ast.walk(call)}
-    held = [n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.Return | ast.keyword) and id(n) not in inside]
+    held = [
+        node for node in nodes if isinstance(node, ast.Assign | ast.Return | ast.keyword) and id(node) not in inside
+    ]
     return [*calls, *held]
 
 
@@ -172,6 +175,7 @@ def _taken(found):
     return {name for one in (found, *methods) for name in _parameters(one)}
 
 
+@functools.cache
 def _parameters(function):
     try:
         return set(inspect.signature(function).parameters)

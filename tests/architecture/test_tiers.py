@@ -1,6 +1,5 @@
 """The lists of medium and slow tests name what is there, and say what finds the fault before."""
 
-import ast
 import re
 
 import pytest
@@ -11,8 +10,7 @@ from tests.tiers import TIERS, read_moved
 
 def _functions(file):
     source = ROOT / "tests" / file
-    body = ast.parse(source.read_text()).body if source.exists() else []
-    return [node.name for node in body if isinstance(node, ast.FunctionDef)]
+    return re.findall(r"^def (\w+)", source.read_text(), re.MULTILINE) if source.exists() else []
 
 
 @pytest.mark.parametrize("tier", TIERS)

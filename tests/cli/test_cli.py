@@ -15,9 +15,9 @@ import lorac
 from lorac.cli import main
 from tests import peft_files
 from tests.runtime.generation.test_artifacts import words
-from tests.zoo import ZOO
+from tests.zoo import SMALL_LLAMA
 
-ENTRY = ZOO["tiny_llama"]
+ENTRY = SMALL_LLAMA
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_run_answers_as_peft(cli, files):
 def test_swap_and_save(cli, files):
     code, out, _ = cli("swap", "compiled", "sql=0.7,style=0.3")
     assert code == 0
-    assert "bound: 9 sites, " in out
+    assert "bound: 6 sites, " in out
     assert lorac.load(files.folder / "compiled").active == {}
     code, _, _ = cli("swap", "compiled", "style", "--save")
     assert code == 0

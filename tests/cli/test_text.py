@@ -14,9 +14,9 @@ from lorac.cli import main
 from lorac.cli._generation import TextStreamer
 from tests import peft_files
 from tests.letters import CHAT, letters
-from tests.zoo import ZOO
+from tests.zoo import SMALL_LLAMA
 
-ENTRY = ZOO["tiny_llama"]
+ENTRY = SMALL_LLAMA
 NEW = 6
 
 

@@ -13,11 +13,14 @@ from lorac.variants import variants
 from lorac.variants.base import BranchVariant, WeightVariant
 
 ORACLES = Path(__file__).parents[1] / "oracles"
-ALIKE = {"no_bias", "transposed", "padded", "attention"}
+ALIKE = {"no_bias", "transposed", "padded", "attention", "divisible"}
 """Hosts that are a linear layer or a convolution once more: a formula sees no difference."""
 FORMS = {"adaptertune", "hydra", "meteora", "shira"}
 """Methods of a form each, for what a target does with a model of two layers."""
 TARGETS = ("onnxruntime", "eager")
+SWITCHED = {"adaptertune", "dora", "hydra", "ia3", "lora", "meteora", "shira", "vera"}
+"""Methods of a form each, for what depends on nothing else, as swaps and strengths do: OF_FORMS."""
+OF_FORMS = {"host_unchanged", "strength", "swapping", "undo"}
 OF_FORMULAS = {"formula", "identity_at_init", "influence", "invalid_values", "rules", "training"}
 """Checks that another configuration of a method may fail alone; where its formula is right, they seldom do."""
 LATE = ("two_conv", "two_embedding", "gated", "stack")
@@ -71,7 +74,7 @@ def _thinned(checks):
 
     A method's first host has every check of the first configuration, and of the others what depends on the formula. How
     a formula reads a weight depends on the kind of site, so the formula itself runs on every kind. What a target gets
-    depends on the normal form, not on the method.
+    depends on the normal form, not on the method; nor does what a swap does, or which kinds of sites are refused.
     """
     first = {}
     whole = None
@@ -81,13 +84,16 @@ def _thinned(checks):
         whole = whole or configuration
         if what and what != "refused":
             first.setdefault(configuration, host)
-        quick = what in {"", "refused"}
+        method = configuration.partition(",")[0]
+        quick = not what or (what == "refused" and configuration == whole)
         quick |= host == first.get(configuration) and (configuration == whole or what in OF_FORMULAS)
         quick |= what == "formula" and configuration == whole and host not in {*ALIKE, *LATE}
         if what.startswith(TARGETS):
-            quick = configuration == whole and host.startswith("two_") and configuration.partition(",")[0] in FORMS
+            quick = configuration == whole and host.startswith("two_") and method in FORMS
             quick |= str(check).startswith("lora,") and place == "two_embedding-eager-other_sizes"
         medium = quick and configuration != whole and what in OF_FORMULAS - {"formula"}
+        medium |= quick and what in OF_FORMS and method not in SWITCHED
+        medium |= quick and what.startswith("onnxruntime") and method != "shira"
         marks = () if quick else pytest.mark.slow
         yield pytest.param(check, id=str(check), marks=pytest.mark.medium if medium else marks)
 

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 
 import lorac
 from examples.pipelines import tiny_unet, tiny_vae
@@ -104,6 +103,8 @@ def test_both_predictions_give_the_clean_latents():
 
 
 def scheduler():
+    from diffusers import DDIMScheduler
+
     return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 
@@ -196,6 +197,8 @@ def test_training_moves_the_factors_alone_and_lowers_the_loss():
     ids=["SD 2.1", "SD 1.5"],
 )
 def test_the_papers_number_of_trained_values(sizes, rank, count):
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, **sizes)
     sites = [site for path, site in lorac.sites(unet).items() if path.endswith(hipa.RECIPE.targets)]

@@ -1,5 +1,7 @@
 """The cache pass: a sequence in parts, different for each row, gets the answer of the whole sequence."""
 
+import functools
+
 import pytest
 import torch
 
@@ -25,6 +27,11 @@ def grown(model):
     graph = capture_graph("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
     run_pipeline(graph, lowering_passes())
     return graph
+
+
+@functools.cache
+def grown_llama():
+    return grown(DECODERS["llama"]())
 
 
 def parts(ids, past, counts):
@@ -58,7 +65,7 @@ def test_parts_are_answered_as_the_whole(name):
 
 
 def test_what_depends_on_positions_alone_is_looked_up():
-    graph = grown(DECODERS["llama"]())
+    graph = grown_llama()
     angles = set(graph.find(torch.ops.aten.cos.default, torch.ops.aten.sin.default))
     assert not angles & graph.reaching_outputs()
     assert graph.longest == 64
@@ -96,7 +103,7 @@ def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
 
 
 def test_the_pass_is_idempotent():
-    graph = grown(DECODERS["llama"]())
+    graph = grown_llama()
     assert not CacheAttention().apply(graph).changed
     assert not list(graph.find(attending.ATTENTION))
 

@@ -138,7 +138,9 @@ def test_target_level_prints_too() -> None:
 
 
 def test_capture_is_lazy_and_leaves_training_mode_alone() -> None:
-    compiled = lorac.compile(ZOO["tiny_llama"].fresh(), adapters=[lorac.LoRA(r=2, dropout=0.5)])
+    entry = ZOO["plain_mlp"]
+    adapters = {"a": lorac.LoRA(r=2, targets=entry.targets, dropout=0.5)}
+    compiled = lorac.compile(entry.fresh(), adapters, example_inputs=entry.inputs())
     compiled.train()
     text = str(compiled.graph)
     assert compiled.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import random
 import shutil
@@ -34,9 +35,10 @@ METHODS: tuple[Variant, ...] = (
 )
 
 
-def made(count: int = 6) -> list[lorac.Adapter]:
+@functools.cache
+def made() -> list[lorac.Adapter]:
     host = ENTRY.fresh(torch.float32)
-    return [adapter_away(METHODS[i % 3], host, X, name=f"n{i}", seed=i) for i in range(count)]
+    return [adapter_away(METHODS[i % 3], host, X, name=f"n{i}", seed=i) for i in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -49,22 +51,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host with room and no adapter, compiled once."""
+    build([], "onnxruntime", reserve=ROOM, self_test=False).save(folder := tmp_path_factory.mktemp("program") / "it")
+    return folder
+
+
 @pytest.fixture
-def compiled(folder: Path) -> Any:
-    compiled = build([], "onnxruntime", reserve=ROOM, self_test=False)
+def compiled(program: Path, folder: Path) -> Any:
+    compiled = lorac.load(program, threads=1)
     assert compiled.register(folder) == [f"n{i}" for i in range(6)]
     return compiled
 
 
-def in_memory() -> Any:
-    model = build([], "onnxruntime", reserve=ROOM, self_test=False)
+@pytest.fixture
+def in_memory(program: Path) -> Any:
+    """The same program with the same adapters, of which none is on disk."""
+    model = lorac.load(program, threads=1)
     for one in made():
         model.add_adapter(one)
     return model
 
 
-def test_registered_names_work_wherever_a_name_does(compiled: Any) -> None:
-    other = in_memory()
+def test_registered_names_work_wherever_a_name_does(compiled: Any, in_memory: Any) -> None:
+    other = in_memory
     assert (compiled.memory.used, compiled.adapters) == (0, {})
     for choice in ("n0", {"n1": 0.5, "n2": 0.5}, {"n4": lorac.Active(0.3)}, None, [None, "n3", "n0"]):
         assert raw(answer(compiled, adapters=choice)) == raw(answer(other, adapters=choice))
@@ -82,11 +93,11 @@ def test_registered_names_work_wherever_a_name_does(compiled: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_on_target_eager(mode: str, folder: Path) -> None:
+def test_on_target_eager(mode: str, folder: Path, in_memory: Any) -> None:
     eager = build([], "eager", mode, reserve=ROOM)
     eager.register(folder)
     eager.swap("n1")
-    assert_close(answer(eager), answer(in_memory(), adapters="n1"))
+    assert_close(answer(eager), answer(in_memory, adapters="n1"))
 
 
 def test_a_registered_adapter_takes_no_gradients(folder: Path) -> None:
@@ -144,7 +155,7 @@ def test_one_read_brings_back_what_was_let_go_of(compiled: Any, folder: Path, mo
     assert "n1" in str(compiled.explain())
 
 
-def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, tmp_path: Path) -> None:
+def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, in_memory: Any, tmp_path: Path) -> None:
     first, second = made()[1], dataclasses.replace(made()[4], name="n1")
     let_all_go(compiled)
     answer(compiled, adapters="n1")
@@ -155,10 +166,9 @@ def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, tmp_pa
     assert "n1" not in images._images
     lorac.save_adapter(second, tmp_path / "n1", model=ENTRY.fresh(torch.float32))
     compiled.register(tmp_path)
-    other = in_memory()
     assert first.variant == second.variant
     for _ in range(2):
-        assert raw(answer(compiled, adapters="n1")) == raw(answer(other, adapters="n4"))
+        assert raw(answer(compiled, adapters="n1")) == raw(answer(in_memory, adapters="n4"))
         let_all_go(compiled)
     assert images._end == end, "the space of a removed adapter is used again"
 
@@ -312,9 +322,9 @@ def test_what_does_not_fit_is_refused_when_it_is_registered(folder: Path, tmp_pa
     assert list(compiled.pool) == ["n4"]
 
 
-def test_a_file_that_changed_since_is_checked_when_it_is_read(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_changed_since_is_checked_when_it_is_read(program: Path, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "them")
-    compiled = build([], "onnxruntime", reserve=ROOM, self_test=False)
+    compiled = lorac.load(program)
     compiled.register(tmp_path / "them")
     path = tmp_path / "them" / "n1" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
@@ -337,8 +347,8 @@ def test_registered_adapters_are_not_saved_and_save_says_so(compiled: Any, folde
     assert raw(answer(loaded, adapters="n0")) == expected
 
 
-def test_an_adapter_lies_on_disk_once_where_only_lorac_reads_it(tmp_path: Path) -> None:
-    model = in_memory()
+def test_an_adapter_lies_on_disk_once_where_only_lorac_reads_it(in_memory: Any, tmp_path: Path) -> None:
+    model = in_memory
     model.save(tmp_path / "both")
     model.save(tmp_path / "once", onnx_adapters=False)
     files = {path.name for path in (tmp_path / "once" / "adapters").iterdir()}

@@ -11,7 +11,7 @@ from lorac.target.engine import CallResult
 from tests import parity
 from tests.limits import ROWS as LIMITS
 from tests.runtime.switching import MIXTURE, X, answer, build, pair, raw
-from tests.zoo import ZOO
+from tests.zoo import SMALL_LLAMA
 
 ROWS = ["a", None, MIXTURE]
 ENGINES = [("eager", "live"), ("eager", "fused"), ("onnxruntime", "live")]
@@ -77,7 +77,7 @@ def test_a_decoders_output_and_cache_row_by_row():
     """A transformers decoder answers rows as it answers one of them alone, step by step on the cache of the last."""
     from transformers import DynamicCache
 
-    entry, choices = ZOO["tiny_llama"], ["a", None, "b"]
+    entry, choices = SMALL_LLAMA, ["a", None, "b"]
     ids, mask = entry.inputs(batch=3).values()
     compiled = lorac.compile(
         entry.model(), {n: lorac.LoRA(r=2, targets=["q_proj", "down_proj"]) for n in "ab"}, active=None

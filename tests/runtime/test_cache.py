@@ -8,14 +8,12 @@ import torch
 import lorac
 from lorac.errors import ChoiceError, InputMismatch, Unavailable
 from lorac.target.kv_cache import DecodeStep
-from lorac.testing import adapter_away
 from lorac.testing.eager_checks import assert_close
-from tests.decoders import DECODERS, VOCABULARY
+from tests.decoders import DECODERS, IDS, VOCABULARY, adapt_llama
 from tests.parity import assert_parity
 from tests.passes.test_cache_attention import COUNTS, parts
 from tests.refusing import refuses
 
-IDS = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
 CAPACITY = 12
 
 
@@ -26,12 +24,13 @@ def host():
 
 @pytest.fixture(scope="module")
 def adapters(host):
-    variants = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"])}
-    return [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
+    return adapt_llama(host)
 
 
 @pytest.fixture(scope="module", params=["live", "fused"])
-def compiled(request, host, adapters):
+def compiled(request, host, adapters, llama_folder):
+    if request.param == "live":
+        return lorac.load(llama_folder)
     return lorac.compile(host, adapters, target="onnxruntime", mode=request.param, active=None, cache=True)
 
 

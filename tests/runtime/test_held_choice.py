@@ -97,8 +97,7 @@ def test_holders_of_many_threads() -> None:
 
 
 def test_a_held_choice_generates() -> None:
-    from tests.decoders import DECODERS
-    from tests.runtime.test_cache import IDS
+    from tests.decoders import DECODERS, IDS
 
     adapter = lorac.LoRA(r=2, targets=["q_proj"])
     compiled = lorac.compile(DECODERS["llama"](), {"a": adapter}, target="onnxruntime", cache=True, self_test=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,21 +13,16 @@ import torch
 import lorac
 from lorac.ir.slots.choice import parse_choice
 from lorac.target.kv_cache import DecodeStep
-from lorac.testing import adapter_away
 from lorac.testing.eager_checks import assert_close
-from tests.decoders import DECODERS
+from tests.decoders import DECODERS, IDS
 from tests.refusing import refuses
-from tests.runtime.test_cache import IDS
 
 CHOICES: list[Any] = ["one", "two", {"one": 0.7, "two": 0.3}, None]
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    host = DECODERS["llama"]()
-    variants = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"])}
-    adapters = [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
-    return lorac.compile(host, adapters, target="onnxruntime", active=None, cache=True, self_test=False)
+def compiled(llama_folder: Path) -> Any:
+    return lorac.load(llama_folder)
 
 
 def decoded(bound: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import lorac
 from lorac.ir.slots.rows import choose_places, cut_segments, join_segments, stack_places, write_place
 from tests.limits import LEAST_DIFFERENCE, ROWS
 from tests.runtime.switching import raw
-from tests.zoo import ZOO
+from tests.zoo import SMALL_LLAMA
 
 VARIANTS: dict[str, Any] = {
     "lora": lorac.LoRA(r=3, targets=["q_proj", "v_proj", "down_proj"]),
@@ -33,6 +33,7 @@ CHOICES: tuple[Any, ...] = (
     {"short": lorac.Active(1.0, rank=1)},
     {"hydra": 0.5, "vera": 0.5},
 )
+ROOM = lorac.Reserve(targets=["q_proj", "v_proj"], rank=4, adapters=2)
 IDS = torch.randint(0, 90, (6, 5), generator=torch.Generator().manual_seed(0))
 
 
@@ -44,18 +45,21 @@ def _scatter(adapters: dict[str, Any]) -> None:
                 tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "eager"])
-def compiled(request: pytest.FixtureRequest) -> Any:
-    made = lorac.compile(
-        ZOO["tiny_llama"].model(),
-        dict(VARIANTS),
-        target=request.param,
-        active=None,
-        example_inputs={"input_ids": IDS[:2]},
-        reserve=lorac.Reserve(targets=["q_proj", "v_proj"], rank=4, adapters=2),
-    )
+def _compile(target: str, **options: Any) -> Any:
+    made = lorac.compile(SMALL_LLAMA.model(), dict(VARIANTS), target=target, active=None, **options)
     _scatter(made.adapters)
     return made
+
+
+@pytest.fixture(scope="module")
+def growing() -> Any:
+    """A program with a cache, which answers plain calls too."""
+    return _compile("onnxruntime", cache=True, reserve=ROOM)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "eager"])
+def compiled(request: pytest.FixtureRequest) -> Any:
+    return _compile("eager", reserve=ROOM) if request.param == "eager" else request.getfixturevalue("growing")
 
 
 @pytest.fixture
@@ -229,16 +233,9 @@ MASK[0, :2] = MASK[3, :1] = 0
 
 @pytest.fixture(scope="module", params=[None, "int4"], ids=["float", "int4"])
 def cached(request: pytest.FixtureRequest) -> Any:
-    made = lorac.compile(
-        ZOO["tiny_llama"].model(),
-        dict(VARIANTS),
-        target="onnxruntime",
-        active=None,
-        cache=True,
-        **({"weights": request.param, "block_size": 16} if request.param else {}),
-    )
-    _scatter(made.adapters)
-    return made
+    if request.param is None:
+        return request.getfixturevalue("growing")
+    return _compile("onnxruntime", cache=True, weights=request.param, block_size=16)
 
 
 def _generate(compiled: Any, rows: list[int], adapters: Any, **options: Any) -> Tensor:

@@ -14,7 +14,7 @@ import lorac
 from lorac.testing.eager_checks import assert_close
 from tests.limits import LEAST_DIFFERENCE, ROWS
 from tests.runtime.switching import raw
-from tests.zoo import ZOO
+from tests.zoo import SMALL_LLAMA
 
 HIDDEN = 64
 MIXED: dict[str, Any] = {"hidden": "model.norm", "hidden_size": HIDDEN, "experts": 3, "r": 2, "size": 8}
@@ -67,7 +67,7 @@ def _scatter(adapters: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    host = ZOO["tiny_llama"].model()
+    host = SMALL_LLAMA.model()
     made = lorac.compile(
         host,
         _variants(host),
@@ -174,7 +174,7 @@ class CentredRows(lorac.BranchVariant):
 def test_a_branch_that_reads_other_rows_has_a_call_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = {"lora": lorac.LoRA(r=2, targets=["v_proj"]), "centred": CentredRows(targets=["q_proj"])}
     made: Any = lorac.compile(
-        ZOO["tiny_llama"].model(),
+        SMALL_LLAMA.model(),
         adapters,
         target="onnxruntime",
         active=None,
@@ -193,7 +193,7 @@ def test_branches_have_one_place_unless_asked_for_more() -> None:
         "routed": lorac.MeteoRA(r=2, experts=2, targets=["q_proj"]),
     }
     made: Any = lorac.compile(
-        ZOO["tiny_llama"].model(), adapters, target="onnxruntime", active=None, example_inputs=AS_EACH_ROW
+        SMALL_LLAMA.model(), adapters, target="onnxruntime", active=None, example_inputs=AS_EACH_ROW
     )
     _scatter(made.adapters)
     assert "its branches have one place without branch_rows=True" in str(made.explain())
@@ -203,7 +203,7 @@ def test_branches_have_one_place_unless_asked_for_more() -> None:
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_rows_with_branches_generate_in_one_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = ZOO["tiny_llama"].model()
+    host = SMALL_LLAMA.model()
     names = ("lora", "routed", "other", "mixed")
     variants = {name: variant for name, variant in _variants(host).items() if name in names}
     made: Any = lorac.compile(host, variants, target="onnxruntime", active=None, cache=True, branch_rows=True)

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.serving.models import make_app, make_compiled, serve
+import lorac
+from tests.serving.models import make_app, make_tokenizer, serve
 
 
 @pytest.fixture(scope="package")
-def compiled() -> Any:
-    return make_compiled()
+def compiled(llama_folder: Path) -> Any:
+    made = lorac.load(llama_folder)
+    made.tokenizer = make_tokenizer()
+    return made
 
 
 @pytest.fixture(scope="package")

@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import lorac
 from lorac.serving import ServingSettings, build_app
 from lorac.testing import adapter_away
-from tests.decoders import DECODERS, VOCABULARY
-from tests.runtime.test_cache import IDS
+from tests.decoders import VOCABULARY
 
 TEMPLATE = "{% for turn in messages %}{{ turn['role'][0] }}{{ turn['content'] }};{% endfor %}"
 
@@ -34,15 +33,6 @@ def make_tokenizer() -> Any:
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-def make_compiled() -> Any:
-    host = DECODERS["llama"]()
-    variants = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.DoRA(r=1, targets=["q_proj", "down_proj"])}
-    adapters = [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
-    compiled = lorac.compile(host, adapters, target="onnxruntime", active=None, cache=True, self_test=False)
-    compiled.tokenizer = make_tokenizer()
-    return compiled
 
 
 def make_encoder() -> Any:

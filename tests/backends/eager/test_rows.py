@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.testing.eager_checks import assert_close
 from tests.limits import ROWS
-from tests.zoo import ZOO
+from tests.zoo import SMALL_LLAMA, ZOO
 
 IDS = torch.randint(0, 90, (6, 5), generator=torch.Generator().manual_seed(0))
 VARIANTS: dict[str, Any] = {
@@ -53,7 +53,7 @@ def _rows(output: Any) -> int:
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    return _compile(ZOO["tiny_llama"].fresh(torch.float64), dict(VARIANTS))
+    return _compile(SMALL_LLAMA.fresh(torch.float64), dict(VARIANTS))
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ BRANCHES: dict[str, Any] = {
 
 @pytest.mark.parametrize("grad", [False, True], ids=["slots", "terms"])
 def test_branches_that_read_their_own_input_alone(grad: bool) -> None:
-    compiled = _compile(ZOO["tiny_llama"].fresh(torch.float64), dict(BRANCHES))
+    compiled = _compile(SMALL_LLAMA.fresh(torch.float64), dict(BRANCHES))
     choices = ["lora", "meteora", None, "block", {"flylora": 0.5, "lora": 0.5}, "flylora"]
     with torch.set_grad_enabled(grad):
         with _forwards(compiled) as forwards:
@@ -102,7 +102,7 @@ def test_branches_that_read_their_own_input_alone(grad: bool) -> None:
         for row, choice in enumerate(choices):
             error = y[row] - compiled(input_ids=IDS[row : row + 1], adapters=choice).logits[0]
             assert float(error.detach().abs().max() / y[row].detach().abs().max()) < ROWS[torch.float64], choice
-    asked = lorac.compile(ZOO["tiny_llama"].fresh(torch.float64), dict(BRANCHES), active=None, aux=["chosen"])
+    asked = lorac.compile(SMALL_LLAMA.fresh(torch.float64), dict(BRANCHES), active=None, aux=["chosen"])
     with torch.no_grad(), _forwards(asked) as forwards:
         asked(input_ids=IDS[:3], adapters=["lora", "flylora", "flylora"])
     assert sorted(forwards) == [1, 2], "extra outputs belong to the rows of a choice"
@@ -166,7 +166,7 @@ def test_a_loss_of_all_rows(llama: Any) -> None:
 
 def test_a_training_step_of_many_adapters_with_dropout() -> None:
     compiled = _compile(
-        ZOO["tiny_llama"].fresh(torch.float64),
+        SMALL_LLAMA.fresh(torch.float64),
         {"a": lorac.LoRA(r=2, dropout=0.5, targets=["q_proj"]), "b": lorac.LoRA(r=2, targets=["q_proj"])},
     )
     compiled.train()

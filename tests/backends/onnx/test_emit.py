@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnx.emit import SITE_METADATA
 from lorac.backends.onnx.model_files import MODEL_FILE
-from tests.zoo import ZOO
+from tests.zoo import SMALL_LLAMA, ZOO
 
 
 def emitted(model: nn.Module, adapters: Any, **options: Any) -> dict[str, list[Any]]:
@@ -33,7 +33,7 @@ def _sizes(graph: ir.Graph) -> dict[str, list[Any]]:
 @pytest.fixture(scope="module")
 def llama() -> lorac.Compiled:
     adapters = {"a": lorac.LoRA(r=2, targets=["down_proj", "v_proj"])}
-    return lorac.compile(ZOO["tiny_llama"].model(), adapters, target="onnxruntime", self_test=False)
+    return lorac.compile(SMALL_LLAMA.model(), adapters, target="onnxruntime", self_test=False)
 
 
 def test_a_language_model(llama: lorac.Compiled) -> None:

@@ -25,7 +25,7 @@ class Asked:
 
 
 def test_models_that_are_not_imported_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, model = Asked(), tiny_llama()
+    asked, model = Asked(), tiny_llama(layers=1)
     monkeypatch.setattr(sys, "meta_path", [asked, *sys.meta_path])
     patches = [*utils._PATCHES["dynamo"], (f"{ABSENT}.Model", "forward", lambda forward: forward)]
     monkeypatch.setitem(utils._PATCHES, "dynamo", patches)
@@ -44,5 +44,5 @@ def test_models_that_are_here_are_patched(monkeypatch: pytest.MonkeyPatch) -> No
 
     path = "transformers.models.llama.modeling_llama.LlamaModel"
     monkeypatch.setitem(utils._PATCHES, "dynamo", [*utils._PATCHES["dynamo"], (path, "forward", patched)])
-    export_model(tiny_llama())
+    export_model(tiny_llama(layers=1))
     assert len(made) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from lorac.runtime.scheduling.chunk_choice import (
     largest_chunk,
 )
 from lorac.target.engine import BoundProgram
-from tests.decoders import DECODERS
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,8 @@ def test_with_a_chunk_a_step_takes_half_as_long_again(token: float, longest: int
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    host = DECODERS["llama"]()
-    adapters = {"one": lorac.LoRA(r=3, targets="all-linear")}
-    return lorac.compile(host, adapters, target="onnxruntime", active=None, cache=True, self_test=False)
+def compiled(llama_folder: Path) -> Any:
+    return lorac.load(llama_folder)
 
 
 def chosen(scheduler: Scheduler) -> int:

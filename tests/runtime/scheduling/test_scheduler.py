@@ -8,6 +8,7 @@ import random
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,8 @@ from lorac.runtime.row_bank import RowBank
 from lorac.runtime.scheduling.running_row import RunningRow
 from lorac.target.engine import BoundProgram
 from lorac.testing import adapter_away
-from tests.decoders import DECODERS
+from tests.decoders import DECODERS, IDS
 from tests.refusing import refuses
-from tests.runtime.test_cache import IDS
 
 CHOICES: list[Any] = ["one", "two", {"one": 0.7, "two": 0.3}, None]
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 12}
@@ -342,8 +342,8 @@ def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(scheduler: Sched
     assert {stream.reason for stream in streams} == {"deadline"}
 
 
-def test_a_request_waits_for_memory_and_one_that_never_fits_ends() -> None:
-    compiled = lorac.compile(DECODERS["llama"](), {}, target="onnxruntime", cache=True, self_test=False)
+def test_a_request_waits_for_memory_and_one_that_never_fits_ends(llama_folder: Path) -> None:
+    compiled = lorac.load(llama_folder)
     requests = [TextRequest(prompt(n), options={"max_new_tokens": 12}) for n in range(2)]
     expected = [alone(compiled, request) for request in requests]
     with Scheduler(compiled, rows=2, prompt_cache=0) as scheduler:
@@ -368,8 +368,8 @@ def test_the_error_of_a_request_keeps_no_memory() -> None:
         assert not [frame for frame, _ in traceback.walk_tb(kept.tb) if "cache" in frame.f_locals]
 
 
-def test_a_prompt_that_was_read_runs_where_memory_has_no_room_for_a_copy() -> None:
-    compiled = lorac.compile(DECODERS["llama"](), {}, target="onnxruntime", cache=True, self_test=False)
+def test_a_prompt_that_was_read_runs_where_memory_has_no_room_for_a_copy(llama_folder: Path) -> None:
+    compiled = lorac.load(llama_folder)
     request = TextRequest(prompt(0), options={"max_new_tokens": 12})
     expected = alone(compiled, request)
     with Scheduler(compiled, rows=3, prompt_cache=0) as scheduler:

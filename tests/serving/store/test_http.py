@@ -18,8 +18,7 @@ from lorac.runtime.generation.prompt_cache import PromptCache
 from lorac.serving import build_app
 from lorac.serving.store import AdapterStore, StoreQuotas
 from lorac.testing import adapter_away
-from tests.decoders import DECODERS
-from tests.runtime.test_cache import IDS
+from tests.decoders import DECODERS, IDS
 from tests.serving.models import alone, make_app, serve, settings
 
 KEYS = {"key-a": "alice", "key-b": "bob"}
