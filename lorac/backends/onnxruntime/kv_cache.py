@@ -231,12 +231,12 @@ class OrtCache(KeyValueCache):
 
     def _allocate(self, places: int, room: int) -> None:
         """Make the memory large enough; what it holds is copied only where it must become larger."""
-        places, room = max(places, next(iter(self._memory.values())).shape[0]), max(room, self._room)
-        size, rows, longest = self.layout.measure(places, room), len(self.lengths), max(self.lengths, default=0)
-        old = self.layout.measure(next(iter(self._memory.values())).shape[0], self._room)
-        if size == old:
+        before = next(iter(self._memory.values())).shape[0], self._room
+        places, room = max(places, before[0]), max(room, before[1])
+        if (places, room) == before:
             return
-        self.charge.resize(old + size)
+        size, rows, longest = self.layout.measure(places, room), len(self.lengths), max(self.lengths, default=0)
+        self.charge.resize(self.layout.measure(*before) + size)
         larger = self.layout.allocate(places, room)
         for name, memory in self._memory.items():
             larger[name][:rows, :, :longest] = memory[:rows, :, :longest]

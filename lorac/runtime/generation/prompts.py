@@ -128,11 +128,11 @@ class Prompts:
 
 def _token_batch(value: object, name: str) -> Tensor:
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    shown = short(value)
-    if isinstance(tensor, Tensor):
-        is_float = tensor.is_floating_point() or tensor.dtype == torch.bool
-        if tensor.dim() == 2 and (name == MASK or not is_float):
-            return tensor
+    if not isinstance(tensor, Tensor):
+        shown = short(value)
+    elif tensor.dim() == 2 and (name == MASK or not (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+        return tensor
+    else:
         shown = f"{tuple(tensor.shape)} of {tensor.dtype}"
     raise WrongType(
         f"{name}= is not a batch of tokens: {shown}",

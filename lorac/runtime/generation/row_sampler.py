@@ -12,7 +12,7 @@ from torch import Tensor
 from lorac.errors import InputMismatch, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.generation.decoding_state import DecodingState
-from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver
+from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver, take_likeliest
 from lorac.runtime.generation.generate import add_tokenizer
 from lorac.runtime.generation.prompts import IDS
 from lorac.runtime.generation.request import GenerateRequest, translate_errors
@@ -112,7 +112,7 @@ class BatchSampler:
             logits: (rows, vocabulary).
         """
         scores = self._process(texts, logits.to(torch.float32))
-        tokens = scores.argmax(-1)
+        tokens = take_likeliest(scores)
         drawn = [index for index, row in enumerate(self.rows) if row.generator is not None]
         for index, chances in zip(drawn, scores[drawn].softmax(-1), strict=True):
             try:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorac.runtime.generation.driver import take_likeliest
 from lorac.runtime.generation.row_processors import RowProcessors
 from lorac.runtime.generation.row_sampler import BatchSampler, RowSampler
 from lorac.target.kv_cache import DecodeStep
@@ -115,3 +116,10 @@ def test_options_that_no_row_can_have_are_refused(model: Any, code: str, options
 def test_more_tokens_than_the_model_has_places_for_are_refused() -> None:
     with refuses("input_mismatch", match="positions"):
         RowSampler.of(over(compiled("llama"), limit=12), prompts()[0], max_new_tokens=8)
+
+
+def test_the_likeliest_token_is_torchs() -> None:
+    values = torch.tensor([0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan")])
+    scores = values[torch.randint(6, (500, 7), generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(take_likeliest(scores), scores.argmax(-1))
+    assert torch.equal(take_likeliest(scores[:, ::2]), scores[:, ::2].argmax(-1))
