@@ -6,6 +6,7 @@ from torch import nn
 
 from lorac.argument_types import check_type
 from lorac.errors import ChoiceError, CompileError, OptionError, nearest_name
+from lorac.frontend.skeleton_root import Skeleton
 
 MAIN_GRAPH = "main"
 """Name of the only graph of a single model."""
@@ -66,12 +67,16 @@ def get_graph_scope(graph: str) -> str:
 
 def list_components(model: nn.Module) -> dict[str, nn.Module]:
     """Return graph name -> the model that is captured as that graph."""
-    return dict(model.items()) if isinstance(model, Components) else {MAIN_GRAPH: model}
+    return dict(model.named_children()) if _is_several(model) else {MAIN_GRAPH: model}
 
 
 def get_component_prefix(model: nn.Module, name: str) -> str:
     """Return the prefix of a component's paths: its name and a dot, "" for a single model."""
-    return f"{name}." if isinstance(model, Components) else ""
+    return f"{name}." if _is_several(model) else ""
+
+
+def _is_several(model: nn.Module) -> bool:
+    return isinstance(model, Components) or (isinstance(model, Skeleton) and model.several)
 
 
 def check_component(name: object, known: Mapping[str, object]) -> str:

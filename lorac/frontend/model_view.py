@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorac.frontend.base_weights import make_base_reader, read_stored_tensor
 from lorac.frontend.components import Components, get_component_prefix, list_components, strip_wrappers
 from lorac.frontend.site_discovery import find_sites
-from lorac.frontend.skeleton import Skeleton
+from lorac.frontend.skeleton_root import Skeleton
 from lorac.ir.sites import BaseReader, Site, SiteKind
 from lorac.ir.slots.program_values import ReadableValues
 

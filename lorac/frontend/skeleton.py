@@ -2,18 +2,23 @@
 
 An emitted program needs no host, but reading an adapter's file does: it depends on which modules exist, of which kind
 and shape, which of them are the embeddings, and which names share one tensor. A skeleton is a tree of modules with the
-same names, kinds and shapes. Tensors that an artifact stores (the base weights of adapted sites, mapped from a file)
-are real; all others are on the meta device and take no memory. It has a form in JSON, which an artifact contains.
+same names, kinds and shapes; modules of a library's own classes have classes of the same names, and several models are
+still several, since names in files may depend on both. Tensors that an artifact stores (the base weights of adapted
+sites, mapped from a file) are real; all others are on the meta device and take no memory. It has a form in JSON, which
+an artifact contains.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
+from lorac.frontend.components import Components
 from lorac.frontend.site_discovery import find_matrix_sites, is_gpt2_conv1d, stores_transposed
+from lorac.frontend.skeleton_root import Skeleton
 
 _CONTAINERS: dict[str, type[nn.Module]] = {"list": nn.ModuleList, "sequence": nn.Sequential, "named": nn.ModuleDict}
 _CONVOLUTIONS: dict[str, type[nn.Module]] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -26,27 +31,8 @@ _KINDS: dict[str, type[nn.Module]] = {
 }
 _EMBEDDINGS = {"input": "get_input_embeddings", "output": "get_output_embeddings"}
 """Which embedding -> the method of transformers models that returns it."""
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 _GEOMETRY = ("kernel_size", "stride", "padding", "dilation")
-
-
-class Skeleton(nn.Module):
-    """The root of a skeleton; returns the embeddings as a transformers model does."""
-
-    def __init__(self, embeddings: Mapping[str, str]) -> None:
-        super().__init__()
-        self._embeddings = dict(embeddings)
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        """Return the module that embeds the input, or None."""
-        return self._embedding("input")
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the output layer, or None."""
-        return self._embedding("output")
-
-    def _embedding(self, role: str) -> nn.Module | None:
-        path = self._embeddings.get(role)
-        return None if path is None else self.get_submodule(path)
 
 
 class SkeletonConv1D(nn.Module):
@@ -70,7 +56,7 @@ class MatrixHolder(nn.Module):
 
 
 def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None) -> dict[str, object]:
-    """Describe a host as JSON: its modules in order, its tensors by name, the paths of its embeddings.
+    """Describe a host as JSON: its modules in order, its tensors by name, the paths of its embeddings, its class.
 
     Args:
         packed: name of a weight that the host's program holds quantised -> the class that stands for it.
@@ -88,7 +74,8 @@ def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None)
         if first.setdefault(id(tensor), name) != name:
             entry["is"] = first[id(tensor)]
         tensors[name] = entry
-    return {"modules": modules, "tensors": tensors, "embeddings": _embedding_paths(model)}
+    own = {"several": True} if isinstance(model, Components) else _describe_class(model)
+    return {"modules": modules, "tensors": tensors, "embeddings": _embedding_paths(model), **own}
 
 
 def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None = None) -> Skeleton:
@@ -98,7 +85,7 @@ def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None =
         described: the result of ``describe_skeleton``.
         values: tensors at hand, by name; the others are on the meta device.
     """
-    root = Skeleton(described["embeddings"])
+    root = _make_root(described)
     for path, entry in described["modules"].items():
         owner, _, leaf = path.rpartition(".")
         _module_at(root, owner).add_module(leaf, _make_module(entry))
@@ -118,7 +105,9 @@ def _describe_module(module: Any) -> dict[str, object]:
     if is_gpt2_conv1d(module):
         return {"kind": "gpt2", "in": int(module.nx), "out": int(module.nf)}
     if kind is None:
-        return {"kind": "matrices", "transposed": stores_transposed(module)} if find_matrix_sites("", module) else {}
+        holds = find_matrix_sites("", module)
+        kept = {"kind": "matrices", "transposed": stores_transposed(module)} if holds else {}
+        return kept | _describe_class(module)
     if kind in _CONTAINERS or kind == "attention":
         return {"kind": kind} | ({"width": module.embed_dim} if kind == "attention" else {})
     if kind in _CONVOLUTIONS:
@@ -130,6 +119,24 @@ def _describe_module(module: Any) -> dict[str, object]:
         sizes = {"in": module.num_embeddings, "out": module.embedding_dim}
         return {"kind": kind, **sizes, "padding": module.padding_idx}
     return {"kind": kind, "in": module.in_features, "out": module.out_features}
+
+
+def _describe_class(module: nn.Module) -> dict[str, object]:
+    """Return where the class of a module is, unless that is torch itself."""
+    cls = type(module)
+    return {} if cls.__module__.partition(".")[0] == "torch" else {"class": f"{cls.__module__}.{cls.__name__}"}
+
+
+def _make_root(described: JsonMapping) -> Skeleton:
+    root = _class_like(described.get("class"), Skeleton)
+    return root(described["embeddings"], several=bool(described.get("several")))
+
+
+@functools.cache
+def _class_like(described: str | None, base: type[ModuleType]) -> type[ModuleType]:
+    """Return a subclass of the name and module of a described class; the base where there is none."""
+    module, _, name = str(described or "").rpartition(".")
+    return type(name, (base,), {"__module__": module}) if name.isidentifier() else base
 
 
 def _make_module(entry: JsonMapping) -> nn.Module:
@@ -150,7 +157,13 @@ def _make_module(entry: JsonMapping) -> nn.Module:
             geometry = {k: tuple(entry[k]) if isinstance(entry[k], list) else entry[k] for k in _GEOMETRY}
             options = {"groups": entry["groups"], "padding_mode": entry["mode"]}
             return _without_parameters(_CONVOLUTIONS[kind](entry["in"], entry["out"], **options, **geometry))
-        return MatrixHolder(entry["transposed"]) if kind == "matrices" else _CONTAINERS.get(str(kind), nn.Module)()
+        return _make_other_module(kind, entry)
+
+
+def _make_other_module(kind: object, entry: JsonMapping) -> nn.Module:
+    if kind == "matrices":
+        return _class_like(entry.get("class"), MatrixHolder)(entry["transposed"])
+    return _class_like(entry.get("class"), _CONTAINERS.get(str(kind), nn.Module))()
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:

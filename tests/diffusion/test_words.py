@@ -166,4 +166,8 @@ def test_an_artifact_takes_its_place_in_a_pipeline_again(original: Any, file: Pa
     assert np.array_equal(paint(again), styled)
     again.compiled.swap(None)
     assert abs(paint(again) - styled).max() > 0.01
+    for one in (made, again):
+        one.load_lora_weights(file, "later")
+        assert one.get_active_adapters() == ["later"]
+        assert np.array_equal(paint(one), styled)
     assert isinstance(again.vae, torch.nn.Module)

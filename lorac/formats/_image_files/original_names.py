@@ -1,15 +1,15 @@
 """The names that models of diffusers have in their authors' code, by which sd-scripts and others call their modules.
 
-U-Nets are named by Latent Diffusion's code (https://github.com/CompVis/latent-diffusion), whose numbers of blocks
-follow from the configuration. In the transformers of Flux and SD3, one layer of the authors may be several layers of
+U-Nets are named by Latent Diffusion's code (https://github.com/CompVis/latent-diffusion), which numbers the
+blocks of all stages together. In the transformers of Flux and SD3, one layer of the authors may be several layers of
 diffusers', its rows one after another.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 from torch import nn
 
@@ -117,7 +117,7 @@ def find_original_names(model: nn.Module) -> dict[str, Place]:
     """Return the authors' name of each module of a model -> its place; empty for models that have no other names."""
     modules = dict(model.named_modules())
     if "UNet2DConditionModel" in {cls.__name__ for cls in type(model).__mro__}:
-        return dict(_list_unet_names(model, modules))
+        return dict(_list_unet_names(modules))
     return _list_template_names(_TEMPLATES.get(type(model).__name__, {}), modules)
 
 
@@ -147,15 +147,12 @@ def _list_template_names(
     return {name: place for name, place in named.items() if modules.keys() >= set(place.paths)}
 
 
-def _list_unet_names(model: nn.Module, modules: Collection[str]) -> Iterator[tuple[str, Place]]:
-    config: Any = model.config
-    layers, kinds = config.layers_per_block, config.up_block_types
-    numbers = [layers] * len(kinds) if isinstance(layers, int) else list(layers)
+def _list_unet_names(modules: Collection[str]) -> Iterator[tuple[str, Place]]:
+    counts = {side: _count_resnets(modules, side) for side in ("down", "up")}
     firsts = {
-        "down": list(accumulate((number + 1 for number in numbers), initial=1)),
-        "up": list(accumulate((number + 1 for number in reversed(numbers)), initial=0)),
+        "down": list(accumulate((count + 1 for count in counts["down"]), initial=1)),
+        "up": list(accumulate(counts["up"], initial=0)),
     }
-    counts = {"down": numbers, "up": numbers[::-1]}
     for path in modules:
         if path in _OF_UNET:
             yield _OF_UNET[path], Place((path,))
@@ -165,12 +162,19 @@ def _list_unet_names(model: nn.Module, modules: Collection[str]) -> Iterator[tup
             yield f"middle_block.{number}.{_name_in_block(kind, rest)}", Place((path,))
         elif found := _BLOCK.fullmatch(path):
             side, stage, kind, index, rest = found[1], int(found[2]), found[3], int(found[4]), found[5]
-            within = counts[side][stage] if kind.endswith("samplers") else index
+            within = index if not kind.endswith("samplers") else counts[side][stage] - (side == "up")
             number = firsts[side][stage] + within
             below = {"resnets": "0", "attentions": "1", "downsamplers": "0"}
-            part = below.get(kind, "2" if "CrossAttn" in kinds[stage] else "1")
+            part = below.get(kind, "2" if f"up_blocks.{stage}.attentions" in modules else "1")
             inner = _name_in_block(kind, rest)
             yield f"{'input' if side == 'down' else 'output'}_blocks.{number}.{part}.{inner}", Place((path,))
+
+
+def _count_resnets(modules: Collection[str], side: str) -> list[int]:
+    """Return how many residual blocks each stage of one side of a U-Net has."""
+    block = re.compile(rf"{side}_blocks\.(\d+)\.resnets\.\d+")
+    stages = Counter(int(found[1]) for path in modules if (found := block.fullmatch(path)))
+    return [stages[stage] for stage in range(max(stages, default=-1) + 1)]
 
 
 def _name_in_block(kind: str, rest: str) -> str:
