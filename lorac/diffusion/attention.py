@@ -12,6 +12,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from lorac.argument_types import Bounds
 from lorac.errors import InputMismatch, SiteError
@@ -68,23 +69,42 @@ class AttentionBranch(BranchVariant):
     heads_pattern: Mapping[str, int] = field(default_factory=dict)
 
     patterned = {"heads_pattern": "heads"}  # noqa: RUF012  (a class variable of the base, which the dataclass leaves)
+    crosses = True
+    """Whether the attentions look from pixels at words; if not, from pixels at pixels."""
 
     def for_model(self, view: ModelView, inputs: object = None) -> "AttentionBranch":
         """Return this variant with the number of heads of each attention.
 
         Raises:
-            SiteError: a site is no output projection of an attention with queries, keys and values of its own.
+            SiteError: a site is no output projection of such an attention, or the model has no such attention at all.
         """
+        ours = [path for path, module in view.module.named_modules() if self._is_ours(module)]
+        if not ours:
+            raise SiteError(
+                f"{self.name} acts in {self._kind}, and a {type(view.module).__name__} has none; the methods that use "
+                "it define nothing for pixels and words that attend to one another at once, as in Flux and SD3",
+                next_step="take a U-Net, such as Stable Diffusion's or SDXL's; any pipeline of lorac.diffusion.compile "
+                "takes other adapters for each image, adapters=[...]",
+            )
         found = {site.path: self._count_heads(site, view) for site in self.named_sites(view)}
         return replace(self, heads_pattern=found)
+
+    @property
+    def _kind(self) -> str:
+        return "cross-attention" if self.crosses else "attention of pixels to pixels alone"
+
+    def _is_ours(self, module: nn.Module) -> bool:
+        """Return whether a module is an attention of diffusers in which this branch may stand."""
+        joint = getattr(module, "add_k_proj", None) is not None
+        return getattr(module, "is_cross_attention", None) is self.crosses and not joint
 
     def _count_heads(self, site: Site, view: ModelView) -> int:
         attention = view.module.get_submodule(attention_path(site.path))
         heads = getattr(attention, "heads", None)
-        if not isinstance(heads, int) or not hasattr(attention, "to_k"):
+        if not self._is_ours(attention) or not isinstance(heads, int):
             raise SiteError(
-                f"{self.name} acts at the output projections of diffusers' attentions, and '{site.path}' is none",
-                next_step=f"leave targets= at its default, {self.targets}, for a U-Net of diffusers",
+                f"{self.name} acts at the output projections of {self._kind}, and '{site.path}' is none",
+                next_step=f"leave targets= at its default, {type(self).targets}",
             )
         return heads
 
@@ -189,6 +209,7 @@ class ConceptIsolation(AttentionBranch):
     """
 
     targets: str | Sequence[str] = (SELF,)
+    crosses = False
     regions: Annotated[int, Bounds(1)] = 2
 
     name = "concept_isolation"
@@ -219,8 +240,18 @@ def attention_path(path: str) -> str:
 
 
 def grid_name(path: str) -> str:
-    """Return the name of the value (b, channels, height, width) that the transformer around a site reads."""
-    return f"in:{path.rpartition('.transformer_blocks.')[0]}"
+    """Return the name of the value (b, channels, height, width) that the transformer around a site reads.
+
+    Raises:
+        SiteError: the site is in no transformer of a U-Net.
+    """
+    around = path.rpartition(".transformer_blocks.")[0]
+    if not around:
+        raise SiteError(
+            f"'{path}' is in no transformer of a U-Net, whose input says how many rows and columns of pixels there are",
+            next_step="take a U-Net, such as Stable Diffusion's or SDXL's",
+        )
+    return f"in:{around}"
 
 
 def _output_reads(site: Site) -> tuple[str, ...]:

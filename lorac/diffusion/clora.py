@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorac.diffusion.attention import AttentionMaps, select_maps
 from lorac.diffusion.constraints import RATE, update_rate
-from lorac.diffusion.scheduling import NoiseScheduler, call_rows
+from lorac.diffusion.scheduling import Embeddings, NoiseScheduler, call_rows, find_conditions
 from lorac.errors import InputMismatch
 from lorac.progress import progress
 from lorac.session.api import compile as compile_model
@@ -42,7 +42,7 @@ class ConceptPass:
     """One prediction of the noise in every step.
 
     Attributes:
-        states: of the prompt (tokens, width), by the text encoder with the same adapter.
+        states: of the prompt, by the text encoder with the same adapter.
         negative: of the negative prompt.
         adapter: name of the LoRA that acts; None: none.
         strength: of the LoRA.
@@ -50,8 +50,8 @@ class ConceptPass:
             is taken elsewhere.
     """
 
-    states: Tensor
-    negative: Tensor
+    states: Embeddings
+    negative: Embeddings
     adapter: str | None = None
     strength: float = 1.0
     words: Sequence[int] = ()
@@ -129,6 +129,7 @@ class ContrastiveComposer:
         **options: object,
     ) -> None:
         self.scheduler, self.stride, self.layers = scheduler, stride, tuple(layers)
+        self.conditions = find_conditions(unet)
         self.always = {MAPS: 1.0, **(style or {})}
         adapters: dict[str, AdapterSource] = {MAPS: AttentionMaps(), **loras}
         self.eager: Compiled = compile_model(unet, adapters, active=self.always, aux=["maps"])
@@ -169,7 +170,8 @@ class ContrastiveComposer:
             on_update: gets the step and the loss (b,) of each row before each update.
 
         Raises:
-            InputMismatch: no concept has two maps, or no attention has maps of the size that ``stride`` says.
+            InputMismatch: no concept has two maps, no attention has maps of the size that ``stride`` says, or a prompt
+                lacks what the U-Net takes besides states.
         """
         self.scheduler.set_timesteps(steps)
         latents = latents * self.scheduler.init_noise_sigma
@@ -201,11 +203,11 @@ class ContrastiveComposer:
         return noise.unflatten(0, (-1, len(passes), len(latents)))
 
     def _run(
-        self, program: Compiled, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], prompts: Sequence[Tensor]
+        self, program: Compiled, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], prompts: list[Embeddings]
     ) -> Tensor:
         choices = [self.always | ({} if one.adapter is None else {one.adapter: one.strength}) for one in passes]
         rows = [choices[n % len(choices)] for n in range(len(prompts)) for _ in latents]
-        noise: Tensor = program(**call_rows(self.scheduler, latents, t, prompts), adapters=rows).sample
+        noise: Tensor = program(**call_rows(self.scheduler, latents, t, prompts, self.conditions), adapters=rows).sample
         return noise
 
     @torch.enable_grad()

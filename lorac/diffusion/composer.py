@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorac.diffusion.attention import ConceptIsolation, RegionAttention, rasterise, select_maps
 from lorac.diffusion.constraints import RATE, begin_in_boxes, concept_loss, leak_loss, update_rate
 from lorac.diffusion.regions import Region, write_regions
-from lorac.diffusion.scheduling import NoiseScheduler, call_rows
+from lorac.diffusion.scheduling import Embeddings, NoiseScheduler, call_rows, find_conditions
 from lorac.frontend.model_view import ModelView
 from lorac.progress import progress
 from lorac.session.api import compile as compile_model
@@ -63,6 +63,7 @@ class Composer:
         **options: object,
     ) -> None:
         self.view, self.scheduler, self.stride, self.layers = ModelView.of(unet), scheduler, stride, tuple(layers)
+        self.conditions = find_conditions(unet)
         variants: dict[str, BranchVariant] = {"regions": RegionAttention(regions=regions, tokens=tokens, r=r)}
         if isolates:
             variants["isolation"] = ConceptIsolation(regions=regions)
@@ -77,8 +78,8 @@ class Composer:
     def __call__(  # noqa: PLR0913  (the method's own settings)
         self,
         latents: Tensor,
-        states: Tensor,
-        negative: Tensor,
+        states: Embeddings,
+        negative: Embeddings,
         regions: Sequence[Region],
         *,
         steps: int = 50,
@@ -92,7 +93,7 @@ class Composer:
 
         Args:
             latents: noise of standard deviation 1.
-            states, negative: of the global prompt and its negative (tokens, width).
+            states, negative: of the global prompt and its negative .
             regions: concepts and their places; none: the model's own pictures.
             steps: of the scheduler.
             guidance: factor of classifier-free guidance; 1: none.
@@ -102,7 +103,8 @@ class Composer:
             on_update: gets the step and the loss (b,) of each row before its update.
 
         Raises:
-            InputMismatch: there are more regions than places, or states of another number of tokens.
+            InputMismatch: there are more regions than places, or states of another number of tokens, or
+                a prompt lacks what the U-Net takes besides states.
             AdapterError: the output projection of a concept has a change that is not of the composer's rank.
         """
         self.place(regions)
@@ -120,7 +122,7 @@ class Composer:
 
     def _make_update(
         self,
-        states: Tensor,
+        states: Embeddings,
         regions: Sequence[Region],
         steps: int,
         updates: int,
@@ -151,20 +153,20 @@ class Composer:
         """
         write_regions([self.eager, self.engine], regions, self.view)
 
-    def _predict(self, latents: Tensor, t: Tensor, states: Tensor, negative: Tensor, guidance: float) -> Tensor:
+    def _predict(self, latents: Tensor, t: Tensor, states: Embeddings, negative: Embeddings, guidance: float) -> Tensor:
         prompts = [states] if guidance == 1 else [states, negative]
         guided, *plain = self._run(self.engine, latents, t, prompts).chunk(len(prompts))
         return guided if not plain else plain[0] + guidance * (guided - plain[0])
 
-    def _run(self, program: Compiled, latents: Tensor, t: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def _run(self, program: Compiled, latents: Tensor, t: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
         """Return the predicted noise for latents under each of some prompts, one after the other."""
         for tensors in program.adapters["regions"].tensors.values():
             tensors["groups"].fill_(len(prompts))
-        predicted: Tensor = program(**call_rows(self.scheduler, latents, t, prompts)).sample
+        predicted: Tensor = program(**call_rows(self.scheduler, latents, t, prompts, self.conditions)).sample
         return predicted
 
     @torch.enable_grad()
-    def slope(self, latents: Tensor, t: Tensor, states: Tensor, regions: Sequence[Region]) -> tuple[Tensor, Tensor]:
+    def slope(self, latents: Tensor, t: Tensor, states: Embeddings, regions: Sequence[Region]) -> tuple[Tensor, Tensor]:
         """Return the loss of each row (b,), and its gradient by the latents."""
         latents = latents.detach().requires_grad_()
         self._run(self.eager, latents, t, [states])
@@ -198,7 +200,7 @@ class Composer:
     def _grid(self, latents: Tensor) -> tuple[int, int]:
         return latents.shape[-2] // self.stride, latents.shape[-1] // self.stride
 
-    def _begin(self, latents: Tensor, states: Tensor, regions: Sequence[Region]) -> Tensor:
+    def _begin(self, latents: Tensor, states: Embeddings, regions: Sequence[Region]) -> Tensor:
         """Move noise into the boxes (``begin_in_boxes``)."""
         self._run(self.eager, latents * self.scheduler.init_noise_sigma, self.scheduler.timesteps[0], [states])
         maps = self.maps(latents)

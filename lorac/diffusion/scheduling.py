@@ -1,10 +1,36 @@
-"""The schedulers of diffusers, as far as compositions use them."""
+"""The calls of a U-Net that compositions make: prompts, and the schedulers of diffusers as far as they use them."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lorac.errors import InputMismatch
+from lorac.frontend.inputs.diffusers_models import make_image_inputs
+
+_ADDED = "added_cond_kwargs"
+"""The argument of U-Nets that has conditions by name, beside the prompt's states."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The embeddings of a prompt, where a U-Net takes more of it than its tokens' states.
+
+    Attributes:
+        states: of its tokens (tokens, width).
+        added: the U-Net's ``added_cond_kwargs``, without the axis of rows: for SDXL ``text_embeds`` (width,), the
+            pooled embedding, and ``time_ids`` (6,), the original height and width, top and left of the crop, and the
+            height and width that are wanted, in pixels.
+    """
+
+    states: Tensor
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Embeddings = Tensor | Prompt
+"""A prompt: the states of its tokens (tokens, width), or these and what else the U-Net takes."""
 
 
 class StepResult(Protocol):
@@ -29,9 +55,50 @@ class NoiseScheduler(Protocol):
         """Return the latents before a step, from what the model predicts."""
 
 
-def call_rows(scheduler: NoiseScheduler, latents: Tensor, t: Tensor, prompts: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return a U-Net's arguments for latents (b, …) under each of some prompts (tokens, width), one after the other."""
-    states = [prompt.expand(len(latents), -1, -1) for prompt in prompts]
-    rows = scheduler.scale_model_input(latents, t).repeat(len(states), 1, 1, 1)
-    times = t.float().expand(len(rows))
-    return {"sample": rows, "timestep": times, "encoder_hidden_states": torch.cat(states)}
+def find_conditions(unet: nn.Module) -> frozenset[str] | None:
+    """Return the names of ``added_cond_kwargs`` that a U-Net needs; None where its configuration does not say."""
+    added = make_image_inputs(unet).get(_ADDED)
+    if isinstance(added, Mapping):
+        return frozenset(added)
+    return None if getattr(getattr(unet, "config", None), "addition_embed_type", None) else frozenset()
+
+
+def call_rows(
+    scheduler: NoiseScheduler,
+    latents: Tensor,
+    t: Tensor,
+    prompts: Sequence[Embeddings],
+    conditions: frozenset[str] | None = None,
+) -> dict[str, object]:
+    """Return a U-Net's arguments for latents (b, …) under each of some prompts, one after the other.
+
+    Args:
+        scheduler: of diffusers.
+        latents: of each row.
+        t: the time.
+        prompts: one after the other, for all latents.
+        conditions: as ``find_conditions`` returns them; None: those of the first prompt.
+
+    Raises:
+        InputMismatch: a prompt has other conditions.
+    """
+    given = [one if isinstance(one, Prompt) else Prompt(one) for one in prompts]
+    _check_conditions(given, frozenset(given[0].added) if conditions is None else conditions)
+    rows = scheduler.scale_model_input(latents, t).repeat(len(given), 1, 1, 1)
+    added = {name: torch.cat([one.added[name].expand(len(latents), -1) for one in given]) for name in given[0].added}
+    return {
+        "sample": rows,
+        "timestep": t.float().expand(len(rows)),
+        "encoder_hidden_states": torch.cat([one.states.expand(len(latents), -1, -1) for one in given]),
+        **({_ADDED: added} if added else {}),
+    }
+
+
+def _check_conditions(prompts: Sequence[Prompt], wanted: frozenset[str]) -> None:
+    for prompt in prompts:
+        if prompt.added.keys() != wanted:
+            raise InputMismatch(
+                f"of each prompt the U-Net takes its states and {', '.join(sorted(wanted)) or 'nothing else'}, and one "
+                f"has {', '.join(sorted(prompt.added)) or 'states alone'}",
+                next_step="give every prompt as lorac.diffusion.scheduling.Prompt(states, added={name: tensor})",
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ def small_unet(**fields: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return UNet2DConditionModel(**sizes | fields).eval().requires_grad_(False)
+
+
+def small_unet_xl() -> Any:
+    """Return a U-Net that is conditioned on a pooled embedding and on sizes, as SDXL's is."""
+    sizes = {"addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": WIDTH + 6 * 4}
+    return small_unet(addition_embed_type="text_time", **sizes)
+
+
+def prompt_xl(seed: int) -> Any:
+    """Return a prompt for that."""
+    from lorac.diffusion.scheduling import Prompt
+
+    pooled = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+    sizes = torch.tensor([64.0, 48.0, 0.0, 5.0 * seed, 64.0, 64.0])
+    return Prompt(states(seed), added={"text_embeds": pooled, "time_ids": sizes})
 
 
 def inputs(batch: int = 2, height: int = 8, width: int = 8, *, seed: int = 1) -> dict[str, Tensor]:
@@ -61,6 +77,18 @@ def scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(clip_sample=False)
+
+
+@torch.no_grad()
+def sample_plainly(unet: Any, latents: Tensor, prompts: Sequence[Tensor], steps: int, **added: Any) -> Tensor:
+    """Return what a model alone makes of noise under a prompt and a negative one, with guidance of 3."""
+    times = scheduler()
+    times.set_timesteps(steps)
+    rows = torch.stack([prompt for prompt in prompts for _ in latents])
+    for t in times.timesteps:
+        told, plain = unet(latents.repeat(2, 1, 1, 1), t.float().expand(len(rows)), rows, **added).sample.chunk(2)
+        latents = times.step(plain + 3.0 * (told - plain), t, latents).prev_sample
+    return latents
 
 
 def states(seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from tests.diffusion.small_unet import HEADS, TOKENS, dynamic_shapes, inputs, no
 from tests.limits import assert_apart
 from tests.refusing import refuses
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 BOXES = ((0.0, 0.0, 0.75, 0.5), (0.25, 0.5, 1.0, 1.0))
 VARIANTS = {
     "maps": AttentionMaps(),
@@ -186,9 +186,32 @@ def test_maps_are_probabilities_by_row(unet: Any, eager: lorac.Compiled) -> None
         assert_close(maps, scores.softmax(-1).mean(1))
 
 
-def test_other_layers_are_refused(unet: Any) -> None:
-    with refuses("site_unsupported", match="output projections of diffusers' attentions"):
-        lorac.compile(unet, {"maps": AttentionMaps(targets=["conv_in"])})
+@pytest.mark.parametrize("path", ["conv_in", "attn1.to_out.0"])
+def test_other_layers_are_refused(unet: Any, path: str) -> None:
+    with refuses("site_unsupported", match=r"output projections of cross-attention(.|\n)*attn2\.to_out\.0"):
+        lorac.compile(unet, {"maps": AttentionMaps(targets=[path])})
+
+
+@pytest.mark.parametrize("variant", [AttentionMaps(), RegionAttention()])
+@pytest.mark.parametrize("second", [(), (0,)])
+def test_joint_attention_is_refused(variant: Any, second: tuple[int, ...]) -> None:
+    """SD3's second attention, at the place of a U-Net's cross-attention, is one of pixels to pixels."""
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=4, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
+        caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8, dual_attention_layers=second,
+    )  # fmt: skip
+    with refuses("site_unsupported", match="attend to one another at once"):
+        lorac.compile(model, {"a": variant})
+
+
+def test_regions_need_rows_and_columns_of_pixels() -> None:
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=4, num_layers=1, attention_head_dim=4, num_attention_heads=2, cross_attention_dim=8,
+        norm_num_groups=1, caption_channels=8, use_additional_conditions=False,
+    )  # fmt: skip
+    with refuses("site_unsupported", match="in no transformer of a U-Net"):
+        lorac.compile(model, {"a": RegionAttention()})
+    assert lorac.compile(model, {"a": AttentionMaps()}).adapters
 
 
 @pytest.mark.slow  # one more program; eager mode tests the same formulas above

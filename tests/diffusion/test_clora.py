@@ -11,7 +11,17 @@ from torch import Tensor
 import lorac
 from lorac.diffusion.clora import ConceptPass, ContrastiveComposer, add_background, contrast, fuse, subject_mask
 from lorac.testing.eager_checks import assert_close
-from tests.diffusion.small_unet import SAME, inputs, noisy, scheduler, small_unet, states
+from tests.diffusion.small_unet import (
+    SAME,
+    inputs,
+    noisy,
+    prompt_xl,
+    sample_plainly,
+    scheduler,
+    small_unet,
+    small_unet_xl,
+    states,
+)
 from tests.limits import ROWS, assert_apart, decimals
 from tests.refusing import refuses
 
@@ -91,16 +101,9 @@ def make(composer: ContrastiveComposer, passes: list[ConceptPass], **options: An
     return composer(inputs(2)["sample"], passes, steps=STEPS, guidance=3.0, **options)
 
 
-@torch.no_grad()
 def plainly(unet: Any) -> Tensor:
     """Sampling by the model alone."""
-    steps, latents = scheduler(), inputs(2)["sample"]
-    steps.set_timesteps(STEPS)
-    both = torch.stack([states(1), states(1), states(2), states(2)])
-    for t in steps.timesteps:
-        told, plain = unet(latents.repeat(2, 1, 1, 1), t.float().expand(4), both).sample.chunk(2)
-        latents = steps.step(plain + 3.0 * (told - plain), t, latents).prev_sample
-    return latents
+    return sample_plainly(unet, inputs(2)["sample"], [states(1), states(2)], STEPS)
 
 
 def test_without_loras_it_samples_as_the_model(unet: Any, composer: ContrastiveComposer) -> None:
@@ -108,6 +111,23 @@ def test_without_loras_it_samples_as_the_model(unet: Any, composer: ContrastiveC
     assert torch.equal(make(composer, [ConceptPass(states(1), states(2))]), wanted)
     same = [ConceptPass(states(1), states(2)), ConceptPass(states(1), states(2), "same", 1.0, (1,))]
     assert (make(composer, same) - wanted).abs().max() < ROWS[torch.float32] * wanted.abs().max()
+
+
+def test_an_xl_unet_takes_what_else_a_prompt_has() -> None:
+    unet, latents = small_unet_xl(), inputs(2)["sample"]
+    variant = lorac.LoRA(r=2, targets=["to_q"])
+    composer = ContrastiveComposer(unet, scheduler(), {"cat": variant}, stride=1)
+    given = [ConceptPass(prompt_xl(1), prompt_xl(2)), ConceptPass(prompt_xl(3), prompt_xl(4), "cat", words=(1,))]
+    with torch.no_grad():
+        found = composer.predict(latents, torch.tensor(400), given, 3.0)
+    for noise, seed in zip(found.flatten(0, 1), (1, 3, 2, 4), strict=True):
+        prompt = prompt_xl(seed)
+        added = {name: tensor.expand(2, -1) for name, tensor in prompt.added.items()}
+        wanted = unet(latents, torch.full((2,), 400.0), states(seed).expand(2, -1, -1), added_cond_kwargs=added).sample
+        assert (noise - wanted).abs().max() < ROWS[torch.float32] * wanted.abs().max()
+    composer(latents, given, [[(0, 1), (1, 1)]], steps=1)
+    with refuses("input_mismatch", match="text_embeds, time_ids"):
+        composer(latents, [ConceptPass(prompt_xl(1), states(2))], steps=1)
 
 
 def test_rows_are_passes_one_by_one(

@@ -15,7 +15,19 @@ from lorac.diffusion.constraints import begin_in_boxes, bell, concept_loss, leak
 from lorac.diffusion.regions import Region
 from lorac.testing import assert_parity
 from lorac.testing.eager_checks import assert_close
-from tests.diffusion.small_unet import SAME, TOKENS, WIDTH, inputs, noisy, scheduler, small_unet, states
+from tests.diffusion.small_unet import (
+    SAME,
+    TOKENS,
+    WIDTH,
+    inputs,
+    noisy,
+    prompt_xl,
+    sample_plainly,
+    scheduler,
+    small_unet,
+    small_unet_xl,
+    states,
+)
 from tests.limits import decimals
 from tests.refusing import refuses
 
@@ -94,20 +106,26 @@ def test_noise_moves_into_the_box_and_keeps_its_moments() -> None:
 
 
 # ── The loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-@torch.no_grad()
 def plainly(unet: Any) -> Tensor:
     """Sampling by the model alone."""
-    steps, latents = scheduler(), inputs(1)["sample"]
-    steps.set_timesteps(STEPS)
-    both = torch.stack([states(1), states(2)])
-    for t in steps.timesteps:
-        told, plain = unet(latents.repeat(2, 1, 1, 1), t.float().expand(2), both).sample.chunk(2)
-        latents = steps.step(plain + 3.0 * (told - plain), t, latents).prev_sample
-    return latents
+    return sample_plainly(unet, inputs(1)["sample"], [states(1), states(2)], STEPS)
 
 
 def test_without_regions_it_samples_as_the_model(unet: Any, composer: Composer) -> None:
     assert torch.equal(make(composer, []), plainly(unet))
+
+
+def test_an_xl_unet_takes_what_else_a_prompt_has(regions: list[Region]) -> None:
+    unet, prompts = small_unet_xl(), [prompt_xl(1), prompt_xl(2)]
+    composer, noise = Composer(unet, scheduler(), tokens=TOKENS, r=2, stride=1), inputs(1)["sample"]
+    added = {name: torch.stack([prompt.added[name] for prompt in prompts]) for name in prompts[0].added}
+    wanted = sample_plainly(unet, noise, [states(1), states(2)], STEPS, added_cond_kwargs=added)
+    assert torch.equal(composer(noise, *prompts, [], steps=STEPS, guidance=3.0), wanted)
+    noise = noise.repeat(2, 1, 1, 1)
+    assert torch.equal(composer(noise, *prompts, [], steps=STEPS, guidance=3.0)[1:], wanted)
+    assert not torch.equal(composer(noise, *prompts, regions, steps=STEPS, guidance=3.0)[1:], wanted)
+    with refuses("input_mismatch", match="text_embeds, time_ids, and one has states alone"):
+        composer(noise, prompts[0], states(2), [], steps=1)
 
 
 def test_updates_lower_the_loss_and_fill_the_boxes(composer: Composer, regions: list[Region]) -> None:
@@ -146,6 +164,8 @@ def test_what_does_not_fit_is_refused(unet: Any, composer: Composer, regions: li
     large = lorac.compile(unet, {"large": lorac.LoRA(r=3, targets=["attn2.to_out.0"])}).adapters["large"]
     with refuses("shape_mismatch", match="rank 3"):
         composer.place([Region(LEFT, states(1), states(2), (1,), large)])
+    with refuses("input_mismatch", match="nothing else, and one has text_embeds"):
+        composer(inputs(1)["sample"], prompt_xl(1), states(2), [], steps=1)
     with refuses("input_mismatch", match="no attention that counts has maps of 2 x 2"):
         Composer(unet, scheduler(), tokens=TOKENS, stride=4)(
             inputs(1)["sample"], states(1), states(2), [Region(LEFT, states(1), states(2), (1,))], steps=1
