@@ -163,7 +163,7 @@ def _make_module(entry: JsonMapping) -> nn.Module:
 def _make_other_module(kind: object, entry: JsonMapping) -> nn.Module:
     if kind == "matrices":
         return _class_like(entry.get("class"), MatrixHolder)(entry["transposed"])
-    return _class_like(entry.get("class"), _CONTAINERS.get(str(kind), nn.Module))()
+    return _class_like(entry.get("class"), _CONTAINERS.get(str(kind), nn.Module))()  # type: ignore[arg-type]  # classes are hashable
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:
