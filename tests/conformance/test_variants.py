@@ -72,9 +72,9 @@ def _checks():
 def _thinned(checks):
     """Mark as slow or medium what another check of the same method catches too.
 
-    A method's first host has every check of the first configuration, and of the others what depends on the formula. How
-    a formula reads a weight depends on the kind of site, so the formula itself runs on every kind. What a target gets
-    depends on the normal form, not on the method; nor does what a swap does, or which kinds of sites are refused.
+    A method's first host has every check of the first configuration, and of the others what depends on the formula;
+    that of another rank waits for CI. How a formula reads a weight depends on the kind of site, so the formula itself
+    runs on every kind. What a target gets depends on the normal form, not on the method, and so does what a swap does.
     """
     first = {}
     whole = None
@@ -92,6 +92,7 @@ def _thinned(checks):
             quick = configuration == whole and host.startswith("two_") and method in FORMS
             quick |= str(check).startswith("lora,") and place == "two_embedding-eager-other_sizes"
         medium = quick and configuration != whole and what in OF_FORMULAS - {"formula"}
+        medium |= quick and what == "formula" and configuration != whole and ",r=1" in configuration
         medium |= quick and what in OF_FORMS and method not in SWITCHED
         medium |= quick and what.startswith("onnxruntime") and method != "shira"
         marks = () if quick else pytest.mark.slow

@@ -7,12 +7,12 @@ import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.testing.eager_checks import assert_close
 from tests import parity
-from tests.zoo import SMALL_LLAMA
+from tests.zoo import ZOO
 
 
 @torch.no_grad()
 def test_rms_norms_are_onnxruntimes_own():
-    entry = SMALL_LLAMA
+    entry = ZOO["tiny_llama"]
     model = entry.fresh()
     adapter = lorac.compile(model, {"a": lorac.LNTuning(targets=("norm", "input_layernorm"))}).adapters["a"]
     for name, tensor in adapter.replaced.items():
