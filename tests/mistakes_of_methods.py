@@ -164,6 +164,11 @@ METHODS = [
         lambda w: lorac.MeteoRA.from_loras([]),
         lambda w, said: lorac.MeteoRA.from_loras([w.eager.adapters["sql"]]),
     ),
+    Mistake(
+        "a rank for LoRAs that have one",
+        lambda w: lorac.MeteoRA.from_loras([w.eager.adapters["sql"]], r=4),
+        lambda w, said: lorac.MeteoRA.from_loras([w.eager.adapters["sql"]]),
+    ),
 ]
 
 TRAINING = [

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorac.errors import AdapterError
+from lorac.errors import AdapterError, OptionError
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adapter import Adapter
@@ -179,11 +179,12 @@ class LoraMixture(Variant):
             name: the new adapter's name; default: the method's.
             seed: seed of the fresh tensors.
             sites: paths in the order that the adapter is to have; other paths follow in the LoRAs' order.
-            **fields: fields of the method.
+            **fields: fields of the method, but for targets, ranks and the number of experts.
 
         Raises:
             AdapterError: there is no LoRA, one has more than its two factors on linear layers, or two were made for
                 different models.
+            OptionError: a field is the LoRAs' own.
         """
         name, method = name or cls.name, cls.__name__
         if not adapters:
@@ -192,8 +193,10 @@ class LoraMixture(Variant):
         rank = max(a.shape[0] for source in sources for a, _ in source.values())
         known = dict.fromkeys(path for source in sources for path in source)
         paths = tuple(dict.fromkeys([*(path for path in sites if path in known), *known]))
-        ranks = dict.fromkeys(cls.rank_fields, rank)
-        variant = cls(targets=paths, experts=len(sources), **ranks, **fields)  # type: ignore[call-arg, arg-type]  # checked by the class
+        found = {"targets": paths, "experts": len(sources), **dict.fromkeys(cls.rank_fields, rank)}
+        if own := [field for field in fields if field in found]:
+            raise OptionError(f"{method}.from_loras takes '{own[0]}' from the LoRAs", next_step=f"leave {own[0]}= out")
+        variant = cls(**found, **fields)  # type: ignore[arg-type]  # checked by the class
         generator, shared = torch.Generator().manual_seed(seed), dict[str, Tensor]()
         tensors = {}
         for path in paths:
