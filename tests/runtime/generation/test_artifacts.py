@@ -32,9 +32,10 @@ def words() -> Any:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program with a tokenizer."""
     made = tmp_path_factory.mktemp("generation") / "text"
-    compiled("llama").save(made, tokenizer=words())
+    lorac.load(llama_folder).save(made, tokenizer=words())
     return made
 
 
@@ -72,8 +73,9 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
         _ = loaded.tokenizer
 
 
-def test_what_is_loaded_knows_how_its_model_generates(folder: Path) -> None:
+def test_what_is_loaded_knows_how_its_model_generates(tmp_path: Path) -> None:
     """Over a cache it goes on as the model did; what the manifest says is all that is asked."""
+    compiled("llama").save(folder := tmp_path / "eager")
     told = parse_object((folder / "manifest.json").read_text(), AssertionError)["components"]["main"]
     assert told["generation"]["eos_token_id"] == 2
     loaded = lorac.load(folder)

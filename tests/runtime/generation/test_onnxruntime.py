@@ -11,6 +11,7 @@ import torch
 
 import lorac
 from lorac.testing.eager_checks import assert_close
+from tests.decoders import VOCABULARY
 from tests.refusing import refuses
 from tests.runtime.generation.test_artifacts import words
 from tests.runtime.generation.texts import FAMILIES, LENGTHS, WRITTEN_OUT, adapted, padded, prompts
@@ -97,14 +98,9 @@ def test_positions_end() -> None:
 
 
 @pytest.fixture(scope="module")
-def small() -> Any:
+def small(llama_folder: Path) -> Any:
     """Return a model with few positions, and its table of angles."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
-    return lorac.compile(transformers.LlamaForCausalLM(config).eval(), target="onnxruntime", cache=True)
+    return lorac.load(llama_folder)
 
 
 def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
@@ -126,7 +122,7 @@ def test_a_call_without_numbers(small: Any) -> None:
     for value in ("a text", ["a"], [[3, 4], [5]]):
         with refuses("choice_error", match="'input_ids' is not an array of numbers"):
             small(input_ids=value)
-    assert small(input_ids=[[3, 4]]).logits.shape == (1, 2, 96)
+    assert small(input_ids=[[3, 4]]).logits.shape == (1, 2, VOCABULARY)
 
 
 def test_a_row_without_a_token_beside_others(small: Any) -> None:
@@ -138,6 +134,6 @@ def test_a_row_without_a_token_beside_others(small: Any) -> None:
 
 def test_a_call_ends_where_positions_do(small: Any) -> None:
     ids = torch.full((1, 65), 5)
-    assert small(input_ids=ids[:, 1:]).logits.shape == (1, 64, 96)
+    assert small(input_ids=ids[:, 1:]).logits.shape == (1, 64, VOCABULARY)
     with pytest.raises(lorac.InputMismatch, match="65 tokens are more than the model has positions for: 64"):
         small(input_ids=ids)
