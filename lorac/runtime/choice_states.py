@@ -28,6 +28,7 @@ from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import Charge
 from lorac.target.placed_engine import PlacedEngine
 
+_AS_TRAINED = Active()
 _MAX_MIXTURES = 8
 """Kept states of mixtures and strengths, whatever the room."""
 _MAX_TOGETHER = 4
@@ -207,7 +208,7 @@ class ChoiceStates:
         self._base_program = self._base_program if choice else state.bound
         drop = functools.partial(self._let_go, choice)
         self._pool.budget.keep((id(self), choice), state.charge, drop, kept.is_in_use)
-        mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != Active())]
+        mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != _AS_TRAINED)]
         for oldest in mixtures[:-_MAX_MIXTURES]:
             self._drop(oldest)
         return kept.hand_out()
@@ -249,20 +250,34 @@ class ChoiceStates:
             reader = self._find_reader(choice[0][0], entry) if state is None else None
             if reader is None:
                 return state
-            begun = time.monotonic()
-            memory = torch.empty(reader.layout.nbytes, dtype=torch.uint8)
-            charge, base = self._pool.budget.charge([memory]), self.of(()).bound
-            if base is None or not reader.read(memory):
+            begun, base = time.monotonic(), self.of(()).bound
+            read = None if base is None else self._read_slots(reader)
+            if base is None or read is None:
                 return None
             self._pool.read_seconds.append(time.monotonic() - begun)
+            slots, charge = read
             layout, versions = reader.layout, self._pool.read_versions((entry,))
-            bound = self._engine.bind_places(base.content, layout.view(memory))  # type: ignore[arg-type]  # its own
+            bound = self._engine.bind_places(base.content, layout.view(slots))  # type: ignore[arg-type]  # its own
             snapshot = ComposedWeights(choice, layout.sites)
             return self._keep(ChoiceState(snapshot, bound, self._pool, (entry,), versions, layout.nbytes, charge))
 
+    def _read_slots(self, reader: SlotReader) -> tuple[Tensor, Charge] | None:
+        """Return the contents of slots and their memory's charge, if they can be read.
+
+        Room is made first: reading into memory that was just let go of is faster than into new memory.
+        """
+        charge = self._pool.budget.claim(reader.layout.nbytes)
+        try:
+            memory = torch.empty(reader.layout.nbytes, dtype=torch.uint8)
+            charge.cover([memory])
+            return (memory, charge) if reader.read(memory) else None
+        except BaseException:
+            charge.resize(0)  # the error's traceback holds it
+            raise
+
     def _find_stored(self, choice: Choice) -> PoolEntry | None:
         """Return the entry of a choice that is one adapter on disk as it is, else None."""
-        alone = len(choice) == 1 and choice[0][1] == Active()
+        alone = len(choice) == 1 and choice[0][1] == _AS_TRAINED
         entry = self._pool.entries.get(choice[0][0]) if alone else None
         return entry if entry is not None and entry.adapter is None else None
 

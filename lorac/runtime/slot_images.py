@@ -6,7 +6,9 @@ straight into the slots, that is worth it only for an adapter that is let go of 
 it lies with the adapters, and its space is free when the process ends, however that ends.
 """
 
+import collections
 import contextlib
+import itertools
 import os
 import tempfile
 import threading
@@ -21,6 +23,9 @@ from lorac.adapters.pool import PoolEntry
 from lorac.adapters.stored import SlotLayout, StoredAdapter
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.storage.tensor_file import raw_bytes
+
+_AT_ONCE = 1024
+"""Parts of memory that a call of the system takes, IOV_MAX of Linux and macOS."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -119,18 +124,23 @@ class SlotImages:
 
 
 def _write_image(file: int, image: SlotImage, tensors: Mapping[str, Tensor]) -> None:
-    offset, end = image.offset, image.offset + image.layout.nbytes
-    os.ftruncate(file, max(end, os.fstat(file).st_size))  # behind the last tensor is what aligns the next
+    parts = collections.deque[memoryview | bytes]()
     for stack, names in image.layout.stacks:
         for slot in names:
-            _write(file, raw_bytes(tensors[slot]), offset)
-            offset += stack.nbytes // stack.count
+            values = raw_bytes(tensors[slot])
+            parts += (values, bytes(stack.nbytes // stack.count - len(values)))  # which aligns the next
+    _write(file, parts, image.offset)
 
 
-def _write(file: int, values: memoryview, offset: int) -> None:
-    while values:
-        count = os.pwrite(file, values, offset)
-        values, offset = values[count:], offset + count
+def _write(file: int, parts: collections.deque[memoryview | bytes], offset: int) -> None:
+    """Write parts one behind the other, as many at once as there may be: a file system keeps them in larger pages."""
+    while parts:
+        left = os.pwritev(file, [*itertools.islice(parts, _AT_ONCE)], offset)
+        offset += left
+        while parts and left >= len(parts[0]):
+            left -= len(parts.popleft())
+        if left:
+            parts[0] = parts[0][left:]
 
 
 def _read(file: int, memory: memoryview, offset: int) -> bool:

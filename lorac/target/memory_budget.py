@@ -35,6 +35,16 @@ class Charge:
         self._budget = budget
         self.blocks: tuple[Block, ...] = ()
 
+    def cover(self, tensors: Iterable[Tensor]) -> None:
+        """Count the memory of tensors instead; what is counted already counts once.
+
+        Raises:
+            OverBudget: there is no room for it, whatever is let go of; then nothing changes.
+        """
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        blocks = dict.fromkeys((storage.data_ptr(), storage.nbytes()) for storage in storages)
+        self._budget.exchange(self, tuple(block for block in blocks if block[1]))
+
     def resize(self, nbytes: int) -> None:
         """Change the number of bytes of memory that is counted without an address, such as a cache's.
 
@@ -90,8 +100,12 @@ class MemoryBudget:
         check_type(
             limit, (int, type(None)), "the limit of a memory budget", next_step="give a number of bytes, or None"
         )
-        self._make_room(0, limit)
-        self._limit = limit
+        before, self._limit = self._limit, limit  # at once, so that no other thread takes what is made free
+        try:
+            self._make_room(0, limit)
+        except OverBudget:
+            self._limit = before
+            raise
 
     @property
     def used(self) -> int:
@@ -101,15 +115,13 @@ class MemoryBudget:
             return self._used
 
     def charge(self, tensors: Iterable[Tensor]) -> Charge:
-        """Count the memory of tensors until the returned object is gone; what is counted already counts once.
+        """Count the memory of tensors until the returned object is gone (``Charge.cover``).
 
         Raises:
             OverBudget: there is no room for it, whatever is let go of. Then nothing was.
         """
         charge = Charge(self)
-        storages = (tensor.untyped_storage() for tensor in tensors)
-        blocks = dict.fromkeys((storage.data_ptr(), storage.nbytes()) for storage in storages)
-        self.exchange(charge, tuple(block for block in blocks if block[1]))
+        charge.cover(tensors)
         return charge
 
     def claim(self, nbytes: int) -> Charge:
