@@ -11,7 +11,6 @@ import pytest
 
 import lorac
 from tests.refusing import refuses
-from tests.runtime.artifacts import make_compiled
 from tests.zoo import ZOO
 
 MODEL = ZOO["plain_mlp"].model
@@ -61,8 +60,8 @@ def test_a_folder_in_a_files_place(adapter: lorac.Adapter, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "it"]
 
 
-def test_an_artifact_that_cannot_be_written_or_read(tmp_path: Path, monkeypatch: Any) -> None:
-    compiled, _ = make_compiled("plain_mlp", "eager", "live")
+def test_an_artifact_that_cannot_be_written_or_read(llama_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    compiled = lorac.load(llama_folder)
     (tmp_path / "file").write_text("x")
     with pytest.raises(lorac.ArtifactError, match=r"file.* cannot be written"):
         compiled.save(tmp_path / "file" / "below")

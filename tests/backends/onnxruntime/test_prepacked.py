@@ -26,19 +26,20 @@ LOAD = "import sys, lorac; lorac.load(sys.argv[1], prepacked=sys.argv[2], thread
 
 
 @pytest.fixture(scope="module", params=["float32", "int4"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(request: pytest.FixtureRequest, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A program with a cache and two adapters."""
+    if request.param == "float32":
+        return llama_folder
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 128}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
-    adapters = {"a": lorac.LoRA(r=3, targets="all-linear"), "b": lorac.LoRA(r=5, targets=["q_proj", "down_proj"])}
+    adapters = {"one": lorac.LoRA(r=3, targets="all-linear"), "two": lorac.LoRA(r=5, targets=["q_proj", "down_proj"])}
     trained = lorac.compile(model, adapters).adapters
     for adapter in trained.values():
         for tensor in adapter.parameters():
             tensor.data.normal_(0, 0.1)
-    weights = {} if request.param == "float32" else {"weights": request.param}
     compiled = lorac.compile(
-        model, trained, target="onnxruntime", active="a", cache=True, self_test=False, **weights, **ONE_THREAD
+        model, trained, target="onnxruntime", cache=True, weights=request.param, self_test=False, **ONE_THREAD
     )
     folder = tmp_path_factory.mktemp("artifact") / "saved"
     compiled.save(folder)
@@ -49,10 +50,10 @@ def _answers(compiled: lorac.Compiled) -> list[torch.Tensor]:
     """Return a program's answers: generated text for every choice, after swaps, and with a choice for each row."""
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     answers = []
-    for choice in ("a", "b", None, {"a": 0.5, "b": 0.25}, "a"):
+    for choice in ("one", "two", None, {"one": 0.5, "two": 0.25}, "one"):
         compiled.swap(choice)
         answers += compiled.generate(input_ids=IDS, **options).logits
-    return [*answers, compiled(input_ids=IDS, adapters=["b", None]).logits]
+    return [*answers, compiled(input_ids=IDS, adapters=["two", None]).logits]
 
 
 def _sessions(folder: Path) -> list[Path]:
