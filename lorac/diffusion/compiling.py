@@ -5,10 +5,11 @@ from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorac.argument_types import describe_value
-from lorac.diffusion.parts import PipelinePart, as_captured, find_parts, make_part_inputs
+from lorac.diffusion.parts import PipelinePart, as_captured, find_parts, make_part_inputs, upcasts, widen
 from lorac.diffusion.pipeline import CompiledPipeline, Pipeline, make_pipeline_class
 from lorac.diffusion.running_call import RunningCall
 from lorac.errors import ChoiceError, CompileError, OptionError, nearest_name
@@ -42,7 +43,8 @@ def compile(
     Raises:
         LoracError: a subclass, see ``lorac.errors``.
     """
-    models = _select(pipeline, parts)
+    models = {name: widen(model) for name, model in _select(pipeline, parts).items()}
+    _check_dtype(models, options.get("dtype"))
     given = example_inputs or {}
     unknown = sorted(given.keys() - models.keys())
     if unknown:
@@ -55,6 +57,16 @@ def compile(
     made = {name: inputs for name, model in captured.items() if (inputs := make_part_inputs(model)) is not None}
     compiled = compile_models(captured, adapters, target, {**made, **given}, **options)
     return _place(pipeline, compiled, captured)
+
+
+def _check_dtype(models: Mapping[str, nn.Module], dtype: object) -> None:
+    """Refuse float16 for a VAE that overflows in it, before a picture is lost to that."""
+    found = [name for name, model in models.items() if upcasts(model)]
+    if dtype in (torch.float16, "float16") and found:
+        raise OptionError(
+            f"'{found[0]}' of the pipeline overflows in float16 (its configuration says force_upcast)",
+            next_step="give pipeline.to(torch.float16) and no dtype=: all but the VAE is compiled in float16 then",
+        )
 
 
 def place_parts(pipeline: Pipeline, compiled: Compiled) -> CompiledPipeline:
@@ -76,7 +88,7 @@ def place_parts(pipeline: Pipeline, compiled: Compiled) -> CompiledPipeline:
             next_step="compile models by their names in the pipeline, as lorac.diffusion.compile does",
         )
     models = {name: pipeline.components[name] for name in compiled.traits}
-    return _place(pipeline, compiled, {name: m for name, m in models.items() if isinstance(m, nn.Module)})
+    return _place(pipeline, compiled, {name: widen(m) for name, m in models.items() if isinstance(m, nn.Module)})
 
 
 def _place(pipeline: Pipeline, compiled: Compiled, models: Mapping[str, nn.Module]) -> CompiledPipeline:

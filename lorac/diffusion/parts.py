@@ -1,10 +1,12 @@
 """The models of a pipeline, as they are compiled, and what stands in their places afterwards."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lorac.diffusion.running_call import RunningCall
@@ -19,6 +21,7 @@ from lorac.session.compiled import Compiled
 
 _LEFT = frozenset({"safety_checker", "image_encoder", "feature_extractor", "controlnet"})
 """Models of pipelines that adapters do not change."""
+_HALVES = (torch.float16, torch.bfloat16)
 _HIDDEN_STATES = "output_hidden_states"
 _READ_BY_LAYER = frozenset({"clip_text_model", "clip"})
 """Text encoders of which pipelines read the states of an inner layer."""
@@ -28,6 +31,17 @@ def find_parts(components: Mapping[str, object]) -> dict[str, nn.Module]:
     """Return the models of a pipeline to compile: the denoiser, the VAE and the text encoders."""
     found = {name: part for name, part in components.items() if isinstance(part, nn.Module) and name not in _LEFT}
     return {name: model for name, model in found.items() if is_diffusers(model) or is_hugging_face(model)}
+
+
+def widen(model: nn.Module) -> nn.Module:
+    """Return a VAE that overflows in half precision (``force_upcast``) as a copy in float32, other models unchanged."""
+    halves = any(parameter.dtype in _HALVES for parameter in model.parameters())
+    return copy.deepcopy(model).float() if upcasts(model) and halves else model
+
+
+def upcasts(model: nn.Module | None) -> bool:
+    """Return whether a model is a VAE that diffusers computes in float32, whatever the pipeline's dtype."""
+    return bool(getattr(getattr(model, "config", None), "force_upcast", False))
 
 
 def as_captured(model: nn.Module) -> nn.Module:
@@ -81,7 +95,7 @@ class PipelinePart:
 
     def decode(self, z: Any, return_dict: bool = True, generator: object = None) -> Any:
         """Decode latents as the VAE does, which draws no random numbers from the generator."""
-        return self(z, return_dict=return_dict)
+        return self(z.to(self.component.dtype), return_dict=return_dict)
 
     def encode(self, x: Any, return_dict: bool = True) -> Any:
         """Encode images as the original VAE does; adapters act on the decoder.
@@ -95,6 +109,18 @@ class PipelinePart:
                 next_step="give the pipeline its own VAE before the compiled models are placed in it",
             )
         return self._model.encode(x, return_dict=return_dict)  # type: ignore[operator]  # a method of VAEs
+
+    def to(self, *args: Any, **kwargs: Any) -> "PipelinePart":
+        """Return the part, which stays where and what it was compiled for; a VAE in float32 whatever dtype is wanted.
+
+        Raises:
+            Unavailable: another dtype or device.
+        """
+        if upcasts(self._model) and self.component.dtype == torch.float32:
+            args = tuple(value for value in args if not isinstance(value, torch.dtype))
+            kwargs.pop("dtype", None)
+        self.component.to(*args, **kwargs)
+        return self
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:

@@ -191,7 +191,7 @@ class CompiledPipeline:
         """
         for part in vars(self).values():
             if isinstance(part, PipelinePart):
-                part.component.to(*args, **kwargs)
+                part.to(*args, **kwargs)
         super().to(*args, **kwargs)  # type: ignore[misc]  # the pipeline's
         return self
 

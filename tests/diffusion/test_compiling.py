@@ -16,7 +16,7 @@ from examples.pipelines import KINDS, build
 from tests.pipelines import TARGETS, paint
 from tests.refusing import refuses
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 SAME = 1e-4
 """Of pixels from 0 to 1: a 39th of the smallest step that an 8-bit image knows."""
 EMITTED = [pytest.param("onnxruntime", marks=pytest.mark.slow)]
@@ -104,6 +104,24 @@ def test_a_scale_in_the_call_multiplies_all_strengths(folder: Path) -> None:
     flux = compiled("flux", folder, "eager")
     flux.compiled.swap("two")
     assert np.array_equal(paint(flux, joint_attention_kwargs={"scale": 0.0}), paint(original("flux", folder)))
+
+
+@pytest.mark.filterwarnings("ignore:.upcast_vae. is deprecated:FutureWarning")  # diffusers' pipeline calls it itself
+def test_a_vae_that_overflows_in_half_precision_is_computed_in_float32(folder: Path) -> None:
+    half = build("stable_diffusion_xl", folder).to(torch.float16)
+    made = lorac.diffusion.compile(half)
+    assert made.unet.dtype == half.vae.dtype == torch.float16 and made.vae.dtype == torch.float32
+    assert abs(paint(made) - paint(half)).max() <= torch.finfo(torch.float16).eps
+    assert made.to(torch.float16) is made
+    with refuses("unavailable", match="compiled for torch.float16"):
+        made.to(torch.float32)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    repaint = diffusers.StableDiffusionXLImg2ImgPipeline(**half.components)
+    again = lorac.diffusion.place_parts(repaint, made.compiled)
+    found, wanted = (paint(one, image=image, strength=0.7, height=None, width=None) for one in (again, repaint))
+    assert abs(found - wanted).max() <= torch.finfo(torch.float16).eps
+    with refuses("option_error", match="overflows in float16"):
+        lorac.diffusion.compile(original("stable_diffusion_xl", folder), dtype="float16")
 
 
 def test_a_number_of_choices_that_is_not_that_of_the_prompts_is_refused(folder: Path) -> None:
