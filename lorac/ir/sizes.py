@@ -126,14 +126,18 @@ class SizeConstraints:
         )
 
     def find_other(self, sizes: AxisSizes) -> dict[Axis, int] | None:
-        """Return admitted sizes near an example's that differ along as many axes as possible; None without any."""
-        for change in _CHANGES:
-            if sizes and self.admits(tried := {axis: change(size) for axis, size in sizes.items()}):
-                return tried
-        found = dict(sizes)
+        """Return admitted sizes near an example's that differ along as many axes as possible; None without any.
+
+        Groups of axes change by themselves, each as little as it may, since the model runs at these sizes: rows next to
+        sides that grow by eights would grow by eight, too. Where conditions tie groups, all change alike.
+        """
+        apart = dict(sizes)
         for group in self._group_axes(sizes):
-            tries = (found | {axis: change(found[axis]) for axis in group} for change in _CHANGES)
-            found = next((tried for tried in tries if self.admits(tried)), found)
+            tries = (apart | {axis: change(apart[axis]) for axis in group} for change in _CHANGES)
+            apart = next((tried for tried in tries if self.admits(tried)), apart)
+        alike = ({axis: change(size) for axis, size in sizes.items()} for change in _CHANGES)
+        together = next((tried for tried in alike if self.admits(tried)), dict(sizes))
+        found = max(apart, together, key=lambda tried: sum(tried[axis] != size for axis, size in sizes.items()))
         return None if found == sizes else found
 
     def find_smallest(self, sizes: AxisSizes) -> list[dict[Axis, int]]:

@@ -63,6 +63,10 @@ def test_other_sizes_keep_equal_what_must_be_equal_and_meet_every_condition():
     assert patches.find_other({("x", 0): 32}) == {("x", 0): 48}
     double = SizeConstraints(shapes={"x": (None,), "y": (None,)}, conditions=("x[0] == 2*y[0]",))
     assert double.find_other({("x", 0): 4, ("y", 0): 2}) == {("x", 0): 8, ("y", 0): 4}
+    image = SizeConstraints(shapes={"x": (None, None)}, conditions=("x[1] % 8 == 0",))
+    assert image.find_other({("x", 0): 2, ("x", 1): 16}) == {("x", 0): 3, ("x", 1): 24}, (
+        "rows change by one, not by eight"
+    )
     assert SizeConstraints(shapes={"x": (2,)}).find_other({}) is None
 
 
