@@ -93,7 +93,7 @@ class Composer:
 
         Args:
             latents: noise of standard deviation 1.
-            states, negative: of the global prompt and its negative .
+            states, negative: of the global prompt and its negative.
             regions: concepts and their places; none: the model's own pictures.
             steps: of the scheduler.
             guidance: factor of classifier-free guidance; 1: none.

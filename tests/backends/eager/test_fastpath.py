@@ -37,6 +37,15 @@ def test_an_adapter_inside_one_is_not_passed_by(target: str, gradients: bool, mo
         (assert_close if gradients else assert_equal)(compiled(x), model(x))
 
 
+@torch.no_grad()
+def test_a_model_may_be_such_a_layer(model: nn.Module) -> None:
+    layer, x = model.get_submodule("0.layers.0"), torch.randn(2, 5, 16, dtype=torch.float64)
+    adapter = adapter_away(lorac.LoRA(r=2, targets=["linear1"]), layer, x, name="a", seed=1)
+    assert_parity(
+        lorac.compile(layer, {"a": adapter})(x), lorac.compile(layer, {"a": adapter}, mode="baked")(x), layer(x)
+    )
+
+
 def test_it_trains_in_evaluation_mode(model: nn.Module) -> None:
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=["linear1"])})
     compiled(torch.randn(2, 5, 16, dtype=torch.float64)).sum().backward()
