@@ -1,6 +1,6 @@
 # Everything needed is made by the target that needs it: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help demo denoiser wheel-native test test-ci test-slow test-gpu durations soak soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
+.PHONY: help demo denoiser wheel-native test test-ci test-slow test-gpu durations soak soak-bank soak-serve kill fuzz experiments check types docs pictures format bench zoo mutants latest lock clean
 SHELL := /bin/bash
 
 # Tried by running it: a version manager's shim may exist without a Python behind it.
@@ -50,6 +50,9 @@ OPERATIONS ?= 1000000
 SEED ?= 0
 soak: $(STAMP) ## Swap, add, call, fail and be interrupted a million times; SEED= and OPERATIONS= choose
 	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.soak --operations $(OPERATIONS) --seed $(SEED)
+
+soak-bank: $(STAMP) ## The same to adapters on disk under a budget, which are read, let go of and exchanged
+	OMP_NUM_THREADS=1 $(BIN)/python -m campaigns.soak_bank --operations $(OPERATIONS) --seed $(SEED)
 
 REQUESTS ?= 20000
 soak-serve: $(STAMP) ## Send thousands of requests to a scheduler, and over HTTP; SEED= and REQUESTS= choose

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import psutil
 import torch
@@ -135,10 +135,9 @@ class Model:
     def __init__(
         self, target: str, mode: str, adapters: dict[str, lorac.Adapter], choices: Sequence[Any], folder: Path
     ) -> None:
-        self.target, self.choices, self.folder = target, choices, folder
-        self.fresh: Callable[[Any], lorac.Compiled] = lambda choice: _compiled(target, mode, adapters, active=choice)
-        self.compiled = self.fresh(None)
+        self.target, self.mode, self.choices, self.folder = target, mode, choices, folder
         self.adapters = adapters
+        self.compiled = self.fresh(None)
         self.compiled.save(folder / "start")
         self.stored = {str(choice): bits(self._loaded(choice)(tokens=X)) for choice in choices}
         # An emitted program answers as it does when stored; eager runs the host, and a stored program rounds otherwise.
@@ -151,6 +150,10 @@ class Model:
         self.expected.update({str(rows): bits(alone(tokens=X, adapters=rows)) for rows in self.rows})
         buffers = self.compiled.engine.buffers if mode == "fused" else {}
         self.flaky = [Flaky(buffer, "write") for buffer in buffers.values()] or [Flaky(self.compiled.engine, "bind")]
+
+    def fresh(self, choice: Any) -> lorac.Compiled:
+        """Compile a model with a choice active."""
+        return compile_host(self.target, self.mode, self.adapters, active=choice)
 
     def _loaded(self, choice: Any) -> lorac.Compiled:
         loaded = lorac.load(self.folder / "start")
@@ -165,7 +168,8 @@ class Model:
         return loaded.active == self.compiled.active and bits(loaded(tokens=X)) == self.stored[str(spec)]
 
 
-def _compiled(target: str, mode: str, adapters: Any, **rest: Any) -> lorac.Compiled:
+def compile_host(target: str, mode: str, adapters: Any, **rest: Any) -> lorac.Compiled:
+    """Compile the host, which has the same weights each time."""
     torch.manual_seed(0)
     more = {"threads": 1, "self_test": False} if target == "onnxruntime" else {}
     return lorac.compile(Host().eval(), adapters, target, {"tokens": X}, mode, **more, **rest)
@@ -175,29 +179,34 @@ def _active(choice: Any) -> dict[str, float]:
     return {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
 
 
-class Soak:
+def make_models(methods: Sequence[str], folder: Path) -> list[Model]:
+    """Return a model for each engine, with adapters of some of METHODS."""
+    torch.manual_seed(0)
+    host = Host().double().eval()
+    adapters = {name: adapter_away(METHODS[name], host, X, name=name, seed=index) for index, name in enumerate(methods)}
+    mixtures = [choice for choice in MIXTURES if choice.keys() <= adapters.keys()]
+    choices = [None, *adapters, *mixtures]
+    models = []
+    for target, mode in ENGINES:
+        (folder / f"{target}-{mode}").mkdir()
+        with torch.no_grad():  # else eager computes from the tensors that train, and rounds otherwise
+            models.append(Model(target, mode, adapters, choices, folder / f"{target}-{mode}"))
+    return models
+
+
+M = TypeVar("M", bound=Model)
+
+
+class Soak(Generic[M]):
     """One process' share.
 
     Args:
         seed: of everything random.
-        methods: names of METHODS.
-        folder: an empty folder.
+        models: what operations are on.
     """
 
-    def __init__(self, seed: int, methods: Sequence[str], folder: Path) -> None:
-        torch.manual_seed(0)
-        host = Host().double().eval()
-        adapters = {
-            name: adapter_away(METHODS[name], host, X, name=name, seed=index) for index, name in enumerate(methods)
-        }
-        mixtures = [choice for choice in MIXTURES if choice.keys() <= adapters.keys()]
-        choices = [None, *adapters, *mixtures]
-        self.chance, self.count = random.Random(seed), Counter[str]()
-        self.models = []
-        for target, mode in ENGINES:
-            (folder / f"{target}-{mode}").mkdir()
-            with torch.no_grad():  # else eager computes from the tensors that train, and rounds otherwise
-                self.models.append(Model(target, mode, adapters, choices, folder / f"{target}-{mode}"))
+    def __init__(self, seed: int, models: Sequence[M]) -> None:
+        self.chance, self.count, self.models = random.Random(seed), Counter[str](), models
         self.swaps = [self._swap] * 20 + [self._failing_swap] * 2 + [self._interrupted] * 2
         signal.signal(signal.SIGALRM, _interrupt)
 
@@ -214,11 +223,11 @@ class Soak:
     def _done(self) -> int:
         return sum(number for kind, number in self.count.items() if not kind.startswith(("wrong", "untyped", "hang")))
 
-    def _round(self, model: Model) -> None:
+    def _round(self, model: M) -> None:
         """One model for a while: this thread swaps, others add and call."""
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         stop = threading.Event()
-        others: list[Callable[[Model, random.Random], None]] = [self._add, *[self._call] * CALLERS]
+        others: list[Callable[[M, random.Random], None]] = [self._add, *[self._call] * CALLERS]
         threads = [
             threading.Thread(target=self._until, args=(stop, model, work, random.Random(self.chance.random())))
             for work in others
@@ -234,7 +243,7 @@ class Soak:
         self._typed(self._save, model)
         faulthandler.cancel_dump_traceback_later()
 
-    def _until(self, stop: threading.Event, model: Model, work: Callable[..., None], chance: random.Random) -> None:
+    def _until(self, stop: threading.Event, model: M, work: Callable[..., None], chance: random.Random) -> None:
         while not stop.is_set():
             self._typed(work, model, chance)
 
@@ -257,12 +266,12 @@ class Soak:
 
     # --- the swapping thread's ---------------------------------------------------------------------------------
 
-    def _swap(self, model: Model) -> None:
+    def _swap(self, model: M) -> None:
         choice = self.chance.choice(model.choices)
         model.compiled.swap(choice)
         self._held(f"swap, {model.target}", bits(model.compiled(tokens=X)) == model.expected[str(choice)])
 
-    def _failing_swap(self, model: Model) -> None:
+    def _failing_swap(self, model: M) -> None:
         """Weights are written for this choice and then fail, or it is kept from being bound."""
         before, choice = model.compiled.active, self.chance.choice(model.choices)
         flaky = self.chance.choice(model.flaky)
@@ -271,21 +280,19 @@ class Soak:
             model.compiled.swap(choice)
         except Injected:
             choice = next(known for known in model.choices if _active(known) == before)
-        flaky.disarm()
+        finally:
+            flaky.disarm()
         right = bits(model.compiled(tokens=X)) == model.expected[str(choice)]
         self._held("failing swap", right and model.compiled.active == _active(choice))
 
-    def _interrupted(self, model: Model) -> None:
+    def _interrupted(self, model: M) -> None:
         """Send a signal within a swap or a call, or after it."""
         before, choice = model.compiled.active, self.chance.choice(model.choices)
         own = self.chance.random() < 0.3
         choice = self.chance.choice(model.rows) if own and self.chance.random() < 0.5 else choice
         try:
             signal.setitimer(signal.ITIMER_REAL, self.chance.uniform(1e-5, 2e-3))
-            if own:
-                model.compiled(tokens=X, adapters=choice)
-            else:
-                model.compiled.swap(choice)
+            self._call_or_swap(model, own, choice)
             signal.setitimer(signal.ITIMER_REAL, 0)
         except Interrupted:
             self.count["interrupts that hit"] += 1
@@ -296,12 +303,18 @@ class Soak:
         right = bits(model.compiled(tokens=X)) == model.expected[str(there)]
         self._held("interrupted", right and active in (before, before if own else _active(choice)))
 
-    def _save(self, model: Model) -> None:
+    def _call_or_swap(self, model: M, own: bool, choice: Any) -> None:
+        if own:
+            model.compiled(tokens=X, adapters=choice)
+        else:
+            model.compiled.swap(choice)
+
+    def _save(self, model: M) -> None:
         self._held("save and load", model.saved_and_loaded())
 
     # --- the others' -------------------------------------------------------------------------------------------
 
-    def _call(self, model: Model, chance: random.Random) -> None:
+    def _call(self, model: M, chance: random.Random) -> None:
         if chance.random() < 0.7:
             self._held(f"call, {model.target}", bits(model.compiled(tokens=X)) in model.known)
             return
@@ -310,7 +323,7 @@ class Soak:
         right = bits(model.compiled(tokens=X, adapters=choice)) == model.expected[str(choice)]
         self._held(f"call of {kind}, {model.target}", right)
 
-    def _add(self, model: Model, chance: random.Random) -> None:
+    def _add(self, model: M, chance: random.Random) -> None:
         """Add an adapter under a name of its own, call it, remove it; and one that fails half-way."""
         name, given = chance.choice(("new", "items", "a.b", "a/b")), chance.choice(list(model.adapters))
         fails = chance.random() < 0.2
@@ -333,6 +346,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted
 
 
+def prepare_process() -> None:
+    """Compute in one thread, and say nothing of interrupts where objects are let go."""
+    sys.unraisablehook = _unless_interrupted
+    torch.set_num_threads(1)
+
+
 def _unless_interrupted(given: Any) -> None:
     """Python drops what is raised while an object is let go, and says so; of these interrupts it need not."""
     if not isinstance(given.exc_value, Interrupted):
@@ -349,26 +368,26 @@ def resident() -> int:
 
 
 # ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def share(given: tuple[int, int, Sequence[str]]) -> dict[str, Any]:
-    """One process' share: (seed, operations, methods) -> what came of it."""
-    seed, operations, methods = given
-    sys.unraisablehook = _unless_interrupted
-    torch.set_num_threads(1)
+def share(given: tuple[int, int]) -> dict[str, Any]:
+    """One process' share: (seed, operations) -> what came of it."""
+    seed, operations = given
+    prepare_process()
     with tempfile.TemporaryDirectory() as folder:
-        return Soak(seed, methods, Path(folder)).run(operations)
+        return Soak(seed, make_models([*METHODS], Path(folder))).run(operations)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run as the command line says; ends with 1 where something happened that must not."""
-    parser = argparse.ArgumentParser("python -m campaigns.soak", description=__doc__, formatter_class=_AsWritten)
+def main(work: Callable[[tuple[int, int]], dict[str, Any]], text: str | None) -> None:
+    """Run the work of each process as the command line says; ends with 1 where something happened that must not."""
+    program = f"python -m campaigns.{Path(sys.argv[0]).stem}"
+    parser = argparse.ArgumentParser(program, description=text, formatter_class=_AsWritten)
     parser.add_argument("--operations", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args(arguments)
-    shares = [(given.seed + i, given.operations // given.processes, list(METHODS)) for i in range(given.processes)]
+    given = parser.parse_args()
+    shares = [(given.seed + i, given.operations // given.processes) for i in range(given.processes)]
     with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(share, shares))
+        found = list(pool.map(work, shares))
     print(report(found))
     if given.json:
         given.json.write_text(json.dumps({"seed": given.seed, "processes": found}, indent=1), encoding="utf-8")
@@ -381,4 +400,4 @@ class _AsWritten(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaults
 
 
 if __name__ == "__main__":
-    main()
+    main(share, __doc__)

@@ -160,9 +160,14 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             always: whatever the room: they cannot be made again.
         """
         charge = self.budget.charge(prepared.tensors())
-        self._prepared[name] = _PreparedEntry(entry, prepared, versions, charge)
-        if not always:
-            self.budget.keep((id(self), name), charge, functools.partial(self._prepared.pop, name, None))
+        drop = functools.partial(self._prepared.pop, name, None)
+        try:
+            self._prepared[name] = _PreparedEntry(entry, prepared, versions, charge)
+            if not always:
+                self.budget.keep((id(self), name), charge, drop)
+        except BaseException:
+            drop()  # nobody else would, after an interrupt
+            raise
         return prepared
 
     def __contains__(self, name: object) -> bool:

@@ -162,14 +162,21 @@ class ChoiceStates:
             OverBudget: there is no room for it.
         """
         state = self._find(choice, stale=stale) or self._bring_back(choice)
-        if state is not None:
-            return state
+        while state is None:
+            state = self._prepare(choice, stale=stale)
+        return state
+
+    def _prepare(self, choice: Choice, *, stale: bool) -> ChoiceState | None:
+        """Return the state of a choice, or None where one of its adapters was exchanged while it was read."""
         # Adapters are read and prepared without the lock, which other calls need.
+        entries = self._pool.select([name for name, _ in choice])
         prepared = {name: self._pool[name] for name, _ in choice}
         with self._lock:
             state = self._find(choice, stale=stale)
-            state = self._keep(self.new(choice, prepared)) if state is None else state
-        self._show_slots(state)
+            if state is None and self._pool.select([*prepared]) == entries:
+                state = self._keep(self.new(choice, prepared))
+        if state is not None:
+            self._show_slots(state)
         return state
 
     def _show_slots(self, state: ChoiceState) -> None:
@@ -177,6 +184,7 @@ class ChoiceStates:
         entry, engine = self._find_stored(state.choice), self._engine
         if (
             entry is None
+            or state.entries != (entry,)
             or not isinstance(engine, PlacedEngine)
             or state.bound is None
             or not self._may_be_apart(state)
@@ -203,11 +211,15 @@ class ChoiceStates:
 
     def _keep(self, state: ChoiceState) -> ChoiceState:
         """Keep a state while there is room, and return it for use."""
-        choice = state.choice
-        kept = self._kept[choice] = _KeptState(state)
-        self._base_program = self._base_program if choice else state.bound
+        choice, kept = state.choice, _KeptState(state)
         drop = functools.partial(self._let_go, choice)
-        self._pool.budget.keep((id(self), choice), state.charge, drop, kept.is_in_use)
+        try:
+            self._kept[choice] = kept
+            self._pool.budget.keep((id(self), choice), state.charge, drop, kept.is_in_use)
+        except BaseException:
+            self._kept.pop(choice, None)  # nobody else would, after an interrupt
+            raise
+        self._base_program = self._base_program if choice else state.bound
         mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != _AS_TRAINED)]
         for oldest in mixtures[:-_MAX_MIXTURES]:
             self._drop(oldest)
@@ -307,8 +319,13 @@ class ChoiceStates:
             charge = budget.charge(made.own)
             number, bound = next(self._numbers), replace(made, charge=charge)
             charges = tuple(weakref.ref(state.charge) for state in states)
-            self._together[number] = _RowsBinding(tuple(state.choice for state in states), charges, bound)
-            budget.keep((id(self), number), charge, functools.partial(self._together.pop, number, None))
+            drop = functools.partial(self._together.pop, number, None)
+            try:
+                self._together[number] = _RowsBinding(tuple(state.choice for state in states), charges, bound)
+                budget.keep((id(self), number), charge, drop)
+            except BaseException:
+                drop()  # nobody else would, after an interrupt
+                raise
             for oldest in tuple(self._together)[:-_MAX_TOGETHER]:
                 self._together.pop(oldest, None)
             return bound

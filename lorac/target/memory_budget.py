@@ -19,21 +19,34 @@ Block = tuple[int, int]
 """The address of some memory and its size in bytes. Tensors that share memory share a block, which counts once."""
 
 
+class _ChargeBlocks(weakref.ref["Charge"]):
+    """The memory that a charge counts, which outlives it.
+
+    Attributes:
+        blocks: the memory.
+    """
+
+    __slots__ = ("blocks",)
+    blocks: tuple[Block, ...]
+
+
 class Charge:
     """Bytes that count as used for as long as this object lives.
 
     Args:
         budget: counts them.
-
-    Attributes:
-        blocks: the memory that is counted.
     """
 
-    __slots__ = ("__weakref__", "_budget", "blocks")
+    __slots__ = ("__weakref__", "_budget", "counted")
 
     def __init__(self, budget: "MemoryBudget") -> None:
         self._budget = budget
-        self.blocks: tuple[Block, ...] = ()
+        self.counted = budget.count(self)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The memory that is counted."""
+        return self.counted.blocks
 
     def cover(self, tensors: Iterable[Tensor]) -> None:
         """Count the memory of tensors instead; what is counted already counts once.
@@ -52,9 +65,6 @@ class Charge:
             OverBudget: there is no room for it; then nothing changes.
         """
         self._budget.exchange(self, ((-id(self), nbytes),))
-
-    def __del__(self) -> None:
-        self._budget.released.append(self.blocks)  # without the budget's lock, which this thread may hold
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +85,10 @@ class _Kept:
 class MemoryBudget:
     """The bytes that adapters and caches of a compiled model take, and the most that they may. Threads may share it.
 
+    What charges count is the truth, and the sums over them are made anew where an interrupt left them half-changed.
+
     Args:
         limit: the most bytes; None: any number.
-
-    Attributes:
-        released: the blocks of charges that are gone, to be subtracted; a collector may append at any time.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -87,7 +96,10 @@ class MemoryBudget:
         self._blocks: dict[Block, int] = {}
         self._used = 0
         self._kept: collections.OrderedDict[Hashable, _Kept] = collections.OrderedDict()
-        self.released: collections.deque[tuple[Block, ...]] = collections.deque()
+        self._charges: dict[int, _ChargeBlocks] = {}
+        # Those that are gone. A collector may append at any time, and no interrupt comes between.
+        self._released: collections.deque[weakref.ref[Charge]] = collections.deque()
+        self._half_changed = False
         self._limit = limit
 
     @property
@@ -113,6 +125,13 @@ class MemoryBudget:
         with self._lock:
             self._settle()
             return self._used
+
+    def count(self, charge: Charge) -> _ChargeBlocks:
+        """Return where the memory is noted that a new charge counts, none as yet."""
+        counted = _ChargeBlocks(charge, self._released.append)
+        counted.blocks = ()
+        self._charges[id(counted)] = counted
+        return counted
 
     def charge(self, tensors: Iterable[Tensor]) -> Charge:
         """Count the memory of tensors until the returned object is gone (``Charge.cover``).
@@ -152,9 +171,12 @@ class MemoryBudget:
             more -= sum(block[1] for block in before - after if self._blocks[block] == 1)
             if self._limit is not None and more > 0 and self._used + more > self._limit:
                 return more
+            counted, known = charge.counted, charge.blocks
+            self._half_changed = True
+            counted.blocks = blocks
             self._add(blocks)
-            self._subtract(charge.blocks)
-            charge.blocks = blocks
+            self._subtract(known)
+            self._half_changed = False
             return None
 
     def keep(
@@ -190,10 +212,15 @@ class MemoryBudget:
             for key in [key for key, kept in self._kept.items() if kept.charge() is None]:
                 del self._kept[key]
             victims = self._victims(nbytes, limit)
-            for key, _ in victims:
-                del self._kept[key]
-        for _, kept in victims:  # without the lock: owners have locks of their own
+        for key, kept in victims:  # without the lock: owners have locks of their own
             kept.drop()
+            self._forget(key, kept)
+
+    def _forget(self, key: Hashable, kept: _Kept) -> None:
+        """Keep something no longer, unless it was replaced meanwhile."""
+        with self._lock:
+            if self._kept.get(key) is kept:
+                del self._kept[key]
 
     def _victims(self, nbytes: int, limit: int | None) -> list[tuple[Hashable, _Kept]]:
         """Return what to let go of for so many bytes."""
@@ -231,5 +258,18 @@ class MemoryBudget:
 
     def _settle(self) -> None:
         """Subtract what charges that are gone had counted."""
-        while self.released:
-            self._subtract(self.released.popleft())
+        if self._half_changed:
+            self._count_anew()
+        while self._released:
+            self._half_changed = True
+            gone = self._charges.pop(id(self._released.popleft()), None)
+            self._subtract(() if gone is None else gone.blocks)
+            self._half_changed = False
+
+    def _count_anew(self) -> None:
+        """Add up what all charges count that are not gone."""
+        self._blocks.clear()
+        self._used = 0
+        self._charges = {key: counted for key, counted in tuple(self._charges.items()) if counted() is not None}
+        for counted in tuple(self._charges.values()):
+            self._add(counted.blocks)

@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("small")
 def test_nothing_goes_wrong(tmp_path: Path) -> None:
-    run = soak.Soak(0, ["lora", "shira"], tmp_path)
+    run = soak.Soak(0, soak.make_models(["lora", "shira"], tmp_path))
     for model in run.models:
         run._round(model)
     assert {kind.partition(",")[0] for kind in run.count} >= KINDS
@@ -42,7 +42,7 @@ def test_nothing_goes_wrong(tmp_path: Path) -> None:
 def test_what_goes_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that is not written, and an error that is none of lorac's."""
     monkeypatch.setattr(soak, "ENGINES", [("eager", "fused")])
-    run = soak.Soak(0, ["lora", "shira"], tmp_path)
+    run = soak.Soak(0, soak.make_models(["lora", "shira"], tmp_path))
     monkeypatch.setattr(FusedBuffer, "_write", lambda *given: 0)
     monkeypatch.setattr(soak.Soak, "_add", _raise)
     run._round(run.models[0])

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.session.registry import AdapterRegistry
+from lorac.session import registry
 from lorac.testing import adapter_away
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.base import Variant
@@ -171,6 +171,23 @@ def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, in_mem
         assert raw(answer(compiled, adapters="n1")) == raw(answer(in_memory, adapters="n4"))
         let_all_go(compiled)
     assert images._end == end, "the space of a removed adapter is used again"
+
+
+def test_an_adapter_that_is_exchanged_while_it_is_read_answers_as_the_new_one(
+    compiled: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lorac.save_adapter(dataclasses.replace(made()[4], name="n1"), tmp_path / "n1", model=ENTRY.fresh(torch.float32))
+    expected, load = raw(answer(in_memory, adapters="n4")), registry.load_adapter
+
+    def exchange(*given: Any) -> lorac.Adapter:
+        monkeypatch.undo()
+        read = load(*given)
+        compiled.remove_adapter("n1")
+        compiled.register(tmp_path)
+        return read
+
+    monkeypatch.setattr(registry, "load_adapter", exchange)
+    assert [raw(answer(compiled, adapters="n1")) for _ in range(2)] == [expected] * 2
 
 
 def test_without_a_place_for_images_the_files_are_read_again(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,10 +380,10 @@ def test_an_adapter_lies_on_disk_once_where_only_lorac_reads_it(in_memory: Any, 
 def test_headers_alone_are_read(compiled: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But of files that a format asks for values."""
     monkeypatch.setattr("lorac.formats._files.read_tensors", None)
-    registry = AdapterRegistry(compiled.session)
+    own = registry.AdapterRegistry(compiled.session)
     for i in range(6):
-        registry._check(f"new{i}", folder / (f"n{i}" if i % 2 else f"n{i}.safetensors"))
-    assert len(registry._checked) == 6
+        own._check(f"new{i}", folder / (f"n{i}" if i % 2 else f"n{i}.safetensors"))
+    assert len(own._checked) == 6
 
 
 class Client:

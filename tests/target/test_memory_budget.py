@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lorac.target import memory_budget
 from lorac.target.memory_budget import Charge, MemoryBudget
 from tests.refusing import refuses
+from tests.runtime import interrupts
 
 BLOCK = 4 * 64
 
@@ -98,6 +100,24 @@ def test_a_claim_grows_and_shrinks_or_stays_as_it_was() -> None:
     claim.resize(10)
     assert budget.used == 10
     del claim
+    assert budget.used == 0
+
+
+def test_an_interrupt_leaves_nothing_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_INTERRUPTED", (memory_budget.__file__,))
+    budget, tensor = MemoryBudget(10 * BLOCK), torch.zeros(BLOCK)
+    stays = budget.charge([tensor])
+
+    def work() -> None:
+        claim = budget.claim(BLOCK)
+        claim.resize(2 * BLOCK)
+        claim.cover([tensor])
+        del claim
+        assert budget.used
+
+    for _ in interrupts.interrupted(work):
+        assert budget.used == tensor.nbytes
+    del stays
     assert budget.used == 0
 
 
