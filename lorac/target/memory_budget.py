@@ -5,6 +5,7 @@ and the least recently used goes first. What somebody holds stays, and counts, u
 """
 
 import collections
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -67,7 +68,7 @@ class Charge:
         self._budget.exchange(self, ((-id(self), nbytes),))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Kept:
     """Something that is kept while there is room.
 
@@ -75,11 +76,13 @@ class _Kept:
         charge: its memory; gone when its owner let it go.
         in_use: whether somebody holds it, so that letting it go would free nothing.
         drop: lets it go.
+        turn: a number that grows with each use.
     """
 
     charge: weakref.ref[Charge]
     in_use: Callable[[], bool]
     drop: Callable[[], object]
+    turn: int
 
 
 class MemoryBudget:
@@ -95,7 +98,9 @@ class MemoryBudget:
         self._lock = threading.RLock()
         self._blocks: dict[Block, int] = {}
         self._used = 0
-        self._kept: collections.OrderedDict[Hashable, _Kept] = collections.OrderedDict()
+        # Not an OrderedDict, which an interrupt in a key's hash leaves in pieces.
+        self._kept: dict[Hashable, _Kept] = {}
+        self._turns = itertools.count()
         self._charges: dict[int, _ChargeBlocks] = {}
         # Those that are gone. A collector may append at any time, and no interrupt comes between.
         self._released: collections.deque[weakref.ref[Charge]] = collections.deque()
@@ -191,14 +196,13 @@ class MemoryBudget:
             in_use: whether somebody else holds it, so that letting it go would free nothing.
         """
         with self._lock:
-            self._kept[key] = _Kept(weakref.ref(charge), in_use, drop)
-            self._kept.move_to_end(key)
+            self._kept[key] = _Kept(weakref.ref(charge), in_use, drop, next(self._turns))
 
     def touch(self, key: Hashable) -> None:
         """Make something the most recently used, if it is kept."""
         with self._lock:
             if key in self._kept:
-                self._kept.move_to_end(key)
+                self._kept[key].turn = next(self._turns)
 
     def forget(self, key: Hashable) -> None:
         """Keep something no longer; whoever kept it lets it go."""
@@ -226,7 +230,7 @@ class MemoryBudget:
         """Return what to let go of for so many bytes."""
         missing = 0 if limit is None else self._used + nbytes - limit
         found, dropped = list[tuple[Hashable, _Kept]](), collections.Counter[Block]()
-        for key, kept in self._kept.items():
+        for key, kept in sorted(self._kept.items(), key=lambda item: item[1].turn):
             charge = kept.charge()
             if missing <= 0:
                 break
