@@ -120,6 +120,8 @@ class MemoryBudget:
         before, self._limit = self._limit, limit  # at once, so that no other thread takes what is made free
         try:
             self._make_room(0, limit)
+            while limit is not None and self.used > limit:  # as another thread took into use what was let go of
+                self._make_room(0, limit)
         except OverBudget:
             self._limit = before
             raise
