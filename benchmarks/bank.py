@@ -27,8 +27,8 @@ READ, READ_AGAIN, SWAP = "reading its file", "reading its file, A/A", "a swap to
 NEW, FIRST = "an adapter from disk, of a new layout", "an adapter from disk, the first time"
 DISK = "an adapter from disk, again"
 MEMORY = ("registered, each", "beyond the budget")
-_AGAIN = 5
-"""Adapters that are read again and again; the first two show how others of their layout are read."""
+_WARM_UP = 4
+"""Adapters that are read before the first is timed: two of a layout show how the next are read."""
 OPTIONS = (
     common.MODEL,
     common.layers(20),
@@ -46,7 +46,7 @@ def prepare(given: argparse.Namespace) -> None:
     link_adapters(folder.with_name("one"), ["r"], given)
     link_adapters(folder, numbered(range(given.registered)), given)
     others = folder.with_name("others")
-    link_adapters(others, [f"l{index}" for index in range(given.rounds + common.WARM_UP)], given)
+    link_adapters(others, [f"l{index}" for index in range(given.rounds + _WARM_UP)], given)
     for index, config in enumerate(sorted(others.glob("*/adapter_config.json"))):
         changed = json.loads(config.read_text()) | {"lora_alpha": given.rank + index + 1}
         config.unlink()  # the file is one with those of the others
@@ -145,11 +145,12 @@ def _times_from_disk(
         turns = itertools.cycle(some)
         return lambda: model.swap(next(turns))
 
-    times = common.alternate({NEW: swap(others)}, given.rounds, clock=clock)
-    few = names[:_AGAIN]
+    few, times = names[:5], dict[str, float]()
+    for side, some in ((NEW, others), (FIRST, names)):
+        times |= common.alternate({side: swap(some)}, given.rounds, _WARM_UP, clock)
     for name in few + few:
         model.swap(name)
-    sides = {READ: file.read_bytes, READ_AGAIN: file.read_bytes, FIRST: swap(names[_AGAIN:]), DISK: swap(few)}
+    sides = {READ: file.read_bytes, READ_AGAIN: file.read_bytes, DISK: swap(few)}
     return {**times, **common.alternate(sides, given.rounds, clock=clock)}
 
 

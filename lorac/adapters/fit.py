@@ -150,15 +150,15 @@ def find_infinite_sums(tensors: Mapping[T, Tensor]) -> list[T]:
     groups: dict[tuple[torch.dtype, torch.device], dict[T, Tensor]] = {}
     for name, tensor in tensors.items():
         if not tensor.is_meta and (tensor.is_floating_point() or tensor.is_complex()):
-            total = sum_values(tensor)
+            total = _sum(tensor)
             groups.setdefault((total.dtype, total.device), {})[name] = total
     finite = [torch.stack([*sums.values()]).isfinite().tolist() for sums in groups.values()]
     are_finite = dict(zip(itertools.chain(*groups.values()), itertools.chain(*finite), strict=True))
     return [name for name in tensors if not are_finite.get(name, True)]
 
 
-def sum_values(tensor: Tensor) -> Tensor:
-    """Return the sum of some numbers, which shows NaN and infinity, on the CPU in this thread alone.
+def _sum(tensor: Tensor) -> Tensor:
+    """Return the sum of some numbers, on the CPU in this thread alone.
 
     Where several threads read a file, those that torch adds would wait busily for each other.
     """

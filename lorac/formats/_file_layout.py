@@ -6,7 +6,7 @@ Once a format has read one of them, only the values of the next are looked at.
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorac.adapters.fit import check_finite, sum_values
+from lorac.adapters.fit import check_finite, find_infinite_sums
 from lorac.formats._files import MAX_HEADER, SEAL, Outline, check_seal
 from lorac.storage.tensor_file import TensorPlace, raw_bytes
 
-_PART = 1 << 20
-"""Bytes that are read at a time: so many stay in the processor's cache until they are copied to where they belong."""
 _OWN_SEAL = re.compile(rb'"lorac_seal":"([0-9a-f]*)"')
 """The digest of a file's values."""
 _OWN_NAME = re.compile(rb'"lorac":"{\\"version\\":\d+,\\"name\\":\\"([^"\\]*)\\"')
@@ -51,20 +49,6 @@ def read_header(file: BufferedReader | FileIO) -> FileHeader:
     return FileHeader(common, seal, name)
 
 
-class FilePart(NamedTuple):
-    """Tensors of a file that are read together.
-
-    Attributes:
-        names: the tensors, one behind the other.
-        begin: their first byte.
-        size: their bytes.
-    """
-
-    names: tuple[str, ...]
-    begin: int
-    size: int
-
-
 @dataclass(frozen=True, eq=False)
 class FileLayout:
     """The layout of tensor files of one dtype that differ only in values.
@@ -72,7 +56,7 @@ class FileLayout:
     Attributes:
         header: of one of them.
         places: where the tensors lie, by name, counted from the first of their bytes.
-        sealed: the text that the seal of that one covers together with the tensors; None if it has no seal.
+        sealed: the text that the seal of that one covers together with the tensors; None if the format has no seals.
     """
 
     header: FileHeader
@@ -91,29 +75,15 @@ class FileLayout:
         with path.open("rb") as file:
             header, first = read_header(file), file.tell()
         places = {name: place._replace(begin=place.begin - first) for name, place in places.items()}
-        return cls(header, places, outline.sealed[0][0] if outline.sealed and header.seal is not None else None)
+        return cls(header, places, outline.sealed[0][0] if outline.sealed else None)
 
     @functools.cached_property
     def nbytes(self) -> int:
         """The size of the tensors, which leave no holes."""
         return sum(place.size for place in self.places.values())
 
-    @functools.cached_property
-    def parts(self) -> Sequence[FilePart]:
-        """The parts that are read at a time, in the order of the file: one, if a seal covers all tensors."""
-        parts = list[FilePart]()
-        for name, place in sorted(self.places.items(), key=lambda item: item[1].begin):
-            last = parts[-1] if parts else None
-            if last is not None and (self.sealed is not None or last.size + place.size <= _PART):
-                parts[-1] = FilePart((*last.names, name), last.begin, last.size + place.size)
-            else:
-                parts.append(FilePart((name,), place.begin, place.size))
-        return parts
-
-    def read(self, path: Path) -> Iterator[Tensor]:
-        """Yield the bytes of each part of a file, checked as ``read_safetensors`` does; none if its layout is another.
-
-        Each takes the memory of the one before.
+    def read(self, path: Path) -> Tensor | None:
+        """Return the bytes of a file's tensors, checked as ``read_safetensors`` does; None of another layout.
 
         Raises:
             OSError: it cannot be opened.
@@ -121,27 +91,18 @@ class FileLayout:
         """
         with path.open("rb", buffering=0) as file:
             header, size = read_header(file), os.fstat(file.fileno()).st_size - file.tell()
-            if header.common == self.header.common and size == self.nbytes:
-                yield from self._read_parts(path, file, header)
-
-    def _read_parts(self, path: Path, file: FileIO, header: FileHeader) -> Iterator[Tensor]:
-        memory = torch.empty(max(part.size for part in self.parts), dtype=torch.uint8)
-        for part in self.parts:
-            values = memory[: part.size]
-            if file.readinto(raw_bytes(values)) != part.size:
-                return
-            self._check(path, part, values, header)
-            yield values
-
-    def _check(self, path: Path, part: FilePart, values: Tensor, header: FileHeader) -> None:
-        """Check the values of a part, and the seal of its file."""
-        dtype = self.places[part.names[0]].dtype
-        if not sum_values(values.view(dtype)).isfinite():
-            check_finite(self._take_tensors(part, values), f"'{path}'")
+            if header.common != self.header.common or size != self.nbytes:
+                return None
+            block = torch.empty(size, dtype=torch.uint8)
+            if file.readinto(raw_bytes(block)) != size:
+                return None
+        (dtype,) = {place.dtype for place in self.places.values()}
+        if find_infinite_sums({"all": block.view(dtype)}):
+            check_finite(self._take_tensors(block), f"'{path}'")
         if header.seal is not None and self.sealed is not None:
             text = self.sealed.replace(f'"name":"{self.header.name}"', f'"name":"{header.name}"', 1)
-            check_seal(path, text, self._take_tensors(part, values), {SEAL: header.seal})
+            check_seal(path, text, self._take_tensors(block), {SEAL: header.seal})
+        return block
 
-    def _take_tensors(self, part: FilePart, values: Tensor) -> dict[str, Tensor]:
-        places = {name: self.places[name] for name in part.names}
-        return {name: place._replace(begin=place.begin - part.begin).take(values) for name, place in places.items()}
+    def _take_tensors(self, block: Tensor) -> dict[str, Tensor]:
+        return {name: place.take(block) for name, place in self.places.items()}

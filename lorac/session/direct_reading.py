@@ -6,7 +6,9 @@ file each slot holds is kept, as long as it is no more than a copy, cast or scal
 its values are checked as ever, and copied. An adapter of which this cannot be said takes the usual way.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,15 +26,18 @@ from lorac.frontend.model_view import ModelView
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.slots.choice import Active
 from lorac.ir.slots.composition import compose_choice, fill_slots
+from lorac.ir.slots.stacks import find_stacks
 from lorac.ir.tensor_origins import OriginRecorder, OriginStep, TensorOrigin, Unrecordable
 from lorac.session.session import Session
 
+_OF_NUMPY = {torch.float16, torch.float32, torch.float64}
 _MOST_WAYS = 32
-"""Ways that are kept, each of some hundreds of kB."""
+"""Ways that are kept, each of some 100 kB."""
+_NUMBER = re.compile(r"\d+")
 
 
 class _StridedPart(NamedTuple):
-    """A tensor in a block of bytes; strides and offset are in bytes."""
+    """A tensor in a block of bytes; strides and offset are in elements."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -40,15 +45,13 @@ class _StridedPart(NamedTuple):
     offset: int
 
     @classmethod
-    def of(cls, tensor: Tensor, begin: int = 0) -> "_StridedPart":
-        """Return the part of its memory, from a byte on, that a tensor is."""
-        size = tensor.itemsize
-        strides = tuple(size * stride for stride in tensor.stride())
-        return cls(tensor.dtype, tuple(tensor.shape), strides, size * int(tensor.storage_offset()) - begin)
+    def of(cls, tensor: Tensor) -> "_StridedPart":
+        """Return the part of its memory that a tensor is."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
-    def take(self, block: np.ndarray) -> np.ndarray:
-        """Return the tensor in such a block, as integers of the same bits."""
-        return np.ndarray(self.shape, f"i{self.dtype.itemsize}", block, self.offset, self.strides)
+    def take(self, block: Tensor) -> Tensor:
+        """Return the tensor in such a block."""
+        return block.view(self.dtype).as_strided(self.shape, self.strides, self.offset)
 
 
 class _SlotCopy(NamedTuple):
@@ -58,18 +61,14 @@ class _SlotCopy(NamedTuple):
     steps: tuple[OriginStep, ...]
     into: _StridedPart
 
-    def run(self, file: np.ndarray, memory: np.ndarray) -> None:
+    def run(self, file: Tensor, memory: Tensor) -> None:
         values, into = self.source.take(file), self.into.take(memory)
-        if self.steps or self.source.dtype != self.into.dtype:
-            values = self._compute(values)
-        np.copyto(into, values)  # in half the time of torch, where axes are exchanged
-
-    def _compute(self, bits: np.ndarray) -> np.ndarray:
-        """Return the bits of the slot's values from those of the file's."""
-        tensor = torch.from_numpy(bits).view(self.source.dtype)
         for step in self.steps:
-            tensor = step.apply(tensor)
-        return tensor.to(self.into.dtype).view(getattr(torch, f"int{8 * self.into.dtype.itemsize}")).numpy()
+            values = step.apply(values)
+        if values.dtype == into.dtype and into.dtype in _OF_NUMPY:
+            np.copyto(into.numpy(), values.numpy())  # in half the time of torch, where axes are exchanged
+        else:
+            into.copy_(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +78,12 @@ class DirectWay:
     Attributes:
         layout: the order of the slots.
         inside: the path of the file of tensors in the adapter's folder.
-        copies: those from each part of the file.
     """
 
     layout: SlotLayout
     files: FileLayout
     inside: Path
-    copies: Sequence[Sequence[_SlotCopy]]
+    copies: Sequence[_SlotCopy]
 
     def read(self, path: Path, memory: Tensor) -> bool:
         """Fill memory with the contents of an adapter's slots; return whether its file is of the layout.
@@ -93,13 +91,12 @@ class DirectWay:
         Raises:
             OSError, FormatError, AdapterError: as ``FileLayout.read``.
         """
-        slots, read = memory.numpy(), 0
-        for part in self.files.read(path / self.inside):
-            file = part.numpy()
-            for copy in self.copies[read]:
-                copy.run(file, slots)
-            read += 1
-        return read == len(self.copies)
+        file = self.files.read(path / self.inside)
+        if file is None:
+            return False
+        for copy in self.copies:
+            copy.run(file, memory)
+        return True
 
     def leads_to(self, path: Path, contents: SlotContents) -> bool:
         """Return whether it brings an adapter's very values into all slots that differ from the idle ones."""
@@ -163,7 +160,7 @@ def _find_way(session: Session, path: Path, view: ModelView, contents: SlotConte
         return None
     found = {name: origin for name, origin in origins.items() if origin is not None}
     layout = SlotLayout.of(contents.snapshot, {name: contents.tensors[name] for name in found})
-    return DirectWay(layout, files, inside[0], _find_copies(found, layout, files))
+    return DirectWay(layout, files, inside[0], [*_find_copies(found, layout, files)])
 
 
 def _outline_slots(session: Session, path: Path, view: ModelView, contents: SlotContents) -> dict[str, Tensor]:
@@ -181,15 +178,26 @@ def _has_same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
-def _find_copies(
-    origins: Mapping[str, TensorOrigin], layout: SlotLayout, files: FileLayout
-) -> Sequence[Sequence[_SlotCopy]]:
-    """Return the copies from each part of a file that fill slots from their origins."""
+def _find_copies(origins: Mapping[str, TensorOrigin], layout: SlotLayout, files: FileLayout) -> Iterator[_SlotCopy]:
+    """Yield the copies that fill slots from their origins; what is at equal distances in all layers is one copy."""
     file, memory = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (files.nbytes, layout.nbytes))
-    sources, slots = {name: place.take(file) for name, place in files.places.items()}, layout.view(memory)
-    copies: dict[str, list[_SlotCopy]] = {name: [] for name in files.places}
-    begins = {name: part.begin for part in files.parts for name in part.names}
-    for slot, origin in origins.items():
-        source = _StridedPart.of(origin.view(sources), begins[origin.name])
-        copies[origin.name].append(_SlotCopy(source, origin.steps, _StridedPart.of(slots[slot])))
-    return [[copy for name in part.names for copy in copies[name]] for part in files.parts]
+    sources, places = {name: place.take(file) for name, place in files.places.items()}, layout.view(memory)
+
+    def order(name: str) -> tuple[str, int]:
+        return _NUMBER.sub("", name), files.places[origins[name].name].begin
+
+    for _, group in itertools.groupby(sorted(origins, key=order), lambda name: (order(name)[0], origins[name].steps)):
+        names = [*group]
+        steps = origins[names[0]].steps
+        yield from _join_copies([origins[n].view(sources) for n in names], steps, [places[n] for n in names])
+
+
+def _join_copies(
+    sources: Sequence[Tensor], steps: tuple[OriginStep, ...], places: Sequence[Tensor]
+) -> Iterator[_SlotCopy]:
+    """Yield as few copies as there are runs of tensors at equal distances, where they read and where they write."""
+    for into in find_stacks(places):
+        parts = find_stacks(sources[: len(into)])
+        sources = sources[len(into) :]
+        pairs = zip(parts, into.split([len(part) for part in parts]), strict=True)
+        yield from (_SlotCopy(_StridedPart.of(part), steps, _StridedPart.of(place)) for part, place in pairs)

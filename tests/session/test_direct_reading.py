@@ -12,13 +12,12 @@ import torch
 
 import lorac
 from lorac.adapters.stored import SlotLayout
-from lorac.formats._file_layout import FileLayout
-from lorac.formats._files import read_headers_only, read_safetensors
+from lorac.formats._file_layout import FileHeader, FileLayout
 from lorac.ir.slots.stacks import StackShape
 from lorac.ir.tensor_origins import TensorOrigin
-from lorac.session.direct_reading import DirectWay, DirectWays, _find_copies
+from lorac.session.direct_reading import DirectWays, _find_copies
 from lorac.storage.open_file import OpenFile
-from lorac.storage.tensor_file import write_safetensors
+from lorac.storage.tensor_file import TensorPlace
 from lorac.testing import adapter_away
 from lorac.variants.base import Variant
 from tests.refusing import refuses
@@ -181,23 +180,20 @@ def test_a_file_with_a_digest_is_read_while_it_has_it(compiled: Any, tmp_path: P
         answer(compiled, adapters="new")
 
 
-@pytest.mark.parametrize("most", [1, 100, 10_000])
-def test_the_parts_of_a_file_fill_every_slot(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorac.formats._file_layout._PART", most)
-    generator, shape = torch.Generator().manual_seed(0), (3, 4)
-    names = [f"layers.{layer}.{kind}" for layer in range(12) for kind in ("q", "up")]
-    tensors = {name: torch.randn(shape, generator=generator) for name in names}
-    write_safetensors(tmp_path / "a.safetensors", tensors, {})
-    with read_headers_only() as outline:
-        read_safetensors(tmp_path / "a.safetensors")
-    files = FileLayout.of(outline)
-    assert files is not None
-    assert len(files.parts) == {1: 24, 100: 12, 10_000: 1}[most]
-    assert len(dataclasses.replace(files, sealed="").parts) == 1, "a seal covers all tensors"
-    layout = SlotLayout({}, ((StackShape(len(names), (4, 3), torch.float32), tuple(names)),))
-    origins = {name: TensorOrigin(name, torch.empty(shape, device="meta").t()) for name in names}
-    way = DirectWay(layout, files, Path("a.safetensors"), _find_copies(origins, layout, files))
+def test_copies_of_all_layers_are_few_and_write_every_slot() -> None:
+    layers, kinds, shape = 12, ("q", "up"), (3, 4)
+    # A file has its tensors in the order of their names, so that the tenth layer follows the first.
+    names = sorted(f"layers.{layer}.{kind}" for layer in range(layers) for kind in kinds)
+    places = {name: TensorPlace(torch.float32, shape, 48 * index) for index, name in enumerate(names)}
+    files = FileLayout(FileHeader(b"", None, None), places, None)
+    slots = tuple(f"layers.{layer}.{kind}" for layer in range(layers) for kind in kinds)
+    layout = SlotLayout({}, ((StackShape(len(slots), (4, 3), torch.float32), slots),))
+    origins = {name: TensorOrigin(name, torch.empty(shape, device="meta").t()) for name in slots}
+    copies = [*_find_copies(origins, layout, files)]
+    assert len(copies) == 6, "layers 0 and 1, 10 and 11, and 2 to 9 of each kind"
+    file = torch.randn(len(names), *shape, generator=torch.Generator().manual_seed(0))
     memory = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    assert way.read(tmp_path, memory)
-    for name, tensor in tensors.items():
-        assert torch.equal(layout.view(memory)[name], tensor.t())
+    for copy in copies:
+        copy.run(file.view(torch.uint8).flatten(), memory)
+    for index, name in enumerate(names):
+        assert torch.equal(layout.view(memory)[name], file[index].t())
