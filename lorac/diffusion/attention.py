@@ -24,6 +24,8 @@ CROSS, SELF = "attn2.to_out.0", "attn1.to_out.0"
 """How the output projections of cross- and self-attention end in diffusers' transformer blocks."""
 BARRED = -1e6
 """The bias on the logits of keys that a query must not see."""
+NO_GRID = "in:"
+"""The name of a value that a site reads where no transformer of a U-Net is around it."""
 _SLACK = 1e-4
 """Of a box's edges, in cells of the grid: a fraction such as 0.3 of ten cells is three."""
 
@@ -105,6 +107,12 @@ class AttentionBranch(BranchVariant):
             raise SiteError(
                 f"{self.name} acts at the output projections of {self._kind}, and '{site.path}' is none",
                 next_step=f"leave targets= at its default, {type(self).targets}",
+            )
+        if NO_GRID in self.reads(site):
+            raise SiteError(
+                f"'{site.path}' is in no transformer of a U-Net, whose input says how many rows and columns of pixels "
+                "there are",
+                next_step="take a U-Net, such as Stable Diffusion's or SDXL's",
             )
         return heads
 
@@ -242,16 +250,9 @@ def attention_path(path: str) -> str:
 def grid_name(path: str) -> str:
     """Return the name of the value (b, channels, height, width) that the transformer around a site reads.
 
-    Raises:
-        SiteError: the site is in no transformer of a U-Net.
+    Where there is none around, it is ``NO_GRID``.
     """
-    around = path.rpartition(".transformer_blocks.")[0]
-    if not around:
-        raise SiteError(
-            f"'{path}' is in no transformer of a U-Net, whose input says how many rows and columns of pixels there are",
-            next_step="take a U-Net, such as Stable Diffusion's or SDXL's",
-        )
-    return f"in:{around}"
+    return f"{NO_GRID}{path.rpartition('.transformer_blocks.')[0]}"
 
 
 def _output_reads(site: Site) -> tuple[str, ...]:

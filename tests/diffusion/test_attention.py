@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lorac
+from lorac.analysis.methods import render_markdown
+from lorac.cli._method_table import method_rows
 from lorac.diffusion.attention import AttentionMaps, ConceptIsolation, RegionAttention, rasterise
 from lorac.testing import assert_parity
 from lorac.testing.eager_checks import assert_close
@@ -224,3 +226,8 @@ def test_regions_in_onnxruntime_take_other_sizes(unet: Any, eager: lorac.Compile
         assert_parity(answer(engine, given), answer(eager, given), answer(unet, given))
     put(engine)
     assert_close(answer(engine, inputs()), answer(unet, inputs()))
+
+
+def test_the_table_of_methods_has_them() -> None:
+    page = render_markdown(method_rows([RegionAttention, ConceptIsolation, AttentionMaps]))
+    assert all(method.name in page for method in (RegionAttention, ConceptIsolation, AttentionMaps))
