@@ -24,8 +24,8 @@ CROSS, SELF = "attn2.to_out.0", "attn1.to_out.0"
 """How the output projections of cross- and self-attention end in diffusers' transformer blocks."""
 BARRED = -1e6
 """The bias on the logits of keys that a query must not see."""
-NO_GRID = "in:"
-"""The name of a value that a site reads where no transformer of a U-Net is around it."""
+_NO_GRID = "in:"
+"""The name of the grid of a site that no transformer of a U-Net is around."""
 _SLACK = 1e-4
 """Of a box's edges, in cells of the grid: a fraction such as 0.3 of ten cells is three."""
 
@@ -72,7 +72,7 @@ class AttentionBranch(BranchVariant):
 
     patterned = {"heads_pattern": "heads"}  # noqa: RUF012  (a class variable of the base, which the dataclass leaves)
     crosses = True
-    """Whether the attentions look from pixels at words; if not, from pixels at pixels."""
+    """Whether it acts in cross-attention; if not, in self-attention."""
 
     def for_model(self, view: ModelView, inputs: object = None) -> "AttentionBranch":
         """Return this variant with the number of heads of each attention.
@@ -80,11 +80,10 @@ class AttentionBranch(BranchVariant):
         Raises:
             SiteError: a site is no output projection of such an attention, or the model has no such attention at all.
         """
-        ours = [path for path, module in view.module.named_modules() if self._is_ours(module)]
-        if not ours:
+        if not any(map(self._is_ours, view.module.modules())):
             raise SiteError(
-                f"{self.name} acts in {self._kind}, and a {type(view.module).__name__} has none; the methods that use "
-                "it define nothing for pixels and words that attend to one another at once, as in Flux and SD3",
+                f"{self.name} acts in {self._kind}, and a {type(view.module).__name__} has none: for joint attention, "
+                "as in Flux and SD3, its method is not defined",
                 next_step="take a U-Net, such as Stable Diffusion's or SDXL's; any pipeline of lorac.diffusion.compile "
                 "takes other adapters for each image, adapters=[...]",
             )
@@ -93,10 +92,10 @@ class AttentionBranch(BranchVariant):
 
     @property
     def _kind(self) -> str:
-        return "cross-attention" if self.crosses else "attention of pixels to pixels alone"
+        return "cross-attention" if self.crosses else "self-attention"
 
     def _is_ours(self, module: nn.Module) -> bool:
-        """Return whether a module is an attention of diffusers in which this branch may stand."""
+        """Return whether a module is an attention of diffusers that this branch can act in."""
         joint = getattr(module, "add_k_proj", None) is not None
         return getattr(module, "is_cross_attention", None) is self.crosses and not joint
 
@@ -108,7 +107,7 @@ class AttentionBranch(BranchVariant):
                 f"{self.name} acts at the output projections of {self._kind}, and '{site.path}' is none",
                 next_step=f"leave targets= at its default, {type(self).targets}",
             )
-        if NO_GRID in self.reads(site):
+        if _NO_GRID in self.reads(site):
             raise SiteError(
                 f"'{site.path}' is in no transformer of a U-Net, whose input says how many rows and columns of pixels "
                 "there are",
@@ -250,9 +249,9 @@ def attention_path(path: str) -> str:
 def grid_name(path: str) -> str:
     """Return the name of the value (b, channels, height, width) that the transformer around a site reads.
 
-    Where there is none around, it is ``NO_GRID``.
+    Without such a transformer it is ``_NO_GRID``.
     """
-    return f"{NO_GRID}{path.rpartition('.transformer_blocks.')[0]}"
+    return f"{_NO_GRID}{path.rpartition('.transformer_blocks.')[0]}"
 
 
 def _output_reads(site: Site) -> tuple[str, ...]:

@@ -197,12 +197,12 @@ def test_other_layers_are_refused(unet: Any, path: str) -> None:
 @pytest.mark.parametrize("variant", [AttentionMaps(), RegionAttention()])
 @pytest.mark.parametrize("second", [(), (0,)])
 def test_joint_attention_is_refused(variant: Any, second: tuple[int, ...]) -> None:
-    """SD3's second attention, at the place of a U-Net's cross-attention, is one of pixels to pixels."""
+    """SD3.5's second attention has the name of a U-Net's cross-attention, and is self-attention."""
     model = diffusers.SD3Transformer2DModel(
         sample_size=4, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
         caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8, dual_attention_layers=second,
     )  # fmt: skip
-    with refuses("site_unsupported", match="attend to one another at once"):
+    with refuses("site_unsupported", match="for joint attention"):
         lorac.compile(model, {"a": variant})
 
 

@@ -67,7 +67,7 @@ def compiled(program: Path, folder: Path) -> Any:
 
 @pytest.fixture
 def in_memory(program: Path) -> Any:
-    """The same program with the same adapters, of which none is on disk."""
+    """Return a program whose adapters are all in memory."""
     model = lorac.load(program, threads=1)
     for one in made():
         model.add_adapter(one)

@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(folder: Path) -> Path:
-    """The same of each target."""
+    """Return the folder, with a program for each target."""
     for target in set(TARGETS) - {"eager"}:
         save_answers(folder, target)
     return folder
