@@ -160,14 +160,12 @@ class AdapterPool(Mapping[str, PreparedAdapter]):
             always: whatever the room: they cannot be made again.
         """
         charge = self.budget.charge(prepared.tensors())
-        drop = functools.partial(self._prepared.pop, name, None)
-        try:
-            self._prepared[name] = _PreparedEntry(entry, prepared, versions, charge)
-            if not always:
-                self.budget.keep((id(self), name), charge, drop)
-        except BaseException:
-            drop()  # nobody else would, after an interrupt
-            raise
+        kept = _PreparedEntry(entry, prepared, versions, charge)
+        take = functools.partial(operator.setitem, self._prepared, name, kept)
+        if always:
+            take()
+        else:
+            self.budget.keep((id(self), name), charge, take, functools.partial(self._prepared.pop, name, None))
         return prepared
 
     def __contains__(self, name: object) -> bool:

@@ -79,7 +79,8 @@ class Site:
         buffer: the stored tensor is a buffer, which is never trained.
         within: path of the module that reads the weight in its own forward: a bare parameter's, or an attention's for
             its projections. Only the weight itself can be replaced there. None for a layer that is called.
-        packed: class of the tensor that stands for a quantised weight. Nothing can be merged into it.
+        packed: class of the tensor that stands for a quantised weight, or "quantised" where the engine's program is to
+            hold it so. Nothing can be merged into it.
         named: a module that is a site since an adapter names it (``lorac.frontend.module_sites``).
         shares: paths of the other sites that read the same weight tensor (tied embeddings).
     """

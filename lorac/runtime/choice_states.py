@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import operator
 import threading
 import time
 import weakref
@@ -212,13 +213,9 @@ class ChoiceStates:
     def _keep(self, state: ChoiceState) -> ChoiceState:
         """Keep a state while there is room, and return it for use."""
         choice, kept = state.choice, _KeptState(state)
+        take = functools.partial(operator.setitem, self._kept, choice, kept)
         drop = functools.partial(self._let_go, choice)
-        try:
-            self._kept[choice] = kept
-            self._pool.budget.keep((id(self), choice), state.charge, drop, kept.is_in_use)
-        except BaseException:
-            self._kept.pop(choice, None)  # nobody else would, after an interrupt
-            raise
+        self._pool.budget.keep((id(self), choice), state.charge, take, drop, kept.is_in_use)
         self._base_program = self._base_program if choice else state.bound
         mixtures = [known for known in tuple(self._kept) if len(known) > 1 or (known and known[0][1] != _AS_TRAINED)]
         for oldest in mixtures[:-_MAX_MIXTURES]:
@@ -319,13 +316,9 @@ class ChoiceStates:
             charge = budget.charge(made.own)
             number, bound = next(self._numbers), replace(made, charge=charge)
             charges = tuple(weakref.ref(state.charge) for state in states)
-            drop = functools.partial(self._together.pop, number, None)
-            try:
-                self._together[number] = _RowsBinding(tuple(state.choice for state in states), charges, bound)
-                budget.keep((id(self), number), charge, drop)
-            except BaseException:
-                drop()  # nobody else would, after an interrupt
-                raise
+            binding = _RowsBinding(tuple(state.choice for state in states), charges, bound)
+            take = functools.partial(operator.setitem, self._together, number, binding)
+            budget.keep((id(self), number), charge, take, functools.partial(self._together.pop, number, None))
             for oldest in tuple(self._together)[:-_MAX_TOGETHER]:
                 self._together.pop(oldest, None)
             return bound

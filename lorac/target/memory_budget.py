@@ -187,18 +187,30 @@ class MemoryBudget:
             return None
 
     def keep(
-        self, key: Hashable, charge: Charge, drop: Callable[[], object], in_use: Callable[[], bool] = lambda: False
+        self,
+        key: Hashable,
+        charge: Charge,
+        take: Callable[[], object],
+        drop: Callable[[], object],
+        in_use: Callable[[], bool] = lambda: False,
     ) -> None:
         """Keep something while there is room, as the most recently used.
 
         Args:
             key: names it.
             charge: its memory, which its owner holds.
-            drop: makes its owner let it go; called without a lock, from the thread that needs the room.
+            take: makes its owner hold it; called at once.
+            drop: makes its owner let it go; called without a lock, from the thread that needs the room, and after an
+                interrupt in this function.
             in_use: whether somebody else holds it, so that letting it go would free nothing.
         """
-        with self._lock:
-            self._kept[key] = _Kept(weakref.ref(charge), in_use, drop, next(self._turns))
+        try:
+            take()
+            with self._lock:
+                self._kept[key] = _Kept(weakref.ref(charge), in_use, drop, next(self._turns))
+        except BaseException:
+            drop()
+            raise
 
     def touch(self, key: Hashable) -> None:
         """Make something the most recently used, if it is kept."""

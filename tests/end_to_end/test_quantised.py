@@ -239,7 +239,7 @@ def test_rounded_activations_pass_the_self_test_and_an_adapter_can_be_added(tmp_
 @pytest.mark.parametrize(
     ("adapter", "mode", "says"),
     [
-        (lorac.LoRA(r=2, targets=["up"]), "fused", "nothing can be merged into the int4 weight of 'up'"),
+        (lorac.LoRA(r=2, targets=["up"]), "fused", "nothing can be merged into the quantised weight of 'up'"),
         (lorac.SHiRA(r=1, targets=["up"]), "auto", "and 'a' is sparse and so needs a merged weight"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import weakref
@@ -38,13 +39,19 @@ class Shelf:
         if kept is None:
             self.made += 1
             tensors = [torch.zeros(64 * size)]
-            kept = self.kept[key] = self.budget.charge(tensors), tensors
+            kept = self.budget.charge(tensors), tensors
         holder = self.handed[key]() if key in self.handed else None
         if holder is None:
             holder = Holder(kept)
             self.handed[key] = weakref.ref(holder)
         seen = self.handed[key]
-        self.budget.keep((id(self), key), kept[0], lambda: self.kept.pop(key, None), lambda: seen() is not None)
+        self.budget.keep(
+            (id(self), key),
+            kept[0],
+            functools.partial(self.kept.__setitem__, key, kept),
+            lambda: self.kept.pop(key, None),
+            lambda: seen() is not None,
+        )
         return holder
 
 
@@ -119,6 +126,15 @@ def test_an_interrupt_leaves_nothing_counted(monkeypatch: pytest.MonkeyPatch) ->
         assert budget.used == tensor.nbytes
     del stays
     assert budget.used == 0
+
+
+def test_an_interrupt_leaves_nothing_that_would_never_be_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_INTERRUPTED", (memory_budget.__file__,))
+    shelf = Shelf(MemoryBudget())
+    for _ in interrupts.interrupted(lambda: shelf.take(0, 1)):
+        shelf.budget.limit = 0
+        assert (shelf.kept, shelf.budget.used) == ({}, 0)
+        shelf.budget.limit = None
 
 
 @pytest.mark.parametrize("steps", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])

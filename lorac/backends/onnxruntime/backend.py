@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
     Emitted = EmittedProgram[OnnxRuntimeOptions]
 
+_QUANTISED = "quantised"
+"""Stands for a number of bits, which is chosen when the program is written."""
+
 
 class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
     """Emits ONNX, and runs it in sessions. What only building needs is imported by the methods that build."""
@@ -73,7 +76,7 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         if codec is None or mode == "baked":
             return dict(sites)
         return {
-            path: dataclasses.replace(site, packed=codec.name) if _is_quantised(site, codec) else site
+            path: dataclasses.replace(site, packed=_QUANTISED) if _is_quantised(site, codec) else site
             for path, site in sites.items()
         }
 

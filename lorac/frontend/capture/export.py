@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -47,7 +47,7 @@ from lorac.frontend.capture.written_attention import fold_written_attention
 from lorac.frontend.copying import WeightCast, copy_structure, refuse_casts
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.inputs.call_binding import Inputs, bind_by_name
-from lorac.frontend.inputs.diffusers_models import list_image_axes, spread_example_numbers
+from lorac.frontend.inputs.diffusers_models import is_diffusers, spread_example_numbers
 from lorac.frontend.inputs.dynamic_shapes import (
     fix_hinted_axes,
     let_narrow,
@@ -297,8 +297,8 @@ def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard], 
 def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[object, object]]:
     """Yield the inputs and default shapes to try: first named dims, then dims that torch may narrow or fix.
 
-    Models of images restrict their rows as well as the sides (diffusers' upsampling distinguishes 64 rows), which a
-    named dim would refuse at the end of a whole trace.
+    Models of diffusers restrict their rows (its upsampling distinguishes 64), which a named dim would refuse at the end
+    of a whole trace.
 
     Args:
         model, inputs: as ``export_model`` takes them.
@@ -306,8 +306,7 @@ def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[o
     """
     named = isinstance(inputs, Mapping)
     example = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
-    sides = any(list_image_axes(model, name, value) for name, value in example.items() if isinstance(value, Tensor))
-    for names in (False,) if sides else (True, False):
+    for names in (False,) if is_diffusers(model) else (True, False):
         shapes = make_dynamic_shapes(model, example, named=names)
         values = {name: repeat_unit_axes(value, shapes[name]) if widen else value for name, value in example.items()}
         yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))

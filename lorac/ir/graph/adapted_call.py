@@ -153,16 +153,7 @@ def compute_adapted(
     """
     if plan.has_placed_branches:
         return _compute_placed_branches(plan, call, sites, emitted, attention)
-    tensors = dict(call.operands)
-    read = [role for role in tensors if role.startswith(VALUE_PREFIX)]
-    values = {role.removeprefix(VALUE_PREFIX): tensors.pop(role) for role in read}
-    ctx = FormulaContext(
-        plan.site,
-        values=present_weights(values, sites),
-        emitted=emitted,
-        attention=attention,
-        site_readers=site_readers,
-    )
+    ctx, tensors = _make_context(plan, call.operands, sites, emitted, attention, site_readers)
     slots = SiteSlots.of_named(tensors, plan)
     if call.op is ops.BLOCK:
         x, block = call.tensors
@@ -209,8 +200,24 @@ def compute_placed_branch(
         operands: the branch's, by role (``select_operands``).
         sites, emitted, attention, site_readers: as for ``compute_adapted``.
     """
+    ctx, tensors = _make_context(plan, operands, sites, emitted, attention, site_readers)
+    strength, *params = tensors.values()
+    slot, (x, y, base) = plan.branches[index], rows
+    owner = branch_owner(plan.branches[:index], slot)
+    fill = BranchFill(strength, tuple(params))
+    return add_branch_in_places(slot, fill, x, y, base, ctx, owner, row_ops.SEGMENTS)
+
+
+def _make_context(
+    plan: SitePlan,
+    operands: Mapping[str, Tensor],
+    sites: Mapping[str, Site],
+    emitted: dict[str, list[Tensor]],
+    attention: BranchAttention | None,
+    site_readers: set[str] | None,
+) -> tuple[FormulaContext, dict[str, Tensor]]:
+    """Return the context of branches, with the values among their operands, and the other operands."""
     values = {role.removeprefix(VALUE_PREFIX): v for role, v in operands.items() if role.startswith(VALUE_PREFIX)}
-    strength, *params = [tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)]
     ctx = FormulaContext(
         plan.site,
         values=present_weights(values, sites),
@@ -218,10 +225,7 @@ def compute_placed_branch(
         attention=attention,
         site_readers=site_readers,
     )
-    slot, (x, y, base) = plan.branches[index], rows
-    owner = branch_owner(plan.branches[:index], slot)
-    fill = BranchFill(strength, tuple(params))
-    return add_branch_in_places(slot, fill, x, y, base, ctx, owner, row_ops.SEGMENTS)
+    return ctx, {role: tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)}
 
 
 def _compute_placed_branches(

@@ -110,13 +110,17 @@ class PromptCache:
             cache: holds them; nothing else may use it.
         """
         new = _CachedPrompts(weakref.ref(engine), key, [row.clone() for row in rows], cache)
+        if engine.memory_budget is None or cache.charge is None:
+            self._take(new)
+        else:
+            drop = functools.partial(_drop, weakref.ref(self), weakref.ref(new))
+            engine.memory_budget.keep((id(self), id(new)), cache.charge, functools.partial(self._take, new), drop)
+
+    def _take(self, new: _CachedPrompts) -> None:
         with self._lock:
             self._entries = [*(entry for entry in self._entries if not _is_obsolete(entry, new)), new]
             while self._entries and self.used > self.bytes:
                 del self._entries[0]
-        if engine.memory_budget is not None and cache.charge is not None:
-            drop = functools.partial(_drop, weakref.ref(self), weakref.ref(new))
-            engine.memory_budget.keep((id(self), id(new)), cache.charge, drop)
 
     def drop(self, entry: _CachedPrompts) -> None:
         """Forget one call's sequences, where others need the memory."""
