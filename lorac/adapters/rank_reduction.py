@@ -49,14 +49,7 @@ def reduce_rank(
 
 
 @torch.no_grad()
-def resize(
-    adapter: Adapter,
-    rank: int | None = None,
-    *,
-    tolerance: float | None = None,
-    name: str | None = None,
-    seed: int = 0,
-) -> Adapter:
+def resize(adapter: Adapter, rank: int | None = None, *, tolerance: float | None = None) -> Adapter:
     """Return a LoRA with another rank, and its present scale: the nearest of a lower rank, or the same in a higher one.
 
     Σ^½ of the change's singular values goes to each factor. A rank above that of a change adds columns of zeros to B
@@ -68,8 +61,6 @@ def resize(
         rank: the new rank, everywhere.
         tolerance: the largest error. Without ``rank`` each site has the smallest rank that keeps to it; with it, a site
             that cannot is refused.
-        name: of the result; default: the adapter's own.
-        seed: of the random rows.
 
     Raises:
         AdapterNotFound: the adapter is of another method.
@@ -83,14 +74,14 @@ def resize(
     def choose(s: Tensor) -> int:
         return rank if rank is not None else find_rank(s, tolerance or 0.0)
 
-    made = _change_ranks(adapter, choose, name, seed)
+    made = _change_ranks(adapter, choose)
     for path, error in made.provenance["errors"].items():
         if tolerance is not None:
             check_error(adapter.name, path, made.tensors[path]["lora_A"].shape[-2], error, tolerance)
     return made
 
 
-def _change_ranks(adapter: Adapter, choose: Callable[[Tensor], int], name: str | None, seed: int) -> Adapter:
+def _change_ranks(adapter: Adapter, choose: Callable[[Tensor], int], name: str | None = None, seed: int = 0) -> Adapter:
     """Return a LoRA with the rank at each site that its singular values (…, r) choose."""
     if not isinstance(adapter.variant, LoRA):
         raise AdapterNotFound(

@@ -59,7 +59,7 @@ class HeadNorms:
         q_max, k_max: of queries and keys, times √β.
         v_max: of values.
         max_logit: of β·Q·Kᵀ over all pairs, masked or not.
-        query, key: the parts of base and adapter; None where the module has no projection of that name.
+        query, key: the parts of base and adapter; None where the module has no ``q_proj`` or ``k_proj``.
     """
 
     length: int
@@ -90,9 +90,6 @@ def measure_attention(
     model: nn.Module,
     inputs: Mapping[str, Tensor],
     adapter: Adapter | None = None,
-    *,
-    query: str = "q_proj",
-    key: str = "k_proj",
 ) -> dict[str, tuple[HeadNorms, ...]]:
     """Return the norms of every head in one call of a transformers model, by the path of the attention.
 
@@ -100,7 +97,6 @@ def measure_attention(
         model: only read.
         inputs: arguments of the call.
         adapter: of a method that edits weights, at strength 1; None measures the base.
-        query, key: names of the projections within an attention.
 
     Raises:
         Unavailable: no attention of the model goes through transformers' interface.
@@ -109,7 +105,7 @@ def measure_attention(
     if not is_hugging_face(model):
         raise _no_interface(model)
     weights, deltas = _merge(model, adapter)
-    recorder = _Recorder({id(module): path for path, module in model.named_modules()}, deltas, (query, key))
+    recorder = _Recorder({id(module): path for path, module in model.named_modules()}, deltas, ("q_proj", "k_proj"))
     with torch.no_grad(), _recording(model, recorder):
         torch.func.functional_call(model, weights, kwargs=dict(inputs))
     if not recorder.found:

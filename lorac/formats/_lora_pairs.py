@@ -85,7 +85,6 @@ def make_lora(
     alphas: Mapping[str, float],
     view: ModelView | None,
     *,
-    dropout: float = 0.0,
     provenance: Mapping[str, object],
 ) -> Adapter:
     """Return a LoRA from its pairs, checked.
@@ -96,7 +95,7 @@ def make_lora(
     """
     ordered = {path: dict(stored) for path, stored in sort_by_site(tensors, view).items()}
     ranks = {path: stored[A].shape[0] for path, stored in ordered.items()}
-    variant = make_lora_variant(ranks, alphas, LoRA(dropout=dropout))
+    variant = make_lora_variant(ranks, alphas, LoRA())
     adapter = Adapter(name, variant, ordered, provenance=dict(provenance))
     return check_read(adapter, view)
 

@@ -120,9 +120,9 @@ def _factorise(context: InitContext, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return b, a, diagonal
 
 
-def _uniform_around(context: InitContext, half: Tensor | float, center: Tensor | float = 0.0) -> Tensor:
-    """Draw from U(center − half, center + half)."""
-    return center + half * (2 * torch.rand(context.shape, generator=context.generator) - 1)
+def _uniform_around_zero(context: InitContext, half: Tensor | float) -> Tensor:
+    """Draw from U(−half, half)."""
+    return half * (2 * torch.rand(context.shape, generator=context.generator) - 1)
 
 
 def _gaussian(context: InitContext, std: Tensor | float, mean: Tensor | float = 0.0) -> Tensor:
@@ -137,10 +137,10 @@ def _normal_start(context: InitContext) -> Tensor:
 
 _STARTS: Mapping[str, Callable[[InitContext], Tensor]] = {
     "lu": lambda context: context.params.diagonal.clone(),
-    "uniform": lambda context: _uniform_around(context, context.params.diagonal.mean().abs() / 2),
+    "uniform": lambda context: _uniform_around_zero(context, context.params.diagonal.mean().abs() / 2),
     "normal": _normal_start,
     "constant": lambda context: context.params.diagonal.mean().expand(context.shape).clone(),
-    "s_uniform": lambda context: _uniform_around(context, 1.0),
+    "s_uniform": lambda context: _uniform_around_zero(context, 1.0),
     "s_normal": lambda context: _gaussian(context, 1.0),
     "ones": ones,
     "zeros": zeros,

@@ -157,9 +157,9 @@ class GenerationDriver(GenerationMixin, ABC):
         """Return the cache that an output holds."""
         return state
 
-    @abstractmethod
     def _new_state(self, rows: int, capacity: int) -> DecodingState:
         """Return rows that hold no tokens yet."""
+        return DecodingState(self.program.new_cache(rows, capacity))
 
     @abstractmethod
     def _prompt_width(self, model_kwargs: Fields, generation_config: GenerationConfig) -> int:
@@ -231,9 +231,6 @@ class GenerationDriver(GenerationMixin, ABC):
 @final
 class DecoderDriver(GenerationDriver):
     """Generates from a program whose only input is the sequence."""
-
-    def _new_state(self, rows: int, capacity: int) -> DecodingState:
-        return DecodingState(self.program.new_cache(rows, capacity))
 
     def _prompt_width(self, model_kwargs: Fields, generation_config: Any) -> int:
         """Return the mask's width; transformers notes only the width where nothing is padding."""

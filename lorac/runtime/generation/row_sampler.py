@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lorac.errors import InputMismatch, Unavailable
 from lorac.frontend.components import MAIN_GRAPH
-from lorac.runtime.generation.decoding_state import DecodingState
 from lorac.runtime.generation.driver import DecodingProgram, GenerationDriver, take_likeliest
 from lorac.runtime.generation.generate import add_tokenizer
 from lorac.runtime.generation.prompts import IDS
@@ -168,9 +167,6 @@ class _RowPlanner(GenerationDriver):
     ) -> Any:
         self.planned = logits_processor, stopping_criteria, generation_config
         return input_ids
-
-    def _new_state(self, rows: int, capacity: int) -> DecodingState:
-        return DecodingState(self.program.new_cache(rows, capacity))
 
     def _prompt_width(self, model_kwargs: Any, generation_config: Any) -> int:
         return self.width

@@ -86,7 +86,6 @@ class AdapterStore:
         compiled: the compiled model, with room for the adapters (``reserve=``).
         folder: keeps the adapters; they are there again when a store is made over it later.
         quotas: what each tenant may bring; default: ``StoreQuotas()``.
-        audit: the file of the audit log; default: ``audit.jsonl`` in the folder.
         bases: names by which PEFT's configurations call the model, for files that do not record a hash of the base.
         reserved: names that no adapter may have, such as that of the model itself.
 
@@ -101,7 +100,6 @@ class AdapterStore:
         folder: str | os.PathLike[str],
         *,
         quotas: StoreQuotas | None = None,
-        audit: str | os.PathLike[str] | None = None,
         bases: Collection[str] = (),
         reserved: Collection[str] = (),
     ) -> None:
@@ -114,7 +112,7 @@ class AdapterStore:
         self._lock = threading.RLock()
         with translate_os_errors(path, FormatError, "written", "unreadable"):
             self._folder = StoreFolder(path)
-        self._audit = AuditLog(Path(audit) if audit is not None else path / "audit.jsonl")
+        self._audit = AuditLog(path / "audit.jsonl")
         self._reader = ReadingProcess(self._quotas)
         for entry in self._folder.scan():
             self._restore(entry)

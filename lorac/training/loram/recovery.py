@@ -17,11 +17,11 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
 FILLS = ("zeros", "normal")
+_WARMUP = 100
+"""The most steps in which the learning rate of ``align`` rises."""
 
 
-def recover(
-    adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Module, *, fill: str = "zeros", seed: int = 0
-) -> Adapter:
+def recover(adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Module, *, fill: str = "zeros") -> Adapter:
     """Map a LoRA of a smaller model to the large one: A's columns and B's rows in their old places, 0 elsewhere.
 
     ΔW of the large weight is s·B·A at the rows and columns kept, and 0 elsewhere.
@@ -32,7 +32,6 @@ def recover(
         model: the large one; only read.
         fill: ``"zeros"``; or ``"normal"``, the authors' other choice: missing columns of A are N(0, 1/r²), so that the
             large model changes at once where columns were pruned.
-        seed: for ``"normal"``.
 
     Raises:
         AdapterNotFound: the adapter is of another method.
@@ -47,7 +46,7 @@ def recover(
         )
     if fill not in FILLS:
         raise not_one_of("there is no fill", fill, FILLS)
-    view, generator = ModelView.of(model), torch.Generator().manual_seed(seed)
+    view, generator = ModelView.of(model), torch.Generator().manual_seed(0)
     sites, tensors = view.sites, {}
     for path, own in adapter.tensors.items():
         one = kept.get(path)
@@ -93,7 +92,6 @@ def align(
     *,
     steps: int,
     lr: float = 5e-5,
-    warmup: int = 100,
     loss: Loss | None = None,
     each: Callable[[int, float], None] | None = None,
 ) -> None:
@@ -106,14 +104,13 @@ def align(
         batches: what it is called with, one a step.
         steps: how many steps; with fewer batches it ends where they do.
         lr: the largest learning rate.
-        warmup: steps that it rises in, at most a tenth of all.
         loss: (model, batch) -> the loss; default: the model's own.
         each: called after every step with its number and loss.
 
     Raises:
         AdapterError: there are none, or none with a loss.
     """
-    model, rising = smaller.model, min(warmup, steps // 10)
+    model, rising = smaller.model, min(_WARMUP, steps // 10)
     trained = _alignment_parameters(model)
     optimizer = torch.optim.AdamW(trained, lr=lr)
 

@@ -15,6 +15,9 @@ from lorac.training.rule import Rule, unwrap_ddp
 from lorac.training.rules.pairs import FROM_0, check_settings
 from lorac.variants.base import BranchVariant, Variant
 
+_CHOSEN = "chosen"
+"""The extra output that says what was chosen: (…, n), not 0 where a token chose."""
+
 
 class Balanced(Rule):
     """After every step d_i ← d_i + u·sign(mean(c) − c_i), c_i the number of tokens that chose i in all of the step.
@@ -26,17 +29,17 @@ class Balanced(Rule):
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s; it says when a step is.
         rate: u; the paper's 1e-3.
-        emitted: name of the extra output that says what was chosen: (…, n), not 0 where a token chose.
         bias: name of the buffer d (n,).
 
     Raises:
         Unavailable: as ``Rule``.
-        AdapterNotFound: no adapter's method emits that and holds such a buffer.
+        AdapterNotFound: no adapter's method emits "chosen", (…, n), not 0 where a token chose, and holds such a buffer.
         ChoiceError: u is below 0 or not finite.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (BranchVariant,)
     governed: ClassVar[tuple[str, ...]] = ()
+    listens: ClassVar[tuple[str, ...]] = (_CHOSEN,)
 
     def __init__(
         self,
@@ -44,35 +47,33 @@ class Balanced(Rule):
         optimizer: Optimizer,
         *,
         rate: float = 1e-3,
-        emitted: str = "chosen",
         bias: str = "lora_topk_bias",
     ) -> None:
         adapters = getattr(unwrap_ddp(compiled), "adapters", {}).values()
         found = {
             type(adapter.variant): None
             for adapter in adapters
-            if emitted in getattr(adapter.variant, "emits", ()) and any(bias in own for own in adapter.tensors.values())
+            if _CHOSEN in getattr(adapter.variant, "emits", ()) and any(bias in own for own in adapter.tensors.values())
         }
         if not found:
             there = (
                 ", ".join(f"'{adapter.name}' ({adapter.variant.name})" for adapter in adapters) or "no adapter at all"
             )
             raise AdapterNotFound(
-                f"no adapter emits '{emitted}' and holds a buffer '{bias}'; there is {there}",
+                f"no adapter emits '{_CHOSEN}' and holds a buffer '{bias}'; there is {there}",
                 next_step="compile with a method that chooses by a score and a bias",
             )
         self.methods = tuple(found)  # type: ignore[misc]  # which they are is known of this model alone
-        self.listens = (emitted,)  # type: ignore[misc]  # the same
         super().__init__(compiled, optimizer)
         check_settings(type(self).__name__, rate=(rate, FROM_0))
-        self.rate, self._emitted = rate, emitted
+        self.rate = rate
         self._biases = {term.site: term.tensors[bias] for term in self.terms}
         self._counts: dict[str, Tensor] = {}
         self.attach()
 
     def hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Count the choices of one call."""
-        for path, chosen in emitted[self._emitted].items():
+        for path, chosen in emitted[_CHOSEN].items():
             count = (chosen != 0).flatten(0, -2).sum(0)
             self._counts[path] = self._counts[path] + count if path in self._counts else count
 

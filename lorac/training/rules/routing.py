@@ -126,16 +126,14 @@ def sampled_selection_loss(
     loss_of: Callable[[Any], Tensor],
     *,
     draws: int = 2,
-    emitted: str = "log_prob",
 ) -> Tensor:
     """Return ``leave_one_out`` of one call with every row repeated ``draws`` times, for routers that sample.
 
     Args:
-        compiled: compiled with ``aux=[emitted]``, in training mode; each router emits log Q of its draws, (rows, …).
+        compiled: compiled with ``aux=["log_prob"]``, in training mode; each router emits log Q of its draws, (rows, …).
         inputs: the call's arguments by name; tensors whose first axis is the rows' are repeated.
         loss_of: the call's output -> the loss of each row (draws·rows,).
         draws: M, 2 or more.
-        emitted: name of the extra output.
 
     Raises:
         Unavailable: no router gave log-probabilities.
@@ -148,11 +146,11 @@ def sampled_selection_loss(
             f"{draws} draws of {rows} rows leave nobody to compare with", next_step="give two draws or more of a batch"
         )
     losses = loss_of(model(**repeat_rows(inputs, draws)))
-    found = model.aux.get(emitted, {})
+    found = model.aux.get("log_prob", {})
     if not found:
         raise Unavailable(
-            f"the call gave no '{emitted}'",
-            next_step=f'compile a method that emits it with aux=["{emitted}"], and train in training mode',
+            "the call gave no 'log_prob'",
+            next_step='compile a method that emits it with aux=["log_prob"], and train in training mode',
         )
     if losses.shape != (draws * rows,):
         raise ChoiceError(

@@ -19,7 +19,6 @@ from lorac.training.transfer.generation import (
 from lorac.training.transfer.pipeline import (
     SyntheticPrompts,
     TransferResult,
-    TransferRoles,
     TransferSettings,
     answer_prompts,
     make_prompt_filter,
@@ -34,7 +33,6 @@ __all__ = [
     "SyntheticPrompts",
     "Task",
     "TransferResult",
-    "TransferRoles",
     "TransferSettings",
     "answer_prompts",
     "compare_answers",

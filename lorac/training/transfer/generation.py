@@ -12,6 +12,8 @@ from lorac.errors import AdapterError, Unavailable
 PromptAnswer = tuple[str, str]
 """A prompt, and what is to come after it."""
 IGNORED = -100
+_ROWS = 8
+"""Prompts of a batch."""
 
 
 def require_tokenizer(compiled: Any) -> Any:
@@ -35,7 +37,7 @@ def continue_prompts(
     prompts: Sequence[str],
     *,
     adapters: Any = None,
-    rows: int = 8,
+    rows: int = _ROWS,
     seed: int | None = None,
     **options: Any,
 ) -> list[str]:
@@ -66,9 +68,7 @@ def continue_prompts(
 
 
 @torch.no_grad()
-def compare_answers(
-    compiled: Any, prompts: Sequence[str], first: str, second: str, *, adapters: Any, rows: int = 8
-) -> list[bool]:
+def compare_answers(compiled: Any, prompts: Sequence[str], first: str, second: str, *, adapters: Any) -> list[bool]:
     """Whether a model finds one answer likelier than another after each prompt, by their first tokens; ties are no.
 
     Raises:
@@ -81,8 +81,8 @@ def compare_answers(
             f"{first!r} and {second!r} begin with one token", next_step="give answers that begin differently"
         )
     found: list[bool] = []
-    for start in range(0, len(prompts), rows):
-        batch = _make_batch(tokenizer, [(prompt, "") for prompt in prompts[start : start + rows]])
+    for start in range(0, len(prompts), _ROWS):
+        batch = _make_batch(tokenizer, [(prompt, "") for prompt in prompts[start : start + _ROWS]])
         logits = torch.as_tensor(
             compiled(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], adapters=adapters).logits
         )
@@ -155,7 +155,6 @@ def fit(
     *,
     adapters: str,
     lr: float = 2e-4,
-    each: Callable[[int, float], None] | None = None,
     teacher: Callable[[dict[str, Tensor]], Tensor] | None = None,
 ) -> None:
     """Train one adapter on batches with AdamW, without decay and with a rate that falls to 0, as in the paper.
@@ -165,7 +164,6 @@ def fit(
         batches: one per step.
         adapters: the adapter's name; the others stay unchanged.
         lr: the first rate.
-        each: called after every step with its number and loss.
         teacher: batch -> logits (rows, length, tokens) to learn in place of the labels, by ``distillation_loss``.
 
     Raises:
@@ -176,13 +174,11 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
     mode = compiled.training
     compiled.train()
-    for step, batch in enumerate(batches):
+    for batch in batches:
         output = compiled(**batch, adapters=adapters)
         loss = output.loss if teacher is None else distillation_loss(output.logits, teacher(batch), batch["labels"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if each is not None:
-            each(step, float(loss.detach()))
     compiled.train(mode)

@@ -39,15 +39,6 @@ class SyntheticPrompts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferRoles:
-    """Names of adapters: the source's own and its discriminator, and the one of the target that learns."""
-
-    teacher: str = "source"
-    discriminator: str = "discriminator"
-    student: str = "target"
-
-
-@dataclass(frozen=True, kw_only=True)
 class TransferSettings:
     """How many prompts are generated, and how the student is trained.
 
@@ -71,7 +62,9 @@ class TransferSettings:
     seed: int = 0
 
 
-_ROLES, _SETTINGS = TransferRoles(), TransferSettings()
+_SETTINGS = TransferSettings()
+_SOURCE, _DISCRIMINATOR, _TARGET = "source", "discriminator", "target"
+"""Names of adapters: the source's own and its discriminator, and the one of the target that learns."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +82,19 @@ class TransferResult:
     tried: int
 
 
-def make_prompt_source(
-    compiled: Any, task: Task, *, adapters: Any = None, max_new_tokens: int = 48, **options: Any
-) -> Draw:
-    """Return a function that samples prompts like the task's seeds from a model.
+def make_prompt_source(compiled: Any, task: Task, *, max_new_tokens: int = 48, **options: Any) -> Draw:
+    """Return a function that samples prompts like the task's seeds from a model's base.
 
     Args:
         compiled: the target, as in the paper, or any other model that generates.
         task: has the seeds.
-        adapters: the choice to generate with; None for the base.
         max_new_tokens: of a prompt.
         **options: further options of ``generate``: temperature, top_p, …
     """
     options = {"do_sample": True, "max_new_tokens": max_new_tokens, **options}
 
     def draw(count: int, seed: int) -> list[str]:
-        found = continue_prompts(compiled, [task.asking()] * count, adapters=adapters, seed=seed, rows=count, **options)
+        found = continue_prompts(compiled, [task.asking()] * count, seed=seed, rows=count, **options)
         return [task.written(text) for text in found]
 
     return draw
@@ -126,7 +116,6 @@ def train_discriminator(
     real: Iterable[str],
     written: Iterable[str],
     *,
-    adapters: str = "discriminator",
     epochs: int = 10,
     lr: float = 2e-4,
     rows: int = 8,
@@ -134,18 +123,17 @@ def train_discriminator(
     """Train an adapter to tell prompts of the task from generated ones, while data of the task are available.
 
     Args:
-        compiled: of target eager, with the adapter.
+        compiled: of target eager, with a fresh adapter ``discriminator``.
         task: has the question.
         real: prompts of the task.
         written: generated prompts (``make_prompt_source``).
-        adapters: the adapter's name.
         epochs, lr, rows: of the training.
     """
     pairs = [(task.about(prompt), task.yes) for prompt in real] + [(task.about(prompt), task.no) for prompt in written]
     fit(
         compiled,
         make_training_batches(require_tokenizer(compiled), pairs, rows=rows, epochs=epochs),
-        adapters=adapters,
+        adapters=_DISCRIMINATOR,
         lr=lr,
     )
 
@@ -209,7 +197,6 @@ def transfer(
     target: Any,
     task: Task,
     *,
-    roles: TransferRoles = _ROLES,
     settings: TransferSettings = _SETTINGS,
     draw: Draw | None = None,
     accept: Accept | None = None,
@@ -217,32 +204,31 @@ def transfer(
     """Train an adapter of a new base on the answers of an adapter of another base.
 
     Args:
-        source: compiled, with the adapter to transfer and its discriminator; not changed.
-        target: compiled for target eager, with a fresh adapter of any method, which is trained.
+        source: compiled, with the adapter to transfer, ``source``, and its ``discriminator``; not changed.
+        target: compiled for target eager, with a fresh adapter ``target`` of any method, which is trained.
         task: seeds and questions.
-        roles: the adapters' names.
         settings: of generation and training.
         draw: generates prompts; default: the target's base.
         accept: filters them; default: the discriminator.
 
     Raises:
         Unavailable: a model has no tokenizer, or for ``soft`` the two have other ones.
-        AdapterNotFound: an adapter of ``roles`` is missing.
+        AdapterNotFound: one of these adapters is missing.
         AdapterError: as ``synthesise_prompts``; or the source answers no prompt.
     """
-    teacher = _make_teacher(source, target, roles.teacher) if settings.soft else None
+    teacher = _make_teacher(source, target, _SOURCE) if settings.soft else None
     draw = draw or make_prompt_source(target, task, max_new_tokens=settings.max_new_tokens)
-    accept = accept or make_prompt_filter(source, task, adapters=roles.discriminator)
+    accept = accept or make_prompt_filter(source, task, adapters=_DISCRIMINATOR)
     found = synthesise_prompts(
         draw, accept, settings.count, rows=settings.rows, tries=settings.tries, seed=settings.seed
     )
-    answers = answer_prompts(source, found.prompts, adapters=roles.teacher, max_new_tokens=settings.max_new_tokens)
+    answers = answer_prompts(source, found.prompts, adapters=_SOURCE, max_new_tokens=settings.max_new_tokens)
     pairs = [pair for pair in answers if pair[1]]
     batches = make_training_batches(
         require_tokenizer(target), pairs, rows=settings.rows, epochs=settings.epochs, seed=settings.seed
     )
-    fit(target, batches, adapters=roles.student, lr=settings.lr, teacher=teacher)
-    return TransferResult(target.adapters[roles.student], tuple(pairs), found.tried)
+    fit(target, batches, adapters=_TARGET, lr=settings.lr, teacher=teacher)
+    return TransferResult(target.adapters[_TARGET], tuple(pairs), found.tried)
 
 
 def _make_teacher(source: Any, target: Any, adapters: str) -> Callable[[dict[str, Tensor]], Tensor]:
