@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 
 import lorac
-from experiments._char_lm import adapt, host, pieces
-from experiments._reader import tasks
-from experiments._study import Expected, Experiment, Finding, Table, main
-from lorac.analysis.attention_norms import measure_attention
-from lorac.analysis.chained_attention import (
+from experiments._chained_attention import (
     AttentionHead,
     chained_gradient,
     exact_gradient,
     softmax_error_bound,
     softmax_factors,
 )
+from experiments._char_lm import adapt, host, pieces
+from experiments._reader import tasks
+from experiments._study import Expected, Experiment, Finding, Table, main
+from lorac.analysis.attention_norms import measure_attention
 
 WIDTH, DEGREES, SIZES, LENGTHS, LONG = 3, (2, 4, 6), (0.25, 0.5, 1.0, 2.0, 4.0), (64, 256, 1024), (512, 1024, 2048)
 ALPHAS, RATE = (8, 32, 128), 0.01

@@ -3,7 +3,7 @@
     python -m experiments.s_lora [--seeds 5] [--steps 120] [--smoke]
 
 So many requests ("steps") come at once, by a power law over 5, 100 or 2000 registered adapters of ranks 8 to 64; each
-has 8 to 256 tokens and gets as many. S-LoRA's memory is simulated (``lorac.analysis.paging``): one pool of 11 000 cells
+has 8 to 256 tokens and gets as many. S-LoRA's memory is simulated (``experiments._paging``): one pool of 11 000 cells
 for tokens and for adapters, up to 32 rows. Beside it stand the same pool less all registered adapters, which are kept
 in it, and batches of one adapter each, at most as many rows. What counts is the decoding steps until all is answered;
 what does not fit at all takes forever. "As fast" is at most an eighth more: the paper's throughput falls from 7.48 to
@@ -30,8 +30,8 @@ from torch import nn
 
 import lorac
 from benchmarks.common import alternate
+from experiments._paging import PagedAllocator, TracedRequest, adapter_cells
 from experiments._study import Expected, Experiment, Finding, Table, main
-from lorac.analysis.paging import PagedAllocator, TracedRequest, adapter_cells
 from lorac.progress import progress
 
 CELLS, ROWS, LONGEST, REGISTERED = 11_000, 32, 256, (5, 100, 2000)

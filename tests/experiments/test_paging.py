@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from lorac.analysis.paging import (
+from experiments._paging import (
     CellPool,
     PagedAllocator,
     PlacedAllocator,

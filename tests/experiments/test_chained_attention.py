@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.analysis.chained_attention import (
+from experiments._chained_attention import (
     AttentionHead,
     chained_gradient,
     exact_gradient,
