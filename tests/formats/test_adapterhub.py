@@ -1,5 +1,6 @@
 """AdapterHub's folders: what its library wrote is read and answers what the library answered; and what is refused."""
 
+import copy
 import functools
 import json
 import os
@@ -177,6 +178,15 @@ def test_a_file_of_fewer_tensors_and_one_of_more(copied):
     refused(copied, lorac.FormatError, "lacks")
     save_file({**tensors, "bert.pooler.weight": torch.zeros(3)}, file)
     refused(copied, lorac.FormatError, "pooler")
+
+
+def test_an_adapter_for_other_base_weights(tmp_path):
+    lorac.save_adapter(read("bert/lora"), tmp_path / "own", format="adapterhub", model=model("bert"))
+    other = copy.deepcopy(model("bert"))
+    with torch.no_grad():
+        other.bert.encoder.layer[0].attention.self.key.weight.mul_(2)
+    with refuses("base_mismatch"):
+        lorac.load_adapter(tmp_path / "own", other)
 
 
 def test_a_head_beside_it_is_told_of_and_an_interface_refused(copied):

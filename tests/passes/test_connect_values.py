@@ -17,6 +17,7 @@ from lorac.testing.eager_checks import assert_close
 from lorac.variants.params import ParamSpec
 from tests.captured import graph_of
 from tests.refusing import refuses
+from tests.variants.modules import Routed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,17 @@ def test_a_second_run_skips_the_sites_that_have_their_values():
     assert run_pipeline(graph, [ConnectValues()]) == [
         ("values", PassResult(changed=False, skipped=(Skip("second", "it has its values already"),)))
     ]
+
+
+def test_what_is_computed_once_is_one_value_for_all_its_readers():
+    compiled = lorac.compile(Host(), {"r": Routed(targets=["first", "second"], of="second", width=4, n=2)})
+    graph = graph_of("host", export_model(Host(), (X,)), compiled.sites, compiled.plans)
+    _, (_, outcome) = run_pipeline(graph, [InsertAdaptedCalls(), ConnectValues()])
+    assert outcome == PassResult(changed=True)
+    first, second = (AdaptedCall.of(reader) for reader in graph.find(ops.adapted))
+    (name,) = (name for name in first.operands if name.startswith("value:") and name.endswith("gates"))
+    assert first.operands[name] is second.operands[name]
+    assert first.operands[name].target is torch.ops.aten.softmax.int
 
 
 def test_a_base_pass_that_would_write_in_place_is_refused():

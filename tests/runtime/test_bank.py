@@ -155,6 +155,20 @@ def test_one_read_brings_back_what_was_let_go_of(compiled: Any, folder: Path, mo
     assert "n1" in str(compiled.explain())
 
 
+def test_one_that_is_read_straight_into_its_slots_is_written_the_second_time(program: Path, tmp_path: Path) -> None:
+    names = ["m0", "m1", "m2"]
+    for name in names:
+        one = adapter_away(METHODS[0], ENTRY.fresh(torch.float32), X, name=name, seed=int(name[1]))
+        lorac.save_adapter(one, tmp_path / name, model=ENTRY.fresh(torch.float32))
+    compiled: Any = lorac.load(program, threads=1)
+    compiled.register(tmp_path)
+    for written in ([], names):
+        expected = [raw(answer(compiled, adapters=name)) for name in names]
+        let_all_go(compiled)
+        assert [*compiled._states._images._images] == written
+    assert [raw(answer(compiled, adapters=name)) for name in names] == expected
+
+
 def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, in_memory: Any, tmp_path: Path) -> None:
     first, second = made()[1], dataclasses.replace(made()[4], name="n1")
     let_all_go(compiled)
