@@ -20,8 +20,8 @@ lorac inspect FILE --model MODEL
 lorac convert FILE OUT --to NAME --model MODEL
 ```
 
-The format of what is read is recognised; that of what is written is named. `--model` gives names and shapes that a file
-does not have: without it the error says whether it is needed.
+lorac recognises the format of a file that it reads; `--to` names the format of the file that it writes. Some files lack
+names or shapes that `--model` supplies: an error says so where it is needed.
 """
 RULE = """## Which format a file is of
 
@@ -31,8 +31,9 @@ refused, naming both.
 """
 SETTINGS = """## Hyper-parameters that authors' files lack
 
-The file of tensors does not hold them, and the result depends on them. They are read from a JSON file beside it, with
-its name and the suffix `.json` unless another is given here; where it is missing, the error prints what to write.
+The result depends on these hyper-parameters, which are not in the file of tensors. They are read from a JSON file
+beside it, with its name and the suffix `.json` unless another is given here; where it is missing, the error prints what
+to write.
 """
 KINDS = {
     Evidence.METADATA: "metadata that lorac wrote",
@@ -51,7 +52,7 @@ def page() -> str:
 
 
 def _table(known: Mapping[str, Format]) -> Iterator[str]:
-    yield "| format | files of | recognised by | saved in | methods |"
+    yield "| format | files of | recognised by | can be written | methods |"
     yield "| --- | --- | --- | --- | --- |"
     for name, one in known.items():
         every = "[its types](peft.md)" if name == "peft" else "every method"

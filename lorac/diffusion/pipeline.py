@@ -178,9 +178,9 @@ class CompiledPipeline:
     def save_pretrained(self, *args: object, **kwargs: object) -> NoReturn:
         """Raise ``Unavailable``: a compiled pipeline is written in two parts."""
         raise Unavailable(
-            "a compiled pipeline does not write its models as diffusers reads them",
-            next_step="compiled.save(folder), of pipeline.compiled, writes the compiled models, which "
-            "lorac.diffusion.place_parts puts into a pipeline again; the original pipeline writes its own models",
+            "a compiled pipeline cannot be saved in the form that diffusers reads",
+            next_step="save its models by pipeline.compiled.save(folder), which lorac.diffusion.place_parts puts into "
+            "a pipeline again; or save the pipeline that was compiled",
         )
 
     def to(self, *args: object, **kwargs: object) -> CompiledPipeline:

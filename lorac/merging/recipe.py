@@ -141,14 +141,14 @@ def _join_parameters(
 def _read_weight(file: Path, parameters: Mapping[str, object]) -> float:
     weight = parameters.get("weight", 1.0)
     if not matches_type(weight, float):
-        raise WrongType(f"'{file}': weight is {describe_value(weight)}", next_step="give a number")
+        raise WrongType(f"'{file}': weight is {describe_value(weight)}", next_step="write a number there")
     return float(weight)  # type: ignore[arg-type]  # it is a number
 
 
 def _read_text(file: Path, given: Mapping[str, object], name: str) -> str | None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
-        raise WrongType(f"'{file}': {name} is {describe_value(value)}", next_step="give a text")
+        raise WrongType(f"'{file}': {name} is {describe_value(value)}", next_step="write a text there")
     return value
 
 

@@ -188,7 +188,9 @@ class LoraMixture(Variant):
         """
         name, method = name or cls.name, cls.__name__
         if not adapters:
-            raise AdapterError(f"{method} needs at least one LoRA", next_step="give adapters of lorac.LoRA")
+            raise AdapterError(
+                f"{method} is made of LoRAs, and none is given", next_step="give one adapter of lorac.LoRA or more"
+            )
         sources = [read_factors(adapter, method) for adapter in adapters]
         rank = max(a.shape[0] for source in sources for a, _ in source.values())
         known = dict.fromkeys(path for source in sources for path in source)

@@ -211,7 +211,11 @@ def _writes_private_tensor(node: fx.Node) -> bool:
 
 
 def _returns_tensor(node: fx.Node, *, writes: bool | None) -> bool:
-    """Return whether an op returns one tensor: the operand it writes (True), or a new one (None)."""
+    """Return whether an op returns one tensor of a kind.
+
+    Args:
+        writes: True asks for the operand that the op writes, None for a new tensor.
+    """
     schema = getattr(node.target, "_schema", None)
     if schema is None or len(schema.returns) != 1:
         return False

@@ -103,7 +103,7 @@ class GaLore(Optimizer, ABC):
         possible, and ``step()`` has nothing left to do.
 
         Raises:
-            Unavailable: several processes train, whose gradients are not one before backward is over.
+            Unavailable: several processes train; their gradients are added up only after backward.
         """
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:

@@ -94,8 +94,9 @@ def leave_one_out(losses: Tensor, log_probs: Tensor) -> Tensor:
     """
     if losses.shape != log_probs.shape or losses.dim() == 0 or len(losses) < 2:
         raise ChoiceError(
-            f"losses {tuple(losses.shape)} and log-probabilities {tuple(log_probs.shape)} are not two or more draws",
-            next_step="give both as (M, …) with M >= 2",
+            f"losses of shape {tuple(losses.shape)} and log-probabilities of shape {tuple(log_probs.shape)} are not "
+            "two or more draws",
+            next_step="give both in one shape (M, …), where M >= 2 is the number of draws",
         )
     advantage = (losses - losses.mean(0)).detach() / (len(losses) - 1)
     policy = (advantage * log_probs).sum(0)
