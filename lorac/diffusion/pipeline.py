@@ -179,8 +179,8 @@ class CompiledPipeline:
         """Raise ``Unavailable``: a compiled pipeline is written in two parts."""
         raise Unavailable(
             "a compiled pipeline cannot be saved in the form that diffusers reads",
-            next_step="save its models by compiled.save(folder), of pipeline.compiled, and put them into a pipeline again "
-            "by lorac.diffusion.place_parts; or save the pipeline that was compiled",
+            next_step="save its models by compiled.save(folder), of pipeline.compiled, and put them into a pipeline "
+            "again by lorac.diffusion.place_parts; or save the pipeline that was compiled",
         )
 
     def to(self, *args: object, **kwargs: object) -> CompiledPipeline:
