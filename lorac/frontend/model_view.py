@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lorac.frontend.base_weights import make_base_reader, read_stored_tensor
@@ -25,11 +26,13 @@ class ModelView:
     Attributes:
         module: the model, several models as ``Components``, or the skeleton of a model that is gone.
         sites: its sites by path, in module order.
+        widened: name of a parameter -> the dtype in which it was given, if the target computes in a wider one.
         stored: tensors of a module on the meta device by name, read from a file when they are needed.
     """
 
     module: nn.Module
     sites: Mapping[str, Site]
+    widened: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
     stored: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod

@@ -55,11 +55,14 @@ class MatrixHolder(nn.Module):
         self.is_transposed = is_transposed
 
 
-def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None) -> dict[str, object]:
+def describe_skeleton(
+    model: nn.Module, packed: Mapping[str, str] | None = None, widened: Mapping[str, torch.dtype] | None = None
+) -> dict[str, object]:
     """Describe a host as JSON: its modules in order, its tensors by name, the paths of its embeddings, its class.
 
     Args:
         packed: name of a weight that the host's program holds quantised -> the class that stands for it.
+        widened: name of a tensor -> the narrower dtype in which it was given.
     """
     modules = {path: _describe_module(module) for path, module in model.named_modules() if path}
     first: dict[int, str] = {}
@@ -71,6 +74,8 @@ def describe_skeleton(model: nn.Module, packed: Mapping[str, str] | None = None)
             entry["buffer"] = True
         if packed and name in packed:
             entry["packed"] = packed[name]
+        if widened and name in widened:
+            entry["given"] = str(widened[name]).removeprefix("torch.")
         if first.setdefault(id(tensor), name) != name:
             entry["is"] = first[id(tensor)]
         tensors[name] = entry
@@ -98,6 +103,11 @@ def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None =
         else:
             _module_at(root, owner).register_parameter(leaf, tensor)  # type: ignore[arg-type]  # not a buffer: a Parameter
     return root.eval()
+
+
+def read_widened(described: JsonMapping) -> dict[str, torch.dtype]:
+    """Return the tensors of a description that were given in a narrower dtype, as ``describe_skeleton`` takes them."""
+    return {name: _dtype(entry["given"]) for name, entry in described["tensors"].items() if "given" in entry}
 
 
 def _describe_module(module: Any) -> dict[str, object]:
@@ -185,12 +195,16 @@ def _module_at(root: nn.Module, path: str) -> nn.Module:
 
 
 def _make_tensor(name: str, entry: JsonMapping, values: Mapping[str, Tensor]) -> Tensor:
-    dtype = getattr(torch, entry["dtype"])
-    assert isinstance(dtype, torch.dtype)
     value = values.get(name)
     if value is None:
-        value = torch.empty(tuple(entry["shape"]), dtype=dtype, device="meta")
+        value = torch.empty(tuple(entry["shape"]), dtype=_dtype(entry["dtype"]), device="meta")
     return value if entry.get("buffer") else _parameter_class(entry.get("packed"))(value, requires_grad=False)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _parameter_class(packed: str | None) -> Callable[..., nn.Parameter]:

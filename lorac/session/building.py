@@ -18,7 +18,7 @@ from lorac.session.host_model import HostModel
 from lorac.session.lowering.lower import lower_model, lower_stored
 from lorac.session.request.compile_request import CompileRequest
 from lorac.session.request.placement import resolve_placement
-from lorac.session.request.precision import prepare_model
+from lorac.session.request.precision import find_widened, prepare_model
 from lorac.session.request.sources import ModelSource
 from lorac.session.session import Session
 from lorac.target.backend import BuildRequest, TargetOptions
@@ -32,6 +32,7 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
     dialect = request.backend.dialect_for(options)
     model, precision = prepare_model(module, dialect, request.dtype, model_device)
     host = HostModel(model, source.model, {"dtype": request.dtype, "device": request.device})
+    host.widened = find_widened(module, model)
     session = Session.over(host, request.backend, options, "live" if request.mode == "auto" else request.mode)
     examples = request.example_inputs if request.dtype is None else precision.fit(request.example_inputs)
     session.examples = {"example_inputs": examples, "dynamic_shapes": request.dynamic_shapes}

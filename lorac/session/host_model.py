@@ -3,10 +3,11 @@
 import weakref
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lorac.errors import BaseNeeded
-from lorac.frontend.skeleton import build_skeleton, describe_skeleton
+from lorac.frontend.skeleton import build_skeleton, describe_skeleton, read_widened
 
 GivenModel = nn.Module | Mapping[str, nn.Module]
 
@@ -24,6 +25,7 @@ class HostModel:
 
     Attributes:
         packed: name of a weight that the engine holds quantised -> its format.
+        widened: name of a tensor -> the narrower dtype in which it was given.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class HostModel:
         self._base: Mapping[str, Tensor] = {}
         self._built: Callable[[], nn.Module | None] = lambda: None
         self.packed: Mapping[str, str] = {}
+        self.widened: Mapping[str, torch.dtype] = {}
 
     @classmethod
     def stored(cls, skeleton: Mapping[str, object], base: Mapping[str, Tensor]) -> "HostModel":
         """Return an artifact's model: its skeleton as JSON, and its base weights by name."""
         host = cls(None)
         host._skeleton, host._base = skeleton, base
+        host.widened = read_widened(skeleton)
         return host
 
     @property
@@ -61,7 +65,7 @@ class HostModel:
     @property
     def skeleton(self) -> Mapping[str, object]:
         """The skeleton as JSON."""
-        return self._skeleton if self._module is None else describe_skeleton(self._module, self.packed)
+        return self._skeleton if self._module is None else describe_skeleton(self._module, self.packed, self.widened)
 
     def release(self, base: Mapping[str, Tensor]) -> None:
         """Replace the model by its skeleton; ``base`` are the base weights that are still needed, by name."""

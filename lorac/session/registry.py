@@ -80,7 +80,7 @@ class AdapterRegistry:
         """The model with its sites, which is searched once for all adapters."""
         module = self._session.host.module if self._view is None else self._view.module
         if self._view is None or self._view.sites is not self._session.sites:
-            self._view = ModelView(module, self._session.sites)
+            self._view = ModelView(module, self._session.sites, widened=self._session.host.widened)
         return self._view
 
     def register(self, folder: str | os.PathLike[str]) -> list[str]:

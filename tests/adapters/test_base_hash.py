@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import lorac
 from lorac.adapters.base_hash import check_base, check_copy, compute_base_hash
 from lorac.frontend.model_view import ModelView
 from tests.refusing import refuses
@@ -51,6 +53,29 @@ def test_it_is_the_same_in_another_process() -> None:
     ones = nn.Sequential(nn.Linear(3, 4))
     nn.init.ones_(ones.get_parameter("0.weight"))
     assert found.stdout.strip() == compute_base_hash(ModelView.of(ones), ["0"])
+
+
+def test_a_base_that_its_target_widens_is_compared_as_it_was_given(tmp_path: Path) -> None:
+    """ONNX Runtime computes in float32 on a CPU; files of the base in float32 and in half precision are both of it."""
+    variant, inputs = lorac.LoRA(r=2, targets=["up"]), ZOO["plain_mlp"].inputs()
+    other = ZOO["plain_mlp"].fresh(torch.float16)
+    other.get_parameter("up.weight").data += 1
+    for name, base in (("wide", model()), ("half", model(torch.float16)), ("other", other)):
+        made = lorac.compile(base, {name: variant}, example_inputs=inputs)
+        lorac.save_adapter(made.adapters[name], tmp_path / name, format="native", model=base)
+    room = lorac.Reserve(targets=["up"], rank=2, adapters=2)
+    with pytest.warns(lorac.LoracWarning, match="computes in float32"):
+        compiled = lorac.compile(
+            model(torch.float16), {"wide": tmp_path / "wide"}, target="onnxruntime", example_inputs=inputs, reserve=room
+        )
+    compiled.save(tmp_path / "compiled")
+    again = lorac.load(tmp_path / "compiled")
+    again.remove_adapter("wide")
+    again.add_adapter(tmp_path / "wide")
+    for one in (compiled, again):
+        one.add_adapter(tmp_path / "half")
+        with refuses("base_mismatch", match="recorded float16:.* this model has float16:"):
+            one.add_adapter(tmp_path / "other")
 
 
 def test_layout_and_device_do_not_count() -> None:

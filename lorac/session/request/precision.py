@@ -99,6 +99,16 @@ def prepare_model(
     return copied, precision
 
 
+def find_widened(given: nn.Module, prepared: nn.Module) -> dict[str, torch.dtype]:
+    """Return name -> dtype of the parameters of a given model that ``prepare_model`` cast to a wider dtype."""
+    own = {} if given is prepared else dict(prepared.named_parameters(remove_duplicate=False))
+    return {
+        name: before.dtype
+        for name, before in given.named_parameters(remove_duplicate=False)
+        if name in own and torch.promote_types(before.dtype, own[name].dtype) == own[name].dtype != before.dtype
+    }
+
+
 def check_stored_dtypes(dialect: AnyDialect, dtypes: Iterable[torch.dtype], folder: str) -> None:
     """Raise ``Unavailable`` if a target cannot compute in a dtype of a stored program, which cannot be cast."""
     for dtype in dtypes:
