@@ -14,7 +14,7 @@ from lorac.diffusion.running_call import Adapters, RunningCall, hold_adapters
 from lorac.errors import ChoiceError, OptionError, Unavailable
 from lorac.ir.slots.choice import UNSET, Choice
 from lorac.session.compiled import Compiled
-from lorac.session.other_vocabularies import LORAC_STEPS
+from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 
 _SCALES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 """Arguments of pipelines in which diffusers takes the strength of LoRAs."""
@@ -203,8 +203,9 @@ class CompiledPipeline:
 @functools.cache
 def make_pipeline_class(cls: type) -> type[CompiledPipeline]:
     """Make the class of compiled pipelines of a class."""
-    own = {name: step for name, step in LORAC_STEPS.items() if not hasattr(CompiledPipeline, name)}
-    methods = {name: _refuse_method(name, step) for name, step in own.items() if _is_method(cls, name)}
+    steps = {**LORAC_STEPS, **COMPUTING_STEPS}
+    refused = [name for name in steps if not hasattr(CompiledPipeline, name) and _is_method(cls, name)]
+    methods = {name: _refuse_method(name, steps[name]) for name in refused}
     members = {"__module__": __name__, "__doc__": cls.__doc__, **methods}
     return type(f"Compiled{cls.__name__}", (CompiledPipeline, cls), members)
 

@@ -16,7 +16,7 @@ from lorac.report.dump import short_dtype
 from lorac.report.explain import AdapterRow, Explanation, ProgramRow
 from lorac.report.terms import UNUSED, TermRow, describe_terms, describe_variant
 from lorac.runtime.switchable_model import SwitchableModel
-from lorac.session.other_vocabularies import LORAC_STEPS
+from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 from lorac.session.session import Session
 from lorac.variants.adapter import Adapter
 
@@ -66,8 +66,11 @@ def _describe_adapters(adapters: Mapping[str, Adapter]) -> str:
 def unknown_attribute(compiled: object, name: str) -> AttributeError:
     """Return the error for an attribute that a compiled model does not have."""
     cls = type(compiled).__name__
-    if name in LORAC_STEPS:
-        return UnknownAttribute(f"a {cls} has no '{name}'", next_step=LORAC_STEPS[name])
+    step = LORAC_STEPS.get(name) or COMPUTING_STEPS.get(name)
+    if step is not None:
+        return UnknownAttribute(f"a {cls} has no '{name}'", next_step=step)
+    if name in (*INTERFACE, "save_pretrained"):  # a component's
+        return UnknownAttribute(f"a {cls} has no '{name}'", next_step=f"compiled.{name} is that of all its models")
     if not name.startswith("_") and hasattr(nn.Module, name):
         return EagerOnly(
             f"a {cls} has no '{name}': it is not an nn.Module",

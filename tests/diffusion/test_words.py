@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 import lorac
 import lorac.diffusion
 from examples.pipelines import build
+from lorac.diffusion.pipeline import CompiledPipeline, make_pipeline_class
 from tests.pipelines import paint
 from tests.refusing import refuses
 
 diffusers = pytest.importorskip("diffusers")
+CHANGES = re.compile("(enable|disable|set|fuse|unfuse|load|unload)_")
 READ_ONLY = {"lora_scale", "lora_state_dict", "pack_weights", "save_lora_weights", "write_lora_layers"}
 """Names that change no pipeline: a number, and functions of files and tensors."""
 HELPERS = {"load_lora_into_unet", "load_lora_into_text_encoder", "load_lora_into_transformer"}
@@ -115,6 +118,26 @@ def test_every_method_about_adapters_acts_or_is_refused(pipeline: Any) -> None:
     for name in methods & {*vars(type(pipeline))}:
         with refuses("unavailable", match=f"'{name}' changes models of diffusers"):
             getattr(pipeline, name)()
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"])
+def test_every_method_that_changes_models_acts_or_is_refused(kind: str) -> None:
+    cls = make_pipeline_class(getattr(diffusers, f"{kind}Pipeline"))
+    own = {*vars(cls), *vars(CompiledPipeline)}
+    changing = {
+        name for name in dir(cls) if CHANGES.match(name) and inspect.isfunction(inspect.getattr_static(cls, name))
+    }
+    assert changing - own == {"set_progress_bar_config"}
+
+
+def test_how_a_model_computes_is_said_before_it_is_compiled(pipeline: Any) -> None:
+    for name in ("enable_freeu", "enable_attention_slicing", "enable_xformers_memory_efficient_attention"):
+        with refuses("unavailable", match=f"'{name}' changes models of diffusers"):
+            getattr(pipeline, name)()
+    with pytest.raises(AttributeError, match=r"parts=\[\.\.\.\]\) leaves a model to PyTorch"):
+        pipeline.vae.enable_tiling()
+    with pytest.raises(AttributeError, match=r"compiled\.add_adapter is that of all"):
+        pipeline.unet.add_adapter()
 
 
 def test_what_cannot_be_done_is_refused_with_what_can(pipeline: Any, file: Path, tmp_path: Path) -> None:

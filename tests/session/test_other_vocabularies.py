@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin as DiffusersAdapterMixin
 from diffusers.loaders.unet import UNet2DConditionLoadersMixin
@@ -24,7 +25,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import PushToHubMixin
 
 import lorac
-from lorac.session.other_vocabularies import LORAC_STEPS
+from lorac.session.other_vocabularies import COMPUTING_STEPS, LORAC_STEPS
 from lorac.session.presentation import INTERFACE
 from tests.mistakes import Tiny, example, lora
 from tests.parity import assert_parity
@@ -43,6 +44,7 @@ MANAGE_ADAPTERS = (
     UNet2DConditionLoadersMixin,
     LoraBaseMixin,
 )
+PARTS_OF_PIPELINES = (UNet2DConditionModel, AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel)
 CHANGE_MODELS = (PreTrainedModel, ModelMixin)
 CHANGES = re.compile("(set|resize|tie|init|initialize|fuse|dequantize)(_|$)")
 ONLY_READ = {
@@ -97,6 +99,13 @@ def test_each_is_refused_on_every_target(eager: Any, program: Any) -> None:
             with refuses("unknown_attribute", match=re.escape(step)):
                 getattr(compiled, name)
             assert not hasattr(compiled, name)
+
+
+@pytest.mark.parametrize("cls", PARTS_OF_PIPELINES, ids=lambda cls: cls.__name__)
+def test_how_a_part_of_a_pipeline_computes_is_not_asked_of_a_program(cls: type, program: Any) -> None:
+    for name in sorted(name for name in public_names(cls) if re.match("(enable|disable|set|fuse|unfuse)_", name)):
+        with refuses("unknown_attribute", match=re.escape({**LORAC_STEPS, **COMPUTING_STEPS}[name])):
+            getattr(program["one"], name)
 
 
 def test_what_the_model_only_tells_is_passed_on(eager: Any) -> None:
