@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.serving.store import AdapterStore, reading_process
+from lorac.serving.store import AdapterStore
 from lorac.serving.store.intake import open_files
 from tests.refusing import refuses
 from tests.runtime.switching import answer
@@ -354,69 +353,3 @@ def test_uploads_are_counted_whether_they_succeed_or_not(store: AdapterStore, te
     with refuses("too_many_uploads", match="upload again in"):
         send(store, tenant, "mine", native(made("m")))
     send(store, f"{tenant}-b", "mine", native(made("m")))
-
-
-# ── The process that reads ───────────────────────────────────────────────────────────────────────────────────────────
-@pytest.fixture
-def reader(store: AdapterStore, tenant: str) -> Iterator[int]:
-    """The number of the process, which has read something."""
-    send(store, tenant, "first", native(made("m")))
-    process = store._reader._process
-    assert process is not None
-    yield process.pid
-    send(store, tenant, "last", native(made("m")))
-
-
-@pytest.mark.slow
-def test_a_reader_that_hangs_is_ended(
-    store: AdapterStore, tenant: str, reader: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    os.kill(reader, signal.SIGSTOP)
-    with monkeypatch.context() as patch, refuses("over_budget", match="time or memory"):
-        patch.setattr(reading_process, "_WAIT", 0.02)
-        send(store, tenant, "mine", native(made("n", seed=1)))
-    assert store._reader._process is None
-
-
-@pytest.mark.parametrize("work", ["time", "memory", "files", "network"])
-def test_a_reader_is_limited(work: str, tmp_path: Path) -> None:
-    assert forked(WORKS[work], tmp_path) in OUTCOMES[work]
-
-
-def forked(work: Callable[[Path], object], folder: Path) -> int:
-    """Return how a limited child ends that does some work: 0 for done, 1 for refused, else minus a signal."""
-    from lorac.serving.store.reading_main import _limit
-
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            _limit(0.5, 64 << 20, 1000)
-            work(folder)
-            status = 0
-        except (MemoryError, OSError):
-            pass
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def spin(folder: Path) -> None:
-    while True:
-        pass
-
-
-def connect(folder: Path) -> None:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        socket.create_connection(server.getsockname(), timeout=1).close()
-
-
-WORKS: dict[str, Callable[[Path], object]] = {
-    "time": spin,
-    "memory": lambda _: bytearray(256 << 20),
-    "files": lambda folder: (folder / "large").write_bytes(bytes(2000)),
-    "network": connect,
-}
-OUTCOMES = {"time": {-signal.SIGXCPU, -signal.SIGKILL}, "memory": {1}, "files": {1}, "network": {1}}
