@@ -33,7 +33,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 __all__ = [
@@ -264,7 +264,15 @@ def not_one_of(what: str, value: object, known: Iterable[str]) -> OptionError:
     listed, given = list(known), str(value)
     meant = [one for one in listed if _abbreviates(given, one)]
     nearest = meant[0] if len(meant) == 1 else nearest_name(given, listed, alike=0.6)
-    return OptionError(f"{what} {short(value)}", nearest=nearest, next_step=f"it is one of {', '.join(listed)}")
+    step = f"it is one of {', '.join(listed)}" if listed else "leave it out: there is none"
+    return OptionError(f"{what} {short(value)}", nearest=nearest, next_step=step)
+
+
+def check_known(given: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raise ``not_one_of`` for the first of some names that does not exist."""
+    for name in given:
+        if name not in known:
+            raise not_one_of(what, name, known)
 
 
 def _abbreviates(given: str, word: str) -> bool:

@@ -10,7 +10,7 @@ import typer
 from lorac.cli._inspection import describe_adapter_file, describe_folder, format_contents
 from lorac.cli._models import load_model
 from lorac.cli._output import JsonOption, format_number, make_table, print_report
-from lorac.errors import LoracError, OptionError, nearest_name, not_one_of
+from lorac.errors import LoracError, not_one_of
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
 from lorac.storage.atomic_folders import MANIFEST
@@ -219,11 +219,7 @@ def parse_dtype(name: str) -> torch.dtype:
     import torch
 
     if name not in _DTYPES:
-        raise OptionError(
-            f"--dtype {name} is none that adapters are stored in",
-            nearest=nearest_name(name, _DTYPES),
-            next_step=f"give one of {', '.join(_DTYPES)}",
-        )
+        raise not_one_of("adapters are not stored in --dtype", name, _DTYPES)
     found: torch.dtype = getattr(torch, name)
     return found
 

@@ -12,14 +12,14 @@ dtype: float16
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorac.argument_types import describe_value, matches_type
-from lorac.errors import OptionError, WrongType, nearest_name, not_one_of
+from lorac.errors import OptionError, WrongType, check_known, not_one_of
 from lorac.merging.registry import find_way, option_defaults
 from lorac.merging.way import Way
 from lorac.storage.paths import parse_path
@@ -66,7 +66,7 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
     """
     file = parse_path(path, "the recipe", OptionError)
     given = read_yaml(file, next_step=_EXAMPLE)
-    _check_names(file, "a recipe of merging", given, _FIELDS)
+    check_known(given, _FIELDS, f"'{file}': a recipe of merging has no field")
     method = _read_text(file, given, "merge_method") or ""
     _find_way(file, method)
     entries = _read_entries(file, given)
@@ -98,7 +98,7 @@ def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
         raise WrongType(f"'{file}': the adapters are {describe_value(entries)}", next_step=f"{_EXAMPLE}, with a list")
     found: dict[str, JsonObject] = {}
     for entry in entries:
-        _check_names(file, "an adapter of a recipe", entry, ("adapter", "model", "name", "parameters"))
+        check_known(entry, ("adapter", "model", "name", "parameters"), f"'{file}': an adapter of a recipe has no field")
         text = _read_text(file, entry, "adapter") or _read_text(file, entry, "model")
         if text is None:
             raise OptionError(f"'{file}' has an adapter without a path", next_step="give adapter: <path>")
@@ -115,7 +115,7 @@ def _read_parameters(file: Path, given: Json, method: str) -> dict[str, object]:
     if not isinstance(given, dict):
         raise WrongType(f"'{file}': parameters is {describe_value(given)}", next_step=_EXAMPLE)
     known = {"weight", *_RENAMED, *_IRRELEVANT, *option_defaults(find_way(method))}
-    _check_names(file, f"merge_method {method}", given, sorted(known))
+    check_known(given, sorted(known), f"'{file}': merge_method {method} has no field")
     for name, value in given.items():
         if isinstance(value, Mapping | list):
             raise OptionError(
@@ -157,13 +157,3 @@ def _read_dtype(file: Path, given: Mapping[str, object]) -> torch.dtype | None:
     if name is not None and name not in _DTYPES:
         raise not_one_of(f"'{file}': there is no dtype", name, _DTYPES)
     return None if name is None else getattr(torch, name)
-
-
-def _check_names(file: Path, owner: str, given: Mapping[str, object], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise OptionError(
-                f"'{file}': {owner} has no field '{name}'",
-                nearest=nearest_name(name, known),
-                next_step=f"it has {', '.join(known)}",
-            )

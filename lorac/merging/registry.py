@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lorac.argument_types import Fields
 from lorac.discovery import import_modules
-from lorac.errors import ChoiceError, OptionError, nearest_name, not_one_of
+from lorac.errors import ChoiceError, check_known, nearest_name, not_one_of
 from lorac.merging import ways as _ways
 from lorac.merging.way import Way
 
@@ -56,13 +56,7 @@ def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -
     """
     way, options = find_way(method), {**SHORT.get(method, {}), **options}
     known = option_defaults(way)
-    for name in options:
-        if name not in known:
-            raise OptionError(
-                f"method '{method}' has no option '{name}'",
-                nearest=nearest_name(name, known),
-                next_step=f"it takes {', '.join(known)}",
-            )
+    check_known(options, known, f"method '{method}' has no option")
     fields: Fields = {name: _by_order(name, value, names) for name, value in options.items()}
     return way(**fields)
 

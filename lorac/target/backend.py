@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lorac.argument_types import check_fields
-from lorac.errors import OptionError, Unavailable, nearest_name
+from lorac.errors import OptionError, Unavailable, check_known
 from lorac.ir.graph.graph import Program
 from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader, Site
@@ -111,13 +111,7 @@ class Backend(ABC, Generic[OptionsT]):
             OptionError: the target has no such option.
         """
         known = [spec.name for spec in dataclasses.fields(self.options)]
-        for name in options:
-            if name not in known:
-                raise OptionError(
-                    f"target '{self.dialect.name}' has no option '{name}'",
-                    nearest=nearest_name(name, known),
-                    next_step=f"it takes {', '.join(known)}",
-                )
+        check_known(options, known, f"target '{self.dialect.name}' has no option")
         return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
 
     @property

@@ -74,7 +74,7 @@ def test_what_means_nothing_is_refused(case, tmp_path):
 ARGUMENTS = {
     "a misspelt way": (("tiez",), {}, "option_error", "ties"),
     "a misspelt option": (("ties",), {"densty": 0.5}, "option_error", "density"),
-    "another way's option": (("linear",), {"density": 0.5}, "option_error", "takes"),
+    "another way's option": (("linear",), {"density": 0.5}, "option_error", "it is one of rank"),
     "a density of 0": (("ties",), {"density": 0.0}, "option_error", "above 0"),
     "a density that is a text": (("ties",), {"density": "half"}, "wrong_type", "float"),
     "densities of three": (("ties",), {"density": [1, 1, 1]}, "choice_error", "2 adapters"),

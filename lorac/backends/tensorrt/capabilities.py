@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from lorac.backends.tensorrt.library import RTX, TensorRTLibrary
-from lorac.errors import OptionError, nearest_name, short
+from lorac.errors import OptionError, not_one_of
 
 _MARK = "SM"
 
@@ -44,11 +44,7 @@ def check_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> None:
             f"{library.name_and_version} takes no target_capabilities: it builds for the GPU that is here",
             next_step=f"leave target_capabilities= out, or give library='{RTX}'",
         )
-    raise OptionError(
-        f"{library.name_and_version} builds for no compute capability {short(strange[0])}",
-        nearest=nearest_name(strange[0], listed),
-        next_step=f"it knows {', '.join(listed)}",
-    )
+    raise not_one_of(f"{library.name_and_version} builds for no compute capability", strange[0], listed)
 
 
 def choose_capabilities(wanted: Sequence[str], library: TensorRTLibrary) -> tuple[str, ...]:

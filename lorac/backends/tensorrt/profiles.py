@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lorac.backends.tensorrt.options import ProfileShapes
-from lorac.errors import InputMismatch, OptionError, nearest_name, short
+from lorac.errors import InputMismatch, OptionError, check_known, short
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.graph.interpreter import read_example_inputs
@@ -83,13 +83,7 @@ def check_profile_names(profiles: Mapping[str, ProfileShapes], graphs: Collectio
     """
     known = [name for each in graphs for name in (*each.interface.inputs, *axis_names(each.interface).values())]
     known += [ADAPTERS_AXIS] if any(slot.placed for each in graphs for slot in each.slots.values()) else []
-    for name in profiles:
-        if name not in known:
-            raise OptionError(
-                f"profiles= names '{name}', and the model has no such input or axis",
-                nearest=nearest_name(name, known),
-                next_step=f"it has {', '.join(dict.fromkeys(known))}",
-            )
+    check_known(profiles, dict.fromkeys(known), "for profiles= the model has no input or axis")
 
 
 def check_sizes(ranges: SizeRanges, inputs: Mapping[str, torch.Tensor], names: Mapping[Axis, str]) -> None:

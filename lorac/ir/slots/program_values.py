@@ -34,7 +34,7 @@ from typing import TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from lorac.errors import OptionError, SiteError, nearest_name
+from lorac.errors import SiteError, check_known, nearest_name
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.plans import BranchSlot, SitePlan
 
@@ -237,10 +237,4 @@ def record_extra_outputs(aux: dict[str, dict[str, T]], path: str, emitted: Mappi
 def check_extra_outputs(aux: Sequence[str], plans: Iterable[SitePlan]) -> None:
     """Raise ``OptionError`` for a requested extra output that no branch gives."""
     known = {name for plan in plans for branch in plan.branches for name in branch.emits}
-    for name in aux:
-        if name not in known:
-            raise OptionError(
-                f"no adapter gives the extra output '{name}'",
-                nearest=nearest_name(name, known),
-                next_step=f"there are: {', '.join(sorted(known)) or 'none'}",
-            )
+    check_known(aux, sorted(known), "no adapter gives the extra output")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lorac.errors import OptionError, Unavailable, nearest_name, warn
+from lorac.errors import Unavailable, not_one_of, warn
 from lorac.frontend.components import list_components
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.parametrized_weights import materialize_weights
@@ -62,11 +62,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return dtype
     name = str(dtype).removeprefix("torch.")
     if name not in _FLOATING_DTYPES:
-        raise OptionError(
-            f"dtype= cannot be '{name}'",
-            nearest=nearest_name(name, _USUAL),
-            next_step=f"it takes {', '.join(_USUAL)}, as text or as torch has them",
-        )
+        raise not_one_of("dtype= cannot be", name, _USUAL)
     return _FLOATING_DTYPES[name]
 
 

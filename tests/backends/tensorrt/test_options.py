@@ -72,7 +72,7 @@ def test_profiles_name_axes_or_inputs():
 @pytest.mark.parametrize(
     ("profiles", "said"),
     [
-        ({"lenght": (1, 2, 3)}, r"names 'lenght', and the model has no such input or axis\n  nearest: length"),
+        ({"lenght": (1, 2, 3)}, r"the model has no input or axis 'lenght'\n  nearest: length"),
         ({"length": (1, 8, 64)}, r"max sizes that the model does not take"),
         ({"ids": [(1, 2), (3, 4)]}, r"profiles= has .* for 'ids'\n  give \(min, opt, max\)"),
         ({"length": (4, 2, 8)}, r"in rising order"),
