@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
@@ -25,6 +24,7 @@ from lorac.runtime.capacity import suggest_reserve
 from lorac.runtime.slot_images import SlotImages
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
+from lorac.storage.tensor_file import new_memory
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import Charge
 from lorac.target.placed_engine import PlacedEngine
@@ -183,13 +183,9 @@ class ChoiceStates:
     def _show_slots(self, state: ChoiceState) -> None:
         """Show what slots hold of an adapter on disk that was read the long way."""
         entry, engine = self._find_stored(state.choice), self._engine
-        if (
-            entry is None
-            or state.entries != (entry,)
-            or not isinstance(engine, PlacedEngine)
-            or state.bound is None
-            or not self._may_be_apart(state)
-        ):
+        if entry is None or state.entries != (entry,) or not isinstance(engine, PlacedEngine) or state.bound is None:
+            return
+        if not self._may_be_apart(state):
             return
         idle = self.of(()).bound
         assert idle is not None
@@ -277,7 +273,7 @@ class ChoiceStates:
         """
         charge = self._pool.budget.claim(reader.layout.nbytes)
         try:
-            memory = torch.empty(reader.layout.nbytes, dtype=torch.uint8)
+            memory = new_memory(reader.layout.nbytes)
             charge.cover([memory])
             return (memory, charge) if reader.read(memory) else None
         except BaseException:
