@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.ir.algebra.formulas import Formula
-from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.sites import Site, cast_floating, factor_dtype
 from lorac.ir.slots.plans import BranchSlot, BranchTerm
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
@@ -48,11 +47,6 @@ def describe_structure(variant: Variant) -> str:
     return repr({name: value for name, value in variant.own_settings.items() if not name.endswith("_pattern")})
 
 
-def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a floating-point tensor in a dtype; integers unchanged."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 def _make_slot(
     variant: BranchVariant, function: Callable[..., object], tensors: Mapping[str, Tensor], once: str, path: str
 ) -> BranchSlot:
@@ -63,4 +57,4 @@ def _make_slot(
 
 def _cast_parameters(tensors: Mapping[str, Tensor], site: Site, *, detach: bool) -> tuple[Tensor, ...]:
     dtype = factor_dtype(site.dtype)
-    return tuple(cast_tensor(tensor.detach() if detach else tensor, dtype) for tensor in tensors.values())
+    return tuple(cast_floating(tensor.detach() if detach else tensor, dtype) for tensor in tensors.values())

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lorac.adapters.branches import cast_tensor
 from lorac.adapters.lora_conversion import make_lora_variant
 from lorac.errors import BaseNeeded
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum
+from lorac.ir.sites import cast_floating
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.edit import PARTS, Edit
@@ -47,7 +47,7 @@ def hold_changes(
     like = like or Edit()
     held = {path: parts for path, change in changes.items() if (parts := _hold(path, change, weight))}
     if dtype is not None:
-        held = {path: {key: cast_tensor(part, dtype) for key, part in parts.items()} for path, parts in held.items()}
+        held = {path: {key: cast_floating(part, dtype) for key, part in parts.items()} for path, parts in held.items()}
     pairs = bool(held) and all({"a", "b"} <= parts.keys() <= {"a", "b", "e"} for parts in held.values())
     made = (_make_lora if pairs else _make_edit)(name, held, like)
     made.replaced |= replaced or {}

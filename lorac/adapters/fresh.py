@@ -12,7 +12,7 @@ from lorac.errors import AdapterError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.patterns import check_targets_match, no_match_error
-from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype
+from lorac.ir.sites import BaseReader, Site, SiteKind, cast_floating, factor_dtype
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.params import InitContext, ParamSpec, Role
@@ -91,8 +91,7 @@ def make_trainable(adapter: Adapter, view: ModelView) -> Adapter:
 
     def copy_tensor(tensor: Tensor, dtype: torch.dtype, role: Role) -> Tensor:
         if id(tensor) not in copies:
-            cast = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-            copied = cast.clone()
+            copied = cast_floating(tensor.detach(), dtype).clone()
             copies[id(tensor)] = nn.Parameter(copied) if role is Role.TRAINABLE else copied
         return copies[id(tensor)]
 

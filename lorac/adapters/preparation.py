@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.adapter_sites import get_once_path
-from lorac.adapters.branches import cast_tensor, describe_structure, make_branch_term, make_once_term
+from lorac.adapters.branches import describe_structure, make_branch_term, make_once_term
 from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
 from lorac.ir.algebra.reduction import BRANCH, Params, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import AlgebraRule
-from lorac.ir.sites import BaseReader, Site, SiteKind, factor_dtype
+from lorac.ir.sites import BaseReader, Site, SiteKind, cast_floating, factor_dtype
 from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason
@@ -154,7 +154,7 @@ class Preparer:
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
         weight = self._weight(site).to(dtype) if reduction.reads_weight else _make_meta_weight(site, dtype)
-        parameters = [cast_tensor(tensors[name], dtype) for name in reduction.params]
+        parameters = [cast_floating(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         if site.stack:
             slices = ([tensor[i] for tensor in parameters] for i in range(site.stack))
@@ -212,7 +212,7 @@ class Preparer:
         graph, dtype, shift = reduction.dropped, factor_dtype(site.dtype), self._bias_shift(adapter, site)
         if graph is None:
             return None
-        parameters = tuple(cast_tensor(tensors[name], dtype) for name in reduction.params)
+        parameters = tuple(cast_floating(tensors[name], dtype) for name in reduction.params)
 
         def delta(x: Tensor, y: Tensor, rate: float) -> Tensor:
             wide = y.to(dtype)
@@ -236,7 +236,7 @@ class Preparer:
 
     def _reduce(self, variant: Variant, site: Site, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Reduction:
         dtype = factor_dtype(site.dtype)
-        examples = {name: cast_tensor(tensor.detach(), dtype) for name, tensor in tensors.items()}
+        examples = {name: cast_floating(tensor.detach(), dtype) for name, tensor in tensors.items()}
         keep = self._keeps_factors(variant, site)
         if isinstance(variant, WeightVariant):
             shared = [name for name, spec in variant.specs(site).items() if spec.shared]

@@ -163,6 +163,11 @@ def factor_dtype(base: torch.dtype) -> torch.dtype:
     return torch.float32 if base in HALF_PRECISION else base
 
 
+def cast_floating(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a floating-point tensor in a dtype; integers unchanged."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 @dataclass(frozen=True)
 class BaseReader:
     """Functions that read base weights on demand.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorac.errors import CompileError
+from lorac.ir.sites import cast_floating
 from lorac.session.api import compile
 from lorac.session.compiled import Compiled
 from lorac.testing.case import Case
@@ -62,7 +63,7 @@ CHECKS: Mapping[str, Callable[[Case, str], None]] = {"live": check_live, "merged
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor]:
     """Return the usual input, and all its rows but one as another batch size."""
-    x = case.x.float() if case.x.is_floating_point() else case.x
+    x = cast_floating(case.x, torch.float32)
     return x, x[:-1]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from lorac.errors import LoracWarning
+from lorac.ir.sites import cast_floating
 from lorac.session.api import compile
 from lorac.testing.case import Case
 from lorac.testing.eager_checks import assert_close
@@ -52,8 +53,8 @@ def check_half(case: Case) -> None:
         model = copy.deepcopy(case.model).to(dtype)
         wide = copy.deepcopy(model).double()
         compiled = compile(model, {"a": case.a}, aux=getattr(case.variant.at(case.site), "emits", ()))
-        x = case.x.to(dtype) if case.x.is_floating_point() else case.x
-        exact = x.double() if x.is_floating_point() else x
+        x = cast_floating(case.x, dtype)
+        exact = cast_floating(x, torch.float64)
         with torch.no_grad():
             base, own, reference = wide(exact).float(), model(x), case.reference(wide, exact).float()
             answers = [compiled(x), compiled(x, adapters=["a"] * len(x))]
@@ -89,7 +90,7 @@ def check_other_sizes(case: Case, target: str) -> None:
     inputs = [case.host.inputs(batch) for batch in (first, *(b for b in others if len(b) == len(first)))]
     wide = copy.deepcopy(case.model).half().float()
     eager = compile(wide, {"a": case.a})
-    example = _cast_like(inputs[0], torch.float16)
+    example = cast_floating(inputs[0], torch.float16)
     shapes = ({axis: Dim.AUTO for axis in range(example.dim() - len(case.host.sizes))},)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -99,9 +100,9 @@ def check_other_sizes(case: Case, target: str) -> None:
     casts = compiled.explain().casts
     assert len(messages) == len(casts) <= 1, f"{len(casts)} casts to another dtype, and {len(messages)} warnings"
     for x in inputs:
-        halved = _cast_like(x, torch.float16)
+        halved = cast_floating(x, torch.float16)
         with torch.no_grad():
-            exact = _cast_like(halved, torch.float32)
+            exact = cast_floating(halved, torch.float32)
             reference, base = eager(exact), wide(exact)
             own, answer = compiled(halved, adapters=None), compiled(halved)
         _assert_as_near(answer, reference, base, own)
@@ -109,7 +110,3 @@ def check_other_sizes(case: Case, target: str) -> None:
 
 TARGET_CHECKS: Mapping[str, Callable[[Case, str], None]] = {"other_sizes": check_other_sizes}
 """Every check of a target on a host of several sites."""
-
-
-def _cast_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if x.is_floating_point() else x

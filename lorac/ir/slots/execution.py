@@ -18,7 +18,7 @@ from lorac.errors import SiteError
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.formulas import fake_execution
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.sites import Site, cast_floating, factor_dtype
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
@@ -94,7 +94,7 @@ class FormulaContext:
                 next_step="list it in the variant's `reads`, or read 'base:<site>', which is known from the start",
                 code="site_unreached",
             )
-        return found.to(self._dtype) if found.is_floating_point() else found
+        return cast_floating(found, self._dtype)
 
     @property
     def emitted(self) -> Mapping[str, Sequence[Tensor]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorac.errors import Unavailable
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites import BaseReader, Site, cast_floating
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import FormulaContext, SiteCall, compute_branch_delta, run_site
 from lorac.ir.slots.layouts import SiteLayout
@@ -179,7 +179,7 @@ def _lay_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
 def _low_rank_delta(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor) -> Tensor:
     layout, x, ctx = call.layout, call.x, call.ctx
     tensors, rate = _lay_out(layout, change), _input_rate(term, call)
-    cast = x.to(change.a.dtype) if x.is_floating_point() else x
+    cast = cast_floating(x, change.a.dtype)
     dropped = F.dropout(cast, rate) if rate else cast
     deltas = []
     if change.rank:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, identity_blocks
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites import Site, SiteKind, cast_floating
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.role import AddNoise, NoiseScale, Shape, SlotRole, SlotSpec, Stage
 
@@ -115,7 +115,7 @@ def _count_no_flops(site: Site, weight: Tensor) -> int:
 
 
 def _apply_down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
-    return layout.down(x.to(a.dtype) if x.is_floating_point() else x, a)
+    return layout.down(cast_floating(x, a.dtype), a)
 
 
 _TABLE = (

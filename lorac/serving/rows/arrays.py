@@ -8,6 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from lorac.ir.sites import cast_floating
 from lorac.serving.refusals import RefusedField
 
 
@@ -30,8 +31,7 @@ def _to_tensor(name: str, value: list[object], dtype: torch.dtype) -> Tensor:
         raise RefusedField(f"inputs.{name}", "has rows of several lengths") from error
     if array.dtype.kind not in "biuf":
         raise RefusedField(f"inputs.{name}", "holds what is not a number")
-    tensor = torch.from_numpy(array)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return cast_floating(torch.from_numpy(array), dtype)
 
 
 def read_npz(body: bytes, most: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from lorac.frontend.components import list_components
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
+from lorac.ir.sites import cast_floating
 from lorac.target.dialect import AnyDialect
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
@@ -123,11 +124,7 @@ def _cast_floating(tree: object, dtype: torch.dtype) -> object:
     """Return inputs with every floating-point tensor in another dtype; any mapping becomes a dict."""
     if isinstance(tree, Mapping):
         return {name: _cast_floating(value, dtype) for name, value in tree.items()}
-
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return pytree.tree_map_only(torch.Tensor, cast, tree)
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: cast_floating(tensor, dtype), tree)
 
 
 _METHODS = {Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16, Tensor.double: torch.float64}

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lorac.argument_types import Operands
 from lorac.errors import ChoiceError, SiteError
 from lorac.frontend.layer_classes import pad_conv_input
-from lorac.ir.sites import Site
+from lorac.ir.sites import Site, cast_floating
 from lorac.ir.slots.layouts import layout_of
 from lorac.training.rule import Rule
 from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, check_settings, trained_pairs
@@ -97,8 +97,7 @@ class ALLoRA(Rule):
         layout = layout_of(site)
         with torch.enable_grad():
             a = pair.a.detach().requires_grad_()
-            x = pad_conv_input(x, site.conv)
-            x = x.to(a.dtype) if x.is_floating_point() else x
+            x = cast_floating(pad_conv_input(x, site.conv), a.dtype)
             out = layout.up(layout.down(x, layout.slot_a(a.t())), layout.slot_b(pair.b.detach().t()))
         scaled = strength * grad.to(out.dtype) * layout.per_output(self.rates(pair))
         (found,) = torch.autograd.grad(out, a, scaled)
