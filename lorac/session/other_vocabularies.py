@@ -53,18 +53,18 @@ LORAC_STEPS: Mapping[str, str] = {name: step for step, names in _NAMES_BY_STEP.i
 """Method or attribute of another library -> what does the same in lorac."""
 _COMPUTING_NAMES_BY_STEP: Mapping[str, str] = {
     "call it on the original, then compile that": (
-        "disable_freeu disable_gradient_checkpointing enable_freeu enable_gradient_checkpointing load_ip_adapter "
-        "load_textual_inversion set_attn_processor set_default_attn_processor set_ip_adapter_scale unload_ip_adapter "
-        "unload_textual_inversion"
+        "disable_freeu disable_gradient_checkpointing enable_freeu enable_gradient_checkpointing "
+        "load_textual_inversion set_attn_processor set_default_attn_processor unload_textual_inversion"
     ),
     "lorac.diffusion.compile(..., parts=[...]) leaves a model to PyTorch: call it on the original there": (
         "disable_attention_slicing disable_cache disable_forward_chunking disable_npu_flash_attention disable_slicing "
-        "disable_tiling disable_xformers_memory_efficient_attention disable_xla_flash_attention "
-        "enable_attention_slicing enable_cache enable_forward_chunking enable_layerwise_casting "
-        "enable_npu_flash_attention enable_parallelism enable_slicing enable_tiling enable_vae_slicing "
-        "enable_vae_tiling enable_xformers_memory_efficient_attention enable_xla_flash_attention "
-        "disable_vae_slicing disable_vae_tiling set_attention_backend set_attention_slice "
-        "set_use_memory_efficient_attention_xformers set_use_npu_flash_attention set_use_xla_flash_attention"
+        "disable_tiling disable_vae_slicing disable_vae_tiling disable_xformers_memory_efficient_attention "
+        "disable_xla_flash_attention enable_attention_slicing enable_cache enable_forward_chunking "
+        "enable_layerwise_casting enable_npu_flash_attention enable_parallelism enable_slicing enable_tiling "
+        "enable_vae_slicing enable_vae_tiling enable_xformers_memory_efficient_attention enable_xla_flash_attention "
+        "load_ip_adapter set_attention_backend set_attention_slice set_ip_adapter_scale "
+        "set_use_memory_efficient_attention_xformers set_use_npu_flash_attention set_use_xla_flash_attention "
+        "unload_ip_adapter"
     ),
     "lorac.compile(..., device=...) says where the model runs": (
         "enable_group_offload enable_model_cpu_offload enable_sequential_cpu_offload"
