@@ -1,4 +1,4 @@
-"""Whole models: SmolLM2 as it is, and a U-Net of diffusers' whose convolutions are adapted too."""
+"""Whole models: SmolLM2 as it is, a U-Net of diffusers' whose convolutions are adapted too, and parts of pipelines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import lorac
+from examples import pipelines
+from lorac.diffusion.parts import as_captured, make_part_inputs
 from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import away, compile_recorded
 from tests.limits import assert_apart
@@ -52,3 +54,26 @@ def test_a_small_unet(mode):
     (y, *_), (wanted, *_) = found.answers("a")
     assert_close(y, wanted)
     assert_apart(y, base)
+
+
+PARTS = {
+    "stable_diffusion": ("vae", "text_encoder"),
+    "stable_diffusion_xl": ("unet", "text_encoder_2"),
+    "stable_diffusion_3": ("transformer", "vae", "text_encoder_3"),
+    "flux": ("transformer",),
+}
+
+
+@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in PARTS.items() for part in parts])
+def test_a_part_of_a_pipeline(kind, part, tmp_path):
+    """Compiled with the inputs and the forward that ``lorac.diffusion.compile`` gives it."""
+    model = as_captured(pipelines.build(kind, tmp_path).components[part])
+    low = lorac.LoRA(r=2, targets="all-linear")
+    found = compile_recorded(model=model, adapters={"a": low}, example_inputs=make_part_inputs(model), active=None)
+    away(found.compiled.adapters["a"], 0)
+    (base, *_), _ = found.answers(None)
+    (y, *_), (wanted, *_) = found.answers("a")
+    assert_close(y, wanted)
+    assert_apart(y, base)
+    for name in found.network:
+        assert name.encode() in found.plan
