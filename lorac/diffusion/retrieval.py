@@ -103,7 +103,7 @@ class Retriever:
     def save(self, folder: str | Path) -> None:
         """Write the encoder, the text encoder and its tokenizer into a folder that replaces an older one."""
         settings = {"sizes": self.encoder.sizes, "width": self.encoder.width, "pooling": self.pooling}
-        settings["layers"] = len(self.encoder.encoders)
+        settings |= {"layers": len(self.encoder.encoders), "probes": self.encoder.probes}
         tensors = {name: tensor.contiguous() for name, tensor in self.encoder.state_dict().items()}
         with replace_atomically(Path(folder)) as staged:
             staged.mkdir()
@@ -140,7 +140,8 @@ def _read_encoder(file: Path) -> tuple[WeightEncoder, Pooling]:
         with safe_open(file, framework="pt") as opened:
             settings = json.loads(opened.metadata()["retriever"])
         sizes = {path: (int(takes), int(gives)) for path, (takes, gives) in settings["sizes"].items()}
-        encoder = WeightEncoder(sizes, settings["width"], layers=settings["layers"])
+        probes = settings.get("probes", 1)  # older files have one, and do not say so
+        encoder = WeightEncoder(sizes, settings["width"], layers=settings["layers"], probes=probes)
         encoder.load_state_dict(tensors)
         return encoder, settings["pooling"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

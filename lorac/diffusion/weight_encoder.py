@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorac.adapters.factors import factors
-from lorac.errors import AdapterError, SiteError, nearest_name
+from lorac.errors import AdapterError, OptionError, SiteError, nearest_name
 from lorac.frontend.model_view import Model
 from lorac.ir.algebra.changes import LowRank
 from lorac.variants.adapter import Adapter
@@ -26,37 +26,44 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 class WeightEncoder(nn.Module):
-    """``e = mean(LN(blocks(W_type(x_l·A_l·B_l) + position_l)))``: a token for each site l, two causal CLIP blocks.
+    """``e = mean(LN(blocks(W_type(x_l·A_l·B_l) + position_l)))``: tokens for each site l, two causal CLIP blocks.
 
-    x_l is a learned input of the site. Sites of one kind share W: those whose paths are equal but for the numbers of
-    blocks, and which have equally many outputs.
+    x_l are learned inputs of the site, and each makes a token. Sites of one kind share W: those whose paths are equal
+    but for the numbers of blocks, and which have equally many outputs.
 
     Args:
         sizes: the sites, in the model's order.
         width: of the result, that of the text encoder's embeddings.
         layers: number of blocks.
+        probes: number of inputs of each site. The paper's one sees one direction of a change; more tell adapters apart
+            where few are there to learn from.
+
+    Raises:
+        OptionError: there are no probes.
     """
 
-    def __init__(self, sizes: Sizes, width: int, *, layers: int = 2) -> None:
+    def __init__(self, sizes: Sizes, width: int, *, layers: int = 2, probes: int = 1) -> None:
         super().__init__()
-        self.sizes, self.width = dict(sizes), width
-        probes = nn.ModuleDict({_key(path): SiteProbe(takes) for path, (takes, _) in sizes.items()})
+        if probes < 1:
+            raise OptionError(f"probes={probes} would read nothing of an adapter", next_step="give 1 or more")
+        self.sizes, self.width, self.probes = dict(sizes), width, probes
+        asked = nn.ModuleDict({_key(path): SiteProbe(takes, probes) for path, (takes, _) in sizes.items()})
         kinds = {_kind(path, gives): gives for path, (_, gives) in sizes.items()}
         projections = nn.ModuleDict({kind: nn.Linear(gives, width) for kind, gives in kinds.items()})
-        self.embedder = nn.ModuleDict({"model_dict": probes, "proj_dict": projections})
-        self.position_embeds = nn.Parameter(torch.zeros(1, len(sizes), width))
+        self.embedder = nn.ModuleDict({"model_dict": asked, "proj_dict": projections})
+        self.position_embeds = nn.Parameter(torch.zeros(1, len(sizes) * probes, width))
         self.encoders = nn.ModuleList(ClipBlock(width) for _ in range(layers))
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Return vectors (n, width) of n adapters (``stack_pairs``)."""
-        tokens = [self._token(path, *pair) for path, pair in pairs.items()]
-        hidden = torch.stack(tokens, 1) + self.position_embeds
+        tokens = [self._tokens(path, *pair) for path, pair in pairs.items()]
+        hidden = torch.cat(tokens, 1) + self.position_embeds
         for block in self.encoders:
             hidden = block(hidden)
         return self.final_layer_norm(hidden).mean(1)
 
-    def _token(self, path: str, a: Tensor, b: Tensor) -> Tensor:
+    def _tokens(self, path: str, a: Tensor, b: Tensor) -> Tensor:
         answer = self.embedder.get_submodule(f"model_dict.{_key(path)}")(a, b)
         return self.embedder.get_submodule(f"proj_dict.{_kind(path, b.shape[-1])}")(answer)
 
@@ -89,19 +96,20 @@ class WeightEncoder(nn.Module):
 
 
 class SiteProbe(nn.Module):
-    """The learned input x (1, 1, in) of a site, to which an adapter answers x·A·B.
+    """The learned inputs x (1, count, in) of a site, to which an adapter answers x·A·B.
 
     Args:
         size: in.
+        count: number of inputs.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, count: int = 1) -> None:
         super().__init__()
-        self.x = nn.Parameter(torch.randn(1, 1, size))
+        self.x = nn.Parameter(torch.randn(1, count, size))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the answers (n, out) of n adapters."""
-        return (self.x @ a @ b)[:, 0]
+        """Return the answers (n, count, out) of n adapters."""
+        return self.x @ a @ b
 
 
 class ClipBlock(nn.Module):

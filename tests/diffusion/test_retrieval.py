@@ -39,6 +39,7 @@ def test_flux_has_304_tokens_of_13_kinds():
     sizes |= {f"single_blocks.{n}.{layer}": (2, 3) for n in range(38) for layer in ("to_qkv_mlp", "proj_out", "norm")}
     encoder = WeightEncoder(sizes, 4)
     assert encoder.position_embeds.shape == (1, 304, 4)
+    assert WeightEncoder(sizes, 4, probes=3).position_embeds.shape == (1, 3 * 304, 4)
     names = encoder.state_dict()
     assert sum(name.startswith("embedder.proj_dict.") and name.endswith("weight") for name in names) == 13
     assert "embedder.model_dict.blocks___0___to_qkv_a.x" in names and "encoders.1.self_attn.q_proj.weight" in names
@@ -86,6 +87,20 @@ def test_a_vector_depends_on_the_changes_alone():
 
 
 @torch.no_grad()
+def test_a_second_probe_sees_what_the_first_does_not():
+    given = adapter(0, 0)
+    for probes in (1, 2):
+        encoder = WeightEncoder(SIZES, 32, probes=probes)
+        pairs = encoder.stack_pairs([given, given])
+        for path, (a, b) in pairs.items():
+            x = encoder.get_submodule(f"embedder.model_dict.{path.replace('.', '___')}").x[0, 0]
+            a.sub_(torch.outer(x, x / x.square().sum()) @ a)
+            b[1] = 0
+        hidden, none = encoder(pairs)
+        (assert_close if probes == 1 else assert_apart)(hidden, none)
+
+
+@torch.no_grad()
 def test_sites_that_an_adapter_lacks_count_as_unchanged():
     encoder = WeightEncoder(SIZES, 32)
     pairs = encoder.stack_pairs([adapter(0, 0, paths=PATHS[1:])])
@@ -101,7 +116,7 @@ def test_sites_that_an_adapter_lacks_count_as_unchanged():
 def retriever(tmp_path_factory):
     torch.manual_seed(0)
     made = Retriever(
-        WeightEncoder(SIZES, 32), make_encoder(), make_tokenizer(tmp_path_factory.mktemp("tokenizer")), "mean"
+        WeightEncoder(SIZES, 32, probes=2), make_encoder(), make_tokenizer(tmp_path_factory.mktemp("tokenizer")), "mean"
     )
     pairs = [((words, f"a {words}"), adapter(n, seed)) for n, words in enumerate(WORDS) for seed in range(5)]
     losses = train_retriever(made, pairs, steps=250, rate=2e-3)
@@ -148,6 +163,8 @@ def test_what_is_refused(retriever, folder, tmp_path):
         retriever.rank("a red dress", {})
     model = torch.nn.Sequential(torch.nn.Linear(6, 5))
     made = lorac.compile(model, {"d": lorac.SHiRA(r=1)}).adapters["d"]
+    with refuses("option_error", match="probes=0"):
+        WeightEncoder(SIZES, 32, probes=0)
     with refuses("adapter_error", match="is not a product of two factors"):
         find_sizes([made], model)
 
