@@ -202,7 +202,7 @@ def time_generation(
         settle: as ``Compiled.swap`` takes it.
     """
     # Ids that every vocabulary has; the time of a call does not depend on them.
-    ids = (torch.arange(prompt) % 64 + 1).repeat(rows, 1)
+    ids = (torch.arange(prompt) % 8 + 1).repeat(rows, 1)
     names = list(itertools.islice(itertools.cycle(compiled.adapters), rows if rows > 1 else 0))
     medians = time_choices(compiled, rounds, functools.partial(_time_tokens, compiled, ids, new), names, settle=settle)
     return [

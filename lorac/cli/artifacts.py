@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -59,7 +59,7 @@ def run(  # noqa: PLR0913, PLR0917  (an argument per option)
         if inputs is not None:
             report.step("calling")
             choice = {"adapters": parse_choice(adapters)} if adapters else {}
-            outputs = to_arrays(_call_program(compiled, read_inputs(inputs), **choice))
+            outputs = to_arrays(_call_program(compiled, _read_inputs(compiled, inputs), **choice))
     if inputs is not None:
         _print_outputs(outputs, out, json)
         return
@@ -157,13 +157,15 @@ def bench(  # noqa: PLR0913, PLR0917  (an argument per option)
     """
     from lorac.cli._generation import time_generation
 
+    if inputs is not None and rows > 1:
+        raise typer.BadParameter("--rows is for generation; with --inputs, a batch has the rows of its arrays")
     with progress("bench") as report:
         report.step("loading")
         compiled = load_compiled(model, adapter, active=None)
         if inputs is None:
             times = time_generation(compiled, prompt_tokens, new_tokens, rounds, rows, settle=settle)
         else:
-            times = _time_calls(compiled, read_inputs(inputs), rounds, settle=settle)
+            times = _time_calls(compiled, _read_inputs(compiled, inputs), rounds, settle=settle)
     headers = _TEXT_HEADERS if inputs is None else _CALL_HEADERS
     cells = [(row["adapters"], *(f"{value:.3f}" for value in list(row.values())[1:])) for row in times]
     print_report(times, make_table(headers, cells), as_json=json)
@@ -193,6 +195,14 @@ def _load_artifact(folder: Path) -> Compiled:
     import lorac
 
     return lorac.load(folder)
+
+
+def _read_inputs(compiled: Compiled, path: Path) -> Mapping[str, Array]:
+    """Read the inputs of a call, as tensors where the model's own code is called, which takes no arrays."""
+    from lorac.frontend.inputs.call_binding import convert_to_tensors
+
+    arrays = read_inputs(path)
+    return cast("Mapping[str, Array]", convert_to_tensors(arrays)) if compiled.engine.target == "eager" else arrays
 
 
 def _call_program(compiled: Compiled, arrays: Mapping[str, Array], **choice: object) -> object:

@@ -143,8 +143,9 @@ def test_swap_and_save(cli, files):
     assert lorac.load(files.folder / "compiled").active == {}
 
 
-def test_bench(cli):
-    code, out, _ = cli("bench", "compiled", "-i", "inputs.npz", "--rounds", "2")
+@pytest.mark.parametrize("model", [["compiled"], ["model", "-a", "sql", "-a", "style"]], ids=["artifact", "model"])
+def test_bench(cli, model):
+    code, out, _ = cli("bench", *model, "-i", "inputs.npz", "--rounds", "2")
     assert code == 0
     assert all(name in out for name in ("none", "sql", "style", "ratio"))
 
@@ -260,7 +261,12 @@ def test_a_refusal_is_printed_and_exits_with_1(cli, files, words, message):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["swpa"], "swpa"), (["bench", "compiled", "-i", "inputs.npz", "--rounds", "0"], "--rounds")]
+    ("words", "message"),
+    [
+        (["swpa"], "swpa"),
+        (["bench", "compiled", "-i", "inputs.npz", "--rounds", "0"], "--rounds"),
+        (["bench", "compiled", "-i", "inputs.npz", "--rows", "2"], "--rows is for generation"),
+    ],
 )
 def test_a_wrong_command_line_exits_with_2(cli, words, message):
     code, _, err = cli(*words)
