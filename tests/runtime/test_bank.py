@@ -436,7 +436,7 @@ class Client:
             self.compiled.add_adapter(self.late, name="late")
 
 
-@pytest.mark.parametrize("steps", [400, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [400, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_random_operations_keep_to_the_limit_and_end_at_zero(steps: int, compiled: Any) -> None:
     client, refused = Client(compiled, steps), 0
     limit = compiled.memory.limit = compiled.memory.used // 2
