@@ -132,20 +132,16 @@ def _parse_recorded_dtype(name: str, recorded: str) -> str:
 def _iter_weights(view: ModelView, paths: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and value of every weight of the sites, by name; for a module without a weight, all its parameters.
 
-    A weight that was widened for a target is yielded in the dtype in which it was given, which loses nothing.
+    A weight that was widened for a target is yielded as it was given.
     """
     for path in sorted(set(paths)):
         weight = view.sites[path].weight if path in view.sites else None
         if weight is not None:
-            yield weight, _as_given(view, weight, view.tensor(weight))
+            yield weight, view.as_given(weight, view.tensor(weight))
             continue
         model = materialize_weights(view.module)
         for name, parameter in sorted(model.get_submodule(path).named_parameters(path)):
-            yield name, _as_given(view, name, parameter)
-
-
-def _as_given(view: ModelView, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(view.widened.get(name, tensor.dtype))
+            yield name, view.as_given(name, parameter)
 
 
 def _dtype_name(dtypes: set[torch.dtype]) -> str:

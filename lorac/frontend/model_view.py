@@ -83,6 +83,10 @@ class ModelView:
         """Return a parameter or buffer by its name, or a tensor that its module computes at each call."""
         return self.stored[name] if name in self.stored else read_stored_tensor(self.module, name)
 
+    def as_given(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a parameter in the dtype in which it was given; one that was widened loses nothing."""
+        return tensor.detach().to(self.widened.get(name, tensor.dtype))
+
     @functools.cached_property
     def base(self) -> BaseReader:
         """The reader of the model's weights."""

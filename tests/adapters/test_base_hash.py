@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.adapters.base_hash import check_base, check_copy, compute_base_hash
+from lorac.adapters.base_hash import check_base, check_copy, compute_base_hash, compute_tensor_hash
+from lorac.adapters.fit import check_adapter
 from lorac.frontend.model_view import ModelView
 from tests.refusing import refuses
 from tests.zoo import ZOO
@@ -76,6 +78,16 @@ def test_a_base_that_its_target_widens_is_compared_as_it_was_given(tmp_path: Pat
         one.add_adapter(tmp_path / "half")
         with refuses("base_mismatch", match="recorded float16:.* this model has float16:"):
             one.add_adapter(tmp_path / "other")
+
+
+def test_a_copy_is_compared_with_a_widened_parameter_as_it_was_given() -> None:
+    recorded = compute_tensor_hash(model().get_parameter("embed.weight"))
+    made = lorac.compile(model(), {"a": lorac.LoRA(r=2, targets=["up"])}).adapters["a"]
+    adapter = dataclasses.replace(made, provenance={"copies": {"embed.weight": recorded}})
+    wide = ModelView.of(model(torch.float16).float())
+    check_adapter(adapter, dataclasses.replace(wide, widened={"embed.weight": torch.float16}))
+    with refuses("base_mismatch", match="a copy of 'embed.weight'"):
+        check_adapter(adapter, wide)
 
 
 def test_layout_and_device_do_not_count() -> None:
