@@ -63,7 +63,7 @@ def adapter_orthogonality(first: Adapter, second: Adapter, model: nn.Module) -> 
     if not common:
         raise SiteError(
             f"'{first.name}' and '{second.name}' adapt no site in common",
-            next_step="adapters without a common site are orthogonal",
+            next_step="such adapters are orthogonal; give two that share a site to measure more",
             code="site_not_found",
         )
     view = ModelView.of(model)
