@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import fcntl
 import gc
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -84,7 +85,13 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import lorac
     from tests.decoders import DECODERS, adapt_llama
 
-    host = DECODERS["llama"]()
-    made = lorac.compile(host, adapt_llama(host), target="onnxruntime", mode="live", active=None, cache=True)
-    made.save(folder := tmp_path_factory.mktemp("llama") / "compiled")
+    own = tmp_path_factory.getbasetemp()
+    # Each worker has a folder within the session's.
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "llama"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            host = DECODERS["llama"]()
+            made = lorac.compile(host, adapt_llama(host), target="onnxruntime", mode="live", active=None, cache=True)
+            made.save(folder)
     return folder

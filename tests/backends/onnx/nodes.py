@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
 
 import lorac
+from tests.zoo import ZOO
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama_live": (
@@ -22,6 +24,15 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "resnet_baked": ("resnet18", "baked", {"a": lorac.LoRA(r=2, targets=["layer1.0.conv1", "fc"])}),
 }
 """Name -> the model of the zoo, the mode, and the adapters."""
+
+
+@functools.cache
+def compiled_case(name: str) -> lorac.Compiled:
+    """Return a case compiled for ONNX Runtime, once for all tests that read it."""
+    model, mode, adapters = CASES[name]
+    entry = ZOO[model]
+    options = {"mode": mode, "active": "a" if mode == "baked" else None, "self_test": False}
+    return lorac.compile(entry.fresh(), adapters, target="onnxruntime", example_inputs=entry.inputs(), **options)
 
 
 def node_lines(model: ir.Model) -> list[str]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnx.emit import SITE_METADATA
 from lorac.backends.onnx.model_files import MODEL_FILE
-from tests.zoo import SMALL_LLAMA, ZOO
+from tests.backends.onnx.nodes import compiled_case
+from tests.zoo import ZOO
 
 
 def emitted(model: nn.Module, adapters: Any, **options: Any) -> dict[str, list[Any]]:
@@ -32,15 +33,14 @@ def _sizes(graph: ir.Graph) -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def llama() -> lorac.Compiled:
-    adapters = {"a": lorac.LoRA(r=2, targets=["down_proj", "v_proj"])}
-    return lorac.compile(SMALL_LLAMA.model(), adapters, target="onnxruntime", self_test=False)
+    return compiled_case("llama_live")
 
 
 def test_a_language_model(llama: lorac.Compiled) -> None:
     found = _sizes(_graph(llama))
     assert found["input_ids"] == found["attention_mask"] == ["batch", "length"]
     assert found["logits"][:2] == ["batch", "length"]
-    path = "model.layers.0.mlp.down_proj"
+    path = "model.layers.0.self_attn.v_proj"
     assert found[f"{path}:a"][2] == found[f"{path}:b"][1] == f"{path}:rank"
     assert found[f"{path}:a"][0] == found[f"{path}:b"][0] == "adapters"
     assert not any(name.startswith("linear") for name in found)

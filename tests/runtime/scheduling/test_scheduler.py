@@ -357,14 +357,12 @@ def test_a_request_waits_for_memory_and_one_that_never_fits_ends(llama_folder: P
         assert [token.id for token in scheduler.submit(requests[0])] == expected[0]
 
 
-def test_the_error_of_a_request_keeps_no_memory() -> None:
-    host = DECODERS["llama"]()
-    adapters = [adapter_away(lorac.LoRA(r=r), host, IDS, name=str(r), seed=r) for r in (1, 16)]
-    compiled = lorac.compile(host, adapters, target="onnxruntime", mode="live", cache=True, self_test=False)
-    with Scheduler(compiled, rows=2, chunk=4) as scheduler:
+def test_the_error_of_a_request_keeps_no_memory(llama_folder: Path) -> None:
+    compiled = lorac.load(llama_folder)
+    with compiled.hold("one"), Scheduler(compiled, rows=2, chunk=4) as scheduler:
         compiled.memory.limit = compiled.memory.used + compiled.engine.new_cache("main", 1, 18).nbytes
         with pytest.raises(lorac.OverBudget) as kept:
-            list(scheduler.submit(TextRequest(prompt(1), "16", options={"max_new_tokens": 12})))
+            list(scheduler.submit(TextRequest(prompt(1), "one", options={"max_new_tokens": 12})))
         assert not [frame for frame, _ in traceback.walk_tb(kept.tb) if "cache" in frame.f_locals]
 
 
