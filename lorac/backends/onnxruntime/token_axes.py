@@ -49,12 +49,18 @@ class TokenLayouts:
         self.batch, self.length = dims_of(ids)
         self._segments = {tuple(dims_of(cut)[:2]) for cut in cuts}
         self._varying = {self.batch, self.length, *(size for pair in self._segments for size in pair)}
+        self._known: dict[tuple[Dim, ...], TokenAxes | None] = {}
 
     def of(self, value: ir.Value | None) -> TokenAxes | None:
         """Return the axes of a value's tokens; None for a value without tokens."""
-        dims = dims_of(value)
+        dims = tuple(dims_of(value))
+        if dims not in self._known:
+            self._known[dims] = self._find(dims)
+        return self._known[dims]
+
+    def _find(self, dims: tuple[Dim, ...]) -> TokenAxes | None:
         rank = len(dims)
-        if tuple(dims[:2]) in self._segments and not self._varies(dims[2:]):
+        if dims[:2] in self._segments and not self._varies(dims[2:]):
             return TokenAxes((-rank, 1 - rank), segments=True)
         repeats = self._count_repeats(dims[0]) if dims else 0
         if repeats and not self._varies(dims[1:]):

@@ -147,8 +147,9 @@ def copy_program(program: ExportedProgram) -> ExportedProgram:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a copy of a graph whose nodes have the same names."""
-    copied = copy.deepcopy(graph)
+    """Return a copy of a graph whose nodes have the same names; how the graph is called is not copied."""
+    copied, output = fx.Graph(), graph.output_node()
+    copied.output(copied.graph_copy(graph, {})).meta = {**output.meta}
     for node, original in zip(copied.nodes, graph.nodes, strict=True):
         node.name = original.name  # an input with the name of a builtin, such as "input", is renamed in a copy
     return copied

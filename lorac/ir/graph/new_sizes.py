@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,8 +45,10 @@ def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> to
 def make_example(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> torch.Tensor:
     """Return an example of a value on the CPU, contiguous and without values.
 
-    It is what ``torch.empty`` returns in the mode, in a quarter of the time where sizes are symbolic.
+    It is what ``torch.empty`` returns in the mode, but takes less time where sizes are symbolic: a view of strides that
+    are computed once, where torch multiplies the sizes anew for each of a tensor's properties. Strides across a size of
+    0 are 0, where torch takes such a size for 1; nothing lies there.
     """
-    return mode.fake_tensor_converter.from_meta_and_device(
-        mode, torch.empty(tuple(shape), dtype=dtype, device="meta"), torch.device("cpu")
-    )
+    strides = [*itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)][: len(shape)]
+    strided = torch.empty(0, dtype=dtype, device="meta").as_strided(tuple(shape), strides[::-1])
+    return mode.fake_tensor_converter.from_meta_and_device(mode, strided, torch.device("cpu"))
