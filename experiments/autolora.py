@@ -38,6 +38,8 @@ CONCEPTS = [
 """Twelve: what is asked for, and the colour that is drawn."""
 TARGETS = ("attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 COPIES, ROWS = 3, 8
+PROBES = 8
+"""Inputs by which the retriever sees each layer's change; with the paper's one, two LoRAs of a concept are too few."""
 
 
 def pictures(concept: int, count: int, seed: int) -> Tensor:
@@ -88,7 +90,7 @@ def recall(loras: dict[tuple[int, int], lorac.Adapter], seed: int, steps: int) -
     text, tokenizer = sentences()
     names = [f"{colour} {shape}" for (_, shape), colour in CONCEPTS]
     labels = [f"{name} for {trigger[0]}" for name, (trigger, _) in zip(names, CONCEPTS, strict=True)]
-    encoder = WeightEncoder(find_sizes(loras.values()), text.config.hidden_size)
+    encoder = WeightEncoder(find_sizes(loras.values()), text.config.hidden_size, probes=PROBES)
     retriever = Retriever(encoder, text, tokenizer, "mean")
     wordings = [(f"a {label}", f"a picture of a {label}", label) for label in labels]
     known = [(wordings[concept], lora) for (concept, copy), lora in loras.items() if copy < COPIES - 1]
@@ -144,7 +146,7 @@ def find(given: argparse.Namespace) -> Finding:
         for key in keys:
             report.step(f"concept {key[0]}, copy {key[1]}")
             loras[key] = learned(parts, *key, 1 if few else 40)
-    recalls = [recall(loras, seed, given.steps * 4) for seed in range(given.seeds)]
+    recalls = [recall(loras, seed, given.steps) for seed in range(given.seeds)]
     errors = [fused_error(parts, loras, seed, given.steps) for seed in range(given.seeds)]
     chance = {"recall@1": 1 / len(CONCEPTS), "recall@3": 3 / len(CONCEPTS)}
     retrieved = [

@@ -26,10 +26,10 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 class WeightEncoder(nn.Module):
-    """``e = mean(LN(blocks(W_type(x_l·A_l·B_l) + position_l)))``: tokens for each site l, two causal CLIP blocks.
+    """``e = mean(LN(blocks(W_type(x_l·A_l·B_l) + position_l)))``: a token for each site l, two causal CLIP blocks.
 
-    x_l are learned inputs of the site, and each makes a token. Sites of one kind share W: those whose paths are equal
-    but for the numbers of blocks, and which have equally many outputs.
+    x_l is a learned input of the site, or several, whose answers W reads side by side. Sites of one kind share W: those
+    whose paths are equal but for the numbers of blocks, and which have equally many outputs.
 
     Args:
         sizes: the sites, in the model's order.
@@ -48,22 +48,22 @@ class WeightEncoder(nn.Module):
             raise OptionError(f"probes={probes} would read nothing of an adapter", next_step="give 1 or more")
         self.sizes, self.width, self.probes = dict(sizes), width, probes
         asked = nn.ModuleDict({_key(path): SiteProbe(takes, probes) for path, (takes, _) in sizes.items()})
-        kinds = {_kind(path, gives): gives for path, (_, gives) in sizes.items()}
-        projections = nn.ModuleDict({kind: nn.Linear(gives, width) for kind, gives in kinds.items()})
+        kinds = {_kind(path, gives): probes * gives for path, (_, gives) in sizes.items()}
+        projections = nn.ModuleDict({kind: nn.Linear(reads, width) for kind, reads in kinds.items()})
         self.embedder = nn.ModuleDict({"model_dict": asked, "proj_dict": projections})
-        self.position_embeds = nn.Parameter(torch.zeros(1, len(sizes) * probes, width))
+        self.position_embeds = nn.Parameter(torch.zeros(1, len(sizes), width))
         self.encoders = nn.ModuleList(ClipBlock(width) for _ in range(layers))
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Return vectors (n, width) of n adapters (``stack_pairs``)."""
-        tokens = [self._tokens(path, *pair) for path, pair in pairs.items()]
-        hidden = torch.cat(tokens, 1) + self.position_embeds
+        tokens = [self._token(path, *pair) for path, pair in pairs.items()]
+        hidden = torch.stack(tokens, 1) + self.position_embeds
         for block in self.encoders:
             hidden = block(hidden)
         return self.final_layer_norm(hidden).mean(1)
 
-    def _tokens(self, path: str, a: Tensor, b: Tensor) -> Tensor:
+    def _token(self, path: str, a: Tensor, b: Tensor) -> Tensor:
         answer = self.embedder.get_submodule(f"model_dict.{_key(path)}")(a, b)
         return self.embedder.get_submodule(f"proj_dict.{_kind(path, b.shape[-1])}")(answer)
 
@@ -108,8 +108,8 @@ class SiteProbe(nn.Module):
         self.x = nn.Parameter(torch.randn(1, count, size))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the answers (n, count, out) of n adapters."""
-        return self.x @ a @ b
+        """Return the answers (n, count·out) of n adapters, side by side."""
+        return (self.x @ a @ b).flatten(1)
 
 
 class ClipBlock(nn.Module):
