@@ -12,11 +12,12 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_finite, find_infinite_sums
 from lorac.formats._files import MAX_HEADER, SEAL, Outline, check_seal
-from lorac.storage.tensor_file import TensorPlace, new_memory, raw_bytes
+from lorac.storage.tensor_file import TensorPlace, raw_bytes
 
 _OWN_SEAL = re.compile(rb'"lorac_seal":"([0-9a-f]*)"')
 """The digest of a file's values."""
@@ -92,7 +93,7 @@ class FileLayout:
             header, size = read_header(file), os.fstat(file.fileno()).st_size - file.tell()
             if header.common != self.header.common or size != self.nbytes:
                 return None
-            block = new_memory(size)
+            block = torch.empty(size, dtype=torch.uint8)
             if file.readinto(raw_bytes(block)) != size:
                 return None
         (dtype,) = {place.dtype for place in self.places.values()}

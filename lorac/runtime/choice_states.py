@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
@@ -24,7 +25,6 @@ from lorac.runtime.capacity import suggest_reserve
 from lorac.runtime.slot_images import SlotImages
 from lorac.storage.atomic_folders import replace_atomically
 from lorac.storage.paths import parse_path, translate_os_errors
-from lorac.storage.tensor_file import new_memory
 from lorac.target.engine import BoundProgram, Engine
 from lorac.target.memory_budget import Charge
 from lorac.target.placed_engine import PlacedEngine
@@ -273,7 +273,7 @@ class ChoiceStates:
         """
         charge = self._pool.budget.claim(reader.layout.nbytes)
         try:
-            memory = new_memory(reader.layout.nbytes)
+            memory = torch.empty(reader.layout.nbytes, dtype=torch.uint8)
             charge.cover([memory])
             return (memory, charge) if reader.read(memory) else None
         except BaseException:
