@@ -112,19 +112,22 @@ def _build(
     import onnxruntime as ort
     import torch
 
+    assert _genai.found(given)
     common.save_host(model, folder / "model", given)
     told = (
-        f"int4_algo_config={BUILT[side]}",
-        f"int4_accuracy_level={given.accuracy}",
-        f"int4_block_size={given.block}",
+        f"algo_config={BUILT[side]}",
+        f"accuracy_level={given.accuracy}",
+        f"block_size={given.block}",
     )
     _genai.build(folder / "model", folder / "built", "int4", options=told)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = given.threads
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(folder / "built" / "model.onnx", settings, providers=["CPUExecutionProvider"])
+    config = model.config  # the builder names the size of a head, where it gave its number before
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     past = {
-        one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+        one.name: np.zeros((1, one.shape[1], 0, size), np.float32)
         for one in session.get_inputs()
         if one.name.startswith("past_key_values")
     }
