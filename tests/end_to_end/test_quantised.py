@@ -232,7 +232,7 @@ def test_rounded_activations_pass_the_self_test_and_an_adapter_can_be_added(tmp_
     compiled.swap("a")
     compiled.swap(None)
     assert torch.equal(compiled(ids=ids()), before)
-    with refuses("not_mergeable", match=r"into the int8 weight of 'up'.*'shira' needs a merged weight there"):
+    with refuses("not_mergeable", match=r"into the quantised weight of 'up'.*'shira' needs a merged weight there"):
         compiled.add_adapter(lorac.SHiRA(r=1, targets=["up"]))
 
 
