@@ -45,7 +45,7 @@ def reduce_rank(
     def choose(s: Tensor) -> int:
         return min(rank, s.shape[-1]) if rank is not None else _rank_for_energy(s, energy or 1.0)
 
-    return _change_ranks(adapter, choose, name, seed)
+    return _change_ranks(adapter, choose, name=name, seed=seed)
 
 
 @torch.no_grad()
@@ -81,7 +81,9 @@ def resize(adapter: Adapter, rank: int | None = None, *, tolerance: float | None
     return made
 
 
-def _change_ranks(adapter: Adapter, choose: Callable[[Tensor], int], name: str | None = None, seed: int = 0) -> Adapter:
+def _change_ranks(
+    adapter: Adapter, choose: Callable[[Tensor], int], *, name: str | None = None, seed: int = 0
+) -> Adapter:
     """Return a LoRA with the rank at each site that its singular values (…, r) choose."""
     if not isinstance(adapter.variant, LoRA):
         raise AdapterNotFound(

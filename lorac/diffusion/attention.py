@@ -82,8 +82,8 @@ class AttentionBranch(BranchVariant):
         """
         if not any(map(self._is_ours, view.module.modules())):
             raise SiteError(
-                f"{self.name} acts in {self._kind}, and a {type(view.module).__name__} has none: for joint attention, "
-                "as in Flux and SD3, its method is not defined",
+                f"{self.name} acts in {self._kind}, of which a {type(view.module).__name__} has none; its paper "
+                "does not define it for the joint attention of Flux and SD3",
                 next_step="take a U-Net, such as Stable Diffusion's or SDXL's; any pipeline of lorac.diffusion.compile "
                 "takes other adapters for each image, adapters=[...]",
             )

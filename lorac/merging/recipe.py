@@ -148,7 +148,7 @@ def _read_weight(file: Path, parameters: Mapping[str, object]) -> float:
 def _read_text(file: Path, given: Mapping[str, object], name: str) -> str | None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
-        raise WrongType(f"'{file}': {name} is {describe_value(value)}", next_step="write a text there")
+        raise WrongType(f"'{file}': {name} is {describe_value(value)}", next_step="write a string there")
     return value
 
 

@@ -202,7 +202,7 @@ def test_joint_attention_is_refused(variant: Any, second: tuple[int, ...]) -> No
         sample_size=4, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=4, num_attention_heads=2,
         caption_projection_dim=8, joint_attention_dim=8, pooled_projection_dim=8, dual_attention_layers=second,
     )  # fmt: skip
-    with refuses("site_unsupported", match="for joint attention"):
+    with refuses("site_unsupported", match="for the joint attention"):
         lorac.compile(model, {"a": variant})
 
 
