@@ -1,4 +1,4 @@
-"""One adapter from several, one file per way, and adapters merged into the weights of a model."""
+"""One adapter from several, in one of many ways, and adapters merged into the weights of a model."""
 
 from lorac.merging.federation import FederatedStack
 from lorac.merging.merged_checkpoint import MergedCheckpoint, merge_checkpoint

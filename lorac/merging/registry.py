@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 
 from lorac.argument_types import Fields
@@ -17,7 +18,7 @@ def ways() -> dict[str, type[Way]]:
     """Return every way by name."""
     found = (one for module in import_modules(_ways) for one in vars(module).values())
     classes = (one for one in found if inspect.isclass(one) and issubclass(one, Way) and not inspect.isabstract(one))
-    return {one.name: one for one in classes}
+    return {one.name: one for one in sorted(classes, key=operator.attrgetter("name"))}
 
 
 SHORT: Mapping[str, Mapping[str, object]] = {"knots": {"space": "knots"}, "core": {"space": "core"}}

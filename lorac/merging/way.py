@@ -1,14 +1,13 @@
 """Ways of making one adapter from several. Each is a frozen dataclass of options in a file of ``lorac.merging.ways``.
 
-A way subclasses the class that says what it reads: ``SumWay`` the inner products of the changes, ``EntryWay`` the
+A way subclasses the class that says what it reads: ``SumWay`` the inner products of the changes, ``CombiningWay`` the
 changes entry by entry, ``FactorsWay`` factors, ``AdaptersWay`` whole adapters. Loading, sites that only some adapters
 touch, dtypes, seeds, truncation and the form of the result are done for all of them in ``lorac.merging.merge``.
 """
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -18,7 +17,7 @@ from lorac.adapters.lora_conversion import to_lora
 from lorac.argument_types import Count, OneOf, Rate, check_fields
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, LowRank
-from lorac.merging.pruning import Part, keep_largest, largest_threshold, match_norms, per_adapter
+from lorac.merging.pruning import Part, match_norms, per_adapter
 from lorac.merging.spaces import SPACES, sum_changes
 from lorac.merging.terms import ScaledPair, SiteTerms
 from lorac.variants.adapter import Adapter
@@ -66,9 +65,7 @@ class Way(ABC):
 class SiteWay(Way):
     """A way that merges each site by itself."""
 
-    @property
-    def reads(self) -> str:
-        return "each site's change in its own form"
+    reads = "each site's change in its own form"
 
     def survey(self, terms: Iterable[SiteTerms]) -> Self:
         """Return this way with what it must know of all sites before it merges one; by default that is nothing."""
@@ -94,9 +91,7 @@ class CombiningWay(SiteWay):
 
     space: Annotated[str, OneOf(tuple(SPACES))] = "deltas"
 
-    @property
-    def reads(self) -> str:
-        return "changes, entry by entry, in a space"
+    reads = "changes, entry by entry, in a space"
 
     @abstractmethod
     def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,10 +112,7 @@ class SumWay(CombiningWay):
 
     measures: ClassVar[bool] = True
     """Whether c depends on the inner products; else they are not computed, and given as zeros."""
-
-    @property
-    def reads(self) -> str:
-        return "inner products of the changes; factors stay factors"
+    reads = "inner products of the changes; factors stay factors"
 
     @abstractmethod
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
@@ -185,40 +177,6 @@ class PruningWay(CombiningWay):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LargestEntriesWay(PruningWay):
-    """A way that keeps the largest entries by size.
-
-    Attributes:
-        scope: of what ``density`` is a part: of the entries of each ``site``, as in mergekit and PEFT, or of the whole
-            ``adapter``, as in the paper of TIES and in KnOTS; that takes two passes, and memory for all sizes.
-    """
-
-    scope: Annotated[str, OneOf(("site", "adapter"))] = "site"
-    thresholds: Sequence[float] = field(default=(), init=False, repr=False)
-
-    def survey(self, terms: Iterable[SiteTerms]) -> Self:
-        if self.scope == "site":
-            return self
-        sizes: list[Tensor] = []
-
-        def collect(tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-            sizes.append(tensors.abs().flatten(1))
-            return tensors[0]
-
-        for one in terms:
-            SPACES[self.space](collect, one)
-        whole = torch.cat(sizes, dim=1)
-        densities = per_adapter(self.density, len(whole))
-        surveyed = copy.copy(self)
-        found = tuple(largest_threshold(row, density) for row, density in zip(whole, densities, strict=True))
-        object.__setattr__(surveyed, "thresholds", found)
-        return surveyed
-
-    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
-        return tensor.abs() >= self.thresholds[index] if self.thresholds else keep_largest(tensor, density)
-
-
-@dataclass(frozen=True, kw_only=True)
 class PrunedSumWay(PruningWay):
     """A way that adds up pruned changes: Σ wᵢ·Δ̂ᵢ."""
 
@@ -256,9 +214,7 @@ class SignElectionWay(PruningWay):
 class FactorsWay(SiteWay):
     """A way that makes one pair of factors from several, of any ranks."""
 
-    @property
-    def reads(self) -> str:
-        return "factors"
+    reads = "factors"
 
     def shares(self, weights: Sequence[float]) -> Sequence[float]:
         """Return the factors of the changes that are no pairs: of biases, and of parameters that are replaced."""
@@ -282,6 +238,8 @@ class FactorsWay(SiteWay):
 class AdaptersWay(Way):
     """A way that puts whole adapters together, such as LoRAs behind a router."""
 
+    reads = "whole adapters"
+
     def to_loras(
         self, adapters: Sequence[Adapter], view: ModelView | None, weights: Sequence[float] | None = None
     ) -> list[Adapter]:
@@ -301,10 +259,6 @@ class AdaptersWay(Way):
         if weights is None:
             return loras
         return [_scale_lora(one, self.scale * weight) for one, weight in zip(loras, weights, strict=True)]
-
-    @property
-    def reads(self) -> str:
-        return "whole adapters"
 
     @abstractmethod
     def assemble(

@@ -1,1 +1,1 @@
-"""The ways of making one adapter from several, one file each; the existence of a file is its registration."""
+"""The ways of making one adapter from several, one file for those that are alike; a class is its registration."""

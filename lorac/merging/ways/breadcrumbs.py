@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: leave the smallest entries and the outliers out."""
+"""Model Breadcrumbs: leave the smallest entries and the outliers out, summed or with an elected sign."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorac.merging.pruning import Share, drop_outliers, per_adapter
-from lorac.merging.way import PrunedSumWay, PruningWay
+from lorac.merging.way import PrunedSumWay, PruningWay, SignElectionWay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +30,10 @@ class Breadcrumbs(OutlierPruningWay, PrunedSumWay):
     """The sum of each change's entries but the smallest and the very largest."""
 
     name = "breadcrumbs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreadcrumbsTies(OutlierPruningWay, SignElectionWay):
+    """The sum of entries that have the elected sign, without the smallest and the very largest."""
+
+    name = "breadcrumbs_ties"

@@ -1,4 +1,4 @@
-"""Concatenation of factors: the exact weighted sum."""
+"""The exact weighted sum of changes, by concatenation of their factors, and the nearest LoRA of a rank to it."""
 
 from dataclasses import dataclass
 
@@ -17,3 +17,19 @@ class Cat(SiteWay):
 
     def merge_site(self, terms: SiteTerms) -> Change:
         return sum_changes(terms.weights, terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVD(SiteWay):
+    """The first components of Σ wᵢ·Δᵢ, without a product of its factors; the default rank is the parts' largest."""
+
+    name = "svd"
+    paper = Cat.paper
+
+    def merge_site(self, terms: SiteTerms) -> Change:
+        return sum_changes(terms.weights, terms)
+
+    def result_rank(self, terms: SiteTerms) -> int | None:
+        if self.rank is not None or self.tolerance is not None:
+            return self.rank
+        return max(1, *(a.shape[-2] for _, a in terms.pairs))

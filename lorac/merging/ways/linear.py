@@ -1,4 +1,4 @@
-"""The weighted mean of changes."""
+"""The weighted mean of changes, and their weighted sum (task arithmetic)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,3 +32,15 @@ class Linear(SumWay):
                 next_step="give others, or normalize=False for their sum",
             )
         return weights / weights.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmetic(SumWay):
+    """Σ wᵢ·Δᵢ; in the space of factors PEFT's ``linear``, which also multiplies each B by the others' A."""
+
+    name = "task_arithmetic"
+    paper = "Editing Models with Task Arithmetic, arXiv 2212.04089"
+    measures: ClassVar[bool] = False
+
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        return weights

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorac.merging.way import SumWay
-from lorac.merging.ways._sphere import normalise
+from lorac.merging.ways.sphere import normalise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""DARE: drop entries at random and rescale the others."""
+"""DARE: drop entries at random and rescale the others, summed or with an elected sign."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorac.merging.pruning import keep_at_random
-from lorac.merging.way import PrunedSumWay, PruningWay
+from lorac.merging.way import PrunedSumWay, PruningWay, SignElectionWay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +27,10 @@ class DareLinear(RandomPruningWay, PrunedSumWay):
     """The sum of random entries, scaled up to the size of the whole; the paper's p is 1 − density."""
 
     name = "dare_linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareTies(RandomPruningWay, SignElectionWay):
+    """The sum of random entries with the elected sign, scaled up to the whole's size; the paper's p is 1 − density."""
+
+    name = "dare_ties"

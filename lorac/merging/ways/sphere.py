@@ -1,0 +1,124 @@
+"""Means of changes on a sphere, as sums of unit vectors known by their inner products alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorac.argument_types import Count, Positive, Rate
+from lorac.errors import ChoiceError
+from lorac.merging.way import SumWay
+
+_PARALLEL = 0.9995
+"""Cosine above which the arc is taken for a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slerp(SumWay):
+    """(sin((1 − t)·θ)·Δ₁ + sin(t·θ)·Δ₂) / sin θ, θ the angle between the two changes; mergekit turns whole weights.
+
+    Attributes:
+        t: 0 for the first adapter, 1 for the second; default: the second's part of the weights.
+    """
+
+    t: Rate | None = None
+
+    name = "slerp"
+    paper = "Animating Rotation with Quaternion Curves, SIGGRAPH 1985"
+    most: ClassVar[int | None] = 2
+
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        if len(weights) == 1:
+            return weights
+        t = weights[1] / weights.sum() if self.t is None else weights.new_tensor(self.t)
+        line = torch.stack([1 - t, t])
+        lengths = gram.diagonal().sqrt()
+        if not lengths.all():
+            return line
+        cosine = gram[0, 1] / lengths.prod()
+        if cosine.abs() > _PARALLEL:
+            return line
+        angle = cosine.arccos()
+        return (line * angle).sin() / angle.sin()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiSlerp(SumWay):
+    """The mean of the changes' directions in the plane that touches the sphere there, times their mean length.
+
+    Attributes:
+        normalize_weights: divide the weights by their sum.
+    """
+
+    normalize_weights: bool = True
+
+    name = "multislerp"
+    paper = "mergekit"
+
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        weights = weights / weights.sum() if self.normalize_weights else weights
+        cosines, lengths = normalise(gram)
+        length = _measure(weights, cosines)
+        if length == 0:
+            raise ChoiceError(
+                "the directions of the changes cancel, so that they have no mean", next_step="give others"
+            )
+        mean = weights / length
+        tangent = weights - (weights @ cosines @ mean) * mean
+        return _rescale(_move(mean, tangent, cosines), lengths, weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Karcher(SumWay):
+    """The direction with the least weighted sum of squared angles to the changes' directions, times their mean length.
+
+    Attributes:
+        max_iter: largest number of steps.
+        tol: length of the step after which no other follows.
+    """
+
+    max_iter: Count = 10
+    tol: Positive = 1e-5
+
+    name = "karcher"
+    paper = "Riemannian center of mass and mollifier smoothing, CPAM 1977"
+
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        cosines, lengths = normalise(gram)
+        present = (lengths > 0).to(weights)
+        shares = weights * present / (weights * present).sum()
+        point = shares / _measure(shares, cosines)
+        for _ in range(self.max_iter):
+            towards = (cosines @ point).clamp(-1, 1)
+            pulls = shares / torch.sinc(towards.arccos() / torch.pi)
+            tangent = pulls - (pulls @ towards) * point
+            if _measure(tangent, cosines) < self.tol:
+                break
+            point = _move(point, tangent, cosines)
+            point = point / _measure(point, cosines)
+        return _rescale(point, lengths, shares)
+
+
+def normalise(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inner products (N, N) of the directions, and the lengths (N,); a vector of length 0 has none."""
+    lengths = gram.diagonal().clamp_min(0).sqrt()
+    safe = torch.where(lengths > 0, lengths, 1)
+    return gram / (safe[:, None] * safe), lengths
+
+
+def _measure(point: Tensor, cosines: Tensor) -> Tensor:
+    """Return the length of Σ pointᵢ·uᵢ."""
+    return (point @ cosines @ point).clamp_min(0).sqrt()
+
+
+def _move(point: Tensor, tangent: Tensor, cosines: Tensor) -> Tensor:
+    """Return the point that a geodesic reaches from another along a tangent, after the tangent's length."""
+    length = _measure(tangent, cosines)
+    return point * length.cos() + tangent * torch.sinc(length / torch.pi)
+
+
+def _rescale(point: Tensor, lengths: Tensor, weights: Tensor) -> Tensor:
+    """Return the coefficients of the vectors themselves for a point of their mean length."""
+    safe = torch.where(lengths > 0, lengths, 1)
+    return point * (weights @ lengths) / safe
