@@ -89,11 +89,6 @@ def _name(tuned: Checkpoint) -> str:
     return "extracted" if isinstance(tuned, nn.Module | Mapping) else Path(tuned).name or "extracted"
 
 
-def _list_names(view: ModelView) -> Collection[str]:
-    """Return the names of a model's tensors that a checkpoint stores."""
-    return view.stored.keys() or view.module.state_dict().keys()
-
-
 def _weighted_sites(view: ModelView) -> dict[str, Site]:
     return {path: site for path, site in view.sites.items() if site.weight and site.kind not in KINDS_WITHOUT_WEIGHT}
 
@@ -172,7 +167,7 @@ def _find_replaced(tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
     """Return the tensors that belong to no site and differ, with all parameters of the modules that hold them."""
     at_sites = {name for site in _weighted_sites(base).values() for name in (site.weight, site.bias)}
     at_sites |= {name for site in _weighted_sites(tuned).values() for name in (site.weight, site.bias)}
-    own, other = (set(_list_names(view)) - at_sites for view in (tuned, base))
+    own, other = ({*(view.stored or view.module.state_dict())} - at_sites for view in (tuned, base))
     found = {}
     for name in sorted(own | other):
         present = name in own and name in other

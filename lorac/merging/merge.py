@@ -6,10 +6,8 @@ import itertools
 import math
 import operator
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -22,10 +20,10 @@ from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.lora_conversion import truncate_change
 from lorac.argument_types import describe_value, matches_type
 from lorac.errors import AdapterError, ChoiceError, short
-from lorac.formats import load_adapter
 from lorac.formats._site_layouts import LAYOUT
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_bias, merge_weight
+from lorac.merging.merged_model import read_adapters
 from lorac.merging.registry import check_count, make_way, order_by_name
 from lorac.merging.spaces import sum_changes
 from lorac.merging.terms import SiteTerms, scale_change, shape_of
@@ -75,7 +73,9 @@ def merge(
         FormatError, SiteError: a file cannot be read, or does not fit the model.
     """
     view = None if model is None else ModelView.of(model)
-    sources = _read_adapters(adapters, view)
+    sources = [replace(one, name=key) for key, one in read_adapters(read_sources(adapters), view).items()]
+    if not sources:
+        raise ChoiceError("there are no adapters to merge", next_step="give at least one")
     names = [adapter.name for adapter in sources]
     way, strengths = make_way(method, options, names), _read_weights(weights, names)
     if len(sources) == 1 and strengths == [1] and way.keeps_one:
@@ -89,29 +89,6 @@ def merge(
         merged = merged.to(dtype)
     merged.provenance = {**merged.provenance, "merged": {**described, **merged.provenance.get("merged", {})}}
     return merged
-
-
-def _read_adapters(given: object, view: ModelView | None) -> list[Adapter]:
-    found = []
-    for name, source in read_sources(given):
-        if isinstance(source, str | Path):
-            found.append(load_adapter(source, view, name))
-        elif isinstance(source, Adapter):
-            found.append(replace(source, name=name or source.name))
-        else:
-            what = "a fresh method" if isinstance(source, Variant) else "one adapter for each of several models"
-            raise AdapterError(
-                f"adapter '{name or 'unnamed'}' is {what}, which cannot be merged",
-                next_step="give lorac.Adapter objects, or paths of their files",
-            )
-    twice = [name for name, number in Counter(one.name for one in found).items() if number > 1]
-    if twice:
-        raise AdapterError(
-            f"two adapters are called '{twice[0]}'", next_step="give a dict with a name for each", code="adapter_exists"
-        )
-    if not found:
-        raise ChoiceError("there are no adapters to merge", next_step="give at least one")
-    return found
 
 
 def _read_weights(given: object, names: Sequence[str]) -> list[float]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lorac.errors import AdapterError, ChoiceError
 from lorac.formats import load_adapter
-from lorac.frontend.components import Components, list_components
+from lorac.frontend.components import Components, check_component, list_components
 from lorac.frontend.copying import copy_structure, separate_layers
 from lorac.frontend.hugging_face import forget_quantisation, record_untied_weights
 from lorac.frontend.model_view import ModelView
@@ -82,11 +82,15 @@ def merge_into(
     return dict(merged.items()) if isinstance(merged, Components) else merged
 
 
-def read_adapters(sources: Iterable[NamedSource], view: ModelView) -> dict[str, Adapter]:
+def read_adapters(sources: Iterable[NamedSource], view: ModelView | None) -> dict[str, Adapter]:
     """Return trained adapters by name, read from whatever they come from.
+
+    Args:
+        view: of the model; None: files are read without one.
 
     Raises:
         AdapterError: two have one name, or one is a method without tensors.
+        ChoiceError: one is for a component that the model does not have.
     """
     found: dict[str, Adapter] = {}
     for name, source in sources:
@@ -96,7 +100,7 @@ def read_adapters(sources: Iterable[NamedSource], view: ModelView) -> dict[str, 
                 next_step="give the path of a trained adapter, or a lorac.Adapter",
             )
         if isinstance(source, Mapping):
-            parts = {part: _read(one, ModelView.of(view.components[part]), name) for part, one in source.items()}
+            parts = {part: _read(one, _view_component(view, part), name) for part, one in source.items()}
             adapter = join_components(parts, name or next(iter(parts.values())).name)
         else:
             adapter = _read(source, view, name)
@@ -111,7 +115,11 @@ def read_adapters(sources: Iterable[NamedSource], view: ModelView) -> dict[str, 
     return found
 
 
-def _read(source: str | Path | Adapter, view: ModelView, name: str | None) -> Adapter:
+def _view_component(view: ModelView | None, name: str) -> ModelView | None:
+    return None if view is None else ModelView.of(view.components[check_component(name, view.components)])
+
+
+def _read(source: str | Path | Adapter, view: ModelView | None, name: str | None) -> Adapter:
     return source if isinstance(source, Adapter) else load_adapter(source, view, name)
 
 

@@ -51,11 +51,6 @@ class SiteTerms:
     generator: torch.Generator
 
     @functools.cached_property
-    def is_low_rank(self) -> bool:
-        """Whether every change is a pair of factors without scales of the weight itself."""
-        return all(change is None or is_pair(change) for change in self.changes)
-
-    @functools.cached_property
     def deltas(self) -> Tensor:
         """W' − W of each adapter (N, out, in), 0 where it leaves the site as it is.
 
@@ -95,7 +90,7 @@ class SiteTerms:
     def gram(self) -> Tensor:
         """Return the inner products (N, N) of the changes, of the weight and the bias together, in float64."""
         shifts = 0 if self.shifts is None else inner_products(self.shifts.double())
-        if not self.is_low_rank:
+        if not all(change is None or is_pair(change) for change in self.changes):
             return inner_products(self.deltas.double()) + shifts
         pairs = [(b.double(), a.double()) for b, a in self.pairs]
         products = [[((b.mT @ d) * (a @ c.mT)).sum() for d, c in pairs] for b, a in pairs]

@@ -204,6 +204,8 @@ def test_arguments_that_choose_nothing_are_refused():
         lorac.merge_into(model, one, {"a": 0})
     with refuses("adapter_exists"):
         lorac.merge_into(model, [one, one], "a")
+    with refuses("choice_error", match="no component 'unet'"):
+        lorac.merge_into(model, {"a": {"unet": one}})
     with refuses("adapter_error", match="without trained tensors"):
         lorac.merge_into(model, lorac.LoRA(r=1))
     with refuses("site_unsupported"):

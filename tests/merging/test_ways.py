@@ -190,3 +190,11 @@ def test_what_is_replaced_whole_is_merged_from_the_base():
     assert_close(merged.replaced["fc2.weight"], expected)
     with refuses("base_needed"):
         lorac.merge(adapters, "cat")
+
+
+def test_adapters_by_model_are_merged_with_their_sites_in_it():
+    one, other = lora("a", 1), lora("b", 2)
+    apart = lorac.merge({"a": {"unet": one}, "b": {"unet": other}}, "cat")
+    for path, tensors in lorac.merge([one, other], "cat").tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(apart.tensors[f"unet.{path}"][name], tensor)
