@@ -7,11 +7,13 @@ Names are those of AdapterHub's ``BnConfig``. A plain layer has the tensors ``<n
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
-from lorac.variants.base import Context, Init, Params, ParamSpec, Role, Tensor
+from lorac.argument_types import Bounds, Count, OneOf
+from lorac.variants.base import Context, Init, Params, ParamSpec, Role, Tensor, Variant
 from lorac.variants.initialisers import kaiming_uniform, normal, truncated_normal, uniform, xavier_normal, zeros
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -40,59 +42,67 @@ DOWN_UP: Mapping[str, tuple[Init, Init]] = {
 """AdapterHub's ``init_weights``: start values of the two weights of a plain bottleneck. Biases start at zero."""
 
 
-@dataclass(frozen=True)
-class HypercomplexLayer:
-    """A hypercomplex layer: y = x·H + b, H (in, out) = Σᵢ rule_i ⊗ W_i, i < n.
+@dataclass(frozen=True, kw_only=True)
+class HypercomplexFields(Variant):
+    """The hyper-parameters of layers that may be hypercomplex: y = x·H + b, H (in, out) = Σᵢ rule_i ⊗ W_i, i < phm_dim.
 
     Attributes:
-        n: BnConfig's phm_dim, which divides in and out.
-        rank: phm_rank, the rank of W_i = left_i·right_i if it is factorized.
-        factorized: factorized_phm_W.
-        shared: shared_W_phm: one W for all sites.
-        shared_rule: shared_phm_rule: one rule for all sites.
-        factorized_rule: factorized_phm_rule: rule_i = left_i·right_i, of rank 1.
-        learned: learn_phm: train the rule.
-        bias: phm_bias.
-        start: phm_c_init, the distribution of the rule's start values: "normal" or "uniform".
-        std: phm_init_range, the deviation of a shared rule with normal start values.
+        phm_layer: the layers D and U are hypercomplex (Compacter).
+        phm_dim: divides in and out.
+        phm_rank: the rank of W_i = left_i·right_i if it is factorized.
+        phm_bias: the layers have a bias b.
+        factorized_phm_W: W_i = left_i·right_i.
+        shared_W_phm: one W for all sites.
+        shared_phm_rule: one rule for all sites.
+        factorized_phm_rule: rule_i = left_i·right_i, of rank 1.
+        learn_phm: train the rule.
+        phm_c_init: the distribution of the rule's start values: ``"normal"`` or ``"uniform"``.
+        phm_init_range: the deviation of a shared rule with normal start values.
     """
 
-    n: int
-    rank: int
-    factorized: bool
-    shared: bool
-    shared_rule: bool
-    factorized_rule: bool
-    learned: bool
-    bias: bool
-    start: str
-    std: float
+    phm_layer: bool = False
+    phm_dim: Count = 4
+    phm_rank: Count = 1
+    phm_bias: bool = True
+    factorized_phm_W: bool = True
+    shared_W_phm: bool = False
+    shared_phm_rule: bool = True
+    factorized_phm_rule: bool = False
+    learn_phm: bool = True
+    phm_c_init: Annotated[str, OneOf(("normal", "uniform"))] = "normal"
+    phm_init_range: Annotated[float, Bounds(0)] = 0.0001
 
-    def specs(self, name: str, inputs: int, outputs: int) -> dict[str, ParamSpec]:
-        """Return the tensors of one layer; a rule that all layers share is called ``phm_rule``."""
-        rows, columns = inputs // self.n, outputs // self.n
-        shapes = {f"{name}_W": (self.n, rows, columns)}
-        if self.factorized:
-            shapes = {f"{name}_W_left": (self.n, rows, self.rank), f"{name}_W_right": (self.n, self.rank, columns)}
-        found = {key: ParamSpec(shape, xavier_normal, shared=self.shared) for key, shape in shapes.items()}
-        if self.bias:
+    def hypercomplex_layer(self, name: str, inputs: int, outputs: int) -> dict[str, ParamSpec]:
+        """Return the tensors of one hypercomplex layer; a rule that all layers share is called ``phm_rule``."""
+        rows, columns = inputs // self.phm_dim, outputs // self.phm_dim
+        sizes = {"": (rows, columns)}
+        if self.factorized_phm_W:
+            sizes = {"_left": (rows, self.phm_rank), "_right": (self.phm_rank, columns)}
+        shapes = {f"{name}_W{suffix}": (self.phm_dim, *size) for suffix, size in sizes.items()}
+        found = {key: ParamSpec(shape, xavier_normal, shared=self.shared_W_phm) for key, shape in shapes.items()}
+        if self.phm_bias:
             found[f"{name}_bias"] = ParamSpec((outputs,), zeros)
         return found | {self._rule_name(name) + suffix: spec for suffix, spec in self._rule_specs().items()}
 
+    def apply_layer(self, z: Tensor, p: Params, name: str) -> Tensor:
+        """Return a layer's output (…, out) for z (…, in)."""
+        weight = self._hypercomplex_weight(p, name) if self.phm_layer else getattr(p, name)
+        return F.linear(z, weight, getattr(p, f"{name}_bias", None))
+
     def _rule_name(self, name: str) -> str:
-        return "phm_rule" if self.shared_rule else f"{name}_phm_rule"
+        return "phm_rule" if self.shared_phm_rule else f"{name}_phm_rule"
 
     def _rule_specs(self) -> dict[str, ParamSpec]:
-        n, role = self.n, Role.TRAINABLE if self.learned else Role.FROZEN
-        bound, std = (1.0, self.std) if self.shared_rule else (0.01, 0.01)
-        start = uniform(bound) if self.start == "uniform" else normal(std)
-        shapes = {"_left": (n, n, 1), "_right": (n, 1, n)} if self.factorized_rule else {"": (n, n, n)}
-        return {suffix: ParamSpec(shape, start, role, shared=self.shared_rule) for suffix, shape in shapes.items()}
+        n, shared, role = self.phm_dim, self.shared_phm_rule, Role.TRAINABLE if self.learn_phm else Role.FROZEN
+        bound, std = (1.0, self.phm_init_range) if shared else (0.01, 0.01)
+        start = uniform(bound) if self.phm_c_init == "uniform" else normal(std)
+        shapes = {"_left": (n, n, 1), "_right": (n, 1, n)} if self.factorized_phm_rule else {"": (n, n, n)}
+        return {suffix: ParamSpec(shape, start, role, shared=shared) for suffix, shape in shapes.items()}
 
-    def matrix(self, p: Params, name: str) -> Tensor:
+    def _hypercomplex_weight(self, p: Params, name: str) -> Tensor:
         """Return the transpose of H, (out, in)."""
-        rule = _product(p, self._rule_name(name), self.factorized_rule)
-        w = _product(p, f"{name}_W", self.factorized)
+        rule = _product(p, self._rule_name(name), self.factorized_phm_rule)
+        w = _product(p, f"{name}_W", self.factorized_phm_W)
         blocks = (rule.mT[:, :, None, :, None] * w.mT[:, None, :, None, :]).sum(0)
         return blocks.reshape(rule.shape[2] * w.shape[2], rule.shape[1] * w.shape[1])
 
@@ -105,12 +115,6 @@ def _product(p: Params, name: str, factorized: bool) -> Tensor:
 def plain_layer(name: str, inputs: int, outputs: int, init: Init) -> dict[str, ParamSpec]:
     """Return the tensors of a plain layer."""
     return {name: ParamSpec((outputs, inputs), init), f"{name}_bias": ParamSpec((outputs,), zeros)}
-
-
-def apply_layer(z: Tensor, p: Params, name: str, phm: HypercomplexLayer | None = None) -> Tensor:
-    """Return a layer's output (…, out) for z (…, in)."""
-    weight = getattr(p, name) if phm is None else phm.matrix(p, name)
-    return F.linear(z, weight, getattr(p, f"{name}_bias", None))
 
 
 def drop_by_site(value: Tensor, rate: float, ctx: Context, shape: Sequence[int]) -> Tensor:
@@ -162,7 +166,8 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _apply_bottleneck(z: Tensor, p: Params, name: str, act: Callable[[Tensor], Tensor]) -> Tensor:
-    return apply_layer(act(apply_layer(z, p, f"{name}_down")), p, f"{name}_up")
+    narrow = act(F.linear(z, getattr(p, f"{name}_down"), getattr(p, f"{name}_down_bias")))
+    return F.linear(narrow, getattr(p, f"{name}_up"), getattr(p, f"{name}_up_bias"))
 
 
 _PLAIN: dict[str, dict[str, object]] = {

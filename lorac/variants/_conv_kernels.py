@@ -37,10 +37,9 @@ def expand_groups(kernel: Tensor, W: Tensor) -> Tensor:
     return blocks
 
 
-def tucker_kernel(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``[p, q·taps] = Σ_ij core[i, j, taps]·a[i, p]·b[j, q]``, a flat kernel of rank r."""
-    inner = torch.einsum("ijt,jq->iqt", core, b).flatten(1)
-    return a.t() @ inner
+def multiply_factors(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
+    """Return ``a·b``; with a core the flat kernel ``[p, q·taps] = Σ_ij core[i, j, taps]·a[i, p]·b[j, q]`` of rank r."""
+    return a @ b if core is None else a.t() @ torch.einsum("ijt,jq->iqt", core, b).flatten(1)
 
 
 def uniform_core(context: InitContext) -> Tensor:

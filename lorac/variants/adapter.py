@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lorac.errors import AdapterError
+from lorac.errors import AdapterError, ChoiceError
 from lorac.variants.base import Tensor, Variant
 
 _BASE_FACTS = ("base", "layout")
@@ -56,6 +56,20 @@ class Adapter:
         cast = {id(tensor): _cast(self.name, tensor, dtype) for tensor in self.parameters()}
         tensors = {path: {key: cast[id(tensor)] for key, tensor in at.items()} for path, at in self.tensors.items()}
         return replace(self, tensors=tensors, replaced={name: cast[id(one)] for name, one in self.replaced.items()})
+
+    def join_replaced(self, other: "Adapter") -> None:
+        """Replace the parameters that another adapter replaces, too.
+
+        Raises:
+            ChoiceError: this one replaces one of them already.
+        """
+        conflicts = self.replaced.keys() & other.replaced.keys()
+        if conflicts:
+            raise ChoiceError(
+                f"'{other.name}' replaces '{min(conflicts)}', and so does an adapter before it",
+                next_step=f"only one adapter of a {self.variant.name} may replace a parameter",
+            )
+        self.replaced |= other.replaced
 
     def numel(self) -> int:
         """Return the number of stored values; shared tensors count once."""

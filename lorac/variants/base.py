@@ -24,7 +24,7 @@ from lorac.ir.patterns import find_first_pattern, select_sites
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.live_terms import Dropout
 from lorac.variants._field_names import unknown_field_error
-from lorac.variants.params import Init, InitContext, ParamSpec, Role, select_params
+from lorac.variants.params import Init, InitContext, ParamSpec, Role
 
 __all__ = [
     "MATRIX_KINDS",
@@ -203,7 +203,7 @@ class Variant(ABC):
         return {name: spec.stacked(site.stack) for name, spec in specs.items()} if site.stack else specs
 
     def at(self, site: Site) -> Variant:
-        """Return this variant with the per-module patterns applied for ``site``."""
+        """Return ``at_path`` of the site's path."""
         return self.at_path(site.path)
 
     def at_path(self, path: str) -> Variant:
@@ -349,15 +349,6 @@ class BranchVariant(Variant):
 
 _COMMON = tuple(Variant.__dataclass_fields__)
 """Names of the hyper-parameters that all methods have."""
-
-
-def constrained_parts(parts: Mapping[str, Variant], p: Params) -> dict[str, Tensor]:
-    """Return ``Variant.constrained`` of methods inside another one, by the prefixes of their tensors' names."""
-    return {
-        prefix + name: tensor
-        for prefix, part in parts.items()
-        for name, tensor in part.constrained(select_params(p, prefix)).items()
-    }
 
 
 def iterate_fields(value: object) -> Iterator[object]:

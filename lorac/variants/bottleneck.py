@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.argument_types import Bounds, Count, OneOf, Positive, Rate
+from lorac.argument_types import Bounds, OneOf, Positive, Rate
 from lorac.errors import ExampleInputsNeeded, SiteError, not_one_of
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import (
@@ -35,9 +35,8 @@ from lorac.variants._bottleneck_layers import (
     ACTIVATIONS,
     DOWN_UP,
     PRESETS,
-    HypercomplexLayer,
+    HypercomplexFields,
     apply_coupling,
-    apply_layer,
     coupling_specs,
     drop_by_site,
     invert_coupling,
@@ -49,7 +48,7 @@ from lorac.variants.initialisers import normal, ones, zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bottleneck(BranchVariant):
+class Bottleneck(HypercomplexFields, BranchVariant):
     """``h' = h + s·(U·act(D·z + p) + q)``, D (β, d), U (d, β), β = d // reduction_factor, z (…, d).
 
     Let r be the sublayer's residual and LN the LayerNorm of a post-LN model, else the identity. Then z is h; with
@@ -74,7 +73,6 @@ class Bottleneck(BranchVariant):
         dropout: rate of the dropout after s, in training.
         stochastic_depth: rate at which rows skip the adapter, in training.
         init_weights: ``"bert"``, ``"mam_adapter"`` (starts as the base) or ``"houlsby"``.
-        phm_layer: D and U are hypercomplex (Compacter), with the settings ``phm_*`` and ``*_phm*``.
         inv_adapter: ``"nice"``: an invertible block after the embeddings, inverted before the output layer.
         inv_adapter_reduction_factor: reduction factor of its bottlenecks.
         residuals: site -> the program value that is r; found by structure.
@@ -104,17 +102,6 @@ class Bottleneck(BranchVariant):
     dropout: float = 0.0
     stochastic_depth: Rate = 0.0
     init_weights: Annotated[str, OneOf(DOWN_UP)] = "bert"
-    phm_layer: bool = False
-    phm_dim: Count = 4
-    phm_rank: Count = 1
-    phm_bias: bool = True
-    factorized_phm_W: bool = True
-    shared_W_phm: bool = False
-    shared_phm_rule: bool = True
-    factorized_phm_rule: bool = False
-    learn_phm: bool = True
-    phm_c_init: Annotated[str, OneOf(("normal", "uniform"))] = "normal"
-    phm_init_range: Annotated[float, Bounds(0)] = 0.0001
     inv_adapter: Annotated[str | None, OneOf(("nice",))] = None
     inv_adapter_reduction_factor: Positive = 2.0
     residuals: Mapping[str, str] = field(default_factory=dict)
@@ -191,8 +178,7 @@ class Bottleneck(BranchVariant):
         """Return s·(U·act(D·z + p) + q) with norms, dropout, gate and residual as configured."""
         width = (z.shape[-1],)
         normed = F.layer_norm(z, width, p.norm_before, p.norm_before_bias) if self.ln_before else z
-        phm = self._phm
-        up = apply_layer(ACTIVATIONS[self.non_linearity](apply_layer(normed, p, "down", phm)), p, "up", phm)
+        up = self.apply_layer(ACTIVATIONS[self.non_linearity](self.apply_layer(normed, p, "down")), p, "up")
         if not self.is_parallel:
             up = drop_by_site(up, self.stochastic_depth, ctx, (*up.shape[:1], *(1,) * (up.dim() - 1)))
         up = up * (p.scaling if isinstance(self.scaling, str) else self.scaling)
@@ -273,34 +259,18 @@ class Bottleneck(BranchVariant):
         return self.init_weights == "mam_adapter" and (cancels or self._value_name("r", site) is None)
 
     def _layers(self, site: Site, inputs: int, narrow: int) -> dict[str, ParamSpec]:
-        phm = self._phm
-        if phm is None:
+        if not self.phm_layer:
             down, up = DOWN_UP[self.init_weights]
             return plain_layer("down", inputs, narrow, down) | plain_layer("up", narrow, site.out_features, up)
         sizes = (inputs, narrow, site.out_features)
-        if any(size % phm.n for size in sizes):
+        if any(size % self.phm_dim for size in sizes):
             raise SiteError(
-                f"phm_dim={phm.n} does not divide all sizes of the bottleneck at '{site.path}', "
+                f"phm_dim={self.phm_dim} does not divide all sizes of the bottleneck at '{site.path}', "
                 f"{inputs} -> {narrow} -> {site.out_features}",
                 next_step="give another phm_dim or reduction_factor",
             )
-        return phm.specs("down", inputs, narrow) | phm.specs("up", narrow, site.out_features)
-
-    @property
-    def _phm(self) -> HypercomplexLayer | None:
-        if not self.phm_layer:
-            return None
-        return HypercomplexLayer(
-            n=self.phm_dim,
-            rank=self.phm_rank,
-            factorized=self.factorized_phm_W,
-            shared=self.shared_W_phm,
-            shared_rule=self.shared_phm_rule,
-            factorized_rule=self.factorized_phm_rule,
-            learned=self.learn_phm,
-            bias=self.phm_bias,
-            start=self.phm_c_init,
-            std=self.phm_init_range,
+        return self.hypercomplex_layer("down", inputs, narrow) | self.hypercomplex_layer(
+            "up", narrow, site.out_features
         )
 
     def for_model(self, view: ModelView, inputs: object = None) -> "Bottleneck":

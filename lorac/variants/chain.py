@@ -10,25 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from lorac.errors import ChoiceError, CompileError, OptionError
+from lorac.errors import CompileError, OptionError
 from lorac.ir.patterns import select_sites
+from lorac.variants._composite import CompositeVariant
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import (
-    Init,
-    InitContext,
-    Params,
-    ParamSpec,
-    Site,
-    Tensor,
-    Variant,
-    WeightVariant,
-    constrained_parts,
-)
+from lorac.variants.base import InitContext, Params, Site, Tensor, Variant, WeightVariant
 from lorac.variants.params import select_params
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain(WeightVariant):
+class Chain(CompositeVariant):
     """``W' = fₙ(… f₂(f₁(W)))``, fᵢ the formula of the i-th part; its tensors are called ``part<i>_<name>``, from 0.
 
     Attributes:
@@ -61,40 +52,32 @@ class Chain(WeightVariant):
             CompileError: the method of one of them does not edit a weight.
             ChoiceError: two of them replace the same parameter whole.
         """
-        chained = Adapter(name, cls(parts=tuple(map(_restrict_to_sites, adapters)), targets=_sites_pattern(*adapters)))
-        for index, adapter in enumerate(adapters):
+        variant = cls(parts=tuple(map(_restrict_to_sites, adapters)), targets=_sites_pattern(*adapters))
+        chained = Adapter(name, variant)
+        for prefix, adapter in zip(variant.inner, adapters, strict=True):
             for path, tensors in adapter.tensors.items():
-                renamed = {_part_prefix(index) + key: tensor for key, tensor in tensors.items()}
+                renamed = {prefix + key: tensor for key, tensor in tensors.items()}
                 chained.tensors.setdefault(path, {}).update(renamed)
-            conflicts = chained.replaced.keys() & adapter.replaced.keys()
-            if conflicts:
-                raise ChoiceError(
-                    f"'{adapter.name}' replaces '{min(conflicts)}', and so does an adapter before it",
-                    next_step="only one adapter of a chain may replace a parameter",
-                )
-            chained.replaced |= adapter.replaced
+            chained.join_replaced(adapter)
         return chained
 
-    def at(self, site: Site) -> Variant:
-        return dataclasses.replace(self, parts=tuple(cast(WeightVariant, part.at(site)) for part in self.parts))
+    def at_path(self, path: str) -> Variant:
+        return dataclasses.replace(self, parts=tuple(cast(WeightVariant, part.at_path(path)) for part in self.parts))
 
     def adapts(self, site: Site) -> bool:
-        return next(self._acting(site), None) is not None
+        return bool(self.inner_sites(site))
 
-    def starts_as_base(self, site: Site) -> bool:
-        return all(part.starts_as_base(site) for _, part in self._acting(site))
+    @property
+    def inner(self) -> dict[str, WeightVariant]:
+        return {f"part{index}_": part for index, part in enumerate(self.parts)}
 
-    def check(self, site: Site) -> None:
-        super().check(site)
-        for _, part in self._acting(site):
-            part.check(site)
+    def inner_sites(self, site: Site) -> dict[str, Site]:
+        return {prefix: site for prefix, part in self.inner.items() if _acts(part, site)}
 
-    def params(self, site: Site) -> dict[str, ParamSpec]:
-        return {
-            _part_prefix(index) + key: dataclasses.replace(spec, init=_part_init(index, self.parts[:index], spec.init))
-            for index, part in self._acting(site)
-            for key, spec in part.params(site).items()
-        }
+    def inner_weight(self, prefix: str, context: InitContext) -> Tensor:
+        """Return the weight that earlier parts return."""
+        before = self.parts[: list(self.inner).index(prefix)]
+        return Chain(parts=before).weight(context.weight(), context.params)
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         for part, own in self._with_tensors(p):
@@ -106,44 +89,23 @@ class Chain(WeightVariant):
             b = part.new_bias(b, own)
         return b
 
-    def constrained(self, p: Params) -> dict[str, Tensor]:
-        return constrained_parts({_part_prefix(index): part for index, part in enumerate(self.parts)}, p)
-
     def _with_tensors(self, p: Params) -> Iterator[tuple[WeightVariant, Params]]:
         """Yield the parts that act here, each with its own tensors."""
-        for index, part in enumerate(self.parts):
-            own = select_params(p, _part_prefix(index))
+        for prefix, part in self.inner.items():
+            own = select_params(p, prefix)
             if vars(own):
                 yield part, own
 
-    def _acting(self, site: Site) -> Iterator[tuple[int, WeightVariant]]:
-        for index, part in enumerate(self.parts):
-            named = select_sites(
-                {site.path: site},
-                re.escape(site.path) if part.targets == Variant.targets else part.targets,
-                exclude=part.exclude,
-                layers=part.layers,
-                layers_pattern=part.layers_pattern,
-            )
-            if named and part.adapts(site):
-                yield index, part
 
-
-def _part_prefix(index: int) -> str:
-    return f"part{index}_"
-
-
-def _part_init(index: int, before: tuple[WeightVariant, ...], init: Init) -> Init:
-    """Return a part's initialiser, which reads its own tensors and the weight that earlier parts return."""
-
-    def initialise(context: InitContext) -> Tensor:
-        def weight() -> Tensor:
-            return Chain(parts=before).weight(context.weight(), context.params)
-
-        own = select_params(context.params, _part_prefix(index))
-        return init(dataclasses.replace(context, params=own, weight=weight))
-
-    return initialise
+def _acts(part: WeightVariant, site: Site) -> bool:
+    named = select_sites(
+        {site.path: site},
+        re.escape(site.path) if part.targets == Variant.targets else part.targets,
+        exclude=part.exclude,
+        layers=part.layers,
+        layers_pattern=part.layers_pattern,
+    )
+    return bool(named) and part.adapts(site)
 
 
 def _restrict_to_sites(adapter: Adapter) -> WeightVariant:

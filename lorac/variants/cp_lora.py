@@ -7,8 +7,7 @@ start values are lorac's: the output factor is 0, so that a fresh adapter change
 import math
 from dataclasses import dataclass
 
-import torch
-
+from lorac.variants._conv_kernels import expand_groups, kernel_columns
 from lorac.variants.base import (
     MATRIX_KINDS,
     InitContext,
@@ -51,11 +50,9 @@ class CPLoRA(LowRankFields, WeightVariant):
     kinds = MATRIX_KINDS - {SiteKind.EMBEDDING}
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        lengths = {"cp_in": site.in_features}
+        lengths = {"cp_in": kernel_columns(site)[0]}
         if site.conv is not None:
-            kernel = site.conv.kernel
-            lengths = dict(zip(_AXES[-len(kernel) :], kernel, strict=True))
-            lengths = {"cp_in": site.conv.channels // site.conv.groups, **lengths}
+            lengths |= dict(zip(_AXES[-len(site.conv.kernel) :], site.conv.kernel, strict=True))
         specs = {"cp_out": ParamSpec((site.out_features, self.r), zeros)}
         specs |= {name: ParamSpec((length, self.r), _uniform_over_rows) for name, length in lengths.items()}
         if self.dora:
@@ -66,8 +63,6 @@ class CPLoRA(LowRankFields, WeightVariant):
         up, down = p.cp_out, p.cp_in.t()
         for axis in (getattr(p, name) for name in _AXES if hasattr(p, name)):
             down = (down[:, :, None] * axis.t()[:, None, :]).flatten(1)
-        delta = up @ down
         # A grouped kernel's update is computed as it is stored: it has few values, and no rank worth keeping.
-        groups = W.shape[1] // down.shape[1]
-        updated = W + self.scale * (delta if groups == 1 else torch.block_diag(*delta.chunk(groups)))
+        updated = W + self.scale * expand_groups(up @ down, W)
         return rescale_rows(updated, p.magnitude) if self.dora else updated

@@ -39,9 +39,9 @@ class IA3(WeightVariant):
             return match_pattern(self.feedforward, path) is not None
         return path.endswith(tuple(self.feedforward))
 
-    def at(self, site: Site) -> "IA3":
+    def at_path(self, path: str) -> "IA3":
         """Return this variant for one site, with a ``feedforward`` that matches every path or none."""
-        return dataclasses.replace(self, feedforward=_ALL if self.scales_input(site.path) else ())
+        return dataclasses.replace(self, feedforward=_ALL if self.scales_input(path) else ())
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         channels = site.in_features if site.conv is None else site.conv.channels

@@ -6,7 +6,7 @@ as in PEFT's LOHA.
 
 from dataclasses import dataclass
 
-from lorac.variants._conv_kernels import expand_groups, kernel_columns, tucker_kernel, uniform_core
+from lorac.variants._conv_kernels import expand_groups, kernel_columns, multiply_factors, uniform_core
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform, zeros
 from lorac.variants.low_rank import ScaledRank
@@ -50,5 +50,4 @@ class LoHa(ScaledRank, WeightVariant):
 def _product(p: Params, number: int) -> Tensor:
     """Return the first or second factor of the Hadamard product (out, in/groups·taps)."""
     a, b = getattr(p, f"hada_w{number}_a"), getattr(p, f"hada_w{number}_b")
-    core = getattr(p, f"hada_t{number}", None)
-    return a @ b if core is None else tucker_kernel(core, a, b)
+    return multiply_factors(a, b, getattr(p, f"hada_t{number}", None))

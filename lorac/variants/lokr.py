@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.errors import SiteError
-from lorac.variants._conv_kernels import expand_groups, kernel_columns, tucker_kernel, uniform_core
+from lorac.variants._conv_kernels import expand_groups, kernel_columns, multiply_factors, uniform_core
 from lorac.variants.base import Params, ParamSpec, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import kaiming_uniform, zeros
 from lorac.variants.low_rank import ScaledRank
@@ -107,6 +107,5 @@ def factors(number: int, factor: int) -> tuple[int, int]:
 
 def _product(p: Params, name: str) -> Tensor:
     """Return a matrix from its factors."""
-    a, b = getattr(p, f"{name}_a"), getattr(p, f"{name}_b")
     core = getattr(p, "lokr_t2", None) if name == "lokr_w2" else None
-    return a @ b if core is None else tucker_kernel(core, a, b)
+    return multiply_factors(getattr(p, f"{name}_a"), getattr(p, f"{name}_b"), core)

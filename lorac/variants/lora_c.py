@@ -44,7 +44,11 @@ class LoRAC(LowRankFields, WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        out, channels, kernel, groups = site.out_features, *_geometry(site)
+        out, conv = site.out_features, site.conv
+        # A linear layer counts as a convolution without spatial axes.
+        channels, kernel, groups = (
+            (site.in_features, (), 1) if conv is None else (conv.channels, conv.kernel, conv.groups)
+        )
         k = kernel[0] if kernel else 1
         slices = torch.Size(kernel[1:]).numel()
         specs = {
@@ -58,11 +62,6 @@ class LoRAC(LowRankFields, WeightVariant):
     def weight(self, W: Tensor, p: Params) -> Tensor:
         updated = W + self.scale * _fold_product(W, p.lora_A, p.lora_B)
         return rescale_rows(updated, p.magnitude) if self.dora else updated
-
-
-def _geometry(site: Site) -> tuple[int, tuple[int, ...], int]:
-    """Return input channels, kernel and groups; a linear layer counts as a convolution without spatial axes."""
-    return (site.in_features, (), 1) if site.conv is None else (site.conv.channels, site.conv.kernel, site.conv.groups)
 
 
 def _fold_product(W: Tensor, a: Tensor, b: Tensor) -> Tensor:

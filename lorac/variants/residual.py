@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
 from lorac.argument_types import Count
-from lorac.variants.base import Dropout, Params, ParamSpec, Role, Site, Tensor, Variant, WeightVariant
+from lorac.variants._composite import CompositeVariant
+from lorac.variants.base import Dropout, InitContext, Params, ParamSpec, Role, Site, Tensor, Variant, WeightVariant
 from lorac.variants.initialisers import zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class Residual(WeightVariant):
+class Residual(CompositeVariant):
     """``W' = f(W − B₀·A₀)``, f a method with its own tensors, A₀ and B₀ frozen.
 
     Attributes:
@@ -54,22 +55,22 @@ class Residual(WeightVariant):
     def adapts(self, site: Site) -> bool:
         return self.method.adapts(site)
 
-    def starts_as_base(self, site: Site) -> bool:
-        return self.method.starts_as_base(site)
+    @property
+    def inner(self) -> dict[str, WeightVariant]:
+        return {"": self.method}
 
-    def check(self, site: Site) -> None:
-        super().check(site)
-        self.method.check(site)
+    def inner_sites(self, site: Site) -> dict[str, Site]:
+        return {"": site}
+
+    def inner_weight(self, prefix: str, context: InitContext) -> Tensor:
+        return context.weight()
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         return {
-            **self.method.params(site),
+            **super().params(site),
             "start_A": ParamSpec((self.r, site.in_features), zeros, role=Role.FROZEN),
             "start_B": ParamSpec((site.out_features, self.r), zeros, role=Role.FROZEN),
         }
-
-    def constrained(self, p: Params) -> Mapping[str, Tensor]:
-        return self.method.constrained(p)
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         return self.method.weight(W - p.start_B @ p.start_A, p)

@@ -13,24 +13,14 @@ import torch
 
 from lorac.argument_types import Count
 from lorac.errors import OptionError, SiteError, nearest_name
-from lorac.variants.base import (
-    MATRIX_KINDS,
-    Init,
-    InitContext,
-    Params,
-    ParamSpec,
-    Site,
-    Tensor,
-    Variant,
-    WeightVariant,
-    constrained_parts,
-)
+from lorac.variants._composite import CompositeVariant
+from lorac.variants.base import MATRIX_KINDS, InitContext, Params, Site, Tensor, Variant, WeightVariant
 from lorac.variants.low_rank import InputDropout
 from lorac.variants.params import select_params
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split(InputDropout, WeightVariant):
+class Split(InputDropout, CompositeVariant):
     """``W' = [f₀(W₀); f₁(W₁); …]``, W split by rows, fᵢ a method or the identity. Tensors are ``<part>_<name>``.
 
     Attributes:
@@ -65,30 +55,28 @@ class Split(InputDropout, WeightVariant):
                     next_step="among= names all parts in the order of their rows",
                 )
 
-    def at(self, site: Site) -> Variant:
-        parts = {part: cast(WeightVariant, method.at(site)) for part, method in self.parts.items()}
+    def at_path(self, path: str) -> Variant:
+        parts = {part: cast(WeightVariant, method.at_path(path)) for part, method in self.parts.items()}
         return dataclasses.replace(self, parts=parts)
 
-    def check(self, site: Site) -> None:
-        super().check(site)
-        if site.out_features % (self.groups * sum(self._shares.values())):
+    @property
+    def inner(self) -> dict[str, WeightVariant]:
+        return {f"{part}_": method for part, method in self.parts.items()}
+
+    def inner_sites(self, site: Site) -> dict[str, Site]:
+        """Return the sites that the parts would be as layers of their own."""
+        units, rest = divmod(site.out_features, self.groups * sum(self._shares.values()))
+        if rest:
             parts = ", ".join(f"{part}: {share}" for part, share in self._shares.items())
             raise SiteError(
                 f"the {site.out_features} rows of '{site.path}' do not divide into {self.groups} groups of {parts}",
                 next_step="give the sizes of the parts in among=, and the number of groups in groups=",
             )
-        for part, method in self.parts.items():
-            method.check(self._part_site(part, site))
+        rows = {part: units * self.groups * self._shares[part] for part in self.parts}
+        return {f"{part}_": dataclasses.replace(site, out_features=count) for part, count in rows.items()}
 
-    def starts_as_base(self, site: Site) -> bool:
-        return all(method.starts_as_base(self._part_site(part, site)) for part, method in self.parts.items())
-
-    def params(self, site: Site) -> dict[str, ParamSpec]:
-        return {
-            f"{part}_{key}": dataclasses.replace(spec, init=self._init(part, spec.init, site))
-            for part, method in self.parts.items()
-            for key, spec in method.params(self._part_site(part, site)).items()
-        }
+    def inner_weight(self, prefix: str, context: InitContext) -> Tensor:
+        return self._split_rows(context.weight())[prefix.removesuffix("_")]
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         rows = self._split_rows(W)
@@ -104,9 +92,6 @@ class Split(InputDropout, WeightVariant):
         unchanged = all(changed[part] is rows[part] for part in rows)
         return b if unchanged else self._join_rows(changed)
 
-    def constrained(self, p: Params) -> dict[str, Tensor]:
-        return constrained_parts({f"{part}_": method for part, method in self.parts.items()}, p)
-
     @property
     def _shares(self) -> Mapping[str, int]:
         return self.among if isinstance(self.among, Mapping) else dict.fromkeys(self.among, 1)
@@ -121,21 +106,3 @@ class Split(InputDropout, WeightVariant):
     def _join_rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Invert ``_split_rows``."""
         return torch.cat([rows[part].unflatten(0, (self.groups, -1)) for part in self._shares], 1).flatten(0, 1)
-
-    def _part_site(self, part: str, site: Site) -> Site:
-        """Return the site that a part would be as a layer of its own."""
-        rows = site.out_features * self._shares[part] // sum(self._shares.values())
-        return dataclasses.replace(site, out_features=rows)
-
-    def _init(self, part: str, init: Init, site: Site) -> Init:
-        """Return a part's initialiser, which reads its own tensors and its own rows of the weight."""
-        part_site = self._part_site(part, site)
-
-        def initialise(context: InitContext) -> Tensor:
-            def weight() -> Tensor:
-                return self._split_rows(context.weight())[part]
-
-            own = select_params(context.params, f"{part}_")
-            return init(dataclasses.replace(context, site=part_site, params=own, weight=weight))
-
-        return initialise

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from lorac.argument_types import Bounds
-from lorac.variants.base import Init, Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.base import Params, ParamSpec, Role, Site, SiteKind, Tensor, WeightVariant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +31,10 @@ class TrainableTokens(WeightVariant):
         below = (site.in_features if dim else site.out_features,)
         return {
             "index": ParamSpec((1, count), lambda _: torch.tensor([self.token_indices]), Role.INDEX, below=below),
-            name: ParamSpec(shape, self._base_vectors(dim)),
+            name: ParamSpec(shape, lambda c: c.weight().index_select(dim, torch.tensor(self.token_indices))),
         }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         if "columns" in vars(p):
             return W.index_copy(1, p.index[0], p.columns)
         return W.index_copy(0, p.index[0], p.rows)
-
-    def _base_vectors(self, dim: int) -> Init:
-        """Return an initialiser that copies the base's vectors."""
-        return lambda context: context.weight().index_select(dim, torch.tensor(self.token_indices))

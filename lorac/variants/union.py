@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorac.errors import ChoiceError, OptionError, SiteError
+from lorac.errors import OptionError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.patterns import check_targets_match, is_named
 from lorac.variants.adapter import Adapter
@@ -61,9 +61,6 @@ class Union(Variant):
     def at_path(self, path: str) -> Variant:
         return self.method_at(path).at_path(path)
 
-    def at(self, site: Site) -> Variant:
-        return self.method_at(site.path).at(site)
-
     def adapts(self, site: Site) -> bool:
         return self.method_at(site.path).adapts(site)
 
@@ -96,14 +93,8 @@ class Union(Variant):
         parts = (dataclasses.replace(one.variant, targets=tuple(one.tensors), exclude=()) for one in adapters)
         joined = Adapter(name, cls.over(*parts))
         for adapter in adapters:
-            conflicts = joined.replaced.keys() & adapter.replaced.keys()
-            if conflicts:
-                raise ChoiceError(
-                    f"'{adapter.name}' replaces '{min(conflicts)}', and so does an adapter before it",
-                    next_step="only one adapter of a union may replace a parameter",
-                )
             joined.tensors |= adapter.tensors
-            joined.replaced |= adapter.replaced
+            joined.join_replaced(adapter)
         return joined
 
     @classmethod

@@ -168,10 +168,7 @@ class XLoRA(LoraMixture, RoutedVariant):
         if ctx.passing == SCALING_PASS:
             weights = self._select(x.new_full((self.experts,), self.scaling_pass_value))
         else:
-            weights = ctx.value("own:scalings")[..., self._site_index(ctx.site.path), :]
+            index = self.targets.index(ctx.site.path) if self.layerwise_scalings else 0
+            weights = ctx.value("own:scalings")[..., index, :]
         ctx.emit("router", weights)
         return y + self.output_scale(p) * self.mix(F.linear(x, p.lora_A), weights, p)
-
-    def _site_index(self, path: str) -> int:
-        """Return the index of a site's weights among those that the classifier gives."""
-        return self.targets.index(path) if self.layerwise_scalings else 0
