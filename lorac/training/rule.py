@@ -243,6 +243,12 @@ def unwrap_optimizer(optimizer: Optimizer) -> Any:
     return optimizer
 
 
+def spans_processes() -> bool:
+    """Return whether several processes train together."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def _has_infinite_gradients(optimizer: Optimizer) -> bool:
     """Return whether a GradScaler found some; a fused step, unlike others, is then called and does nothing."""
     found = getattr(optimizer, "found_inf", None)

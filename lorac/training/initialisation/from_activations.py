@@ -16,13 +16,7 @@ from lorac.adapters.residual_base import FactorPair, balance_factors
 from lorac.errors import AdapterError, OptionError, not_one_of
 from lorac.ir.sites import Site, factor_dtype
 from lorac.training.initialisation.activations import visit_inputs
-from lorac.training.initialisation.initialiser import (
-    Batches,
-    InitialisationSite,
-    Initialiser,
-    initialisation_sites,
-    replace_factors,
-)
+from lorac.training.initialisation.initialiser import Batches, InitialisationSite, Initialiser, PairInitialiser
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
@@ -33,7 +27,7 @@ _DAMP, _INEXACT = 0.01, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorDA(Initialiser):
+class CorDA(PairInitialiser):
     """Components of W as its inputs see it: W·C = U·Σ·Vᵀ with C = XᵀX, B = U·√(Σ/s), A = √(Σ/s)·Vᵀ·C⁻¹.
 
     The base keeps W − s·B·A. As in PEFT, XᵀX is the mean over calls, of rows divided by the call's largest entry; its
@@ -55,7 +49,7 @@ class CorDA(Initialiser):
         if self.mode not in _MODES:
             raise not_one_of("there is no mode", self.mode, _MODES)
 
-    def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
+    def read(self, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Mapping[str, Tensor]:
         sums: dict[str, Tensor] = {}
         calls = Counter[str]()
 
@@ -66,13 +60,11 @@ class CorDA(Initialiser):
             calls[path] += 1
 
         visit_inputs(model, sites, batches, visit, labelled=False)
-        means = {path: total / calls[path] for path, total in sums.items()}
-        pairs = {path: self.pair(place, means[path]) for path, place in initialisation_sites(adapter, model, sites)}
-        return replace_factors(adapter, pairs, residual=True)
+        return {path: total / calls[path] for path, total in sums.items()}
 
-    def pair(self, place: InitialisationSite, covariance: Tensor) -> FactorPair:
+    def pair(self, place: InitialisationSite) -> FactorPair:
         """Return A and B from XᵀX (in, in)."""
-        damped, inverse = _invert_damped(covariance.to(place.weight.dtype))
+        damped, inverse = _invert_damped(place.read.to(place.weight.dtype))
         u, s, vh = torch.linalg.svd(place.weight @ damped, full_matrices=False)
         part = slice(None, place.variant.r) if self.mode == "ipm" else slice(-place.variant.r, None)
         return balance_factors(u[:, part], s[part], (vh @ inverse)[part], place.variant.scale)
@@ -118,7 +110,8 @@ class EVA(Initialiser):
         for path, rank in ranks.items():
             vectors, sizes, _ = found[path]
             a = vectors[:rank] / sizes[:rank, None].sqrt() if self.whiten else vectors[:rank]
-            tensors[path] = _initial_factors(adapter.tensors[path], a.to(factor_dtype(sites[path].dtype)))
+            a, b = a.to(factor_dtype(sites[path].dtype)).contiguous(), adapter.tensors[path]["lora_B"]
+            tensors[path] = {**adapter.tensors[path], "lora_A": a, "lora_B": b.new_zeros(b.shape[0], rank)}
         return replace(adapter, variant=self._variant(adapter, variants, ranks), tensors=tensors, provenance={})
 
     def _variant(self, adapter: Adapter, variants: Mapping[str, Any], ranks: Mapping[str, int]) -> LoRA:
@@ -170,11 +163,6 @@ def distribute_ranks(shares: Mapping[str, Tensor], budget: int) -> dict[str, int
     for index in order.tolist():
         ranks[owners[index]] += 1
     return {path: rank for path, rank in ranks.items() if rank}
-
-
-def _initial_factors(own: Mapping[str, Tensor], a: Tensor) -> dict[str, Tensor]:
-    b = own["lora_B"]
-    return {**own, "lora_A": a.contiguous(), "lora_B": b.new_zeros(b.shape[0], len(a))}
 
 
 def _invert_damped(covariance: Tensor) -> tuple[Tensor, Tensor]:

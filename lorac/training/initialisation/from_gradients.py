@@ -4,7 +4,6 @@ LoRA-GA: Wang et al. 2024, arXiv 2407.05000; LoRA-One: Zhang et al. 2025, arXiv 
 et al. 2024, arXiv 2411.19557.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -16,13 +15,7 @@ from lorac.adapters.residual_base import FactorPair
 from lorac.errors import OptionError, not_one_of
 from lorac.ir.sites import Site
 from lorac.training.initialisation.gradients import Loss, SummedGradients, sum_gradients
-from lorac.training.initialisation.initialiser import (
-    Batches,
-    InitialisationSite,
-    Initialiser,
-    initialisation_sites,
-    replace_factors,
-)
+from lorac.training.initialisation.initialiser import Batches, InitialisationSite, Initialiser, PairInitialiser
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
@@ -51,24 +44,17 @@ def first_rate(lr: float, warmup: float, steps: int) -> float:
     return lr / max(warmup * steps, 1)
 
 
-class _GradientInitialiser(Initialiser):
+class _GradientInitialiser(PairInitialiser):
     """A and B by a rule that reads the mean gradient at the base."""
 
     reads: ClassVar[str] = "gradients"
     loss: Loss | None
-    residual: bool
 
-    def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
+    def read(self, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Mapping[str, Tensor]:
         found = sum_gradients(model, sites, batches, self.loss)
-        pairs = {
-            path: self.pair(place, found.sums[path].to(place.weight.device) / found.batches)
-            for path, place in initialisation_sites(adapter, model, sites)
-        }
-        return replace_factors(adapter, pairs, residual=self.residual)
-
-    @abstractmethod
-    def pair(self, place: InitialisationSite, gradient: Tensor) -> FactorPair:
-        """Return A and B at a site from the mean gradient over the batches."""
+        for total in {id(one): one for one in found.sums.values()}.values():  # tied weights have one sum
+            total.div_(found.batches)
+        return found.sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +79,18 @@ class LoRAGA(_GradientInitialiser):
     loss: Loss | None = None
 
     vectors: ClassVar[int] = 2
-    residual = True
 
     def __post_init__(self) -> None:
         if self.direction not in _SPLITS:
             raise not_one_of("there is no direction", self.direction, _SPLITS)
         _check_gamma(self.gamma)
 
-    def pair(self, place: InitialisationSite, gradient: Tensor) -> FactorPair:
-        u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+    def pair(self, place: InitialisationSite) -> FactorPair:
+        u, s, vh = torch.linalg.svd(place.read, full_matrices=False)
         r = place.variant.r
         of_a, of_b = (slice(part.start * r, part.stop * r) for part in _SPLITS[self.direction])
         a, b = vh[..., of_a, :], u[..., of_b]
-        zeta = gradient.shape[-2] ** 0.25 / self.gamma**0.5
+        zeta = place.weight.shape[-2] ** 0.25 / self.gamma**0.5
         return (a, zeta * b * s[..., None, of_b]) if self.peft else (zeta * a, zeta * b)
 
 
@@ -133,8 +118,8 @@ class LoRAOne(_GradientInitialiser):
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
 
-    def pair(self, place: InitialisationSite, gradient: Tensor) -> FactorPair:
-        u, s, vh = torch.linalg.svd(-gradient, full_matrices=False)
+    def pair(self, place: InitialisationSite) -> FactorPair:
+        u, s, vh = torch.linalg.svd(-place.read, full_matrices=False)
         r = place.variant.r
         # A gradient of 0 has no direction, and begins at the base.
         first = s[..., :1].clamp_min(torch.finfo(s.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Base class of initialisers, and the helpers that put first values into an adapter.
+"""Base classes of initialisers.
 
 An initialiser is a frozen dataclass of its settings, called with an adapter and its model. It returns a new adapter and
 leaves its arguments unchanged, also when it fails.
@@ -33,14 +33,14 @@ class InitialisationSite:
     """A site whose factors are initialised.
 
     Attributes:
-        site: the site.
         variant: the adapter's method there, with the patterns applied.
         weight: W (out, in), in the dtype of the factors; of a stack (E, out, in).
+        read: what the initialiser read there of batches, on the device of W; empty where it reads none.
     """
 
-    site: Site
     variant: Any
     weight: Tensor
+    read: Tensor
 
 
 class Initialiser(ABC):
@@ -129,27 +129,27 @@ class Initialiser(ABC):
         return chain(first, listed)
 
 
-def initialisation_sites(
-    adapter: Adapter, model: nn.Module, sites: Mapping[str, Site]
-) -> Iterable[tuple[str, InitialisationSite]]:
-    """Yield the sites of an adapter with their base weights, one at a time."""
-    base = make_base_reader(model)
-    for path in adapter.tensors:
-        site = sites[path]
-        yield path, InitialisationSite(site, adapter.variant.at(site), base.weight(site).to(factor_dtype(site.dtype)))
+class PairInitialiser(Initialiser):
+    """An initialiser that computes A and B of a LoRA or DoRA, site by site."""
 
+    residual: bool = True
+    """Whether s·B·A is subtracted from the base, so that the adapter begins at the base's output."""
 
-def replace_factors(adapter: Adapter, pairs: Mapping[str, FactorPair], *, residual: bool) -> Adapter:
-    """Return an adapter with the given A and B.
+    def read(self, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Mapping[str, Tensor]:
+        """Return what ``pair`` needs of the batches, by path of a site; by default nothing."""
+        return {}
 
-    Args:
-        adapter: of LoRA or DoRA; only read.
-        pairs: path of every site -> A (r, in) and B (out, r).
-        residual: subtract s·B·A from the base, so that the adapter begins at the base's output.
-    """
-    tensors = {
-        path: {**own, "lora_A": pairs[path][0].contiguous(), "lora_B": pairs[path][1].contiguous()}
-        for path, own in adapter.tensors.items()
-    }
-    begun = replace(adapter, tensors=tensors, provenance=dict(adapter.provenance))
-    return subtract_factors(begun, pairs) if residual else begun
+    @abstractmethod
+    def pair(self, place: InitialisationSite) -> FactorPair:
+        """Return A (r, in) and B (out, r) at a site."""
+
+    def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
+        read, base = self.read(model, sites, batches), make_base_reader(model)
+        pairs, tensors = {}, {}
+        for path, site in sites.items():
+            weight = base.weight(site).to(factor_dtype(site.dtype))
+            found = read.get(path, weight.new_empty(0)).to(weight.device)
+            pairs[path] = a, b = self.pair(InitialisationSite(adapter.variant.at(site), weight, found))
+            tensors[path] = {**adapter.tensors[path], "lora_A": a.contiguous(), "lora_B": b.contiguous()}
+        begun = replace(adapter, tensors=tensors, provenance=dict(adapter.provenance))
+        return subtract_factors(begun, pairs) if self.residual else begun

@@ -4,40 +4,17 @@ PiSSA: Meng et al. 2024, arXiv 2404.02948; MiLoRA: Wang et al. 2024, arXiv 2406.
 arXiv 2406.01775.
 """
 
-from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lorac.adapters.residual_base import FactorPair, balance_factors, olora_factors, pissa_factors
 from lorac.errors import OptionError
-from lorac.ir.sites import Site
-from lorac.training.initialisation.initialiser import (
-    Batches,
-    InitialisationSite,
-    Initialiser,
-    initialisation_sites,
-    replace_factors,
-)
-from lorac.variants.adapter import Adapter
-
-
-class _WeightInitialiser(Initialiser):
-    """W = (W − s·B·A) + s·B·A at every site, with A and B computed from W alone."""
-
-    def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
-        pairs = {path: self.pair(place) for path, place in initialisation_sites(adapter, model, sites)}
-        return replace_factors(adapter, pairs, residual=True)
-
-    @abstractmethod
-    def pair(self, place: InitialisationSite) -> FactorPair:
-        """Return A and B at a site."""
+from lorac.training.initialisation.initialiser import InitialisationSite, PairInitialiser
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiSSA(_WeightInitialiser):
+class PiSSA(PairInitialiser):
     """B = U_r·√(Σ_r/s), A = √(Σ_r/s)·V_rᵀ of the first r components of W = U·Σ·Vᵀ; the base keeps the others.
 
     Attributes:
@@ -64,7 +41,7 @@ class PiSSA(_WeightInitialiser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiLoRA(_WeightInitialiser):
+class MiLoRA(PairInitialiser):
     """PiSSA with the last r components of W instead of the first."""
 
     def pair(self, place: InitialisationSite) -> FactorPair:
@@ -74,7 +51,7 @@ class MiLoRA(_WeightInitialiser):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OLoRA(_WeightInitialiser):
+class OLoRA(PairInitialiser):
     """B = Q_r, orthonormal, and A = R_r of W = Q·R; the base keeps W − s·Q_r·R_r."""
 
     def pair(self, place: InitialisationSite) -> FactorPair:

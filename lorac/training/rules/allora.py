@@ -15,15 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from lorac.argument_types import Operands
 from lorac.errors import ChoiceError, SiteError
 from lorac.frontend.layer_classes import pad_conv_input
-from lorac.ir.sites import Site, cast_floating
+from lorac.ir.sites import cast_floating
 from lorac.ir.slots.layouts import layout_of
-from lorac.training.rule import Rule
-from lorac.training.rules.pairs import ABOVE_0, FACTORS, Pair, check_settings, trained_pairs
-from lorac.variants.base import Variant
+from lorac.training.rules.pairs import ABOVE_0, Pair, PairRule, check_settings
 from lorac.variants.lora import LoRA
 
 
-class ALLoRA(Rule):
+class ALLoRA(PairRule):
     """The factors learn from diag(c)·g instead of g = ∂L/∂(BA): ∇_A = Bᵀ·diag(c)·g, ∇_B = diag(c)·g·Aᵀ.
 
     c_i = 1/√(‖(BA)_i‖ + 1/η²) for every row, that is for every output. c is computed before the step and is constant in
@@ -43,16 +41,13 @@ class ALLoRA(Rule):
         SiteError: a module reads the weight itself, so the site's input is not visible.
     """
 
-    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
     begun: ClassVar[bool] = False
-    governed: ClassVar[tuple[str, ...]] = FACTORS
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate"})
 
     def __init__(self, compiled: nn.Module, optimizer: Optimizer, *, eta2: float = 4.0) -> None:
         super().__init__(compiled, optimizer)
         check_settings(type(self).__name__, eta2=(eta2, ABOVE_0))
         self.eta2 = eta2
-        self.pairs = trained_pairs(self.terms, type(self).__name__)
         for pair in self.pairs:
             variant = pair.term.variant
             assert isinstance(variant, LoRA)
@@ -63,7 +58,14 @@ class ALLoRA(Rule):
                     nearest=f"lorac.LoRA(r={variant.r}, alpha={variant.r})",
                     next_step="compile with that",
                 )
-            _refuse_within(self.compiled.sites[pair.term.site])
+            site = self.compiled.sites[pair.term.site]
+            if site.within is not None:
+                raise SiteError(
+                    f"ALLoRA reads the input of a layer, and '{site.path}' has none: '{site.within}' computes with its "
+                    "weight itself",
+                    next_step="narrow targets=, or exclude= the module",
+                    code="site_unsupported",
+                )
         self._gathered: dict[int, Tensor] = {}
         self._rates: dict[int, tuple[tuple[int, int], Tensor]] = {}
         self.attach(*self._hooks())
@@ -110,13 +112,3 @@ class ALLoRA(Rule):
 
     def _scale(self, pair: Pair, grad: Tensor) -> Tensor:
         return grad * self.rates(pair).unsqueeze(-1)
-
-
-def _refuse_within(site: Site) -> None:
-    if site.within is not None:
-        raise SiteError(
-            f"ALLoRA reads the input of a layer, and '{site.path}' has none: '{site.within}' computes with its weight "
-            "itself",
-            next_step="narrow targets=, or exclude= the module",
-            code="site_unsupported",
-        )

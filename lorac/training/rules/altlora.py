@@ -14,23 +14,20 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lorac.errors import not_one_of
-from lorac.training.rule import Rule, State
+from lorac.training.rule import State
 from lorac.training.rules.pairs import (
     BELOW_1,
-    FACTORS,
     FROM_0,
     FROM_1,
     Gram,
     Pair,
+    PairRule,
     check_plain_sgd,
     check_saved_state,
     check_settings,
     copy_state,
-    trained_pairs,
 )
 from lorac.training.step_view import Group
-from lorac.variants.base import Variant
-from lorac.variants.lora import LoRA
 
 _EPS = 1e-6
 """ε, the released code's."""
@@ -69,7 +66,7 @@ class AlternatingFactors:
 _DEFAULT_TURNS = AlternatingFactors()
 
 
-class AltLoRA(Rule):
+class AltLoRA(PairRule):
     """Each step moves A alone or B alone, in turn, along M; the optimizer is plain SGD, which has rate and decay.
 
     On A's turn, with s = alpha/r and B' the B of A's turn before:
@@ -100,8 +97,6 @@ class AltLoRA(Rule):
             out of range.
     """
 
-    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
-    governed: ClassVar[tuple[str, ...]] = FACTORS
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "altlora"
     before_gradients = True
@@ -129,13 +124,12 @@ class AltLoRA(Rule):
             reg=(self.reg, FROM_0),
         )
         check_plain_sgd(self.optimizer, name)
-        self.pairs = trained_pairs(self.terms, name)
         self.plus, self.released, self.turns, self.steps = plus, released, turns, 0
         self.correct_bias = released if correct_bias is None else correct_bias
         self.skip_idle = turns.skip_idle and not released
         self._sides = [(_FactorSide(pair, 0), _FactorSide(pair, 1)) for pair in self.pairs]
         self.attach(*self._hooks())
-        self._skip()
+        self._skip(self.turn)
 
     @property
     def turn(self) -> str:
@@ -151,13 +145,11 @@ class AltLoRA(Rule):
     def after(self) -> None:
         """Begin the next turn."""
         self.steps += 1
-        self._skip()
+        self._skip(self.turn)
 
     def remove(self) -> None:
         super().remove()
-        for pair in self.pairs if self.skip_idle else ():
-            pair.a.requires_grad_(True)
-            pair.b.requires_grad_(True)
+        self._skip("AB")
 
     def state(self) -> State:
         return {"steps": self.steps, "sides": [[dict(side.state) for side in sides] for sides in self._sides]}
@@ -168,7 +160,7 @@ class AltLoRA(Rule):
         for sides, saved in zip(self._sides, state["sides"], strict=True):
             for side, own in zip(sides, saved, strict=True):
                 side.state = copy_state(own, side.own)
-        self._skip()
+        self._skip(self.turn)
 
     def _both_turns(self, sides: "tuple[_FactorSide, _FactorSide]", groups: Mapping[int, Group]) -> None:
         moved: Tensor | None = None
@@ -217,17 +209,18 @@ class AltLoRA(Rule):
 
     def _hooks(self) -> Iterator[RemovableHandle]:
         for pair in self.pairs:
-            for letter, tensor in zip("AB", (pair.a, pair.b), strict=True):
+            for letter, tensor in zip("AB", pair.factors, strict=True):
                 yield tensor.register_hook(functools.partial(self._only_in_turn, letter))
 
     def _only_in_turn(self, letter: str, grad: Tensor) -> Tensor:
         """Return the gradient on the factor's turn, otherwise 0, so that clipping measures no other."""
         return grad if letter in self.turn else torch.zeros_like(grad)
 
-    def _skip(self) -> None:
+    def _skip(self, turn: str) -> None:
+        """Have torch compute the gradients of these factors alone, where the turns say so."""
         for pair in self.pairs if self.skip_idle else ():
-            pair.a.requires_grad_("A" in self.turn)
-            pair.b.requires_grad_("B" in self.turn)
+            pair.a.requires_grad_("A" in turn)
+            pair.b.requires_grad_("B" in turn)
 
 
 class _FactorSide:

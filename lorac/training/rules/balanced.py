@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound
-from lorac.training.rule import Rule, unwrap_ddp
+from lorac.training.rule import Rule, spans_processes, unwrap_ddp
 from lorac.training.rules.pairs import FROM_0, check_settings
 from lorac.variants.base import BranchVariant, Variant
 
@@ -80,14 +80,8 @@ class Balanced(Rule):
     def after(self) -> None:
         """Move the biases by what was counted, and begin to count anew."""
         for path, count in self._counts.items():
-            whole = _sum_over_processes(count).to(torch.float64)
-            bias = self._biases[path]
+            if spans_processes():
+                torch.distributed.all_reduce(count)
+            whole, bias = count.to(torch.float64), self._biases[path]
             bias.add_((self.rate * torch.sign(whole.mean() - whole)).to(bias))
         self._counts = {}
-
-
-def _sum_over_processes(count: Tensor) -> Tensor:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(count)
-    return count

@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lorac.errors import ChoiceError, Unavailable, not_one_of
-from lorac.training.rule import State, trained_terms, unwrap_ddp
+from lorac.training.rule import State, spans_processes, trained_terms, unwrap_ddp
 from lorac.training.rules.eight_bit_moments import EightBitMoments, OptimizerMoment
-from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, check_settings
+from lorac.training.rules.pairs import BELOW_1, FROM_0, FROM_1, check_settings, copy_state
 from lorac.training.step_view import Group
 from lorac.variants.full import Full
 
@@ -105,8 +105,7 @@ class GaLore(Optimizer, ABC):
         Raises:
             Unavailable: several processes train; their gradients are added up only after backward.
         """
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if spans_processes():
             raise Unavailable(
                 "by_layer() steps within backward, before the gradients of several processes are added up",
                 next_step="call step() after backward() instead",
@@ -130,7 +129,7 @@ class GaLore(Optimizer, ABC):
         ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         for tensor, index in zip(order, ids, strict=True):
             if index in state_dict["state"]:
-                self.state[tensor] = _copy_state_to(state_dict["state"][index], tensor.device)
+                self.state[tensor] = copy_state(state_dict["state"][index], tensor)
 
     @abstractmethod
     def direction(self, gradient: Tensor, state: State, group: Group) -> Tensor:
@@ -303,10 +302,3 @@ def _project_back(update: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
     if "left" in projector:
         update = projector["left"] @ update
     return update @ projector["right"] if "right" in projector else update
-
-
-def _copy_state_to(value: Any, device: torch.device) -> Any:
-    """Copy a saved state to a device, dtypes unchanged."""
-    if isinstance(value, Tensor):
-        return value.to(device, copy=True)
-    return {key: _copy_state_to(own, device) for key, own in value.items()} if isinstance(value, Mapping) else value

@@ -9,24 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorac.training.rule import Rule, State
+from lorac.training.rule import State
 from lorac.training.rules.pairs import (
     BELOW_1,
-    FACTORS,
     FROM_0,
     Gram,
     Pair,
+    PairRule,
     check_plain_sgd,
     check_saved_state,
     check_settings,
     copy_state,
-    trained_pairs,
 )
-from lorac.variants.base import Variant
-from lorac.variants.lora import LoRA
 
 
-class LoRAPro(Rule):
+class LoRAPro(PairRule):
     """Before every step (g_A, g_B) becomes the pair that moves W nearest to −∂L/∂W, of all such the one nearest to it.
 
     With s = alpha/r (alpha/√r under rsLoRA), P the projector on the columns of B, and δ the damping of both Grams:
@@ -54,8 +51,6 @@ class LoRAPro(Rule):
             optimizer is none but plain SGD.
     """
 
-    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
-    governed: ClassVar[tuple[str, ...]] = FACTORS
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "lora_pro"
     before_gradients = True
@@ -82,9 +77,8 @@ class LoRAPro(Rule):
         if full:
             check_plain_sgd(self.optimizer, f"{name}(full=True)")
         self.full, self.damping = full, damping
-        self.pairs = trained_pairs(self.terms, name)
         self._betas, self._eps = betas, eps
-        paired = {id(tensor) for pair in self.pairs for tensor in (pair.a, pair.b)}
+        paired = {id(tensor) for pair in self.pairs for tensor in pair.factors}
         held = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
         self._others = [tensor for tensor in held if id(tensor) not in paired] if full else []
         self._moments: list[State] = [{} for _ in (*self.pairs, *self._others)] if full else []
@@ -93,7 +87,7 @@ class LoRAPro(Rule):
     def before(self) -> None:
         """Change the gradients of every pair of factors."""
         for index, pair in enumerate(self.pairs):
-            if not pair.idle:
+            if any(tensor.grad is not None for tensor in pair.factors):  # else its adapter is not active
                 self._change(index, pair)
         for index, tensor in enumerate(self._others, len(self.pairs)):
             if tensor.grad is not None:
@@ -109,15 +103,15 @@ class LoRAPro(Rule):
 
     def _change(self, index: int, pair: Pair) -> None:
         grad_a, grad_b = (
-            tensor.grad if tensor.grad is not None else torch.zeros_like(tensor) for tensor in _both_factors(pair)
+            tensor.grad if tensor.grad is not None else torch.zeros_like(tensor) for tensor in pair.factors
         )
         if self.full:
             moved = find_equivalent_gradients(pair, self.damping, grad_a, grad_b)
-            a, b = (tensor.to(moved[0].dtype) for tensor in _both_factors(pair))
+            a, b = (tensor.to(moved[0].dtype) for tensor in pair.factors)
             direction = self._adam(index, pair.scale * (b @ moved[0] + moved[1] @ a))
             grad_a, grad_b = pair.scale * b.mT @ direction, pair.scale * direction @ a.mT
         made = find_equivalent_gradients(pair, self.damping, grad_a, grad_b, nearest=True)
-        for tensor, grad in zip(_both_factors(pair), made, strict=True):
+        for tensor, grad in zip(pair.factors, made, strict=True):
             tensor.grad = grad.to(tensor.dtype)
 
     def _adam(self, index: int, grad: Tensor) -> Tensor:
@@ -156,7 +150,3 @@ def _solve_sylvester(left: Gram, right: Gram, constant: Tensor) -> Tensor:
     sums = left.values.unsqueeze(-1) + right.values.unsqueeze(-2)
     turned = left.vectors.mT @ constant @ right.vectors
     return left.vectors @ torch.where(sums > 0, turned / sums, 0) @ right.vectors.mT
-
-
-def _both_factors(pair: Pair) -> tuple[Tensor, Tensor]:
-    return pair.a, pair.b

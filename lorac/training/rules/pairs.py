@@ -1,15 +1,18 @@
-"""Helpers of rules on LoRA's two factors: pairs, Gram matrices, and checks of optimizers and settings."""
+"""Rules on LoRA's two factors: their base class, Gram matrices, and checks of optimizers and settings."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
-from lorac.training.rule import State, TrainedTerm
+from lorac.training.rule import Rule, State, TrainedTerm
+from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
 FACTORS = ("lora_A", "lora_B")
@@ -32,36 +35,40 @@ class Pair:
     scale: float
 
     @property
-    def idle(self) -> bool:
-        """Whether neither factor has a gradient, as for an inactive adapter."""
-        return self.a.grad is None and self.b.grad is None
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.a, self.b
 
 
-def trained_pairs(terms: Iterable[TrainedTerm], rule: str) -> list[Pair]:
-    """Return the pairs whose factors train.
+class PairRule(Rule):
+    """A rule that moves both factors of LoRAs.
 
-    Args:
-        terms: of LoRA.
-        rule: name of the rule, for the message.
+    Attributes:
+        pairs: those whose factors train.
 
     Raises:
-        ChoiceError: only one factor of a pair trains, or no pair does.
+        ChoiceError: as ``Rule``; only one factor of a pair trains, or no pair does.
     """
-    pairs = []
-    for term in terms:
-        a, b = (term.tensors[name] for name in FACTORS)
-        if a.requires_grad != b.requires_grad:
-            trained = FACTORS[0] if a.requires_grad else FACTORS[1]
-            raise ChoiceError(
-                f"{rule} moves both factors of {term}, and only {trained} trains",
-                next_step="turn requires_grad on, or off, for both",
-            )
-        assert isinstance(term.variant, LoRA)
-        if a.requires_grad:
-            pairs.append(Pair(term, a, b, term.variant.scale))
-    if not pairs:
-        raise ChoiceError(f"no factor that {rule} moves trains", next_step="turn requires_grad on for an adapter's")
-    return pairs
+
+    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
+    governed: ClassVar[tuple[str, ...]] = FACTORS
+
+    @abstractmethod
+    def __init__(self, compiled: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(compiled, optimizer)
+        self.pairs: list[Pair] = []
+        name = type(self).__name__
+        for term in self.terms:
+            a, b = (term.tensors[factor] for factor in FACTORS)
+            if a.requires_grad != b.requires_grad:
+                raise ChoiceError(
+                    f"{name} moves both factors of {term}, and only {FACTORS[b.requires_grad]} trains",
+                    next_step="turn requires_grad on, or off, for both",
+                )
+            assert isinstance(term.variant, LoRA)
+            self.pairs += [Pair(term, a, b, term.variant.scale)] if a.requires_grad else []
+        if not self.pairs:
+            raise ChoiceError(f"no factor that {name} moves trains", next_step="turn requires_grad on for an adapter's")
 
 
 def check_plain_sgd(optimizer: Optimizer, rule: str) -> None:
@@ -151,8 +158,9 @@ def check_saved_state(rule: str, saved: Sequence[object], own: Sequence[object])
 
 
 def copy_state(state: State, like: Tensor) -> State:
-    """Copy a saved state, its tensors to the device of ``like``."""
-    return {
-        key: value.detach().to(like.device, copy=True) if isinstance(value, Tensor) else value
-        for key, value in state.items()
-    }
+    """Copy a saved state, its tensors to the device of ``like``; their dtypes stay."""
+    copied: State = {}
+    for key, value in state.items():
+        inner = copy_state(value, like) if isinstance(value, dict) else value
+        copied[key] = inner.detach().to(like.device, copy=True) if isinstance(inner, Tensor) else inner
+    return copied

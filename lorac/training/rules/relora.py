@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import AdapterNotFound, ChoiceError
-from lorac.training.rule import Rule, State, unwrap_ddp
-from lorac.training.rules.pairs import FACTORS, FROM_1, SHARE, Pair, SettingRange, check_settings, trained_pairs
+from lorac.training.rule import State, unwrap_ddp
+from lorac.training.rules.pairs import FROM_1, SHARE, Pair, PairRule, SettingRange, check_settings
 from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant
 from lorac.variants.full import Full
 from lorac.variants.lora import LoRA
 
@@ -24,7 +23,7 @@ _ROUNDING = 1e-9
 """Keeps a quantile that falls on an entry from falling below it."""
 
 
-class ReLoRA(Rule):
+class ReLoRA(PairRule):
     """At every restart s·B·A is added to the adapter ``into``, A is drawn again, B becomes 0, and moments are pruned.
 
     Compile with both, active together: ``{"a": lorac.LoRA(r=8), "sum": lorac.LoRA(r=40, alpha=40)}`` with
@@ -50,8 +49,6 @@ class ReLoRA(Rule):
             strength 1.
     """
 
-    methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
-    governed: ClassVar[tuple[str, ...]] = FACTORS
     decides: ClassVar[frozenset[str]] = frozenset({"factors"})
     saved: ClassVar[str] = "relora"
 
@@ -69,7 +66,6 @@ class ReLoRA(Rule):
                 every=(every, FROM_1),
                 prune=(prune, SHARE),
             )
-            self.pairs = trained_pairs(self.terms, type(self).__name__)
             self.room = self._room(target)
         except BaseException:
             for tensor, trains in before:
@@ -106,7 +102,7 @@ class ReLoRA(Rule):
             drawn = torch.empty(pair.a.shape).uniform_(-bound, bound, generator=self.generator)
             pair.a.copy_(drawn)
             pair.b.zero_()
-            for tensor in (pair.a, pair.b):
+            for tensor in pair.factors:
                 self._prune(tensor)
         self.restarts += 1
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lorac.adapters.rank_reduction import reduce_rank
 from lorac.errors import ChoiceError, Unavailable
-from lorac.training.rule import Rule, State, trained_terms
+from lorac.training.rule import Rule, State, spans_processes, trained_terms
 from lorac.variants.base import Variant
 from lorac.variants.lora import LoRA
 
@@ -80,8 +80,7 @@ class Squeeze(Rule):
                 f"stages={list(stages)} are not (rank, steps) of falling ranks",
                 next_step="the ranks halve in those of rank_stages",
             )
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if spans_processes():
             raise Unavailable(
                 "Squeeze exchanges tensors that several processes' wrapper holds",
                 next_step="train a stage, compile again with the adapter that `reduce_rank` returns, and wrap that",

@@ -166,11 +166,11 @@ def synthesise_prompts(
     found: list[str] = []
     tried = 0
     while len(found) < count and tried < tries:
-        prompts = [prompt for prompt in draw(min(rows, tries - tried), seed + tried)]
+        prompts = draw(min(rows, tries - tried), seed + tried)
         tried += len(prompts) or rows
         filled = [prompt for prompt in prompts if prompt]
         passed = [prompt for prompt, yes in zip(filled, accept(filled) if filled else (), strict=True) if yes]
-        found += _select_new(passed, found) if dedupe else passed
+        found += [prompt for prompt in dict.fromkeys(passed) if prompt not in found] if dedupe else passed
     if len(found) < count:
         raise AdapterError(
             f"{len(found)} of {tried} generated prompts belong to the task, and {count} are needed",
@@ -178,10 +178,6 @@ def synthesise_prompts(
             code="batches_needed",
         )
     return SyntheticPrompts(tuple(found[:count]), tried)
-
-
-def _select_new(prompts: Sequence[str], known: Sequence[str]) -> list[str]:
-    return [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
 
 
 def answer_prompts(
