@@ -5,7 +5,6 @@ with other adapters. Regions are boxes, given as fractions of height and width, 
 call has.
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated
@@ -119,9 +118,6 @@ class AttentionBranch(BranchVariant):
         """Return the names of the values q, k and v of the attention whose output projection a site is."""
         at = attention_path(site.path)
         return f"{at}.to_q", f"{at}.to_k", f"{at}.to_v"
-
-    @abstractmethod
-    def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ torch passes the optimizer to ``step`` through its pre-hooks, so that a hook may
 groups never change, also where the step raises.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,11 @@ def view_optimizer(optimizer: Optimizer, **members: object) -> Any:
         )
     kind = type(optimizer)
     # Properties of a class hide entries of the shared __dict__.
-    own = {name: property(lambda view, value=value: value) for name, value in members.items()}
+    own = {name: property(functools.partial(_give, value)) for name, value in members.items()}
     view: Any = object.__new__(type(kind.__name__, (kind,), own))
     object.__setattr__(view, "__dict__", vars(optimizer))
     return view
+
+
+def _give(value: object, view: object) -> object:
+    return value

@@ -1,5 +1,6 @@
 """The fields of a request that continues prompts."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import pydantic
@@ -9,6 +10,15 @@ from lorac.serving.requests.sampling_fields import SamplingFields
 Ids = Annotated[list[Annotated[int, pydantic.Field(ge=0)]], pydantic.Field(min_length=1)]
 USUAL_TOKENS = 16
 """The most tokens of an answer to a request that does not say, as OpenAI's."""
+
+
+def list_texts(given: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
+    """Return the texts of a field that holds one or several, as text or token ids."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [one for one in given if not isinstance(one, int)]
 
 
 class CompletionFields(SamplingFields):
@@ -32,8 +42,4 @@ class CompletionFields(SamplingFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, as text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [[token for token in self.prompt if isinstance(token, int)]]
-        return [one for one in self.prompt if not isinstance(one, int)]
+        return list_texts(self.prompt)

@@ -28,24 +28,6 @@ Strengths: TypeAlias = str | dict[str, float | ActiveFields]
 """A choice of adapters: a name, or name -> strength."""
 
 
-class ClosedFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow_inf_nan=False):
-    """The fields of a request. There are no others, and null is as good as leaving one out."""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, fields: object) -> object:
-        """Leave out fields that are null."""
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
-
-    @abstractmethod
-    def check(self) -> None:
-        """Check what is wrong with fields together.
-
-        Raises:
-            RefusedField: two of them contradict each other, or one has a value that is not supported.
-        """
-
-
 class StreamOptions(pydantic.BaseModel, extra="forbid", strict=True):
     """What a stream reports besides the answers.
 
@@ -56,8 +38,10 @@ class StreamOptions(pydantic.BaseModel, extra="forbid", strict=True):
     include_usage: bool = False
 
 
-class SamplingFields(ClosedFields):
+class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow_inf_nan=False):
     """The fields that requests for text have in common: OpenAI's, and some that vLLM's clients know.
+
+    There are no others, and null is as good as leaving one out.
 
     Attributes:
         model: an adapter, a mixture ``a:0.7+b:0.3``, or the base.
@@ -84,6 +68,12 @@ class SamplingFields(ClosedFields):
     min_p: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, pydantic.Field(gt=0)] | None = None
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def drop_nulls(cls, fields: object) -> object:
+        """Leave out fields that are null."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
     @property
     @abstractmethod
     def logprob_count(self) -> int | None:
@@ -105,6 +95,11 @@ class SamplingFields(ClosedFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
+        """Check what is wrong with fields together.
+
+        Raises:
+            RefusedField: two of them contradict each other, or one has a value that is not supported.
+        """
         if self.stream_options is not None and not self.stream:
             raise RefusedField("stream_options", "is for streams", next_step="give 'stream': true, or leave it out")
         if "" in self.stops:

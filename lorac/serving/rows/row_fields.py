@@ -4,7 +4,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import pydantic
 
-from lorac.serving.requests.completion_fields import Ids
+from lorac.serving.requests.completion_fields import Ids, list_texts
 from lorac.serving.requests.sampling_fields import Strengths
 
 MOST_ROWS = 256
@@ -31,11 +31,7 @@ class EmbeddingFields(pydantic.BaseModel, extra="forbid", strict=True):
     @property
     def texts(self) -> list[str | list[int]]:
         """The texts, as text or token ids."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [[token for token in self.input if isinstance(token, int)]]
-        return [one for one in self.input if not isinstance(one, int)]
+        return list_texts(self.input)
 
 
 class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
