@@ -10,6 +10,14 @@ from lorac.frontend.quantised_weights import LayerWeight, dequantise, is_bitsand
 from lorac.ir.sites import BaseReader, Site
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a model by every name that they have."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
 def read_stored_tensor(model: nn.Module, name: str) -> torch.Tensor:
     """Return a parameter or buffer by its fully qualified name, or a tensor that its module computes at each call.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorac.frontend.base_weights import named_tensors
 from lorac.frontend.hugging_face import is_hugging_face
 
 
@@ -59,11 +60,7 @@ def find_stored_names(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str
         model: the model; it may be on the meta device.
         stored: the names in the checkpoint.
     """
-    known = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    names = list(stored)
+    known, names = named_tensors(model), list(stored)
     found = {name: name for name in names if name in known}
     if len(found) == len(names) or not is_hugging_face(model):
         return found, []

@@ -1,10 +1,9 @@
 """Runs of a model on a copy, with the random state of the process preserved."""
 
-import functools
 import pickle
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,7 +11,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorac.errors import BaseNeeded
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import set_config_fields
+from lorac.ir.written_arguments import find_written_tensors
 
 T = TypeVar("T")
 
@@ -195,9 +194,7 @@ class _WeightWriteDetector(WatchingMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
         given = kwargs or {}
-        if not _find_written_arguments(func):  # most ops write nothing
-            return func(*args, **given)
-        addresses = (_get_storage_address(tensor) or 0 for tensor in _find_written_tensors(func, args, given))
+        addresses = (_get_storage_address(tensor) or 0 for tensor in find_written_tensors(func, args, given))
         names = [self._weights[address] for address in addresses if address in self._weights]
         if names:
             self._name = self._name or names[0]
@@ -208,22 +205,6 @@ class _WeightWriteDetector(WatchingMode):
         """Raise ``WeightWritten`` if an op was refused."""
         if self._name is not None:
             raise WeightWritten(self._name)
-
-
-def _find_written_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
-    """Return the tensors that a call of an op writes into."""
-    addresses = _find_written_arguments(func)
-    values = [kwargs[name] if name in kwargs else args[i] for i, name in addresses if name in kwargs or i < len(args)]
-    flat = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
-    return [value for value in flat if isinstance(value, Tensor)]
-
-
-@functools.lru_cache(maxsize=4096)
-def _find_written_arguments(func: OpOverload) -> tuple[tuple[int, str], ...]:
-    """Return positions and names of the arguments that an op writes into."""
-    schema = getattr(func, "_schema", None)  # higher-order ops lack it
-    arguments = enumerate(schema.arguments if schema else ())
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 def _iter_shared_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

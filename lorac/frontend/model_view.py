@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorac.frontend.base_weights import make_base_reader, read_stored_tensor
+from lorac.frontend.base_weights import make_base_reader, named_tensors, read_stored_tensor
 from lorac.frontend.components import Components, get_component_prefix, list_components, strip_wrappers
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton_root import Skeleton
@@ -74,10 +74,7 @@ class ModelView:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers by every name that they have."""
-        return {
-            **dict(self.module.named_parameters(remove_duplicate=False)),
-            **dict(self.module.named_buffers(remove_duplicate=False)),
-        }
+        return named_tensors(self.module)
 
     def tensor(self, name: str) -> Tensor:
         """Return a parameter or buffer by its name, or a tensor that its module computes at each call."""

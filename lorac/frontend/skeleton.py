@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
+from lorac.frontend.base_weights import named_tensors
 from lorac.frontend.components import Components
 from lorac.frontend.site_discovery import find_matrix_sites, is_gpt2_conv1d, stores_transposed
 from lorac.frontend.skeleton_root import Skeleton
@@ -67,10 +68,9 @@ def describe_skeleton(
     modules = {path: _describe_module(module) for path, module in model.named_modules() if path}
     first: dict[int, str] = {}
     tensors: dict[str, dict[str, object]] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in {**parameters, **dict(model.named_buffers(remove_duplicate=False))}.items():
+    for name, tensor in named_tensors(model).items():
         entry: dict[str, object] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        if name not in parameters:
+        if not isinstance(tensor, nn.Parameter):
             entry["buffer"] = True
         if packed and name in packed:
             entry["packed"] = packed[name]

@@ -42,10 +42,15 @@ def check_numbers(name: str, value: object) -> None:
     except (TypeError, ValueError) as error:
         reason = str(error)
     if reason is not None:
-        raise ChoiceError(
-            f"input '{name}' is not an array of numbers: {reason}",
-            next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
-        )
+        raise not_numbers_error(name, reason)
+
+
+def not_numbers_error(name: str, reason: object) -> ChoiceError:
+    """Return the error for an input that is not an array of numbers."""
+    return ChoiceError(
+        f"input '{name}' is not an array of numbers: {reason}",
+        next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
+    )
 
 
 def check_ids(name: str, value: object, count: int) -> None:

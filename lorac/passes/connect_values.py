@@ -45,8 +45,8 @@ from lorac.ir.slots.program_values import (
     present_weights,
     program_value_name,
 )
-from lorac.ir.slots.roles import branch_name, parameter_role, slot_name
-from lorac.passes.insert import add_slots
+from lorac.ir.slots.roles import branch_roles, slot_name
+from lorac.passes.insert import add_slots, find_inputs
 from lorac.passes.replay import IsolatedPass, Replay
 
 
@@ -118,12 +118,7 @@ class _ValueSources:
 
     def _find_stored(self, fqn: str | None) -> fx.Node | None:
         """Return the input with a parameter or buffer, under any of the tensor's names."""
-        signature, tensors = self.graph.exported.graph_signature, self.graph.exported.state_dict
-        tensor = tensors.get(str(fqn))
-        for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items():
-            if target == fqn or (tensor is not None and tensors.get(target) is tensor):
-                return self.graph.node(name)
-        return None
+        return next(map(self.graph.node, find_inputs(self.graph, fqn)), None)
 
     def _find_input(self, argument: str) -> fx.Node | None:
         name = program_input_name(argument)
@@ -147,9 +142,7 @@ def _input_of(call: fx.Node) -> fx.Node:
 
 def _connect(graph: Graph, readers: Mapping[fx.Node, Collection[str]]) -> None:
     order = {node: i for i, node in enumerate(graph.fx.nodes)}
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.find(*ops.SITE_CALLS):
-        calls.setdefault(ops.site_of(node), []).append(node)
+    calls = ops.group_calls(graph.find(*ops.SITE_CALLS))
     parsed = [(name, *parse_value_name(name)) for names in readers.values() for name in names]
     once_paths = dict.fromkeys(once_path_of(name) for name, kind, _ in parsed if kind == OWN)
     once = {path: graph.plans[path] for path in once_paths}
@@ -216,7 +209,7 @@ def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: 
     slots = add_slots(graph, once)
     branches = [(path, plan.site, i, branch) for path, plan in once.items() for i, branch in enumerate(plan.branches)]
     for path, site, i, branch in branches:
-        roles = [parameter_role(branch_name(i), j) for j in range(len(branch.params))]
+        _, *roles = branch_roles(i, len(branch.params))
         owner, names = owner_prefix(path, i), list[str]()
         for name, modules in modules_by_pass(branch.reads).items():
             outputs = _replay_modules(replay, sources.calls, modules, IsolatedPass(name, owner))

@@ -1,7 +1,7 @@
 """expand: adapted ops become aten ops in their normal form, and the ops of other sites their aten ops."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.adapted_call import (
     AdaptedCall,
+    MakeContext,
     compute_adapted,
     compute_placed_branch,
     select_attention,
@@ -23,6 +24,7 @@ from lorac.ir.graph.nodes import describe_type, get_example
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites import Site
 from lorac.ir.slots.attention import BranchAttention
+from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.roles import ROLES, branch_name, is_strength, slot_name
 
@@ -99,14 +101,12 @@ class _Expander:
             operands = select_operands(plan, index, call)
             emits = [name for name in slot.emits if name in self.aux]
             inputs, readers = [call.x, y, base, *operands.values()], set[str]()
-            compute = functools.partial(
-                compute_placed_branch, plan, index, sites=graph.sites, attention=self.attention, site_readers=readers
-            )
+            compute = functools.partial(compute_placed_branch, plan, index)
 
             def function(x: Tensor, y: Tensor, base: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-                emitted: dict[str, list[Tensor]] = {}
                 given = dict(zip(operands, tensors, strict=True))  # noqa: B023  (traced at once)
-                changed = compute((x, y, base), given, emitted=emitted)  # noqa: B023  (traced at once)
+                make, emitted = self._prepare_context(readers)  # noqa: B023  (traced at once)
+                changed = compute((x, y, base), given, graph.sites, make)  # noqa: B023  (traced at once)
                 return (changed, *(emitted[name][0] for name in emits))  # noqa: B023  (traced at once)
 
             key = (
@@ -127,7 +127,15 @@ class _Expander:
     def _expand_whole(self, node: fx.Node, call: AdaptedCall, plan: SitePlan, aux: tuple[str, ...]) -> fx.Node:
         exported, operands = self.graph.exported, call.tensors
         readers = set[str]()
-        function, emitted = _make_function(self.graph.sites, plan, call, aux, self.attention, readers)
+        emits = [(name, i) for i, branch in enumerate(plan.branches) for name in branch.emits if name in aux]
+
+        def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+            given = dict(zip(call.operands, tensors[len(operands) :], strict=True))
+            make, emitted = self._prepare_context(readers)
+            own = replace(call, host=tensors[: len(operands)], operands=given)
+            y = compute_adapted(plan, own, self.graph.sites, make)
+            return (y, *(emitted[name].pop(0) for name, _ in emits))
+
         inputs = [*operands, *call.operands.values()]
         shapes = (tuple(map(str, n.meta["val"].shape[:-1])) for n in operands[:1])
         key = (call.op, len(operands), tuple(call.operands), _describe_structure(plan, call), *shapes)
@@ -138,8 +146,18 @@ class _Expander:
         traced, (y, *others) = inline(exported, node, function, inputs, known)
         self._keep_trace(key, traced, readers)
         self.graph.replace_node(node, y)
-        self.extra.update(zip(emitted, others, strict=True))
+        self.extra.update(zip((_extra_name(name, plan, i) for name, i in emits), others, strict=True))
         return y
+
+    def _prepare_context(self, readers: set[str]) -> tuple[MakeContext, dict[str, list[Tensor]]]:
+        """Return what makes the contexts of one run of branches, and what will hold their extra outputs.
+
+        Args:
+            readers: filled with the paths of sites that formulas read.
+        """
+        emitted: dict[str, list[Tensor]] = {}
+        context = functools.partial(FormulaContext, emitted=emitted, attention=self.attention, site_readers=readers)
+        return context, emitted
 
     def _keep_trace(self, key: object, traced: fx.GraphModule, readers: Collection[str]) -> None:
         """Keep a trace for other sites, unless a formula in it reads what its site is."""
@@ -201,28 +219,6 @@ def _describe_structure(plan: SitePlan, call: AdaptedCall) -> tuple[object, ...]
 def _describe_site(site: Site) -> tuple[object, ...]:
     shape = (site.kind, site.out_features, site.in_features, site.transposed, site.conv, site.padding_idx)
     return (*shape, site.bias is not None)
-
-
-def _make_function(
-    sites: Mapping[str, Site],
-    plan: SitePlan,
-    call: AdaptedCall,
-    aux: tuple[str, ...],
-    attention: BranchAttention,
-    readers: set[str],
-) -> tuple[Callable[..., tuple[Tensor, ...]], list[str]]:
-    """Return an adapted op as a function of its tensor operands, and the names of its extra outputs."""
-    count, roles = len(call.tensors), tuple(call.operands)
-    emits = [(name, i) for i, branch in enumerate(plan.branches) for name in branch.emits if name in aux]
-
-    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        operands = dict(zip(roles, tensors[count:], strict=True))
-        emitted: dict[str, list[Tensor]] = {}
-        own = replace(call, host=tensors[:count], operands=operands)
-        y = compute_adapted(plan, own, sites, emitted, attention, readers)
-        return (y, *(emitted[name].pop(0) for name, _ in emits))
-
-    return function, [_extra_name(name, plan, i) for name, i in emits]
 
 
 def _extra_name(name: str, plan: SitePlan, index: int) -> str:

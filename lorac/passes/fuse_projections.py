@@ -53,10 +53,9 @@ class FuseProjections(Pass):
 
         A note of the graph says why sites with neighbours that read the same input stay single.
         """
-        used, calls = find_used_nodes(graph), dict[str, list[fx.Node]]()
-        for node in graph.find(*ops.SITE_OPS):
-            if node in used and ops.site_of(node) not in graph.projections:
-                calls.setdefault(ops.site_of(node), []).append(node)
+        used = find_used_nodes(graph)
+        found = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
+        calls = {path: nodes for path, nodes in found.items() if path not in graph.projections}
         unfit = {path: why for path in calls if (why := self._find_obstacle(graph, path, calls[path])) is not None}
         groups = list(_group_fusable(graph, unfit, _COMMON_ROLES if self.constant else ()))
         candidates = dict.fromkeys(tuple(paths) for paths in groups if len(paths) > 1)

@@ -54,10 +54,8 @@ class InsertAdaptedCalls(Pass):
         Raises:
             SiteError: the graph uses the results of none of the planned sites.
         """
-        calls: dict[str, list[fx.Node]] = {}
         used = find_used_nodes(graph)
-        for node in (node for node in graph.find(*ops.SITE_OPS) if node in used):
-            calls.setdefault(ops.site_of(node), []).append(node)
+        calls = ops.group_calls(node for node in graph.find(*ops.SITE_OPS) if node in used)
         planned, unused = _select_plans(graph, calls, used)
         if self.rows:
             planned = add_places(graph, planned, calls, self.why_shared, self.why_branches_shared)
@@ -133,7 +131,7 @@ def _replace_reads(graph: Graph, plan: SitePlan, slots: Mapping[str, fx.Node]) -
     """Replace the weight and bias that a module reads in its own forward by their slots."""
     site = plan.site
     for fqn, role in ((site.weight, WEIGHT), (site.bias, BIAS)):
-        names = _find_inputs(graph, fqn) if role in slots else []
+        names = find_inputs(graph, fqn) if role in slots else []
         reads = [(parameter, user) for parameter in map(graph.node, names) for user in list(parameter.users)]
         inside = [(parameter, user) for parameter, user in reads if find_module_path(user) == site.within]
         reads = inside or (reads if len(names) == 1 else [])
@@ -152,7 +150,7 @@ def _stored_weight(graph: Graph, site: Site, slot: fx.Node, before: fx.Node) -> 
     return inline(graph.exported, before, lambda weight: (layout_of(site).stored(weight),), [slot])[1][0]
 
 
-def _find_inputs(graph: Graph, fqn: str | None) -> list[str]:
+def find_inputs(graph: Graph, fqn: str | None) -> list[str]:
     """Return the inputs that hold a stored tensor; a tied one has an input for each name, of which one is read."""
     signature, held = graph.exported.graph_signature, graph.exported.state_dict
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -187,7 +185,7 @@ def _is_in_model(plan: SitePlan) -> bool:
 def _is_read(graph: Graph, plan: SitePlan, used: Collection[fx.Node]) -> bool:
     """Whether the graph uses a weight that its module reads in its own forward; only training reads some of them."""
     return plan.site.within is not None and any(
-        graph.node(name) in used for name in _find_inputs(graph, plan.site.weight)
+        graph.node(name) in used for name in find_inputs(graph, plan.site.weight)
     )
 
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.export.graph_signature import InputKind
 
 from lorac.argument_types import Operands
 from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.nodes import get_example
+from lorac.ir.graph.nodes import find_stored_tensors, get_example
 
 aten = torch.ops.aten
 _VALUE_AXES = 3
@@ -29,7 +28,7 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
     Returns:
         The longest sequence that these tables and the model's own admit; None without any table.
     """
-    stored = find_stored_tensors(graph)
+    stored = find_stored_tensors(graph.exported)
     dependent = _find_dependent(graph, positions, stored)
     exits = [node for node in dependent if _leaves_dependent(node, dependent)]
     found = (_count_table_positions(node, positions, stored) for node in dependent if _is_lookup(node))
@@ -41,18 +40,6 @@ def tabulate(graph: Graph, positions: fx.Node) -> int | None:
         constant = add_constant(graph.exported, table)
         node.replace_all_uses_with(insert_call(graph.exported, node, aten.embedding.default, constant, positions))
     return min(limits, default=None)
-
-
-def find_stored_tensors(graph: Graph) -> dict[fx.Node, torch.Tensor]:
-    """Return the inputs of a graph that stand for tensors of the program, and these tensors."""
-    program = graph.exported
-    tensors = {**program.constants, **program.state_dict}
-    named = {
-        getattr(spec.arg, "name", ""): tensors.get(str(spec.target))
-        for spec in program.graph_signature.input_specs
-        if spec.kind is not InputKind.USER_INPUT
-    }
-    return {n: found for n in graph.placeholders() if isinstance(found := named.get(n.name), torch.Tensor)}
 
 
 def _find_dependent(graph: Graph, positions: fx.Node, stored: Mapping[fx.Node, torch.Tensor]) -> dict[fx.Node, None]:

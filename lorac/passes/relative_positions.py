@@ -17,8 +17,8 @@ from lorac.frontend.capture.decoder_families import is_token_numbering
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.nodes import copy_provenance, get_example
-from lorac.passes.position_tables import DEFAULT_POSITIONS, evaluate, find_stored_tensors
+from lorac.ir.graph.nodes import copy_provenance, find_stored_tensors, get_example
+from lorac.passes.position_tables import DEFAULT_POSITIONS, evaluate
 
 aten = torch.ops.aten
 _BIAS_OPERAND = 3
@@ -84,7 +84,7 @@ class RelativePositions:
         """Return a table of a bias that is the key's number times a slope."""
         rows, length = get_example(self.ids).shape
         count = self.graph.longest or DEFAULT_POSITIONS
-        known = {**find_stored_tensors(self.graph), self.ids: torch.zeros(1, count, dtype=torch.int64)}
+        known = {**find_stored_tensors(self.graph.exported), self.ids: torch.zeros(1, count, dtype=torch.int64)}
         try:
             ((keys,),) = evaluate(bias, known, {str(rows): 1, str(length): count}).transpose(1, 2)
         except Exception as error:  # an op may raise anything for sizes that it was not traced with

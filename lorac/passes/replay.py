@@ -20,7 +20,7 @@ from lorac.ir.slots.branch_places import run_branch_alone_in_places
 from lorac.ir.slots.execution import FormulaContext, run_branch_alone
 from lorac.ir.slots.plans import BranchSlot
 from lorac.ir.slots.program_values import IN, OUTPUT, OWN, find_branch, parse_value_name, present_weights
-from lorac.ir.slots.roles import branch_name, parameter_role
+from lorac.ir.slots.roles import branch_roles
 
 ValueReader = Callable[[Collection[str], fx.Node], Mapping[str, fx.Node]]
 
@@ -119,7 +119,7 @@ class Replay:
         """Insert a branch that acts on the base's output ``plain`` at the site of an adapted op."""
         call, slot = AdaptedCall.of(node), self._slot(node, index)
         read = self.read(_values_of_pass(slot), node)
-        names = [parameter_role(branch_name(index), j) for j in range(len(slot.params))]
+        _, *names = branch_roles(index, len(slot.params))
         operands = [call.x, *(call.operands[name] for name in names), *read.values()]
         x, *others = (copies.get(value, value) for value in operands)
         plan = self.graph.plan_of(call.site)

@@ -8,7 +8,7 @@ from torch import fx
 
 from lorac.errors import list_some
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.nodes import get_example
+from lorac.ir.graph.nodes import find_input_examples, get_example
 from lorac.ir.sites import SiteKind
 from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan
@@ -67,10 +67,8 @@ def add_places(
 
 def _batch_size(graph: Graph) -> torch.SymInt | None:
     """Return the number of rows of the graph's first input; None where the program fixes it."""
-    inputs = graph.exported.graph_signature.user_inputs
-    values = [graph.node(name).meta["val"] for name in inputs if isinstance(name, str)]
-    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim()]
-    return sizes[0] if sizes and isinstance(sizes[0], torch.SymInt) else None
+    first = next((value for value in find_input_examples(graph.exported).values() if value.dim()), None)
+    return first.shape[0] if first is not None and isinstance(first.shape[0], torch.SymInt) else None
 
 
 def _why_unaligned(calls: Sequence[fx.Node], batch: torch.SymInt | None) -> str:

@@ -7,7 +7,6 @@ layer renames nothing elsewhere, and identical layers have identical rows.
 
 import functools
 import itertools
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from lorac.ir.algebra.operands import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, find_producing_call
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.symbolic_shapes import SYMBOL, rename_symbols
 from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
 from lorac.ir.slots.roles import ROLES, slot_name
 from lorac.report.scopes import ModuleScopes, is_size, node_site
@@ -28,7 +28,6 @@ REF = "\x00"
 """Stands for the next reference in a row's text."""
 _SIZE_LETTERS = ("s", "t", "u", "v", "w")
 _HIDDEN_KEYWORDS = frozenset({"device", "layout", "pin_memory", "memory_format", "dtype", "non_blocking", "copy"})
-_SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ class _GraphDumper:
         expression = getattr(size, "node", size)
         expression = getattr(expression, "expr", expression)
         if expression not in self.sizes:
-            self.sizes[expression] = _SYMBOL.sub(lambda m: self.symbols.get(m.group(), m.group()), str(expression))
+            self.sizes[expression] = rename_symbols(str(expression), self.symbols)
         return self.sizes[expression]
 
     def _symbols(self) -> dict[str, str]:
@@ -283,7 +282,7 @@ class _GraphDumper:
         shapes = [(name, value.shape) for name, value in values if isinstance(value, torch.Tensor)]
         sizes = ((name, axis, str(size)) for name, shape in shapes for axis, size in enumerate(shape))
         for name, axis, symbol in sizes:
-            if symbol in letters or not _SYMBOL.fullmatch(symbol):
+            if symbol in letters or not SYMBOL.fullmatch(symbol):
                 continue
             if name in self.slots:
                 letters[symbol] = "D" if axis == 0 and self.slots[name].placed else "r"

@@ -23,7 +23,7 @@ from lorac.formats import load_adapter
 from lorac.formats._file_layout import FileLayout
 from lorac.formats._files import read_headers_only
 from lorac.frontend.model_view import ModelView
-from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
 from lorac.ir.slots.choice import Active
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.stacks import find_stacks
@@ -169,8 +169,7 @@ def _outline_slots(session: Session, path: Path, view: ModelView, contents: Slot
     prepared = session.preparer.prepare(adapter)
     snapshot = compose_choice(session.plans, {adapter.name: prepared}, ((adapter.name, Active()),), session.base)
     inputs = {name: contents.inputs[name] for name in contents.tensors}
-    sites = {path for slot in inputs.values() for path in (slot.site, *slot.members)}
-    plans = {path: plan for path, plan in session.plans.items() if path in sites}
+    plans = select_reached_plans(inputs, session.plans)
     return collect_slot_tensors(inputs, plans, fill_slots(plans, snapshot, session.base))
 
 

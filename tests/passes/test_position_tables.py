@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from lorac.frontend.capture.export import export_model
-from lorac.passes.position_tables import find_stored_tensors, tabulate
+from lorac.ir.graph.nodes import find_stored_tensors
+from lorac.passes.position_tables import tabulate
 from tests.captured import graph_of
 
 ROWS, WIDTH, OFFSET = 9, 6, 2
@@ -36,4 +37,4 @@ def test_a_models_own_table_bounds_the_positions_however_it_is_read(indexes: boo
     (product,) = graph.find(aten.mul.Tensor)
     lookup = product.args[1]
     assert lookup.target is aten.embedding.default
-    assert torch.equal(find_stored_tensors(graph)[lookup.args[0]], torch.relu(model.table[OFFSET:]))
+    assert torch.equal(find_stored_tensors(graph.exported)[lookup.args[0]], torch.relu(model.table[OFFSET:]))

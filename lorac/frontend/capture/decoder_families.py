@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from lorac.argument_types import Operands
 from lorac.ir.graph.attention_ops import DECODER_IDS, IDS
+from lorac.ir.graph.nodes import find_stored_tensors
 
 aten = torch.ops.aten
 
@@ -82,9 +83,8 @@ def _is_stored_range(program: ExportedProgram, node: fx.Node, ids: fx.Node) -> b
         return False
     operands: Operands = node.args
     source, axis, start = (*operands, 0, 0)[:3]
-    names = {getattr(spec.arg, "name", ""): str(spec.target) for spec in program.graph_signature.input_specs}
-    stored = {**program.state_dict, **program.constants}.get(names.get(source.name, ""))
-    if not isinstance(stored, Tensor) or stored.is_floating_point() or stored.numel() != stored.shape[-1] or start != 0:
+    stored = find_stored_tensors(program).get(source)
+    if stored is None or stored.is_floating_point() or stored.numel() != stored.shape[-1] or start != 0:
         return False
     is_last = axis % stored.dim() == stored.dim() - 1
     return is_last and bool((stored.flatten() == torch.arange(stored.numel())).all())

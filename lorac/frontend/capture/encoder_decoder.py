@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from lorac.argument_types import Operands
 from lorac.errors import Unavailable
@@ -21,6 +20,7 @@ from lorac.ir.graph import attention_ops, ops
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name, find_token_input
 from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_call, set_outputs
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.nodes import find_user_inputs
 from lorac.ir.output_structure import OutputStructure, name_outputs
 from lorac.ir.sites import Site
 
@@ -73,7 +73,7 @@ class _GraphHalves:
     @classmethod
     def of(cls, program: ExportedProgram) -> "_GraphHalves":
         nodes = list(program.graph.nodes)
-        given = _user_inputs(program)
+        given = find_user_inputs(program)
         ids = given[find_token_input(given)]
         text = _find_dependents(nodes, [ids, *(node for name, node in given.items() if name == LOGITS_TO_KEEP)])
         others = _find_dependents(nodes, [node for node in given.values() if node not in text])
@@ -98,13 +98,6 @@ class _GraphHalves:
         if seen is not None:
             return "attends by a mask of its own"
         return None if causal else "sees what comes later"
-
-
-def _user_inputs(program: ExportedProgram) -> dict[str, fx.Node]:
-    own_names = {
-        getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
-    }
-    return {node.name: node for node in program.graph.nodes if node.op == "placeholder" and node.name in own_names}
 
 
 def _find_dependents(nodes: Iterable[fx.Node], first: Sequence[fx.Node]) -> set[fx.Node]:
@@ -199,7 +192,7 @@ def _list_outputs(graph: Graph, halves: _GraphHalves) -> tuple[list[tuple[fx.Nod
     structure = graph.interface.structure
     assert structure is not None
     leaves = [leaf for leaf in range(structure.spec.num_leaves) if leaf not in structure.constants]
-    names = name_outputs(structure.spec, _user_inputs(graph.exported))
+    names = name_outputs(structure.spec, find_user_inputs(graph.exported))
     output: Any = next(iter(reversed(graph.fx.nodes))).args[0]
     outputs = dict(zip(leaves, output, strict=True))
     elsewhere = dict.fromkeys(leaf for leaf, node in outputs.items() if node in halves.encoded)
@@ -211,7 +204,7 @@ def _list_outputs(graph: Graph, halves: _GraphHalves) -> tuple[list[tuple[fx.Nod
 
 def _remove_other_half(graph: Graph, other: Collection[str], structure: OutputStructure) -> Graph:
     """Remove the other half's nodes; sizes that were read there are read from the remaining inputs."""
-    program, inputs = graph.exported, _user_inputs(graph.exported)
+    program, inputs = graph.exported, find_user_inputs(graph.exported)
     left = [node for name, node in inputs.items() if name not in other]
     _erase_unused(program, other)
     for node in list(program.graph.nodes):
@@ -220,7 +213,7 @@ def _remove_other_half(graph: Graph, other: Collection[str], structure: OutputSt
             node.replace_all_uses_with(_read_size(graph, node, left))
     _erase_unused(program, other)
     drop_inputs(program, {name for name in inputs if name in other})
-    graph.interface = graph.interface.restrict(_user_inputs(program), structure)
+    graph.interface = graph.interface.restrict(find_user_inputs(program), structure)
     return graph
 
 

@@ -4,13 +4,14 @@ import inspect
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.inputs.call_binding import list_fixed_arguments, list_positional_arguments
 from lorac.frontend.inputs.diffusers_models import find_row_numbers
 from lorac.ir.graph import ops
+from lorac.ir.graph.nodes import find_input_examples
 from lorac.ir.interface import Interface, program_input_name
 from lorac.ir.multimodal_positions import POSITION_IDS
 from lorac.ir.output_structure import OutputStructure
@@ -53,17 +54,12 @@ def describe_interface(
         defaults=list_fixed_arguments(host),
         id_counts=_count_ids(program, inputs),
         aliases=_find_aliases(host, inputs),
-        row_numbers=find_row_numbers(host, _input_values(program, inputs)),
+        row_numbers=find_row_numbers(host, find_input_examples(program)),
         sizes=sizes,
         derived={} if positions is None else {POSITION_IDS: positions.call},
         positions=positions,
         notes=tuple(arguments.notes),
     )
-
-
-def _input_values(program: ExportedProgram, inputs: Collection[str]) -> dict[str, Tensor]:
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.name in inputs}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _find_aliases(host: nn.Module, inputs: Collection[str]) -> dict[str, str]:

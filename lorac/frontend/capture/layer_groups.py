@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lorac.frontend.base_weights import named_tensors
+
 _MIN_LAYERS = 2
 IndexAttributes = frozenset[tuple[str, str]]
 """Attributes that hold a layer's index: (path of the module within the layer, name)."""
@@ -46,7 +48,7 @@ def find_layer_groups(model: nn.Module) -> list[LayerGroup]:
 def _find_groups_in(path: str, container: nn.Module, shared: frozenset[int]) -> Iterator[LayerGroup]:
     groups: list[_OpenGroup] = []
     for number, (name, layer) in enumerate(container.named_children()):
-        if next(layer.children(), None) is None or any(id(tensor) in shared for tensor in _tensors(layer).values()):
+        if next(layer.children(), None) is None or not shared.isdisjoint(map(id, named_tensors(layer).values())):
             continue
         inner = f"{path}.{name}".removeprefix(".")
         if not any(group.takes(inner, layer, number) for group in groups):
@@ -77,14 +79,9 @@ class _OpenGroup:
 def _shared_tensors(model: nn.Module) -> frozenset[int]:
     """Return the ids of tensors that more than one module holds."""
     holders: dict[int, set[str]] = {}
-    for path, tensor in _tensors(model).items():
+    for path, tensor in named_tensors(model).items():
         holders.setdefault(id(tensor), set()).add(path.rpartition(".")[0])
     return frozenset(key for key, found in holders.items() if len(found) > 1)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
 def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) -> set[tuple[str, str]] | None:

@@ -1,6 +1,5 @@
 """The sizes that a capture allows: their names, and the conditions that torch's trace found for them."""
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,6 @@ import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.utils._sympy.functions import FloorDiv, Mod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
@@ -17,11 +15,11 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from lorac.frontend.capture.trace_guards import TraceGuard, find_fixing_line
 from lorac.frontend.inputs.dynamic_shapes import list_dynamic_axes
 from lorac.ir.graph.edit import find_fake_mode
-from lorac.ir.graph.symbolic_shapes import constant_size
+from lorac.ir.graph.nodes import find_input_examples
+from lorac.ir.graph.symbolic_shapes import SYMBOL, constant_size
 from lorac.ir.sizes import Axis, SizeConstraints, find_axes
 
 _BATCH = "batch"
-_SYMBOL = re.compile(r"[su]\d+")
 
 
 def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) -> dict[str, str]:
@@ -32,9 +30,10 @@ def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) ->
         dynamic_shapes: input -> axis -> ``Dim`` or hint, as torch.export takes them.
     """
     names: dict[str, str] = {}
-    sizes = ((name, axis, str(size)) for name, v in _inputs(program).items() for axis, size in enumerate(v.shape))
+    inputs = find_input_examples(program)
+    sizes = ((name, axis, str(size)) for name, value in inputs.items() for axis, size in enumerate(value.shape))
     for name, axis, symbol in sizes:
-        if not _SYMBOL.fullmatch(symbol) or symbol in names:
+        if not SYMBOL.fullmatch(symbol) or symbol in names:
             continue
         axes = dynamic_shapes.get(name)
         given_name = getattr(axes.get(axis), "__name__", None) if isinstance(axes, Mapping) else None
@@ -46,13 +45,6 @@ def name_axes(program: ExportedProgram, dynamic_shapes: Mapping[str, object]) ->
 def _symbol_of(size: int | torch.SymInt) -> str:
     """Return torch's symbol for a size that was to vary, also where the trace has fixed it."""
     return str(size) if isinstance(size, int) else str(size.node._expr)
-
-
-def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
-    """Return the example tensors of a program's inputs by name."""
-    given = {getattr(s.arg, "name", "") for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT}
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.name in given}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def collect_dynamic_axes(value: Any, axes: Any, name: str = "") -> list[Axis]:
@@ -84,7 +76,7 @@ def collect_constraints(
         requested: the axes that were to vary.
         guards: the guards of its trace, with the lines of the model that asked for them.
     """
-    inputs = _inputs(program)
+    inputs = find_input_examples(program)
     shapes = {name: tuple(constant_size(size) for size in value.shape) for name, value in inputs.items()}
     fixed = tuple((name, axis) for name, axis in requested if name in shapes and shapes[name][axis] is not None)
     found_at = {(name, axis): find_fixing_line(guards, _symbol_of(inputs[name].shape[axis])) for name, axis in fixed}

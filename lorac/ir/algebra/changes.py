@@ -157,9 +157,7 @@ def move_change(change: Change, device: torch.device) -> Change:
 
 def device_of(change: Change) -> torch.device:
     """Return the device of a change's tensors."""
-    if isinstance(change, SparseSum):
-        return change.terms[0][1].values.device
-    return next(iter(to_outputs(change)[1].values())).device
+    return next(iter_tensors(change)).device
 
 
 def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor]) -> Change | None:

@@ -7,7 +7,7 @@ value of a tensor. So a formula never writes into a model or an adapter.
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import AdapterError, LoracError
 from lorac.ir.tracing import tracing
+from lorac.ir.written_arguments import find_written_tensors
 from lorac.source_lines import definition_line, innermost_user_line
 from lorac.third_party_output import suppress_third_party_output
 
@@ -202,22 +203,13 @@ class _MutationGuard(TorchDispatchMode):
         self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         named = dict(kwargs or {})
-        for tensor in _mutated_tensors(func, args, named):
+        for tensor in find_written_tensors(func, args, named):
             name = self._names.get(_storage_key(tensor))
             if name is not None:
                 raise _ArgumentMutated(name, str(func._schema.name).replace("::", "."))
         if func is _READS_VALUE and getattr(args[0], "constant", None) is None:
             raise DataDependentOutputException(func)
         return func(*args, **named)
-
-
-def _mutated_tensors(func: OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterable[Tensor]:
-    """Yield the tensors that an op writes into, by its schema."""
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor))
 
 
 def _storage_key(tensor: Tensor) -> int:

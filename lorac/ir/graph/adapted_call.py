@@ -5,7 +5,7 @@ The ``expand`` pass traces ``compute_adapted``; the reference interpreter runs i
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,12 @@ from lorac.ir.slots.program_values import (
     present_weights,
     program_value_name,
 )
-from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
+from lorac.ir.slots.roles import ROLES, branch_roles
 
 VALUE_PREFIX = "value:"
 """Prefix of the names of program values among the operands of an adapted op."""
+MakeContext = Callable[..., FormulaContext]
+"""Make a context as ``FormulaContext`` does, from a site and ``values=``; the rest is set already."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,7 @@ def compute_adapted(
     plan: SitePlan,
     call: AdaptedCall,
     sites: Mapping[str, Site],
-    emitted: dict[str, list[Tensor]],
-    attention: BranchAttention | None = None,
-    site_readers: set[str] | None = None,
+    make_context: MakeContext = FormulaContext,
 ) -> Tensor:
     """Compute one call of an adapted site.
 
@@ -147,13 +147,11 @@ def compute_adapted(
         plan: the site's slots.
         call: over tensors.
         sites: every site, for the layout of the values read.
-        emitted: filled with the extra outputs.
-        attention: for branches; by default over the whole sequence.
-        site_readers: filled with the site's path if the formula of a branch reads its site.
+        make_context: makes the context of its branches.
     """
     if plan.has_placed_branches:
-        return _compute_placed_branches(plan, call, sites, emitted, attention)
-    ctx, tensors = _make_context(plan, call.operands, sites, emitted, attention, site_readers)
+        return _compute_placed_branches(plan, call, sites, make_context)
+    ctx, tensors = _split_operands(plan, call.operands, sites, make_context)
     slots = SiteSlots.of_named(tensors, plan)
     if call.op is ops.BLOCK:
         x, block = call.tensors
@@ -169,11 +167,10 @@ def compute_adapted(
 
 def select_operands(plan: SitePlan, index: int, call: AdaptedCall) -> dict[str, Any]:
     """Return the operands of one branch by role: its strength, its parameters and the values that it reads."""
-    slot, branch = plan.branches[index], branch_name(index)
+    slot = plan.branches[index]
     owner = branch_owner(plan.branches[:index], slot)
     values = [f"{VALUE_PREFIX}{program_value_name(owner, name)}" for name in slot.reads]
-    roles = [strength_role(branch), *(parameter_role(branch, j) for j in range(len(slot.params))), *values]
-    return {role: call.operands[role] for role in roles}
+    return {role: call.operands[role] for role in (*branch_roles(index, len(slot.params)), *values)}
 
 
 def without_branches(call: AdaptedCall) -> AdaptedCall:
@@ -187,9 +184,7 @@ def compute_placed_branch(
     rows: tuple[Tensor, Tensor, Tensor],
     operands: Mapping[str, Tensor],
     sites: Mapping[str, Site],
-    emitted: dict[str, list[Tensor]],
-    attention: BranchAttention | None = None,
-    site_readers: set[str] | None = None,
+    make_context: MakeContext,
 ) -> Tensor:
     """Compute the output of a site with one of its branches, whose slots have places.
 
@@ -198,9 +193,9 @@ def compute_placed_branch(
         index: which of its branches.
         rows: the site's input, its output so far, and its output in the base.
         operands: the branch's, by role (``select_operands``).
-        sites, emitted, attention, site_readers: as for ``compute_adapted``.
+        sites, make_context: as for ``compute_adapted``.
     """
-    ctx, tensors = _make_context(plan, operands, sites, emitted, attention, site_readers)
+    ctx, tensors = _split_operands(plan, operands, sites, make_context)
     strength, *params = tensors.values()
     slot, (x, y, base) = plan.branches[index], rows
     owner = branch_owner(plan.branches[:index], slot)
@@ -208,37 +203,22 @@ def compute_placed_branch(
     return add_branch_in_places(slot, fill, x, y, base, ctx, owner, row_ops.SEGMENTS)
 
 
-def _make_context(
-    plan: SitePlan,
-    operands: Mapping[str, Tensor],
-    sites: Mapping[str, Site],
-    emitted: dict[str, list[Tensor]],
-    attention: BranchAttention | None,
-    site_readers: set[str] | None,
+def _split_operands(
+    plan: SitePlan, operands: Mapping[str, Tensor], sites: Mapping[str, Site], make_context: MakeContext
 ) -> tuple[FormulaContext, dict[str, Tensor]]:
     """Return the context of branches, with the values among their operands, and the other operands."""
     values = {role.removeprefix(VALUE_PREFIX): v for role, v in operands.items() if role.startswith(VALUE_PREFIX)}
-    ctx = FormulaContext(
-        plan.site,
-        values=present_weights(values, sites),
-        emitted=emitted,
-        attention=attention,
-        site_readers=site_readers,
-    )
-    return ctx, {role: tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)}
+    tensors = {role: tensor for role, tensor in operands.items() if not role.startswith(VALUE_PREFIX)}
+    return make_context(plan.site, values=present_weights(values, sites)), tensors
 
 
 def _compute_placed_branches(
-    plan: SitePlan,
-    call: AdaptedCall,
-    sites: Mapping[str, Site],
-    emitted: dict[str, list[Tensor]],
-    attention: BranchAttention | None,
+    plan: SitePlan, call: AdaptedCall, sites: Mapping[str, Site], make_context: MakeContext
 ) -> Tensor:
     base = y = call.op(*call.unadapted)
     if not plan.without_branches.empty:
-        y = compute_adapted(plan.without_branches, without_branches(call), sites, emitted, attention)
+        y = compute_adapted(plan.without_branches, without_branches(call), sites, make_context)
     for index in range(len(plan.branches)):
         operands = select_operands(plan, index, call)
-        y = compute_placed_branch(plan, index, (call.x, y, base), operands, sites, emitted, attention)
+        y = compute_placed_branch(plan, index, (call.x, y, base), operands, sites, make_context)
     return y

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lorac.errors import ChoiceError
+from lorac.ir.call_values import not_numbers_error
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.sites import factor_dtype
@@ -55,10 +56,7 @@ def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor
     try:
         tensor = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ChoiceError(
-            f"input '{name}' is not an array of numbers: {error}",
-            next_step="give tensors of torch or arrays of NumPy; tokenizers make them with return_tensors='pt'",
-        ) from error
+        raise not_numbers_error(name, error) from error
     if dtype is None or tensor.dtype == dtype:
         return tensor.contiguous()
     is_number = tensor.ndim == 0 and tensor.dtype is not torch.bool  # such as a timestep, whole or not

@@ -5,7 +5,6 @@ A Graph wraps a ``torch.export`` program, whose fx graph, signature and state be
 """
 
 import enum
-import functools
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from lorac.ir.interface import Interface
 from lorac.ir.sites import Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import is_parameter
+from lorac.ir.written_arguments import find_aliased_arguments
 
 
 class Level(enum.IntEnum):
@@ -173,17 +173,8 @@ def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
     """Return the operands that an op writes to, or of which it returns views."""
     if node.op != "call_function":
         return []
-    found = [node.args[place] for place in _aliased_places(node.target, writes) if place < len(node.args)]
-    return [value for value in found if isinstance(value, torch.fx.Node)]
-
-
-@functools.lru_cache(maxsize=4096)
-def _aliased_places(target: object, writes: bool) -> tuple[int, ...]:
-    """Return the indices of such operands, cached since the verifier runs after every pass."""
-    arguments = enumerate(schema.arguments) if (schema := getattr(target, "_schema", None)) is not None else ()
-    return tuple(
-        i for i, argument in arguments if argument.alias_info is not None and argument.alias_info.is_write is writes
-    )
+    places = [place for place, _ in find_aliased_arguments(node.target, writes) if place < len(node.args)]
+    return [value for place in places if isinstance(value := node.args[place], torch.fx.Node)]
 
 
 def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:

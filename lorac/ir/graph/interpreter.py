@@ -117,7 +117,7 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Operands, kwargs: dict[str, Any]) -> Any:
         if target is ops.adapted:
             call = AdaptedCall(*args)
-            return compute_adapted(self._program.plan_of(call.site), call, self._program.sites, {})
+            return compute_adapted(self._program.plan_of(call.site), call, self._program.sites)
         return _FUNCTIONS.get(target, target)(*args, **kwargs)
 
 

@@ -1,8 +1,9 @@
-"""The metadata of nodes, which fx leaves untyped: an example of the value, its module and its source line."""
+"""The metadata of nodes, which fx leaves untyped: an example of the value, its module, its source line, its tensor."""
 
 import re
 
 from torch import Tensor, fx
+from torch.export import ExportedProgram
 
 from lorac.source_lines import is_user_code
 
@@ -12,6 +13,26 @@ def get_example(node: object) -> Tensor:
     assert isinstance(node, fx.Node)
     value: Tensor = node.meta["val"]
     return value
+
+
+def find_user_inputs(program: ExportedProgram) -> dict[str, fx.Node]:
+    """Return the inputs that a call gives a program, by name."""
+    names = set(program.graph_signature.user_inputs)
+    return {node.name: node for node in program.graph.nodes if node.op == "placeholder" and node.name in names}
+
+
+def find_input_examples(program: ExportedProgram) -> dict[str, Tensor]:
+    """Return the examples of the tensors among the inputs that a call gives a program, by name."""
+    values = {name: node.meta.get("val") for name, node in find_user_inputs(program).items()}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def find_stored_tensors(program: ExportedProgram) -> dict[fx.Node, Tensor]:
+    """Return the inputs of a program that stand for tensors of its own, and these tensors."""
+    held = {**program.constants, **program.state_dict}
+    names = {getattr(spec.arg, "name", ""): str(spec.target) for spec in program.graph_signature.input_specs}
+    found = {node: held.get(names.get(node.name, "")) for node in program.graph.nodes if node.op == "placeholder"}
+    return {node: tensor for node, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def describe_type(value: Tensor) -> tuple[object, ...]:

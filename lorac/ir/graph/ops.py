@@ -4,7 +4,7 @@ Each op computes what the model's layer computes, so a graph with them runs unch
 path of the site. A kind of layer is one function here with its fake, and the aten op that it lowers to.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -173,6 +173,14 @@ SITE_CALLS = SITE_OPS | {adapted}
 def site_of(node: fx.Node) -> str:
     """Return the path of the site that a node calls."""
     return str(node.args[-1])
+
+
+def group_calls(nodes: Iterable[fx.Node]) -> dict[str, list[fx.Node]]:
+    """Return the calls of each site among some, by its path."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in nodes:
+        calls.setdefault(site_of(node), []).append(node)
+    return calls
 
 
 def operands_of(node: fx.Node) -> Operands:

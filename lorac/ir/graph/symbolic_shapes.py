@@ -9,12 +9,13 @@ from torch import Tensor
 
 from lorac.ir.graph.graph import Graph
 
-_SYMBOL = re.compile(r"[su]\d+")
+SYMBOL = re.compile(r"\b[su]\d+\b")
+"""torch's names for sizes that vary."""
 
 
 def rename_symbols(text: str, names: Mapping[str, str]) -> str:
     """Replace the symbols in a size as text, such as ``2*s77``, by their names."""
-    return _SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
+    return SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
 
 
 def set_types(graph: Graph) -> None:

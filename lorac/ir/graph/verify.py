@@ -71,6 +71,5 @@ def _failed(after: str, node: fx.Node, what: str) -> CompileError:
     return CompileError(
         f"after '{after}': {node.name} {what}",
         nearest=line[-2].strip() if len(line) > 1 else None,
-        next_step="this is a bug in a pass, not in your model",
         code="verification_failed",
     )

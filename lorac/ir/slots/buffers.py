@@ -108,10 +108,8 @@ class FusedBuffer:
         if self._grouped:
             self.buffer.copy_(self.site.store(self.base() if change is None else merge_weight(change, self.base())))
             written = self.buffer.nbytes
-        elif isinstance(change, Sparse | SparseSum) and isinstance(previous, Sparse | SparseSum | None):
+        elif isinstance(change, Sparse | SparseSum | None) and isinstance(previous, Sparse | SparseSum | None):
             written = self._write_sparse(change, previous, sparse)
-        elif change is None and isinstance(previous, Sparse | SparseSum):
-            written = self._restore(previous, sparse)
         else:
             written = self._write_whole(change)
         if self.bias is not None:
@@ -132,18 +130,16 @@ class FusedBuffer:
             target.copy_(merge_weight(change, base))
         return self.buffer.nbytes
 
-    def _write_sparse(self, change: Sparse | SparseSum, previous: Change | None, sparse: SparseWrites) -> int:
-        written = self._restore(previous, sparse)
-        patch = self._patch(change)
-        sparse.add(self.buffer, patch.positions, patch.new)
-        return written + patch.new.nbytes
-
-    def _restore(self, previous: Change | None, sparse: SparseWrites) -> int:
-        if not isinstance(previous, Sparse | SparseSum):
-            return 0
-        patch = self._patch(previous)
-        sparse.add(self.buffer, patch.positions, patch.original)
-        return patch.original.nbytes
+    def _write_sparse(
+        self, change: Sparse | SparseSum | None, previous: Sparse | SparseSum | None, sparse: SparseWrites
+    ) -> int:
+        """Restore what one sparse change wrote, and write another."""
+        old, new = (None if each is None else self._patch(each) for each in (previous, change))
+        writes = [] if old is None else [(old.positions, old.original)]
+        writes += [] if new is None else [(new.positions, new.new)]
+        for positions, values in writes:
+            sparse.add(self.buffer, positions, values)
+        return sum(values.nbytes for _, values in writes)
 
     def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:
         if change not in self._patches:

@@ -226,7 +226,8 @@ def read_weight_slots(site: Site, slots: SiteSlots) -> tuple[Tensor | None, Tens
     return stored, slots.tensors.get(operands.BIAS)
 
 
-def _apply_slots(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tensor) -> Tensor:
+def apply_stage(stage: Stage, layout: SiteLayout, slots: SiteSlots, value: Tensor) -> Tensor:
+    """Apply the roles of one stage for which there are tensors."""
     for role, tensor in slots.stages[stage]:
         value = role.apply(layout, value, tensor)
     return value
@@ -236,12 +237,12 @@ def _base_product(slots: SiteSlots, call: SiteCall, linear: Tensor | None) -> Te
     """Return c∘(W·((d∘x)·T)) without a bias; ``linear`` is W·x if it is known."""
     layout, x = call.layout, call.x
     if slots.stages[Stage.INPUT]:
-        x, linear = _apply_slots(Stage.INPUT, layout, slots, x), None
+        x, linear = apply_stage(Stage.INPUT, layout, slots, x), None
     if slots.stages[Stage.PRODUCT]:
-        linear = _apply_slots(Stage.PRODUCT, layout, slots, x)
+        linear = apply_stage(Stage.PRODUCT, layout, slots, x)
     elif linear is None:
         linear = call.multiply(x)
-    return _apply_slots(Stage.OUTPUT, layout, slots, linear)
+    return apply_stage(Stage.OUTPUT, layout, slots, linear)
 
 
 def _add_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ def _add_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Ten
 def multiply_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor) -> Tensor:
     """Return h∘(((x·A)∘g)·B)."""
     for stage in (Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.AFTER):
-        x = _apply_slots(stage, layout, slots, x)
+        x = apply_stage(stage, layout, slots, x)
     return x
 
 

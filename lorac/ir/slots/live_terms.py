@@ -8,7 +8,7 @@ DoRA, random numbers included.
 import dataclasses
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,12 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
 from lorac.ir.sites import BaseReader, Site, cast_floating
 from lorac.ir.slots.choice import Choice
-from lorac.ir.slots.execution import FormulaContext, SiteCall, compute_branch_delta, run_site
+from lorac.ir.slots.execution import FormulaContext, SiteCall, apply_stage, compute_branch_delta, run_site
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import branch_owner
-from lorac.ir.slots.role import SlotRole, SlotSpec, Stage
-from lorac.ir.slots.roles import ROLES, acts_at, apply_stage, keeps_base_weight, tensors_by_role
+from lorac.ir.slots.role import SlotSpec, Stage
+from lorac.ir.slots.roles import ROLES, acts_at, keeps_base_weight, tensors_by_role
 
 
 class Dropout(enum.StrEnum):
@@ -164,35 +164,33 @@ def _run_alone(change: Change | None, call: SiteCall) -> Tensor:
     assert change is not None
     if not isinstance(change, LowRank) or not keeps_base_weight(call.layout, change):
         return _run_with_weight(change, call)
-    tensors = _lay_out(call.layout, change.folded())
-    bias = merge_bias(change, call.bias)
-    if bias is not None:
-        tensors[operands.BIAS] = bias
-    return run_site(SitePlan(call.ctx.own_site), SiteSlots(tensors), call)
+    slots = _lay_out(call.layout, change.folded(), merge_bias(change, call.bias))
+    return run_site(SitePlan(call.ctx.own_site), slots, call)
 
 
-def _lay_out(layout: SiteLayout, change: LowRank) -> dict[str, Tensor]:
-    """Return a change's tensors in slot layout, by role."""
-    return {name: ROLES[name].into_slot(layout, tensor) for name, tensor in tensors_by_role(change).items()}
+def _lay_out(layout: SiteLayout, change: LowRank, bias: Tensor | None = None) -> SiteSlots:
+    """Return a change's tensors, and a bias, in slot layout."""
+    tensors = tensors_by_role(change) | ({} if bias is None else {operands.BIAS: bias})
+    return SiteSlots({name: ROLES[name].into_slot(layout, tensor) for name, tensor in tensors.items()})
 
 
 def _low_rank_delta(term: LiveTerm, change: LowRank, call: SiteCall, base: Tensor) -> Tensor:
     layout, x, ctx = call.layout, call.x, call.ctx
-    tensors, rate = _lay_out(layout, change), _input_rate(term, call)
+    slots, rate = _lay_out(layout, change), _input_rate(term, call)
     cast = cast_floating(x, change.a.dtype)
     dropped = F.dropout(cast, rate) if rate else cast
     deltas = []
     if change.rank:
-        down = apply_stage(Stage.BETWEEN, layout, apply_stage(Stage.DOWN, layout, dropped, tensors), tensors)
+        down = apply_stage(Stage.BETWEEN, layout, slots, apply_stage(Stage.DOWN, layout, slots, dropped))
         rank_rate = _active_rate(term, ctx, Dropout.RANK)
-        up = apply_stage(Stage.UP, layout, F.dropout(down, rank_rate) if rank_rate else down, tensors)
-        deltas.append(apply_stage(Stage.AFTER, layout, up, tensors))
-    if acts_at(change, Stage.OUTPUT) or acts_at(change, Stage.INPUT):
+        up = apply_stage(Stage.UP, layout, slots, F.dropout(down, rank_rate) if rank_rate else down)
+        deltas.append(apply_stage(Stage.AFTER, layout, slots, up))
+    if slots.stages[Stage.OUTPUT] or slots.stages[Stage.INPUT]:
         if rate:
             linear = _multiply_cast(call, dropped)
         else:
             linear = base if call.bias is None else base - layout.per_output(call.bias)
-        deltas.append(_product_delta(change, tensors, call, dropped, linear))
+        deltas.append(_product_delta(change, slots, call, dropped, linear))
     if change.e is not None:
         deltas.append(layout.per_output(change.e))
     return sum(deltas[1:], deltas[0]) if deltas else torch.zeros_like(base)
@@ -203,21 +201,17 @@ def _multiply_cast(call: SiteCall, x: Tensor) -> Tensor:
     return call.multiply(x.to(call.base_weight.dtype))
 
 
-def _product_delta(change: LowRank, tensors: Mapping[str, Tensor], call: SiteCall, x: Tensor, linear: Tensor) -> Tensor:
+def _product_delta(change: LowRank, slots: SiteSlots, call: SiteCall, x: Tensor, linear: Tensor) -> Tensor:
     """Return c∘(W·((d∘x)·T)) − W·x, where ``linear`` is W·x."""
     layout = call.layout
-    outputs, product = [name for name in change.scales if ROLES[name].stage is Stage.OUTPUT], linear
-    if acts_at(change, Stage.INPUT):
-        product = _multiply_cast(call, apply_stage(Stage.INPUT, layout, x, tensors))
-    elif len(outputs) == 1:
-        return _role_delta(layout, ROLES[outputs[0]], tensors[outputs[0]], linear)
+    outputs, product = slots.stages[Stage.OUTPUT], linear
+    if slots.stages[Stage.INPUT]:
+        product = _multiply_cast(call, apply_stage(Stage.INPUT, layout, slots, x))
+    elif len(outputs) == 1:  # the difference that one role makes, rounded once, as in PEFT
+        role, tensor = outputs[0]
+        return role.apply(layout, linear.to(tensor.dtype), tensor - role.neutral(SlotSpec(layout=layout)).to(tensor))
     # In the factors' wider dtype, so that the result is rounded once, with the other deltas.
-    return apply_stage(Stage.OUTPUT, layout, product.to(change.a.dtype) if outputs else product, tensors) - linear
-
-
-def _role_delta(layout: SiteLayout, role: SlotRole, tensor: Tensor, linear: Tensor) -> Tensor:
-    """Return the difference that one role makes to the base's product, rounded once, as in PEFT."""
-    return role.apply(layout, linear.to(tensor.dtype), tensor - role.neutral(SlotSpec(layout=layout)).to(tensor))
+    return apply_stage(Stage.OUTPUT, layout, slots, product.to(change.a.dtype) if outputs else product) - linear
 
 
 def _dense_delta(term: LiveTerm, change: Change, call: SiteCall, base: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from lorac.ir.algebra.changes import Change, iter_tensors
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.sites import Site, SiteKind
 from lorac.ir.slots.role import SlotRole, Stage
-from lorac.ir.slots.roles import ROLES, branch_name, parameter_role, strength_role
+from lorac.ir.slots.roles import ROLES, branch_roles
 
 
 class ValueAxis(enum.StrEnum):
@@ -157,9 +157,9 @@ class SitePlan:
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for index, slot in enumerate(self.branches):
-            branch = branch_name(index)
-            shapes |= {} if self.site.kind is SiteKind.ONCE else {strength_role(branch): (1,)}
-            shapes |= {parameter_role(branch, j): shape for j, shape in enumerate(slot.params.values())}
+            strength, *params = branch_roles(index, len(slot.params))
+            shapes |= {} if self.site.kind is SiteKind.ONCE else {strength: (1,)}
+            shapes |= dict(zip(params, slot.params.values(), strict=True))
         return shapes
 
 
@@ -201,11 +201,9 @@ class SiteSlots:
         """Return role -> tensor for all roles, those of branches included."""
         tensors = dict(self.tensors)
         for index, fill in enumerate(self.branches):
-            if fill is None:
-                continue
-            branch = branch_name(index)
-            tensors[strength_role(branch)] = fill.strength
-            tensors |= {parameter_role(branch, j): tensor for j, tensor in enumerate(fill.params)}
+            if fill is not None:
+                roles = branch_roles(index, len(fill.params))
+                tensors |= dict(zip(roles, (fill.strength, *fill.params), strict=True))
         return tensors
 
     @staticmethod
@@ -213,9 +211,8 @@ class SiteSlots:
         """Invert ``named``."""
         fills = []
         for index, slot in enumerate(plan.branches):
-            branch = branch_name(index)
-            params = tuple(tensors[parameter_role(branch, j)] for j in range(len(slot.params)))
-            fills.append(BranchFill(tensors[strength_role(branch)], params))
+            strength, *params = (tensors[role] for role in branch_roles(index, len(slot.params)))
+            fills.append(BranchFill(strength, tuple(params)))
         return SiteSlots({name: tensor for name, tensor in tensors.items() if name in ROLES}, tuple(fills))
 
 

@@ -78,9 +78,16 @@ def fill_ones(role: SlotRole, slot: SlotSpec) -> Tensor:
     return torch.ones(role.shape(slot), dtype=role.dtype(slot.site))
 
 
-def add_small_noise(tensor: Tensor, scale: NoiseScale, generator: torch.Generator) -> None:
-    """Add Gaussian noise of deviation 0.1 to scales, transforms and biases."""
-    tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+def gaussian_noise(deviation: Callable[[NoiseScale], float]) -> AddNoise:
+    """Return a function that adds Gaussian noise of a deviation to a slot's tensor."""
+
+    def add_noise(tensor: Tensor, scale: NoiseScale, generator: torch.Generator) -> None:
+        tensor.add_(deviation(scale) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+
+    return add_noise
+
+
+_SMALL_NOISE = gaussian_noise(lambda _: 0.1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,7 +102,7 @@ class SlotRole:
         apply: (layout, value, tensor) -> the value after it. It is linear in the tensor: applied to the tensor's
             difference from neutral it gives the difference that the tensor makes.
         start: (this role, slot) -> its neutral tensor, for a slot without an active adapter; default: ones.
-        noise: changes it in the self-test; default: small Gaussian noise.
+        noise: changes it in the self-test; default: Gaussian noise of deviation 0.1.
         flops: (site, a change's tensor) -> its multiplications and additions per token.
         into_slot: converts a change's tensor to slot layout.
         sized: the size of a change's tensor along something other than the rank, such as that of blocks; else 1.
@@ -115,7 +122,7 @@ class SlotRole:
     apply: Callable[[SiteLayout, Tensor, Tensor], Tensor]
     shape: Callable[[SlotSpec], Shape]
     start: Callable[[SlotRole, SlotSpec], Tensor] = fill_ones
-    noise: AddNoise = add_small_noise
+    noise: AddNoise = _SMALL_NOISE
     flops: Callable[[Site, Tensor], int] = lambda _, part: part.numel()
     into_slot: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
     sized: Callable[[Tensor], int] = lambda _: 1

@@ -14,8 +14,6 @@ The names of roles are ``lorac.ir.algebra.operands``, since the algebra merges a
 in slot layout (``lorac.ir.slots.layouts``) unless stated otherwise. The functions at the end name slots of branches.
 """
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, identity_blocks
 from lorac.ir.sites import Site, SiteKind, cast_floating
 from lorac.ir.slots.layouts import SiteLayout
-from lorac.ir.slots.role import AddNoise, NoiseScale, Shape, SlotRole, SlotSpec, Stage
+from lorac.ir.slots.role import NoiseScale, Shape, SlotRole, SlotSpec, Stage, gaussian_noise
 
 _SHARE = 0.3
 """The noise of a pair relative to its site's output, and the noise of a weight's rows and columns."""
@@ -31,14 +29,6 @@ _SHARE = 0.3
 
 def _per_output(slot: SlotSpec) -> Shape:
     return (slot.site.out_features,)
-
-
-def _per_input(slot: SlotSpec) -> Shape:
-    return (slot.site.in_features,)
-
-
-def _per_rank(slot: SlotSpec) -> Shape:
-    return (slot.size,)
 
 
 def _blocks(slot: SlotSpec) -> Shape:
@@ -51,33 +41,12 @@ def _weight(slot: SlotSpec) -> Tensor:
     return slot.layout.slot_weight(slot.weight())
 
 
-def _weight_shape(slot: SlotSpec) -> Shape:
-    return tuple(_weight(slot).shape)
-
-
 def _zeros(role: SlotRole, slot: SlotSpec) -> Tensor:
     return torch.zeros(role.shape(slot), dtype=role.dtype(slot.site))
 
 
 def _identity(role: SlotRole, slot: SlotSpec) -> Tensor:
     return identity_blocks(slot.site.in_features, int(slot.size), role.dtype(slot.site)).contiguous()
-
-
-def _base_weight(_: SlotRole, slot: SlotSpec) -> Tensor:
-    return _weight(slot)
-
-
-def _base_bias(role: SlotRole, slot: SlotSpec) -> Tensor:
-    return _zeros(role, slot) if slot.bias is None else slot.bias
-
-
-def _gaussian_noise(deviation: Callable[[NoiseScale], float]) -> AddNoise:
-    """Return a function that adds Gaussian noise of a deviation to a slot's tensor."""
-
-    def add_noise(tensor: Tensor, scale: NoiseScale, generator: torch.Generator) -> None:
-        tensor.add_(deviation(scale) * torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
-
-    return add_noise
 
 
 def _spread_of_a(scale: NoiseScale) -> float:
@@ -109,25 +78,16 @@ def _count_product_flops(site: Site, matrix: Tensor) -> int:
     return 2 * matrix.numel()
 
 
-def _count_no_flops(site: Site, weight: Tensor) -> int:
-    """Return 0: the product replaces the base's."""
-    return 0
-
-
-def _apply_down(layout: SiteLayout, x: Tensor, a: Tensor) -> Tensor:
-    return layout.down(cast_floating(x, a.dtype), a)
-
-
 _TABLE = (
     SlotRole(
         name=operands.A,
         letter="A",
         meaning="first half of the low-rank pair",
         stage=Stage.DOWN,
-        apply=_apply_down,
+        apply=lambda layout, x, a: layout.down(cast_floating(x, a.dtype), a),
         shape=lambda slot: slot.layout.shape_a(slot.size),
         start=_zeros,
-        noise=_gaussian_noise(_spread_of_a),
+        noise=gaussian_noise(_spread_of_a),
         flops=_count_down_flops,
         into_slot=lambda layout, a: layout.slot_a(a),
         unit="rank {}",
@@ -143,7 +103,7 @@ _TABLE = (
         apply=lambda layout, u, b: layout.up(u, b),
         shape=lambda slot: slot.layout.shape_b(slot.size),
         start=_zeros,
-        noise=_gaussian_noise(_spread_of_b),
+        noise=gaussian_noise(_spread_of_b),
         flops=_count_product_flops,
         into_slot=lambda layout, b: layout.slot_b(b),
         unit="rank {}",
@@ -166,7 +126,7 @@ _TABLE = (
         meaning="scale of the base's inputs",
         stage=Stage.INPUT,
         apply=lambda layout, x, d: (x * layout.per_input(d)).to(x.dtype),
-        shape=_per_input,
+        shape=lambda slot: (slot.site.in_features,),
     ),
     SlotRole(
         name=operands.T,
@@ -186,7 +146,7 @@ _TABLE = (
         meaning="scale between the halves of a pair with a shared A",
         stage=Stage.BETWEEN,
         apply=lambda layout, u, g: u * layout.per_rank(g),
-        shape=_per_rank,
+        shape=lambda slot: (slot.size,),
         unit="rank {}",
         rank_axis=0,
     ),
@@ -204,10 +164,10 @@ _TABLE = (
         meaning="merged weight",
         stage=Stage.PRODUCT,
         apply=lambda layout, x, weight: layout.bound(x, weight, None),
-        shape=_weight_shape,
-        start=_base_weight,
+        shape=lambda slot: _weight(slot).shape,
+        start=lambda _, slot: _weight(slot),
         noise=_scale_rows_and_columns,
-        flops=_count_no_flops,
+        flops=lambda *_: 0,  # its product replaces the base's
         into_slot=lambda layout, matrix: layout.slot_weight(matrix),
         of_base=True,
         reserve="weights",
@@ -220,7 +180,7 @@ _TABLE = (
         stage=Stage.BIAS,
         apply=lambda layout, y, bias: y + layout.per_output(bias).to(y.dtype),
         shape=_per_output,
-        start=_base_bias,
+        start=lambda role, slot: _zeros(role, slot) if slot.bias is None else slot.bias,
         of_base=True,
         reserve="scales",
     ),
@@ -257,14 +217,6 @@ def keeps_base_weight(layout: SiteLayout, change: LowRank) -> bool:
     return layout.has_input_axis or not acts_at(change, Stage.INPUT)
 
 
-def apply_stage(stage: Stage, layout: SiteLayout, value: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Apply the roles of one stage for which there are tensors."""
-    for role in ROLES.values():
-        if role.stage is stage and role.name in tensors:
-            value = role.apply(layout, value, tensors[role.name])
-    return value
-
-
 _BRANCH, _STRENGTH = "branch", "t"
 
 
@@ -283,9 +235,10 @@ def strength_role(branch: str) -> str:
     return f"{branch}.{_STRENGTH}"
 
 
-def parameter_role(branch: str, position: int) -> str:
-    """Return the role of one of a branch's parameters from its index."""
-    return f"{branch}.{position}"
+def branch_roles(index: int, count: int) -> list[str]:
+    """Return the roles of a branch, by its index in the plan: its strength, then its ``count`` parameters."""
+    branch = branch_name(index)
+    return [strength_role(branch), *(f"{branch}.{position}" for position in range(count))]
 
 
 def is_strength(role: str) -> bool:
