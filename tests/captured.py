@@ -69,12 +69,17 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
     return graph.interface.build_output(run_graph(graph, graph.interface.check((), inputs), slots))[0]
 
 
+def captured_program(model: nn.Module, inputs: object = None, shapes: object = None) -> ExportedProgram:
+    """A model as captured, before it is a graph."""
+    return export_model(model, inputs, shapes)[0]
+
+
 def captured_stack(adapters: dict[str, Any] | None = None, *, first_differs: bool = False) -> Graph:
     """The stack's graph at level host."""
     model, inputs = Stack(first_differs), (torch.randn(2, 5, 10),)
     compiled = lorac.compile(model, adapters=adapters or {})
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
-    return graph_of("stack", export_model(model, inputs, shapes), compiled.sites, compiled.plans)
+    return graph_of("stack", captured_program(model, inputs, shapes), compiled.sites, compiled.plans)
 
 
 @dataclass
@@ -119,7 +124,7 @@ def capture(name: str, adapters: dict[str, Any] | None = None, *, mode: str = "a
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.add_(noise.to(parameter.dtype), alpha=0.1)
     compiled.swap({adapter: 1.0 - 0.3 * i for i, adapter in enumerate(given)})
-    exported = export_model(entry.fresh(torch.float64), inputs)
+    exported = captured_program(entry.fresh(torch.float64), inputs)
     return Captured(compiled, graph_of("main", exported, compiled.sites, compiled.plans), inputs)
 
 

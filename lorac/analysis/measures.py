@@ -6,7 +6,6 @@ Everything is computed in float64, from factors where a change has them. With Δ
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -174,7 +173,7 @@ def _measure_site(adapter: Adapter, path: str, view: ModelView | None) -> SiteMe
     if parts is None:
         return SiteMeasures(form, change.rank if isinstance(change, LowRank) else None)
     b, a = parts
-    norm = _norm(parts)
+    norm = _norm(b, a)
     share = None if weight is None else norm / (float(torch.linalg.vector_norm(weight)) or 1.0)
     if a is None and max(b.shape) > _LARGEST:
         return SiteMeasures(form, None, None, norm, share)
@@ -204,9 +203,9 @@ def _compare(
 ) -> SiteDifference:
     first, second = (None if change is None else require_parts(path, change, weight) for change in (one, other))
     if first is None or second is None:
-        return SiteDifference(_norm(first), _norm(second))
+        return SiteDifference(*(None if parts is None else _norm(*parts) for parts in (first, second)))
     _check_shapes(path, *((*b.shape[:-1], (b if a is None else a).shape[-1]) for b, a in (first, second)))
-    norms = _norm(first), _norm(second)
+    norms = _norm(*first), _norm(*second)
     difference, inner = _subtract(first, second)
     size = norms[0] * norms[1]
     cosine = inner / size if size else 0.0
@@ -253,14 +252,7 @@ def require_parts(path: str, change: Change, weight: Tensor | None) -> tuple[Ten
     return found
 
 
-@overload
-def _norm(parts: tuple[Tensor, Tensor | None]) -> float: ...
-@overload
-def _norm(parts: tuple[Tensor, Tensor | None] | None) -> float | None: ...
-def _norm(parts: tuple[Tensor, Tensor | None] | None) -> float | None:
-    if parts is None:
-        return None
-    b, a = parts
+def _norm(b: Tensor, a: Tensor | None) -> float:
     return float(torch.linalg.vector_norm(b)) if a is None else _product_norm(b, a)
 
 

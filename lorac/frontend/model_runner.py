@@ -149,7 +149,9 @@ def preserve_random_state(model: nn.Module) -> Iterator[None]:
     Args:
         model: its devices are those whose states are restored.
     """
-    generators = [value for module in model.modules() for value in vars(module).values() if _is_generator(value)]
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    # By class, since torch makes isinstance run Python code.
+    generators = [value for value in attributes if torch.Generator in type(value).__mro__]
     states = [generator.get_state() for generator in generators]
     numbers, python = np.random.get_state(), random.getstate()
     try:
@@ -230,10 +232,6 @@ def _is_equal(one: Tensor, other: Tensor) -> bool:
 def _devices(model: nn.Module) -> list[torch.device]:
     """Return the devices other than the CPU that draw random numbers for a model."""
     return list(dict.fromkeys(parameter.device for parameter in model.parameters() if parameter.is_cuda))
-
-
-def _is_generator(value: object) -> bool:
-    return torch.Generator in type(value).__mro__  # torch makes isinstance run Python code
 
 
 FUSED_LAYERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)

@@ -9,7 +9,7 @@ an artifact contains.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +90,8 @@ def build_skeleton(described: JsonMapping, values: Mapping[str, Tensor] | None =
         described: the result of ``describe_skeleton``.
         values: tensors at hand, by name; the others are on the meta device.
     """
-    root = _make_root(described)
+    cls = _class_like(described.get("class"), Skeleton)
+    root = cls(described["embeddings"], several=bool(described.get("several")))
     for path, entry in described["modules"].items():
         owner, _, leaf = path.rpartition(".")
         _module_at(root, owner).add_module(leaf, _make_module(entry))
@@ -135,11 +136,6 @@ def _describe_class(module: nn.Module) -> dict[str, object]:
     """Return where the class of a module is, unless that is torch itself."""
     cls = type(module)
     return {} if cls.__module__.partition(".")[0] == "torch" else {"class": f"{cls.__module__}.{cls.__name__}"}
-
-
-def _make_root(described: JsonMapping) -> Skeleton:
-    root = _class_like(described.get("class"), Skeleton)
-    return root(described["embeddings"], several=bool(described.get("several")))
 
 
 @functools.cache
@@ -198,18 +194,17 @@ def _make_tensor(name: str, entry: JsonMapping, values: Mapping[str, Tensor]) ->
     value = values.get(name)
     if value is None:
         value = torch.empty(tuple(entry["shape"]), dtype=_dtype(entry["dtype"]), device="meta")
-    return value if entry.get("buffer") else _parameter_class(entry.get("packed"))(value, requires_grad=False)
+    if entry.get("buffer"):
+        return value
+    # A quantised weight has a class of the name of its class, as sites report it.
+    cls = type(str(entry["packed"]), (nn.Parameter,), {}) if entry.get("packed") else nn.Parameter
+    return cls(value, requires_grad=False)
 
 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _parameter_class(packed: str | None) -> Callable[..., nn.Parameter]:
-    """Return the class of a parameter: for a quantised weight one of the name of its class, as sites report it."""
-    return nn.Parameter if packed is None else type(packed, (nn.Parameter,), {})
 
 
 def _embedding_paths(model: nn.Module) -> dict[str, str]:

@@ -193,7 +193,9 @@ def _make_namer(
     """Return a function (path, site) -> the path by which ``targets`` names the site, or None."""
     blocks = find_outermost_blocks(sites) if targets == "all-blocks" else set()
     every: dict[str, Callable[[str, Site], bool]] = {
-        "all-linear": lambda path, site: _is_linear(path, site, heads),
+        "all-linear": lambda path, site: (
+            site.kind is SiteKind.LINEAR and path not in heads and _last_part(path) not in _HEADS
+        ),
         "all-conv": lambda _, site: site.kind in CONVOLUTION_KINDS.values(),
         "all-blocks": lambda path, _: path in blocks,
     }
@@ -206,10 +208,6 @@ def _make_namer(
 def _list_site_paths(path: str, site: Site) -> tuple[str, ...]:
     """Return the paths by which ``targets`` may name a site: its own, and that of the module that reads its weight."""
     return (path, site.within) if site.kind is SiteKind.LINEAR and site.within else (path,)
-
-
-def _is_linear(path: str, site: Site, heads: Collection[str]) -> bool:
-    return site.kind is SiteKind.LINEAR and path not in heads and path.rpartition(".")[2] not in _HEADS
 
 
 def check_targets_match(

@@ -58,7 +58,8 @@ class CacheAttention(Pass):
         """
         found = list(graph.find(attention.ATTENTION))
         # The model's layers come first, so that their names do not depend on adapters.
-        layers = sorted((node for node in found if node.args[attention.CAUSAL_OPERAND]), key=_is_in_branch)
+        causal = (node for node in found if node.args[attention.CAUSAL_OPERAND])
+        layers = sorted(causal, key=lambda node: attention.is_branch_attention(str(node.args[-1])))
         for node in found:
             if node not in layers:
                 lowered = inline(graph.exported, node, _attention_function(node), list(node.all_input_nodes))[1]
@@ -97,10 +98,6 @@ def _check_branches(graph: Graph) -> None:
                 next_step="compile with target='eager', which generates without a cache while such an adapter is on, "
                 "or with cache=False, to run the program on whole sequences",
             )
-
-
-def _is_in_branch(node: fx.Node) -> bool:
-    return attention.is_branch_attention(str(node.args[-1]))
 
 
 def find_token_node(graph: Graph) -> fx.Node:

@@ -181,7 +181,8 @@ def _insert_fused(
             node.meta["nn_module_stack"] = dict(modules[:-1])
         return node
 
-    own = [path for path in projection.sites if projection.plan.empty and _is_adapted(graph, path)]
+    adapted = {path for path, plan in graph.plans.items() if not plan.empty}
+    own = [path for path in projection.sites if projection.plan.empty and path in adapted]
     weight = insert(aten.cat.default, [call.args[1] for call in calls])
     # An adapted site adds its own bias: it may scale the product, or have another bias.
     biases = [None if path in own else call.args[2] for path, call in zip(projection.sites, calls, strict=True)]
@@ -195,7 +196,3 @@ def _insert_fused(
     parts = [insert(operator.getitem, split, index) for index in range(len(calls))]
     members = zip(projection.sites, calls, parts, strict=True)
     return [insert(ops.MEMBER, x, part, call.args[2], path) if path in own else part for path, call, part in members]
-
-
-def _is_adapted(graph: Graph, path: str) -> bool:
-    return path in graph.plans and not graph.plans[path].empty

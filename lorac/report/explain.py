@@ -111,7 +111,8 @@ def _explanation_lines(report: Explanation) -> Iterator[str]:
     yield from _site_lines(report)
     for what, paths in (("reserved, no adapter", report.reserved), ("bare", report.bare)):
         if paths:
-            yield f"{what}: {', '.join(_count_paths(paths))}"
+            counts = Counter(map(_layer_pattern, paths))
+            yield f"{what}: {', '.join(f'{path} x {n}' if n > 1 else path for path, n in counts.items())}"
     yield from _slot_legend(report)
 
 
@@ -192,10 +193,6 @@ def _slot_legend(report: Explanation) -> Iterator[str]:
     meanings = [f"{role.letter} {role.meaning}" for role in ROLES.values() if role.name in shown]
     if meanings:
         yield f"slots: {', '.join(meanings)}"
-
-
-def _count_paths(paths: Sequence[str]) -> list[str]:
-    return [f"{p} x {n}" if n > 1 else p for p, n in Counter(map(_layer_pattern, paths)).items()]
 
 
 def _layer_pattern(path: str) -> str:

@@ -15,7 +15,7 @@ from lorac.report.pass_history import EMITTED
 from lorac.report.picture.page import to_html
 from lorac.report.picture.page_data import PictureContext
 from lorac.report.printer import AdapterNotes, SectionPrinter, diff_dumps, to_text
-from lorac.report.sections import Section, build_sections, extract_module, group_items
+from lorac.report.sections import Section, build_sections, extract_module, find_drawn, group_items
 from lorac.storage.paths import translate_os_errors
 
 
@@ -195,10 +195,10 @@ def to_dot(dump: Dump, notes: AdapterNotes | None = None) -> str:
 
 def _map_to_representatives(root: Section, body: SectionPrinter) -> dict[int, int]:
     """Return the row that is drawn for each row: of identical blocks, the first block's."""
-    shown_as = {index: index for index in root.rows()}
+    drawn_as: dict[int, int] = {}
     for block, first in _repeated_sections(root, body):
-        shown_as |= dict(zip(block.rows(), first.rows(), strict=True))
-    return {index: _find_representative(shown_as, index) for index in shown_as}
+        drawn_as |= dict(zip(block.rows(), first.rows(), strict=True))
+    return {index: find_drawn(index, drawn_as) for index in root.rows()}
 
 
 def _repeated_sections(root: Section, body: SectionPrinter) -> Iterator[tuple[Section, Section]]:
@@ -207,12 +207,6 @@ def _repeated_sections(root: Section, body: SectionPrinter) -> Iterator[tuple[Se
     for blocks in groups:
         for start, length in body.runs(blocks):
             yield from ((block, blocks[start]) for block in blocks[start + 1 : start + length])
-
-
-def _find_representative(shown_as: dict[int, int], index: int) -> int:
-    while shown_as[index] != index:
-        index = shown_as[index]
-    return index
 
 
 def _cluster_lines(section: Section, dump: Dump, shown_as: dict[int, int], indent: str) -> Iterator[str]:

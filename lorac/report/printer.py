@@ -98,7 +98,7 @@ def diff_dumps(before: Dump, after: Dump, notes: AdapterNotes | None = None) -> 
     """Return the differences of two dumps of a graph, block by block; identical ones of neighbours are shown once."""
     notes = notes or AdapterNotes()
     old, new = (_lines_by_section(d, notes) for d in (before, after))
-    changes = [(path, _diff_lines(old.get(path, []), new.get(path, []))) for path in _merge_paths(list(old), list(new))]
+    changes = [(path, _diff_lines(old.get(path, []), new.get(path, []))) for path in dict.fromkeys([*new, *old])]
     shown: list[str] = [f"--- {before.name} @{before.level}", f"+++ {after.name} @{after.level}"]
     runs = find_runs([(path_stem(path), "\n".join(lines)) for path, lines in changes])
     for start, length in runs:
@@ -212,8 +212,3 @@ def _lines_by_section(dump: Dump, notes: AdapterNotes) -> dict[str, list[str]]:
 def _diff_lines(before: Sequence[str], after: Sequence[str]) -> list[str]:
     changed = list(difflib.unified_diff(before, after, n=0, lineterm=""))[2:]
     return [line for line in changed if not line.startswith("@@")]
-
-
-def _merge_paths(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """Return the paths of both, in order."""
-    return list(dict.fromkeys([*after, *(path for path in before if path not in after)]))

@@ -1,7 +1,7 @@
 """The structure of a graph: its repeated blocks, and the values that flow between them."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lorac.report.dump import REF, Dump, Row, short_path
@@ -86,6 +86,13 @@ def find_runs(items: Sequence[object]) -> list[tuple[int, int]]:
     """Return (start, length) of each run of equal neighbours, in order."""
     lengths = [len(list(run)) for _, run in itertools.groupby(items)]
     return list(zip(itertools.accumulate(lengths, initial=0), lengths, strict=False))
+
+
+def find_drawn(index: int, drawn_as: Mapping[int, int]) -> int:
+    """Return the row that is drawn for a row, from row -> the row in its place, which another may replace in turn."""
+    while index in drawn_as:
+        index = drawn_as[index]
+    return index
 
 
 def extract_module(dump: Dump, path: str) -> Dump:

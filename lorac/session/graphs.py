@@ -50,22 +50,16 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
             trainable=_count_trainable(adapters),
             calls=calls,
         )
-        return PictureContext(
-            explanation=explain(session, model),
-            notes=notes,
-            parameters={name: _count_parameters(adapter) for name, adapter in adapters.items()},
-        )
+        # A tensor that several sites share counts once.
+        values = {name: [t for t in a.parameters() if t.is_floating_point()] for name, a in adapters.items()}
+        parameters = {name: sum(tensor.numel() for tensor in own) for name, own in values.items()}
+        return PictureContext(explanation=explain(session, model), notes=notes, parameters=parameters)
 
     def view(name: str) -> GraphView:
         skipped = {**history.skips.get(name, {}), **model.engine.skipped.get(name, {})}
         return GraphView(dumps[name], context, skipped=skipped, emission=lambda: listing().get(name))
 
     return GraphViews({name: view(name) for name in dumps}, context)
-
-
-def _count_parameters(adapter: Adapter) -> int:
-    """Return the number of an adapter's floating-point values; a tensor that several sites share counts once."""
-    return sum(tensor.numel() for tensor in adapter.parameters() if tensor.is_floating_point())
 
 
 def _count_trainable(adapters: Mapping[str, Adapter]) -> dict[str, int]:

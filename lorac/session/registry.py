@@ -92,7 +92,8 @@ class AdapterRegistry:
         """
         path = parse_path(folder, "what register reads", FormatError, "unreadable")
         with translate_os_errors(path, FormatError, "read", "unreadable"):
-            found = {_name_of(inner): inner for inner in sorted(path.iterdir()) if is_adapter(inner)}
+            adapters = filter(is_adapter, sorted(path.iterdir()))
+            found = {inner.name if inner.is_dir() else inner.stem: inner for inner in adapters}
             if not found:
                 raise FormatError(
                     f"there are no adapters in '{path}'",
@@ -184,10 +185,6 @@ class StoredFile(StoredAdapter):
             raise FormatError(f"'{self._path}' was changed since it was registered", code="corrupt_file")
         with file.named() as path:
             yield path
-
-
-def _name_of(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
 
 
 def _files_of(path: Path) -> Iterator[Path]:

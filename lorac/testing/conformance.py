@@ -1,5 +1,6 @@
 """The list of checks that every variant must pass, for any test runner."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -68,7 +69,7 @@ def conformance(
             case, admitted = Case(sample, host, equations), host.admits(sample)
             run = _eager_checks(host, admitted) | (_target_checks(host, targets) if index == 0 and admitted else {})
             title = f"{describe_sample(sample)}-{host.name}"
-            found += [Check(f"{title}-{name}", _bind_case(check, case)) for name, check in run.items()]
+            found += [Check(f"{title}-{name}", functools.partial(check, case)) for name, check in run.items()]
     return found
 
 
@@ -94,7 +95,3 @@ def _require_host(sample: Variant, hosts: Iterable[Host]) -> Callable[[], None]:
         )
 
     return check
-
-
-def _bind_case(check: Callable[[Case], None], case: Case) -> Callable[[], None]:
-    return lambda: check(case)

@@ -5,7 +5,6 @@ import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -211,11 +210,8 @@ def check_invalid_values(case: Case) -> None:
     for field in dataclasses.fields(case.variant):
         if isinstance(getattr(case.variant, field.name), float):
             nan: Fields = {field.name: torch.nan}
-            assert_raises(LoracError, lambda nan=nan: _compile_with(case, **nan))  # type: ignore[misc]  # likewise
-
-
-def _compile_with(case: Case, **fields: Any) -> None:
-    compile(case.model, {"a": dataclasses.replace(case.variant, **fields)})
+            make = functools.partial(dataclasses.replace, case.variant, **nan)
+            assert_raises(LoracError, lambda make=make: compile(case.model, {"a": make()}))  # type: ignore[misc]  # likewise
 
 
 def check_rules(case: Case) -> None:

@@ -196,20 +196,17 @@ def _convolution(channels: int, filters: int) -> nn.Conv2d:
     return nn.Conv2d(channels, filters, 3, stride=2, padding=1)
 
 
-def _padded_convolution() -> nn.Conv2d:
-    return nn.Conv2d(3, 8, 3, padding="same", padding_mode="circular")
-
-
 _LINEAR, _CONV, _EMBEDDING, _BLOCK = SiteKind.LINEAR, SiteKind.CONV2D, SiteKind.EMBEDDING, SiteKind.BLOCK
 _PAIR: Fields = {"path": "first", "others": ("second",), "batches": ((3, 4), (12,), (2, 5))}
 _IMAGES = ((6,), ())
+_PADDED = functools.partial(nn.Conv2d, 3, 8, 3, padding="same", padding_mode="circular")
 _HOSTS = (
     Host("linear", _LINEAR, _single(lambda: nn.Linear(7, 11)), (7,), _apply_linear),
     Host("divisible", _LINEAR, _single(lambda: nn.Linear(12, 6)), (12,), _apply_linear),
     Host("no_bias", _LINEAR, _single(lambda: nn.Linear(9, 8, bias=False)), (9,), _apply_linear),
     Host("transposed", _LINEAR, _single(lambda: TransposedLinear(11, 7)), (7,), _apply_linear),
     Host("conv", _CONV, _single(lambda: _convolution(3, 8)), (3, 6, 5), _apply_strided_conv, batches=_IMAGES),
-    Host("padded", _CONV, _single(_padded_convolution), (3, 5, 4), _apply_padded_conv, batches=_IMAGES),
+    Host("padded", _CONV, _single(_PADDED), (3, 5, 4), _apply_padded_conv, batches=_IMAGES),
     Host("embedding", _EMBEDDING, _single(lambda: nn.Embedding(13, 6)), (), _apply_lookup, vocabulary=13),
     Host("attention", _LINEAR, _attention, (5, _WIDTH), _apply_attention, ((4,), ()), path="site.out_proj"),
     Host("block", _BLOCK, lambda: chain_layers(blocks=nn.Sequential(Block(7, 5))), (7,), path="blocks.0"),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.frontend.capture.export import export_model
 from lorac.testing.eager_checks import assert_close
+from tests.captured import captured_program
 from tests.refusing import refuses
 
 
@@ -84,13 +84,13 @@ class Casting(nn.Module):
 
 def test_a_layer_that_is_cast_to_what_it_is_traces():
     host = Casting(torch.float32)
-    assert_close(export_model(host, (X,)).module()(X), host(X))
+    assert_close(captured_program(host, (X,)).module()(X), host(X))
 
 
 def test_a_layer_that_is_cast_to_something_else_is_refused_by_line():
     host = Casting(torch.float64)
     with refuses("capture_failed", match=r"self.router.to\(self.dtype\): it casts its own weight 'weight'"):
-        export_model(host, (X,))
+        captured_program(host, (X,))
     assert host.router.weight.dtype == torch.float32
 
 

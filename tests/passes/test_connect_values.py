@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import lorac
-from lorac.frontend.capture.export import export_model
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall
 from lorac.ir.graph.passes import PassResult, Skip
@@ -15,7 +14,7 @@ from lorac.passes.insert import InsertAdaptedCalls
 from lorac.passes.pipelines import run_pipeline
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.params import ParamSpec
-from tests.captured import graph_of
+from tests.captured import captured_program, graph_of
 from tests.refusing import refuses
 from tests.variants.modules import Routed
 
@@ -93,7 +92,7 @@ def test_a_value_is_adapted_and_a_base_value_is_not(target):
 
 def test_a_second_run_skips_the_sites_that_have_their_values():
     compiled = lorac.compile(Host(), {"r": Reader(of="first", targets=["second"])})
-    graph = graph_of("host", export_model(Host(), (X,)), compiled.sites, compiled.plans)
+    graph = graph_of("host", captured_program(Host(), (X,)), compiled.sites, compiled.plans)
     _, (_, outcome) = run_pipeline(graph, [InsertAdaptedCalls(), ConnectValues()])
     assert outcome == PassResult(changed=True)
     (reader,) = graph.find(ops.adapted)
@@ -106,7 +105,7 @@ def test_a_second_run_skips_the_sites_that_have_their_values():
 
 def test_what_is_computed_once_is_one_value_for_all_its_readers():
     compiled = lorac.compile(Host(), {"r": Routed(targets=["first", "second"], of="second", width=4, n=2)})
-    graph = graph_of("host", export_model(Host(), (X,)), compiled.sites, compiled.plans)
+    graph = graph_of("host", captured_program(Host(), (X,)), compiled.sites, compiled.plans)
     _, (_, outcome) = run_pipeline(graph, [InsertAdaptedCalls(), ConnectValues()])
     assert outcome == PassResult(changed=True)
     first, second = (AdaptedCall.of(reader) for reader in graph.find(ops.adapted))

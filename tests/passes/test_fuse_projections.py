@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.onnx.model_files import BASE_FILE, MODEL_FILE, WEIGHTS_FILE
-from lorac.frontend.capture.export import export_model
 from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import differs_beyond_rounding
@@ -24,7 +23,7 @@ from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.testing.parity import assert_parity
 from lorac.testing.samples import adapter_away
-from tests.captured import capture, captured_stack, filled, graph_of, interpret
+from tests.captured import capture, captured_program, captured_stack, filled, graph_of, interpret
 
 BLOCKS = [f"body.layers.{i}" for i in range(3)]
 
@@ -129,7 +128,7 @@ def test_weights_that_become_constants_are_packed() -> None:
     host = _host()
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=1, targets=["q", "v"])}, mode="baked")
     for constant, sites in ((True, ("q", "v")), (False, ())):
-        graph = graph_of("tower", export_model(host, (X,)), compiled.sites, compiled.plans)
+        graph = graph_of("tower", captured_program(host, (X,)), compiled.sites, compiled.plans)
         _run(graph, constant)
         found = [tuple(path.rpartition(".")[2] for path in paths) for paths in _packs(graph)]
         assert found == ([sites] * 2 if sites else [])
@@ -181,7 +180,7 @@ class Odd(nn.Module):
 def test_what_stands_otherwise_is_left_alone(kind: str, why: str) -> None:
     host = Odd(kind)
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=2, targets=["first"])})
-    graph = graph_of("odd", export_model(host, (torch.randn(3, 4),)), compiled.sites, compiled.plans)
+    graph = graph_of("odd", captured_program(host, (torch.randn(3, 4),)), compiled.sites, compiled.plans)
     outcome = _run(graph)
     assert not outcome.changed
     assert outcome.skipped == (Skip("first", why),)
@@ -197,7 +196,7 @@ def test_many_layers_of_one_input_are_packed() -> None:
             return torch.cat([head(x) for head in self.heads], -1)
 
     host = Heads()
-    graph = graph_of("heads", export_model(host, (torch.randn(3, 4),)), lorac.sites(host), {})
+    graph = graph_of("heads", captured_program(host, (torch.randn(3, 4),)), lorac.sites(host), {})
     _run(graph)
     assert [len(paths) for paths in _packs(graph)] == [9]
 
@@ -210,7 +209,7 @@ def test_every_level_answers_as_eager_does(dtype: torch.dtype) -> None:
     host = _host(dtype)
     compiled = lorac.compile(host, _adapters(host), active=None)
     shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)
-    graph = graph_of("tower", export_model(host, (X.to(dtype),), shapes), compiled.sites, compiled.plans)
+    graph = graph_of("tower", captured_program(host, (X.to(dtype),), shapes), compiled.sites, compiled.plans)
     for step in lowering_passes():
         run_pipeline(graph, [step])
         if step.name not in ("insert", "cleanup"):

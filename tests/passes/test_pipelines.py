@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import lorac
-from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.slots.plans import Reason
@@ -20,7 +19,7 @@ from lorac.passes.pipelines import lowering_passes, run_pipeline
 from lorac.report.dump import dump
 from lorac.report.printer import diff_dumps, to_text
 from tests import goldens
-from tests.captured import capture, captured_stack, graph_of, lower
+from tests.captured import capture, captured_program, captured_stack, graph_of, lower
 from tests.refusing import refuses
 
 
@@ -165,7 +164,7 @@ def test_insert_says_which_sites_the_graph_never_calls() -> None:
 
     host, inputs = Host(), (torch.randn(3, 4),)
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=2)})
-    graph = graph_of("host", export_model(host, inputs), compiled.sites, compiled.plans)
+    graph = graph_of("host", captured_program(host, inputs), compiled.sites, compiled.plans)
     assert _run(graph, InsertAdaptedCalls()) == PassResult(
         True, (Skip("idle", "no output of the graph depends on it"),)
     )

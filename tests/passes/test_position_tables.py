@@ -5,10 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.nodes import find_stored_tensors
 from lorac.passes.position_tables import tabulate
-from tests.captured import graph_of
+from tests.captured import captured_program, graph_of
 
 ROWS, WIDTH, OFFSET = 9, 6, 2
 aten = torch.ops.aten
@@ -30,7 +29,7 @@ class Learned(nn.Module):
 @torch.no_grad()
 def test_a_models_own_table_bounds_the_positions_however_it_is_read(indexes: bool) -> None:
     model, sizes = Learned(indexes=indexes), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    exported = export_model(model, (torch.arange(5)[None], torch.randn(1, 5, WIDTH)), (sizes, sizes))
+    exported = captured_program(model, (torch.arange(5)[None], torch.randn(1, 5, WIDTH)), (sizes, sizes))
     graph = graph_of("main", exported, {}, {})
     positions, _ = graph.placeholders()[-2:]
     assert tabulate(graph, positions) == ROWS - OFFSET

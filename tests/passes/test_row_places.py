@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.rows import stack_places
 from lorac.passes.pipelines import lowering_passes, run_pipeline
-from tests.captured import graph_of, interpret
+from tests.captured import captured_program, graph_of, interpret
 from tests.limits import ROWS
 
 X = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -56,7 +55,7 @@ CHOICES: list[Any] = [
 
 
 def _lowered(host: nn.Module, compiled: Any, shapes: Any, x: Tensor = X) -> Graph:
-    graph = graph_of("main", export_model(host, (x,), shapes), compiled.sites, compiled.plans)
+    graph = graph_of("main", captured_program(host, (x,), shapes), compiled.sites, compiled.plans)
     run_pipeline(graph, lowering_passes(rows=True))
     return graph
 

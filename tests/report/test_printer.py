@@ -221,11 +221,11 @@ def test_llama_is_drawn_as_one_layer_of_boxes_within_boxes(compiled: lorac.Compi
 
 
 def test_a_graph_without_slots_prints(tmp_path: Path) -> None:
-    from lorac.frontend.capture.export import export_model
+    from tests.captured import captured_program
 
     entry = ZOO["plain_conv"]
     model = entry.fresh()
-    graph = graph_of("main", export_model(model, entry.inputs()), lorac.sites(model), {})
+    graph = graph_of("main", captured_program(model, entry.inputs()), lorac.sites(model), {})
     goldens.check("plain_conv_host", to_text(dump(graph)))
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.backends.tensorrt.dialect import DIALECT as TENSORRT
-from lorac.frontend.capture.export import export_model
 from lorac.passes.pipelines import lowering_passes, run_pipeline
-from tests.captured import graph_of
+from tests.captured import captured_program, graph_of
 from tests.limits import LEAST_DIFFERENCE, ROWS
 
 X = torch.randn(6, 5, 9, 11, generator=torch.Generator().manual_seed(0))
@@ -113,7 +112,7 @@ def test_a_plan_of_tensorrt_says_why_its_convolutions_have_one_place() -> None:
     eager = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["line"])})
     shapes = ({0: torch.export.Dim("batch")},)
     for dialect, placed in ((DIALECTS["cpu"], True), (TENSORRT, False)):
-        graph = graph_of("main", export_model(host, (X,), shapes), eager.sites, eager.plans)
+        graph = graph_of("main", captured_program(host, (X,), shapes), eager.sites, eager.plans)
         run_pipeline(graph, lowering_passes(dialect, rows=True))
         assert {slot.placed for slot in graph.slots.values()} == {placed}
         assert placed != any("a plan convolves all rows with one kernel" in note for note in graph.interface.notes)

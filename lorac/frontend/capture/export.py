@@ -46,7 +46,7 @@ from lorac.frontend.capture.trace_guards import (
 from lorac.frontend.capture.written_attention import fold_written_attention
 from lorac.frontend.copying import WeightCast, copy_structure, refuse_casts
 from lorac.frontend.hugging_face import is_hugging_face
-from lorac.frontend.inputs.call_binding import Inputs, bind_by_name
+from lorac.frontend.inputs.call_binding import bind_by_name
 from lorac.frontend.inputs.diffusers_models import is_diffusers, spread_example_numbers
 from lorac.frontend.inputs.dynamic_shapes import (
     fix_hinted_axes,
@@ -74,13 +74,13 @@ from lorac.third_party_output import suppress_third_party_output
 
 def export_model(
     model: nn.Module,
-    example_inputs: Sequence[object] | Inputs | None = None,
+    example_inputs: object = None,
     dynamic_shapes: object = None,
+    marks: SiteMarks = SiteMarks(),  # noqa: B008  (frozen)
     *,
-    blocks: Collection[str] = (),
-    prefix: str = "",
-) -> ExportedProgram:
-    """Capture a model in eval mode as an exported program.
+    grows: bool = False,
+) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
+    """Capture a model in eval mode as an exported program; also return the guards of the trace and the arguments.
 
     Each call of a site is one ``lorac`` node, whose last argument is the site's path.
 
@@ -88,24 +88,13 @@ def export_model(
         model: the host; left unchanged.
         example_inputs: the inputs that forward is called with; None makes them (``make_example_inputs``).
         dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for sequences.
-        blocks: paths of modules whose exits become ops too.
-        prefix: prefix of the paths of modules and tensors, where the model is one component of several.
+        marks: what is marked besides sites.
+        grows: as ``capture_graph`` takes it.
 
     Raises:
         ExampleInputsNeeded: there are no inputs and none can be made.
         CaptureError: the model does not trace; the message names the line.
     """
-    return _export_guarded(model, example_inputs, dynamic_shapes, SiteMarks(prefix, blocks))[0]
-
-
-def _export_guarded(
-    model: nn.Module,
-    example_inputs: object,
-    dynamic_shapes: object,
-    marks: SiteMarks,
-    grows: bool = False,
-) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
-    """Capture a model as ``export_model`` does; also return the guards of the trace and the arguments of the call."""
     example = make_example_inputs(model) if example_inputs is None else example_inputs
     failures: list[CaptureError] = []
     for arguments in CallArguments.of(model, _bind_inputs(model, example)).iter_alternatives(model):
@@ -253,7 +242,9 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     """Capture a model as a graph at level host; raises as ``export_model`` does.
 
     Args:
-        model, inputs, dynamic_shapes, blocks, prefix: as ``export_model`` takes them.
+        model, inputs, dynamic_shapes: as ``export_model`` takes them.
+        blocks: paths of modules whose exits become ops too.
+        prefix: prefix of the paths of modules and tensors, where the model is one component of several.
         sites, plans: the host's; the graph keeps the plans of this model.
         grows: whether its sequence is to grow over a cache: attention becomes ops, and inputs are those of
             ``make_decoder_inputs``.
@@ -265,7 +256,7 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
         )
         dynamic_shapes = make_decoder_shapes(model, inputs)
     marks = SiteMarks(prefix, blocks, [path for path in list_layers(plans.values()) if path.startswith(prefix)])
-    exported, guards, arguments = _export_guarded(model, inputs, dynamic_shapes, marks, grows)
+    exported, guards, arguments = export_model(model, inputs, dynamic_shapes, marks, grows=grows)
     named = arguments.inputs
     shapes = make_dynamic_shapes(model, named) if dynamic_shapes is None else bind_by_name(model, dynamic_shapes)
     signature = {

@@ -46,20 +46,14 @@ def trace_repeated_layers_once(host: nn.Module, groups: Iterable[LayerGroup], ma
     for group in groups:
         traced: dict[frozenset[str], _GroupTrace] = {}
         for path in group.paths:
-            layer, marks = host.get_submodule(path), frozenset(_below(path, marked))
-            tracing = traced.setdefault(marks, _GroupTrace(group.numbered))
+            layer = host.get_submodule(path)
+            inside = frozenset(other.removeprefix(path) for other in marked if f"{other}.".startswith(f"{path}."))
+            tracing = traced.setdefault(inside, _GroupTrace(group.numbered))
             tracing.watch_index(layer, path)
             states.append(_LayerState(layer))
             _repeat(layer, path, tracing, states[-1])
     for state in states:  # after all are replaced, nested ones too
         state.record()
-
-
-def _below(path: str, paths: Collection[str]) -> Iterator[str]:
-    """Yield the paths of a module and its parts, relative to the module."""
-    for other in paths:
-        if f"{other}.".startswith(f"{path}."):
-            yield other.removeprefix(path)
 
 
 def _repeat(layer: nn.Module, path: str, group: "_GroupTrace", state: "_LayerState") -> None:

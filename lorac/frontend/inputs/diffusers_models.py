@@ -142,17 +142,14 @@ def _latents_or_patches(config: JsonMapping) -> Shape | None:
     return (_ROWS, _PATCHES[0] * _PATCHES[1], channels) if channels else None
 
 
-def _rows_of(*names: str) -> Callable[[JsonMapping], Shape | None]:
+def _vectors(*names: str, items: Shape = ()) -> Callable[[JsonMapping], Shape | None]:
+    """Return the shape of one vector for each row, or of several, whose width the first field that is set gives."""
+
     def shape(config: JsonMapping) -> Shape | None:
         size = _size(config, names)
-        return (_ROWS, size) if size else None
+        return (_ROWS, *items, size) if size else None
 
     return shape
-
-
-def _context(config: JsonMapping) -> Shape | None:
-    size = _size(config, ("joint_attention_dim", "cross_attention_dim", "caption_channels"))
-    return (_ROWS, _TOKENS, size) if size else None
 
 
 def _latents(config: JsonMapping) -> Shape | None:
@@ -180,12 +177,14 @@ _SHAPES: Mapping[str, Callable[[JsonMapping], Shape | Mapping[str, Shape] | None
     "hidden_states": _latents_or_patches,
     "z": _latents,
     "timestep": lambda config: (_ROWS,),
-    "encoder_hidden_states": _context,
-    "pooled_projections": _rows_of("pooled_projection_dim"),
+    "encoder_hidden_states": _vectors(
+        "joint_attention_dim", "cross_attention_dim", "caption_channels", items=(_TOKENS,)
+    ),
+    "pooled_projections": _vectors("pooled_projection_dim"),
     "img_ids": _positions(_PATCHES[0] * _PATCHES[1]),
     "txt_ids": _positions(_TOKENS),
     "guidance": lambda config: (_ROWS,) if config.get("guidance_embeds") else None,
-    "timestep_cond": _rows_of("time_cond_proj_dim"),
+    "timestep_cond": _vectors("time_cond_proj_dim"),
     "added_cond_kwargs": _text_and_time,
 }
 """Argument of forward -> its shape by the configuration; None where the model does not need it."""

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,22 +35,15 @@ def insert_image_tokens(model: nn.Module, ids: Tensor, pixels: Tensor, token: in
         pixels: (rows, channels, height, width); a model that takes several images a row gets a list of one.
         token: the id that stands for a patch.
     """
-    copied = copy_structure(model).eval()
-    for encode, images in itertools.product(_image_encoders(copied), (pixels, pixels.unsqueeze(1))):
+    copied: Any = copy_structure(model).eval()
+    encoders = [one.get_image_features for one in (copied, copied.base_model) if hasattr(one, "get_image_features")]
+    for encode, images in itertools.product(encoders, (pixels, pixels.unsqueeze(1))):
         patches, rest = divmod(_count_features(encode, images), len(ids))
         if patches and not rest:
             marks = ids.new_full((len(ids), patches), token)
             words = torch.where(ids == token, token - 1 if token else 1, ids)
             return {"input_ids": torch.cat([words[:, :1], marks, words[:, 1:]], 1), PIXEL_VALUES: images}
     return None
-
-
-def _image_encoders(model: Any) -> Iterator[Callable[..., Any]]:
-    """Yield the methods of a transformers model that make features of images."""
-    for owner in (model, model.base_model):
-        encode = getattr(owner, "get_image_features", None)
-        if encode is not None:
-            yield encode
 
 
 def _count_features(encode: Callable[..., Any], pixels: Tensor) -> int:

@@ -8,6 +8,7 @@ value is ``P·x + Q·y + k`` (per token, as columns), and the branch equals the 
 The ops decide whether a branch is affine, not numbers: a zero-initialised bottleneck is not affine.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -152,22 +153,15 @@ def _apply_matmul(build: _AffineBuilder, args: Sequence[Operand], kwargs: Mappin
     return _apply_linear(build, (value, build.call(aten.t.default, matrix)), kwargs)
 
 
-def _apply_sum(build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object]) -> Affine | None:
-    left, right = args
-    return _add_affine(build, left, right, kwargs.get("alpha", 1))
-
-
-def _apply_difference(build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object]) -> Affine | None:
-    (left, right), alpha = args, kwargs.get("alpha", 1)
-    return _add_affine(build, left, right, -alpha) if isinstance(alpha, int | float) else None
-
-
-def _add_affine(build: _AffineBuilder, left: Operand, right: Operand, alpha: object) -> Affine | None:
-    left, right = (value if isinstance(value, Affine) else _affine_of_vector(value) for value in (left, right))
+def _apply_sum(
+    build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object], sign: int = 1
+) -> Affine | None:
+    left, right = (value if isinstance(value, Affine) else _affine_of_vector(value) for value in args)
+    alpha = kwargs.get("alpha", 1)
     if left is None or right is None or not isinstance(alpha, int | float):
         return None
-    if alpha != 1:
-        scaled = _scale_affine(build, right, alpha)
+    if sign * alpha != 1:
+        scaled = _scale_affine(build, right, sign * alpha)
         assert scaled is not None
         right = scaled
     return Affine(build.add(left.p, right.p, "x"), build.add(left.q, right.q, "y"), build.add_vectors(left.k, right.k))
@@ -201,7 +195,7 @@ _RULES: dict[object, Callable[[_AffineBuilder, Sequence[Operand], Mapping[str, o
     aten.matmul.default: _apply_matmul,
     aten.mm.default: _apply_matmul,
     aten.add.Tensor: _apply_sum,
-    aten.sub.Tensor: _apply_difference,
+    aten.sub.Tensor: functools.partial(_apply_sum, sign=-1),
     aten.mul.Tensor: _apply_product,
     aten.clone.default: _pass_through,
     aten.contiguous.default: _pass_through,

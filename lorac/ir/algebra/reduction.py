@@ -152,7 +152,8 @@ def _classify(
     reasons = tuple(found.misses)
     common = {node for name, node in zip(names, inputs, strict=True) if name in shared}
     if form is not None and form.base == WEIGHT and not form.sparse:
-        kind, tensors, rank = LOW_RANK, _emit_low_rank(found, form, w, common), _total_rank(form)
+        kind, tensors = LOW_RANK, _emit_low_rank(found, form, w, common)
+        rank = sum(int(a.meta["val"].shape[0]) for _, a in form.low)
     elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
         kind, tensors, rank = SPARSE, _emit_sparse(found, form), 0
     else:
@@ -182,10 +183,6 @@ def _find_addend(found: Analysis, new_weight: fx.Node, w: fx.Node) -> fx.Node | 
         if found.form(base) == Form(WEIGHT):
             return added
     return None
-
-
-def _total_rank(form: Form) -> int:
-    return sum(int(a.meta["val"].shape[0]) for _, a in form.low)
 
 
 def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:

@@ -28,6 +28,7 @@ from torch.export.graph_signature import (
 from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 
+from lorac.argument_types import Fields
 from lorac.ir.function_tracing import Decompositions, record_function
 from lorac.ir.graph import ops
 from lorac.ir.graph.new_sizes import make_example, make_size
@@ -122,13 +123,19 @@ def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
     specs = program.graph_signature.input_specs
     specs[:] = [spec for spec in specs if getattr(spec.arg, "name", "") not in names]
     signature.inputs[:] = [each for each in signature.inputs if each.name not in names]
-    args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
-    signature.in_spec = pytree.tree_flatten((args, {name: kwargs[name] for name in kwargs if name not in names}))[1]
+    _edit_keywords(program, lambda given: {name: value for name, value in given.items() if name not in names})
     if signature.forward_arg_names is not None:
         signature.forward_arg_names = [name for name in signature.forward_arg_names if name not in names]
+
+
+def _edit_keywords(program: ExportedProgram, edit: Callable[[Fields], Fields]) -> None:
+    """Change the keyword arguments of a program's call, in its signature and in its example."""
+    signature = _call_signature(program)
+    args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
+    signature.in_spec = pytree.tree_flatten((args, edit(kwargs)))[1]
     if program._example_inputs is not None:
         args, kwargs = program._example_inputs
-        program._example_inputs = (args, {name: value for name, value in kwargs.items() if name not in names})
+        program._example_inputs = (args, dict(edit(kwargs)))
 
 
 def copy_program(program: ExportedProgram) -> ExportedProgram:
@@ -381,17 +388,12 @@ def update_signature(program: ExportedProgram) -> None:
 
 def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     signature = _call_signature(program)
-    args, kwargs = pytree.tree_unflatten([object()] * signature.in_spec.num_leaves, signature.in_spec)
-    carried = {**kwargs.get(SLOTS_KEYWORD, {}), **dict.fromkeys(nodes, object())}
-    signature.in_spec = pytree.tree_flatten((args, {**kwargs, SLOTS_KEYWORD: carried}))[1]
+    called = program._example_inputs is not None
+    examples = {name: _example(node.meta["val"]) if called else object() for name, node in nodes.items()}
+    _edit_keywords(program, lambda given: {**given, SLOTS_KEYWORD: {**given.get(SLOTS_KEYWORD, {}), **examples}})
     signature.inputs.extend(TensorArgument(node.name) for node in nodes.values())
     if signature.forward_arg_names is not None and SLOTS_KEYWORD not in signature.forward_arg_names:
         signature.forward_arg_names = [*signature.forward_arg_names, SLOTS_KEYWORD]
-    if program._example_inputs is not None:
-        example_args, example_kwargs = program._example_inputs
-        examples = {name: _example(node.meta["val"]) for name, node in nodes.items()}
-        merged = {**example_kwargs.get(SLOTS_KEYWORD, {}), **examples}
-        program._example_inputs = (example_args, {**example_kwargs, SLOTS_KEYWORD: merged})
 
 
 def _example(value: torch.Tensor) -> torch.Tensor:

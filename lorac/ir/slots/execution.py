@@ -142,14 +142,9 @@ class FormulaContext:
         other = copy.copy(self)
         other._values, other._emitted = values, {}
         other._attention, other._attention_count = FullAttention(), itertools.count()
-        other._seed = None if self._seed is None else _zero_seed
+        other._seed = None if self._seed is None else lambda: 0
         vars(other).pop("generator", None)
         return other
-
-
-def _zero_seed() -> int:
-    """Return the seed of calls whose results are discarded."""
-    return 0
 
 
 @dataclass(frozen=True, eq=False)

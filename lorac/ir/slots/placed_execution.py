@@ -28,11 +28,7 @@ class SegmentOps:
     join: Callable[[Tensor, Tensor, int], Tensor]
 
 
-def _cut_view(x: Tensor, slot: Tensor, features: int) -> Tensor:
-    return cut_segments(x, slot.shape[0], features)
-
-
-VIEWS = SegmentOps(_cut_view, join_segments)
+VIEWS = SegmentOps(lambda x, slot, features: cut_segments(x, slot.shape[0], features), join_segments)
 """Views of a batch that lies in one piece: nothing is copied."""
 
 
@@ -68,7 +64,8 @@ def run_placed(plan: SitePlan, slots: SiteSlots, call: SiteCall, segments: Segme
     active = any(fill is not None for fill in slots.branches)
     if active and product is None:
         product = call.multiply(x)
-    slot, features = _first_placed(slots), layout.input_axes
+    slot = next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)
+    features = layout.input_axes
     if not active and all(role.stage.of_pair for role, _ in plan.roles()):
         inside = call.bias if layout.keeps_bias_inside and product is None else None
         base = call.multiply(x, inside) if product is None else product
@@ -82,8 +79,3 @@ def run_placed(plan: SitePlan, slots: SiteSlots, call: SiteCall, segments: Segme
         return y
     assert product is not None
     return add_branches(plan, slots, call, y, add_bias(layout, product, call.bias))
-
-
-def _first_placed(slots: SiteSlots) -> Tensor:
-    """Return a tensor of a site with a first axis of places."""
-    return next(tensor for name, tensor in slots.tensors.items() if not ROLES[name].why_shared)

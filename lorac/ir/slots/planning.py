@@ -181,11 +181,10 @@ def _merge_reason(site: Site, change: Change) -> str:
 
 
 def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
-    chosen = [
-        s
-        for s in select_sites(sites, reserve.targets, parameters=_listed_names(reserve.targets))
-        if s.kind not in KINDS_WITHOUT_WEIGHT
-    ]
+    # A list of names may also name matrices; keywords and expressions match modules only.
+    names = () if isinstance(reserve.targets, str) else reserve.targets
+    found = select_sites(sites, reserve.targets, parameters=names)
+    chosen = [site for site in found if site.kind not in KINDS_WITHOUT_WEIGHT]
     check_targets_match("reserve", reserve.targets, sites)
     if not chosen:
         raise no_match_error("reserve", reserve.targets, sites)
@@ -200,11 +199,6 @@ def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserv
             need.require(operands.WEIGHT)
         else:
             need.rank += reserve.rank * reserve.adapters
-
-
-def _listed_names(targets: str | Sequence[str]) -> Sequence[str]:
-    """Return targets that are names, which may also name matrices; keywords and expressions match modules only."""
-    return () if isinstance(targets, str) else targets
 
 
 def _plan_site(site: Site, need: _SiteNeeds, mode: str) -> SitePlan:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorac.report.dump import Dump, Row, short_path
-from lorac.report.sections import Section, nest_rows, path_stem, relative_path
+from lorac.report.sections import Section, find_drawn, nest_rows, path_stem, relative_path
 
 _LAYOUT_OPS = frozenset(
     {"_assert_tensor_metadata", "_to_copy", "alias", "arange", "cast", "clone", "concat", "constant", "contiguous"}
@@ -263,7 +263,7 @@ def _connect_boxes(graph: Box, rows: Sequence[Row], drawn_as: Mapping[int, int])
     chains: dict[int, tuple[Box, ...]] = {}
     _collect_chains(graph, (graph,), chains)
     found: dict[Box, dict[BoxLink, None]] = {}
-    pairs = ((_drawn_row(ref, drawn_as), readers) for index, readers in chains.items() for ref in rows[index].refs)
+    pairs = ((find_drawn(ref, drawn_as), readers) for index, readers in chains.items() for ref in rows[index].refs)
     for value, readers in pairs:
         for box, link in _link_path(value, chains[value], readers):
             found.setdefault(box, {})[link] = None
@@ -287,12 +287,6 @@ def _collect_chains(box: Box, chain: tuple[Box, ...], chains: dict[int, tuple[Bo
         _collect_chains(inner, (*chain, inner), chains)
     if not box.parts:
         chains.update(dict.fromkeys(box.rows, chain))
-
-
-def _drawn_row(index: int, drawn_as: Mapping[int, int]) -> int:
-    while index in drawn_as:
-        index = drawn_as[index]
-    return index
 
 
 def _link_path(value: int, source: tuple[Box, ...], target: tuple[Box, ...]) -> Iterator[tuple[Box, BoxLink]]:

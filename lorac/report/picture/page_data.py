@@ -16,7 +16,7 @@ from lorac.report.dump import Dump
 from lorac.report.explain import Explanation
 from lorac.report.picture.boxes import Box
 from lorac.report.printer import AdapterNotes, SectionPrinter
-from lorac.report.sections import Section, build_sections
+from lorac.report.sections import build_sections
 from lorac.report.terms import STATES, TermRow, format_reason, format_size
 
 ADAPTER_COLORS = 7
@@ -138,7 +138,8 @@ class LevelTable:
         return {"lines": [*self.lines], "groups": [*self.groups], "calls": [*self.calls]}
 
     def _groups(self, dump: Dump, notes: AdapterNotes) -> Iterator[tuple[int, int]]:
-        printer, enclosing = SectionPrinter(dump, notes), _enclosing_sections(build_sections(dump))
+        printer, sections = SectionPrinter(dump, notes), build_sections(dump).sections()
+        enclosing = {item: section for section in sections for item in section.items if isinstance(item, int)}
         modules = (row.modules[-1] if row.modules else "" for row in dump.rows)
         for call, rows in itertools.groupby(enumerate(modules), key=operator.itemgetter(1)):
             lines = (line for index, _ in rows for line in printer.format_row(dump.rows[index], enclosing[index]))
@@ -149,10 +150,6 @@ class LevelTable:
 def _number(numbers: dict[Hashable, int], value: Hashable) -> int:
     """Return the number of a value, the next one if it is new."""
     return numbers.setdefault(value, len(numbers))
-
-
-def _enclosing_sections(root: Section) -> dict[int, Section]:
-    return {item: section for section in root.sections() for item in section.items if isinstance(item, int)}
 
 
 def select_levels(stages: Mapping[str, Dump]) -> dict[str, Dump]:

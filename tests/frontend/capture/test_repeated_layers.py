@@ -187,7 +187,7 @@ def _traced(
     with monkeypatch.context() as patch:
         if not once:
             patch.setattr(capture, "find_layer_groups", lambda host: [])
-        return capture.export_model(model, inputs)
+        return capture.export_model(model, inputs)[0]
 
 
 SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {

@@ -8,7 +8,7 @@ from transformers.exporters import (
     utils,
 )
 
-from lorac.frontend.capture.export import export_model
+from tests.captured import captured_program
 from tests.zoo import tiny_llama
 
 ABSENT = "transformers.models.of_nobody.modeling_of_nobody"
@@ -30,7 +30,7 @@ def test_models_that_are_not_imported_stay_so(monkeypatch: pytest.MonkeyPatch) -
     patches = [*utils._PATCHES["dynamo"], (f"{ABSENT}.Model", "forward", lambda forward: forward)]
     monkeypatch.setitem(utils._PATCHES, "dynamo", patches)
     found = utils.import_dotted_path
-    export_model(model)
+    captured_program(model)
     assert utils.import_dotted_path is found
     assert not [name for name in asked.names if name.startswith("transformers.models.")]
 
@@ -44,5 +44,5 @@ def test_models_that_are_here_are_patched(monkeypatch: pytest.MonkeyPatch) -> No
 
     path = "transformers.models.llama.modeling_llama.LlamaModel"
     monkeypatch.setitem(utils._PATCHES, "dynamo", [*utils._PATCHES["dynamo"], (path, "forward", patched)])
-    export_model(tiny_llama(layers=1))
+    captured_program(tiny_llama(layers=1))
     assert len(made) == 1

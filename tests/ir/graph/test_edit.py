@@ -7,7 +7,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from lorac.frontend.capture.export import export_model
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import (
     add_dimension,
@@ -21,13 +20,14 @@ from lorac.ir.graph.edit import (
 )
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.testing.eager_checks import assert_close
+from tests.captured import captured_program
 from tests.zoo import ZOO
 
 
 @pytest.fixture
 def program() -> ExportedProgram:
     entry = ZOO["plain_mlp"]
-    return export_model(entry.fresh(), entry.inputs())
+    return captured_program(entry.fresh(), entry.inputs())
 
 
 def test_private_fields_of_torch_export(program: ExportedProgram) -> None:

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.errors import ChoiceError
-from lorac.frontend.capture.export import export_model
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import resize_inputs
 from lorac.testing.eager_checks import ROUNDING, assert_close
-from tests.captured import Stack, capture, filled, graph_of, interpret, lower
+from tests.captured import Stack, capture, captured_program, filled, graph_of, interpret, lower
 from tests.parity import assert_parity, named_outputs
 
 EXACT = ROUNDING[torch.float64]
@@ -62,10 +61,10 @@ def test_onnxruntime_answers_as_the_interpreter() -> None:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     eager.swap({"style": 0.7, "patch": 0.4})
-    graph = graph_of("main", export_model(model, inputs), eager.sites, eager.plans)
+    graph = graph_of("main", captured_program(model, inputs), eager.sites, eager.plans)
     lower(graph)
     y_ref = interpret(graph, inputs, filled(eager, graph))
-    y_base = interpret(graph_of("main", export_model(model, inputs), {}, {}), inputs)
+    y_base = interpret(graph_of("main", captured_program(model, inputs), {}, {}), inputs)
     ort = eager.export(target="onnxruntime", example_inputs=inputs)
     assert_parity(ort(**inputs), y_ref, y_base, own_base=ort(**inputs, adapters=None))
 
@@ -103,7 +102,7 @@ class _Ties(nn.Module):
 def test_ties_go_to_the_lowest_index() -> None:
     x = torch.zeros(2, 40)
     x[1, 30:] = 1
-    graph = graph_of("main", export_model(_Ties(), (x,), ({0: torch.export.Dim("batch")},)), {}, {})
+    graph = graph_of("main", captured_program(_Ties(), (x,), ({0: torch.export.Dim("batch")},)), {}, {})
     top, order = interpret(graph, {"x": x})
     assert top.tolist() == [[0, 1, 2], [30, 31, 32]]
     assert order.tolist() == [list(range(40)), [*range(30, 40), *range(30)]]
