@@ -85,7 +85,7 @@ class LoracError(Exception):
     def __init__(
         self, what: str, *, nearest: str | None = None, next_step: str | None = None, code: str | None = None
     ) -> None:
-        self.code = code or self.usual_code or _snake_case(type(self).__name__)
+        self.code = code or self.usual_code or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         assert code is None or code in self.codes, f"{type(self).__name__} has no code '{code}'"
         self.what = escape_controls(what)
         self.nearest = nearest and escape_controls(nearest)
@@ -104,10 +104,6 @@ class LoracError(Exception):
 
 def _restore_error(kind: type[LoracError], args: tuple[object, ...]) -> LoracError:
     return kind.__new__(kind, *args)
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 class SiteError(LoracError):

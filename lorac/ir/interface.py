@@ -272,10 +272,6 @@ class Interface:
         """Return a copy with further notes, each once."""
         return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
 
-    def with_outputs(self, nodes: Collection[str]) -> Interface:
-        """Return a copy with further extra outputs."""
-        return replace(self, outputs=(*self.outputs, *nodes), extra_outputs=(*self.extra_outputs, *nodes))
-
     def with_values(self, values: Mapping[str, object]) -> Interface:
         """Return a copy whose output holds these values, by their name in it, in place of constants."""
         if self.structure is None or not values:

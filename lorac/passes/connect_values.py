@@ -17,7 +17,7 @@ from lorac.errors import SiteError
 from lorac.frontend.capture.decoder_families import find_sequence
 from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.adapted_call import VALUE_PREFIX, AdaptedCall, add_operands, select_attention
-from lorac.ir.graph.edit import inline, insert_call, trace_in_places
+from lorac.ir.graph.edit import inline, insert_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.interface import program_input_name
@@ -219,8 +219,7 @@ def _compute_once(sources: _ValueSources, once: Mapping[str, SitePlan], before: 
         operands = [*(slots[slot_name(path, role)] for role in roles), *read.values()]
         context = functools.partial(FormulaContext, site, attention=select_attention(graph))
         function = functools.partial(_compute_values, context, branch, list(read), owner, graph.sites, names)
-        traced = None if branch.axes is None else trace_in_places(graph.exported, function, operands)
-        _, nodes = inline(graph.exported, before, function, operands, traced)
+        _, nodes = inline(graph.exported, before, function, operands, in_places=branch.axes is not None)
         sources.own.update(zip(names, nodes, strict=True))
 
 

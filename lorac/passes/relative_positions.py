@@ -14,15 +14,13 @@ from torch import fx
 
 from lorac.errors import Unavailable
 from lorac.frontend.capture.decoder_families import is_token_numbering
-from lorac.ir.graph.attention_ops import WITHOUT_CACHE
+from lorac.ir.graph.attention_ops import BIAS_OPERAND, WITHOUT_CACHE
 from lorac.ir.graph.edit import add_constant, insert_call
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.nodes import copy_provenance, find_stored_tensors, get_example
+from lorac.ir.graph.nodes import copy_provenance, find_sources, find_stored_tensors, get_example
 from lorac.passes.position_tables import DEFAULT_POSITIONS, evaluate
 
 aten = torch.ops.aten
-_BIAS_OPERAND = 3
-"""Which operand of an attention is its bias."""
 _ROUNDING = 0.01
 """How far slopes in half precision may be from a line, as a part of their largest value."""
 
@@ -57,7 +55,7 @@ class RelativePositions:
         Raises:
             Unavailable: the bias depends on more than the numbers of queries and keys.
         """
-        bias = attention.args[_BIAS_OPERAND]
+        bias = attention.args[BIAS_OPERAND]
         if not isinstance(bias, fx.Node):
             return None
         if bias not in self._found:
@@ -99,11 +97,7 @@ class RelativePositions:
 
     def _find_parts(self, bias: fx.Node) -> list[fx.Node]:
         """Return the nodes from which a bias is computed and that depend on the sequence's length, in order."""
-        found, pending = {bias}, [bias]
-        while pending:
-            new = [node for node in pending.pop().all_input_nodes if node not in found]
-            found.update(new)
-            pending += new
+        found = find_sources([bias])
         parts: dict[fx.Node, None] = {}
         for node in self.graph.fx.nodes:
             numbers = node in found and is_token_numbering(node, self.length)

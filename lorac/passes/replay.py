@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from lorac.errors import CompileError
 from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.adapted_call import AdaptedCall, select_attention
-from lorac.ir.graph.edit import inline, trace_in_places
+from lorac.ir.graph.edit import inline
 from lorac.ir.graph.graph import Graph
 from lorac.ir.slots.branch_places import run_branch_alone_in_places
 from lorac.ir.slots.execution import FormulaContext, run_branch_alone
@@ -134,9 +134,8 @@ class Replay:
                 return (run_branch_alone(slot, tensors[:count], x, y, ctx),)
             return (run_branch_alone_in_places(slot, tensors[:count], x, y, ctx, row_ops.SEGMENTS),)
 
-        program, given = self.graph.exported, [x, plain, *others]
-        traced = None if slot.axes is None else trace_in_places(program, function, given)
-        return inline(program, self.before, function, given, traced, origin=plain)[1][0]
+        given, in_places = [x, plain, *others], slot.axes is not None
+        return inline(self.graph.exported, self.before, function, given, origin=plain, in_places=in_places)[1][0]
 
 
 def _values_of_pass(slot: BranchSlot) -> list[str]:

@@ -19,10 +19,6 @@ from lorac.report.sections import Section, build_sections, extract_module, find_
 from lorac.storage.paths import translate_os_errors
 
 
-def _no_emission() -> None:
-    """Return None: the target runs the model's own modules."""
-
-
 class GraphView:
     """One graph at one of its stages.
 
@@ -43,7 +39,7 @@ class GraphView:
         context: Callable[[], PictureContext],
         stage: str | None = None,
         skipped: Mapping[str, tuple[Skip, ...]] | None = None,
-        emission: Callable[[], Dump | None] = _no_emission,
+        emission: Callable[[], Dump | None] = lambda: None,
     ) -> None:
         self._dumps, self._context, self.skipped, self._emission = dumps, context, dict(skipped or {}), emission
         self._stage = stage or list(dumps)[-1]
@@ -101,7 +97,7 @@ class GraphView:
         Raises:
             Unavailable: nothing of the graph lies there.
         """
-        found = {stage: part for stage, dump in self._dumps.items() if (part := _extract_module(dump, path))}
+        found = {stage: part for stage, dump in self._dumps.items() if (part := extract_module(dump, path))}
         if self._stage not in found:
             raise Unavailable(
                 f"nothing of graph '{self.dump.name}' lies inside '{path}'",
@@ -163,13 +159,6 @@ class GraphViews(dict[str, GraphView]):
 
     def __repr__(self) -> str:
         return f"<graphs {', '.join(self)}>"
-
-
-def _extract_module(dump: Dump, path: str) -> Dump | None:
-    try:
-        return extract_module(dump, path)
-    except KeyError:
-        return None
 
 
 def _write_page(path: str | Path, views: Mapping[str, GraphView], context: PictureContext) -> Path:

@@ -95,15 +95,14 @@ def find_drawn(index: int, drawn_as: Mapping[int, int]) -> int:
     return index
 
 
-def extract_module(dump: Dump, path: str) -> Dump:
-    """Return the part of a dump inside a module; the values that it reads from outside become inputs.
+def extract_module(dump: Dump, path: str) -> Dump | None:
+    """Return the part of a dump inside a module, or None if nothing lies there.
 
-    Raises:
-        KeyError: no row lies inside ``path``.
+    The values that it reads from outside become inputs.
     """
     inside = [i for i, row in enumerate(dump.rows) if _is_inside(_full_path(row), path)]
     if not inside:
-        raise KeyError(path)
+        return None
     within = set(inside)
     outside = list(dict.fromkeys(ref for i in inside for ref in dump.rows[i].refs if ref not in within))
     rows = [Row("in", f"x{n}" if n else "x", "", (), dump.rows[ref].type) for n, ref in enumerate(outside)]

@@ -108,7 +108,9 @@ class AdapterTensors(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Warn if the loaded tensors belong to another method, or to other settings. Only tensors are loaded."""
-        loaded = parse_object(bytes(state.tolist()), _corrupt_record).get("record")
+        what = "the record of an adapter in a state dict"
+        text = bytes(state.tolist())
+        loaded = parse_object(text, lambda why: FormatError(f"{what} {why}", code="corrupt_file")).get("record")
         own = json.loads(dump_json(describe_adapter(self.adapter)))
         differing = [f for f in ("variant", "config") if not isinstance(loaded, dict) or loaded.get(f) != own[f]]
         if differing:
@@ -145,10 +147,6 @@ def _key_suffixes(key: str) -> Iterator[str]:
     while key:
         yield key
         key = key.partition(".")[2]
-
-
-def _corrupt_record(reason: str) -> FormatError:
-    return FormatError(f"the record of an adapter in a state dict {reason}", code="corrupt_file")
 
 
 def state_dict_key(name: str) -> str:

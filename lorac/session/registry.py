@@ -187,11 +187,6 @@ class StoredFile(StoredAdapter):
             yield path
 
 
-def _files_of(path: Path) -> Iterator[Path]:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    yield from (file for file in files if file.is_file() and file.suffix not in _UNREAD)
-
-
 def _read_headers(path: Path) -> tuple[bytes, int]:
     """Return a hash of all that an adapter's files say besides values, and the size of those.
 
@@ -199,7 +194,8 @@ def _read_headers(path: Path) -> tuple[bytes, int]:
     adapter has.
     """
     digest, size = hashlib.blake2b(digest_size=16), 0
-    for file in _files_of(path):
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    for file in (file for file in files if file.is_file() and file.suffix not in _UNREAD):
         header, values = _read_header(file)
         digest.update(f"{file.suffix} {len(header)}\n".encode())
         digest.update(header)

@@ -92,13 +92,8 @@ class Session:
         self.preparer.base = SHAPES_ONLY if tensors is None else make_file_base_reader(tensors)
 
 
-def _ones_at(site: Site) -> torch.Tensor:
-    return torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype)
-
-
-def _zeros_at(site: Site) -> torch.Tensor | None:
-    return torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None
-
-
-SHAPES_ONLY = BaseReader(_ones_at, _zeros_at)
+SHAPES_ONLY = BaseReader(
+    lambda site: torch.ones(*site.stacked, site.out_features, site.in_features, dtype=site.dtype),
+    lambda site: torch.zeros(site.out_features, dtype=site.dtype) if site.bias else None,
+)
 """Gives tensors of the right shape in place of base weights."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import networkx as nx
-import pytest
 
 import lorac
 from lorac.ir.graph.graph import Graph
@@ -65,11 +64,11 @@ def test_values_form_an_acyclic_graph_from_inputs_to_outputs() -> None:
 
 def test_extracting_a_module_keeps_only_its_inside() -> None:
     found = dump(captured_stack())
-    inside = extract_module(found, "body.layers.1")
+    inside, result = (extract_module(found, f"body.layers.1{leaf}") for leaf in ("", ".out"))
+    assert inside is not None and result is not None
     assert set(inside.sites) == {f"body.layers.1.{leaf}" for leaf in ("query", "key", "out")}
     assert [row.name for row in inside.rows if row.site] == ["query", "key", "out"]
     assert [row.kind for row in inside.rows].count("in") == 1
     assert [row.kind for row in inside.rows].count("out") == 1
-    assert [row.name for row in extract_module(found, "body.layers.1.out").rows if row.kind == "value"] == ["out"]
-    with pytest.raises(KeyError):
-        extract_module(found, "body.layers.9")
+    assert [row.name for row in result.rows if row.kind == "value"] == ["out"]
+    assert extract_module(found, "body.layers.9") is None

@@ -100,11 +100,9 @@ class CallArguments:
         inputs = {name: value for name, value in named.items() if name not in fixed}
         positions = None if POSITION_IDS in named else find_multimodal_positions(model)
         computed = None if positions is None else positions.compute(named)
-        return (
-            cls(inputs, fixed, read)
-            if computed is None
-            else cls({**inputs, POSITION_IDS: computed}, fixed, read, positions)
-        )
+        if computed is None:
+            return cls(inputs, fixed, read)
+        return cls({**inputs, POSITION_IDS: computed}, fixed, read, positions)
 
 
 class _ConstantEvaluation(TorchFunctionMode):

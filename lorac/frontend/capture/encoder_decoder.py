@@ -32,9 +32,9 @@ _ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.
 def drop_zero_biases(graph: fx.Graph) -> None:
     """Remove biases of attentions that are zeros throughout, in place."""
     for node in graph.nodes:
-        bias = node.args[3] if node.target is attention_ops.ATTENTION else None
+        bias = node.args[attention_ops.BIAS_OPERAND] if node.target is attention_ops.ATTENTION else None
         if isinstance(bias, fx.Node) and bias.target in _ZEROS:
-            node.update_arg(3, None)
+            node.update_arg(attention_ops.BIAS_OPERAND, None)
 
 
 def check_attention_cacheable(program: ExportedProgram, host: str) -> None:

@@ -90,19 +90,14 @@ def _numbered_alike(one: nn.Module, other: nn.Module, number: int, others: int) 
     if pairs is None:
         return None
     numbered: set[tuple[str, str]] = set()
-    for path, name, mine, theirs in _attributes(pairs):
+    named = ((path, name) for path, (module, _) in pairs.items() for name in vars(module).keys() - _MODULE_ATTRIBUTES)
+    for path, name in named:
+        mine, theirs = (vars(module)[name] for module in pairs[path])
         if type(mine) is type(theirs) is int and (mine, theirs) == (number, others):
             numbered.add((path, name))
         elif not _same(mine, theirs, one, other):
             return None
     return numbered
-
-
-def _attributes(pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> Iterator[tuple[str, str, object, object]]:
-    """Yield path and name of every attribute of two layers' modules, with both values."""
-    for path, (mine, theirs) in pairs.items():
-        for name in vars(mine).keys() - _MODULE_ATTRIBUTES:
-            yield path, name, vars(mine)[name], vars(theirs)[name]
 
 
 def _pairs(one: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]] | None:

@@ -17,13 +17,11 @@ from lorac.frontend.capture.decoder_families import NUMBERINGS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import insert_call
-from lorac.ir.graph.nodes import find_module_path
+from lorac.ir.graph.nodes import find_module_path, find_sources
 
 aten = torch.ops.aten
 _SPREADING = frozenset({aten.expand.default, aten.repeat.default})
 """Ops that give every row the same values."""
-_BIAS = 3
-"""The operand of an attention that is its bias."""
 
 
 def make_positions_per_row(program: ExportedProgram) -> None:
@@ -37,7 +35,8 @@ def make_positions_per_row(program: ExportedProgram) -> None:
     """
     named = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     ids = named[find_sequence(named).ids]
-    biased = _find_bias_sources(program.graph)
+    attentions = (node for node in program.graph.nodes if node.target is attention_ops.ATTENTION)
+    biased = find_sources(node.args[attention_ops.BIAS_OPERAND] for node in attentions)
     found = [
         (node, numbering)
         for node in program.graph.nodes
@@ -51,18 +50,6 @@ def make_positions_per_row(program: ExportedProgram) -> None:
             node.replace_all_uses_with(insert_call(program, node, aten.to.dtype, counted, node.meta["val"].dtype))
         else:
             _replace_in_users(program, node, by_row)
-
-
-def _find_bias_sources(graph: fx.Graph) -> set[fx.Node]:
-    """Return the nodes that the biases of attentions are computed from."""
-    found: set[fx.Node] = set()
-    waiting = [node.args[_BIAS] for node in graph.nodes if node.target is attention_ops.ATTENTION]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, fx.Node) and node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
 
 
 def _replace_in_users(program: ExportedProgram, node: fx.Node, by_row: fx.Node) -> None:

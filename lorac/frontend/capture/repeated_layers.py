@@ -267,7 +267,9 @@ def expand_repeated_layers(program: ExportedProgram, prefix: str = "") -> None:
         program: as traced.
         prefix: prefix of the paths of its sites.
     """
-    _complete_users(program.graph)
+    for node in program.graph.nodes:  # users are missing where torch inlines a region
+        for read in node.all_input_nodes:
+            read.users.setdefault(node)
     inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     specs = [spec for spec in program.graph_signature.input_specs if spec.kind in _LAYER_INPUTS]
     weights = {str(spec.target): inputs[spec.arg.name] for spec in specs}
@@ -284,13 +286,6 @@ def expand_repeated_layers(program: ExportedProgram, prefix: str = "") -> None:
             program.graph.erase_node(node)
     if repeated:
         program.graph.lint()
-
-
-def _complete_users(graph: fx.Graph) -> None:
-    """Complete the users of every node, which are missing where torch inlines a region."""
-    for node in graph.nodes:
-        for read in node.all_input_nodes:
-            read.users.setdefault(node)
 
 
 _LAYER_INPUTS = (InputKind.PARAMETER, InputKind.BUFFER)

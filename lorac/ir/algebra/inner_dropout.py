@@ -44,7 +44,8 @@ def insert_inner_dropout(branch: fx.GraphModule) -> fx.GraphModule | None:
         if node in copied:
             continue
         operand = _find_inner_operand(node, stages)
-        known = copied if operand is None else {**copied, operand: _insert_dropout(graph, copied[operand], rate)}
+        dropped = {} if operand is None else {operand: graph.call_function(F.dropout, (copied[operand], rate))}
+        known = {**copied, **dropped}
         copied[node] = graph.node_copy(node, lambda n, known=known: known[n])  # type: ignore[misc]  # the default binds the loop's value
         _advance(node, stages)
     found = any(node.target is F.dropout for node in graph.nodes)
@@ -63,10 +64,6 @@ def _advance(node: fx.Node, stages: dict[fx.Node, _ProductStage]) -> None:
     inputs = [stages[operand] for operand in node.all_input_nodes if operand in stages]
     if inputs:
         stages[node] = _ProductStage(min(max(inputs) + (node.target in _PRODUCTS), _ProductStage.AFTER))
-
-
-def _insert_dropout(graph: fx.Graph, value: fx.Node, rate: fx.Node) -> fx.Node:
-    return graph.call_function(F.dropout, (value, rate))
 
 
 def run_with_dropout(dropped: fx.GraphModule, x: Tensor, y: Tensor, params: tuple[Tensor, ...], rate: float) -> Tensor:

@@ -10,7 +10,7 @@ same, and slower. Each rule states the identity it uses; none knows a method. Ru
 is an annotation, and new nodes are made only for its operands.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -124,13 +124,7 @@ def analyse(
         for op in rule.ops:
             by_op.setdefault(op, []).append(rule)
     for node in list(graph.nodes):
-        form = _first_form(found, node, by_op.get(node.target, ()))
-        if form is not None:
+        built = (rule.build(found, node) for rule in by_op.get(node.target, ()))
+        if (form := next((form for form in built if form is not None), None)) is not None:
             found.forms[node] = form
     return found
-
-
-def _first_form(found: Analysis, node: fx.Node, rules: Iterable[AlgebraRule]) -> Form | None:
-    """Return the form that the first matching rule builds, or None."""
-    built = (rule.build(found, node) for rule in rules)
-    return next((form for form in built if form is not None), None)

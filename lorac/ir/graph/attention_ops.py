@@ -182,8 +182,8 @@ def _(x: Tensor, places: Tensor) -> Tensor:
 
 ATTENTION, CACHED_ATTENTION = attention._opoverload, cached_attention._opoverload
 POSITIONS, MASK, ROWS = positions._opoverload, mask._opoverload, rows._opoverload
-CAUSAL_OPERAND = 7
-"""The operand of an attention that is true for a growing sequence."""
+BIAS_OPERAND, CAUSAL_OPERAND = 3, 7
+"""The operands of an attention that are its bias, and true for a growing sequence."""
 
 _BRANCH_SEPARATOR = ":"
 """Separates, in the operand ``module`` of a branch's attention, the site's path from the attention's number."""

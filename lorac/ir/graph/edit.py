@@ -249,15 +249,17 @@ def inline(
     function: Callable[..., object],
     operands: Sequence[fx.Node],
     traced: fx.GraphModule | None = None,
+    *,
     origin: fx.Node | None = None,
+    in_places: bool = False,
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Insert ``function(*operands)``, traced to aten, before ``node``; return the trace and the nodes of its outputs.
 
     The new nodes get the provenance of ``origin``, by default of ``node``. A trace may be reused for operands whose
-    shapes differ only in the names of symbolic sizes.
+    shapes differ only in the names of symbolic sizes. ``in_places`` is for a function that ``torch.vmap`` runs.
     """
     if traced is None:
-        traced = trace_function(program, function, operands)
+        traced = (trace_in_places if in_places else trace_function)(program, function, operands)
     places = [n for n in traced.graph.nodes if n.op == "placeholder"]
     environment: dict[fx.Node, fx.Node] = dict(zip(places, operands, strict=True))
     sizes, mode = _renamed(places, operands), find_fake_mode(program)

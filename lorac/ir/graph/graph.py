@@ -7,7 +7,7 @@ A Graph wraps a ``torch.export`` program, whose fx graph, signature and state be
 import enum
 import operator
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.fx
 from torch.export import ExportedProgram
@@ -118,7 +118,9 @@ class Graph:
         from lorac.ir.graph.edit import add_outputs  # it imports sympy, which a process that only loads never needs
 
         add_outputs(self.exported, nodes)
-        self.interface = self.interface.with_outputs(nodes)
+        known = self.interface
+        outputs, extra = (*known.outputs, *nodes), (*known.extra_outputs, *nodes)
+        self.interface = replace(known, outputs=outputs, extra_outputs=extra)
 
     def add_notes(self, *notes: str) -> None:
         """Add sentences for whoever calls the program."""

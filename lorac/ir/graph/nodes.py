@@ -1,6 +1,7 @@
 """The metadata of nodes, which fx leaves untyped: an example of the value, its module, its source line, its tensor."""
 
 import re
+from collections.abc import Iterable
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -33,6 +34,18 @@ def find_stored_tensors(program: ExportedProgram) -> dict[fx.Node, Tensor]:
     names = {getattr(spec.arg, "name", ""): str(spec.target) for spec in program.graph_signature.input_specs}
     found = {node: held.get(names.get(node.name, "")) for node in program.graph.nodes if node.op == "placeholder"}
     return {node: tensor for node, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def find_sources(values: Iterable[object]) -> set[fx.Node]:
+    """Return the nodes among some values, and those from which they are computed."""
+    found: set[fx.Node] = set()
+    waiting = [*values]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, fx.Node) and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
 
 
 def describe_type(value: Tensor) -> tuple[object, ...]:

@@ -370,13 +370,11 @@ class _ModelComparison:
 
 def _outputs_close(answer: object, expected: object) -> bool:
     """Return whether two outputs are the same up to rounding."""
-    return all(map(_close, pytree.tree_leaves(answer), pytree.tree_leaves(expected)))
-
-
-def _close(one: object, other: object) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return not differs_beyond_rounding(one, other)
-    return bool(one == other)
+    pairs = zip(pytree.tree_leaves(answer), pytree.tree_leaves(expected), strict=False)
+    return all(
+        not differs_beyond_rounding(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in pairs
+    )
 
 
 class _ModelError(Exception):
