@@ -32,7 +32,7 @@ from lorac.argument_types import Fields
 from lorac.ir.function_tracing import Decompositions, record_function
 from lorac.ir.graph import ops
 from lorac.ir.graph.new_sizes import make_example, make_size
-from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
+from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance, describe_type
 from lorac.ir.output_structure import OutputStructure
 from lorac.ir.tracing import tracing
 
@@ -95,9 +95,7 @@ def add_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     """Add outputs behind the program's own."""
     output = program.graph.output_node()
     output.args = ((*output.args[0], *nodes.values()),)
-    for node in nodes.values():
-        spec = OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
-        program.graph_signature.output_specs.append(spec)
+    program.graph_signature.output_specs.extend(map(_output_spec, nodes.values()))
     signature = _call_signature(program)
     outputs = pytree.tree_unflatten([object()] * signature.out_spec.num_leaves, signature.out_spec)
     extended = (outputs, {name: object() for name in nodes})
@@ -108,11 +106,14 @@ def set_outputs(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
     """Replace all outputs of a program, by name."""
     output = program.graph.output_node()
     output.args = (tuple(nodes.values()),)
-    specs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in nodes.values()]
-    program.graph_signature.output_specs[:] = specs
+    program.graph_signature.output_specs[:] = map(_output_spec, nodes.values())
     signature = _call_signature(program)
     signature.outputs.clear()
     signature.out_spec = pytree.tree_flatten({name: object() for name in nodes})[1]
+
+
+def _output_spec(node: fx.Node) -> OutputSpec:
+    return OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None)
 
 
 def drop_inputs(program: ExportedProgram, names: Collection[str]) -> None:
@@ -177,11 +178,7 @@ def keep_tensor_outputs(program: ExportedProgram) -> OutputStructure:
     tensors = [_as_tensor(program, value, output) for i, (_, value) in enumerate(outputs) if i not in constants]
     others = [(spec, value) for spec, value in pairs if spec.kind is not OutputKind.USER_OUTPUT]
     output.args = ((*(value for _, value in others), *tensors),)
-    arguments = [TensorArgument(tensor.name) for tensor in tensors]
-    specs[:] = [
-        *(spec for spec, _ in others),
-        *(OutputSpec(OutputKind.USER_OUTPUT, argument, None) for argument in arguments),
-    ]
+    specs[:] = [*(spec for spec, _ in others), *map(_output_spec, tensors)]
     # torch lists no outputs of a whole program here, and would not find listed ones after a decomposition.
     signature.outputs.clear()
     signature.out_spec = pytree.tree_flatten(tuple(tensors))[1]
@@ -369,8 +366,7 @@ def trace_in_places(
 
 def have_equal_types(node: fx.Node, other: fx.Node) -> bool:
     """Return whether two nodes have tensors of one dtype and shape."""
-    a, b = node.meta["val"], other.meta["val"]
-    return bool(a.dtype == b.dtype and [str(size) for size in a.shape] == [str(size) for size in b.shape])
+    return describe_type(node.meta["val"]) == describe_type(other.meta["val"])
 
 
 def update_signature(program: ExportedProgram) -> None:
