@@ -203,7 +203,8 @@ def _compare(
 ) -> SiteDifference:
     first, second = (None if change is None else require_parts(path, change, weight) for change in (one, other))
     if first is None or second is None:
-        return SiteDifference(*(None if parts is None else _norm(*parts) for parts in (first, second)))
+        one_norm, other_norm = (None if parts is None else _norm(*parts) for parts in (first, second))
+        return SiteDifference(one_norm, other_norm)
     _check_shapes(path, *((*b.shape[:-1], (b if a is None else a).shape[-1]) for b, a in (first, second)))
     norms = _norm(*first), _norm(*second)
     difference, inner = _subtract(first, second)

@@ -9,7 +9,7 @@ an artifact contains.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -197,7 +197,8 @@ def _make_tensor(name: str, entry: JsonMapping, values: Mapping[str, Tensor]) ->
     if entry.get("buffer"):
         return value
     # A quantised weight has a class of the name of its class, as sites report it.
-    cls = type(str(entry["packed"]), (nn.Parameter,), {}) if entry.get("packed") else nn.Parameter
+    packed = entry.get("packed")
+    cls: Callable[..., nn.Parameter] = nn.Parameter if packed is None else type(packed, (nn.Parameter,), {})
     return cls(value, requires_grad=False)
 
 
