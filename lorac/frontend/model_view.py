@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.frontend.base_weights import make_base_reader, named_tensors, read_stored_tensor
-from lorac.frontend.components import Components, get_component_prefix, list_components, strip_wrappers
+from lorac.frontend.components import Components, list_components, strip_wrappers
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton_root import Skeleton
 from lorac.ir.sites import BaseReader, Site, SiteKind
@@ -55,11 +55,6 @@ class ModelView:
     def components(self) -> dict[str, nn.Module]:
         """Graph name -> the model that is captured as that graph."""
         return list_components(self.module)
-
-    def component_sites(self, name: str) -> dict[str, Site]:
-        """Return the sites of one component by their paths within it."""
-        prefix = get_component_prefix(self.module, name)
-        return {path.removeprefix(prefix): site for path, site in self.sites.items() if path.startswith(prefix)}
 
     @functools.cached_property
     def callable_paths(self) -> list[str]:

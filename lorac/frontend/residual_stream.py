@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import SiteError
-from lorac.frontend.components import get_component_prefix
 from lorac.frontend.model_runner import WatchingMode
 from lorac.frontend.model_view import ModelView, find_output_layers
 from lorac.frontend.module_sites import infer_module_site
 from lorac.frontend.transformer_blocks import (
     copy_for_hooks,
-    get_component_inputs,
     is_attention_op,
+    iter_components,
     run_under_dispatch_mode,
 )
 from lorac.ir.patterns import find_outermost_blocks
@@ -86,15 +85,7 @@ def trace_residual_stream(view: ModelView, inputs: object = None) -> ResidualStr
         ExampleInputsNeeded: none were given, and none can be made.
         CaptureError: the model cannot be copied.
     """
-    parts = [
-        _trace_component(
-            component,
-            get_component_prefix(view.module, name),
-            view.component_sites(name),
-            get_component_inputs(inputs, view, name),
-        )
-        for name, component in view.components.items()
-    ]
+    parts = [_trace_component(*part) for part in iter_components(view, inputs)]
     return ResidualStream(
         tuple(path for part in parts for path in part.blocks),
         tuple(sublayer for part in parts for sublayer in part.sublayers),

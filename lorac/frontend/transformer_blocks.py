@@ -1,6 +1,6 @@
 """The repeated blocks of a transformer, found by running a copy of the model once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +30,23 @@ def find_transformer_blocks(view: ModelView, inputs: object = None) -> tuple[str
     Args:
         view, inputs: as ``trace_residual_stream`` takes them.
     """
-    found: list[str] = []
+    return tuple(path for part in iter_components(view, inputs) for path in _find_blocks(*part))
+
+
+def iter_components(view: ModelView, inputs: object) -> Iterator[tuple[nn.Module, str, dict[str, Site], object]]:
+    """Yield each component of a model, the prefix of its paths, its sites by their paths within it, and its inputs.
+
+    Args:
+        inputs: example inputs, by component or for all.
+    """
+    by_component = isinstance(inputs, Mapping) and view.components.keys() >= inputs.keys()
     for name, component in view.components.items():
         prefix = get_component_prefix(view.module, name)
-        given = get_component_inputs(inputs, view, name)
-        found += [prefix + path for path in _find_blocks(component, view.component_sites(name), given)]
-    return tuple(found)
+        sites = {path.removeprefix(prefix): site for path, site in view.sites.items() if path.startswith(prefix)}
+        yield component, prefix, sites, inputs.get(name) if by_component else inputs  # type: ignore[attr-defined]  # a mapping
 
 
-def get_component_inputs(inputs: object, view: ModelView, name: str) -> object:
-    """Return the example inputs of one component, where they are given by component; else all of them."""
-    by_component = isinstance(inputs, Mapping) and view.components.keys() >= inputs.keys()
-    return inputs.get(name) if by_component else inputs  # type: ignore[attr-defined]  # a mapping
-
-
-def _find_blocks(model: nn.Module, all_sites: Mapping[str, Site], inputs: object) -> list[str]:
+def _find_blocks(model: nn.Module, prefix: str, all_sites: Mapping[str, Site], inputs: object) -> list[str]:
     sites = {path: site for path, site in all_sites.items() if site.kind is SiteKind.BLOCK}
     counter = _AttentionCounter()
     entered: dict[str, int] = {}
@@ -74,7 +76,8 @@ def _find_blocks(model: nn.Module, all_sites: Mapping[str, Site], inputs: object
 
     lists = {container for path in attends if is_block_list(container := path.rpartition(".")[0])}
     blocks = [path for path in entered if path.rpartition(".")[0] in lists]
-    return [path for path in blocks if not any(f"{container}.".startswith(f"{path}.") for container in lists)]
+    outer = [path for path in blocks if not any(f"{container}.".startswith(f"{path}.") for container in lists)]
+    return [prefix + path for path in outer]
 
 
 class _AttentionCounter(WatchingMode):

@@ -71,10 +71,8 @@ def _fold_to_fit(plan: SitePlan, change: LowRank) -> LowRank:
     return change if plan.room.keys() >= FOLDABLE else change.folded()
 
 
-def find_misfit(plan: SitePlan, change: Change | None) -> str | None:
+def find_misfit(plan: SitePlan, change: Change) -> str | None:
     """Return why a change does not fit a plan's slots, or None."""
-    if change is None:
-        return None
     if plan.bound:
         return None if low_rank_that_fits(plan, change) is not None else _find_weight_misfit(plan, change)
     return find_missing_room(plan, change) if isinstance(change, LowRank) else "has no slot for a whole weight"
@@ -99,7 +97,7 @@ def _find_weight_misfit(plan: SitePlan, change: Change) -> str | None:
     return "has no slot for a bias" if change.e is not None and operands.BIAS not in plan.room else None
 
 
-def low_rank_that_fits(plan: SitePlan, change: Change | None) -> LowRank | None:
+def low_rank_that_fits(plan: SitePlan, change: Change) -> LowRank | None:
     """Return the change if it is low-rank and fits the slots next to the weight, else None."""
     return change if isinstance(change, LowRank) and not find_missing_room(plan, change) else None
 
