@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from lorac.formats._config_fields import ABSENT, Field
+from lorac.formats._config_fields import Field
 from lorac.formats.peft.config import peft_types
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.peft_type import AnyPeftType
@@ -54,9 +54,7 @@ def _table(fields: Mapping[str, Field]) -> Iterator[str]:
 
 
 def _default(field: Field) -> str:
-    if field.default is ABSENT:
-        return "never written"
-    return f"`{json.dumps(field.default)}`"
+    return f"`{json.dumps(field.default)}`" if field.written else "never written"
 
 
 if __name__ == "__main__":

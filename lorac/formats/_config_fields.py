@@ -20,8 +20,6 @@ T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 MAX_COUNT = 2**31 - 1
 """The largest rank, size or count in a configuration. The tensors bound it further."""
-ABSENT = object()
-"""Default of a field that the library has, but never writes."""
 
 
 def _identity(value: object) -> object:
@@ -38,6 +36,7 @@ class Field(ABC):
         read: value in the file -> value in lorac; raises ValueError saying what was expected.
         write: value of the variant -> value in the file.
         preserved: written back as it was read.
+        written: False: of older releases or forks of the library, which never writes it.
         next_step: what to do about a value that is refused.
     """
 
@@ -46,6 +45,7 @@ class Field(ABC):
     read: Callable[[object], object] = _identity
     write: Callable[[Any], object] = _identity
     preserved: bool = False
+    written: bool = True
     next_step: str | None = None
 
     @property

@@ -33,7 +33,7 @@ from peft import (
 
 from lorac.errors import FormatError
 from lorac.formats import load_adapter
-from lorac.formats._config_fields import ABSENT, Refused
+from lorac.formats._config_fields import Refused
 from lorac.formats.peft.config import PEFT_TYPES, peft_types
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA
@@ -73,14 +73,14 @@ def test_the_table_is_the_dataclass(kind: str) -> None:
     """A field that a new PEFT adds fails this test until someone says what it is."""
     table = peft_types()[kind].fields
     fields = {field.name: field for field in dataclasses.fields(CLASSES[kind])}
-    assert set(table) == set(fields), f"PEFT {peft.__version__}"
+    assert {name for name, field in table.items() if field.written} <= set(fields), f"PEFT {peft.__version__}"
+    assert set(fields) <= set(table), f"PEFT {peft.__version__}"
     for name, field in fields.items():
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if table[name].default is not ABSENT and name != "peft_type":
+        if table[name].written and name != "peft_type":
             assert table[name].default == default, name
-    assert not set(peft_types()[kind].retired) & set(fields)
 
 
 @pytest.mark.parametrize("kind", CLASSES)

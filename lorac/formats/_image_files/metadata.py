@@ -6,9 +6,10 @@ diffusers writes one JSON object, in which the fields of a component's LoraConfi
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorac.formats._config_fields import read_fields
 from lorac.formats._errors import corrupt_error
 from lorac.formats._files import BASE_HASH, encode_config
-from lorac.formats.peft.config import peft_types, read_config, variant_of, write_config
+from lorac.formats.peft.config import peft_types, variant_of, write_config
 from lorac.storage.strict_json import parse_object
 from lorac.variants.low_rank import ScaledRank
 
@@ -31,7 +32,7 @@ def read_configs(metadata: Mapping[str, str], path: Path) -> dict[str, ScaledRan
         configs.setdefault(component, {})[field] = value
     peft_type, found = peft_types()[_LORA], {}
     for component, raw in configs.items():
-        variant = variant_of(read_config(raw, peft_type, path), peft_type, path)
+        variant = variant_of(read_fields(raw, peft_type.fields, path), peft_type, path)
         assert isinstance(variant, ScaledRank)
         found[component] = variant
     return found
@@ -42,18 +43,13 @@ def write_configs(variants: Mapping[str, ScaledRank]) -> dict[str, str]:
 
     diffusers takes a component without a configuration for one of rank 8, so that all have one or none.
     """
-    if all(_is_plain(variant) for variant in variants.values()):
+    if all(not one.alpha_pattern and not one.rank_pattern and one.scale == 1 for one in variants.values()):
         return {}
     fields: dict[str, object] = {}
     for component, variant in variants.items():
         config = write_config(variant, peft_types()[_LORA], {"target_modules": list(variant.targets)}, {})
         fields |= {f"{component}.{name}": value for name, value in config.items()}
     return {CONFIGS: encode_config(fields)}
-
-
-def _is_plain(variant: ScaledRank) -> bool:
-    """Return whether the scale is 1 at every site."""
-    return not variant.alpha_pattern and not variant.rank_pattern and variant.scale == 1
 
 
 def seal_text(metadata: Mapping[str, str]) -> str:

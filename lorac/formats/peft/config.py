@@ -14,7 +14,7 @@ from pathlib import Path
 from lorac.argument_types import JsonMapping
 from lorac.discovery import import_modules
 from lorac.errors import FormatError, nearest_name, short
-from lorac.formats._config_fields import ABSENT, Applied, read_fields
+from lorac.formats._config_fields import Applied
 from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import rename_bias
 from lorac.formats.peft.peft_type import AnyPeftType, PeftType
@@ -60,15 +60,6 @@ def peft_type_of(raw: JsonMapping, path: Path) -> AnyPeftType:
     )
 
 
-def read_config(raw: JsonMapping, peft_type: AnyPeftType, path: Path) -> JsonMapping:
-    """Return the value of every field in lorac's types; defaults where the file has none.
-
-    Raises:
-        FormatError: as ``read_fields``.
-    """
-    return read_fields(raw, {**peft_type.fields, **peft_type.retired}, path)
-
-
 def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Variant:
     """Return the variant that a checked configuration describes.
 
@@ -82,7 +73,7 @@ def variant_of(values: JsonMapping, peft_type: AnyPeftType, path: Path) -> Varia
     )
     known = {field.name for field in dataclasses.fields(cls)}
     settings = {}
-    for name, field in {**peft_type.fields, **peft_type.retired}.items():
+    for name, field in peft_type.fields.items():
         may_differ = not isinstance(field, Applied) or not field.to or name in selection
         if field.to in known:
             settings[field.to] = values[name]
@@ -114,7 +105,7 @@ def write_config(
     """
     config: dict[str, object] = {}
     for name, field in peft_type.fields.items():
-        if field.default is ABSENT:
+        if not field.written:
             continue
         config[name] = field.default
         if field.preserved:

@@ -19,10 +19,10 @@ from torch import nn
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, short
-from lorac.formats._config_fields import Irrelevant
+from lorac.formats._config_fields import Irrelevant, read_fields
 from lorac.formats._errors import unsupported_error
 from lorac.formats._registry import load_adapter
-from lorac.formats.peft.config import peft_type_of, read_config, variant_of
+from lorac.formats.peft.config import peft_type_of, variant_of
 from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.keys import PREFIX
 from lorac.formats.peft.peft_type import AnyPeftType
@@ -61,7 +61,7 @@ def variant_from_config(config: PeftObject) -> Variant:
     path = Path(type(config).__name__)
     raw = json.loads(json.dumps(config.to_dict(), default=sorted))
     peft_type = peft_type_of(raw, path)
-    values = read_config(raw, peft_type, path)
+    values = read_fields(raw, peft_type.fields, path)
     if raw.get("target_modules") is None and not raw.get("target_parameters"):
         raise unsupported_error(
             f"'{path}' names no target_modules, and what PEFT then takes depends on the model",
@@ -78,7 +78,9 @@ def _refuse_training_fields(raw: JsonMapping, peft_type: AnyPeftType, path: Path
     selections = peft_type.variants.values()
     for name, field in peft_type.fields.items():
         selects = any(name in selection and selection[name] == raw.get(name) for selection in selections)
-        is_known = name in COMMON or selects or field.to is not None or isinstance(field, Irrelevant)
+        is_known = (
+            name in COMMON or selects or field.to is not None or isinstance(field, Irrelevant) or not field.written
+        )
         if not is_known and raw.get(name, field.default) not in (field.default, None):
             raise unsupported_error(
                 f"'{path}' sets {name}={short(raw[name])}, which says how PEFT makes or trains an adapter, and lorac "

@@ -30,8 +30,7 @@ class PeftType(ABC, Generic[V]):
         former_names: names of types of older releases of PEFT whose files are of this one.
         variants: class of the method -> the configuration values that select it.
         read_only: those of the classes that PEFT itself does not compute, so that none is written for it.
-        fields: every field of PEFT's configuration class.
-        retired: fields that older releases of PEFT, or forks, wrote.
+        fields: every field of PEFT's configuration class, and those that older releases or forks wrote.
         suffixes: what follows the path of a module in a key.
         shared: names of tensors that all modules share, in the file and as parameters: ``base_model.<name>``, and in
             older files once more at every module.
@@ -54,7 +53,6 @@ class PeftType(ABC, Generic[V]):
     variants: ClassVar[Mapping[type[Variant], JsonMapping]]
     fields: ClassVar[Mapping[str, Field]]
     read_only: ClassVar[frozenset[type[Variant]]] = frozenset()
-    retired: ClassVar[Mapping[str, Field]] = {}
     suffixes: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[frozenset[SiteKind] | None] = None
@@ -136,13 +134,14 @@ class PeftType(ABC, Generic[V]):
         """Return tied site -> the site of the file whose tensors it has in PEFT."""
         return {}
 
-    def make_shared(self, values: JsonMapping, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Return the shared tensors that a file left out because a seed gives them; empty where it holds them.
+    def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
+        """Return the shared tensors as a seed gives them, of a type whose files may lack them (``save_projection``).
 
         Args:
-            sites: those of the model that the file names.
+            out_features: the largest of the sites.
+            in_features: the largest of the sites.
         """
-        return {}
+        raise NotImplementedError
 
     def shared_shapes(self, variant: V, sites: Sequence[Site]) -> Mapping[str, tuple[int, ...]]:
         """Return the shapes of the shared tensors in PEFT, where they are not those that the sites need."""

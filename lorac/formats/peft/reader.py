@@ -8,11 +8,12 @@ from torch import Tensor
 from lorac.adapters.base_hash import compute_tensor_hash
 from lorac.adapters.fit import check_present, check_site, no_site_error, sort_by_site
 from lorac.errors import BaseNeeded
+from lorac.formats._config_fields import read_fields
 from lorac.formats._errors import corrupt_error
 from lorac.formats._files import BASE_HASH, check_seal, read_json, read_weights
 from lorac.formats._site_layouts import LAYOUT, site_to_json
 from lorac.formats.peft.checks import check_against_config, check_against_model, contains_tensors
-from lorac.formats.peft.config import peft_type_of, read_config, variant_of
+from lorac.formats.peft.config import peft_type_of, variant_of
 from lorac.formats.peft.keys import PeftFile, read_keys
 from lorac.formats.peft.target_parameters import take_matrices
 from lorac.formats.peft.token_rows import fill_rows
@@ -39,7 +40,7 @@ def read_folder(folder: Path, view: ModelView | None, name: str | None) -> Adapt
     tensors, metadata = read_weights(folder, CONFIG, WEIGHTS, PICKLED)
     check_seal(folder, seal_text(raw, metadata), tensors, metadata)
     peft_type = peft_type_of(raw, path)
-    values = read_config(raw, peft_type, path)
+    values = read_fields(raw, peft_type.fields, path)
     adapter = peft_type.read_folder(folder, values, tensors, name, view)
     if adapter is not None:
         adapter.provenance |= {"format": "peft", "config": raw}
@@ -134,10 +135,16 @@ def _complete_shared(adapter: Adapter, file: PeftFile) -> dict[str, Tensor]:
     # What the configuration promises is compared with the file before anything of that size is made.
     for site in sites:
         check_present(adapter.name, adapter.variant, site, stored[site.path])
-    drawn = file.peft_type.make_shared(file.values, sites)
-    if not set(missing) <= drawn.keys():
+    if file.values.get("save_projection", True):
         raise corrupt_error(
             f"the file of adapter '{adapter.name}' lacks '{missing[0]}', which all its sites share",
             next_step="save the adapter again, with save_projection=True where its configuration has that",
         )
-    return {**drawn, **shared}
+    if not sites:
+        raise BaseNeeded(
+            "save_projection=False: the file lacks the tensors of its seed, and their sizes depend on the model",
+            next_step="load_adapter(path, model)",
+        )
+    largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
+    drawn = file.peft_type.draw_shared(file.values, *largest)
+    return {**dict(zip(file.peft_type.shared, drawn, strict=True)), **shared}

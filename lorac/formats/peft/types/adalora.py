@@ -21,7 +21,6 @@ from lorac.formats._config_fields import (
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
 from lorac.formats.peft.types.lora import FIELDS as LORA_FIELDS
-from lorac.formats.peft.types.lora import RETIRED
 from lorac.ir.sites import Site, SiteKind
 from lorac.variants.adalora import AdaLoRA
 
@@ -79,7 +78,6 @@ class AdaloraType(PeftType[AdaLoRA]):
         # PEFT refuses to read a configuration without a number of steps.
         "total_step": TrainingOnly(preserved=True, write=lambda steps: steps or 1),
     }
-    retired = RETIRED
     suffixes = ("lora_A", "lora_E", "lora_B")
     kinds = frozenset({SiteKind.LINEAR, SiteKind.CONV2D})
     conv1d = True

@@ -33,7 +33,6 @@ from lorac.adapters.residual_base import FACTOR_RULES, subtract_factors
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, SiteError, nearest_name, warn
 from lorac.formats._config_fields import (
-    ABSENT,
     Applied,
     Field,
     Irrelevant,
@@ -120,7 +119,7 @@ FIELDS: Mapping[str, Field] = {
     "monteclora_config": TrainingOnly(),
     "megatron_core": Irrelevant("megatron.core"),
     "qalora_group_size": Irrelevant(16),
-    "runtime_config": Irrelevant(ABSENT),
+    "runtime_config": Irrelevant(written=False),
     "megatron_config": Refused(next_step="save the adapter from a model without Megatron's parallel layers"),
     # lorac writes the rows with the whole embedding, so that the field is null.
     "trainable_token_indices": Applied(read=read_token_rows),
@@ -131,13 +130,11 @@ FIELDS: Mapping[str, Field] = {
     "use_bdlora": Refused(next_step=_MERGE),
     "arrow_config": Refused(next_step="compile the adapters that it routes between, each by itself"),
     "kasa_config": Refused(next_step=_MERGE),
-}
-RETIRED: Mapping[str, Field] = {
-    "merge_weights": Irrelevant(False),
-    "enable_lora": Refused(next_step="it is of PEFT before 0.3; train the adapter again"),
+    "merge_weights": Irrelevant(False, written=False),
+    "enable_lora": Refused(next_step="it is of PEFT before 0.3; train the adapter again", written=False),
     # Of FlyLoRA's fork.
-    "top_k": Applied(to="top_k", read=read_optional_size),
-    "bias_u": TrainingOnly(),
+    "top_k": Applied(to="top_k", read=read_optional_size, written=False),
+    "bias_u": TrainingOnly(written=False),
 }
 
 
@@ -153,7 +150,6 @@ class LoraType(PeftType[LoRA | DoRA | FlyLoRA | LoRAXS]):
     }
     read_only = frozenset({FlyLoRA, LoRAXS})
     fields = FIELDS
-    retired = RETIRED
     suffixes = (*MATRICES, *EMBEDDING, *VECTORS, LATENT)
     shapes_tell_kind = True
     tied = {"lora_A": "lora_B", "lora_B": "lora_A"}

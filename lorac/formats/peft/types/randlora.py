@@ -17,13 +17,12 @@ from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_number, read_size, write_number
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
-from lorac.formats.peft.peft_type import Tensors
-from lorac.formats.peft.shared_tensors import SeededType
-from lorac.ir.sites import Site
+from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.randlora import RandLoRA, draw_bases
 
 
-class RandloraType(SeededType[RandLoRA]):
+class RandloraType(PeftType[RandLoRA]):
     """RANDLORA."""
 
     peft_type = "RANDLORA"
@@ -42,14 +41,17 @@ class RandloraType(SeededType[RandLoRA]):
     }
     shared = ("randlora_A", "randlora_B")
     suffixes = ("randlora_lambda", "randlora_gamma")
-    axes = {"randlora_A": 3, "randlora_B": 3, "randlora_lambda": 2, "randlora_gamma": 2}
-    expected = "randlora_lambda is (r, n), randlora_gamma (n, d), A (r, 1, d) and B (D, n, r)"
+    kinds = frozenset({SiteKind.LINEAR})
+    conv1d = True
 
-    def tell_site(self, path: str, tensors: Tensors) -> Site:
+    def read_site(self, variant: RandLoRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        axes = dict.fromkeys(self.shared, 3) | dict.fromkeys(self.suffixes, 2)
+        expected = "randlora_lambda is (r, n), randlora_gamma (n, d), A (r, 1, d) and B (D, n, r)"
+        tensors = take_tensors(path, stored, axes, expected)
         small = tensors["randlora_gamma"].shape[1]
-        return matrix_site(path, small, small)
+        return matrix_site(path, small, small), tensors
 
-    def draw(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
+    def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         small, large = sorted((out_features, in_features))
         variant = RandLoRA(r=values["r"], sparse=values["sparse"], very_sparse=values["very_sparse"])
         key, sparsity = values["projection_prng_key"], variant.sparsity(small)

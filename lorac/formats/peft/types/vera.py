@@ -13,13 +13,12 @@ from lorac.argument_types import JsonMapping
 from lorac.formats._config_fields import Applied, TrainingOnly, read_number, read_size
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
-from lorac.formats.peft.peft_type import Tensors
-from lorac.formats.peft.shared_tensors import SeededType
-from lorac.ir.sites import Site
+from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
+from lorac.ir.sites import Site, SiteKind
 from lorac.variants.vera import VeRA, draw_projections
 
 
-class VeraType(SeededType[VeRA]):
+class VeraType(PeftType[VeRA]):
     """VERA."""
 
     peft_type = "VERA"
@@ -35,11 +34,14 @@ class VeraType(SeededType[VeRA]):
     }
     shared = ("vera_A", "vera_B")
     suffixes = ("vera_lambda_b", "vera_lambda_d")
-    axes = {"vera_A": 2, "vera_B": 2, "vera_lambda_b": 1, "vera_lambda_d": 1}
-    expected = "vera_A is (r, in), vera_B (out, r), vera_lambda_b (out,), vera_lambda_d (r,)"
+    kinds = frozenset({SiteKind.LINEAR})
+    conv1d = True
 
-    def tell_site(self, path: str, tensors: Tensors) -> Site:
-        return matrix_site(path, tensors["vera_lambda_b"].shape[0], tensors["vera_A"].shape[1])
+    def read_site(self, variant: VeRA, path: str, stored: Tensors) -> tuple[Site, dict[str, Tensor]]:
+        axes = dict.fromkeys(self.shared, 2) | dict.fromkeys(self.suffixes, 1)
+        expected = "vera_A is (r, in), vera_B (out, r), vera_lambda_b (out,), vera_lambda_d (r,)"
+        tensors = take_tensors(path, stored, axes, expected)
+        return matrix_site(path, tensors["vera_lambda_b"].shape[0], tensors["vera_A"].shape[1]), tensors
 
-    def draw(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
+    def draw_shared(self, values: JsonMapping, out_features: int, in_features: int) -> Sequence[Tensor]:
         return draw_projections(values["r"], out_features, in_features, values["projection_prng_key"])
