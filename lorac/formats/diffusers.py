@@ -12,14 +12,12 @@ from torch import Tensor
 
 from lorac.formats._errors import unsupported_error
 from lorac.formats._files import peek_names
-from lorac.formats._format import Format
 from lorac.formats._image_files.metadata import write_configs
 from lorac.formats._image_files.methods import join_methods
 from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import PipelineModel
-from lorac.formats._image_files.reader import read_file
 from lorac.formats._image_files.spellings import is_dotted
-from lorac.formats._image_files.writer import Spelling, write_file
+from lorac.formats._image_files.writer import ImageFormat
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -29,10 +27,13 @@ from lorac.variants.lora import LoRA
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-class DiffusersSpelling(Spelling):
-    """PEFT's names behind those of components."""
+class DiffusersFormat(ImageFormat):
+    """diffusers' LoRA files."""
 
-    format = "diffusers"
+    name = "diffusers"
+    looks_for = f"a safetensors file, or a folder with {WEIGHTS}, with names such as unet.<module>.lora_A.weight"
+    written_by = "diffusers"
+    methods = (DoRA, LoRA)
     leaves: ClassVar[Mapping[str, str]] = {
         "lora_down": "lora_A.weight",
         "lora_up": "lora_B.weight",
@@ -40,6 +41,12 @@ class DiffusersSpelling(Spelling):
         "dora_scale": "lora_magnitude_vector",
     }
     stores_alpha = False
+
+    def recognises(self, path: Path) -> bool:
+        return any(map(is_dotted, peek_names(_find_file(path))))
+
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        return super().read(_find_file(path), view, name or path.stem)
 
     def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
         if component.name == "model":
@@ -66,25 +73,6 @@ class DiffusersSpelling(Spelling):
                 )
             joined[component] = variant
         return write_configs(joined)
-
-
-class DiffusersFormat(Format):
-    """diffusers' LoRA files."""
-
-    name = "diffusers"
-    looks_for = f"a safetensors file, or a folder with {WEIGHTS}, with names such as unet.<module>.lora_A.weight"
-    written_by = "diffusers"
-    methods = (DoRA, LoRA)
-
-    def recognises(self, path: Path) -> bool:
-        names = peek_names(_find_file(path))
-        return any(map(is_dotted, names))
-
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        return read_file(_find_file(path), view, name or path.stem, self.name)
-
-    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        write_file(adapter, path, view, DiffusersSpelling())
 
 
 def _find_file(path: Path) -> Path:

@@ -9,34 +9,33 @@ from typing import ClassVar
 
 from lorac.formats._errors import unsupported_error
 from lorac.formats._files import peek_names
-from lorac.formats._format import Format
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.original_names import Place
-from lorac.formats._image_files.places import PipelineModel, is_denoiser
-from lorac.formats._image_files.reader import read_file
-from lorac.formats._image_files.spellings import is_underscored
-from lorac.formats._image_files.writer import Spelling, write_file
-from lorac.frontend.model_view import ModelView
-from lorac.variants.adapter import Adapter
+from lorac.formats._image_files.places import PipelineModel
+from lorac.formats._image_files.spellings import DENOISERS, is_underscored
+from lorac.formats._image_files.writer import ImageFormat
 
 _WITH_ENDING = ("lora_down", "lora_up", "a1", "a2", "b1", "b2")
-_OWN = ("dora_scale", "diff", "diff_b", "rescale", "weight", "on_input", "oft_blocks")
 _TEXT_MODEL = "text_model."
 
 
-class KohyaSpelling(Spelling):
-    """Paths with underscores."""
+class KohyaFormat(ImageFormat):
+    """sd-scripts' and LyCORIS's files."""
 
-    format = "kohya"
+    name = "kohya"
+    looks_for = "a safetensors file with names such as lora_unet_<module>.lora_down.weight"
+    written_by = "sd-scripts; LyCORIS; ComfyUI"
+    refines = "diffusers"
+    methods = tuple(variant for layout in LAYOUTS for variant in layout.variants)
     leaves: ClassVar[Mapping[str, str]] = {
-        **{
-            leaf: leaf
-            for leaf in (*_OWN, *(leaf for layout in LAYOUTS for leaf in layout.leaves))
-            if leaf != "lora_bias"
-        },
+        "dora_scale": "dora_scale",
+        **{leaf: leaf for layout in LAYOUTS for leaf in layout.leaves if leaf != "lora_bias"},
         **{leaf: f"{leaf}.weight" for leaf in _WITH_ENDING},
     }
     stores_alpha = True
+
+    def recognises(self, path: Path) -> bool:
+        return path.is_file() and any(map(is_underscored, peek_names(path)))
 
     def name_module(self, component: PipelineModel, module: str, pipeline: Mapping[str, PipelineModel]) -> str:
         beginning = _find_beginning(component, pipeline)
@@ -50,7 +49,7 @@ class KohyaSpelling(Spelling):
 
 def _find_beginning(component: PipelineModel, pipeline: Mapping[str, PipelineModel]) -> str:
     """Return how sd-scripts begins the names of a component."""
-    if is_denoiser(component.name):
+    if component.name in DENOISERS:
         return "lora_unet_"
     numbered = "text_encoder_2" in pipeline or any(other.uses_original_names for other in pipeline.values())
     names = {
@@ -65,25 +64,6 @@ def _find_beginning(component: PipelineModel, pipeline: Mapping[str, PipelineMod
             next_step="use format='diffusers', or 'native'",
         )
     return names[component.name]
-
-
-class KohyaFormat(Format):
-    """sd-scripts' and LyCORIS's files."""
-
-    name = "kohya"
-    looks_for = "a safetensors file with names such as lora_unet_<module>.lora_down.weight"
-    written_by = "sd-scripts; LyCORIS; ComfyUI"
-    refines = "diffusers"
-    methods = tuple(variant for layout in LAYOUTS for variant in layout.variants)
-
-    def recognises(self, path: Path) -> bool:
-        return path.is_file() and any(map(is_underscored, peek_names(path)))
-
-    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        return read_file(path, view, name or path.stem, self.name)
-
-    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
-        write_file(adapter, path, view, KohyaSpelling())
 
 
 FORMAT = KohyaFormat()

@@ -116,14 +116,11 @@ def find_dropped(convert: Converter, tensors: Mapping[str, Tensor]) -> list[str]
     """Return the names of the tensors of which no number reaches what a converter returns."""
     with torch.enable_grad():
         leaves = {name: tensor.detach().clone().float().requires_grad_() for name, tensor in tensors.items()}
-        given = {name: _watch(leaf.clone()) for name, leaf in leaves.items()}
+        copies = {name: leaf.clone() for name, leaf in leaves.items()}
+        given = {name: one.as_subclass(WatchedNumber) if one.numel() == 1 else one for name, one in copies.items()}
         returned = [tensor.sum() for tensor in convert(dict(given)).values() if tensor.requires_grad]
         reached = torch.autograd.grad(returned, list(leaves.values()), allow_unused=True) if returned else ()
     found = dict(zip(leaves, reached or [None] * len(leaves), strict=True))
     return [
         name for name, gradient in found.items() if gradient is None and not getattr(given[name], "was_read", False)
     ]
-
-
-def _watch(tensor: Tensor) -> Tensor:
-    return tensor.as_subclass(WatchedNumber) if tensor.numel() == 1 else tensor

@@ -84,10 +84,6 @@ class StoredModule:
         tensors = {names[leaf]: tensor for leaf, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, keys={names[leaf]: key for leaf, key in self.keys.items()})
 
-    def with_alpha(self, alpha: float) -> "StoredModule":
-        """Return it with an alpha."""
-        return replace(self, alpha=alpha)
-
     @property
     def columns(self) -> tuple[int, ...]:
         """The shape (in, *kernel) of a row of the weight as its module stores it, of a group of channels."""

@@ -14,7 +14,7 @@ from lorac.formats._image_files.original_names import (
     find_other_names,
     prefers_original_names,
 )
-from lorac.formats._image_files.spellings import COMPONENTS, DENOISERS, DIFFERENCES, TensorName
+from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
@@ -140,15 +140,9 @@ def choose_component(beginning: str, pipeline: Mapping[str, PipelineModel]) -> P
     """
     if len(pipeline) == 1 and not next(iter(pipeline.values())).prefix:
         return next(iter(pipeline.values()))
-    names = COMPONENTS.get(beginning, (beginning.removesuffix("."),))
-    return next((pipeline[name] for name in names if name in pipeline), None)
+    return next((pipeline[name] for name in pipeline_names(beginning) if name in pipeline), None)
 
 
 def pipeline_names(beginning: str) -> tuple[str, ...]:
-    """Return the name in pipelines of the component of a prefix of names."""
+    """Return the names that a component of a prefix of names may have in pipelines."""
     return COMPONENTS.get(beginning, (beginning.removesuffix("."),))
-
-
-def is_denoiser(name: str) -> bool:
-    """Return whether a component is the one that makes images."""
-    return name in DENOISERS

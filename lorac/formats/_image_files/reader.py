@@ -1,7 +1,7 @@
 """Reading a file of image models: every tensor is of a module of the model, and of a method there."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -159,7 +159,8 @@ class _FileReader:
     def _read_differences(self, module: _Module) -> dict[str, Tensor]:
         """Take the differences of norms and of single biases from a module; return these parameters by name."""
         paths = [module.component.prefix + path for path in module.place.paths]
-        if "diff" in module.names and self._adapts(paths[0]):
+        site = self.view.sites.get(paths[0])
+        if "diff" in module.names and site is not None and site.kind in LAYERS:  # a formula can change it
             return {}
         taken = {leaf: module.names.pop(leaf) for leaf in DIFFERENCES if leaf in module.names}
         if not taken:
@@ -213,10 +214,6 @@ class _FileReader:
             if part is not None:
                 yield site.path, part
 
-    def _adapts(self, path: str) -> bool:
-        """Return whether a path is that of a layer that a formula can change."""
-        return path in self.view.sites and self.view.sites[path].kind in LAYERS
-
     def _find_site(self, path: str) -> Site:
         site = self.view.sites.get(path)
         if site is None:
@@ -256,7 +253,7 @@ class _FileReader:
                 f"'{module.key}' has rank {rank}, and the configuration in the metadata of '{self.path}' says "
                 f"{short(here.r)}"
             )
-        return stored.with_alpha(find_alpha(here))
+        return replace(stored, alpha=find_alpha(here))
 
 
 def _join_sites(module: _Module, sites: list[Site]) -> Site:

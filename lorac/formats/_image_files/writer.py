@@ -1,6 +1,6 @@
-"""Writing a file of image models."""
+"""Writing a file of image models, and the base class of the formats of such files."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,14 @@ from lorac.adapters.fit import check_adapter
 from lorac.errors import BaseNeeded
 from lorac.formats._errors import native_or_lora, unsupported_error
 from lorac.formats._files import BASE_HASH, write_sealed
+from lorac.formats._format import Format
 from lorac.formats._image_files.layout import Method
 from lorac.formats._image_files.layouts import LAYOUTS
 from lorac.formats._image_files.magnitudes import take_magnitude
 from lorac.formats._image_files.metadata import seal_text
 from lorac.formats._image_files.original_names import Place
 from lorac.formats._image_files.places import PipelineModel, list_pipeline
+from lorac.formats._image_files.reader import read_file
 from lorac.formats._image_files.rows import join_rows
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site
@@ -34,16 +36,14 @@ PARAMETERS = {"weight": "diff", "bias": "diff_b"}
 """Name of a parameter that an adapter replaces -> that of its difference."""
 
 
-class Spelling(ABC):
-    """How a format spells the names of tensors.
+class ImageFormat(Format):
+    """A format of image models' files, which says how the names of tensors are spelt.
 
     Attributes:
-        format: its name, for messages.
         leaves: what layouts call a tensor -> how its name ends; a tensor without an entry has no place.
         stores_alpha: whether alphas are tensors.
     """
 
-    format: ClassVar[str]
     leaves: ClassVar[Mapping[str, str]]
     stores_alpha: ClassVar[bool]
 
@@ -71,41 +71,43 @@ class Spelling(ABC):
         """
         return {}
 
+    def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
+        return read_file(path, view, name or path.stem, self.name)
 
-def write_file(adapter: Adapter, path: Path, view: ModelView | None, spelling: Spelling) -> None:
-    """Write an adapter as one safetensors file.
+    def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
+        """Write an adapter as one safetensors file.
 
-    Raises:
-        BaseNeeded: no model is given.
-        FormatError: the format has no place for the method, a tensor or a component.
-        AdapterError, SiteError: the adapter does not fit the model.
-    """
-    if view is None:
-        raise BaseNeeded(
-            f"files of the format '{spelling.format}' name modules by the classes of their models",
-            next_step="pass model=, with all models that the adapter is for: {'unet': unet, 'text_encoder': …}",
-        )
-    check_adapter(adapter, view)
-    view = add_adapted_modules(adapter, view)
-    writer = _FileWriter(adapter, view, spelling, list_pipeline(view))
-    tensors = {key: tensor.detach().contiguous() for key, tensor in writer.list_tensors()}
-    base = compute_base_hash(view, adapter.tensors)
-    metadata = {"format": "pt", **writer.describe()} | ({BASE_HASH: base} if base else {})
-    write_sealed(path, tensors, metadata, seal_text(metadata))
+        Raises:
+            BaseNeeded: no model is given.
+            FormatError: the format has no place for the method, a tensor or a component.
+            AdapterError, SiteError: the adapter does not fit the model.
+        """
+        if view is None:
+            raise BaseNeeded(
+                f"files of the format '{self.name}' name modules by the classes of their models",
+                next_step="pass model=, with all models that the adapter is for: {'unet': unet, 'text_encoder': …}",
+            )
+        check_adapter(adapter, view)
+        view = add_adapted_modules(adapter, view)
+        writer = _FileWriter(adapter, view, self, list_pipeline(view))
+        tensors = {key: tensor.detach().contiguous() for key, tensor in writer.list_tensors()}
+        base = compute_base_hash(view, adapter.tensors)
+        metadata = {"format": "pt", **writer.describe()} | ({BASE_HASH: base} if base else {})
+        write_sealed(path, tensors, metadata, seal_text(metadata))
 
 
 @dataclass(frozen=True)
 class _FileWriter:
     adapter: Adapter
     view: ModelView
-    spelling: Spelling
+    format: ImageFormat
     pipeline: Mapping[str, PipelineModel]
 
     def list_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and tensor of everything that the file holds."""
         for component, paths in self._paths_by_component(self.adapter.tensors).items():
             places = {
-                p: (name, place) for name, place in self.spelling.list_places(component).items() for p in place.paths
+                p: (name, place) for name, place in self.format.list_places(component).items() for p in place.paths
             }
             for module, place in dict.fromkeys(places.get(path, (path, Place((path,)))) for path in paths):
                 yield from self._write_module(component, module, place)
@@ -120,7 +122,7 @@ class _FileWriter:
             component.name: {path: self._method(component.prefix + path)[0] for path in paths}
             for component, paths in found.items()
         }
-        return self.spelling.describe(methods)
+        return self.format.describe(methods)
 
     def _paths_by_component(self, names: Mapping[str, object]) -> dict[PipelineModel, list[str]]:
         found: dict[PipelineModel, list[str]] = {}
@@ -137,7 +139,7 @@ class _FileWriter:
         return variant, self.adapter.tensors[path]
 
     def _write_module(self, component: PipelineModel, module: str, place: Place) -> Iterator[tuple[str, Tensor]]:
-        beginning = self.spelling.name_module(component, module, self.pipeline)
+        beginning = self.format.name_module(component, module, self.pipeline)
         paths = [component.prefix + path for path in place.paths]
         site = self.view.sites[next(path for path in paths if path in self.adapter.tensors)]
         method: Method | None = self._method(site.path) if len(paths) == 1 and not place.swapped else None
@@ -149,16 +151,16 @@ class _FileWriter:
                 next_step=f"give {' and '.join(paths)} LoRAs of one scale, or use format='diffusers'",
             )
         leaves, alpha = self._write_leaves(method, site)
-        if alpha is not None and self.spelling.stores_alpha:
+        if alpha is not None and self.format.stores_alpha:
             exact = torch.tensor(alpha)
             yield f"{beginning}.alpha", exact if float(exact) == alpha else exact.new_tensor(alpha, dtype=torch.float64)
         for leaf, tensor in leaves.items():
-            if leaf not in self.spelling.leaves:
+            if leaf not in self.format.leaves:
                 raise unsupported_error(
-                    f"files of the format '{self.spelling.format}' have no place for '{leaf}' at '{site.path}'",
+                    f"files of the format '{self.format.name}' have no place for '{leaf}' at '{site.path}'",
                     next_step="use format='native'" if leaf == "lora_bias" else "use format='kohya', or 'native'",
                 )
-            yield f"{beginning}.{self.spelling.leaves[leaf]}", tensor
+            yield f"{beginning}.{self.format.leaves[leaf]}", tensor
 
     def _method_or_zero(self, path: str, paths: list[str]) -> Method:
         """Return the method of a layer, or of one without an adapter a LoRA that does nothing."""
@@ -176,25 +178,25 @@ class _FileWriter:
         if layout is None:
             raise self._no_place(variant)
         leaves = layout.write(variant, site, tensors)
-        return leaves | ({"dora_scale": self.spelling.write_norms(norms)} if norms is not None else {}), layout.alpha(
+        return leaves | ({"dora_scale": self.format.write_norms(norms)} if norms is not None else {}), layout.alpha(
             variant
         )
 
     def _write_difference(self, component: PipelineModel, name: str) -> tuple[str, Tensor]:
         module, _, parameter = name.rpartition(".")
         tensor, full = self.adapter.replaced[component.prefix + name], component.prefix + name
-        if parameter not in PARAMETERS or PARAMETERS[parameter] not in self.spelling.leaves:
+        if parameter not in PARAMETERS or PARAMETERS[parameter] not in self.format.leaves:
             raise unsupported_error(
                 f"adapter '{self.adapter.name}' replaces '{full}' whole, for which files of the format "
-                f"'{self.spelling.format}' have no place",
+                f"'{self.format.name}' have no place",
                 next_step="use format='native'",
             )
-        beginning = self.spelling.name_module(component, module, self.pipeline)
+        beginning = self.format.name_module(component, module, self.pipeline)
         return f"{beginning}.{PARAMETERS[parameter]}", tensor - self.view.tensor(full).to(tensor)
 
     def _no_place(self, variant: Variant) -> Exception:
         return unsupported_error(
-            f"files of the format '{self.spelling.format}' hold no adapters of '{variant.name}', the method of adapter "
+            f"files of the format '{self.format.name}' hold no adapters of '{variant.name}', the method of adapter "
             f"'{self.adapter.name}'",
             next_step=native_or_lora(variant),
         )
