@@ -84,7 +84,7 @@ class AdapterHubFormat(Format):
             )
         _check_neighbours(folder)
         layout = ModelLayout.of(view, family)
-        components = [config.place(layout, name) for config in configs]
+        components = [config(layout, name) for config in configs]
         variants = [variant for component in components for variant in component.variants]
         variant = variants[0] if len(variants) == 1 else Union.over(*variants)
         provenance = {

@@ -6,7 +6,6 @@ Source: adapters.configuration.BnConfig of adapters 1.3.0.
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,39 +53,7 @@ _ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """Activations in files without a version -> today's names."""
 
 
-@dataclass(frozen=True)
-class BottleneckComponent(ComponentConfig):
-    """A configuration of bottlenecks.
-
-    Attributes:
-        variant: the method, without its places.
-        reductions: number of a block -> its own reduction_factor.
-        inverted: whether an invertible adapter is inverted in front of the head, as the library's own classes do.
-    """
-
-    variant: Bottleneck
-    reductions: Mapping[str, float]
-    inverted: bool
-
-    def place(self, layout: ModelLayout, name: str) -> PlacedComponent:
-        """Apply the configuration to the sublayers of a model.
-
-        Raises:
-            SiteError: as ``Bottleneck.for_stream``.
-        """
-        numbers = {block: str(number) for number, block in enumerate(layout.stream.blocks)}
-        pattern = {
-            re.escape(path): self.reductions[numbers[sublayer.block]]
-            for path, sublayer in layout.sublayers.items()
-            if numbers[sublayer.block] in self.reductions
-        }
-        unplaced = dataclasses.replace(self.variant, reduction_pattern=pattern)
-        # Transformers' own classes run under the library without the inverse.
-        variant = unplaced.for_stream(layout.view, layout.stream, inverts=self.inverted)
-        return PlacedComponent((variant,), _key_patterns(variant, layout), lambda _, stored: dict(stored))
-
-
-def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> BottleneckComponent:
+def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> ComponentConfig:
     """Return a configuration, read.
 
     Raises:
@@ -105,7 +72,18 @@ def read_bottlenecks(config: JsonMapping, header: ConfigHeader) -> BottleneckCom
     for value in by_block.values():
         _check_value("reduction_factor", value, header.file)
     reductions = {number: float(value) for number, value in by_block.items() if number != "default"}
-    return BottleneckComponent(Bottleneck(**given), reductions, header.own_class)
+    method = Bottleneck(**given)
+
+    def place(layout: ModelLayout, name: str) -> PlacedComponent:
+        numbers = {block: str(number) for number, block in enumerate(layout.stream.blocks)}
+        blocks = {path: numbers[sublayer.block] for path, sublayer in layout.sublayers.items()}
+        pattern = {re.escape(path): reductions[block] for path, block in blocks.items() if block in reductions}
+        unplaced = dataclasses.replace(method, reduction_pattern=pattern)
+        # Transformers' own classes run under the library without the inverse of an invertible adapter.
+        variant = unplaced.for_stream(layout.view, layout.stream, inverts=header.own_class)
+        return PlacedComponent((variant,), _key_patterns(variant, layout), lambda _, stored: dict(stored))
+
+    return place
 
 
 def read_preset(name: str, file: Path) -> dict[str, object]:

@@ -1,6 +1,5 @@
 """Components of an AdapterHub file: one configuration each, with the places of its tensors in a model."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +88,8 @@ class PlacedComponent:
         return {path: self.convert(path, assigned[path]) for path in paths}
 
 
-class ComponentConfig(ABC):
-    """A configuration that was read, and not yet applied to a model."""
-
-    @abstractmethod
-    def place(self, layout: ModelLayout, name: str) -> PlacedComponent:
-        """Apply the configuration to a model, for an adapter of a name.
-
-        Raises:
-            FormatError: it means something there that lorac does not build.
-        """
+ComponentConfig = Callable[[ModelLayout, str], PlacedComponent]
+"""A configuration that was read: (model, name of the adapter) -> its component, or ``FormatError``."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ A layer that packs queries, keys and values has the tensors of the chosen ones s
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -115,7 +116,7 @@ class LoraFields:
         return LETTERS if self.scales and self.alpha != 1 else self.letters(layer)
 
 
-def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False) -> "LoraComponent":
+def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False) -> ComponentConfig:
     """Return a configuration, read.
 
     Args:
@@ -134,7 +135,7 @@ def read_loras(config: JsonMapping, header: ConfigHeader, *, tasks: bool = False
     for refused, what, step in _refusals(fields):
         if refused:
             raise unsupported_error(f"'{header.file}' sets {what}", next_step=step)
-    return LoraComponent(fields)
+    return functools.partial(_place_loras, fields)
 
 
 def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
@@ -168,63 +169,60 @@ def _refusals(fields: LoraFields) -> list[tuple[bool, str, str]]:
     ]
 
 
-@dataclass(frozen=True)
-class LoraComponent(ComponentConfig):
-    """A configuration of LoRAs, DoRAs or (IA)³s."""
+def _place_loras(fields: LoraFields, layout: ModelLayout, name: str) -> PlacedComponent:
+    """Apply a configuration to the layers of a model.
 
-    fields: LoraFields
+    Raises:
+        FormatError: at a layer the library computes what lorac does not.
+    """
+    layers = {path: layer for path, layer in layout.layers.items() if fields.adapts(layer)}
+    for path, layer in layers.items():
+        _check_layer(fields, name, layout.view.sites[path], layer)
+    patterns = [KeyPattern(LORAS, layer.name, layer_leaves(fields), (path,)) for path, layer in layers.items()]
+    if fields.is_vera:
+        patterns.append(KeyPattern(SHARED, "", {A: A, B: B}, tuple(layers)))
 
-    def place(self, layout: ModelLayout, name: str) -> PlacedComponent:
-        """Apply the configuration to the layers of a model.
+    def convert(path: str, stored: Stored) -> dict[str, Tensor]:
+        site, layer = layout.view.sites[path], layers[path]
+        for leaf, shape in _leaf_shapes(fields, site, layer).items():
+            check_parameter(name, leaf, ParamSpec(shape, initialisers.zeros), site, stored[leaf], shapes=True)
+        return _to_parameters(fields, layer, stored)
 
-        Raises:
-            FormatError: at a layer the library computes what lorac does not.
-        """
-        layers = {path: layer for path, layer in layout.layers.items() if self.fields.adapts(layer)}
-        for path, layer in layers.items():
-            self._check_layer(name, layout.view.sites[path], layer)
-        patterns = [KeyPattern(LORAS, layer.name, layer_leaves(self.fields), (path,)) for path, layer in layers.items()]
-        if self.fields.is_vera:
-            patterns.append(KeyPattern(SHARED, "", {A: A, B: B}, tuple(layers)))
+    return PlacedComponent(_make_variants(fields, layers), tuple(patterns), convert)
 
-        def convert(path: str, stored: Stored) -> dict[str, Tensor]:
-            site, layer = layout.view.sites[path], layers[path]
-            for leaf, shape in _leaf_shapes(self.fields, site, layer).items():
-                check_parameter(name, leaf, ParamSpec(shape, initialisers.zeros), site, stored[leaf], shapes=True)
-            return _to_parameters(self.fields, layer, stored)
 
-        return PlacedComponent(self._variants(layers), tuple(patterns), convert)
+def _make_variants(fields: LoraFields, layers: Mapping[str, AdaptableLayer]) -> tuple[Variant, ...]:
+    """Return the methods of layers: one for those that pack several, and one for all others."""
+    dropout = float(fields.dropout)
+    plain = tuple(path for path, layer in layers.items() if layer.role != PACKED)
+    packed = tuple(path for path in layers if path not in plain)
+    method: WeightVariant = IA3()
+    if not fields.scales:
+        method = (DoRA if fields.use_dora else LoRA)(r=fields.r, alpha=fields.alpha)
+    variants: list[Variant] = []
+    if packed:
+        parts = dict.fromkeys(fields.parts(layers[packed[0]]), method)
+        variants.append(Split(parts=parts, among=LETTERS, targets=packed, dropout=dropout))
+    if plain or not packed:
+        rate: Fields = {} if fields.scales else {"dropout": dropout}
+        variants.append(dataclasses.replace(method, targets=plain, **rate))
+    return tuple(variants)
 
-    def _variants(self, layers: Mapping[str, AdaptableLayer]) -> tuple[Variant, ...]:
-        fields, dropout = self.fields, float(self.fields.dropout)
-        plain = tuple(path for path, layer in layers.items() if layer.role != PACKED)
-        packed = tuple(path for path in layers if path not in plain)
-        method: WeightVariant = IA3()
-        if not fields.scales:
-            method = (DoRA if fields.use_dora else LoRA)(r=fields.r, alpha=fields.alpha)
-        variants: list[Variant] = []
-        if packed:
-            parts = dict.fromkeys(fields.parts(layers[packed[0]]), method)
-            variants.append(Split(parts=parts, among=LETTERS, targets=packed, dropout=dropout))
-        if plain or not packed:
-            rate: Fields = {} if fields.scales else {"dropout": dropout}
-            variants.append(dataclasses.replace(method, targets=plain, **rate))
-        return tuple(variants)
 
-    def _check_layer(self, name: str, site: Site, layer: AdaptableLayer) -> None:
-        fields = self.fields
-        if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
-            raise unsupported_error(
-                f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "
-                "the library itself cannot run that",
-                next_step="train a plain LoRA, or with PEFT",
-            )
-        if fields.use_dora and (site.bias is not None or site.transposed):
-            raise unsupported_error(
-                f"adapter '{name}' has DoRA at '{site.path}': AdapterHub's scales the layer's bias as well, or a "
-                "transposed weight along its other side, and lorac's, as PEFT's, does not",
-                next_step="train it with PEFT, whose DoRA lorac reads",
-            )
+def _check_layer(fields: LoraFields, name: str, site: Site, layer: AdaptableLayer) -> None:
+    """Refuse a layer at which the library computes what lorac does not."""
+    if layer.role == PACKED and (fields.is_vera or fields.has_tasks or fields.use_dora):
+        raise unsupported_error(
+            f"adapter '{name}' has VeRA, DoRA or weighed tasks at '{site.path}', which packs {', '.join(LETTERS)}: "
+            "the library itself cannot run that",
+            next_step="train a plain LoRA, or with PEFT",
+        )
+    if fields.use_dora and (site.bias is not None or site.transposed):
+        raise unsupported_error(
+            f"adapter '{name}' has DoRA at '{site.path}': AdapterHub's scales the layer's bias as well, or a "
+            "transposed weight along its other side, and lorac's, as PEFT's, does not",
+            next_step="train it with PEFT, whose DoRA lorac reads",
+        )
 
 
 def layer_leaves(fields: LoraFields) -> dict[str, str]:
