@@ -63,8 +63,8 @@ def check_copy(name: str, parameter: str, recorded: str, tensor: torch.Tensor) -
     Raises:
         AdapterError: they differ, or the record is not a hash.
     """
-    recorded_dtype, own_dtype = _parse_recorded_dtype(name, recorded), _dtype_name({tensor.dtype})
-    if recorded_dtype != own_dtype and not _is_wider(own_dtype, recorded_dtype):
+    recorded_dtype = _parse_recorded_dtype(name, recorded)
+    if not _holds_values(_dtype_name({tensor.dtype}), recorded_dtype):
         return
     if compute_tensor_hash(tensor.to(getattr(torch, recorded_dtype))) != recorded:
         raise copy_mismatch_error(name, parameter)
@@ -96,12 +96,9 @@ def check_base(name: str, recorded: str, view: ModelView, paths: Iterable[str]) 
     known = _CHECKED.setdefault(view.module, set()) if isinstance(view.module, Skeleton) else set()
     if (recorded, paths) in known:
         return
-    if recorded_dtype == own_dtype:
-        found = compute_base_hash(view, paths)
-    elif _is_wider(own_dtype, recorded_dtype):
-        found = compute_base_hash(view, paths, dtype=getattr(torch, recorded_dtype))
-    else:
+    if not _holds_values(own_dtype, recorded_dtype):
         return
+    found = compute_base_hash(view, paths, dtype=getattr(torch, recorded_dtype, None))
     if found != recorded:
         raise AdapterError(
             f"adapter '{name}' was made for other base weights: it recorded {recorded}, "
@@ -148,9 +145,9 @@ def _dtype_name(dtypes: set[torch.dtype]) -> str:
     return str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else _MIXED
 
 
-def _is_wider(own_dtype: str, recorded_dtype: str) -> bool:
+def _holds_values(own_dtype: str, recorded_dtype: str) -> bool:
     """Return whether every value of dtype ``recorded_dtype`` is one of dtype ``own_dtype``."""
-    if _MIXED in (own_dtype, recorded_dtype) or not isinstance(getattr(torch, recorded_dtype, None), torch.dtype):
-        return False
+    if _MIXED in (own_dtype, recorded_dtype):
+        return own_dtype == recorded_dtype
     wide, narrow = getattr(torch, own_dtype), getattr(torch, recorded_dtype)
     return bool(torch.promote_types(wide, narrow) == wide)

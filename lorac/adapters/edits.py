@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lorac.adapters.lora_conversion import make_lora_variant
+from lorac.adapters.lora_conversion import replace_by_lora
 from lorac.errors import BaseNeeded
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum
 from lorac.ir.sites import cast_floating
@@ -87,9 +87,7 @@ def _make_lora(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Varian
         tensors[path] = {"lora_A": parts["a"].mT.contiguous(), "lora_B": parts["b"].mT.contiguous()}
         if biased:
             tensors[path]["lora_bias"] = parts["e"] if "e" in parts else parts["b"].new_zeros(parts["b"].shape[-1])
-    ranks = {path: at["lora_A"].shape[-2] for path, at in tensors.items()}
-    fields = {"lora_bias": True} if biased else {}
-    return Adapter(name, make_lora_variant(ranks, ranks, like, **fields), tensors)
+    return replace_by_lora(Adapter(name, like), None, tensors)
 
 
 def _make_edit(name: str, held: Mapping[str, Mapping[str, Tensor]], like: Variant) -> Adapter:

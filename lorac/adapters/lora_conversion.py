@@ -66,10 +66,28 @@ def to_lora(
     tensors = {path: {"lora_A": cut.a.contiguous(), "lora_B": cut.b.contiguous()} for path, cut in found.items()}
     for path, cut in found.items() if shifts else ():
         tensors[path]["lora_bias"] = shifts.get(path, cut.b.new_zeros(cut.b.shape[-2]))
-    ranks = {path: cut.rank for path, cut in found.items()}
-    variant = make_lora_variant(ranks, ranks, adapter.variant, lora_bias=bool(shifts))
     provenance = {**adapter.base_facts, "errors": {path: cut.error for path, cut in found.items()}}
-    return Adapter(name or adapter.name, variant, tensors, dict(adapter.replaced), provenance)
+    return replace_by_lora(adapter, name, tensors, provenance=provenance)
+
+
+def replace_by_lora(
+    adapter: Adapter,
+    name: str | None,
+    tensors: dict[str, dict[str, Tensor]],
+    alphas: Mapping[str, float] | None = None,
+    provenance: Mapping[str, object] | None = None,
+) -> Adapter:
+    """Return a LoRA with all but the tensors of sites and the method as another adapter has it.
+
+    Args:
+        name: of the result; None: the other's.
+        tensors: path of a site -> A (r, in), B (out, r), and ``lora_bias`` at all sites or none.
+        alphas: path of a site -> alpha; None: the ranks, which make the scale 1.
+    """
+    ranks = {path: at_site["lora_A"].shape[-2] for path, at_site in tensors.items()}
+    biased = any("lora_bias" in at_site for at_site in tensors.values())
+    variant = make_lora_variant(ranks, alphas or ranks, adapter.variant, lora_bias=biased)
+    return Adapter(name or adapter.name, variant, tensors, dict(adapter.replaced), dict(provenance or {}))
 
 
 def make_lora_variant(ranks: Mapping[str, int], alphas: Mapping[str, float], like: Variant, **fields: Any) -> LoRA:

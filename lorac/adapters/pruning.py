@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from lorac.adapters.lora_conversion import make_lora_variant
+from lorac.adapters.lora_conversion import replace_by_lora
 from lorac.errors import AdapterError, AdapterNotFound
 from lorac.variants.adapter import Adapter
 from lorac.variants.sora import SoRA
@@ -38,11 +38,9 @@ def prune_gates(adapter: Adapter, name: str | None = None) -> Adapter:
     }
     if not tensors:
         raise AdapterError(f"every gate of '{adapter.name}' is closed", next_step="train with a smaller threshold")
-    ranks = {path: len(parameters["lora_A"]) for path, parameters in tensors.items()}
     initial = {path: cast(SoRA, variant.at_path(path)) for path in tensors}
-    alphas = {path: initial[path].alpha * rank / initial[path].r for path, rank in ranks.items()}
-    lora = make_lora_variant(ranks, alphas, variant)
-    return Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced))
+    alphas = {path: initial[path].alpha * len(at["lora_A"]) / initial[path].r for path, at in tensors.items()}
+    return replace_by_lora(adapter, name, tensors, alphas)
 
 
 def _open_gates(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

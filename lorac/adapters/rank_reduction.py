@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorac.adapters.lora_conversion import check_error, check_sizes, make_lora_variant
+from lorac.adapters.lora_conversion import check_error, check_sizes, replace_by_lora
 from lorac.adapters.truncation import compute_product_svd, find_rank, tail_errors
 from lorac.errors import AdapterNotFound, OptionError
 from lorac.variants.adapter import Adapter
@@ -93,7 +93,7 @@ def _change_ranks(
             else "lorac.to_lora(adapter, model, rank=…) makes a LoRA of it; on the command line, lorac convert --rank",
         )
     generator = torch.Generator().manual_seed(seed)
-    tensors, ranks, alphas, errors = {}, {}, {}, {}
+    tensors, alphas, errors = {}, {}, {}
     for path, parameters in adapter.tensors.items():
         variant = cast(ScaledRank, adapter.variant.at_path(path))
         u, s, vh = compute_product_svd(variant.scale * parameters["lora_B"].detach(), parameters["lora_A"].detach())
@@ -104,10 +104,8 @@ def _change_ranks(
         b, a = _balanced_factors(u[..., :width], s[..., :width], vh[..., :width, :], variant.scale, generator)
         rest = {key: value.detach().clone() for key, value in parameters.items() if key not in {"lora_A", "lora_B"}}
         tensors[path] = {"lora_A": a.to(parameters["lora_A"].dtype), "lora_B": b.to(parameters["lora_B"].dtype), **rest}
-        ranks[path], alphas[path] = width, variant.scale * width
-    lora = make_lora_variant(ranks, alphas, adapter.variant, lora_bias=adapter.variant.lora_bias)
-    provenance = {**adapter.base_facts, "errors": errors}
-    return Adapter(name or adapter.name, lora, tensors, dict(adapter.replaced), provenance)
+        alphas[path] = variant.scale * width
+    return replace_by_lora(adapter, name, tensors, alphas, {**adapter.base_facts, "errors": errors})
 
 
 def _balanced_factors(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_values
-from lorac.adapters.lora_conversion import make_lora_variant
+from lorac.adapters.lora_conversion import replace_by_lora
 from lorac.argument_types import check_type
 from lorac.errors import AdapterError, SiteError, WrongType, nearest_name
 from lorac.ir.algebra.reduction import Params
@@ -38,15 +38,13 @@ def freeze_router(adapter: Adapter, weights: Weights | Mapping[str, Weights], *,
         adapter, Adapter, "what lorac.freeze_router freezes", next_step="give an adapter: compiled.adapters[name]"
     )
     check_values(adapter)
-    ranks, tensors = {}, {}
+    tensors = {}
     rows = _weights_by_site(adapter, weights)
     for path, parameters in adapter.tensors.items():
         variant = adapter.variant.at_path(path)
         a, b = _frozen_factors(adapter, variant, path, parameters, rows[path])
-        tensors[path], ranks[path] = {"lora_A": a, "lora_B": b}, a.shape[0]
-    return Adapter(
-        name or adapter.name, make_lora_variant(ranks, ranks, adapter.variant), tensors, dict(adapter.replaced)
-    )
+        tensors[path] = {"lora_A": a, "lora_B": b}
+    return replace_by_lora(adapter, name, tensors)
 
 
 def _frozen_factors(

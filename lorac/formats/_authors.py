@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lorac.adapters.base_hash import compute_tensor_hash
@@ -18,7 +19,7 @@ from lorac.adapters.fit import check_adapter, sort_by_site
 from lorac.argument_types import JsonMapping
 from lorac.errors import FormatError, nearest_name
 from lorac.formats._config_fields import Applied, Field, read_fields
-from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
+from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
 from lorac.formats._files import (
     PICKLES,
     encode_config,
@@ -28,7 +29,6 @@ from lorac.formats._files import (
     read_pickle,
     read_safetensors,
     write_json,
-    write_pickle,
 )
 from lorac.formats._format import Format
 from lorac.formats._lora_pairs import check_read
@@ -110,7 +110,7 @@ class AuthorsFormat(Format):
         if file.suffix == ".safetensors":
             write_safetensors(file, contiguous, {"format": "pt"})
         else:
-            write_pickle(file, contiguous)
+            torch.save(contiguous, file)
 
     def is_trained(self, key: str, values: JsonMapping) -> bool:
         """Return whether a key is of a parameter that is trained as well."""
@@ -205,6 +205,7 @@ class AuthorsFormat(Format):
 
     def _account(self, file: Path, adapter: Adapter, rest: Tensors, values: JsonMapping) -> None:
         """Take replacements, and note copies of the base."""
+        sites = [*adapter.tensors]
         for key, tensor in rest.items():
             copied = self.name_copy(key)
             if self.is_trained(key, values):
@@ -215,14 +216,10 @@ class AuthorsFormat(Format):
                 expected = [row.key.replace("*", "…") for row in self.rows]
                 raise FormatError(
                     f"'{file}' holds '{key}', which is not a tensor of {self.written_by}",
-                    nearest=nearest_name(key, [name for row in self.rows for name in self._names(row, adapter)]),
+                    nearest=nearest_name(key, [name for row in self.rows for name in map(row.find_key, sites) if name]),
                     next_step=f"keys are {', '.join(expected)}",
                     code="unused_tensors",
                 )
-
-    @staticmethod
-    def _names(row: KeyRow, adapter: Adapter) -> list[str]:
-        return [key for key in map(row.find_key, adapter.tensors) if key is not None]
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         """Write the file of tensors, and that of hyper-parameters where the format has some, into a folder.
@@ -231,11 +228,7 @@ class AuthorsFormat(Format):
             FormatError: the format has no place for the method, a site, a parameter or a replacement.
         """
         if type(adapter.variant) not in self.methods:
-            raise unsupported_error(
-                f"the format '{self.name}' holds {' or '.join(method.name for method in self.methods)}, and adapter "
-                f"'{adapter.name}' is of {adapter.variant.name}",
-                next_step=native_or_lora(adapter.variant),
-            )
+            raise wrong_method_error(adapter, self.name, " or ".join(method.name for method in self.methods))
         if view is not None:
             check_adapter(adapter, view)
         tensors: dict[str, Tensor] = {}

@@ -1,12 +1,21 @@
 """Errors that many formats raise."""
 
 from lorac.errors import FormatError
+from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 
 
 def unsupported_error(what: str, *, next_step: str | None, nearest: str | None = None) -> FormatError:
     """Return the error for a value that lorac does not build, or that a format has no place for."""
     return FormatError(what, nearest=nearest, next_step=next_step, code="unsupported_field")
+
+
+def wrong_method_error(adapter: Adapter, format: str, methods: str) -> FormatError:
+    """Return the error for an adapter of another method than those that a format holds."""
+    return unsupported_error(
+        f"the format '{format}' holds {methods}, and adapter '{adapter.name}' is of {adapter.variant.name}",
+        next_step=native_or_lora(adapter.variant),
+    )
 
 
 def native_or_lora(variant: Variant) -> str:

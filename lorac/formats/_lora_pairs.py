@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lorac.adapters.fit import check_adapter, check_numbers, sort_by_site
-from lorac.adapters.lora_conversion import make_lora_variant
+from lorac.adapters.lora_conversion import replace_by_lora
 from lorac.errors import FormatError, SiteError, nearest_name
-from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
+from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
 from lorac.formats._site_layouts import LAYOUT, remembered_sites, site_to_json
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import Site, SiteKind
@@ -80,24 +80,18 @@ def check_pair(path: Path, layer: str, stored: Mapping[str, Tensor]) -> int:
 
 
 def make_lora(
-    name: str,
-    tensors: Stored,
-    alphas: Mapping[str, float],
-    view: ModelView | None,
-    *,
-    provenance: Mapping[str, object],
+    name: str | None, format: str, path: Path, tensors: Stored, alphas: Mapping[str, float], view: ModelView | None
 ) -> Adapter:
-    """Return a LoRA from its pairs, checked.
+    """Return the LoRA of a file from its pairs, checked.
 
     Args:
+        name: of the adapter; None: that of the file.
         tensors: path of a site -> A and B, which ``check_pair`` has checked.
         alphas: path of a site -> rank times scale.
     """
     ordered = {path: dict(stored) for path, stored in sort_by_site(tensors, view).items()}
-    ranks = {path: stored[A].shape[0] for path, stored in ordered.items()}
-    variant = make_lora_variant(ranks, alphas, LoRA())
-    adapter = Adapter(name, variant, ordered, provenance=dict(provenance))
-    return check_read(adapter, view)
+    provenance = {"format": format, "source": str(path)}
+    return check_read(replace_by_lora(Adapter(name or path.stem, LoRA()), None, ordered, alphas, provenance), view)
 
 
 def check_read(adapter: Adapter, view: ModelView | None) -> Adapter:
@@ -117,10 +111,7 @@ def require_plain_lora(adapter: Adapter, format: str) -> LoRA:
     """
     variant = adapter.variant
     if type(variant) is not LoRA:
-        raise unsupported_error(
-            f"the format '{format}' holds LoRAs, and adapter '{adapter.name}' is of {variant.name}",
-            next_step=native_or_lora(variant),
-        )
+        raise wrong_method_error(adapter, format, "LoRAs")
     what = f"replaces '{next(iter(adapter.replaced))}' whole" if adapter.replaced else "has biases"
     if adapter.replaced or variant.lora_bias:
         raise unsupported_error(

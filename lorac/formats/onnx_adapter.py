@@ -53,7 +53,7 @@ class OnnxAdapterFormat(Format):
             for layer, names in layers.items()
         }
         ranks = {layer: float(check_pair(path, layer, found)) for layer, found in tensors.items()}
-        return make_lora(name or path.stem, tensors, ranks, view, provenance={"format": self.name, "source": str(path)})
+        return make_lora(name, self.name, path, tensors, ranks, view)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         """Write the factors by Olive's names, with the scale in B.

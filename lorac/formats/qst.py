@@ -9,14 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, FormatError, nearest_name
-from lorac.formats._errors import corrupt_error, native_or_lora, unsupported_error
-from lorac.formats._files import check_named_tensors, load_pickle, read_pickle, write_pickle
+from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
+from lorac.formats._files import check_named_tensors, load_pickle, read_pickle
 from lorac.formats._format import Evidence, Format
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
@@ -83,10 +84,7 @@ class QstFormat(Format):
         """
         variant = adapter.variant
         if not isinstance(variant, QST):
-            raise unsupported_error(
-                f"the format '{self.name}' holds qst, and adapter '{adapter.name}' is of {variant.name}",
-                next_step=native_or_lora(variant),
-            )
+            raise wrong_method_error(adapter, self.name, QST.name)
         form = {**_FORM, "causal": True, "rope_theta": 10000.0, "mask": variant.mask}
         other = next((name for name, value in form.items() if getattr(variant, name) != value), None)
         if other is not None or adapter.replaced:
@@ -102,7 +100,7 @@ class QstFormat(Format):
             files[file][key] = tensor.detach().contiguous().clone()
         path.mkdir()
         for file, tensors in files.items():
-            write_pickle(path / file, tensors[""] if file == _ALPHA else tensors)
+            torch.save(tensors[""] if file == _ALPHA else tensors, path / file)
 
 
 def _read_files(folder: Path) -> Iterator[tuple[str, tuple[str, Tensor]]]:

@@ -26,7 +26,8 @@ RECORD = torch.uint8
 
 
 def _write_gguf(tensors: Mapping[str, Tensor], path: Path) -> None:
-    writer = gguf.GGUFWriter(path, str(read_gguf(path).fields["general.architecture"]))
+    fields, _ = read_gguf(path)
+    writer = gguf.GGUFWriter(path, str(fields["general.architecture"]))
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 8.0)
@@ -52,7 +53,7 @@ CONTAINERS: dict[str, tuple[Callable[[Path], Tensors], Callable[[Tensors, Path],
     ".safetensors": (load_file, lambda tensors, path: save_file(tensors, path, _metadata(path))),
     ".bin": (_read_pickle, _write_pickle),
     ".pt": (_read_pickle, _write_pickle),
-    ".gguf": (lambda path: dict(read_gguf(path).tensors), _write_gguf),
+    ".gguf": (lambda path: read_gguf(path)[1], _write_gguf),
     ".onnx_adapter": (
         lambda path: read_onnx_adapter(path, AssertionError),
         lambda tensors, path: write_onnx_adapter(path, tensors),

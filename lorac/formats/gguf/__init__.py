@@ -6,6 +6,7 @@ layer's scale is alpha / r; without it, or with 0, it is 1. A of the token embed
 
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lorac.formats._lora_pairs import (
     settings_at,
     transpose_matrix,
 )
-from lorac.formats.gguf.file import MAGIC, GgufFile, read_gguf
+from lorac.formats.gguf.file import MAGIC, read_gguf
 from lorac.formats.gguf.names import EMBEDDING, GgufNames
 from lorac.frontend.model_view import ModelView
 from lorac.ir.sites import SiteKind
@@ -55,25 +56,24 @@ class GgufFormat(Format):
     methods = (LoRA,)
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        file = read_gguf(path)
-        alpha = _read_fields(path, file)
-        check_finite(file.tensors, f"'{path}'")
+        fields, stored = read_gguf(path)
+        alpha = _read_fields(path, fields)
+        check_finite(stored, f"'{path}'")
         if view is None:
             raise BaseNeeded(
                 f"'{path}' names layers as llama.cpp does, and whose modules they are depends on the model",
                 next_step="load_adapter(path, model); on the command line, --model",
             )
         names = GgufNames.of(view, f"'{path}'")
-        stored_for = str(file.fields[_ARCHITECTURE])
-        if stored_for != names.architecture.name:
+        stored_for = str(fields[_ARCHITECTURE])
+        if stored_for != names.architecture:
             raise FormatError(
-                f"'{path}' is for a model of the architecture '{stored_for}', and this one's is "
-                f"'{names.architecture.name}'",
+                f"'{path}' is for a model of the architecture '{stored_for}', and this one's is '{names.architecture}'",
                 next_step="load the base model that the adapter was trained on",
                 code="unsupported_field",
             )
         tensors = {}
-        for weight, keys in group_by_layer(file.tensors, _SUFFIXES, path).items():
+        for weight, keys in group_by_layer(stored, _SUFFIXES, path).items():
             if weight not in names.paths:
                 raise SiteError(
                     f"'{path}' has tensors for '{weight}', which is not a layer of the model",
@@ -81,11 +81,10 @@ class GgufFormat(Format):
                     next_step="load the model that the adapter was trained on; experts of a mixture are not read",
                     code="site_not_found",
                 )
-            stored = {key: file.tensors[key_name] for key, key_name in keys.items()}
-            tensors[names.paths[weight]] = _to_parameters(path, weight, stored, names)
+            pair = {name: stored[key] for name, key in keys.items()}
+            tensors[names.paths[weight]] = _to_parameters(path, weight, pair, names)
         alphas = {layer: alpha or float(found[A].shape[0]) for layer, found in tensors.items()}
-        provenance = {"format": self.name, "source": str(path)}
-        return make_lora(name or path.stem, tensors, alphas, view, provenance=provenance)
+        return make_lora(name, self.name, path, tensors, alphas, view)
 
     def write(self, adapter: Adapter, path: Path, view: ModelView | None, target: Path) -> None:
         """Write the factors; scales that one alpha for all layers does not give are multiplied into B.
@@ -119,12 +118,11 @@ class GgufFormat(Format):
             a, b = adapter.tensors[layer][A], adapter.tensors[layer][B]
             b = names.to_file(weight, b if alpha else here[layer].scale * b)
             tensors[f"{weight}.lora_a"], tensors[f"{weight}.lora_b"] = a.mT if weight == EMBEDDING else a, b
-        _write_file(path, names.architecture.name, alpha, tensors)
+        _write_file(path, names.architecture, alpha, tensors)
 
 
-def _read_fields(path: Path, file: GgufFile) -> float:
+def _read_fields(path: Path, fields: Mapping[str, object]) -> float:
     """Return alpha of a file's fields, checked; 0 where the scale is 1."""
-    fields = file.fields
     expected = {_TYPE: "adapter", _ADAPTER_TYPE: "lora"}
     for key, value in expected.items():
         if fields.get(key) != value:

@@ -6,13 +6,11 @@ the fastest axis first.
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BufferedReader
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,27 +24,14 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 """Number of a type of values -> its form for ``struct``."""
 _STRING, _ARRAY = 8, 9
 _DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
-"""Number of a type of tensors -> its dtype."""
+"""Number of a type of tensors -> its dtype; blocks are read as bytes."""
 _Q8_0, _Q8_0_VALUES, _Q8_0_BYTES = 8, 32, 34
 """A type of blocks: a scale in float16, and 32 values of one byte."""
 _MOST_AXES, _LONGEST_TEXT = 4, 1 << 20
 
 
-@dataclass
-class GgufFile:
-    """The contents of a file.
-
-    Attributes:
-        fields: the values by key; None in place of an array.
-        tensors: by name.
-    """
-
-    fields: Mapping[str, object] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def read_gguf(path: Path) -> GgufFile:
-    """Return the contents of a file, whose tensors are copied into memory of their own.
+def read_gguf(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Return the fields of a file, with None in place of arrays, and its tensors, copied into memory of their own.
 
     Raises:
         FormatError: it is damaged, or of a version or a type of tensors that lorac does not read.
@@ -60,34 +45,12 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """The place of a tensor: its type, shape and first byte, counted from the first tensor's."""
-
-    kind: int
-    shape: tuple[int, ...]
-    begin: int
-
-    @property
-    def size(self) -> int:
-        """Length in bytes."""
-        if self.kind == _Q8_0:
-            return prod(self.shape) // _Q8_0_VALUES * _Q8_0_BYTES
-        return prod(self.shape) * _DTYPES[self.kind].itemsize
-
-    def stored(self, begin: int) -> TensorPlace:
-        """Return the place in a file whose tensors begin at a byte; blocks are rows of bytes."""
-        if self.kind == _Q8_0:
-            return TensorPlace(torch.uint8, (self.size // _Q8_0_BYTES, _Q8_0_BYTES), begin + self.begin)
-        return TensorPlace(_DTYPES[self.kind], self.shape, begin + self.begin)
-
-
-@dataclass(frozen=True)
 class _Reader:
     path: Path
     file: BufferedReader
     length: int
 
-    def read(self) -> GgufFile:
+    def read(self) -> tuple[dict[str, object], dict[str, Tensor]]:
         if self._take(4) != MAGIC:
             raise ValueError(f"it does not begin with {MAGIC.decode()}")
         version = self._number("<I")
@@ -111,8 +74,9 @@ class _Reader:
         begin = -(-self.file.tell() // alignment) * alignment
         self._check_places(places, begin, alignment)
         with pause_clock():
-            stored = read_tensors(self.file, {name: place.stored(begin) for name, place in places.items()}).tensors
-            return GgufFile(fields, {name: _unpack(stored[name], place) for name, place in places.items()})
+            placed = {name: place._replace(begin=begin + place.begin) for name, place in places.items()}
+            stored = read_tensors(self.file, placed).tensors
+            return fields, {name: _unpack(tensor) for name, tensor in stored.items()}
 
     def _fields(self, count: int) -> dict[str, object]:
         fields: dict[str, object] = {}
@@ -142,7 +106,8 @@ class _Reader:
             self._skip(self._number("<Q"))
         return None
 
-    def _place(self) -> tuple[str, _Place]:
+    def _place(self) -> tuple[str, TensorPlace]:
+        """Return the name of a tensor and its place, counted from the first tensor's; blocks are rows of bytes."""
         name, axes = self._text(), self._number("<I")
         if axes > _MOST_AXES:
             raise ValueError(f"'{name}' has {axes} axes, more than {_MOST_AXES}")
@@ -153,11 +118,13 @@ class _Reader:
                 f"'{name}' in '{self.path}' is of the type {kind} of GGUF, a quantised one that lorac does not read",
                 next_step="convert it again with --outtype f32, f16, bf16 or q8_0",
             )
-        if kind == _Q8_0 and (not shape or shape[-1] % _Q8_0_VALUES):
+        if kind != _Q8_0:
+            return name, TensorPlace(_DTYPES[kind], shape, begin)
+        if not shape or shape[-1] % _Q8_0_VALUES:
             raise ValueError(f"'{name}' is {shape}, which blocks of {_Q8_0_VALUES} values do not fill")
-        return name, _Place(kind, shape, begin)
+        return name, TensorPlace(torch.uint8, (*shape[:-1], shape[-1] // _Q8_0_VALUES, _Q8_0_BYTES), begin)
 
-    def _check_places(self, places: Mapping[str, _Place], begin: int, alignment: int) -> None:
+    def _check_places(self, places: Mapping[str, TensorPlace], begin: int, alignment: int) -> None:
         """Refuse tensors that overlap, leave a gap beyond the alignment, or do not fill the file."""
         reached = 0
         for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].size)):
@@ -194,10 +161,10 @@ class _Reader:
         self.file.seek(count, 1)
 
 
-def _unpack(stored: Tensor, place: _Place) -> Tensor:
-    if place.kind != _Q8_0:
+def _unpack(stored: Tensor) -> Tensor:
+    """Return the values of blocks, which lie along the last axis but one; any other tensor unchanged."""
+    if stored.dtype is not torch.uint8:
         return stored
-    claim_memory(4 * prod(place.shape), "its blocks are unpacked")
-    raw = stored.numpy()
-    scales = np.ascontiguousarray(raw[:, :2]).view(np.float16).astype(np.float32)
-    return torch.from_numpy(scales * raw[:, 2:].view(np.int8)).reshape(place.shape)
+    claim_memory(4 * stored.numel() // _Q8_0_BYTES * _Q8_0_VALUES, "its blocks are unpacked")
+    scales, values = stored[..., :2].contiguous().view(torch.float16), stored[..., 2:].view(torch.int8)
+    return (scales.float() * values).flatten(-2)

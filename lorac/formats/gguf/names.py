@@ -22,44 +22,33 @@ WEIGHT = ".weight"
 EMBEDDING = "token_embd.weight"
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture of llama.cpp.
-
-    Attributes:
-        name: its name in GGUF.
-        neighbours: whether neighbouring features are rotated there, and halves in transformers.
-    """
-
-    name: str
-    neighbours: bool = False
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "arcee": Architecture("arcee", neighbours=True),
-    "bert": Architecture("bert"),
-    "cohere": Architecture("command-r"),
-    "cohere2": Architecture("cohere2"),
-    "gemma": Architecture("gemma"),
-    "gemma2": Architecture("gemma2"),
-    "gemma3_text": Architecture("gemma3"),
-    "gpt2": Architecture("gpt2"),
-    "granite": Architecture("granite", neighbours=True),
-    "llama": Architecture("llama", neighbours=True),
-    "mistral": Architecture("llama", neighbours=True),
-    "mixtral": Architecture("llama", neighbours=True),
-    "olmo": Architecture("olmo", neighbours=True),
-    "olmo2": Architecture("olmo2"),
-    "phi3": Architecture("phi3"),
-    "qwen2": Architecture("qwen2"),
-    "qwen2_moe": Architecture("qwen2moe"),
-    "qwen3": Architecture("qwen3"),
-    "qwen3_moe": Architecture("qwen3moe"),
-    "smollm3": Architecture("smollm3", neighbours=True),
-    "stablelm": Architecture("stablelm"),
-    "starcoder2": Architecture("starcoder2"),
+ARCHITECTURES: Mapping[str, str] = {
+    "arcee": "arcee",
+    "bert": "bert",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
 }
 """model_type of transformers -> the architecture whose converter leaves weights as they are, but for these rows."""
+_NEIGHBOURS = frozenset({"arcee", "granite", "llama", "olmo", "smollm3"})
+"""Architectures in which llama.cpp rotates neighbouring features, and transformers halves."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class GgufNames:
         heads: number of heads of queries, and of keys.
     """
 
-    architecture: Architecture
+    architecture: str
     paths: Mapping[str, str]
     heads: tuple[int, int]
 
@@ -102,7 +91,7 @@ class GgufNames:
                 nearest=nearest_name(model_type, ARCHITECTURES),
                 next_step=f"models are of type {', '.join(ARCHITECTURES)}; format='peft' holds LoRAs of all",
             )
-        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+        number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
         paths: dict[str, str] = {}
         inner = f"{getattr(view.module, 'base_model_prefix', '')}."
@@ -124,7 +113,7 @@ class GgufNames:
 
     def _reorder(self, name: str, b: Tensor, sizes: tuple[int, int]) -> Tensor:
         """Exchange the two axes that the rows of a head are split into; rows of another number stay."""
-        ends = [end for end in _REORDERED if name.endswith(end)] if self.architecture.neighbours else []
+        ends = [end for end in _REORDERED if name.endswith(end)] if self.architecture in _NEIGHBOURS else []
         heads = self.heads[_REORDERED.index(ends[0])] if ends else 1
         if not ends or b.shape[0] % (2 * heads):
             return b
