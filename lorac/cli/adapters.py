@@ -104,7 +104,7 @@ def convert(
             report.step("making a LoRA")
             adapter = lorac.to_lora(adapter, host, rank=rank, tolerance=tolerance)
         report.step("writing")
-        save(adapter if not dtype else adapter.to(parse_dtype(dtype)), destination, format, host, as_json=json)
+        save(adapter, destination, format, host, dtype=dtype, as_json=json)
 
 
 def resize(
@@ -146,8 +146,7 @@ def extract(
     checkpoints = [spec if Path(spec).is_dir() else load_model(spec) for spec in (tuned, base)]
     adapter = lorac.extract(*checkpoints, rank=rank, tolerance=tolerance, name=destination.stem)
     host = checkpoints[1] if not isinstance(checkpoints[1], str) else None
-    format = format or ("peft" if adapter.variant.name == "lora" else "native")
-    save(adapter.to(parse_dtype(dtype)) if dtype else adapter, destination, format, host, as_json=json)
+    save(adapter, destination, format, host, dtype=dtype, as_json=json)
 
 
 def diff(
@@ -224,10 +223,19 @@ def parse_dtype(name: str) -> torch.dtype:
     return found
 
 
-def save(adapter: Adapter, destination: Path, format: str, model: nn.Module | None, *, as_json: bool) -> None:
-    """Write an adapter, and print where, with the rank and the error of each site where it was approximated."""
+def save(
+    adapter: Adapter, destination: Path, format: str, model: nn.Module | None, *, dtype: str = "", as_json: bool
+) -> None:
+    """Write an adapter, and print where, with the rank and the error of each site where it was approximated.
+
+    Args:
+        format: empty for peft for a LoRA, else native.
+        dtype: of its tensors; empty for their own.
+    """
     import lorac
 
+    adapter = adapter.to(parse_dtype(dtype)) if dtype else adapter
+    format = format or ("peft" if adapter.variant.name == "lora" else "native")
     lorac.save_adapter(adapter, destination, format=format, model=model)
     errors = adapter.provenance.get("errors", {})
     ranks = {path: adapter.variant.at_path(path).settings.get("r") for path in errors}

@@ -120,9 +120,11 @@ def swap(
     json: JsonOption = False,
 ) -> None:
     """Swap adapters in a compiled model and report the cost."""
+    import lorac
+
     with progress("swap") as steps:
         steps.step("loading")
-        compiled = _load_artifact(folder)
+        compiled = lorac.load(folder)
         steps.step("swapping")
         report = compiled.swap(parse_choice(adapters))
         if out is not None:
@@ -189,12 +191,6 @@ def _time_calls(
         {"adapters": choice or "none", "swap_ms": swap * 1e3, "call_ms": call * 1e3, "ratio": call / medians[None][1]}
         for choice, (swap, call) in medians.items()
     ]
-
-
-def _load_artifact(folder: Path) -> Compiled:
-    import lorac
-
-    return lorac.load(folder)
 
 
 def _read_inputs(compiled: Compiled, path: Path) -> Mapping[str, Array]:

@@ -66,7 +66,7 @@ def merge(  # noqa: PLR0913, PLR0917  (an argument per option)
         host = load_model(base) if base else None
         merged = _merge_adapters(given, host)
         report.step("writing")
-        save(merged, out, format or ("peft" if merged.variant.name == "lora" else "native"), host, as_json=json)
+        save(merged, out, format, host, as_json=json)
 
 
 def _merge_into_folder(folder: str, given: MergeRecipe, out: Path, *, dequantize: bool) -> MergedCheckpoint:

@@ -236,11 +236,6 @@ def load_pickle(path: Path) -> object:
     return pickled_tensors.load_pickle(path, lambda reason: _corrupt(path, reason))
 
 
-def write_pickle(path: Path, value: object) -> None:
-    """Write tensors as torch.save does."""
-    torch.save(value, path)
-
-
 def check_named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
     """Return named tensors from a pickle, checked as ``read_pickle`` says."""
     if not isinstance(loaded, dict):

@@ -3,11 +3,10 @@
 Formats are looked up by name when they are needed, so that a format may read adapters of another.
 """
 
-import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,9 +81,13 @@ def _read(path: str | os.PathLike[str], model: Model | None, read: Callable[[Pat
     path = parse_path(path, "what lorac.load_adapter reads", FormatError, "unreadable")
     view = None if model is None else ModelView.of(model)
 
+    @charge_reading(path)
     def read_charged() -> T:
-        with charge_reading(path), _blame_file(path):
+        try:
             return read(path, view)
+        except (OptionError, WrongType) as error:  # a hyper-parameter that the method does not take
+            what, nearest = f"'{path}': {error.what}", error.nearest
+            raise FormatError(what, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
 
     with translate_os_errors(path, FormatError, "read", "unreadable"):
         return read_consistently(path, read_charged)
@@ -102,17 +105,6 @@ def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Ad
         except (LoracError, NotImplementedError, RuntimeError):
             pass  # the format looks at values
     return load_adapter(path, model, name)
-
-
-@contextlib.contextmanager
-def _blame_file(path: Path) -> Iterator[None]:
-    """Say of which file a hyper-parameter is that the method does not take."""
-    try:
-        yield
-    except (OptionError, WrongType) as error:
-        raise FormatError(
-            f"'{path}': {error.what}", nearest=error.nearest, next_step=error.next_step, code="unsupported_field"
-        ) from error
 
 
 def save_adapter(

@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded, FormatError
 from lorac.formats._authors import AuthorsFormat, KeyRow, Tensors, find_size, required
 from lorac.formats._config_fields import Field, read_number
-from lorac.formats._files import check_named_tensors, load_pickle, read_safetensors, write_pickle
+from lorac.formats._files import check_named_tensors, load_pickle, read_safetensors
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adaptertune import AdapterTune
 
@@ -70,7 +71,7 @@ class AdapterTuneFormat(AuthorsFormat):
             )
         whole = {_deepen(name): tensor for name, tensor in view.module.state_dict().items()}
         contiguous = {key: tensor.detach().contiguous().clone() for key, tensor in {**whole, **tensors}.items()}
-        write_pickle(file, {_MODEL: contiguous})
+        torch.save({_MODEL: contiguous}, file)
 
     def name_copy(self, key: str) -> str | None:
         found = _BLOCK.fullmatch(key)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lorac.formats._errors import wrong_method_error
 from lorac.formats._files import containing_folder, peek_names, peek_texts
-from lorac.formats.peft import PeftFormat
-from lorac.formats.peft.reader import PICKLED
+from lorac.formats._format import Evidence, Format
+from lorac.formats.peft.reader import PICKLED, read_folder
 from lorac.formats.peft.types.lora import LATENT
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, write_folder
 from lorac.frontend.model_view import ModelView
@@ -17,22 +17,23 @@ from lorac.variants.adapter import Adapter
 from lorac.variants.lora_xs import LoRAXS
 
 
-class LoraXsFormat(PeftFormat):
+class LoraXsFormat(Format):
     """LoRA-XS's folders."""
 
     name = "lora_xs"
     looks_for = f"a folder with {CONFIG}, and tensors <layer>_{LATENT}"
     written_by = "LoRA-XS's and LoRA-SB's authors"
     methods = (LoRAXS,)
+    evidence = Evidence.LAYOUT
     refines = "peft"
 
     def recognises(self, path: Path) -> bool:
         folder = containing_folder(path, CONFIG, WEIGHTS, PICKLED)
         names = peek_names(folder / WEIGHTS) or peek_texts(folder / PICKLED)
-        return super().recognises(path) and any(name.endswith(LATENT) for name in names)
+        return (folder / CONFIG).is_file() and any(name.endswith(LATENT) for name in names)
 
     def read(self, path: Path, view: ModelView | None, name: str | None) -> Adapter:
-        adapter = super().read(path, view, name)
+        adapter = read_folder(containing_folder(path, CONFIG, WEIGHTS, PICKLED), view, name)
         adapter.provenance["format"] = self.name
         return adapter
 

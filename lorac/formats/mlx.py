@@ -168,9 +168,7 @@ def _read_factors(
     variant = method(r=r, alpha=r * parameters["scale"], dropout=float(parameters["dropout"]))
     adapter = Adapter(name, variant)
     for layer, keys in group_by_layer(tensors, _SUFFIXES, folder).items():
-        stored = {
-            part: tensors[key] if part == _MAGNITUDE else transpose_matrix(tensors[key]) for part, key in keys.items()
-        }
+        stored = {part: _turn(part, tensors[key]) for part, key in keys.items()}
         if stored.keys() != expected:
             raise corrupt_error(
                 f"'{folder}' has {', '.join(sorted(keys.values()))} at '{layer}', and {variant.name} has "

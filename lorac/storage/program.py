@@ -8,7 +8,7 @@ functional ones (``lorac.storage.op_names``), and runs nothing.
 import inspect
 import keyword
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,32 +40,47 @@ def program_to_json(program: ExportedProgram) -> JsonObject:
         Unavailable: the program has a nested graph, or a value without a JSON form.
     """
     signature = {getattr(spec.arg, "name", ""): spec for spec in program.graph_signature.input_specs}
+
+    def describe_input(node: fx.Node) -> JsonObject:
+        spec = signature[node.name]
+        return _example_to_json(node) if spec.kind is InputKind.USER_INPUT else {"tensor": spec.target}
+
+    return {"nodes": graph_to_json(program.graph, describe_input)}
+
+
+def graph_to_json(graph: fx.Graph, describe_input: Callable[[fx.Node], JsonObject] = lambda _: {}) -> list[JsonObject]:
+    """Return a graph's nodes as JSON.
+
+    Args:
+        describe_input: returns what is stored of an input besides its name.
+
+    Raises:
+        Unavailable: the graph has a nested graph, or a value without a JSON form.
+    """
     nodes: list[JsonObject] = []
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         if node.op == "placeholder":
-            spec = signature[node.name]
-            stored = _example_to_json(node) if spec.kind is InputKind.USER_INPUT else {"tensor": spec.target}
-            nodes.append({"input": node.name, **stored})
+            nodes.append({"input": node.name, **describe_input(node)})
         elif node.op == "call_function":
-            nodes.append(call_to_json(node))
+            nodes.append(_call_to_json(node))
         elif node.op == "output":
-            nodes.append({"output": operand_to_json(node.args[0])})
+            nodes.append({"output": _operand_to_json(node.args[0])})
         else:
             raise _unstorable(f"a captured program with a nested graph ('{node.target}')")
-    return {"nodes": nodes}
+    return nodes
 
 
 def _unstorable(what: str) -> Unavailable:
     return Unavailable(f"{what} cannot be stored", next_step="compile for target='onnxruntime' and save that")
 
 
-def call_to_json(node: fx.Node) -> JsonObject:
+def _call_to_json(node: fx.Node) -> JsonObject:
     """Return a node that calls an op as JSON."""
-    kwargs = {key: operand_to_json(value) for key, value in node.kwargs.items()}
+    kwargs = {key: _operand_to_json(value) for key, value in node.kwargs.items()}
     name = op_name(node.target)
     if name is None:
         raise _unstorable(f"a captured program that calls {node.target}")
-    return {"name": node.name, "op": name, "args": operand_to_json(node.args), "kwargs": kwargs}
+    return {"name": node.name, "op": name, "args": _operand_to_json(node.args), "kwargs": kwargs}
 
 
 def make_functional(program: ExportedProgram) -> ExportedProgram:
@@ -208,12 +223,12 @@ def _make_example(entry: JsonObject) -> Tensor:
     return torch.randn(entry["shape"], generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def operand_to_json(value: object) -> Json:
+def _operand_to_json(value: object) -> Json:
     """Return an operand as JSON."""
     if isinstance(value, fx.Node):
         return {_NODE: value.name}
     if isinstance(value, tuple | list):
-        return [operand_to_json(item) for item in value]
+        return [_operand_to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.algebra.reduction import BRANCH, DELTA, DENSE, LOW_RANK, SPARSE, Reduction
-from lorac.storage.program import call_to_json, graph_from_json, operand_to_json
 from lorac.storage.program import check_sizes as check_graph_sizes
+from lorac.storage.program import graph_from_json, graph_to_json
 from lorac.storage.strict_json import JsonObject
 
 _FORMS = frozenset({LOW_RANK, SPARSE, DELTA, DENSE, BRANCH})
@@ -24,25 +24,12 @@ _ROOM, _SLACK = 16, 1 << 16
 def reduction_to_json(reduction: Reduction) -> JsonObject | None:
     """Return a reduction as JSON; None for one with a constant or another value that has no JSON form."""
     try:
-        nodes = [_node(node) for node in reduction.graph.graph.nodes if reduction.form != BRANCH]
+        nodes = [] if reduction.form == BRANCH else graph_to_json(reduction.graph.graph)
     except Unavailable:
         return None
     names = {name: list(getattr(reduction, name)) for name in _NAMES}
     entries = {"form": reduction.form, "rank": reduction.rank, "reads_weight": reduction.reads_weight}
     return {**entries, **names, "common": sorted(reduction.common), "nodes": nodes}
-
-
-def _node(node: fx.Node) -> JsonObject:
-    if node.op == "placeholder":
-        return {"input": node.name}
-    if node.op == "output":
-        return {"output": operand_to_json(node.args[0])}
-    if node.op == "call_function":
-        return call_to_json(node)
-    raise Unavailable(
-        f"a reduction that holds the constant '{node.target}' cannot be stored",
-        next_step="have the formula make it: torch.full, torch.arange and the like are stored as calls",
-    )
 
 
 def reduction_from_json(stored: JsonObject) -> Reduction:
