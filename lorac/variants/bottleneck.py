@@ -128,21 +128,22 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return Bottleneck(**{**PRESETS[name], **fields})  # type: ignore[arg-type]  # checked by Bottleneck
 
     def reads(self, site: Site) -> tuple[str, ...]:
-        if self._couples(site):
-            return (f"weight:{site.path}",) if self._is_norm(site) else ()
-        norm = (f"param:{site.path}.weight", f"param:{site.path}.bias") if self._is_norm(site) else ()
-        return (*norm, *(name for name in map(self._value_name, self._operands(site), [site] * 2) if name is not None))
+        path = site.path
+        if self._couples(path):
+            return (f"weight:{path}",) if self._is_norm(path) else ()
+        norm = (f"param:{path}.weight", f"param:{path}.bias") if self._is_norm(path) else ()
+        return (*norm, *(name for name in map(self._value_name, self._operands(path), [path] * 2) if name is not None))
 
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
-        site = ctx.site
-        if self._couples(site):
-            act, path = ACTIVATIONS[self.non_linearity], ctx.site.path
+        path = ctx.site.path
+        if self._couples(path):
+            act = ACTIVATIONS[self.non_linearity]
             if find_first_pattern(self.embeddings, path):
                 return apply_coupling(y, p, act)
-            if not self._is_norm(ctx.site):
+            if not self._is_norm(path):
                 return invert_coupling(y, p, act)
             return y + F.linear(invert_coupling(x, p, act) - x, ctx.value(f"weight:{path}"))
-        return self._after_norm(x, y, p, ctx) if self._is_norm(site) else self._at_sublayer(x, y, p, ctx)
+        return self._after_norm(x, y, p, ctx) if self._is_norm(path) else self._at_sublayer(x, y, p, ctx)
 
     def _at_sublayer(self, x: Tensor, h: Tensor, p: Params, ctx: Context) -> Tensor:
         """Return y' to which the model adds r; without ``original_ln_after`` r is subtracted, unless it cancels."""
@@ -203,35 +204,36 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         """Whether the bottleneck's residual is added before the adapter's last norm."""
         return self.adapter_residual_before_ln and not self.is_parallel
 
-    def _operands(self, site: Site) -> tuple[str, ...]:
+    def _operands(self, path: str) -> tuple[str, ...]:
         """Return which of h and r the formula reads in addition to x and y."""
         only_h, inside = self._residual_kind == "h", self._adds_inside
-        if not self._is_norm(site):
+        if not self._is_norm(path):
             needed = self.is_parallel or self.original_ln_before or not only_h or not self.original_ln_after
             return ("r",) if needed else ()
         h = not (self.is_parallel or self.original_ln_before) or (only_h and (inside or not self.original_ln_after))
         r = self.is_parallel or (self.original_ln_after and (inside or not only_h))
         return ("h",) * h + ("r",) * r
 
-    def _value_name(self, operand: str, site: Site) -> str | None:
+    def _value_name(self, operand: str, path: str) -> str | None:
         """Return the name of the program value that is h or r at a site."""
         names = self.residuals if operand == "r" else self.inner
-        key = find_first_pattern(names, site.path)
+        key = find_first_pattern(names, path)
         return None if key is None else names[key]
 
     def _operand(self, operand: str, ctx: Context) -> Any:
-        name = self._value_name(operand, ctx.site) if operand in self._operands(ctx.site) else None
+        path = ctx.site.path
+        name = self._value_name(operand, path) if operand in self._operands(path) else None
         return None if name is None else ctx.value(name)
 
-    def _is_norm(self, site: Site) -> bool:
-        return find_first_pattern(self.inner, site.path) is not None
+    def _is_norm(self, path: str) -> bool:
+        return find_first_pattern(self.inner, path) is not None
 
-    def _couples(self, site: Site) -> bool:
-        return find_first_pattern((*self.embeddings, *self.heads), site.path) is not None
+    def _couples(self, path: str) -> bool:
+        return find_first_pattern((*self.embeddings, *self.heads), path) is not None
 
     def check(self, site: Site) -> None:
         super().check(site)
-        if site.kind is SiteKind.EMBEDDING and not self._couples(site):
+        if site.kind is SiteKind.EMBEDDING and not self._couples(site.path):
             raise SiteError(
                 f"a bottleneck follows a sublayer, and '{site.path}' is an embedding",
                 next_step='narrow targets=; inv_adapter="nice" puts an invertible block there',
@@ -239,10 +241,10 @@ class Bottleneck(HypercomplexFields, BranchVariant):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         width = site.out_features
-        if self._couples(site):
-            coupled = site.in_features if self._is_norm(site) else width
+        if self._couples(site.path):
+            coupled = site.in_features if self._is_norm(site.path) else width
             return coupling_specs(coupled, self.inv_adapter_reduction_factor)
-        reads_x = self.is_parallel and self._value_name("r", site) is None
+        reads_x = self.is_parallel and self._value_name("r", site.path) is None
         inputs = site.in_features if reads_x else width
         specs = self._layers(site, inputs, max(1, narrow_width(width, self.reduction_factor)))
         for name, present, size in (("norm_before", self.ln_before, inputs), ("norm_after", self.ln_after, width)):
@@ -253,10 +255,10 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         return specs | (plain_layer("gate", inputs, 1, normal(0.02)) if self.use_gating else {})
 
     def starts_as_base(self, site: Site) -> bool:
-        if self._couples(site) or self._is_norm(site) or self.phm_layer or self.ln_after:
+        if self._couples(site.path) or self._is_norm(site.path) or self.phm_layer or self.ln_after:
             return False
         cancels = (self._residual_kind != "h") == (not self.original_ln_after)
-        return self.init_weights == "mam_adapter" and (cancels or self._value_name("r", site) is None)
+        return self.init_weights == "mam_adapter" and (cancels or self._value_name("r", site.path) is None)
 
     def _layers(self, site: Site, inputs: int, narrow: int) -> dict[str, ParamSpec]:
         if not self.phm_layer:
@@ -274,7 +276,7 @@ class Bottleneck(HypercomplexFields, BranchVariant):
         )
 
     def for_model(self, view: ModelView, inputs: object = None) -> "Bottleneck":
-        needs_stream = not self.targets or self.inv_adapter is not None or bool(self._operands(_placeholder_site()))
+        needs_stream = not self.targets or self.inv_adapter is not None or bool(self._operands(""))
         try:
             stream = trace_residual_stream(view, inputs)
         except ExampleInputsNeeded:
@@ -334,7 +336,7 @@ def _require_sites(
             "output to the block's input",
             next_step="name modules in targets=, and in residuals= the value to which each output is added",
         )
-    twice = [path for path in chosen if variant._couples(dataclasses.replace(_placeholder_site(), path=path))]
+    twice = [path for path in chosen if variant._couples(path)]
     if twice:
         raise SiteError(
             f"'{twice[0]}' would get a bottleneck and the invertible block or its inverse, of which one is lost",
@@ -346,8 +348,3 @@ def _require_sites(
             f"the residual that is added before '{unnamed[0]}' is not the input of a module, and so has no name",
             next_step="name it in residuals=, or narrow targets=",
         )
-
-
-def _placeholder_site() -> Site:
-    """Return a site without a path, at which no pattern matches."""
-    return Site("", SiteKind.BLOCK, 1, 1, torch.float32, None)

@@ -1,4 +1,4 @@
-"""Arrow: LoRAs behind a router that is not trained."""
+"""LoRAs side by side in one adapter: behind a router that is not trained, or with weights to be trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.merging.way import AdaptersWay
 from lorac.variants.adapter import Adapter
 from lorac.variants.arrow import Arrow
+from lorac.variants.learned_cat import LearnedCat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +31,18 @@ class ArrowRouting(AdaptersWay):
     ) -> Adapter:
         loras = self.to_loras(adapters, view, weights)
         return Arrow.from_loras(loras, top_k=self.top_k, temperature=self.temperature, name=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedWeights(AdaptersWay):
+    """A `LearnedCat`: Σ wᵢ·Δᵢ with weights that training changes at each site."""
+
+    name = "learned_cat"
+    paper = LearnedCat.paper
+
+    def assemble(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
+    ) -> Adapter:
+        return LearnedCat.from_loras(
+            self.to_loras(adapters, view), weights=[w * self.scale for w in weights], name=name
+        )

@@ -1,4 +1,4 @@
-"""Means of changes on a sphere, as sums of unit vectors known by their inner products alone."""
+"""Means of changes by the angles between them: points on a sphere, and a mean that the angles shorten."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -58,7 +58,7 @@ class MultiSlerp(SumWay):
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         weights = weights / weights.sum() if self.normalize_weights else weights
-        cosines, lengths = normalise(gram)
+        cosines, lengths = _normalise(gram)
         length = _measure(weights, cosines)
         if length == 0:
             raise ChoiceError(
@@ -85,7 +85,7 @@ class Karcher(SumWay):
     paper = "Riemannian center of mass and mollifier smoothing, CPAM 1977"
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
-        cosines, lengths = normalise(gram)
+        cosines, lengths = _normalise(gram)
         present = (lengths > 0).to(weights)
         shares = weights * present / (weights * present).sum()
         point = shares / _measure(shares, cosines)
@@ -100,7 +100,23 @@ class Karcher(SumWay):
         return _rescale(point, lengths, shares)
 
 
-def normalise(gram: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class ModelStock(SumWay):
+    """t·mean(wᵢ·Δᵢ) with t = N·c / (1 + (N − 1)·c), c the mean cosine of two changes."""
+
+    name = "model_stock"
+    paper = "Model Stock: All we need is just a few fine-tuned models, arXiv 2403.19522"
+
+    def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
+        count = len(weights)
+        if count == 1:
+            return weights
+        cosines = _normalise(gram)[0] * (weights.sign()[:, None] * weights.sign())
+        mean = cosines.triu(1).sum() / (count * (count - 1) / 2)
+        return weights * mean / (1 + (count - 1) * mean)
+
+
+def _normalise(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inner products (N, N) of the directions, and the lengths (N,); a vector of length 0 has none."""
     lengths = gram.diagonal().clamp_min(0).sqrt()
     safe = torch.where(lengths > 0, lengths, 1)
