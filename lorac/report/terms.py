@@ -148,6 +148,7 @@ def _describe_change_term(
     state, is_low_rank = _term_state(filled, mode, strength), isinstance(change, LowRank)
     floating = [part.dtype for part in parts if part.dtype.is_floating_point]
     is_cheapest = state in (BAKED, LEFT_OUT) or (is_low_rank and state == LIVE)
+    grouped = site.conv is not None and site.conv.groups > 1 and not isinstance(change, Sparse | SparseSum)
     return TermRow(
         site=site.path,
         kind=str(site.kind),
@@ -162,7 +163,7 @@ def _describe_change_term(
         nbytes=sum(part.nbytes for part in parts),
         swap=_swap_cost(site, change, state),
         reasons=() if is_cheapest else tuple(dict.fromkeys(reasons)),
-        unfusable=_unfusable_reason(site, change),
+        unfusable="it may leave the blocks of a grouped convolution" if grouped else None,
         flops=_count_low_rank_flops(change, site) if isinstance(change, LowRank) and state == LIVE else 0,
     )
 
@@ -242,12 +243,6 @@ def _sparse_terms(change: Sparse | SparseSum) -> tuple[Sparse, ...]:
 
 def _describe_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> tuple[TermTensor, ...]:
     return tuple(TermTensor(name, tuple(tensor.shape), tensor.dtype, tensor.nbytes) for name, tensor in tensors)
-
-
-def _unfusable_reason(site: Site, change: Change) -> str | None:
-    if site.conv is None or site.conv.groups == 1 or isinstance(change, Sparse | SparseSum):
-        return None
-    return "it may leave the blocks of a grouped convolution"
 
 
 def _count_low_rank_flops(change: LowRank, site: Site) -> int:

@@ -1,5 +1,6 @@
 """A variant on a host, with the adapters, compiled models and references that its checks share."""
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -213,12 +214,10 @@ class Case:
         parsed = [parse_value_name(name) for path in self.host.paths for name in self._value_names(path)]
         read = dict.fromkeys(path for kind, path in parsed if kind in {OUTPUT, IN, BASE, PASS})
         functions = [(path, adapt(site)) for path, site in adapted.items()] + [(path, record(path)) for path in read]
-        hooks = [model.get_submodule(path).register_forward_hook(function) for path, function in functions]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for path, function in functions:
+                hooks.enter_context(model.get_submodule(path).register_forward_hook(function))
             return model(x), values
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _expected(
         self, site: Site, model: nn.Module, x: Tensor, y: Tensor, values: Mapping[str, Tensor], passing: str = ""

@@ -175,14 +175,11 @@ class AttentionInterface:
             if any(id(value) in self.windows or id(value) in self.masks for value in (*args, *kwargs.values())):
                 readers.append(self.paths.get(id(module), ""))
 
-        hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in host.modules()]
-        try:
-            # This call may fail as the trace did; until then it records the readers.
-            with torch.no_grad(), contextlib.suppress(Exception):
-                host(**inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        # The call may fail as the trace did; until then it records the readers.
+        with contextlib.ExitStack() as hooks, torch.no_grad(), contextlib.suppress(Exception):
+            for module in host.modules():
+                hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
+            host(**inputs)
         followed = zip(readers, [*readers[1:], ""], strict=True)
         return next((reader for reader, inner in followed if not inner.startswith(f"{reader}.")), "")
 

@@ -38,8 +38,8 @@ class SiteMarks:
     adapted: Collection[str] = ()
 
 
-def mark_sites(model: nn.Module, marks: SiteMarks) -> list[str]:
-    """Make every site of a structural copy call its op, in place; return the paths of the sites.
+def mark_sites(model: nn.Module, marks: SiteMarks) -> None:
+    """Make every site and block of a structural copy call its op, in place.
 
     Raises:
         CaptureError: a block is not a module of the model.
@@ -63,8 +63,6 @@ def mark_sites(model: nn.Module, marks: SiteMarks) -> list[str]:
     for path in blocks:
         module = modules[path]
         module.forward = _block_forward(module.forward, path)
-        sites.append(path)
-    return sites
 
 
 def _site_forward(module: nn.Module, path: str) -> Forward | None:

@@ -1,8 +1,9 @@
 """Calls of a model: example inputs as tensors, and arguments by the names of forward."""
 
+import functools
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,30 @@ Inputs = Fields
 
 def convert_to_tensors(inputs: object) -> object:
     """Return example inputs as tensors with memory of their own; a single tensor or array becomes a tuple of one."""
+    copied = map_inputs(_copy, inputs)
     if isinstance(inputs, Tensor | np.ndarray):
-        return (_copy(inputs),)
-    return tuple(map(_copy, inputs)) if type(inputs) is list else _copy(inputs)
+        return (copied,)
+    return tuple(copied) if isinstance(copied, list) else copied
+
+
+def map_inputs(change: Callable[[object], object], inputs: object) -> object:
+    """Return inputs with each value changed, in any nesting; any mapping becomes a dict."""
+    if isinstance(inputs, Mapping):
+        return {name: map_inputs(change, inner) for name, inner in inputs.items()}
+    if pytree.tree_is_leaf(inputs):
+        return change(inputs)
+    inner = functools.partial(map_inputs, change)
+    return pytree.tree_map(inner, inputs, is_leaf=lambda value: isinstance(value, Mapping))
 
 
 def _copy(value: object) -> object:
-    """Return a value with each tensor, and each array of numbers as a tensor, in memory of its own.
+    """Return a tensor, or an array of numbers as a tensor, in memory of its own; any other value itself.
 
     One tensor given for two arguments becomes two, since a trace takes one tensor for one input.
     """
-    if isinstance(value, Mapping):
-        return {name: _copy(inner) for name, inner in value.items()}
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return torch.from_numpy(value.copy())
-    nested = not pytree.tree_is_leaf(value)
-    return pytree.tree_map(_copy, value, is_leaf=lambda inner: isinstance(inner, Mapping)) if nested else value
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
 
 
 def bind_by_name(model: nn.Module, inputs: object) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from lorac.errors import Unavailable, not_one_of, warn
 from lorac.frontend.components import list_components
 from lorac.frontend.copying import copy_structure
+from lorac.frontend.inputs.call_binding import map_inputs
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
 from lorac.ir.sites import cast_floating
@@ -40,7 +40,10 @@ class Precision:
 
     def fit(self, inputs: object) -> object:
         """Return example inputs with every floating-point tensor cast as the model is."""
-        return inputs if self.cast is None else _cast_floating(inputs, self.cast)
+        dtype = self.cast
+        if dtype is None:
+            return inputs
+        return map_inputs(lambda value: cast_floating(value, dtype) if isinstance(value, Tensor) else value, inputs)
 
     def warn(self, target: str) -> None:
         """Warn if the target computes in another dtype than was asked for."""
@@ -118,13 +121,6 @@ def check_stored_dtypes(dialect: AnyDialect, dtypes: Iterable[torch.dtype], fold
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _cast_floating(tree: object, dtype: torch.dtype) -> object:
-    """Return inputs with every floating-point tensor in another dtype; any mapping becomes a dict."""
-    if isinstance(tree, Mapping):
-        return {name: _cast_floating(value, dtype) for name, value in tree.items()}
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: cast_floating(tensor, dtype), tree)
 
 
 _METHODS = {Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16, Tensor.double: torch.float64}
