@@ -9,6 +9,7 @@ from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, conformance
 from lorac.testing.eager_checks import assert_close, check_identity_at_init
+from lorac.variants.params import select_params
 from tests.limits import assert_apart
 from tests.oracles import chain as oracle
 from tests.refusing import refuses
@@ -63,6 +64,15 @@ def test_scales_and_low_rank_parts_stay_low_rank():
     assert isinstance(value, LowRank)
     assert value.rank == 4
     assert "c" in value.scales
+
+
+@torch.no_grad()
+def test_a_part_starts_from_the_weight_that_the_parts_before_it_return():
+    host, moving = nn.Sequential(nn.Linear(6, 4)), lorac.FourierFT(n_frequency=5)
+    chain = lorac.Chain(parts=(moving, lorac.Magnitude()), targets=("0",))
+    own = lorac.compile(host, {"a": chain}).adapters["a"].tensors["0"]
+    moved = moving.weight(host[0].weight, select_params(Params(**own), "part0_"))
+    assert_close(own["part1_magnitude"], torch.linalg.vector_norm(moved, dim=1))
 
 
 def two_layers():
