@@ -79,13 +79,9 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
     def check_emitted(self, emitted: EmittedProgram[OptionsT]) -> None:
         """Refuse a program because of what passes over its models reported."""
 
-    def bakes_slots(self, request: BuildRequest[OptionsT]) -> bool:
-        """Return whether slots are constants of the models, and not inputs."""
-        return request.mode == "baked"
-
-    def slot_storage(self, options: OptionsT) -> SlotStorage:
-        """Return where the content of slots that are inputs is written."""
-        return SlotStorage.NOWHERE
+    def slot_storage(self, request: BuildRequest[OptionsT]) -> SlotStorage:
+        """Return where the content of slots is written."""
+        return SlotStorage.CONSTANTS if request.mode == "baked" else SlotStorage.NOWHERE
 
     def weight_passes(self, request: BuildRequest[OptionsT]) -> Sequence[OnnxPass]:
         """Return the passes to run over the emitted models after their slots are filled."""
@@ -120,13 +116,12 @@ class OnnxBackend(Backend[OptionsT], Generic[OptionsT, GraphT]):
         self.check_program(program, request)
         step("emission")
         dialect, passes = self.dialect_for(request.options), self.weight_passes(request)
-        storage = SlotStorage.CONSTANTS if self.bakes_slots(request) else self.slot_storage(request.options)
         emitted = EmittedProgram(
             request=request,
             program=program,
             folder=folder,
             file_names=tuple(self.list_files(program.graphs)),
-            results=write_models(request, program, folder, dialect, passes, storage),
+            results=write_models(request, program, folder, dialect, passes, self.slot_storage(request)),
         )
         self.check_emitted(emitted)
         if request.mode != "baked":

@@ -60,6 +60,11 @@ def _is_function(domain: str, op: str) -> bool:
     return bool(schema.has_function or schema.has_context_dependent_function)
 
 
+def read_metadata(node: onnx.NodeProto) -> dict[str, str]:
+    """Return the metadata of a node of a file."""
+    return {entry.key: entry.value for entry in node.metadata_props}
+
+
 def describe_origin(metadata: Mapping[str, str]) -> str:
     """Describe the module and the line of the model that call an op, as far as its metadata has them."""
     modules, line = modules_of(metadata) or (), _line(metadata)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx
 from onnx import helper, numpy_helper
 
-from lorac.backends.onnx.claims import classes_of, modules_of, source_of
+from lorac.backends.onnx.claims import classes_of, modules_of, read_metadata, source_of
 from lorac.backends.onnx.model_files import MODEL_FILE, graph_file
 from lorac.ir.graph.graph import SlotInput
 from lorac.report.dump import REF, Dump, Row, ValueNames, parameter_label, short_dtype, slot_label
@@ -58,7 +58,7 @@ class _ModelDumper:
         slots = {name: slot.site for name, slot in self.slots.items()}
         classes: dict[str, str] = {}
         for node in self.graph.node:
-            classes |= classes_of(_metadata(node))
+            classes |= classes_of(read_metadata(node))
         return Dump(self.name, LEVEL, tuple(rows), sites, slots, classes=classes)
 
     def _row(self, node: onnx.NodeProto, modules: tuple[str, ...]) -> Row:
@@ -75,7 +75,7 @@ class _ModelDumper:
         site = owner if owner in self.sites and owner not in self.containers else None
         name = self.names.new(node.op_type, owner, blocks)
         type_ = ", ".join(self.types.get(output, "") for output in node.output if output)
-        return Row("value", name, text, tuple(refs), type_, source_of(_metadata(node)), blocks, modules, site)
+        return Row("value", name, text, tuple(refs), type_, source_of(read_metadata(node)), blocks, modules, site)
 
     def _operand(self, name: str, refs: list[int]) -> str:
         if name in self.index:
@@ -93,7 +93,7 @@ def _assign_modules(graph: onnx.GraphProto) -> list[tuple[str, ...]]:
     A node without metadata belongs to the module of its first reader if one of its neighbours does too, else to the
     modules that both neighbours belong to: a module's nodes stay together.
     """
-    recorded = [modules_of(_metadata(node)) for node in graph.node]
+    recorded = [modules_of(read_metadata(node)) for node in graph.node]
     after = [*_fill_gaps(recorded[::-1])[::-1], ()][1:]
     before = [(), *_fill_gaps(recorded)][:-1]
     found: list[tuple[str, ...]] = [()] * len(recorded)
@@ -118,10 +118,6 @@ def _fill_gaps(recorded: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ..
     for item in recorded:
         found.append(item if item is not None else found[-1] if found else ())
     return found
-
-
-def _metadata(node: onnx.NodeProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in node.metadata_props}
 
 
 def _walk_subgraph_inputs(node: onnx.NodeProto) -> Iterator[str]:

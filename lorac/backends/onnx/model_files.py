@@ -86,7 +86,7 @@ def read_model_files(files: Mapping[str, OpenFile], graph: str) -> tuple[onnx.Mo
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT
     parts = (model.graph.node, model.graph.sparse_initializer, model.functions, model.training_info)
-    tensors = (tensor for part in parts for message in part for tensor in _walk_tensors(message))
+    tensors = (tensor for part in parts for message in part for tensor in walk_tensors(message))
     for tensor in filter(_is_external, tensors):
         raise ArtifactError(
             f"'{where}' stores a constant of a node in the file '{_external_data(tensor).get('location')}'",
@@ -103,12 +103,15 @@ def _external_data(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
+def read_offset(tensor: onnx.TensorProto) -> int:
+    """Return where a weight begins in the file that it lies in."""
+    return int(_external_data(tensor).get("offset", "0"))
+
+
 def _read_weight(tensor: onnx.TensorProto, data: memoryview, model: Path) -> Array:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     try:
-        values: Array = np.frombuffer(
-            data, dtype, math.prod(tensor.dims), int(_external_data(tensor).get("offset", "0"))
-        )
+        values: Array = np.frombuffer(data, dtype, math.prod(tensor.dims), read_offset(tensor))
     except ValueError as error:
         raise ArtifactError(f"'{model}' stores the weight '{tensor.name}' beyond the end of its file") from error
     return values.reshape(tuple(tensor.dims))
@@ -120,6 +123,12 @@ def walk_subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     for inner in (graph for a in attributes for graph in (*((a.g,) if a.HasField("g") else ()), *a.graphs)):
         yield inner
         yield from walk_subgraphs(inner)
+
+
+def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph, then those of the graphs in its nodes, however deep."""
+    for part in (graph, *walk_subgraphs(graph)):
+        yield from part.node
 
 
 def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelProto:
@@ -139,7 +148,7 @@ def load_checked_model(files: Mapping[str, OpenFile], graph: str) -> onnx.ModelP
         raise ArtifactError(
             f"'{path}' is not an ONNX model: {error}", next_step="copy the whole folder again"
         ) from error
-    for tensor in _walk_tensors(model):
+    for tensor in walk_tensors(model):
         if _is_external(tensor):
             _check_location(path, tensor, size)
     return model
@@ -162,7 +171,7 @@ def _check_location(path: Path, tensor: onnx.TensorProto, size: int) -> None:
         )
 
 
-def _walk_tensors(message: Message) -> Iterator[onnx.TensorProto]:
+def walk_tensors(message: Message) -> Iterator[onnx.TensorProto]:
     """Yield every tensor in a message, in whatever field and however deep."""
     pending = [message]
     while pending:

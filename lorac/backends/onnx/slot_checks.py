@@ -7,6 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from lorac.backends.onnx.graph_edits import nested_nodes
 from lorac.errors import CompileError, list_some
 
 
@@ -65,15 +66,8 @@ def _live_values(model: ir.Model) -> set[int]:
         producer = value.producer()
         if producer is not None:
             todo.extend(v for v in producer.inputs if v is not None)
-            todo.extend(v for node in _nested_nodes(producer) for v in node.inputs if v is not None)
+            todo.extend(v for node in nested_nodes(producer) for v in node.inputs if v is not None)
     return live
-
-
-def _nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
-    for attribute in node.attributes.values():
-        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
-        for graph in graphs:
-            yield from graph.all_nodes()
 
 
 def _constants(model: ir.Model) -> Iterator[ir.TensorProtocol]:

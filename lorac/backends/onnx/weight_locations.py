@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, read_model_files
+from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, read_model_files, read_offset
 from lorac.storage.tensor_file import TensorLocation, raw_bytes
 from lorac.target.engine import ProgramFiles
 
@@ -63,10 +63,17 @@ def _first_bytes(values: Array) -> bytes:
 
 def _walk_weights(files: ProgramFiles, graph: str, joined: Collection[tuple[int, ...]]) -> Iterator[_WeightLocation]:
     """Yield the weights of a graph, and the weights that they may be concatenations of."""
+    file = graph_file(graph, WEIGHTS_FILE)
+    for _, offset, weight in walk_stored_weights(files, graph):
+        yield from _split_weight(file, offset, weight, joined)
+
+
+def walk_stored_weights(files: ProgramFiles, graph: str) -> Iterator[tuple[str, int, Array]]:
+    """Yield the name of each weight in a graph's file of weights, where it begins there, and its values."""
     model, weights = read_model_files(files, graph)
-    for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
-        offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
-        yield from _split_weight(graph_file(graph, WEIGHTS_FILE), offset, weights[tensor.name], joined)
+    for tensor in model.graph.initializer:
+        if tensor.name in weights:
+            yield tensor.name, read_offset(tensor), weights[tensor.name]
 
 
 def _split_weight(

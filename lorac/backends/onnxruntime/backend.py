@@ -66,9 +66,10 @@ class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
         check_providers(options.chosen, options.place)
         return options
 
-    def slot_storage(self, options: OnnxRuntimeOptions) -> SlotStorage:
+    def slot_storage(self, request: BuildRequest[OnnxRuntimeOptions]) -> SlotStorage:
         """Return where slots' contents are written: in the model, so that it runs alone, or where any runtime reads."""
-        return SlotStorage.FILE if options.portable else SlotStorage.DEFAULTS
+        inputs = SlotStorage.FILE if request.options.portable else SlotStorage.DEFAULTS
+        return SlotStorage.CONSTANTS if request.mode == "baked" else inputs
 
     def mark_quantised(self, sites: Mapping[str, Site], options: OnnxRuntimeOptions, mode: str) -> dict[str, Site]:
         """Mark the layers and embeddings that are to be quantised; a baked program is merged in float first."""

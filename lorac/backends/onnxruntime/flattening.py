@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from lorac.backends.onnx.graph_edits import copy_node, shared_constant
 from lorac.backends.onnx.model_files import PACKED_KEY
 from lorac.backends.onnx.passes import OnnxPass, module_around
 from lorac.backends.onnxruntime.leading_axes import AXIS_OPS, ELEMENTWISE
@@ -188,8 +189,7 @@ class _Flattener:
         full = next(iter(rows.values())).full
         inputs = [rows[value].matrix if value in rows else value for value in node.inputs]
         attributes = [ir.AttrInt64("axis", -1) if a.name == "axis" else a for a in node.attributes.values()]
-        twin = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=node.name)
-        twin.metadata_props.update(node.metadata_props)
+        twin = copy_node(node, inputs, attributes)
         self.graph.insert_before(node, twin)
         for old, new in zip(node.outputs, twin.outputs, strict=True):
             new.name = f"{old.name}_rows"
@@ -328,11 +328,7 @@ def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> boo
             continue
         summed = ir.Node("", "Gemm", [*made.inputs, y], name=node.name)
         summed.metadata_props.update(made.metadata_props)
-        graph.insert_before(node, summed)
-        old, new = node.outputs[0], summed.outputs[0]
-        new.shape, new.type, new.name, old.name = old.shape, old.type, old.name, None
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        graph.remove([node, made], safe=True)
+        ir.convenience.replace_nodes_and_values(graph, node, [node, made], [summed], node.outputs, summed.outputs)
         return True
     return False
 
@@ -372,7 +368,4 @@ def _is_same_symbol(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> 
 
 
 def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
-    name = "shape_" + "_".join(str(number) for number in numbers)
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name)))
-    return graph.initializers[name]
+    return shared_constant(graph, "_".join(map(str, ("shape", *numbers))), np.array(numbers, np.int64))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
+from lorac.backends.onnx.graph_edits import shared_constant
 from lorac.backends.onnx.passes import OnnxPass, module_around
 from lorac.errors import Unavailable
 from lorac.ir.graph.passes import PassResult, Skip
@@ -59,7 +59,7 @@ class _SequenceLengths:
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
         past, self.new = first.inputs[5], first.inputs[6]
-        zero, one = (_constant(graph, f"{n}_int32", np.array(n, np.int32)) for n in (0, 1))
+        zero, one = (shared_constant(graph, f"{n}_int32", np.array(n, np.int32)) for n in (0, 1))
         total = ir.Node("", "Add", [past, self.new])
         last = ir.Node("", "Sub", [total.outputs[0], one])
         known = ir.Node("", "Max", [last.outputs[0], zero])  # the op cannot express a row that is empty and stays so
@@ -72,10 +72,10 @@ class _SequenceLengths:
         """Return what is added to each score (batch, heads, length, longest), from a table by distance."""
         if distances not in self._biases:
             positions = node.inputs[7]
-            zero, one = (_constant(graph, f"{n}_int64", np.array(n)) for n in (0, 1))
+            zero, one = (shared_constant(graph, f"{n}_int64", np.array(n)) for n in (0, 1))
             longest = ir.Node("", "Cast", [self.longest], [ir.AttrInt64("to", ir.DataType.INT64)])
             keys = ir.Node("", "Range", [zero, longest.outputs[0], one])
-            column = ir.Node("", "Unsqueeze", [positions, _constant(graph, "axis_2", np.array([2]))])
+            column = ir.Node("", "Unsqueeze", [positions, shared_constant(graph, "axis_2", np.array([2]))])
             apart = ir.Node("", "Sub", [column.outputs[0], keys.outputs[0]])
             behind = ir.Node("", "Max", [apart.outputs[0], zero])
             found = ir.Node("", "Gather", [distances, behind.outputs[0]], [ir.AttrInt64("axis", 1)])
@@ -184,7 +184,7 @@ def _flatten_heads(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Valu
     whole = split.inputs[0] if split is not None and split.op_type == "Reshape" else None
     if whole is not None and whole.shape is not None and len(whole.shape) == 3 and whole.shape[2] == features:
         return whole
-    joined = ir.Node("", "Reshape", [apart, _constant(graph, f"joined_{features}", np.array([0, 0, features]))])
+    joined = ir.Node("", "Reshape", [apart, shared_constant(graph, f"joined_{features}", np.array([0, 0, features]))])
     graph.insert_before(before, joined)
     joined.outputs[0].shape, joined.outputs[0].dtype = ir.Shape([batch, length, features]), _dtype(value)
     return joined.outputs[0]
@@ -198,7 +198,7 @@ def _replace_uses(graph: ir.Graph, node: ir.Node, y: ir.Value) -> None:
         if user.op_type == "Reshape" and joined.shape is not None and joined.shape.dims[2:] == _dims(y)[2:]:
             joined.replace_all_uses_with(y, replace_graph_outputs=True)
     sizes = np.array([0, 0, *_dims(old)[2:]])
-    apart = ir.Node("", "Reshape", [y, _constant(graph, "apart_" + "_".join(map(str, sizes)), sizes)])
+    apart = ir.Node("", "Reshape", [y, shared_constant(graph, "apart_" + "_".join(map(str, sizes)), sizes)])
     graph.insert_before(node, apart)
     apart.outputs[0].shape, apart.outputs[0].dtype = old.shape, _dtype(old)
     old.replace_all_uses_with(apart.outputs[0], replace_graph_outputs=True)
@@ -220,10 +220,3 @@ def _number(size: int | ir.SymbolicDim) -> int:
     """Return a size that does not vary."""
     assert isinstance(size, int)
     return size
-
-
-def _constant(graph: ir.Graph, name: str, numbers: npt.NDArray[np.integer]) -> ir.Value:
-    if name not in graph.initializers:
-        value = ir.val(name, const_value=ir.tensor(numbers, name=name))
-        graph.register_initializer(value)
-    return graph.initializers[name]

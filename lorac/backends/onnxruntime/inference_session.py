@@ -15,7 +15,7 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, read_model_files, walk_subgraphs
+from lorac.backends.onnx.model_files import WEIGHTS_FILE, Array, graph_file, read_model_files, walk_nodes
 from lorac.backends.onnxruntime.devices.providers import start_session
 from lorac.backends.onnxruntime.native_op import use_native_op
 from lorac.backends.onnxruntime.options import FLOAT16, FLOAT32_LEVEL, OnnxRuntimeOptions
@@ -207,8 +207,7 @@ def _read_source(
 
 def _compute_in_float32(graph: onnx.GraphProto) -> None:
     """Compute products with quantised weights in float32, without rounding inputs."""
-    nodes = (node for part in (graph, *walk_subgraphs(graph)) for node in part.node)
-    for attribute in (attribute for node in nodes for attribute in node.attribute):
+    for attribute in (attribute for node in walk_nodes(graph) for attribute in node.attribute):
         if attribute.name == ACCURACY_ATTRIBUTE:
             attribute.i = FLOAT32_LEVEL
 

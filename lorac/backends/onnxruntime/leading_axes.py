@@ -6,14 +6,14 @@ the native op computes in their place, all ops there take any leading axes, and 
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from lorac.backends.onnx.model_files import walk_subgraphs
+from lorac.backends.onnx.model_files import walk_nodes, walk_subgraphs
 
 ELEMENTWISE = frozenset(
     ("Add", "Sub", "Mul", "Div", "Pow", "Neg", "Exp", "Erf", "Sqrt", "Tanh", "Sigmoid", "Relu", "Gelu", "Identity")
@@ -185,7 +185,7 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     last = dict(names)
     while chained := {name: last[other] for name, other in last.items() if other in last}:
         last |= chained
-    for node in (node for part in (graph, *walk_subgraphs(graph)) for node in part.node):
+    for node in walk_nodes(graph):
         read = [last.get(name, name) for name in node.input]
         del node.input[:]
         node.input.extend(read)
@@ -199,12 +199,18 @@ def remove_unused(graph: onnx.GraphProto) -> None:
     for node in reversed(graph.node):
         if not used.isdisjoint(node.output):
             used.update(node.input)
-            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
+            kept.append(node)
+    replace_nodes(graph, kept[::-1])
     for place in reversed(range(len(graph.value_info))):
         if graph.value_info[place].name not in used:
             del graph.value_info[place]
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Make copies of nodes the only ones of a graph, whose own may be among them."""
+    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
 
 
 def _size(shape: Shape) -> int | None:

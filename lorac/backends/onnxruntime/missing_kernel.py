@@ -10,7 +10,8 @@ from typing import Any
 import onnx
 from onnx import NodeProto, TypeProto
 
-from lorac.backends.onnx.claims import describe_origin
+from lorac.backends.onnx.claims import describe_origin, read_metadata
+from lorac.backends.onnx.model_files import walk_nodes
 from lorac.errors import Unavailable
 
 _MISSING = re.compile(r"implementation for (\w+)\(\d+\) node with name '(.*?)'")
@@ -32,7 +33,7 @@ def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailabl
     dtypes = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
     dtype = next((known for kind, known in _NAMES.items() if kind in dtypes), "its dtype")
     node = next(_candidate_nodes(model, op, name), None)
-    origin = "" if node is None else describe_origin({entry.key: entry.value for entry in node.metadata_props})
+    origin = "" if node is None else describe_origin(read_metadata(node))
     inner = "" if node is None or node.op_type == op else f" (part of {node.op_type})"
     return Unavailable(
         f"onnxruntime has no kernel for {op}{inner} in {dtype}{origin}",
@@ -42,18 +43,10 @@ def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailabl
 
 def _candidate_nodes(model: onnx.ModelProto, op: str, name: str) -> Iterator[NodeProto]:
     """Yield the nodes that may be meant, the likeliest first: by name, by op, by an op that is a function of others."""
-    nodes = list(_nodes(model.graph))
+    nodes = list(walk_nodes(model.graph))
     yield from (node for node in nodes if name and node.name == name)
     yield from (node for node in nodes if node.op_type == op)
     yield from (node for node in nodes if op in _function_body_ops(node))
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[NodeProto]:
-    """Yield the nodes of a graph and of its subgraphs."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            yield from _nodes(attribute.g)
 
 
 def _function_body_ops(node: NodeProto) -> set[str]:

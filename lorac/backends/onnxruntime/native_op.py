@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto, helper
 
-from lorac.backends.onnx.model_files import walk_subgraphs
-from lorac.backends.onnxruntime.leading_axes import Shape, remove_unused, restore_leading_axes, shape_of
+from lorac.backends.onnx.model_files import walk_nodes
+from lorac.backends.onnxruntime.leading_axes import Shape, remove_unused, replace_nodes, restore_leading_axes, shape_of
 from lorac.backends.onnxruntime.segment_indices import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
 from lorac.ir.algebra import operands
 from lorac.ir.graph.attention_ops import NEW_LENGTHS
@@ -46,9 +46,7 @@ def use_native_op(model: onnx.ModelProto, *, half: bool = False) -> int:
     ops = {id(group.where): group.make_node() for group in groups}
     removed = {id(node) for group in groups for node in group.replaced}
     nodes = [ops.get(id(node), node) for node in finder.nodes if id(node) in ops or id(node) not in removed]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    replace_nodes(model.graph, nodes)
     model.opset_import.add(domain=DOMAIN, version=VERSION)
     restore_leading_axes(model.graph, DOMAIN)
     remove_unused(model.graph)
@@ -131,7 +129,7 @@ class _LayerFinder:
         self.nodes = list(graph.node)
         self._makers = {name: node for node in self.nodes for name in node.output}
         self._places = {id(node): place for place, node in enumerate(self.nodes)}
-        self._all_nodes = [*self.nodes, *(node for part in walk_subgraphs(graph) for node in part.node)]
+        self._all_nodes = list(walk_nodes(graph))
         self._uses = Counter(name for node in self._all_nodes for name in node.input)
         self._uses.update(value.name for value in graph.output)
         self._packed_rows = {node.input[0]: node.output[0] for node in self.nodes if _gathers(node, FROM_ROWS)}

@@ -15,6 +15,7 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
+from lorac.backends.onnx.graph_edits import copy_node, nested_nodes
 from lorac.backends.onnx.model_files import PACKED_KEY
 from lorac.backends.onnx.passes import OnnxPass, module_around
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, TokenLayouts, dims_of
@@ -145,10 +146,7 @@ class _Packer:
             sizes = self._sizes(node.outputs[0], -1 if node.op_type == "Reshape" else 1)
             inputs[1] = self.index.constant([size for size in sizes if isinstance(size, int)])
             attributes.pop("allowzero", None)
-        count = len(node.outputs)
-        twin = ir.Node(node.domain, node.op_type, inputs, attributes.values(), num_outputs=count, name=node.name)
-        twin.metadata_props.update(node.metadata_props)
-        return twin
+        return copy_node(node, inputs, attributes.values())
 
     def _pack(self, value: ir.Value) -> ir.Value:
         """Return the packed form of a value."""
@@ -172,7 +170,7 @@ class _Packer:
     # ── Padded ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def _keep_padded(self, node: ir.Node) -> None:
         """Let an op, and those in graphs within it, read the padded form of values."""
-        readers = [node, *_inner_nodes(node)]
+        readers = [node, *nested_nodes(node)]
         read = [(reader, place, value) for reader in readers for place, value in enumerate(reader.inputs)]
         for reader, place, value in read:
             if value is not None and value in self.computed and not self._read_sizes(reader, value):
@@ -271,13 +269,6 @@ def _is_cut(node: ir.Node, tokens: Sequence[Dim], slots: Mapping[Dim, ir.Value])
     )
 
 
-def _inner_nodes(node: ir.Node) -> Iterator[ir.Node]:
-    """Yield the ops of the graphs within an op."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from attribute.as_graph().all_nodes()
-
-
 def _read_values(node: ir.Node) -> Iterator[ir.Value | None]:
     """Yield the values that an op reads, and those that the graphs within it read."""
-    return itertools.chain(node.inputs, *(inner.inputs for inner in _inner_nodes(node)))
+    return itertools.chain(node.inputs, *(inner.inputs for inner in nested_nodes(node)))

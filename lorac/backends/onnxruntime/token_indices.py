@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from lorac.backends.onnx.graph_edits import shared_constant
 from lorac.backends.onnxruntime.segment_indices import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, dims_of
 
@@ -65,14 +66,11 @@ class TokenIndices:
     def constant(self, numbers: int | Sequence[int]) -> ir.Value:
         """Return a constant of the graph."""
         array = np.array(numbers, np.int64)
-        name = "_".join(["packing", *map(str, [array.ndim, *array.reshape(-1)])])
-        if name not in self.graph.initializers:
-            self.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
-        return self.graph.initializers[name]
+        return shared_constant(self.graph, "_".join(map(str, ("packing", array.ndim, *array.reshape(-1)))), array)
 
-    def make(self, op: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+    def make(self, op: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
         """Add an op to those at the beginning; return its result."""
-        node = ir.Node("", op, inputs, [ir.AttrInt64(name, number) for name, number in attributes.items()])
+        node = ir.node(op, inputs, attributes)
         self.add(node)
         return node.outputs[0]
 
@@ -82,10 +80,8 @@ class TokenIndices:
 
     def _find(self, given: ir.Value) -> ir.Value:
         """Return (1, tokens, 2): the row and the column of each true value."""
-        found = self.make("NonZero", given)
-        turned = ir.Node("", "Transpose", [found], [ir.AttrInt64s("perm", [1, 0])])
-        self.add(turned)
-        return self.make("Unsqueeze", turned.outputs[0], self.constant([0]))
+        turned = self.make("Transpose", self.make("NonZero", given), perm=[1, 0])
+        return self.make("Unsqueeze", turned, self.constant([0]))
 
     def _find_items(self, packed: bool, repeats: int) -> ir.Value:
         """Return the indices of tokens, or of their items where each has several, in a form with one axis of tokens."""

@@ -11,13 +11,13 @@ import torch
 from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
-from lorac.backends.onnx.model_files import graph_file, list_program_files
+from lorac.backends.onnx.model_files import SlotStorage, graph_file, list_program_files
 from lorac.backends.tensorrt.capabilities import local_capability
 from lorac.backends.tensorrt.device.requirements import check_capability, current_device, find_maker
-from lorac.backends.tensorrt.engine import PLAN_FILE, GraphPlan, TrtEngine
+from lorac.backends.tensorrt.engine import PLAN_FILE, GraphPlan, PlanFacts, TrtEngine
 from lorac.backends.tensorrt.library import find_library
 from lorac.backends.tensorrt.options import TensorRTOptions
-from lorac.backends.tensorrt.profiles import SizeRange, check_profile_names
+from lorac.backends.tensorrt.profiles import check_profile_names
 from lorac.errors import OptionError, Unavailable
 from lorac.ir.graph.graph import Program, SlotInput
 from lorac.ir.interface import Interface
@@ -85,8 +85,8 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         """Refuse ``profiles=`` that name no input or axis of the program."""
         check_profile_names(request.options.profiles, program.graphs.values())
 
-    def bakes_slots(self, request: BuildRequest[TensorRTOptions]) -> bool:
-        return request.mode == "baked" or request.options.refit
+    def slot_storage(self, request: BuildRequest[TensorRTOptions]) -> SlotStorage:
+        return SlotStorage.CONSTANTS if request.options.refit else super().slot_storage(request)
 
     def load_graphs(self, emitted: Emitted) -> tuple[Mapping[str, GraphPlan], ProgramFiles]:
         """Test the emitted files on the CPU, and build a plan from each."""
@@ -115,12 +115,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         """Do nothing: the files were tested before plans were built from them."""
 
     def graph_to_json(self, graph: GraphPlan) -> dict[str, object]:
-        return {
-            "ranges": {name: [dataclasses.astuple(axis) for axis in axes] for name, axes in graph.ranges.items()},
-            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in graph.dtypes.items()},
-            "capabilities": list(graph.capabilities),
-            "made_by": graph.made_by,
-        }
+        return graph.to_json()
 
     def options_to_json(self, options: TensorRTOptions) -> dict[str, object]:
         """Return the options with the name of the library that built the plans."""
@@ -142,26 +137,18 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
             Unavailable: the plan is for other GPUs.
         """
         find_maker(stored["made_by"])
-        plan = GraphPlan(
-            file=files[graph_file(name, PLAN_FILE)],
-            interface=interface,
-            slots=slots,
-            ranges={key: tuple(SizeRange(*axis) for axis in axes) for key, axes in stored["ranges"].items()},
-            dtypes={key: getattr(torch, dtype) for key, dtype in stored["dtypes"].items()},
-            capabilities=tuple(stored["capabilities"]),
-            made_by=stored["made_by"],
-        )
-        _check_gpu(plan, options.device)
-        return plan
+        facts = PlanFacts.from_json(stored)
+        _check_gpu(facts, options.device)
+        return GraphPlan(file=files[graph_file(name, PLAN_FILE)], interface=interface, slots=slots, **vars(facts))
 
 
 BACKEND = TensorRT()
 find_library()  # a missing library is reported when the target is chosen, and not at the first build
 
 
-def _check_gpu(plan: GraphPlan, device: str | None) -> None:
+def _check_gpu(facts: PlanFacts, device: str | None) -> None:
     """Refuse a plan for other GPUs, on a machine that has one."""
     with current_device(device):
         capability = local_capability()
         if capability is not None:
-            check_capability(capability, plan.capabilities, torch.cuda.get_device_name(), find_maker(plan.made_by))
+            check_capability(capability, facts.capabilities, torch.cuda.get_device_name(), find_maker(facts.made_by))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from lorac.backends.onnx.build import EmittedProgram
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE, graph_file, graph_folder
 from lorac.backends.tensorrt.capabilities import capability_member, choose_capabilities
-from lorac.backends.tensorrt.engine import PLAN_FILE
+from lorac.backends.tensorrt.engine import PLAN_FILE, PlanFacts
 from lorac.backends.tensorrt.library import BuildMessages, TensorRTLibrary, collect_errors
 from lorac.backends.tensorrt.network import DYNAMIC, ParsedNetwork, check_inputs, input_dtypes, parse_model
 from lorac.backends.tensorrt.options import TensorRTOptions
@@ -29,23 +27,6 @@ _MIB = 20
 _NOT_IN_KEY = ("aux", "self_test", "profiles", "library", "target_capabilities", "plan_cache", "device")
 """Options that do not change the plan, or whose effect is in the key of a plan already."""
 _KEY_OPTIONS = tuple(spec.name for spec in fields(TensorRTOptions) if spec.name not in _NOT_IN_KEY)
-
-
-@dataclass(frozen=True)
-class PlanFacts:
-    """The sizes, dtypes and GPUs that a plan was built for.
-
-    Attributes:
-        ranges: the sizes of every input.
-        dtypes: the dtype of every input.
-        capabilities: compute capabilities of GPUs; empty: the library's default.
-        made_by: the library and its release.
-    """
-
-    ranges: SizeRanges
-    dtypes: dict[str, torch.dtype]
-    capabilities: tuple[str, ...]
-    made_by: str
 
 
 def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts:

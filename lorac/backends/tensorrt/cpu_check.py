@@ -9,7 +9,7 @@ scale for instance, and torch does not.
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,7 +23,16 @@ from torch import Tensor, fx
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.build import EmittedProgram
 from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine
-from lorac.backends.onnx.model_files import MODEL_FILE, Array, graph_file, read_model_files, walk_subgraphs
+from lorac.backends.onnx.model_files import (
+    MODEL_FILE,
+    Array,
+    SlotStorage,
+    graph_file,
+    read_model_files,
+    walk_nodes,
+    walk_subgraphs,
+    walk_tensors,
+)
 from lorac.backends.onnx.self_test import run_self_test
 from lorac.backends.tensorrt.engine import GraphPlan
 from lorac.backends.tensorrt.options import TensorRTOptions
@@ -45,7 +54,7 @@ def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: Emit
         CompileError: naming the slots that were lost.
     """
     request, program, files = emitted.request, emitted.program, emitted.open_files()
-    constant = backend.bakes_slots(request)
+    constant = backend.slot_storage(request) is SlotStorage.CONSTANTS
     cpu_program = CpuProgram(
         LoadedProgram(
             graphs={name: CpuGraph(program, name, files) for name in program.graphs},
@@ -128,23 +137,13 @@ def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:
 
 def _widen_model(model: onnx.ModelProto) -> bool:
     """Compute a model's half precision in float32; return whether it changed."""
-    changed = False
-    for graph in (model.graph, *walk_subgraphs(model.graph)):
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            changed |= _widen_field(value.type.tensor_type, "elem_type")
-        for tensor in (*graph.initializer, *_constants(graph)):
-            changed |= _widen_tensor(tensor)
-        attributes = (
-            attribute for node in graph.node for attribute in node.attribute if attribute.name in _DTYPE_ATTRIBUTES
-        )
-        for attribute in attributes:
-            changed |= _widen_field(attribute, "i")
-    return changed
-
-
-def _constants(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    attributes = (attribute for node in graph.node for attribute in node.attribute)
-    yield from (attribute.t for attribute in attributes if attribute.type == onnx.AttributeProto.TENSOR)
+    graphs = (model.graph, *walk_subgraphs(model.graph))
+    values = (value for graph in graphs for value in (*graph.input, *graph.output, *graph.value_info))
+    attributes = (attribute for node in walk_nodes(model.graph) for attribute in node.attribute)
+    changed = [_widen_tensor(tensor) for tensor in walk_tensors(model)]
+    changed += [_widen_field(value.type.tensor_type, "elem_type") for value in values]
+    changed += [_widen_field(attribute, "i") for attribute in attributes if attribute.name in _DTYPE_ATTRIBUTES]
+    return any(changed)
 
 
 def _widen_field(message: Message, field: str) -> bool:

@@ -6,12 +6,13 @@ The first call loads the plans, so that everything but calling works on a machin
 import contextlib
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine
 from lorac.backends.tensorrt.device.cuda_graphs import GRAPHS_NOTE
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
@@ -26,7 +27,7 @@ from lorac.backends.tensorrt.device.stream_queue import finish_device
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import PlanRunner
-from lorac.backends.tensorrt.profiles import SizeRanges, axis_names, check_sizes
+from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges, axis_names, check_sizes
 from lorac.backends.tensorrt.refitting import WeightRefitter
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
@@ -40,26 +41,54 @@ PLAN_FILE = "engine.plan"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphPlan:
+class PlanFacts:
+    """The sizes, dtypes and GPUs that a plan was built for.
+
+    Attributes:
+        ranges: the sizes of every input.
+        dtypes: the dtype of every input.
+        capabilities: compute capabilities of GPUs; empty: the library's default.
+        made_by: the library and its release.
+    """
+
+    ranges: SizeRanges
+    dtypes: Mapping[str, torch.dtype]
+    capabilities: tuple[str, ...]
+    made_by: str
+
+    def to_json(self) -> dict[str, object]:
+        """Return the facts as JSON."""
+        return {
+            "ranges": {name: [astuple(axis) for axis in axes] for name, axes in self.ranges.items()},
+            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self.dtypes.items()},
+            "capabilities": list(self.capabilities),
+            "made_by": self.made_by,
+        }
+
+    @classmethod
+    def from_json(cls, stored: JsonMapping) -> "PlanFacts":
+        """Return the facts that ``to_json`` stored."""
+        return PlanFacts(
+            ranges={name: tuple(SizeRange(*axis) for axis in axes) for name, axes in stored["ranges"].items()},
+            dtypes={name: getattr(torch, dtype) for name, dtype in stored["dtypes"].items()},
+            capabilities=tuple(stored["capabilities"]),
+            made_by=stored["made_by"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphPlan(PlanFacts):
     """One graph of the program, as it was built.
 
     Attributes:
         file: the plan.
         interface: what the graph takes and gives.
         slots: its slot inputs by public name.
-        ranges: the sizes that the plan was built for, of every input.
-        dtypes: the dtype of every input.
-        capabilities: the compute capabilities that it was built for; empty: the library's default.
-        made_by: the library and its release.
     """
 
     file: OpenFile
     interface: Interface
     slots: Mapping[str, SlotInput]
-    ranges: SizeRanges
-    dtypes: Mapping[str, torch.dtype]
-    capabilities: tuple[str, ...]
-    made_by: str
 
 
 @dataclass(frozen=True, eq=False)

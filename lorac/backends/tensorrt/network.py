@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import onnx
 import torch
 
-from lorac.backends.onnx.claims import describe_origin
-from lorac.backends.onnx.model_files import walk_subgraphs
+from lorac.backends.onnx.claims import describe_origin, read_metadata
+from lorac.backends.onnx.model_files import walk_nodes
 from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
 from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges
 from lorac.errors import CompileError, Unavailable, list_some
@@ -78,7 +78,7 @@ def parse_model(path: Path, library: TensorRTLibrary) -> ParsedNetwork:
         # Networks with the program's own dtypes; newer libraries ignore the flag.
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, library.logger)
-        nodes = [node for graph in (model.graph, *walk_subgraphs(model.graph)) for node in graph.node]
+        nodes = list(walk_nodes(model.graph))
         known = {op: bool(parser.supports_operator(op)) for op in {node.op_type for node in nodes}}
         strange = dict.fromkeys(f"{node.op_type}{_origin(node)}" for node in nodes if not known[node.op_type])
         if strange:
@@ -140,4 +140,4 @@ def _parser_errors(model: onnx.ModelProto, parser: tensorrt.OnnxParser) -> list[
 
 
 def _origin(node: onnx.NodeProto) -> str:
-    return describe_origin({entry.key: entry.value for entry in node.metadata_props})
+    return describe_origin(read_metadata(node))

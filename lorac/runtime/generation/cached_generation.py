@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorac.errors import InputMismatch
+from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.runtime.choice_states import ChoiceState
 from lorac.runtime.generation.decoding_state import DecodingState
 from lorac.runtime.generation.draft_model import DraftModel
 from lorac.runtime.generation.driver import DecoderDriver, DecodingProgram, GenerationDriver
 from lorac.runtime.generation.encoder_decoder_driver import driver_class
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
-from lorac.runtime.generation.prompts import Prompts
+from lorac.runtime.generation.prompts import IDS, Prompts, check_ids
 from lorac.runtime.generation.request import GenerateRequest
 from lorac.runtime.traits import ModelTraits
 from lorac.target.engine import BoundProgram, Engine
@@ -68,7 +69,8 @@ class CachedGeneration:
         Raises:
             InputMismatch: an id is not one of the model's, or a cache does not hold the beginning of each row.
         """
-        self._check_ids()
+        if self.prompts is not None:
+            check_ids(self.prompts.ids, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
         by_row = self.request.samples_rows
         generators = [torch.Generator().manual_seed(seed) for seed in self._seed_list()]
         driver = self._make_driver(bound, generators if by_row else [])
@@ -110,19 +112,6 @@ class CachedGeneration:
         driver = driver_class(self.traits.rules) if encodes else DecoderDriver
         settings = {**self.traits.settings, "vocab_size": self.cache_spec.vocabulary}
         return driver(program, settings, self.traits.generation or {})
-
-    def _check_ids(self) -> None:
-        """Raise ``InputMismatch`` where an id is not one of the model's."""
-        if self.prompts is None:
-            return
-        ids, vocabulary = self.prompts.ids, self.cache_spec.vocabulary
-        for found in (int(ids.min()), int(ids.max())):
-            if not 0 <= found < vocabulary:
-                raise InputMismatch(
-                    f"{'decoder_input_ids' if self.cache_spec.encodes else 'input_ids'} holds {found}, "
-                    "which is not a token id",
-                    next_step=f"the model's ids go from 0 to {vocabulary - 1}",
-                )
 
     def _describe_cache(self, state: DecodingState, output: Output) -> None:
         """Note in a cache that an output holds which tokens it has; of beams it holds the rows that were last."""

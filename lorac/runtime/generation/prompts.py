@@ -18,6 +18,21 @@ IDS, MASK, CACHE = "input_ids", "attention_mask", "cache"
 """transformers' names for tokens, for the mask of padding, and for a cache."""
 
 
+def check_ids(ids: Tensor, vocabulary: int, name: str) -> None:
+    """Raise ``InputMismatch`` where an id is not one of the model's.
+
+    Args:
+        vocabulary: number of the model's ids.
+        name: what messages call the ids.
+    """
+    for found in (int(ids.min()), int(ids.max())):
+        if not 0 <= found < vocabulary:
+            raise InputMismatch(
+                f"{name} holds {found}, which is not a token id",
+                next_step=f"the model's ids go from 0 to {vocabulary - 1}",
+            )
+
+
 def main_input(names: Sequence[str]) -> str:
     """Return the main input of an encoder: the first that is not a mask."""
     return next((name for name in names if not name.endswith("mask")), names[0])

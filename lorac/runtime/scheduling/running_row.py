@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorac.errors import InputMismatch
 from lorac.ir.slots.choice import UNSET, parse_choice
 from lorac.runtime.generation.prompt_cache import CacheKey, PromptCache
+from lorac.runtime.generation.prompts import check_ids
 from lorac.runtime.generation.row_sampler import RowSampler
 from lorac.runtime.scheduling.token_stream import TextRequest, TextToken, TokenStream
 from lorac.target.engine import BoundProgram
@@ -49,7 +49,9 @@ class RunningRow:
         active = model.choice if request.adapters is UNSET else parse_choice(request.adapters, model.pool)
         self.request, self.choice = request, dict(active) or None
         self.sampler = RowSampler.of(model, request.ids, request.seed, graph, request.drawn, **request.options)
-        _check_ids(request.ids, model, graph)
+        spec = model.engine.cache_spec(graph)
+        assert spec is not None  # else the sampler would have refused
+        check_ids(request.ids, spec.vocabulary, "the prompt")
         self.stream, self.text = TokenStream(request.deadline), request.ids
         self._model, self._graph, self._held = model, graph, contextlib.ExitStack()
         self._error: Exception | None = None
@@ -116,15 +118,6 @@ class RunningRow:
         if error is not None:
             traceback.clear_frames(error.__traceback__)  # they hold caches for as long as a client keeps the error
         self.stream.end(reason, error or self._error)
-
-
-def _check_ids(ids: Tensor, model: SwitchableModel, graph: str) -> None:
-    spec = model.engine.cache_spec(graph)
-    if spec is not None and not 0 <= int(ids.min()) <= int(ids.max()) < spec.vocabulary:
-        raise InputMismatch(
-            "the prompt holds numbers that are not token ids",
-            next_step=f"the model's ids go from 0 to {spec.vocabulary - 1}",
-        )
 
 
 def _describe_token(token: int, logits: Tensor, logprobs: int | None) -> TextToken:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.backends.onnx.model_files import WEIGHTS_FILE, graph_file, read_model_files
+from lorac.backends.onnx.model_files import WEIGHTS_FILE, graph_file
+from lorac.backends.onnx.weight_locations import walk_stored_weights
 from lorac.backends.onnxruntime.quantised.codec import Array, Codec, EncodedMatrix
 from lorac.errors import ArtifactError
 from lorac.frontend.quantised_weights import QUANTISATION_LEVELS
@@ -125,19 +126,14 @@ def locate_parts(
     files: ProgramFiles, graphs: Iterable[str], quantised_tensors: Mapping[str, QuantisedTensor]
 ) -> dict[str, TensorLocation]:
     """Return where programs store the parts of quantised tensors, by the names of ``tensors_and_notes``."""
-    there: dict[tuple[str, str], tuple[str, int]] = {}
-    for graph in graphs:
-        model, weights = read_model_files(files, graph)
-        for tensor in (tensor for tensor in model.graph.initializer if tensor.name in weights):
-            offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
-            there[graph, tensor.name] = (graph_file(graph, WEIGHTS_FILE), offset)
+    offsets = {(graph, name): at for graph in graphs for name, at, _ in walk_stored_weights(files, graph)}
     found = {}
     for name, stored_tensor in quantised_tensors.items():
         constants = {part: (stored_tensor.graph, constant) for part, constant in stored_tensor.names.items()}
-        stored = {part: there[constant] for part, constant in constants.items() if constant in there}
-        for part, (file, offset) in stored.items():
-            row = stored_tensor.encoded.parts()[part][:1].nbytes
-            found[f"{name}:{part}"] = TensorLocation(file, offset + stored_tensor.begin * row, False)
+        stored = {part: offsets[constant] for part, constant in constants.items() if constant in offsets}
+        for part, offset in stored.items():
+            first = offset + stored_tensor.begin * stored_tensor.encoded.parts()[part][:1].nbytes
+            found[f"{name}:{part}"] = TensorLocation(graph_file(stored_tensor.graph, WEIGHTS_FILE), first, False)
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
+from lorac.backends.onnx.graph_edits import shared_constant
 from lorac.backends.onnx.passes import OnnxPass
 from lorac.backends.onnxruntime.quantised.algorithms import RTN, encode
 from lorac.backends.onnxruntime.quantised.calibration import Calibration
@@ -269,14 +270,15 @@ def _replace(
     model: ir.Model, value: ir.Value, readers: list[_MatrixReader], encoded: EncodedMatrix, accuracy_level: int
 ) -> dict[str, str]:
     """Replace the readers of a matrix by quantised ops; return the names of the constants with its parts."""
-    name, codec = str(value.name), encoded.codec
+    name, codec, graph = str(value.name), encoded.codec, model.graph
     names = {"packed": f"{name}_Q{codec.bits}", "scales": f"{name}_scales", "zeros": f"{name}_zero_points"}
     packed, tables = encoded.packed, [reader for reader in readers if reader.looks_up]
     flat = packed.reshape(len(packed), -1)
     alone = len(tables) == len(readers)
-    stored = _constant(model, names["packed"], packed.reshape(-1) if codec.table else flat if alone else packed)
-    scales = _constant(model, names["scales"], encoded.scales.reshape(-1) if codec.table else encoded.scales)
-    zeros = None if encoded.zeros is None else _constant(model, names["zeros"], encoded.zeros)
+    layout = packed.reshape(-1) if codec.table else flat if alone else packed
+    stored = shared_constant(graph, names["packed"], layout)
+    scales = shared_constant(graph, names["scales"], encoded.scales.reshape(-1) if codec.table else encoded.scales)
+    zeros = None if encoded.zeros is None else shared_constant(graph, names["zeros"], encoded.zeros)
     looked_up = stored if alone or not tables else _as_table(model, stored)
     for reader in readers:
         if reader.looks_up:
@@ -300,7 +302,7 @@ def _make_product(
     is_bias = added is not None and added.shape is not None and added.shape.dims == (rows,) and not codec.table
     inputs = [node.inputs[0], *parts, *([None, added] if is_bias else [])]
     kind = "MatMulBnb4" if codec.table else "MatMulNBits"
-    product = ir.Node(_DOMAIN, kind, _without_last_empty(inputs), _numbers(settings), name=node.name)
+    product = ir.node(kind, _without_last_empty(inputs), settings, domain=_DOMAIN, name=node.name)
     yield product
     if added is not None and not is_bias:
         product.outputs[0].type, product.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
@@ -315,17 +317,17 @@ def _make_lookup(
     codec = encoded.codec
     settings = {"bits": codec.bits, "block_size": codec.block, "gather_axis": 0, "quantize_axis": 1}
     inputs = _without_last_empty([table, node.inputs[1], *others])
-    found = ir.Node(_DOMAIN, "GatherBlockQuantized", inputs, _numbers(settings), name=node.name)
+    found = ir.node("GatherBlockQuantized", inputs, settings, domain=_DOMAIN, name=node.name)
     yield found
     if encoded.columns % codec.block:
-        bounds = [_constant(model, f"bound_{n}", np.array([n], np.int64)) for n in (0, encoded.columns, -1)]
+        bounds = [shared_constant(model.graph, f"bound_{n}", np.array([n], np.int64)) for n in (0, encoded.columns, -1)]
         yield ir.Node("", "Slice", [found.outputs[0], *bounds])
 
 
 def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
     """Return the bytes of a product's matrix in the shape that lookups read; the bytes are stored once."""
     rows = packed.shape[0] if packed.shape is not None else 0
-    shape = _constant(model, f"shape_{rows}_-1", np.array([rows, -1], np.int64))
+    shape = shared_constant(model.graph, f"shape_{rows}_-1", np.array([rows, -1], np.int64))
     reshape = ir.Node("", "Reshape", [packed, shape], name=f"{packed.name}_rows")
     reshape.outputs[0].name = f"{packed.name}_rows"
     model.graph.insert_before(model.graph[0], reshape)
@@ -334,27 +336,10 @@ def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
 
 def _replace_node(node: ir.Node, made: list[ir.Node]) -> None:
     """Replace a node by others, the last of which computes its output."""
-    graph, old, new = node.graph, node.outputs[0], made[-1].outputs[0]
-    assert graph is not None
+    assert node.graph is not None
     for one in made:
         one.metadata_props.update(node.metadata_props)
-    graph.insert_before(node, made)
-    new.type, new.shape, new.name, old.name = old.type, old.shape, old.name, None
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-
-
-def _constant(model: ir.Model, name: str, array: Array) -> ir.Value:
-    known = model.graph.initializers.get(name)
-    if known is None:
-        tensor = ir.tensor(array, name=name)
-        known = ir.val(name, const_value=tensor, shape=ir.Shape(array.shape), dtype=tensor.dtype)
-        model.graph.register_initializer(known)
-    return known
-
-
-def _numbers(settings: dict[str, int]) -> list[ir.Attr]:
-    return [ir.AttrInt64(name, number) for name, number in settings.items()]
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, made[-1].outputs)
 
 
 def _without_last_empty(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
