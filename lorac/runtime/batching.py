@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch
 from lorac.argument_types import Fields
 from lorac.errors import ChoiceError, Unavailable
 from lorac.ir.row_selection import Array, RowSelection, batch_size, has_rows, object_attributes
+from lorac.runtime.row_group import RowGroup
 from lorac.target.engine import AuxOutputs, CallResult
 
 Args = tuple[object, ...]
@@ -36,21 +37,11 @@ def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[objec
         )
 
 
-class Group(Protocol):
-    """Rows that one call computes."""
-
-    @property
-    def rows(self) -> list[int]: ...
-
-
-GroupT = TypeVar("GroupT", bound=Group)
-
-
 def run_rows(
-    run: Callable[[Args, Kwargs, GroupT], CallResult],
+    run: Callable[[Args, Kwargs, RowGroup], CallResult],
     args: Args,
     kwargs: Mapping[str, object],
-    groups: Sequence[GroupT],
+    groups: Sequence[RowGroup],
 ) -> CallResult:
     """Run a batch with one call per group of rows, and join the outputs in the order of the batch.
 

@@ -3,34 +3,85 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from lorac.frontend.components import get_encoder_graph_name
+from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
+from lorac.ir.interface import Interface
+from lorac.ir.sites import BaseReader
+from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.placed_execution import why_shared
-from lorac.ir.slots.plans import SitePlan
+from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, branch_name, slot_name, strength_role
 from lorac.ir.slots.rows import stack_places
-from lorac.target.engine import BoundProgram, Engine
+from lorac.target.engine import BoundProgram, Engine, ProgramFiles
 
+
+class ProgramGraph(Protocol):
+    """One graph of a program.
+
+    Attributes:
+        interface: what the graph takes and gives.
+        slots: its slot inputs by public name.
+    """
+
+    @property
+    @abstractmethod
+    def interface(self) -> Interface: ...
+
+    @property
+    @abstractmethod
+    def slots(self) -> Mapping[str, SlotInput]: ...
+
+
+GraphT = TypeVar("GraphT", bound=ProgramGraph)
 ContentT = TypeVar("ContentT")
 
 
-class PlacedEngine(Engine[ContentT]):
+class PlacedEngine(Engine[ContentT], Generic[GraphT, ContentT]):
     """Runs a program whose slots are inputs.
+
+    Args:
+        graphs: the program's graphs by name.
+        plans: slots of every site.
+        base: reads base weights without the model.
+        mode: ``"live"``, ``"fused"`` or ``"baked"``.
+        files: the program's, open.
 
     Attributes:
         slots: slot inputs of all graphs by public name.
         shared_slots: graph -> the slots that all rows of a call share.
         plans: the slots of every site that the program reaches.
+        memory: fused mode: slot -> the memory that its weight is written to.
     """
 
-    slots: Mapping[str, SlotInput]
-    shared_slots: Mapping[str, frozenset[str]]
-    plans: Mapping[str, SitePlan]
+    files: ProgramFiles
+
+    def __init__(
+        self,
+        graphs: Mapping[str, GraphT],
+        plans: Mapping[str, SitePlan],
+        base: BaseReader,
+        mode: str,
+        files: ProgramFiles,
+    ) -> None:
+        self.graphs, self.base, self.mode, self.files = graphs, base, mode, files
+        self.interfaces = {name: graph.interface for name, graph in graphs.items()}
+        self.slots = {name: slot for graph in graphs.values() for name, slot in graph.slots.items()}
+        self.shared_slots = {
+            name: frozenset(slot.name for slot in graph.slots.values() if not slot.placed)
+            for name, graph in graphs.items()
+        }
+        self.plans = select_reached_plans(self.slots, plans)
+        self.buffers, self.memory = self.allocate_weights() if self.fused else ({}, {})
+
+    def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
+        """Return the buffers of weights that are written in place, by site path, and their memory by slot name."""
+        return make_fused_buffers(self.plans, self.base)
 
     @abstractmethod
     def slot_tensors(self, content: ContentT) -> Mapping[str, Tensor]:
@@ -39,6 +90,13 @@ class PlacedEngine(Engine[ContentT]):
     @abstractmethod
     def bind_tensors(self, tensors: Mapping[str, Tensor]) -> BoundProgram[ContentT]:
         """Bind tensors to all slots."""
+
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ContentT]:
+        """Bind the slots' tensors; a program whose weights are a part of it has no slots to fill."""
+        return self.bind_tensors({} if self.constant else collect_slot_tensors(self.slots, self.plans, slots))
+
+    def record_written(self, snapshot: ComposedWeights) -> None:
+        """Do nothing: graphs read the memory that was written."""
 
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
         both = (graph, get_encoder_graph_name(graph))
@@ -64,8 +122,3 @@ class PlacedEngine(Engine[ContentT]):
 
     def bind_places(self, content: ContentT, places: Mapping[str, Tensor]) -> BoundProgram[ContentT]:
         return self.bind_tensors({**self.slot_tensors(content), **places})
-
-
-def find_shared_slots(slots: Mapping[str, Mapping[str, SlotInput]]) -> dict[str, frozenset[str]]:
-    """Return graph -> the slots that all rows of a call share, from the slot inputs of each graph."""
-    return {graph: frozenset(slot.name for slot in own.values() if not slot.placed) for graph, own in slots.items()}

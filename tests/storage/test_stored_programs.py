@@ -164,7 +164,7 @@ def test_a_model_is_measured_once_for_all_calls_of_one_shape(tmp_path: Path) -> 
     assert isinstance(loaded.engine, StoredProgramEngine)
     for rows in (1, 2, 2):
         loaded(**llama.inputs(batch=rows))
-    peaks = loaded.engine.parts["main"].program.bounded.peaks
+    peaks = loaded.engine.graphs["main"].program.bounded.peaks
     assert len(peaks) == 2 and None not in peaks.values()
 
 

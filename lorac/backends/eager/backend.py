@@ -34,6 +34,7 @@ from lorac.storage.tensor_file import TensorFile, make_file_base_reader
 from lorac.target.backend import Backend, BuildRequest, StoredState, TargetOptions
 from lorac.target.dialect import AnyDialect, BranchGate, Dialect
 from lorac.target.engine import Engine, ProgramFiles
+from lorac.target.placed_engine import ProgramGraph
 
 _PROGRAM, _WEIGHTS = "program.json", "weights.safetensors"
 
@@ -83,7 +84,7 @@ class EagerBackend(Backend[EagerOptions]):
         if isinstance(engine, StoredProgramEngine):
             for name, file in engine.files.items():
                 file.copy_to(folder / name)
-            return {"graphs": {name: graph_to_json(p.interface, p.slots.values()) for name, p in engine.parts.items()}}
+            return {"graphs": _graphs_to_json(engine.graphs)}
         assert request is not None
         assert request.program is not None
         program = request.program
@@ -95,7 +96,7 @@ class EagerBackend(Backend[EagerOptions]):
         for graph in exported.values():
             tensors |= collect_tensors(graph)
         TensorFile.write(folder / _WEIGHTS, tensors)
-        return {"graphs": {name: graph_to_json(g.interface, g.slots.values()) for name, g in program.graphs.items()}}
+        return {"graphs": _graphs_to_json(program.graphs)}
 
     def restore(
         self,
@@ -118,7 +119,7 @@ class EagerBackend(Backend[EagerOptions]):
             part.program.to(target_device)
         base = make_file_base_reader(file)
         own = {name: files[name] for name in (_PROGRAM, _WEIGHTS)}
-        return StoredProgramEngine(parts=parts, plans=plans, base=base, mode=mode, files=own, device=target_device)
+        return StoredProgramEngine(parts, plans, base, mode, own, target_device)
 
     def read_base_weights(self, files: ProgramFiles) -> TensorFile:
         return TensorFile(files[_WEIGHTS])
@@ -132,6 +133,10 @@ class EagerBackend(Backend[EagerOptions]):
 
 
 BACKEND = EagerBackend()
+
+
+def _graphs_to_json(graphs: Mapping[str, ProgramGraph]) -> dict[str, JsonMapping]:
+    return {name: graph_to_json(graph.interface, graph.slots.values()) for name, graph in graphs.items()}
 
 
 def _export_graph(

@@ -16,13 +16,9 @@ def match_linear_rounding(host: nn.Module, copy: nn.Module) -> None:
     """Make the linear layers of ``copy`` multiply as those of ``host`` do, whose weights may need gradients."""
     needing = {name for name, parameter in host.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     for path, module in copy.named_modules():
-        if type(module).forward is nn.Linear.forward and f"{path}.weight" in needing and _keeps_class_forward(module):
+        plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)  # as accelerate's hooks set
+        if plain and f"{path}.weight" in needing:
             module.forward = functools.partial(_forward, module)
-
-
-def _keeps_class_forward(module: nn.Module) -> bool:
-    """Return whether a layer has no forward of its own, such as accelerate's hooks set."""
-    return "forward" not in vars(module)
 
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:

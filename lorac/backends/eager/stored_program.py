@@ -9,16 +9,14 @@ from torch import Tensor
 
 from lorac.errors import InputMismatch, LoracError
 from lorac.frontend.components import check_component
-from lorac.ir.graph.feeds import collect_slot_tensors, group_aux_outputs, select_reached_plans
+from lorac.ir.graph.feeds import group_aux_outputs
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.interface import Interface
 from lorac.ir.sites import BaseReader
-from lorac.ir.slots.buffers import make_fused_buffers
-from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.ir.slots.plans import SitePlan
 from lorac.storage.program import StoredProgram
 from lorac.target.engine import BoundProgram, CallResult, ProgramFiles
-from lorac.target.placed_engine import PlacedEngine, find_shared_slots
+from lorac.target.placed_engine import PlacedEngine
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,61 +32,43 @@ SlotTensors = Mapping[str, Tensor]
 """Slot input -> its tensor."""
 
 
-class StoredProgramEngine(PlacedEngine[SlotTensors]):
+class StoredProgramEngine(PlacedEngine[StoredGraph, SlotTensors]):
     """Runs a program whose slots are inputs.
 
     Args:
-        plans: slots of every site.
-        base: reads base weights.
-        mode: ``"live"``, ``"fused"`` or ``"baked"``.
-        files: the stored program.
+        graphs, plans, base, mode, files: as ``PlacedEngine``'s.
         device: where the program runs, and tensors of slots are moved to; the adapters stay where they are.
     """
 
     target = "eager"
-    files: ProgramFiles
 
     def __init__(
         self,
-        *,
-        parts: Mapping[str, StoredGraph],
+        graphs: Mapping[str, StoredGraph],
         plans: Mapping[str, SitePlan],
         base: BaseReader,
         mode: str,
         files: ProgramFiles,
         device: torch.device | None = None,
     ) -> None:
-        self.parts = parts
-        self.shared_slots = find_shared_slots({name: part.slots for name, part in parts.items()})
-        self.slots = {name: slot for part in parts.values() for name, slot in part.slots.items()}
-        self.interfaces = {name: part.interface for name, part in parts.items()}
-        self.plans = select_reached_plans(self.slots, plans)
-        self.base, self.mode, self.files, self.device = base, mode, files, device
-        self.buffers, memory = make_fused_buffers(self.plans, base) if self.fused else ({}, {})
-        self._memory = memory
-
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[SlotTensors]:
-        tensors = collect_slot_tensors(self.slots, self.plans, slots)
-        return self.bind_tensors({name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
+        super().__init__(graphs, plans, base, mode, files)
+        self.device = device
 
     def slot_tensors(self, content: SlotTensors) -> SlotTensors:
         return content
 
     def bind_tensors(self, tensors: SlotTensors) -> BoundProgram[SlotTensors]:
-        return BoundProgram(self, tensors)
+        return BoundProgram(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
 
     @property
     def written_program(self) -> BoundProgram[SlotTensors]:
-        return BoundProgram(self, self._memory)
-
-    def record_written(self, snapshot: ComposedWeights) -> None:
-        """Leave the program alone: it reads the buffers."""
+        return BoundProgram(self, self.memory)
 
     @torch.no_grad()
     def call(
         self, content: SlotTensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> CallResult:
-        part = self.parts[check_component(graph, self.parts)]
+        part = self.graphs[check_component(graph, self.graphs)]
         filled = {slot.node: content[name] for name, slot in part.slots.items()}
 
         def run(arguments: dict[str, object]) -> list[object]:

@@ -39,14 +39,15 @@ def list_unclaimed_ops(model: ir.Model, dialect: AnyDialect) -> list[str]:
     claims = dialect.claims
     if claims is None:
         return []
-    named = ((_op_key(node), node) for node in model.graph.all_nodes())
+    named = ((op_key(node), node) for node in model.graph.all_nodes())
     strange = ((op, node) for op, node in named if op not in claims and not (dialect.functions and _is_function(*op)))
     return list(
         dict.fromkeys(f"{'::'.join(filter(None, op))}{describe_origin(node.metadata_props)}" for op, node in strange)
     )
 
 
-def _op_key(node: ir.Node) -> tuple[str, str]:
+def op_key(node: ir.Node) -> tuple[str, str]:
+    """Return a node's domain, empty for ONNX's own, and its op."""
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
 
 

@@ -10,33 +10,21 @@ import torch
 from torch import Tensor
 
 from lorac.frontend.components import check_component
-from lorac.ir.graph.feeds import collect_slot_tensors, convert_input, group_aux_outputs, select_reached_plans
-from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
+from lorac.ir.graph.feeds import convert_input, group_aux_outputs
 from lorac.ir.sites import BaseReader
-from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
-from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.plans import SitePlan, SiteSlots
+from lorac.ir.slots.plans import SitePlan
 from lorac.report.dump import Dump
 from lorac.target.backend import TargetOptions
 from lorac.target.engine import BoundProgram, CallResult, ProgramFiles
-from lorac.target.placed_engine import PlacedEngine, find_shared_slots
+from lorac.target.placed_engine import PlacedEngine, ProgramGraph
 
 
-class LoadedGraph(Protocol):
+class LoadedGraph(ProgramGraph, Protocol):
     """One graph of the program as the library runs it.
 
     Attributes:
-        interface: what the graph takes and gives.
-        slots: its slot inputs by public name.
         dtypes: the dtype of every input of the model; None for one that torch does not have.
     """
-
-    @property
-    def interface(self) -> Interface: ...
-
-    @property
-    def slots(self) -> Mapping[str, SlotInput]: ...
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype | None]: ...
@@ -78,27 +66,18 @@ class LoadedProgram(Generic[GraphT, OptionsT]):
     options: OptionsT
 
 
-class OnnxEngine(PlacedEngine[ContentT], Generic[GraphT, OptionsT, ContentT]):
+class OnnxEngine(PlacedEngine[GraphT, ContentT], Generic[GraphT, OptionsT, ContentT]):
     """Runs a program from its files, one loaded graph per graph of the program.
 
     A target says how slot tensors are laid out (``lay_out``) and how a graph is run (``run_graph``).
-
-    Attributes:
-        memory: fused mode: slot -> the memory that its weight is written to.
     """
 
-    files: ProgramFiles
-
     def __init__(self, program: LoadedProgram[GraphT, OptionsT]) -> None:
-        self.program, self.graphs, self.base, self.mode = program, program.graphs, program.base, program.mode
-        self.files, self.options = program.files, program.options
-        self.slots = {name: slot for graph in self.graphs.values() for name, slot in graph.slots.items()}
-        self.shared_slots = find_shared_slots({name: graph.slots for name, graph in self.graphs.items()})
+        self.program, self.options = program, program.options
+        super().__init__(program.graphs, program.plans, program.base, program.mode, program.files)
         self.interfaces = {
             name: graph.interface.with_notes(*self.machine_notes(graph)) for name, graph in self.graphs.items()
         }
-        self.plans = select_reached_plans(self.slots, program.plans)
-        self.buffers, self.memory = self.allocate_weights() if self.fused else ({}, {})
         self.fused_content = self.lay_out(self.memory, fixed=True)
 
     @abstractmethod
@@ -119,18 +98,9 @@ class OnnxEngine(PlacedEngine[ContentT], Generic[GraphT, OptionsT, ContentT]):
             inputs: by name, contiguous and of the graph's dtypes.
         """
 
-    def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
-        """Return the buffers of weights that are written in place, by site path, and their memory by slot name."""
-        return make_fused_buffers(self.plans, self.base)
-
     def machine_notes(self, graph: GraphT) -> tuple[str, ...]:
         """Return notes for callers of a graph on this machine, each a sentence."""
         return ()
-
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ContentT]:
-        """Lay out the slots' tensors; a baked program has no slots to fill."""
-        tensors = {} if self.constant else collect_slot_tensors(self.slots, self.plans, slots)
-        return self.bind_tensors(tensors)
 
     def slot_tensors(self, content: ContentT) -> Mapping[str, Tensor]:
         return content.tensors
@@ -146,9 +116,6 @@ class OnnxEngine(PlacedEngine[ContentT], Generic[GraphT, OptionsT, ContentT]):
         from lorac.backends.onnx.model_dump import dump_model  # a call does not need it
 
         return {name: dump_model(self.files, name, graph.slots) for name, graph in self.graphs.items()}
-
-    def record_written(self, snapshot: ComposedWeights) -> None:
-        """Do nothing: graphs read the memory that was written."""
 
     @property
     def constant(self) -> bool:

@@ -84,7 +84,8 @@ class _BranchEnd:
     @classmethod
     def of(cls, strength: ir.Value, add: ir.Node) -> "_BranchEnd":
         """Return the end of a branch whose sum is ``add``; earlier branches of its site have their gates already."""
-        return cls(strength, add, _base_operand(strength, add))
+        passed = next(v for v in add.inputs if v is not None and not _depends_on(v, strength))
+        return cls(strength, add, passed)
 
 
 def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Value, ir.Node]]:
@@ -127,11 +128,6 @@ def _walk_sums(scaled: ir.Value) -> Iterator[ir.Node]:
             yield from _walk_sums(node.outputs[0])
         else:
             yield node
-
-
-def _base_operand(strength: ir.Value, add: ir.Node) -> ir.Value:
-    """Return the operand of a branch's sum that does not depend on the branch."""
-    return next(v for v in add.inputs if v is not None and not _depends_on(v, strength))
 
 
 def _insert_where(graph: ir.Graph, end: _BranchEnd) -> ir.Node:

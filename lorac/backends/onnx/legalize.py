@@ -63,7 +63,8 @@ def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
     graph.interface = replace(
         graph.interface, checks={**graph.interface.checks, **dict(zip(names, lines, strict=True))}
     )
-    left_out = [node for node in checks if _checked_tensor(node) is None and not _is_truth_check(node)]
+    # What only asserts that a boolean read as a number is 0 or 1 says nothing.
+    left_out = [node for node in checks if _checked_tensor(node) is None and _truth_read_as_number(node) is None]
     for node in checks:
         graph.fx.erase_node(node)
     graph.fx.eliminate_dead_code()
@@ -80,11 +81,6 @@ def _checked_tensor(check: fx.Node) -> fx.Node | None:
     if read is None or node.target is not operator.eq:  # type: ignore[union-attr]  # then it is a node
         return None
     return read.args[0] if read.target is aten._is_all_true.default else read  # type: ignore[return-value]  # a tensor
-
-
-def _is_truth_check(check: fx.Node) -> bool:
-    """Return whether a check only asserts that a boolean read as a number is 0 or 1."""
-    return _truth_read_as_number(check) is not None
 
 
 def _truth_read_as_number(check: fx.Node) -> fx.Node | None:
@@ -223,17 +219,9 @@ def _returns_tensor(node: fx.Node, *, writes: bool | None) -> bool:
     return (alias and alias.is_write) is writes
 
 
-def _linear(x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> tuple[Target, Operands]:
-    return ops.LINEAR, (x, weight, bias, "")
-
-
-def _matmul(x: fx.Node, matrix: fx.Node) -> tuple[Target, Operands]:
-    return ops.MATMUL, (x, matrix)
-
-
 _PRODUCTS: dict[Target, Callable[..., tuple[Target, Operands]]] = {
-    aten.linear.default: _linear,
-    aten.matmul.default: _matmul,
+    aten.linear.default: lambda x, weight, bias=None: (ops.LINEAR, (x, weight, bias, "")),
+    aten.matmul.default: lambda x, matrix: (ops.MATMUL, (x, matrix)),
 }
 _TENSOR_CHECKS = (aten._assert_async.default, aten._assert_async.msg)
 _CHECKS = (

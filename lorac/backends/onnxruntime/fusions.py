@@ -90,7 +90,7 @@ class _ReportingRule(pattern.RewriteRuleClassBase):
         return MatchResult().fail(why)
 
 
-class _RmsNormRule(_ReportingRule):
+class _RmsNormRule(_ReportingRule, RmsNormFusion):
     """onnxscript's rule for RMS norms, where the scale is a vector: a scale for each row is a product of its own.
 
     Args:
@@ -99,21 +99,13 @@ class _RmsNormRule(_ReportingRule):
     """
 
     def __init__(self, skips: list[Skip], norm_first: bool) -> None:
-        super().__init__(skips, "RmsNorm")
-        self._rule = RmsNormFusion("RmsNorm", norm_first)
+        RmsNormFusion.__init__(self, "RmsNorm", norm_first)
+        self.skips = skips
 
-    def pattern(
-        self, op: _Builder, x: object, scale: object, epsilon: object, compute_dtype: object, target_dtype: object
-    ) -> object:
-        return self._rule.pattern(op, x, scale, epsilon, compute_dtype, target_dtype)
-
-    def check(self, op: MatchContext, x: ir.Value, scale: ir.Value, **others: object) -> MatchResult:
+    def check(self, op: MatchContext, x: ir.Value, scale: ir.Value, *others: object, **named: object) -> MatchResult:
         if x.shape is None or scale.shape is None or scale.shape.dims != x.shape.dims[-1:]:
             return self.leave(op, "the scale is not a vector along the last axis")
-        return self._rule.check(op, x=x, scale=scale, **others)
-
-    def rewrite(self, op: _Context, **values: object) -> object:
-        return self._rule.rewrite(op, **values)
+        return super().check(op, x, scale, *others, **named)
 
 
 class _RotaryRule(_ReportingRule):

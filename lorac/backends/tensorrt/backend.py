@@ -105,7 +105,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
                 file=files[graph_file(name, PLAN_FILE)],
                 interface=graph.interface,
                 slots=graph.slots,
-                **vars(facts[name]),
+                facts=facts[name],
             )
             for name, graph in program.graphs.items()
         }
@@ -115,7 +115,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         """Do nothing: the files were tested before plans were built from them."""
 
     def graph_to_json(self, graph: GraphPlan) -> dict[str, object]:
-        return graph.to_json()
+        return graph.facts.to_json()
 
     def options_to_json(self, options: TensorRTOptions) -> dict[str, object]:
         """Return the options with the name of the library that built the plans."""
@@ -139,7 +139,7 @@ class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
         find_maker(stored["made_by"])
         facts = PlanFacts.from_json(stored)
         _check_gpu(facts, options.device)
-        return GraphPlan(file=files[graph_file(name, PLAN_FILE)], interface=interface, slots=slots, **vars(facts))
+        return GraphPlan(file=files[graph_file(name, PLAN_FILE)], interface=interface, slots=slots, facts=facts)
 
 
 BACKEND = TensorRT()

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +33,7 @@ from lorac.backends.onnx.model_files import (
     walk_tensors,
 )
 from lorac.backends.onnx.self_test import run_self_test
-from lorac.backends.tensorrt.engine import GraphPlan
+from lorac.backends.tensorrt.engine import GraphPlan, SlotTensors
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.slots.composition import ComposedWeights
@@ -93,28 +92,22 @@ class CpuGraph:
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Run the graph on inputs and slot tensors by name."""
-        arrays = {name: _widen_value(tensor.detach()).numpy() for name, tensor in inputs.items()}
+        wide = {name: tensor.float() if tensor.dtype in _HALF else tensor for name, tensor in inputs.items()}
+        arrays = {name: tensor.detach().numpy() for name, tensor in wide.items()}
         outputs = [torch.from_numpy(value) for value in self.session.run(None, arrays)]
         dtypes = self._output_dtypes[-len(outputs) :]
         return [value.to(dtype) if dtype in _HALF else value for value, dtype in zip(outputs, dtypes, strict=True)]
 
 
-@dataclass(frozen=True)
-class CpuSlots:
-    """Tensors of slots, read where they lie."""
-
-    tensors: Mapping[str, Tensor]
-
-
-class CpuProgram(OnnxEngine[CpuGraph, TensorRTOptions, CpuSlots]):
+class CpuProgram(OnnxEngine[CpuGraph, TensorRTOptions, SlotTensors]):
     """The emitted files of a program as ONNX Runtime runs them on the CPU."""
 
     target = "tensorrt"
 
-    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> CpuSlots:
-        return CpuSlots(tensors)
+    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotTensors:
+        return SlotTensors(tensors, fixed)
 
-    def run_graph(self, graph: str, content: CpuSlots, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    def run_graph(self, graph: str, content: SlotTensors, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return self.graphs[graph].run({**inputs, **content.tensors})
 
 
@@ -219,10 +212,6 @@ def _output_dtypes(graph: Graph) -> list[torch.dtype | None]:
 
 def _widen_dtype(value: T) -> T | torch.dtype:
     return torch.float32 if isinstance(value, torch.dtype) and value in _HALF else value
-
-
-def _widen_value(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in _HALF else tensor
 
 
 def _is_half(value: object) -> bool:

@@ -77,18 +77,25 @@ class PlanFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphPlan(PlanFacts):
+class GraphPlan:
     """One graph of the program, as it was built.
 
     Attributes:
         file: the plan.
         interface: what the graph takes and gives.
         slots: its slot inputs by public name.
+        facts: what the plan was built for.
     """
 
     file: OpenFile
     interface: Interface
     slots: Mapping[str, SlotInput]
+    facts: PlanFacts
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The dtype of every input."""
+        return self.facts.dtypes
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +157,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
 
     def most_places(self, graph: str) -> int | None:
         plan = self.graphs[graph]
-        return next((plan.ranges[name][0].most for name, slot in plan.slots.items() if slot.placed), None)
+        return next((plan.facts.ranges[name][0].most for name, slot in plan.slots.items() if slot.placed), None)
 
     def run_graph(self, graph: str, content: SlotTensors, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Run a graph's plan.
@@ -160,7 +167,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
             InputMismatch: an input has a size that the plan was not built for, or rows have more choices.
         """
         plan = self.graphs[graph]
-        check_sizes(plan.ranges, inputs, axis_names(plan.interface))
+        check_sizes(plan.facts.ranges, inputs, axis_names(plan.interface))
         runner = self._runner(graph)
         outputs = runner.call(inputs, self._device_slots(graph, runner, content))
         return [outputs[name] for name in plan.interface.outputs]
@@ -170,7 +177,7 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         if graph not in content.by_graph:
             plan = self.graphs[graph]
             slots = {name: content.tensors[name] for name in plan.slots if name in content.tensors}
-            check_sizes(plan.ranges, slots, dict.fromkeys(((name, 0) for name in slots), ADAPTERS_AXIS))
+            check_sizes(plan.facts.ranges, slots, dict.fromkeys(((name, 0) for name in slots), ADAPTERS_AXIS))
             content.by_graph[graph] = runner.hold(slots, fixed=content.fixed)
         return content.by_graph[graph]
 
@@ -191,8 +198,8 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         runner = PlanRunner(
             plan.file.mapped() if plan.file.size else b"",
             self.device,
-            capabilities=plan.capabilities,
-            made_by=plan.made_by,
+            capabilities=plan.facts.capabilities,
+            made_by=plan.facts.made_by,
             cuda_graphs=self.options.cuda_graphs,
             kernels=kernels,
         )

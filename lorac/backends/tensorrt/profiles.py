@@ -5,7 +5,7 @@ program. Ranks of slots lie between the dialect's minimum and the planned room.
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,14 +124,11 @@ def _input_ranges(graph: Graph, profiles: Mapping[str, ProfileShapes]) -> dict[s
     requested = _requested_ranges(examples, names, profiles)
     usual = {axis: requested[axis].usual if axis in requested else examples[axis[0]].shape[axis[1]] for axis in names}
     _check_conditions(sizes, usual, "opt")
-    least = _extreme_sizes(
-        sizes, usual | {axis: range_.least for axis, range_ in requested.items()}, names, requested, _smaller_sizes
-    )
+    begin = usual | {axis: range_.least for axis, range_ in requested.items()}
+    least = _extreme_sizes(sizes, begin, names, requested, lambda _, size: range(1, size))
     _check_conditions(sizes, least, "min")
-    larger = functools.partial(_larger_sizes, examples)
-    most = _extreme_sizes(
-        sizes, usual | {axis: range_.most for axis, range_ in requested.items()}, names, requested, larger
-    )
+    begin = usual | {axis: range_.most for axis, range_ in requested.items()}
+    most = _extreme_sizes(sizes, begin, names, requested, functools.partial(_larger_sizes, examples))
     _check_conditions(sizes, most, "max")
     found = {axis: SizeRange(least[axis], usual[axis], most[axis]) for axis in names}
     return {
@@ -165,7 +162,7 @@ def _extreme_sizes(
     start: AxisSizes,
     names: Mapping[Axis, str],
     requested: Mapping[Axis, SizeRange],
-    tries: Callable[[Axis, int], Iterator[int]],
+    tries: Callable[[Axis, int], Iterable[int]],
 ) -> dict[Axis, int]:
     """Return sizes at one end: for each name the first candidate that the model takes with the others' sizes."""
     found = dict(start)
@@ -176,15 +173,11 @@ def _extreme_sizes(
     return found
 
 
-def _smaller_sizes(_: Axis, usual: int) -> Iterator[int]:
-    yield from range(1, usual)
-
-
-def _larger_sizes(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) -> Iterator[int]:
+def _larger_sizes(examples: Mapping[str, torch.Tensor], axis: Axis, usual: int) -> Iterable[int]:
     name, number = axis
     text = not examples[name].is_floating_point()
     most = DEFAULT_MAX_ROWS if number == 0 else DEFAULT_MAX_LENGTH if text else usual * _GROWTH
-    yield from range(most, usual, -1)
+    return range(most, usual, -1)
 
 
 def _check_conditions(sizes: SizeConstraints, chosen: AxisSizes, which: str) -> None:

@@ -72,7 +72,8 @@ class CachedGeneration:
         if self.prompts is not None:
             check_ids(self.prompts.ids, self.cache_spec.vocabulary, DECODER_IDS if self.cache_spec.encodes else IDS)
         by_row = self.request.samples_rows
-        generators = [torch.Generator().manual_seed(seed) for seed in self._seed_list()]
+        seeds = [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         driver = self._make_driver(bound, generators if by_row else [])
         extra: dict[str, object] = {}
         if draft is not None:
@@ -96,9 +97,6 @@ class CachedGeneration:
         if self.prompt_cache is not None and driver.state is not None:
             self._keep(self.prompt_cache, keyed, driver.state.cache, output)
         return output
-
-    def _seed_list(self) -> list[int]:
-        return [self.seeds] if isinstance(self.seeds, int) else self.seeds or []
 
     def _make_driver(self, bound: BoundProgram, generators: list[torch.Generator]) -> GenerationDriver:
         encodes = self.cache_spec.encodes

@@ -20,9 +20,9 @@ class DecodingState:
 
     Args:
         cache: holds the rows.
-        chunk_size: how many tokens of a row are computed at a time; None: all.
 
     Attributes:
+        chunk_size: how many tokens of a row are computed at a time; None: all.
         max_length: the most tokens that a row may come to have.
         rows: the tokens of each row, once a call that returns them has ended.
         engine: the engine that computed them.
@@ -31,9 +31,9 @@ class DecodingState:
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: KeyValueCache, chunk_size: int | None = None) -> None:
-        self.cache, self.chunk_size = cache, chunk_size
-        self.max_length = cache.capacity
+    def __init__(self, cache: KeyValueCache) -> None:
+        self.cache, self.max_length = cache, cache.capacity
+        self.chunk_size: int | None = None
         self.rows: Sequence[Tensor] | None = None
         self.engine: weakref.ref[Engine] | None = None
 

@@ -71,7 +71,8 @@ class RunningBatch:
         cache = row.begin(self.prompts)
         try:
             key = self._key(row)
-            lane = self._lanes.get(key) or self._new_lane(key)
+            bank = self._bank if key is self._bank else None
+            lane = self._lanes.get(key) or _Lane(self.model.engine.new_cache(self.graph, 0, 0), bank)
             lane.join(row, cache)
         except BaseException:
             row.let_go()
@@ -93,9 +94,6 @@ class RunningBatch:
         if self._bank is not None and self._bank.why_apart(row.state) is None:
             return self._bank
         return (row.state.choice, row.state.versions.versions)
-
-    def _new_lane(self, key: object) -> _Lane:
-        return _Lane(self.model.engine.new_cache(self.graph, 0, 0), self._bank if key is self._bank else None)
 
     def _advance(self, lane: _Lane) -> None:
         """Compute new tokens of the rows of a lane; rows whose whole text is computed get their next token."""

@@ -152,7 +152,7 @@ with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     loaded = lorac.load(sys.argv[1])
 print([str(one.message).splitlines()[0] for one in warned])
-print(loaded.active, sorted(loaded.engine.slots), loaded.engine.graphs["main"].capabilities)
+print(loaded.active, sorted(loaded.engine.slots), loaded.engine.graphs["main"].facts.capabilities)
 loaded.swap(None); loaded.swap("a")
 print(loaded._state.bound.content.tensors["left:a"].double().sum().item())
 try:
@@ -186,22 +186,22 @@ def test_an_artifact_is_refused_by_another_release(live, tmp_path):
 
 def test_an_artifact_is_refused_by_another_gpu(live, monkeypatch):
     (part,) = engine_of(live).graphs.values()
-    backend._check_gpu(part, None)
+    backend._check_gpu(part.facts, None)
     install_gpus(monkeypatch, "9.0", "8.9", "8.0")
-    backend._check_gpu(part, "cuda:1")
+    backend._check_gpu(part.facts, "cuda:1")
     with pytest.raises(lorac.Unavailable, match=r"GPU 0 has compute capability 9\.0.*8\.6, 8\.9, 12\.0") as other:
-        backend._check_gpu(part, None)
+        backend._check_gpu(part.facts, None)
     assert "builds for" in str(other.value)  # of which this is none
     with pytest.raises(lorac.Unavailable, match=r"target_capabilities=\['8\.6', '8\.9', '12\.0', '8\.0'\]"):
-        backend._check_gpu(part, "cuda:2")
+        backend._check_gpu(part.facts, "cuda:2")
     with pytest.raises(lorac.Unavailable, match="no device 'cuda:3'"):
-        backend._check_gpu(part, "cuda:3")
+        backend._check_gpu(part.facts, "cuda:3")
 
 
 def test_a_plan_is_built_for_the_device_that_is_asked_for(monkeypatch):
     install_gpus(monkeypatch, "8.6", "12.0")
     found = {device: compiled(device=device, target_capabilities=[], self_test=False) for device in (None, "cuda:1")}
-    assert [engine_of(one).graphs["main"].capabilities for one in found.values()] == [("8.6",), ("12.0",)]
+    assert [engine_of(one).graphs["main"].facts.capabilities for one in found.values()] == [("8.6",), ("12.0",)]
     with pytest.raises(lorac.Unavailable, match="no device 'cuda:2'"):
         compiled(device="cuda:2")
 
@@ -223,7 +223,7 @@ def test_an_artifact_runs_in_the_library_that_made_it(live, tmp_path, monkeypatc
     install_gpus(monkeypatch, "8.9")
     assert TensorRTOptions().builder.name == "tensorrt"
     loaded = engine_of(lorac.load(tmp_path / "saved"))
-    assert loaded.options.builder is LIBRARY and loaded.graphs["main"].made_by == LIBRARY.name_and_version
+    assert loaded.options.builder is LIBRARY and loaded.graphs["main"].facts.made_by == LIBRARY.name_and_version
 
 
 def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
@@ -281,4 +281,4 @@ def test_the_command_line_takes_the_target(tmp_path):
         done = CliRunner().invoke(app, [*arguments, "--inputs", str(tmp_path / "inputs.npz")], catch_exceptions=False)
     assert done.exit_code == 0 and "tensorrt, auto" in done.stdout
     with pytest.warns(lorac.LoracWarning, match=NO_GPU):
-        assert lorac.load(tmp_path / "out").engine.graphs["main"].capabilities == ("8.6", "8.9")
+        assert lorac.load(tmp_path / "out").engine.graphs["main"].facts.capabilities == ("8.6", "8.9")

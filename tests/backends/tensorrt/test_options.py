@@ -46,7 +46,7 @@ def ranges(**options: Any) -> dict[str, tuple[SizeRange, ...]]:
     adapters = {"a": lorac.LoRA(r=2, targets=["head"]), "b": lorac.LoRA(r=3, targets=["head"])}
     usual = {"example_inputs": EXAMPLE, "dynamic_shapes": SHAPES, "self_test": False, "active": "a"}
     found = quietly(model=host(), adapters=adapters, **{**usual, **options})
-    return dict(found.engine.graphs["main"].ranges)
+    return dict(found.engine.graphs["main"].facts.ranges)
 
 
 def test_sizes_lie_around_the_examples_and_within_what_the_model_takes():

@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx
 import onnx_ir as ir
 
+from lorac.backends.onnx.claims import op_key
 from lorac.backends.onnx.passes import OnnxPass
 from lorac.backends.onnxruntime.devices.cuda_kernels import HALF_PRECISION_OPS, Kernels
 from lorac.ir.graph.passes import PassResult
@@ -49,20 +50,15 @@ class WidenHalfPrecision(OnnxPass):
         if node.op_type in _DTYPE_AGNOSTIC:
             return None
         read = {value.dtype for value in node.inputs if value is not None and value.dtype in _HALF}
-        op = (_domain(node), node.op_type)
-        return next((dtype for dtype in read if dtype and op not in self.kernels.get(_HALF[dtype], ())), None)
-
-
-def _domain(node: ir.Node) -> str:
-    return "" if node.domain == "ai.onnx" else node.domain
+        return next((dtype for dtype in read if dtype and op_key(node) not in self.kernels.get(_HALF[dtype], ())), None)
 
 
 def _infer_dtypes(node: ir.Node) -> None:
     """Note the dtypes of results that rewrites left out, as ONNX derives them from the operands' dtypes."""
-    missing = [value for value in node.outputs if value.dtype is None]
-    if not missing or not onnx.defs.has(node.op_type, _domain(node)):
+    (domain, op), missing = op_key(node), [value for value in node.outputs if value.dtype is None]
+    if not missing or not onnx.defs.has(op, domain):
         return
-    inputs, outputs, fixed = _schema_types(_domain(node), node.op_type)
+    inputs, outputs, fixed = _schema_types(domain, op)
     read = {inputs[min(i, len(inputs) - 1)]: v.dtype for i, v in enumerate(node.inputs) if v is not None}
     for value in missing:
         variable = outputs[min(value.index() or 0, len(outputs) - 1)]

@@ -6,8 +6,7 @@ import functools
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,30 +14,12 @@ from torch import Tensor
 from lorac.backends.tensorrt.device.device_slots import ALIGNMENT, DeviceSlots, allocate
 from lorac.backends.tensorrt.device.interfaces import ExecutionContext
 from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.device.stream_queue import StreamQueue
 from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
 from lorac.errors import InputMismatch, Unavailable
 
 if TYPE_CHECKING:
     import tensorrt
-
-
-class StreamOrder(Protocol):
-    """The order of a context's calls on CUDA streams."""
-
-    def acquire(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> AbstractContextManager[int]:
-        """Return the handle of the stream for a call, which is current inside the block.
-
-        After the block, the caller's stream waits for the work that was queued in it.
-
-        Args:
-            inputs, slots: tensors that the call reads; their memory is not reused before it ends.
-        """
-
-    def retain_outputs(self, outputs: Iterable[Tensor]) -> None:
-        """Keep the memory of outputs, made inside the block, for as long as the caller's stream reads it."""
-
-    def finish(self) -> None:
-        """Wait for queued work."""
 
 
 class ExecutionSlot:
@@ -63,7 +44,7 @@ class ExecutionSlot:
         context: ExecutionContext,
         io: IOTensors,
         device: torch.device,
-        streams: StreamOrder,
+        streams: StreamQueue,
         library: TensorRTLibrary,
     ) -> None:
         self.context, self.io, self.device, self.streams, self.library = context, io, device, streams, library

@@ -26,21 +26,15 @@ class StreamQueue:
 
     @contextlib.contextmanager
     def acquire(self, inputs: Iterable[Tensor], slots: DeviceSlots) -> Iterator[int]:
-        """Order a call (``StreamOrder.acquire``)."""
+        """Make the stream for a call the current one inside the block, and yield its handle.
+
+        After the block, the caller's stream waits for the work that was queued in it.
+
+        Args:
+            inputs, slots: tensors that the call reads; their memory is not reused before it ends.
+        """
         caller = torch.cuda.current_stream(self.device)
         stream = self._own if caller == torch.cuda.default_stream(self.device) else caller
-        self._begin(stream, caller, inputs, slots)
-        try:
-            with torch.cuda.stream(stream):
-                yield stream.cuda_stream
-        finally:
-            self._last = stream.record_event()
-            caller.wait_event(self._last)
-
-    def _begin(
-        self, stream: torch.cuda.Stream, caller: torch.cuda.Stream, inputs: Iterable[Tensor], slots: DeviceSlots
-    ) -> None:
-        """Make a stream wait for the tensors of a call, and keep their memory for it."""
         if stream != caller:
             stream.wait_stream(caller)
         if self._last is not None:
@@ -48,9 +42,15 @@ class StreamQueue:
         slots.wait_on(stream)
         for tensor in inputs:
             keep_alive_for(tensor, stream)
+        try:
+            with torch.cuda.stream(stream):
+                yield stream.cuda_stream
+        finally:
+            self._last = stream.record_event()
+            caller.wait_event(self._last)
 
     def retain_outputs(self, outputs: Iterable[Tensor]) -> None:
-        """Keep outputs (``StreamOrder.retain_outputs``)."""
+        """Keep the memory of outputs, made inside the block, for as long as the caller's stream reads it."""
         caller = torch.cuda.current_stream(self.device)
         for tensor in outputs:
             keep_alive_for(tensor, caller)
