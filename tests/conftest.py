@@ -43,9 +43,9 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what waits for a longer run before the markers select."""
-    tiers.mark_tiers(items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
+    tiers.mark_tiers(session, items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
 
 
 @pytest.fixture(autouse=True, scope="module")

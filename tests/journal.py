@@ -1,8 +1,9 @@
 """Parts of a long run, and a journal of what passed, so that the run can be stopped and gone on with.
 
-``pytest --part=3/8`` runs every eighth test from the third on. ``--journal=FOLDER`` skips the tests that the journal of
-this commit says passed, adds what passes or fails now, and says at the end how far the whole run is. Both take ``=``:
-pytest looks for its configuration before it knows these options, and would take a folder behind a space for a test's.
+``pytest --part=3/8`` runs every eighth of the small groups of tests from the third on. ``--journal=FOLDER`` skips the
+tests that the journal of this commit says passed, adds what passes or fails now, and says at the end how far the whole
+run is. Both take ``=``: pytest looks for its configuration before it knows these options, and would take a folder
+behind a space for a test's.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+TOGETHER = 12
+"""So many tests that follow one another are in one part: they share what the fixtures of their module build."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("journal")
-    group.addoption("--part", default="1/1", metavar="K/N", help="run every N-th test from the K-th on")
+    group.addoption("--part", default="1/1", metavar="K/N", help="run every N-th group of tests from the K-th on")
     group.addoption("--journal", type=Path, metavar="FOLDER", help="where to note what passed, and to read it from")
 
 
@@ -58,7 +61,8 @@ class Journal:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Keep this part's tests that have not passed yet; it runs after the markers' selection."""
-        kept = [item for item in items[self.part - 1 :: self.parts] if item.nodeid not in self.passed]
+        own = [item for i, item in enumerate(items) if i // TOGETHER % self.parts == self.part - 1]
+        kept = [item for item in own if item.nodeid not in self.passed]
         left = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = kept

@@ -38,19 +38,31 @@ def read_moved(tier: str) -> Mapping[str, list[Moved]]:
     return {file: [Moved(**row) for row in rows] for file, rows in tables.items()}
 
 
-def mark_tiers(items: list[pytest.Item], *, whole: bool) -> None:
-    """Mark the tests of each tier's list; with the whole suite at hand, refuse a row that takes no test."""
+class StaleRows(pytest.Item):
+    """A test that fails for rows that take no test: a worker of xdist can say so only by a test's failure."""
+
+    def __init__(self, rows: Sequence[str], **kwargs: object) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]  # pytest's own arguments
+        self.rows = rows
+
+    def runtest(self) -> None:
+        pytest.fail(f"{self.name} names tests that are not there: {', '.join(self.rows)}", pytrace=False)
+
+
+def mark_tiers(session: pytest.Session, items: list[pytest.Item], *, whole: bool) -> None:
+    """Mark the tests of each tier's list; of the whole suite, add a test that fails for rows that take none."""
     for tier in TIERS:
-        _mark(items, tier, whole=whole)
+        stale = _mark(items, tier)
+        if whole and stale:
+            items.append(StaleRows.from_parent(session, name=f"tests/{tier}.toml", rows=stale))
 
 
-def _mark(items: list[pytest.Item], tier: str, *, whole: bool) -> None:
+def _mark(items: Sequence[pytest.Item], tier: str) -> list[str]:
+    """Mark the tests that a tier's list takes; return the rows that take none."""
     moved, taken = read_moved(tier), set()
     for item in items:
         file, _, test = item.nodeid.removeprefix("tests/").partition("::")
         if rows := [row for row in moved.get(file, ()) if row.takes(test)]:
             taken.update((file, row.test) for row in rows)
             item.add_marker(getattr(pytest.mark, tier))
-    stale = [f"{file}::{row.test}" for file, rows in moved.items() for row in rows if (file, row.test) not in taken]
-    if whole and stale:
-        raise pytest.UsageError(f"tests/{tier}.toml names tests that are not there: {', '.join(stale)}")
+    return [f"{file}::{row.test}" for file, rows in moved.items() for row in rows if (file, row.test) not in taken]

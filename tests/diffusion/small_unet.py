@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 WIDTH, TOKENS, HEADS = 12, 5, 2
-SAME = 1e-4
-"""The largest difference of latents after all steps: rounding of an engine grows from step to step."""
 
 
 def small_unet(**fields: Any) -> Any:

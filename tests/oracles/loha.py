@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from tests.oracles._kernels import count_taps
+
 
 def factor(p, which):
     a, b = getattr(p, f"hada_w{which}_a"), getattr(p, f"hada_w{which}_b")
@@ -17,6 +19,7 @@ def weight(W, p, variant):
 
 def count(out, columns, variant):
     r = variant.r
-    if variant.effective_conv2d and columns == 27:  # the kit's only convolution: 3 channels, 9 taps
-        return 2 * (r * out + r * 3 + r * r * 9)
+    taps = count_taps(columns)
+    if variant.effective_conv2d and taps > 1:
+        return 2 * (r * out + r * columns // taps + r * r * taps)
     return 2 * r * (out + columns)

@@ -1,6 +1,10 @@
 """LoRA-C and DoRA-C in NumPy, entry by entry: arXiv 2410.16954 in loralib's layout; arXiv 2508.01772."""
 
+import math
+
 import numpy as np
+
+from tests.oracles._kernels import count_taps
 
 
 def weight(W, p, variant):
@@ -16,6 +20,5 @@ def weight(W, p, variant):
 
 
 def count(out, columns, variant):
-    # The convolution among the hosts has 3 channels and a 3 x 3 kernel, the others none.
-    k = 3 if columns == 27 else 1
+    k = math.isqrt(count_taps(columns))
     return variant.r * k * k * (columns // k**2 + out) + (out if variant.dora else 0)
