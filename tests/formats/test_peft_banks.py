@@ -30,6 +30,7 @@ TRAINED = {"VERA": {"vera_lambda_b", "vera_lambda_d"}, "RANDLORA": {"randlora_la
     [
         ("VERA", {"projection_prng_key": 0}),
         ("VERA", {"projection_prng_key": 11}),
+        ("VERA", {"projection_prng_key": 11, "target_modules": ["up"]}),
         ("RANDLORA", {"projection_prng_key": 11}),
         ("RANDLORA", {"projection_prng_key": 11, "sparse": True}),
         ("RANDLORA", {"projection_prng_key": 11, "very_sparse": True}),
