@@ -93,7 +93,7 @@ def test_a_call_outside_the_profile_is_told_the_one_that_admits_it():
     with pytest.raises(lorac.InputMismatch, match="'ids' has size 9 on axis 0; the plan is for 1 to 8") as error:
         found(**many)
     assert "profiles={'rows': (1, 3, 9)}" in str(error.value)
-    check_sizes(part.ranges, EXAMPLE, axis_names(part.interface))
+    check_sizes(part.facts.ranges, EXAMPLE, axis_names(part.interface))
 
 
 def test_capabilities_are_the_librarys(monkeypatch):
@@ -144,12 +144,12 @@ def test_settings_reach_the_library(tmp_path):
     trt = LIBRARY.module
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
     parsed, part = parse_model(found.engine.files["model.onnx"].where, LIBRARY), found.engine.graphs["main"]
-    plain = build._builder_config(parsed, part.ranges, TensorRTOptions(), ())
+    plain = build._builder_config(parsed, part.facts.ranges, TensorRTOptions(), ())
     assert not plain.get_flag(trt.BuilderFlag.TF32) and not plain.get_flag(trt.BuilderFlag.STRICT_NANS)
     options = TensorRTOptions(
         tf32=True, strict_nans=True, weight_streaming=True, builder_optimization_level=5, workspace=64
     )
-    settings = build._builder_config(parsed, part.ranges, options, ("8.6", "12.0"))
+    settings = build._builder_config(parsed, part.facts.ranges, options, ("8.6", "12.0"))
     flags = (trt.BuilderFlag.TF32, trt.BuilderFlag.STRICT_NANS, trt.BuilderFlag.WEIGHT_STREAMING)
     assert all(settings.get_flag(flag) for flag in flags)
     assert settings.builder_optimization_level == 5
@@ -177,7 +177,7 @@ def test_hardware_compatibility_reaches_the_library(monkeypatch):
     real, profile = parsed.builder.create_builder_config(), parsed.builder.create_optimization_profile
     builder = SimpleNamespace(create_builder_config=Config, create_optimization_profile=profile)
     options = TensorRTOptions(hardware_compatibility="ampere_plus")
-    build._builder_config(replace(parsed, builder=builder), part.ranges, options, ())
+    build._builder_config(replace(parsed, builder=builder), part.facts.ranges, options, ())
     assert made == {"hardware_compatibility_level": LIBRARY.module.HardwareCompatibilityLevel.AMPERE_PLUS}
 
 

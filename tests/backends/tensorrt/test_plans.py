@@ -68,15 +68,17 @@ def test_the_inputs_of_the_network_are_the_programs_own(found):
     """Names, dtypes and sizes, as the manifest of slots and the call have them; ranks lie within what was planned."""
     part, engine = found.engine.graphs["main"], found.engine
     slots = {} if engine.constant else part.slots
-    assert found.network.keys() == {*part.interface.inputs, *slots} == part.ranges.keys()
+    assert found.network.keys() == {*part.interface.inputs, *slots} == part.facts.ranges.keys()
     assert {name: kind for name, (kind, _) in found.network.items()} == {n: KINDS[d] for n, d in part.dtypes.items()}
     contents = engine.memory if engine.fused else found.compiled._state.bound.content.tensors
     for slot in slots:
         assert contents[slot].dtype == part.dtypes[slot]
-        assert all(size in range_ for size, range_ in zip(contents[slot].shape, part.ranges[slot], strict=True))
+        assert all(size in range_ for size, range_ in zip(contents[slot].shape, part.facts.ranges[slot], strict=True))
         plan, places = engine.plans[part.slots[slot].site], [(1, engine.most_places("main"))] * part.slots[slot].placed
         varying = [
-            (r.least, r.most) for r, size in zip(part.ranges[slot], found.network[slot][1], strict=True) if size < 0
+            (r.least, r.most)
+            for r, size in zip(part.facts.ranges[slot], found.network[slot][1], strict=True)
+            if size < 0
         ]
         assert varying in (places, [*places, (plan.least_rank, plan.rank)])
 
