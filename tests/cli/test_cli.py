@@ -278,7 +278,7 @@ def test_a_fault_of_lorac_exits_with_3_and_traceback_shows_where(cli, monkeypatc
     def fail(*args):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("lorac.cli.artifacts._load_artifact", fail)
+    monkeypatch.setattr("lorac.load", fail)
     code, out, err = cli("swap", "compiled", "sql")
     assert (code, out) == (3, "")
     assert err == "lorac itself failed: ZeroDivisionError: ours\n  `lorac --traceback …` shows where\n"
@@ -294,7 +294,7 @@ def test_an_interrupt_exits_with_130(cli, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorac.cli.artifacts._load_artifact", interrupt)
+    monkeypatch.setattr("lorac.load", interrupt)
     code, _, err = cli("swap", "compiled", "sql")
     assert code == 130
     assert "Traceback" not in err

@@ -130,11 +130,13 @@ def test_a_table_fits_the_terminal_and_is_not_cut_without_one(monkeypatch, capsy
 
 
 def test_a_warning_is_printed_in_words(folder, monkeypatch, capsys):
+    compiled = lorac.load(folder / "compiled")
+
     def loaded(path):
         warn("it computes in float32", next_step="dtype='float32' asks for that")
-        return lorac.load(folder / "compiled")
+        return compiled
 
-    monkeypatch.setattr("lorac.cli.artifacts._load_artifact", loaded)
+    monkeypatch.setattr("lorac.load", loaded)
     monkeypatch.setattr(sys, "argv", ["lorac", "swap", "compiled", "sql"])
     with pytest.raises(SystemExit):
         main()

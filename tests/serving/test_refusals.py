@@ -92,7 +92,7 @@ TEXTS: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": ""}, 400, "'prompt' is empty"),
     ({"prompt": []}, 400, "'prompt"),
     ({"prompt": None}, 400, "'prompt' is missing"),
-    ({"prompt": [97]}, 400, "token ids"),
+    ({"prompt": [97]}, 400, "not a token id"),
     ({"prompt": [-1]}, 400, "'prompt"),
     ({"prompt": ["a", 5]}, 400, "'prompt"),
     ({"logprobs": 6}, 400, "'logprobs'"),
