@@ -45,10 +45,10 @@ def program_to_json(program: ExportedProgram) -> JsonObject:
         spec = signature[node.name]
         return _example_to_json(node) if spec.kind is InputKind.USER_INPUT else {"tensor": spec.target}
 
-    return {"nodes": graph_to_json(program.graph, describe_input)}
+    return {"nodes": nodes_to_json(program.graph, describe_input)}
 
 
-def graph_to_json(graph: fx.Graph, describe_input: Callable[[fx.Node], JsonObject] = lambda _: {}) -> list[JsonObject]:
+def nodes_to_json(graph: fx.Graph, describe_input: Callable[[fx.Node], JsonObject] = lambda _: {}) -> list[JsonObject]:
     """Return a graph's nodes as JSON.
 
     Args:
@@ -110,7 +110,7 @@ class StoredProgram(nn.Module):
 
     def __init__(self, stored: JsonObject, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        graph, self.inputs = graph_from_json(stored["nodes"])
+        graph, self.inputs = nodes_from_json(stored["nodes"])
         callers = {entry["input"]: entry for entry in stored["nodes"] if "shape" in entry}
         self.examples = {name: _make_example(entry) for name, entry in callers.items()}
         self.dynamic = {name: tuple(entry["dynamic"]) for name, entry in callers.items()}
@@ -140,7 +140,7 @@ class StoredProgram(nn.Module):
         return [given[name] if tensor is None else getattr(self, _buffer_name(tensor)) for name, tensor in self.inputs]
 
 
-def graph_from_json(nodes: Sequence[JsonObject]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:
+def nodes_from_json(nodes: Sequence[JsonObject]) -> tuple[fx.Graph, list[tuple[str, str | None]]]:
     """Return a graph of stored nodes, and pairs of an input and the name of its tensor, or None for the caller's.
 
     torch.fx writes names of inputs and keywords into code that it runs, so they must be names of Python.

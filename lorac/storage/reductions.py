@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lorac.errors import ArtifactError, Unavailable
 from lorac.ir.algebra.reduction import BRANCH, DELTA, DENSE, LOW_RANK, SPARSE, Reduction
 from lorac.storage.program import check_sizes as check_graph_sizes
-from lorac.storage.program import graph_from_json, graph_to_json
+from lorac.storage.program import nodes_from_json, nodes_to_json
 from lorac.storage.strict_json import JsonObject
 
 _FORMS = frozenset({LOW_RANK, SPARSE, DELTA, DENSE, BRANCH})
@@ -24,7 +24,7 @@ _ROOM, _SLACK = 16, 1 << 16
 def reduction_to_json(reduction: Reduction) -> JsonObject | None:
     """Return a reduction as JSON; None for one with a constant or another value that has no JSON form."""
     try:
-        nodes = [] if reduction.form == BRANCH else graph_to_json(reduction.graph.graph)
+        nodes = [] if reduction.form == BRANCH else nodes_to_json(reduction.graph.graph)
     except Unavailable:
         return None
     names = {name: list(getattr(reduction, name)) for name in _NAMES}
@@ -40,7 +40,7 @@ def reduction_from_json(stored: JsonObject) -> Reduction:
     """
     if stored["form"] not in _FORMS:
         raise ArtifactError(f"a stored reduction has the unknown form {stored['form']!r}")
-    graph = graph_from_json(stored["nodes"])[0] if stored["form"] != BRANCH else fx.Graph()
+    graph = nodes_from_json(stored["nodes"])[0] if stored["form"] != BRANCH else fx.Graph()
     names: JsonObject = {name: tuple(map(str, stored[name])) for name in _NAMES}
     return Reduction(
         form=stored["form"],

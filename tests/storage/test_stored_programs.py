@@ -15,7 +15,7 @@ import lorac
 from lorac.backends.eager.stored_program import StoredProgramEngine
 from lorac.storage import artifact, program
 from lorac.storage.op_names import find_op, op_name
-from lorac.storage.program import StoredProgram, graph_from_json
+from lorac.storage.program import StoredProgram, nodes_from_json
 from tests.limits import within_budget
 from tests.refusing import refuses
 from tests.zoo import ZOO
@@ -50,7 +50,7 @@ REFUSED = """
 @pytest.mark.parametrize("op", REFUSED.split())
 def test_ops_that_a_program_may_not_name(op: str) -> None:
     with pytest.raises(lorac.ArtifactError, match="not an op that an artifact may name"):
-        graph_from_json([X, _call(op, {"node": "x"})])
+        nodes_from_json([X, _call(op, {"node": "x"})])
 
 
 def test_every_op_that_a_program_may_name_is_functional() -> None:
@@ -87,7 +87,7 @@ def test_names_are_no_code(nodes: list[Any], tmp_path: Path, monkeypatch: pytest
     """torch.fx generates code from a graph, and runs it."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(lorac.ArtifactError, match="not an identifier of Python"):
-        fx.GraphModule(nn.Module(), graph_from_json(nodes)[0])
+        fx.GraphModule(nn.Module(), nodes_from_json(nodes)[0])
     assert not (tmp_path / "written").exists()
 
 
@@ -194,7 +194,7 @@ def test_what_was_used_up_does_not_count() -> None:
 def test_the_number_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "MOST_NODES", 100)
     with pytest.raises(lorac.ArtifactError, match="has 101 nodes, more than 100"):
-        graph_from_json([X] * 101)
+        nodes_from_json([X] * 101)
 
 
 def test_what_a_program_cannot_compute_is_typed(tmp_path: Path) -> None:
