@@ -95,15 +95,12 @@ def test_each_keeps_its_own_dropout(host):
 def test_branches_and_weights_live_in_one_artifact(host, tmp_path):
     variant = lorac.Union(parts=(lorac.AdapterTune(targets=["norm"]), lorac.LoRA(r=2, targets="all-linear")))
     found = compiled(host, variant)
-    assert found.adapters["a"].sites == ("norm", "first", "second") or set(found.adapters["a"].sites) == {
-        *NAMES,
-        "norm",
-    }
+    assert set(found.adapters["a"].sites) == {*NAMES, "norm"}
     answer = found(*X)
     found.save(tmp_path / "saved")
     again = lorac.load(tmp_path / "saved")
     assert again.adapters["a"].variant == found.adapters["a"].variant
-    assert torch.equal(again(*X), answer)
+    assert_close(again(*X), answer)
 
 
 SUMS = lorac.XLoRA(hidden="norm", hidden_size=10, targets=["second"])
