@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import Target
 
 from lorac.argument_types import Operands
+from lorac.backends.onnx.export.translations import ADAPTIVE_MEANS
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import insert_call
 from lorac.ir.graph.graph import Graph, Level
@@ -105,8 +106,9 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
     if node.target in _VIEWS and _keeps_shape(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
-    elif node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:  # type: ignore[arg-type]  # sizes
-        node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
+    elif node.target in ADAPTIVE_MEANS and {*node.args[1]} == {1}:  # type: ignore[misc]  # sizes
+        axes = list(range(-1, -len(node.args[1]) - 1, -1))  # type: ignore[arg-type]
+        node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
     elif node.target is aten._assert_tensor_metadata.default:
         graph.fx.erase_node(node)
     elif _writes_private_tensor(node):

@@ -12,6 +12,11 @@ from lorac.ir.graph import attention_ops, ops, row_ops
 from lorac.ir.slots.segment_convolution import CONVOLVE_SEGMENTS
 
 aten = torch.ops.aten
+ADAPTIVE_MEANS = (
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)
 _MATRIX = 2
 _INT64_MAX = 2**63 - 1
 _WIDE_DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
@@ -80,9 +85,9 @@ def conv3d(
     return op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
-def adaptive_avg_pool2d(x: ir.Value, sizes: Sequence[int]) -> Outputs:
+def adaptive_avg_pool(x: ir.Value, sizes: Sequence[int]) -> Outputs:
     """Write a mean over the windows of each axis; torch's decomposition keeps the windows of the example's size."""
-    for axis, count in zip((-2, -1), sizes, strict=True):
+    for axis, count in zip(range(-len(sizes), 0), sizes, strict=True):
         axes = op.Constant(value_ints=[axis])
         size, number = op.Shape(x, start=axis, end=axis + 1 or None), op.Constant(value_ints=[count])
         means = []
@@ -173,7 +178,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     CONVOLVE_SEGMENTS: convolve_segments,
     aten.slice.Tensor: slice_tensor,
     aten.conv3d.default: conv3d,
-    aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
+    **dict.fromkeys(ADAPTIVE_MEANS, adaptive_avg_pool),
     aten.rms_norm.default: rms_norm,
     aten.scaled_dot_product_attention.default: attention,
     attention_ops.POSITIONS: row_positions,
