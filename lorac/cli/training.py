@@ -24,6 +24,8 @@ def train(
     json: JsonOption = False,
 ) -> None:
     """Train the adapters of a recipe by TRL or transformers: any method, rule, initialiser and optimizer by name."""
+    from torch import distributed
+
     from lorac.trainer import read_recipe
     from lorac.trainer import train as run
 
@@ -39,6 +41,9 @@ def train(
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     with contextlib.redirect_stdout(sys.stderr):  # trainers print what they log
         names = [*run(loaded, processing_class, recipe, str(folder), resume=resume).adapters]
+    # Threads of a group that is left to the interpreter's end can abort a process that has trained.
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
     print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
 
 

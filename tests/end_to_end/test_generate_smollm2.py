@@ -60,7 +60,7 @@ def host() -> Any:
 
 
 def reference(host: Any, name: str, folder: Path, ids: Tensor, new: int) -> Reference:
-    """Have PEFT write a file, and write with it."""
+    """Have PEFT write a file, and write with it; what twenty texts of it were chosen by lies on disk."""
     oracle: Any = make_peft(
         host, folder / name, CONFIGS[name], inputs={"input_ids": ids[:2]}, outputs=("logits",), contribution=0.15
     )
@@ -68,7 +68,8 @@ def reference(host: Any, name: str, folder: Path, ids: Tensor, new: int) -> Refe
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
         found = oracle.generate(input_ids=ids, **options, return_dict_in_generate=True, output_logits=True)
         base = torch.cat([host(input_ids=row[None]).logits[:, LENGTH - 1 : -1] for row in found.sequences])
-    return Reference(found.sequences[:, LENGTH:], torch.stack(found.logits, 1), base)
+    torch.save((found.sequences[:, LENGTH:], torch.stack(found.logits, 1), base), folder / f"{name}.pt")
+    return Reference(*torch.load(folder / f"{name}.pt", mmap=True))
 
 
 def read(compiled: Any, choice: Any, ids: Tensor, new: int) -> Tensor:

@@ -50,7 +50,9 @@ def main() -> None:
     compiled = compiled_of({"a": lorac.LoRA(r=4, alpha=8, dropout=0.2, targets=["q_proj", "v_proj"])}, recipe)
     callbacks = [Killed()] if given.kill == "step" else None
     settings = {"per_device_train_batch_size": 1}
-    trainer_of(compiled, recipe, given.folder, callbacks=callbacks, **settings).train(given.resume)
+    trainer = trainer_of(compiled, recipe, given.folder, callbacks=callbacks, **settings)
+    trainer.train(given.resume)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
