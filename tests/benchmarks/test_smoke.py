@@ -99,7 +99,7 @@ ROWS = {
             "a generated token",
         ]
     ],
-    "serving": [["float32"] * 6, ["float32"] * 9],
+    "serving": [["float32"] * 8, ["float32"] * 9],
     "rows": [["32x1"] * 12 + ["32x16"] * 12, ["32"] * 3],
     "routed": [
         [
