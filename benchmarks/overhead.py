@@ -74,11 +74,10 @@ def _plain(compiled: Any, path: Path) -> Any:
     from lorac.backends.onnxruntime.inference_session import session_options
 
     base = compiled.engine
-    graphs = {
-        name: GraphSession(ort.InferenceSession(path, session_options(base.options)), graph.interface, slots={})
-        for name, graph in base.graphs.items()
-    }
-    engine = OrtEngine(graphs=graphs, plans={}, base=base.base, mode=base.mode, files=base.files, options=base.options)
+    session = ort.InferenceSession(path, session_options(base.options))
+    session.lorac_native_layers, session.lorac_prepacked = 0, False  # which lorac notes of the sessions that it starts
+    graphs = {name: GraphSession(session, graph.interface, slots={}) for name, graph in base.graphs.items()}
+    engine = OrtEngine(dataclasses.replace(base.program, graphs=graphs, plans={}))
     return type(compiled)(dataclasses.replace(compiled.session, plans={}), engine)
 
 

@@ -15,7 +15,7 @@ HEAD = """# Formats
 Made by `make docs` from the code; `make check` fails where the two differ. [Files](files.md) says how the files are
 used.
 
-```sh
+```text
 lorac inspect FILE --model MODEL
 lorac convert FILE OUT --to NAME --model MODEL
 ```

@@ -1,7 +1,7 @@
 """An adapter's tensors as parameters and buffers of an nn.Module, and their keys in its state dict."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -68,6 +68,16 @@ class AdapterTensors(nn.Module):
                 at = given.replaced if path is None else given.tensors.setdefault(path, {})
                 at[name] = getattr(self, key)
         return given
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "AdapterTensors":
+        """Move buffers in place, as modules move parameters: the adapter, and rules that train it, hold them too."""
+        own = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for key, buffer in own.items():
+            moved = self._buffers[key]
+            if buffer is not None and moved is not None and moved is not buffer:
+                buffer.data, self._buffers[key] = moved, buffer
+        return self
 
     def repeated_keys(self) -> set[str]:
         """Return the keys of tensors that are registered under an earlier key already."""

@@ -111,7 +111,8 @@ class Backend(ABC, Generic[OptionsT]):
             OptionError: the target has no such option.
         """
         known = [spec.name for spec in dataclasses.fields(self.options)]
-        check_known(options, known, f"target '{self.dialect.name}' has no option")
+        if not options.keys() <= {*known}:  # loading a program does without the dialect, which imports what builds one
+            check_known(options, known, f"target '{self.dialect.name}' has no option")
         return self.options(**options)  # type: ignore[arg-type]  # each class checks its own values
 
     @property

@@ -37,6 +37,20 @@ def test_values_by_hand() -> None:
         assert_close(own["lora_topk_bias"], tensor([-0.25, 0, 0, 0.25]))
 
 
+def test_a_moved_model_chooses_by_the_bias_that_the_rule_moves() -> None:
+    """As accelerate moves it, to ``cpu:0``: modules copy their buffers then."""
+    biases = []
+    for device in (torch.device("cpu"), torch.device("cpu", 0)):
+        compiled, optimizer = compiled_with()
+        compiled.to(device)
+        with Balanced(compiled, optimizer, rate=0.25):
+            for step in range(2):
+                compiled(**batch(step))["loss"].backward()
+                optimizer.step()
+        biases.append(compiled.adapters["a"].tensors["first"]["lora_topk_bias"])
+    assert torch.equal(*biases)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_counts_its_calls_that_train_once(checkpointing: bool) -> None:
     compiled, optimizer = compiled_with(checkpointing=checkpointing)
