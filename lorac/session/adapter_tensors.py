@@ -72,7 +72,7 @@ class AdapterTensors(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "AdapterTensors":
         """Move buffers in place, as modules move parameters: the adapter, and rules that train it, hold them too."""
         own = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, untyped
         for key, buffer in own.items():
             moved = self._buffers[key]
             if buffer is not None and moved is not None and moved is not buffer:
