@@ -17,7 +17,8 @@ from lorac.frontend.site_discovery import find_sites
 from lorac.ir.patterns import find_layer_index, is_named
 from lorac.ir.sites import Site, SiteKind
 from lorac.testing import samples
-from lorac.variants.base import BranchVariant, Variant
+from lorac.variants._mixtures import LoraMixture
+from lorac.variants.base import Variant
 from lorac.variants.params import Role
 from tests import zoo
 from tests.training.loops import TARGETS, data, host, plain_loop, trained
@@ -106,8 +107,8 @@ def compiled_on(model: nn.Module, variant: Variant) -> tuple[Any, list[torch.Ten
         for key, spec in variant.at(site).params(site).items():
             if spec.role is Role.TRAINABLE:
                 learning.append(tensors[key])
-            elif isinstance(variant, BranchVariant) and variant.emits and not tensors[key].any():
-                # A router chooses among adapters made elsewhere; a fresh one has none, and nothing to learn.
+            elif isinstance(variant, LoraMixture) and not tensors[key].any():
+                # Its adapters are made elsewhere; a fresh one has none, and nothing to learn.
                 tensors[key].normal_(0, 0.5, generator=generator)
     return compiled, learning
 
