@@ -254,7 +254,7 @@ def table(found: Sequence[Result]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a campaign; exits with 1 where something was found."""
     parser = argparse.ArgumentParser("python -m campaigns.fuzz", description=__doc__)
-    parser.add_argument("--mutations", type=int, default=20_000, help="number of cases")
+    parser.add_argument("--mutations", type=int, default=30_000, help="number of cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="files of a few methods and targets alone")

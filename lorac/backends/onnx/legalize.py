@@ -107,7 +107,7 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
     elif node.target in ADAPTIVE_MEANS and {*node.args[1]} == {1}:  # type: ignore[misc]  # sizes
-        axes = list(range(-1, -len(node.args[1]) - 1, -1))  # type: ignore[arg-type]
+        axes = list(range(-1, -len(node.args[1]) - 1, -1))  # type: ignore[arg-type]  # sizes
         node.target, node.args = aten.mean.dim, (node.args[0], axes, True)
     elif node.target is aten._assert_tensor_metadata.default:
         graph.fx.erase_node(node)
