@@ -277,15 +277,15 @@ def required(to: str, read: Any) -> Field:
     return Applied(REQUIRED, to=to, read=read)
 
 
-def find_size(tensors: Mapping[str, Tensors], parameter: str, axis: int, file: Path) -> int:
-    """Return the size that a parameter has along an axis at every site.
+def find_size(tensors: Mapping[str, Tensors], parameter: str, axis: int, file: Path, axes: int = 1) -> int:
+    """Return the size that a parameter of so many axes, or of more, has along one of them at every site.
 
     Raises:
         FormatError: it has several, or a site lacks the parameter.
     """
     sizes: dict[int, str] = {}
     for path, stored in tensors.items():
-        if parameter not in stored or stored[parameter].ndim <= axis:
+        if parameter not in stored or stored[parameter].ndim < max(axes, axis + 1):
             raise corrupt_error(f"'{file}' lacks {parameter} at '{path}', or it has other axes")
         sizes.setdefault(stored[parameter].shape[axis], path)
     if len(sizes) > 1:

@@ -32,7 +32,7 @@ class BreakForMakeFormat(AuthorsFormat):
 
     def make_variant(self, values: JsonMapping, tensors: Mapping[str, Tensors], file: Path) -> PLP:
         find_size(tensors, "up", 1, file)
-        return PLP(r=find_size(tensors, "down", 0, file))
+        return PLP(r=find_size(tensors, "down", 0, file, axes=2))
 
     def to_parameters(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         up, down = stored["up"], stored["down"]

@@ -288,6 +288,13 @@ def test_bone_of_two_axes_is_miss(tmp_path: Path) -> None:
         lorac.load_adapter(tmp_path / "mixed.pt", make_model())
 
 
+def test_a_factor_of_one_axis_is_refused(tmp_path: Path) -> None:
+    path = "unet.unet.blocks.0.attn.proj.lora"
+    save_file({f"{path}.up.weight": draw(6, 2), f"{path}.down.weight": draw(2)}, tmp_path / "a.safetensors")
+    with refuses("corrupt_file", match="down at 'blocks.0.attn.proj', or it has other axes"):
+        lorac.load_adapter(tmp_path / "a.safetensors", make_model())
+
+
 def test_a_component_of_several(tmp_path: Path) -> None:
     """A file of a U-Net's layers fits a model that has the U-Net as a component."""
     written(break_for_make, tmp_path / "it")
