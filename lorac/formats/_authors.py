@@ -278,10 +278,13 @@ def required(to: str, read: Any) -> Field:
 
 
 def find_size(tensors: Mapping[str, Tensors], parameter: str, axis: int, file: Path, axes: int = 1) -> int:
-    """Return the size that a parameter of so many axes, or of more, has along one of them at every site.
+    """Return the size of a parameter along an axis, which is the same at every site.
+
+    Args:
+        axes: the fewest axes that the parameter may have.
 
     Raises:
-        FormatError: it has several, or a site lacks the parameter.
+        FormatError: the sites differ in it, or one lacks the parameter or has fewer axes.
     """
     sizes: dict[int, str] = {}
     for path, stored in tensors.items():

@@ -60,7 +60,7 @@ def host() -> Any:
 
 
 def reference(host: Any, name: str, folder: Path, ids: Tensor, new: int) -> Reference:
-    """Have PEFT write a file, and write with it; what twenty texts of it were chosen by lies on disk."""
+    """Save an adapter by PEFT and generate with it; the logits are mapped from a file, since they take gigabytes."""
     oracle: Any = make_peft(
         host, folder / name, CONFIGS[name], inputs={"input_ids": ids[:2]}, outputs=("logits",), contribution=0.15
     )

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 
 def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Return a constant of a graph, which is added where the graph has none of this name."""
+    """Return a graph's constant by name, after adding it if it is missing."""
     if name not in graph.initializers:
         graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
     return graph.initializers[name]

@@ -217,7 +217,7 @@ class AltLoRA(PairRule):
         return grad if letter in self.turn else torch.zeros_like(grad)
 
     def _skip(self, turn: str) -> None:
-        """Have torch compute the gradients of these factors alone, where the turns say so."""
+        """Require gradients of these factors alone, if factors take turns."""
         for pair in self.pairs if self.skip_idle else ():
             pair.a.requires_grad_("A" in turn)
             pair.b.requires_grad_("B" in turn)
