@@ -120,9 +120,11 @@ def test_an_xl_unet_takes_what_else_a_prompt_has(regions: list[Region]) -> None:
     added = {name: torch.stack([prompt.added[name] for prompt in prompts]) for name in prompts[0].added}
     wanted = sample_plainly(unet, noise, [states(1), states(2)], STEPS, added_cond_kwargs=added)
     assert torch.equal(composer(noise, *prompts, [], steps=STEPS, guidance=3.0), wanted)
-    noise = noise.repeat(2, 1, 1, 1)
-    assert torch.equal(composer(noise, *prompts, [], steps=STEPS, guidance=3.0)[1:], wanted)
-    assert not torch.equal(composer(noise, *prompts, regions, steps=STEPS, guidance=3.0)[1:], wanted)
+    noise = inputs(2)["sample"]
+    each = {name: values.repeat_interleave(len(noise), 0) for name, values in added.items()}
+    wanted = sample_plainly(unet, noise, [states(1), states(2)], STEPS, added_cond_kwargs=each)
+    assert torch.equal(composer(noise, *prompts, [], steps=STEPS, guidance=3.0), wanted)
+    assert not torch.equal(composer(noise, *prompts, regions, steps=STEPS, guidance=3.0), wanted)
     with refuses("input_mismatch", match="text_embeds, time_ids, and one has states alone"):
         composer(noise, prompts[0], states(2), [], steps=1)
 
