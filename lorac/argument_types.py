@@ -65,7 +65,7 @@ class Bounds(Limit):
         return all((self.least < one if self.exclusive else self.least <= one) and one <= most for one in given)
 
     def describe(self, fields: Mapping[str, object]) -> str:
-        first = f"numbers above {self.least:g}" if self.exclusive else f"numbers from {self.least:g}"
+        first = f"numbers above {self.least}" if self.exclusive else f"numbers from {self.least}"
         named = f"{self.most}={fields.get(self.most)}" if isinstance(self.most, str) else self.most
         return first if named is None else f"{first} to {named}"
 
@@ -89,6 +89,8 @@ class OneOf(Limit):
 Count: TypeAlias = Annotated[int, Bounds(1)]
 Positive: TypeAlias = Annotated[float, Bounds(0, exclusive=True)]
 Rate: TypeAlias = Annotated[float, Bounds(0, 1)]
+Seed: TypeAlias = Annotated[int, Bounds(-(2**63), 2**64 - 1)]
+"""What PyTorch's generators take."""
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.lora_conversion import to_lora
-from lorac.argument_types import Count, OneOf, Rate, check_fields
+from lorac.argument_types import Count, OneOf, Rate, Seed, check_fields
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.merging.pruning import Part, match_norms, per_adapter
@@ -39,7 +39,7 @@ class Way(ABC):
     rank: Count | None = None
     tolerance: Rate | None = None
     scale: float = 1.0
-    seed: int = 0
+    seed: Seed = 0
 
     name: ClassVar[str]
     paper: ClassVar[str]

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from lorac.argument_types import Count
+from lorac.argument_types import Count, Seed
 from lorac.errors import SiteError
 from lorac.variants.base import Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import normal
@@ -30,7 +30,7 @@ class FourierFT(WeightVariant):
 
     n_frequency: Count = 1000
     scaling: float = 150.0
-    random_loc_seed: int = 777
+    random_loc_seed: Seed = 777
     n_frequency_pattern: Mapping[str, int] = field(default_factory=dict)
 
     name = "fourierft"

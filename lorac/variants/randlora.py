@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.argument_types import Count
+from lorac.argument_types import Count, Seed
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import constant, zeros
 from lorac.variants.low_rank import InputDropout
@@ -66,7 +66,7 @@ class RandLoRA(InputDropout, WeightVariant):
 
     r: Count = 32
     alpha: float = 640
-    projection_prng_key: int = 0
+    projection_prng_key: Seed = 0
     sparse: bool = False
     very_sparse: bool = False
 

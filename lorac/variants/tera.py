@@ -13,7 +13,8 @@ from typing import Annotated
 
 import torch
 
-from lorac.argument_types import Count, OneOf
+from lorac.argument_types import Count, OneOf, Seed
+from lorac.errors import OptionError
 from lorac.variants._conv_kernels import require_one_group
 from lorac.variants.base import Init, InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import ones, zeros
@@ -50,10 +51,19 @@ class TeRA(InputDropout, WeightVariant):
     scale: float | None = None
     factors: Annotated[str, OneOf(("dense", "identity"))] = "dense"
     zero_mode: int = -1
-    seed: int = 0
+    seed: Seed = 0
 
     name = "tera"
     paper = "TeRA: Vector-based Random Tensor Network for High-Rank Adaptation, arXiv 2509.03234"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        modes = 2 * self.order
+        if not -modes <= self.zero_mode < modes:
+            raise OptionError(
+                f"TeRA of order {self.order} has {modes} vectors, and zero_mode={self.zero_mode} names none of them",
+                next_step=f"give a zero_mode from {-modes} to {modes - 1}",
+            )
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorac.argument_types import Count
+from lorac.argument_types import Count, Seed
 from lorac.variants.base import InitContext, Params, ParamSpec, Role, Site, Tensor, WeightVariant
 from lorac.variants.initialisers import constant, zeros
 from lorac.variants.low_rank import InputDropout
@@ -44,7 +44,7 @@ class VeRA(InputDropout, WeightVariant):
 
     r: Count = 256
     d_initial: float = 0.1
-    projection_prng_key: int = 0
+    projection_prng_key: Seed = 0
 
     name = "vera"
     paper = "VeRA: Vector-based Random Matrix Adaptation, arXiv 2310.11454"

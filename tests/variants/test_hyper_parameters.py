@@ -36,6 +36,10 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (lorac.OFT, {"num_cayley_neumann_terms": 10**6}, "numbers from 1 to 100"),
     (lorac.TrainableTokens, {"token_indices": (2**63,)}, "numbers from 0 to"),
     (lorac.LoRA, {"r": -(10**40)}, "numbers from 1"),
+    (lorac.TeRA, {"seed": 2**64}, "numbers from -9223372036854775808 to 18446744073709551615"),
+    (lorac.VeRA, {"projection_prng_key": 2**64}, "numbers from -9223372036854775808 to"),
+    (lorac.RandLoRA, {"projection_prng_key": -(2**63) - 1}, "numbers from -9223372036854775808 to"),
+    (lorac.FourierFT, {"random_loc_seed": 2**64}, "numbers from -9223372036854775808 to"),
     (lorac.TLoRA, {"residual": "lorra"}, "lora, ttv"),
 ]
 

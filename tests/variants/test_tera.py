@@ -232,3 +232,10 @@ def test_an_unknown_kind_of_factors():
     with pytest.raises(lorac.OptionError, match="no factors='identiy'") as error:
         fresh(factors="identiy")
     assert error.value.nearest == "identity"
+
+
+@pytest.mark.parametrize("zero_mode", [-5, 4])
+def test_a_vector_that_is_not_there_cannot_start_at_zero(zero_mode):
+    with pytest.raises(lorac.OptionError, match="of order 2 has 4 vectors") as error:
+        lorac.TeRA(zero_mode=zero_mode)
+    assert error.value.next_step == "give a zero_mode from -4 to 3"
