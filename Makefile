@@ -112,6 +112,8 @@ HOSTS := .cache/zoo-hosts
 zoo: $(STAMP) ## Take every model people have through lorac (hours; goes on where it stopped), and write docs/models.md
 	test -d $(HOSTS) || $(BIN)/python -m pip install --quiet --no-deps --target $(HOSTS) segmentation-models-pytorch \
 		sentence-transformers torchaudio scikit-learn scipy joblib threadpoolctl cloudpickle narwhals
+# PyPI's torchaudio holds a library that loads beside CUDA alone, and goes without: no model needs it.
+	rm -rf $(HOSTS)/torchaudio/lib
 	PYTHONPATH=$(HOSTS) $(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
 	PYTHONPATH=$(HOSTS) $(BIN)/python -m campaigns.zoo page > docs/models.md
 
