@@ -38,6 +38,18 @@ def test_no_adapter_is_the_host_bit_for_bit(bias: bool, mode: str) -> None:
         assert not torch.equal(net.requires_grad_(False)(x), original), "torch folds both alike: this decides nothing"
 
 
+def test_layers_of_one_weight_multiply_as_the_hosts_do() -> None:
+    torch.manual_seed(0)
+    net, x = Turned(bias=True), torch.randn(3, 17, 17)
+    net.first, net.second = nn.Linear(17, 17), nn.Linear(17, 17)
+    net.second.weight = net.first.weight
+    compiled = lorac.compile(net, {"a": lorac.LoRA(r=2, targets=["first", "second"])}, active=None)
+    with torch.no_grad():
+        original = net(x)
+        assert torch.equal(compiled(x), original)
+        assert not torch.equal(net.requires_grad_(False)(x), original), "torch folds both alike: this decides nothing"
+
+
 def test_a_host_without_gradients_multiplies_as_it_does() -> None:
     net, x = made(True)
     net.requires_grad_(False)
