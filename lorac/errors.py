@@ -169,6 +169,7 @@ class CompileError(LoracError):
         "wrong_level": "a pass was to run on a graph of another level than it reads",
         "verification_failed": "a graph breaks a rule of its level",
         "self_test_failed": "emission folded, copied, exchanged or bypassed a slot",
+        "self_test_undecided": "the model amplifies roundings, so that its outputs tell nothing of what was emitted",
     }
     usual_steps: ClassVar[Mapping[str, str]] = {"verification_failed": "this is a bug in a pass, not in your model"}
 

@@ -31,6 +31,15 @@ class Wavers(Exception):
     """Rounding moves what PEFT answers by a share of the adapter's that decides nothing any more."""
 
 
+class LosesTensors(Exception):
+    """PEFT does not load all that it saved, and says nothing."""
+
+
+LOST = 1e-2
+"""An adapter that is loaded answers as the one that was saved, but for this share of what it moves: rounding moves a
+hundredth of it at most."""
+
+
 @dataclass(frozen=True)
 class Adapted:
     """An adapter on disk.
@@ -109,6 +118,7 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
 
     Raises:
         NothingMoves: no strength does.
+        LosesTensors: what PEFT loads of the file answers otherwise.
         Wavers: what moves is not steady enough to be compared.
     """
     base = {name: value for name, value in joined([answer(model, call) for call in calls]).items() if bool(value.any())}
@@ -127,7 +137,11 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     shares(strength)
     with quiet():
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
-    oracle = load_peft(model, folder)
+    saved, oracle = joined([answer(wrapped, call) for call in calls]), load_peft(model, folder)
+    shares_lost = _shares(joined([answer(oracle, call) for call in calls]), saved, base)
+    lost = {name: share for name, share in shares_lost.items() if LOST < share < math.inf}
+    if lost:
+        raise LosesTensors(f"loaded, PEFT's outputs are off by {lost} of what the saved adapter moves")
     if any(getattr(module, "padding_mode", "zeros") != "zeros" for module in model.modules()):
         oracle.merge_adapter()  # unmerged, PEFT pads what it runs beside such a layer with zeros
     found = contribution(joined([answer(oracle, call) for call in calls]), base, list(base))
@@ -151,10 +165,17 @@ def _wavering(oracle: nn.Module, calls: Sequence[Mapping[str, Any]], base: Outpu
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         found = joined([answer(oracle, _rounded(call, generator)) for call in calls])
-        for name, value in base.items():
-            moved, off = (right[name] - value).double().norm(), (found[name] - right[name]).double().norm()
-            worst[name] = max(worst[name], float(off / moved) if moved else math.inf)
+        worst = {name: max(worst[name], share) for name, share in _shares(found, right, base).items()}
     return worst
+
+
+def _shares(found: Outputs, right: Outputs, base: Outputs) -> dict[str, float]:
+    """Return the error of each output as a share of what an adapter moves in it; infinite where it moves nothing."""
+    moved = {name: (right[name] - value).double().norm() for name, value in base.items()}
+    return {
+        name: float((found[name] - right[name]).double().norm() / move) if move else math.inf
+        for name, move in moved.items()
+    }
 
 
 def _rounded(call: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:

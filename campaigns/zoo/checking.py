@@ -96,9 +96,8 @@ def _subject(entry: Entry) -> _Subject:
         host = entry.build().eval()
         away_from_init(host)
         calls = [entry.inputs(host, batch, length, seed) for seed, (batch, length) in enumerate((EXAMPLE, OTHER))]
-        with frozen(host):
-            base = [answer(host, call) for call in calls]
-            again = [answer(host, call) for call in calls]
+        base = [answer(host, call) for call in calls]
+        again = [answer(host, call) for call in calls]
         _insist(all(bool(b) for b in base), "the host answers no floating-point tensor")
         _insist(_same(base, again), "the host answers the same call differently (it draws numbers, or keeps state)")
         finite = all(bool(value.isfinite().all()) for outputs in base for value in outputs.values())
@@ -118,23 +117,6 @@ def away_from_init(model: nn.Module) -> None:
             buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
         if name.endswith("running_var"):
             buffer.mul_(0.7 + 0.7 * torch.rand(buffer.shape, generator=generator))
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Return the model as adapters find it, without gradients of its own; as it was after.
-
-    torch folds a strided input before it multiplies by a weight that requires a gradient, and does not by another's
-    (``should_fold`` in ATen's LinearAlgebra.cpp): the last bits of one host may differ between the two.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _adapt_somehow(subject: _Subject, folder: Path) -> None:
@@ -209,8 +191,7 @@ def _at(subject: _Subject, rows: int, length: int) -> _Subject:
     """Return the same model, called at another size besides the example's."""
     assert subject.adapted is not None
     other = subject.entry.inputs(subject.host, rows, length, 1)
-    with frozen(subject.host):
-        base = answer(subject.host, other)
+    base = answer(subject.host, other)
     right = answer(subject.adapted.oracle, other)
     return dataclasses.replace(
         subject,
