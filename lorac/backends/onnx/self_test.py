@@ -6,6 +6,7 @@ program does, at another batch and length too, and with the first contents back 
 of a program that draws random numbers prove nothing.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,6 +22,7 @@ from lorac.backends.onnx.slot_checks import (
     holds_same_values,
     self_test_failure,
 )
+from lorac.backends.onnx.slot_noise import draw_noise, noise_scale
 from lorac.errors import CompileError
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph, Program
@@ -31,18 +33,13 @@ from lorac.ir.graph.interpreter import (
     resize_inputs,
     run_graph,
 )
-from lorac.ir.sites import BaseReader, Site, factor_dtype
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
-from lorac.ir.slots.layouts import layout_of
-from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
-from lorac.ir.slots.role import NoiseScale, SlotSpec
+from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.roles import ROLES
 from lorac.ir.slots.rows import stack_places
 
-_NOISE_RANK = 3
 _FEW_ROWS = 2
 """Rows, or equal parts of a batch, that get noise of their own."""
-_SAMPLE_ROWS = 8
 _MIN_ELEMENTS = 4
 """Tensors with fewer elements may be equal by chance."""
 _MAX_AMPLIFICATION, _MAX_DISTANCE = 8, 0.02
@@ -147,7 +144,7 @@ class _WrittenContents(_SlotContents):
         drawn = self._readable()
         for name, tensor in drawn.items():
             slot = self.engine.slots[name]
-            around = _noise_scale(self.engine.plans[slot.site], self.engine.base)
+            around = noise_scale(self.engine.plans[slot.site], self.engine.base)
             ROLES[slot.role].noise(tensor, around, generator)
         return drawn
 
@@ -289,11 +286,8 @@ class _ProgramComparison:
             for error, moved in self._measure_errors(tensors, inputs or self.inputs)
         )
 
-    def _measure_errors(
-        self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
-    ) -> list[tuple[float, float]]:
-        """Return the error of each output that differs by more than its own rounding, and what a rounding of the
-        inputs changes in it."""
+    def _measure_errors(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[tuple[float, float]]:
+        """Return the error of each output beyond its own rounding, and what a rounding of the inputs changes in it."""
         baked = self.engine.mode == "baked"
         expected = self._wanted(inputs, tensors)
         try:
@@ -369,44 +363,3 @@ def _share_by_shape(noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give all slots of one shape the same tensor."""
     first: dict[object, Tensor] = {}
     return {name: first.setdefault((tensor.dtype, tensor.shape), tensor) for name, tensor in noise.items()}
-
-
-def draw_noise(
-    plans: Mapping[str, SitePlan], idle: Mapping[str, SiteSlots], base: BaseReader, seed: int = 0
-) -> dict[str, SiteSlots]:
-    """Draw seeded noise for every slot of every site, about a third as large as the site's output."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        path: _draw_site_noise(plan, idle[path], _noise_scale(plan, base), generator) for path, plan in plans.items()
-    }
-
-
-def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, generator: torch.Generator) -> SiteSlots:
-    tensors = {}
-    for role, room in plan.roles():
-        if role.ranked:
-            place = SlotSpec(layout=layout_of(plan.site), size=min(room, around.rank))
-            tensors[role.name] = role.neutral(place)
-        else:
-            tensors[role.name] = idle.tensors[role.name].clone(memory_format=torch.contiguous_format)
-        role.noise(tensors[role.name], around, generator)
-    return SiteSlots(tensors, tuple(_draw_branch_noise(plan.site, branch, generator) for branch in plan.branches))
-
-
-def _draw_branch_noise(site: Site, branch: BranchSlot, generator: torch.Generator) -> BranchFill:
-    """Draw a branch's strength and parameters, in the dtype of their slots."""
-    dtype = factor_dtype(site.dtype)
-    drawn = [
-        torch.randn(shape, generator=generator) * (shape[-1] if shape else 1) ** -0.5
-        for shape in branch.params.values()
-    ]
-    strength = torch.rand(1, generator=generator) + 0.5
-    return BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn))
-
-
-def _noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
-    """Return the scale of noise for a site's slots, read from the first rows of its weight."""
-    rank = max(min(plan.rank, _NOISE_RANK), plan.least_rank)
-    if plan.site.weight is None or not rank:
-        return NoiseScale(plan.site, 1.0, rank)
-    return NoiseScale(plan.site, float(base.weight(plan.site)[:_SAMPLE_ROWS].float().square().mean().sqrt()), rank)

@@ -274,12 +274,12 @@ def expand_repeated_layers(program: ExportedProgram, prefix: str = "") -> None:
     specs = [spec for spec in program.graph_signature.input_specs if spec.kind in _LAYER_INPUTS]
     weights = {str(spec.target): inputs[spec.arg.name] for spec in specs}
     repeated = [node for node in program.graph.nodes if node.target is ops.REPEATED_LAYER]
-    traced = dict[str, list[fx.Node]]()
+    traced = dict[fx.Node, list[fx.Node]]()
     for node in repeated:
-        first = str(node.args[-1])
-        if first not in traced:  # by now its inner layers are copied
-            traced[first] = [other for other in program.graph.nodes if _is_of(first, other)]
-        _LayerCopier(program.graph, weights, node, prefix).run(traced[first])
+        copier = _LayerCopier(program.graph, weights, node, prefix)
+        if copier.begin not in traced:  # by now its inner layers are copied
+            traced[copier.begin] = copier.list_traced()
+        copier.run(traced[copier.begin])
     for node in list(program.graph.nodes):
         node.meta.get("custom", {}).pop(_FIRSTS, None)
         if node.target is ops.MARKER:
@@ -304,8 +304,8 @@ class _LayerCopier:
 
     def __init__(self, graph: fx.Graph, weights: Mapping[str, fx.Node], node: fx.Node, prefix: str) -> None:
         operands: Operands = node.args
-        arguments, _, markers, self.path, self.first = operands
-        first_given, outputs = (note.args[0] for note in markers)
+        arguments, _, (self.begin, self.end), self.path, self.first = operands
+        first_given, outputs = self.begin.args[0], self.end.args[0]
         self.outputs: Sequence[fx.Node] = outputs
         self.graph, self.node, self.prefix = graph, node, prefix
         self.mapped: dict[fx.Node, fx.Node] = dict(zip(first_given, arguments, strict=True))
@@ -313,6 +313,11 @@ class _LayerCopier:
         for name, place in weights.items():
             if name.startswith(below):
                 self.mapped[place] = weights[f"{self.path}.{name.removeprefix(below)}"]
+
+    def list_traced(self) -> list[fx.Node]:
+        """List the nodes of the traced layer, of the one call that this node repeats."""
+        call = itertools.takewhile(lambda node: node is not self.end, _nodes_after(self.begin))
+        return [node for node in call if _is_of(self.first, node)]
 
     def run(self, traced: Sequence[fx.Node]) -> None:
         """Copy the nodes of the traced layer, and redirect the readers of this layer's outputs to the copies."""

@@ -276,6 +276,28 @@ def test_roundings_that_a_network_blows_up_are_no_fault(
     assert comparison._differs({}) == differs
 
 
+class Chaotic(nn.Module):
+    """A layer, and a map that doubles every difference sixty times over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.one(x))
+        for _ in range(60):
+            y = 3.99 * y * (1 - y)
+        return y
+
+
+def test_where_a_rounding_changes_everything_nothing_is_said_of_the_slots() -> None:
+    arguments: dict[str, Any] = {"target": "onnxruntime", "example_inputs": (torch.randn(3, 10),)}
+    with refuses("self_test_undecided", match="a rounding of the inputs changes an output of graph 'main' by") as error:
+        lorac.compile(Chaotic().eval(), {"a": lorac.LoRA(r=2)}, **arguments)
+    assert "self_test=False" in error.value.next_step
+    lorac.compile(Chaotic().eval(), {"a": lorac.LoRA(r=2)}, self_test=False, **arguments)
+
+
 def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     honest = build.emit
 

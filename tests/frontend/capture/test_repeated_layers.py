@@ -108,6 +108,16 @@ class Stack(nn.Module):
         return x
 
 
+class Again(Stack):
+    """All of them twice, with another factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for factor in (torch.sigmoid(x.mean(-1, keepdim=True)), torch.tanh(x.sum(-1, keepdim=True))):
+            for layer in self.layers:
+                x = layer(x, factor)
+        return x
+
+
 class Region(Stack):
     """All of them in one region.
 
@@ -197,6 +207,7 @@ SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "that write into what they are given": (lambda: Stack([Writing(number) for number in range(6)]), 2),
     "that keep what they compute": (lambda: Stack([Keeping(number) for number in range(4)]), 4),
     "within layers": (Stages, 1),
+    "called again with another tensor": (lambda: Again([Layer(number) for number in range(4)]), 2),
     "with a tensor in common": (_tied, 3),
     "of which one is hooked": (_hooked, 2),
     "that keep autocast away": (lambda: Stack([Casting(number) for number in range(4)]), 4),
