@@ -292,6 +292,15 @@ def test_no_base_weight_is_on_disk_twice(emitted: Mapping[str, Any]) -> None:
         assert np.ascontiguousarray(weight.t().numpy()).tobytes() not in stored
 
 
+def test_a_weight_of_zeros_is_read_back_as_zeros() -> None:
+    """Its bytes are those of its transpose, of which the program's file has the rows apart."""
+    host = Attention(wide=32).eval()
+    nn.init.zeros_(host.k.weight)
+    compiled: Any = lorac.compile(host, {"a": lorac.LoRA(r=1)}, "onnxruntime", (torch.randn(2, 3, 32),))
+    for path in "qkv":
+        assert torch.equal(compiled.engine.base.weight(compiled.sites[path]), host.get_submodule(path).weight.detach())
+
+
 def test_each_site_is_explained_by_itself(emitted: Mapping[str, Any]) -> None:
     terms = {(row.site, row.adapter): row for row in emitted["live"].explain().terms}
     assert terms["layers.0.v", "dora"].slots == ("a", "b", "c")
