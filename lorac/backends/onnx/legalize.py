@@ -248,6 +248,7 @@ _REVERSED = {aten.rsub.Scalar, aten.rsub.Tensor}
 _ALIASES: dict[Target, Target] = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
     aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.item.default: aten._local_scalar_dense.default,
     aten.max.other: aten.maximum.default,
     aten.min.other: aten.minimum.default,
 }

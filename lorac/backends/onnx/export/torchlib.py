@@ -236,7 +236,7 @@ def _run_call(node: fx.Node, operands: Sequence[fx.Node], *values: Argument) -> 
 
 
 def _replace_outputs(node: fx.Node, results: Sequence[fx.Node]) -> None:
-    if isinstance(node.meta["val"], torch.Tensor):
+    if not isinstance(node.meta["val"], tuple | list):
         node.replace_all_uses_with(results[0])
         return
     for part in list(node.users):

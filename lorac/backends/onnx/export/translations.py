@@ -71,6 +71,11 @@ def matmul(x: ir.Value, matrix: ir.Value) -> Outputs:
     return op.MatMul(x, matrix)
 
 
+def sym_numel(x: ir.Value) -> Outputs:
+    """Write ``Size``."""
+    return op.Size(x)
+
+
 def conv3d(
     x: ir.Value,
     weight: ir.Value,
@@ -177,6 +182,7 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     row_ops.JOIN: join_segments,
     CONVOLVE_SEGMENTS: convolve_segments,
     aten.slice.Tensor: slice_tensor,
+    aten.sym_numel.default: sym_numel,
     aten.conv3d.default: conv3d,
     **dict.fromkeys(ADAPTIVE_MEANS, adaptive_avg_pool),
     aten.rms_norm.default: rms_norm,
