@@ -49,6 +49,11 @@ def promoted(host, x, y):
     return host.down(y * counted) + counted / 4
 
 
+def cut_in_one(host, x, y):
+    """What a model with one level of features does to each of its levels."""
+    return host.down(y.split([6], -1)[0])
+
+
 def numbered(host, x, y):
     """A number that is read from a tensor, and a grid of so many rows, whose elements torch counts."""
     count = (x > 0).sum().item()
@@ -182,6 +187,7 @@ def answers(step):
         pooled,
         pooled_along_one_axis,
         numbered,
+        cut_in_one,
         taken_from_numbers,
         squeezed_where_it_is_not_one,
         divided_by_next_to_nothing,
