@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,10 @@ class Wavers(Exception):
 
 class LosesTensors(Exception):
     """PEFT does not load all that it saved, and says nothing."""
+
+
+class PassedBy(Exception):
+    """The model calls a layer that PEFT wrapped, and not its wrapper: it keeps its layers in a list besides."""
 
 
 LOST = 1e-2
@@ -119,6 +125,7 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     Raises:
         NothingMoves: no strength does.
         LosesTensors: what PEFT loads of the file answers otherwise.
+        PassedBy: some of what PEFT adapts is never called.
         Wavers: what moves is not steady enough to be compared.
     """
     base = {name: value for name, value in joined([answer(model, call) for call in calls]).items() if bool(value.any())}
@@ -142,6 +149,8 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     lost = {name: share for name, share in shares_lost.items() if LOST < share < math.inf}
     if lost:
         raise LosesTensors(f"loaded, PEFT's outputs are off by {lost} of what the saved adapter moves")
+    if passed_by := _find_passed_by(oracle, calls[0]):
+        raise PassedBy(f"the model calls '{passed_by[0]}' without PEFT's wrapper, and {len(passed_by) - 1} more")
     if any(getattr(module, "padding_mode", "zeros") != "zeros" for module in model.modules()):
         oracle.merge_adapter()  # unmerged, PEFT pads what it runs beside such a layer with zeros
     found = contribution(joined([answer(oracle, call) for call in calls]), base, list(base))
@@ -154,6 +163,20 @@ def written(model: nn.Module, config: Any, folder: Path, calls: Sequence[Mapping
     if not steady:
         raise Wavers(f"where inputs are rounded once, PEFT's outputs move by {wavering} of what the adapter moves")
     return Adapted(folder, oracle, steady)
+
+
+def _find_passed_by(oracle: nn.Module, call: Mapping[str, Any]) -> list[str]:
+    """List the layers under a wrapper of PEFT's that are called more often than it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    counts, handles = Counter[nn.Module](), []
+    wrapped = {n: (m, m.get_base_layer()) for n, m in oracle.named_modules() if isinstance(m, BaseTunerLayer)}
+    for module in itertools.chain.from_iterable(wrapped.values()):
+        handles.append(module.register_forward_pre_hook(lambda module, _: counts.update([module])))
+    answer(oracle, call)
+    for handle in handles:
+        handle.remove()
+    return [name for name, (wrapper, layer) in wrapped.items() if counts[layer] > counts[wrapper]]
 
 
 def _wavering(oracle: nn.Module, calls: Sequence[Mapping[str, Any]], base: Outputs) -> dict[str, float]:
