@@ -23,6 +23,14 @@ def draw_noise(
     }
 
 
+def noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
+    """Return the scale of noise for a site's slots, read from the first rows of its weight."""
+    rank = max(min(plan.rank, _NOISE_RANK), plan.least_rank)
+    if plan.site.weight is None or not rank:
+        return NoiseScale(plan.site, 1.0, rank)
+    return NoiseScale(plan.site, float(base.weight(plan.site)[:_SAMPLE_ROWS].float().square().mean().sqrt()), rank)
+
+
 def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, generator: torch.Generator) -> SiteSlots:
     tensors = {}
     for role, room in plan.roles():
@@ -44,11 +52,3 @@ def _draw_branch_noise(site: Site, branch: BranchSlot, generator: torch.Generato
     ]
     strength = torch.rand(1, generator=generator) + 0.5
     return BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn))
-
-
-def noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
-    """Return the scale of noise for a site's slots, read from the first rows of its weight."""
-    rank = max(min(plan.rank, _NOISE_RANK), plan.least_rank)
-    if plan.site.weight is None or not rank:
-        return NoiseScale(plan.site, 1.0, rank)
-    return NoiseScale(plan.site, float(base.weight(plan.site)[:_SAMPLE_ROWS].float().square().mean().sqrt()), rank)
