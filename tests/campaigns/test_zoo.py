@@ -151,7 +151,7 @@ def test_other_numbers_and_a_touched_host_are_wrong(monkeypatch: pytest.MonkeyPa
 
     def touching(host: nn.Module, *args: Any, **kwargs: Any) -> Any:
         compiled = compile(host, *args, **kwargs)
-        next(host.parameters()).requires_grad_(False)
+        next(host.parameters()).requires_grad_(True)
         return compiled
 
     for worse, message in ((weaker, "off by"), (touching, "flags")):
