@@ -26,7 +26,7 @@ def run(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> soak_ba
 
 
 def test_nothing_goes_wrong(run: soak_bank.BankSoak) -> None:
-    found = run.run(300)
+    found = run.run(1500)
     assert {kind.partition(",")[0] for kind in found["count"]} >= KINDS
     assert tally.wrong([found | {"end": found["start"]}]) == {}
 
