@@ -90,7 +90,7 @@ Count: TypeAlias = Annotated[int, Bounds(1)]
 Positive: TypeAlias = Annotated[float, Bounds(0, exclusive=True)]
 Rate: TypeAlias = Annotated[float, Bounds(0, 1)]
 Seed: TypeAlias = Annotated[int, Bounds(-(2**63), 2**64 - 1)]
-"""What PyTorch's generators take."""
+"""A seed for ``torch.Generator.manual_seed``, an int64 or uint64."""
 
 
 @functools.cache

@@ -38,7 +38,7 @@ class LosesTensors(Exception):
 
 
 class PassedBy(Exception):
-    """The model calls a layer that PEFT wrapped, and not its wrapper: it keeps its layers in a list besides."""
+    """The model calls the layer inside a wrapper of PEFT's directly, for instance from a Python list."""
 
 
 LOST = 1e-2

@@ -108,7 +108,7 @@ def compiled_on(model: nn.Module, variant: Variant) -> tuple[Any, list[torch.Ten
             if spec.role is Role.TRAINABLE:
                 learning.append(tensors[key])
             elif isinstance(variant, LoraMixture) and not tensors[key].any():
-                # Its adapters are made elsewhere; a fresh one has none, and nothing to learn.
+                # Its LoRAs are trained elsewhere: in a fresh mixture they are zero, and the gates get no gradient.
                 tensors[key].normal_(0, 0.5, generator=generator)
     return compiled, learning
 

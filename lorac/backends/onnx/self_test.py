@@ -287,7 +287,7 @@ class _ProgramComparison:
         )
 
     def _measure_errors(self, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[tuple[float, float]]:
-        """Return the error of each output beyond its own rounding, and what a rounding of the inputs changes in it."""
+        """Return (error, change by rounding the inputs) of each output that differs by more than rounding."""
         baked = self.engine.mode == "baked"
         expected = self._wanted(inputs, tensors)
         try:
@@ -307,7 +307,7 @@ class _ProgramComparison:
         """Return the error that names the slots.
 
         A slot that changes nothing is bypassed. Slots are exchanged if the programs differ only when one slot differs
-        from the others of its shape. Where every output that differs is moved as far by a rounding, nothing is known.
+        from the others of its shape. If rounding the inputs changes every output that differs, the test decides nothing.
         """
         moves = [moved for _, moved in self._measure_errors(noise, self.inputs)]
         if min(moves, default=0.0) > _MAX_DISTANCE:

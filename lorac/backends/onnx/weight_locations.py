@@ -97,7 +97,7 @@ def _find_tensor(index: _WeightIndex, tensor: Tensor, by_columns: bool) -> Tenso
     if not candidates:
         return None
     values = np.asarray(raw_bytes(matrix))
-    # Rows apart are those of the matrix: of zeros, any rows of as many bytes are equal.
+    # A strided part must have the matrix's rows: the bytes of zeros are equal in any shape.
     rows = (weight for weight in candidates if not weight.row or len(weight.values) == len(matrix))
     equal = (weight for weight in rows if np.array_equal(weight.values, values.reshape(weight.values.shape)))
     return next((TensorLocation(weight.file, weight.offset, by_columns, weight.row) for weight in equal), None)

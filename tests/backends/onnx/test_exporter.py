@@ -50,12 +50,12 @@ def promoted(host, x, y):
 
 
 def cut_in_one(host, x, y):
-    """What a model with one level of features does to each of its levels."""
+    """A split into one part."""
     return host.down(y.split([6], -1)[0])
 
 
 def numbered(host, x, y):
-    """A number that is read from a tensor, and a grid of so many rows, whose elements torch counts."""
+    """``item()``, and a meshgrid whose size follows from it."""
     count = (x > 0).sum().item()
     rows, _ = torch.meshgrid(torch.arange(count), torch.arange(2), indexing="ij")
     return host.down(y) * count + rows.sum()
