@@ -307,7 +307,7 @@ class _ProgramComparison:
         """Return the error that names the slots.
 
         A slot that changes nothing is bypassed. Slots are exchanged if the programs differ only when one slot differs
-        from the others of its shape. If rounding the inputs changes every output that differs, the test decides nothing.
+        from the others of its shape. If rounding changes every output that differs, nothing is decided.
         """
         moves = [moved for _, moved in self._measure_errors(noise, self.inputs)]
         if min(moves, default=0.0) > _MAX_DISTANCE:
