@@ -23,6 +23,8 @@ from lorac.runtime.scheduling.chunk_choice import (
     large_chunk,
     largest_chunk,
 )
+from lorac.runtime.scheduling.running_batch import RunningBatch
+from lorac.runtime.scheduling.running_row import RunningRow
 from lorac.target.engine import BoundProgram
 
 
@@ -69,30 +71,34 @@ def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
         assert scheduler.chunk == 3
 
 
-def test_prompts_are_read_in_large_chunks_where_fewer_rows_run(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("begun", "shapes"),
+    [
+        ((1, 0, 1), [(1, 29), (1, 1), (2, LEAST)]),
+        ((1, 2, 0), [(1, 29), (3, 29), (3, 1)]),
+        ((1, 1, 1), [(1, 29), (2, LEAST), (3, 29)]),
+    ],
+)
+def test_prompts_are_read_in_large_chunks_where_fewer_rows_run(
+    compiled: Any, monkeypatch: pytest.MonkeyPatch, begun: tuple[int, ...], shapes: list[tuple[int, int]]
+) -> None:
     monkeypatch.setattr(running_batch, "choose_chunk", lambda *_: LEAST)
-    shapes, decode = list[tuple[int, ...]](), BoundProgram.decode
+    found, decode = list[tuple[int, ...]](), BoundProgram.decode
 
     def noted(program: Any, graph: str, cache: Any, step: Any) -> Any:
-        shapes.append(tuple(step.ids.shape))
+        found.append(tuple(step.ids.shape))
         return decode(program, graph, cache, step)
 
     monkeypatch.setattr(BoundProgram, "decode", noted)
-    long = TextRequest(torch.arange(1, 30), None, options={"max_new_tokens": 34, "eos_token_id": None})
-    with Scheduler(compiled, rows=3, prompt_cache=0) as scheduler:
-        first = iter(scheduler.submit(long))
-        next(first)
-        assert shapes[0] == (1, 29)
-        with scheduler._changed:  # no step begins meanwhile
-            second = scheduler.submit(long)
-        list(second)
-        assert max(length for _, length in shapes[1:]) == LEAST
-        first = iter(scheduler.submit(long))
-        next(first)
-        with scheduler._changed:
-            streams = [scheduler.submit(long) for _ in range(2)]
-        assert [len(list(stream)) for stream in streams] == [34, 34]
-        assert (3, 29) in shapes
+    batch = RunningBatch(compiled, 3, None, None, "main")
+    batch.choose_chunk()
+    request = TextRequest(torch.arange(1, 30), options={"max_new_tokens": 34, "eos_token_id": None})
+    with torch.no_grad():
+        for rows in begun:
+            for _ in range(rows):
+                batch.admit(RunningRow(compiled, request, "main"))
+            batch.step()
+    assert found == shapes
 
 
 @pytest.mark.parametrize(

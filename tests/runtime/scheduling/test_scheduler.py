@@ -121,12 +121,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return noted
 
 
-def submit_at_once(scheduler: Scheduler, requests: list[TextRequest]) -> list[Any]:
-    """Put requests in line that begin in one step, if there are rows for them."""
-    with scheduler._changed:
-        return [scheduler.submit(request) for request in requests]
-
-
 def test_running_rows_share_one_call_beside_a_chunk_of_a_prompt(
     compiled: Any, scheduler: Scheduler, calls: list[list[int]]
 ) -> None:
@@ -150,7 +144,7 @@ def test_prompts_that_come_together_share_a_call(
         TextRequest(prompt(n, length), choice, options={"max_new_tokens": 4, "eos_token_id": None})
         for n, (length, choice) in enumerate(zip(lengths, choices, strict=True))
     ]
-    streams = submit_at_once(scheduler, requests)
+    streams = scheduler.submit_all(requests)
     answers = [[token.id for token in stream] for stream in streams]
     assert [sorted(counts) for counts in calls[:4]] == [[1, 4, 4], [1, 2, 4], [1, 1, 2], [1, 1, 1]]
     assert answers == [alone(compiled, request) for request in requests]
@@ -160,7 +154,7 @@ def test_a_request_that_ends_in_its_prompt_leaves_the_others_that_are_read(
     compiled: Any, scheduler: Scheduler, calls: list[list[int]]
 ) -> None:
     requests = [TextRequest(prompt(n, 10), c, options={"max_new_tokens": 4}) for n, c in enumerate(CHOICES[:3])]
-    left, *streams = submit_at_once(scheduler, [replace(requests[0], deadline=0), *requests[1:]])
+    left, *streams = scheduler.submit_all([replace(requests[0], deadline=0), *requests[1:]])
     assert list(left) == []
     assert [[t.id for t in stream] for stream in streams] == [alone(compiled, request) for request in requests[1:]]
     assert max(map(len, calls)) == 2
@@ -178,7 +172,7 @@ def test_a_request_waits_while_its_adapters_have_no_room_beside_those_of_others(
         gc.collect()
         compiled.memory.limit = compiled.memory.used + 6 * compiled.engine.new_cache("main", 1, 9).nbytes
         calls.clear()
-        streams = submit_at_once(scheduler, requests)
+        streams = scheduler.submit_all(requests)
         assert [token.id for token in streams[0]] == expected
         with refuses("over_budget"):
             list(streams[1])
@@ -195,7 +189,7 @@ def test_rows_of_one_choice_read_it_once(compiled: Any, scheduler: Scheduler, mo
     monkeypatch.setattr(RowBank, "bound", noted)
     for choices in (["one", "one"], ["one", "two"], [None, None]):
         requests = [TextRequest(prompt(n), c, options={"max_new_tokens": 5}) for n, c in enumerate(choices)]
-        streams = submit_at_once(scheduler, requests)
+        streams = scheduler.submit_all(requests)
         assert [[t.id for t in stream] for stream in streams] == [alone(compiled, request) for request in requests]
         assert bool(places) == (choices == ["one", "two"])
         places.clear()
@@ -269,10 +263,13 @@ def test_what_fails_for_one_request_fails_no_other(fails: str, compiled: Any, sc
 
 def test_a_request_has_the_same_bits_beside_whatever_others(compiled: Any) -> None:
     def run(other: Any, seed: int) -> list[Any]:
-        with Scheduler(compiled, rows=2) as scheduler, scheduler._changed:  # both begin in one step
-            options = {"max_new_tokens": 6, "eos_token_id": None}
-            stream = scheduler.submit(TextRequest(prompt(1), "one", logprobs=2, options=options))
-            beside = scheduler.submit(TextRequest(prompt(seed), other, options=options))
+        options = {"max_new_tokens": 6, "eos_token_id": None}
+        requests = [
+            TextRequest(prompt(1), "one", logprobs=2, options=options),
+            TextRequest(prompt(seed), other, options=options),
+        ]
+        with Scheduler(compiled, rows=2) as scheduler:
+            stream, beside = scheduler.submit_all(requests)  # both begin in one step
         assert len(list(beside)) == 6
         return list(stream)
 
@@ -287,10 +284,11 @@ def test_a_free_row_goes_to_the_tenant_with_the_fewest(compiled: Any, monkeypatc
         return begin(row, *given)
 
     monkeypatch.setattr(RunningRow, "begin", noted)
-    with Scheduler(compiled, rows=2) as scheduler, scheduler._changed:  # its thread waits until all are in line
-        for number, tenant in enumerate("aaab"):
-            options = {"max_new_tokens": 3, "eos_token_id": None}
-            scheduler.submit(TextRequest(prompt(number), tenant=tenant, seed=number, options=options))
+    options = {"max_new_tokens": 3, "eos_token_id": None}
+    with Scheduler(compiled, rows=2) as scheduler:
+        scheduler.submit_all(
+            [TextRequest(prompt(n), tenant=tenant, seed=n, options=options) for n, tenant in enumerate("aaab")]
+        )
     assert begun == ["0", "3", "1", "2"]
 
 
