@@ -208,7 +208,8 @@ class Soak(Generic[M]):
     def __init__(self, seed: int, models: Sequence[M]) -> None:
         self.chance, self.count, self.models = random.Random(seed), Counter[str](), models
         self.swaps = [self._swap] * 20 + [self._failing_swap] * 2 + [self._interrupted] * 2
-        signal.signal(signal.SIGALRM, _interrupt)
+        self._may_interrupt = False
+        signal.signal(signal.SIGALRM, self._interrupt)
 
     def run(self, operations: int) -> dict[str, Any]:
         """Run the operations; return what came of them."""
@@ -291,17 +292,25 @@ class Soak(Generic[M]):
         own = self.chance.random() < 0.3
         choice = self.chance.choice(model.rows) if own and self.chance.random() < 0.5 else choice
         try:
+            self._may_interrupt = True
             signal.setitimer(signal.ITIMER_REAL, self.chance.uniform(1e-5, 2e-3))
             self._call_or_swap(model, own, choice)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._may_interrupt = False  # the signal may have come, and its handler not yet have run
         except Interrupted:
             self.count["interrupts that hit"] += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            self._may_interrupt = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
         torch.set_grad_enabled(False)  # an interrupt within torch's own way out of no_grad() leaves it as it is
         active = model.compiled.active
         there = next(known for known in model.choices if _active(known) == active)
         right = bits(model.compiled(tokens=X)) == model.expected[str(there)]
         self._held("interrupted", right and active in (before, before if own else _active(choice)))
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._may_interrupt:
+            self._may_interrupt = False
+            raise Interrupted
 
     def _call_or_swap(self, model: M, own: bool, choice: Any) -> None:
         if own:
@@ -340,10 +349,6 @@ class Soak(Generic[M]):
         model.compiled.remove_adapter(name)
         self._held("removal", name not in model.compiled.adapters)
         time.sleep(0.01)  # it is the dearest of all, and must not be all that happens
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted
 
 
 def prepare_process() -> None:

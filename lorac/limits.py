@@ -8,11 +8,15 @@ file asks for (``claim_memory``). When no file is read, time is not counted.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from lorac.context_values import run_with_value
 from lorac.errors import FormatError
+
+T = TypeVar("T")
 
 _STEPS_PER_CHECK = 512
 _NEXT_STEP = "the file asks for more than its size explains; if you trust it: with lorac.budget({}=…):"
@@ -72,17 +76,11 @@ def get_chosen_memory() -> int | None:
     return None if chosen == _DEFAULT.bytes else chosen
 
 
-@contextlib.contextmanager
-def charge_reading(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Open an account for a file and charge the block to it; files that are read inside are charged to the same."""
+def charge_reading(file: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """Open an account for a file and charge some work to it; files that are read inside are charged to the same."""
     if _account.get() is not None:
-        yield
-        return
-    token = _account.set(_BudgetAccount(os.fspath(file), _budget.get(), time.thread_time()))
-    try:
-        yield
-    finally:
-        _account.reset(token)
+        return read()
+    return run_with_value(_account, _BudgetAccount(os.fspath(file), _budget.get(), time.thread_time()), read)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from lorac.context_values import run_with_value
 from lorac.diffusion.parts import PipelinePart
 from lorac.diffusion.running_call import Adapters, RunningCall, hold_adapters
 from lorac.errors import ChoiceError, OptionError, Unavailable
@@ -59,11 +60,8 @@ class CompiledPipeline:
                 scale, kwargs[name] = rest.pop("scale"), rest or None
         images = int(kwargs.get("num_images_per_prompt") or 1)
         with hold_adapters(self.compiled, adapters, scale, images) as running:
-            token = self.running_call.set(running)
-            try:
-                return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the pipeline's
-            finally:
-                self.running_call.reset(token)
+            call = super().__call__  # type: ignore[misc]  # the pipeline's
+            return run_with_value(self.running_call, running, lambda: call(*args, **kwargs))
 
     def load_lora_weights(
         self,

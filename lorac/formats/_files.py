@@ -4,19 +4,20 @@ safetensors: https://github.com/huggingface/safetensors#format. Its header is ch
 fault, and each tensor is read once, into memory of its own. ``lorac.storage.tensor_file`` writes such files.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lorac.adapters.fit import check_finite, find_infinite_sums
 from lorac.argument_types import JsonMapping
+from lorac.context_values import run_with_value
 from lorac.errors import FormatError, LoracError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.limits import claim_memory, pause_clock
@@ -44,6 +45,9 @@ HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 """Files of tensors in AdapterHub's folders, whose configuration has the name of PEFT's."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(eq=False)
 class Outline:
     """Safetensors files of which only the headers were read.
@@ -67,18 +71,14 @@ def containing_folder(path: Path, *files: str) -> Path:
     return path.parent if path.name in files and path.is_file() else path
 
 
-@contextlib.contextmanager
-def read_headers_only() -> Iterator[Outline]:
-    """Read safetensors files without their values in the block: tensors are on the meta device, and seals unchecked.
+def read_headers_only(outline: Outline, work: Callable[[], T]) -> T:
+    """Read safetensors files without their values: tensors are on the meta device, and seals unchecked.
 
-    The block is given what it reads.
+    Args:
+        outline: is filled with what is read.
+        work: reads the files.
     """
-    outline = Outline()
-    token = _OUTLINE.set(outline)
-    try:
-        yield outline
-    finally:
-        _OUTLINE.reset(token)
+    return run_with_value(_OUTLINE, outline, work)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from lorac.argument_types import check_type
 from lorac.discovery import import_modules, list_entry_points
 from lorac.errors import FormatError, LoracError, OptionError, WrongType, nearest_name, warn
-from lorac.formats._files import read_headers_only, read_metadata
+from lorac.formats._files import Outline, read_headers_only, read_metadata
 from lorac.formats._format import Evidence, Format
 from lorac.formats.checkpoint import CheckpointFormat
 from lorac.frontend.model_view import Model, ModelView
@@ -81,8 +81,7 @@ def _read(path: str | os.PathLike[str], model: Model | None, read: Callable[[Pat
     path = parse_path(path, "what lorac.load_adapter reads", FormatError, "unreadable")
     view = None if model is None else ModelView.of(model)
 
-    @charge_reading(path)
-    def read_charged() -> T:
+    def read_fields() -> T:
         try:
             return read(path, view)
         except (OptionError, WrongType) as error:  # a hyper-parameter that the method does not take
@@ -90,7 +89,7 @@ def _read(path: str | os.PathLike[str], model: Model | None, read: Callable[[Pat
             raise FormatError(what, nearest=nearest, next_step=error.next_step, code="unsupported_field") from error
 
     with translate_os_errors(path, FormatError, "read", "unreadable"):
-        return read_consistently(path, read_charged)
+        return read_consistently(path, lambda: charge_reading(path, read_fields))
 
 
 def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Adapter:
@@ -99,12 +98,10 @@ def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Ad
     Raises:
         FormatError, AdapterError, SiteError: as ``load_adapter``.
     """
-    with read_headers_only():
-        try:
-            return load_adapter(path, model, name)
-        except (LoracError, NotImplementedError, RuntimeError):
-            pass  # the format looks at values
-    return load_adapter(path, model, name)
+    try:
+        return read_headers_only(Outline(), lambda: load_adapter(path, model, name))
+    except (LoracError, NotImplementedError, RuntimeError):  # the format looks at values
+        return load_adapter(path, model, name)
 
 
 def save_adapter(

@@ -92,9 +92,12 @@ def load_record(path: Path, name: str) -> Adapter:
     Raises:
         FormatError: as ``load_adapter``.
     """
-    with charge_reading(path):
+
+    def read() -> Adapter:
         stored, record = _read_file(path)
         return assemble_adapter(path, record, _build_or_stand_in(path, record), stored, name)
+
+    return charge_reading(path, read)
 
 
 def read_record(path: Path) -> JsonMapping:
@@ -103,11 +106,14 @@ def read_record(path: Path) -> JsonMapping:
     Raises:
         FormatError: the file is damaged, or holds no record.
     """
-    with charge_reading(path):
+
+    def read() -> JsonMapping:
         text = read_metadata(path).get(_ENTRY)
         if text is None:
             raise corrupt_error(f"'{path}' has no description of an adapter in its metadata")
         return parse_record(path, text)
+
+    return charge_reading(path, read)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonMapping]:

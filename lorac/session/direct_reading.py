@@ -21,7 +21,7 @@ from lorac.adapters.stored import SlotContents, SlotLayout
 from lorac.errors import LoracError
 from lorac.formats import load_adapter
 from lorac.formats._file_layout import FileLayout
-from lorac.formats._files import read_headers_only
+from lorac.formats._files import Outline, read_headers_only
 from lorac.frontend.model_view import ModelView
 from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
 from lorac.ir.slots.choice import Active
@@ -147,9 +147,10 @@ class DirectWays:
 
 def _find_way(session: Session, path: Path, view: ModelView, contents: SlotContents) -> DirectWay | None:
     """Return the way of adapters like one into their slots, if there is a direct one."""
+    outline = Outline()
     try:
-        with read_headers_only() as outline, OriginRecorder(outline.tensors) as recorder:
-            slots = _outline_slots(session, path, view, contents)
+        with OriginRecorder(outline.tensors) as recorder:
+            slots = read_headers_only(outline, lambda: _outline_slots(session, path, view, contents))
             origins = {name: recorder.find(tensor) for name, tensor in slots.items()}
         files, inside = FileLayout.of(outline), [file.relative_to(path) for file in outline.files]
     except (LoracError, Unrecordable, LookupError, RuntimeError, ValueError):  # as values or base weights are needed

@@ -214,8 +214,11 @@ def _read_fields(folder: Path) -> JsonObject:
 
 def read_manifest(file: Path) -> JsonObject:
     """Parse a manifest; raises ``ArtifactError`` where it is not JSON."""
-    with charge_reading(file):
+
+    def read() -> JsonObject:
         return parse_object(read_json_text(file), lambda reason: _damaged_manifest(file.parent, f"it {reason}"))
+
+    return charge_reading(file, read)
 
 
 def check_manifest(folder: Path, fields: JsonObject, kinds: Mapping[str, type]) -> None:

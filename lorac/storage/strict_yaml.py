@@ -33,10 +33,14 @@ def read_yaml(file: Path, *, next_step: str) -> JsonObject:
         text = opened.read(_MAX_BYTES + 1)
     if len(text) > _MAX_BYTES:
         raise OptionError(f"'{file}' is larger than {_MAX_BYTES >> 10} KiB", next_step=next_step)
+
+    def read() -> Any:
+        given = yaml.load(text, _strict_loader())
+        dump_json(given)  # numbers are finite and of 64 bits, texts can be written, and it is not too deep
+        return given
+
     try:
-        with charge_reading(file):
-            given = yaml.load(text, _strict_loader())
-            dump_json(given)  # numbers are finite and of 64 bits, texts can be written, and it is not too deep
+        given = charge_reading(file, read)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         problem = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(problem).split())

@@ -8,13 +8,14 @@ import pytest
 
 from campaigns import soak_bank, tally
 from lorac.target.memory_budget import MemoryBudget
-from tests.campaigns.test_soak import small
+from tests.campaigns.test_soak import BETWEEN_OPEN_AND_WITH, small
 
 KINDS = {
     "all removed", "call", "call of its own choice", "call while exchanged", "exchange",
     "failing swap", "held", "interrupted", "let go of all", "read ahead", "swap", "within the budget",
 }  # fmt: skip
 __all__ = ["small"]
+pytestmark = BETWEEN_OPEN_AND_WITH
 
 
 @pytest.fixture

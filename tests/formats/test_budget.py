@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorac
+from lorac import context_values
 from lorac import limits as spending
 from lorac.ir.patterns import match_pattern
 from lorac.storage.strict_json import parse_json
 from tests.limits import within_budget
 from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, save_small
 from tests.refusing import refuses
+from tests.runtime.interrupts import interrupted
 from tests.zoo import ZOO
 
 ENDLESS = "((?:up){65000}){65000}"
@@ -210,9 +212,13 @@ def test_patterns_share_the_time_of_their_file(folder: Path) -> None:
     configure(folder, rank_pattern={f"(.|..){{12}}x{i}y": 2 for i in range(2000)})
     with lorac.budget(seconds=0.01):
         refuse(folder, lorac.FormatError, "takes longer than 0.01 s")
-    with within_budget(), spending.charge_reading(folder), refuses("over_budget"):
+
+    def match_for_ever() -> None:
         while True:
             match_pattern("((.|..)+)+", "abcdefgh")
+
+    with within_budget(), refuses("over_budget"):
+        spending.charge_reading(folder, match_for_ever)
 
 
 # ── Hyper-parameters ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -295,27 +301,50 @@ def test_the_budget_is_a_setting() -> None:
 
 
 def test_time_that_grows_with_the_tensors_is_not_counted(tmp_path: Path) -> None:
-    with lorac.budget(seconds=0.0), spending.charge_reading(tmp_path):
+    def read() -> None:
         with spending.pause_clock():
             spending.check_time()
         with refuses("over_budget", match=r"lorac\.budget\(seconds=…\)"):
             sum(range(10_000))
             spending.check_time()
+
+    with lorac.budget(seconds=0.0):
+        spending.charge_reading(tmp_path, read)
     spending.check_time()  # nothing is read
 
 
 def test_memory_is_added_up(tmp_path: Path) -> None:
-    with spending.charge_reading(tmp_path):
+    def read() -> None:
         spending.claim_memory(200 << 20, "one")
         with refuses("over_budget", match=r"would take more than 256 MiB beyond its size: another, \d+ bytes"):
             spending.claim_memory(100 << 20, "another")
 
+    spending.charge_reading(tmp_path, read)
+
 
 def test_files_that_a_file_names_are_charged_to_its_account() -> None:
     """Else a folder of many experts would cost many times what one file may."""
-    with lorac.budget(bytes=1000), spending.charge_reading("outer"):
+
+    def claim() -> None:
+        spending.claim_memory(400, "a part")
+
+    def read() -> None:
         for inner in ("first", "second"):
-            with spending.charge_reading(inner):
-                spending.claim_memory(400, "a part")
-        with spending.charge_reading("third"), refuses("over_budget", match="'outer' would take more"):
-            spending.claim_memory(400, "a part")
+            spending.charge_reading(inner, claim)
+        with refuses("over_budget", match="'outer' would take more"):
+            spending.charge_reading("third", claim)
+
+    with lorac.budget(bytes=1000):
+        spending.charge_reading("outer", read)
+
+
+def test_after_an_interrupt_nothing_is_charged_to_the_file_any_more() -> None:
+    runs = 0
+    with lorac.budget(seconds=0.0):
+        for _ in interrupted(
+            lambda: spending.charge_reading("a file", object), where=(spending.__file__, context_values.__file__)
+        ):
+            sum(range(10_000))
+            spending.check_time()  # nothing is read
+            runs += 1
+    assert runs > 5

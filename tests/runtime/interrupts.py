@@ -24,21 +24,21 @@ class Interrupted(BaseException):
     """The exception that is raised between two lines, like KeyboardInterrupt."""
 
 
-def interrupted(work: Callable[[], object], stride: int = 1) -> Iterator[None]:
+def interrupted(work: Callable[[], object], stride: int = 1, where: tuple[str, ...] = _INTERRUPTED) -> Iterator[None]:
     """Run a piece of work, interrupted before its first line, and ``stride`` lines later each time, until it ends.
 
-    Yields after each run. Code outside the runtime is not interrupted.
+    Yields after each run. Only code in files whose paths begin so is interrupted, and what Python runs for it.
     """
     for moment in itertools.count(1, stride):
-        ended = _run(work, moment)
+        ended = _run(work, moment, where)
         yield
         if ended:
             return
 
 
-def _is_ours(frame: FrameType | None) -> bool:
+def _is_ours(frame: FrameType | None, where: tuple[str, ...]) -> bool:
     file = "" if frame is None else frame.f_code.co_filename
-    return file.startswith(_INTERRUPTED) or (file in _PYTHONS and frame is not None and _is_ours(frame.f_back))
+    return file.startswith(where) or (file in _PYTHONS and frame is not None and _is_ours(frame.f_back, where))
 
 
 def _line(frame: FrameType) -> str:
@@ -50,12 +50,12 @@ def _line(frame: FrameType) -> str:
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
 
 
-def _run(work: Callable[[], object], moment: int) -> bool:
+def _run(work: Callable[[], object], moment: int, where: tuple[str, ...]) -> bool:
     left = moment
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
-        if not _is_ours(frame):
+        if not _is_ours(frame, where):
             return None
         if event == "line" and not _line(frame).startswith(("with ", "try:")):
             left -= 1

@@ -182,8 +182,11 @@ class _OnePlace(nn.Module):
 
 def _load_graphs(stored: StoredState, files: ProgramFiles, file: TensorFile) -> dict[str, StoredGraph]:
     entries: JsonMapping = stored["graphs"]  # type: ignore[assignment]  # checked by what reads an entry
-    with charge_reading(files[_PROGRAM].where):
+
+    def read() -> dict[str, StoredProgram]:
         text = read_json_text(files[_PROGRAM].path)
         nodes = parse_json(text, lambda reason: ArtifactError(f"'{files[_PROGRAM].where}' {reason}"))
-        programs = {name: StoredProgram(nodes[name], file) for name in entries}
+        return {name: StoredProgram(nodes[name], file) for name in entries}
+
+    programs = charge_reading(files[_PROGRAM].where, read)
     return {name: StoredGraph(programs[name], *graph_from_json(entry)) for name, entry in entries.items()}

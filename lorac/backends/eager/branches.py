@@ -7,7 +7,6 @@ call: it has that call's branches, randomness and first values.
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import final
 
 import torch
@@ -80,7 +79,7 @@ class BranchRunner:
         scope: str,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        running: Callable[[ForwardCall], AbstractContextManager[None]],
+        run: Callable[[ForwardCall, Callable[[], object]], object],
     ) -> None:
         """Compute the values that a call's branches read of its arguments, of passes before it, and once per call.
 
@@ -89,7 +88,7 @@ class BranchRunner:
             module: what is called.
             scope: prefix of the paths in it.
             args, kwargs: the call's.
-            running: makes a pass the running call.
+            run: runs some work as part of a call.
         """
         arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         call.attention = choose_attention((*arguments.values(), *kwargs.values()))
@@ -97,19 +96,19 @@ class BranchRunner:
         tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
 
-        def run(passed: ForwardCall) -> None:
+        def run_pass(passed: ForwardCall) -> None:
             check_no_cache(call.attention)
-            with torch.no_grad(), running(passed):
-                module(*args, **kwargs)
+            with torch.no_grad():
+                run(passed, lambda: module(*args, **kwargs))
 
         base = ForwardCall(call.active.base_pass(scope))
         if base.active.read:
-            run(base)
+            run_pass(base)
             call.values.update({f"{BASE}:{path}": base.values[path] for path in base.active.read & base.values.keys()})
         plans = [self.plans[path] for path in call.active.touched if path.startswith(scope)]
         # In one order in every process, since passes of a model that trains draw random numbers.
         for path in sorted({branch.once for plan in plans for branch in plan.branches} & call.active.touched):
-            self.compute_once(path, call, run)
+            self.compute_once(path, call, run_pass)
         call.prepared = dict(call.values)
 
     def compute_once(self, path: str, call: ForwardCall, run: Callable[[ForwardCall], None]) -> None:

@@ -7,8 +7,8 @@ attributes are set, so module types, names and state-dict keys stay the host's.
 import contextvars
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
@@ -29,6 +29,7 @@ from lorac.backends.eager.random_seeds import is_in_backward
 from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.row_slots import find_shared_slot, run_row_slots, run_row_terms, stack_choices
 from lorac.backends.eager.site_tensors import SiteTensors
+from lorac.context_values import run_with_value
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
 from lorac.frontend.hugging_face import find_encoders
@@ -164,8 +165,8 @@ class EagerEngine(Engine[ActiveSlots]):
         module = self.components[check_component(graph, self.components)]
         call = self._make_call(content)
         self._prepare(call, graph, args, kwargs)
-        with self._running(call), translate_errors():
-            output = module(*args, **kwargs)
+        with translate_errors():
+            output = self._run(call, lambda: module(*args, **kwargs))
         if torch.is_grad_enabled():
             self._last_recorded = call
             announce_in_backward(call, output, self._recall)
@@ -216,8 +217,7 @@ class EagerEngine(Engine[ActiveSlots]):
         with ExitStack() as stack:
             for each in (*prepared, *(find_encoders(module) if content.places else ())):
                 stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
-            stack.enter_context(self._running(call))
-            return work(module)
+            return self._run(call, lambda: work(module))
 
     def _prepare(self, call: ForwardCall, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Compute the values that a call's branches read of its arguments, of passes before it, and once per call."""
@@ -226,15 +226,11 @@ class EagerEngine(Engine[ActiveSlots]):
             call.rows = self._alignment.count_rows(self.module, called, touched, args, kwargs)
         if call.active.needs_preparation:
             scope = get_component_prefix(self.module, graph)
-            self._branches.prepare(call, self.components[graph], scope, args, kwargs, self._running)
+            self._branches.prepare(call, self.components[graph], scope, args, kwargs, self._run)
 
-    @contextmanager
-    def _running(self, call: ForwardCall) -> Iterator[None]:
-        token = _current_call.set((self, call))
-        try:
-            yield
-        finally:
-            _current_call.reset(token)
+    def _run(self, call: ForwardCall, work: Callable[[], T]) -> T:
+        """Return what some work returns as part of a call."""
+        return run_with_value(_current_call, (self, call), work)
 
     def current_slots(self) -> ActiveSlots:
         """Return the slots of the running call, or outside of calls those of the active choice."""

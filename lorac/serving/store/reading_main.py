@@ -109,7 +109,8 @@ def rewrite(folder: Path, base: str | None) -> None:
             next_step="save the adapter with lorac.save_adapter(adapter, path, format='native')",
             code="unknown_format",
         )
-    with charge_reading(path):
+
+    def rewrite() -> None:
         adapter = format.read(path, None, _NAME)
         known = adapter.provenance.get("base")
         if base is not None and known not in (None, base):
@@ -120,6 +121,8 @@ def rewrite(folder: Path, base: str | None) -> None:
             )
         adapter.provenance["base"] = known or base
         native.FORMAT.write(adapter, folder / REWRITTEN, None, folder / REWRITTEN)
+
+    charge_reading(path, rewrite)
 
 
 def over_budget_error(what: str) -> FormatError:

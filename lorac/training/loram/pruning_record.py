@@ -75,9 +75,9 @@ def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of the file, compared with the hash that lorac wrote over them."""
     try:
-        with translate_os_errors(path, FormatError, "read", "unreadable"), charge_reading(path):
+        with translate_os_errors(path, FormatError, "read", "unreadable"):
             file = TensorFile(OpenFile(path))
-            stored = file.load_all()
+            stored = charge_reading(path, file.load_all)
     except (SafetensorError, ArtifactError) as error:
         raise FormatError(f"'{path}' is damaged: {error}", code="corrupt_file") from error
     if _SEAL in file.notes and not agrees_with_hash(file.notes[_SEAL], "", stored):

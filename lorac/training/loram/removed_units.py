@@ -71,8 +71,8 @@ def _read_kept_units(file: Path, group: UnitGroup) -> Tensor:
     def refuse(reason: str) -> FormatError:
         return FormatError(f"'{file}' is damaged: {reason}", code="corrupt_file")
 
-    with translate_os_errors(file, FormatError, "read", "unreadable"), charge_reading(file):
-        loaded = load_pickle(file, refuse)
+    with translate_os_errors(file, FormatError, "read", "unreadable"):
+        loaded = charge_reading(file, lambda: load_pickle(file, refuse))
     removed = loaded.get(_KEY) if isinstance(loaded, dict) else None
     if not isinstance(removed, Tensor) or removed.ndim != 1 or removed.dtype is not torch.int64:
         raise refuse(f"it has no whole numbers '{_KEY}'")

@@ -71,11 +71,14 @@ class Task:
         Raises:
             FormatError: the folder holds no task.
         """
+
+        def read() -> Task:
+            fields = parse_object(read_json_text(Path(folder) / _FILE), _refuse)
+            lines = read_json_text(Path(folder) / _SEEDS).splitlines()
+            return cls(**fields, seeds=tuple(parse_object(line, _refuse)["prompt"] for line in lines))
+
         try:
-            with charge_reading(folder):
-                fields = parse_object(read_json_text(Path(folder) / _FILE), _refuse)
-                lines = read_json_text(Path(folder) / _SEEDS).splitlines()
-                return cls(**fields, seeds=tuple(parse_object(line, _refuse)["prompt"] for line in lines))
+            return charge_reading(folder, read)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(
                 f"'{folder}' does not hold a readable task: {error}",
