@@ -48,6 +48,19 @@ def tight(compiled: Any) -> Iterator[Any]:
         yield app, http
 
 
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Three steps that may run, and as many as are released besides, so that a row stays at work."""
+    allowed, decode = threading.Semaphore(3), BoundProgram.decode
+
+    def gated(*given: Any) -> Any:
+        assert allowed.acquire(timeout=60)
+        return decode(*given)
+
+    monkeypatch.setattr(BoundProgram, "decode", gated)
+    return allowed
+
+
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer k-c", "Basic k-a", "k-a", "Bearer k-a k-b"])
 def test_a_key_is_needed(tight: Any, key: str) -> None:
     refused = tight[1].get("/v1/models", headers={"authorization": key})
@@ -66,16 +79,9 @@ def test_a_body_has_a_limit(tight: Any, chunked: bool) -> None:
     assert "600 bytes" in refused.json()["error"]["message"]
 
 
-def test_a_client_that_leaves_frees_its_row_and_its_place_in_line(tight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_leaves_frees_its_row_and_its_place_in_line(tight: Any, steps: threading.Semaphore) -> None:
     app, http = tight
-    scheduler, path, steps = app.state.scheduler, "/v1/chat/completions", threading.Semaphore(3)
-    decode = BoundProgram.decode
-
-    def gated(*given: Any) -> Any:
-        assert steps.acquire(timeout=60)  # so the row stays at work
-        return decode(*given)
-
-    monkeypatch.setattr(BoundProgram, "decode", gated)
+    scheduler, path = app.state.scheduler, "/v1/chat/completions"
     with http.stream("POST", path, json=ENDLESS) as running:
         lines = running.iter_lines()  # a reader that is dropped closes its connection
         next(lines)
@@ -103,13 +109,14 @@ def read_metrics(http: Any) -> dict[str, float]:
     return {line.partition("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
 
-def test_tokens_are_counted_as_they_come(tight: Any) -> None:
+def test_tokens_are_counted_as_they_come(tight: Any, steps: threading.Semaphore) -> None:
     app, http = tight
     before = read_metrics(http)
     with http.stream("POST", "/v1/chat/completions", json=ENDLESS) as running:
         lines = running.iter_lines()
         wait_until(lambda: "content" in next(lines) and len(app.state.activity.running) == 1)
         now = read_metrics(http)
+    steps.release(1000)
     ended = "vllm:e2e_request_latency_seconds_count"
     assert now[ended] == before[ended]
     for name in ("generation_tokens_total", "prompt_tokens_total", "time_to_first_token_seconds_count"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,6 +44,25 @@ def compiled() -> Any:
 def scheduler(compiled: Any) -> Iterator[Scheduler]:
     with Scheduler(compiled, rows=3, waiting=40, chunk=4) as made:
         yield made
+
+
+class Gate:
+    """A logits processor that keeps the scheduler waiting from some token of a request on, until it is opened."""
+
+    def __init__(self, free: int) -> None:
+        self.free, self.opened = free, threading.Event()
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.free == 0:
+            assert self.opened.wait(60)
+        self.free = max(0, self.free - 1)
+        return scores
+
+    def request(self) -> TextRequest:
+        """Return a request of fifty tokens that it keeps waiting."""
+        return TextRequest(
+            prompt(1), "one", options={"max_new_tokens": 50, "eos_token_id": None, "logits_processor": [self]}
+        )
 
 
 def prompt(seed: int, length: int = 6) -> torch.Tensor:
@@ -124,11 +144,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def test_running_rows_share_one_call_beside_a_chunk_of_a_prompt(
     compiled: Any, scheduler: Scheduler, calls: list[list[int]]
 ) -> None:
-    streams = [
-        scheduler.submit(TextRequest(prompt(n), c, options={"max_new_tokens": 9})) for n, c in enumerate(CHOICES[:3])
-    ]
-    late = scheduler.submit(TextRequest(prompt(7, 11), None, options={"max_new_tokens": 2}))
-    for stream in (*streams, late):
+    requests = [TextRequest(prompt(n), c, options={"max_new_tokens": 9}) for n, c in enumerate(CHOICES[:3])]
+    late = TextRequest(prompt(7, 11), None, options={"max_new_tokens": 2})
+    for stream in scheduler.submit_all([*requests, late]):
         list(stream)
     assert [1, 1, 1] in calls
     assert max(map(max, calls)) == 4
@@ -204,10 +222,20 @@ def test_an_async_reader_that_leaves_frees_its_row(compiled: Any, scheduler: Sch
                 break
         return found
 
+    async def leave(stream: Any, gate: Gate) -> list[int]:
+        found = await read(stream, 2)
+        async with asyncio.timeout(60):
+            while stream.interrupted != "cancelled":  # the loop closes a generator that was left
+                await asyncio.sleep(0)
+        gate.opened.set()
+        return found
+
     async def work() -> tuple[list[int], list[int]]:
-        left = scheduler.submit(TextRequest(prompt(1), "one", options={"max_new_tokens": 50}))
-        whole = scheduler.submit(TextRequest(prompt(2), "two", options={"max_new_tokens": 8}))
-        first, second = await asyncio.gather(read(left, 2), read(whole, 99))
+        gate = Gate(2)
+        left, whole = scheduler.submit_all(
+            [gate.request(), TextRequest(prompt(2), "two", options={"max_new_tokens": 8})]
+        )
+        first, second = await asyncio.gather(leave(left, gate), read(whole, 99))
         assert left.interrupted == "cancelled"
         return first, second
 
@@ -222,7 +250,8 @@ def test_an_async_reader_that_leaves_frees_its_row(compiled: Any, scheduler: Sch
 
 
 def test_a_reader_whose_loop_was_closed_frees_its_row_and_no_others(compiled: Any, scheduler: Scheduler) -> None:
-    left = scheduler.submit(TextRequest(prompt(1), "one", options={"max_new_tokens": 50, "eos_token_id": None}))
+    gate = Gate(1)
+    left = scheduler.submit(gate.request())
     loop = asyncio.new_event_loop()
 
     async def begin() -> None:
@@ -231,6 +260,7 @@ def test_a_reader_whose_loop_was_closed_frees_its_row_and_no_others(compiled: An
     task = loop.create_task(begin())
     loop.run_until_complete(task)
     loop.close()
+    gate.opened.set()
     whole = TextRequest(prompt(2), "two", options={"max_new_tokens": 8})
     assert [token.id for token in scheduler.submit(whole)] == alone(compiled, whole)
     scheduler.close()
@@ -322,13 +352,14 @@ def test_refusals_come_before_the_first_token(compiled: Any) -> None:
                 scheduler.submit(request)
         with refuses("input_mismatch", match="drawn=6 of 6"):
             scheduler.submit(TextRequest(prompt(1), drawn=6))
-        running = scheduler.submit(TextRequest(prompt(1), options={"max_new_tokens": 50}))
-        reader = iter(running)
+        gate = Gate(1)
+        reader = iter(scheduler.submit(gate.request()))
         next(reader)
         waiting = scheduler.submit(TextRequest(prompt(2), options={"max_new_tokens": 1}))
         with refuses("queue_full"):
             scheduler.submit(TextRequest(prompt(3), options={"max_new_tokens": 1}))
         reader.close()
+        gate.opened.set()
         assert len(list(waiting)) == 1
     with refuses("unavailable", match="closed"):
         scheduler.submit(TextRequest(prompt(1), options={"max_new_tokens": 1}))
