@@ -18,6 +18,7 @@ from lorac.ir.slots.branch_places import Mapped, run_in_places
 from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.placed_execution import SegmentOps
 from lorac.ir.slots.plans import BranchSlot, ValueAxis
+from lorac.third_party_output import suppress_third_party_output
 
 Size = int | torch.SymInt
 _ROWS, _OTHER = 3, 4
@@ -96,7 +97,7 @@ class FormulaCall:
         def make(value: Tensor, first: Sequence[torch.SymInt]) -> Tensor:
             return torch.empty((*first, *map(sizes, value.shape)), dtype=value.dtype)
 
-        with FakeTensorMode(shape_env=environment), torch.no_grad():
+        with suppress_third_party_output(), FakeTensorMode(shape_env=environment), torch.no_grad():
             params = [torch.empty((places, *shape), dtype=torch.float64) for shape in self.slot.params.values()]
             rows = [make(value, [places]) for value in self.rows]
             shared = {name for name in self.values if self._axis(name) is ValueAxis.NEITHER}

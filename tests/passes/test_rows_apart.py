@@ -31,7 +31,6 @@ class Through(lorac.BranchVariant):
         return y + p.s * torch.tanh(x)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(
     ("op", "why"),
     [

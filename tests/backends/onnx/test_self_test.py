@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.backends.onnx import build, self_test
-from lorac.backends.onnx import self_test as selftest
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnx.self_test import run_self_test
 from lorac.backends.onnxruntime.engine import GraphSession, OrtEngine
@@ -268,8 +267,8 @@ def test_roundings_that_a_network_blows_up_are_no_fault(
     def answer(graph: Any, inputs: Any, tensors: Any = None, weights: Any = None) -> list[Tensor]:
         return [torch.sin(steep * inputs["x"])]
 
-    monkeypatch.setattr(selftest, "run_graph", answer)
-    comparison = object.__new__(selftest._ProgramComparison)
+    monkeypatch.setattr(self_test, "run_graph", answer)
+    comparison = object.__new__(self_test._ProgramComparison)
     comparison.engine = SimpleNamespace(mode="live", outputs=lambda *_: answer(None, {"x": x * (1 + off)}))  # type: ignore[assignment]
     comparison.graph, comparison.inputs = SimpleNamespace(name="main", slots={}), {"x": x}  # type: ignore[assignment]
     comparison.weights = {}
