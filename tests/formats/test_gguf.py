@@ -15,6 +15,7 @@ import transformers
 
 import lorac
 from lorac.formats.gguf.file import read_gguf
+from lorac.limits import charge_reading
 from lorac.testing.eager_checks import assert_close
 from tests.formats.oracle import assert_equal
 from tests.refusing import refuses
@@ -218,3 +219,17 @@ def test_numbers_that_lie(tmp_path: Path, at: int, value: int, said: str) -> Non
     (tmp_path / "a.gguf").write_bytes(content)
     with refuses("corrupt_file" if at != 4 else "unsupported_field", match=said):
         lorac.load_adapter(tmp_path / "a.gguf", model())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields"),
+    [
+        pytest.param(0, struct.pack("<Q1sIB", 1, b"a", 0, 7), id="fields"),
+        pytest.param(1, b"", id="tensors"),
+    ],
+)
+def test_time_is_counted_for_each(tmp_path: Path, tensors: int, fields: bytes) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, bool(fields)) + fields)
+    with lorac.budget(seconds=0.0), refuses("over_budget", match="a.gguf' takes longer than 0 s"):
+        charge_reading(path, lambda: read_gguf(path))
