@@ -3,6 +3,7 @@
 Formats are looked up by name when they are needed, so that a format may read adapters of another.
 """
 
+import contextlib
 import functools
 import importlib
 import os
@@ -98,10 +99,9 @@ def outline_adapter(path: str | os.PathLike[str], model: Model, name: str) -> Ad
     Raises:
         FormatError, AdapterError, SiteError: as ``load_adapter``.
     """
-    try:
+    with contextlib.suppress(LoracError, NotImplementedError, RuntimeError):  # where the format looks at values
         return read_headers_only(Outline(), lambda: load_adapter(path, model, name))
-    except (LoracError, NotImplementedError, RuntimeError):  # the format looks at values
-        return load_adapter(path, model, name)
+    return load_adapter(path, model, name)
 
 
 def save_adapter(

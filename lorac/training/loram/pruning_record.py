@@ -74,13 +74,17 @@ def read_pruning_record(path: str | Path) -> dict[str, PruningRecord]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of the file, compared with the hash that lorac wrote over them."""
+
+    def read() -> tuple[Mapping[str, str], dict[str, Tensor]]:
+        file = TensorFile(OpenFile(path))
+        return file.notes, file.load_all()
+
     try:
         with translate_os_errors(path, FormatError, "read", "unreadable"):
-            file = TensorFile(OpenFile(path))
-            stored = charge_reading(path, file.load_all)
+            notes, stored = charge_reading(path, read)
     except (SafetensorError, ArtifactError) as error:
         raise FormatError(f"'{path}' is damaged: {error}", code="corrupt_file") from error
-    if _SEAL in file.notes and not agrees_with_hash(file.notes[_SEAL], "", stored):
+    if _SEAL in notes and not agrees_with_hash(notes[_SEAL], "", stored):
         raise FormatError(f"'{path}' was changed since lorac wrote it", code="corrupt_file")
     return stored
 
