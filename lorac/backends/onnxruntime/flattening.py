@@ -169,11 +169,11 @@ class _Flattener:
         return value in self.rows or (_rank(value) or 0) > 2
 
     def _rows_of(self, value: ir.Value) -> _RowMatrix | None:
-        """Return a value on rows, reshaped if need be; None where its number of features is not known."""
+        """Return a value on rows, reshaped if need be; None where its features or its segments are not known."""
         if value in self.rows or value.shape is None:
             return self.rows.get(value)
         features = value.shape[-1]
-        if not isinstance(features, int):
+        if not isinstance(features, int) or (self.segments is not None and not self.segments.divide(value.shape)):
             return None
         producer = value.producer()
         reshaped = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
@@ -267,6 +267,7 @@ class _Segments:
         size.metadata_props.update(next(iter(cuts)).metadata_props)
         graph.insert_before(graph[0], size)
         self._size, self._shapes = size, dict[ir.Value, ir.Value]()
+        self._cut_sizes = {str(cut.inputs[0].shape[0]) for cut in cuts if cut.inputs[0] and cut.inputs[0].shape}
         self.last: ir.Node | None = None
         for cut in cuts:
             made = cut.outputs[0].shape
@@ -292,6 +293,10 @@ class _Segments:
             self._shapes[flat] = shape.outputs[0]
             self.last = shape if self.last is None else self.last
         return self._shapes[flat]
+
+    def divide(self, shape: ir.Shape) -> bool:
+        """Return whether a value has as many rows in each segment; a table of positions has none of the batch's."""
+        return not self._cut_sizes.isdisjoint(str(shape[0]).split("*"))
 
     def joins(self, node: ir.Node) -> bool:
         """Return whether a ``Reshape`` joins segments to a value with the same features."""

@@ -12,6 +12,7 @@ from examples.pipelines import tiny_vae
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.passes import verify_model
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
+from lorac.testing import adapter_away
 from lorac.testing.eager_checks import assert_close
 from tests.zoo import ZOO
 
@@ -209,3 +210,32 @@ def test_sizes_that_stay_are_taken_from_the_inputs_places(parts, out, constant):
     )
     assert found[0].shape == expected[0].shape
     assert np.array_equal(found[0], expected[0])
+
+
+class Positions(torch.nn.Module):
+    """Runs a table of positions, in which the batch has no rows, through a layer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.place, self.up, self.down = torch.nn.Linear(2, 8), torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+        self.register_buffer("table", torch.randn(5, 5, 2))
+
+    def forward(self, x):
+        places = torch.relu(self.place(self.table)).mean((0, 1))
+        return self.down(torch.tanh(self.up(x) + places))
+
+
+def test_a_table_is_not_cut_where_rows_have_adapters_of_their_own():
+    x = torch.randn(4, 3, 4)
+    variants = {
+        "a": lorac.LoRA(r=2),
+        "b": lorac.LoRA(r=3, targets=["up", "down"]),
+        "c": lorac.LoRA(r=1, targets=["up"]),
+    }
+    host = Positions()
+    adapters = [adapter_away(variant, host, x, name=name, seed=1) for name, variant in variants.items()]
+    compiled = lorac.compile(host, adapters, target="onnxruntime", example_inputs={"x": x[:2]})
+    for choices in (["b", "c", None, "b"], ["a", "b", "a", "c"]):
+        together = compiled(x, adapters=choices)
+        for row, choice in enumerate(choices):
+            assert_close(together[row : row + 1], compiled(x[row : row + 1], adapters=choice))
