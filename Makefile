@@ -115,7 +115,8 @@ zoo: $(STAMP) ## Take every model people have through lorac (hours; goes on wher
 # PyPI's torchaudio holds a library that loads beside CUDA alone, and goes without: no model needs it.
 	rm -rf $(HOSTS)/torchaudio/lib
 	PYTHONPATH=$(HOSTS) $(BIN)/python -m campaigns.zoo run --workers $(WORKERS)
-	PYTHONPATH=$(HOSTS) $(BIN)/python -m campaigns.zoo page > docs/models.md
+	PYTHONPATH=$(HOSTS) $(BIN)/python -m campaigns.zoo keep
+	$(BIN)/python -m campaigns.zoo page > docs/models.md
 
 # pip's resolver, so that a machine's own sources of packages count; the build of torch is no part of a pin.
 lock: ## Write requirements.lock, the versions that CI installs

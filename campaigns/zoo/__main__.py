@@ -1,4 +1,4 @@
-"""The command line: ``python -m campaigns.zoo run | page | causes | list``."""
+"""The command line: ``python -m campaigns.zoo run | keep | page | causes | list``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import campaigns.zoo
 from campaigns.zoo import journal, pages
 from campaigns.zoo.entries import entries
-from campaigns.zoo.exceptions import LEFT_OUT
 from campaigns.zoo.running import Asked, run
 
 
@@ -22,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=campaigns.zoo.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("do", choices=("run", "page", "causes", "list"))
+    parser.add_argument("do", choices=("run", "keep", "page", "causes", "list"))
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="models whose names hold it")
     parser.add_argument("--family", action="append", default=[], help="models of this family")
     parser.add_argument("--workers", type=int, default=1, help="models at a time (default: 1)")
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gibibytes", type=int, default=6, help="of memory, for one model (default: 6)")
     parser.add_argument("--journal", type=Path, default=journal.DEFAULT, help="JSON lines (default: .cache/zoo.jsonl)")
     given = parser.parse_args(arguments)
-    {"run": _run, "page": _page, "causes": _causes, "list": _list}[given.do](given)
+    {"run": _run, "keep": _keep, "page": _page, "causes": _causes, "list": _list}[given.do](given)
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -59,12 +58,15 @@ def _has(record: journal.Record | None, state: str, ways: list[str]) -> bool:
     )
 
 
+def _keep(given: argparse.Namespace) -> None:
+    """Put a journal's records in the place of those kept; name the models that no journal has said anything of."""
+    unknown = {e.name: {"model": e.name, "family": e.family, "ways": {}, "outcome": pages.NOT_RUN} for e in entries()}
+    known = journal.read(journal.KEPT) | journal.read(given.journal)
+    journal.keep(journal.KEPT, (known.get(name, record) for name, record in unknown.items()))
+
+
 def _page(given: argparse.Namespace) -> None:
-    families = {entry.name: entry.family for entry in entries()}
-    records = journal.read(given.journal)
-    known = [record for name, record in records.items() if name in families]
-    left_out = {f"transformers/{kind}": reason for kind, reason in LEFT_OUT.items()}
-    sys.stdout.write(pages.page(known, left_out, families.keys() - records.keys()))
+    sys.stdout.write(pages.kept_page())
 
 
 def _causes(given: argparse.Namespace) -> None:

@@ -171,7 +171,7 @@ def _find_passed_by(oracle: nn.Module, call: Mapping[str, Any]) -> list[str]:
 
     counts, handles = Counter[nn.Module](), []
     wrapped = {n: (m, m.get_base_layer()) for n, m in oracle.named_modules() if isinstance(m, BaseTunerLayer)}
-    for module in itertools.chain.from_iterable(wrapped.values()):
+    for module in dict.fromkeys(itertools.chain.from_iterable(wrapped.values())):  # a layer of two wrappers once
         handles.append(module.register_forward_pre_hook(lambda module, _: counts.update([module])))
     answer(oracle, call)
     for handle in handles:

@@ -1,4 +1,7 @@
-"""The journal of the zoo: one JSON object a line, of one model on one state of the code; a run is resumed from it."""
+"""The journal of the zoo: one JSON object a line, of one model on one state of the code; a run is resumed from it.
+
+What stands in ``docs/models.jsonl`` is kept of the journals of many runs: the page is made from it.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = ROOT / ".cache" / "zoo.jsonl"
+KEPT = ROOT / "docs" / "models.jsonl"
 LIBRARIES = ("torch", "transformers", "peft", "torchvision", "timm", "diffusers", "onnxruntime", "onnxscript")
+_NOT_KEPT = ("parameters", "defaults", "seconds", "peak")
+"""Fields of a record that the page does not say."""
 Record = dict[str, Any]
 
 
@@ -49,3 +55,10 @@ def read(path: Path) -> dict[str, Record]:
             continue
         found[record["model"]] = record
     return found
+
+
+def keep(path: Path, records: Iterable[Record]) -> None:
+    """Write the records that the page is made from, by the models' names."""
+    kept = ({field: value for field, value in record.items() if field not in _NOT_KEPT} for record in records)
+    lines = [json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False) for record in kept]
+    path.write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda line: json.loads(line)["model"])))

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from campaigns.zoo import journal
 from campaigns.zoo.checking import FIXED, HOST_CANNOT, OK, PEFT_CANNOT, REFUSED, TIMEOUT, UNTYPED, WRONG
+from campaigns.zoo.exceptions import LEFT_OUT
 
 Record = Mapping[str, Any]
 WAYS = ("eager live", "onnxruntime live", "onnxruntime fused")
@@ -27,12 +29,15 @@ _DIFFERING = (
 """(pattern, what stands instead) of what a message has of one model alone."""
 UNKNOWN = "–"
 """The outcome on a way that was not run."""
+NOT_RUN = "not-run"
+"""The outcome of a model that no journal says anything of."""
 HEAD = """# Models
 
-Made by `python -m campaigns.zoo page` from the journal of `make zoo`. Every model is tiny and random; PEFT writes an
-adapter for it (LoRA on every layer that PEFT's LoRA adapts, experts by "all-linear", and its other types on small
-hosts), and lorac has to answer as PEFT does by the measure of `lorac/testing/parity.py`: at the size it was shown and
-at another, with the adapter, without it and with it again, and with the host left as it was.
+Made by `python -m campaigns.zoo page` from `docs/models.jsonl`, where `make zoo` puts what it finds. Every model is
+tiny and random; PEFT writes an adapter for it (LoRA on every layer that its LoRA adapts, experts by "all-linear", and
+its other types on small hosts), and lorac has to answer as PEFT does by the measure of `lorac/testing/parity.py`: at
+the size it was shown and at another, with the adapter, without it and with it again, and with the host left as it
+was. A way that a model was not run by counts neither for nor against.
 
 *ok* is all of that. *fixed* is that too, at another number of rows or another length alone, or at the example's size
 alone: the model's own Python loops over the other, which the error at another size names with its line. *refused* is
@@ -147,15 +152,21 @@ def causes(records: Iterable[Record]) -> str:
 
 
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def page(given: Iterable[Record], left_out: Mapping[str, str], unknown: Iterable[str] = ()) -> str:
+def kept_page() -> str:
+    """docs/models.md, of the records that are kept."""
+    return page(journal.read(journal.KEPT).values(), {f"transformers/{kind}": why for kind, why in LEFT_OUT.items()})
+
+
+def page(given: Iterable[Record], left_out: Mapping[str, str]) -> str:
     """docs/models.md.
 
     Args:
         given: records of the journal.
         left_out: models that are no entries, with the reason.
-        unknown: entries that the journal says nothing of.
     """
-    records = sorted(given, key=lambda record: record["model"])
+    every = sorted(given, key=lambda record: record["model"])
+    records = [record for record in every if record.get("outcome") != NOT_RUN]
+    unknown = [record["model"] for record in every if record.get("outcome") == NOT_RUN]
     if not records:
         raise SystemExit("the journal is empty: make zoo")
     families = defaultdict(list)
@@ -300,9 +311,8 @@ def not_compared(records: Iterable[Record], left_out: Mapping[str, str]) -> str:
     return "\n".join(["## Not compared\n", _table(("model", "who cannot", "why"), sorted(rows))])
 
 
-def _not_run(names: Iterable[str]) -> list[str]:
-    listed = ", ".join(sorted(names))
-    return [f"## Not run\n\nThe journal says nothing of {listed}.\n"] if listed else []
+def _not_run(names: Sequence[str]) -> list[str]:
+    return [f"## Not run\n\n{', '.join(names)}.\n"] if names else []
 
 
 def _reason(record: Record) -> str:

@@ -16,6 +16,7 @@ SHOWN = (
     "transformers/evolla",
     "transformers/granitemoe",
     "transformers/lfm2",
+    "transformers/mixtral",
     "transformers/omniasr",
     "transformers/qwen3",
     "transformers/timesformer",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from campaigns.zoo import __main__ as zoo
 from campaigns.zoo import adapting, checking, journal, pages, running, shrinking
 from campaigns.zoo.entries import Entry, entries, entry
 from campaigns.zoo.shown import SHOWN
@@ -117,6 +118,63 @@ class Reads(nn.Module):
 
 def test_where_peft_cannot_adapt_convolutions_linears_are_adapted_alone() -> None:
     assert _check(build=Reads)["ways"]["eager live"]["outcome"] == "ok"
+
+
+class Aside(Pair):
+    """Keeps a layer in a list as well, and calls that one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [self.first]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.second(torch.tanh(self.layers[0](x)))
+        return answer
+
+
+def test_a_model_that_passes_by_what_peft_wraps_decides_nothing() -> None:
+    found = _check(build=Aside)
+    assert (found["outcome"], found["class"]) == ("peft-cannot", "PassedBy")
+    assert "first" in found["message"]
+
+
+def test_an_adapter_that_peft_does_not_load_whole_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = adapting.load_peft
+
+    def lose(model: nn.Module, folder: Path) -> Any:
+        loaded = load(model, folder)
+        loaded.get_parameter("base_model.model.first.lora_B.default.weight").data.zero_()
+        return loaded
+
+    monkeypatch.setattr(adapting, "load_peft", lose)
+    found = _check()
+    assert (found["outcome"], found["class"]) == ("peft-cannot", "LosesTensors")
+
+
+def test_where_an_adapter_moves_nothing_nothing_is_decided(tmp_path: Path) -> None:
+    subject = checking._subject(Entry("here/pair", "here", Pair, _call))
+    checking._adapt(subject, tmp_path, adapting.lora)
+    assert checking._decides(subject)
+    subject.reference = subject.base
+    assert not checking._decides(subject)
+
+
+class Chooses(Pair):
+    """Takes one of its positions, by scores."""
+
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.step = step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        best = (self.step * torch.arange(x.shape[1])).expand(x.shape[:2]).topk(1).indices
+        return super().forward(x) + x.sum(-1).gather(1, best)[..., None]
+
+
+def test_a_host_that_chooses_among_equal_numbers_decides_nothing() -> None:
+    assert _check(build=lambda: Chooses(-1.0))["ways"]["eager live"]["outcome"] == "ok"
+    found = _check(build=lambda: Chooses(0.0))
+    assert found["outcome"] == "host-cannot" and "equal numbers" in found["message"]
 
 
 class _Noise(nn.Module):
@@ -236,14 +294,33 @@ def test_causes_are_what_messages_have_in_common() -> None:
 def test_the_page_counts_against_what_was_promised() -> None:
     records = [_record("a/x"), _failing("b/y", "k"), _record("b/z", outcome="peft-cannot", ways={})]
     records[2] |= {"class": "ValueError", "message": "m", "lines": []}
-    text = pages.page(records, {"b/v": "needs a GPU"}, ["b/u"])
+    records.append(_record("b/u", outcome=pages.NOT_RUN, ways={}))
+    text = pages.page(records, {"b/v": "needs a GPU"})
     assert "3 models, 2 of which PEFT runs" in text
     assert "| untyped | 1 | 0 |" in text
     assert "| ONNX Runtime live, of what eager runs | 1 of 2 (50.0%) | 92 % |" in text
     assert "| a/x | 2.0 | 4.0 | 2.00 |" in text
     assert "| y | ok | untyped | ok | KeyError: k |" in text
     assert "| b/v | the zoo | needs a GPU |\n| b/z | PEFT | ValueError: m |" in text
-    assert text.endswith("## Not run\n\nThe journal says nothing of b/u.\n")
+    assert text.endswith("## Not run\n\nb/u.\n")
+
+
+def test_the_page_is_of_the_records_that_are_kept() -> None:
+    assert (journal.ROOT / "docs" / "models.md").read_text() == pages.kept_page()
+
+
+def test_records_of_several_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest of each model; models that left the zoo go, and those that were never run are named."""
+    kept, models = tmp_path / "models.jsonl", [Entry(f"a/{name}", "a", Pair, _call) for name in "xyz"]
+    monkeypatch.setattr(journal, "KEPT", kept)
+    monkeypatch.setattr(zoo, "entries", lambda: models)
+    for run, records in enumerate([[_record("a/x", code="old"), _record("a/gone")], [_record("a/x"), _record("a/y")]]):
+        for record in records:
+            journal.append(tmp_path / f"{run}.jsonl", record | {"peak": 17})
+        zoo.main(["keep", "--journal", str(tmp_path / f"{run}.jsonl")])
+    found = journal.read(kept)
+    assert [*found] == ["a/x", "a/y", "a/z"]
+    assert (found["a/x"], found["a/z"]["outcome"]) == (_record("a/x"), pages.NOT_RUN)
 
 
 def test_a_way_that_was_not_run_is_no_failure() -> None:
