@@ -10,8 +10,11 @@ from torch import fx
 from torch.onnx._internal.exporter import _core, _dispatching
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+import lorac
 from lorac.backends.onnx.export import exporter, torchlib
 from lorac.backends.onnx.export.opsets import op, record_with
+from lorac.testing import adapter_away
+from lorac.testing.eager_checks import assert_close
 
 aten = torch.ops.aten
 
@@ -78,3 +81,24 @@ def test_the_signature_of_an_op_is_read_once():
         known = signatures["", "Abs", 13]
         op.Abs(x)
     assert signatures["", "Abs", 13] is known
+
+
+class Mixes(torch.nn.Module):
+    """Mixes tokens by a Fourier transform, as FNet does."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.up(x + torch.fft.fftn(x, dim=(1, 2)).real)
+
+
+def test_the_sizes_of_a_fourier_transform_vary():
+    host, x = Mixes().eval(), torch.randn(4, 9, 6)
+    adapter = adapter_away(lorac.LoRA(r=2), host, x, name="a", seed=0)
+    dynamic = {"x": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    compiled = lorac.compile(host, adapter, "onnxruntime", {"x": x[:2, :5]}, dynamic_shapes=dynamic)
+    eager = lorac.compile(host, adapter)
+    with torch.no_grad():
+        assert_close(compiled(x), eager(x))

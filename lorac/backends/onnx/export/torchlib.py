@@ -219,12 +219,28 @@ def decompose_calls(
         if node.users:
             operands = node.all_input_nodes
             traced = trace_function(program, functools.partial(_run_call, node, operands), operands, decompositions)
+            for transform in traced.graph.find_nodes(op="call_function", target=_transform._opoverload):
+                transform.target = _TRANSFORM
             _, results = inline(program, node, traced, operands, traced)
             _replace_outputs(node, results)
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     update_signature(program)
     return program
+
+
+_TRANSFORM = torch.ops.aten._fft_c2c.default
+
+
+@torch.library.custom_op("lorac::fourier_transform", mutates_args=())
+def _transform(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> torch.Tensor:
+    """Stand for a Fourier transform in a trace: torch's own rule for its shape fixes sizes at those of the example."""
+    return cast(torch.Tensor, _TRANSFORM(x, dim, normalization, forward))
+
+
+@_transform.register_fake
+def _(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _run_call(node: fx.Node, operands: Sequence[fx.Node], *values: Argument) -> tuple[object, ...]:
@@ -250,7 +266,7 @@ def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompos
     """Return the decompositions of the ops without a translation."""
     targets = [meta.fx_target for meta in get_torchlib_ops()]
     targets += filter(None, map(_registration._get_overload, default_registry))
-    return _decomp.create_onnx_friendly_decomposition_table({*targets, *translations})
+    return {**_decomp.create_onnx_friendly_decomposition_table({*targets, *translations}), _TRANSFORM: _transform}
 
 
 @functools.cache
