@@ -24,10 +24,9 @@ def train(
     json: JsonOption = False,
 ) -> None:
     """Train the adapters of a recipe by TRL or transformers: any method, rule, initialiser and optimizer by name."""
-    from torch import distributed
-
     from lorac.trainer import read_recipe
     from lorac.trainer import train as run
+    from lorac.trainer.process_group import leave_process_group
 
     recipe = read_recipe(config)
     host, folder = model or recipe.model, out or recipe.out
@@ -41,9 +40,7 @@ def train(
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
     with contextlib.redirect_stdout(sys.stderr):  # trainers print what they log
         names = [*run(loaded, processing_class, recipe, str(folder), resume=resume).adapters]
-    # Threads of a group that is left to the interpreter's end can abort a process that has trained.
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    leave_process_group()
     print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
 
 

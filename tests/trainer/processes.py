@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 import lorac
 from lorac.trainer import checkpoints
+from lorac.trainer.process_group import leave_process_group
 from tests.trainer.trainings import compiled_of, plan, trainer_of
 
 KILLED_AT = 3
@@ -52,7 +53,7 @@ def main() -> None:
     settings = {"per_device_train_batch_size": 1}
     trainer = trainer_of(compiled, recipe, given.folder, callbacks=callbacks, **settings)
     trainer.train(given.resume)
-    trainer.accelerator.end_training()
+    leave_process_group()
 
 
 if __name__ == "__main__":
