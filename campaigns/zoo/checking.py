@@ -366,12 +366,11 @@ def _first_line(error: BaseException) -> str:
 
 def _within(path: str) -> str:
     """Return a file as its library names it, without where that is installed; of a temporary one the last name."""
-    if path.startswith(tempfile.gettempdir()):
-        return path.rpartition("/")[2]
-    return (
+    inside = (
         path.replace("\\", "/")
         .rpartition("site-packages/")[2]
         .rpartition("zoo-hosts/")[2]
         .rpartition("/lib/python")[2]
         .removeprefix(str(Path(__file__).parents[2]) + "/")
     )
+    return inside.rpartition("/")[2] if inside.startswith(tempfile.gettempdir()) else inside

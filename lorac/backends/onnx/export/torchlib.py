@@ -217,11 +217,8 @@ def decompose_calls(
     decompositions = _make_decompositions(translations)
     for node in [node for node in program.graph.nodes if node.name in names]:
         if node.users:
-            operands = node.all_input_nodes
-            traced = trace_function(program, functools.partial(_run_call, node, operands), operands, decompositions)
-            for transform in traced.graph.find_nodes(op="call_function", target=_transform._opoverload):
-                transform.target = _TRANSFORM
-            _, results = inline(program, node, traced, operands, traced)
+            traced = _trace_call(program, node, decompositions)
+            _, results = inline(program, node, traced, node.all_input_nodes, traced)
             _replace_outputs(node, results)
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
@@ -241,6 +238,14 @@ def _transform(x: torch.Tensor, dim: list[int], normalization: int, forward: boo
 @_transform.register_fake
 def _(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _trace_call(program: ExportedProgram, node: fx.Node, decompositions: Decompositions) -> fx.GraphModule:
+    operands = node.all_input_nodes
+    traced = trace_function(program, functools.partial(_run_call, node, operands), operands, decompositions)
+    for transform in traced.graph.find_nodes(op="call_function", target=_transform._opoverload):
+        transform.target = _TRANSFORM
+    return traced
 
 
 def _run_call(node: fx.Node, operands: Sequence[fx.Node], *values: Argument) -> tuple[object, ...]:
