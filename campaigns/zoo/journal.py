@@ -1,6 +1,6 @@
 """The journal of the zoo: one JSON object a line, of one model on one state of the code; a run is resumed from it.
 
-What stands in ``docs/models.jsonl`` is kept of the journals of many runs: the page is made from it.
+``docs/models.jsonl`` has the newest record of every model, from any run; docs/models.md is made from it.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def read(path: Path) -> dict[str, Record]:
 
 def keep(path: Path, records: Iterable[Record]) -> None:
     """Write the records that the page is made from, by the models' names."""
-    kept = ({field: value for field, value in record.items() if field not in _NOT_KEPT} for record in records)
-    lines = [json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False) for record in kept]
-    path.write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda line: json.loads(line)["model"])))
+    kept = [{field: value for field, value in record.items() if field not in _NOT_KEPT} for record in records]
+    kept.sort(key=lambda record: str(record["model"]))
+    lines = (json.dumps(record, sort_keys=True, ensure_ascii=False, allow_nan=False) for record in kept)
+    path.write_text("".join(f"{line}\n" for line in lines))

@@ -1,4 +1,4 @@
-"""Which of equal numbers a model chooses: torch promises none, and another program chooses another."""
+"""Ties in ``topk``: torch does not say which of equal numbers it returns, and another program may return others."""
 
 from __future__ import annotations
 

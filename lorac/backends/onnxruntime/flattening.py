@@ -173,7 +173,7 @@ class _Flattener:
         if value in self.rows or value.shape is None:
             return self.rows.get(value)
         features = value.shape[-1]
-        if not isinstance(features, int) or (self.segments is not None and not self.segments.divide(value.shape)):
+        if not isinstance(features, int) or (self.segments is not None and not self.segments.fit(value.shape)):
             return None
         producer = value.producer()
         reshaped = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
@@ -294,8 +294,8 @@ class _Segments:
             self.last = shape if self.last is None else self.last
         return self._shapes[flat]
 
-    def divide(self, shape: ir.Shape) -> bool:
-        """Return whether a value has as many rows in each segment; a table of positions has none of the batch's."""
+    def fit(self, shape: ir.Shape) -> bool:
+        """Return whether the first axis is the batch or a multiple of it, which divides into segments."""
         return not self._cut_sizes.isdisjoint(str(shape[0]).split("*"))
 
     def joins(self, node: ir.Node) -> bool:
