@@ -8,8 +8,8 @@ import torch
 
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site, make_module_sites
-from lorac.ir.patterns import TARGET_KEYWORDS, is_named
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.patterns import TARGET_KEYWORDS, is_named
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.program_values import ONCE_PREFIX, make_once_site
 from lorac.variants._missing_method import MissingMethod
 from lorac.variants.adapter import Adapter

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.ir.algebra.formulas import Formula
-from lorac.ir.sites import Site, cast_floating, factor_dtype
+from lorac.ir.sites.site import Site, cast_floating, factor_dtype
 from lorac.ir.slots.plans import BranchSlot, BranchTerm
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant

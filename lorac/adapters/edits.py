@@ -9,7 +9,7 @@ from torch import Tensor
 from lorac.adapters.lora_conversion import replace_by_lora
 from lorac.errors import BaseNeeded
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum
-from lorac.ir.sites import cast_floating
+from lorac.ir.sites.site import cast_floating
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.edit import PARTS, Edit

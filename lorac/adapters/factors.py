@@ -15,7 +15,7 @@ from lorac.errors import BaseNeeded, CompileError, LoracError, UnknownMethod
 from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import BranchTerm
 from lorac.variants.adapter import Adapter
 

@@ -14,8 +14,8 @@ from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.base_hash import check_base, check_copy
 from lorac.errors import AdapterError, FormatError, SiteError, nearest_name
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import no_match_error
-from lorac.ir.sites import Site
+from lorac.ir.sites.patterns import no_match_error
+from lorac.ir.sites.site import Site
 from lorac.limits import check_time, pause_clock
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant, iterate_fields

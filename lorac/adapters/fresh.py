@@ -11,8 +11,8 @@ from lorac.adapters.fit import check_numbers, sort_by_site
 from lorac.errors import AdapterError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.patterns import check_targets_match, no_match_error
-from lorac.ir.sites import BaseReader, Site, SiteKind, cast_floating, factor_dtype
+from lorac.ir.sites.patterns import check_targets_match, no_match_error
+from lorac.ir.sites.site import BaseReader, Site, SiteKind, cast_floating, factor_dtype
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.params import InitContext, ParamSpec, Role

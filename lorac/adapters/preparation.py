@@ -16,7 +16,7 @@ from lorac.ir.algebra.inner_dropout import run_with_dropout
 from lorac.ir.algebra.reduction import BRANCH, Params, Reduction, reduce_branch, reduce_weight
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import AlgebraRule
-from lorac.ir.sites import BaseReader, Site, SiteKind, cast_floating, factor_dtype
+from lorac.ir.sites.site import BaseReader, Site, SiteKind, cast_floating, factor_dtype
 from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.live_terms import Dropout, DropoutDelta
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason

@@ -14,7 +14,7 @@ from lorac.adapters.preparation import Preparer
 from lorac.errors import Unavailable
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import BRANCH, Params
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.filling import strength_tensor
 from lorac.ir.slots.live_terms import Dropout, LiveTerm, TrainingTerms

@@ -11,7 +11,7 @@ import torch
 
 from lorac.errors import AdapterError, SiteError
 from lorac.ir.algebra.reduction import BRANCH, LOW_RANK, Reduction
-from lorac.ir.sites import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
+from lorac.ir.sites.site import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
 from lorac.ir.slots.roles import ROLES
 from lorac.variants.base import BranchVariant, Variant, WeightVariant
 from lorac.variants.params import ParamSpec, Role

@@ -28,7 +28,7 @@ _BOOLEANS = {"yes": True, "no": False}
 
 def parse_targets(targets: str) -> str | tuple[str, ...]:
     """Return targets given as a keyword, or as names separated by commas."""
-    from lorac.ir.patterns import TARGET_KEYWORDS
+    from lorac.ir.sites.patterns import TARGET_KEYWORDS
 
     return targets if targets in TARGET_KEYWORDS else tuple(filter(None, targets.split(",")))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorac.analysis.measures import AdapterMeasures, SiteMeasures
-    from lorac.ir.interface import Interface
+    from lorac.ir.calls.interface import Interface
     from lorac.variants.adapter import Adapter
 
 Inspection: TypeAlias = JsonMapping

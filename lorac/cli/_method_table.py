@@ -8,7 +8,7 @@ from lorac.adapters.preparation import Preparer
 from lorac.analysis.methods import MethodRow, describe_methods
 from lorac.formats import formats
 from lorac.formats.peft.config import peft_types
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.variants.base import Variant
 
 

@@ -57,7 +57,7 @@ def sites(
 ) -> None:
     """Print every site of a model, the places that adapters can change."""
     from lorac.frontend.model_view import ModelView
-    from lorac.ir.patterns import no_match_error, select_sites
+    from lorac.ir.sites.patterns import no_match_error, select_sites
 
     with progress("sites") as steps:
         steps.step("loading the model")

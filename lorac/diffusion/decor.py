@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorac.errors import ChoiceError, SiteError
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import is_named
+from lorac.ir.sites.patterns import is_named
 from lorac.variants.adapter import Adapter
 from lorac.variants.chain import Chain
 from lorac.variants.decor import DECOR

@@ -15,7 +15,7 @@ from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.inputs.diffusers_models import is_diffusers
 from lorac.frontend.inputs.example_inputs import make_example_inputs
-from lorac.ir.row_selection import batch_size
+from lorac.ir.calls.row_selection import batch_size
 from lorac.ir.slots.choice import UNSET
 from lorac.session.compiled import Compiled
 

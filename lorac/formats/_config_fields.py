@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from lorac.argument_types import JsonMapping, broken_limit, field_types, format_type, matches_type
 from lorac.errors import FormatError, nearest_name, short
 from lorac.formats._errors import unsupported_error
-from lorac.ir.patterns import TARGET_KEYWORDS
+from lorac.ir.sites.patterns import TARGET_KEYWORDS
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"

@@ -11,7 +11,7 @@ from lorac.errors import FormatError, SiteError, nearest_name
 from lorac.formats._errors import corrupt_error, unsupported_error, wrong_method_error
 from lorac.formats._site_layouts import LAYOUT, remembered_sites, site_to_json
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.dora import DoRA
 from lorac.variants.lora import LoRA

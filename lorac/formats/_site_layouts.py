@@ -11,7 +11,7 @@ import torch
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import BaseNeeded
-from lorac.ir.sites import ConvGeometry, Site, SiteKind
+from lorac.ir.sites.site import ConvGeometry, Site, SiteKind
 from lorac.variants.adapter import Adapter
 
 LAYOUT = "layout"

@@ -43,7 +43,7 @@ from lorac.formats._lora_pairs import (
     transpose_matrix,
 )
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.dora import DoRA
 from lorac.variants.full import Full

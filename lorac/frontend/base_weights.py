@@ -7,7 +7,7 @@ from torch import nn
 
 from lorac.frontend.parametrized_weights import read_module_tensor
 from lorac.frontend.quantised_weights import LayerWeight, dequantise, is_bitsandbytes_layer
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites.site import BaseReader, Site
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 from torch import nn
 
-from lorac.ir.fixed_arguments import CAPTURE_CONFIG
+from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,7 @@ from lorac.errors import SiteError
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.quantised_weights import is_bitsandbytes_layer
 from lorac.frontend.site_discovery import is_gpt2_conv1d
-from lorac.ir.sites import ConvGeometry
+from lorac.ir.sites.site import ConvGeometry
 
 Forward = Callable[..., Any]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorac.errors import BaseNeeded
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import set_config_fields
-from lorac.ir.written_arguments import find_written_tensors
+from lorac.ir.traces.written_arguments import find_written_tensors
 
 T = TypeVar("T")
 

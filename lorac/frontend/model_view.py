@@ -13,7 +13,7 @@ from lorac.frontend.base_weights import make_base_reader, named_tensors, read_st
 from lorac.frontend.components import Components, list_components, strip_wrappers
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton_root import Skeleton
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.program_values import ReadableValues
 
 

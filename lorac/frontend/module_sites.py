@@ -20,7 +20,7 @@ from torch import nn
 
 from lorac.errors import SiteError
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 
 
 @dataclass(frozen=True)

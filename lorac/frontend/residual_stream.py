@@ -29,8 +29,8 @@ from lorac.frontend.transformer_blocks import (
     iter_components,
     run_under_dispatch_mode,
 )
-from lorac.ir.patterns import find_outermost_blocks
-from lorac.ir.sites import Site
+from lorac.ir.sites.patterns import find_outermost_blocks
+from lorac.ir.sites.site import Site
 
 SublayerKind = Literal["attention", "cross", "mlp"]
 _Key = tuple[int, torch.Size]

@@ -12,7 +12,7 @@ from lorac.errors import WrongType
 from lorac.frontend.components import strip_wrappers
 from lorac.frontend.parametrized_weights import get_tensor_identity, is_inside_parametrization, read_module_tensor
 from lorac.frontend.quantised_weights import LayerWeight, find_quantised_class, is_bitsandbytes_layer
-from lorac.ir.sites import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
+from lorac.ir.sites.site import CONVOLUTION_KINDS, ConvGeometry, Site, SiteKind
 from lorac.limits import pause_clock
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)

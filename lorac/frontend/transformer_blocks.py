@@ -14,7 +14,7 @@ from lorac.frontend.inputs.call_binding import bind_by_name
 from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.model_runner import WatchingMode, check_runs, seed_random_numbers
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 
 _WEIGHT_AXES = 4
 """Axes of attention weights: rows, heads, and positions twice."""

@@ -15,7 +15,7 @@ from lorac.errors import AdapterError, CompileError, FormatError, SiteError, nea
 from lorac.formats._site_layouts import LAYOUT, site_to_json
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, Delta, LowRank
-from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site, SiteKind
+from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.merging.stored_model import StoredModel
 from lorac.progress import progress
 from lorac.storage.paths import parse_path

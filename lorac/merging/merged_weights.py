@@ -17,7 +17,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Change, LowRank, add_product, compose, merge_bias, merge_weight
 from lorac.ir.algebra.operands import BIAS, C
 from lorac.ir.algebra.reduction import BRANCH
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.composition import truncate_adapter
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from lorac.frontend.capture.decoder_families import find_sequence
+from lorac.ir.calls.interface import program_input_name
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import select_attention
 from lorac.ir.graph.edit import find_fake_mode
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import describe_type, get_example
-from lorac.ir.interface import program_input_name
-from lorac.ir.sites import SiteKind, factor_dtype
+from lorac.ir.sites.site import SiteKind, factor_dtype
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.branch_places import Mapped
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_formula

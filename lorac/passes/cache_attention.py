@@ -30,7 +30,7 @@ from lorac.ir.graph.edit import KnownCalls, add_dimension, add_inputs, inline, i
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import get_example
 from lorac.ir.graph.passes import Pass, PassResult
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.gate import tracing
 from lorac.passes.position_tables import tabulate
 from lorac.passes.relative_positions import RelativePositions
 

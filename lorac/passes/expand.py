@@ -22,7 +22,7 @@ from lorac.ir.graph.edit import have_equal_types, inline, trace_function, trace_
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import describe_type, get_example
 from lorac.ir.graph.passes import Pass, PassResult, Skip
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.attention import BranchAttention
 from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.plans import RankPolicy, SitePlan

@@ -24,7 +24,7 @@ from lorac.ir.graph.edit import KnownCalls, insert_repeated_call
 from lorac.ir.graph.graph import FusedProjection, Graph, Level, find_written_operands
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
 from lorac.ir.graph.passes import Pass, PassResult, Skip
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.program_values import list_read_values, parse_value_name
 from lorac.ir.slots.role import Stage

@@ -15,7 +15,7 @@ from lorac.ir.graph.edit import add_dimension, add_inputs, inline
 from lorac.ir.graph.graph import Graph, Level, SlotInput
 from lorac.ir.graph.nodes import find_module_path
 from lorac.ir.graph.passes import Pass, PassResult, Skip
-from lorac.ir.sites import Site, SiteKind, factor_dtype
+from lorac.ir.sites.site import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import RankPolicy, SitePlan
 from lorac.ir.slots.role import SlotSpec

@@ -11,7 +11,7 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.graph.verify import verify
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.gate import tracing
 from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.cleanup import Cleanup
 from lorac.passes.connect_values import ConnectValues

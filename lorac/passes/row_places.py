@@ -9,7 +9,7 @@ from torch import fx
 from lorac.errors import list_some
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import find_input_examples, get_example
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.placed_execution import why_shared
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import ROLES, branch_index

@@ -20,7 +20,7 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, find_producing_call
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.symbolic_shapes import SYMBOL, rename_symbols
-from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
+from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT
 from lorac.ir.slots.roles import ROLES, slot_name
 from lorac.report.scopes import ModuleScopes, is_size, node_site
 

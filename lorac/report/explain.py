@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from lorac.errors import escape_controls
 from lorac.ir.algebra.reduction import BRANCH
-from lorac.ir.sizes import shorten_condition
+from lorac.ir.calls.sizes import shorten_condition
 from lorac.ir.slots.roles import ROLES
 from lorac.report.terms import TermRow, format_reason, format_size
 

@@ -10,7 +10,7 @@ import torch
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, Sparse, SparseSum
 from lorac.ir.algebra.reduction import BRANCH
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.choice import choice_strengths
 from lorac.ir.slots.composition import ComposedSite, ComposedWeights, place_change
 from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, Reason, SitePlan

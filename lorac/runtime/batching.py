@@ -19,7 +19,7 @@ import torch
 
 from lorac.argument_types import Fields
 from lorac.errors import ChoiceError, Unavailable
-from lorac.ir.row_selection import Array, RowSelection, batch_size, has_rows, object_attributes
+from lorac.ir.calls.row_selection import Array, RowSelection, batch_size, has_rows, object_attributes
 from lorac.runtime.row_group import RowGroup
 from lorac.target.engine import AuxOutputs, CallResult
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorac.adapters.pool import AdapterPool, PoolEntry, TensorVersions
 from lorac.adapters.stored import SlotContents, SlotReader, StoredAdapter
 from lorac.errors import FormatError, NeedsRecompile
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import Active, Choice, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice, fill_slots
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan, SiteSlots

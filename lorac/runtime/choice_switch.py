@@ -13,7 +13,7 @@ from typing import TypeVar
 from lorac.adapters.pool import AdapterPool
 from lorac.errors import Unavailable
 from lorac.frontend.components import MAIN_GRAPH
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan

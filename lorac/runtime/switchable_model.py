@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lorac.adapters.pool import AdapterPool
 from lorac.frontend.components import MAIN_GRAPH, list_components
 from lorac.frontend.inputs.diffusers_models import list_row_numbers
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import UNSET, Active, ChoiceSpec, parse_choice
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
 from lorac.runtime.batching import check_rows, run_rows

@@ -27,7 +27,7 @@ from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
 from lorac.ir.slots.choice import Active
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.stacks import find_stacks
-from lorac.ir.tensor_origins import OriginRecorder, OriginStep, TensorOrigin, Unrecordable
+from lorac.ir.traces.tensor_origins import OriginRecorder, OriginStep, TensorOrigin, Unrecordable
 from lorac.session.session import Session
 
 _OF_NUMPY = {torch.float16, torch.float32, torch.float64}

@@ -11,7 +11,7 @@ from lorac.errors import ArtifactError, LoracError, OptionError, nearest_name
 from lorac.formats import is_adapter
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import make_module_site
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.choice import parse_choice
 from lorac.ir.slots.program_values import make_once_site
 from lorac.runtime.generation.tokenizers import TokenizerFiles

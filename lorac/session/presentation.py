@@ -8,8 +8,8 @@ from torch import nn
 
 from lorac.errors import EagerOnly, UnknownAttribute, escape_controls, nearest_name
 from lorac.frontend.components import MAIN_GRAPH
-from lorac.ir.interface import Interface
-from lorac.ir.sites import KINDS_WITHOUT_WEIGHT
+from lorac.ir.calls.interface import Interface
+from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT
 from lorac.ir.slots.choice import Active, describe_choice
 from lorac.ir.slots.composition import ComposedWeights, compose_choice
 from lorac.report.dump import short_dtype

@@ -9,7 +9,7 @@ from lorac.adapters.pool import AdapterPool
 from lorac.adapters.preparation import Preparer
 from lorac.frontend.base_weights import read_bias, read_weight
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.report.pass_history import PassHistory
 from lorac.runtime.traits import ModelTraits

@@ -6,9 +6,9 @@ import torch
 
 from lorac.errors import ArtifactError, Unavailable, nearest_name
 from lorac.ir.algebra.formulas import Formula
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.choice import Active, Choice
 from lorac.ir.slots.plans import BranchSlot, RankPolicy, Reason, SitePlan
 from lorac.ir.slots.roles import ROLES

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorac.errors import ArtifactError, BaseNeeded
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.open_file import OpenFile
 from lorac.storage.strict_json import Json, JsonObject, dump_json, parse_json

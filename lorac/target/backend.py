@@ -12,9 +12,9 @@ from torch import nn
 
 from lorac.argument_types import check_fields
 from lorac.errors import OptionError, Unavailable, check_known
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Program
-from lorac.ir.interface import Interface
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.live_terms import TrainingTerms
 from lorac.ir.slots.plans import SitePlan

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 
 from lorac.ir.graph.passes import Pass
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import RankPolicy
 
 ClaimedOps = frozenset[tuple[str, str]]

@@ -17,8 +17,8 @@ from torch import nn
 from typing_extensions import TypeVar
 
 from lorac.errors import Unavailable
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.passes import Skip
-from lorac.ir.interface import Interface
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SiteSlots

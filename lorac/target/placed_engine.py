@@ -8,10 +8,10 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from lorac.frontend.components import get_encoder_graph_name
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import collect_slot_tensors, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.placed_execution import why_shared

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorac.adapters.factors import factors
 from lorac.frontend.base_weights import read_bias
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.program_values import (
     BASE,

@@ -18,7 +18,7 @@ from lorac.argument_types import Fields
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import make_module_site
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing.models import (
     Block,
     GatedMLP,

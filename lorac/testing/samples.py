@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorac.argument_types import Fields
 from lorac.errors import OptionError
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.session.api import compile
 from lorac.testing.parity import CONTRIBUTION, contribution
 from lorac.variants.adapter import Adapter

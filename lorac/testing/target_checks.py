@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorac.errors import CompileError
-from lorac.ir.sites import cast_floating
+from lorac.ir.sites.site import cast_floating
 from lorac.session.api import compile
 from lorac.session.compiled import Compiled
 from lorac.testing.case import Case

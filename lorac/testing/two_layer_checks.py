@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from lorac.errors import LoracWarning
-from lorac.ir.sites import cast_floating
+from lorac.ir.sites.site import cast_floating
 from lorac.session.api import compile
 from lorac.testing.case import Case
 from lorac.testing.eager_checks import assert_close

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorac.errors import AdapterError, OptionError
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import BranchVariant, Variant
 from lorac.variants.low_rank import ScaledRank

@@ -14,7 +14,7 @@ from lorac.argument_types import Count, OneOf
 from lorac.errors import ExampleInputsNeeded
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.transformer_blocks import find_transformer_blocks
-from lorac.ir.patterns import find_outermost_blocks, is_named
+from lorac.ir.sites.patterns import find_outermost_blocks, is_named
 from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
 from lorac.variants.initialisers import normal, xavier_uniform, zeros
 

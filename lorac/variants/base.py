@@ -20,8 +20,8 @@ from lorac.argument_types import check_fields
 from lorac.errors import SiteError
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.patterns import find_first_pattern, select_sites
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.patterns import find_first_pattern, select_sites
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.live_terms import Dropout
 from lorac.variants._field_names import unknown_field_error
 from lorac.variants.params import Init, InitContext, ParamSpec, Role

@@ -30,7 +30,7 @@ from lorac.frontend.residual_stream import (
     find_sublayer_sites,
     trace_residual_stream,
 )
-from lorac.ir.patterns import find_first_pattern, find_layer_index, is_named
+from lorac.ir.sites.patterns import find_first_pattern, find_layer_index, is_named
 from lorac.variants._bottleneck_layers import (
     ACTIVATIONS,
     DOWN_UP,

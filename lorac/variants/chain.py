@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from lorac.errors import CompileError, OptionError
-from lorac.ir.patterns import select_sites
+from lorac.ir.sites.patterns import select_sites
 from lorac.variants._composite import CompositeVariant
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import InitContext, Params, Site, Tensor, Variant, WeightVariant

@@ -18,7 +18,7 @@ from torch import nn
 from lorac.argument_types import Bounds, Count
 from lorac.errors import AdapterError, AdapterNotFound, BaseNeeded, SiteError
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import is_named
+from lorac.ir.sites.patterns import is_named
 from lorac.variants._bottleneck_layers import ACTIVATIONS
 from lorac.variants._mixtures import top_k_mask
 from lorac.variants.adapter import Adapter

@@ -6,7 +6,7 @@ Zhao et al. 2023, arXiv 2312.11420.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorac.ir.patterns import is_named
+from lorac.ir.sites.patterns import is_named
 from lorac.variants.base import ParamSpec, Site, SiteKind, Variant
 
 

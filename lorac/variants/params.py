@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 
 
 class Role(enum.StrEnum):

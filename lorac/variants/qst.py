@@ -18,7 +18,7 @@ from torch import nn
 from lorac.argument_types import Bounds, Count, OneOf, Positive
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import find_outermost_blocks, is_named
+from lorac.ir.sites.patterns import find_outermost_blocks, is_named
 from lorac.variants.base import BranchVariant, Context, Params, ParamSpec, Site, SiteKind, Tensor
 from lorac.variants.initialisers import kaiming_uniform, ones, uniform, zeros
 

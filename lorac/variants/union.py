@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lorac.errors import OptionError, SiteError
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import check_targets_match, is_named
+from lorac.ir.sites.patterns import check_targets_match, is_named
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import MATRIX_KINDS, BranchVariant, ParamSpec, Site, SiteKind, Variant, WeightVariant
 

@@ -1,7 +1,6 @@
 """House rules of CONTRIBUTING.md that can be read off the sources; each test lists all offenders."""
 
 import ast
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -23,10 +22,6 @@ PACKAGE = ROOT / "lorac"
 ROOMS = sorted({source.parent for source in SOURCES})
 SHARED = {"passes", "backends", "runtime", "ir", "frontend", "target"}
 LARGEST_ROOM = 20
-LONGEST_FILE, LONGEST_FUNCTION = 400, 40
-DEEPEST = 2
-LEVELS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
-SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 SILENCED = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)")
 REASON = re.compile(r"(?:: [A-Z0-9, ]+  \(|\[[a-z, -]+\]  # )\w")
 
@@ -124,72 +119,6 @@ def _classes(source):
 
 
 # --- functions -------------------------------------------------------------------------------------------------------
-
-
-def test_files_are_short():
-    lines = {_within(source): len(source.read_text().splitlines()) for source in SOURCES}
-    assert {source: count for source, count in lines.items() if count > LONGEST_FILE} == {}
-
-
-def test_functions_are_short():
-    assert [where for where, node in _functions() if _code_lines(node) > LONGEST_FUNCTION] == []
-
-
-@functools.cache
-def _functions():
-    """Every function of the package with its place."""
-    return [
-        (f"{_within(source)}:{node.lineno} {node.name}", node)
-        for source, tree in ((source, parse(source)) for source in SOURCES)
-        for node in _statements(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-
-
-def _statements(node):
-    """The statements below a node, at any depth; expressions hold none."""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.expr):
-            yield child
-            yield from _statements(child)
-
-
-def _code_lines(node):
-    """Lines of a function without its signature and docstring, which may be as long as they need."""
-    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
-
-
-def test_at_most_two_levels_of_nesting():
-    assert [where for where, node in _functions() if _depth(node) > DEEPEST] == []
-
-
-def _depth(node):
-    """Levels of blocks below a node; an ``elif`` is none of its own, nor is a function within the function."""
-    deepest = 0
-    for name, children in ast.iter_fields(node):
-        statements = children if isinstance(children, list) else [children]
-        chained = isinstance(node, ast.If) and name == "orelse" and len(statements) == 1
-        for child in statements:
-            if isinstance(child, ast.AST) and not isinstance(child, (*SCOPES, ast.expr)):
-                level = isinstance(child, LEVELS) and not (chained and isinstance(child, ast.If))
-                deepest = max(deepest, level + _depth(child))
-    return deepest
-
-
-@pytest.mark.parametrize(
-    ("code", "depth"),
-    [
-        ("x = 1", 0),
-        ("for a in b:\n    if a:\n        c()", 2),
-        ("if a:\n    b()\nelif c:\n    d()\nelse:\n    e()", 1),
-        ("if a:\n    b()\nelse:\n    if c:\n        d()\n    e()", 2),
-        ("try:\n    with a:\n        b()\nexcept C:\n    for d in e:\n        while f:\n            g()", 3),
-        ("with a:\n    def f():\n        if b:\n            c()", 1),
-    ],
-)
-def test_how_nesting_is_counted(code, depth):
-    assert _depth(ast.parse(code)) == depth
 
 
 def test_whatever_silences_a_tool_says_why():

@@ -9,6 +9,7 @@ import builtins
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -271,9 +272,14 @@ def _exists(called):
         home = homes[first]
         if isinstance(home, str) and ":" in home:
             home = pkgutil.resolve_name(home)
-        return not rest or hasattr(home, rest[0])
+        # A room is an attribute of the package only once something has imported it.
+        return not rest or hasattr(home, rest[0]) or (home is lorac and _is_room(rest[0]))
     own = (lorac.Compiled, builtins, importlib.import_module("lorac.testing"))
     return not rest and (called in lorac.__all__ or any(hasattr(home, called) for home in own))
+
+
+def _is_room(name):
+    return importlib.util.find_spec(f"lorac.{name}") is not None
 
 
 @pytest.mark.parametrize(

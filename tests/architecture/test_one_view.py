@@ -23,7 +23,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     searched: list[nn.Module] = []
     find_sites = model_view.find_sites
 
-    def counted(module: nn.Module) -> dict[str, lorac.ir.sites.Site]:
+    def counted(module: nn.Module) -> dict[str, lorac.ir.sites.site.Site]:
         searched.append(module)
         return find_sites(module)
 

@@ -20,9 +20,9 @@ from lorac.backends.onnx.engine import OnnxEngine
 from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnx.model_files import read_model_files
 from lorac.backends.onnx.passes import OnnxDialect
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import RankPolicy
 from lorac.target.backend import TargetOptions
 from lorac.target.dialect import BranchGate, Dialect

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.testing import HOSTS, Host, Oracle, conformance, samples
 from lorac.variants import initialisers
 from lorac.variants.params import ParamSpec, Role

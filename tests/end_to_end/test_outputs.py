@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lorac
-from lorac.ir.output_structure import replace_dataclasses
+from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses
 

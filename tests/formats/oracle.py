@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorac.formats import load_adapter, save_adapter
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.testing import eager_checks as checks
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import WeightVariant

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lorac
 from lorac import context_values
 from lorac import limits as spending
-from lorac.ir.patterns import match_pattern
+from lorac.ir.sites.patterns import match_pattern
 from lorac.storage.strict_json import parse_json
 from tests.limits import within_budget
 from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, save_small

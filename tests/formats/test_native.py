@@ -20,7 +20,7 @@ from lorac.errors import (
 from lorac.formats import load_adapter, save_adapter
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants import variants
 from lorac.variants._masks import struct_mask
 from lorac.variants.adapter import Adapter

@@ -21,7 +21,7 @@ from lorac.formats._config_fields import Applied, read_pattern, write_pattern
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, take_tensors
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.variants.ia3 import IA3
 
 

@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 import lorac
 from lorac.frontend.site_discovery import is_gpt2_conv1d
 from lorac.frontend.skeleton import build_skeleton, describe_skeleton
-from lorac.ir.patterns import select_sites
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.patterns import select_sites
+from lorac.ir.sites.site import SiteKind
 from lorac.testing import HOSTS, adapter_away
 from lorac.testing.eager_checks import assert_close
 from tests.parity import assert_parity

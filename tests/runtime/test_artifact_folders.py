@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lorac
-from lorac.ir.output_structure import find_output_class
+from lorac.ir.calls.output_structure import find_output_class
 from lorac.storage import artifact
 from lorac.storage.paths import file_stems
 from tests.limits import within_budget

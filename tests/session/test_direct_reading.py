@@ -14,7 +14,7 @@ import lorac
 from lorac.adapters.stored import SlotLayout
 from lorac.formats._file_layout import FileHeader, FileLayout
 from lorac.ir.slots.stacks import StackShape
-from lorac.ir.tensor_origins import TensorOrigin
+from lorac.ir.traces.tensor_origins import TensorOrigin
 from lorac.session.direct_reading import DirectWays, _find_copies
 from lorac.storage.open_file import OpenFile
 from lorac.storage.tensor_file import TensorPlace

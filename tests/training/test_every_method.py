@@ -14,8 +14,8 @@ from torch import nn
 import lorac
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.patterns import find_layer_index, is_named
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.patterns import find_layer_index, is_named
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import samples
 from lorac.variants._mixtures import LoraMixture
 from lorac.variants.base import Variant

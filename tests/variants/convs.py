@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorac.ir.sites import CONVOLUTION_KINDS
+from lorac.ir.sites.site import CONVOLUTION_KINDS
 from lorac.testing import Host
 from lorac.testing.models import chain_layers
 

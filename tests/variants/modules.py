@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import lorac
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.variants import initialisers
 from lorac.variants._mixtures import top_k_softmax
 from lorac.variants.params import ParamSpec

@@ -9,7 +9,7 @@ from torch import nn
 import lorac
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, Case
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.adalora import AdaLoRA

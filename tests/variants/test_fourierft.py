@@ -11,7 +11,7 @@ import lorac
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.fourierft import FourierFT
 from tests.refusing import refuses

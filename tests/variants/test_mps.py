@@ -9,7 +9,7 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, Case
 from lorac.variants.params import InitContext
 from tests import parity

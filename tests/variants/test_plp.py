@@ -9,7 +9,7 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.testing import HOSTS, Case, Host, conformance
 from lorac.testing.eager_checks import assert_close
 from lorac.testing.models import chain_layers

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import lorac
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext
 from lorac.testing.eager_checks import assert_close
 from tests.limits import decimals

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.testing import HOSTS, conformance
 from lorac.testing.eager_checks import assert_close
 from lorac.testing.hosts import Block

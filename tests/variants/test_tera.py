@@ -9,7 +9,7 @@ from lorac.adapters.fresh import make_fresh_adapter
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import conformance
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.tera import balanced_modes

@@ -10,7 +10,7 @@ import lorac
 from lorac.errors import OptionError
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, conformance
 from lorac.testing.eager_checks import assert_close
 from lorac.variants.tlora import TLoRA

@@ -12,7 +12,7 @@ from lorac.backends.onnx import build as building
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from tests.oracles import vera as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses

@@ -21,11 +21,11 @@ from lorac.frontend.base_weights import collect_base_tensors
 from lorac.frontend.copying import copy_structure, separate_layers
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph, Level, Program, SlotInput
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.rows import as_place
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.gate import tracing
 from lorac.limits import charge_reading
 from lorac.storage.plans import graph_from_json, graph_to_json
 from lorac.storage.program import StoredProgram, collect_tensors, make_functional, program_to_json

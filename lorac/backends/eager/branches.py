@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorac.backends.eager.forward_call import ActiveSlots, AdapterPass, ForwardCall, check_no_cache, choose_attention
 from lorac.backends.eager.random_seeds import SeedHistory
 from lorac.frontend.base_weights import read_stored_tensor
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_branch_alone
 from lorac.ir.slots.live_terms import LiveTerm
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan

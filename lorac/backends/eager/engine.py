@@ -42,7 +42,7 @@ from lorac.frontend.layer_classes import (
     replace_super_forward,
 )
 from lorac.frontend.layer_hooks import guard_hooks
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import SiteCall, read_weight_slots, run_site

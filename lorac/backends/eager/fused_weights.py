@@ -5,7 +5,7 @@ from torch import nn
 
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.ir.algebra import operands
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites.site import BaseReader, Site
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.plans import SitePlan
 

@@ -15,8 +15,8 @@ from lorac.frontend.copying import copy_structure, separate_layers
 from lorac.frontend.hugging_face import TRACE_CONFIG, set_config_fields
 from lorac.frontend.model_runner import disable_fast_path
 from lorac.ir.algebra.formulas import fake_execution
-from lorac.ir.row_selection import RowSelection, batch_size
-from lorac.ir.sites import SiteKind
+from lorac.ir.calls.row_selection import RowSelection, batch_size
+from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import first_tensor
 from lorac.target.engine import RowsApart

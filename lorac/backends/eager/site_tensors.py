@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorac.errors import Unavailable
 from lorac.frontend.base_weights import read_stored_tensor
 from lorac.frontend.quantised_weights import dequantise
-from lorac.ir.sites import BaseReader, Site
+from lorac.ir.sites.site import BaseReader, Site
 
 
 @dataclass(eq=False)

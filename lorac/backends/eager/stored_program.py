@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lorac.errors import InputMismatch, LoracError
 from lorac.frontend.components import check_component
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import group_aux_outputs
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.program import StoredProgram
 from lorac.target.engine import BoundProgram, CallResult, ProgramFiles

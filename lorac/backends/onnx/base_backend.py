@@ -15,9 +15,9 @@ import torch
 from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.engine import AnyOnnxEngine, GraphT, LoadedProgram, OnnxEngine
 from lorac.backends.onnx.model_files import BASE_FILE, SlotStorage, list_program_files
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Program, SlotInput
-from lorac.ir.interface import Interface
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.progress import step
 from lorac.storage.plans import graph_from_json, graph_to_json

@@ -20,7 +20,7 @@ from lorac.backends.onnx.passes import OnnxDialect, PassObserver, make_rewrite_p
 from lorac.errors import Unavailable
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.graph.symbolic_shapes import rename_symbols
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.gate import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 SITE_METADATA = "lorac.site"

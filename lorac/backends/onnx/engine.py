@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorac.frontend.components import check_component
 from lorac.ir.graph.feeds import convert_input, group_aux_outputs
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.report.dump import Dump
 from lorac.target.backend import TargetOptions

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lorac.ir.sites import BaseReader, Site, factor_dtype
+from lorac.ir.sites.site import BaseReader, Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.role import NoiseScale, SlotSpec

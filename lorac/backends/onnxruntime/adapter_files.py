@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.buffers import make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.plans import SitePlan

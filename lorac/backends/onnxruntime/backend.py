@@ -22,9 +22,9 @@ from lorac.backends.onnxruntime.quantised.algorithms import GPTQ
 from lorac.backends.onnxruntime.quantised.base_weights import dequantised_weights
 from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.errors import OptionError, Unavailable, warn
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
-from lorac.ir.sites import HALF_PRECISION, Site, SiteKind
+from lorac.ir.sites.site import HALF_PRECISION, Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.tensor_file import TensorFile
 from lorac.target.backend import BuildRequest

@@ -28,10 +28,10 @@ from lorac.backends.onnxruntime.options import FLOAT16, OnnxRuntimeOptions
 from lorac.errors import Unavailable
 from lorac.frontend.components import check_component, get_encoder_graph_name
 from lorac.ir.algebra import operands
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encoder_output
 from lorac.ir.graph.feeds import convert_input, make_empty_cache, select_reached_plans
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.storage.onnx_adapter import write_onnx_adapter

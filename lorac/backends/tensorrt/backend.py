@@ -19,8 +19,8 @@ from lorac.backends.tensorrt.library import find_library
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import check_profile_names
 from lorac.errors import OptionError, Unavailable
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Program, SlotInput
-from lorac.ir.interface import Interface
 from lorac.progress import step
 from lorac.target.backend import BuildRequest
 from lorac.target.engine import ProgramFiles

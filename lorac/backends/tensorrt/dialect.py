@@ -8,7 +8,7 @@ import torch
 
 from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnx.passes import OnnxDialect
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import RankPolicy
 from lorac.target.dialect import BranchGate, ClaimedOps, Dialect
 

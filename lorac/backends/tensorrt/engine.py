@@ -29,8 +29,8 @@ from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import PlanRunner
 from lorac.backends.tensorrt.profiles import SizeRange, SizeRanges, axis_names, check_sizes
 from lorac.backends.tensorrt.refitting import WeightRefitter
+from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.interface import Interface
 from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.rows import ADAPTERS_AXIS

@@ -14,11 +14,11 @@ import torch
 from lorac.backends.tensorrt.options import ProfileShapes
 from lorac.errors import InputMismatch, OptionError, check_known, short
 from lorac.ir.algebra.changes import LowRank
+from lorac.ir.calls.interface import Interface
+from lorac.ir.calls.sizes import Axis, AxisSizes, SizeConstraints
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.graph.interpreter import read_example_inputs
 from lorac.ir.graph.symbolic_shapes import constant_size
-from lorac.ir.interface import Interface
-from lorac.ir.sizes import Axis, AxisSizes, SizeConstraints
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.rows import ADAPTERS_AXIS

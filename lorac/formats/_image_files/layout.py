@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorac.errors import AdapterError, FormatError
 from lorac.formats._errors import corrupt_error
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.base import Variant, WeightVariant
 
 Tensors = Mapping[str, Tensor]

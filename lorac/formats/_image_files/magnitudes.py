@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, StoredModule
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.base import Variant
 from lorac.variants.chain import Chain
 from lorac.variants.dora import DoRA

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lorac.argument_types import Fields
-from lorac.ir.patterns import MAX_PATTERN_LENGTH
+from lorac.ir.sites.patterns import MAX_PATTERN_LENGTH
 from lorac.variants.base import Variant
 from lorac.variants.union import Union
 

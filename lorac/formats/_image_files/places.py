@@ -17,7 +17,7 @@ from lorac.formats._image_files.original_names import (
 from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
+from lorac.ir.sites.site import CONVOLUTION_KINDS, Site, SiteKind
 
 LAYERS = frozenset({SiteKind.LINEAR, *CONVOLUTION_KINDS.values()})
 """The kinds of site that files adapt."""

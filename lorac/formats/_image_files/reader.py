@@ -24,7 +24,7 @@ from lorac.formats._image_files.rows import split_rows
 from lorac.formats._image_files.spellings import COMPONENTS, DIFFERENCES, TensorName, parse_name
 from lorac.formats._site_layouts import LAYOUT, matrix_site, site_to_json
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.ln_tuning import LNTuning

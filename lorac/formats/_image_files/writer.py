@@ -25,7 +25,7 @@ from lorac.formats._image_files.places import PipelineModel, list_pipeline
 from lorac.formats._image_files.reader import read_file
 from lorac.formats._image_files.rows import join_rows
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.lora import LoRA

@@ -21,7 +21,7 @@ from lorac.formats.adapterhub.loras import (
     LoraFields,
     layer_leaves,
 )
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA

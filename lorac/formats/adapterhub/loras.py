@@ -33,7 +33,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats.adapterhub.components import ComponentConfig, ConfigHeader, ModelLayout, PlacedComponent
 from lorac.formats.adapterhub.keys import KeyPattern
 from lorac.formats.adapterhub.layouts import INTERMEDIATE, LETTERS, LORAS, PACKED, SHARED, AdaptableLayer
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants import initialisers
 from lorac.variants.base import Variant, WeightVariant
 from lorac.variants.dora import DoRA

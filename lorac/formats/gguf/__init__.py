@@ -32,7 +32,7 @@ from lorac.formats._lora_pairs import (
 from lorac.formats.gguf.file import MAGIC, read_gguf
 from lorac.formats.gguf.names import EMBEDDING, GgufNames
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 

@@ -13,8 +13,8 @@ from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats._site_layouts import same_layout
 from lorac.formats.peft.keys import PeftFile, copied_module, is_saved
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import no_match_error, select_sites
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.patterns import no_match_error, select_sites
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 

@@ -29,8 +29,8 @@ from lorac.errors import FormatError, list_some, nearest_name
 from lorac.formats._errors import corrupt_error
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import is_named
-from lorac.ir.sites import Site
+from lorac.ir.sites.patterns import is_named
+from lorac.ir.sites.site import Site
 from lorac.variants.base import Variant
 
 PREFIX = "base_model.model."

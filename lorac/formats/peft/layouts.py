@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.peft_type import Tensors, mismatched_shapes
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 
 Pair = tuple[str, str]
 """Suffixes of A and B."""

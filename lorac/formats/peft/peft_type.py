@@ -14,7 +14,7 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterError, SiteError, warn
 from lorac.formats._config_fields import Field
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 

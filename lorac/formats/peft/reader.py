@@ -19,7 +19,7 @@ from lorac.formats.peft.target_parameters import take_matrices
 from lorac.formats.peft.token_rows import fill_rows
 from lorac.formats.peft.writer import CONFIG, WEIGHTS, seal_text
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 
 PICKLED = "adapter_model.bin"

@@ -23,8 +23,8 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.keys import WRAPPED, PeftFile
 from lorac.formats.peft.peft_type import Tensors, mismatched_shapes, take_tensors
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import is_named
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.patterns import is_named
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.adapter import Adapter
 
 _A, _B = "lora_A.weight", "lora_B.weight"

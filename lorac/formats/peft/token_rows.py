@@ -16,7 +16,7 @@ from lorac.formats._config_fields import read_rows
 from lorac.formats._errors import corrupt_error, unsupported_error
 from lorac.formats.peft.keys import PeftFile
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 
 TokenIndices = Mapping[str | None, tuple[int, ...]]
 """End of the path of a module -> its row numbers; None stands for the input embedding."""

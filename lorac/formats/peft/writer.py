@@ -28,8 +28,8 @@ from lorac.formats.peft.keys import (
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.formats.peft.target_parameters import matrix_paths, name_parameters, write_matrices
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import TARGET_KEYWORDS, is_named
-from lorac.ir.sites import Site
+from lorac.ir.sites.patterns import TARGET_KEYWORDS, is_named
+from lorac.ir.sites.site import Site
 from lorac.storage.strict_json import dump_json
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant

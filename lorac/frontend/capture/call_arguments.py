@@ -22,8 +22,8 @@ from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.inputs.call_binding import Inputs
 from lorac.frontend.model_runner import ModelRunner
-from lorac.ir.fixed_arguments import to_json_value
-from lorac.ir.multimodal_positions import GRID_SUFFIX, POSITION_IDS, ROPE_METHOD, MultimodalPositions
+from lorac.ir.calls.fixed_arguments import to_json_value
+from lorac.ir.calls.multimodal_positions import GRID_SUFFIX, POSITION_IDS, ROPE_METHOD, MultimodalPositions
 
 
 @dataclass(frozen=True)

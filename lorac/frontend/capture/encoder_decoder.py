@@ -16,13 +16,13 @@ from torch.export import ExportedProgram
 
 from lorac.argument_types import Operands
 from lorac.errors import Unavailable
+from lorac.ir.calls.output_structure import OutputStructure, name_outputs
 from lorac.ir.graph import attention_ops, ops
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name, find_token_input
 from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_call, set_outputs
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import find_user_inputs
-from lorac.ir.output_structure import OutputStructure, name_outputs
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 
 aten = torch.ops.aten
 T = TypeVar("T")

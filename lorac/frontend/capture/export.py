@@ -58,17 +58,17 @@ from lorac.frontend.inputs.dynamic_shapes import (
 from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
+from lorac.ir.calls.interface import program_input_name
+from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.symbolic_shapes import set_types
-from lorac.ir.interface import program_input_name
-from lorac.ir.output_structure import replace_dataclasses
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import select_once_plans
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.gate import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 

@@ -10,12 +10,12 @@ from torch.export import ExportedProgram
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.inputs.call_binding import list_fixed_arguments, list_positional_arguments
 from lorac.frontend.inputs.diffusers_models import find_row_numbers
+from lorac.ir.calls.interface import Interface, program_input_name
+from lorac.ir.calls.multimodal_positions import POSITION_IDS
+from lorac.ir.calls.output_structure import OutputStructure
+from lorac.ir.calls.sizes import SizeConstraints
 from lorac.ir.graph import ops
 from lorac.ir.graph.nodes import find_input_examples
-from lorac.ir.interface import Interface, program_input_name
-from lorac.ir.multimodal_positions import POSITION_IDS
-from lorac.ir.output_structure import OutputStructure
-from lorac.ir.sizes import SizeConstraints
 
 aten = torch.ops.aten
 _RESHAPING = frozenset(

@@ -14,10 +14,10 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from lorac.frontend.capture.trace_guards import TraceGuard, find_fixing_line
 from lorac.frontend.inputs.dynamic_shapes import list_dynamic_axes
+from lorac.ir.calls.sizes import Axis, SizeConstraints, find_axes
 from lorac.ir.graph.edit import find_fake_mode
 from lorac.ir.graph.nodes import find_input_examples
 from lorac.ir.graph.symbolic_shapes import SYMBOL, constant_size
-from lorac.ir.sizes import Axis, SizeConstraints, find_axes
 
 _BATCH = "batch"
 

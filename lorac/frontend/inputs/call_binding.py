@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lorac.argument_types import Fields
 from lorac.frontend.hugging_face import is_hugging_face
-from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES
+from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES
 
 Inputs = Fields
 """Argument of forward -> its value: a tensor, tensors in dicts, lists and tuples, or anything else."""

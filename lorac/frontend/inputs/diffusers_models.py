@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
 from lorac.frontend.inputs.call_binding import bind_arguments, bind_by_name
-from lorac.ir.call_values import ROW_NUMBERS, spread_over_rows
+from lorac.ir.calls.call_values import ROW_NUMBERS, spread_over_rows
 
 _ROWS, _TOKENS, _PATCHES = 2, 7, (2, 3)
 _TIME_IDS = 6

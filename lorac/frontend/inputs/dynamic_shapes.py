@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.inputs.call_binding import Inputs, bind_arguments
 from lorac.frontend.inputs.diffusers_models import IMAGE_AXES, list_image_axes
-from lorac.ir.row_layout import RowLayout, count_along
+from lorac.ir.calls.row_layout import RowLayout, count_along
 
 _SEQUENCES = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
 _DECODER = "decoder_"

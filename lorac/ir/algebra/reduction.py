@@ -17,8 +17,8 @@ from lorac.ir.algebra.affine import weight_formula
 from lorac.ir.algebra.inner_dropout import insert_inner_dropout
 from lorac.ir.algebra.rules import RULES
 from lorac.ir.algebra.structure import WEIGHT, AlgebraRule, Analysis, Form, analyse, shape_of
-from lorac.ir.function_tracing import record_function
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.functions import record_function
+from lorac.ir.traces.gate import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 Params = SimpleNamespace

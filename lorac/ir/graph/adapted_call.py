@@ -16,7 +16,7 @@ from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph import ops, row_ops
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.branch_places import add_branch_in_places
 from lorac.ir.slots.execution import FormulaContext, SiteCall, run_site

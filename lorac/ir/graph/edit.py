@@ -29,12 +29,12 @@ from torch.fx.node import Target
 from torch.utils import _pytree as pytree
 
 from lorac.argument_types import Fields
-from lorac.ir.function_tracing import Decompositions, record_function
+from lorac.ir.calls.output_structure import OutputStructure
 from lorac.ir.graph import ops
 from lorac.ir.graph.new_sizes import make_example, make_size
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance, describe_type
-from lorac.ir.output_structure import OutputStructure
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.functions import Decompositions, record_function
+from lorac.ir.traces.gate import tracing
 
 _VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.expand.default}
 KnownCalls = dict[object, object]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lorac.errors import ChoiceError
-from lorac.ir.call_values import not_numbers_error
+from lorac.ir.calls.call_values import not_numbers_error
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
 from lorac.ir.graph.graph import Graph, SlotInput
-from lorac.ir.sites import factor_dtype
+from lorac.ir.sites.site import factor_dtype
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import record_extra_outputs
 from lorac.ir.slots.roles import slot_name, strength_role

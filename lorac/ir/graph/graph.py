@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch.fx
 from torch.export import ExportedProgram
 
-from lorac.ir.interface import Interface
-from lorac.ir.sites import Site
+from lorac.ir.calls.interface import Interface
+from lorac.ir.sites.site import Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import is_parameter
-from lorac.ir.written_arguments import find_aliased_arguments
+from lorac.ir.traces.written_arguments import find_aliased_arguments
 
 
 class Level(enum.IntEnum):

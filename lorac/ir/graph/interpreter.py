@@ -15,13 +15,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from lorac.argument_types import Fields, Operands
+from lorac.ir.calls.sizes import AxisSizes
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
 from lorac.ir.graph.attention_ops import find_token_input
 from lorac.ir.graph.feeds import cache_input_shapes, encoder_output_shapes, make_empty_cache
 from lorac.ir.graph.graph import Graph, find_written_operands
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
-from lorac.ir.sizes import AxisSizes
 
 aten = torch.ops.aten
 TOLERANCE = 1e-3

@@ -24,7 +24,7 @@ from lorac.ir.algebra.changes import (
     merge_weight,
     move_change,
 )
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import slot_name

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorac.errors import ChoiceError
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, compose, iter_tensors
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.filling import fill_branches, fill_site, filled_roles, find_missing_room, why_merged_weight
 from lorac.ir.slots.plans import BranchTerm, PreparedAdapter, Reason, SitePlan, SiteSlots

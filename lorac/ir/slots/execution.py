@@ -18,7 +18,7 @@ from lorac.errors import SiteError
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.formulas import fake_execution
 from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites import Site, cast_floating, factor_dtype
+from lorac.ir.sites.site import Site, cast_floating, factor_dtype
 from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots

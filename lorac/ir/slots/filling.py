@@ -9,7 +9,7 @@ from lorac.errors import NeedsRecompile
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, Sparse, SparseSum, merge_bias, merge_weight
 from lorac.ir.algebra.operands import FOLDABLE
-from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.sites.site import Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchTerm, SitePlan, SiteSlots
 from lorac.ir.slots.role import SlotSpec

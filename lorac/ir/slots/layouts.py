@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorac.ir.algebra.changes import multiply_blocks
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.segment_convolution import CONVOLUTIONS, convolve_segments
 
 _MATRIX = 2

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorac.errors import Unavailable
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, Dense, LowRank, merge_bias, merge_weight
-from lorac.ir.sites import BaseReader, Site, cast_floating
+from lorac.ir.sites.site import BaseReader, Site, cast_floating
 from lorac.ir.slots.choice import Choice
 from lorac.ir.slots.execution import FormulaContext, SiteCall, apply_stage, compute_branch_delta, run_site
 from lorac.ir.slots.layouts import SiteLayout

@@ -12,8 +12,8 @@ from lorac.errors import CompileError, OptionError, SiteError, nearest_name, sho
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.algebra.operands import FOLDABLE
-from lorac.ir.patterns import check_targets_match, no_match_error, select_sites
-from lorac.ir.sites import KINDS_WITHOUT_WEIGHT, Site
+from lorac.ir.sites.patterns import check_targets_match, no_match_error, select_sites
+from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site
 from lorac.ir.slots.filling import leaves_blocks, why_merged_weight
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, RankPolicy, Reason, SitePlan

@@ -35,7 +35,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lorac.errors import SiteError, check_known, nearest_name
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import BranchSlot, SitePlan
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.sites.site import Site, factor_dtype
 from lorac.ir.slots.layouts import SiteLayout
 
 Size = int | torch.SymInt

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, LowRank, identity_blocks
-from lorac.ir.sites import Site, SiteKind, cast_floating
+from lorac.ir.sites.site import Site, SiteKind, cast_floating
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.role import NoiseScale, Shape, SlotRole, SlotSpec, Stage, gaussian_noise
 

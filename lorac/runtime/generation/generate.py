@@ -14,8 +14,8 @@ import torch
 from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
 from lorac.frontend.components import check_component, list_components
+from lorac.ir.calls.row_selection import batch_size
 from lorac.ir.graph.attention_ops import DECODER_IDS
-from lorac.ir.row_selection import batch_size
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
 from lorac.runtime.batching import OutputMerger, check_rows, select_rows
 from lorac.runtime.generation.eager_generation import EagerGeneration, refuse_prompt_cache

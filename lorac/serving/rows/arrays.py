@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from lorac.ir.sites import cast_floating
+from lorac.ir.sites.site import cast_floating
 from lorac.serving.refusals import RefusedField
 
 

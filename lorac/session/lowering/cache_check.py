@@ -25,7 +25,7 @@ from lorac.ir.graph.feeds import cache_input_shapes, collect_slot_tensors, make_
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import read_example_inputs, relative_error, run_graph
 from lorac.ir.graph.nodes import find_module_path
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+(?=\.|$)")

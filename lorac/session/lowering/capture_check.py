@@ -20,7 +20,10 @@ from lorac.frontend.inputs.call_binding import bind_by_name
 from lorac.frontend.inputs.dynamic_shapes import find_row_layout
 from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.model_runner import ModelRun, ModelRunner, WeightWritten, seed_random_numbers
-from lorac.ir.fixed_arguments import to_json_value
+from lorac.ir.calls.fixed_arguments import to_json_value
+from lorac.ir.calls.output_structure import replace_dataclasses
+from lorac.ir.calls.row_layout import RowLayout
+from lorac.ir.calls.sizes import AxisSizes, describe_axes
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import (
     differs_beyond_rounding,
@@ -29,9 +32,6 @@ from lorac.ir.graph.interpreter import (
     resize_inputs,
     run_graph,
 )
-from lorac.ir.output_structure import replace_dataclasses
-from lorac.ir.row_layout import RowLayout
-from lorac.ir.sizes import AxisSizes, describe_axes
 
 Inputs = Mapping[str, Tensor]
 _SEED, _OTHER_SEED = 0, 1

@@ -10,7 +10,7 @@ from lorac.frontend.capture.encoder_decoder import split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
 from lorac.ir.graph.graph import Graph, Program
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.program_values import list_tapped_modules
 from lorac.passes.insert import check_adapters_reached
 from lorac.passes.pipelines import lowering_passes, run_pipeline

@@ -16,7 +16,7 @@ from lorac.frontend.copying import copy_structure
 from lorac.frontend.inputs.call_binding import map_inputs
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
-from lorac.ir.sites import cast_floating
+from lorac.ir.sites.site import cast_floating
 from lorac.target.dialect import AnyDialect
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.errors import AdapterError, SiteError
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
 
 Visit = Callable[[str, Tensor], None]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorac.adapters.lora_conversion import make_lora_variant
 from lorac.adapters.residual_base import FactorPair, balance_factors
 from lorac.errors import AdapterError, OptionError, not_one_of
-from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.sites.site import Site, factor_dtype
 from lorac.training.initialisation.activations import visit_inputs
 from lorac.training.initialisation.initialiser import Batches, InitialisationSite, Initialiser, PairInitialiser
 from lorac.variants.adapter import Adapter

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorac.adapters.residual_base import FactorPair
 from lorac.errors import OptionError, not_one_of
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.training.initialisation.gradients import Loss, SummedGradients, sum_gradients
 from lorac.training.initialisation.initialiser import Batches, InitialisationSite, Initialiser, PairInitialiser
 from lorac.variants.adapter import Adapter

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lorac.errors import AdapterError, SiteError
 from lorac.frontend.base_weights import read_stored_tensor
-from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.sites.site import Site, factor_dtype
 from lorac.training.initialisation.model_state import borrow_model, call_model, remove_hooks
 
 Loss = Callable[[nn.Module, Any], Tensor]

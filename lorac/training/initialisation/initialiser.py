@@ -18,7 +18,7 @@ from lorac.adapters.residual_base import FactorPair, subtract_factors
 from lorac.errors import AdapterError, AdapterNotFound, SiteError
 from lorac.frontend.base_weights import make_base_reader
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, factor_dtype
+from lorac.ir.sites.site import Site, factor_dtype
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
 from lorac.variants.dora import DoRA

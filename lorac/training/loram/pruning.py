@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lorac.errors import OptionError, SiteError, not_one_of
 from lorac.frontend.model_view import ModelView
-from lorac.ir.patterns import find_layer_index, select_sites
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.patterns import find_layer_index, select_sites
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.training.initialisation.gradients import Loss, sum_gradients
 from lorac.training.loram.pruning_record import PruningRecord
 from lorac.training.loram.units import (

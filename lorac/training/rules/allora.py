@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lorac.argument_types import Operands
 from lorac.errors import ChoiceError, SiteError
 from lorac.frontend.layer_classes import pad_conv_input
-from lorac.ir.sites import cast_floating
+from lorac.ir.sites.site import cast_floating
 from lorac.ir.slots.layouts import layout_of
 from lorac.training.rules.pairs import ABOVE_0, Pair, PairRule, check_settings
 from lorac.variants.lora import LoRA

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorac.errors import ChoiceError
-from lorac.ir.sites import SiteKind
+from lorac.ir.sites.site import SiteKind
 from lorac.training.rule import Rule, State
 from lorac.training.rules.pairs import ABOVE_0, FROM_0, check_settings
 from lorac.training.step_view import Group, GroupView, view_optimizer

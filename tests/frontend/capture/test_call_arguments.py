@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorac.frontend.capture.call_arguments import CallArguments
-from lorac.ir.fixed_arguments import to_json_value
+from lorac.ir.calls.fixed_arguments import to_json_value
 from tests.refusing import refuses
 
 X = torch.zeros(2, 3)

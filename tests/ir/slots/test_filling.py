@@ -7,7 +7,7 @@ import torch
 
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.filling import filled_roles
 from lorac.ir.slots.plans import SitePlan
 

@@ -21,7 +21,7 @@ from lorac.errors import Unavailable
 from lorac.frontend.capture.trace_guards import iter_error_causes
 from lorac.ir.graph.edit import copy_graph, find_fake_mode
 from lorac.ir.graph.nodes import find_module_path, find_source_line
-from lorac.ir.tracing import tracing
+from lorac.ir.traces.gate import tracing
 from lorac.third_party_output import suppress_third_party_output
 
 TESTED_RELEASES = ("2.13",)

@@ -43,8 +43,8 @@ from torch.onnx._internal.fx.passes.type_promotion import (
 )
 
 from lorac.backends.onnx.export.opsets import Outputs, RecordingOpset, current_recorder, rebind
-from lorac.ir.function_tracing import Decompositions
 from lorac.ir.graph.edit import copy_program, inline, trace_function, update_signature
+from lorac.ir.traces.functions import Decompositions
 
 __all__ = [
     "OPSET",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.ir.sites import BaseReader
+from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffers
 from lorac.ir.slots.plans import SitePlan
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lorac.errors import OptionError
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.model_runner import disable_fast_path, seed_random_numbers
-from lorac.ir.sites import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.progress import progress
 
 Call = Mapping[str, object]

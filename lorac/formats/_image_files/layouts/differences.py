@@ -9,7 +9,7 @@ from torch import Tensor
 from lorac.errors import SiteError
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.edit import Edit
 
 _PARTS = {"diff": "delta", "diff_b": "e"}

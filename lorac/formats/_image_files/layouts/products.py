@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.loha import LoHa
 from lorac.variants.lokr import LoKr, factors
 

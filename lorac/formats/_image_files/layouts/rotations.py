@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorac.formats._errors import unsupported_error
 from lorac.formats._image_files.layout import Method, ModuleLayout, StoredModule, Tensors
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.boft import BOFT
 
 _ROUNDING = 1e-8

@@ -15,7 +15,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.boft import BOFT
 
 ROTATION, SCALE = "boft_R", "boft_s"

@@ -20,7 +20,7 @@ from lorac.formats._errors import unsupported_error
 from lorac.formats.peft.fields import COMMON, FILTERS
 from lorac.formats.peft.layouts import read_factors, write_factors
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.base import MATRIX_KINDS
 from lorac.variants.hira import HiRA
 

@@ -10,7 +10,7 @@ from lorac.formats._config_fields import Applied, TrainingOnly, read_flag, read_
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.hra import HRA
 
 VECTORS = "hra_u"

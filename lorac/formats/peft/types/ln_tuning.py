@@ -9,7 +9,7 @@ from torch import Tensor
 from lorac.formats._config_fields import Applied, read_pattern, write_pattern
 from lorac.formats.peft.fields import EXCLUDE, WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.ln_tuning import LNTuning
 
 

@@ -20,7 +20,7 @@ from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import LYCORIS
 from lorac.formats.peft.layouts import core_shape
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.loha import LoHa
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -20,7 +20,7 @@ from lorac.formats._site_layouts import conv_site, matrix_site
 from lorac.formats.peft.fields import LYCORIS
 from lorac.formats.peft.layouts import core_shape
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.lokr import LoKr, factors
 
 W1, W2, CORE = "lokr_w1", "lokr_w2", "lokr_t2"

@@ -52,7 +52,7 @@ from lorac.formats.peft.layouts import read_factors, write_factors
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, warn_of_padding
 from lorac.formats.peft.token_rows import read_token_rows
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site, SiteKind, factor_dtype
+from lorac.ir.sites.site import Site, SiteKind, factor_dtype
 from lorac.limits import claim_memory, pause_clock
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant

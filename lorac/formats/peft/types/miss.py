@@ -12,7 +12,7 @@ from lorac.formats._config_fields import Applied, TrainingOnly, read_number, rea
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import FILTERS, WITHOUT_FAN, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.bat import BAT
 from lorac.variants.miss import MiSS
 

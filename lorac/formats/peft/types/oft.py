@@ -22,7 +22,7 @@ from lorac.formats._config_fields import (
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.oft import OFT
 
 SUFFIXES = {"oft_R.weight": "oft_R", "oft_embedding_R.weight": "oft_embedding_R"}

@@ -14,7 +14,7 @@ from lorac.formats._config_fields import Applied, TrainingOnly, read_rows
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.trainable_tokens import TrainableTokens
 
 DELTA = "trainable_tokens_delta"

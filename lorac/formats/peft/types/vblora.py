@@ -18,7 +18,7 @@ from lorac.formats._config_fields import Applied, Irrelevant, TrainingOnly, read
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, FILTERS, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes, take_tensors
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.limits import claim_memory
 from lorac.variants.vblora import VBLoRA
 

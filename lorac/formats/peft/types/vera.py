@@ -14,7 +14,7 @@ from lorac.formats._config_fields import Applied, TrainingOnly, read_number, rea
 from lorac.formats._site_layouts import matrix_site
 from lorac.formats.peft.fields import COMMON, LAYERS, SEEDED, bias
 from lorac.formats.peft.peft_type import PeftType, Tensors, take_tensors
-from lorac.ir.sites import Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.variants.vera import VeRA, draw_projections
 
 

@@ -19,7 +19,7 @@ from lorac.formats.peft.fields import WITHOUT_FAN
 from lorac.formats.peft.peft_type import PeftType, Tensors, mismatched_shapes
 from lorac.formats.peft.writer import WEIGHTS
 from lorac.frontend.model_view import ModelView
-from lorac.ir.sites import Site
+from lorac.ir.sites.site import Site
 from lorac.variants.adapter import Adapter
 from lorac.variants.x_lora import XLoRA
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import regex
 
 from lorac.errors import FormatError, SiteError, nearest_name, short
-from lorac.ir.sites import CONVOLUTION_KINDS, Site, SiteKind
+from lorac.ir.sites.site import CONVOLUTION_KINDS, Site, SiteKind
 from lorac.limits import check_time
 
 TIMEOUT_SECONDS = 0.1

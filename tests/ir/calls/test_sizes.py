@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.sizes import SizeConstraints, find_axes
+from lorac.ir.calls.sizes import SizeConstraints, find_axes
 
 IDS, LENGTH = ("ids", 0), ("ids", 1)
 MASK, WIDTH = ("mask", 0), ("mask", 1)

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from lorac.argument_types import JsonMapping
-from lorac.ir.row_layout import LIST_AXIS, RowLayout
+from lorac.ir.calls.row_layout import LIST_AXIS, RowLayout
 
 _LEAF = "*"
 _BASES = {"transformers": "transformers.utils.generic:ModelOutput", "diffusers": "diffusers.utils.outputs:BaseOutput"}

@@ -14,12 +14,12 @@ import torch
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
-from lorac.ir.call_values import check_ids, check_numbers, is_absent, spread_over_rows
-from lorac.ir.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
-from lorac.ir.multimodal_positions import POSITION_IDS, MultimodalPositions
-from lorac.ir.output_structure import OutputStructure, structure_from_json, structure_to_json
-from lorac.ir.row_layout import RowLayout
-from lorac.ir.sizes import SizeConstraints, flatten_argument
+from lorac.ir.calls.call_values import check_ids, check_numbers, is_absent, spread_over_rows
+from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
+from lorac.ir.calls.multimodal_positions import POSITION_IDS, MultimodalPositions
+from lorac.ir.calls.output_structure import OutputStructure, structure_from_json, structure_to_json
+from lorac.ir.calls.row_layout import RowLayout
+from lorac.ir.calls.sizes import SizeConstraints, flatten_argument
 
 ADAPTERS_ARGUMENT = "adapters"
 """The argument of a call that chooses its adapters."""

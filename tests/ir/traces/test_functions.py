@@ -12,7 +12,7 @@ from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorac.ir.function_tracing import record_function
+from lorac.ir.traces.functions import record_function
 
 LINEAR = nn.Linear(4, 4)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorac.ir.tensor_origins import OriginRecorder, Unrecordable
+from lorac.ir.traces.tensor_origins import OriginRecorder, Unrecordable
 
 VALUES = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 FOLLOWED: dict[str, Callable[[Tensor], Tensor]] = {

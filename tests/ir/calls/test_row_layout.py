@@ -9,7 +9,7 @@ from torch import nn
 
 import lorac
 from lorac.frontend.inputs.dynamic_shapes import find_row_layout
-from lorac.ir.row_layout import LIST_AXIS, RowLayout
+from lorac.ir.calls.row_layout import LIST_AXIS, RowLayout
 
 ROWS = RowLayout(2, {"x": 0, "pieces": 0, "sizes": 0})
 

@@ -6,7 +6,7 @@ import torch
 import lorac
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.interface import Interface
+from lorac.ir.calls.interface import Interface
 from tests.zoo import ZOO
 
 

@@ -1,0 +1,1 @@
+"""Calls of a program: its inputs, their sizes and rows, and the structure of its outputs."""
