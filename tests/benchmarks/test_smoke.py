@@ -66,6 +66,19 @@ ROWS = {
         ]
     ],
     "files": [["safetensors", "safetensors, A/A", "of PEFT", "lorac's own, sealed", "hashing alone"]],
+    "hops": [
+        [
+            "compile, eager",
+            "compile, ONNX Runtime",
+            "call, eager",
+            "call, ONNX Runtime",
+            "call, ONNX Runtime, one choice per row",
+            "swap, kept",
+            "swap, a new mixture",
+            "load_adapter, a PEFT folder",
+        ],
+        ["the first of its layout", "the fifth of its layout", "evicted before"],
+    ],
     "load": [
         ["bare session", "bare session, A/A", "lorac.load", "lorac.load, prepacked="],
         ["lorac.load", "lorac.load, prepacked="],
@@ -156,6 +169,7 @@ def test_every_benchmark_is_here():
 SLOW = (
     "compile",
     "diffusion",
+    "hops",
     "overhead",
     "quantised",
     "recipe",
