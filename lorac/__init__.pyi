@@ -32,7 +32,7 @@ from lorac.formats import load_adapter as load_adapter
 from lorac.formats import save_adapter as save_adapter
 from lorac.frontend.model_view import sites as sites
 from lorac.ir.slots.choice import Active as Active
-from lorac.ir.slots.planning import Reserve as Reserve
+from lorac.ir.slots.required_slots import Reserve as Reserve
 from lorac.limits import budget as budget
 from lorac.merging.extraction import extract as extract
 from lorac.merging.merge import merge as merge

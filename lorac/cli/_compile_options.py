@@ -12,7 +12,7 @@ from lorac.errors import OptionError, not_one_of
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorac.ir.slots.planning import Reserve
+    from lorac.ir.slots.required_slots import Reserve
 
 RESERVE_HELP = (
     "Room for adapters that are added later, as rank=64, targets=q_proj,v_proj, adapters=8, scales=yes or weights=yes; "
@@ -39,7 +39,7 @@ def parse_reserve(specs: Sequence[str]) -> Reserve | None:
     Raises:
         OptionError: a reserve does not have the name or the value.
     """
-    from lorac.ir.slots.planning import Reserve
+    from lorac.ir.slots.required_slots import Reserve
 
     found: dict[str, Any] = {}
     for name, value in (_split_pair("--reserve", spec, RESERVE_HELP) for spec in specs):

@@ -37,7 +37,7 @@ def _list_targets() -> list[str]:
 
 
 def _list_modes() -> list[str]:
-    from lorac.ir.slots.planning import MODES
+    from lorac.ir.slots.required_slots import MODES
 
     return list(MODES)
 

@@ -1,4 +1,4 @@
-"""Which branches of a graph have places, so that each row of a batch may have its own (``ir.slots.branch_places``).
+"""Which branches of a graph have places, so that each row of a batch may have its own (``ir.slots.placed_execution``).
 
 A formula that works on the rows of a batch one by one runs for each place. It is traced once here, over examples of
 what it reads, to see what it does.
@@ -20,8 +20,8 @@ from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import describe_type, get_example
 from lorac.ir.sites.site import SiteKind, factor_dtype
 from lorac.ir.slots.attention import BranchAttention, FullAttention
-from lorac.ir.slots.branch_places import Mapped
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_formula
+from lorac.ir.slots.placed_execution import Mapped
 from lorac.ir.slots.plans import BranchSlot, SitePlan, ValueAxis
 from lorac.ir.slots.program_values import (
     IN,

@@ -16,15 +16,15 @@ from torch import Tensor, fx
 from lorac.errors import SiteError
 from lorac.frontend.capture.decoder_families import find_sequence
 from lorac.ir.calls.interface import program_input_name
-from lorac.ir.graph import ops, row_ops
+from lorac.ir.graph import ops, segment_ops
 from lorac.ir.graph.adapted_call import VALUE_PREFIX, AdaptedCall, add_operands, select_attention
 from lorac.ir.graph.edit import inline, insert_call
 from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.attention import FullAttention
-from lorac.ir.slots.branch_places import compute_once_in_places
 from lorac.ir.slots.execution import FormulaContext, compute_once_values
+from lorac.ir.slots.placed_execution import compute_once_in_places
 from lorac.ir.slots.plans import BranchSlot, SitePlan
 from lorac.ir.slots.program_values import (
     BASE,
@@ -239,6 +239,6 @@ def _compute_values(
     if branch.axes is None:
         found = compute_once_values(branch, tensors[:count], ctx, owner)
     else:
-        found = compute_once_in_places(branch, tensors[:count], ctx, owner, row_ops.SEGMENTS)
+        found = compute_once_in_places(branch, tensors[:count], ctx, owner, segment_ops.SEGMENTS)
     names[:] = found
     return tuple(found.values())

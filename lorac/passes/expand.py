@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from lorac.ir.graph import ops, row_ops
+from lorac.ir.graph import ops, segment_ops
 from lorac.ir.graph.adapted_call import (
     AdaptedCall,
     MakeContext,
@@ -54,7 +54,7 @@ class ExpandAdaptedCalls(Pass):
             expander.expand(node)
         extra = expander.extra
         _share_cuts(graph)
-        for cut in graph.find(row_ops.CUT):
+        for cut in graph.find(segment_ops.CUT):
             graph.axes.setdefault(str(cut.meta["val"].shape[1]), f"segment_{len(graph.axes)}")
         lowered = ops.lower_sites(graph.exported.graph_module)
         if extra:
@@ -168,7 +168,7 @@ class _Expander:
 def _share_cuts(graph: Graph) -> None:
     """Let all sites that read a value share its segments, and all cuts read the number of places from one slot."""
     known: dict[object, fx.Node] = {}
-    for cut in graph.find(row_ops.CUT):
+    for cut in graph.find(segment_ops.CUT):
         x, _, features = cut.args
         first = known.setdefault((x, features), cut)
         if first is cut:
@@ -202,7 +202,7 @@ def _simplify_differences(traced: fx.GraphModule, strengths: Sequence[int]) -> f
 
 def _behind_segments(node: fx.Node) -> fx.Node:
     """Return the node whose value a node has, in whatever segments."""
-    while node.target in {row_ops.CUT, row_ops.JOIN}:
+    while node.target in {segment_ops.CUT, segment_ops.JOIN}:
         node = node.args[0]  # type: ignore[assignment]  # a node
     return node
 

@@ -27,7 +27,7 @@ from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.program_values import list_read_values, parse_value_name
-from lorac.ir.slots.role import Stage
+from lorac.ir.slots.roles import Stage
 
 aten = torch.ops.aten
 _COMMON_ROLES = (WEIGHT, BIAS)

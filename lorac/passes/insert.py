@@ -17,10 +17,9 @@ from lorac.ir.graph.nodes import find_module_path
 from lorac.ir.graph.passes import Pass, PassResult, Skip
 from lorac.ir.sites.site import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.places import ADAPTERS_AXIS, placed_shape
 from lorac.ir.slots.plans import RankPolicy, SitePlan
-from lorac.ir.slots.role import SlotSpec
-from lorac.ir.slots.roles import is_parameter, slot_name
-from lorac.ir.slots.rows import ADAPTERS_AXIS, placed_shape
+from lorac.ir.slots.roles import SlotSpec, is_parameter, slot_name
 from lorac.passes.row_places import add_places, is_placed
 
 _MAX_NAMED = 3

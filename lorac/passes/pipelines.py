@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from lorac.errors import CompileError
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.passes import Pass, PassResult, Skip
-from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.graph.verify import verify
 from lorac.ir.traces.gate import tracing
 from lorac.passes.cache_attention import CacheAttention
@@ -79,7 +78,7 @@ def run_pipeline(graph: Graph, passes: Sequence[Pass], observe: Observer | None 
         results.append((step.name, result))
         if result.changed and observe is not None:
             observe(step.name, graph)
-    set_types(graph)
+    graph.describe_types()
     return results
 
 

@@ -12,12 +12,12 @@ from typing import final
 from torch import Tensor, fx
 
 from lorac.errors import CompileError
-from lorac.ir.graph import ops, row_ops
+from lorac.ir.graph import ops, segment_ops
 from lorac.ir.graph.adapted_call import AdaptedCall, select_attention
 from lorac.ir.graph.edit import inline
 from lorac.ir.graph.graph import Graph
-from lorac.ir.slots.branch_places import run_branch_alone_in_places
 from lorac.ir.slots.execution import FormulaContext, run_branch_alone
+from lorac.ir.slots.placed_execution import run_branch_alone_in_places
 from lorac.ir.slots.plans import BranchSlot
 from lorac.ir.slots.program_values import IN, OUTPUT, OWN, find_branch, parse_value_name, present_weights
 from lorac.ir.slots.roles import branch_roles
@@ -132,7 +132,7 @@ class Replay:
             ctx = context(values=present_weights(dict(zip(read, tensors[count:], strict=True)), sites))
             if slot.axes is None:
                 return (run_branch_alone(slot, tensors[:count], x, y, ctx),)
-            return (run_branch_alone_in_places(slot, tensors[:count], x, y, ctx, row_ops.SEGMENTS),)
+            return (run_branch_alone_in_places(slot, tensors[:count], x, y, ctx, segment_ops.SEGMENTS),)
 
         given, in_places = [x, plain, *others], slot.axes is not None
         return inline(self.graph.exported, self.before, function, given, origin=plain, in_places=in_places)[1][0]

@@ -13,10 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 from lorac.errors import AdapterError
-from lorac.ir.graph.new_sizes import make_size
-from lorac.ir.slots.branch_places import Mapped, run_in_places
+from lorac.ir.graph.symbolic_shapes import make_size
 from lorac.ir.slots.execution import FormulaContext
-from lorac.ir.slots.placed_execution import SegmentOps
+from lorac.ir.slots.placed_execution import Mapped, SegmentOps, run_in_places
 from lorac.ir.slots.plans import BranchSlot, ValueAxis
 from lorac.third_party_output import suppress_third_party_output
 

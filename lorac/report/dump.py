@@ -273,7 +273,7 @@ class _GraphDumper:
     def _symbols(self) -> dict[str, str]:
         """Return the letter of each symbol: ``b`` for the first size of an input, then s, t, …; ``r`` for a rank.
 
-        ``D`` is the number of places of slots, and ``m`` that of the tokens of a segment (``lorac.ir.slots.rows``).
+        ``D`` is the number of places of slots, and ``m`` that of the tokens of a segment (``lorac.ir.slots.places``).
         """
         segments = (symbol for symbol, name in self.graph.axes.items() if name.startswith("segment_"))
         letters = {symbol: f"m{i or ''}" for i, symbol in enumerate(segments)}

@@ -1,7 +1,7 @@
 """Rows of a batch that several calls compute: the batch is split, each part runs by itself, the rows are joined.
 
 One call computes rows of several choices of adapters where the program has places for them
-(``lorac.ir.slots.rows``); what this module does is left for other rows.
+(``lorac.ir.slots.places``); what this module does is left for other rows.
 
 Rows are found in any nesting: in mappings, tuples and lists, and in the attributes of objects, such as the caches of
 decoders, whose layers hold a tensor with one row per sequence. Each call gets a copy of such an object with the call's

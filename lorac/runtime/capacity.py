@@ -8,8 +8,8 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site, SiteKind
 from lorac.ir.slots.filling import find_branch_misfit, find_misfit
-from lorac.ir.slots.planning import Reserve, needs_merged_weight, quantized_merge_error
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
+from lorac.ir.slots.required_slots import Reserve, needs_merged_weight, quantized_merge_error
 from lorac.ir.slots.roles import ROLES, roles_needed
 
 

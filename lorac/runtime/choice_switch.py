@@ -16,8 +16,8 @@ from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import UNSET, Choice, ChoiceSpec, choice_strengths, parse_choice
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.places import choose_places
 from lorac.ir.slots.plans import SitePlan
-from lorac.ir.slots.rows import choose_places
 from lorac.runtime.choice_states import ChoiceState, ChoiceStates
 from lorac.runtime.held_choice import HeldChoice
 from lorac.runtime.locks import ReadWriteLock

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorac.errors import Unavailable
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.rows import write_place
+from lorac.ir.slots.places import write_place
 from lorac.ir.slots.stacks import StackShape, find_stacks
 from lorac.runtime.choice_states import ChoiceState
 from lorac.target.engine import BoundProgram, Engine

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorac.ir.slots.choice import ChoiceSpec
-from lorac.ir.slots.planning import Reserve
+from lorac.ir.slots.required_slots import Reserve
 from lorac.session.compiled import Compiled, CompiledModule, build_compiled
 from lorac.session.request.compile_request import CompileRequest
 from lorac.session.request.sources import AdapterSource, read_model

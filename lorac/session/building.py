@@ -10,7 +10,7 @@ from lorac.frontend.layer_classes import check_layer, is_only_read
 from lorac.ir.graph.graph import Program
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.ir.slots.composition import compose_choice
-from lorac.ir.slots.planning import plan_sites
+from lorac.ir.slots.required_slots import plan_sites
 from lorac.progress import progress
 from lorac.runtime.traits import collect_traits
 from lorac.session.adapter_loading import make_adapter

@@ -15,9 +15,9 @@ from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.buffers import FusedBuffer, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.placed_execution import why_shared
+from lorac.ir.slots.places import stack_places
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.roles import ROLES, branch_name, slot_name, strength_role
-from lorac.ir.slots.rows import stack_places
 from lorac.target.engine import BoundProgram, Engine, ProgramFiles
 
 

@@ -25,7 +25,7 @@ from lorac.cli import app
 from lorac.formats import formats
 from lorac.formats.adapterhub.loras import LoraFields
 from lorac.formats.peft.config import peft_types
-from lorac.ir.slots.planning import MODES
+from lorac.ir.slots.required_slots import MODES
 from lorac.merging import ways
 from lorac.session.compiled import CompiledModule
 from lorac.session.targets import find_backend, targets

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import lorac
-from lorac.ir.graph.new_sizes import make_size
+from lorac.ir.graph.symbolic_shapes import make_size
 from lorac.ir.slots.execution import FormulaContext, run_formula
 from lorac.ir.slots.plans import ValueAxis
 from lorac.passes.rows_apart import FormulaCall

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.ir.slots.rows import choose_places, cut_segments, join_segments, stack_places, write_place
+from lorac.ir.slots.places import choose_places, cut_segments, join_segments, stack_places, write_place
 from tests.limits import LEAST_DIFFERENCE, ROWS
 from tests.runtime.switching import raw
 from tests.zoo import SMALL_LLAMA

@@ -23,8 +23,8 @@ from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph, Level, Program, SlotInput
 from lorac.ir.sites.site import BaseReader, Site
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
+from lorac.ir.slots.places import as_place
 from lorac.ir.slots.plans import SitePlan, list_layers
-from lorac.ir.slots.rows import as_place
 from lorac.ir.traces.gate import tracing
 from lorac.limits import charge_reading
 from lorac.storage.plans import graph_from_json, graph_to_json

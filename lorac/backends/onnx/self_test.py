@@ -34,9 +34,9 @@ from lorac.ir.graph.interpreter import (
     run_graph,
 )
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
+from lorac.ir.slots.places import stack_places
 from lorac.ir.slots.plans import SiteSlots
 from lorac.ir.slots.roles import ROLES
-from lorac.ir.slots.rows import stack_places
 
 _FEW_ROWS = 2
 """Rows, or equal parts of a batch, that get noise of their own."""

@@ -7,7 +7,7 @@ import torch
 from lorac.ir.sites.site import BaseReader, Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
-from lorac.ir.slots.role import NoiseScale, SlotSpec
+from lorac.ir.slots.roles import NoiseScale, SlotSpec
 
 _NOISE_RANK = 3
 _SAMPLE_ROWS = 8

@@ -2,7 +2,7 @@
 
 ONNX Runtime multiplies one matrix faster than a stack of them, and its ``Gemm`` adds a product to another value without
 an op for the sum. Ops that act on each row alone (sums, scales, norms) stay on rows too; all others see the full shape.
-Where slots have places (``lorac.ir.slots.rows``), rows are computed as segments (places, rows, features) instead.
+Where slots have places (``lorac.ir.slots.places``), rows are computed as segments (places, rows, features) instead.
 """
 
 from collections.abc import Collection

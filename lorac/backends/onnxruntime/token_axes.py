@@ -20,7 +20,7 @@ class TokenAxes:
 
     Attributes:
         axes: counted from the end: those of batch and length, of places and tokens of a segment, or one of both.
-        segments: whether the first is the axis of places (``lorac.ir.slots.rows``).
+        segments: whether the first is the axis of places (``lorac.ir.slots.places``).
         repeats: how many items along a single axis belong to a token.
     """
 

@@ -33,7 +33,7 @@ from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.buffers import FusedBuffer, base_on_device, make_fused_buffers
 from lorac.ir.slots.composition import ComposedWeights
-from lorac.ir.slots.rows import ADAPTERS_AXIS
+from lorac.ir.slots.places import ADAPTERS_AXIS
 from lorac.storage.open_file import OpenFile
 
 PLAN_FILE = "engine.plan"

@@ -20,8 +20,8 @@ from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.graph.interpreter import read_example_inputs
 from lorac.ir.graph.symbolic_shapes import constant_size
 from lorac.ir.slots.composition import ComposedWeights
+from lorac.ir.slots.places import ADAPTERS_AXIS
 from lorac.ir.slots.plans import SitePlan
-from lorac.ir.slots.rows import ADAPTERS_AXIS
 
 DEFAULT_MAX_ROWS = 8
 """The default maximum of a batch, unless the example has more rows."""

@@ -64,7 +64,6 @@ from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call 
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.symbolic_shapes import set_types
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import select_once_plans
@@ -268,7 +267,7 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     interface = describe_interface(exported, model, arguments, sizes, keep_tensor_outputs(exported))
     graph = Graph(name, exported, sites, signature, interface, axes=axes)
     graph.longest = get_longest_sequence(model) if grows else None
-    set_types(graph)
+    graph.describe_types()
     return graph
 
 

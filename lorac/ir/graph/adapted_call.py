@@ -13,14 +13,13 @@ from torch import Tensor, fx
 
 from lorac.argument_types import Fields, Operands
 from lorac.ir.graph import attention_ops as attending
-from lorac.ir.graph import ops, row_ops
+from lorac.ir.graph import ops, segment_ops
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.attention import BranchAttention, FullAttention
-from lorac.ir.slots.branch_places import add_branch_in_places
 from lorac.ir.slots.execution import FormulaContext, SiteCall, run_site
-from lorac.ir.slots.placed_execution import run_placed
+from lorac.ir.slots.placed_execution import add_branch_in_places, run_placed
 from lorac.ir.slots.plans import BranchFill, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
     IN,
@@ -162,7 +161,7 @@ def compute_adapted(
     # The operand of a linear site is its matrix (out, in); run_site takes the weight as the module stores it.
     stored = matrix.t() if call.op is ops.LINEAR and plan.site.transposed else matrix
     site_call = SiteCall(x, ctx, stored if product is None else None, bias, product=product)
-    return run_placed(plan, slots, site_call, row_ops.SEGMENTS) if plan.placed else run_site(plan, slots, site_call)
+    return run_placed(plan, slots, site_call, segment_ops.SEGMENTS) if plan.placed else run_site(plan, slots, site_call)
 
 
 def select_operands(plan: SitePlan, index: int, call: AdaptedCall) -> dict[str, Any]:
@@ -200,7 +199,7 @@ def compute_placed_branch(
     slot, (x, y, base) = plan.branches[index], rows
     owner = branch_owner(plan.branches[:index], slot)
     fill = BranchFill(strength, tuple(params))
-    return add_branch_in_places(slot, fill, x, y, base, ctx, owner, row_ops.SEGMENTS)
+    return add_branch_in_places(slot, fill, x, y, base, ctx, owner, segment_ops.SEGMENTS)
 
 
 def _split_operands(

@@ -31,8 +31,8 @@ from torch.utils import _pytree as pytree
 from lorac.argument_types import Fields
 from lorac.ir.calls.output_structure import OutputStructure
 from lorac.ir.graph import ops
-from lorac.ir.graph.new_sizes import make_example, make_size
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance, describe_type
+from lorac.ir.graph.symbolic_shapes import make_example, make_size
 from lorac.ir.traces.functions import Decompositions, record_function
 from lorac.ir.traces.gate import tracing
 

@@ -10,10 +10,10 @@ from lorac.ir.calls.call_values import not_numbers_error
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, is_past_input
 from lorac.ir.graph.graph import Graph, SlotInput
 from lorac.ir.sites.site import factor_dtype
+from lorac.ir.slots.places import as_place
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import record_extra_outputs
 from lorac.ir.slots.roles import slot_name, strength_role
-from lorac.ir.slots.rows import as_place
 
 
 def collect_slot_tensors(

@@ -13,6 +13,7 @@ import torch.fx
 from torch.export import ExportedProgram
 
 from lorac.ir.calls.interface import Interface
+from lorac.ir.graph.symbolic_shapes import rename_symbols
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import is_parameter
@@ -42,7 +43,7 @@ class SlotInput:
         role: a row of the table of roles, or a tensor of a branch (``lorac.ir.slots.roles``).
         node: name of the placeholder.
         members: the fused sites whose weights or biases lie in the slot end to end; empty for a single site.
-        placed: whether it has a first axis of places, for rows with adapters of their own (``lorac.ir.slots.rows``).
+        placed: whether it has a first axis of places, for rows with adapters of their own (``lorac.ir.slots.places``).
     """
 
     name: str
@@ -121,6 +122,20 @@ class Graph:
         known = self.interface
         outputs, extra = (*known.outputs, *nodes), (*known.extra_outputs, *nodes)
         self.interface = replace(known, outputs=outputs, extra_outputs=extra)
+
+    def describe_types(self) -> None:
+        """Describe dtypes and sizes of the inputs and outputs in the interface."""
+        inputs, outputs = self.interface.inputs, self.interface.outputs
+        nodes: dict[str, object] = {node.name: node for node in self.placeholders() if node.name in inputs}
+        (results,) = self.fx.output_node().args
+        assert isinstance(results, tuple | list)
+        nodes |= zip(outputs, list(results)[-len(outputs) :], strict=True) if outputs else ()
+        types = {}
+        for name, node in nodes.items():
+            if isinstance(node, torch.fx.Node) and isinstance(value := node.meta.get("val"), torch.Tensor):
+                sizes = ", ".join(rename_symbols(str(size), self.axes) for size in value.shape)
+                types[name] = f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+        self.interface = replace(self.interface, types=types)
 
     def add_notes(self, *notes: str) -> None:
         """Add sentences for whoever calls the program."""

@@ -1,13 +1,18 @@
-"""Sizes of traced values as text: torch's symbols, and the names that stand for them."""
+"""Symbolic sizes of traced values: new ones, examples that have them, and sizes as text."""
 
+from __future__ import annotations
+
+import itertools
+import operator
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from lorac.ir.graph.graph import Graph
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 SYMBOL = re.compile(r"\b[su]\d+\b")
 """torch's names for sizes that vary."""
@@ -18,27 +23,49 @@ def rename_symbols(text: str, names: Mapping[str, str]) -> str:
     return SYMBOL.sub(lambda match: names.get(match.group(), match.group()), text)
 
 
-def set_types(graph: Graph) -> None:
-    """Describe dtypes and sizes of a graph's inputs and outputs in its interface."""
-    inputs, outputs = graph.interface.inputs, graph.interface.outputs
-    placeholders = {node.name: node for node in graph.placeholders() if node.name in inputs}
-    (results,) = graph.fx.output_node().args
-    assert isinstance(results, tuple | list)
-    named = zip(outputs, list(results)[-len(outputs) :], strict=True) if outputs else ()
-    nodes = {**placeholders, **{name: node for name, node in named if isinstance(node, torch.fx.Node)}}
-    values = {name: node.meta.get("val") for name, node in nodes.items()}
-    types = {name: _describe_type(value, graph.axes) for name, value in values.items() if isinstance(value, Tensor)}
-    graph.interface = replace(graph.interface, types=types)
-
-
-def _describe_type(value: Tensor, names: Mapping[str, str]) -> str:
-    sizes = ", ".join(rename_symbols(str(size), names) for size in value.shape)
-    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
-
-
 def constant_size(size: int | torch.SymInt) -> int | None:
     """Return a size of a traced value that does not vary; None for one that varies.
 
     torch keeps the symbol of an axis that the trace fixed, and lets it stand for a number.
     """
     return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> torch.SymInt:
+    """Return the symbolic size of a name, by default a new one that may be any number from ``least`` on.
+
+    Args:
+        environment: torch's record of symbolic sizes.
+        name: where the size is said to come from; the record keeps it.
+        hint: its value in the example, by which torch decides what it asks of the size.
+    """
+    from torch._dynamo.source import LocalSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    source = LocalSource(name)
+    symbol = environment.source_to_var.get(source.name)
+    if symbol is None:
+        symbol = environment.create_symbol(
+            hint,
+            source,
+            dynamic_dim=DimDynamic.DYNAMIC,
+            constraint_dim=None,
+            positive=None,
+            do_not_specialize_zero_one=True,
+        )
+        environment.var_to_range[symbol] = ValueRanges(least, int_oo)
+    return environment.create_symintnode(symbol, hint=hint, source=source)  # type: ignore[return-value]  # made of a symbol, so no plain int
+
+
+def make_example(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> torch.Tensor:
+    """Return an example of a value on the CPU, contiguous and without values.
+
+    It is what ``torch.empty`` returns in the mode, but takes less time where sizes are symbolic: a view of strides that
+    are computed once, where torch multiplies the sizes anew for each of a tensor's properties. Strides across a size of
+    0 are 0, where torch takes such a size for 1; nothing lies there.
+    """
+    strides = [*itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)][: len(shape)]
+    strided = torch.empty(0, dtype=dtype, device="meta").as_strided(tuple(shape), strides[::-1])
+    return mode.fake_tensor_converter.from_meta_and_device(mode, strided, torch.device("cpu"))

@@ -23,8 +23,7 @@ from lorac.ir.slots.attention import BranchAttention, FullAttention
 from lorac.ir.slots.layouts import SiteLayout, layout_of
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import OWN, branch_owner, program_value_name
-from lorac.ir.slots.role import Stage
-from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.roles import ROLES, Stage
 
 
 class FormulaContext:

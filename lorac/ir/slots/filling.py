@@ -12,8 +12,7 @@ from lorac.ir.algebra.operands import FOLDABLE
 from lorac.ir.sites.site import Site, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchFill, BranchTerm, SitePlan, SiteSlots
-from lorac.ir.slots.role import SlotSpec
-from lorac.ir.slots.roles import ROLES, tensors_by_role
+from lorac.ir.slots.roles import ROLES, SlotSpec, tensors_by_role
 
 
 def fill_site(

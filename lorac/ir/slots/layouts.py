@@ -11,7 +11,7 @@ Layouts of the tensors a site takes at run time ("slot layouts"), K inputs, N ou
     matrix     –               –               as it is stored
     =========  ==============  ==============  =====================
 
-Where rows of a batch have slots of their own, A, B and vectors have a first axis of places (``lorac.ir.slots.rows``),
+Where rows of a batch have slots of their own, A, B and vectors have a first axis of places (``lorac.ir.slots.places``),
 and an input is cut into segments (places, rows, …).
 
 A site whose weight is read ``within`` its module's forward has a slot for W only, and its module does the computation.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorac.ir.algebra.changes import multiply_blocks
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.ir.slots.segment_convolution import CONVOLUTIONS, convolve_segments
+from lorac.ir.slots.places import CONVOLUTIONS, convolve_segments
 
 _MATRIX = 2
 

@@ -24,8 +24,7 @@ from lorac.ir.slots.execution import FormulaContext, SiteCall, apply_stage, comp
 from lorac.ir.slots.layouts import SiteLayout
 from lorac.ir.slots.plans import BranchFill, BranchSlot, SitePlan, SiteSlots
 from lorac.ir.slots.program_values import branch_owner
-from lorac.ir.slots.role import SlotSpec, Stage
-from lorac.ir.slots.roles import ROLES, acts_at, keeps_base_weight, tensors_by_role
+from lorac.ir.slots.roles import ROLES, SlotSpec, Stage, acts_at, keeps_base_weight, tensors_by_role
 
 
 class Dropout(enum.StrEnum):

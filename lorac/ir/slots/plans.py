@@ -16,8 +16,7 @@ from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import Change, iter_tensors
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.ir.slots.role import SlotRole, Stage
-from lorac.ir.slots.roles import ROLES, branch_roles
+from lorac.ir.slots.roles import ROLES, SlotRole, Stage, branch_roles
 
 
 class ValueAxis(enum.StrEnum):

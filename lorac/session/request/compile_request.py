@@ -7,7 +7,7 @@ import torch
 from lorac.argument_types import check_type
 from lorac.frontend.inputs.call_binding import convert_to_tensors
 from lorac.ir.slots.choice import ChoiceSpec
-from lorac.ir.slots.planning import Reserve
+from lorac.ir.slots.required_slots import Reserve
 from lorac.session.request.placement import parse_device
 from lorac.session.request.precision import parse_dtype
 from lorac.session.request.sources import NamedSource, read_sources

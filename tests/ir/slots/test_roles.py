@@ -17,9 +17,8 @@ from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.slot_noise import draw_noise
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
-from lorac.ir.slots.planning import Reserve
-from lorac.ir.slots.role import SlotRole, Stage
-from lorac.ir.slots.roles import ROLES
+from lorac.ir.slots.required_slots import Reserve
+from lorac.ir.slots.roles import ROLES, SlotRole, Stage
 from lorac.storage.plans import plan_from_json, plan_to_json
 from lorac.testing.eager_checks import assert_close
 from tests.refusing import refuses

@@ -8,8 +8,8 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 
 from lorac.backends.onnx.export.attention import attention, cached_attention
 from lorac.backends.onnx.export.opsets import Outputs, op
-from lorac.ir.graph import attention_ops, ops, row_ops
-from lorac.ir.slots.segment_convolution import CONVOLVE_SEGMENTS
+from lorac.ir.graph import attention_ops, ops, segment_ops
+from lorac.ir.slots.places import CONVOLVE_SEGMENTS
 
 aten = torch.ops.aten
 ADAPTIVE_MEANS = (
@@ -180,8 +180,8 @@ TRANSLATIONS: Mapping[Callable[..., object], Callable[..., Outputs]] = {
     ops.SPLIT: split_with_sizes,
     ops.LINEAR: linear,
     ops.MATMUL: matmul,
-    row_ops.CUT: cut_segments,
-    row_ops.JOIN: join_segments,
+    segment_ops.CUT: cut_segments,
+    segment_ops.JOIN: join_segments,
     CONVOLVE_SEGMENTS: convolve_segments,
     aten.slice.Tensor: slice_tensor,
     aten.sym_numel.default: sym_numel,

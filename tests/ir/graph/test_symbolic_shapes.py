@@ -5,7 +5,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lorac.ir.graph.new_sizes import make_example, make_size
+from lorac.ir.graph.symbolic_shapes import make_example, make_size
 
 
 def test_a_size_is_made_once_for_each_name_in_each_record():

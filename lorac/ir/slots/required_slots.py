@@ -17,8 +17,7 @@ from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site
 from lorac.ir.slots.filling import leaves_blocks, why_merged_weight
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, RankPolicy, Reason, SitePlan
-from lorac.ir.slots.role import Stage
-from lorac.ir.slots.roles import ROLES, keeps_base_weight, tensors_by_role
+from lorac.ir.slots.roles import ROLES, Stage, keeps_base_weight, tensors_by_role
 
 MODES = ("auto", "live", "fused", "baked")
 

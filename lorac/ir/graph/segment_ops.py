@@ -1,4 +1,4 @@
-"""The ops between a batch and its segments, in which rows have adapters of their own (``lorac.ir.slots.rows``).
+"""The ops between a batch and its segments, in which rows have adapters of their own (``lorac.ir.slots.places``).
 
 They are ops of their own because torch would ask of a reshape whether the number of places divides that of the rows,
 and fix the sizes of the example by its answer.
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-from lorac.ir.graph.new_sizes import make_size
+from lorac.ir.graph.symbolic_shapes import make_size
 from lorac.ir.slots.placed_execution import SegmentOps
-from lorac.ir.slots.rows import cut_segments, join_segments
+from lorac.ir.slots.places import cut_segments, join_segments
 
 
 @torch.library.custom_op("lorac::cut_segments", mutates_args=())
 def cut(x: Tensor, slot: Tensor, features: int) -> Tensor:
-    """Cut a batch into as many segments as a slot has places (``lorac.ir.slots.rows.cut_segments``)."""
+    """Cut a batch into as many segments as a slot has places (``lorac.ir.slots.places.cut_segments``)."""
     return cut_segments(x, slot.shape[0], features).clone()
 
 
@@ -31,7 +31,7 @@ def _(x: Tensor, slot: Tensor, features: int) -> Tensor:
 
 @torch.library.custom_op("lorac::join_segments", mutates_args=())
 def join(y: Tensor, like: Tensor, features: int) -> Tensor:
-    """Join segments to a batch (``lorac.ir.slots.rows.join_segments``)."""
+    """Join segments to a batch (``lorac.ir.slots.places.join_segments``)."""
     return join_segments(y, like, features).clone()
 
 
