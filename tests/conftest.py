@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiers, zoo
+from tests import zoo
 
-pytest_plugins = ["tests.journal"]
+pytest_plugins = ["tests.journal", "tests.tiers"]
 pytest.register_assert_rewrite("tests.parity", "tests.peft_files")
 
 
@@ -40,12 +40,6 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.set_threshold(BETWEEN_COLLECTIONS)
         gc.enable()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what waits for a longer run before the markers select."""
-    tiers.mark_tiers(session, items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,6 +14,8 @@ from tests.peft_files import WEIGHTS, make_peft
 from tests.zoo import ZOO, fingerprint, tokenizer
 
 
+@pytest.mark.medium("plain convolutions and a tiny BERT", keep=["plain_conv", "tiny_llama", "tiny_bert"])
+@pytest.mark.slow("ten smaller models", cases=["smollm2"])
 @pytest.mark.parametrize("name", ZOO)
 def test_model_takes_a_peft_adapter_and_is_left_alone(name: str, tmp_path: Path) -> None:
     entry = ZOO[name]
@@ -53,6 +55,7 @@ def test_fingerprint_sees_what_a_test_may_not_do() -> None:
     assert len(set(marks)) == len(marks)
 
 
+@pytest.mark.medium("test_model_takes_a_peft_adapter_and_is_left_alone, and generation of tiny models")
 def test_smollm2_answers() -> None:
     model, words = ZOO["smollm2"].model(), tokenizer("smollm2")
     assert not hasattr(model.config, "quantization_config")

@@ -45,6 +45,7 @@ def test_of_a_module_that_is_no_layer_its_parameters_count() -> None:
     assert compute_base_hash(ModelView.of(changed), ["model.norm"]) != base
 
 
+@pytest.mark.medium("the file's other hashes, which are of contents alone")
 def test_it_is_the_same_in_another_process() -> None:
     code = (
         "import torch; from lorac.adapters.base_hash import compute_base_hash;"

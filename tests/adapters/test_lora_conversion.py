@@ -95,6 +95,7 @@ def test_a_lora_is_itself_whatever_its_factors_cost(r):
         parity.assert_parity(lorac.compile(model, {"b": lora})(x), expected, model(x))
 
 
+@pytest.mark.medium("one method", keep=["method0"])
 @torch.no_grad()
 @pytest.mark.parametrize("method", [lorac.LoHa(r=2), lorac.Hydra(r=3, r_sequential=4), lorac.TeRA(r=2, order=1)])
 def test_factors_are_told_where_the_sum_costs_less(method):

@@ -36,6 +36,7 @@ def constant(method):
 METHODS = ("meteora", "remix", "flylora", "autolora")
 
 
+@pytest.mark.medium("two routers, one in each mode", keep=["live-meteora", "fused-flylora"])
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", ["live", "fused"])
@@ -48,6 +49,7 @@ def test_a_constant_choice_is_a_lora(method, mode):
     assert_parity(lorac.compile(model, {"a": frozen}, mode=mode)(X), reference, model(X))
 
 
+@pytest.mark.medium("one router", keep=["flylora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_one_that_is_not_frozen_is_no_lora(method):
     with refuses("not_mergeable", match="not edit the weight"):

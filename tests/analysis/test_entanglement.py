@@ -228,6 +228,7 @@ def test_a_fresh_adapter_changes_nothing():
     assert adapter_entanglement(adapter) == {"0": None}
 
 
+@pytest.mark.medium("the numbers that it draws")
 def test_a_picture(tmp_path):
     profiles = adapter_entanglement(trained(lorac.LoRA(r=3, targets=["0"]), oblong()))
     draw_entanglement({**profiles, "untouched": None}, tmp_path / "picture.svg")

@@ -38,6 +38,7 @@ def _within(path):
 # --- rooms -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("`make check` runs the same tool")
 def test_dependencies_point_inward():
     tool = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([tool, "--no-cache"], capture_output=True, text=True, cwd=ROOT, check=False)

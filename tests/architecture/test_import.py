@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 RUNS = 3
 LIMIT = 0.3
@@ -29,6 +31,7 @@ def _run():
     return float(seconds), loaded
 
 
+@pytest.mark.medium("cli/test_cli.py imports the package and nothing heavy; ruff refuses it (TID253)")
 def test_it_is_fast_and_loads_nothing_heavy():
     for _ in range(RUNS):  # other work on the machine only ever adds to a run: one that is quick decides
         seconds, loaded = _run()

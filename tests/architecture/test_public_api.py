@@ -73,6 +73,7 @@ def test_a_class_of_the_users_own_does_not_take_the_place_of_one_of_lorac(named)
     assert lorac.XLoRA.__module__ == "lorac.variants.x_lora"
 
 
+@pytest.mark.medium("the names of the package, listed in this process")
 def test_listing_stays_callable_once_the_package_is_imported():
     """`lorac.variants` is a function to call and a package on disk; importing the second must not hide the first."""
     script = "import lorac, lorac.variants; lorac.LoRA; print(len(lorac.variants()), len(lorac.variants()))"

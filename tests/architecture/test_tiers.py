@@ -1,31 +1,72 @@
-"""The lists of medium and slow tests name what is there, and say what finds the fault before."""
+"""Markers of tiers: their patterns select cases, their reasons are short and name tests that exist and run sooner."""
 
+import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
 from tests.sources import ROOT
-from tests.tiers import TIERS, read_moved
+from tests.tiers import TIERS
+
+WORDS = 12
+"""The most words of a reason."""
+FILES = {file: ast.parse(file.read_text()) for file in sorted((ROOT / "tests").rglob("test_*.py"))}
+SUITE = """
+import pytest
+
+@pytest.mark.slow("a, b and c", keep=["[a]*", "b"])
+@pytest.mark.medium("a", cases=["[a]-*"])
+@pytest.mark.parametrize("case", ["[a]", "[a]-1", "b", "b1", "?"])
+def test_cases(case):
+    pass
+"""
 
 
-def _functions(file):
-    source = ROOT / "tests" / file
-    return re.findall(r"^def (\w+)", source.read_text(), re.MULTILINE) if source.exists() else []
+def _reasons(tier):
+    """List the reasons that the tier's markers give."""
+    calls = [node for tree in FILES.values() for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call.args[0].value for call in calls if ast.unparse(call.func) == f"pytest.mark.{tier}" and call.args]
+
+
+def _is_in(decorators, tier):
+    """Return whether all cases of a test with these decorators are in the tier."""
+    return any(
+        ast.unparse(mark).startswith(f"pytest.mark.{tier}") and not getattr(mark, "keywords", ()) for mark in decorators
+    )
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_rows_name_tests_that_are_there(tier):
-    named = {(file, row.test.partition("[")[0].rstrip("*")) for file, rows in read_moved(tier).items() for row in rows}
-    found = {file: _functions(file) for file, _ in named}
-    assert sorted((file, test) for file, test in named if not any(name.startswith(test) for name in found[file])) == []
+def test_reasons_are_short(tier):
+    assert [reason for reason in _reasons(tier) if len(reason.split()) > WORDS] == []
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_what_finds_the_fault_before_is_there_and_does_not_wait_itself(tier):
-    """A test that a row names, or a file."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    tests = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
-    rows = [row for rows in read_moved(tier).values() for row in rows]
-    said = {name for row in rows for name in re.findall(r"test_\w+(?:\.py)?", row.instead)}
-    assert sorted(said - tests - {file.name for file in files} - {file.stem for file in files}) == []
-    assert sorted(said & {row.test.rstrip("*") for row in rows if not row.keep}) == []
+def test_reasons_name_tests_that_exist_and_run_sooner(tier):
+    tests = [node for tree in FILES.values() for node in tree.body if isinstance(node, ast.FunctionDef)]
+    named = {name for reason in _reasons(tier) for name in re.findall(r"test_\w+(?:\.py)?", reason)}
+    assert sorted(named - {test.name for test in tests} - {file.name for file in FILES}) == []
+    assert sorted(named & {test.name for test in tests if _is_in(test.decorator_list, tier)}) == []
+
+
+def _select(folder, source, expression):
+    (folder / "test_suite.py").write_text(source)
+    (folder / "conftest.py").write_text('pytest_plugins = ["tests.tiers"]')
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n  medium\n  slow\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", expression, "."]
+    done = subprocess.run(
+        command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize(("expression", "cases"), [("slow", ["b1", "?"]), ("medium and not slow", ["[a]-1"])])
+def test_a_marker_takes_the_cases_of_its_patterns(tmp_path, expression, cases):
+    found = re.findall(r"::test_cases\[(.*)\]", _select(tmp_path, SUITE, expression))
+    assert found == cases
+
+
+def test_rejects_a_pattern_that_matches_no_case(tmp_path):
+    source = SUITE.replace('"b"]', '"b", "c"]')
+    assert "test_cases: no case matches ['c'] of its marker 'slow'" in _select(tmp_path, source, "slow")

@@ -25,6 +25,7 @@ def _name_and_size() -> tuple[str, int]:
     return name, lorac.sites(ENTRY.model())["embed"].in_features
 
 
+@pytest.mark.medium("an embedding with an adapter", cases=["embedding as it is-*"])
 @pytest.mark.parametrize("numpy", [False, True])
 def test_ids_that_there_are_not(compiled: lorac.Compiled, numpy: bool, tmp_path: Path) -> None:
     name, size = _name_and_size()

@@ -81,6 +81,7 @@ def test_it_compiles_runs_and_swaps(model: nn.Module, adapters: dict[str, lorac.
     assert torch.equal(plain(X), base)
 
 
+@pytest.mark.medium("live", cases=["fused"])
 @pytest.mark.usefixtures("offered")
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()

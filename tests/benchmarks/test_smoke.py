@@ -183,6 +183,8 @@ SLOW = (
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 
+@pytest.mark.medium("test_it_says_what_it_takes imports every benchmark")
+@pytest.mark.slow("the benchmark of threads on the same path", keep=["threads"])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ROWS]
 )
@@ -210,6 +212,7 @@ def test_it_says_what_it_takes(name, capsys):
     assert "arget" in shown, "the docstring, with what is to be reached"
 
 
+@pytest.mark.slow("test_a_process_that_fails_says_why starts one")
 def test_processes_of_their_own(tmp_path, monkeypatch, capsys):
     """The full run's way: each job is measured by a fresh process, and its median over processes is what counts."""
     monkeypatch.chdir(ROOT)

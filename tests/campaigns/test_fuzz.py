@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it forks, and r
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.medium("test_a_fault_is_found and test_a_case_can_be_repeated run cases of the campaign in this process")
 def test_in_short() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "campaigns.fuzz", "--mutations", "24", "--seed", "7", "--quick"],
@@ -50,6 +51,7 @@ def _built_in() -> set[str]:
     return {name for name, method in lorac.variants().items() if method.__module__.startswith("lorac.variants.")}
 
 
+@pytest.mark.medium("test_every_format_and_method_has_a_sample")
 def test_everything_has_a_sound_file(tmp_path: Path) -> None:
     """All samples are written and read again, and every type of PEFT is among them."""
     built_in = _built_in()
@@ -111,6 +113,7 @@ def test_a_fault_is_found(
     assert outcome in result.outcome
 
 
+@pytest.mark.medium("test_a_fault_is_found")
 def test_a_process_that_ends_or_hangs_is_found(campaign: fuzz.Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases after it are run all the same."""
 

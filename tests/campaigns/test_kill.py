@@ -27,6 +27,7 @@ def _try_failing_writer(folder: Path) -> None:
     (folder / "wrong.txt").write_text("\n".join(tally.wrong))
 
 
+@pytest.mark.medium("storage/test_killed.py kills the same writers")
 def test_a_writer_that_fails_is_reported_and_ends_the_steps(tmp_path: Path) -> None:
     process = start(_try_failing_writer, tmp_path)
     process.join(60)

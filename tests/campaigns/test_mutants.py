@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections import Counter
 
+import pytest
+
 from campaigns.mutants import KINDS, PACKAGES, ROOT, choose, mirrored, mutants_of
 
 SOURCE = """\
@@ -32,6 +34,7 @@ def test_a_mutant_changes_its_place_and_nothing_else() -> None:
     assert fault.apply("ü = '→'; y = a is b  # why\nz = 3\n") == "ü = '→'; y = (a is not b)  # why\nz = 3\n"
 
 
+@pytest.mark.medium("the kinds of mutants, one by one")
 def test_packages_and_kinds_are_drawn_evenly_and_every_mutant_is_another_program() -> None:
     chosen = choose(50, seed=3)
     assert Counter(mutant.path.split("/")[1] for mutant in chosen) == dict.fromkeys(PACKAGES, 10)

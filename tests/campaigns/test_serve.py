@@ -11,6 +11,8 @@ from campaigns import serve, serve_http, tally
 from lorac.runtime.generation.row_sampler import BatchSampler
 from lorac.runtime.scheduling.running_row import RunningRow
 
+pytestmark = pytest.mark.medium("test_soak.py, whose tally is the same")
+
 KINDS = {"read", "left", "killed", "with a deadline", "lost its loop", "loaded again", "rows left", "bytes left"}
 
 

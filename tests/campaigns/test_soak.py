@@ -30,6 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.medium("test_what_goes_wrong_is_seen runs a round; runtime/test_swap.py swaps a hundred times")
 @pytest.mark.usefixtures("small")
 def test_nothing_goes_wrong(tmp_path: Path) -> None:
     run = soak.Soak(0, soak.make_models(["lora", "shira"], tmp_path))

@@ -15,7 +15,7 @@ KINDS = {
     "failing swap", "held", "interrupted", "let go of all", "read ahead", "swap", "within the budget",
 }  # fmt: skip
 __all__ = ["small"]
-pytestmark = BETWEEN_OPEN_AND_WITH
+pytestmark = [BETWEEN_OPEN_AND_WITH, pytest.mark.medium("runtime/test_bank.py: such operations in one thread")]
 
 
 @pytest.fixture

@@ -21,6 +21,10 @@ HERE = (("eager", "live"), ("onnxruntime", "live"))
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium("end_to_end/test_peft_eager.py and test_zoo.py")
+@pytest.mark.slow(
+    "a model of experts and one of PEFT's own cases", keep=["peft/lora-02-linears", "transformers/granitemoe"]
+)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SHOWN)
 def test_it_answers_as_peft_does(name: str) -> None:
@@ -94,6 +98,7 @@ class Steps(nn.Module):
         return torch.stack(states, 1)
 
 
+@pytest.mark.medium("test_fidelity.py: a size that the trace fixed")
 @pytest.mark.filterwarnings("ignore::lorac.LoracWarning")
 def test_a_model_that_loops_over_time_is_right_at_its_length() -> None:
     shapes = {"x": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}

@@ -48,6 +48,7 @@ def cli(folder, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.medium("adapters/test_lora_conversion.py")
 def test_convert_to_a_rank(cli, folder):
     code, out, _ = cli("convert", "dora", "near", "--model", MODEL, "--rank", 3, "--json")
     assert code == 0
@@ -128,6 +129,7 @@ def test_inspect_lists_everything_that_does_not_fit(cli, tmp_path):
     assert "has tensors for '1', which is not a module of the model" in out
 
 
+@pytest.mark.medium("analysis/test_entanglement.py")
 def test_analyse_entanglement(cli, folder, tmp_path):
     code, out, _ = cli("analyse", "entanglement", "sql", "--plot", tmp_path / "picture.png")
     assert code == 0

@@ -143,6 +143,7 @@ def test_swap_and_save(cli, files):
     assert lorac.load(files.folder / "compiled").active == {}
 
 
+@pytest.mark.medium("benchmarks/ and cli/test_reports.py, which prints its report as JSON")
 @pytest.mark.parametrize("model", [["compiled"], ["model", "-a", "sql", "-a", "style"]], ids=["artifact", "model"])
 def test_bench(cli, model):
     code, out, _ = cli("bench", *model, "-i", "inputs.npz", "--rounds", "2")
@@ -150,6 +151,9 @@ def test_bench(cli, model):
     assert all(name in out for name in ("none", "sql", "style", "ratio"))
 
 
+@pytest.mark.medium(
+    "backends/onnxruntime/test_quantised_algorithms.py; test_compile_for_onnxruntime compiles by the command"
+)
 def test_codes_are_chosen_by_a_text(cli, files):
     (files.folder / "some.txt").write_text("w3 w4 w9 w7 " * 30)
     words = ["compile", "model", "-o", "small", "--weights", "int4", "--head", "int4", "--algorithm", "gptq"]
@@ -300,6 +304,7 @@ def test_an_interrupt_exits_with_130(cli, monkeypatch):
     assert "Traceback" not in err
 
 
+@pytest.mark.slow("test_an_interrupt_exits_with_130, in-process")
 def test_a_closed_pipe_causes_no_traceback():
     """As ``lorac variants --markdown | head -0``: the output meets a closed pipe when Python ends."""
     read, write = os.pipe()
@@ -310,6 +315,7 @@ def test_a_closed_pipe_causes_no_traceback():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.medium("the command without arguments", keep=["arguments0"])
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["compile", "--help"], ["run", "--help"]])
 def test_help_imports_no_library_of_arrays(arguments):
     script = (

@@ -30,6 +30,7 @@ def run(*arguments):
     return done.exit_code, done.output
 
 
+@pytest.mark.medium("one way to give adapters", keep=["given0*"])
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("given", "paths", "weights"),
@@ -102,6 +103,7 @@ def test_a_recipe_says_it_in_mergekits_words(folder):
         assert all(torch.equal(found.tensors[path][name], tensor) for name, tensor in at.items())
 
 
+@pytest.mark.medium("two other ways", cases=["given1"])
 @pytest.mark.parametrize("given", [[], ["-a", "a", "--recipe", "r.yaml"], ["--recipe", "r.yaml", "-s", "rank=2"]])
 def test_adapters_come_from_one_place(given, folder):
     with pytest.raises(lorac.OptionError, match="adapters come from -a, or from --recipe"):

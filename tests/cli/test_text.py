@@ -79,6 +79,7 @@ def chat(files, *parts):
 BOTH = ("-a", "sql", "-a", "style", "--max-new-tokens", str(NEW))
 
 
+@pytest.mark.medium("one adapter", keep=["sql"])
 @pytest.mark.parametrize("adapter", ["sql", "style", None])
 def test_a_prompt_is_continued(cli, files, adapter):
     code, out, err = cli("run", "model", *BOTH, "--adapters", adapter or "none", "--prompt", "hello")
@@ -160,6 +161,7 @@ def test_a_failing_chat_template_is_reported_and_does_not_end_a_chat(cli, files,
     assert len(out) > 1
 
 
+@pytest.mark.medium("runtime/generation/test_cached_generation.py bounds texts")
 def test_a_text_ends_where_positions_do(cli, files, tmp_path):
     """Also where it may get longer; what was read does not fit in is refused."""
     model = ENTRY.fresh()
@@ -226,6 +228,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
     assert (shown.text, shown.tokens) == ("aé€\ufffd", 7)
 
 
+@pytest.mark.medium("test_a_compiled_folder_writes_and_is_timed_without_its_model")
 def test_bench_times_generation(cli):
     words = ("--rounds", "1", "--prompt-tokens", "5", "--new-tokens", "2")
     code, out, err = cli("bench", "model", "-a", "sql", *words, "--json")

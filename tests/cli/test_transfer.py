@@ -41,6 +41,7 @@ def run(*more: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.medium("the other", cases=["soft1"])
 @pytest.mark.parametrize("soft", [[], ["--soft"]])
 def test_it_writes_an_adapter_of_the_target(soft: list[str], folder: Path) -> None:
     code, printed = run("-s", "r=3", "-s", f"targets={json.dumps(ALL)}", *soft)
@@ -51,6 +52,7 @@ def test_it_writes_an_adapter_of_the_target(soft: list[str], folder: Path) -> No
     assert any(bool(own["lora_B"].any()) for own in found.tensors.values())
 
 
+@pytest.mark.medium("test_it_writes_an_adapter_of_the_target")
 def test_a_method_of_its_own(folder: Path) -> None:
     code, _ = run("--method", "dora", "-s", 'targets=["q_proj"]')
     assert code == 0 and lorac.load_adapter(folder / "out", llama(24, 5)).variant.name == "dora"

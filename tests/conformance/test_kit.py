@@ -78,6 +78,7 @@ def test_a_sound_variant_passes():
     assert failing(Sound(r=3, scale=0.7), oracle=None) == set()
 
 
+@pytest.mark.medium("a fault of the formula and one of training", keep=["formula-*", "frozen-*"])
 @pytest.mark.parametrize(
     ("fault", "checks"),
     [
@@ -92,6 +93,7 @@ def test_a_fault_is_found(fault, checks):
     assert failing(Sound(r=3, scale=0.7, fault=fault)) == checks
 
 
+@pytest.mark.medium("a scale of another sign", keep=["-1.0"])
 @pytest.mark.parametrize("factor", [1.001, -1.0])
 def test_a_wrong_scale_is_found(factor):
     wrong = Oracle(weight=lambda W, p, v: W + factor * v.scale * p.B @ p.A)

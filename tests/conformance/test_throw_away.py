@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow("test_own_methods.py serves methods of a file of their own")
+
 ROOT = Path(__file__).parents[2]
 
 VARIANT = '''

@@ -105,6 +105,7 @@ def plainly(unet: Any) -> Tensor:
     return sample_plainly(unet, inputs(2)["sample"], [states(1), states(2)], STEPS)
 
 
+@pytest.mark.medium("first steps of the same composition")
 def test_without_loras_it_samples_as_the_model(unet: Any, composer: ContrastiveComposer) -> None:
     wanted = plainly(unet)
     assert torch.equal(make(composer, [ConceptPass(states(1), states(2))]), wanted)
@@ -153,6 +154,7 @@ def test_a_small_update_lowers_the_loss(composer: ContrastiveComposer, passes: l
     assert (after < before).all()
 
 
+@pytest.mark.medium("test_a_small_update_lowers_the_loss")
 def test_first_steps_update(composer: ContrastiveComposer, passes: list[ConceptPass]) -> None:
     seen: list[int] = []
     options: dict[str, Any] = {"groups": GROUPS, "updates": 2, "refinements": 3}

@@ -56,6 +56,7 @@ def compiled(kind: str, folder: Path, target: str) -> Any:
     return made
 
 
+@pytest.mark.medium("test_prompts_sizes_and_their_own_adapters, where one prompt has no adapter")
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_is_the_base_bit_for_bit(kind: str, folder: Path) -> None:
     made, base = compiled(kind, folder, "eager"), paint(original(kind, folder))
@@ -81,6 +82,7 @@ def test_programs_paint_what_eager_parts_paint_over_ten_steps(kind: str, folder:
     assert np.array_equal(paint(made, steps=10), off)
 
 
+@pytest.mark.medium("FLUX", keep=["flux-eager"])
 @pytest.mark.parametrize("target", ["eager", *EMITTED])
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_sizes_and_their_own_adapters(kind: str, target: str, folder: Path) -> None:
@@ -94,6 +96,7 @@ def test_prompts_sizes_and_their_own_adapters(kind: str, target: str, folder: Pa
     assert made.compiled.active == {}
 
 
+@pytest.mark.medium("test_prompts_sizes_and_their_own_adapters, which has strengths")
 def test_a_scale_in_the_call_multiplies_all_strengths(folder: Path) -> None:
     made = compiled("stable_diffusion", folder, "eager")
     made.compiled.swap("one")

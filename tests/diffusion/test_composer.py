@@ -129,6 +129,7 @@ def test_an_xl_unet_takes_what_else_a_prompt_has(regions: list[Region]) -> None:
         composer(noise, prompts[0], states(2), [], steps=1)
 
 
+@pytest.mark.medium("test_clora.py: a small update lowers the loss")
 def test_updates_lower_the_loss_and_fill_the_boxes(composer: Composer, regions: list[Region]) -> None:
     losses: list[float] = []
     composer.place(regions)

@@ -43,6 +43,7 @@ def test_the_global_expert_is_the_nearest_of_its_rank():
             assert_close((found[path].a @ found[path].b).mT, u[:, :rank] * s[:rank] @ v[:rank])
 
 
+@pytest.mark.medium("gates that learn")
 @torch.no_grad()
 def test_other_loras_are_written_under_the_same_gates():
     model = host()

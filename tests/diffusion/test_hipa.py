@@ -151,6 +151,7 @@ def adapter():
     return made
 
 
+@pytest.mark.medium("training of the same factors")
 @torch.no_grad()
 def test_the_adapter_is_one_of_the_pipelines_unet_too():
     compiled = lorac.compile(step(), {"hipa": adapter()})

@@ -125,6 +125,7 @@ def retriever(tmp_path_factory):
     return made
 
 
+@pytest.mark.medium("test_a_folder_is_searched_by_a_stored_retriever")
 def test_adapters_that_were_never_seen_are_found(retriever):
     unseen = [adapter(n, seed) for n in range(len(WORDS)) for seed in (7, 8)]
     scores = retriever.embed_prompts([f"a {words}" for words in WORDS]) @ retriever.embed_adapters(unseen).mT

@@ -74,6 +74,7 @@ def test_a_file_is_loaded_activated_and_unloaded(original: Any, pipeline: Any, f
     assert np.array_equal(paint(pipeline), base)
 
 
+@pytest.mark.medium("test_a_file_is_loaded_activated_and_unloaded")
 def test_it_paints_what_diffusers_paints_with_the_file(
     original: Any, pipeline: Any, file: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_it_runs(page, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+@pytest.mark.medium("report/test_explain.py, whose goldens are of the same texts; test_python_parses reads the page")
 def test_the_readme_shows_what_its_code_prints(tmp_path, monkeypatch, capsys):
     """In this process; in one of its own it is run with the other pages."""
     first = list(blocks(ROOT / "README.md"))

@@ -104,6 +104,7 @@ def by_layers():
 CONFIG = LoraConfig(r=3, lora_alpha=5, target_modules=["attn"], lora_dropout=0.1)
 
 
+@pytest.mark.medium("attention to itself and to another sequence, and a mask", keep=["self", "cross", "masked"])
 @pytest.mark.parametrize("call", HOSTS)
 @torch.no_grad()
 def test_what_peft_computes(call, tmp_path, by_layers):
@@ -116,6 +117,7 @@ def test_what_peft_computes(call, tmp_path, by_layers):
     parity.assert_parity(copy.deepcopy(oracle).merge_and_unload()(*inputs), expected, base)
 
 
+@pytest.mark.medium("every bias", keep=["all"])
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 @torch.no_grad()
 def test_there_and_back(bias, tmp_path, by_layers):
@@ -139,6 +141,7 @@ def test_there_and_back(bias, tmp_path, by_layers):
     )
 
 
+@pytest.mark.medium("attention to itself", keep=["self-live"])
 @pytest.mark.parametrize(
     ("call", "mode"),
     [
@@ -185,6 +188,7 @@ VARIANTS = (
 )
 
 
+@pytest.mark.medium("two methods", keep=["doranone", "shiranone"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}{v.bias}")
 @torch.no_grad()
 def test_every_method_of_weights_runs(variant):
@@ -313,6 +317,7 @@ def test_a_file_of_a_later_peft(tmp_path):
         load_adapter(tmp_path, model)
 
 
+@pytest.mark.medium("the file's own attention layers")
 @torch.no_grad()
 def test_torchvisions_vit_and_torchs_own_layers(tmp_path, by_layers):
     with torch.random.fork_rng(devices=[]):
@@ -336,6 +341,7 @@ def test_torchvisions_vit_and_torchs_own_layers(tmp_path, by_layers):
     parity.assert_parity(emitted(image), answer, vit(image), own_base=own)
 
 
+@pytest.mark.medium("eager, and runtime/test_traits.py on ONNX Runtime", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
 def test_in_each_of_several_components(target):

@@ -132,6 +132,7 @@ def products(compiled: Any) -> list[onnx.NodeProto]:
     return [node for node in found.graph.node if node.op_type == "MatMulNBits"]
 
 
+@pytest.mark.medium("a layout of each library", keep=["torchao, 4 bits", "bitsandbytes, 8 bits"])
 @pytest.mark.parametrize("how", MADE)
 @torch.no_grad()
 def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder) -> None:
@@ -188,6 +189,7 @@ def test_what_products_round_is_said() -> None:
         lorac.compile(own, **options)
 
 
+@pytest.mark.medium("the other", cases=["True"])
 @pytest.mark.parametrize("scaled", [False, True])
 @torch.no_grad()
 def test_other_numbers_of_8_bits_are_dequantised(scaled: bool) -> None:
@@ -297,6 +299,7 @@ def in_table(compressed: bool = True) -> nn.Module:
     return made.eval().requires_grad_(False)
 
 
+@pytest.mark.medium("codes that are taken as they are")
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("compressed", [True, False])
 @torch.no_grad()
@@ -318,6 +321,7 @@ def test_codes_of_a_table_are_the_products_own(
     assert_close(lorac.load(tmp_path)(again), own(again))
 
 
+@pytest.mark.medium("codes taken as they are, and variants/test_qst.py over float weights")
 @pytest.mark.usefixtures("library")
 def test_a_side_network_of_a_model_in_4_bits_starts_as_it_and_runs_over_its_codes() -> None:
     own = nn.ModuleDict({"blocks": nn.Sequential(in_table(), in_table()), "norm": nn.LayerNorm(128)})

@@ -20,6 +20,7 @@ FIRST = Case("first", "tiny_llama", MissConfig(r=4, target_modules=["q_proj", "d
 SECOND = Case("second", "tiny_llama", MissConfig(r=8, target_modules=["down_proj", "v_proj"], init_weights="bat"))
 
 
+@pytest.mark.medium("there", cases=["back"])
 @torch.no_grad()
 @pytest.mark.parametrize("order", [(FIRST, SECOND), (SECOND, FIRST)], ids=["there", "back"])
 def test_two_bats(order: tuple[Case, Case], tmp_path: Path) -> None:
@@ -45,6 +46,7 @@ def test_two_bats(order: tuple[Case, Case], tmp_path: Path) -> None:
     assert_equal(lorac.load_adapter(tmp_path / "both.safetensors", model), chained)
 
 
+@pytest.mark.medium("eager, and the kit's dense changes on ONNX Runtime")
 @torch.no_grad()
 def test_two_bats_in_onnxruntime(tmp_path: Path) -> None:
     for case in (FIRST, SECOND):

@@ -93,6 +93,9 @@ def peft_of(model, folder, x):
     return make_peft(model, folder, config, inputs={"x": x})
 
 
+@pytest.mark.medium(
+    "each kind of computed weight in one mode", keep=["parametrized-live", "hooked-fused", "pruned-baked"]
+)
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 @pytest.mark.parametrize("how", HOW)
 @torch.no_grad()
@@ -143,6 +146,7 @@ def test_trains_as_peft_does(how, tmp_path):
             assert_close(tensor.grad, wanted.reshape(tensor.shape))
 
 
+@pytest.mark.medium("session/test_artifact.py, and the answers of computed weights")
 def test_an_adapter_is_stored_and_an_artifact_kept(tmp_path):
     model, x = made("parametrized")
     adapter = lorac.testing.adapter_away(lorac.DoRA(r=2, targets=("head",)), model, x, name="a", seed=1)

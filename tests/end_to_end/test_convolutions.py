@@ -53,6 +53,7 @@ def merged(model, adapter):
     return changed
 
 
+@pytest.mark.medium("two paddings; uneven paddings", keep=["uneven"])
 @pytest.mark.filterwarnings(EVEN)
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 @torch.no_grad()
@@ -67,6 +68,7 @@ def test_next_to_the_kernel_is_as_within_it(padding):
             assert torch.equal(compiled(x, adapters=None), base)
 
 
+@pytest.mark.medium("two dimensions", keep=["2-reflect"])
 @pytest.mark.filterwarnings(EVEN)
 @pytest.mark.parametrize(
     ("axes", "mode"), [(1, "circular"), (2, "reflect"), (2, "circular"), (3, "replicate")], ids=str
@@ -94,6 +96,9 @@ CONFIGS = {
 }
 
 
+@pytest.mark.medium(
+    "a method within the kernel, one next to it, one with bias", keep=["valid-dora", "same-lora_bias", "same-hira"]
+)
 @pytest.mark.filterwarnings(EVEN)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("padding", ["valid", "same"])

@@ -91,6 +91,7 @@ def mixture(transposed=False):
         return model, torch.randn(2, 7, WIDTH)
 
 
+@pytest.mark.medium("what PEFT computes of them")
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
 def test_experts_have_an_op_everywhere_and_the_host_keeps_its_own(mode):
@@ -109,6 +110,7 @@ TARGETS = {"target_modules": ["head"], "target_parameters": ["experts.gate_up_pr
 CONFIG = LoraConfig(r=3, lora_alpha=5, rank_pattern={"down_proj": 2}, use_rslora=True, **TARGETS)
 
 
+@pytest.mark.medium("the other layout", cases=["False"])
 @pytest.mark.parametrize("transposed", [False, True])
 @torch.no_grad()
 def test_what_peft_computes(transposed, tmp_path):
@@ -177,6 +179,7 @@ def test_there_and_back(tmp_path):
     parity.assert_parity(lorac.compile(model, {"a": tmp_path / "native"})(x), oracle(x=x), model(x))
 
 
+@pytest.mark.medium("what PEFT computes of them, and training of plain layers")
 def test_experts_train_and_mix(tmp_path):
     model, x = mixture()
     fresh = lorac.LoRA(r=2, targets=(), parameters=("gate_up_proj", "down_proj", "gate.weight"))

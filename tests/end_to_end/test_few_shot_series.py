@@ -120,6 +120,7 @@ def test_training_moves_encoder_head_and_lora_and_nothing_else(host: LLMFew):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow("the answers in eager, and test_conforms of its method on ONNX Runtime")
 @pytest.mark.parametrize("mode", ["live", pytest.param("fused", marks=SLOW), pytest.param("baked", marks=SLOW)])
 def test_deployed_it_answers_as_in_eager_and_holds_no_table_of_tokens(host: LLMFew, mode: str, tmp_path):
     eager = fitted(host)

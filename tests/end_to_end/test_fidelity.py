@@ -86,6 +86,7 @@ def test_a_size_that_the_trace_fixed_is_a_constant_and_another_one_refused(tmp_p
     _refuses_another_batch(lorac.load(tmp_path / "artifact"), host)
 
 
+@pytest.mark.medium("the program that was not stored")
 def test_a_stored_eager_program_refuses_it_too_and_so_does_what_is_built_from_it(tmp_path: Path):
     host, compiled = _compiled(_rows, _x(2), target="eager")
     assert_close(compiled(_x(3)), host(_x(3)))  # the host itself takes any size
@@ -95,6 +96,7 @@ def test_a_stored_eager_program_refuses_it_too_and_so_does_what_is_built_from_it
         _refuses_another_batch(lorac.load(tmp_path / "artifact", target=target), host)
 
 
+@pytest.mark.medium("one way to fix", keep=["shapes0"])
 @pytest.mark.parametrize("shapes", [{"x": None}, {"x": {0: Dim.STATIC}}, {"x": {0: 2}}, ({},)])
 def test_what_was_to_be_fixed_is_no_warning(shapes: Any):
     _, compiled = _compiled(_rows, _x(2), dynamic_shapes=shapes)
@@ -103,6 +105,7 @@ def test_what_was_to_be_fixed_is_no_warning(shapes: Any):
     assert "trace" not in str(compiled.explain())
 
 
+@pytest.mark.medium("given shapes", keep=["shapes1"])
 @pytest.mark.parametrize("shapes", [None, {"x": {0: Dim.AUTO}}, ({0: Dim("rows")},), [[Dim.AUTO, None]]])
 def test_an_example_of_size_1_does_not_fix_what_may_vary(shapes: Any):
     host, compiled = _compiled(lambda host, x, other: host.linear(x), _x(1), dynamic_shapes=shapes)
@@ -126,6 +129,7 @@ def _threes(host: Host, x: Tensor, other: Any) -> Tensor:
     return host.linear(x) if x.shape[0] % 3 else host.linear(x) * 2
 
 
+@pytest.mark.medium("a size below the example's", keep=["_small*"])
 @pytest.mark.parametrize(
     ("forward", "right", "refused"),
     [(_small, (1, 2, 5), (0, 6, 9)), (_alone, (2, 7), (1,)), (_pairs, (2, 4, 8), (1, 5)), (_threes, (1, 2, 7), (3, 6))],
@@ -205,6 +209,7 @@ def _python(host: Host, x: Tensor, other: Any) -> Tensor:
     return host.linear(x) * random.random()
 
 
+@pytest.mark.medium("dropout", cases=["_python-*"])
 @pytest.mark.parametrize(
     ("forward", "text"),
     [
@@ -237,6 +242,7 @@ def _remembers(host: Host, x: Tensor, other: Any) -> Tensor:
     return host.linear(x) * host.calls
 
 
+@pytest.mark.medium("the other host", cases=["_counts*"])
 @pytest.mark.parametrize(("forward", "what"), [(_counts, "'seen'"), (_remembers, "its attributes")])
 def test_a_host_that_remembers_calls_is_named_and_left_as_it_was(forward: Forward, what: str):
     with _one_warning(f"the model.s answers depend on what earlier calls left in {what}"):
@@ -247,6 +253,7 @@ def test_a_host_that_remembers_calls_is_named_and_left_as_it_was(forward: Forwar
     assert "what earlier calls left in" in str(compiled.explain())
 
 
+@pytest.mark.medium("test_a_host_that_remembers_calls_is_named_and_left_as_it_was")
 def test_a_buffer_that_is_written_and_does_not_count_is_no_matter():
     def forward(host: Host, x: Tensor, other: Any) -> Tensor:
         host.seen.fill_(3.0)
@@ -330,6 +337,7 @@ def _tried(name: str, config: dict[str, Any]) -> list[tuple[int, int]]:
     return [shape for shape in SIZES if _answers_or_refuses(model, compiled, shape)]
 
 
+@pytest.mark.slow("batches of two")
 def test_a_model_that_loops_over_its_images_takes_any_number_of_them():
     assert {batch for batch, _ in _tried("PixtralVisionModel", IMAGE)} == {1, 2, 3}
 
@@ -350,6 +358,7 @@ def test_recurrent_models_answer_at_a_size_or_refuse_it(name: str, config: dict[
     assert (2, 7) in _tried(name, config)
 
 
+@pytest.mark.medium("test_a_program_that_is_not_the_hosts_is_refused_as_such")
 def test_a_program_whose_mask_is_another_than_the_models_is_refused():
     """The model leaves the causal mask out where nothing is masked; the program has it always."""
     model = _model("Aimv2TextModel", **{k: v for k, v in TEXT.items() if k != "pad_token_id"})
@@ -357,6 +366,7 @@ def test_a_program_whose_mask_is_another_than_the_models_is_refused():
         lorac.compile(model, {}, target="onnxruntime")
 
 
+@pytest.mark.medium("test_a_stochastic_host_is_named_and_nobody_blamed")
 def test_a_masked_autoencoder_that_masks_at_random_is_named():
     config = {**IMAGE, "decoder_hidden_size": 32, "decoder_num_attention_heads": 4, "decoder_num_hidden_layers": 1}
     with _one_warning("the model is stochastic"):

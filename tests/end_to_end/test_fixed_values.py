@@ -49,6 +49,7 @@ def compiled(host: Cropping, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lorac.load(folder)
 
 
+@pytest.mark.medium("calls that go another way")
 @pytest.mark.parametrize("sizes", [(3, 5), [3, 5], torch.tensor([3, 5])], ids=["tuple", "list", "tensor"])
 def test_a_call_that_says_the_same_is_answered(host: Cropping, compiled: Any, sizes: Any):
     assert_close(compiled(X, sizes=sizes, upside_down=True), host(X, **GIVEN).detach())
@@ -112,6 +113,7 @@ class Windows(nn.Module):
         return torch.stack([part[0] * i for i, part in enumerate(parts, 1)])
 
 
+@pytest.mark.medium("capture/test_trace_guards.py")
 def test_sizes_of_images_that_no_trace_can_follow_become_constants():
     host, sizes = Windows().eval(), torch.tensor([[1, 2, 3], [1, 2, 1]])
     call = {"x": X[0, :4].repeat(2, 1), "image_grid_thw": sizes}
@@ -141,6 +143,7 @@ class Deciding(nn.Module):
         return answer * mask[..., None]
 
 
+@pytest.mark.medium("the other value", cases=["True"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_program_goes_the_examples_way_and_refuses_calls_that_go_another(masked: bool):
     host, adapter = Deciding().eval(), lorac.LoRA(r=2, targets=["linear"])

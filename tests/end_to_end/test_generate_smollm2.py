@@ -20,6 +20,8 @@ from tests import limits, parity
 from tests.peft_files import make_peft
 from tests.zoo import ZOO, tokenizer
 
+pytestmark = pytest.mark.slow("runtime/generation compares the tokens of tiny models")
+
 CONFIGS: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     "dora": LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj", "gate_proj"]),

@@ -49,6 +49,7 @@ def raw(model, inputs):
         return model(**inputs, use_cache=False).logits.numpy().tobytes()
 
 
+@pytest.mark.slow("the live one, and test_peft_host.py", cases=["onnxruntime-fused--eval", "onnxruntime-live--eval"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
     ("target", "mode", "adapters"), CASES, ids=lambda value: value if isinstance(value, str) else ""
@@ -137,6 +138,7 @@ def test_one_tensor_for_two_arguments_is_two_inputs(target):
     assert_close(compiled(x=y, others={"y": y}), model(y, {"y": y}))
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @torch.no_grad()
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])

@@ -68,6 +68,9 @@ def assert_alike(found, expected, *, classes=True):
             assert mine == other
 
 
+@pytest.mark.medium(
+    "an answer within others, a dataclass, and constants; two other answers", keep=["dataclass", "constants"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_the_answer_is_the_models(kind, tmp_path):

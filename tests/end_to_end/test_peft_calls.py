@@ -112,6 +112,7 @@ def test_an_argument_given_twice_or_one_too_many(bert: tuple[Any, Any, Any]) -> 
         compiled(*[ids] * 30)
 
 
+@pytest.mark.medium("test_a_size_that_the_trace_fixed_is_a_constant_and_another_one_refused in test_fidelity.py")
 def test_sizes_that_were_not_made_dynamic(tmp_path: Path) -> None:
     model, _ = checkpoint(TEXT["plain_mlp"], tmp_path, torch.float32)
     inputs = ZOO["plain_mlp"].inputs()
@@ -121,6 +122,7 @@ def test_sizes_that_were_not_made_dynamic(tmp_path: Path) -> None:
         compiled(**ZOO["plain_mlp"].inputs(length=9))
 
 
+@pytest.mark.medium("plain models", cases=["resnet18"])
 @pytest.mark.parametrize("name", ["plain_mlp", "plain_conv", "resnet18"])
 def test_a_plain_module_needs_example_inputs(name: str, tmp_path: Path) -> None:
     model, _ = checkpoint(TEXT[name], tmp_path, torch.float32)

@@ -23,6 +23,8 @@ def _case(model: str, *, dora: bool) -> Case:
     return Case("dora" if dora else "lora", model, LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_dora=dora))
 
 
+@pytest.mark.medium("LoRA; a model of convolutions", cases=["plain_conv-dora*", "tiny_bert-*"])
+@pytest.mark.slow("float32 bases; two other hosts", cases=["*-torch.float64", "tiny_gpt2-*", "tiny_llama-*"])
 @pytest.mark.parametrize("base", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("name", ["plain_conv", "tiny_llama", "tiny_bert", "tiny_gpt2"])
@@ -36,6 +38,8 @@ def test_a_bf16_file_on_a_wider_base(name: str, dora: bool, base: torch.dtype, t
             parity.assert_parity(joined([compiled(**i) for i in calls], case.compared), reference, plain)
 
 
+@pytest.mark.medium("DoRA; plain models", cases=["plain_mlp-lora-*", "tiny_bert-*"])
+@pytest.mark.slow("three other hosts; two other hosts", cases=["tiny_t5-*", "tiny_gpt2-*"])
 @pytest.mark.parametrize("file", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("name", ["plain_mlp", "tiny_bert", "tiny_gpt2", "tiny_t5"])
@@ -55,6 +59,8 @@ def test_a_file_on_a_bf16_base(name: str, dora: bool, file: torch.dtype, tmp_pat
             parity.assert_parity(joined(answers, case.compared), reference, plain, own_base=rounded)
 
 
+@pytest.mark.medium("test_precision.py: a target that lacks the dtype")
+@pytest.mark.slow("convolutions and a linear layer", cases=["tiny_bert"])
 @pytest.mark.parametrize("name", ["plain_conv", "tiny_bert"])
 def test_a_bf16_base_in_onnxruntime_computes_in_float32(name: str, tmp_path: Path) -> None:
     case, calls = _case(name, dora=True), shapes(name, torch.float32)

@@ -33,6 +33,11 @@ def _everything(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.medium("in training", cases=["eval-*"])
+@pytest.mark.slow(
+    "one mode of each target, and one in training",
+    keep=["eval-onnxruntime-live", "eval-eager-fused", "train-eager-live"],
+)
 @pytest.mark.parametrize(
     ("target", "mode"),
     [("eager", "live"), ("eager", "fused"), ("eager", "baked"), ("onnxruntime", "live"), ("onnxruntime", "fused")],
@@ -84,6 +89,8 @@ class Tied(Twice):
         self.second.weight, self.after.weight = self.first.weight, self.norm.weight
 
 
+@pytest.mark.medium("tied layers in eager", keep=["Tied-eager-live"])
+@pytest.mark.slow("live programs", cases=["*-fused"])
 @pytest.mark.parametrize(
     ("target", "mode"), [("eager", "live"), ("eager", "fused"), ("onnxruntime", "live"), ("onnxruntime", "fused")]
 )
@@ -149,6 +156,7 @@ def test_a_model_that_does_not_trace_is_named_with_its_line(tmp_path: Path) -> N
         parity.assert_parity(answer, oracle(**INPUTS), model(**INPUTS))
 
 
+@pytest.mark.medium("test_unused_sites.py")
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 def test_an_adapter_on_layers_that_the_graph_never_calls(mode: str, tmp_path: Path) -> None:
     """Eager captures nothing: ONNX Runtime warns at compile(), eager at export()."""
@@ -164,6 +172,7 @@ def test_an_adapter_on_layers_that_the_graph_never_calls(mode: str, tmp_path: Pa
         lorac.compile(model, {"a": adapter}).export("onnxruntime", **settings)
 
 
+@pytest.mark.medium("live", keep=["live"])
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 def test_an_adapter_on_some_layers_that_the_graph_never_calls(mode: str, tmp_path: Path) -> None:
     model = Forked().eval()

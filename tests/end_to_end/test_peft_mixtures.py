@@ -33,6 +33,8 @@ def _mixed(name: str, folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module
     return model, oracle.eval()
 
 
+@pytest.mark.medium("shared layers", keep=["tiny_albert"])
+@pytest.mark.slow("five other hosts", cases=["tiny_t5"])
 @pytest.mark.parametrize("name", ["plain_mlp", "tiny_llama", "tiny_gpt2", "tiny_vit", "tiny_albert", "tiny_t5"])
 def test_in_eager(name: str, tmp_path: Path) -> None:
     model, oracle = _mixed(name, tmp_path, torch.float64)
@@ -49,6 +51,8 @@ def test_in_eager(name: str, tmp_path: Path) -> None:
             assert all(torch.equal(swapped[key], chosen[key]) for key in names)
 
 
+@pytest.mark.medium("mixtures in eager, and runtime/test_swap.py's on ONNX Runtime")
+@pytest.mark.slow("the live one", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_in_onnxruntime(mode: str, tmp_path: Path) -> None:
     name = "tiny_albert"

@@ -107,6 +107,14 @@ def _runs() -> Iterator[Any]:
         yield pytest.param(name, mode, marks=pytest.mark.slow if late else ())
 
 
+@pytest.mark.medium(
+    "the live program, and runtime/test_swap.py binds fused weights there",
+    cases=["plain_conv-live", "plain_mlp-fused", "tiny_bert-fused"],
+)
+@pytest.mark.slow(
+    "plain, convolution and attention layers; BERT there, GPT-2 in eager",
+    keep=["plain_mlp-live", "plain_mlp-fused", "plain_conv-live", "plain_conv-baked", "tiny_bert-fused"],
+)
 @pytest.mark.parametrize(("name", "mode"), list(_runs()))
 def test_what_peft_computes(name: str, mode: str, tmp_path: Path) -> None:
     names, calls = ZOO[name].outputs, shapes(name, DTYPE)

@@ -15,6 +15,8 @@ from tests import parity
 from tests.end_to_end.peft_cases import Case, checkpoints, joined, shapes
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.slow("test_peft_onnxruntime.py and test_peft_eager.py on a tiny BERT")
+
 MODES = ("live", "fused", "baked")
 CONFIGS: dict[str, dict[str, PeftConfig]] = {
     "minilm": {

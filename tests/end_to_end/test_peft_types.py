@@ -45,6 +45,21 @@ def test_every_type_has_cases() -> None:
         assert {case.kind for case in chosen} == others
 
 
+@pytest.mark.medium(
+    "plain models, the kit's norms, and formats/test_peft_tokens.py has tied rows",
+    cases=["ln_tuning-tiny_bert-norms", "oft-tiny_bert-exact", "trainable_tokens-tiny_llama-*"],
+)
+@pytest.mark.slow(
+    "the same types on plain models",
+    keep=[
+        "oft-tiny_bert-exact",
+        "trainable_tokens-tiny_llama-chosen-tied",
+        "ln_tuning-tiny_bert-norms",
+        "*-plain_mlp-*",
+        "*-plain_conv-*",
+        "*-resnet18-*",
+    ],
+)
 @pytest.mark.parametrize("case", list(_in_eager()))
 def test_what_peft_computes(case: Case, tmp_path: Path) -> None:
     made = Checkpoint.of(case, tmp_path / "own", case.dtype)
@@ -53,6 +68,17 @@ def test_what_peft_computes(case: Case, tmp_path: Path) -> None:
         assert_back(made, tmp_path / "back")
 
 
+@pytest.mark.medium("replaced rows", keep=["trainable_tokens-plain_mlp-rows-live"])
+@pytest.mark.slow(
+    "a type of each normal form",
+    keep=[
+        "oft-plain_mlp-series-live",
+        "ia3-plain_mlp-both-live",
+        "vera-plain_mlp-plain-live",
+        "loha-plain_conv-effective-live",
+        "trainable_tokens-plain_mlp-rows-live",
+    ],
+)
 @pytest.mark.parametrize(("case", "mode"), list(_in_onnxruntime()))
 def test_onnxruntime(case: Case, mode: str, tmp_path: Path) -> None:
     assert_onnxruntime(Checkpoint.of(case, tmp_path, torch.float32), mode)

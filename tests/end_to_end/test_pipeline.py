@@ -113,6 +113,7 @@ def parts(made: lorac.Compiled) -> dict[str, Any]:
     return {name: made[name] for name in ("unet", "text_encoder")}
 
 
+@pytest.mark.medium("diffusion/test_compiling.py: off is the base bit for bit")
 @torch.no_grad()
 def test_eager_parts_paint_the_same_bits(
     original: Any, adapters: dict[str, lorac.Adapter], eager: lorac.Compiled, tmp_path: Path
@@ -127,6 +128,7 @@ def test_eager_parts_paint_the_same_bits(
     assert np.array_equal(images(original, "a cat", **parts(eager)), base)
 
 
+@pytest.mark.slow("eager parts paint the same bits")
 @torch.no_grad()
 def test_emitted_parts_paint_the_same_images(original: Any, eager: lorac.Compiled, emitted: lorac.Compiled) -> None:
     emitted.swap(None)
@@ -141,6 +143,7 @@ def test_emitted_parts_paint_the_same_images(original: Any, eager: lorac.Compile
     assert all(np.array_equal(images(original, prompt, **parts(emitted)), image) for prompt, image in off.items())
 
 
+@pytest.mark.slow("eager parts, and test_host.py has programs of other sizes")
 @torch.no_grad()
 def test_a_pipeline_takes_other_sizes_and_batches(
     original: Any, eager: lorac.Compiled, emitted: lorac.Compiled

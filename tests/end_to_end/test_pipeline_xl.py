@@ -15,6 +15,8 @@ from examples.pipelines import TOKENS, WIDTH, build
 from tests.end_to_end.test_pipeline import SAME, SIZE, replaced
 from tests.pipelines import paint
 
+pytestmark = pytest.mark.medium("diffusion/test_compiling.py, and formats/test_diffusers.py reads such files")
+
 pytest.importorskip("diffusers")
 
 

@@ -72,6 +72,7 @@ def test_an_unknown_dtype(asked: Any, nearest: str | None, net: Net) -> None:
     assert raised.value.nearest == nearest
 
 
+@pytest.mark.medium("the other dtype", cases=["dtype1"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_inputs_in_the_models_own_dtype_are_cast_with_it(dtype: torch.dtype, net: Net, adapter: lorac.Adapter) -> None:
     """In calls, by row too, and among the example inputs: the graph is captured in the dtype asked for."""
@@ -103,6 +104,7 @@ def test_what_a_target_lacks_is_never_rounded_to(net: Net, adapter: lorac.Adapte
     assert torch.equal(compiled(**inputs()), plain(**inputs()))
 
 
+@pytest.mark.medium("test_a_target_that_computes_in_half_precision")
 def test_a_half_host_goes_from_target_to_target(net: Net, adapter: lorac.Adapter) -> None:
     """The example inputs follow the host into every target that it is exported to."""
     net.half()
@@ -162,6 +164,7 @@ class Conv(nn.Module):
         return self.front(self.conv(x.unsqueeze(1)).mean(-1))
 
 
+@pytest.mark.medium("frontend/capture/test_host_forms.py: recurrent layers in float64 are named")
 @pytest.mark.parametrize(
     ("model", "variant", "op"),
     [
@@ -181,6 +184,7 @@ def test_what_has_no_kernel_in_float64_is_named(model: Any, variant: Any, op: st
     assert compiled(**example).dtype == torch.float32
 
 
+@pytest.mark.medium("the other method", cases=["variant1"])
 @pytest.mark.parametrize("variant", [lorac.MeteoRA(r=2, targets=["front"]), lorac.AdapterTune(r=2, init="small")])
 def test_a_target_that_computes_in_half_precision(variant: Any, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its program has half-precision inputs and outputs, and factors in float32; a branch is gated all the same."""

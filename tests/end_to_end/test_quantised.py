@@ -107,6 +107,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     yield Made(compiled, base, peft, {n: place / n for n in configs}, tested)
 
 
+@pytest.mark.medium("symmetric ones; codes of four bits")
+@pytest.mark.slow("the narrower codes, with zero points", keep=["int4, asymmetric"])
 @torch.no_grad()
 def test_adapters_run_next_to_what_the_weights_come_to(made: Made) -> None:
     """LoRA and DoRA, whose scale is of the weight that the session computes with; other sizes, mixtures, and undo."""
@@ -121,6 +123,7 @@ def test_adapters_run_next_to_what_the_weights_come_to(made: Made) -> None:
     assert torch.equal(made.compiled(ids=ids()), bits)
 
 
+@pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
 def test_the_self_test_compares_with_what_the_weights_come_to(made: Made) -> None:
     engine, program, snapshot, computed = made.tested[0]
     self_test.run_self_test(engine, program, snapshot, computed)
@@ -129,6 +132,7 @@ def test_the_self_test_compares_with_what_the_weights_come_to(made: Made) -> Non
             self_test.run_self_test(engine, program, snapshot)
 
 
+@pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
 def test_it_says_what_stays_as_it_is(made: Made) -> None:
     text = str(made.compiled.explain())
     options = made.compiled.engine.options
@@ -141,6 +145,7 @@ def test_it_says_what_stays_as_it_is(made: Made) -> None:
     assert f"weights that stay as they are, rows shorter than a block of {options.block_size}: short" in text
 
 
+@pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
 def test_no_file_has_a_weight_in_float(made: Made) -> None:
     files = {name: held.where.read_bytes() for name, held in made.compiled.engine.files.items()}
     model = Reader()
@@ -159,6 +164,7 @@ def made_bytes(made: Made) -> bytes:
     return bytes(codec.encode(Reader().embed.weight.detach().numpy()).packed.tobytes())
 
 
+@pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
 def test_four_bits_are_small(made: Made) -> None:
     sizes = {name: held.size for name, held in made.compiled.engine.files.items()}
     model = Reader()
@@ -184,6 +190,8 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.medium("symmetric ones")
+@pytest.mark.slow("artifacts of float weights do")
 @pytest.mark.parametrize("made", ["int4, asymmetric"], indirect=True)
 def test_an_artifact_answers_in_a_new_process(made: Made, tmp_path: Path) -> None:
     """Adapters too, among them one that is prepared there from the quantised weights; and plain ONNX Runtime."""
@@ -215,6 +223,7 @@ def test_what_is_baked_is_merged_in_float_first() -> None:
     assert_parity(baked(**inputs), held(**inputs), as_held(codec, head)(**inputs))
 
 
+@pytest.mark.medium("the self-test of codes of four bits")
 def test_rounded_activations_pass_the_self_test_and_an_adapter_can_be_added(tmp_path: Path) -> None:
     """The default level, with room for adapters that were saved with a hash of the float base."""
     model = Reader().eval()
@@ -257,6 +266,7 @@ def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
         lorac.compile(model, weights="int4", **options)
 
 
+@pytest.mark.medium("runtime/test_traits.py, and codes of one model")
 def test_each_component_has_a_base_of_its_own() -> None:
     """Layers of one shape in two graphs; their constants may bear one name."""
     torch.manual_seed(0)
@@ -276,6 +286,7 @@ def test_each_component_has_a_base_of_its_own() -> None:
     assert compiled.engine.files["base.safetensors"].size < 48 * 64 * 2
 
 
+@pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
 def test_a_program_says_what_it_was_asked_for(made: Made) -> None:
     import onnx
 
@@ -287,6 +298,7 @@ def test_a_program_says_what_it_was_asked_for(made: Made) -> None:
     assert len(held) == 3
 
 
+@pytest.mark.medium("the self-test of quantised weights")
 def test_a_table_of_positions_is_quantised_as_the_weight_it_was_made_of() -> None:
     """With a cache what depends on positions alone lies in a table, which the self-test is to know as it is held."""
     from tests.decoders import DECODERS

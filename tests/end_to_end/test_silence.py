@@ -69,6 +69,8 @@ sys.exit(None if "script.py" in said and "if y.sum() > 0" in said else said)
 """
 
 
+@pytest.mark.medium("cli/test_cli.py and the mistakes compare all that is printed")
+@pytest.mark.slow("a script that is refused", keep=["refused"])
 @pytest.mark.parametrize("script", [_COMPILE, _DEMO, _REFUSED], ids=["compile", "demo", "refused"])
 def test_nothing_is_printed(script, tmp_path):
     file = tmp_path / "script.py"

@@ -72,6 +72,7 @@ def work(model, target, folder):
     return answers, str(compiled.explain()), str(compiled.graph)
 
 
+@pytest.mark.medium("runtime/test_threads.py, and backends/onnx/test_exporter.py in two threads")
 @pytest.mark.parametrize(
     ("target", "threads"),
     [

@@ -36,6 +36,7 @@ def made():
         return Pooling().eval()
 
 
+@pytest.mark.medium("live", keep=["live"])
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 @torch.no_grad()
 def test_get_no_slot_and_are_named(mode, tmp_path):
@@ -70,6 +71,7 @@ class Writing(nn.Module):
         return made.sin()
 
 
+@pytest.mark.medium("test_get_no_slot_and_are_named")
 @torch.no_grad()
 def test_what_is_written_into_what_is_answered_is_used():
     with torch.random.fork_rng(devices=[]):
@@ -85,6 +87,7 @@ def test_what_is_written_into_what_is_answered_is_used():
     assert not any(row.state == "unused" for row in compiled.explain().terms)
 
 
+@pytest.mark.medium("live", keep=["live"])
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 def test_an_adapter_on_nothing_else_is_refused(mode):
     options = {"target": "onnxruntime", "mode": mode, "example_inputs": (X,)}

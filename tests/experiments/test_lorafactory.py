@@ -48,6 +48,7 @@ def test_values_are_counted_as_compiling_counts_them() -> None:
     assert count_values(LORA) == count_values(ways()["lora"].method)
 
 
+@pytest.mark.medium("the other pages of experiments")
 def test_the_page_says_who_differs_from_lora(tmp_path: Path, monkeypatch: Any) -> None:
     losses = {name: [2.0, 2.1, 2.2] for name in ways()} | {"dora": [1.0, 1.1, 1.21]}
     ones = {name: [1.0] for name in ways()}

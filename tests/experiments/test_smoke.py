@@ -15,6 +15,7 @@ from experiments import _study
 from experiments._study import CONTRARY, NOT_SHOWN, SHOWN, Expected, Finding, Table
 
 
+@pytest.mark.medium("test_each_says_what_it_tries_and_how imports each")
 @pytest.mark.parametrize("name", runner.NAMES)
 def test_it_runs_and_gives_a_verdict(name: str, capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--smoke", "--json", str(tmp_path / "result.json")])

@@ -41,6 +41,10 @@ def compiled(name, target):
     return lorac.compile(model(name), adapters, target=target, active=None)
 
 
+@pytest.mark.medium(
+    "checkpoints of BERT and Llama; formats/test_peft_lora.py has GPT-2's transposed layers; BERT's",
+    cases=["bart/*", "gpt2/*", "t5/*", "vit/*", "llama/dora"],
+)
 @pytest.mark.parametrize("folder", WHOLE)
 @torch.no_grad()
 def test_what_the_library_wrote_answers_what_it_answered(folder):
@@ -57,12 +61,18 @@ def on_onnxruntime(folder):
     assert_parity(main(emitted(**inputs(name))), expected(name)[key], expected(name)["base"], own_base=off)
 
 
+@pytest.mark.medium("the same checkpoints in eager, and the kit's bottlenecks there")
+@pytest.mark.slow("a BERT", keep=["bert/seq"])
 @pytest.mark.parametrize("folder", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in WHOLE])
 @torch.no_grad()
 def test_so_it_does_on_onnx_runtime_at_another_batch_and_length(folder):
     on_onnxruntime(folder)
 
 
+@pytest.mark.medium(
+    "checkpoints of BERT and Llama; formats/test_peft_lora.py has GPT-2's transposed layers",
+    cases=["bart/*", "gpt2/*", "t5/*", "vit/*"],
+)
 @pytest.mark.parametrize("folder", SAME)
 def test_what_is_written_has_the_same_keys_and_fields_and_is_read_again(folder, tmp_path):
     name, key = split(folder)
@@ -90,6 +100,9 @@ def started(config):
     return {k: v for k, v in config.items() if k != "init_weights" or config.get("architecture") != "lora"}
 
 
+@pytest.mark.medium(
+    "checkpoints of BERT and Llama; formats/test_peft_lora.py has GPT-2's transposed layers", cases=["gpt2/*"]
+)
 @pytest.mark.parametrize("folder", FOLDED)
 def test_what_is_folded_is_read_again_as_it_was_written(folder, tmp_path):
     name, key = split(folder)

@@ -113,6 +113,9 @@ def _two_pickles(archive: zipfile.ZipFile) -> None:
     archive.writestr("other/data.pkl", b"\x80\x02}.")
 
 
+@pytest.mark.medium(
+    "a bomb of one large member; the two other bombs", cases=["_many_steps-*", "_one_large-it is packed"]
+)
 @pytest.mark.parametrize(
     ("write", "match"),
     [
@@ -207,6 +210,7 @@ def test_what_a_pattern_may_repeat() -> None:
         match_pattern(r"(?:a{101}){101}", "a")
 
 
+@pytest.mark.medium("test_peft_strict.py: one field whose pattern backtracks without end")
 def test_patterns_share_the_time_of_their_file(folder: Path) -> None:
     """Each alone is in time on every path; two thousand are not."""
     configure(folder, rank_pattern={f"(.|..){{12}}x{i}y": 2 for i in range(2000)})

@@ -84,6 +84,10 @@ def _name_as_oldest(key: str) -> str:
     return key
 
 
+@pytest.mark.medium(
+    "test_kohya.py, and three other spellings; each spelling alone; kohya's, and two others",
+    cases=["kohya", "mixture", "peft"],
+)
 @pytest.mark.parametrize("spelling", ["peft", "mixture", "text_model", "oldest", "kohya", "both"])
 def test_every_spelling_is_read_whole(
     spelling: str, pair: dict[str, Any], adapted: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
@@ -123,6 +127,7 @@ def test_diffusers_reads_what_is_written(
     assert {module.scaling["default_0"] for module in unet.modules() if hasattr(module, "scaling")} == {2.0}
 
 
+@pytest.mark.medium("test_diffusers_reads_what_is_written, and every spelling is read")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_there_and_back(use_dora: bool, pair: dict[str, Any], tmp_path: Path) -> None:
     """PEFT -> kohya -> diffusers -> PEFT."""
@@ -193,6 +198,7 @@ def test_what_is_left_over_is_refused_by_name(
     assert code is None or error.value.code == code
 
 
+@pytest.mark.medium("test_kohya.py: the text encoders of Stable Diffusion XL")
 @pytest.mark.parametrize("format", ["native", "peft", "diffusers", "kohya"])
 def test_several_models_are_given_by_name_everywhere(format: str, pair: dict[str, Any], tmp_path: Path) -> None:
     """One file, one adapter, of which compile() takes the path."""

@@ -89,6 +89,7 @@ def test_other_dtypes_are_refused(tmp_path: Path) -> None:
         lorac.save_adapter(adapter, tmp_path / "a.gguf", "gguf", model())
 
 
+@pytest.mark.medium("one field", keep=["fields0"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -196,6 +197,7 @@ def test_what_llama_cpp_cannot_hold(tmp_path: Path) -> None:
 TIED = {"tie_word_embeddings": True}
 
 
+@pytest.mark.medium("test_strange_tensors.py and the campaign of damaged files")
 def test_every_truncation_is_told(tmp_path: Path) -> None:
     content = write(tmp_path / "sound.gguf").read_bytes()
     for length in range(0, len(content), 3):

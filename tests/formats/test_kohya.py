@@ -74,6 +74,7 @@ def test_lycoris(case: str, layers: Layers, tmp_path: Path) -> None:
             assert_close(one.float(), other.float())
 
 
+@pytest.mark.medium("three kinds of factors", keep=["lora", "loha", "boft"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_that_is_not_whole_is_refused_by_name(case: str, layers: Layers, tmp_path: Path) -> None:
     file = part(f"{case}/file/")
@@ -99,6 +100,7 @@ def _all_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
+@pytest.mark.medium("test_the_text_encoders_of_stable_diffusion_xl, and test_diffusers.py has a U-Net's")
 def test_the_names_of_stable_diffusion_xl(tmp_path: Path) -> None:
     """All its layers by the names of the authors, as diffusers' own converter has them."""
     pytest.importorskip("diffusers")

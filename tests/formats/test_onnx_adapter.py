@@ -50,6 +50,7 @@ def test_onnx_runtime_reads_what_lorac_writes(tmp_path: Path) -> None:
         assert (tmp_path / "a.onnx_adapter").read_bytes() == (tmp_path / "b.onnx_adapter").read_bytes()
 
 
+@pytest.mark.medium("session/test_artifact.py: it runs alone, with an adapter file")
 def test_a_program_that_lorac_saved(tmp_path: Path) -> None:
     """Its slots have A and B too."""
     model, x = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 5)), torch.randn(2, 8)
@@ -79,6 +80,7 @@ def test_dtypes_and_shapes(tmp_path: Path, dtype: torch.dtype) -> None:
         assert read[name].dtype is tensor.dtype
 
 
+@pytest.mark.medium("the campaign of damaged files, and test_strange_tensors.py")
 def test_every_truncation_and_flip_is_told_or_harmless(tmp_path: Path) -> None:
     factors = {"x.lora_A.weight": np.ones((4, 2), np.float32), "x.lora_B.weight": np.ones((2, 3), np.float32)}
     content = write(tmp_path / "sound", **factors).read_bytes()

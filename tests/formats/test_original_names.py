@@ -50,6 +50,7 @@ def _draw(model: Any, variant: Any) -> lorac.Adapter:
     return adapter
 
 
+@pytest.mark.medium("DoRA", cases=["LoRA"])
 @pytest.mark.parametrize("method", [lorac.LoRA, lorac.DoRA])
 def test_layers_of_flux_are_joined_and_taken_apart(method: Any, tmp_path: Path) -> None:
     model = tiny_flux()

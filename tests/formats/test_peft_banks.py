@@ -25,6 +25,7 @@ MODEL = ZOO["plain_mlp"].model
 TRAINED = {"VERA": {"vera_lambda_b", "vera_lambda_d"}, "RANDLORA": {"randlora_lambda", "randlora_gamma"}}
 
 
+@pytest.mark.medium("a setting of each method", keep=["VERA-settings0"])
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -81,6 +82,7 @@ def test_vera_is_written_without_copies(tmp_path: Path) -> None:
     assert set(load_file(tmp_path / "back" / WEIGHTS)) == set(load_file(folder / WEIGHTS))
 
 
+@pytest.mark.medium("one bank", keep=["variant0-*"])
 @pytest.mark.parametrize(
     ("variant", "trained"),
     [

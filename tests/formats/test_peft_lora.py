@@ -27,6 +27,10 @@ from tests.zoo import ZOO
 LLAMA = ["q_proj", "down_proj"]
 
 
+@pytest.mark.medium(
+    "a Llama and a GPT-2", keep=["tiny_llama-config5-True", "tiny_gpt2-config4-True", "plain_mlp-*", "*-config3-*"]
+)
+@pytest.mark.slow("the same configurations from the model's own dtype", cases=["tiny_*-False"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(
     ("name", "config"),
@@ -69,6 +73,7 @@ def test_parity_and_round_trip(tmp_path: Path, name: str, config: dict[str, Any]
     assert adapter.name == "first"
 
 
+@pytest.mark.medium("a model of linear layers", keep=["plain_mlp-config0", "plain_mlp-config1"])
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -110,6 +115,7 @@ def test_modules_to_save_is_a_suffix_of_the_path_to_peft(tmp_path: Path) -> None
     assert set(adapter.replaced) == {"down.weight"}
 
 
+@pytest.mark.medium("test_untied_modules_to_save")
 def test_saved_module_with_buffers(tmp_path: Path) -> None:
     model = ZOO["resnet18"].fresh(torch.float64)
     inputs = ZOO["resnet18"].inputs(dtype=torch.float64)
@@ -134,6 +140,7 @@ def tied_llama() -> nn.Module:
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 
 
+@pytest.mark.medium("the same with tensors that are stored once; the other targets", cases=["*False", "targets1-True"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head", "q_proj"], r".*embed_tokens|.*q_proj"])
 def test_tied_targets(tmp_path: Path, targets: list[str] | str, dora: bool) -> None:
@@ -155,6 +162,7 @@ def test_untied_target_of_a_tied_weight(tmp_path: Path) -> None:
     assert list(adapter.tensors) == [EMBED]
 
 
+@pytest.mark.medium("the head", cases=["embed_tokens"])
 @pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
 def test_tied_modules_to_save(tmp_path: Path, saved: str) -> None:
     """Whichever side is named, both are saved, and are one tensor."""

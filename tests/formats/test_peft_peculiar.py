@@ -59,6 +59,7 @@ def test_hira_ignores_its_rank_pattern(tmp_path: Path) -> None:
         save_adapter(adapter, tmp_path / "x", model=MODEL())
 
 
+@pytest.mark.medium("odd numbers with and without", keep=["3-False", "1-True"])
 @pytest.mark.parametrize("orthonormal", [False, True])
 @pytest.mark.parametrize("r", [1, 3])
 @torch.no_grad()
@@ -134,6 +135,7 @@ def _authors_xs(self, x: torch.Tensor) -> torch.Tensor:
     return self.base_layer(x) + b(self.default_lora_latent_mapping(a(dropped))) * self.scaling["default"]
 
 
+@pytest.mark.medium("the other", cases=["False"])
 @pytest.mark.parametrize("rslora", [False, True])
 @torch.no_grad()
 def test_lora_xs_as_its_authors_code_leaves_it(tmp_path: Path, rslora: bool) -> None:

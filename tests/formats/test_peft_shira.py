@@ -20,6 +20,7 @@ from tests.refusing import refuses
 from tests.zoo import ZOO
 
 
+@pytest.mark.medium("plain models", cases=["tiny_*"])
 @pytest.mark.parametrize(
     ("name", "config"),
     [

@@ -224,6 +224,7 @@ def test_replacements_the_model_does_not_have(make: Make) -> None:
     refuse(AdapterError, folder, r"'head.bias' by shape \(8,\)", ZOO["plain_mlp"].model())
 
 
+@pytest.mark.medium("one field", keep=["rank_pattern"])
 @pytest.mark.parametrize(
     "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
 )

@@ -40,6 +40,7 @@ def made(folder: Path, model: nn.Module, rows: Any, **settings: Any) -> Any:
     return oracle, inputs
 
 
+@pytest.mark.medium("one table that two names have", keep=["list-tied"])
 @pytest.mark.parametrize(
     ("rows", "tied"),
     [

@@ -34,6 +34,7 @@ def change(path: Path, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
     save_file({name: how(tensor).contiguous().clone() for name, tensor in load_file(path).items()}, path, metadata)
 
 
+@pytest.mark.medium("methods of factors, of indices, and of shared vectors", keep=["lora-*", "shira-*", "vblora-*"])
 @pytest.mark.parametrize("how", CHANGES)
 @pytest.mark.parametrize("method", ["fourierft", "oft", "shira", "trainable_tokens", "vblora", "lora"])
 def test_a_method_is_read_or_refused(method: str, how: str, tmp_path: Path) -> None:
@@ -50,6 +51,7 @@ def test_a_method_is_read_or_refused(method: str, how: str, tmp_path: Path) -> N
                 continue
 
 
+@pytest.mark.medium("the other layout", cases=["peft"])
 @pytest.mark.parametrize("format", ["xlora", "peft"])
 def test_experts_of_eight_bits_are_mixed(format: str, tmp_path: Path) -> None:
     """As PEFT does, which casts what it loads to float32."""
@@ -66,6 +68,7 @@ def test_experts_of_eight_bits_are_mixed(format: str, tmp_path: Path) -> None:
     assert torch.equal(stacked[: len(expected)], expected.to(torch.float8_e4m3fn).float())
 
 
+@pytest.mark.medium("one field", keep=["1e+308-reduction*"])
 @pytest.mark.parametrize("field", ["reduction_factor", "inv_adapter_reduction_factor"])
 @pytest.mark.parametrize("factor", [1e-308, 1e-9, 1e308])
 def test_a_reduction_is_compared_with_the_tensors(field: str, factor: float, tmp_path: Path) -> None:

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow("test_peft_extension.py registers an entry of its own")
+
 ROOT = Path(__file__).parents[2]
 
 FORMAT = '''

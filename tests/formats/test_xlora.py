@@ -88,6 +88,7 @@ def test_a_copied_folder_has_experts_of_its_own(format: str, tmp_path: Path) -> 
         lorac.load_adapter(tmp_path / "copy", model())
 
 
+@pytest.mark.medium("the other layout", cases=["peft"])
 @pytest.mark.parametrize("format", ["peft", "xlora"])
 def test_a_seal_covers_the_classifier_and_the_experts(format: str, tmp_path: Path) -> None:
     lorac.save_adapter(adapter(), tmp_path / "w", format, model())
@@ -137,6 +138,7 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
         lorac.save_adapter(plain, tmp_path / "y", model=model())
 
 
+@pytest.mark.medium("sites in their order", cases=["sites in another order"])
 @pytest.mark.parametrize("turned", [False, True], ids=["as read", "sites in another order"])
 @torch.no_grad()
 def test_peft_reads_what_is_written_and_answers_the_same(

@@ -63,6 +63,7 @@ def trained(model, spread=0.12):
     return adapter
 
 
+@pytest.mark.medium("products", keep=["product"])
 @pytest.mark.parametrize("name", HOSTS)
 def test_beside_the_weight_is_as_merged(name):
     make, x = HOSTS[name]

@@ -45,6 +45,10 @@ def drawn(model: nn.Module, targets: Sequence[str]) -> lorac.Adapter:
     return lorac.Adapter("a", lorac.LoRA(r=2, targets=tuple(targets)), tensors)
 
 
+@pytest.mark.medium(
+    "eager live programs, and a hook on the output",
+    cases=["*-fused", "input-onnxruntime-*", "output in place-onnxruntime-live"],
+)
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("name", CHANGING)
@@ -60,6 +64,7 @@ def test_one_that_changes_an_adapted_layer_is_refused(name: str, target: str, mo
     assert_close(answer(X), model(X))
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_one_that_looks_on_stays(target: str) -> None:
     plain, model = host(), host()

@@ -165,6 +165,7 @@ def test_torchvisions_blocks():
     assert list(blocks_of(swin)) == ["features.1.0", "features.1.1", "features.2", "features.3.0", "features.3.1"]
 
 
+@pytest.mark.medium("variants/test_adaptertune.py finds the blocks of every network")
 @torch.no_grad()
 def test_an_adapter_of_named_blocks_runs():
     with torch.random.fork_rng(devices=[]):

@@ -71,6 +71,7 @@ def test_reads_are_found_in_the_code_of_a_class() -> None:
     assert is_only_read("qkv", torchvision.ShiftedWindowAttention(8, [2, 2], [0, 0], 2))
 
 
+@pytest.mark.medium("live; eager, and two other readers on ONNX Runtime", cases=["*-fused", "<lambda>-onnxruntime*"])
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("make", "target", "mode"),

@@ -147,6 +147,7 @@ def quantised(folder, out, settings, quantise):
     return values
 
 
+@pytest.mark.medium("a layout of each family", keep=["8 bits", "gptq", "awq", "fp8", "4 bits, nested"])
 @torch.no_grad()
 @pytest.mark.parametrize("how", HOW)
 def test_it_is_the_merged_model_of_the_float_values(how, whole, tmp_path):

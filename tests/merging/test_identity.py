@@ -62,6 +62,7 @@ def adapter(name):
     return compiled.adapters[name]
 
 
+@pytest.mark.medium("methods of each normal form", keep=["lora", "dora", "ia3", "shira", "oft", "chain"])
 @pytest.mark.parametrize("name", METHODS)
 def test_one_adapter_at_weight_1_stays_as_it_is(name):
     one = adapter(name)
@@ -81,6 +82,11 @@ def test_one_adapter_of_no_weight_form_stays_as_it_is():
         lorac.merge([router, lora("a", 1, r=2)], "cat", model=model())
 
 
+@pytest.mark.medium("methods of three normal forms", keep=["lora", "dora", "oft"])
+@pytest.mark.slow(
+    "a method of each normal form",
+    keep=["lora", "dora", "ia3", "oft", "shira", "bat", "chain", "tlora", "vera", "edit"],
+)
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_each_way_computes_what_it_stays(name):

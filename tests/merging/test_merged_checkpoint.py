@@ -32,6 +32,7 @@ def given(tmp_path):
     return tmp_path / "model", tmp_path / "a", tmp_path / "out"
 
 
+@pytest.mark.medium("a GPT-2 in shards of 40 KB", keep=["tiny_gpt2-40KB"])
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.* were one tensor")
 @pytest.mark.parametrize("size", ["40KB", "1GB"])
@@ -69,6 +70,7 @@ def test_it_is_the_merged_model(name, size, tmp_path):
         )
 
 
+@pytest.mark.medium("a GPT-2, and formats/test_diffusers.py reads the same files")
 @torch.no_grad()
 @pytest.mark.parametrize("format", ["peft", "diffusers", "kohya"])
 def test_a_component_of_diffusers(format, tmp_path):
@@ -204,6 +206,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.medium("one model", keep=["Mixtral-4KB"])
 @torch.no_grad()
 @pytest.mark.parametrize("size", ["4KB", "1GB"])
 @pytest.mark.parametrize("name", EXPERTS)
@@ -283,6 +286,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow("test_it_is_the_merged_model merges shard by shard; only memory would grow")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark that starts anew")
 def test_one_weight_at_a_time_is_in_memory(tmp_path):
     """Of a model of four shards, its peak is below 1.3 times the largest shard."""

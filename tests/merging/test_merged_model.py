@@ -36,6 +36,7 @@ def drawn(model, methods, size):
     return compiled
 
 
+@pytest.mark.medium("other methods; LoRA, and test_merged_checkpoint.py", cases=["DoRA", "IA3"])
 @torch.no_grad()
 @pytest.mark.parametrize("config", EVERYTHING.values(), ids=EVERYTHING)
 def test_it_is_what_peft_merges(config, tmp_path):
@@ -81,6 +82,7 @@ def test_every_merged_value_is_as_near_as_its_dtype_allows(tmp_path):
     assert round(own / other, 2) <= 1
 
 
+@pytest.mark.medium("GPT-2", keep=["tiny_gpt2"])
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_bert", "tiny_vit", "tiny_t5"])
 def test_models_of_every_kind_load_again(name, tmp_path):
@@ -138,6 +140,7 @@ def test_the_given_model_stays_as_it_was():
     assert merged.get_parameter(other).data_ptr() == model.get_parameter(other).data_ptr(), "memory is shared"
 
 
+@pytest.mark.medium("the other dtype", cases=["dtype1"])
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype):

@@ -51,6 +51,7 @@ def _compile(model: LlamaForCausalLM, adapters: Mapping[str, lorac.Adapter], nat
     )
 
 
+@pytest.mark.medium("test_add_low_rank.py compares the op, and test_an_artifact_runs_without_the_library a program")
 @needs_compiler
 def test_every_choice_is_what_the_own_ops_compute(
     model: LlamaForCausalLM, adapters: dict[str, lorac.Adapter], native: Path
@@ -72,6 +73,7 @@ def test_every_choice_is_what_the_own_ops_compute(
     assert "native" not in str(own.explain())
 
 
+@pytest.mark.medium("test_an_artifact_runs_without_the_library")
 @needs_compiler
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_the_op_is_all_that_an_adapter_adds_to_a_decoding_step(

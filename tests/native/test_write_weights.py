@@ -71,6 +71,7 @@ def test_what_was_read_before_a_write_has_no_gradient(dtype: torch.dtype, native
         y.backward()
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_sparse_swaps_are_bit_equal_with_the_library_and_without(target: str, native: Path) -> None:
     torch.manual_seed(0)

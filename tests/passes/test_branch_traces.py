@@ -47,12 +47,14 @@ def _traces(variant: lorac.Variant, by_row: bool, monkeypatch: pytest.MonkeyPatc
     return len(counted)
 
 
+@pytest.mark.medium("the program with places for rows", cases=["False"])
 @BY_ROW
 def test_one_serves_all(by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = lorac.MeteoRA(r=2, experts=2, targets=["0", "1", "2"])
     assert _traces(variant, by_row, monkeypatch) == 1
 
 
+@pytest.mark.medium("the program with places for rows", cases=["False"])
 @BY_ROW
 def test_a_formula_that_reads_its_site_is_traced_at_each(by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _traces(OfItsSite(targets=["0", "1", "2"]), by_row, monkeypatch) == 3

@@ -42,6 +42,8 @@ def parts(ids, past, counts):
     return part
 
 
+@pytest.mark.medium("a Llama's", cases=["deepseek_v3"])
+@pytest.mark.slow("plain attention, windows with sinks, and compressed keys", keep=["llama", "deepseek_v3"])
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
 def test_parts_are_answered_as_the_whole(name):
@@ -71,11 +73,13 @@ def test_what_depends_on_positions_alone_is_looked_up():
     assert graph.longest == 64
 
 
+@pytest.mark.medium("cached generation of five decoders")
 def test_a_table_of_the_models_own_bounds_the_text():
     assert grown(DECODERS["opt"]()).longest == 64
     assert grown(DECODERS["mpt"]()).longest == 48
 
 
+@pytest.mark.medium("test_what_depends_on_positions_alone_is_looked_up")
 @torch.no_grad()
 def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
     """The model may have read a longer sequence before."""
@@ -102,12 +106,14 @@ def test_dynamic_angles_are_those_of_texts_as_long_as_the_model_was_made_for():
     assert_close(logits, whole)
 
 
+@pytest.mark.medium("test_pipelines.py: each pass is idempotent where it stands")
 def test_the_pass_is_idempotent():
     graph = grown_llama()
     assert not CacheAttention().apply(graph).changed
     assert not list(graph.find(attending.ATTENTION))
 
 
+@pytest.mark.medium("test_a_model_that_mixes_tokens_besides_is_refused")
 def test_attention_by_itself_that_cannot_be_traced_is_named():
     """A mask that stands for another is of another shape than what such a layer expects, so the trace itself fails."""
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
@@ -120,6 +126,7 @@ def test_attention_by_itself_that_cannot_be_traced_is_named():
         grown(GPTNeoForCausalLM(config).eval())
 
 
+@pytest.mark.medium("test_a_model_that_mixes_tokens_besides_is_refused")
 def test_a_mask_that_no_cache_knows_is_refused():
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 

@@ -38,6 +38,8 @@ def _encoded(encoder, inputs):
     return {name: value for name, value in answered.items() if is_encoder_output(name)}
 
 
+@pytest.mark.medium("runtime/generation/test_encoder_decoder_driver.py generates over both halves")
+@pytest.mark.slow("a T5", cases=["bart"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 @torch.no_grad()
 def test_parts_are_answered_as_the_whole(family):
@@ -67,6 +69,7 @@ def test_parts_are_answered_as_the_whole(family):
             past = past + torch.tensor(counts)
 
 
+@pytest.mark.medium("runtime/generation/test_encoder_decoder_driver.py generates over both halves")
 def test_each_half_has_what_it_calls():
     decoder, encoder = _halves("bart")
     assert encoder.interface.inputs == ("input_ids", "attention_mask")
@@ -102,6 +105,7 @@ def test_positions_cut_from_a_list():
     assert torch.equal(compiled.generate(**options), model.generate(**options))
 
 
+@pytest.mark.medium("test_host_forms.py refuses models without a cache")
 def test_an_encoder_that_attends_by_itself_is_refused_by_name():
     """It adds its mask to its scores, and would add what is true of a token, not what hides the others."""
     from transformers import BigBirdPegasusConfig, BigBirdPegasusForConditionalGeneration

@@ -106,6 +106,7 @@ def test_sites_of_one_input_are_packed_adapted_or_not() -> None:
     assert _run(graph) == PassResult(changed=False, skipped=outcome.skipped), "a second run finds nothing more"
 
 
+@pytest.mark.medium("OFT", keep=["oft-*"])
 @pytest.mark.parametrize(
     ("variant", "why"),
     [
@@ -134,6 +135,7 @@ def test_weights_that_become_constants_are_packed() -> None:
         assert found == ([sites] * 2 if sites else [])
 
 
+@pytest.mark.medium("test_sites_of_one_input_are_packed_adapted_or_not")
 def test_packs_join_the_calls_of_a_shared_layer() -> None:
     it = capture("tiny_albert", {"one": lorac.LoRA(r=2, targets=["query", "value"])})
     assert _run(it.graph).changed
@@ -202,6 +204,7 @@ def test_many_layers_of_one_input_are_packed() -> None:
 
 
 # ── What they compute ────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.medium("test_it_runs_swaps_and_comes_back_to_the_bit; the other dtype")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @torch.no_grad()
 def test_every_level_answers_as_eager_does(dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from tests.refusing import refuses
 *FIRST, LAST = lowering_passes()
 
 
+@pytest.mark.medium("casts inside", cases=["behind"])
 @pytest.mark.parametrize("passes", [[*FIRST, IdleCasts(), LAST], [*FIRST, LAST, IdleCasts()]], ids=["inside", "behind"])
 def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> None:
     it, seen = capture("plain_mlp"), []
@@ -31,6 +32,7 @@ def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> 
     assert not again[1].changed
 
 
+@pytest.mark.medium("test_it_runs_in_a_pipeline_and_changes_no_answer")
 def test_it_says_which_casts_it_left() -> None:
     it = capture("tiny_llama")
     outcomes = dict(run_pipeline(it.graph, [*lowering_passes(), IdleCasts()]))

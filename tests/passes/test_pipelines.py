@@ -57,6 +57,8 @@ def test_golden_of_the_result() -> None:
     goldens.check("passes_result", to_text(dump(graph)))
 
 
+@pytest.mark.medium("test_each_pass_is_idempotent_where_it_stands; a plain model")
+@pytest.mark.slow("plain models", cases=["tiny_albert"])
 @pytest.mark.parametrize("name", ["plain_mlp", "plain_conv", "tiny_albert"])
 def test_a_second_run_reports_no_change_and_makes_none(name: str) -> None:
     it = capture(name)
@@ -81,6 +83,7 @@ def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
     assert dump(graph) == before, "it changes its own result"
 
 
+@pytest.mark.medium("passes in the wrong order are refused")
 def test_a_second_run_says_which_passes_the_graph_has_behind_it() -> None:
     graph = _mixed()
     lower(graph)
@@ -101,6 +104,7 @@ def test_a_pass_that_reports_no_change_makes_none() -> None:
     assert graph.slots == {}
 
 
+@pytest.mark.medium("report/test_printer.py prints each pass's graph")
 def test_observers_see_the_capture_and_every_pass_that_changed_something() -> None:
     graph, seen = _mixed(), []
     changed = lower(graph, lambda name, graph: seen.append((name, graph.level)))
@@ -111,6 +115,7 @@ def test_observers_see_the_capture_and_every_pass_that_changed_something() -> No
 # The levels
 
 
+@pytest.mark.medium("two of the orders", keep=["expand-insert-*", "insert-insert-*"])
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
@@ -186,6 +191,7 @@ def test_plans_say_why_a_weight_is_bound() -> None:
     )
 
 
+@pytest.mark.medium("the interpreter's comparisons with eager mode")
 def test_what_is_computed_is_as_wide_as_its_own_sites_rank() -> None:
     """A trace serves several sites, each of whose ranks may be another."""
     it = capture("tiny_llama")

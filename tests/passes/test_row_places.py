@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +61,7 @@ def _lowered(host: nn.Module, compiled: Any, shapes: Any, x: Tensor = X) -> Grap
     return graph
 
 
+@pytest.mark.medium("runtime/test_rows.py")
 @torch.no_grad()
 def test_rows_are_computed_as_each_alone() -> None:
     """In float64, as eager mode computes each row by itself, with as many places as rows and with half as many."""

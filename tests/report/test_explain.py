@@ -136,6 +136,7 @@ def test_reserved_sites() -> None:
     assert report.terms == report.adapters == ()
 
 
+@pytest.mark.medium("the other dtype", cases=["dtype1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casts_of_onnxruntime_to_float32_are_reported(dtype: torch.dtype) -> None:
     model, inputs = Stack().to(dtype), (torch.randn(2, 5, 10, dtype=dtype),)

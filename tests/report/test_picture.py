@@ -138,6 +138,7 @@ def test_each_level_has_the_rows_of_each_module(page: str) -> None:
     assert len(rows(2, "body.layers.0.query")) > 3
 
 
+@pytest.mark.medium("test_it_stands_alone")
 def test_a_page_of_several_graphs(tmp_path: Path) -> None:
     adapters = {"a": lorac.LoRA(r=1, targets=["query", "down"])}
     models = {"one": Stack(), "two": Two()}
@@ -213,6 +214,7 @@ def test_a_first_layer_that_computes_more_is_drawn_alone() -> None:
     assert folded(build_boxes(stack(first_differs=True), {})) == {"body.layers.1": 2}
 
 
+@pytest.mark.medium("test_identical_layers_are_one_box")
 def test_layers_that_are_named_with_a_number_fold() -> None:
     """As torchvision's ViT has them, below ``encoder.layers.encoder_layer_0``; so do printed text and Graphviz's."""
     import torchvision  # type: ignore[import-untyped]

@@ -49,6 +49,7 @@ def test_printing_all_is_printing_each(compiled: lorac.Compiled) -> None:
     assert list(compiled.graph) == ["main"]
 
 
+@pytest.mark.medium("the golden text")
 def test_equal_models_print_equal_text(compiled: lorac.Compiled) -> None:
     """Only shapes of the weights are printed."""
     model = ZOO["tiny_llama"].fresh()
@@ -59,6 +60,7 @@ def test_equal_models_print_equal_text(compiled: lorac.Compiled) -> None:
     assert str(again.graph) == str(compiled.graph)
 
 
+@pytest.mark.medium("test_target_level_prints_too")
 def test_every_target_prints_the_same_passes() -> None:
     adapters = {"style": lorac.DoRA(r=3, targets=["query"]), "task": lorac.LoRA(r=2, targets=["key", "query"])}
     model, inputs = Stack(), (torch.randn(2, 5, 10),)
@@ -114,6 +116,7 @@ def test_footer_counts(compiled: lorac.Compiled) -> None:
     assert sum(t.numel() for t in compiled.parameters() if t.requires_grad) == trainable
 
 
+@pytest.mark.medium("the golden text")
 def test_modes_print_differently() -> None:
     fused = lorac.compile(ZOO["tiny_llama"].fresh(), adapters={"a": lorac.DoRA(r=2, targets=["q_proj"])}, mode="fused")
     text = str(fused.graph["main"].after("insert"))
@@ -123,6 +126,7 @@ def test_modes_print_differently() -> None:
     assert "W.q_proj" not in str(fused.graph), "the replaced weight has left the program"
 
 
+@pytest.mark.medium("ir/algebra/test_affine.py: the same reason; explain() tells it too")
 def test_a_branch_says_why_it_cannot_be_fused() -> None:
     adapters = {"bottleneck": lorac.AdapterTune(r=4, targets="model.layers.[0-9]+")}
     text = str(lorac.compile(ZOO["tiny_llama"].fresh(), adapters=adapters).graph["main"].after("insert"))

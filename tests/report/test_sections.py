@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import networkx as nx
+import pytest
 
 import lorac
 from lorac.ir.graph.graph import Graph
@@ -40,6 +41,7 @@ def test_a_first_layer_that_computes_more_differs() -> None:
     assert _runs(captured_stack(first_differs=True)) == [("body.layers.0", 1), ("body.layers.1", 2)]
 
 
+@pytest.mark.medium("test_identical_layers_are_one_run")
 def test_calls_of_a_shared_layer_are_blocks_of_their_own() -> None:
     assert _runs(capture("tiny_albert").graph) == [("albert.encoder.albert_layer_groups.0", 3)]
 

@@ -40,6 +40,7 @@ def advised(error: lorac.NeedsRecompile) -> lorac.Reserve:
     return eval(found[1], {"lorac": lorac})
 
 
+@pytest.mark.medium("live there, and fused weights in eager", cases=["onnxruntime-fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_added_removed_and_added_again(target, mode):
@@ -74,6 +75,7 @@ def test_a_name_taken_again_means_the_new_adapter():
     assert raw(answer(compiled, adapters="a")) != raw(before)
 
 
+@pytest.mark.medium("one of each mode; LoRA, live", keep=["lora-live"])
 @pytest.mark.parametrize(
     ("method", "mode"),
     [
@@ -98,6 +100,7 @@ def test_what_does_not_fit_is_told_what_admits_it(method, mode):
     assert_close(answer(again), answer(direct))
 
 
+@pytest.mark.medium("eager mode's eight cases")
 def test_onnxruntime_says_the_same():
     compiled = build([adapter("lora_small", "a")], "onnxruntime")
     with pytest.raises(lorac.NeedsRecompile) as caught:
@@ -176,6 +179,7 @@ def test_a_removed_name_is_unknown():
 ODD = ["items", "update", "half", "type", "training", "items~", "a.b", "a/b", "a~1b", "a//b", "..", "日 本", "x" * 300]
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_any_text_is_a_name(target, tmp_path):
     """Also what torch keeps for itself, and texts that a simpler spelling would confuse."""

@@ -137,6 +137,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.medium("the other damages", cases=["parent"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_bad_folders_are_refused(damage: str, sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / "it"
@@ -224,6 +225,7 @@ def test_an_artifact_is_replaced_whole_even_by_itself(sound: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
+@pytest.mark.medium("a folder below it", cases=["."])
 @pytest.mark.parametrize("inside", [".", "below"])
 def test_the_folder_that_the_process_works_in_stays(
     inside: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -258,6 +260,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 PWA = '{"name": "my app", "icons": [], "files": {"index.html": {}}}'
 
 
+@pytest.mark.medium("no manifest, and somebody else's", keep=["None", '{"name"*'])
 @pytest.mark.parametrize("manifest", [None, PWA, "not JSON", '{"lorac_artifact": "1", "files": {"index.html": {}}}'])
 def test_other_folders_are_not_touched(manifest: str | None, sound: Path, tmp_path: Path) -> None:
     """A web app's folder has a manifest.json too."""
@@ -271,6 +274,7 @@ def test_other_folders_are_not_touched(manifest: str | None, sound: Path, tmp_pa
     assert _contents(tmp_path) == before
 
 
+@pytest.mark.medium("a file within and an empty folder", keep=["adapters/notes.txt", "empty/"])
 @pytest.mark.parametrize("name", ["notes.txt", "adapters/notes.txt", "more/notes.txt", "empty/"])
 def test_what_lorac_did_not_write_is_named_and_kept(name: str, sound: Path, tmp_path: Path) -> None:
     compiled, folder = lorac.load(sound), tmp_path / "it"

@@ -92,6 +92,7 @@ def test_registered_names_work_wherever_a_name_does(compiled: Any, in_memory: An
     compiled.add_adapter(adapter("lora", "a"), name="n5")
 
 
+@pytest.mark.medium("live", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_on_target_eager(mode: str, folder: Path, in_memory: Any) -> None:
     eager = build([], "eager", mode, reserve=ROOM)
@@ -204,6 +205,7 @@ def test_an_adapter_that_is_exchanged_while_it_is_read_answers_as_the_new_one(
     assert [raw(answer(compiled, adapters="n1")) for _ in range(2)] == [expected] * 2
 
 
+@pytest.mark.medium("test_one_read_brings_back_what_was_let_go_of")
 def test_without_a_place_for_images_the_files_are_read_again(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise OSError("read-only")
@@ -253,6 +255,7 @@ def test_a_removed_adapters_bytes_are_back_when_the_last_holder_ends(compiled: A
     assert compiled.memory.used == 0
 
 
+@pytest.mark.medium("test_threads_share_the_bank")
 def test_a_thread_reads_ahead(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled.prefetch({"n1": 0.5, "n2": 0.5}).result(20)
     monkeypatch.setattr("lorac.session.registry.load_adapter", None)
@@ -261,6 +264,7 @@ def test_a_thread_reads_ahead(compiled: Any, monkeypatch: pytest.MonkeyPatch) ->
         compiled.prefetch("n9")
 
 
+@pytest.mark.medium("test_scheduler.py: a request waits for memory")
 def test_caches_share_the_budget_with_adapters() -> None:
     model = lorac.compile(
         DECODERS["llama"](),
@@ -314,6 +318,7 @@ def count_adding(compiled: Any, name: str) -> int:
     return count_calls(add)
 
 
+@pytest.mark.medium("test_headers_alone_are_read")
 def test_two_thousand_registered_adapters_take_next_to_nothing(folder: Path, tmp_path: Path) -> None:
     """Neither memory, nor time when another is added."""
     source = folder / "n1"
@@ -338,6 +343,7 @@ def test_two_thousand_registered_adapters_take_next_to_nothing(folder: Path, tmp
     assert compiled.pool.entries is entries, "a copy would take as long as there are adapters"
 
 
+@pytest.mark.medium("test_fit.py's faults, and beyond the budget")
 def test_what_does_not_fit_is_refused_when_it_is_registered(folder: Path, tmp_path: Path) -> None:
     compiled = build([], "onnxruntime", reserve=dataclasses.replace(ROOM, rank=1), self_test=False)
     with refuses("needs_recompile"):
@@ -378,6 +384,7 @@ def test_registered_adapters_are_not_saved_and_save_says_so(compiled: Any, folde
     assert raw(answer(loaded, adapters="n0")) == expected
 
 
+@pytest.mark.medium("saved folders of session/test_artifact.py")
 def test_an_adapter_lies_on_disk_once_where_only_lorac_reads_it(in_memory: Any, tmp_path: Path) -> None:
     model = in_memory
     model.save(tmp_path / "both")
@@ -436,6 +443,7 @@ class Client:
             self.compiled.add_adapter(self.late, name="late")
 
 
+@pytest.mark.medium("its operations, one by one")
 @pytest.mark.parametrize("steps", [400, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_random_operations_keep_to_the_limit_and_end_at_zero(steps: int, compiled: Any) -> None:
     client, refused = Client(compiled, steps), 0

@@ -27,6 +27,7 @@ def _assert_same(y, ref):
     assert float((y - ref).abs().max()) <= LIMITS[y.dtype] * float(ref.abs().max())
 
 
+@pytest.mark.medium("eager, and test_rows.py there", cases=["onnxruntime-live"])
 def test_rows_equal_row_wise_calls(compiled):
     compiled.swap("b")
     y = answer(compiled, adapters=ROWS)
@@ -72,6 +73,7 @@ def test_an_unknown_name_in_a_row(compiled):
         answer(compiled, adapters=["a", "c", None])
 
 
+@pytest.mark.medium("generation over caches, whose rows are compared one by one")
 @torch.no_grad()
 def test_a_decoders_output_and_cache_row_by_row():
     """A transformers decoder answers rows as it answers one of them alone, step by step on the cache of the last."""

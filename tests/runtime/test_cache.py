@@ -58,6 +58,8 @@ def fed(compiled, counts=COUNTS, ids=IDS, cache=None):
     return cache, torch.stack([last.get(row, torch.zeros(VOCABULARY)) for row in range(len(ids))])
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=[])
+@pytest.mark.slow("live programs", cases=["fused-*"])
 @torch.no_grad()
 @pytest.mark.parametrize("choice", [None, "one", "two", {"one": 0.7, "two": 0.3}], ids=str)
 def test_ragged_rows_answer_as_the_host_does(compiled, eager, choice):
@@ -71,6 +73,7 @@ def test_ragged_rows_answer_as_the_host_does(compiled, eager, choice):
         assert_parity(last, expected, eager(input_ids=IDS, adapters=None).logits[[0, 1], [9, 9]])
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_a_plain_call_answers_every_token(compiled, eager):
     compiled.swap("one")
@@ -84,6 +87,7 @@ def test_a_plain_call_answers_every_token(compiled, eager):
     assert torch.equal(torch.from_numpy(array), found)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_a_plain_call_may_have_one_token(compiled, eager):
     compiled.swap("one")
@@ -91,6 +95,7 @@ def test_a_plain_call_may_have_one_token(compiled, eager):
     assert_parity(found, expected, eager(input_ids=IDS[:, :1], adapters=None).logits)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_rows_that_leave_and_come_are_none_of_the_others_business(compiled):
     compiled.swap("one")
@@ -105,6 +110,7 @@ def test_rows_that_leave_and_come_are_none_of_the_others_business(compiled):
     assert cache.lengths == (7, 6, 7)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_a_row_leaves_and_another_joins_without_the_others_being_moved(compiled):
     compiled.swap("one")
@@ -124,6 +130,7 @@ def test_a_row_leaves_and_another_joins_without_the_others_being_moved(compiled)
     assert_close(logits[1:, 0], fed(compiled, [[7]], IDS[1:])[1])
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_rows_that_come_and_go_at_random_answer_as_they_would_alone(compiled):
     compiled.swap("one")
@@ -147,6 +154,7 @@ def test_rows_that_come_and_go_at_random_answer_as_they_would_alone(compiled):
             assert_close(extended(compiled, cache, ids, [1] * len(texts))[:, 0], expected[texts, places])
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_a_cache_of_another_program_does_not_join(compiled):
     cache, _ = fed(compiled, [[3, 6]])
@@ -156,6 +164,7 @@ def test_a_cache_of_another_program_does_not_join(compiled):
     assert cache.lengths == (3, 6)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_what_is_forgotten_leaves_no_trace(compiled):
     compiled.swap("one")
@@ -169,6 +178,7 @@ def test_what_is_forgotten_leaves_no_trace(compiled):
     assert not torch.equal(wrong[:, 0], right[:, 0])
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_longer_rows_are_admitted_by_growing(compiled):
     compiled.swap("one")
@@ -180,6 +190,7 @@ def test_longer_rows_are_admitted_by_growing(compiled):
     assert short.capacity == CAPACITY
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_padding_beyond_the_capacity_is_room_of_its_own(compiled):
     """A row that is nearly full beside one that brings much: together they need more than either."""
@@ -191,6 +202,7 @@ def test_padding_beyond_the_capacity_is_room_of_its_own(compiled):
     assert_close(logits[1], alone)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_a_swap_acts_on_what_comes_next(compiled):
     compiled.swap("one")
@@ -204,17 +216,20 @@ def test_a_swap_acts_on_what_comes_next(compiled):
     assert not torch.equal(extended(compiled, other, IDS[:, 6:7], [1, 1]), one)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 def test_a_call_that_brings_nothing_changes_nothing(compiled):
     cache, _ = fed(compiled, [[2, 2]])
     assert extended(compiled, cache, IDS[:, :1], [0, 0]).shape == (2, 1, VOCABULARY)
     assert cache.lengths == (2, 2)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 def test_what_a_cache_can_hold_is_told(compiled):
     keeps = compiled.engine.cache_spec("main")
     assert (keeps.limit, keeps.vocabulary) == (64, VOCABULARY)
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
 def test_it_is_saved_and_loaded(compiled, tmp_path):
     compiled.swap("one")
@@ -225,6 +240,7 @@ def test_it_is_saved_and_loaded(compiled, tmp_path):
     assert loaded.engine.cache_spec("main") == compiled.engine.cache_spec("main")
 
 
+@pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [

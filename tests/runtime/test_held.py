@@ -57,6 +57,7 @@ def _everything(compiled: lorac.Compiled, late: lorac.Adapter, elsewhere: Path) 
     return found
 
 
+@pytest.mark.medium("folders that were removed; live; eager", cases=["*_replaced", "eager-fused-*", "onnxruntime-*"])
 @pytest.mark.skipif(not open_file._has_handle_paths(), reason="open files have no paths here")
 @pytest.mark.parametrize("gone", [_removed, _replaced])
 def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Path], None], tmp_path: Path) -> None:
@@ -103,6 +104,7 @@ def test_an_artifact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeyp
     assert raw(answer(loaded, X)) != raw(answer(before, X))
 
 
+@pytest.mark.medium("test_a_folder_that_is_gone_changes_nothing")
 @pytest.mark.parametrize("has_paths", [True, False], ids=["held", "by name"])
 def test_a_program_whose_folder_vanished(has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody empties the temporary directory. What is held is saved whole; what is not is refused, typed."""

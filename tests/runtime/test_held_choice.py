@@ -38,6 +38,7 @@ def test_adapters_are_swapped_and_removed_while_they_are_held(target: str) -> No
         answer(compiled, adapters=active)
 
 
+@pytest.mark.medium("test_bank.py: a removed adapter's bytes are back")
 def test_what_a_removed_adapter_takes_is_free_when_the_last_holder_ends() -> None:
     compiled = made("onnxruntime")
     with compiled.hold("b") as first:
@@ -49,12 +50,14 @@ def test_what_a_removed_adapter_takes_is_free_when_the_last_holder_ends() -> Non
     assert kept() is None
 
 
+@pytest.mark.medium("the mistakes of the suite")
 def test_a_choice_of_another_model_is_refused() -> None:
     one, other = made("onnxruntime"), made("eager")
     with one.hold("a") as held, refuses("choice_error", match="held by another model"):
         answer(other, adapters=held)
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_fused_weights_are_held_against_swaps(target: str) -> None:
     compiled = made(target, "fused")
@@ -79,6 +82,7 @@ def test_fused_weights_are_held_against_swaps(target: str) -> None:
     assert compiled.active == {"b": 1.0}
 
 
+@pytest.mark.medium("test_threads.py, and adapters that are removed while they are held")
 def test_holders_of_many_threads() -> None:
     compiled = made("onnxruntime")
     expected = {choice: raw(answer(compiled, adapters=choice)) for choice in ("a", "b")}
@@ -96,6 +100,7 @@ def test_holders_of_many_threads() -> None:
     assert all(found)
 
 
+@pytest.mark.medium("a held choice in plain calls")
 def test_a_held_choice_generates() -> None:
     from tests.decoders import DECODERS, IDS
 

@@ -69,6 +69,7 @@ def _check(compiled: lorac.Compiled, expected: Expected) -> None:
         assert raw(answer(compiled, adapters=name)) == expected[str({name: 1.0})]
 
 
+@pytest.mark.medium("live on ONNX Runtime", keep=["onnxruntime-live-7"])
 @every
 def test_swaps(stride: int, compiled: lorac.Compiled, expected: Expected) -> None:
     for _ in interrupted(lambda: compiled.swap(MIXTURE), stride):
@@ -77,6 +78,7 @@ def test_swaps(stride: int, compiled: lorac.Compiled, expected: Expected) -> Non
         compiled.swap("a")
 
 
+@pytest.mark.medium("live in eager", keep=["eager-live-7"])
 @every
 def test_a_choice_of_a_calls_own(stride: int, compiled: lorac.Compiled, expected: Expected) -> None:
     for _ in interrupted(lambda: answer(compiled, adapters="b"), stride):
@@ -84,6 +86,7 @@ def test_a_choice_of_a_calls_own(stride: int, compiled: lorac.Compiled, expected
         _check(compiled, expected)
 
 
+@pytest.mark.medium("live in eager", keep=["eager-live-7"])
 @every
 def test_calls(stride: int, compiled: lorac.Compiled, expected: Expected) -> None:
     for _ in interrupted(lambda: answer(compiled), stride):
@@ -91,6 +94,7 @@ def test_calls(stride: int, compiled: lorac.Compiled, expected: Expected) -> Non
         compiled.swap("b"), compiled.swap("a")
 
 
+@pytest.mark.medium("live in eager", keep=["eager-live-7"])
 @every
 def test_adding_and_removing(stride: int, compiled: lorac.Compiled, expected: Expected) -> None:
     new = adapter("lora", "a")

@@ -52,6 +52,7 @@ def test_a_writer_interrupted_while_it_waits_leaves_no_trace() -> None:
     assert lock.writing(lambda: "alone") == "alone"
 
 
+@pytest.mark.medium("test_threads.py swaps among readers")
 def test_writers_are_alone_among_many_readers() -> None:
     """More threads than one frame of the stack holds, some of which end meanwhile."""
     lock, inside, seen, stop = ReadWriteLock(), [0], [0], threading.Event()

@@ -100,6 +100,7 @@ def save_answers(folder: Path, target: str) -> None:
     torch.save(answers(served), folder / f"{target}.pt")
 
 
+@pytest.mark.medium("the two other tests of the file, in this process")
 def test_served_swapped_mixed_and_saved_without_the_class(folders: Path) -> None:
     run_python(f"import sys; sys.argv[1:] = {[str(folders), *TARGETS]!r}\n{ELSEWHERE}")
 

@@ -36,6 +36,7 @@ def answers(compiled: Any, bank: Any) -> torch.Tensor:
     return decoded(bank.bound(2), compiled.engine.new_cache("main", 2, 12), IDS)
 
 
+@pytest.mark.medium("the scheduler's requests, over the same bank")
 @torch.no_grad()
 def test_rows_with_adapters_of_their_own_come_and_go(compiled: Any) -> None:
     generator = random.Random(3)

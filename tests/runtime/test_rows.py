@@ -200,6 +200,7 @@ def test_held_choices_are_choices_of_rows(compiled: Any) -> None:
     assert raw(y) == raw(_logits(compiled, IDS, ["lora", "dora", "lora", None, "lora", "ia3"]))
 
 
+@pytest.mark.medium("test_each_row_answers_as_it_does_alone", cases=["onnxruntime-30"])
 @pytest.mark.parametrize("count", [30, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_batches(compiled: Any, count: int) -> None:
     drawn = random.Random(0)
@@ -251,6 +252,8 @@ def _generate(compiled: Any, rows: list[int], adapters: Any, **options: Any) -> 
     return tokens
 
 
+@pytest.mark.medium("greedy and drawn rows; backends/eager/test_rows.py has beams", cases=["float-{'num_beams': 2}"])
+@pytest.mark.slow("rows over float weights; test_quantised.py compares int4", cases=["int4-*"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "seed": [3, 1, 4, 1, 5, 9]}], ids=repr)
 def test_generated_rows_are_each_rows_own(
     cached: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -268,6 +271,10 @@ def test_generated_rows_are_each_rows_own(
     assert len({tuple(row[-6:].tolist()) for row in together}) > 3
 
 
+@pytest.mark.medium(
+    "greedy rows; generation/test_cached_generation.py has beams over prompts",
+    cases=["int4*", "float-{'num_beams': 2}"],
+)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=repr)
 def test_rows_of_several_choices_share_a_prompt_cache(
     cached: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -284,6 +291,7 @@ def test_rows_of_several_choices_share_a_prompt_cache(
         assert fed == [first, *[1] * 5], "one run of the engine a step, and nothing is computed twice"
 
 
+@pytest.mark.medium("generation/test_generate.py: a draft changes no token")
 def test_a_draft_changes_no_row_of_any_choice(cached: Any) -> None:
     rows = list(range(6))
     together = _generate(cached, rows, ROW_CHOICES)
@@ -291,6 +299,7 @@ def test_a_draft_changes_no_row_of_any_choice(cached: Any) -> None:
         assert torch.equal(_generate(cached, rows, ROW_CHOICES, draft=draft), together)
 
 
+@pytest.mark.medium("float weights, and end_to_end/test_quantised.py swaps adapters next to codes", cases=["int4*"])
 def test_a_streamer_sees_all_rows(cached: Any) -> None:
     class Streamer:
         def __init__(self) -> None:
@@ -307,6 +316,7 @@ def test_a_streamer_sees_all_rows(cached: Any) -> None:
     assert torch.equal(torch.stack(streamer.seen[1:-1], 1), together[:, -6:])
 
 
+@pytest.mark.medium("float weights, and end_to_end/test_quantised.py swaps adapters next to codes", cases=["int4*"])
 def test_a_plain_call_of_a_program_with_a_cache(cached: Any) -> None:
     y = _logits(cached, IDS, ROW_CHOICES)
     for row, choice in enumerate(ROW_CHOICES):

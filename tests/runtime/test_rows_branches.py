@@ -99,6 +99,7 @@ def _error(y: Tensor, ref: Tensor) -> float:
     return float((y - ref).abs().max() / ref.abs().max())
 
 
+@pytest.mark.slow("test_rows_with_branches_generate_in_one_run_a_step, with two routers, a mixture and a LoRA")
 def test_each_row_answers_as_it_does_alone(compiled: Any, runs: list[str]) -> None:
     for start in range(0, len(CHOICES), 6):
         choices = [CHOICES[(start + i) % len(CHOICES)] for i in range(6)]
@@ -112,12 +113,14 @@ def test_each_row_answers_as_it_does_alone(compiled: Any, runs: list[str]) -> No
             assert choice is None or _error(alone, base) > LEAST_DIFFERENCE, "it acts"
 
 
+@pytest.mark.slow("the same, whose rows without adapters write the base's text")
 def test_rows_without_branches_are_the_bases(compiled: Any) -> None:
     base = _logits(compiled, IDS, None)
     y = _logits(compiled, IDS, ["routed", None, "mixed", None, "bottleneck", None])
     assert torch.equal(y[1::2], base[1::2])
 
 
+@pytest.mark.slow("test_rows.py, where neighbours share places of pairs")
 def test_neighbours_share_a_place_of_a_branch(compiled: Any) -> None:
     choices = ["routed", "routed", "other", "other", "mixed", "mixed"]
     y = _logits(compiled, IDS, choices)
@@ -125,6 +128,7 @@ def test_neighbours_share_a_place_of_a_branch(compiled: Any) -> None:
         assert _error(y[row : row + 1], _logits(compiled, IDS[row : row + 1], choice)) < ROWS[y.dtype], choice
 
 
+@pytest.mark.slow("the same, each row of which is held against itself alone")
 def test_no_row_sees_another_rows_branch(compiled: Any) -> None:
     y = _logits(compiled, IDS, ["routed", "mixed", "other", "blocks", None, "fly"])
     (tensor, *_) = compiled.adapters["mixed_too"].parameters()
@@ -138,6 +142,7 @@ def test_no_row_sees_another_rows_branch(compiled: Any) -> None:
     assert raw(poisoned[keep]) == raw(y[keep])
 
 
+@pytest.mark.slow("backends/eager/test_rows.py joins extra outputs")
 def test_extra_outputs_of_rows_with_another_branch_are_blank(compiled: Any) -> None:
     _logits(compiled, IDS, ["routed", None, "routed", "lora", "mixed", "routed"])
     router = compiled.aux["router"]["model.layers.0.self_attn.q_proj"]
@@ -181,6 +186,7 @@ def test_a_branch_that_reads_other_rows_has_a_call_of_its_own() -> None:
     assert_apart(y[[0, 3]], host(x)[[0, 3]])
 
 
+@pytest.mark.medium("passes/test_branch_traces.py compiles both")
 def test_branches_have_one_place_unless_asked_for_more() -> None:
     adapters = {
         "lora": lorac.LoRA(r=2, targets=["v_proj"]),
@@ -196,6 +202,7 @@ def test_branches_have_one_place_unless_asked_for_more() -> None:
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.medium("test_a_branch_that_reads_other_rows_has_a_call_of_its_own, and generation/test_branches.py")
 def test_rows_with_branches_generate_in_one_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     host = SMALL_LLAMA.model()
     names = ("lora", "routed", "other", "mixed")

@@ -71,6 +71,7 @@ def _error(y: Tensor, ref: Tensor) -> float:
     return float((y - ref).abs().max() / ref.abs().max())
 
 
+@pytest.mark.medium("passes/test_row_places.py, and rows of linear layers there", cases=["onnxruntime*"])
 @torch.no_grad()
 def test_every_choice_acts_and_takes_no_call_of_its_own(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base, runs, call = compiled(X, adapters=None), list[str](), compiled.engine.call
@@ -84,6 +85,7 @@ def test_every_choice_acts_and_takes_no_call_of_its_own(compiled: Any, monkeypat
     assert runs == ["main"]
 
 
+@pytest.mark.medium("passes/test_row_places.py, and rows of linear layers there", cases=["onnxruntime*"])
 @torch.no_grad()
 @pytest.mark.parametrize("count", [30, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_batches(compiled: Any, count: int) -> None:
@@ -98,6 +100,7 @@ def test_random_batches(compiled: Any, count: int) -> None:
         assert _error(y, expected) < ROWS[y.dtype], (rows, choices)
 
 
+@pytest.mark.medium("passes/test_row_places.py, and rows of linear layers there", cases=["onnxruntime*"])
 @torch.no_grad()
 def test_no_row_moves_anothers_bits(compiled: Any) -> None:
     choices = ["lora", "wide", None, "dora", "ia3", "short"]
@@ -107,6 +110,7 @@ def test_no_row_moves_anothers_bits(compiled: Any) -> None:
     assert not torch.equal(y[2], other[2])
 
 
+@pytest.mark.medium("backends/tensorrt/test_engine.py: what is above the fixed rank of a convolution")
 def test_a_plan_of_tensorrt_says_why_its_convolutions_have_one_place() -> None:
     host = Pixels().eval()
     eager = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["line"])})

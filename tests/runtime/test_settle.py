@@ -24,6 +24,7 @@ def expected():
     return {"bound": bound, "settled": {name: raw(answer(model)) for name, model in compiled.items()}}
 
 
+@pytest.mark.medium("test_in_the_background compares with a settled compile")
 def test_settled_has_the_bits_of_a_fresh_settled_compile(fused, expected):
     for choice in CYCLE * 3:
         assert fused.swap(choice, settle=True).state == "settled"
@@ -67,6 +68,7 @@ def test_in_the_background(expected):
     assert raw(answer(compiled)) == expected["settled"]["b"]
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime-live"])
 @pytest.mark.parametrize(("target", "mode"), [("eager", "live"), ("eager", "fused"), ("onnxruntime", "live")])
 def test_what_binds_no_weights_cannot_settle(target, mode):
     compiled = build(pair("lora", "hydra"), target, mode)

@@ -28,6 +28,11 @@ def _runs():
             yield pytest.param(methods, target, dtype, 20 * len(CYCLE), id=f"{name}-100")
 
 
+@pytest.mark.medium(
+    "two pairs of normal forms, one live and one fused",
+    keep=["dora-shira-eager-float32-100-live", "lora-hydra-eager-float32-100-fused"],
+)
+@pytest.mark.slow("a hundred swaps; the soak does a million", cases=["*-1000-*"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize(("methods", "target", "dtype", "swaps"), list(_runs()))
 def test_any_number_of_swaps(methods, target, dtype, swaps, mode):
@@ -55,6 +60,7 @@ def test_inactive_adapters_change_no_bit(target):
     assert raw(answer(both)) == raw(answer(both, adapters=None)) != raw(alone)
 
 
+@pytest.mark.medium("eager, and test_inactive_adapters_change_no_bit on ONNX Runtime", cases=["onnxruntime-*"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_inactive_adapters_change_no_bit_of_what_was_reserved(target, mode):
@@ -179,6 +185,7 @@ def test_a_refused_swap_changes_nothing(mode, choice, error):
         assert raw(answer(compiled)) == raw(before)
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_more_rank_than_reserved_is_refused(target):
     """Two that fit alone, and not together."""
@@ -249,6 +256,7 @@ def test_baked_refuses_to_change():
     assert raw(answer(compiled)) == raw(expected)
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_baked_refuses_a_choice_for_one_call(target):
     compiled = build(pair("lora", "shira"), target, "baked", active="a")

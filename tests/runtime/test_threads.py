@@ -68,12 +68,20 @@ def swaps(compiled: lorac.Compiled, seconds: float = SECONDS) -> int:
     return count
 
 
+@pytest.mark.medium(
+    "test_a_choice_of_a_calls_own; eager fused weights, and test_a_choice_of_a_calls_own on ONNX Runtime"
+)
+@pytest.mark.slow(
+    "eager fused weights, and live programs; live programs, and eager fused weights",
+    cases=["onnxruntime-fused", "eager-live"],
+)
 def test_every_answer_belongs_to_one_choice(compiled, expected):
     with running(lambda: raw(answer(compiled)), times=8) as answers:
         swaps(compiled)
     assert {expected.get(found, "none of them") for found in answers} == set(expected.values())
 
 
+@pytest.mark.slow("live programs, and eager fused weights", cases=["onnxruntime-fused", "eager-live", "eager-fused"])
 def test_a_choice_of_a_calls_own(compiled, expected):
     """Threads that choose for themselves, beside others that take the active choice, while that is swapped."""
     own = {choice: found for found, choice in expected.items()}
@@ -91,6 +99,8 @@ def test_a_choice_of_a_calls_own(compiled, expected):
     assert {expected.get(found, "none of them") for found in answers} <= set(expected.values())
 
 
+@pytest.mark.medium("test_adding_from_several_threads")
+@pytest.mark.slow("live programs, and eager fused weights", cases=["onnxruntime-fused", "eager-live", "eager-fused"])
 def test_adapters_that_come_and_go(compiled, expected):
     """A call may end with an adapter that was removed after it began."""
 
@@ -107,6 +117,11 @@ def test_adapters_that_come_and_go(compiled, expected):
     assert {expected.get(found, "none of them") for found in answers} == {"a", "None"}
 
 
+@pytest.mark.medium("fused weights in eager", cases=["onnxruntime-live"])
+@pytest.mark.slow(
+    "eager fused weights, and live programs; live programs, and eager fused weights",
+    cases=["onnxruntime-fused", "eager-live"],
+)
 def test_adding_from_several_threads(compiled):
     """Exactly one of several adapters with the same name is added."""
     added, refused = [], []

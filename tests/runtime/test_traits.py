@@ -43,6 +43,7 @@ def compiled(models, mode="live", target="eager"):
     return lorac.compile(models, made, target=target, mode=mode, active=None, example_inputs=examples)
 
 
+@pytest.mark.medium("live", cases=["fused-onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
@@ -75,6 +76,7 @@ def test_off_is_the_host_bit_for_bit_in_eager(models):
         assert torch.equal(both[name](INPUTS[name], scale=2.0)["score"], model(INPUTS[name], scale=2.0)["score"])
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
 def test_a_component_answers_as_its_model(target, models):
@@ -106,6 +108,7 @@ def test_they_train_together(models):
     assert all(at["lora_B"].grad.abs().sum() > 0 for at in both.adapters["a"].tensors.values())
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
 def test_saved_and_loaded_they_answer_the_same(target, models, tmp_path):
@@ -121,6 +124,7 @@ def test_saved_and_loaded_they_answer_the_same(target, models, tmp_path):
     assert_close(again["unet"](X)["score"], both["unet"](X)["score"])
 
 
+@pytest.mark.medium("test_one_swap_switches_all")
 def test_every_component_has_a_graph_of_its_own(models):
     both = compiled(models, target="onnxruntime")
     assert list(both.graph) == ["unet", "text_encoder"]
@@ -139,11 +143,13 @@ def test_a_component_without_adapters_runs_as_it_is(models):
     assert [slot.site for slot in only.engine.graphs["text_encoder"].slots.values()] == []
 
 
+@pytest.mark.medium("training/initialisation/test_everywhere.py exports a model")
 def test_exported_they_run_elsewhere(models):
     exported = compiled(models).export(target="onnxruntime", example_inputs={"unet": (X,), "text_encoder": (Y,)})
     assert_close(exported["unet"](X)["score"], models["unet"](X)["score"].detach())
 
 
+@pytest.mark.medium("eager", cases=["*-onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize(
     ("call", "what"),

@@ -23,15 +23,17 @@ from tests.runtime.artifacts import alone, assert_same_folders, make_adapters, m
 from tests.zoo import ZOO
 
 CHOICES: tuple[Any, ...] = ("a", None, {"a": 0.7, "b": 0.4})
+MEDIUM = pytest.mark.medium("live and fused programs, and fused weights in eager")
+SLOW = pytest.mark.slow("a plain model in eager, a Llama on ONNX Runtime")
 CASES = [
     ("plain_mlp", "onnxruntime", "live"),
-    ("plain_mlp", "onnxruntime", "fused"),
-    ("plain_mlp", "onnxruntime", "baked"),
-    ("tiny_llama", "onnxruntime", "live"),
+    pytest.param(("plain_mlp", "onnxruntime", "fused"), marks=MEDIUM),
+    pytest.param(("plain_mlp", "onnxruntime", "baked"), marks=MEDIUM),
+    pytest.param(("tiny_llama", "onnxruntime", "live"), marks=SLOW),
     ("plain_mlp", "eager", "live"),
     ("plain_mlp", "eager", "fused"),
-    ("plain_mlp", "eager", "baked"),
-    ("tiny_gpt2", "eager", "live"),
+    pytest.param(("plain_mlp", "eager", "baked"), marks=MEDIUM),
+    pytest.param(("tiny_gpt2", "eager", "live"), marks=SLOW),
 ]
 
 
@@ -142,6 +144,7 @@ def test_saved_again_it_has_the_same_bytes(saved: Any, tmp_path: Path) -> None:
     assert_same_folders(folder, tmp_path / "again")
 
 
+@pytest.mark.medium("ONNX Runtime", cases=["*-eager-*"])
 def test_loading_takes_the_options_that_say_how_a_program_runs(saved: Any) -> None:
     folder = saved[-1]
     if lorac.load(folder).engine.target == "eager":
@@ -168,6 +171,7 @@ def test_no_pickle(saved: Any) -> None:
 TARGETS = ("eager", "onnxruntime")
 
 
+@pytest.mark.slow("test_killed.py and goldens of dumps")
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     """In two processes that hash strings differently and work in other folders: this one and a new one."""
     (tmp_path / "tmp").mkdir()
@@ -182,6 +186,7 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
         assert_same_folders(tmp_path / f"here{target}", tmp_path / f"there{target}")
 
 
+@pytest.mark.slow("the same of ONNX Runtime, where less is imported")
 def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> None:
     """In eager; for ONNX Runtime even less is imported (the next test)."""
     inputs = ZOO["plain_mlp"].inputs(seed=1)
@@ -240,6 +245,7 @@ def test_an_eager_artifact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
     assert_close(loaded(**inputs), base)
 
 
+@pytest.mark.medium("runtime/test_own_methods.py saves routed methods")
 def test_routers_are_saved_with_their_place(tmp_path: Path) -> None:
     """A branch's formula is in the program; another adapter of its structure still finds the slot."""
     model, inputs = ZOO["tiny_llama"].fresh(), ZOO["tiny_llama"].inputs(seed=1)
@@ -259,6 +265,7 @@ def test_routers_are_saved_with_their_place(tmp_path: Path) -> None:
     assert_parity(loaded(**inputs), compiled(**inputs), base)
 
 
+@pytest.mark.medium("training/test_trained.py: a state dict goes round")
 def test_trained_tensors_are_saved(tmp_path: Path) -> None:
     compiled, _ = make_compiled("plain_mlp", "eager", "live")
     inputs = ZOO["plain_mlp"].inputs(seed=1)
@@ -272,6 +279,7 @@ def test_trained_tensors_are_saved(tmp_path: Path) -> None:
     assert_parity(lorac.load(tmp_path / "it")(**inputs), y, ZOO["plain_mlp"].model()(**inputs))
 
 
+@pytest.mark.medium("the mistakes of the suite")
 def test_what_an_artifact_cannot_do_is_said(tmp_path: Path) -> None:
     make_compiled("plain_mlp", "eager", "live")[0].save(tmp_path / "sound")
     with pytest.raises(lorac.BaseNeeded, match=r"export\(\)"):
@@ -285,6 +293,7 @@ def test_what_an_artifact_cannot_do_is_said(tmp_path: Path) -> None:
         compiled.export()
 
 
+@pytest.mark.medium("test_the_loaded_takes_further_adapters")
 def test_the_host_is_let_go_and_found_again_while_it_lives() -> None:
     model = ZOO["plain_mlp"].fresh()
     alive, adapters = weakref.ref(model), make_adapters("plain_mlp", model)

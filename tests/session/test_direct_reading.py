@@ -96,6 +96,7 @@ def read_two(compiled: Any, folder: Path) -> None:
     assert len(ways.known) == 1
 
 
+@pytest.mark.medium("PEFT's files", cases=["native"])
 def test_the_third_is_read_without_its_format_and_gives_the_same_bits(
     compiled: Any, adapters: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_the_third_is_read_without_its_format_and_gives_the_same_bits(
         assert answers(compiled, NAMES) == expected
 
 
+@pytest.mark.medium("the other dtype", cases=["dtype1"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_that_are_cast_and_scaled_are_read_so(dtype: torch.dtype, compiled: Any, tmp_path: Path) -> None:
     folder = save_all(make_alike(LORA, dtype), tmp_path / "them")
@@ -125,6 +127,7 @@ def test_values_that_are_cast_and_scaled_are_read_so(dtype: torch.dtype, compile
     assert answers(compiled, NAMES) == expected
 
 
+@pytest.mark.medium("DoRA, which does both", keep=["DoRA*"])
 @pytest.mark.parametrize(
     "variant", [lorac.DoRA(r=2, targets=("up",)), lorac.VeRA(r=3, targets=("up",)), lorac.IA3(targets=("up",))], ids=str
 )
@@ -157,6 +160,7 @@ def test_values_are_checked_as_ever(compiled: Any, adapters: tuple[Path, str], t
     assert answers(compiled, NAMES[3:]) == expected[3:]
 
 
+@pytest.mark.medium("PEFT's files", cases=["native"])
 def test_a_file_of_another_layout_is_read_by_its_format(
     compiled: Any, adapters: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -167,6 +167,7 @@ def torch_compiled(model: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.compile(model, backend="eager"))
 
 
+@pytest.mark.medium("eager", cases=["*-onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("wrap", [torch_compiled, nn.DataParallel, AveragedModel])
 def test_a_wrapper_that_passes_calls_on_stands_for_its_model(wrap: Any, target: str) -> None:

@@ -12,6 +12,8 @@ from tests.parity import assert_parity
 from tests.refusing import refuses
 from tests.variants.away import away
 
+pytestmark = pytest.mark.medium("end_to_end/test_peft_eager.py has grouped convolutions, and the kit has groups")
+
 HOST = torch.nn.Sequential(OrderedDict(conv=torch.nn.Conv2d(6, 4, (3, 1), padding=(1, 0), groups=2))).eval()
 X = torch.randn(2, 6, 5, 4)
 INSIDE = MaskMaker(lambda context: torch.tensor([[1, 3], [0, 13]]), lambda site: 2)

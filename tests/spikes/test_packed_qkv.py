@@ -13,6 +13,8 @@ from lorac.variants.params import ParamSpec
 from tests.parity import assert_parity
 from tests.variants.away import away
 
+pytestmark = pytest.mark.medium("variants/test_split.py: queries and values of a packed layer")
+
 IN, D = 5, 4
 
 

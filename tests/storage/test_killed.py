@@ -26,6 +26,10 @@ def _assert_foreign(kind: str, target: Path) -> None:
         assert (target / name).read_text() == text
 
 
+@pytest.mark.medium("a file exchanged, and an artifact killed at any time", cases=["artifact-renamed"])
+@pytest.mark.slow(
+    "an artifact renamed and a file exchanged; make kill does all", keep=["artifact-renamed", "native-exchanged"]
+)
 @pytest.mark.parametrize(("kind", "exchange"), WAYS, ids=IDS)
 def test_killed_at_every_step_over_an_older_one(kind: str, exchange: bool, tmp_path: Path) -> None:
     target = tmp_path / "it"
@@ -50,6 +54,7 @@ def test_killed_at_every_step_over_an_older_one(kind: str, exchange: bool, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
+@pytest.mark.medium("an artifact, and a file over an older one", keep=["artifact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_every_step_where_nothing_is(kind: str, tmp_path: Path) -> None:
     target, moment, ended, seen = tmp_path / "it", 0, 9, set()
@@ -66,6 +71,7 @@ def test_killed_at_every_step_where_nothing_is(kind: str, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
+@pytest.mark.medium("two other formats", cases=["peft"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_time(kind: str, tmp_path: Path) -> None:
     target, chance = tmp_path / "it", random.Random(0)
@@ -88,6 +94,8 @@ def test_killed_at_any_time(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
+@pytest.mark.medium("writers that are killed at every step")
+@pytest.mark.slow("a folder that is exchanged", keep=["peft-exchanged"])
 @pytest.mark.parametrize(("kind", "exchange"), WAYS, ids=IDS)
 def test_a_reader_beside_two_writers_never_meets_a_mixture(kind: str, exchange: bool, tmp_path: Path) -> None:
     target = tmp_path / "it"

@@ -63,6 +63,7 @@ def test_a_number_that_is_used_again_is_another_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [own]
 
 
+@pytest.mark.medium("test_only_folders_of_ended_processes_are_swept")
 def test_temporary_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     _abandoned(tmp_path, "")
@@ -99,6 +100,7 @@ assert folder.is_dir()
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.medium("folders of ended processes by /proc")
 def test_without_proc_processes_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_file", lambda path: False)
     own = make_process_folder(tmp_path, "")

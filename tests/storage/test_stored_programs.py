@@ -157,6 +157,7 @@ def test_memory_that_the_machine_lacks_is_not_asked_for() -> None:
         _stored(*_doubled("x", 44)).call_bounded({"x": torch.ones(2, 3)})
 
 
+@pytest.mark.medium("the bounds of single programs")
 def test_a_model_is_measured_once_for_all_calls_of_one_shape(tmp_path: Path) -> None:
     llama = ZOO["tiny_llama"]
     lorac.compile(llama.model(), {"a": lorac.LoRA(r=2, targets=["q_proj"])}).save(tmp_path / "saved")

@@ -53,6 +53,7 @@ def test_a_schedule_has_its_own_settings_and_a_warm_up(tmp_path: Path) -> None:
     assert found == rates
 
 
+@pytest.mark.medium("the other arguments of TRL")
 def test_packing_cuts_texts_into_rows_of_one_length(tmp_path: Path) -> None:
     found = []
     for packed in (False, True):
@@ -65,6 +66,7 @@ def test_packing_cuts_texts_into_rows_of_one_length(tmp_path: Path) -> None:
     assert [one["epoch"] for one in found] == [2.0, 2.0]
 
 
+@pytest.mark.medium("test_data.py's labels")
 def test_a_chat_template_comes_from_a_file_and_answers_alone_count(tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text(CHAT)
     tokens = []

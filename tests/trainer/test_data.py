@@ -50,6 +50,11 @@ def labels(rows, template, folder, **arguments):
     return trl.SFTTrainer(model, config, train_dataset=rows, processing_class=processing).train_dataset["labels"]
 
 
+@pytest.mark.medium("a template with channels and a plain one; a plain template", keep=["llama3"])
+@pytest.mark.slow(
+    "a template with thoughts, one with channels and two plain ones",
+    keep=["gptoss", "qwen3_5_think", "llama3", "phi3_5"],
+)
 @pytest.mark.parametrize("template", ANSWERING)
 def test_labels_are_trls_however_a_turn_is_written(template, tmp_path):
     expected = labels(datasets.Dataset.from_list(MESSAGES), template, tmp_path)

@@ -41,6 +41,8 @@ TASKS = {
 QUICK = (("sft", False), ("sft", True), ("dpo", False))
 
 
+@pytest.mark.medium("training/test_curves.py has PEFT's losses")
+@pytest.mark.slow("texts, with recomputation", keep=["sft-True"])
 @pytest.mark.parametrize(
     ("task", "checkpointing"),
     [

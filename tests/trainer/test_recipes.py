@@ -36,6 +36,8 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.medium("test_trainer.py: a stopped run, which has routers")
+@pytest.mark.slow("the routed method whose gates have a loss of their own", keep=["meteora"])
 @pytest.mark.parametrize("name", ROUTED)
 def test_routed_methods_train_and_go_on(name: str, tmp_path: Path) -> None:
     said, fields = ROUTED[name]
@@ -95,6 +97,7 @@ def test_an_adapter_goes_on_from_its_file_and_a_run_without_checkpoints_begins_a
         run(recipe(data, arguments=steps), tmp_path / "second", resume=True)
 
 
+@pytest.mark.medium("test_train.py: a start without data, and one with")
 def test_a_start_sees_the_runs_first_batches(tmp_path: Path) -> None:
     begun = {**LORA, "r": 2, "start": "LoRAGA"}
     of = recipe(

@@ -36,6 +36,7 @@ def run(folder: Path, model: Any, pruned: str, **fields: Any) -> Any:
     return train(model, tokenizer(), said, folder / "run")
 
 
+@pytest.mark.medium("the positions that were kept, in a file", cases=["removed"])
 @pytest.mark.parametrize("files", ["removed", "kept.safetensors"])
 def test_a_lora_of_the_smaller_model_is_written_for_the_large_one(files: str, pruned: Any, tmp_path: Path) -> None:
     large, smaller = pruned

@@ -39,6 +39,8 @@ ROUTED: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.medium("MeteoRA's", cases=["remix"])
+@pytest.mark.slow("two of them", keep=["remix", "meteora"])
 @pytest.mark.parametrize("name", ROUTED)
 def test_every_trainable_tensor_of_routed_methods_moves(name: str, tmp_path: Path) -> None:
     variant, fields = ROUTED[name]
@@ -97,6 +99,7 @@ def test_sampled_selection_has_the_gradient_of_its_own_loop(tmp_path: Path) -> N
         assert_close(found, expected)
 
 
+@pytest.mark.medium("training/test_every_rule.py, rule by rule")
 def test_several_rules_act_together_and_some_do_not(tmp_path: Path) -> None:
     adapters = {"a": dataclasses.replace(LORA, dropout=0.0), "s": lorac.SoRA(r=2, targets=["down_proj"])}
     rules = [
@@ -120,6 +123,7 @@ def test_several_rules_act_together_and_some_do_not(tmp_path: Path) -> None:
             trainer_of(compiled_of(adapters, wrong), wrong, tmp_path).train()
 
 
+@pytest.mark.medium("a Llama and images", keep=["tiny_llama", "plain_conv"])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_bert", "tiny_t5", "plain_conv"])
 def test_a_compiled_model_answers_a_trainer_as_the_host_does(name: str, tmp_path: Path) -> None:
     model = host(name)

@@ -55,6 +55,7 @@ def test_a_start_without_data_begins_preferences_and_one_with_data_does_not(tmp_
             train(LLAMA.fresh(), tokenizer(), said, tmp_path / start)
 
 
+@pytest.mark.medium("test_it_evaluates_and_leaves_model_and_tokenizer_alone")
 def test_an_adapter_that_trains_on_is_its_own_reference(tmp_path):
     pairs, model = write_rows(tmp_path / "pairs.jsonl", PAIRS), LLAMA.fresh()
     first = recipe(pairs, task="dpo", arguments={"max_steps": 8, "save_strategy": "no"})
@@ -67,6 +68,7 @@ def test_an_adapter_that_trains_on_is_its_own_reference(tmp_path):
     assert abs(log(tmp_path / "second", "rewards/margins")[0]) <= LOSSES
 
 
+@pytest.mark.slow("test_every_rule.py recomputes, and test_peft.py does under TRL")
 def test_a_checkpoint_in_the_backward_pass_recomputes_with_the_adapters(texts, tmp_path):
     found = []
     for checkpointing in (False, True):
@@ -99,6 +101,7 @@ def test_texts_are_classified(tmp_path):
     assert log(tmp_path / "run", "eval_accuracy")[-1] == 1.0
 
 
+@pytest.mark.medium("test_recipes.py goes on from checkpoints")
 def test_the_command_line_reads_a_recipe_and_goes_on(texts, tmp_path, monkeypatch, capsys):
     LLAMA.fresh().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")

@@ -62,6 +62,8 @@ def gone_on(adapters: Any, recipe: Any, folder: Path, step: int, **settings: Any
     return whole, resumed
 
 
+@pytest.mark.medium("two adapters in another order", cases=["remix"])
+@pytest.mark.slow("two adapters in another order, whose routers draw", keep=["two, in the other order", "remix"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_stopped_run_is_one_that_never_stopped(name: str, tmp_path: Path) -> None:
     assert same(*gone_on(*CASES[name], tmp_path, 3))
@@ -96,6 +98,8 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.medium("test_a_stopped_run_is_one_that_never_stopped, and training/test_resuming.py")
+@pytest.mark.slow("a rule with stages", cases=["altlora*"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -180,6 +184,7 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.medium("another rate, method and base", keep=["rate", "method", "base"])
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_checkpoint_of_another_run_is_refused(case: str, written: Path, tmp_path: Path) -> None:
     fields, other, message = OTHERS[case]
@@ -205,6 +210,7 @@ def test_what_changes_nothing_may_differ(written: Path, tmp_path: Path) -> None:
     assert same_tensors(*(end.adapters(host("tiny_llama"))["a"] for end in ends))
 
 
+@pytest.mark.medium("test_arguments.py: until nothing gets better and the best is kept")
 def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     evaluation = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1}
     recipe = plan(arguments={**evaluation, "learning_rate": 0.3})
@@ -232,6 +238,7 @@ def test_what_is_no_finished_checkpoint_is_not_taken(written: Path, tmp_path: Pa
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.medium("test_a_changed_byte_is_found_in_every_file, and formats/test_budget.py's bombs")
 def test_a_state_of_strangers_is_answered_in_lorac_words(written: Path, tmp_path: Path) -> None:
     """Hashes say that a file is the one that was written, and not who wrote it."""
     folder = tmp_path / "checkpoint-2"

@@ -120,6 +120,7 @@ def test_each_file_is_answered_in_a_sentence(tmp_path):
     check("wrong_recipes", said, tmp_path)
 
 
+@pytest.mark.medium("a run that is wrong in each of six ways", cases=["more"])
 @pytest.mark.parametrize("some", ["few", "more"])
 def test_each_run_is_answered_in_a_sentence(some, tmp_path):
     said = ""

@@ -131,6 +131,7 @@ def test_what_is_loaded_into_another_method_is_told(trained: tuple[Any, Path], t
         lorac.load_adapter(tmp_path)
 
 
+@pytest.mark.medium("trainer/test_trainer.py: a changed byte is found in every file")
 def test_a_changed_checkpoint_never_gives_other_numbers(trained: tuple[Any, Path], tmp_path: Path) -> None:
     """Trainer writes no hash over its file; lorac's records have one over the adapter's tensors."""
     compiled, folder = trained

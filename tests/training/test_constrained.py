@@ -38,6 +38,7 @@ def step(net: Any, optimizer: Any, seed: int, *, parts: int = 1) -> torch.Tensor
     return torch.cat(outputs).detach()
 
 
+@pytest.mark.medium("each once", keep=["False-adamw", "True-sgd"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("share", [False, True])
 def test_coft_trains_as_in_peft(share: bool, optimizer: str) -> None:

@@ -79,6 +79,10 @@ CASES = [
 ]
 
 
+@pytest.mark.medium("two methods; test_learning.py and test_trained.py compare the same outputs")
+@pytest.mark.slow(
+    "LoRA with dropout, DoRA and OFT", keep=["tiny_llama-lora-dropout", "tiny_bert-dora", "tiny_llama-oft"]
+)
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_the_curve_is_pefts(name: str, config: PeftConfig, tmp_path: Path) -> None:
     model = host(name)

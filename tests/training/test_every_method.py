@@ -140,6 +140,11 @@ def assert_learns(variant: Variant, name: str) -> None:
     assert zoo.fingerprint(model) == mark, f"{name}: training changed the host"
 
 
+@pytest.mark.medium("low rank, a router and a sparse change", keep=["lora", "shira", "meteora"])
+@pytest.mark.slow(
+    "a method of each normal form; the kit differentiates every method",
+    keep=["lora", "dora", "ia3", "shira", "hydra", "meteora", "bottleneck", "full", "trainable_tokens", "loha"],
+)
 @pytest.mark.parametrize("method", BUILT_IN.values(), ids=BUILT_IN)
 def test_it_learns(method: type[Variant]) -> None:
     for name, variant in offers(method).items():

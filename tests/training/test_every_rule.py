@@ -40,6 +40,7 @@ def test_every_rule_there_is_is_here() -> None:
     assert used == rules
 
 
+@pytest.mark.slow("test_checkpoints.py resumes one")
 @each
 def test_a_resumed_run_is_one_that_never_stopped(name: str) -> None:
     """To the bit, through a file that holds nothing but tensors and plain values."""
@@ -62,6 +63,7 @@ def test_a_resumed_run_is_one_that_never_stopped(name: str) -> None:
     assert same == (name in stateless), "the state says nothing"
 
 
+@pytest.mark.medium("two rules", keep=["squeeze", "allora"])
 @each
 def test_micro_batches_and_recomputing_change_nothing(name: str) -> None:
     whole = ran(name)
@@ -107,6 +109,7 @@ def by_trainer(compiled: Any, ruled: Any, folder: Path, *, resume: str | None = 
     trainer.train(resume_from_checkpoint=resume)
 
 
+@pytest.mark.slow("one rule", keep=["lora_plus"])
 @pytest.mark.parametrize(
     "name",
     [

@@ -28,6 +28,8 @@ def checkpointed(compiled: Any, reentrant: bool = False) -> None:
         compiled.enable_input_require_grads()
 
 
+@pytest.mark.medium("LoRA, and test_every_method.py has SHiRA", cases=["llama-shira-plain"])
+@pytest.mark.slow("a low-rank method and a sparse one", keep=["llama-lora-checkpointed", "llama-shira-plain"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "lr"), HOSTS)
@@ -48,6 +50,7 @@ def test_a_plain_loop_learns(name: str, lr: float, method: str, checkpointing: b
     assert zoo.fingerprint(model) == mark
 
 
+@pytest.mark.slow("plain loops, and one method", keep=["llama-lora-checkpointed"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "lr"), HOSTS)
@@ -62,6 +65,7 @@ def test_trainer_learns(name: str, lr: float, method: str, checkpointing: bool, 
     assert zoo.fingerprint(model) == mark
 
 
+@pytest.mark.slow("test_trainer_learns with it")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved-hooks", "reentrant"])
 @pytest.mark.parametrize("fields", [{}, {"dropout": 0.1}], ids=["whole", "dropout"])
 @pytest.mark.parametrize("method", ["lora", "hydra"])

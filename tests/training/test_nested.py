@@ -72,6 +72,7 @@ class Components(nn.Module):
         return x @ (self.base + ALPHA / rank * sum(moved)).T
 
 
+@pytest.mark.medium("an optimizer with weight decay and one with momentum", keep=["adamw-all", "momentum-frozen"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "all"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_is_as_if_every_component_were_a_parameter(name: str, frozen: bool) -> None:
@@ -179,6 +180,7 @@ def test_fused_weights_train_alike() -> None:
     assert_close(own["lora_B"], b)
 
 
+@pytest.mark.medium("test_a_run_resumes_exactly, which draws the same ranks")
 def test_draws_are_seeded_and_weighted() -> None:
     compiled, *_ = started()
     optimizer = torch.optim.SGD(trained(compiled), lr=0)
@@ -296,6 +298,7 @@ def nested(**options: Any) -> tuple[Any, Any, NestedRanks]:
     return compiled, optimizer, NestedRanks(compiled, optimizer, generator=seeded(), **options)
 
 
+@pytest.mark.medium("frozen factors", cases=["all"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "all"])
 def test_it_learns_at_every_rank(frozen: bool) -> None:
     compiled, optimizer, rule = nested(frozen=frozen)
@@ -312,6 +315,7 @@ def test_it_learns_at_every_rank(frozen: bool) -> None:
     assert all(after <= 0.95 * then for after, then in zip(losses(), before, strict=True)), losses()
 
 
+@pytest.mark.slow("test_every_rule.py has Trainer run one")
 def test_trainer_runs_the_rule(tmp_path: Path) -> None:
     compiled, optimizer, _ = nested(ranks=(3,))
     before = {path: at["lora_A"].detach().clone() for path, at in compiled.adapters["a"].tensors.items()}

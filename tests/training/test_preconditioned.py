@@ -173,6 +173,7 @@ def ruled(method: str) -> tuple[Any, Any]:
     return compiled, optimizer
 
 
+@pytest.mark.medium("LoRA", cases=["plp"])
 @pytest.mark.parametrize("method", ["lora", "plp"])
 def test_it_learns(method: str) -> None:
     compiled, optimizer = ruled(method)
@@ -185,6 +186,7 @@ def test_it_learns(method: str) -> None:
     assert all(torch.equal(value, frozen[key]) for key, value in compiled.named_buffers())
 
 
+@pytest.mark.slow("test_every_rule.py has Trainer run one")
 def test_trainer_runs_the_rule(tmp_path: Path) -> None:
     """One step of SGD: both factors move by what the rule makes of their gradients."""
     batches = data("tiny_llama", 2, distinct=False)

@@ -237,6 +237,7 @@ def test_training_closes_gates_that_pruning_drops() -> None:
         assert_close(small(**batches[0]).logits, compiled(**batches[0]).logits)
 
 
+@pytest.mark.slow("test_every_rule.py has Trainer run one")
 def test_trainer_runs_the_rule(tmp_path: Path) -> None:
     compiled, optimizer, _ = sora(0.06)
     losses = by_trainer(compiled, data("tiny_llama", 8, distinct=False), tmp_path, optimizer=optimizer)

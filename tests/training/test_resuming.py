@@ -47,6 +47,7 @@ def values(compiled: Any) -> dict[tuple[str, ...], Tensor]:
     return {key: tensor.detach().clone() for key, tensor in found.items()}
 
 
+@pytest.mark.medium("two adapters", keep=["two"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_loop_goes_on_from_files_to_the_bit(name: str, tmp_path: Path) -> None:
     model = host("tiny_bert")

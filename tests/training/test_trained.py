@@ -33,6 +33,7 @@ def answer(model: Any, name: str = "tiny_bert", **options: Any) -> torch.Tensor:
     return model(**ZOO[name].inputs(seed=5), **options).logits
 
 
+@pytest.mark.medium("a branch and a sparse change", keep=["shira-fused", "hydra-live"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("method", METHODS)
 def test_eval_answers_with_the_trained_tensors(method: str, mode: str) -> None:
@@ -55,6 +56,7 @@ def test_eval_renews_what_a_method_of_the_host_reads() -> None:
         assert torch.equal(compiled.host(**ZOO["tiny_bert"].inputs(seed=5)).logits, answer(compiled))
 
 
+@pytest.mark.medium("the same of LoRA", keep=["lora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_state_dict_goes_round(method: str) -> None:
     fields = {"modules_to_save": ("classifier",), "bias": "all"} if method == "lora" else {}
@@ -79,6 +81,7 @@ def test_saved_modules_and_biases_train_too() -> None:
     assert {id(t) for t in trained(compiled)} == {id(t) for t in compiled.adapters["a"].parameters()}
 
 
+@pytest.mark.medium("DoRA", keep=["dora"])
 @pytest.mark.parametrize("method", ["lora", "dora", "shira"])
 def test_peft_reads_what_was_trained(method: str, tmp_path: Path) -> None:
     model, compiled = learned(method)
@@ -87,6 +90,7 @@ def test_peft_reads_what_was_trained(method: str, tmp_path: Path) -> None:
     parity.assert_parity({"logits": answer(compiled)}, {"logits": reference}, {"logits": answer(model)})
 
 
+@pytest.mark.slow("one dtype", keep=["lora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast_trains(method: str) -> None:
     compiled = lorac.compile(host("tiny_llama"), {"a": variant(method, "tiny_llama")})
@@ -96,6 +100,7 @@ def test_autocast_trains(method: str) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in trained(compiled))
 
 
+@pytest.mark.medium("DoRA, whose magnitude is of the base", keep=["dora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bfloat16_base_trains_float32_adapters(method: str) -> None:
     model = ZOO["tiny_llama"].fresh(torch.bfloat16)
@@ -105,6 +110,7 @@ def test_a_bfloat16_base_trains_float32_adapters(method: str) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in trained(compiled))
 
 
+@pytest.mark.medium("test_eval_answers_with_the_trained_tensors")
 def test_the_export_holds_what_was_trained() -> None:
     model, compiled = learned("dora")
     engine = compiled.export(target="onnxruntime")

@@ -99,6 +99,7 @@ def test_frozen_tensors_stay_and_every_adapter_tensor_trains():
     assert not any(map(torch.equal, compiled.adapters["a"].parameters(), start))
 
 
+@pytest.mark.slow("a vision transformer of torchvision's there, and the kit's swaps")
 @pytest.mark.parametrize("name", ["tiny_vit", "tiny_llama"])
 @torch.no_grad()
 def test_onnx_runtime_equals_eager_away_from_init_and_swaps(name):
@@ -127,6 +128,8 @@ def test_the_sum_of_a_mixture_is_against_the_blocks_own_output():
     assert_parity(mixed, base + 0.7 * (one - base) + 0.3 * (two - base), base)
 
 
+@pytest.mark.medium("the kit's blocks, and test_the_default_targets_are_whole_blocks_of_every_network")
+@pytest.mark.slow("torchvision's", keep=["torchvision-vit"])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in {"timm-swin", "torchvision-vit"} else pytest.mark.slow) for n in VITS]
 )

@@ -101,6 +101,8 @@ BY_HAND = {
 }
 
 
+@pytest.mark.medium("the kit's hosts, and test_a_vit there")
+@pytest.mark.slow("the same methods at another batch and length", cases=["as captured-*"])
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("ids", [IDS, OTHER], ids=["as captured", "another batch and length"])
 @torch.no_grad()
@@ -118,6 +120,9 @@ def test_a_method_at_a_module_is_what_it_is_by_hand(name: str, ids: torch.Tensor
     )
 
 
+@pytest.mark.medium(
+    "test_a_vit emits modules, runtime/test_rows_branches.py has rows and test_x_lora.py a router's outputs"
+)
 @torch.no_grad()
 def test_rows_choose_and_extra_outputs_are_joined() -> None:
     choices = ["routed", None, "experts"]

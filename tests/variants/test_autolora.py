@@ -110,6 +110,7 @@ def test_gates_follow_the_token_the_layer_and_the_timestep():
         assert_close(compiled.aux["router"]["up"], gates["up"][row : row + 1])
 
 
+@pytest.mark.medium("fused", cases=["baked"])
 @pytest.mark.parametrize("mode", ["fused", "baked"])
 def test_gates_have_no_weight_form(mode):
     model = host()
@@ -137,6 +138,7 @@ def merger(adapter, *, base=True):
     }
 
 
+@pytest.mark.medium("the other", cases=["True"])
 @pytest.mark.parametrize("base", [True, False])
 def test_the_gates_of_the_authors_merger_are_taken(base):
     model = host()

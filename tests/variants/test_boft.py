@@ -18,6 +18,7 @@ from tests.refusing import refuses
 TWO = BOFT(block_size=2, n_butterfly_factor=2)
 
 
+@pytest.mark.medium("the formula, and the kit's other checks of one factor", keep=["*-formula"])
 @pytest.mark.parametrize("check", conformance(TWO, equations, targets=(), hosts={"d": HOSTS["divisible"]}), ids=str)
 def test_two_factors_conform(check):
     check()
@@ -38,6 +39,7 @@ def noise(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+@pytest.mark.medium("two factors", keep=["2"])
 @pytest.mark.parametrize("factors", [1, 2, 3])
 def test_is_orthogonal_and_reaches_further_with_every_factor(factors):
     """Each factor doubles how many features an output depends on."""

@@ -17,6 +17,14 @@ from tests.refusing import refuses
 CHECKS = conformance(lorac.Chain(parts=(lorac.LoRA(r=3, alpha=5), lorac.DoRA(r=1, alpha=2))), oracle)
 
 
+@pytest.mark.medium(
+    "the formula, and the kit's other checks of other methods",
+    keep=["chain-linear-formula", "chain-embedding-formula", "chain-linear-swapping"],
+)
+@pytest.mark.slow(
+    "the kit's hosts of one layer, and chains end to end",
+    cases=["*-transposed-*", "*-padded-*", "*-two_*", "*-onnxruntime-*"],
+)
 @pytest.mark.parametrize("check", CHECKS, ids=str)
 def test_conforms(check):
     check()

@@ -16,6 +16,7 @@ from tests.variants.convs import OBLONG, SQUARE
 HOSTS = {host.name: host for host in (*SQUARE, *OBLONG)}
 
 
+@pytest.mark.medium("each geometry once", keep=["far-DoRA", "volume-LoRA", "oblong-LoRA"])
 @pytest.mark.parametrize("method", [lorac.LoRA, lorac.DoRA])
 @pytest.mark.parametrize("host", ["far", "volume", "oblong"])
 def test_every_geometry(method, host):

@@ -29,6 +29,7 @@ def outer(p):
     return torch.einsum(f"{terms}->oi{letters}", *(p[name] for name in ("cp_out", "cp_in", *axes)))
 
 
+@pytest.mark.medium("another number of dimensions, and groups", keep=["volume", "depthwise"])
 @pytest.mark.parametrize("host", (*SQUARE, *OBLONG, *GROUPED), ids=lambda host: host.name)
 @torch.no_grad()
 def test_every_geometry(host):

@@ -77,6 +77,7 @@ class Host(nn.Module):
         return self.site(h.flatten(1))
 
 
+@pytest.mark.medium("a convolution", keep=["conv"])
 @pytest.mark.parametrize("target", ["embed", "conv", "site"])
 @torch.no_grad()
 def test_peft(tmp_path, target):

@@ -54,6 +54,7 @@ def test_worked_example(mode):
     assert compiled(x)[0, :2].tolist() == [3, 7]
 
 
+@pytest.mark.medium("one rank", keep=["2"])
 @pytest.mark.parametrize("b", RANKS)
 def test_cut_is_the_lora_that_ships_at_that_rank(case, b):
     """With gradients recorded and without, live and fused, swapped and for one call."""
@@ -66,6 +67,7 @@ def test_cut_is_the_lora_that_ships_at_that_rank(case, b):
             parity.assert_parity(compiled(case.x), expected, base)
 
 
+@pytest.mark.medium("one rank", keep=["2"])
 @pytest.mark.parametrize("b", RANKS)
 @torch.no_grad()
 def test_cut_saved_and_loaded_it_runs_as_at_that_rank(case, b, tmp_path):
@@ -136,6 +138,7 @@ def test_reduces_to_low_rank(case):
     assert value.rank == 3
 
 
+@pytest.mark.medium("live", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
 def test_factors_larger_than_the_weight_are_cut_too(mode):

@@ -18,6 +18,11 @@ TURNED = lorac.Edit(parts={"pair": 1, "t": 3})
 LINEAR = {name: HOSTS[name] for name in ("linear", "divisible")}
 
 
+@pytest.mark.medium("the formula, and the kit's other checks of other methods", keep=["*-formula*"])
+@pytest.mark.slow(
+    "layers of uneven sizes; test_holds_the_change_of_any_method, and the kit's there",
+    cases=["edit-divisible-*", "*-live0", "*-merged0", "*-merged1"],
+)
 @pytest.mark.parametrize(
     "check",
     [check for variant in (WHOLE, SCALED, TURNED) for check in conformance(variant, edit, hosts=LINEAR)],
@@ -37,6 +42,7 @@ def made(variant):
 BOTH = ("0", "2")
 
 
+@pytest.mark.medium("two normal forms", keep=["lora", "shira"])
 @torch.no_grad()
 @pytest.mark.parametrize(
     "method",

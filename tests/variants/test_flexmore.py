@@ -117,6 +117,7 @@ def test_one_mlp_equals_the_equations():
     assert chosen.reshape(-1, 4).any(0).all()  # every expert has tokens, the model's own too
 
 
+@pytest.mark.slow("test_any_module.py runs experts there")
 @torch.no_grad()
 def test_onnx_runtime_equals_eager_at_another_batch_and_length_and_swaps_experts_without_a_build():
     first, second = mixture(*RANKS), copy.deepcopy(mixture(*RANKS))

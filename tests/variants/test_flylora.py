@@ -45,6 +45,7 @@ def test_the_hand_computed_choices(absolute, bias, chosen, answer):
     assert compiled.aux["chosen"]["0"].tolist() == [chosen]
 
 
+@pytest.mark.medium("a density that is given", keep=["*-21"])
 @pytest.mark.parametrize(("density", "filled"), [(None, 64 * 2 // 6), (0.5, 32), (1e-9, 1), (1.0, 64)])
 def test_a_row_of_a_has_as_many_values_as_its_density_says(density, filled):
     model = torch.nn.Sequential(torch.nn.Linear(64, 5))
@@ -112,6 +113,7 @@ def test_updates_over_two_drawn_projections_hardly_meet():
     assert cosine(*fresh) < 3 / math.sqrt(512) < cosine(fresh[0], fresh[0])
 
 
+@pytest.mark.medium("another rank", cases=["2"])
 @torch.no_grad()
 @pytest.mark.parametrize("top_k", [2, 9])
 def test_where_nothing_is_chosen_it_is_a_lora(top_k):

@@ -31,6 +31,7 @@ def applied(variant, weight, u):
     return baked.host.site.weight.detach()
 
 
+@pytest.mark.medium("the formula, and the kit's other checks of one pair", keep=["*-formula"])
 @pytest.mark.parametrize(
     "check", conformance(HRA(r=4), equations, targets=(), hosts={"linear": HOSTS["linear"]}), ids=str
 )
@@ -38,6 +39,7 @@ def test_two_pairs_conform(check):
     check()
 
 
+@pytest.mark.medium("one sample of each kind of layer", keep=["*-variant0"])
 @pytest.mark.parametrize("variant", [HRA(r=1), HRA(r=3), HRA(r=3, apply_GS=True)])
 @pytest.mark.parametrize("host", ["linear", "transposed", "conv"])
 @torch.no_grad()

@@ -55,6 +55,7 @@ def test_reduces_to_one_low_rank_pair(worked):
     assert not value.scales
 
 
+@pytest.mark.medium("each switch once", keep=["0.3-False", "100.0-True"])
 @pytest.mark.parametrize("branch_bias", [False, True])
 @pytest.mark.parametrize("scale", [-3.0, 0.3, 100.0])
 @torch.no_grad()
@@ -134,6 +135,7 @@ def _stepped(forward, x, tensors):
     return y, torch.autograd.grad(y.square().sum(), tensors)
 
 
+@pytest.mark.medium("with each switch on", keep=["linear-wide-True-1.0"])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("branch_bias", [False, True])
 @pytest.mark.parametrize("ranks", [(3, 2), (6, 6)], ids=["narrow", "wide"])

@@ -21,6 +21,7 @@ def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+@pytest.mark.medium("the formula, mixtures, and the kit's other checks of other methods", keep=["*-formula"])
 @pytest.mark.parametrize(
     "check",
     [
@@ -96,6 +97,7 @@ def _names(choice):
     return {choice: 1.0} if isinstance(choice, str) else choice
 
 
+@pytest.mark.medium("live, and fused mixtures of other methods in the kit", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
 def test_mixtures_are_sums(mode):
@@ -127,6 +129,7 @@ def test_mixtures_have_gradients():
         parity.assert_parity(compiled(x), expected, base)
 
 
+@pytest.mark.medium("mixtures in eager, and runtime/test_swap.py has them there")
 @torch.no_grad()
 def test_mixtures_in_onnxruntime():
     model, made = adapters("linear")

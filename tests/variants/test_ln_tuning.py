@@ -58,6 +58,7 @@ def test_a_fresh_one_is_the_base_and_its_norms_train(name):
     assert all(t.grad is not None and bool(t.grad.any()) for t in adapter.replaced.values())
 
 
+@pytest.mark.medium("live", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
 def test_swaps(mode):

@@ -65,6 +65,7 @@ def test_rank_is_up_to_r_squared():
     assert torch.linalg.matrix_rank(change) == 4
 
 
+@pytest.mark.medium("one layer with Tucker factors and one without", keep=["False-layer0", "True-layer1"])
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, (3, 2), groups=2), nn.Conv2d(3, 5, 3), nn.Conv1d(4, 6, 3)])
 @pytest.mark.parametrize("effective", [False, True])
 @torch.no_grad()

@@ -78,6 +78,7 @@ def test_what_is_factored(settings, expected):
     assert shapes(LoKr(**settings), nn.Linear(15, 24)) == expected
 
 
+@pytest.mark.medium("one of each decomposition", keep=["1-settings0-*", "2-settings1-*"])
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

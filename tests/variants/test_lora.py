@@ -102,6 +102,7 @@ def test_grouped_convolution_runs_and_refuses_to_merge():
         lorac.compile(model, {"a": compiled.adapters["a"]}, mode="fused")
 
 
+@pytest.mark.medium("the other, and end_to_end/test_peft_types.py has patterns", cases=["True"])
 @pytest.mark.parametrize("rslora", [False, True])
 @torch.no_grad()
 def test_peft_with_patterns(tmp_path, rslora):

@@ -31,6 +31,7 @@ def site_of(module):
     return find_sites(model)["site"]
 
 
+@pytest.mark.medium("strides, dilations and another number of dimensions", keep=["strided", "dilated", "line"])
 @pytest.mark.parametrize("host", SQUARE, ids=lambda host: host.name)
 def test_every_geometry(host):
     case = Case(lorac.LoRAC(r=2, alpha=5, dora=True), host, Oracle.of(oracle))
@@ -39,6 +40,7 @@ def test_every_geometry(host):
     checks.check_identity_at_init(case)
 
 
+@pytest.mark.medium("one switch each", keep=["grouped-False", "depthwise-True"])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("host", GROUPED, ids=lambda host: host.name)
 def test_groups(host, dora):

@@ -61,6 +61,7 @@ def test_a_huge_logit_is_that_lora(k):
     assert_parity(run(model, adapter, x), run(model, experts[2], x), model(x).detach())
 
 
+@pytest.mark.medium("two of several", keep=["2"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_loop_gathered_and_dense_agree(k):
     """The oracle loops over tokens and experts; here the gathered form; the variant is the dense one."""
@@ -95,6 +96,7 @@ def test_the_union_of_sites_ranks_and_scales_is_exact():
     assert_parity(compiled(**inputs, adapters="task"), reference, base, names=["logits"])
 
 
+@pytest.mark.medium("two of three", keep=["2"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_ranks_padded_with_zeros_change_nothing(k):
     """Three experts of rank 2 in room for 5, under gates that choose by token."""
@@ -144,6 +146,7 @@ def test_the_papers_parameter_counts():
     assert all(spec.role == "trainable" for spec in both.values())
 
 
+@pytest.mark.medium("trainer/test_steps.py moves the gates")
 def test_the_gate_loss_at_zero_gates_is_ln_l_and_trains_the_gates_alone():
     model = host()
     adapter = lorac.MeteoRA.from_loras(loras(model, (X,), (1,) * 28))
@@ -234,6 +237,7 @@ def test_a_router_and_a_lora_add_up_each_against_the_bases_output():
     assert_parity(mixed, base + 0.8 * (one - base) + 0.5 * (two - base), base)
 
 
+@pytest.mark.medium("extra outputs of backends/eager/test_rows.py")
 @torch.no_grad()
 def test_two_active_routers_give_their_logits_side_by_side():
     model = host()
@@ -293,6 +297,7 @@ def check_routed(entry, scale, length):
     assert_parity(*(output[alike] for output in (found, reference, base)), own_base=own[alike])
 
 
+@pytest.mark.slow("the kit's MeteoRA there")
 def test_a_llama_with_four_loras_is_the_same_in_onnx_runtime():
     check_routed(ZOO["tiny_llama"], 0.3, 6)
 
@@ -302,6 +307,7 @@ def test_smollm2_with_four_loras_is_the_same_in_onnx_runtime():
     check_routed(ZOO["smollm2"], 0.05, 32)
 
 
+@pytest.mark.slow("test_routed.py exchanges routers and experts there")
 @torch.no_grad()
 def test_swaps_in_onnx_runtime_take_routers_of_one_structure():
     entry = ZOO["plain_mlp"]
@@ -326,6 +332,7 @@ def test_swaps_in_onnx_runtime_take_routers_of_one_structure():
         emitted.add_adapter(three, "c")
 
 
+@pytest.mark.medium("test_routing.py's ties")
 @torch.no_grad()
 def test_zero_gates_choose_the_first_two_everywhere():
     entry = ZOO["plain_mlp"]

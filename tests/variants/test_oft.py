@@ -87,6 +87,7 @@ def test_transforms_the_input_and_is_orthogonal():
     assert case.live.explain().terms[0].slots == ("t",)
 
 
+@pytest.mark.medium("eager, and runtime/test_rows.py has OFT there", cases=["onnxruntime"])
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_runs_beside_the_weight_alone_and_in_mixtures(target):

@@ -60,6 +60,7 @@ def test_each_adapter_reads_its_own(target: str) -> None:
     assert_close(rows[1:], model(OTHER)[1:])
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @TARGETS
 @pytest.mark.filterwarnings("ignore:onnxruntime has no kernels for float16")
 @torch.no_grad()
@@ -108,6 +109,7 @@ def test_off_in_eager_there_is_one_pass() -> None:
         assert counted.calls == passes
 
 
+@pytest.mark.medium("backends/onnx/test_gates.py: each branch lies in an If of its own")
 @torch.no_grad()
 def test_off_the_program_computes_what_the_base_does(tmp_path) -> None:
     model = host()
@@ -153,6 +155,7 @@ class Reaching(lorac.BranchVariant):
         return y + F.linear(x, p.up) * sum(ctx.value(name).mean() for name in self.reading)
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @TARGETS
 @torch.no_grad()
 def test_what_once_may_read(target: str) -> None:
@@ -179,6 +182,7 @@ def test_what_is_no_value_is_refused(method, error, text) -> None:
         lorac.compile(host(), {"r": method})
 
 
+@pytest.mark.medium("eager, and test_each_adapter_reads_its_own there", cases=["*-onnxruntime"])
 @TARGETS
 @pytest.mark.parametrize(
     ("method", "error", "text"),

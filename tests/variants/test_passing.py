@@ -112,6 +112,7 @@ def test_each_adapter_has_a_pass_of_its_own(target: str) -> None:
     assert_close(rows[1:], model(OTHER)[1:])
 
 
+@pytest.mark.medium("passes in eager, gates in backends/onnx/test_gates.py, and test_x_lora.py emits a pass")
 @torch.no_grad()
 def test_in_a_program_a_pass_is_behind_a_gate_of_its_own(tmp_path: Path) -> None:
     model, _, compiled = three("onnxruntime")
@@ -187,6 +188,7 @@ class Circular(lorac.BranchVariant):
         return y + ctx.value("own:gate") * F.linear(x, p.up)
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime"])
 @TARGETS
 def test_a_formula_that_waits_for_itself_is_refused(target: str) -> None:
     with refuses("site_unreached", match=r"'own:gate', which does not exist in the pass 'first'.*\n.*ctx\.passing"):

@@ -56,11 +56,13 @@ def test_worked_example():
 CHECKS = conformance(lorac.PLP(r=3, identity_init=True), oracle, targets=(), hosts={"square": SQUARE})
 
 
+@pytest.mark.medium("the formula, and the kit's other checks of its other configurations", keep=["*-formula"])
 @pytest.mark.parametrize("check", CHECKS, ids=str)
 def test_conforms_at_square_sites(check):
     check()
 
 
+@pytest.mark.medium("each start once", keep=["False-none", "True-exact", "True-rows"])
 @torch.no_grad()
 @pytest.mark.parametrize("basis", ["rows", "exact", "none"])
 @pytest.mark.parametrize("identity_init", [False, True])

@@ -99,6 +99,7 @@ def masked() -> lorac.Adapter:
     return lorac.Adapter("masked", method(mask="attention_mask"), away().tensors)
 
 
+@pytest.mark.medium("another batch and length", cases=["*-as captured"])
 @pytest.mark.parametrize("ids", [IDS, OTHER], ids=["as captured", "another batch and length"])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
@@ -108,6 +109,7 @@ def test_it_is_the_oracles(form: str, ids: torch.Tensor) -> None:
     assert_parity(eager(input_ids=ids).logits, by_hand(away(form), input_ids=ids), host(input_ids=ids).logits)
 
 
+@pytest.mark.medium("eager against the oracle, and generation/test_branches.py")
 @pytest.mark.parametrize(
     "forms", [(), pytest.param(tuple(FORMS), marks=pytest.mark.slow)], ids=["one form", "all forms"]
 )
@@ -135,6 +137,7 @@ def test_padding_is_seen_by_no_token_where_the_mask_is_named() -> None:
         eager(input_ids=IDS)
 
 
+@pytest.mark.medium("the same in eager, and generation/test_branches.py compiles such a program with caches")
 @torch.no_grad()
 def test_padding_is_seen_by_no_token_in_onnx_runtime() -> None:
     mask = torch.ones_like(IDS)
@@ -145,6 +148,7 @@ def test_padding_is_seen_by_no_token_in_onnx_runtime() -> None:
     assert_parity(emitted()(**told, adapters="masked").logits[real], expected, base, own_base=off)
 
 
+@pytest.mark.medium("test_it_starts_as_the_base_to_the_bit, and runtime/test_adapter_pool.py adds adapters there")
 @torch.no_grad()
 def test_another_side_network_is_swapped_in_without_a_rebuild_and_starts_as_the_base() -> None:
     compiled, told = emitted(), {"input_ids": OTHER, "attention_mask": torch.ones_like(OTHER)}
@@ -298,6 +302,7 @@ def test_what_cannot_be_is_refused() -> None:
             lorac.compile(model(), {"a": away()}, mode=mode)
 
 
+@pytest.mark.medium("the kit's saving and loading")
 @torch.no_grad()
 def test_files(tmp_path: Any) -> None:
     compiled = lorac.compile(model(), {"a": away()})

@@ -143,6 +143,7 @@ def test_gradients(out, columns):
     assert_close(p.randlora_gamma.grad, of_gamma.detach())
 
 
+@pytest.mark.medium("one law", keep=["law0"])
 @pytest.mark.parametrize("law", [{}, {"sparse": True}, {"very_sparse": True}, {"sparse": True, "very_sparse": True}])
 def test_a_fresh_one_is_pefts(law):
     settings = {"r": 6, "projection_prng_key": 5, **law}

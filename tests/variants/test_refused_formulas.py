@@ -203,6 +203,7 @@ def test_a_blocks_branch_where_no_gradient_is_recorded(net: Net) -> None:
     assert torch.equal(x, given)
 
 
+@pytest.mark.medium("one that writes", keep=["writes"])
 @pytest.mark.parametrize("does", ["writes", "answers_another_shape", "chooses_by_a_value"])
 def test_a_blocks_branch_in_onnxruntime(does: str, net: Net) -> None:
     variant = FaultyBranch(does=does, targets=["blocks.1"])
@@ -217,6 +218,7 @@ def test_a_weight_formula_in_onnxruntime(net: Net) -> None:
         lorac.compile(net, {"a": variant}, target="onnxruntime", example_inputs=(torch.randn(3, 6),))
 
 
+@pytest.mark.medium("eager, and a branch that writes", cases=["*-onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("value", ["weight:front", "base:blocks.0", "blocks.0"])
 def test_a_value_of_the_program_is_not_written_either(value: str, target: str, net: Net) -> None:
@@ -293,6 +295,7 @@ def test_what_it_may_do() -> None:
         np.testing.assert_array_equal(compiled(x).numpy(), expected.numpy())
 
 
+@pytest.mark.medium("those of a block", cases=["front"])
 @pytest.mark.parametrize("kind", ["front", "blocks.1"])
 def test_a_branch_may_hold_constants_of_its_own(kind: str, tmp_path: Path) -> None:
     """They become constants of the program, stored with it."""

@@ -115,6 +115,7 @@ def test_a_router_that_no_loss_of_the_model_trains_is_named_once():
     lorac.compile(model, {"r": small(top_k=4)}).train()
 
 
+@pytest.mark.medium("the kit's training of its router, and of its extra outputs")
 def test_the_router_learns_from_what_its_draws_cost():
     """Two kinds of tokens, two experts that are each right for one; only the router trains, by REINFORCE."""
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,8 @@ SLOW = ("onnxruntime", "two_", "half_")
 CHECKS = conformance(Residual(method=LORA, r=1), oracle)
 
 
+@pytest.mark.medium("the formula, and the kit's other checks of other methods", keep=["*-formula"])
+@pytest.mark.slow("LoRA on a transposed weight; LoRA on a padded embedding", cases=["*-transposed-*", "*-padded-*"])
 @pytest.mark.parametrize(
     "check",
     [pytest.param(c, id=str(c), marks=pytest.mark.slow if any(s in str(c) for s in SLOW) else ()) for c in CHECKS],

@@ -13,6 +13,8 @@ from tests.parity import assert_parity
 from tests.variants.away import away
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.medium("the kit's routed methods, and test_meteora.py")
+
 METHODS = {
     "fly": (lorac.FlyLoRA(r=6, top_k=2, alpha=9), "chosen", lambda mask: mask > 0),
     "remix": (lorac.ReMix(r=2, experts=4, top_k=2), "router", lambda logits: top_k_mask(logits, 2)),
@@ -65,6 +67,7 @@ def output(found):
     return getattr(found, "logits", found)
 
 
+@pytest.mark.slow("the kit's routed methods there")
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_it_is_the_same_in_onnx_runtime_with_every_expert_chosen(programs, name):

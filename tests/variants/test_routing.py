@@ -49,6 +49,8 @@ def test_ties_go_to_the_lowest_index():
     assert [row.nonzero().flatten().tolist() for row in top_k_mask(TIES, 2)] == FIRST_TWO
 
 
+@pytest.mark.medium("backends/onnxruntime/test_top_k.py")
+@pytest.mark.slow("two of the best", keep=["2"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_onnx_runtime_breaks_ties_alike(k, tmp_path):
     class Gate(torch.nn.Module):

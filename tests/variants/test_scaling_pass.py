@@ -45,6 +45,7 @@ def emitted() -> lorac.Compiled:
     return lorac.compile(model(), {"x": adapter(), "z": of_the_base()}, target="onnxruntime", active="x")
 
 
+@pytest.mark.medium("the classifier that chooses", keep=["top-k"])
 @pytest.mark.parametrize("number", range(4), ids=["top-k", "slight", "a softmax behind top-k", "layerwise"])
 @torch.no_grad()
 def test_it_is_pefts(number: int) -> None:
@@ -59,6 +60,7 @@ def test_it_is_pefts(number: int) -> None:
             assert_parity(compiled(input_ids=ids, adapters="o").logits, y, base)
 
 
+@pytest.mark.slow("test_it_is_pefts, and test_x_lora.py counts the base's cost")
 @torch.no_grad()
 def test_a_program_is_pefts_and_off_costs_what_the_base_does(tmp_path: Path) -> None:
     """Beside an adapter whose scaling pass is the base's, at another batch and length, off and on, saved and loaded."""
@@ -77,6 +79,7 @@ def test_a_program_is_pefts_and_off_costs_what_the_base_does(tmp_path: Path) -> 
     assert products(graph) == sum(m.weight.numel() for m in model().modules() if isinstance(m, nn.Linear))
 
 
+@pytest.mark.slow("test_it_is_pefts, and backends/onnx/test_gates.py")
 @torch.no_grad()
 def test_sizes_that_a_pass_and_the_branches_share_go_through_a_gate() -> None:
     """As they do where the exporter tells nothing of the sizes that a reshape joins."""
@@ -93,6 +96,7 @@ def test_sizes_that_a_pass_and_the_branches_share_go_through_a_gate() -> None:
     assert_parity(emitted(input_ids=OTHER).logits, y, base)
 
 
+@pytest.mark.medium("test_it_is_pefts, and mixtures in test_swap.py")
 @torch.no_grad()
 def test_a_mixture_is_the_sum_of_what_each_is_alone() -> None:
     """The scaling pass is of the adapter whole, whatever its strength and whatever else is on."""
@@ -153,6 +157,7 @@ def checks() -> Any:
         yield pytest.param(check, id=str(check), marks=() if at_once else pytest.mark.slow)
 
 
+@pytest.mark.medium("the formula, and the kit's checks without an own pass", keep=["*-formula"])
 @pytest.mark.parametrize("check", list(checks()))
 def test_conforms(check: Any) -> None:
     check()

@@ -68,6 +68,7 @@ def test_every_batch_gets_its_own_number(variant: type[Shared], target: str) -> 
         assert_close(made(x) - host(x), moved.expand(rows, 3))
 
 
+@pytest.mark.medium("with places for rows", cases=["False-*"])
 @pytest.mark.parametrize("variant", [Counted, Looped])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_trace_for_one_number_of_rows_is_refused(variant: type[Shared], by_row: bool) -> None:

@@ -49,6 +49,7 @@ def rows_of(part, heads):
     return [3 * size * head + part * size + row for head in range(heads) for row in range(size)]
 
 
+@pytest.mark.medium("another layer", cases=["0"])
 @pytest.mark.parametrize("heads", [0, 2])
 @torch.no_grad()
 def test_queries_and_values_of_a_packed_layer(heads, tmp_path):

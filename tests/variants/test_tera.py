@@ -198,6 +198,7 @@ def _at(compiled, path):
     return compiled.adapters["a"].tensors[path]
 
 
+@pytest.mark.medium("the last vector", keep=["2-2"])
 @pytest.mark.parametrize(("zero_mode", "k"), [(-1, 3), (0, 0), (2, 2)])
 def test_one_vector_starts_at_zero(zero_mode, k):
     _, compiled = fresh(zero_mode=zero_mode)
@@ -205,6 +206,7 @@ def test_one_vector_starts_at_zero(zero_mode, k):
     assert [bool(t.any()) for t in starts] == [i != k for i in range(4)]
 
 
+@pytest.mark.medium("one order", keep=["fields0-*"])
 @pytest.mark.parametrize(("fields", "form"), [({"r": 2}, LowRank), ({}, Delta), ({"factors": "identity"}, Delta)])
 def test_form(fields, form):
     _, compiled = fresh(**fields)
@@ -214,6 +216,7 @@ def test_form(fields, form):
         assert values["one"].rank == 4
 
 
+@pytest.mark.medium("a third order", keep=["tera,order=3-linear-formula"])
 @pytest.mark.parametrize(
     "check",
     [

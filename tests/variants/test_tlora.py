@@ -20,6 +20,7 @@ from tests.refusing import refuses
 RING = TLoRA(transform_rank=2, r=2, residual="ttv", index_order="little", alpha=0.7, rslora=False)
 
 
+@pytest.mark.medium("the formula, and the kit's other checks of trains", keep=["*-formula", "*-admitted"])
 @pytest.mark.parametrize("check", conformance(RING, equations, targets=(), hosts={"d": HOSTS["divisible"]}), ids=str)
 def test_rings_conform(check):
     check()
@@ -77,6 +78,8 @@ def fresh(variant, out, columns):
     return model, lorac.compile(model, {"a": variant})
 
 
+@pytest.mark.medium("the other", cases=["ttv-*"])
+@pytest.mark.slow("each kind of residual once", keep=["lora-3", "ttv-3"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("residual", ["lora", "ttv"])
 def test_starts_as_the_base_and_first_moves_what_it_should(rank, residual):
@@ -92,6 +95,8 @@ def test_starts_as_the_base_and_first_moves_what_it_should(rank, residual):
     assert moved == first | {name for name in tensors if name.startswith("transform_core_")}
 
 
+@pytest.mark.medium("rings of two", keep=["factors0-1"])
+@pytest.mark.slow("two shapes of factors", keep=["factors0-1", "factors3-5"])
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])
 @pytest.mark.parametrize("factors", [(24,), (4, 6), (2, 3, 4), (2, 2, 3, 2)])
 def test_the_transform_starts_as_the_identity(factors, rank):

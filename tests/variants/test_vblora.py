@@ -44,6 +44,7 @@ def test_of_equal_logits_the_first_goes_before():
     assert delta.tolist() == [[2.25]]
 
 
+@pytest.mark.medium("the kit's hosts")
 @pytest.mark.parametrize(
     "check",
     [

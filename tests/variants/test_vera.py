@@ -198,6 +198,7 @@ def emitted(adapters):
     return lorac.compile(host(torch.float32), adapters, target="onnxruntime", active="a", example_inputs=(X,))
 
 
+@pytest.mark.medium("the kit's shared tensors")
 def test_one_memory_in_the_bindings_of_onnx_runtime(emitted):
     emitted.swap("a")
     binding = emitted._state.bound.content
@@ -251,6 +252,7 @@ def test_mixtures_are_the_weighted_sum(adapters):
             assert_parity(compiled(x, adapters=MIXTURE), base + 0.7 * moved["a"] + 0.4 * moved["l"], base)
 
 
+@pytest.mark.medium("the kit swaps VeRA")
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_swaps_leave_no_trace(model, adapters, mode):
     compiled = lorac.compile(model, adapters, mode=mode)
@@ -262,6 +264,7 @@ def test_swaps_leave_no_trace(model, adapters, mode):
     assert torch.equal(answer(compiled), model(X.double()))
 
 
+@pytest.mark.medium("swaps in eager, and exchanged slots there")
 def test_swaps_in_onnx_runtime(emitted, adapters):
     first = {}
     eager = lorac.compile(host(torch.float32), adapters)
@@ -338,6 +341,7 @@ def test_an_artifact_answers_the_same(emitted, tmp_path):
     assert max(files) < 64_000
 
 
+@pytest.mark.medium("the kit saves and loads")
 def test_an_eager_artifact_answers_the_same(model, adapters, tmp_path):
     compiled = lorac.compile(model, {"a": adapters["a"]}, active="a", example_inputs=(X.double(),))
     compiled.save(tmp_path / "it")

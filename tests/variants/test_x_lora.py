@@ -103,6 +103,7 @@ def test_layers_are_weighed_by_their_places() -> None:
 
 
 # ── PEFT's ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.medium("another batch and length", cases=["as captured"])
 @pytest.mark.parametrize("ids", [IDS, OTHER], ids=["as captured", "another batch and length"])
 @torch.no_grad()
 def test_it_is_pefts(ids: torch.Tensor) -> None:
@@ -126,6 +127,7 @@ def test_causal_and_the_base_off() -> None:
     assert not torch.equal(y[:, 5:], other[:, 5:])
 
 
+@pytest.mark.medium("variants/test_once.py: off, a program computes what the base does")
 def test_off_costs_what_the_base_does(tmp_path: Path) -> None:
     emitted().save(tmp_path / "mixed")
     lorac.compile(model(), {}, target="onnxruntime").save(tmp_path / "base")

@@ -56,6 +56,7 @@ def llama() -> Any:
     return _compile(SMALL_LLAMA.fresh(torch.float64), dict(VARIANTS))
 
 
+@pytest.mark.medium("rows of a program that was not stored, and test_artifact.py loads one")
 @torch.no_grad()
 def test_a_loaded_program_answers_rows_in_one_call(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama.save(tmp_path / "it")
@@ -91,6 +92,7 @@ BRANCHES: dict[str, Any] = {
 }
 
 
+@pytest.mark.medium("terms", cases=["slots"])
 @pytest.mark.parametrize("grad", [False, True], ids=["slots", "terms"])
 def test_branches_that_read_their_own_input_alone(grad: bool) -> None:
     compiled = _compile(SMALL_LLAMA.fresh(torch.float64), dict(BRANCHES))

@@ -3,6 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.medium(
+    "session/test_sources.py calls what torch.compile made; being compiled anew shows in time alone"
+)
+
 SCRIPT = """
 import torch
 from torch import nn

@@ -38,6 +38,7 @@ def bool_mask():
     return mask
 
 
+@pytest.mark.medium("grouped heads with a mask, and causal ones", keep=["gqa bool", "causal"])
 @pytest.mark.parametrize(
     ("settings", "mask"),
     [
@@ -82,6 +83,8 @@ def scaled(factor):
     return {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": factor}}
 
 
+@pytest.mark.medium("the golden nodes of a Llama, and generation of left-padded rows")
+@pytest.mark.slow("plain angles", cases=["scaled angles"])
 @pytest.mark.parametrize("settings", [{}, scaled(4.0)], ids=["plain", "scaled angles"])
 @torch.no_grad()
 def test_rotations_are_one_op_and_left_padding_answers_as_torch(settings):
@@ -96,6 +99,7 @@ def test_rotations_are_one_op_and_left_padding_answers_as_torch(settings):
     assert_close(compiled(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.slow("rotations of padded rows")
 @torch.no_grad()
 def test_rotations_by_positions_of_each_row():
     model, ids = llama(), torch.arange(14).reshape(2, 7)
@@ -128,6 +132,7 @@ class Turns(nn.Module):
         return heads * angles.cos().unsqueeze(1) + turned * angles.sin().unsqueeze(1)
 
 
+@pytest.mark.medium("one that is split unevenly", keep=["unevenly-0"])
 @pytest.mark.parametrize(("how", "fused"), [("by halves", 1), ("unevenly", 0), ("by other angles", 0)])
 @torch.no_grad()
 def test_what_only_looks_like_a_rotation_stays(how, fused):

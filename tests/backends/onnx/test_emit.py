@@ -54,6 +54,7 @@ def test_nothing_keeps_an_emitted_model_and_its_weights(llama: lorac.Compiled) -
     assert llama.adapters and not kept
 
 
+@pytest.mark.medium("the names of axes of a language model")
 def test_an_encoder_and_its_decoder() -> None:
     entry = ZOO["tiny_t5"]
     found = emitted(entry.model(), {"a": lorac.LoRA(r=2, targets=["q"])})
@@ -110,6 +111,7 @@ NAMES = {
 }
 
 
+@pytest.mark.medium("a nested answer and a tensor", keep=["nested", "tensor"])
 @pytest.mark.parametrize("structure", NAMES)
 @torch.no_grad()
 def test_whatever_a_model_answers(structure: str) -> None:

@@ -176,6 +176,8 @@ def answers(step):
         return compiled(x), host(x)
 
 
+@pytest.mark.medium("casts of operands and of values", keep=["promoted", "cast"])
+@pytest.mark.slow("an op of ours, casts and views", keep=["promoted", "normed", "viewed_as_it_was", "cast", "pooled"])
 @pytest.mark.parametrize(
     "step",
     [
@@ -202,6 +204,7 @@ def test_nothing_is_decomposed(step, monkeypatch):
     assert_close(*answers(step))
 
 
+@pytest.mark.medium("scores that are written in place, in test_the_model_is_the_one_that_torch_writes")
 @pytest.mark.parametrize(
     "step", [viewed_in_place, seen_through_a_view, of_another_dtype], ids=lambda step: step.__name__
 )
@@ -213,6 +216,7 @@ def test_parts_may_be_as_large_as_an_input_says():
     assert_close(*answers(cut_by_a_size_of_its_input))
 
 
+@pytest.mark.medium("scores that are written in place, in test_the_model_is_the_one_that_torch_writes")
 def test_what_torch_loses_is_not_answered():
     """Its decomposition takes dropout's answer for a new tensor."""
     with refuses("self_test_failed"):
@@ -236,6 +240,7 @@ def test_an_op_that_another_is_taken_apart_into_is_named_with_the_line():
         emitted(of_another)
 
 
+@pytest.mark.medium("test_nothing_is_decomposed")
 def test_only_casts_and_what_they_change_are_computed_anew(monkeypatch):
     """No product, no arange and no view is."""
     computed = []
@@ -250,6 +255,8 @@ def test_only_casts_and_what_they_change_are_computed_anew(monkeypatch):
     assert set(computed) == {"prims::convert_element_type", "aten::scalar_tensor", "aten::gt", "aten::mul", "aten::div"}
 
 
+@pytest.mark.medium("the step with casts of operands", cases=["normed"])
+@pytest.mark.slow("a step with casts of operands, and one with an own op", keep=["promoted", "normed"])
 @pytest.mark.parametrize(
     "step", [masked, cast, promoted, pooled, scores_in_place, normed], ids=lambda step: step.__name__
 )
@@ -292,6 +299,7 @@ def test_only_ops_without_a_translation_are_decomposed(monkeypatch):
     assert_close(computed, expected)
 
 
+@pytest.mark.medium("`make latest` runs the suite with other releases")
 def test_another_release_of_torch_is_asked_for_its_own_exporter(monkeypatch):
     monkeypatch.setattr(exporter, "TESTED_RELEASES", ("0.1",))
     monkeypatch.setattr(exporter, "_translate", lambda *_: pytest.fail("not tested"))
@@ -367,11 +375,17 @@ def decomposed_by_torch():
     return str(_fx_passes.decompose_with_registry(program, ONNXRegistry.from_torchlib()).graph)
 
 
+@pytest.mark.medium("test_nothing_of_the_libraries_differs_for_another_thread")
+@pytest.mark.slow(
+    "another thread's decomposition, and test_nothing_of_the_libraries_differs_for_another_thread",
+    cases=["exported_by_torch"],
+)
 @pytest.mark.parametrize("work", [exported_by_torch, decomposed_by_torch], ids=lambda work: work.__name__)
 def test_another_threads_export_answers_as_alone(work):
     assert translated_meanwhile(work) == work()
 
 
+@pytest.mark.medium("test_nothing_of_the_libraries_differs_for_another_thread")
 def test_emission_answers_as_alone_while_another_thread_exports():
     """Another thread's export is in the midst of a translation while this one emits."""
     program, results = captured(promoted), []

@@ -29,6 +29,7 @@ def compiled(case):
     return lorac.compile(case.model32, adapters, target="onnxruntime", example_inputs=(x,), active=None)
 
 
+@pytest.mark.medium("a router's", cases=["adaptertune"])
 def test_each_branch_lies_in_an_if_of_its_own(compiled):
     model = ir.load(compiled.engine.folder / MODEL_FILE)
     gates = [node for node in model.graph if node.op_type == "If"]
@@ -38,6 +39,7 @@ def test_each_branch_lies_in_an_if_of_its_own(compiled):
     assert not parameters & outside, "a branch's parameters are read where it is off"
 
 
+@pytest.mark.medium("the other method", cases=["adaptertune"])
 def test_an_idle_branch_leaves_the_bases_bits_whatever_its_parameters_hold(case, compiled):
     x = case.x.float()
     base = lorac.compile(case.model32, {}, target="onnxruntime", example_inputs=(x,))(x)

@@ -34,6 +34,7 @@ class Checking(nn.Module):
         return self.check(self.site(x), ids)
 
 
+@pytest.mark.medium("one of the checks", keep=["_none_negative"])
 @pytest.mark.parametrize("check", [_counted, _none_negative, _scattered], ids=lambda check: check.__name__)
 @torch.no_grad()
 def test_a_model_that_checks_values_is_emitted(check):

@@ -10,6 +10,10 @@ from tests.backends.onnx.nodes import CASES, compiled_case, node_lines
 from tests.goldens import check
 
 
+@pytest.mark.medium("the live program", cases=["llama_fused"])
+@pytest.mark.slow(
+    "a Llama's nodes, where adapters are live and where they are merged", keep=["llama_live", "llama_fused"]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_an_emitted_program_and_its_graph_are_the_golden_ones(name: str) -> None:
     compiled = compiled_case(name)

@@ -1,6 +1,7 @@
 """Norms are one op each, whether their scale is a weight or an adapter's, and answer as eager does."""
 
 import onnx_ir as ir
+import pytest
 import torch
 
 import lorac
@@ -10,6 +11,9 @@ from tests import parity
 from tests.zoo import ZOO
 
 
+@pytest.mark.medium(
+    "test_a_norm_scaled_for_every_row_is_none_of_them, and the golden nodes of a Llama, which have its norms"
+)
 @torch.no_grad()
 def test_rms_norms_are_onnxruntimes_own():
     entry = ZOO["tiny_llama"]

@@ -165,6 +165,7 @@ def _serve_all_rows_from_one_place(model: ir.Model, name: str) -> None:
         node.replace_input_with(index, first.outputs[0])
 
 
+@pytest.mark.medium("exchanged slots, and slots that became constants")
 def test_a_slot_with_one_place_for_all_rows_is_found(built: dict[str, Built], tmp_path: Path) -> None:
     """One choice for all rows does not tell."""
     made = built["live"]
@@ -330,6 +331,7 @@ class Tempered(lorac.BranchVariant):
         return y + torch.tanh(p.g) * torch.tanh(x @ p.D.T)
 
 
+@pytest.mark.medium("slots with axes")
 @torch.no_grad()
 def test_a_parameter_without_an_axis_is_a_slot_too() -> None:
     x, model = torch.randn(3, 10, generator=torch.Generator().manual_seed(0)), _host()

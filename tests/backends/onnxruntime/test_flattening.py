@@ -160,6 +160,8 @@ def test_without_a_slot_nothing_moves():
     assert ops(model) == ["MatMul", "Tanh"]
 
 
+@pytest.mark.medium("test_what_acts_on_rows_moves, step by step, and the golden nodes")
+@pytest.mark.slow("a ViT's pairs", keep=["tiny_vit"])
 @pytest.mark.parametrize("name", ["tiny_albert", "tiny_t5", "tiny_vit"])  # a Llama's nodes are golden
 @torch.no_grad()
 def test_every_pair_is_added_where_it_is_computed(name):

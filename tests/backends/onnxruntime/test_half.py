@@ -84,6 +84,8 @@ CASES = [
 ]
 
 
+@pytest.mark.medium("an op that is widened where it has no kernel, and end_to_end/test_precision.py")
+@pytest.mark.slow("a BERT", keep=["tiny_bert-dtype0"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_answers_are_as_near_as_torchs(name: str, dtype: torch.dtype) -> None:
     """Four times what the base alone is off in half precision is allowed, and a tenth of a per mille."""
@@ -98,6 +100,8 @@ def test_answers_are_as_near_as_torchs(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(off[output], again[output]) for output in outputs)
 
 
+@pytest.mark.medium("an op that is widened where it has no kernel, and end_to_end/test_precision.py")
+@pytest.mark.slow("a BERT", cases=["tiny_llama-*"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_every_value_has_the_dtype_that_torch_gives_it(name: str, dtype: torch.dtype) -> None:
     if not torch.__version__.startswith(TESTED_RELEASES):
@@ -111,6 +115,8 @@ def test_every_value_has_the_dtype_that_torch_gives_it(name: str, dtype: torch.d
     assert not {n: both for n, both in compared.items() if both[0] != both[1]}
 
 
+@pytest.mark.medium("an op that is widened where it has no kernel, and end_to_end/test_precision.py")
+@pytest.mark.slow("a BERT", cases=["tiny_llama-*"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_slots_have_the_dtype_of_factors(name: str, dtype: torch.dtype) -> None:
     case = made(name, dtype)
@@ -118,6 +124,7 @@ def test_slots_have_the_dtype_of_factors(name: str, dtype: torch.dtype) -> None:
     assert slots.keys() == case.graph.slots.keys() and set(slots.values()) == {ir.DataType.FLOAT}
 
 
+@pytest.mark.medium("an op that is widened where it has no kernel, and end_to_end/test_precision.py")
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_what_cuda_does_not_compute_in_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
     known = kernels_of_cuda.HALF_PRECISION_OPS[str(dtype).removeprefix("torch.")]
@@ -126,6 +133,7 @@ def test_what_cuda_does_not_compute_in_half_precision_is_computed_in_float32(nam
             assert (node.domain, node.op_type) in known
 
 
+@pytest.mark.medium("an op that is widened where it has no kernel, and end_to_end/test_precision.py")
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_norms_hold_their_sums_in_float32(name: str, dtype: torch.dtype) -> None:
     norms = [node for node in made(name, dtype).model.graph.all_nodes() if node.op_type.endswith("LayerNormalization")]

@@ -66,6 +66,7 @@ def compiled(mode: str, memory: type | None, monkeypatch: pytest.MonkeyPatch) ->
     return made
 
 
+@pytest.mark.medium("live programs", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_a_program_over_copies_answers_the_same_bits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, copied = compiled(mode, None, monkeypatch), compiled(mode, OrtDeviceMemory, monkeypatch)

@@ -16,6 +16,7 @@ from lorac.testing.eager_checks import assert_close
 from tests.runtime.switching import CHOICES, MIXTURE, X, answer, build, pair, raw
 
 
+@pytest.mark.medium("the live program", cases=["fused"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_a_portable_program_is_switched_by_its_inputs_alone(mode: str, tmp_path: Path) -> None:
     adapters = pair("dora", "shira")
@@ -38,6 +39,7 @@ def test_a_portable_program_is_switched_by_its_inputs_alone(mode: str, tmp_path:
     assert len({raw(answer(made, adapters=choice)) for choice in CHOICES}) == len(CHOICES)
 
 
+@pytest.mark.medium("runtime/test_settle.py, and the live program")
 def test_weights_settle_where_slots_have_no_defaults() -> None:
     made = build(pair("lora", "hydra"), "onnxruntime", "fused", portable=True)
     made.swap("a")
@@ -46,6 +48,7 @@ def test_weights_settle_where_slots_have_no_defaults() -> None:
     assert_close(answer(made), bound)
 
 
+@pytest.mark.medium("portable programs of live adapters")
 def test_a_baked_program_has_no_slots_to_give(tmp_path: Path) -> None:
     build(pair("lora", "hydra"), "onnxruntime", "baked", portable=True, active="a").save(tmp_path / "it")
     assert not (tmp_path / "it" / NEUTRAL_FILE).exists()

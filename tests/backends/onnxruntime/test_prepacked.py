@@ -70,6 +70,7 @@ def _written_anew(reason: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.medium("float weights", cases=["int4"])
 def test_a_program_computes_what_it_does_without_the_folder(artifact: Path, tmp_path: Path) -> None:
     plain = _answers(lorac.load(artifact, **ONE_THREAD))
     for threads in (1, 2):  # the first load writes the files
@@ -86,6 +87,7 @@ def test_a_program_computes_what_it_does_without_the_folder(artifact: Path, tmp_
     _expect_equal(_answers(lorac.load(tmp_path / "again", **ONE_THREAD)), plain)
 
 
+@pytest.mark.medium("float weights", cases=["int4"])
 def test_files_that_are_damaged_or_of_another_machine_are_written_anew(artifact: Path, tmp_path: Path) -> None:
     plain = _answers(lorac.load(artifact, prepacked=str(tmp_path), **ONE_THREAD))
     (session,) = _sessions(tmp_path)
@@ -106,6 +108,7 @@ def test_files_that_are_damaged_or_of_another_machine_are_written_anew(artifact:
     _expect_equal(_answers(lorac.load(artifact, prepacked=tmp_path, **ONE_THREAD)), plain)
 
 
+@pytest.mark.medium("float weights; one load writes the files")
 def test_threads_that_load_at_once_write_the_files_once(artifact: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         loaded = list(pool.map(lambda _: lorac.load(artifact, prepacked=tmp_path, **ONE_THREAD), range(4)))
@@ -115,6 +118,7 @@ def test_threads_that_load_at_once_write_the_files_once(artifact: Path, tmp_path
         _expect_equal(_answers(compiled), _answers(loaded[0]))
 
 
+@pytest.mark.medium("float weights", cases=["int4"])
 def test_a_folder_that_cannot_be_written_is_not_used(artifact: Path, tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.write_text("mine")
@@ -125,6 +129,7 @@ def test_a_folder_that_cannot_be_written_is_not_used(artifact: Path, tmp_path: P
     assert taken.read_text() == "mine"
 
 
+@pytest.mark.medium("float weights")
 @pytest.mark.slow
 def test_nothing_of_a_killed_process_is_used_or_stays(artifact: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOAD, str(artifact), str(tmp_path)]

@@ -117,6 +117,7 @@ def test_options_about_codes_need_weights_to_choose_them_for(given):
         OnnxRuntimeOptions(**given)
 
 
+@pytest.mark.medium("the algorithm on single layers, and cli/test_cli.py compiles by it")
 def test_a_compiled_model_is_nearer_to_its_own_for_gptq():
     """With texts that the model writes itself, which leaves the random state as it was."""
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ class Choosing(torch.nn.Module):
         return self.out(x), top_k_mask(z, self.k).float()
 
 
+@pytest.mark.medium("one shape", keep=["2-8-3"])
 @pytest.mark.parametrize(("k", "experts", "levels"), [(1, 3, 1), (2, 8, 3), (7, 8, 2), (5, 300, 4), (90, 300, 2)])
 @torch.no_grad()
 def test_of_equals_the_first_are_chosen(k: int, experts: int, levels: int) -> None:

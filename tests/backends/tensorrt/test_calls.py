@@ -83,6 +83,7 @@ def made(mode: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[An
     return eager, found, standing
 
 
+@pytest.mark.medium("live; test_engine.py writes fused weights", keep=["live"])
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 def test_it_answers_as_eager_does_after_any_swap(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     eager, found, _ = made(mode, monkeypatch)
@@ -109,6 +110,7 @@ def test_a_choice_is_laid_out_once_and_a_call_may_have_its_own(monkeypatch: pyte
     assert isinstance(found(X.numpy()), type(X.numpy()))
 
 
+@pytest.mark.medium("the options' casts")
 def test_arrays_are_taken_in_bfloat16_which_numpy_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, standing = made("live", monkeypatch, dtype="bfloat16")
     taken = []
@@ -123,6 +125,7 @@ def test_arrays_are_taken_in_bfloat16_which_numpy_lacks(monkeypatch: pytest.Monk
     assert taken == [torch.bfloat16] * 2
 
 
+@pytest.mark.medium("rows of other targets")
 def test_rows_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, found, standing = made("live", monkeypatch)
     calls, run = list[int](), standing.call
@@ -135,6 +138,7 @@ def test_rows_have_a_choice_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rows: one call for any choices, in D places of each slot; D is 1 to 8" in str(found.explain())
 
 
+@pytest.mark.medium("test_options.py: a call outside the profile")
 def test_more_choices_than_the_plan_was_built_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, _ = made("live", monkeypatch, profiles={"adapters": (1, 1, 2)})
     found(X, adapters=["a", "a", "a"])
@@ -151,6 +155,7 @@ def test_weights_are_written_while_no_call_reads_them_and_read_where_they_lie(mo
     assert standing.written == 2 and standing.laid_out == 1
 
 
+@pytest.mark.medium("test_options.py: a call outside the profile")
 def test_a_size_that_the_plan_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, found, _ = made("live", monkeypatch, profiles={"batch": (1, 2, 4)})
     found(X[:1])
@@ -158,6 +163,7 @@ def test_a_size_that_the_plan_was_not_built_for_is_refused(monkeypatch: pytest.M
         found(torch.cat([X, X]))
 
 
+@pytest.mark.medium("test_engine.py builds two plans and compares them")
 def test_a_plan_that_was_built_before_is_not_built_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     real = build._build_plan

@@ -69,6 +69,8 @@ class Bypass(OnnxPass):
         return PassResult(changed=True)
 
 
+@pytest.mark.medium("exchanged slots", cases=["Bypass*"])
+@pytest.mark.slow("float32; the check is the same", cases=["*float16"])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("harm", "said"), [(Exchange, "are exchanged|give other answers"), (Bypass, "change nothing")])
 def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
@@ -79,6 +81,7 @@ def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
     quietly(model=host(), adapters=adapters, example_inputs=(X,), dtype=dtype, self_test=False)
 
 
+@pytest.mark.medium("test_a_program_in_float32_is_run_as_it_is")
 def test_both_sides_compute_in_float32_what_is_half():
     """The program of a half host, computed whole, is off from itself in half precision by that rounding alone."""
     found = compile_recorded(

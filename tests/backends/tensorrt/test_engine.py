@@ -142,6 +142,7 @@ def test_the_graph_is_shown_as_the_target_takes_it(live):
     assert not {tensor.name for tensor in model.graph.initializer} & {value.name for value in model.graph.input}
 
 
+@pytest.mark.slow("in this process")
 def test_a_saved_one_loads_in_a_new_process_without_a_gpu(live, tmp_path):
     live.swap("a")
     live.save(tmp_path / "saved")
@@ -198,6 +199,7 @@ def test_an_artifact_is_refused_by_another_gpu(live, monkeypatch):
         backend._check_gpu(part.facts, "cuda:3")
 
 
+@pytest.mark.medium("test_a_device_that_is_no_gpu_is_refused")
 def test_a_plan_is_built_for_the_device_that_is_asked_for(monkeypatch):
     install_gpus(monkeypatch, "8.6", "12.0")
     found = {device: compiled(device=device, target_capabilities=[], self_test=False) for device in (None, "cuda:1")}
@@ -235,6 +237,7 @@ def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
     assert engine_of(compiled(device="cuda:1", self_test=False)).options.device == "cuda:1"
 
 
+@pytest.mark.medium("test_calls.py writes weights into a plan")
 def test_two_builds_are_of_one_size(live):
     again = compiled(target_capabilities=THREE)
     sizes = [[part.file.size for part in engine_of(found).graphs.values()] for found in (live, again)]
@@ -243,6 +246,7 @@ def test_two_builds_are_of_one_size(live):
     assert abs(sizes[0][0] - engine_of(alone).graphs["main"].file.size) <= 64
 
 
+@pytest.mark.medium("runtime/test_traits.py on other targets")
 def test_several_components_are_a_plan_each():
     found = quietly(
         model={"one": host(), "two": copy.deepcopy(host())},
@@ -259,6 +263,7 @@ def test_several_components_are_a_plan_each():
         found["two"](X)
 
 
+@pytest.mark.medium("mistakes_of_devices.py: a package that is not installed")
 def test_without_its_library_the_target_is_told_with_the_command_that_installs_it():
     script = """
 import sys
@@ -273,6 +278,7 @@ except lorac.MissingExtra as error:
     assert done.stdout == "tensorrt_rtx is not installed\n  pip install 'lorac[tensorrt]'\n"
 
 
+@pytest.mark.medium("cli/test_cli.py compiles for ONNX Runtime by the same command")
 def test_the_command_line_takes_the_target(tmp_path):
     module = "tests.backends.tensorrt.test_engine:host"
     np.savez(tmp_path / "inputs.npz", image=X.numpy())

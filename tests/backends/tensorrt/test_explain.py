@@ -35,6 +35,7 @@ class Holds(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.medium("report/test_explain.py")
 def test_every_op_is_named_with_its_module_and_line():
     eager = lorac.compile(Holds().eval(), {"a": lorac.LoRA(r=1, targets=["site"])}, example_inputs=(X,))
     stages = eager.graph["main"].stages

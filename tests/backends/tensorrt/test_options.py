@@ -49,6 +49,7 @@ def ranges(**options: Any) -> dict[str, tuple[SizeRange, ...]]:
     return dict(found.engine.graphs["main"].facts.ranges)
 
 
+@pytest.mark.medium("test_profiles_name_axes_or_inputs")
 def test_sizes_lie_around_the_examples_and_within_what_the_model_takes():
     """Rows, a text that the model bounds, a side of a picture; ranks up to the room, those of the active one usual."""
     found = ranges()
@@ -69,6 +70,7 @@ def test_profiles_name_axes_or_inputs():
     assert found["image"] == (SizeRange(2, 4, 32), SizeRange(5, 5, 5), SizeRange(6, 7, 9))
 
 
+@pytest.mark.medium("names, order and bounds", keep=["profiles0*", "profiles2*", "profiles3*", "profiles4*"])
 @pytest.mark.parametrize(
     ("profiles", "said"),
     [
@@ -159,6 +161,7 @@ def test_settings_reach_the_library(tmp_path):
     assert settings.num_optimization_profiles == 1
 
 
+@pytest.mark.medium("test_settings_reach_the_library")
 def test_hardware_compatibility_reaches_the_library(monkeypatch):
     install_nvidias(monkeypatch)
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)

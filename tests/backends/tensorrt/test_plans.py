@@ -14,6 +14,8 @@ from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import HOSTS, WINDOW, Built, built, model_of, weights_of
 from tests.limits import assert_apart
 
+pytestmark = pytest.mark.slow("test_calls.py builds and swaps a plan; test_cpu_check.py compares parsed files")
+
 ALL = ("lora", "one", "dora", "ia3", "oft", "meteora")
 LINEAR = ("lora", "one", "dora", "ia3", "oft")
 FAST = [

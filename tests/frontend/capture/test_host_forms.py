@@ -59,6 +59,7 @@ def _compiled(host: nn.Module, inputs: Any, targets: Any = "up", **options: Any)
 
 
 # ── Higher-order ops ─────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.medium("test_recurrent_layers_in_float64_are_named and the tests of higher-order ops")
 def test_layers_in_branches_of_cond_are_adapted() -> None:
     x = torch.rand(3, 6)
     adapter = _trained(_Selecting(), x)
@@ -70,6 +71,7 @@ def test_layers_in_branches_of_cond_are_adapted() -> None:
     assert_close(compiled(-x), _Branching()(-x).detach())
 
 
+@pytest.mark.slow("layers in one torch.cond")
 def test_branches_inside_branches() -> None:
     compiled = _compiled(_Nested(), (torch.rand(3, 6),), "down")
     for scale in (1.0, 0.01, -1.0):
@@ -164,6 +166,7 @@ class _Features(nn.Module):
         return self.inner(**features)[0]
 
 
+@pytest.mark.medium("test_the_batch_of_tensors_in_dicts_and_lists_varies")
 def test_the_length_of_text_in_a_dict_varies() -> None:
     def features(rows: int, length: int) -> dict[str, Tensor]:
         ids = torch.randint(3, 20, (rows, length))
@@ -179,6 +182,7 @@ class _Pooling(_Host):
         return self.up(F.adaptive_avg_pool2d(image, (2, 3)).flatten(1))
 
 
+@pytest.mark.medium("one pair of shapes", keep=["shapes0"])
 @pytest.mark.parametrize("shapes", [{2: Dim("height"), 3: Dim("width", min=3)}, {2: Dim.AUTO, 3: Dim.AUTO}])
 def test_adaptive_pools_of_any_size(shapes: dict[int, Any]) -> None:
     compiled = _compiled(_Pooling(), (torch.rand(2, 1, 7, 9),), dynamic_shapes={"image": {0: Dim("batch"), **shapes}})
@@ -256,12 +260,14 @@ class _Recurrent(nn.Module):
         return self.up(self.memory(x)[0])
 
 
+@pytest.mark.medium("a GRU", cases=["LSTM"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_layers_in_float64_are_named(kind: type[nn.RNNBase]) -> None:
     with refuses("unavailable", match=f"no kernel for {kind.__name__} in float64, which 'memory' asks for"):
         _compiled(_Recurrent(kind).double(), (torch.rand(4, 2, 6).double(),))
 
 
+@pytest.mark.medium("ir/graph/test_interpreter.py captures a Llama in float64")
 def test_rotary_positions_in_float64() -> None:
     host, ids = ZOO["tiny_llama"].fresh(torch.float64), torch.randint(3, 20, (2, 6))
     compiled = _compiled(host, {"input_ids": ids}, "q_proj")
@@ -279,6 +285,7 @@ class _Blocks(nn.Module):
         return x
 
 
+@pytest.mark.medium("test_casts_in_forward_follow_a_target_that_lacks_the_dtype")
 @pytest.mark.filterwarnings("ignore:onnxruntime has no kernels")
 def test_blocks_are_found_in_the_dtype_of_the_target() -> None:
     x = torch.rand(2, 3, 8).half()
@@ -294,6 +301,8 @@ _PAIR = {
 }  # fmt: skip
 
 
+@pytest.mark.medium("two other families", cases=["OpenAI*"])
+@pytest.mark.slow("three other families", cases=["F*"])
 @pytest.mark.parametrize(
     ("model", "config", "fields", "code", "named"),
     [

@@ -220,6 +220,8 @@ SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {
 """Kind of layers -> (a model of them, how many have to be traced)."""
 
 
+@pytest.mark.medium("layers that know their index", keep=["that read their number"])
+@pytest.mark.slow("layers that turn gradients and autocast off themselves", cases=["in a region*"])
 @pytest.mark.parametrize("kind", SAME)
 def test_the_program_is_the_one_that_tracing_every_layer_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = SAME[kind][0]().eval()
@@ -232,6 +234,11 @@ def test_the_program_is_the_one_that_tracing_every_layer_gives(kind: str, monkey
     assert all(torch.equal(one, other) for one, other in zip(found_leaves, wanted_leaves, strict=True))
 
 
+@pytest.mark.medium("equal layers", keep=["alike"])
+@pytest.mark.slow(
+    "test_the_program_is_the_one_that_tracing_every_layer_gives compares the programs",
+    keep=["alike", "of two kinds", "that turn gradients on"],
+)
 @pytest.mark.parametrize("kind", SAME)
 def test_layers_that_repeat_are_traced_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, most = SAME[kind]
@@ -272,6 +279,7 @@ MODELS: dict[str, dict[str, Any]] = {
 SOON = ("llama", "t5")
 
 
+@pytest.mark.slow("test_the_program_is_the_one_that_tracing_every_layer_gives, over hand-written layers")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOON else pytest.mark.slow) for n in MODELS])
 def test_transformers_models_are_captured_as_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(name, **MODELS[name])

@@ -87,6 +87,7 @@ def compiled_with(height, width):
     )
 
 
+@pytest.mark.medium("end_to_end/test_fidelity.py: a size that the trace fixed")
 @torch.no_grad()
 def test_sizes_that_are_too_complex_are_fixed_at_once():
     """A trace that goes on takes minutes, and other sizes are refused in the end."""
@@ -98,6 +99,7 @@ def test_sizes_that_are_too_complex_are_fixed_at_once():
         compiled(torch.randn(3, 62, 62, 6))
 
 
+@pytest.mark.medium("end_to_end/test_fidelity.py: a size that the trace fixed")
 def test_sizes_that_are_too_complex_and_were_asked_for_by_name_are_refused():
     with refuses("capture_failed", match=r"(?s)windows = x\.view.*free sizes grow.*Dim\.AUTO"):
         compiled_with(Dim("height"), Dim("width"))

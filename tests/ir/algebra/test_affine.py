@@ -67,6 +67,7 @@ def test_not_affine(branch, shapes, zero):
     assert reduction.reasons == ("not affine in x and y",)
 
 
+@pytest.mark.medium("layers with a bias and without", keep=["linear-True", "no_bias-False"])
 @pytest.mark.parametrize("branch_bias", [False, True])
 @pytest.mark.parametrize("host", ["linear", "no_bias"])
 def test_hydra_is_found_affine(branch_bias, host):

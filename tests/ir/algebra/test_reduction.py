@@ -75,6 +75,7 @@ def _params(case):
     return Params(**case.a.tensors["site"])
 
 
+@pytest.mark.medium("bound ones", cases=["training-*"])
 @pytest.mark.parametrize(
     ("names", "kind"),
     [

@@ -50,6 +50,7 @@ def used_by(name):
     return used(FORMULAS[name].reduced)
 
 
+@pytest.mark.medium("random formulas with and without rules, and each of these without any")
 @pytest.mark.parametrize("name", FORMULAS)
 def test_results_stay_whatever_rule_is_taken_away(name):
     formula = FORMULAS[name]

@@ -36,6 +36,7 @@ def test_what_admits_another_value_of_what_was_captured(name, captured, said):
     assert list(interface.check((torch.ones(1),), {name: captured})) == ["x"]
 
 
+@pytest.mark.medium("the other arguments of a call")
 def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
     """What the messages suggest comes true."""
     entry = ZOO["tiny_llama"]

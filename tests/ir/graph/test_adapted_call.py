@@ -53,6 +53,7 @@ def test_more_operands_join_those_that_are_there(graph: Graph) -> None:
     assert list(node.all_input_nodes) == list(dict.fromkeys([*before.tensors, *after.operands.values()]))
 
 
+@pytest.mark.medium("passes/test_fuse_projections.py: sites of one input are packed")
 @pytest.mark.parametrize("stage", ["capture", "insert"])
 def test_sites_by_the_input_they_read(stage: str, graph: Graph) -> None:
     seen: dict[str, list[list[str]]] = {}

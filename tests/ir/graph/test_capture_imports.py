@@ -35,6 +35,7 @@ def test_models_that_are_not_imported_stay_so(monkeypatch: pytest.MonkeyPatch) -
     assert not [name for name in asked.names if name.startswith("transformers.models.")]
 
 
+@pytest.mark.medium("test_models_that_are_not_imported_stay_so")
 def test_models_that_are_here_are_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 

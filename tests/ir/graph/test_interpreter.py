@@ -24,6 +24,8 @@ def _distance(y: object, y_ref: object) -> float:
     return max(float((found[k] - wanted[k]).norm() / wanted[k].norm()) for k in wanted)
 
 
+@pytest.mark.medium("a plain model", cases=["plain_conv"])
+@pytest.mark.slow("two plain models, and the golden nodes of a Llama", keep=["plain_mlp", "plain_conv"])
 @pytest.mark.parametrize("name", ["plain_mlp", "plain_conv", "tiny_llama", "tiny_gpt2", "tiny_t5", "tiny_albert"])
 def test_every_level_answers_as_eager(name: str) -> None:
     it = capture(name)
@@ -43,6 +45,7 @@ def test_every_level_answers_as_eager(name: str) -> None:
     assert {"HOST", "ADAPTED", "EXPANDED"} <= set(seen)
 
 
+@pytest.mark.medium("every level of a plain model, and the golden of fused weights")
 def test_bound_weights() -> None:
     it = capture("tiny_llama", mode="fused")
     lower(it.graph)
@@ -52,6 +55,7 @@ def test_bound_weights() -> None:
     assert _distance(interpret(it.graph, it.inputs, it.slots()), expected) <= EXACT
 
 
+@pytest.mark.medium("the kit compares ONNX Runtime with eager")
 def test_onnxruntime_answers_as_the_interpreter() -> None:
     adapters = {"style": lorac.DoRA(r=3, targets=["query", "out"]), "patch": lorac.SHiRA(r=1, targets=["key"])}
     model, inputs = Stack(), {"x": torch.randn(2, 5, 10)}
@@ -69,6 +73,7 @@ def test_onnxruntime_answers_as_the_interpreter() -> None:
     assert_parity(ort(**inputs), y_ref, y_base, own_base=ort(**inputs, adapters=None))
 
 
+@pytest.mark.medium("the self-test of every program, which exchanges its slots")
 def test_every_slot_matters() -> None:
     it = capture("tiny_llama")
     lower(it.graph)

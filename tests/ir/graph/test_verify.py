@@ -137,6 +137,7 @@ def test_it_runs_after_every_pass() -> None:
         run_pipeline(graph, [pack, Broken(), *others])
 
 
+@pytest.mark.medium("capture's and emission's errors, which name lines by the same function")
 def test_the_message_names_the_source_line() -> None:
     graph = capture("tiny_llama").graph
     lower(graph)

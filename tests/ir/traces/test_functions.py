@@ -33,6 +33,7 @@ def branches(x: Tensor, y: Tensor) -> tuple[Tensor]:
     return (torch.cond(x.sum() > 0, torch.add, torch.sub, (x, y)),)
 
 
+@pytest.mark.medium("before dispatch", cases=["branches-True"])
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 @pytest.mark.parametrize("function", [products, reads_what_is_around, takes_any, branches])
 def test_the_graph_is_that_of_make_fx(function: Callable[..., Any], pre_dispatch: bool) -> None:

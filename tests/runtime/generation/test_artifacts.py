@@ -62,6 +62,7 @@ def test_a_tokenizer_that_was_changed_is_refused(folder: Path, tmp_path: Path) -
         lorac.load(copied)
 
 
+@pytest.mark.medium("cli/test_text.py loads tokenizers; test_the_tokenizer_is_held_and_loaded_when_it_is_asked_for")
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     class Broken:
         def save_pretrained(self, folder: Path) -> None:
@@ -73,6 +74,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
         _ = loaded.tokenizer
 
 
+@pytest.mark.medium("test_onnxruntime.py generates with a program once it is loaded")
 def test_what_is_loaded_knows_how_its_model_generates(tmp_path: Path) -> None:
     """Over a cache it goes on as the model did; what the manifest says is all that is asked."""
     compiled("llama").save(folder := tmp_path / "eager")

@@ -36,6 +36,7 @@ def alone(choice: str | None, row: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[0, -len(found) :], torch.stack(found)
 
 
+@pytest.mark.medium("eager", cases=["onnxruntime-*"])
 @pytest.mark.parametrize("choice", ["masked", None, ["masked", None]], ids=str)
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
@@ -129,6 +130,7 @@ def test_a_cache_that_knows_nothing_of_the_side_network_is_refused() -> None:
         compiled.generate(row, adapters="adapter", cache_implementation="static", **ASKED)
 
 
+@pytest.mark.medium("test_what_mixes_tokens_by_itself_is_refused_over_a_cache")
 @torch.no_grad()
 def test_what_attends_to_later_tokens_is_generated_by_whole_texts_and_refused_over_a_cache() -> None:
     both = lorac.Adapter("both", method(causal=False), away().tensors)

@@ -70,6 +70,7 @@ def test_a_conversation_computes_only_what_is_new(model: Any) -> None:
     assert len(cache) == 1
 
 
+@pytest.mark.medium("beams", keep=["options1"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "seed": 1}])
 def test_rows_begin_as_the_longest_text_that_is_known(options: dict[str, Any], model: Any) -> None:
     cache = lorac.PromptCache()
@@ -179,6 +180,7 @@ class _Swapping:
         return torch.zeros(ids.shape[0], dtype=torch.bool)
 
 
+@pytest.mark.medium("fused weights in eager, and adapters that change within a call", keep=["fused-eager"])
 @pytest.mark.parametrize("cached", [False, True], ids=["eager", "cached"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 def test_a_swap_meanwhile_is_of_the_next_call(mode: str, cached: bool) -> None:
@@ -206,6 +208,7 @@ def _from_within(change: Callable[[], object]) -> Callable[..., torch.Tensor]:
     return criterion
 
 
+@pytest.mark.medium("the active choice in eager, and a call's own over a cache", keep=["active-eager", "own-cached"])
 @pytest.mark.parametrize("cached", [False, True], ids=["eager", "cached"])
 @pytest.mark.parametrize("own", [{}, {"adapters": "default"}], ids=["active", "own"])
 def test_fused_weights_do_not_change_from_within_a_call(own: dict[str, Any], cached: bool) -> None:

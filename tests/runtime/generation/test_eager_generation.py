@@ -58,6 +58,7 @@ def _llama() -> Any:
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
+@pytest.mark.medium("test_encoder_decoder_driver.py has a BART in eager, too")
 @pytest.mark.parametrize("kind", ["T5", "Bart"])
 def test_encoders_with_decoders(kind: str) -> None:
     """Rows keep the side on which they are padded: an encoder reads its mask."""

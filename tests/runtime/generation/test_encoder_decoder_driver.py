@@ -51,6 +51,8 @@ def _same(compiled: Any, peft: Any, family: str, asked: list[dict[str, Any]]) ->
     return True
 
 
+@pytest.mark.medium("test_tokens_are_those_of_the_host_with_adapters_by_row")
+@pytest.mark.slow("a T5", keep=["t5"])
 @pytest.mark.parametrize("family", SOON)
 def test_tokens_are_those_of_peft(family: str) -> None:
     """Batches padded on either side; beams."""

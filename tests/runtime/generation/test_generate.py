@@ -22,6 +22,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return compiled("llama") if request.param == "eager" else over(compiled("llama"))
 
 
+@pytest.mark.medium("a Llama, and test_options.py's texts", keep=["llama"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_peft(family: str) -> None:
     """One prompt; and a batch, padded on either side, each of whose rows gives what it gives alone."""
@@ -57,6 +58,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.medium(
+    "beams, and what is drawn, cut and guided; over a cache", keep=["cached-beams", "cached-nucleus", "cached-guided"]
+)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_are_transformers_own(name: str, model: Any) -> None:
     batch, options = padded(prompts(), "left"), OPTIONS[name]
@@ -68,6 +72,7 @@ def test_options_are_transformers_own(name: str, model: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.medium("over a cache", cases=["eager"])
 def test_without_a_seed_the_random_numbers_are_torchs(model: Any) -> None:
     batch = padded(prompts(), "left")
     torch.manual_seed(8)
@@ -78,6 +83,7 @@ def test_without_a_seed_the_random_numbers_are_torchs(model: Any) -> None:
     assert torch.equal(torch.get_rng_state(), after)
 
 
+@pytest.mark.medium("one row over a cache", keep=["cached-1"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_seeds_by_row(beams: int, model: Any) -> None:
     """Each row is drawn as if it was alone, whatever is beside it."""
@@ -91,6 +97,7 @@ def test_seeds_by_row(beams: int, model: Any) -> None:
         assert not own[len(alone) :].any()
 
 
+@pytest.mark.medium("over a cache", cases=["eager"])
 def test_what_is_told_beside_the_tokens(model: Any) -> None:
     """Scores and logits of every step, as far as a row goes on; transition scores are computed from them."""
     rows = prompts()
@@ -104,6 +111,7 @@ def test_what_is_told_beside_the_tokens(model: Any) -> None:
         assert torch.equal(own[ends[:, step]].argmax(-1), other[ends[:, step]].argmax(-1))
 
 
+@pytest.mark.medium("over a cache", cases=["eager"])
 def test_beams_tell_the_same(model: Any) -> None:
     told = {"return_dict_in_generate": True, "output_scores": True, "num_beams": 3, "max_new_tokens": NEW}
     expected = adapted("llama").generate(**padded(prompts(), "left"), do_sample=False, **told)
@@ -142,6 +150,7 @@ def test_numpy_comes_back_as_numpy(model: Any) -> None:
     assert np.array_equal(answer, expected.numpy())
 
 
+@pytest.mark.medium("over a cache", cases=["eager"])
 def test_padding_is_told_as_transformers_tells_it(model: Any) -> None:
     """Without a mask, by its id, unless that ends a text too."""
     ids = padded(prompts(), "left")["input_ids"]
@@ -153,6 +162,7 @@ def test_padding_is_told_as_transformers_tells_it(model: Any) -> None:
 CHOICES: list[lorac.ir.slots.choice.ChoiceSpec] = ["default", None, {"default": 0.5}, None]
 
 
+@pytest.mark.medium("greedy rows; over a cache", cases=["cached-beams", "eager-*"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
 def test_rows_choose_their_own_adapters(options: dict[str, Any], model: Any) -> None:
     rows = prompts()
@@ -172,6 +182,7 @@ def test_rows_choose_their_own_adapters(options: dict[str, Any], model: Any) -> 
     assert model.active == {"default": 1.0}
 
 
+@pytest.mark.medium("a draft at half the strength; over a cache", cases=["cached-base", "eager-*"])
 @pytest.mark.parametrize("draft", [None, {"default": 0.5}], ids=["base", "half"])
 def test_a_draft_changes_no_token(draft: Any, model: Any) -> None:
     rows = prompts()
@@ -182,6 +193,7 @@ def test_a_draft_changes_no_token(draft: Any, model: Any) -> None:
     assert model.active == {"default": 1.0}
 
 
+@pytest.mark.medium("over a cache", cases=["eager"])
 def test_what_is_drawn_beside_a_draft_comes_from_the_seed(model: Any) -> None:
     row = prompts()[0][None]
     told = {"max_new_tokens": NEW, "do_sample": True, "draft": {"default": 0.5}}
@@ -198,6 +210,7 @@ def test_what_is_drawn_beside_a_draft_comes_from_the_seed(model: Any) -> None:
     assert torch.equal(whole[0, : first.shape[1]], first[0])
 
 
+@pytest.mark.medium("eager, and drafts over a cache", cases=["cached"])
 def test_transformers_assistants_are_taken(model: Any) -> None:
     import transformers
 

@@ -103,6 +103,7 @@ def small(llama_folder: Path) -> Any:
     return lorac.load(llama_folder)
 
 
+@pytest.mark.medium("padded rows of a Llama")
 def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
     """One row is known up to its last token, and the other brings more than there are positions left in the first."""
     rows, cache = prompts(0, (60, 40)), lorac.PromptCache()

@@ -131,6 +131,7 @@ def test_an_option_is_refused(name: str) -> None:
             model.generate(row, generation_config=config)
 
 
+@pytest.mark.medium("each option, one by one")
 def test_values_that_ask_for_what_happens_anyway_are_taken() -> None:
     model, row = over(compiled("llama")), prompts()[0][None]
     expected = model.generate(row, **PLAIN)
@@ -150,6 +151,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return compiled("llama") if request.param == "eager" else over(compiled("llama"))
 
 
+@pytest.mark.medium("test_generate.py: a draft changes no token; two other drafts; over a cache")
 @pytest.mark.parametrize("draft", ["default", None, {"default": 0.95}], ids=["itself", "base", "nearly"])
 def test_a_draft_stops_where_the_model_does(draft: Any, model: Any) -> None:
     """At a stop string and at a criterion, whichever of the drafted tokens it is."""

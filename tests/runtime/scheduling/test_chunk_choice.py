@@ -56,6 +56,7 @@ def chosen(scheduler: Scheduler) -> int:
     return scheduler.chunk
 
 
+@pytest.mark.medium("the choice from given times")
 def test_a_scheduler_times_the_model_once(compiled: Any) -> None:
     request = TextRequest(torch.arange(1, 20), "one", options={"max_new_tokens": 5})
     expected = compiled.generate(request.ids[None], adapters="one", max_new_tokens=5)[0, 19:].tolist()

@@ -96,6 +96,7 @@ def test_each_answers_as_it_does_alone(compiled: Any, scheduler: Scheduler) -> N
     assert scheduler.load == (0, 0)
 
 
+@pytest.mark.medium("what is drawn", keep=["options1"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -178,6 +179,7 @@ def test_a_request_that_ends_in_its_prompt_leaves_the_others_that_are_read(
     assert max(map(len, calls)) == 2
 
 
+@pytest.mark.medium("test_a_request_waits_for_memory_and_one_that_never_fits_ends")
 def test_a_request_waits_while_its_adapters_have_no_room_beside_those_of_others(calls: list[list[int]]) -> None:
     host = DECODERS["llama"]()
     variants = {"one": lorac.LoRA(r=2, targets="all-linear"), "two": lorac.LoRA(r=9, targets="all-linear")}
@@ -268,6 +270,7 @@ def test_a_reader_whose_loop_was_closed_frees_its_row_and_no_others(compiled: An
     assert list(left) != list(left) == []  # a second loop ends
 
 
+@pytest.mark.medium("what looks at logits", keep=["logits_processor"])
 @pytest.mark.parametrize("fails", ["logits_processor", "stopping_criteria", "probabilities"])
 def test_what_fails_for_one_request_fails_no_other(fails: str, compiled: Any, scheduler: Scheduler) -> None:
     def fail(ids: torch.Tensor, scores: torch.Tensor, **rest: Any) -> torch.Tensor:
@@ -395,6 +398,7 @@ def test_the_error_of_a_request_keeps_no_memory(llama_folder: Path) -> None:
         assert not [frame for frame, _ in traceback.walk_tb(kept.tb) if "cache" in frame.f_locals]
 
 
+@pytest.mark.medium("a request that waits for memory")
 def test_a_prompt_that_was_read_runs_where_memory_has_no_room_for_a_copy(llama_folder: Path) -> None:
     compiled = lorac.load(llama_folder)
     request = TextRequest(prompt(0), options={"max_new_tokens": 12})

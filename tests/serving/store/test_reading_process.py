@@ -35,6 +35,7 @@ def test_a_reader_that_hangs_is_ended(
     assert store._reader._process is None
 
 
+@pytest.mark.medium("its other limits", cases=["time"])
 @pytest.mark.parametrize("work", ["time", "memory", "files", "network"])
 def test_a_reader_is_limited(work: str, tmp_path: Path) -> None:
     assert forked(WORKS[work], tmp_path) in OUTCOMES[work]

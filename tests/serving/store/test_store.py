@@ -23,6 +23,7 @@ def expected(adapter: lorac.Adapter) -> torch.Tensor:
     return answer(build([adapter], "eager", active=adapter.name))
 
 
+@pytest.mark.medium("PEFT's files", cases=["native"])
 @pytest.mark.parametrize("write", [native, peft])
 def test_an_uploaded_adapter_answers_as_one_that_was_compiled_in(store: AdapterStore, tenant: str, write: Any) -> None:
     added = send(store, tenant, "mine", write(made("m")))

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from lorac.serving.store.store_folder import StoredName, StoreFolder
 from tests.storage.kills import killed_at
 
@@ -57,6 +59,7 @@ def found(path: Path) -> list[str]:
     return [entry.name for entry in names]
 
 
+@pytest.mark.medium("storage/test_killed.py kills writers of folders")
 def test_adding_and_removing_is_one_step(tmp_path: Path) -> None:
     seen = set()
     for work, before, after in ((add, [], ["mine"]), (remove, ["mine"], [])):

@@ -65,6 +65,7 @@ def test_pissa_by_rounds() -> None:
     assert_same_start(model, wrapped, starts.PiSSA(rounds=16)(LORA, model), close=assert_sketched)
 
 
+@pytest.mark.medium("the other mode", cases=["kpm"])
 @pytest.mark.parametrize("mode", ["ipm", "kpm"])
 def test_corda(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's module wants attrs for one decorator, which the standard library's does as well."""
@@ -93,6 +94,7 @@ def fall_off(model: nn.Module) -> None:
             parameter.data.mul_(0.7 ** torch.arange(parameter.shape[1]))
 
 
+@pytest.mark.medium("the other direction", cases=["A2rBr"])
 @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr"])
 def test_lora_ga(direction: Any) -> None:
     """Each vector up to its sign; of r = 16 PEFT's decomposition, of 4·r columns, is whole."""
@@ -119,6 +121,7 @@ def weight(layer: Any, a: Tensor, b: Tensor) -> Tensor:
     return layer.base_layer.weight.detach() + layer.scaling["default"] * b @ a  # type: ignore[no-any-return]
 
 
+@pytest.mark.medium("one rank for all", cases=["2.0"])
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_eva(rho: float) -> None:
     """The same ranks and scales; the components, where they fall off, as near as PEFT's own sketches come to them."""

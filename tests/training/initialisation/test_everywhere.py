@@ -64,6 +64,7 @@ def test_does_not_begin_at_zero_unless_it_says_so(name: str) -> None:
     assert all(bool(own["lora_B"].any()) == (name != "eva") for own in tensors)
 
 
+@pytest.mark.medium("each start in eager, and session/test_artifact.py; PiSSA")
 @pytest.mark.parametrize("name", ["pissa", "lora_sb"])
 def test_exports(name: str) -> None:
     model, adapter = moved(name, torch.float32)
@@ -83,6 +84,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow("test_exports")
 def test_files_give_the_same_in_a_new_process(tmp_path: Path) -> None:
     """lorac's format holds all; PEFT's holds what LoRAs are, a residual as one of twice the rank."""
     x, paths, expected = batches(1, torch.float32)[0]["x"], [], {}

@@ -28,6 +28,7 @@ def compiled_of(host: Any, adapter: Any) -> Any:
     return lorac.compile(host, {"a": adapter}, example_inputs=batch(0)).train()  # type: ignore[attr-defined]  # eager
 
 
+@pytest.mark.medium("one rule", keep=["altlora"])
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_is_as_on_a_lora_over_the_base_that_is_left(name: str) -> None:
     host = Host()

@@ -83,6 +83,10 @@ def logits(model: Any, adapter: lorac.Adapter | None = None) -> Tensor:
     return (model if adapter is None else lorac.compile(model, {"a": adapter}))(input_ids=ids).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.medium(
+    "all layers and some, with the head and without", keep=["magnitude-None-2-False", "magnitude-layers1-1-True"]
+)
+@pytest.mark.slow("units chosen by magnitude", cases=["gradient-*", "random-*"])
 @pytest.mark.parametrize(("groups", "bias"), [(2, False), (1, True), (4, False)])
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize("by", ["magnitude", "gradient", "random"])
@@ -212,6 +216,7 @@ def test_what_it_comes_to() -> None:
     assert f"{large:,} -> {small:,}" in str(smaller.sizes)
 
 
+@pytest.mark.medium("one pattern", cases=["pattern1"])
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_masks(pattern: Any) -> None:
     """Half of the weights are 0, the smaller half; recovering is the identity."""
@@ -231,6 +236,7 @@ def test_masks(pattern: Any) -> None:
     assert_close(logits(model, loram.recover(adapter, smaller.kept, model)), logits(model, adapter))
 
 
+@pytest.mark.medium("the other", cases=["True"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_aligning(masked: bool) -> None:
     """The loss falls, the head and what is masked stay, and the large model is untouched."""

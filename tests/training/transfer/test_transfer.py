@@ -103,6 +103,7 @@ def test_continuations_do_not_depend_on_who_is_beside() -> None:
     assert alone != transfer.continue_prompts(compiled, prompts, max_new_tokens=5, do_sample=False)
 
 
+@pytest.mark.slow("its parts, one by one")
 def test_the_filter_learns_and_the_adapter_goes_over(tmp_path: Path) -> None:
     """A source that says the last letter again, in capitals, of three small letters: another base learns it from that.
 
@@ -163,6 +164,7 @@ def test_the_loss_of_distillation_by_its_definition() -> None:
     assert not transfer.distillation_loss(teacher, teacher, labels).item()
 
 
+@pytest.mark.medium("its parts, one by one")
 def test_probabilities_go_over_too() -> None:
     """A target that learns the source's probabilities comes nearer to them than one that learns its answers."""
     source = speaking(llama(16, 0), source=lorac.LoRA(r=2, targets=ALL))
