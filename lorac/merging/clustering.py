@@ -20,7 +20,7 @@ def cluster(points: Tensor, weights: Tensor, k: int, generator: torch.Generator,
     """
     if k >= len(points):
         return torch.arange(len(points))
-    found = [_settle(points, weights, _draw_centres(points, weights, k, generator), steps) for _ in range(tries)]
+    found = [_try_once(points, weights, k, generator, steps) for _ in range(tries)]
     return min(found, key=lambda one: float(one[1]))[0]
 
 
@@ -40,22 +40,18 @@ def _count(weights: Tensor, labels: Tensor, k: int) -> Tensor:
     return weights.new_zeros(k).index_add_(0, labels, weights)
 
 
-def _draw_centres(points: Tensor, weights: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def _try_once(points: Tensor, weights: Tensor, k: int, generator: torch.Generator, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the clusters around centres that are drawn, and moved until they stay, and Σ w·‖u − μ‖²."""
     chosen = [int(torch.multinomial(weights, 1, generator=generator))]
     distances = _distances(points, points[chosen])[:, 0]
     while len(chosen) < k:
         chances = weights * distances
         chosen.append(int(torch.multinomial(chances if chances.any() else weights, 1, generator=generator)))
         distances = torch.minimum(distances, _distances(points, points[chosen[-1:]])[:, 0])
-    return points[chosen]
-
-
-def _settle(points: Tensor, weights: Tensor, centres: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the clusters around centres that are moved until they stay, and Σ w·‖u − μ‖²."""
-    labels, nearest = _assign(points, centres)
+    labels, nearest = _assign(points, points[chosen])
     for _ in range(steps):
-        centres = average(points, weights, labels, len(centres))
-        for empty in (_count(weights, labels, len(centres)) == 0).nonzero().flatten().tolist():
+        centres = average(points, weights, labels, k)
+        for empty in (_count(weights, labels, k) == 0).nonzero().flatten().tolist():
             centres[empty] = points[int((weights * nearest).argmax())]
             nearest = torch.minimum(nearest, _distances(points, centres[empty : empty + 1])[:, 0])
         before, (labels, nearest) = labels, _assign(points, centres)

@@ -7,9 +7,9 @@ GPTQModel's torch kernels, AutoAWQ's utils.packing_utils and transformers.integr
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -81,7 +81,10 @@ class DequantisedTensors(Mapping[str, Tensor]):
         for one in self._outline.values():
             sizes[one.dtype] += one.numel() if one.is_floating_point() else 0
         self._dtype = sizes.most_common(1)[0][0] if sizes.total() else torch.float32
-        self._outline |= {name: self._outline_layer(name) for name in self._layers}
+        for name, (layout, _) in self._layers.items():
+            with self._refuse_mismatch(name):
+                shape = layout.shape(self._parts(name), settings)
+                self._outline[name] = torch.empty(shape, dtype=self._dtype, device="meta")
         self.shards = {shard: DequantisedShard(self, shard, one.file) for shard, one in stored.shards.items()}
         self.index, self.index_name = stored.index, stored.index_name
 
@@ -106,28 +109,26 @@ class DequantisedTensors(Mapping[str, Tensor]):
     def _parts(self, name: str) -> dict[str, Tensor]:
         return {part: self._stored[key] for part, key in self._layers[name][1].items()}
 
-    def _outline_layer(self, name: str) -> Tensor:
+    @contextmanager
+    def _refuse_mismatch(self, name: str) -> Iterator[None]:
+        """Raise ``FormatError`` where the block cannot compute with a layer's parts."""
         try:
-            shape = self._layers[name][0].shape(self._parts(name), self._settings)
+            yield
         except (ValueError, LookupError, RuntimeError, TypeError) as error:
-            self._refuse(name, error)
-        return torch.empty(shape, dtype=self._dtype, device="meta")
-
-    def _refuse(self, name: str, error: Exception) -> NoReturn:
-        raise FormatError(
-            f"'{self._folder}' holds parts of '{name}' that do not belong together: {str(error).partition(chr(10))[0]}",
-            next_step="download the whole folder again",
-            code="corrupt_file",
-        ) from error
+            reason = str(error).partition("\n")[0]
+            raise FormatError(
+                f"'{self._folder}' holds parts of '{name}' that do not belong together: {reason}",
+                next_step="download the whole folder again",
+                code="corrupt_file",
+            ) from error
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._layers:
             return self._stored[name]
-        try:
+        with self._refuse_mismatch(name):
             found = self._layers[name][0].decode(self._parts(name), self._settings)
-            return found.reshape(self._outline[name].shape).to(self._dtype)
-        except (ValueError, LookupError, RuntimeError, TypeError) as error:
-            self._refuse(name, error)
+            found = found.reshape(self._outline[name].shape)
+        return found.to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._outline)
@@ -193,19 +194,11 @@ def _shape_of_weight(parts: Parts, settings: JsonMapping) -> tuple[int, ...]:
     return tuple(parts["weight"].shape)
 
 
-def _decode_8_bits(parts: Parts, settings: JsonMapping) -> Tensor:
-    return parts["weight"].float() * (parts["SCB"].float() / 127)[:, None]
-
-
 def _read_state(parts: Parts) -> JsonMapping:
-    """Return what bitsandbytes notes of a matrix of 4 bits, as JSON in a tensor of bytes."""
+    """Return the notes of bitsandbytes on a matrix of 4 bits: JSON in a tensor of bytes."""
     packed = next(tensor for part, tensor in parts.items() if part.startswith(_STATE))
     state: JsonMapping = json.loads(bytes(packed.tolist()))
     return state
-
-
-def _shape_of_4_bits(parts: Parts, settings: JsonMapping) -> tuple[int, ...]:
-    return tuple(_read_state(parts)["shape"])
 
 
 def _decode_4_bits(parts: Parts, settings: JsonMapping) -> Tensor:
@@ -222,11 +215,6 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
 
 
-def _shape_of_gptq(parts: Parts, settings: JsonMapping) -> tuple[int, ...]:
-    rows, columns = parts["qweight"].shape
-    return columns, rows * 32 // settings["bits"]
-
-
 def _decode_gptq(parts: Parts, settings: JsonMapping) -> Tensor:
     bits, scales = settings["bits"], parts["scales"].float()
     whole, zeros = _unpack(parts["qweight"].mT, bits), _unpack(parts["qzeros"], bits)
@@ -234,11 +222,6 @@ def _decode_gptq(parts: Parts, settings: JsonMapping) -> Tensor:
         zeros = zeros + 1  # the first version stores one less
     group = parts["g_idx"].long()
     return (whole - zeros[group].mT) * scales[group].mT
-
-
-def _shape_of_awq(parts: Parts, settings: JsonMapping) -> tuple[int, ...]:
-    rows, columns = parts["qweight"].shape
-    return columns * 8, rows
 
 
 def _decode_awq(parts: Parts, settings: JsonMapping) -> Tensor:
@@ -267,17 +250,39 @@ _FP8 = QuantisedLayout("weight_scale_inv", ("weight", "weight_scale_inv"), _ROUN
 _FP8_ROWS = QuantisedLayout("weight_scale", ("weight", "weight_scale"), _ROUNDING, _shape_of_weight, _decode_fp8)
 LAYOUTS: Mapping[str, tuple[QuantisedLayout, ...]] = {
     "bitsandbytes": (
-        QuantisedLayout("SCB", ("weight", "SCB"), ("weight_format",), _shape_of_weight, _decode_8_bits),
+        QuantisedLayout(
+            "SCB",
+            ("weight", "SCB"),
+            ("weight_format",),
+            _shape_of_weight,
+            lambda parts, _: parts["weight"].float() * (parts["SCB"].float() / 127)[:, None],
+        ),
         QuantisedLayout(
             "weight.absmax",
             ("weight", "weight.absmax", "weight.quant_map"),
             ("weight.nested_absmax", "weight.nested_quant_map", f"{_STATE}nf4", f"{_STATE}fp4"),
-            _shape_of_4_bits,
+            lambda parts, _: tuple(_read_state(parts)["shape"]),
             _decode_4_bits,
         ),
     ),
-    "gptq": (QuantisedLayout("qweight", ("qweight", "qzeros", "scales", "g_idx"), (), _shape_of_gptq, _decode_gptq),),
-    "awq": (QuantisedLayout("qweight", ("qweight", "qzeros", "scales"), (), _shape_of_awq, _decode_awq),),
+    "gptq": (
+        QuantisedLayout(
+            "qweight",
+            ("qweight", "qzeros", "scales", "g_idx"),
+            (),
+            lambda parts, settings: (parts["qweight"].shape[1], parts["qweight"].shape[0] * 32 // settings["bits"]),
+            _decode_gptq,
+        ),
+    ),
+    "awq": (
+        QuantisedLayout(
+            "qweight",
+            ("qweight", "qzeros", "scales"),
+            (),
+            lambda parts, _: (parts["qweight"].shape[1] * 8, parts["qweight"].shape[0]),
+            _decode_awq,
+        ),
+    ),
     "fp8": (_FP8, _FP8_ROWS),
     "fbgemm_fp8": (_FP8_ROWS,),
 }

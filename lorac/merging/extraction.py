@@ -1,7 +1,7 @@
 """``extract``: the difference of two checkpoints of one model as an adapter, site by site."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -73,7 +73,11 @@ def extract(
             "the two models have the same weights, so that there is nothing to extract",
             next_step="give the fine-tuned model first, and then its base",
         )
-    made = hold_changes(name or _name(tuned), changes, like=_common_fields(views[1], changes, replaced))
+    if not name:
+        name = (not isinstance(tuned, nn.Module | Mapping) and Path(tuned).name) or "extracted"
+    modules = dict.fromkeys(module for module in (key.rpartition(".")[0] for key in replaced) if module)
+    parameters = tuple(path for path in changes if views[1].sites[path].kind is SiteKind.MATRIX)
+    made = hold_changes(name, changes, like=LoRA(parameters=parameters, modules_to_save=tuple(modules)))
     made.replaced |= replaced
     made.provenance |= {"errors": errors, LAYOUT: {path: site_to_json(views[1].sites[path]) for path in changes}}
     return made
@@ -83,10 +87,6 @@ def _open(given: Checkpoint, role: str) -> ModelView:
     if isinstance(given, nn.Module | Mapping):
         return ModelView.of(given)
     return StoredModel.open(parse_path(given, f"the {role} model of lorac.extract", FormatError, "unreadable")).view
-
-
-def _name(tuned: Checkpoint) -> str:
-    return "extracted" if isinstance(tuned, nn.Module | Mapping) else Path(tuned).name or "extracted"
 
 
 def _weighted_sites(view: ModelView) -> dict[str, Site]:
@@ -187,12 +187,3 @@ def _find_replaced(tuned: ModelView, base: ModelView) -> dict[str, Tensor]:
             found[name] = tuned.tensor(name).detach().clone()
     check_finite(found, "the tuned model")
     return found
-
-
-def _common_fields(base: ModelView, changes: Collection[str], replaced: Collection[str]) -> LoRA:
-    """Return a method with what the result has besides factors."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in replaced)
-    return LoRA(
-        parameters=tuple(path for path in changes if base.sites[path].kind is SiteKind.MATRIX),
-        modules_to_save=tuple(module for module in modules if module),
-    )

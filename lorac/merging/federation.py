@@ -30,7 +30,7 @@ class Contribution:
     """The factors that a client gave to a round.
 
     Attributes:
-        adapter: what it trained.
+        adapter: the one that it trained.
         weight: its weight in the round, such as the number of its samples.
     """
 

@@ -25,9 +25,8 @@ from lorac.frontend.model_view import Model, ModelView
 from lorac.ir.algebra.changes import Change, LowRank, merge_bias, merge_weight
 from lorac.merging.merged_model import read_adapters
 from lorac.merging.registry import check_count, make_way, order_by_name
-from lorac.merging.spaces import sum_changes
 from lorac.merging.terms import SiteTerms, scale_change, shape_of
-from lorac.merging.way import AdaptersWay, CombiningWay, FactorsWay, SiteWay
+from lorac.merging.way import AdaptersWay, SiteWay
 from lorac.progress import progress
 from lorac.session.request.sources import read_sources
 from lorac.variants.adapter import Adapter
@@ -50,9 +49,9 @@ def merge(
 ) -> Adapter:
     """Merge several adapters into one, whatever their methods and ranks.
 
-    The result is a LoRA where every site's merged change is a product of factors, else an ``Edit``. What an adapter
-    replaces whole (``modules_to_save``, biases) is merged as a change from the base. An adapter that leaves a site as
-    it is has the change 0 there. One adapter at weight 1 stays as it is, unless an option leaves part of it out.
+    The result is a LoRA where every site's merged change is a product of factors, else an ``Edit``. Parameters that an
+    adapter replaces whole (``modules_to_save``, biases) are merged as changes from the base. An adapter that leaves a
+    site as it is has the change 0 there. One adapter at weight 1 stays as it is, unless an option leaves part out.
 
     Args:
         adapters: adapters, or paths of their files, by name or in a list; only read.
@@ -68,7 +67,7 @@ def merge(
         OptionError: there is no such way, or it has no such option or value.
         ChoiceError: the weights are not one finite number for each adapter, or do not suit the way.
         AdapterError: two adapters have one name, or were made for different models.
-        CompileError: an adapter's change is not what the way reads (code ``not_mergeable``).
+        CompileError: the way cannot read an adapter's change (code ``not_mergeable``).
         BaseNeeded: there is no model, and a change depends on the base.
         FormatError, SiteError: a file cannot be read, or does not fit the model.
     """
@@ -109,7 +108,9 @@ def merge_sites(
     way: SiteWay, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
 ) -> Adapter:
     """Merge adapters site by site; the errors of truncated sites are in the result's ``provenance["errors"]``."""
-    view = None if view is None else _with_sites_of(view, adapters)
+    for adapter in adapters:
+        if view is not None:  # with sites for every module and parameter that some adapter names
+            view = add_adapted_modules(adapter, add_replaced_parameters(adapter, view))
     adapted = {path for adapter in adapters for path in adapter.tensors}
     every = _iter_terms(adapters, weights, view, torch.Generator())
     way = way.survey(terms for terms in every if terms.path in adapted)
@@ -118,25 +119,24 @@ def merge_sites(
     with progress("merge", total=len(adapted)) as report:
         for terms in _iter_terms(adapters, weights, view, torch.Generator().manual_seed(way.seed)):
             report.step(terms.path)
-            merge_terms = _merge_site if terms.path in adapted else _merge_replaced
-            found[terms.path], errors[terms.path] = merge_terms(way, terms, view)
+            merged = way.merge_site(terms) if terms.path in adapted else way.merge_replaced(terms)
+            if way.scale != 1:
+                merged = scale_change(merged, way.scale)
+            rank = way.result_rank(terms) if terms.path in adapted else None
+            if terms.path in adapted and not (rank is None and way.tolerance is None):
+                nearest = truncate_change(terms.path, merged, view, rank, way.tolerance or 0.0)
+                merged, errors[terms.path] = LowRank(nearest.a.mT, nearest.b.mT, e=merged.e), nearest.error
+            found[terms.path] = merged
     tensors = (tensor for adapter in adapters for tensor in adapter.parameters() if tensor.is_floating_point())
     dtype = functools.reduce(torch.promote_types, [torch.float32 if t.itemsize == 1 else t.dtype for t in tensors])
     changes = {path: change for path, change in found.items() if path in adapted}
     replaced = {path: change for path, change in found.items() if path not in adapted}
     whole = {} if view is None else _merged_parameters(view, replaced, dtype)
-    merged = hold_changes(name, changes, like=_common_fields(adapters), replaced=whole, dtype=dtype)
+    result = hold_changes(name, changes, like=_common_fields(adapters), replaced=whole, dtype=dtype)
     inexact = {path: error for path, error in errors.items() if error}
     layouts = {path: layout for one in adapters for path, layout in one.provenance.get(LAYOUT, {}).items()}
-    merged.provenance |= {**({"errors": inexact} if inexact else {}), LAYOUT: layouts}
-    return merged
-
-
-def _with_sites_of(view: ModelView, adapters: Iterable[Adapter]) -> ModelView:
-    """Return a view with sites for every module and parameter that some adapter names."""
-    for adapter in adapters:
-        view = add_adapted_modules(adapter, add_replaced_parameters(adapter, view))
-    return view
+    result.provenance |= {**({"errors": inexact} if inexact else {}), LAYOUT: layouts}
+    return result
 
 
 def _iter_terms(
@@ -174,26 +174,6 @@ def _check_shapes(path: str, adapters: Sequence[Adapter], changes: Sequence[Chan
         )
 
 
-def _merge_site(way: SiteWay, terms: SiteTerms, view: ModelView | None) -> tuple[Change, float]:
-    """Return the merged change of a site, and the relative error of its truncation."""
-    merged, rank = way.merge_site(terms), way.result_rank(terms)
-    if way.scale != 1:
-        merged = scale_change(merged, way.scale)
-    if rank is None and way.tolerance is None:
-        return merged, 0.0
-    nearest = truncate_change(terms.path, merged, view, rank, way.tolerance or 0.0)
-    return LowRank(nearest.a.mT, nearest.b.mT, e=merged.e), nearest.error
-
-
-def _merge_replaced(way: SiteWay, terms: SiteTerms, view: ModelView | None) -> tuple[Change, float]:
-    """Return the merged change of parameters that adapters only replace, which have no factors, and the error 0."""
-    if isinstance(way, CombiningWay):
-        merged = replace(way, space="deltas").merge_site(terms)
-    else:
-        merged = sum_changes(way.shares(terms.weights) if isinstance(way, FactorsWay) else terms.weights, terms)
-    return (merged if way.scale == 1 else scale_change(merged, way.scale)), 0.0
-
-
 def _merged_parameters(view: ModelView, changes: Mapping[str, Change], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the parameters that changes of sites without an adapter's own tensors replace, by name."""
     found = {}
@@ -209,7 +189,7 @@ def _merged_parameters(view: ModelView, changes: Mapping[str, Change], dtype: to
 
 
 def _common_fields(adapters: Sequence[Adapter]) -> Variant:
-    """Return a method with what the adapters' methods train besides their own tensors."""
+    """Return a method that names all parameters which the adapters' methods train besides their own tensors."""
     variants = [adapter.variant for adapter in adapters]
     return LoRA(
         parameters=tuple(dict.fromkeys(name for one in variants for name in one.parameters)),

@@ -96,7 +96,7 @@ def merge_checkpoint(
 
 
 def _copy_files(source: StoredModel, staged: Path) -> tuple[str, ...]:
-    """Copy what is not weights, and return the names of files that hold weights without the adapters."""
+    """Copy all files but those of weights, and return the names of files that hold weights without the adapters."""
     left_out, own = [], {*source.tensors.shards, source.tensors.index_name}
     for path in sorted(source.folder.rglob("*")):
         name = path.relative_to(source.folder)
@@ -176,13 +176,18 @@ class _OutputTensors(Mapping[str, Tensor]):
 
 
 def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> int:
-    """Write the weights, with what says where they are and which are tied, and return their size in bytes."""
+    """Write the weights, the index of their files and whether they are tied, and return their size in bytes."""
     tensors, size = _OutputTensors(source, merged), 0
     with ThreadPoolExecutor(1) as flusher:  # the disk writes a file while the next one is computed
         flushed = []
-        for shard in source.tensors.shards:
+        for shard, original in source.tensors.shards.items():
             step(shard)
-            size += _write_shard(source, tensors, shard, staged / shard)
+            outline = tensors.outline(shard)
+            size += sum(tensor.nbytes for tensor in outline.values())
+            if tensors.changes(shard):
+                write_safetensors(staged / shard, tensors, {"format": "pt", **original.notes}, outline)
+            else:
+                shutil.copyfile(original.file.path, staged / shard)
             flushed.append(flusher.submit(flush_folder, staged / shard))
         for one in flushed:
             one.result()
@@ -196,16 +201,6 @@ def _write_weights(source: StoredModel, merged: MergedWeights, staged: Path) -> 
         config = _untie_config(source.config) if is_untied else source.config
         (staged / CONFIG).write_text(dump_json(config, indent=2))
     return size
-
-
-def _write_shard(source: StoredModel, tensors: _OutputTensors, shard: str, path: Path) -> int:
-    """Write a file of weights, and return their size in bytes."""
-    file, outline = source.tensors.shards[shard], tensors.outline(shard)
-    if tensors.changes(shard):
-        write_safetensors(path, tensors, {"format": "pt", **file.notes}, outline)
-    else:
-        shutil.copyfile(file.file.path, path)
-    return sum(tensor.nbytes for tensor in outline.values())
 
 
 def _untie_config(config: JsonMapping) -> dict[str, object]:

@@ -54,7 +54,7 @@ def merge_into(
         model: an nn.Module, or several by name; of a PeftModel its base, into which its own active adapters are merged
             if no others are given.
         adapters: paths or Adapters, by name or as a list, as ``lorac.compile`` takes them.
-        active: what ``swap`` takes: a name or {name: strength}. ``"auto"``: the only adapter, at strength 1.
+        active: a name or {name: strength}, as ``swap`` takes it. ``"auto"``: the only adapter, at strength 1.
         dequantize: merge into the float values of weights that bitsandbytes or torchao have quantised. All of the
             result is in floating point then.
 
@@ -83,7 +83,7 @@ def merge_into(
 
 
 def read_adapters(sources: Iterable[NamedSource], view: ModelView | None) -> dict[str, Adapter]:
-    """Return trained adapters by name, read from whatever they come from.
+    """Return trained adapters by name, read from their sources.
 
     Args:
         view: of the model; None: files are read without one.
@@ -100,7 +100,10 @@ def read_adapters(sources: Iterable[NamedSource], view: ModelView | None) -> dic
                 next_step="give the path of a trained adapter, or a lorac.Adapter",
             )
         if isinstance(source, Mapping):
-            parts = {part: _read(one, _view_component(view, part), name) for part, one in source.items()}
+            parts = {}
+            for part, one in source.items():
+                component = None if view is None else view.components[check_component(part, view.components)]
+                parts[part] = _read(one, None if component is None else ModelView.of(component), name)
             adapter = join_components(parts, name or next(iter(parts.values())).name)
         else:
             adapter = _read(source, view, name)
@@ -113,10 +116,6 @@ def read_adapters(sources: Iterable[NamedSource], view: ModelView | None) -> dic
             )
         found[key] = adapter
     return found
-
-
-def _view_component(view: ModelView | None, name: str) -> ModelView | None:
-    return None if view is None else ModelView.of(view.components[check_component(name, view.components)])
 
 
 def _read(source: str | Path | Adapter, view: ModelView | None, name: str | None) -> Adapter:

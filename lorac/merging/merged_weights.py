@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +76,10 @@ class MergedWeights(Mapping[str, Tensor]):
         weight, bias = self._base.weight(site), self._base.bias(site)
         change = compose([(part.strength, part.read(site.path)) for part in parts], lambda: _widen(weight))
         assert change is not None
-        merged = _merge_rows(change, weight) if _has_rows(change, site) else merge_weight(change, _widen(weight))
+        if isinstance(change, LowRank) and (site.conv is None or site.conv.groups == 1):
+            merged = _merge_rows(change, weight)
+        else:  # rows are not merged by themselves, or the weight of a grouped convolution is not stored by rows
+            merged = merge_weight(change, _widen(weight))
         if site.leaves_blocks(merged):
             raise _not_mergeable(parts[0].adapter, site, "leaves the blocks of a grouped convolution")
         found = {str(site.weight): _round(site.store(merged), weight.dtype, site)}
@@ -129,16 +131,14 @@ class _ActiveAdapter:
             if reduction.form == BRANCH:
                 raise _not_mergeable(adapter, site, "computes what no weight can")
             shifts |= BIAS in reduction.outputs
-        if site.bias is None and shifts and _shifts_bias(self.read(site.path)):
-            raise _not_mergeable(adapter, site, "needs a bias, and the layer has none")
+        if site.bias is None and shifts:
+            shift = self.read(site.path).e
+            if shift is not None and shift.any():
+                raise _not_mergeable(adapter, site, "needs a bias, and the layer has none")
         if site.weight is not None and (site.path in adapter.tensors or site.weight in adapter.replaced):
             yield site.weight
         if site.bias is not None and shifts:
             yield site.bias
-
-
-def _shifts_bias(change: Change) -> bool:
-    return change.e is not None and bool(change.e.any())
 
 
 def _check_mergeable(adapter: Adapter, site: Site, known: Mapping[str, Tensor]) -> None:
@@ -185,17 +185,13 @@ def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], view: ModelVi
     return [path for path in paths if path not in read]
 
 
-def _has_rows(change: Change, site: Site) -> TypeGuard[LowRank]:
-    """Return whether a change merges into each row of a weight by itself, and the weight shows its rows."""
-    return isinstance(change, LowRank) and (site.conv is None or site.conv.groups == 1)
-
-
 def _merge_rows(change: LowRank, weight: Tensor) -> Tensor:
     """Return W' (out, in), or a stack of them, in the dtype of W, merged some rows at a time: only these are wide."""
     change, merged = change.folded(), torch.empty_like(weight)
     if weight.ndim == 3:
         for number, matrix in enumerate(weight):
-            merged[number] = _merge_rows(_take_matrix(change, number), matrix)
+            scales = {name: scale[number] for name, scale in change.scales.items()}
+            merged[number] = _merge_rows(LowRank(change.a[number], change.b[number], scales), matrix)
         return merged
     step = max(1, _BLOCK // weight.shape[1])
     wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), change.a.dtype)
@@ -212,11 +208,6 @@ def _merge_rows(change: LowRank, weight: Tensor) -> Tensor:
             add_product(part, left[rows], right, out=part)
         merged[rows] = part
     return merged
-
-
-def _take_matrix(change: LowRank, number: int) -> LowRank:
-    """Return the change of one matrix of a stack."""
-    return LowRank(change.a[number], change.b[number], {name: one[number] for name, one in change.scales.items()})
 
 
 def _widen(tensor: Tensor) -> Tensor:

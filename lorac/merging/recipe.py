@@ -21,7 +21,6 @@ import torch
 from lorac.argument_types import describe_value, matches_type
 from lorac.errors import OptionError, WrongType, check_known, not_one_of
 from lorac.merging.registry import find_way, option_defaults
-from lorac.merging.way import Way
 from lorac.storage.paths import parse_path
 from lorac.storage.strict_json import Json, JsonObject
 from lorac.storage.strict_yaml import read_yaml
@@ -68,25 +67,29 @@ def read_merge_recipe(path: str | os.PathLike[str]) -> MergeRecipe:
     given = read_yaml(file, next_step=_EXAMPLE)
     check_known(given, _FIELDS, f"'{file}': a recipe of merging has no field")
     method = _read_text(file, given, "merge_method") or ""
-    _find_way(file, method)
+    try:
+        defaults = option_defaults(find_way(method))
+    except OptionError as error:
+        raise OptionError(f"'{file}': {error.what}", nearest=error.nearest, next_step=error.next_step) from error
     entries = _read_entries(file, given)
     common = _read_parameters(file, given.get("parameters", {}), method)
     own = {name: _read_parameters(file, entry.get("parameters", {}), method) for name, entry in entries.items()}
+    weights = {name: _read_weight(file, {**common, **parameters}) for name, parameters in own.items()}
+    options = {name: value for name, value in common.items() if name != "weight"}
+    for name in {name: None for parameters in own.values() for name in parameters if name != "weight"}:
+        shared = options.get(name, defaults[name])  # one that some adapter has for itself is given for each
+        options[name] = {adapter: parameters.get(name, shared) for adapter, parameters in own.items()}
+    base_model, dtype = _read_text(file, given, "base_model"), _read_text(file, given, "dtype")
+    if dtype is not None and dtype not in _DTYPES:
+        raise not_one_of(f"'{file}': there is no dtype", dtype, _DTYPES)
     return MergeRecipe(
         {name: entry["path"] for name, entry in entries.items()},
         method,
-        {name: _read_weight(file, {**common, **parameters}) for name, parameters in own.items()},
-        _join_parameters(common, own, method),
-        _read_text(file, given, "base_model"),
-        _read_dtype(file, given),
+        weights,
+        options,
+        base_model,
+        None if dtype is None else getattr(torch, dtype),
     )
-
-
-def _find_way(file: Path, method: str) -> type[Way]:
-    try:
-        return find_way(method)
-    except OptionError as error:
-        raise OptionError(f"'{file}': {error.what}", nearest=error.nearest, next_step=error.next_step) from error
 
 
 def _read_entries(file: Path, given: JsonObject) -> dict[str, JsonObject]:
@@ -125,19 +128,6 @@ def _read_parameters(file: Path, given: Json, method: str) -> dict[str, object]:
     return {_RENAMED.get(name, name): value for name, value in given.items() if name not in _IRRELEVANT}
 
 
-def _join_parameters(
-    common: Mapping[str, object], own: Mapping[str, Mapping[str, object]], method: str
-) -> dict[str, object]:
-    """Return the options of a way; one that some adapter has for itself is given for each."""
-    defaults = option_defaults(find_way(method))
-    names = dict.fromkeys(name for parameters in own.values() for name in parameters if name != "weight")
-    options = {name: value for name, value in common.items() if name != "weight"}
-    for name in names:
-        shared = options.get(name, defaults[name])
-        options[name] = {adapter: parameters.get(name, shared) for adapter, parameters in own.items()}
-    return options
-
-
 def _read_weight(file: Path, parameters: Mapping[str, object]) -> float:
     weight = parameters.get("weight", 1.0)
     if not matches_type(weight, float):
@@ -150,10 +140,3 @@ def _read_text(file: Path, given: Mapping[str, object], name: str) -> str | None
     if value is not None and not isinstance(value, str):
         raise WrongType(f"'{file}': {name} is {describe_value(value)}", next_step="write a string there")
     return value
-
-
-def _read_dtype(file: Path, given: Mapping[str, object]) -> torch.dtype | None:
-    name = _read_text(file, given, "dtype")
-    if name is not None and name not in _DTYPES:
-        raise not_one_of(f"'{file}': there is no dtype", name, _DTYPES)
-    return None if name is None else getattr(torch, name)

@@ -5,8 +5,8 @@ import functools
 import inspect
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lorac.argument_types import Fields
 from lorac.discovery import import_modules
 from lorac.errors import ChoiceError, check_known, nearest_name, not_one_of
 from lorac.merging import ways as _ways
@@ -58,7 +58,14 @@ def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -
     way, options = find_way(method), {**SHORT.get(method, {}), **options}
     known = option_defaults(way)
     check_known(options, known, f"method '{method}' has no option")
-    fields: Fields = {name: _by_order(name, value, names) for name, value in options.items()}
+    fields: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, list | tuple) and len(value) != len(names):
+            raise ChoiceError(
+                f"{name} has {len(value)} values for {len(names)} adapters",
+                next_step="give one for all, or one for each",
+            )
+        fields[name] = tuple(order_by_name(name, value, names)) if isinstance(value, Mapping) else value
     return way(**fields)
 
 
@@ -70,17 +77,6 @@ def check_count(way: Way, count: int) -> None:
             f"method '{way.name}' takes {way.least}{most} adapters, and there are {count}",
             next_step="give that many, or another method",
         )
-
-
-def _by_order(option: str, value: object, names: Sequence[str]) -> object:
-    """Return an option's values in the order of the adapters, where there is one for each."""
-    if isinstance(value, Mapping):
-        return tuple(order_by_name(option, value, names))
-    if isinstance(value, list | tuple) and len(value) != len(names):
-        raise ChoiceError(
-            f"{option} has {len(value)} values for {len(names)} adapters", next_step="give one for all, or one for each"
-        )
-    return value
 
 
 def order_by_name(what: str, values: Mapping[str, object], names: Sequence[str]) -> list[object]:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lorac.errors import ChoiceError
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, are_summable, compose
-from lorac.merging.terms import SiteTerms, refuse_weight, require_equal_ranks
+from lorac.merging.terms import SiteTerms, refuse_weight
 
 Combine = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(tensors (N, …), their weights (N,), source of random choices) -> one tensor (…)."""
@@ -31,7 +32,13 @@ def merge_factors(combine: Combine, terms: SiteTerms) -> Change:
         ChoiceError: the ranks differ.
     """
     pairs = terms.scaled_pairs()
-    require_equal_ranks(pairs, terms.path)
+    ranks = sorted({pair.a.shape[-2] for pair in pairs if pair is not None})
+    if len(ranks) > 1:
+        raise ChoiceError(
+            f"the factors at '{terms.path}' have the ranks {', '.join(map(str, ranks))}, and cannot be added one by "
+            "one",
+            next_step="space='deltas' takes any ranks; lorac.to_lora(adapter, rank=…) changes one",
+        )
     first = next(pair for pair in pairs if pair is not None)
     strengths = first.a.new_tensor(
         [weight * (0 if pair is None else pair.scale) for pair, weight in zip(pairs, terms.weights, strict=True)]
@@ -85,8 +92,8 @@ def sum_changes(coefficients: Sequence[float], terms: SiteTerms) -> Change:
         total = compose(present, refuse_weight)
         assert total is not None
         return total
-    shift = None if terms.shifts is None else _weighted_sum(terms.shifts, coefficients)
-    return Delta(_weighted_sum(terms.deltas, coefficients), shift)
+    shift = None if terms.shifts is None else weighted_sum(terms.shifts, coefficients)
+    return Delta(weighted_sum(terms.deltas, coefficients), shift)
 
 
 def _merge_shifts(combine: Combine, terms: SiteTerms) -> Tensor | None:
@@ -95,5 +102,6 @@ def _merge_shifts(combine: Combine, terms: SiteTerms) -> Tensor | None:
     return combine(terms.shifts, terms.shifts.new_tensor(terms.weights), terms.generator)
 
 
-def _weighted_sum(tensors: Tensor, coefficients: Sequence[float]) -> Tensor:
+def weighted_sum(tensors: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """Return Σ cᵢ·Tᵢ of stacked tensors (N, …)."""
     return torch.tensordot(tensors.new_tensor(coefficients), tensors, dims=1)

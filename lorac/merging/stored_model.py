@@ -129,7 +129,7 @@ def separate_names(model: nn.Module, names: Iterable[str]) -> None:
 def _outline_tensors(
     folder: Path, tensors: Stored, keys: Mapping[str, str], groups: Iterable[ConvertedTensors]
 ) -> tuple[dict[str, Tensor], dict[str, ConvertedTensors]]:
-    """Return the tensors by their names in the model, on the meta device, and what some of them are computed from."""
+    """Return the tensors by their names in the model, on the meta device, and the groups that give some of them."""
     stored = tensors.outline()
     found = {name: stored[key] for name, key in keys.items()}
     converted: dict[str, ConvertedTensors] = {}

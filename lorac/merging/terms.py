@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorac.adapters.lora_conversion import compute_delta
-from lorac.errors import BaseNeeded, ChoiceError, CompileError
+from lorac.errors import BaseNeeded, CompileError
 from lorac.ir.algebra.changes import Change, Delta, Dense, LowRank, SparseSum, compose
 from lorac.variants.adapter import Adapter
 from lorac.variants.low_rank import ScaledRank
@@ -38,7 +38,7 @@ class SiteTerms:
         path: of the site, or the name of a parameter that belongs to none.
         adapters: all adapters, in their order.
         weights: their weights.
-        changes: what each does to the site; None where it leaves the site as it is.
+        changes: each one's change of the site; None where it leaves the site as it is.
         read_weight: reads W (out, in); None without a model.
         generator: source of the random choices.
     """
@@ -85,7 +85,19 @@ class SiteTerms:
         Raises:
             CompileError: one of them is not a product of factors.
         """
-        return [None if change is None else self._scaled_pair(i, change) for i, change in enumerate(self.changes)]
+        found: list[ScaledPair | None] = []
+        for i, change in enumerate(self.changes):
+            if change is None:
+                found.append(None)
+                continue
+            b, a = self._pair(i, change)
+            tensors, variant = self.adapters[i].tensors.get(self.path, {}), self.adapters[i].variant.at_path(self.path)
+            if isinstance(variant, ScaledRank) and tensors.keys() - {"lora_bias"} == {"lora_A", "lora_B"}:
+                b, a = tensors["lora_B"].detach().to(b), tensors["lora_A"].detach().to(a)
+                found.append(ScaledPair(b, a, variant.scale))
+            else:
+                found.append(ScaledPair(b, a))
+        return found
 
     def gram(self) -> Tensor:
         """Return the inner products (N, N) of the changes, of the weight and the bias together, in float64."""
@@ -124,29 +136,11 @@ class SiteTerms:
             code="not_mergeable",
         )
 
-    def _scaled_pair(self, index: int, change: Change) -> ScaledPair:
-        adapter = self.adapters[index]
-        tensors, variant = adapter.tensors.get(self.path, {}), adapter.variant.at_path(self.path)
-        b, a = self._pair(index, change)
-        if isinstance(variant, ScaledRank) and tensors.keys() - {"lora_bias"} == {"lora_A", "lora_B"}:
-            return ScaledPair(tensors["lora_B"].detach().to(b), tensors["lora_A"].detach().to(a), variant.scale)
-        return ScaledPair(b, a)
-
 
 def inner_products(tensors: Tensor) -> Tensor:
     """Return the inner products (N, N) of stacked tensors (N, …)."""
     flat = tensors.flatten(1)
     return flat @ flat.mT
-
-
-def require_equal_ranks(pairs: Sequence[ScaledPair | None], path: str) -> None:
-    """Raise ``ChoiceError`` if factors cannot be added one by one since their ranks differ."""
-    ranks = sorted({pair.a.shape[-2] for pair in pairs if pair is not None})
-    if len(ranks) > 1:
-        raise ChoiceError(
-            f"the factors at '{path}' have the ranks {', '.join(map(str, ranks))}, and cannot be added one by one",
-            next_step="space='deltas' takes any ranks; lorac.to_lora(adapter, rank=…) changes one",
-        )
 
 
 def is_pair(change: Change) -> TypeGuard[LowRank]:

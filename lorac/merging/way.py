@@ -1,8 +1,9 @@
 """Ways of making one adapter from several. Each is a frozen dataclass of options in a file of ``lorac.merging.ways``.
 
-A way subclasses the class that says what it reads: ``SumWay`` the inner products of the changes, ``CombiningWay`` the
-changes entry by entry, ``FactorsWay`` factors, ``AdaptersWay`` whole adapters. Loading, sites that only some adapters
-touch, dtypes, seeds, truncation and the form of the result are done for all of them in ``lorac.merging.merge``.
+A way subclasses the class that reads its input: ``SumWay`` the inner products of the changes, ``CombiningWay`` the
+changes entry by entry, ``SiteWay`` the changes in their own forms, ``AdaptersWay`` whole adapters. For all of them
+``lorac.merging.merge`` does the loading, sites that only some adapters touch, dtypes, seeds, truncation and the form of
+the result.
 """
 
 from abc import ABC, abstractmethod
@@ -16,10 +17,10 @@ from torch import Tensor
 from lorac.adapters.lora_conversion import to_lora
 from lorac.argument_types import Count, OneOf, Rate, Seed, check_fields
 from lorac.frontend.model_view import ModelView
-from lorac.ir.algebra.changes import Change, LowRank
+from lorac.ir.algebra.changes import Change
 from lorac.merging.pruning import Part, match_norms, per_adapter
 from lorac.merging.spaces import SPACES, sum_changes
-from lorac.merging.terms import ScaledPair, SiteTerms
+from lorac.merging.terms import SiteTerms
 from lorac.variants.adapter import Adapter
 from lorac.variants.lora import LoRA
 
@@ -68,12 +69,16 @@ class SiteWay(Way):
     reads = "each site's change in its own form"
 
     def survey(self, terms: Iterable[SiteTerms]) -> Self:
-        """Return this way with what it must know of all sites before it merges one; by default that is nothing."""
+        """Return this way after a look at all sites, before it merges one; by default the way as it is."""
         return self
 
     @abstractmethod
     def merge_site(self, terms: SiteTerms) -> Change:
         """Return the merged change of one site, without ``scale`` and ``rank``."""
+
+    def merge_replaced(self, terms: SiteTerms) -> Change:
+        """Return the merged change of parameters that adapters only replace, which have no factors."""
+        return sum_changes(terms.weights, terms)
 
     def result_rank(self, terms: SiteTerms) -> int | None:
         """Return the largest rank that the result may have at a site, or None."""
@@ -85,8 +90,8 @@ class CombiningWay(SiteWay):
     """A way that combines tensors of one shape.
 
     Attributes:
-        space: what is combined: whole changes (``deltas``), stored factors each by itself (``factors``, as PEFT does),
-            changes in one basis (``knots``) or in two (``core``).
+        space: the tensors to combine: whole changes (``deltas``), stored factors each by itself (``factors``, as PEFT
+            does), changes in one basis (``knots``) or in two (``core``).
     """
 
     space: Annotated[str, OneOf(tuple(SPACES))] = "deltas"
@@ -99,6 +104,9 @@ class CombiningWay(SiteWay):
 
     def merge_site(self, terms: SiteTerms) -> Change:
         return SPACES[self.space](self.combine, terms)
+
+    def merge_replaced(self, terms: SiteTerms) -> Change:
+        return replace(self, space="deltas").merge_site(terms)
 
     @property
     def is_like_peft(self) -> bool:
@@ -139,7 +147,7 @@ class PruningWay(CombiningWay):
         density: the part of the entries that is kept, for all adapters or for each.
         normalize: divide by the sum of the weights; default: for ties and della, as mergekit, and in the
             space of factors as PEFT.
-        rescale: scale what is kept up to the size of the whole; default: for random ways.
+        rescale: scale the kept entries up to the size of the whole; default: for random ways.
         rescale_norm: ``l1``: to the same sum of absolute values, as mergekit; ``density``: by 1/density, as PEFT.
     """
 
@@ -190,7 +198,7 @@ class SignElectionWay(PruningWay):
     """A way that elects a sign for each entry, and adds up the pruned changes that have it.
 
     Attributes:
-        majority_sign_method: what elects the sign: the sum of the changes (``total``) or their number (``frequency``).
+        majority_sign_method: the sum of the changes (``total``) or their number (``frequency``) elects the sign.
         weighted: elect signs, and divide, by weighted changes and weights; without, by changes and their number, as
             PEFT does. Default: True, but in the space of factors.
     """
@@ -209,30 +217,6 @@ class SignElectionWay(PruningWay):
         if not (self.normalizes or self.is_like_peft if self.normalize is None else self.normalize):
             return total
         return total / _nonzero((agreeing * column if weighs else agreeing.to(total.dtype)).sum(0))
-
-
-class FactorsWay(SiteWay):
-    """A way that makes one pair of factors from several, of any ranks."""
-
-    reads = "factors"
-
-    def shares(self, weights: Sequence[float]) -> Sequence[float]:
-        """Return the factors of the changes that are no pairs: of biases, and of parameters that are replaced."""
-        return weights
-
-    @abstractmethod
-    def join(self, pairs: Sequence[ScaledPair], weights: Sequence[float], generator: torch.Generator) -> ScaledPair:
-        """Return one pair from those of the adapters that touch a site, and their weights."""
-
-    def merge_site(self, terms: SiteTerms) -> Change:
-        pairs = zip(terms.scaled_pairs(), terms.weights, strict=True)
-        present = [(pair, weight) for pair, weight in pairs if pair is not None]
-        joined = self.join([pair for pair, _ in present], [weight for _, weight in present], terms.generator)
-        shifts = terms.shifts
-        shift = (
-            None if shifts is None else torch.tensordot(shifts.new_tensor(self.shares(terms.weights)), shifts, dims=1)
-        )
-        return LowRank(joined.a.mT, joined.scale * joined.b.mT, e=shift)
 
 
 class AdaptersWay(Way):
@@ -258,18 +242,18 @@ class AdaptersWay(Way):
         ]
         if weights is None:
             return loras
-        return [_scale_lora(one, self.scale * weight) for one, weight in zip(loras, weights, strict=True)]
+        scaled = []
+        for lora, weight in zip(loras, weights, strict=True):
+            strength = self.scale * weight
+            tensors = {path: {**at, "lora_B": strength * at["lora_B"]} for path, at in lora.tensors.items()}
+            scaled.append(replace(lora, tensors=tensors))
+        return scaled
 
     @abstractmethod
     def assemble(
         self, adapters: Sequence[Adapter], weights: Sequence[float], name: str, view: ModelView | None
     ) -> Adapter:
         """Return the adapter called ``name``; ``view`` is of the base, if it is given."""
-
-
-def _scale_lora(lora: Adapter, strength: float) -> Adapter:
-    tensors = {path: {**at, "lora_B": strength * at["lora_B"]} for path, at in lora.tensors.items()}
-    return replace(lora, tensors=tensors)
 
 
 def _nonzero(divisor: Tensor) -> Tensor:

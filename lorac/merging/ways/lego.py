@@ -10,15 +10,17 @@ from torch import Tensor
 
 from lorac.argument_types import Count, OneOf
 from lorac.errors import ChoiceError
+from lorac.ir.algebra.changes import Change, LowRank
 from lorac.merging.clustering import average, cluster, sort_points
+from lorac.merging.spaces import sum_changes, weighted_sum
 from lorac.merging.terms import ScaledPair, SiteTerms
-from lorac.merging.way import FactorsWay
+from lorac.merging.way import SiteWay
 
 _NORMS = {"inf": math.inf, "l2": 2.0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lego(FactorsWay):
+class Lego(SiteWay):
     """Clusters of the parts' ranks, each a row of A with a column of B; a cluster's mean is a rank of the result.
 
     A mean is scaled to the mean norm of its cluster, and the result by √(r/k), r the largest rank of the parts and k
@@ -26,7 +28,7 @@ class Lego(FactorsWay):
     in the clusters, and equal ones change nothing.
 
     Attributes:
-        feature: what ranks are compared by: their entries (``raw``), or their directions (``normalized``).
+        feature: ranks are compared by their entries (``raw``), or by their directions (``normalized``).
         norm: the norm of the scaling: the largest entry (``inf``) or the length (``l2``).
         reweight_output: scale the result by √(r/k).
         canonicalize_sign: turn the signs of a rank so that the largest entry of its row is positive.
@@ -44,6 +46,7 @@ class Lego(FactorsWay):
     max_iter: Count = 300
 
     name = "lego"
+    reads = "factors"
     paper = (
         "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise Clustering, "
         "arXiv 2409.16167"
@@ -52,10 +55,18 @@ class Lego(FactorsWay):
     def result_rank(self, terms: SiteTerms) -> int | None:
         return None  # the clusters are as many
 
-    def shares(self, weights: Sequence[float]) -> Sequence[float]:
-        return [weight / sum(weights) for weight in weights]
+    def merge_site(self, terms: SiteTerms) -> Change:
+        pairs = zip(terms.scaled_pairs(), terms.weights, strict=True)
+        present = [(pair, weight) for pair, weight in pairs if pair is not None]
+        joined = self._join([pair for pair, _ in present], [weight for _, weight in present], terms.generator)
+        shift = None if terms.shifts is None else weighted_sum(terms.shifts, _shares(terms.weights))
+        return LowRank(joined.a.mT, joined.scale * joined.b.mT, e=shift)
 
-    def join(self, pairs: Sequence[ScaledPair], weights: Sequence[float], generator: torch.Generator) -> ScaledPair:
+    def merge_replaced(self, terms: SiteTerms) -> Change:
+        return sum_changes(_shares(terms.weights), terms)
+
+    def _join(self, pairs: Sequence[ScaledPair], weights: Sequence[float], generator: torch.Generator) -> ScaledPair:
+        """Return one pair from those of the adapters that touch a site, of any ranks, and their weights."""
         if min(weights) <= 0:
             raise ChoiceError(
                 f"a weight is {min(weights):g}, and those of method 'lego' are shares of clusters",
@@ -63,7 +74,7 @@ class Lego(FactorsWay):
             )
         if pairs[0].b.dim() > 2:
             matrices = [[ScaledPair(b, a, p.scale) for b, a in zip(p.b, p.a, strict=True)] for p in pairs]
-            joined = [self.join(slices, weights, generator) for slices in zip(*matrices, strict=True)]
+            joined = [self._join(slices, weights, generator) for slices in zip(*matrices, strict=True)]
             return ScaledPair(torch.stack([one.b for one in joined]), torch.stack([one.a for one in joined]))
         units = torch.cat([self._units(pair) for pair in pairs]).double()
         shares = torch.cat([units.new_full((pair.a.shape[0],), w) for pair, w in zip(pairs, weights, strict=True)])
@@ -97,6 +108,10 @@ class Lego(FactorsWay):
         norms = torch.linalg.vector_norm(means, ord=_NORMS[self.norm], dim=1, keepdim=True)
         scales = average(sizes, weights, labels, k) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
         return torch.where(torch.linalg.vector_norm(means, dim=1, keepdim=True) < 1e-12, means, means * scales)
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
 
 
 def _length(vectors: Tensor) -> Tensor:

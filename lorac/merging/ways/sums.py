@@ -1,4 +1,4 @@
-"""The weighted mean of changes, and their weighted sum (task arithmetic)."""
+"""The weighted mean of changes, and their weighted sum: exact (cat), of one rank (svd), or in a space."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,7 +6,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from lorac.errors import ChoiceError
-from lorac.merging.way import SumWay
+from lorac.ir.algebra.changes import Change
+from lorac.merging.spaces import sum_changes
+from lorac.merging.terms import SiteTerms
+from lorac.merging.way import SiteWay, SumWay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +47,30 @@ class TaskArithmetic(SumWay):
 
     def coefficients(self, gram: Tensor, weights: Tensor) -> Tensor:
         return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cat(SiteWay):
+    """Σ wᵢ·Δᵢ, as a weighted swap computes it. LoRAs become one whose rank is the sum of theirs."""
+
+    name = "cat"
+    paper = "PEFT's add_weighted_adapter"
+
+    def merge_site(self, terms: SiteTerms) -> Change:
+        return sum_changes(terms.weights, terms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVD(SiteWay):
+    """The first components of Σ wᵢ·Δᵢ, without a product of its factors; the default rank is the parts' largest."""
+
+    name = "svd"
+    paper = Cat.paper
+
+    def merge_site(self, terms: SiteTerms) -> Change:
+        return sum_changes(terms.weights, terms)
+
+    def result_rank(self, terms: SiteTerms) -> int | None:
+        if self.rank is not None or self.tolerance is not None:
+            return self.rank
+        return max(1, *(a.shape[-2] for _, a in terms.pairs))

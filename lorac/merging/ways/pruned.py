@@ -1,0 +1,168 @@
+"""Ways that leave entries of each change out, and sum the rest or elect a sign.
+
+They keep the largest entries (magnitude pruning, TIES), random ones (DARE), random ones of which the large are likelier
+(DELLA), or all but the smallest and the outliers (Model Breadcrumbs).
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Self
+
+import torch
+from torch import Tensor
+
+from lorac.argument_types import OneOf
+from lorac.merging.pruning import (
+    Share,
+    drop_outliers,
+    keep_at_random,
+    keep_by_rank,
+    keep_largest,
+    largest_threshold,
+    per_adapter,
+)
+from lorac.merging.spaces import SPACES
+from lorac.merging.terms import SiteTerms
+from lorac.merging.way import PrunedSumWay, PruningWay, SignElectionWay
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestEntriesWay(PruningWay):
+    """A way that keeps the largest entries by size.
+
+    Attributes:
+        scope: ``density`` is a part of the entries of each ``site``, as in mergekit and PEFT, or of the whole
+            ``adapter``, as in the paper of TIES and in KnOTS; that takes two passes, and memory for all sizes.
+    """
+
+    scope: Annotated[str, OneOf(("site", "adapter"))] = "site"
+    thresholds: Sequence[float] = field(default=(), init=False, repr=False)
+
+    def survey(self, terms: Iterable[SiteTerms]) -> Self:
+        if self.scope == "site":
+            return self
+        sizes: list[Tensor] = []
+
+        def collect(tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+            sizes.append(tensors.abs().flatten(1))
+            return tensors[0]
+
+        for one in terms:
+            SPACES[self.space](collect, one)
+        whole = torch.cat(sizes, dim=1)
+        densities = per_adapter(self.density, len(whole))
+        surveyed = copy.copy(self)
+        found = tuple(largest_threshold(row, density) for row, density in zip(whole, densities, strict=True))
+        object.__setattr__(surveyed, "thresholds", found)
+        return surveyed
+
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        return tensor.abs() >= self.thresholds[index] if self.thresholds else keep_largest(tensor, density)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagnitudePrune(LargestEntriesWay, PrunedSumWay):
+    """The sum of the largest entries."""
+
+    name = "magnitude_prune"
+    paper = "PEFT's add_weighted_adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ties(LargestEntriesWay, SignElectionWay):
+    """The mean of the largest entries that have the elected sign."""
+
+    name = "ties"
+    paper = "TIES-Merging: Resolving Interference When Merging Models, arXiv 2306.01708"
+    normalizes = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomPruningWay(PruningWay):
+    """A way that keeps entries at random."""
+
+    paper = (
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch, arXiv 2311.03099"
+    )
+    rescales = True
+
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        return keep_at_random(torch.full_like(tensor, density), generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareLinear(RandomPruningWay, PrunedSumWay):
+    """The sum of random entries, scaled up to the size of the whole; the paper's p is 1 − density."""
+
+    name = "dare_linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DareTies(RandomPruningWay, SignElectionWay):
+    """The sum of random entries with the elected sign, scaled up to the whole's size; the paper's p is 1 − density."""
+
+    name = "dare_ties"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPruningWay(PruningWay):
+    """A way that draws entries by their rank in the row.
+
+    Attributes:
+        epsilon: the probability of an entry rises from density − ε for a row's smallest to density + ε for its largest;
+            one number for all adapters, or one for each.
+    """
+
+    epsilon: Share = 0.15
+
+    paper = "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling, arXiv 2406.11617"
+    rescales = True
+
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        return keep_by_rank(tensor, density, per_adapter(self.epsilon, index + 1)[index], generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DellaLinear(RankPruningWay, PrunedSumWay):
+    """The sum of entries that are drawn by their rank in the row."""
+
+    name = "della_linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Della(RankPruningWay, SignElectionWay):
+    """The sum of entries that are drawn by their rank in the row, and have the elected sign."""
+
+    name = "della"
+    normalizes = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutlierPruningWay(PruningWay):
+    """A way that leaves out the smallest entries of each change, and the very largest.
+
+    Attributes:
+        gamma: the part of the entries that are outliers, for all adapters or for each.
+    """
+
+    gamma: Share = 0.01
+
+    paper = "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, arXiv 2312.06795"
+
+    def mask(self, tensor: Tensor, density: float, index: int, generator: torch.Generator) -> Tensor:
+        return drop_outliers(tensor, density, per_adapter(self.gamma, index + 1)[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breadcrumbs(OutlierPruningWay, PrunedSumWay):
+    """The sum of each change's entries but the smallest and the very largest."""
+
+    name = "breadcrumbs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreadcrumbsTies(OutlierPruningWay, SignElectionWay):
+    """The sum of entries that have the elected sign, without the smallest and the very largest."""
+
+    name = "breadcrumbs_ties"
