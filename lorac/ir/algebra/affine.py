@@ -8,8 +8,7 @@ value is ``P·x + Q·y + k`` (per token, as columns), and the branch equals the 
 The ops decide whether a branch is affine, not numbers: a zero-initialised bottleneck is not affine.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,11 +37,31 @@ Operand = Affine | fx.Node | float | None
 
 
 class _AffineBuilder:
-    """Builds the nodes of the weight formula."""
+    """Builds the nodes of the weight formula.
+
+    Attributes:
+        values: a node of the branch -> its value: affine in (x, y), or a node of parameters only.
+    """
 
     def __init__(self, graph: fx.Graph, width_in: int, width_out: int, like: fx.Node) -> None:
         self.graph, self.like = graph, like
         self.widths = {"x": width_in, "y": width_out}
+        self.values: dict[fx.Node, Any] = {}
+
+    def operands(self, node: fx.Node) -> Operands:
+        """Return the values of a node's positional operands."""
+        operands: Operands = fx.map_arg(node.args, self.values.__getitem__)
+        return operands
+
+    def evaluate(self, node: fx.Node) -> Affine | fx.Node | None:
+        """Return the value of one op; None for one that is not affine in (x, y)."""
+        if any(isinstance(self.values[operand], Affine) for operand in node.all_input_nodes):
+            rule = _RULES.get(node.target)
+            return None if rule is None else rule(self, node)
+        assert callable(node.target)
+        return call_op(
+            self.graph, node.target, *self.operands(node), **fx.map_arg(node.kwargs, self.values.__getitem__)
+        )
 
     def call(self, op: Op, *args: Operand) -> fx.Node:
         return call_op(self.graph, op, *args)
@@ -87,29 +106,23 @@ def weight_formula(branch: fx.GraphModule, weight: tuple[int, int]) -> fx.GraphM
     w, b = graph.placeholder("W"), graph.placeholder("b")
     sample = y.meta["val"]
     w.meta["val"], b.meta["val"] = sample.new_empty(weight), sample.new_empty((out_features,))
-    environment: dict[fx.Node, Affine | fx.Node] = {x: Affine(p="I"), y: Affine(q="I")}
-    for parameter in params:
-        copied = environment[parameter] = graph.placeholder(str(parameter.target))
-        copied.meta["val"] = parameter.meta["val"]
     build = _AffineBuilder(graph, in_features, out_features, w)
-    for node in branch.graph.nodes:
-        if node.op == "output":
-            result = node.args[0]
-            return _emit_output(build, environment[result] if isinstance(result, fx.Node) else None, w, b)
-        if node.op == "placeholder":
-            continue
-        if node.op != "call_function":  # a constant of the formula, which exists in its own graph only
-            return None
-        value = _evaluate(build, node, environment)
+    build.values |= {x: Affine(p="I"), y: Affine(q="I")}
+    for parameter in params:
+        copied = build.values[parameter] = graph.placeholder(str(parameter.target))
+        copied.meta["val"] = parameter.meta["val"]
+    *nodes, output = (node for node in branch.graph.nodes if node.op != "placeholder")
+    for node in nodes:
+        # A constant of the formula exists in its own graph only.
+        value = build.evaluate(node) if node.op == "call_function" else None
         if value is None:
             return None
-        environment[node] = value
-    return None
+        build.values[node] = value
+    result = build.values.get(output.args[0])
+    return _emit_output(build, result, w, b) if isinstance(result, Affine) else None
 
 
-def _emit_output(build: _AffineBuilder, result: Operand, w: fx.Node, b: fx.Node) -> fx.GraphModule | None:
-    if not isinstance(result, Affine):
-        return None
+def _emit_output(build: _AffineBuilder, result: Affine, w: fx.Node, b: fx.Node) -> fx.GraphModule | None:
     from_y = None if result.q is None else w if result.q == "I" else build.apply(result.q, w)
     new_weight = build.add(result.p, from_y, "x")
     if new_weight is None:
@@ -122,59 +135,42 @@ def _emit_output(build: _AffineBuilder, result: Operand, w: fx.Node, b: fx.Node)
     return fx.GraphModule(torch.nn.Module(), build.graph)
 
 
-def _evaluate(build: _AffineBuilder, node: fx.Node, environment: Mapping[fx.Node, Any]) -> Affine | fx.Node | None:
-    """Return the value of one op: affine in (x, y), a node of parameters only, or None if the op is not affine."""
-    args: Operands = fx.map_arg(node.args, lambda n: environment[n])
-    if not any(isinstance(environment[operand], Affine) for operand in node.all_input_nodes):
-        kwargs = fx.map_arg(node.kwargs, lambda n: environment[n])
-        assert callable(node.target)
-        return call_op(build.graph, node.target, *args, **kwargs)
-    rule = _RULES.get(node.target)
-    return None if rule is None else rule(build, args, node.kwargs)
-
-
-def _apply_linear(build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object]) -> Affine | None:
-    """M·(P·x + Q·y + k) + β."""
-    value, matrix, *rest = args
-    if not isinstance(value, Affine) or not isinstance(matrix, fx.Node):
-        return None
+def _apply_linear(build: _AffineBuilder, node: fx.Node) -> Affine | None:
+    """M·(P·x + Q·y + k) + β; a product of rows with M applies Mᵀ to columns."""
+    value, matrix, *rest = build.operands(node)
     bias = rest[0] if rest else None
-    if bias is not None and not isinstance(bias, fx.Node):
+    if not isinstance(value, Affine) or not isinstance(matrix, fx.Node) or isinstance(bias, Affine):
         return None
+    if node.target != aten.linear.default:
+        matrix = build.call(aten.t.default, matrix)
     k = None if value.k is None else build.call(aten.mv.default, matrix, value.k)
     return Affine(build.apply(matrix, value.p), build.apply(matrix, value.q), build.add_vectors(k, bias))
 
 
-def _apply_matmul(build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object]) -> Affine | None:
-    """Rows times M is Mᵀ applied to columns."""
-    value, matrix = args
-    if not isinstance(value, Affine) or not isinstance(matrix, fx.Node):
+def _apply_sum(build: _AffineBuilder, node: fx.Node) -> Affine | None:
+    terms = []
+    for value in build.operands(node):
+        if isinstance(value, fx.Node) and len(shape_of(value)) == 1:  # a parameter that is added to every token
+            terms.append(Affine(k=value))
+        elif isinstance(value, Affine):
+            terms.append(value)
+        else:
+            return None
+    left, right = terms
+    alpha = node.kwargs.get("alpha", 1)
+    if not isinstance(alpha, int | float):
         return None
-    return _apply_linear(build, (value, build.call(aten.t.default, matrix)), kwargs)
-
-
-def _apply_sum(
-    build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object], sign: int = 1
-) -> Affine | None:
-    left, right = (value if isinstance(value, Affine) else _affine_of_vector(value) for value in args)
-    alpha = kwargs.get("alpha", 1)
-    if left is None or right is None or not isinstance(alpha, int | float):
-        return None
-    if sign * alpha != 1:
-        scaled = _scale_affine(build, right, sign * alpha)
+    factor = -alpha if node.target == aten.sub.Tensor else alpha
+    if factor != 1:
+        scaled = _scale_affine(build, right, factor)
         assert scaled is not None
         right = scaled
     return Affine(build.add(left.p, right.p, "x"), build.add(left.q, right.q, "y"), build.add_vectors(left.k, right.k))
 
 
-def _affine_of_vector(value: Operand) -> Affine | None:
-    """Return the affine value of a parameter that is added to every token."""
-    return Affine(k=value) if isinstance(value, fx.Node) and len(shape_of(value)) == 1 else None
-
-
-def _apply_product(build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object]) -> Affine | None:
-    value, factor = args if isinstance(args[0], Affine) else args[::-1]
-    return _scale_affine(build, value, factor) if isinstance(value, Affine) else None
+def _apply_product(build: _AffineBuilder, node: fx.Node) -> Affine | None:
+    left, right = build.operands(node)
+    return _scale_affine(build, left, right) if isinstance(left, Affine) else _scale_affine(build, right, left)
 
 
 def _scale_affine(build: _AffineBuilder, value: Affine, factor: Operand) -> Affine | None:
@@ -186,17 +182,14 @@ def _scale_affine(build: _AffineBuilder, value: Affine, factor: Operand) -> Affi
     return Affine(build.scale(value.p, column, "x"), build.scale(value.q, column, "y"), k)
 
 
-def _pass_through(build: _AffineBuilder, args: Sequence[Operand], kwargs: Mapping[str, object]) -> Affine | None:
-    return args[0] if isinstance(args[0], Affine) else None
-
-
-_RULES: dict[object, Callable[[_AffineBuilder, Sequence[Operand], Mapping[str, object]], Affine | None]] = {
+_RULES: dict[object, Callable[[_AffineBuilder, fx.Node], Affine | None]] = {
     aten.linear.default: _apply_linear,
-    aten.matmul.default: _apply_matmul,
-    aten.mm.default: _apply_matmul,
+    aten.matmul.default: _apply_linear,
+    aten.mm.default: _apply_linear,
     aten.add.Tensor: _apply_sum,
-    aten.sub.Tensor: functools.partial(_apply_sum, sign=-1),
+    aten.sub.Tensor: _apply_sum,
     aten.mul.Tensor: _apply_product,
-    aten.clone.default: _pass_through,
-    aten.contiguous.default: _pass_through,
+    aten.clone.default: lambda build, node: build.operands(node)[0],
+    aten.contiguous.default: lambda build, node: build.operands(node)[0],
 }
+"""Op -> its value over at least one affine operand."""

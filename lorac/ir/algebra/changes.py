@@ -100,17 +100,6 @@ class SparseSum:
 Change = LowRank | Sparse | SparseSum | Delta | Dense
 
 
-def iter_tensors(change: Change) -> Iterator[Tensor]:
-    """Yield the tensors of a change."""
-    for value in vars(change).values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            yield from value.values()
-    for _, term in change.terms if isinstance(change, SparseSum) else ():
-        yield from iter_tensors(term)
-
-
 def from_outputs(form: str, outputs: Mapping[str, Tensor], bias: Tensor | None) -> Change:
     """Return the change that a reduction's outputs describe.
 
@@ -143,21 +132,23 @@ def to_outputs(change: LowRank | Sparse | Delta | Dense) -> tuple[str, dict[str,
     return "low-rank", {A: change.a, B: change.b, **change.scales, **shift}
 
 
-def move_change(change: Change, device: torch.device) -> Change:
-    """Return a change with its tensors on a device."""
+def iter_tensors(change: Change) -> Iterator[Tensor]:
+    """Yield the tensors of a change."""
     if isinstance(change, SparseSum):
-        terms = [
-            (strength, replace(t, rows=t.rows.to(device), cols=t.cols.to(device), values=t.values.to(device)))
-            for strength, t in change.terms
-        ]
-        return SparseSum(tuple(terms), None if change.e is None else change.e.to(device))
+        yield from () if change.e is None else (change.e,)
+        for _, term in change.terms:
+            yield from iter_tensors(term)
+    else:
+        yield from to_outputs(change)[1].values()
+
+
+def map_tensors(edit: Callable[[Tensor], Tensor], change: Change) -> Change:
+    """Return a change with every tensor replaced by the result of ``edit``."""
+    if isinstance(change, SparseSum):  # it holds the sum of its terms' shifts
+        terms = tuple((t, Sparse(edit(v.rows), edit(v.cols), edit(v.values))) for t, v in change.terms)
+        return SparseSum(terms, None if change.e is None else edit(change.e))
     form, outputs = to_outputs(change)
-    return from_outputs(form, {name: tensor.to(device) for name, tensor in outputs.items()}, None)
-
-
-def device_of(change: Change) -> torch.device:
-    """Return the device of a change's tensors."""
-    return next(iter_tensors(change)).device
+    return from_outputs(form, {name: edit(tensor) for name, tensor in outputs.items()}, None)
 
 
 def compose(terms: Sequence[tuple[float, Change]], weight: Callable[[], Tensor]) -> Change | None:
@@ -201,7 +192,12 @@ def merge_weight(change: Change, weight: Tensor) -> Tensor:
     if isinstance(change, Delta):
         return (weight.to(wide) + change.delta.to(wide)).to(weight.dtype)
     change = change.folded()
-    _require_mergeable(change)
+    for name in change.scales.keys() - MERGEABLE:
+        raise CompileError(
+            f"a change with the operand '{name}' cannot be merged into a weight",
+            next_step="mode='live' runs it next to the weight, alone and at strength 1",
+            code="not_mergeable",
+        )
     scaled, scales = weight.to(wide), {name: scale.to(wide) for name, scale in change.scales.items()}
     if T in scales:
         scaled = multiply_blocks(scaled, scales[T].transpose(1, 2))
@@ -227,16 +223,6 @@ def stack_changes(changes: Sequence[Change]) -> LowRank | Delta:
     pairs = [change for change in changes if isinstance(change, LowRank) and not change.scales]
     assert len(pairs) == len(changes)
     return LowRank(torch.stack([pair.a for pair in pairs]), torch.stack([pair.b for pair in pairs]), e=e)
-
-
-def _require_mergeable(change: LowRank) -> None:
-    for name in change.scales:
-        if name not in MERGEABLE:
-            raise CompileError(
-                f"a change with the operand '{name}' cannot be merged into a weight",
-                next_step="mode='live' runs it next to the weight, alone and at strength 1",
-                code="not_mergeable",
-            )
 
 
 def merge_bias(change: Change, bias: Tensor | None) -> Tensor | None:
@@ -287,8 +273,11 @@ def _sum_low_rank(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     e = _weighted_sum([(t, v.e) for t, v in terms])
     if any(T in v.scales for _, v in terms):
         return LowRank(a, b, {T: _sum_transforms(terms)}, e)
-    scales = {name: _sum_scales([(t, v.scales.get(name)) for t, v in terms]) for name in (C, D)}
-    return LowRank(a, b, {name: scale for name, scale in scales.items() if scale is not None}, e)
+    scales: dict[str, Tensor] = {}
+    for name in (C, D):  # 1 + Σ t·(s − 1)
+        difference = _weighted_sum([(t, v.scales[name] - 1) for t, v in terms if name in v.scales])
+        scales |= {} if difference is None else {name: difference + 1}
+    return LowRank(a, b, scales, e)
 
 
 def _sum_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
@@ -305,21 +294,12 @@ def _sum_transforms(terms: Sequence[tuple[float, LowRank]]) -> Tensor:
     return total
 
 
-def _sum_scales(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:
-    """Return 1 + Σ t·(s − 1)."""
-    difference = _weighted_sum([(t, None if s is None else s - 1) for t, s in terms])
-    return None if difference is None else difference + 1
-
-
 def _sum_dense(terms: Sequence[tuple[float, Change]], weight: Tensor) -> Dense:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    base = weight.to(wide)
+    base = weight.to(torch.promote_types(weight.dtype, torch.float32))
     total = base.clone()
-    shift: list[tuple[float, Tensor | None]] = []
     for strength, change in terms:
         total.add_(merge_weight(change, base) - base, alpha=strength)
-        shift.append((strength, change.e))
-    return Dense(total.to(weight.dtype), _weighted_sum(shift))
+    return Dense(total.to(weight.dtype), _weighted_sum([(t, change.e) for t, change in terms]))
 
 
 def _weighted_sum(terms: Sequence[tuple[float, Tensor | None]]) -> Tensor | None:

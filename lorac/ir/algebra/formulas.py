@@ -91,9 +91,10 @@ class Formula:
         return dict(result)
 
     def _run(self, args: Sequence[object], read: Mapping[str, Tensor], *, watched: bool) -> object:
-        named = self._named(args, read)
+        named = self._named(args, read) if watched else {}
         guard = _MutationGuard(named) if watched else nullcontext()
-        varying = _list_varying_sizes(named) if watched else []
+        sizes: list[object] = [size for tensor in named.values() for size in tensor.shape]
+        varying = [size for size in sizes if isinstance(size, torch.SymInt) and not _is_constant(size)]
         try:
             with guard:
                 result = self.function(*args)
@@ -123,7 +124,8 @@ class Formula:
     def _check(self, result: object, like: Tensor) -> Tensor:
         if not isinstance(result, Tensor):
             raise self._error(f"returns {_describe_type(result)}, not a tensor")
-        if not _shapes_match(result, like):
+        pairs = zip(result.shape, like.shape, strict=False)
+        if result.dim() != like.dim() or any(_surely_differ(a, b) for a, b in pairs):
             raise self._error(f"returns a tensor of shape {list(result.shape)}, not {list(like.shape)}")
         if not result.is_floating_point():
             raise self._error(f"returns a tensor of {result.dtype}, not of floating-point numbers")
@@ -142,7 +144,9 @@ def _describe_type(result: object) -> str:
 
 
 def _explain_error(error: Exception) -> tuple[str, str]:
-    """Return what a formula did wrong, from the exception that it caused, and the next step."""
+    """Describe the fault of a formula that caused an exception, and return the next step with it."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     if isinstance(error, _ArgumentMutated):
         return f"writes into {error.name} ({error.op})", "compute a new tensor, as W * s for W.mul_(s)"
     if isinstance(error, _SizeFixed):
@@ -150,24 +154,17 @@ def _explain_error(error: Exception) -> tuple[str, str]:
             "makes a number of a size that differs between calls, as of rows or tokens",
             "read sizes as x.shape[0], not len(x), and write torch ops for a loop over them",
         )
-    if isinstance(error, _data_dependent_errors()):
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException | GuardOnDataDependentSymNode):
         return "takes a step that depends on the values of tensors", "use torch.where or masks"
     reason = str(error).strip().partition("\n")[0]
     return f"raises {type(error).__name__}: {reason}", _FORMULA_CONTRACT
-
-
-def _data_dependent_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that torch raises if a step on fake tensors needs the value of a tensor."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 
 
 @contextmanager
 def fake_execution() -> Iterator[Callable[[Tensor], Tensor]]:
     """Run the block on fake tensors; yields a function that makes a fake tensor like another one."""
     with tracing(), suppress_third_party_output(), FakeTensorMode(allow_non_fake_inputs=True):
-        yield _empty_copy
+        yield lambda like: torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
 
 
 class _ArgumentMutated(Exception):
@@ -180,12 +177,6 @@ class _ArgumentMutated(Exception):
 
 class _SizeFixed(Exception):
     """A formula has fixed a symbolic size of an argument, so that its trace holds for that size alone."""
-
-
-def _list_varying_sizes(tensors: Mapping[str, Tensor]) -> list[torch.SymInt]:
-    """Return the symbolic sizes of tensors that are not fixed."""
-    sizes: list[object] = [size for tensor in tensors.values() for size in tensor.shape]
-    return [size for size in sizes if isinstance(size, torch.SymInt) and not _is_constant(size)]
 
 
 def _is_constant(size: torch.SymInt) -> bool:
@@ -217,19 +208,9 @@ def _storage_key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _empty_copy(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
-def _shapes_match(result: Tensor, like: Tensor) -> bool:
-    """Return whether two shapes are equal, or not known to differ where sizes are symbolic."""
-    if result.dim() != like.dim():
-        return False
-    return not any(_is_statically_true(a != b) for a, b in zip(result.shape, like.shape, strict=True))
-
-
-def _is_statically_true(differs: bool | torch.SymBool) -> bool:
-    """Return whether sizes differ for all values of their symbols."""
+def _surely_differ(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
+    """Return whether two sizes differ for all values of their symbols."""
+    differs: bool | torch.SymBool = left != right
     if isinstance(differs, bool):
         return differs
     from torch.fx.experimental.symbolic_shapes import statically_known_true

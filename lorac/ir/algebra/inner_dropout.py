@@ -6,7 +6,6 @@ training the formula's own graph runs, with dropout on results of a product that
 """
 
 import enum
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -43,27 +42,15 @@ def insert_inner_dropout(branch: fx.GraphModule) -> fx.GraphModule | None:
     for node in branch.graph.nodes:
         if node in copied:
             continue
-        operand = _find_inner_operand(node, stages)
-        dropped = {} if operand is None else {operand: graph.call_function(F.dropout, (copied[operand], rate))}
-        known = {**copied, **dropped}
-        copied[node] = graph.node_copy(node, lambda n, known=known: known[n])  # type: ignore[misc]  # the default binds the loop's value
-        _advance(node, stages)
-    found = any(node.target is F.dropout for node in graph.nodes)
-    return fx.GraphModule(branch, graph) if found else None
-
-
-def _find_inner_operand(node: fx.Node, stages: Mapping[fx.Node, _ProductStage]) -> fx.Node | None:
-    """Return the operand of a product that comes from another product, or None."""
-    if node.target not in _PRODUCTS:
-        return None
-    return next((operand for operand in node.all_input_nodes if stages.get(operand) is _ProductStage.BETWEEN), None)
-
-
-def _advance(node: fx.Node, stages: dict[fx.Node, _ProductStage]) -> None:
-    """Record the stage of an op's value, unless it depends on parameters alone."""
-    inputs = [stages[operand] for operand in node.all_input_nodes if operand in stages]
-    if inputs:
-        stages[node] = _ProductStage(min(max(inputs) + (node.target in _PRODUCTS), _ProductStage.AFTER))
+        product, known = node.target in _PRODUCTS, dict(copied)
+        inner = (operand for operand in node.all_input_nodes if stages.get(operand) is _ProductStage.BETWEEN)
+        if product and (operand := next(inner, None)) is not None:
+            known[operand] = graph.call_function(F.dropout, (copied[operand], rate))
+        copied[node] = graph.node_copy(node, known.__getitem__)
+        # A value that depends on parameters alone has no stage.
+        if found := [stages[operand] for operand in node.all_input_nodes if operand in stages]:
+            stages[node] = _ProductStage(min(max(found) + product, _ProductStage.AFTER))
+    return fx.GraphModule(branch, graph) if any(node.target is F.dropout for node in graph.nodes) else None
 
 
 def run_with_dropout(dropped: fx.GraphModule, x: Tensor, y: Tensor, params: tuple[Tensor, ...], rate: float) -> Tensor:

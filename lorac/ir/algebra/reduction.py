@@ -155,7 +155,8 @@ def _classify(
         kind, tensors = LOW_RANK, _emit_low_rank(found, form, w, common)
         rank = sum(int(a.meta["val"].shape[0]) for _, a in form.low)
     elif form is not None and form.base == WEIGHT and form == Form(WEIGHT, sparse=form.sparse):
-        kind, tensors, rank = SPARSE, _emit_sparse(found, form), 0
+        columns = (found.emit(aten.cat.default, list(parts), 0) for parts in zip(*form.sparse, strict=True))
+        kind, tensors, rank = SPARSE, dict(zip(("rows", "cols", "values"), columns, strict=True)), 0
     else:
         added = _find_addend(found, new_weight, w)
         kind, name = (DENSE, operands.WEIGHT) if added is None else (DELTA, operands.DELTA)
@@ -187,19 +188,20 @@ def _find_addend(found: Analysis, new_weight: fx.Node, w: fx.Node) -> fx.Node | 
 
 def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]) -> dict[str, fx.Node]:
     scales = {operands.C: form.c, operands.D: form.d}
-    if len(form.low) == 1 and (split := _split_shared_factors(*form.low[0], common)) is not None:
-        b, a, scales[operands.G], scales[operands.H] = split
-        pair = found.emit(aten.t.default, a), found.emit(aten.t.default, b)
-    elif form.low:
+    factors = None
+    if len(form.low) == 1:
+        # (h∘B)·(g∘A): where B and A depend on shared parameters alone, all sites share them.
+        (b, h), (a, g) = (_strip_scale(factor, common) for factor in form.low[0])
+        if all(_depends_only_on(core, common) for core in (b, a)):
+            factors, scales[operands.G], scales[operands.H] = (a, b), g, h
+    if form.low and factors is None:
         a = found.emit(aten.cat.default, [a for _, a in form.low], 0)
-        b = found.emit(aten.cat.default, [b for b, _ in form.low], 1)
-        pair = found.emit(aten.t.default, a), found.emit(aten.t.default, b)
+        factors = a, found.emit(aten.cat.default, [b for b, _ in form.low], 1)
+    if factors is not None:
+        pair = [found.emit(aten.t.default, factor) for factor in factors]
     else:
         rows, columns = w.meta["val"].shape
-        pair = (
-            found.emit(aten.new_zeros.default, w, [columns, 0]),
-            found.emit(aten.new_zeros.default, w, [0, rows]),
-        )
+        pair = [found.emit(aten.new_zeros.default, w, shape) for shape in ([columns, 0], [0, rows])]
     tensors = dict(zip((operands.A, operands.B), pair, strict=True))
     for name, scale in scales.items():
         if scale is not None:
@@ -207,15 +209,6 @@ def _emit_low_rank(found: Analysis, form: Form, w: fx.Node, common: set[fx.Node]
     if form.blocks is not None:
         tensors[operands.T] = found.emit(aten.transpose.int, form.blocks, 1, 2)
     return tensors
-
-
-def _split_shared_factors(
-    b: fx.Node, a: fx.Node, common: set[fx.Node]
-) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None] | None:
-    """Split (h∘B)·(g∘A) into B, A, g, h, if B and A depend on shared parameters alone; else return None."""
-    core_b, h = _strip_scale(b, common)
-    core_a, g = _strip_scale(a, common)
-    return (core_b, core_a, g, h) if all(_depends_only_on(core, common) for core in (core_b, core_a)) else None
 
 
 def _strip_scale(matrix: fx.Node, common: set[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
@@ -240,11 +233,3 @@ def _depends_only_on(node: fx.Node, common: set[fx.Node]) -> bool:
             read.add(inner)
         todo.extend(inner.all_input_nodes)
     return bool(read) and read <= common
-
-
-def _emit_sparse(found: Analysis, form: Form) -> dict[str, fx.Node]:
-    columns = ("rows", "cols", "values")
-    return {
-        name: found.emit(aten.cat.default, list(parts), 0)
-        for name, parts in zip(columns, zip(*form.sparse, strict=True), strict=True)
-    }

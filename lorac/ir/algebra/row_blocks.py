@@ -1,6 +1,5 @@
 """Rules for a weight that is split by rows, changed in blocks and joined again: low-rank blocks give a low-rank W."""
 
-import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,19 @@ class _RowBlock:
     def length(self) -> int:
         """The number of rows of a group."""
         return shape_of(self.source)[0] // self.groups
+
+    def pad(self, found: Analysis, matrix: fx.Node) -> fx.Node:
+        """Pad a matrix (rows of the block, r) with zeros to the rows of the whole matrix."""
+        around = [0, 0, self.first, self.length - self.first - self.size]
+        grouped = found.emit(aten.reshape.default, matrix, [self.groups, self.size, -1])
+        padded = found.emit(aten.constant_pad_nd.default, grouped, around)
+        return found.emit(aten.reshape.default, padded, [self.groups * self.length, -1])
+
+    def shift(self, found: Analysis, rows: fx.Node) -> fx.Node:
+        """Convert the block's row indices to those of the whole matrix."""
+        group = found.emit(aten.floor_divide.default, rows, self.size)
+        before = found.emit(aten.mul.Tensor, group, self.length - self.size)
+        return found.emit(aten.add.Tensor, found.emit(aten.add.Tensor, rows, before), self.first)
 
 
 def match_row_block(found: Analysis, node: fx.Node) -> Form | None:
@@ -59,52 +71,31 @@ def match_joined_blocks(found: Analysis, node: fx.Node) -> Form | None:
     cat = operands[0]
     if cat.target is not aten.cat.default or cat.args[1:] != (1,):
         return None
-    parts = [part for part in map(functools.partial(_changed_block, found), cat.args[0]) if part is not None]
-    if not parts or len(parts) != len(cat.args[0]) or not _cover_matrix(node, cat, [block for _, block in parts]):
+    parts = []
+    for viewed in cat.args[0]:  # each a changed block of rows, viewed in groups again
+        form = found.form(viewed.args[0]) if viewed.target is aten.view.default else None
+        block = _row_block_of(form.base) if form is not None and isinstance(form.base, fx.Node) else None
+        if form is None or block is None:
+            return None
+        parts.append((form, block))
+    blocks = [block for _, block in parts]
+    first, sizes = blocks[0], [block.size for block in blocks]
+    # The blocks must be all rows of one matrix in order, joined in the way it was split.
+    in_order = [block.first for block in blocks] == [sum(sizes[:i]) for i in range(len(sizes))]
+    alike = all((block.source, block.groups) == (first.source, first.groups) for block in blocks)
+    whole = shape_of(node) == shape_of(first.source) and shape_of(cat)[:2] == (first.groups, first.length)
+    if not (in_order and alike and whole):
         return None
     if any(form.d is not None or form.blocks is not None for form, _ in parts):
         found.misses.append(f"{node.name}: one block of rows changes its inputs, which all blocks share")
         return None
-    low = tuple((_pad_rows(found, b, block), a) for form, block in parts for b, a in form.low)
+    low = tuple((block.pad(found, b), a) for form, block in parts for b, a in form.low)
     sparse = tuple(
-        (_shift_row_indices(found, rows, block), cols, values)
-        for form, block in parts
-        for rows, cols, values in form.sparse
+        (block.shift(found, rows), cols, values) for form, block in parts for rows, cols, values in form.sparse
     )
     if low and not found.pays(node, sum(shape_of(a)[0] for _, a in low), *shape_of(node)):
         return None
     return Form(WEIGHT, _join_scales(found, node, parts), low=low, sparse=sparse)
-
-
-def _changed_block(found: Analysis, viewed: fx.Node) -> tuple[Form, _RowBlock] | None:
-    """Return the form of a changed block of rows, which is viewed in groups again, and the block."""
-    form = found.form(viewed.args[0]) if viewed.target is aten.view.default else None
-    block = _row_block_of(form.base) if form is not None and isinstance(form.base, fx.Node) else None
-    return None if form is None or block is None else (form, block)
-
-
-def _cover_matrix(node: fx.Node, cat: fx.Node, blocks: Sequence[_RowBlock]) -> bool:
-    """Return whether blocks are all rows of one matrix in order, joined in the way it was split."""
-    first, sizes = blocks[0], [block.size for block in blocks]
-    in_order = [block.first for block in blocks] == [sum(sizes[:i]) for i in range(len(sizes))]
-    alike = all((block.source, block.groups) == (first.source, first.groups) for block in blocks)
-    whole = shape_of(node) == shape_of(first.source) and shape_of(cat)[:2] == (first.groups, first.length)
-    return in_order and alike and whole
-
-
-def _pad_rows(found: Analysis, matrix: fx.Node, block: _RowBlock) -> fx.Node:
-    """Pad a matrix (rows of the block, r) with zeros to the rows of the whole matrix."""
-    around = [0, 0, block.first, block.length - block.first - block.size]
-    grouped = found.emit(aten.reshape.default, matrix, [block.groups, block.size, -1])
-    padded = found.emit(aten.constant_pad_nd.default, grouped, around)
-    return found.emit(aten.reshape.default, padded, [block.groups * block.length, -1])
-
-
-def _shift_row_indices(found: Analysis, rows: fx.Node, block: _RowBlock) -> fx.Node:
-    """Convert a block's row indices to those of the whole matrix."""
-    group = found.emit(aten.floor_divide.default, rows, block.size)
-    before = found.emit(aten.mul.Tensor, group, block.length - block.size)
-    return found.emit(aten.add.Tensor, found.emit(aten.add.Tensor, rows, before), block.first)
 
 
 def _join_scales(found: Analysis, node: fx.Node, parts: Sequence[tuple[Form, _RowBlock]]) -> fx.Node | None:

@@ -22,8 +22,7 @@ def _match_copy(found: Analysis, node: fx.Node) -> Form | None:
 
 def _match_identity(found: Analysis, node: fx.Node) -> Form | None:
     """eye(n) = I."""
-    rows, *rest = shape_of(node)
-    return Form(base=IDENTITY) if rest == [rows] else None
+    return Form(base=IDENTITY)
 
 
 def _match_zeros(found: Analysis, node: fx.Node) -> Form | None:
@@ -72,7 +71,9 @@ def _match_product(found: Analysis, node: fx.Node) -> Form | None:
     left, right = node.args
     x, y = found.form(left), found.form(right)
     if x is None:
-        return _multiply_low_rank(found, left, y)
+        if y is None or y.base is not None or y.sparse:
+            return None
+        return Form(low=tuple((found.emit(aten.mm.default, left, p), q) for p, q in y.low))
     if y is not None and y == Form(IDENTITY, blocks=y.blocks) and y.blocks is not None:
         return _multiply_by_blocks(found, x, right, y.blocks)
     if x.base not in {None, IDENTITY} or x.sparse or x.d is not None or x.blocks is not None:
@@ -98,12 +99,6 @@ def _multiply_by_blocks(found: Analysis, x: Form, matrix: object, blocks: fx.Nod
     return Form(x.base, x.c, low=low, blocks=blocks if x.base else None)
 
 
-def _multiply_low_rank(found: Analysis, left: object, y: Form | None) -> Form | None:
-    if y is None or y.base is not None or y.sparse:
-        return None
-    return Form(low=tuple((found.emit(aten.mm.default, left, p), q) for p, q in y.low))
-
-
 def _match_sum(found: Analysis, node: fx.Node) -> Form | None:
     """X + α·Y adds the terms; two bases add their scales."""
     left, right = node.args[:2]
@@ -124,15 +119,10 @@ def _add_forms(found: Analysis, node: fx.Node, x: Form, y: Form) -> Form | None:
         return replace(x if y.base is None else y, low=low, sparse=sparse)
     if x.base != y.base or any(side is not None for side in (x.d, y.d, x.blocks, y.blocks)):
         return None
-    return Form(x.base, _add_scales(found, node, x, y), None, low, sparse)
-
-
-def _add_scales(found: Analysis, node: fx.Node, x: Form, y: Form) -> fx.Node:
-    if x.c is None and y.c is None:
-        return _constant_column(found, node, 2.0)
-    if x.c is None or y.c is None:
-        return found.emit(aten.add.Tensor, x.c if x.c is not None else y.c, 1.0)
-    return found.emit(aten.add.Tensor, x.c, y.c)
+    scales = [form.c for form in (x, y) if form.c is not None]
+    summands = (*scales, 1.0)[:2]
+    c = found.emit(aten.add.Tensor, *summands) if scales else _constant_column(found, node, 2.0)
+    return Form(x.base, c, None, low, sparse)
 
 
 def _match_addmm(found: Analysis, node: fx.Node) -> Form | None:
@@ -201,19 +191,15 @@ def _pairwise_products(found: Analysis, left: fx.Node, right: fx.Node, dim: int)
     return found.emit(aten.reshape.default, found.emit(aten.mul.Tensor, *wide), shape)
 
 
-def _match_divide(found: Analysis, node: fx.Node) -> Form | None:
-    """X / s = X·(1/s), for a number, a column or a row."""
-    form, divisor = found.form(node.args[0]), node.args[1]
+def _match_quotient(found: Analysis, node: fx.Node) -> Form | None:
+    """X / s = X·(1/s), for a number, a column or a row; −X = X / −1."""
+    arguments: Operands = node.args
+    matrix, divisor = (*arguments, -1.0)[:2]
+    form = found.form(matrix)
     if form is None or found.form(divisor) is not None:
         return None
-    inverse = found.emit(aten.reciprocal.default, divisor) if isinstance(divisor, fx.Node) else 1.0 / divisor  # type: ignore[operator]  # a number
-    return _scale_by(found, node, node.args[0], form, inverse)
-
-
-def _match_negate(found: Analysis, node: fx.Node) -> Form | None:
-    """−X = (−1)·X."""
-    form = found.form(node.args[0])
-    return None if form is None else _scale_by_number(found, node, form, -1.0)
+    inverse = found.emit(aten.reciprocal.default, divisor) if isinstance(divisor, fx.Node) else 1.0 / divisor
+    return _scale_by(found, node, matrix, form, inverse)
 
 
 def _scale_by_number(found: Analysis, node: fx.Node, form: Form, number: object) -> Form:
@@ -294,8 +280,7 @@ RULES: tuple[AlgebraRule, ...] = (
     AlgebraRule("sum", (aten.add.Tensor, aten.sub.Tensor), _match_sum),
     AlgebraRule("scale", (aten.mul.Tensor,), _match_scale),
     AlgebraRule("hadamard", (aten.mul.Tensor,), _match_hadamard),
-    AlgebraRule("divide", (aten.div.Tensor,), _match_divide),
-    AlgebraRule("negate", (aten.neg.default,), _match_negate),
+    AlgebraRule("quotient", (aten.div.Tensor, aten.neg.default), _match_quotient),
     AlgebraRule("transpose", (aten.t.default,), _match_transpose),
     AlgebraRule("scatter", (aten.index_put.default,), _match_scatter),
     AlgebraRule("rows", (aten.view.default, aten._unsafe_view.default), match_row_block),

@@ -5,6 +5,7 @@ positions of the last sparse change before they set their own.
 """
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from lorac.ir.algebra.changes import (
     LowRank,
     Sparse,
     SparseSum,
-    device_of,
+    iter_tensors,
+    map_tensors,
     merge_bias,
     merge_weight,
-    move_change,
 )
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.layouts import layout_of
@@ -83,7 +84,11 @@ class FusedBuffer:
 
         Until then the content counts as unknown.
         """
-        change = None if change is None else self._on_device(change)
+        device = self.buffer.device
+        if change is not None and next(iter_tensors(change)).device != device:
+            if change not in self._moved:  # a copy is made once per change
+                self._moved[change] = map_tensors(lambda tensor: tensor.to(device), change)
+            change = self._moved[change]
         if change is self.current:
             return 0
         # A write that fails half-way must not pass for the previous content.
@@ -96,20 +101,18 @@ class FusedBuffer:
         """Mark the content as unknown, after a write by others; the next write is a full one."""
         self.current = _UNDEFINED
 
-    def _on_device(self, change: Change) -> Change:
-        """Return a change on the buffer's device; a copy is made once per change."""
-        if device_of(change) == self.buffer.device:
-            return change
-        if change not in self._moved:
-            self._moved[change] = move_change(change, self.buffer.device)
-        return self._moved[change]
-
     def _write(self, change: Change | None, previous: Change | None, sparse: SparseWrites) -> int:
         if self._grouped:
             self.buffer.copy_(self.site.store(self.base() if change is None else merge_weight(change, self.base())))
             written = self.buffer.nbytes
         elif isinstance(change, Sparse | SparseSum | None) and isinstance(previous, Sparse | SparseSum | None):
-            written = self._write_sparse(change, previous, sparse)
+            # Restore what one sparse change wrote, and write another.
+            old, new = (None if each is None else self._patch(each) for each in (previous, change))
+            writes = [] if old is None else [(old.positions, old.original)]
+            writes += [] if new is None else [(new.positions, new.new)]
+            for positions, values in writes:
+                sparse.add(self.buffer, positions, values)
+            written = sum(values.nbytes for _, values in writes)
         else:
             written = self._write_whole(change)
         if self.bias is not None:
@@ -129,17 +132,6 @@ class FusedBuffer:
         else:
             target.copy_(merge_weight(change, base))
         return self.buffer.nbytes
-
-    def _write_sparse(
-        self, change: Sparse | SparseSum | None, previous: Sparse | SparseSum | None, sparse: SparseWrites
-    ) -> int:
-        """Restore what one sparse change wrote, and write another."""
-        old, new = (None if each is None else self._patch(each) for each in (previous, change))
-        writes = [] if old is None else [(old.positions, old.original)]
-        writes += [] if new is None else [(new.positions, new.new)]
-        for positions, values in writes:
-            sparse.add(self.buffer, positions, values)
-        return sum(values.nbytes for _, values in writes)
 
     def _patch(self, change: Sparse | SparseSum) -> _SparsePatch:
         if change not in self._patches:
@@ -191,18 +183,8 @@ def make_fused_buffers(
         if operands.BIAS in plan.room:
             bias = weight.new_zeros(site.out_features) if base_bias is None else base_bias.clone()
             memory[slot_name(path, operands.BIAS)] = bias
-        reader = _constant_reader(base_weight)
-        buffers[path] = FusedBuffer(site, weight, _matrix_view_of(plan), reader, bias, base_bias)
+        matrix_of = torch.t if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING} else site.present
+        # The weight is read once: mapping a file again at every swap would cost as much as the write itself.
+        reader = itertools.repeat(base_weight).__next__
+        buffers[path] = FusedBuffer(site, weight, matrix_of, reader, bias, base_bias)
     return buffers, memory
-
-
-def _constant_reader(tensor: Tensor) -> Callable[[], Tensor]:
-    """Return a reader of one tensor; mapping a file again at every swap would cost as much as the write itself."""
-    return lambda: tensor
-
-
-def _matrix_view_of(plan: SitePlan) -> Callable[[Tensor], Tensor]:
-    site = plan.site
-    if site.kind in {SiteKind.LINEAR, SiteKind.EMBEDDING}:
-        return lambda buffer: buffer.t()
-    return site.present

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from lorac.ir.algebra.changes import (
     Dense,
@@ -9,11 +10,11 @@ from lorac.ir.algebra.changes import (
     Sparse,
     SparseSum,
     compose,
-    device_of,
     from_outputs,
+    iter_tensors,
+    map_tensors,
     merge_bias,
     merge_weight,
-    move_change,
     to_outputs,
 )
 from lorac.ir.algebra.operands import A, B, C, D, T
@@ -137,17 +138,21 @@ def test_half_precision_is_merged_in_the_wider_dtype(dtype):
     assert torch.equal(merged, expected)
 
 
-def test_a_change_moves_whole(values):
-    there, here = torch.device("meta"), torch.device("cpu")
+def to_meta(tensor):
+    return tensor.to("meta")
+
+
+def test_edits_every_tensor_of_a_change(values):
     for change in values.values():
-        gone, stayed = move_change(change, there), move_change(change, here)
-        assert device_of(change) == here and device_of(gone) == there
+        gone, stayed = map_tensors(to_meta, change), map_tensors(Tensor.clone, change)
+        assert not any(tensor.is_meta for tensor in iter_tensors(change))
+        assert all(tensor.is_meta for tensor in iter_tensors(gone))
         (form, tensors), (other, found), (same, kept) = map(to_outputs, (change, gone, stayed))
         assert form == other == same and tensors.keys() == found.keys() == kept.keys()
         assert all(tensor.is_meta and tensor.shape == tensors[letter].shape for letter, tensor in found.items())
         assert all(torch.equal(kept[letter], tensor) for letter, tensor in tensors.items())
     sparse = values["sparse"]
-    several = move_change(SparseSum(((0.5, sparse), (2.0, sparse)), sparse.e), there)
-    assert device_of(several) == there and several.e.is_meta
+    several = map_tensors(to_meta, SparseSum(((0.5, sparse), (2.0, sparse)), sparse.e))
+    assert several.e.is_meta
     assert [strength for strength, _ in several.terms] == [0.5, 2.0]
     assert all(t.is_meta for _, term in several.terms for t in (term.rows, term.cols, term.values))

@@ -12,7 +12,7 @@ from torch import nn
 
 import lorac
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.changes import Dense, LowRank, Sparse, move_change
+from lorac.ir.algebra.changes import Dense, LowRank, Sparse, map_tensors
 from lorac.ir.slots import buffers
 from lorac.ir.slots.buffers import FusedBuffer
 
@@ -33,15 +33,15 @@ def _buffer() -> FusedBuffer:
 def test_a_change_is_brought_to_the_weights_memory_once(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     brought, buffer = [], _buffer()
 
-    def counted(*given: Any) -> Any:
+    def counted(edit: Any, given: Any) -> Any:
         brought.append(given)
-        return move_change(*given)
+        return map_tensors(edit, given)
 
-    monkeypatch.setattr(buffers, "move_change", counted)
+    monkeypatch.setattr(buffers, "map_tensors", counted)
     assert buffer.write(change) == OUT * IN * 4
     assert buffer.write(change) == 0
     buffer.write(None)
-    assert buffer.write(change) == OUT * IN * 4 and brought == [(change, torch.device("meta"))]
+    assert buffer.write(change) == OUT * IN * 4 and brought == [change]
 
 
 def test_what_was_brought_goes_with_the_change() -> None:
