@@ -57,16 +57,14 @@ def compute_attention(
     group = q.shape[-3] // k.shape[-3]
     k, v = (tensor.repeat_interleave(group, -3) if group > 1 else tensor for tensor in (k, v))
     plain = causal and mask is None and not first
-    visible = None if plain or (mask is None and not causal) else _attention_mask(q, k, causal, mask, first)
+    visible = None
+    if not plain and (causal or mask is not None):
+        queries, keys = (torch.arange(tensor.shape[-2], device=q.device) for tensor in (q, k))
+        distance = (queries + first)[:, None] - keys
+        visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if mask is not None:  # (…, 1, queries, keys); a query attends to itself, so that no row is empty
+            visible = ((mask[..., None, None, :] != 0) & visible) | (distance == 0)
     return F.scaled_dot_product_attention(q, k, v, visible, is_causal=plain, scale=scale).transpose(-3, -2)
-
-
-def _attention_mask(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None, first: int) -> Tensor:
-    """Return which keys each query attends to (…, 1, queries, keys); each attends to itself, so no row is empty."""
-    queries, keys = (torch.arange(tensor.shape[-2], device=q.device) for tensor in (q, k))
-    distance = (queries + first)[:, None] - keys
-    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return visible if mask is None else ((mask[..., None, None, :] != 0) & visible) | (distance == 0)
 
 
 def require_causal(name: str, causal: bool) -> None:

@@ -1,7 +1,7 @@
 """The computation of an adapted site from its slots, in torch ops.
 
-The eager backend calls ``run_site`` and the other backends trace it (``lorac.ir.graph.adapted``), so that no backend
-has a formula of its own.
+The eager backend calls ``run_site``, and the other backends trace it (``lorac.ir.graph.adapted_call``), so that no
+backend has a formula of its own.
 """
 
 import copy
@@ -241,7 +241,9 @@ def _base_product(slots: SiteSlots, call: SiteCall, linear: Tensor | None) -> Te
 
 def _add_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor, y: Tensor) -> Tensor:
     """Return y + h∘(((x·A)∘g)·B) in the dtype of y; the pair is computed in the factors' dtype (PEFT's rule)."""
-    if not slots.stages[Stage.UP] or any(_is_empty(tensor) for _, tensor in slots.stages[Stage.UP]):
+    # torch cannot convolve with an empty tensor; the size of a traced one is unknown, and differs from 0.
+    sizes = [tensor.numel() for _, tensor in slots.stages[Stage.UP]]
+    if not sizes or any(isinstance(size, int) and size == 0 for size in sizes):
         return y
     return y + multiply_pair(layout, slots, x).to(y.dtype)
 
@@ -251,12 +253,6 @@ def multiply_pair(layout: SiteLayout, slots: SiteSlots, x: Tensor) -> Tensor:
     for stage in (Stage.DOWN, Stage.BETWEEN, Stage.UP, Stage.AFTER):
         x = apply_stage(stage, layout, slots, x)
     return x
-
-
-def _is_empty(tensor: Tensor) -> bool:
-    """Return whether a tensor is known to be empty: torch cannot convolve with it, and a traced rank is unknown."""
-    size = tensor.numel()
-    return isinstance(size, int) and size == 0
 
 
 def add_bias(layout: SiteLayout, y: Tensor, bias: Tensor | None) -> Tensor:

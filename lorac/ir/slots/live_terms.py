@@ -88,8 +88,11 @@ def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
         Unavailable: a term has a dropout rate, and its form has no place for dropout.
     """
     ctx = call.ctx
-    if call.block is None and len(terms) == 1 and _replaces_base(terms[0], ctx):
-        return _run_alone(terms[0].change, call)
+    if call.block is None and len(terms) == 1 and (alone := terms[0].change) is not None:
+        whole = not isinstance(alone, LowRank) or acts_at(alone, Stage.INPUT)
+        drops = any(_active_rate(terms[0], ctx, place) for place in _DROPOUTS)
+        if whole and terms[0].strength == 1 and not drops:
+            return _run_alone(alone, call)
     y = base = call.base()
     earlier = list[BranchSlot]()
     for term in terms:
@@ -103,7 +106,11 @@ def run_terms(terms: Sequence[LiveTerm], call: SiteCall) -> Tensor:
         elif isinstance(term.change, LowRank) and keeps_base_weight(call.layout, term.change):
             y = y + _scale(term.strength, _low_rank_delta(term, term.change.folded(), call, base)).to(y.dtype)
         elif term.change is not None:
-            y = y + _scale(term.strength, _dense_delta(term, term.change, call, base))
+            _refuse_dropout(term, ctx, (Dropout.RANK,), "whose formula has no factors to drop between")
+            rate = _input_rate(term, call)
+            dropped = dataclasses.replace(call, x=F.dropout(call.x, rate)) if rate else call
+            delta = _run_with_weight(term.change, dropped) - (dropped.base() if rate else base)
+            y = y + _scale(term.strength, delta)
     return y
 
 
@@ -152,15 +159,8 @@ def _refuse_dropout(term: LiveTerm, ctx: FormulaContext, places: Sequence[Dropou
         )
 
 
-def _replaces_base(term: LiveTerm, ctx: FormulaContext) -> bool:
-    """Return whether a lone term at strength 1 without dropout can replace the base's weight."""
-    whole = term.change is not None and (not isinstance(term.change, LowRank) or acts_at(term.change, Stage.INPUT))
-    return whole and term.strength == 1 and not any(_active_rate(term, ctx, place) for place in _DROPOUTS)
-
-
-def _run_alone(change: Change | None, call: SiteCall) -> Tensor:
+def _run_alone(change: Change, call: SiteCall) -> Tensor:
     """Return y' of one term that acts alone."""
-    assert change is not None
     if not isinstance(change, LowRank) or not keeps_base_weight(call.layout, change):
         return _run_with_weight(change, call)
     slots = _lay_out(call.layout, change.folded(), merge_bias(change, call.bias))
@@ -211,15 +211,6 @@ def _product_delta(change: LowRank, slots: SiteSlots, call: SiteCall, x: Tensor,
         return role.apply(layout, linear.to(tensor.dtype), tensor - role.neutral(SlotSpec(layout=layout)).to(tensor))
     # In the factors' wider dtype, so that the result is rounded once, with the other deltas.
     return apply_stage(Stage.OUTPUT, layout, slots, product.to(change.a.dtype) if outputs else product) - linear
-
-
-def _dense_delta(term: LiveTerm, change: Change, call: SiteCall, base: Tensor) -> Tensor:
-    _refuse_dropout(term, call.ctx, (Dropout.RANK,), "whose formula has no factors to drop between")
-    rate = _input_rate(term, call)
-    if not rate:
-        return _run_with_weight(change, call) - base
-    dropped = dataclasses.replace(call, x=F.dropout(call.x, rate))
-    return _run_with_weight(change, dropped) - dropped.base()
 
 
 def _run_with_weight(change: Change, call: SiteCall) -> Tensor:

@@ -163,20 +163,13 @@ def program_value_name(owner: str, name: str) -> str:
 
 def list_read_values(plans: Iterable[SitePlan]) -> list[str]:
     """Return the program's names of all values that the branches of the plans read."""
-    return list(
-        dict.fromkeys(
-            program_value_name(_planned_owner(plan, i), name)
-            for plan in plans
-            for i, branch in enumerate(plan.branches)
-            for name in branch.reads
-        )
-    )
-
-
-def _planned_owner(plan: SitePlan, i: int) -> str:
-    """Return the prefix of the names of the own values of a plan's i-th branch."""
-    once = plan.site.kind is SiteKind.ONCE
-    return owner_prefix(plan.site.path, i) if once else branch_owner(plan.branches[:i], plan.branches[i])
+    names: dict[str, None] = {}
+    for plan in plans:
+        once = plan.site.kind is SiteKind.ONCE
+        for i, branch in enumerate(plan.branches):
+            owner = owner_prefix(plan.site.path, i) if once else branch_owner(plan.branches[:i], branch)
+            names |= dict.fromkeys(program_value_name(owner, name) for name in branch.reads)
+    return list(names)
 
 
 def find_branch(branches: Sequence[BranchSlot], owner: str) -> int | None:

@@ -1,4 +1,4 @@
-"""Planning the slots of every site, from the adapters' normal forms, the mode and the reserve.
+"""The slots that every site requires: planned from the adapters' normal forms, the mode and the reserve.
 
 ``auto`` and ``live``: low-rank and branch terms run next to the weight, sparse and dense terms in a bound weight.
 ``fused`` and ``baked``: every term with a weight form is merged into the weight, an input or a constant of the program.
@@ -16,10 +16,11 @@ from lorac.ir.sites.patterns import check_targets_match, no_match_error, select_
 from lorac.ir.sites.site import KINDS_WITHOUT_WEIGHT, Site
 from lorac.ir.slots.filling import leaves_blocks, why_merged_weight
 from lorac.ir.slots.layouts import layout_of
-from lorac.ir.slots.plans import BranchSlot, BranchTerm, PreparedAdapter, RankPolicy, Reason, SitePlan
+from lorac.ir.slots.plans import BranchSlot, PreparedAdapter, RankPolicy, Reason, SitePlan
 from lorac.ir.slots.roles import ROLES, Stage, keeps_base_weight, tensors_by_role
 
 MODES = ("auto", "live", "fused", "baked")
+_MERGING_MODES = frozenset({"fused", "baked"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +100,21 @@ def plan_sites(
         if path in adapter.changes:
             _add_change(need, name, sites[path], adapter.changes[path], mode)
         if path in adapter.branches:
-            _add_branch(need, name, path, adapter.branches[path], mode)
+            slot = adapter.branches[path].slot
+            if mode in _MERGING_MODES:
+                keep = "mode='live' (or 'auto') keeps it in the graph"
+                raise CompileError(
+                    f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
+                    next_step=f"{keep}; {slot.instead}" if slot.instead else keep,
+                    code="not_mergeable",
+                )
+            need.branches.append(slot)
     if reserve is not None:
         _add_reserve(needs, sites, reserve, mode)
     planned = {path: _plan_site(site, needs[path], mode) for path, site in sites.items() if path in needs}
     for plan in planned.values():
         if plan.bound and plan.site.packed:
-            merging = mode in {"fused", "baked"}
+            merging = mode in _MERGING_MODES
             raise quantized_merge_error(
                 plan.site, "" if merging or not plan.reasons else f", and {plan.reasons[0]}", merging
             )
@@ -134,18 +143,8 @@ def needs_merged_weight(site: Site, change: Change) -> bool:
     return not (isinstance(change, LowRank) and keeps_base_weight(layout_of(site), change))
 
 
-def _add_branch(need: _SiteNeeds, name: str, path: str, term: BranchTerm, mode: str) -> None:
-    if mode in {"fused", "baked"}:
-        raise CompileError(
-            f"adapter '{name}' at '{path}' is a branch with no weight form, so it cannot be {mode}",
-            next_step="; ".join(["mode='live' (or 'auto') keeps it in the graph", *filter(None, [term.slot.instead])]),
-            code="not_mergeable",
-        )
-    need.branches.append(term.slot)
-
-
 def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: str) -> None:
-    bound = mode in {"fused", "baked"} or needs_merged_weight(site, change)
+    bound = mode in _MERGING_MODES or needs_merged_weight(site, change)
     if bound and leaves_blocks(site, change):
         raise CompileError(
             f"the weight that '{name}' gives '{site.path}' is not block-diagonal, as its grouped convolution needs",
@@ -159,24 +158,20 @@ def _add_change(need: _SiteNeeds, name: str, site: Site, change: Change, mode: s
                 next_step="exclude= the module, or train the adapter without a bias",
             )
         need.require(operands.BIAS)
-    if mode in {"fused", "baked"}:
+    if mode in _MERGING_MODES:
         need.require(operands.WEIGHT)
     elif isinstance(change, LowRank) and not needs_merged_weight(site, change):
         need.rank += change.rank
         for role, tensor in tensors_by_role(change).items():
             need.require(role, ROLES[role].room(tensor))
     else:
+        why = "changes the site's input, which has no axis of features"
+        if not isinstance(change, LowRank):
+            why = why_merged_weight(change)
+        elif site.within is not None:
+            why = "acts on a weight that its module reads in its own forward, where nothing can run next to it"
         need.require(operands.WEIGHT)
-        need.reasons.append(Reason(name, site.path, _merge_reason(site, change)))
-
-
-def _merge_reason(site: Site, change: Change) -> str:
-    """Return why a change is not run next to the weight."""
-    if not isinstance(change, LowRank):
-        return why_merged_weight(change)
-    if site.within is not None:
-        return "acts on a weight that its module reads in its own forward, where nothing can run next to it"
-    return "changes the site's input, which has no axis of features"
+        need.reasons.append(Reason(name, site.path, why))
 
 
 def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserve: Reserve, mode: str) -> None:
@@ -203,7 +198,7 @@ def _add_reserve(needs: dict[str, _SiteNeeds], sites: Mapping[str, Site], reserv
 def _plan_site(site: Site, need: _SiteNeeds, mode: str) -> SitePlan:
     """Return a site's plan; reasons without an adapter apply to every adapter on the site."""
     stages = {ROLES[role].stage for role in need.rooms}
-    if mode in {"fused", "baked"}:
+    if mode in _MERGING_MODES:
         need.reasons.append(Reason(None, site.path, f"mode='{mode}' merges every adapter into the weight"))
     if {Stage.INPUT, Stage.OUTPUT} <= stages:
         need.require(operands.WEIGHT)

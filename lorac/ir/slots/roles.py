@@ -223,11 +223,6 @@ def _spread_of_a(scale: NoiseScale) -> float:
     return float(scale.site.in_features**-0.5)
 
 
-def _spread_of_b(scale: NoiseScale) -> float:
-    """Return the deviation for which the pair's output is a share of the weight's."""
-    return float(_SHARE * scale.typical / (_spread_of_a(scale) * scale.rank**0.5))
-
-
 def _scale_rows_and_columns(weight: Tensor, _: NoiseScale, generator: torch.Generator) -> None:
     """Scale every row and column by positive noise, which is cheaper than noise per value.
 
@@ -237,11 +232,6 @@ def _scale_rows_and_columns(weight: Tensor, _: NoiseScale, generator: torch.Gene
         shape = [1] * weight.dim()
         shape[axis] = weight.shape[axis]
         weight.mul_(torch.exp(_SHARE * torch.randn(shape, generator=generator)).to(weight.dtype))
-
-
-def _count_down_flops(site: Site, a: Tensor) -> int:
-    """Count the operations of x·A; looking rows up costs nothing."""
-    return 0 if site.kind is SiteKind.EMBEDDING else 2 * a.numel()
 
 
 def _count_product_flops(site: Site, matrix: Tensor) -> int:
@@ -258,7 +248,7 @@ _TABLE = (
         shape=lambda slot: slot.layout.shape_a(slot.size),
         start=_zeros,
         noise=gaussian_noise(_spread_of_a),
-        flops=_count_down_flops,
+        flops=lambda site, a: 0 if site.kind is SiteKind.EMBEDDING else 2 * a.numel(),  # looking rows up is free
         into_slot=lambda layout, a: layout.slot_a(a),
         unit="rank {}",
         rank_axis=1,
@@ -273,7 +263,8 @@ _TABLE = (
         apply=lambda layout, u, b: layout.up(u, b),
         shape=lambda slot: slot.layout.shape_b(slot.size),
         start=_zeros,
-        noise=gaussian_noise(_spread_of_b),
+        # The deviation for which the pair's output is a share of the weight's.
+        noise=gaussian_noise(lambda scale: _SHARE * scale.typical / (_spread_of_a(scale) * scale.rank**0.5)),
         flops=_count_product_flops,
         into_slot=lambda layout, b: layout.slot_b(b),
         unit="rank {}",

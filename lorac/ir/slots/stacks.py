@@ -49,7 +49,7 @@ class StackShape:
 
 
 def find_stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return all tensors in order, as few views (count, …) over their memory as there are runs of neighbours in it."""
+    """Return all tensors in order, as one strided view (count, …) per run of evenly spaced tensors."""
     runs: list[list[Tensor]] = []
     steps: list[int | None] = []
     for tensor in tensors:
@@ -60,7 +60,10 @@ def find_stacks(tensors: Sequence[Tensor]) -> list[Tensor]:
         else:
             runs[-1].append(tensor)
             steps[-1] = step
-    return [_stack_view(run, step or 0) for run, step in zip(runs, steps, strict=True)]
+    return [
+        run[0].as_strided((len(run), *run[0].shape), (step or 0, *run[0].stride()), run[0].storage_offset())
+        for run, step in zip(runs, steps, strict=True)
+    ]
 
 
 def _find_step(before: Tensor, after: Tensor) -> int | None:
@@ -71,8 +74,3 @@ def _find_step(before: Tensor, after: Tensor) -> int | None:
         return None
     step = int(after.storage_offset()) - int(before.storage_offset())
     return step if step >= 0 else None
-
-
-def _stack_view(run: Sequence[Tensor], step: int) -> Tensor:
-    first = run[0]
-    return first.as_strided((len(run), *first.shape), (step, *first.stride()), first.storage_offset())
