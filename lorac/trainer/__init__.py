@@ -4,8 +4,8 @@
     compiled = train(model, tokenizer, recipe, out="run")
     train(model, tokenizer, recipe, out="run", resume=True)  # goes on at the newest checkpoint, bit for bit
 
-A recipe is what `lorac train CONFIG.yaml` reads: a task, its rows, any method, rule, start and optimizer by name, and
-the arguments of TRL's and transformers' trainers by theirs. `examples/train.py` shows how short a loop of one's own is.
+`lorac train CONFIG.yaml` reads a recipe: a task, its rows, any method, rule, start and optimizer by name, and the
+arguments of TRL's and transformers' trainers by theirs. `examples/train.py` shows how short a loop of one's own is.
 """
 
 from lorac.trainer.recipe import Recipe, read_recipe

@@ -1,6 +1,6 @@
 """Checkpoints of a training: Trainer's own, with optimizer and rules by the names of tensors, bound to one run.
 
-    checkpoint-<step>/model.safetensors   the adapters, and what the host keeps of its calls: a state dict
+    checkpoint-<step>/model.safetensors   the adapters, and the host's buffers that its calls change: a state dict
                       optimizer.pt, scheduler.pt, rng_state.pth, …  as Trainer writes them
                       checkpoint.json     the run; size and hash of every other file; a hash over all this
 
@@ -33,7 +33,7 @@ _UNBOUND = re.compile(
     r"(model|out)$|arguments\.(logging_|log_|save_|hub_|push_to_hub|report_to|run_name|project|disable_tqdm"
     r"|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor))"
 )
-"""Settings of a run that change nothing of what it computes."""
+"""Settings of a run that change none of its results."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        step: how many steps of the optimizer were taken.
+        step: number of the optimizer's steps until then.
         run: the run that wrote it, among the manifest's other fields: its adapters, recipe, base, rows, processes.
     """
 
@@ -55,7 +55,7 @@ class Checkpoint:
 
         Raises:
             ArtifactError: they are not those of the manifest.
-            LoracError: what ``lorac.load_adapter`` raises.
+            LoracError: as ``lorac.load_adapter``.
         """
         found, written = load_checkpoint(self.folder / FILE, model), sorted(self.run["adapters"])
         if sorted(found) != written:

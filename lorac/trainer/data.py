@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ READERS: Mapping[str, str] = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "imagefolder"),
 }
 """Suffix -> the reader of ``datasets``."""
+BUNDLED = ("python-docs", "python-source")
+"""Names of texts bundled with Python."""
 _TALKS = ("prompt", "completion", "chosen", "rejected", "messages")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _SOURCE_FILES = 200
@@ -68,28 +70,18 @@ def load_rows(data: str, task: str, tokenizer: Any, arguments: Any) -> Dataset:
     return rows.map(lambda row: {name: _plain_turns(row[name]) for name in talks}) if talks else rows
 
 
-def _python_docs() -> Iterable[str]:
-    from pydoc_data.topics import topics
-
-    return (topics[name] for name in sorted(topics))
-
-
-def _python_source() -> Iterable[str]:
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:_SOURCE_FILES]
-    return (file.read_text(errors="replace") for file in files)
-
-
-BUNDLED: Mapping[str, Callable[[], Iterable[str]]] = {"python-docs": _python_docs, "python-source": _python_source}
-"""Name -> texts that are on every machine."""
-
-
 def _read(data: str) -> Dataset:
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise MissingExtra("datasets", "train") from error
-    if data in BUNDLED:
-        return datasets.Dataset.from_dict({"text": [*BUNDLED[data]()]})
+    if data == "python-docs":
+        from pydoc_data.topics import topics
+
+        return datasets.Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})
+    if data == "python-source":
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:_SOURCE_FILES]
+        return datasets.Dataset.from_dict({"text": [file.read_text(errors="replace") for file in files]})
     path = parse_path(data, "data", OptionError)
     files = [file for file in sorted(path.rglob("*")) or [path] if file.suffix.lower() in READERS and file.is_file()]
     kinds = {READERS[file.suffix.lower()] for file in files}
@@ -120,20 +112,20 @@ def _plain_turns(turns: Sequence[Any]) -> list[Row]:
     """Give every turn a role and a text: a template would print anything else as Python does."""
     if not turns:
         raise OptionError("a conversation has no turns", next_step="leave its row out")
-    return [_plain_turn(turn) for turn in turns]
-
-
-def _plain_turn(turn: Any) -> Row:
-    turn = dict(turn) if isinstance(turn, Mapping) else {"content": turn}
-    role, content = turn.pop("from", turn.pop("role", None)), turn.pop("value", turn.pop("content", None))
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and turn.get("tool_calls"))):
-        raise OptionError(
-            f"a turn has the role {short(role)} and the content {short(content)}",
-            next_step="give each a role, and a text or parts of the type text as content",
-        )
-    return {**turn, "role": _SHAREGPT.get(role, role), "content": content}
+    plain = []
+    for turn in turns:
+        fields = dict(turn) if isinstance(turn, Mapping) else {"content": turn}
+        role, content = fields.pop("from", fields.pop("role", None)), fields.pop("value", fields.pop("content", None))
+        if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+            content = "".join(part["text"] for part in content)
+        is_text = isinstance(content, str) or (content is None and fields.get("tool_calls"))
+        if not isinstance(role, str) or not is_text:
+            raise OptionError(
+                f"a turn has the role {short(role)} and the content {short(content)}",
+                next_step="give each a role, and a text or parts of the type text as content",
+            )
+        plain.append({**fields, "role": _SHAREGPT.get(role, role), "content": content})
+    return plain
 
 
 def _encode(rows: Dataset, task: str, processor: Any) -> Dataset:

@@ -30,7 +30,7 @@ def make_adapters(
 
     Raises:
         OptionError: there is no such method, start or keyword.
-        LoracError: what reading, making and beginning one raise.
+        LoracError: as reading, making or beginning one raises it.
     """
     return {name: _make_adapter(name, dict(said), model, batches) for name, said in given.items()}
 
@@ -59,7 +59,7 @@ def make_rules(specs: Sequence[NamedSpec], compiled: CompiledModule, optimizer: 
 
 
 def make_losses(specs: Sequence[NamedSpec]) -> dict[str, dict[str, Any]]:
-    """Return name -> keywords of what is added to the loss."""
+    """Return name -> keywords of the terms to add to the loss."""
     found = {}
     for spec in specs:
         name, keywords = _look_up(spec, "there is no loss", losses.LOSSES)
@@ -80,7 +80,7 @@ def _make_adapter(
         path = said.pop("path")
         if said:
             what = f"adapter '{name}' has a path, and {', '.join(said)} besides"
-            raise OptionError(what, next_step="its file says what it is")
+            raise OptionError(what, next_step="leave these out: its file holds them")
         return lorac.load_adapter(path, model, name)
     start, spec, known = said.pop("start", None), {"name": said.pop("method", None), **said}, lorac.variants()
     method, keywords = _look_up(spec, f"adapter '{name}': there is no method", known)

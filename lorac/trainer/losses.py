@@ -13,6 +13,7 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import ChoiceError, Unavailable
 from lorac.session.compiled import CompiledModule
 from lorac.trainer.data import Row
+from lorac.training.initialisation.activations import IGNORED
 
 Losses = Mapping[str, JsonMapping]
 """Name -> keywords."""
@@ -25,7 +26,6 @@ LOSSES: Mapping[str, tuple[str | None, JsonMapping]] = {
 """Loss -> the extra output that it reads, and its keywords with their defaults."""
 EXPERTS = "experts"
 """The column of the data with the expert of each row, or of each token."""
-_IGNORED_LABEL = -100
 
 
 def extra_outputs(losses: Iterable[str]) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ def check_learning(compiled: Any, losses: Collection[str]) -> None:
 
     Raises:
         ChoiceError: a tensor learns from an extra output alone that none of the losses reads.
-        Unavailable: a loss reads what the model does not give.
+        Unavailable: a loss reads an output that the model does not give.
     """
     read, names = extra_outputs(losses), {output: name for name, (output, _) in LOSSES.items()}
     for module in compiled.adapter_tensors.values():
@@ -85,7 +85,7 @@ def policy_term(compiled: Any, draws: int, loss: Tensor, output: Any, labels: ob
     The draws of a row are compared by its share of the batch's cross-entropy.
 
     Args:
-        compiled: what was called, each row ``draws`` times (``repeat_rows``).
+        compiled: the model that was called, each row ``draws`` times (``repeat_rows``).
         draws: two or more.
         loss, output, labels: the trainer's and the model's, of that call.
         shifted: whether a token's logits are compared with the next one's label.
@@ -114,7 +114,7 @@ def _row_losses(output: Any, labels: object, shifted: bool) -> Tensor:
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
     flat = logits.flatten(0, -2).float(), labels.flatten()
-    return F.cross_entropy(*flat, ignore_index=_IGNORED_LABEL, reduction="none").view(len(labels), -1).sum(1)
+    return F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view(len(labels), -1).sum(1)
 
 
 def collate_experts(collate: Callable[[list[Row]], Row]) -> Callable[..., Row]:
@@ -123,7 +123,7 @@ def collate_experts(collate: Callable[[list[Row]], Row]) -> Callable[..., Row]:
     def collated(rows: list[Row]) -> Row:
         found = [torch.as_tensor(row[EXPERTS]).view(-1) for row in rows if EXPERTS in row]
         batch = collate([{name: value for name, value in row.items() if name != EXPERTS} for row in rows])
-        padded = {EXPERTS: pad_sequence(found, True, _IGNORED_LABEL).squeeze(1)} if found else {}
+        padded = {EXPERTS: pad_sequence(found, True, IGNORED).squeeze(1)} if found else {}
         return {**batch, **padded}
 
     return collated

@@ -41,16 +41,16 @@ class Recipe:
     Attributes:
         adapters: name -> ``{"method": <one of `lorac variants`>, <hyper-parameter>: ...}``, perhaps with ``"start"``,
             one of ``lorac.training.initialisation``; or ``{"path": <an adapter's file>}``, trained on.
-        model, out: for the command line: what `lorac train` loads, and the folder that it writes.
+        model, out: for the command line: the model that `lorac train` loads, and the folder that it writes.
         active: name -> strength, as ``swap`` takes it; default: all, at strength 1.
-        task: what is learnt, a key of ``TASKS``.
+        task: a key of ``TASKS``.
         data: the rows (``lorac.trainer.data.load_rows``).
         eval_data: as ``data``, to evaluate on.
         test_size: the number, or the part, of ``data``'s rows to evaluate on.
         optimizer: one of torch.optim's or of ``lorac.training``'s; default: the one of the argument ``optim``.
         rules: those of ``lorac.training`` to attach to it.
-        loss: what is added to the model's loss, by the names of ``lorac.training``'s functions.
-        start_batches: how many batches a start sees.
+        loss: terms to add to the model's loss, by the names of ``lorac.training``'s functions.
+        start_batches: number of batches that a start sees.
         early_stopping_patience: evaluations without a better one after which the run stops.
         recover: for LoRAM, where the model is a smaller copy: ``{"model": <folder of the large one>, "pruned": <a
             folder of pruned_idx files, or a file of write_pruning_record>}``. LoRAs are written for the large model.
@@ -89,7 +89,9 @@ class Recipe:
             raise ChoiceError("early_stopping_patience needs evaluations", next_step="add test_size, or eval_data")
         if self.recover is not None and self.recover.keys() != {"model", "pruned"}:
             what = f"recover has the fields {', '.join(self.recover) or 'none'}"
-            raise OptionError(what, next_step="it takes model and pruned, the large model and what was pruned of it")
+            raise OptionError(
+                what, next_step="it takes model and pruned: the large model, and the record of its pruning"
+            )
         for name, value in self.arguments.items():
             self._check_argument(name, value)
 

@@ -30,7 +30,7 @@ def train(
     Args:
         model: the base, left unchanged.
         processing_class: the model's tokenizer; of images the processor. Left unchanged.
-        recipe: what to train, and how.
+        recipe: the run's settings.
         out: a folder without a run; it gets each adapter, in PEFT's format or where it has no place there in lorac's,
             the trainer's checkpoints, and ``trainer_state.json`` with everything it logged.
         resume: continue from the newest checkpoint in ``out``, bit for bit as if the run had not stopped.
@@ -42,7 +42,7 @@ def train(
         MissingExtra: TRL, ``datasets`` or transformers is not installed.
         ChoiceError: ``out`` holds a run already, or none to resume.
         OptionError: the trainer, or its dataclass of arguments, refuses the recipe.
-        LoracError: what the recipe's names, files and data raise.
+        LoracError: as the recipe's names, files and data raise it.
     """
     folder = parse_path(out, "out", OptionError)
     checkpoint = checkpoints.find_checkpoint(folder) if resume else None
@@ -55,25 +55,15 @@ def train(
     compiled: CompiledModule = trainer.model
     names = sorted(compiled.adapters) if trainer.is_world_process_zero() else ()
     for name, stem in file_stems(names, reserved=checkpoints.FOLDER).items():
-        _save_adapter(run.recover(compiled.adapters[name]), folder / stem, run.host)
+        adapter = run.recover(compiled.adapters[name])
+        try:
+            lorac.save_adapter(adapter, folder / stem, model=run.host)
+        except FormatError as error:
+            if error.code != "unsupported_field":
+                raise
+            lorac.save_adapter(adapter, folder / f"{stem}.safetensors", format="native", model=run.host)
     trainer.accelerator.wait_for_everyone()
     return compiled.eval()
-
-
-def _save_adapter(adapter: Adapter, folder: Path, model: nn.Module) -> None:
-    """Write an adapter as PEFT does, or where PEFT has no place for it in lorac's own format."""
-    try:
-        lorac.save_adapter(adapter, folder, model=model)
-    except FormatError as error:
-        if error.code != "unsupported_field":
-            raise
-        lorac.save_adapter(adapter, folder.with_name(f"{folder.name}.safetensors"), format="native", model=model)
-
-
-def _read_recovery(given: Mapping[str, str]) -> tuple[nn.Module, Mapping[str, loram.PruningRecord] | None]:
-    """Return the large model without its weights, and the rows and columns that its smaller copy keeps."""
-    large, pruned = outline_model(parse_path(given["model"], "model", OptionError)), Path(given["pruned"])
-    return large, loram.read_removed_units(pruned, large) if pruned.is_dir() else loram.read_pruning_record(pruned)
 
 
 class _Run:
@@ -83,7 +73,14 @@ class _Run:
         from transformers import set_seed
 
         self.model, self.recipe = model, recipe
-        self.host, self.kept = _read_recovery(recipe.recover) if recipe.recover else (model, None)
+        self.host, self.kept = model, None
+        if recipe.recover:  # the large model without its weights, and the rows and columns that its smaller copy keeps
+            large, pruned = (parse_path(recipe.recover[name], name, OptionError) for name in ("model", "pruned"))
+            self.host = outline_model(large)
+            if pruned.is_dir():
+                self.kept = loram.read_removed_units(pruned, self.host)
+            else:
+                self.kept = loram.read_pruning_record(pruned)
         self.is_preference = recipe.task in ("dpo", "kto")
         self.trainer_class, config = recipe.load_classes()
         evaluation = {"eval_strategy": "epoch", "metric_for_best_model": "loss"} if recipe.evaluates else {}

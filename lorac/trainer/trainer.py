@@ -3,7 +3,7 @@
     trainer = adapter_trainer(SFTTrainer)(model=compiled, args=arguments, train_dataset=rows, recipe=recipe)
     trainer.train(resume_from_checkpoint=True)  # from the newest finished checkpoint, to the bit
 
-This file alone overrides private functions of ``Trainer``; ``tests/trainer/test_trainer.py`` says what is relied on.
+This file alone overrides private functions of ``Trainer``; ``tests/trainer/test_trainer.py`` tests that they are there.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ class AdapterTrainer(Trainer):
 
     Args:
         recipe: its optimizer, rules and losses are used, and a checkpoint is bound to all of it.
-        **settings: of the class below; ``model`` is what ``lorac.compile(..., target="eager")`` returned.
+        **settings: of the class below; ``model`` is the result of ``lorac.compile(..., target="eager")``.
 
     Raises:
         ChoiceError: a tensor learns from an extra output alone, and no loss reads it.
-        Unavailable: a loss reads what the model does not give; or the model is to lie in parts.
-        OptionError: the recipe names what does not exist.
+        Unavailable: a loss reads an output that the model does not give; or the model is to lie in parts.
+        OptionError: the recipe has a name that does not exist.
     """
 
     model: Any
@@ -78,7 +78,7 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the loss as the class below computes it, in training with what the recipe adds."""
+        """Return the loss as the class below computes it, in training with the recipe's terms."""
         experts = inputs.pop(EXPERTS, None) if GATES in self.losses else None
         if not self.losses or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -98,7 +98,7 @@ class AdapterTrainer(Trainer):
         return (total, *others) if return_outputs else total
 
     def _share(self, num_items_in_batch: torch.Tensor | int | None) -> float:
-        """Return what a mean over one call counts in a step whose loss Trainer does not divide by its calls."""
+        """Return the share of one call's mean in a step whose loss Trainer does not divide by its calls."""
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -141,7 +141,7 @@ class AdapterTrainer(Trainer):
         return compute_base_hash(self.model.session.view, weights)
 
     def _describe_run(self) -> JsonObject:
-        """Return what a checkpoint is bound to."""
+        """Return the description of the run that a checkpoint is bound to."""
         adapters = {
             name: {"method": adapter.variant.name, "settings": variant_config(adapter.variant)[0]}
             for name, adapter in self.model.adapters.items()
@@ -170,5 +170,5 @@ class AdapterTrainer(Trainer):
 
 
 def adapter_trainer(base: type[Trainer]) -> type[Any]:
-    """Return a class that trains as ``Trainer``, or one of TRL's trainers, does, with what ``AdapterTrainer`` adds."""
+    """Return a class that trains as ``Trainer`` or one of TRL's trainers does, with the additions of this file."""
     return type(f"Adapter{base.__name__}", (AdapterTrainer, base), {})

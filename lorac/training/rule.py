@@ -103,7 +103,11 @@ class Rule(ABC):
             hooks.append(self.optimizer.register_load_state_dict_pre_hook(self._load))
         self._detach = [hook.remove for hook in hooks]
         if self.listens:
-            self._detach.append(self.compiled.engine.listen(self.listens, self._hear))
+
+            def listener(emitted: Mapping[str, Mapping[str, Tensor]]) -> None:
+                self.hear({name: {path: t.detach() for path, t in found.items()} for name, found in emitted.items()})
+
+            self._detach.append(self.compiled.engine.listen(self.listens, listener))
 
     def hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:  # noqa: B027  (the same)
         """Handle the extra outputs of a training call; runs once after each, micro-batches included.
@@ -119,7 +123,7 @@ class Rule(ABC):
         """Return the optimizer as the step sees it, after ``before``: a view of it, or by default itself.
 
         Args:
-            optimizer: the optimizer, or what another rule has it seen as.
+            optimizer: the optimizer, or the view that another rule gives of it.
         """
         return optimizer
 
@@ -147,9 +151,6 @@ class Rule(ABC):
     ) -> None:
         self.remove()
 
-    def _hear(self, emitted: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.hear({name: {path: t.detach() for path, t in found.items()} for name, found in emitted.items()})
-
     def _before(self, optimizer: Optimizer, args: Operands, kwargs: State) -> tuple[Operands, State]:
         if self.before_gradients and any(callable(given) for given in (*args[1:], *kwargs.values())):
             raise Unavailable(
@@ -163,7 +164,8 @@ class Rule(ABC):
                     f"adapter '{term.adapter}' has changed since {type(self).__name__} was attached",
                     next_step="remove the rule, and attach a new one",
                 )
-        self._skipped = _has_infinite_gradients(optimizer)
+        # Where a GradScaler found infinite gradients, a fused step, unlike others, is called and does nothing.
+        self._skipped = bool(getattr(optimizer, "found_inf", None))
         if self._skipped:
             return args, kwargs
         with torch.no_grad():
@@ -172,7 +174,7 @@ class Rule(ABC):
             self.before()
             return (self.view(args[0]), *args[1:]), kwargs
 
-    def _after(self, optimizer: Optimizer, args: Operands, kwargs: State) -> None:
+    def _after(self, *_: object) -> None:
         with torch.no_grad():
             if not self._skipped:
                 self.after()
@@ -249,19 +251,13 @@ def spans_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _has_infinite_gradients(optimizer: Optimizer) -> bool:
-    """Return whether a GradScaler found some; a fused step, unlike others, is then called and does nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
 def _unscale_gradients(optimizer: Optimizer) -> None:
     """Divide gradients by the GradScaler's factor, which a fused step would do within itself."""
     scale = getattr(optimizer, "grad_scale", None)
-    gradients = (tensor.grad for group in optimizer.param_groups for tensor in group["params"])
     if scale is None:
         return
-    for grad in gradients:
-        if grad is not None:
-            grad.div_(scale.to(grad.device))
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            if tensor.grad is not None:
+                tensor.grad.div_(scale.to(tensor.grad.device))
     setattr(optimizer, "grad_scale", None)  # noqa: B010  (an attribute that only GradScaler knows)

@@ -16,11 +16,11 @@ Group = dict[str, Any]
 
 
 class GroupView(Group):
-    """A parameter group as a step sees it; what the step writes into it is written into a store as well.
+    """A parameter group as a step sees it; the step's writes into it also go into a store.
 
     Args:
         entries: of the group.
-        store: the optimizer's own group, or what the caller keeps for the next view.
+        store: the optimizer's own group, or a mapping that the caller keeps for the next view.
     """
 
     def __init__(self, entries: Mapping[str, Any], store: Group) -> None:

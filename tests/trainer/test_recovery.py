@@ -49,7 +49,7 @@ def test_a_lora_of_the_smaller_model_is_written_for_the_large_one(files: str, pr
 
 def test_what_cannot_be_recovered_is_refused_before_the_training(pruned: Any, tmp_path: Path) -> None:
     large, smaller = pruned
-    with pytest.raises(lorac.AdapterNotFound, match="what lorac recovers is a LoRA"):
+    with pytest.raises(lorac.AdapterNotFound, match="lorac recovers LoRAs alone"):
         run(tmp_path, smaller.model, "removed", adapters={"mine": {**LORA, "method": "dora"}})
     with refuses("shape_mismatch", match="of which the smaller model has"):
         run(tmp_path, large, "removed")

@@ -4,7 +4,7 @@
     adapter = LoRAGA()(lorac.LoRA(r=8), model, batches)
     compiled = lorac.compile(model, {"mine": adapter})
 
-Where PEFT would rewrite the base, the adapter is a ``lorac.Residual``, which holds what is subtracted from it.
+Where PEFT would rewrite the base, the adapter is a ``lorac.Residual``, which holds the part to subtract from it.
 """
 
 from lorac.training.initialisation.from_activations import EVA, CorDA

@@ -33,14 +33,23 @@ def visit_inputs(
         AdapterError: an input is NaN or infinite.
     """
     for site in sites.values():
-        _check_linear(site)
+        if site.kind is not SiteKind.LINEAR or site.within is not None:
+            raise SiteError(
+                f"'{site.path}' is a {site.kind}; initialising from activations needs linear layers that are called",
+                next_step="narrow targets=, or exclude= the module",
+                code="site_unsupported",
+            )
     reached: set[str] = set()
-    kept: list[Tensor | None] = [None]
+    counted: Tensor | None = None
 
     def watching(path: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
-            rows = _input_rows(given, kept[0])
+            rows = given.detach().to(torch.promote_types(given.dtype, torch.float32))
+            if counted is not None and given.shape[:2] == counted.shape:
+                rows = rows[counted]
+            else:
+                rows = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]
             if not rows.isfinite().all():
                 raise AdapterError(
                     f"the input of '{path}' is not finite", next_step="look for NaN in the batches", code="non_finite"
@@ -53,7 +62,7 @@ def visit_inputs(
     handles = [model.get_submodule(path).register_forward_pre_hook(watching(path), with_kwargs=True) for path in sites]
     with borrow_model(model, training=False), remove_hooks(handles):
         for batch in batches:
-            kept[0] = _counted_positions(batch) if labelled else None
+            counted = _counted_positions(batch) if labelled else None
             call_model(model, batch)
     for path in sites.keys() - reached:
         raise SiteError(
@@ -61,17 +70,8 @@ def visit_inputs(
         )
 
 
-def _check_linear(site: Site) -> None:
-    if site.kind is not SiteKind.LINEAR or site.within is not None:
-        raise SiteError(
-            f"'{site.path}' is a {site.kind}; initialising from activations needs linear layers that are called",
-            next_step="narrow targets=, or exclude= the module",
-            code="site_unsupported",
-        )
-
-
 def _counted_positions(batch: object) -> Tensor | None:
-    """Return which positions (b, s) of a batch count; None for all."""
+    """Return a mask (b, s) of the positions of a batch that count; None for all."""
     found: Tensor | None = None
     if isinstance(batch, Mapping):
         mask, labels = batch.get("attention_mask"), batch.get("labels")
@@ -79,10 +79,3 @@ def _counted_positions(batch: object) -> Tensor | None:
         if isinstance(labels, Tensor) and labels.ndim == 2:
             found = (labels != IGNORED) if found is None else found & (labels != IGNORED)
     return found
-
-
-def _input_rows(given: Tensor, kept: Tensor | None) -> Tensor:
-    wide = given.detach().to(torch.promote_types(given.dtype, torch.float32))
-    if kept is not None and given.shape[:2] == kept.shape:
-        return wide[kept]
-    return wide.flatten(0, -2) if given.ndim > 1 else wide[None]

@@ -112,13 +112,11 @@ class EVA(Initialiser):
             a = vectors[:rank] / sizes[:rank, None].sqrt() if self.whiten else vectors[:rank]
             a, b = a.to(factor_dtype(sites[path].dtype)).contiguous(), adapter.tensors[path]["lora_B"]
             tensors[path] = {**adapter.tensors[path], "lora_A": a, "lora_B": b.new_zeros(b.shape[0], rank)}
-        return replace(adapter, variant=self._variant(adapter, variants, ranks), tensors=tensors, provenance={})
-
-    def _variant(self, adapter: Adapter, variants: Mapping[str, Any], ranks: Mapping[str, int]) -> LoRA:
         scaled = {path: ranks[path] / variants[path].r if self.adjust_scaling_factors else 1 for path in ranks}
         alphas = {path: variants[path].alpha * scaled[path] for path in ranks}
         own: Any = adapter.variant
-        return make_lora_variant(ranks, alphas, own, rslora=own.rslora, lora_bias=own.lora_bias)
+        variant = make_lora_variant(ranks, alphas, own, rslora=own.rslora, lora_bias=own.lora_bias)
+        return replace(adapter, variant=variant, tensors=tensors, provenance={})
 
 
 class _InputMoments:

@@ -72,7 +72,9 @@ def sum_gradients(
     with borrow_model(model, training=True), torch.enable_grad(), remove_hooks([]) as handles:
         _accumulate_gradients(model, {name: sites[paths[0]] for name, paths in owners.items()}, sums, handles)
         for batch in batches:
-            _run_backward((loss or compute_loss)(model, batch))
+            found = (loss or compute_loss)(model, batch)
+            if found.requires_grad:  # sites without a gradient are refused afterwards
+                found.backward()
             count += 1
     if not count:
         raise AdapterError(
@@ -81,12 +83,6 @@ def sum_gradients(
     return SummedGradients(
         {path: _find_sum(path, name, sums) for name, paths in owners.items() for path in paths}, count
     )
-
-
-def _run_backward(loss: Tensor) -> None:
-    """Run backward; sites without a gradient are reported afterwards."""
-    if loss.requires_grad:
-        loss.backward()
 
 
 def _trainable_weight_name(site: Site, model: nn.Module) -> str:

@@ -35,7 +35,7 @@ class InitialisationSite:
     Attributes:
         variant: the adapter's method there, with the patterns applied.
         weight: W (out, in), in the dtype of the factors; of a stack (E, out, in).
-        read: what the initialiser read there of batches, on the device of W; empty where it reads none.
+        read: the values that the initialiser read there from batches, on the device of W; empty where it reads none.
     """
 
     variant: Any
@@ -136,7 +136,7 @@ class PairInitialiser(Initialiser):
     """Whether s·B·A is subtracted from the base, so that the adapter begins at the base's output."""
 
     def read(self, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Mapping[str, Tensor]:
-        """Return what ``pair`` needs of the batches, by path of a site; by default nothing."""
+        """Return the values that ``pair`` needs from the batches, by path of a site; by default none."""
         return {}
 
     @abstractmethod

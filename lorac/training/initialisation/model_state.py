@@ -1,6 +1,6 @@
 """Running a model and restoring it: modes, flags, gradients, buffers and the random state."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,32 +12,22 @@ from torch.utils.hooks import RemovableHandle
 @contextmanager
 def borrow_model(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Run a model in a mode and restore its state afterwards, also when the run fails."""
-    restore = _capture_state(model)
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
         try:
             model.train(training)
             yield
         finally:
-            restore()
-
-
-def _capture_state(model: nn.Module) -> Callable[[], None]:
-    """Return a function that restores all that a run may change."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-
-    def restore() -> None:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag, grad in flags:
-            parameter.requires_grad_(flag).grad = grad
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
-
-    return restore
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag, grad in flags:
+                parameter.requires_grad_(flag).grad = grad
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ SCORES = ("magnitude", "gradient", "random")
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A smaller model with a record of what was pruned.
+    """A smaller model with a record of its pruning.
 
     Attributes:
         model: the smaller model, with weights of its own.
@@ -136,17 +136,15 @@ def mask(
     view = ModelView.of(model)
     small, masks = copy.deepcopy(model), {}
     for site in select_sites(view.sites, targets, heads=view.output_layers):
-        masks[_linear_weight_name(site)] = site.store(_layer_mask(site, view.base.weight(site), share, pattern))
+        if site.kind is not SiteKind.LINEAR or site.weight is None:
+            raise SiteError(
+                f"'{site.path}' is not a linear layer", next_step="narrow targets=", code="site_unsupported"
+            )
+        masks[site.weight] = site.store(_layer_mask(site, view.base.weight(site), share, pattern))
     with torch.no_grad():
         for name, kept in masks.items():
             small.get_parameter(name).mul_(kept)
     return PrunedModel(small, {}, masks, _compare_sizes(model, small, masks))
-
-
-def _linear_weight_name(site: Site) -> str:
-    if site.kind is not SiteKind.LINEAR or site.weight is None:
-        raise SiteError(f"'{site.path}' is not a linear layer", next_step="narrow targets=", code="site_unsupported")
-    return site.weight
 
 
 def _layer_mask(site: Site, weight: Tensor, share: float, pattern: tuple[int, int] | None) -> Tensor:
@@ -221,7 +219,11 @@ def _update_module_sizes(small: nn.Module, left: list[tuple[UnitGroup, Tensor]],
     """Set the new numbers of units in modules and configurations; layers that share a configuration get copies."""
     found: dict[str, set[int]] = {}
     for group, units in left:
-        numbers = _unit_attributes(group, len(units))
+        if group.kind == HEADS:
+            queries = len(units) * group.shared
+            numbers = {"num_heads": queries, "num_attention_heads": queries, "num_key_value_heads": len(units)}
+        else:
+            numbers = {"intermediate_size": len(units), "ffn_dim": len(units)}
         owner: Any = small.get_submodule(group.owner)
         _set_attributes(owner, numbers)
         if hasattr(owner, "config"):
@@ -231,17 +233,6 @@ def _update_module_sizes(small: nn.Module, left: list[tuple[UnitGroup, Tensor]],
             found.setdefault(name, set()).add(number)
     if everywhere and hasattr(small, "config"):
         _set_attributes(small.config, {name: min(numbers) for name, numbers in found.items() if len(numbers) == 1})
-
-
-def _unit_attributes(group: UnitGroup, left: int) -> dict[str, int]:
-    """Return the attributes of modules and configurations that hold the number of units."""
-    if group.kind != HEADS:
-        return {"intermediate_size": left, "ffn_dim": left}
-    return {
-        "num_heads": left * group.shared,
-        "num_attention_heads": left * group.shared,
-        "num_key_value_heads": left,
-    }
 
 
 def _set_attributes(holder: Any, numbers: Mapping[str, int]) -> None:
@@ -255,10 +246,6 @@ def _set_attributes(holder: Any, numbers: Mapping[str, int]) -> None:
 
 def _compare_sizes(large: nn.Module, small: nn.Module, masks: Mapping[str, Tensor]) -> SizeComparison:
     gone = sum(int(mask.numel() - mask.count_nonzero()) for mask in masks.values())
-    counts, sizes = zip(*(_measure_model(model) for model in (large, small)), strict=True)
-    return SizeComparison((counts[0], counts[1] - gone), sizes)
-
-
-def _measure_model(model: nn.Module) -> tuple[int, int]:
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.numel() * p.itemsize for p in parameters)
+    before, after = ([(p.numel(), p.nbytes) for p in model.parameters()] for model in (large, small))
+    counts = sum(count for count, _ in before), sum(count for count, _ in after) - gone
+    return SizeComparison(counts, (sum(size for _, size in before), sum(size for _, size in after)))

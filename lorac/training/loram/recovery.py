@@ -41,7 +41,7 @@ def recover(adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Modul
     """
     if not isinstance(adapter.variant, LoRA):
         raise AdapterNotFound(
-            f"'{adapter.name}' is {adapter.variant.name}, and what lorac recovers is a LoRA",
+            f"'{adapter.name}' is {adapter.variant.name}, and lorac recovers LoRAs alone",
             next_step="lorac.to_lora makes one of it, on the smaller model",
         )
     if fill not in FILLS:
@@ -95,13 +95,13 @@ def align(
     loss: Loss | None = None,
     each: Callable[[int, float], None] | None = None,
 ) -> None:
-    """Train all of a smaller model, but its head, to make up for what it lost; masked weights stay 0.
+    """Train all of a smaller model, but its head, to make up for the loss by pruning; masked weights stay 0.
 
     AdamW with a linear warm-up and a cosine to 0, the paper's. Without it an adapter recovers too, less well.
 
     Args:
         smaller: its model is trained in place.
-        batches: what it is called with, one a step.
+        batches: arguments of the model's calls, one a step.
         steps: how many steps; with fewer batches it ends where they do.
         lr: the largest learning rate.
         loss: (model, batch) -> the loss; default: the model's own.
@@ -111,7 +111,9 @@ def align(
         AdapterError: there are none, or none with a loss.
     """
     model, rising = smaller.model, min(_WARMUP, steps // 10)
-    trained = _alignment_parameters(model)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    trained = [parameter for parameter in model.parameters() if id(parameter) not in frozen]
     optimizer = torch.optim.AdamW(trained, lr=lr)
 
     def rate(step: int) -> float:
@@ -127,7 +129,9 @@ def align(
         found.backward()
         optimizer.step()
         schedule.step()
-        _apply_masks(smaller)
+        with torch.no_grad():
+            for name, mask in smaller.masks.items():
+                model.get_parameter(name).mul_(mask)
         if each is not None:
             each(step, float(found.detach()))
     model.train(mode)
@@ -135,15 +139,3 @@ def align(
         raise AdapterError(
             "there are no batches to align with", next_step="give at least one batch", code="batches_needed"
         )
-
-
-def _alignment_parameters(model: nn.Module) -> list[nn.Parameter]:
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    frozen = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    return [parameter for parameter in model.parameters() if id(parameter) not in frozen]
-
-
-@torch.no_grad()
-def _apply_masks(smaller: PrunedModel) -> None:
-    for name, mask in smaller.masks.items():
-        smaller.model.get_parameter(name).mul_(mask)

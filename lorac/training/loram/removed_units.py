@@ -25,7 +25,7 @@ def read_removed_units(folder: str | Path, model: nn.Module) -> dict[str, Prunin
     """Read a folder of LoRAM's authors, as ``PrunedModel.kept`` has it.
 
     Args:
-        folder: of their files; where heads and hidden units lie in two, join what each gives.
+        folder: of their files; where heads and hidden units lie in two, join the two results.
         model: the large model, which tells sizes and the layers that are pruned together.
 
     Raises:

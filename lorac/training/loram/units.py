@@ -96,7 +96,7 @@ def _find_linear(module: nn.Module, name: str) -> Any:
 
 
 def count_kept_units(group: UnitGroup, share: float) -> int:
-    """How many units are kept when a share of them goes, by the rounding of the authors' code; at least one.
+    """Return the number of units that stay when a share of them goes, rounded as in the authors' code; at least one.
 
     Hidden units: I − ⌈I·share⌉; heads of grouped attention: H − ⌊H·share⌋; of plain attention: ⌊H·(1 − share)⌋.
     """
@@ -109,7 +109,7 @@ def count_kept_units(group: UnitGroup, share: float) -> int:
 
 
 def sum_unit_scores(group: UnitGroup, scores: Mapping[str, Tensor]) -> Tensor:
-    """How much each unit (count,) counts, from how much each weight does, (out, in) by path of a layer."""
+    """Return the score of each unit (count,) from those of the weights, (out, in) by path of a layer."""
     total = sum(scores[path].sum(1).unflatten(0, (group.count, -1)).sum(1) for path in group.rows)
     total = total + sum(scores[path].sum(0).unflatten(0, (group.count, -1)).sum(1) for path in group.columns)
     assert isinstance(total, Tensor)

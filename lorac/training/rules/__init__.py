@@ -1,1 +1,1 @@
-"""One file per training rule: what a method does around an optimizer's step, on the optimizer's own hooks."""
+"""One file per training rule: the work of a method around an optimizer's step, on the optimizer's own hooks."""

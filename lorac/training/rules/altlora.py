@@ -1,17 +1,15 @@
 """AltLoRA and AltLoRA+: one factor moves at a time, along its projected gradient, with momentum that follows.
 
-Yu et al., NeurIPS 2025, arXiv 2505.12455; ``released`` is what the authors' optimizers do instead.
+Yu et al., NeurIPS 2025, arXiv 2505.12455; ``released`` is the authors' optimizers, which differ from the paper.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lorac.errors import not_one_of
 from lorac.training.rule import State
@@ -35,7 +33,7 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class AlternatingFactors:
-    """Which factor of every pair moves when.
+    """The turns of the factors: one of every pair moves at a time.
 
     Attributes:
         first: who begins: ``"A"`` as in the paper's listing, or ``"B"``, which scored better there: while B is 0 a turn
@@ -128,7 +126,10 @@ class AltLoRA(PairRule):
         self.correct_bias = released if correct_bias is None else correct_bias
         self.skip_idle = turns.skip_idle and not released
         self._sides = [(_FactorSide(pair, 0), _FactorSide(pair, 1)) for pair in self.pairs]
-        self.attach(*self._hooks())
+        letters = [(letter, tensor) for pair in self.pairs for letter, tensor in zip("AB", pair.factors, strict=True)]
+        self.attach(
+            *(tensor.register_hook(functools.partial(self._only_in_turn, letter)) for letter, tensor in letters)
+        )
         self._skip(self.turn)
 
     @property
@@ -140,7 +141,12 @@ class AltLoRA(PairRule):
         """Put M in the place of the gradient of the factor whose turn it is, and take the other's away."""
         groups = {id(t): group for group in self.optimizer.param_groups for t in group["params"]}
         for sides in self._sides:
-            self._both_turns(sides, groups)
+            moved: Tensor | None = None
+            for letter, side in zip("AB", sides, strict=True):
+                if letter not in self.turn:
+                    side.own.grad = None
+                elif side.own.grad is not None:
+                    moved = self._turn(side, moved, groups[id(side.own)])
 
     def after(self) -> None:
         """Begin the next turn."""
@@ -162,14 +168,6 @@ class AltLoRA(PairRule):
                 side.state = copy_state(own, side.own)
         self._skip(self.turn)
 
-    def _both_turns(self, sides: "tuple[_FactorSide, _FactorSide]", groups: Mapping[int, Group]) -> None:
-        moved: Tensor | None = None
-        for letter, side in zip("AB", sides, strict=True):
-            if letter not in self.turn:
-                side.own.grad = None
-            elif side.own.grad is not None:
-                moved = self._turn(side, moved, groups[id(side.own)])
-
     def _turn(self, side: "_FactorSide", partner: Tensor | None, group: Group) -> Tensor:
         """Set one factor's gradient to its direction; return the factor as it will be after the step.
 
@@ -183,7 +181,7 @@ class AltLoRA(PairRule):
         scale = 1 if self.released else side.pair.scale
         projected = gram.inverse @ side.oriented(side.gradient) / scale**2
         direction = side.oriented_back(self._directed(side, projected, gram, other))
-        if self.released:  # whose decay acts on what the update left
+        if self.released:  # its decay acts on the updated factor
             direction = direction * (1 - group["lr"] * group["weight_decay"])
         side.own.grad = direction.to(side.own.dtype)
         return side.own - group["lr"] * (side.own.grad + group["weight_decay"] * side.own)
@@ -206,11 +204,6 @@ class AltLoRA(PairRule):
         if self.correct_bias and not self.released:
             square = square / (1 - beta2 ** state["step"])
         return direction / (square.sqrt() + _EPS)
-
-    def _hooks(self) -> Iterator[RemovableHandle]:
-        for pair in self.pairs:
-            for letter, tensor in zip("AB", pair.factors, strict=True):
-                yield tensor.register_hook(functools.partial(self._only_in_turn, letter))
 
     def _only_in_turn(self, letter: str, grad: Tensor) -> Tensor:
         """Return the gradient on the factor's turn, otherwise 0, so that clipping measures no other."""

@@ -1,4 +1,4 @@
-"""FlyLoRA's balancing: what is chosen too often is chosen less, by a bias that no loss sees.
+"""FlyLoRA's balancing: a bias that no loss sees makes experts that are chosen too often rarer.
 
 Zou et al., NeurIPS 2025, arXiv 2510.08396, for any method that chooses by a score plus a bias.
 """
@@ -16,14 +16,15 @@ from lorac.training.rules.pairs import FROM_0, check_settings
 from lorac.variants.base import BranchVariant, Variant
 
 _CHOSEN = "chosen"
-"""The extra output that says what was chosen: (…, n), not 0 where a token chose."""
+"""The extra output with the choices: (…, n), not 0 where a token chose."""
 
 
 class Balanced(Rule):
     """After every step d_i ← d_i + u·sign(mean(c) − c_i), c_i the number of tokens that chose i in all of the step.
 
-    Micro-batches and the processes that train together are one step; what a checkpoint computes again counts once, and
-    calls that do not train not at all. The bias d is a buffer of the adapter: saved with it, constant when deployed.
+    Micro-batches and the processes that train together are one step; a call that a checkpoint computes again counts
+    once, and one that does not train not at all. The bias d is a buffer of the adapter: saved with it, constant when
+    deployed.
 
     Args:
         compiled: as ``Rule``'s.
@@ -78,7 +79,7 @@ class Balanced(Rule):
             self._counts[path] = self._counts[path] + count if path in self._counts else count
 
     def after(self) -> None:
-        """Move the biases by what was counted, and begin to count anew."""
+        """Move the biases by the counts, and begin to count anew."""
         for path, count in self._counts.items():
             if spans_processes():
                 torch.distributed.all_reduce(count)

@@ -55,14 +55,11 @@ class EightBitMoments:
         values = self._decoded(state[name], name, like) if name in state else torch.zeros_like(like)
 
         def store() -> None:
-            state[name] = self._coded(values, name)
+            code = self._codes[name].to(values.device)
+            coded, scales = self._functional.quantize_blockwise(values.float(), code, blocksize=_BLOCK)
+            state[name] = {"codes": coded, "largest": scales.absmax}
 
         return OptimizerMoment(values, store)
-
-    def _coded(self, values: Tensor, name: str) -> dict[str, Tensor]:
-        code = self._codes[name].to(values.device)
-        coded, kept = self._functional.quantize_blockwise(values.float(), code, blocksize=_BLOCK)
-        return {"codes": coded, "largest": kept.absmax}
 
     def _decoded(self, kept: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         code = self._codes[name].to(like.device)

@@ -8,9 +8,10 @@ The weights are those of ``lorac.Full`` adapters, so that the result is an adapt
     optimizer = GaLoreAdamW(galore_groups(compiled, rank=128), lr=1e-2)
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,7 +69,7 @@ class GaLore(Optimizer, ABC):
     r·n for each moment.
 
     Raises:
-        ChoiceError: a setting is out of range, or a group with ``rank`` holds what is no matrix.
+        ChoiceError: a setting is out of range, or a group with ``rank`` holds a tensor that is not a matrix.
         OptionError: there is no such ``proj_type``.
     """
 
@@ -110,10 +111,16 @@ class GaLore(Optimizer, ABC):
                 "by_layer() steps within backward, before the gradients of several processes are added up",
                 next_step="call step() after backward() instead",
             )
-        groups = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
+
+        @torch.no_grad()
+        def step(group: Group, tensor: Tensor) -> None:
+            self._update(tensor, group)
+            tensor.grad = None
+
         handles = [
-            tensor.register_post_accumulate_grad_hook(self._stepper(group))
-            for tensor, group in groups
+            tensor.register_post_accumulate_grad_hook(functools.partial(step, group))
+            for group in self.param_groups
+            for tensor in group["params"]
             if tensor.requires_grad
         ]
         try:
@@ -141,14 +148,6 @@ class GaLore(Optimizer, ABC):
             group: its settings.
         """
 
-    def _stepper(self, group: Group) -> Callable[[Tensor], None]:
-        @torch.no_grad()
-        def step(tensor: Tensor) -> None:
-            self._update(tensor, group)
-            tensor.grad = None
-
-        return step
-
     def _update(self, tensor: Tensor, group: Group) -> None:
         if tensor.grad is None:
             return
@@ -158,11 +157,19 @@ class GaLore(Optimizer, ABC):
         if projected:
             if steps % group["update_proj_gap"] == 0:
                 state["projector"] = _compute_projector(gradient, group)
-            gradient = _project(gradient, state["projector"])
+            if "left" in state["projector"]:
+                gradient = state["projector"]["left"].mT @ gradient
+            if "right" in state["projector"]:
+                gradient = gradient @ state["projector"]["right"].mT
         state["step"] = steps + 1
         update = self.direction(gradient, state, group)
         if projected:
-            update = _project_back(update, state["projector"]) * group["scale"]
+            projector = state["projector"]
+            if "left" in projector:
+                update = projector["left"] @ update
+            if "right" in projector:
+                update = update @ projector["right"]
+            update = update * group["scale"]
         tensor.sub_(update.to(tensor.dtype))
         if group["weight_decay"]:
             tensor.mul_(1 - group["lr"] * group["weight_decay"])
@@ -211,7 +218,12 @@ class GaLoreAdamW(GaLore):
 
     def direction(self, gradient: Tensor, state: State, group: Group) -> Tensor:
         beta1, beta2 = group["betas"]
-        mean, square = (self._moment(state, name, gradient) for name in ("exp_avg", "exp_avg_sq"))
+        mean, square = (
+            OptimizerMoment(state.setdefault(name, torch.zeros_like(gradient)))
+            if self._eight is None
+            else self._eight.moment(state, name, gradient)
+            for name in ("exp_avg", "exp_avg_sq")
+        )
         mean.values.mul_(beta1).add_(gradient, alpha=1 - beta1)
         square.values.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         update = mean.values / square.values.sqrt().add_(group["eps"])
@@ -221,13 +233,6 @@ class GaLoreAdamW(GaLore):
         if group["correct_bias"]:
             rate = rate * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
         return update * rate
-
-    def _moment(self, state: State, name: str, like: Tensor) -> OptimizerMoment:
-        if self._eight is not None:
-            return self._eight.moment(state, name, like)
-        if name not in state:
-            state[name] = torch.zeros_like(like)
-        return OptimizerMoment(state[name])
 
 
 class GaLoreSGD(GaLore):
@@ -290,15 +295,3 @@ def _compute_projector(gradient: Tensor, group: Group) -> dict[str, Tensor]:
     found = {"left": u[..., : group["rank"]], "right": vh[..., : group["rank"], :]}
     kept = found if side == "full" else {side: found[side]}
     return {name: vectors.to(gradient.dtype).contiguous() for name, vectors in kept.items()}
-
-
-def _project(gradient: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
-    if "left" in projector:
-        gradient = projector["left"].mT @ gradient
-    return gradient @ projector["right"].mT if "right" in projector else gradient
-
-
-def _project_back(update: Tensor, projector: Mapping[str, Tensor]) -> Tensor:
-    if "left" in projector:
-        update = projector["left"] @ update
-    return update @ projector["right"] if "right" in projector else update

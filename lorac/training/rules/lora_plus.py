@@ -26,7 +26,7 @@ class LoRAPlus(Rule):
 
     The optimizer's groups keep their tensors and rates, so schedulers and state dicts do not see the second rate. An
     optimizer that writes into its groups at a step, such as a schedule-free one, does so for each rate; the rule's
-    state holds what is not of the group's own rate.
+    state holds the entries of all rates but the group's own.
 
     Args:
         compiled: as ``Rule``'s.

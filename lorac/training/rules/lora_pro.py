@@ -34,7 +34,7 @@ class LoRAPro(PairRule):
     With torch's SGD this is the paper's SGD form; with any other optimizer its *efficient* form, whose moments are of
     the factors' size. ``full`` is its AdamW: the moments are of the whole weight's size, (out, in) twice at every site,
     the direction they give is projected back on the factors, and the optimizer is plain SGD, whose weight decay is the
-    decoupled one. What else that optimizer holds then gets AdamW's direction, too. Clipping, where there is any, comes
+    decoupled one. The optimizer's other tensors then get AdamW's direction, too. Clipping, where there is any, comes
     before the step and measures the raw gradients.
 
     Args:
@@ -141,12 +141,9 @@ def find_equivalent_gradients(
     moved_b = (grad_b - b @ (inner @ (b.mT @ grad_b))) @ outer / pair.scale**2
     if not nearest:
         return moved_a, moved_b
-    x = _solve_sylvester(*grams, -moved_a @ a.mT)
-    return moved_a + x @ a, moved_b - b @ x
-
-
-def _solve_sylvester(left: Gram, right: Gram, constant: Tensor) -> Tensor:
-    """Solve left·X + X·right = constant for X, which is 0 where both eigenvalues are."""
+    # (BᵀB)·X + X·(AAᵀ) = −g^A·Aᵀ in the eigenvectors of both; X is 0 where both eigenvalues are.
+    left, right = grams
     sums = left.values.unsqueeze(-1) + right.values.unsqueeze(-2)
-    turned = left.vectors.mT @ constant @ right.vectors
-    return left.vectors @ torch.where(sums > 0, turned / sums, 0) @ right.vectors.mT
+    turned = left.vectors.mT @ (-moved_a @ a.mT) @ right.vectors
+    x = left.vectors @ torch.where(sums > 0, turned / sums, 0) @ right.vectors.mT
+    return moved_a + x @ a, moved_b - b @ x

@@ -64,11 +64,11 @@ class NestedRanks(Rule):
     Args:
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s.
-        ranks: what b is drawn from; default 1 to the largest r.
-        weights: how likely each of them is, in any scale; default: equally.
+        ranks: the values of b to draw from; default 1 to the largest r.
+        weights: their probabilities, in any scale; default: equal ones.
         frozen: the paper's headline rule: components 1 to b − 1 are used, but only b trains.
-        exact_skip: False for what the released code does: components that do not move have a gradient of zero, so
-            that momentum moves them still and weight decay acts.
+        exact_skip: False as in the released code: components that do not move have a gradient of zero, so that
+            momentum moves them still and weight decay acts.
         generator: draws the ranks; default: one of its own, begun from torch's seed. Processes that train together
             need generators of the same seed.
 

@@ -1,4 +1,4 @@
-"""Preconditioned gradients of two factors: what a step does to their product no longer depends on how it is factored.
+"""Preconditioned gradients of two factors: the step of their product no longer depends on how it is factored.
 
 Break-for-Make's second stage (ACM TOG 44(2), 2025), whose first form is arXiv 2403.19456; for LoRA: Zhang and Pilanci
 2024, arXiv 2402.02347.
@@ -32,8 +32,8 @@ class Preconditioned(Rule):
     Args:
         compiled: as ``Rule``'s.
         optimizer: as ``Rule``'s; one optimizer holds both factors.
-        reg: what is added to the diagonals; 0, the paper's, needs factors of full rank, which one that starts at 0
-            lacks after a first step on fewer tokens than r.
+        reg: added to the diagonals; 0, the paper's, needs factors of full rank, which one that starts at 0 lacks after
+            a first step on fewer tokens than r.
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``; in a step, Unavailable where a Gram matrix has no inverse.

@@ -105,7 +105,7 @@ def gate_penalty(compiled: nn.Module, weight: float) -> Tensor:
     The released code adds this subgradient to the proximal map; the paper's method is the map alone, λ₁ = 0.
 
     Args:
-        compiled: what ``lorac.compile(..., target="eager")`` returned.
+        compiled: the result of ``lorac.compile(..., target="eager")``.
         weight: λ₁.
 
     Raises:

@@ -90,7 +90,7 @@ class ReLoRA(PairRule):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Add what was trained to ``into`` now, and begin anew.
+        """Add the trained update to ``into`` now, and begin anew.
 
         Raises:
             ChoiceError: there is no room left, or the two adapters are not active with strength 1.
@@ -133,7 +133,7 @@ class ReLoRA(PairRule):
                 moment.masked_fill_(sizes <= sizes.flatten().kthvalue(place).values, 0)
 
     def _room(self, target: Adapter) -> float:
-        """How many restarts ``into`` takes."""
+        """Return the number of restarts that ``into`` takes."""
         room = math.inf
         for pair in self.pairs:
             own = target.tensors.get(pair.term.site)
@@ -146,7 +146,7 @@ class ReLoRA(PairRule):
                 room = min(room, own["lora_A"].shape[-2] // pair.a.shape[-2])
         if room < 1:
             raise ChoiceError(
-                f"'{target.name}' has less rank than what it is to take",
+                f"'{target.name}' has less rank than one restart adds",
                 next_step="give it r= (number of restarts) times that, or compile with lorac.Full",
             )
         return room

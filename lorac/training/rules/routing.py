@@ -22,7 +22,7 @@ def gate_loss(
     """``weight`` · the mean cross-entropy of all MeteoRA gates of the last call: a scalar to add to the model's loss.
 
     Args:
-        compiled: what ``lorac.compile(..., target="eager", aux=["router"])`` returned, called with gradients recorded.
+        compiled: the result of ``lorac.compile(..., target="eager", aux=["router"])``, called with gradients recorded.
         experts: the expert of each token, or of each row: (rows, length) or (rows,), integers.
         weight: the paper's 50.
         shifted: compare the logits of a token with the label of the next one, as language models do.
@@ -45,7 +45,7 @@ def gate_loss(
 
 
 def _cross_entropy(logits: Tensor, experts: Tensor, shifted: bool, ignore: int) -> Tensor:
-    """Of one gate's logits (rows, …, L)."""
+    """Return the mean cross-entropy of one gate's logits (rows, …, L)."""
     labels = experts.view(*experts.shape, *(1,) * (logits.dim() - 1 - experts.dim())) if experts.dim() else experts
     if labels.dim() != logits.dim() - 1 or any(
         a not in {1, b} for a, b in zip(labels.shape, logits.shape, strict=False)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,7 +26,7 @@ def rank_stages(first: int, last: int, steps: int) -> tuple[tuple[int, int], ...
     Args:
         first: r of the source.
         last: r of the result.
-        steps: of all stages together; what does not divide goes to the last ones. The paper has 200 or more in each.
+        steps: of all stages together; a remainder goes to the last ones. The paper has 200 or more in each.
 
     Raises:
         ChoiceError: the ranks do not fall, or there are fewer steps than stages.
@@ -115,11 +114,7 @@ class Squeeze(Rule):
         self.terms = trained_terms(self.compiled, self.methods, begun=self.begun)
         new = {(term.adapter, term.site, key): t for term in self.terms for key, t in term.tensors.items()}
         for index, tensor in old.items():
-            taken = new[places[index]].requires_grad_(tensor.requires_grad)
-            self._exchange(tensor, taken)
-
-    def _exchange(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Replace a tensor in the optimizer by another, without state."""
-        self.optimizer.state.pop(old, None)
+            new[places[index]].requires_grad_(tensor.requires_grad)
+            self.optimizer.state.pop(tensor, None)
         for group in self.optimizer.param_groups:
-            group["params"] = [new if tensor is old else tensor for tensor in group["params"]]
+            group["params"] = [new[places[id(t)]] if id(t) in places else t for t in group["params"]]

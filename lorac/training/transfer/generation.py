@@ -1,6 +1,6 @@
-"""Texts in and out of a compiled language model: what it goes on with, how it answers, what it is taught by."""
+"""Texts in and out of a compiled language model: continuations, answers, and training on both."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorac.errors import AdapterError, Unavailable
+from lorac.training.initialisation.activations import IGNORED
 
 PromptAnswer = tuple[str, str]
-"""A prompt, and what is to come after it."""
-IGNORED = -100
+"""A prompt, and the text that is to come after it."""
 _ROWS = 8
 """Prompts of a batch."""
 
@@ -69,7 +69,7 @@ def continue_prompts(
 
 @torch.no_grad()
 def compare_answers(compiled: Any, prompts: Sequence[str], first: str, second: str, *, adapters: Any) -> list[bool]:
-    """Whether a model finds one answer likelier than another after each prompt, by their first tokens; ties are no.
+    """Return whether one answer is likelier than another after each prompt, by their first tokens; ties are no.
 
     Raises:
         Unavailable: the two begin with one token.
@@ -114,12 +114,9 @@ def make_training_batches(
     batches = []
     for _ in range(epochs):
         order = torch.randperm(len(pairs), generator=generator).tolist()
-        batches += [_make_batch(tokenizer, [pairs[i] for i in part]) for part in _split_rows(order, rows)]
+        for start in range(0, len(order), rows):
+            batches.append(_make_batch(tokenizer, [pairs[i] for i in order[start : start + rows]]))
     return batches
-
-
-def _split_rows(order: Sequence[int], rows: int) -> Iterator[Sequence[int]]:
-    return (order[start : start + rows] for start in range(0, len(order), rows))
 
 
 def _make_batch(tokenizer: Any, pairs: Sequence[PromptAnswer]) -> dict[str, Tensor]:

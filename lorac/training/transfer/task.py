@@ -66,7 +66,7 @@ class Task:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Task":
-        """Read what ``save`` wrote.
+        """Read the files of ``save``.
 
         Raises:
             FormatError: the folder holds no task.
