@@ -43,9 +43,9 @@ class HalfSettings:
 
     Attributes:
         steps: number of steps.
-        rate: of what a half's own data teach, and of both factors in the second stage.
-        partner_rate: of what the partners' data teach.
-        partners: how many of the partners a step takes the mean of.
+        rate: of the factor that a half's own data train, and of both factors in the second stage.
+        partner_rate: of the factor that the partners' data train.
+        partners: number of partners in a step's mean.
         clip: the largest norm of the gradients.
         decay: AdamW's, of the learned halves alone.
         seed: of draws.
@@ -154,7 +154,7 @@ def learn_both(
         content, style: the losses on their images, by ``compiled``.
         settings: of the training; ``rate`` is that of both factors.
         preconditioned: as in the journal's version (``lorac.training.Preconditioned``); the first has AdamW alone.
-        reg: what the preconditioner adds to the diagonals; above 0 where factors are not of full rank.
+        reg: added to the diagonals by the preconditioner; above 0 where factors are not of full rank.
 
     Returns:
         The sum of both losses at each step.

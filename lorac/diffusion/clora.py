@@ -93,7 +93,7 @@ def subject_mask(maps: Tensor, threshold: float = 0.3, reduce: Literal["sum", "u
 
 
 def add_background(masks: Tensor) -> Tensor:
-    """Return weights (…, n + 1, height, width) of masks (…, n, height, width): first of what no mask covers."""
+    """Return weights (…, n + 1, height, width) of masks (…, n, height, width): first of the part without a mask."""
     return torch.cat([~masks.any(-3, keepdim=True), masks], -3).float()
 
 
@@ -171,29 +171,28 @@ class ContrastiveComposer:
 
         Raises:
             InputMismatch: no concept has two maps, no attention has maps of the size that ``stride`` says, or a prompt
-                lacks what the U-Net takes besides states.
+                lacks an input that the U-Net takes besides states.
         """
         self.scheduler.set_timesteps(steps)
         latents = latents * self.scheduler.init_noise_sigma
         moving = updates if groups and rate else 0
-
-        def move(i: int, t: Tensor, latents: Tensor) -> Tensor:
-            for _ in range(_count_updates(i, moving, refinements)):
-                loss, slope = self.slope(latents, t, passes, groups)
-                latents = latents - update_rate(i, steps, rate) * slope
-                if on_update is not None:
-                    on_update(i, loss)
-            return latents
-
         with progress("composing", total=steps) as report:
             for i, t in enumerate(self.scheduler.timesteps):
                 report.step(f"step {i + 1} of {steps}")
-                latents = move(i, t, latents)
+                for _ in range(0 if i >= moving else refinements if i in REFINED else 1):
+                    loss, slope = self.slope(latents, t, passes, groups)
+                    latents = latents - update_rate(i, steps, rate) * slope
+                    if on_update is not None:
+                        on_update(i, loss)
                 predicted = self.predict(latents, t, passes, guidance)
-                weights = add_background(self._masks(latents, passes, threshold, reduce))
-                noise = [fuse(one, weights) for one in predicted]
-                told = noise[0] if guidance == 1 else noise[1] + guidance * (noise[0] - noise[1])
-                latents = self.scheduler.step(told, t, latents).prev_sample
+                maps = self.maps(self.engine, latents, len(passes))
+                masks = maps.new_zeros(len(latents), 0, *maps.shape[2:4], dtype=torch.bool)
+                for j, one in enumerate(passes[1:], 1):
+                    own = subject_mask(maps[:, j][..., list(one.words)], threshold, reduce)
+                    masks = torch.cat([masks, own[:, None]], 1)
+                noise = [fuse(one, add_background(masks)) for one in predicted]
+                guided = noise[0] if guidance == 1 else noise[1] + guidance * (noise[0] - noise[1])
+                latents = self.scheduler.step(guided, t, latents).prev_sample
         return latents
 
     def predict(self, latents: Tensor, t: Tensor, passes: Sequence[ConceptPass], guidance: float) -> Tensor:
@@ -232,16 +231,3 @@ class ContrastiveComposer:
         grid = latents.shape[-2] // self.stride, latents.shape[-1] // self.stride
         found = torch.stack(select_maps(program.aux["maps"], grid, self.layers)).mean(0)
         return found[: passes * len(latents)].unflatten(0, (passes, len(latents))).transpose(0, 1).unflatten(2, grid)
-
-    def _masks(
-        self, latents: Tensor, passes: Sequence[ConceptPass], threshold: float, reduce: Literal["sum", "union"]
-    ) -> Tensor:
-        """Return the masks (b, passes - 1, height, width) of the last prediction."""
-        maps = self.maps(self.engine, latents, len(passes))
-        own = [subject_mask(maps[:, j][..., list(p.words)], threshold, reduce) for j, p in enumerate(passes) if j]
-        return torch.stack(own, 1) if own else maps.new_zeros(len(latents), 0, *maps.shape[2:4], dtype=torch.bool)
-
-
-def _count_updates(step: int, moving: int, refinements: int) -> int:
-    """Return how many updates a step begins with, of the ``moving`` first steps that have any."""
-    return 0 if step >= moving else refinements if step in REFINED else 1

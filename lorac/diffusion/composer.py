@@ -104,46 +104,29 @@ class Composer:
 
         Raises:
             InputMismatch: there are more regions than places, or states of another number of tokens, or
-                a prompt lacks what the U-Net takes besides states.
+                a prompt lacks an input that the U-Net takes besides states.
             AdapterError: the output projection of a concept has a change that is not of the composer's rank.
         """
         self.place(regions)
         self.scheduler.set_timesteps(steps)
         latents = self._begin(latents, states, regions) if begins_in_boxes and regions else latents
         latents = latents * self.scheduler.init_noise_sigma
-        update = self._make_update(states, regions, steps, updates if rate and regions else 0, rate, on_update)
+        moving = updates if rate and regions else 0
+        going, last = torch.tensor(True), torch.tensor(torch.inf)  # of each row: its loss has not risen; its last loss
+        prompts = [states] if guidance == 1 else [states, negative]
         with progress("composing", total=steps) as report:
             for i, t in enumerate(self.scheduler.timesteps):
                 report.step(f"step {i + 1} of {steps}")
-                latents = update(i, t, latents)
-                noise = self._predict(latents, t, states, negative, guidance)
+                if i < moving and going.any():
+                    loss, slope = self.slope(latents, t, states, regions)
+                    going, last = going & ((loss <= last) | (i < FIRST)), loss
+                    if on_update is not None:
+                        on_update(i, loss)
+                    latents = latents - update_rate(i, steps, rate) * slope * going[:, None, None, None]
+                guided, *plain = self._run(self.engine, latents, t, prompts).chunk(len(prompts))
+                noise = guided if not plain else plain[0] + guidance * (guided - plain[0])
                 latents = self.scheduler.step(noise, t, latents).prev_sample
         return latents
-
-    def _make_update(
-        self,
-        states: Embeddings,
-        regions: Sequence[Region],
-        steps: int,
-        updates: int,
-        rate: float,
-        on_update: Callable[[int, Tensor], None] | None,
-    ) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """Return (step, time, latents) -> moved latents; a row whose loss has risen is moved no more."""
-        going: Tensor = torch.tensor(True)
-        last: Tensor = torch.tensor(torch.inf)
-
-        def update(i: int, t: Tensor, latents: Tensor) -> Tensor:
-            nonlocal going, last
-            if i >= updates or not going.any():
-                return latents
-            loss, slope = self.slope(latents, t, states, regions)
-            going, last = going & ((loss <= last) | (i < FIRST)), loss
-            if on_update is not None:
-                on_update(i, loss)
-            return latents - update_rate(i, steps, rate) * slope * going[:, None, None, None]
-
-        return update
 
     def place(self, regions: Sequence[Region]) -> None:
         """Write regions into the programs; the next call sees them.
@@ -152,11 +135,6 @@ class Composer:
             InputMismatch, AdapterError: as ``__call__`` says.
         """
         write_regions([self.eager, self.engine], regions, self.view)
-
-    def _predict(self, latents: Tensor, t: Tensor, states: Embeddings, negative: Embeddings, guidance: float) -> Tensor:
-        prompts = [states] if guidance == 1 else [states, negative]
-        guided, *plain = self._run(self.engine, latents, t, prompts).chunk(len(prompts))
-        return guided if not plain else plain[0] + guidance * (guided - plain[0])
 
     def _run(self, program: Compiled, latents: Tensor, t: Tensor, prompts: Sequence[Embeddings]) -> Tensor:
         """Return the predicted noise for latents under each of some prompts, one after the other."""

@@ -1,4 +1,4 @@
-"""LoRA-Composer's constraints: what a latent is changed for, so that attention lies in boxes; and where it begins.
+"""LoRA-Composer's constraints: losses that move a latent until attention lies in boxes; and the latent's beginning.
 
 Maps have leading axes of their own, such as the rows of a batch. Sizes are those of the maps' grid.
 """
@@ -19,7 +19,7 @@ def update_rate(step: int, steps: int, rate: float = RATE) -> float:
 
 
 def concept_loss(maps: Tensor, mask: Tensor, *, smooths: bool = True) -> Tensor:
-    """Return what is missing of the attention to some words inside a box.
+    """Return the loss of attention to some words that is missing inside a box.
 
     Args:
         maps: attention of each pixel to each word (…, height, width, words).
@@ -31,7 +31,11 @@ def concept_loss(maps: Tensor, mask: Tensor, *, smooths: bool = True) -> Tensor:
         distance of the maxima of rows and of columns from those of the box.
     """
     maps = maps.movedim(-1, -3)  # (…, words, height, width)
-    maps = _smooth(maps) if smooths else maps
+    if smooths:  # by exp(−x²), the edges reflected: the authors' σ = ½ is √½ in fact
+        side = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device))
+        kernel = torch.outer(side, side) / side.sum().square()
+        flat = F.pad(maps.reshape(-1, 1, *maps.shape[-2:]), (1, 1, 1, 1), mode="reflect")
+        maps = F.conv2d(flat, kernel[None, None]).reshape(maps.shape)
     inside, box = maps * mask, mask.to(maps.dtype)
     peak = _top_mean((maps * bell(mask)).flatten(-2), mask)
     fill = sum((inside.amax(axis) - box.amax(axis)).abs().mean(-1) for axis in (-1, -2))
@@ -57,7 +61,7 @@ def bell(mask: Tensor) -> Tensor:
 
 
 def begin_in_boxes(latents: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
-    """Return latents in whose boxes lies what the model would most likely make the concept of.
+    """Return latents with the most likely beginning of each concept in its box.
 
     For each box, the window of its size with the most attention is copied into it; then the whole gets back the mean
     and the standard deviation of the latents.
@@ -71,7 +75,10 @@ def begin_in_boxes(latents: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
     for old, new, row in zip(latents, moved, maps, strict=True):
         for attention, mask in zip(row, masks, strict=True):
             _copy_best_window(old, new, attention, mask)
-    return _like(moved, latents)
+    axes = tuple(range(1, latents.dim()))
+    old_std, old_mean = torch.std_mean(latents, axes, keepdim=True)
+    std, mean = torch.std_mean(moved, axes, keepdim=True)
+    return (moved - mean) / std * old_std + old_mean
 
 
 def _copy_best_window(old: Tensor, new: Tensor, attention: Tensor, mask: Tensor) -> None:
@@ -89,21 +96,6 @@ def _copy_best_window(old: Tensor, new: Tensor, attention: Tensor, mask: Tensor)
 def _window(corner: Sequence[int], size: Sequence[int], stride: int) -> tuple[slice, ...]:
     """Return the cells of latents below a window of maps."""
     return tuple(slice(at * stride, (at + n) * stride) for at, n in zip(corner, size, strict=True))
-
-
-def _like(moved: Tensor, latents: Tensor) -> Tensor:
-    """Return tensors (b, …) with the mean and the standard deviation of others, row by row."""
-    axes = tuple(range(1, latents.dim()))
-    old, new = (torch.std_mean(x, axes, keepdim=True) for x in (latents, moved))
-    return (moved - new[1]) / new[0] * old[0] + old[1]
-
-
-def _smooth(maps: Tensor) -> Tensor:
-    """Apply a 3 x 3 Gaussian with exp(−x²), the edges reflected (the authors' σ = ½ is √½ in fact)."""
-    side = torch.exp(-torch.tensor([1.0, 0.0, 1.0], dtype=maps.dtype, device=maps.device))
-    kernel = torch.outer(side, side) / side.sum().square()
-    flat = F.pad(maps.reshape(-1, 1, *maps.shape[-2:]), (1, 1, 1, 1), mode="reflect")
-    return F.conv2d(flat, kernel[None, None]).reshape(maps.shape)
 
 
 def _top_mean(values: Tensor, mask: Tensor) -> Tensor:

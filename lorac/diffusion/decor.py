@@ -1,4 +1,4 @@
-"""DECOR: a prompt's embeddings without what unwanted words mean, in three places.
+"""DECOR: a prompt's embeddings without the meaning of unwanted words, in three places.
 
     span = unwanted_span(encode("a dog in a garden"), rows=find_rows(tokenizer, "a dog in a garden").select("words"))
     project(context, span)                                    # between compiled parts, on tensors
@@ -30,7 +30,7 @@ Rows = Literal["words", "words+padding", "padding"]
 
 @dataclass(frozen=True)
 class PromptRows:
-    """Which rows of a prompt's embeddings are which (batch, length).
+    """Masks (batch, length) of the rows of a prompt's embeddings.
 
     Attributes:
         words: those of words.
@@ -91,7 +91,7 @@ def project(context: Tensor, span: Tensor, alpha: float = 1.0, *, rows: Tensor |
     Args:
         context: X (…, length, d).
         span: V (d, ρ), orthonormal columns or zeros.
-        alpha: how much of the span is taken away, from 0 to 1.
+        alpha: the part of the span that is taken away, from 0 to 1.
         rows: k (…, length), the rows that are projected; default: all but the first, which no word has reached yet.
     """
     _check_alpha(alpha)
@@ -119,7 +119,7 @@ def at_text_encoder(
         text_encoder: the model whose config says the largest length of a prompt.
         span, alpha, rows: as ``project`` takes them; rows (length,) are those of all prompts of a call.
         capacity: columns that a later span may have; default: those of this one.
-        targets: what names the last norm.
+        targets: the name of the last norm, or a pattern.
         name: the adapter's name.
 
     Raises:
@@ -185,7 +185,7 @@ def at_cross_attention(
     Args:
         unet: the model that reads the embeddings.
         span, alpha: as ``project`` takes them.
-        targets: what names the layers.
+        targets: names of the layers, or a pattern.
         name: the adapter's name.
 
     Raises:
@@ -208,7 +208,7 @@ def at_cross_attention(
 def chain_after(lora: Adapter, span: Tensor, unet: nn.Module, alpha: float = 1.0, *, name: str = "decor") -> Adapter:
     """Return a LoRA whose layers, and all others that read the embeddings, read them projected.
 
-    A sum of the two would leave what the LoRA itself reads.
+    A sum of the two would leave the LoRA's own input as it is.
 
     Args:
         lora: an adapter of a method that edits weights.

@@ -28,7 +28,7 @@ from lorac.variants.lora import LoRA
 
 Error = Callable[[int | None, int, torch.Generator], Tensor]
 """(the LoRA whose prompt is given, None for the empty prompt; the LoRA whose image is noised; a generator) -> the mean
-squared error of what the compiled model predicts."""
+squared error of the compiled model's prediction."""
 _NORMS = ("norm_base_weight", "norm_base_bias", "norm_lora_weight", "norm_lora_bias")
 
 
@@ -102,7 +102,9 @@ def write_loras(adapter: Adapter, loras: Sequence[Adapter]) -> None:
             own[key].zero_()
         if path not in given.tensors:
             continue
-        for to, (a, b) in enumerate(_parts(given.tensors[path], given.variant.r)):
+        stacked, rank = given.tensors[path], given.variant.r
+        factors = zip(stacked["lora_A"].split(rank), stacked["lora_B"].split(rank, dim=1), strict=True)
+        for to, (a, b) in enumerate(factors):
             at = slice(to * variant.r, to * variant.r + len(a))
             own["lora_A"][at], own["lora_B"][:, at] = a, b
 
@@ -112,8 +114,8 @@ def train_gates(
 ) -> list[float]:
     """Train the gates of a fused adapter on pairs of LoRAs, and return the losses.
 
-    A step draws two LoRAs and noises an image of the first. Its loss is the error under the first one's prompt, and
-    what the error under the second one's lacks to the margin.
+    A step draws two LoRAs and noises an image of the first. Its loss is the error under the first one's prompt, and the
+    margin minus the error under the second one's, where that is above 0.
 
     Args:
         compiled: of target eager.
@@ -168,8 +170,3 @@ def read_gates(adapter: Adapter) -> dict[str, Tensor]:
         for key, tensor in own.items()
         if not key.startswith("lora_")
     }
-
-
-def _parts(own: dict[str, Tensor], rank: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the factors of each LoRA that is stacked in a site's tensors."""
-    return list(zip(own["lora_A"].split(rank), own["lora_B"].split(rank, dim=1), strict=True))

@@ -5,8 +5,8 @@
     train_one_step(compiled, batches)                     # (noise, context, target), such as those of make_target
     compiled.export(target="onnxruntime", mode="baked")   # one call of the U-Net and the decoder, the timestep folded
 
-arXiv 2311.18158. The LoRA is a plain one; what is new is the loss (``lorac.diffusion.high_frequencies``) and that the
-timestep is a constant of the program. No code is public: which sites and rank, and the optimizer, are inferred.
+arXiv 2311.18158. The LoRA is a plain one; the loss (``lorac.diffusion.high_frequencies``) is new, and the timestep is a
+constant of the program. No code is public: sites, rank and optimizer are inferred.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,8 +40,8 @@ class OneStep(nn.Module):
         alpha_bar: ā at that timestep.
         predicts: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
         vae: has ``decode``; without one the result are the latents.
-        scaling: the factor that latents have over what the decoder takes.
-        folds: compute what depends on the timestep alone once, here (``fold_timestep``).
+        scaling: latents divided by it are the decoder's input.
+        folds: compute the values that depend on the timestep alone once, here (``fold_timestep``).
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ConstantModule(nn.Module):
     """A module that answers one value, whatever it is given.
 
     Args:
-        value: what it answers.
+        value: its answer.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -123,7 +123,7 @@ class ConstantModule(nn.Module):
 
 @torch.no_grad()
 def fold_timestep(unet: nn.Module, timestep: int) -> nn.Module:
-    """Return a U-Net over the same weights that holds what it computes of one timestep alone, as constants.
+    """Return a U-Net over the same weights with the values that depend on one timestep alone as constants.
 
     These are the timestep's embedding, and each block's projection of it where nothing else is added to the embedding,
     as Stable Diffusion XL adds sizes and a pooled prompt. The layers that computed them are sites no more. A network
@@ -152,7 +152,7 @@ def predict_clean(noisy: Tensor, predicted: Tensor, alpha_bar: float, predicts: 
 
     Args:
         noisy: z at a timestep.
-        predicted: what the network says of it.
+        predicted: the network's output for it.
         alpha_bar: ā of the timestep; where it is small, noise amplifies errors by 1/√ā.
         predicts: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
     """
@@ -179,7 +179,7 @@ def make_target(
     steps: int = 50,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return what the base makes of the same noise in many steps: HiPA's target.
+    """Return the base's image from the same noise in many steps: HiPA's target.
 
     Args:
         unet: the base, or a compiled one whose adapters are off.
@@ -216,7 +216,7 @@ def train_one_step(
         batches: noise, embeddings and targets; gradients reach the adapters through the decoder.
         loss: (images, targets) -> a number.
         rate: AdamW's, without weight decay.
-        to_images: what makes images of the model's output, where that is not the decoder.
+        to_images: makes images of the model's output, where that is not the decoder's.
         total: number of batches, for the bar.
     """
     optimizer = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)

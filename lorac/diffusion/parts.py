@@ -1,4 +1,4 @@
-"""The models of a pipeline, as they are compiled, and what stands in their places afterwards."""
+"""The models of a pipeline, as they are compiled, and the parts that take their places afterwards."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ def upcasts(model: nn.Module | None) -> bool:
 
 
 def as_captured(model: nn.Module) -> nn.Module:
-    """Return a model whose forward is what the pipeline calls: of a VAE a copy over the same weights that decodes."""
+    """Return a model with the function that the pipeline calls as forward: a VAE's copy over its weights decodes."""
     cls = type(model)
     decode = getattr(cls, "decode", None)
     if decode is None or not is_diffusers(model):
@@ -91,7 +91,11 @@ class PipelinePart:
         asked = kwargs.pop(_HIDDEN_STATES, None)
         states = {_HIDDEN_STATES: True} if self._gives_states else {} if asked is None else {_HIDDEN_STATES: asked}
         output = self.component(*args, adapters=adapters, **states, **kwargs)
-        return _without_states(output) if self._gives_states and not asked else output
+        if not self._gives_states or asked:
+            return output
+        if isinstance(output, tuple):
+            return tuple(value for value in output if not isinstance(value, tuple))
+        return type(output)(**{key: value for key, value in output.items() if key != "hidden_states"})
 
     def decode(self, z: Any, return_dict: bool = True, generator: object = None) -> Any:
         """Decode latents as the VAE does, which draws no random numbers from the generator."""
@@ -111,7 +115,7 @@ class PipelinePart:
         return self._model.encode(x, return_dict=return_dict)  # type: ignore[operator]  # a method of VAEs
 
     def to(self, *args: Any, **kwargs: Any) -> "PipelinePart":
-        """Return the part, which stays where and what it was compiled for; a VAE in float32 whatever dtype is wanted.
+        """Return the part, which keeps its device and dtype; a VAE stays in float32 whatever dtype is wanted.
 
         Raises:
             Unavailable: another dtype or device.
@@ -136,10 +140,3 @@ class PipelinePart:
             if name.startswith("__"):  # Python itself asks for those
                 raise AttributeError(name)
             return getattr(self.component, name)
-
-
-def _without_states(output: Any) -> Any:
-    """Return the output of a text encoder without the states of its layers, which were not asked for."""
-    if isinstance(output, tuple):
-        return tuple(value for value in output if not isinstance(value, tuple))
-    return type(output)(**{name: value for name, value in output.items() if name != "hidden_states"})

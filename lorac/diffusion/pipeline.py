@@ -33,7 +33,7 @@ class CompiledPipeline:
     """The part of a compiled pipeline's class that comes before the pipeline's own class.
 
     ``load_lora_weights``, ``set_adapters`` and the like act on the compiled models, as ``compiled.add_adapter`` and
-    ``compiled.swap`` do; those that would change a model are refused with what does the same in lorac.
+    ``compiled.swap`` do; those that would change a model are refused, with the function of lorac that does the same.
 
     Attributes:
         compiled: the models and their adapters, to swap, explain and save.
@@ -182,7 +182,7 @@ class CompiledPipeline:
         )
 
     def to(self, *args: object, **kwargs: object) -> CompiledPipeline:
-        """Move what is not compiled.
+        """Move the models that are not compiled.
 
         Raises:
             Unavailable: another dtype or device than that of the compiled models.
@@ -202,15 +202,12 @@ class CompiledPipeline:
 def make_pipeline_class(cls: type) -> type[CompiledPipeline]:
     """Make the class of compiled pipelines of a class."""
     steps = {**LORAC_STEPS, **COMPUTING_STEPS}
-    refused = [name for name in steps if not hasattr(CompiledPipeline, name) and _is_method(cls, name)]
+    own = [name for name in steps if not hasattr(CompiledPipeline, name)]
+    # Methods of the class itself, not of instances, change no pipeline.
+    refused = [name for name in own if inspect.isfunction(inspect.getattr_static(cls, name, None))]
     methods = {name: _refuse_method(name, steps[name]) for name in refused}
     members = {"__module__": __name__, "__doc__": cls.__doc__, **methods}
     return type(f"Compiled{cls.__name__}", (CompiledPipeline, cls), members)
-
-
-def _is_method(cls: type, name: str) -> bool:
-    """Return whether a class has a method of instances by a name; those of the class itself change no pipeline."""
-    return inspect.isfunction(inspect.getattr_static(cls, name, None))
 
 
 def _refuse_method(name: str, step: str) -> Callable[..., NoReturn]:

@@ -62,18 +62,12 @@ def write_regions(programs: Sequence[Compiled], regions: Sequence[Region], view:
         for tensor in (tensor for adapter in program.adapters.values() for tensor in adapter.parameters()):
             tensor.zero_()
         for n, (region, tensors) in enumerate(zip(regions, written, strict=True)):
-            _write(program, n, region, tensors)
-
-
-def _write(program: Compiled, n: int, region: Region, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write the n-th region of a program."""
-    box = torch.tensor(region.box)
-    for own in (own for adapter in program.adapters.values() for own in adapter.tensors.values()):
-        own["boxes"][n] = box
-    for path, own in program.adapters["regions"].tensors.items():
-        for key, value in tensors[path].items():
-            place = own[key].movedim(-3, 0)[n]  # both keys (groups, n, …) and factors (n, …)
-            place[tuple(slice(size) for size in value.shape)] = value
+            for own in (own for adapter in program.adapters.values() for own in adapter.tensors.values()):
+                own["boxes"][n] = torch.tensor(region.box)
+            for path, own in program.adapters["regions"].tensors.items():
+                for key, value in tensors[path].items():
+                    place = own[key].movedim(-3, 0)[n]  # both keys (groups, n, …) and factors (n, …)
+                    place[tuple(slice(size) for size in value.shape)] = value
 
 
 def _tensors(

@@ -1,4 +1,4 @@
-"""AutoLoRA's retrieval: adapters found by what a prompt asks for, from their weights alone.
+"""AutoLoRA's retrieval: adapters found by a prompt, from their weights alone.
 
     retriever = Retriever(WeightEncoder(weight_encoder.find_sizes(adapters), width), text_encoder, tokenizer)
     train_retriever(retriever, [("a red dress", adapter), …])
@@ -86,7 +86,7 @@ class Retriever:
         """Return the best of some adapters, the best first.
 
         Args:
-            prompt: what is asked for.
+            prompt: names the wanted concept.
             index: name -> vector (width,) of an adapter (``embed_adapters``).
             top: how many.
         """
@@ -113,7 +113,7 @@ class Retriever:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Retriever":
-        """Read what ``save`` wrote.
+        """Read the folder of ``save``.
 
         Raises:
             FormatError: it is no such folder.
@@ -177,7 +177,7 @@ def train_retriever(
 
     Args:
         retriever: its encoder is changed in place.
-        pairs: what an adapter is of, in one wording or several, and the adapter. Adapters of one concept share their
+        pairs: an adapter's concept, in one wording or several, and the adapter. Adapters of one concept share their
             wordings, and no batch holds two of them.
         steps, batch, rate: of AdamW; the paper's 20 epochs have 100 steps each.
         seed: of batches and wordings.
@@ -217,7 +217,7 @@ def find_adapters(
 
     Args:
         retriever: trained on adapters of the same model.
-        prompt: what is asked for.
+        prompt: names the wanted concept.
         folder: holds adapters, one file or folder each.
         top: how many.
         model: as ``WeightEncoder.stack_pairs`` takes it.

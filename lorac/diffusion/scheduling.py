@@ -30,7 +30,7 @@ class Prompt:
 
 
 Embeddings = Tensor | Prompt
-"""A prompt: the states of its tokens (tokens, width), or these and what else the U-Net takes."""
+"""A prompt: the states of its tokens (tokens, width), or these with the U-Net's other inputs."""
 
 
 class StepResult(Protocol):
@@ -52,7 +52,7 @@ class NoiseScheduler(Protocol):
         """Return latents as the model reads them at a time."""
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> StepResult:
-        """Return the latents before a step, from what the model predicts."""
+        """Return the latents before a step, from the model's prediction."""
 
 
 def find_conditions(unet: nn.Module) -> frozenset[str] | None:
@@ -83,7 +83,14 @@ def call_rows(
         InputMismatch: a prompt has other conditions.
     """
     given = [one if isinstance(one, Prompt) else Prompt(one) for one in prompts]
-    _check_conditions(given, frozenset(given[0].added) if conditions is None else conditions)
+    wanted = frozenset(given[0].added) if conditions is None else conditions
+    for prompt in given:
+        if prompt.added.keys() != wanted:
+            raise InputMismatch(
+                f"of each prompt the U-Net takes its states and {', '.join(sorted(wanted)) or 'nothing else'}, and one "
+                f"has {', '.join(sorted(prompt.added)) or 'states alone'}",
+                next_step="give every prompt as lorac.diffusion.scheduling.Prompt(states, added={name: tensor})",
+            )
     rows = scheduler.scale_model_input(latents, t).repeat(len(given), 1, 1, 1)
     added = {name: torch.cat([one.added[name].expand(len(latents), -1) for one in given]) for name in given[0].added}
     return {
@@ -92,13 +99,3 @@ def call_rows(
         "encoder_hidden_states": torch.cat([one.states.expand(len(latents), -1, -1) for one in given]),
         **({_ADDED: added} if added else {}),
     }
-
-
-def _check_conditions(prompts: Sequence[Prompt], wanted: frozenset[str]) -> None:
-    for prompt in prompts:
-        if prompt.added.keys() != wanted:
-            raise InputMismatch(
-                f"of each prompt the U-Net takes its states and {', '.join(sorted(wanted)) or 'nothing else'}, and one "
-                f"has {', '.join(sorted(prompt.added)) or 'states alone'}",
-                next_step="give every prompt as lorac.diffusion.scheduling.Prompt(states, added={name: tensor})",
-            )

@@ -57,15 +57,14 @@ class WeightEncoder(nn.Module):
 
     def forward(self, pairs: Pairs) -> Tensor:
         """Return vectors (n, width) of n adapters (``stack_pairs``)."""
-        tokens = [self._token(path, *pair) for path, pair in pairs.items()]
+        tokens = []
+        for path, (a, b) in pairs.items():
+            answer = self.embedder.get_submodule(f"model_dict.{_key(path)}")(a, b)
+            tokens.append(self.embedder.get_submodule(f"proj_dict.{_kind(path, b.shape[-1])}")(answer))
         hidden = torch.stack(tokens, 1) + self.position_embeds
         for block in self.encoders:
             hidden = block(hidden)
         return self.final_layer_norm(hidden).mean(1)
-
-    def _token(self, path: str, a: Tensor, b: Tensor) -> Tensor:
-        answer = self.embedder.get_submodule(f"model_dict.{_key(path)}")(a, b)
-        return self.embedder.get_submodule(f"proj_dict.{_kind(path, b.shape[-1])}")(answer)
 
     def stack_pairs(self, adapters: Sequence[Adapter], model: Model | None = None) -> Pairs:
         """Return the factors of adapters, site by site, ready to be encoded together.
