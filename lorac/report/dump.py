@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
+from lorac.argument_types import Operands
 from lorac.ir.algebra.operands import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, find_producing_call
@@ -81,9 +82,44 @@ class Dump:
     classes: Mapping[str, str] = field(default_factory=dict)
 
 
+_DUMPED_META = ("val", "nn_module_stack", "stack_trace", "custom")
+"""Keys of a node's metadata that a dump reads."""
+
+
+class GraphRecord:
+    """A graph at one stage, from which a dump can be made after passes have edited the graph.
+
+    A record costs a tuple per node and holds no weights: passes replace a node's operands and metadata as a whole.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.name, self.level, self.sites, self.plans = graph.name, graph.level, graph.sites, dict(graph.plans)
+        self.slots, self.projections, self.axes = dict(graph.slots), dict(graph.projections), dict(graph.axes)
+        specs = graph.exported.graph_signature.input_specs
+        self.inputs = {getattr(spec.arg, "name", ""): (spec.kind, spec.target) for spec in specs}
+        self._nodes = [
+            (node, node.name, node.args, node.kwargs, node.target, *map(node.meta.get, _DUMPED_META))
+            for node in graph.fx.nodes
+        ]
+
+    def rebuild(self) -> fx.Graph:
+        """Return the fx graph of the stage."""
+        graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node, name, args, kwargs, target, *meta in self._nodes:
+            operands: Operands = fx.map_arg(args, known.__getitem__)
+            known[node] = made = graph.create_node(node.op, target, operands, fx.map_arg(kwargs, known.__getitem__))
+            made.name = name  # an input with the name of a builtin, such as "input", is renamed in a copy
+            made.meta = {key: value for key, value in zip(_DUMPED_META, meta, strict=True) if value is not None}
+        return graph
+
+    def dump(self) -> Dump:
+        """Return the graph as text."""
+        return _GraphDumper(self).dump()
+
+
 def dump(graph: Graph) -> Dump:
     """Return the dump of a graph at any level."""
-    return _GraphDumper(graph).dump()
+    return GraphRecord(graph).dump()
 
 
 def short_path(path: str) -> str:
@@ -144,24 +180,23 @@ class ValueNames:
 class _GraphDumper:
     """The state while one graph is dumped."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: GraphRecord) -> None:
+        self.graph, self.fx = graph, graph.rebuild()
         self.slots = {slot.node: slot for slot in graph.slots.values()}
-        self.specs = {getattr(s.arg, "name", ""): s for s in graph.exported.graph_signature.input_specs}
         self.symbols = self._symbols()
         self.sizes: dict[object, str] = {}
         self.types: dict[int, str] = {}
         self.index: dict[fx.Node, int] = {}
         self.names = ValueNames()
-        self.scopes = ModuleScopes([n for n in graph.fx.nodes if n.op not in ("placeholder", "output")])
+        self.scopes = ModuleScopes([n for n in self.fx.nodes if n.op not in ("placeholder", "output")])
 
     def dump(self) -> Dump:
         rows: list[Row] = []
-        for node in self.graph.fx.nodes:
+        for node in self.fx.nodes:
             for row in self._rows(node):
                 self.index[node] = len(rows)
                 rows.append(row)
-        results = (node for node in self.graph.fx.nodes if find_producing_call(node).target in ops.SITE_CALLS)
+        results = (node for node in self.fx.nodes if find_producing_call(node).target in ops.SITE_CALLS)
         calls = Counter(site for node in results if (site := self._site(node)) is not None)
         slots = {slot.name: slot.site for slot in self.graph.slots.values()}
         level, classes = self.graph.level.name.lower(), self.scopes.classes
@@ -240,13 +275,12 @@ class _GraphDumper:
         slot = self.slots.get(node.name)
         if slot is not None:
             return f"{slot_label(slot.site, slot.role)}{shape}!"
-        spec = self.specs.get(node.name)
-        target = str(spec.target if spec is not None and spec.target else node.target)
-        return parameter_label(target) + shape
+        _, target = self.graph.inputs.get(node.name, (None, None))
+        return parameter_label(str(target or node.target)) + shape
 
     def _is_input(self, node: fx.Node) -> bool:
-        spec = self.specs.get(node.name)
-        return node.name not in self.slots and (spec is None or spec.kind is InputKind.USER_INPUT)
+        kind, _ = self.graph.inputs.get(node.name, (InputKind.USER_INPUT, None))
+        return node.name not in self.slots and kind is InputKind.USER_INPUT
 
     def _type(self, value: object) -> str:
         if isinstance(value, torch.Tensor):
@@ -278,7 +312,7 @@ class _GraphDumper:
         segments = (symbol for symbol, name in self.graph.axes.items() if name.startswith("segment_"))
         letters = {symbol: f"m{i or ''}" for i, symbol in enumerate(segments)}
         following = itertools.chain(_SIZE_LETTERS, (f"n{i}" for i in itertools.count()))
-        values = [(node.name, node.meta.get("val")) for node in self.graph.placeholders()]
+        values = [(node.name, node.meta.get("val")) for node in self.fx.find_nodes(op="placeholder")]
         shapes = [(name, value.shape) for name, value in values if isinstance(value, torch.Tensor)]
         sizes = ((name, axis, str(size)) for name, shape in shapes for axis, size in enumerate(shape))
         for name, axis, symbol in sizes:

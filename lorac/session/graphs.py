@@ -33,7 +33,7 @@ def collect_graphs(session: Session, model: SwitchableModel) -> GraphViews:
         lower_model(session, ())
     history = session.history or PassHistory()
     listing = functools.cache(model.engine.dump)
-    dumps: Mapping[str, Mapping[str, Dump]] = history.dumps or {n: {EMITTED: dump} for n, dump in listing().items()}
+    dumps: Mapping[str, Mapping[str, Dump]] = history.stages or {n: {EMITTED: dump} for n, dump in listing().items()}
     if not dumps:
         raise Unavailable(
             "the graph of a model that was loaded from an artifact is not kept",
