@@ -120,7 +120,7 @@ def _times_in_memory(model: Any, names: Sequence[str], given: argparse.Namespace
     import torch
 
     states = [model._states.of(((name, _active()),)) for name in names[:2]]  # both are swapped to below
-    own = model.engine.placed_tensors(states[0].bound.content).values()
+    own = states[0].bound.placed_tensors().values()
     source = torch.cat([tensor.reshape(-1) for tensor in own])
     target, turns, bank = torch.empty_like(source), itertools.count(), model.new_row_bank(2)
     placed = itertools.cycle(states)

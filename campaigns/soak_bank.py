@@ -70,7 +70,7 @@ class Bank(soak.Model):
         self.everything = self.compiled.memory.used
         self.compiled.swap(None)
         states = self.compiled._states
-        self.flaky = [Flaky(self.compiled.engine, "bind_places"), Flaky(states._images, "read")]
+        self.flaky = [Flaky(self.compiled.engine, "bind_tensors"), Flaky(states._images, "read")]
 
     def fresh(self, choice: Any) -> lorac.Compiled:
         made = soak.compile_host("onnxruntime", "live", {}, reserve=ROOM)

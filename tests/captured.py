@@ -66,7 +66,9 @@ def graph_of(name: str, exported: ExportedProgram, sites: Mapping[str, Site], pl
 @torch.no_grad()
 def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tensor] | None = None) -> Any:
     """The model's output object, as the reference interpreter computes it."""
-    return graph.interface.build_output(run_graph(graph, graph.interface.check((), inputs), slots))[0]
+    return graph.interface.build_output(
+        run_graph(graph, graph.interface.check(graph.interface.bind((), inputs)), slots)
+    )[0]
 
 
 def captured_program(model: nn.Module, inputs: object = None, shapes: object = None) -> ExportedProgram:

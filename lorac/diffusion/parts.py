@@ -15,7 +15,7 @@ from lorac.frontend.copying import copy_structure
 from lorac.frontend.hugging_face import is_hugging_face
 from lorac.frontend.inputs.diffusers_models import is_diffusers
 from lorac.frontend.inputs.example_inputs import make_example_inputs
-from lorac.ir.calls.row_selection import batch_size
+from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET
 from lorac.session.compiled import Compiled
 
@@ -87,7 +87,7 @@ class PipelinePart:
         """Answer as the model does, with the adapters of the pipeline's running call."""
         running = self._running.get()
         if adapters is UNSET and running is not None:
-            adapters = running.choose(batch_size(args, kwargs)) if self._adaptable else running.held[0]
+            adapters = running.choose(Call(args, kwargs).rows) if self._adaptable else running.held[0]
         asked = kwargs.pop(_HIDDEN_STATES, None)
         states = {_HIDDEN_STATES: True} if self._gives_states else {} if asked is None else {_HIDDEN_STATES: asked}
         output = self.component(*args, adapters=adapters, **states, **kwargs)

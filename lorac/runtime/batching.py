@@ -19,17 +19,14 @@ import torch
 
 from lorac.argument_types import Fields
 from lorac.errors import ChoiceError, Unavailable
-from lorac.ir.calls.row_selection import Array, RowSelection, batch_size, has_rows, object_attributes
+from lorac.ir.calls.call import Call
+from lorac.ir.calls.row_selection import Array, RowSelection, has_rows, object_attributes
 from lorac.runtime.row_group import RowGroup
 from lorac.target.engine import AuxOutputs, CallResult
 
-Args = tuple[object, ...]
-Kwargs = dict[str, object]
 
-
-def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[object]) -> None:
+def check_rows(rows: int, choices: Sequence[object]) -> None:
     """Raise ``ChoiceError`` unless there is one choice per row."""
-    rows = batch_size(args, kwargs)
     if rows != len(choices):
         raise ChoiceError(
             f"{len(choices)} choices of adapters for {rows} rows",
@@ -37,29 +34,24 @@ def check_rows(args: Args, kwargs: Mapping[str, object], choices: Sequence[objec
         )
 
 
-def run_rows(
-    run: Callable[[Args, Kwargs, RowGroup], CallResult],
-    args: Args,
-    kwargs: Mapping[str, object],
-    groups: Sequence[RowGroup],
-) -> CallResult:
+def run_rows(run: Callable[[Call, RowGroup], CallResult], call: Call, groups: Sequence[RowGroup]) -> CallResult:
     """Run a batch with one call per group of rows, and join the outputs in the order of the batch.
 
     Rows whose adapters do not give an extra output that others give are NaN in it, or 0 if it is of integers.
 
     Args:
-        args, kwargs: the inputs of all rows.
+        call: of all rows.
         groups: all rows, each in one of them.
 
     Raises:
         Unavailable: an output or extra output has no row per input row and differs between the calls.
     """
     if len(groups) == 1:
-        return run(args, dict(kwargs), groups[0])
+        return run(call, groups[0])
     total = sum(len(group.rows) for group in groups)
     selections = [RowSelection(group.rows, total) for group in groups]
-    inputs = [(selection.select(args), selection.select(dict(kwargs))) for selection in selections]
-    results = [run(*own, group) for group, own in zip(groups, inputs, strict=True)]
+    calls = [call.select(selection) for selection in selections]  # all of them, before one writes into its inputs
+    results = [run(own, group) for own, group in zip(calls, groups, strict=True)]
     merger = _RowMerger(selections)
     merged = CallResult(merger.merge([r.output for r in results]), merger.merge_aux([r.aux for r in results]))
     merger.update_originals()

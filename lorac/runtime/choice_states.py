@@ -190,7 +190,7 @@ class ChoiceStates:
         idle = self.of(()).bound
         assert idle is not None
         assert isinstance(entry.source, StoredAdapter)
-        tensors, idle_tensors = self._placed_tensors(state.bound), self._placed_tensors(idle)
+        tensors, idle_tensors = state.bound.placed_tensors(), idle.placed_tensors()
         entry.source.show_slots(SlotContents(state.snapshot, engine.slots, tensors, idle_tensors))
 
     def _may_be_apart(self, state: ChoiceState) -> bool:
@@ -233,9 +233,9 @@ class ChoiceStates:
         if self._let_go_once.get(name) != entry.serial and self._find_reader(name, entry) is not None:
             self._let_go_once[name] = entry.serial
             return
-        base = self._placed_tensors(self._base_program)
+        base = self._base_program.placed_tensors()
         assert state.bound is not None
-        own = {n: t for n, t in self._placed_tensors(state.bound).items() if not _is_same(t, base[n])}
+        own = {n: t for n, t in state.bound.placed_tensors().items() if not _is_same(t, base[n])}
         self._images.write(name, entry, state.snapshot, own)
 
     def _find_reader(self, name: str, entry: PoolEntry) -> SlotReader | None:
@@ -262,7 +262,7 @@ class ChoiceStates:
             self._pool.read_seconds.append(time.monotonic() - begun)
             slots, charge = read
             layout, versions = reader.layout, self._pool.read_versions((entry,))
-            bound = self._engine.bind_places(base.content, layout.view(slots))  # type: ignore[arg-type]  # its own
+            bound = base.with_places(layout.view(slots))
             snapshot = ComposedWeights(choice, layout.sites)
             return self._keep(ChoiceState(snapshot, bound, self._pool, (entry,), versions, layout.nbytes, charge))
 
@@ -286,9 +286,6 @@ class ChoiceStates:
         entry = self._pool.entries.get(choice[0][0]) if alone else None
         return entry if entry is not None and entry.adapter is None else None
 
-    def _placed_tensors(self, program: BoundProgram) -> dict[str, Tensor]:
-        return self._engine.placed_tensors(program.content)  # type: ignore[arg-type]  # its own
-
     def _drop(self, choice: Choice) -> None:
         self._kept.pop(choice, None)
         self._pool.budget.forget((id(self), choice))
@@ -299,16 +296,16 @@ class ChoiceStates:
         Raises:
             OverBudget: there is no room for it.
         """
-        budget, contents = self._pool.budget, [state.bound.content for state in states if state.bound is not None]
+        budget, programs = self._pool.budget, [state.bound for state in states if state.bound is not None]
         if self._engine.computes_terms:
-            return self._engine.bind_rows(contents)  # type: ignore[arg-type]  # its own
+            return self._engine.bind_rows(programs)
         with self._lock:
             number = next((n for n, known in tuple(self._together.items()) if known.is_of(states)), None)
             known = None if number is None else self._together.get(number)
             if known is not None:
                 budget.touch((id(self), number))
                 return known.bound
-            made = self._engine.bind_rows(contents)  # type: ignore[arg-type]  # its own
+            made = self._engine.bind_rows(programs)
             charge = budget.charge(made.own)
             number, bound = next(self._numbers), replace(made, charge=charge)
             charges = tuple(weakref.ref(state.charge) for state in states)

@@ -37,7 +37,7 @@ class RowBank:
 
     def __init__(self, engine: Engine, base: ChoiceState, rows: int, graph: str, budget: MemoryBudget) -> None:
         self._engine, self._graph, self._budget, self._base = engine, graph, budget, base
-        tensors = self._tensors(base)
+        tensors = self._program(base).placed_tensors()
         self._places = _RowPlaces.of({name: (rows, *tensor.shape[1:]) for name, tensor in tensors.items()}, tensors)
         self._charge = budget.charge(self._places.stacks)
         for name, place in self._places.by_slot.items():
@@ -69,7 +69,7 @@ class RowBank:
                 next_step="call with this choice for all rows, as adapters= takes it",
             )
         if state.snapshot not in self._copies:
-            tensors = self._tensors(state)
+            tensors = self._program(state).placed_tensors()
             self._widen(tensors)
             self._copies[state.snapshot] = self._places.find_copies(tensors)
         for copy in self._copies[state.snapshot]:
@@ -86,16 +86,12 @@ class RowBank:
         """Return the engine's program for the rows in the first places."""
         if rows not in self._bound:
             places = {name: place[:rows] for name, place in self._places.by_slot.items()}
-            self._bound[rows] = self._engine.bind_places(self._content(self._base), places)  # type: ignore[arg-type]  # its own
+            self._bound[rows] = self._program(self._base).with_places(places)
         return self._bound[rows]
 
-    def _content(self, state: ChoiceState) -> object:
+    def _program(self, state: ChoiceState) -> BoundProgram:
         assert state.bound is not None
-        return state.bound.content
-
-    def _tensors(self, state: ChoiceState) -> dict[str, Tensor]:
-        """Return a choice's tensors in slots with places, as the only place."""
-        return self._engine.placed_tensors(self._content(state))  # type: ignore[arg-type]  # the engine's own
+        return state.bound
 
     def _widen(self, tensors: Mapping[str, Tensor]) -> None:
         """Make places large enough for tensors; what they hold stays, and the rest is zero."""

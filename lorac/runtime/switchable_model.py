@@ -3,16 +3,16 @@
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from lorac.adapters.pool import AdapterPool
 from lorac.frontend.components import MAIN_GRAPH, list_components
 from lorac.frontend.inputs.diffusers_models import list_row_numbers
+from lorac.ir.calls.call import Call
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import UNSET, Active, ChoiceSpec, parse_choice
 from lorac.ir.slots.plans import PreparedAdapter, SitePlan
@@ -23,11 +23,9 @@ from lorac.runtime.generation.tokenizers import TokenizerFiles
 from lorac.runtime.held_choice import HeldChoice
 from lorac.runtime.row_group import RowGroup
 from lorac.runtime.traits import ModelTraits
-from lorac.target.engine import BoundProgram, CallResult, Engine
+from lorac.target.engine import CallResult, Engine
 from lorac.target.memory_budget import MemoryBudget
 from lorac.variants.adapter import Adapter
-
-T = TypeVar("T")
 
 
 class SwitchableModel(ChoiceSwitch, ABC):
@@ -62,70 +60,34 @@ class SwitchableModel(ChoiceSwitch, ABC):
     def _on_adapters_changed(self) -> None:
         """React to adapters that were added or removed."""
 
+    def bind(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Call:
+        """Bind the arguments of a call of a graph, in the dtypes that the compiled model takes."""
+        interface, kept = self.engine.interfaces.get(graph), list[object]()
+        call = Call(args, kwargs) if interface is None else interface.bind(args, kwargs)
+        if not self.input_dtypes:
+            return call
+        if interface is not None:  # timesteps, which in half precision would be others
+            kept = [call.kwargs[name] for name in interface.row_numbers if name in call.kwargs]
+        elif self.engine.module is not None:
+            kept = list_row_numbers(list_components(self.engine.module)[graph], call)
+        return call.cast(self.input_dtypes, kept)
+
     def call(
         self,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
+        call: Call,
         adapters: ChoiceSpec | HeldChoice | Sequence[ChoiceSpec | HeldChoice] = UNSET,
-        *,
         graph: str = MAIN_GRAPH,
     ) -> Any:
         """Run a graph once, with the active adapters or with a choice for this call, or one for each row."""
+
+        def run(own: Call, group: RowGroup) -> CallResult:
+            return self.with_rows(group, lambda bound, _: bound.run(graph, own))
+
         if isinstance(adapters, Sequence) and not isinstance(adapters, str):
-            return self._call_rows(args, kwargs, adapters, graph)
-        return self.with_choice(adapters, lambda bound, _: self._run(bound, graph, args, kwargs))
-
-    def _run(self, bound: BoundProgram, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        kept = self._row_numbers(graph, args, kwargs) if self.input_dtypes else ()
-        args, kwargs = self.cast_inputs((args, kwargs), kept)
-        result = bound.run(graph, args, kwargs)
-        self._last_call.aux = result.aux
-        return result.output
-
-    def _row_numbers(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
-        """Return the timesteps of a call, which in half precision would be others."""
-        interface, module = self.engine.interfaces.get(graph), self.engine.module
-        if interface is not None:
-            named = interface.name_arguments(args, kwargs)
-            return [named[name] for name in interface.row_numbers if name in named]
-        return [] if module is None else list_row_numbers(list_components(module)[graph], args, kwargs)
-
-    def cast_inputs(self, inputs: T, kept: Collection[object] = ()) -> T:
-        """Return inputs with every tensor in the original model's dtype cast to the dtype of the compiled model.
-
-        Args:
-            kept: tensors among them that are left as they are.
-        """
-        if not self.input_dtypes:
-            return inputs
-
-        left = {*map(id, kept)}
-
-        def cast(tensor: torch.Tensor) -> torch.Tensor:
-            if id(tensor) in left:
-                return tensor
-            return tensor.to(self.input_dtypes.get(tensor.dtype, tensor.dtype))
-
-        result: T = pytree.tree_map_only(torch.Tensor, cast, inputs)
-        return result
-
-    def _call_rows(
-        self,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        adapters: Sequence[ChoiceSpec | HeldChoice],
-        graph: str,
-    ) -> object:
-        def run(args: tuple[object, ...], kwargs: dict[str, object], group: RowGroup) -> CallResult:
-            output = self.with_rows(group, lambda bound, _: self._run(bound, graph, args, kwargs))
-            return CallResult(output, self.aux)
-
-        interface = self.engine.interfaces.get(graph)
-        named = {} if interface is None else interface.name_arguments(args, kwargs)
-        # A program's rows are those of its first input, in whatever order the arguments are given.
-        inputs = {name: named[name] for name in interface.inputs if name in named} if interface is not None else {}
-        check_rows(() if inputs else args, inputs or kwargs, adapters)
-        result = self.run_grouped(adapters, graph, lambda groups: run_rows(run, args, kwargs, groups))
+            check_rows(call.rows, adapters)
+            result = self.run_grouped(adapters, graph, lambda groups: run_rows(run, call, groups))
+        else:
+            result = self.with_choice(adapters, lambda bound, _: bound.run(graph, call))
         self._last_call.aux = result.aux
         return result.output
 

@@ -63,7 +63,7 @@ class Compiled(SwitchableModel):
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does: with its own output type, in torch or NumPy like the inputs."""
         refuse_strength_in_call(kwargs)
-        return self.call(args, kwargs, adapters)
+        return self.call(self.bind(MAIN_GRAPH, args, kwargs), adapters)
 
     def __getitem__(self, name: str) -> Component:
         """Return one of several models that were compiled together; raises ``ChoiceError`` if it does not exist."""

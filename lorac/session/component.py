@@ -12,6 +12,7 @@ from torch import nn
 from lorac.errors import Unavailable
 from lorac.frontend.components import get_graph_scope
 from lorac.frontend.skeleton import build_skeleton
+from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET
 from lorac.runtime.traits import ModelTraits
 from lorac.session.other_vocabularies import refuse_strength_in_call
@@ -26,7 +27,10 @@ class ComponentHost(Protocol):
     engine: Engine
     session: Session
 
-    def call(self, args: tuple[object, ...], kwargs: Mapping[str, object], adapters: Any, *, graph: str) -> Any:
+    def bind(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Call:
+        """Bind the arguments of a call of a graph."""
+
+    def call(self, call: Call, adapters: Any, graph: str) -> Any:
         """Run a graph once."""
 
     def generate(self, inputs: Any, **options: Any) -> Any:
@@ -52,7 +56,7 @@ class Component:
     def __call__(self, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         """Answer as the model does."""
         refuse_strength_in_call(kwargs)
-        return self._compiled.call(args, kwargs, adapters, graph=self._name)
+        return self._compiled.call(self._compiled.bind(self._name, args, kwargs), adapters, self._name)
 
     def generate(self, inputs: Any = None, **options: Any) -> Any:
         """Continue prompts as ``Compiled.generate`` does."""

@@ -1,6 +1,6 @@
-"""The engine of a target: one running program, and the program bound to a choice of adapters.
+"""The engine of a target: one running program, which binds the slot tensors of each choice of adapters once.
 
-An engine binds slot tensors once for each choice of adapters. Any number of calls then run the bound program.
+Any number of calls then run the bound program.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, Never
+from typing import Never, TypeVar
 
 import torch
 from torch import nn
-from typing_extensions import TypeVar
 
 from lorac.errors import Unavailable
+from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.passes import Skip
 from lorac.ir.slots.buffers import FusedBuffer
@@ -33,11 +33,7 @@ AuxOutputs = Mapping[str, Mapping[str, object]]
 ProgramFiles = Mapping[str, OpenFile]
 """A program's files by name, with slashes. They stay open after they are checked, so no path is read twice
 (invariant 10)."""
-Content_contra = TypeVar("Content_contra", contravariant=True, default=Never)
-Content_co = TypeVar("Content_co", covariant=True, default=object)
-"""The form in which an engine holds the slot tensors of a choice. Only the engine that bound them can read it, so plain
-``Engine`` and ``BoundProgram`` stand for any of them."""
-ResultT = TypeVar("ResultT")
+T = TypeVar("T")
 
 
 class RowsApart(Exception):
@@ -52,7 +48,7 @@ class CallResult:
     aux: AuxOutputs = field(default_factory=dict)
 
 
-class Engine(ABC, Generic[Content_contra]):
+class Engine(ABC):
     """One running program. Every method may be called from any thread.
 
     Attributes:
@@ -104,7 +100,7 @@ class Engine(ABC, Generic[Content_contra]):
         return {}
 
     @abstractmethod
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[Content_contra]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram:
         """Bind the tensors of a choice to the program's slots."""
 
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
@@ -120,49 +116,16 @@ class Engine(ABC, Generic[Content_contra]):
         """Return how many choices rows of a call may have; None for any number."""
         return None
 
-    def bind_rows(self, contents: Sequence[Content_contra]) -> BoundProgram[Content_contra]:
+    def bind_rows(self, programs: Sequence[BoundProgram]) -> BoundProgram:
         """Bind choices that may share a call, one for each part of its rows.
 
         Args:
-            contents: what ``bind`` made of each choice; the rows of a call are cut into as many parts of one size.
+            programs: the program bound to each choice; the rows of a call are cut into as many parts of one size.
 
         Raises:
             NotImplementedError: the target takes one choice for all rows of a call.
         """
         raise NotImplementedError
-
-    def placed_tensors(self, content: Content_contra) -> dict[str, torch.Tensor]:
-        """Return the tensors of a choice in slots that have places, by slot: each (1, …), the only place.
-
-        Raises:
-            NotImplementedError: the target takes one choice for all rows of a call.
-        """
-        raise NotImplementedError
-
-    def bind_places(self, content: Content_contra, places: Mapping[str, torch.Tensor]) -> BoundProgram[Content_contra]:
-        """Bind tensors (places, …) to the slots that have places, and a choice's to the others; later writes count.
-
-        Raises:
-            NotImplementedError: as ``placed_tensors``.
-        """
-        raise NotImplementedError
-
-    @abstractmethod
-    def call(
-        self, content: Content_contra, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> CallResult:
-        """Call a graph of the program; inputs and outputs are both torch or both NumPy."""
-
-    def run_with_model(self, content: Content_contra, graph: str, work: Callable[[nn.Module], ResultT]) -> ResultT:
-        """Run ``work`` on the model, each of whose forwards answers with this choice.
-
-        Raises:
-            NotImplementedError: the engine runs an emitted program.
-        """
-        raise NotImplementedError
-
-    def activate(self, content: Content_contra) -> None:
-        """Make a choice the active one, for work outside any call, such as recomputation in backward."""
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
         """Return the limits of a graph's cache; None for a graph without one."""
@@ -177,22 +140,6 @@ class Engine(ABC, Generic[Content_contra]):
         """
         self.refuse_cache()
 
-    def decode(self, content: Content_contra, graph: str, cache: KeyValueCache, step: DecodeStep) -> torch.Tensor:
-        """Add tokens to the rows of a cache, which has room for them; a call that fails leaves it unchanged.
-
-        Returns:
-            The requested logits (rows, k, vocabulary), in memory that no later call writes to.
-        """
-        self.refuse_cache()
-
-    def encode(self, content: Content_contra, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
-        """Run the encoder, and store its outputs for the rows of an empty cache.
-
-        Raises:
-            ChoiceError, InputMismatch: the encoder does not take these inputs.
-        """
-        self.refuse_cache()
-
     def refuse_cache(self) -> Never:
         """Raise ``Unavailable``, since the program keeps no cache."""
         raise Unavailable(
@@ -202,7 +149,7 @@ class Engine(ABC, Generic[Content_contra]):
 
     @property
     @abstractmethod
-    def written_program(self) -> BoundProgram[Content_contra]:
+    def written_program(self) -> BoundProgram:
         """The program with the weights that were written last."""
 
     def write(self, snapshot: ComposedWeights) -> int:
@@ -252,7 +199,7 @@ class Engine(ABC, Generic[Content_contra]):
 
 
 @dataclass(frozen=True, eq=False)
-class BoundProgram(Generic[Content_co]):
+class BoundProgram(ABC):
     """An engine's program with the tensors of one choice of adapters; many threads may run it.
 
     Engines keep no reference to it, so that neither keeps the other alive.
@@ -262,27 +209,53 @@ class BoundProgram(Generic[Content_co]):
         charge: their memory, where that is counted.
     """
 
-    engine: Engine[Content_co]
-    content: Content_co
-    own: tuple[torch.Tensor, ...] = ()
-    charge: Charge | None = None
+    engine: Engine
+    own: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
+    charge: Charge | None = field(default=None, kw_only=True)
 
-    def run(self, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallResult:
-        """Call a graph (``Engine.call``)."""
-        return self.engine.call(self.content, graph, args, kwargs)
+    @abstractmethod
+    def run(self, graph: str, call: Call) -> CallResult:
+        """Call a graph of the program; inputs and outputs are both torch or both NumPy."""
+
+    def run_with_model(self, graph: str, work: Callable[[nn.Module], T]) -> T:
+        """Run ``work`` on the model, each of whose forwards answers with this choice.
+
+        Raises:
+            NotImplementedError: the engine runs an emitted program.
+        """
+        raise NotImplementedError
+
+    def activate(self) -> None:  # noqa: B027  (only where the engine runs the model there is such work)
+        """Make this choice the active one, for work outside any call, such as recomputation in backward."""
 
     def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> torch.Tensor:
-        """Add tokens to a cache (``Engine.decode``)."""
-        return self.engine.decode(self.content, graph, cache, step)
+        """Add tokens to the rows of a cache, which has room for them; a call that fails leaves it unchanged.
+
+        Returns:
+            The requested logits (rows, k, vocabulary), in memory that no later call writes to.
+        """
+        self.engine.refuse_cache()
 
     def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
-        """Run the encoder (``Engine.encode``)."""
-        self.engine.encode(self.content, graph, cache, inputs)
+        """Run the encoder, and store its outputs for the rows of an empty cache.
 
-    def run_with_model(self, graph: str, work: Callable[[nn.Module], ResultT]) -> ResultT:
-        """Run ``work`` on the model (``Engine.run_with_model``)."""
-        return self.engine.run_with_model(self.content, graph, work)
+        Raises:
+            ChoiceError, InputMismatch: the encoder does not take these inputs.
+        """
+        self.engine.refuse_cache()
 
-    def activate(self) -> None:
-        """Make this choice the active one (``Engine.activate``)."""
-        self.engine.activate(self.content)
+    def placed_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors in slots that have places, by slot: each (1, …), the only place.
+
+        Raises:
+            NotImplementedError: the target takes one choice for all rows of a call.
+        """
+        raise NotImplementedError
+
+    def with_places(self, places: Mapping[str, torch.Tensor]) -> BoundProgram:
+        """Bind tensors (places, …) to the slots that have places, and these to the others; later writes count.
+
+        Raises:
+            NotImplementedError: as ``placed_tensors``.
+        """
+        raise NotImplementedError

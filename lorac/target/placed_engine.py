@@ -1,9 +1,12 @@
 """The base of engines that run a stored program, whose slots are inputs and may have places for choices of rows."""
 
+from __future__ import annotations
+
 import dataclasses
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -39,10 +42,9 @@ class ProgramGraph(Protocol):
 
 
 GraphT = TypeVar("GraphT", bound=ProgramGraph)
-ContentT = TypeVar("ContentT")
 
 
-class PlacedEngine(Engine[ContentT], Generic[GraphT, ContentT]):
+class PlacedEngine(Engine, Generic[GraphT]):
     """Runs a program whose slots are inputs.
 
     Args:
@@ -84,14 +86,10 @@ class PlacedEngine(Engine[ContentT], Generic[GraphT, ContentT]):
         return make_fused_buffers(self.plans, self.base)
 
     @abstractmethod
-    def slot_tensors(self, content: ContentT) -> Mapping[str, Tensor]:
-        """Return the tensors of a choice by slot."""
-
-    @abstractmethod
-    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> BoundProgram[ContentT]:
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> PlacedProgram:
         """Bind tensors to all slots."""
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ContentT]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> PlacedProgram:
         """Bind the slots' tensors; a program whose weights are a part of it has no slots to fill."""
         return self.bind_tensors({} if self.constant else collect_slot_tensors(self.slots, self.plans, slots))
 
@@ -111,14 +109,26 @@ class PlacedEngine(Engine[ContentT], Generic[GraphT, ContentT]):
                 return f"all rows of a call share '{name}'{why and f': {why}'}"
         return None
 
-    def bind_rows(self, contents: Sequence[ContentT]) -> BoundProgram[ContentT]:
+    def bind_rows(self, programs: Sequence[BoundProgram]) -> BoundProgram:
         """Lay out the choices' tensors one behind the other, in the slots that have places."""
-        each = [self.placed_tensors(content) for content in contents]
+        each = [program.placed_tensors() for program in programs]
         stacked = {name: stack_places([tensors[name] for tensors in each]) for name in each[0]}
-        return dataclasses.replace(self.bind_places(contents[0], stacked), own=tuple(stacked.values()))
+        return dataclasses.replace(programs[0].with_places(stacked), own=tuple(stacked.values()))
 
-    def placed_tensors(self, content: ContentT) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self.slot_tensors(content).items() if self.slots[name].placed}
 
-    def bind_places(self, content: ContentT, places: Mapping[str, Tensor]) -> BoundProgram[ContentT]:
-        return self.bind_tensors({**self.slot_tensors(content), **places})
+@dataclass(frozen=True, eq=False)
+class PlacedProgram(BoundProgram, ABC):
+    """A stored program with the tensors of one choice of adapters.
+
+    Attributes:
+        tensors: the tensor of each slot, by public name.
+    """
+
+    engine: PlacedEngine[Any]
+    tensors: Mapping[str, Tensor]
+
+    def placed_tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if self.engine.slots[name].placed}
+
+    def with_places(self, places: Mapping[str, Tensor]) -> PlacedProgram:
+        return self.engine.bind_tensors({**self.tensors, **places})

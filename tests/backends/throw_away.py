@@ -16,7 +16,7 @@ import onnxruntime as ort
 import torch
 
 from lorac.backends.onnx.base_backend import OnnxBackend
-from lorac.backends.onnx.engine import OnnxEngine
+from lorac.backends.onnx.engine import OnnxEngine, OnnxProgram
 from lorac.backends.onnx.legalize import Legalize
 from lorac.backends.onnx.model_files import read_model_files
 from lorac.backends.onnx.passes import OnnxDialect
@@ -65,25 +65,22 @@ class PlainGraph:
         return dict.fromkeys(self.interface.inputs)
 
 
-@dataclass(frozen=True)
-class PlainSlots:
-    """Tensors of slots, as they are."""
-
-    tensors: Mapping[str, torch.Tensor]
-
-
-class PlainEngine(OnnxEngine[PlainGraph, Options, PlainSlots]):
+class PlainEngine(OnnxEngine[PlainGraph, Options]):
     """Runs emitted models."""
 
     target = "plain"
 
-    def lay_out(self, tensors: Mapping[str, torch.Tensor], *, fixed: bool = False) -> PlainSlots:
-        return PlainSlots(tensors)
+    def bind_tensors(self, tensors: Mapping[str, torch.Tensor]) -> PlainProgram:
+        return PlainProgram(self, tensors)
 
-    def run_graph(self, graph: str, content: PlainSlots, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        given = {**inputs, **content.tensors}
+
+class PlainProgram(OnnxProgram):
+    """The models with the tensors of a choice of adapters."""
+
+    def run_graph(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        given = {**inputs, **self.tensors}
         arrays = {name: value.detach().contiguous().numpy() for name, value in given.items()}
-        return [torch.from_numpy(array) for array in self.graphs[graph].session.run(None, arrays)]
+        return [torch.from_numpy(array) for array in self.engine.graphs[graph].session.run(None, arrays)]
 
 
 class Plain(OnnxBackend[Options, PlainGraph]):

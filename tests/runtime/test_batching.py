@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import lorac
+from lorac.ir.calls.call import Call
 from lorac.runtime.batching import check_rows, run_rows
 from lorac.runtime.row_group import RowGroup
 from lorac.target.engine import CallResult
@@ -118,9 +119,8 @@ def _groups(*choices):
     return [RowGroup(each, [i for i, one in enumerate(choices) if one == each]) for each in dict.fromkeys(choices)]
 
 
-def _noted(args, kwargs, choice):
+def _noted(held, choice):
     """Writes into what it is given, and answers with less than it wrote."""
-    (held,) = args
     held.layers = [held.layers[0] * 2, held.layers[0] + len(choice)]
     held.seen += 1
     return {0: held.layers[0], "kind": "noted", "fixed": torch.tensor(3.0)}
@@ -130,9 +130,9 @@ def test_objects_that_are_given_hold_what_one_call_would_have_left():
     rows = torch.arange(6.0).view(3, 2)
     held = Held(rows)
     with pytest.raises(lorac.ChoiceError, match="no input has rows"):
-        check_rows((held,), {}, ["x"])
+        check_rows(Call((held,)).rows, ["x"])
     groups = _groups("x", "yy", "x")
-    answer = run_rows(lambda a, k, c: CallResult(_noted(a[1:], k, c.choice)), (rows, held), {}, groups).output
+    answer = run_rows(lambda c, g: CallResult(_noted(c.args[1], g.choice)), Call((rows, held)), groups).output
     assert torch.equal(answer[0], rows * 2)
     assert (answer["kind"], float(answer["fixed"])) == ("noted", 3.0)
     assert torch.equal(held.layers[0], rows * 2)
@@ -146,19 +146,25 @@ def test_what_has_no_rows_and_differs_is_refused():
     held = Held(rows)
     with pytest.raises(lorac.Unavailable, match="no row per input row") as error:
         run_rows(
-            lambda a, k, c: CallResult([_noted(a[1:], k, "x"), a[0].sum()]), (rows, held), {}, _groups("x", "y", "x")
+            lambda c, _: CallResult([_noted(c.args[1], "x"), c.args[0].sum()]),
+            Call((rows, held)),
+            _groups("x", "y", "x"),
         )
     assert "labels= make a loss" in str(error.value)
     assert (held.seen, held.layers) == (0, [rows])
     # Rows of one choice are one call, whatever it answers.
-    assert float(run_rows(lambda a, k, c: CallResult(a[0].sum()), (rows,), {}, _groups("x", "x", "x")).output) == 15.0
+    assert (
+        float(run_rows(lambda c, _: CallResult(c.args[0].sum()), Call((rows,)), _groups("x", "x", "x")).output) == 15.0
+    )
 
 
 def test_an_array_without_rows_is_one_where_all_calls_agree():
     rows = np.arange(6.0).reshape(3, 2)
     fixed = np.array([1.0, 2.0, 3.0, 4.0])
-    answered = run_rows(lambda a, k, c: CallResult([a[0], fixed.copy()]), (rows,), {}, _groups("x", "y", "x")).output
+    answered = run_rows(
+        lambda c, _: CallResult([c.args[0], fixed.copy()]), Call((rows,)), _groups("x", "y", "x")
+    ).output
     assert np.array_equal(answered[0], rows) and np.array_equal(answered[1], fixed)
     with pytest.raises(lorac.Unavailable, match="no row per input row"):
         groups = _groups("x", "yy", "x")
-        run_rows(lambda a, k, c: CallResult([a[0], fixed + len(c.choice)]), (rows,), {}, groups)
+        run_rows(lambda c, g: CallResult([c.args[0], fixed + len(g.choice)]), Call((rows,)), groups)

@@ -87,7 +87,7 @@ def test_admitting_a_row_moves_no_bit_of_another_and_leaves_no_stale_rank(compil
 def test_one_copy_for_each_shape_admits_a_prepared_adapter(compiled: Any) -> None:
     bank, state = compiled.new_row_bank(3), compiled._states.of(parse_choice("one", compiled.pool))
     bank.admit(1, state)
-    tensors = bank._tensors(state)
+    tensors = state.bound.placed_tensors()
     shapes = {tensors[name].shape[1:] for name in tensors if name.endswith((":a", ":b"))}
     assert len([copy for copy in bank._copies[state.snapshot] if copy.tensors.shape[1:] in shapes]) == len(shapes)
     assert all(torch.equal(bank._places.by_slot[name][1], tensor[0]) for name, tensor in tensors.items())

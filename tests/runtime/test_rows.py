@@ -13,6 +13,7 @@ from torch import Tensor
 import lorac
 from lorac.ir.slots.places import choose_places, cut_segments, join_segments, stack_places, write_place
 from tests.limits import LEAST_DIFFERENCE, ROWS
+from tests.program_calls import note_calls
 from tests.runtime.switching import raw
 from tests.zoo import SMALL_LLAMA
 
@@ -66,10 +67,7 @@ def compiled(request: pytest.FixtureRequest) -> Any:
 def runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The graphs that the engine runs."""
     seen: list[str] = []
-    call = compiled.engine.call
-    monkeypatch.setattr(
-        compiled.engine, "call", lambda content, graph, *args: (seen.append(graph), call(content, graph, *args))[1]
-    )
+    note_calls(monkeypatch, compiled._state.bound, "run", lambda graph, _: seen.append(graph))
     yield seen
 
 
@@ -263,8 +261,7 @@ def test_generated_rows_are_each_rows_own(
         own = {**options, **({"seed": options["seed"][row]} if "seed" in options else {})}
         alone.append(_generate(cached, [row], choice, **own)[0])
     steps: list[int] = []
-    decode = cached.engine.decode
-    monkeypatch.setattr(cached.engine, "decode", lambda *args: (steps.append(1), decode(*args))[1])
+    note_calls(monkeypatch, cached._state.bound, "decode", lambda *_: steps.append(1))
     together = _generate(cached, list(range(6)), ROW_CHOICES, **options)
     assert len(steps) <= 7, "one run of the engine a step"
     assert torch.equal(together[:, -6:], torch.stack(alone)[:, -6:])
@@ -283,8 +280,7 @@ def test_rows_of_several_choices_share_a_prompt_cache(
     options = {**options, **({"seed": 3} if "do_sample" in options else {})}
     expected = [_generate(cached, rows, choices, **options) for choices in (ROW_CHOICES, moved)]
     fed: list[int] = []
-    decode = cached.engine.decode
-    monkeypatch.setattr(cached.engine, "decode", lambda *args: (fed.append(max(args[3].counts)), decode(*args))[1])
+    note_calls(monkeypatch, cached._state.bound, "decode", lambda graph, cache, step: fed.append(max(step.counts)))
     for choices, y, first in ((ROW_CHOICES, expected[0], 5), (ROW_CHOICES, expected[0], 1), (moved, expected[1], 5)):
         fed.clear()
         assert torch.equal(_generate(cached, rows, choices, prompt_cache=known, **options), y)

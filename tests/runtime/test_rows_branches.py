@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.testing.eager_checks import assert_close
 from tests.limits import LEAST_DIFFERENCE, ROWS, assert_apart
+from tests.program_calls import note_calls
 from tests.runtime.switching import raw
 from tests.zoo import SMALL_LLAMA
 
@@ -85,8 +86,7 @@ def compiled() -> Any:
 def runs(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The graphs that the engine runs."""
     seen: list[str] = []
-    run = compiled.engine.run_graph
-    monkeypatch.setattr(compiled.engine, "run_graph", lambda graph, *args: (seen.append(graph), run(graph, *args))[1])
+    note_calls(monkeypatch, compiled._state.bound, "run_graph", lambda graph, _: seen.append(graph))
     yield seen
 
 
@@ -218,7 +218,6 @@ def test_rows_with_branches_generate_in_one_run_a_step(monkeypatch: pytest.Monke
     choices = ["routed", None, "mixed", "lora", {"other": 0.5, "lora": 0.5}, "other"]
     alone = torch.cat([write([row], choice) for row, choice in enumerate(choices)])
     steps: list[int] = []
-    decode = made.engine.decode
-    monkeypatch.setattr(made.engine, "decode", lambda *args: (steps.append(1), decode(*args))[1])
+    note_calls(monkeypatch, made._state.bound, "decode", lambda *_: steps.append(1))
     assert torch.equal(write(list(range(6)), choices), alone)
     assert len(steps) <= 6, "one run of the engine a step"

@@ -15,6 +15,7 @@ from lorac.backends.tensorrt.dialect import DIALECT as TENSORRT
 from lorac.passes.pipelines import lowering_passes, run_pipeline
 from tests.captured import captured_program, graph_of
 from tests.limits import LEAST_DIFFERENCE, ROWS
+from tests.program_calls import note_calls
 
 X = torch.randn(6, 5, 9, 11, generator=torch.Generator().manual_seed(0))
 
@@ -74,10 +75,8 @@ def _error(y: Tensor, ref: Tensor) -> float:
 @pytest.mark.medium("passes/test_row_places.py, and rows of linear layers there", cases=["onnxruntime*"])
 @torch.no_grad()
 def test_every_choice_acts_and_takes_no_call_of_its_own(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, runs, call = compiled(X, adapters=None), list[str](), compiled.engine.call
-    monkeypatch.setattr(
-        compiled.engine, "call", lambda content, graph, *args: (runs.append(graph), call(content, graph, *args))[1]
-    )
+    base, runs = compiled(X, adapters=None), list[str]()
+    note_calls(monkeypatch, compiled._state.bound, "run", lambda graph, _: runs.append(graph))
     for choice in CHOICES[1:]:
         assert _error(compiled(X, adapters=choice), base) > LEAST_DIFFERENCE, choice
     runs.clear()

@@ -15,8 +15,8 @@ import httpx2
 import openai
 import pytest
 
+from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.serving.request_log import LOGGER
-from lorac.target.engine import BoundProgram
 from tests.refusing import refuses
 from tests.serving.models import make_app, serve
 
@@ -51,13 +51,13 @@ def tight(compiled: Any) -> Iterator[Any]:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     """Three steps that may run, and as many as are released besides, so that a row stays at work."""
-    allowed, decode = threading.Semaphore(3), BoundProgram.decode
+    allowed, decode = threading.Semaphore(3), OrtProgram.decode
 
     def gated(*given: Any) -> Any:
         assert allowed.acquire(timeout=60)
         return decode(*given)
 
-    monkeypatch.setattr(BoundProgram, "decode", gated)
+    monkeypatch.setattr(OrtProgram, "decode", gated)
     return allowed
 
 

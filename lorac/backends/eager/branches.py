@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorac.backends.eager.forward_call import ActiveSlots, AdapterPass, ForwardCall, check_no_cache, choose_attention
 from lorac.backends.eager.random_seeds import SeedHistory
 from lorac.frontend.base_weights import read_stored_tensor
+from lorac.ir.calls.call import Call
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext, compute_once_values, run_branch_alone
 from lorac.ir.slots.live_terms import LiveTerm
@@ -77,8 +78,7 @@ class BranchRunner:
         call: ForwardCall,
         module: nn.Module,
         scope: str,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
+        arguments: Call,
         run: Callable[[ForwardCall, Callable[[], object]], object],
     ) -> None:
         """Compute the values that a call's branches read of its arguments, of passes before it, and once per call.
@@ -87,19 +87,19 @@ class BranchRunner:
             call: gets the values.
             module: what is called.
             scope: prefix of the paths in it.
-            args, kwargs: the call's.
+            arguments: the call's.
             run: runs some work as part of a call.
         """
-        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        call.attention = choose_attention((*arguments.values(), *kwargs.values()))
+        named = inspect.signature(module.forward).bind_partial(*arguments.args, **arguments.kwargs).arguments
+        call.attention = choose_attention((*named.values(), *arguments.kwargs.values()))
         self.draw_seed(call)
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
         call.values.update({f"{INPUT}:{name}": value for name, value in tensors.items()})
 
         def run_pass(passed: ForwardCall) -> None:
             check_no_cache(call.attention)
             with torch.no_grad():
-                run(passed, lambda: module(*args, **kwargs))
+                run(passed, lambda: module(*arguments.args, **arguments.kwargs))
 
         base = ForwardCall(call.active.base_pass(scope))
         if base.active.read:

@@ -9,6 +9,7 @@ import functools
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -42,6 +43,7 @@ from lorac.frontend.layer_classes import (
     replace_super_forward,
 )
 from lorac.frontend.layer_hooks import guard_hooks
+from lorac.ir.calls.call import Call
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
@@ -64,7 +66,7 @@ EmissionListener = Callable[[Mapping[str, Mapping[str, Tensor]]], None]
 _current_call: contextvars.ContextVar[tuple[object, ForwardCall] | None] = contextvars.ContextVar("call", default=None)
 
 
-class EagerEngine(Engine[ActiveSlots]):
+class EagerEngine(Engine):
     """Runs a copy of the model.
 
     Args:
@@ -99,7 +101,7 @@ class EagerEngine(Engine[ActiveSlots]):
         self.extra_names = frozenset(aux)
         self._last_recorded = ForwardCall(NO_ADAPTERS)
         self._listeners: dict[object, tuple[frozenset[str], EmissionListener]] = {}
-        self._alignment = alignment
+        self.alignment = alignment
         self._branches = BranchRunner(module, plans, sites)
         self._originals: dict[str, Forward] = {}
         self._merged: dict[str, Forward] = {}
@@ -117,29 +119,26 @@ class EagerEngine(Engine[ActiveSlots]):
         }
         self._weights.remember(self.buffers.keys() - self._merged)
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[ActiveSlots]:
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> "EagerProgram":
         """Bind the slots of the sites that the choice touches; other sites run unchanged."""
-        return BoundProgram(self, slots_from_snapshot(snapshot, slots))
+        return EagerProgram(self, slots_from_snapshot(snapshot, slots))
 
     @property
-    def written_program(self) -> BoundProgram[ActiveSlots]:
-        return BoundProgram(self, self.active)
+    def written_program(self) -> "EagerProgram":
+        return EagerProgram(self, self.active)
 
     def why_apart(self, snapshot: ComposedWeights, graph: str) -> str | None:
         if self.fused:
             return super().why_apart(snapshot, graph)
-        unaligned = ((path, self._alignment.why_apart(path)) for path in snapshot.composed)
+        unaligned = ((path, self.alignment.why_apart(path)) for path in snapshot.composed)
         found = next((f"at '{path}', {why}" for path, why in unaligned if why), None)
         return found or find_shared_slot(self.plans, snapshot, self._recorded_names)
 
-    def bind_rows(self, contents: Sequence[ActiveSlots]) -> BoundProgram[ActiveSlots]:
-        stacked = stack_choices(self.plans, contents, fill=not self.computes_terms)
+    def bind_rows(self, programs: Sequence[BoundProgram]) -> "EagerProgram":
+        each = [program.active for program in programs if isinstance(program, EagerProgram)]
+        stacked = stack_choices(self.plans, each, fill=not self.computes_terms)
         own = [tensor for slots in stacked.slots.values() for tensor in slots.tensors.values()]
-        return BoundProgram(self, stacked, tuple(own))
-
-    def activate(self, content: ActiveSlots) -> None:
-        """Use slots outside of calls, as when a submodule is called directly."""
-        self.active = content
+        return EagerProgram(self, stacked, own=tuple(own))
 
     @property
     def fused(self) -> bool:
@@ -157,25 +156,6 @@ class EagerEngine(Engine[ActiveSlots]):
     def record_written(self, snapshot: ComposedWeights) -> None:
         """Run calls with the written weights, at the sites that the choice touches."""
         self.active = ActiveSlots(snapshot.choice, {}, frozenset(snapshot.composed))
-
-    def call(
-        self, content: ActiveSlots, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> CallResult:
-        """Call the copy of the model, or a component; in fused mode the weights already hold the choice."""
-        module = self.components[check_component(graph, self.components)]
-        call = self._make_call(content)
-        self._prepare(call, graph, args, kwargs)
-        with translate_errors():
-            output = self._run(call, lambda: module(*args, **kwargs))
-        if torch.is_grad_enabled():
-            self._last_recorded = call
-            announce_in_backward(call, output, self._recall)
-        for names, listener in list(self._listeners.values()) if call.terms is not None else ():
-            listener({name: call.aux.get(name, {}) for name in names})
-        return CallResult(output, {name: found for name, found in call.aux.items() if name in self.extra_names})
-
-    def _recall(self, call: ForwardCall) -> None:
-        self._last_recorded = call
 
     def listen(self, names: Iterable[str], listener: EmissionListener) -> Callable[[], None]:
         """Call a listener with extra outputs after each call that trains; return the function that ends it.
@@ -196,51 +176,43 @@ class EagerEngine(Engine[ActiveSlots]):
 
         return end
 
-    def _make_call(self, content: ActiveSlots) -> ForwardCall:
-        terms = self._terms.current(content.choice)
+    def make_call(self, active: ActiveSlots) -> ForwardCall:
+        """Return the state of a call that begins now, with the terms that it computes."""
+        terms = self._terms.current(active.choice)
         given = self._weights.are_given() or terms is not self._terms
-        return ForwardCall(content, terms if self.computes_terms or given else None)
+        return ForwardCall(active, terms if self.computes_terms or given else None)
 
-    def run_with_model(self, content: object, graph: str, work: Callable[[nn.Module], T]) -> T:
-        module = self.components[check_component(graph, self.components)]
-        assert isinstance(content, ActiveSlots)
-        call = self._make_call(content)
-
-        def before(called: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-            own = self._running_call() is call  # else it is in a pass before it, or in a call of another thread
-            if own and called is module:
-                self._prepare(call, graph, args, kwargs)
-            elif own and not call.rows:
-                call.rows = self._alignment.count_rows(self.module, called, content.touched, args, kwargs)
-
-        prepared = [module] if content.needs_preparation or content.places else []
-        with ExitStack() as stack:
-            for each in (*prepared, *(find_encoders(module) if content.places else ())):
-                stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
-            return self._run(call, lambda: work(module))
-
-    def _prepare(self, call: ForwardCall, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    def prepare(self, call: ForwardCall, graph: str, arguments: Call) -> None:
         """Compute the values that a call's branches read of its arguments, of passes before it, and once per call."""
+        module = self.components[graph]
         if call.active.places:
-            called, touched = self.components[graph], call.active.touched
-            call.rows = self._alignment.count_rows(self.module, called, touched, args, kwargs)
+            call.rows = self.alignment.count_rows(self.module, module, call.active.touched, arguments)
         if call.active.needs_preparation:
             scope = get_component_prefix(self.module, graph)
-            self._branches.prepare(call, self.components[graph], scope, args, kwargs, self._run)
+            self._branches.prepare(call, module, scope, arguments, self.run_within)
 
-    def _run(self, call: ForwardCall, work: Callable[[], T]) -> T:
-        """Return what some work returns as part of a call."""
+    def run_within(self, call: ForwardCall, work: Callable[[], T]) -> T:
+        """Run some work as part of a call."""
         return run_with_value(_current_call, (self, call), work)
+
+    def announce(self, call: ForwardCall, output: object) -> None:
+        """Name a call that recorded gradients to the backward pass, and give its extra outputs to the listeners."""
+        if torch.is_grad_enabled():
+            self._last_recorded = call
+            announce_in_backward(call, output, functools.partial(setattr, self, "_last_recorded"))
+        for names, listener in list(self._listeners.values()) if call.terms is not None else ():
+            listener({name: call.aux.get(name, {}) for name in names})
 
     def current_slots(self) -> ActiveSlots:
         """Return the slots of the running call, or outside of calls those of the active choice."""
-        call = self._running_call()
+        call = self.running_call()
         return self.active if call is None else call.active
 
     def _call(self) -> ForwardCall:
-        return self._running_call() or self._make_call(self.active)
+        return self.running_call() or self.make_call(self.active)
 
-    def _running_call(self) -> ForwardCall | None:
+    def running_call(self) -> ForwardCall | None:
+        """Return the call that this thread is in."""
         current = _current_call.get()
         if current is not None and current[0] is self:
             return current[1]
@@ -339,7 +311,7 @@ class EagerEngine(Engine[ActiveSlots]):
             return self._branches.run_alone(path, call.passing, x, site_call.base(), ctx)
         places = call.active.places
         if places:
-            self._alignment.require_rows(path, x, call.rows, len(places))
+            self.alignment.require_rows(path, x, call.rows, len(places))
             if call.terms is None:
                 return run_row_slots(plan, call.active, site_call)
             return run_row_terms(call.terms, places, site_call)
@@ -384,3 +356,42 @@ class EagerEngine(Engine[ActiveSlots]):
             return {}
         names = zip((site.weight, site.bias), found, strict=True)
         return {name: tensor for name, tensor in names if name is not None and tensor is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class EagerProgram(BoundProgram):
+    """The copy of the model with the slots of one choice of adapters."""
+
+    engine: EagerEngine
+    active: ActiveSlots
+
+    def activate(self) -> None:
+        """Use the slots outside of calls, as when a submodule is called directly."""
+        self.engine.active = self.active
+
+    def run(self, graph: str, call: Call) -> CallResult:
+        """Call the copy of the model, or a component; in fused mode the weights already hold the choice."""
+        engine = self.engine
+        module, forward = engine.components[check_component(graph, engine.components)], engine.make_call(self.active)
+        engine.prepare(forward, graph, call)
+        with translate_errors():
+            output = engine.run_within(forward, lambda: module(*call.args, **call.kwargs))
+        engine.announce(forward, output)
+        return CallResult(output, {name: found for name, found in forward.aux.items() if name in engine.extra_names})
+
+    def run_with_model(self, graph: str, work: Callable[[nn.Module], T]) -> T:
+        engine, active = self.engine, self.active
+        module, call = engine.components[check_component(graph, engine.components)], engine.make_call(active)
+
+        def before(called: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+            own = engine.running_call() is call  # else it is in a pass before it, or in a call of another thread
+            if own and called is module:
+                engine.prepare(call, graph, Call(args, kwargs))
+            elif own and not call.rows:
+                call.rows = engine.alignment.count_rows(engine.module, called, active.touched, Call(args, kwargs))
+
+        prepared = [module] if active.needs_preparation or active.places else []
+        with ExitStack() as stack:
+            for each in (*prepared, *(find_encoders(module) if active.places else ())):
+                stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
+            return engine.run_within(call, lambda: work(module))

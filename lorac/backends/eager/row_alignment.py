@@ -4,7 +4,7 @@ A model may lay out its batch in its own way: with the length first, twice over,
 own code says so: it is run on tensors without values, whose number of rows is no other size.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from lorac.frontend.copying import copy_structure, separate_layers
 from lorac.frontend.hugging_face import TRACE_CONFIG, set_config_fields
 from lorac.frontend.model_runner import disable_fast_path
 from lorac.ir.algebra.formulas import fake_execution
-from lorac.ir.calls.row_selection import RowSelection, batch_size
+from lorac.ir.calls.call import Call
+from lorac.ir.calls.row_selection import RowSelection
 from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import first_tensor
@@ -64,14 +65,7 @@ class RowAlignment:
                 next_step="call once per choice",
             )
 
-    def count_rows(
-        self,
-        model: nn.Module,
-        called: nn.Module,
-        paths: Collection[str],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-    ) -> int:
+    def count_rows(self, model: nn.Module, called: nn.Module, paths: Collection[str], call: Call) -> int:
         """Return the number of rows of a call, once it is known that sites compute with them.
 
         The host runs, on tensors without values, where the form of the call is new.
@@ -80,20 +74,20 @@ class RowAlignment:
             model: the copy of the host that is called.
             called: which module of it.
             paths: of the sites.
-            args, kwargs: the call's.
+            call: the call's arguments.
 
         Raises:
             RowsApart: a site computes with other rows; ``why_apart`` has the reason.
         """
         module = next(path for path, each in model.named_modules() if each is called)
-        shapes = [leaf.shape for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+        shapes = [leaf.shape for leaf in pytree.tree_leaves((call.args, dict(call.kwargs))) if isinstance(leaf, Tensor)]
         # Axes of size 1 may be anything; of other sizes one is like another.
-        form = (module, tuple(kwargs), tuple(tuple(min(size, 2) for size in shape[1:]) for shape in shapes))
+        form = (module, tuple(call.kwargs), tuple(tuple(min(size, 2) for size in shape[1:]) for shape in shapes))
         if form not in self._seen:
             rows = max(_ROWS, *(size + 1 for shape in shapes for size in shape)) if shapes else _ROWS
             sizes, why = dict[str, set[int]](), "the rows of its input are not those of the batch"
             try:
-                self._run(module, rows, args, kwargs, sizes)
+                self._run(module, rows, call, sizes)
             except Exception as error:  # of the model's own code
                 reason = str(error).strip().partition("\n")[0]
                 why = f"its model cannot be followed without values: {type(error).__name__}: {reason}"
@@ -102,16 +96,9 @@ class RowAlignment:
             self._seen.add(form)
         if any(path in self._apart for path in paths):
             raise RowsApart
-        return batch_size(args, kwargs)
+        return call.rows
 
-    def _run(
-        self,
-        module: str,
-        rows: int,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        sizes: dict[str, set[int]],
-    ) -> None:
+    def _run(self, module: str, rows: int, call: Call, sizes: dict[str, set[int]]) -> None:
         """Run a module of a copy of the model with many rows; add to ``sizes`` the first sizes of the sites' inputs."""
         copied = copy_structure(self._host, share_buffers=True).eval()
         set_config_fields(copied, TRACE_CONFIG)
@@ -122,6 +109,6 @@ class RowAlignment:
                 sizes.setdefault(path, set()).add(first_tensor((args, kwargs)).shape[0])
 
             copied.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-        selection = RowSelection([0] * rows, batch_size(args, kwargs))
+        many = call.select(RowSelection([0] * rows, call.rows))
         with torch.no_grad(), disable_fast_path(copied), fake_execution():
-            copied.get_submodule(module)(*selection.select(args), **selection.select(dict(kwargs)))
+            copied.get_submodule(module)(*many.args, **many.kwargs)

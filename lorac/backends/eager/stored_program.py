@@ -9,14 +9,15 @@ from torch import Tensor
 
 from lorac.errors import InputMismatch, LoracError
 from lorac.frontend.components import check_component
+from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.feeds import group_aux_outputs
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.plans import SitePlan
 from lorac.storage.program import StoredProgram
-from lorac.target.engine import BoundProgram, CallResult, ProgramFiles
-from lorac.target.placed_engine import PlacedEngine
+from lorac.target.engine import CallResult, ProgramFiles
+from lorac.target.placed_engine import PlacedEngine, PlacedProgram
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +29,7 @@ class StoredGraph:
     slots: Mapping[str, SlotInput]
 
 
-SlotTensors = Mapping[str, Tensor]
-"""Slot input -> its tensor."""
-
-
-class StoredProgramEngine(PlacedEngine[StoredGraph, SlotTensors]):
+class StoredProgramEngine(PlacedEngine[StoredGraph]):
     """Runs a program whose slots are inputs.
 
     Args:
@@ -54,22 +51,24 @@ class StoredProgramEngine(PlacedEngine[StoredGraph, SlotTensors]):
         super().__init__(graphs, plans, base, mode, files)
         self.device = device
 
-    def slot_tensors(self, content: SlotTensors) -> SlotTensors:
-        return content
-
-    def bind_tensors(self, tensors: SlotTensors) -> BoundProgram[SlotTensors]:
-        return BoundProgram(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "StoredBoundProgram":
+        return StoredBoundProgram(self, {name: tensor.detach().to(self.device) for name, tensor in tensors.items()})
 
     @property
-    def written_program(self) -> BoundProgram[SlotTensors]:
-        return BoundProgram(self, self.memory)
+    def written_program(self) -> "StoredBoundProgram":
+        return StoredBoundProgram(self, self.memory)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredBoundProgram(PlacedProgram):
+    """A stored program with the tensors of a choice of adapters."""
+
+    engine: StoredProgramEngine
 
     @torch.no_grad()
-    def call(
-        self, content: SlotTensors, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> CallResult:
-        part = self.graphs[check_component(graph, self.graphs)]
-        filled = {slot.node: content[name] for name, slot in part.slots.items()}
+    def run(self, graph: str, call: Call) -> CallResult:
+        part = self.engine.graphs[check_component(graph, self.engine.graphs)]
+        filled = {slot.node: self.tensors[name] for name, slot in part.slots.items()}
 
         def run(arguments: dict[str, object]) -> list[object]:
             inputs = {name: torch.as_tensor(value) for name, value in arguments.items()}
@@ -78,8 +77,8 @@ class StoredProgramEngine(PlacedEngine[StoredGraph, SlotTensors]):
                 values = [value.numpy(force=True) if isinstance(value, Tensor) else value for value in values]
             return values
 
-        output, extra = part.interface.run(args, kwargs, run)
-        return CallResult(output, group_aux_outputs(extra, content))
+        output, extra = part.interface.run(call, run)
+        return CallResult(output, group_aux_outputs(extra, self.tensors))
 
 
 def _compute(program: StoredProgram, inputs: Mapping[str, Tensor]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The ONNX Runtime engine: a session per graph; a choice of adapters is a set of values for their slot inputs."""
 
+import dataclasses
 import functools
 import threading
 import weakref
@@ -12,15 +13,16 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, convert_inputs
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram, convert_inputs
 from lorac.backends.onnxruntime.adapter_files import bound_tensors, merged_tensors
-from lorac.backends.onnxruntime.devices.memory import Memory, as_ort_value, as_tensor, memory_at
+from lorac.backends.onnxruntime.devices.memory import as_ort_value, as_tensor, memory_at
 from lorac.backends.onnxruntime.devices.providers import ops_on_cpu
 from lorac.backends.onnxruntime.inference_session import TORCH_DTYPES, create_settled_session
 from lorac.backends.onnxruntime.kv_cache import (
     CacheLayout,
     OrtCache,
     full_sequence_step,
+    mask_name,
     run_decode_step,
     split_padding,
 )
@@ -28,6 +30,7 @@ from lorac.backends.onnxruntime.options import FLOAT16, OnnxRuntimeOptions
 from lorac.errors import Unavailable
 from lorac.frontend.components import check_component, get_encoder_graph_name
 from lorac.ir.algebra import operands
+from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, PAST_LENGTHS, is_encoder_output
 from lorac.ir.graph.feeds import convert_input, make_empty_cache, select_reached_plans
@@ -72,35 +75,7 @@ class GraphSession:
         self.cache = CacheLayout.of(self.session, encoder.interface.inputs)
 
 
-@dataclass(eq=False)
-class SlotValues:
-    """Values for every slot input.
-
-    Attributes:
-        memory: the memory that sessions read.
-        tensors: slot input -> the tensor that its value is made from.
-        bindings: per thread: graph -> an IOBinding with its slots bound; made by a thread's first call, never shared.
-    """
-
-    memory: Memory
-    tensors: Mapping[str, Tensor]
-    bindings: threading.local = field(default_factory=threading.local)
-
-    @functools.cached_property
-    def values(self) -> Mapping[str, ort.OrtValue]:
-        """Slot input -> OrtValue in the memory that sessions read."""
-        return {name: self.memory.to_value(tensor) for name, tensor in self.tensors.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class _SettledSessions:
-    """Sessions whose slots are constants, by graph, and the values that are left to bind: none."""
-
-    sessions: Mapping[str, ort.InferenceSession]
-    values: SlotValues
-
-
-class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
+class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions]):
     """Runs a program, one session per graph."""
 
     target = "onnxruntime"
@@ -112,22 +87,33 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         for name, graph in self.graphs.items():
             if (encoder := self.graphs.get(get_encoder_graph_name(name))) is not None:
                 graph.read_encoder(encoder)
+            elif graph.cache is not None:  # a call gives tokens and their mask, whatever else the model takes
+                tokens = graph.cache.token_input
+                arguments = (tokens, mask_name(tokens))
+                interface = dataclasses.replace(self.interfaces[name], arguments=arguments)
+                self.interfaces = {**self.interfaces, name: interface}
         self.settles_in_background = self.fused and self.options.settle == "background"
         self._written_choice = ComposedWeights(())
         # Keyed weakly: constants that can never serve again are let go.
-        self._settled: weakref.WeakKeyDictionary[ComposedWeights, _SettledSessions] = weakref.WeakKeyDictionary()
+        self._settled: weakref.WeakKeyDictionary[ComposedWeights, Mapping[str, ort.InferenceSession]]
+        self._settled = weakref.WeakKeyDictionary()
+        self._written_bindings = SlotBindings()
 
-    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotValues:
-        """Return values over the tensors; a tensor that lies where sessions read it is not copied.
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "OrtProgram":
+        """Bind tensors to all slots; one that lies where sessions read it is not copied.
 
         Raises:
             Unavailable: a value is too large for a slot in float16.
         """
         narrow = {name: _to_float16(name, tensor) for name, tensor in tensors.items() if name in self._narrow_slots}
-        content = SlotValues(self.device_memory, {**tensors, **narrow})
+        program = OrtProgram(self, {**tensors, **narrow})
         if self.device_memory.copies:  # now, instead of in the first call
-            _ = content.values
-        return content
+            _ = program.values
+        return program
+
+    @property
+    def written_program(self) -> "OrtProgram":
+        return OrtProgram(self, self.memory, self._written_bindings, self._settled.get(self._written_choice))
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
         return self.device_memory.fused(self.plans, self.base)
@@ -182,13 +168,14 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
             )
         if snapshot in self._settled:
             return
-        sessions = {name: self._settle_graph(name, graph) for name, graph in self.graphs.items()}
+        sessions = {}
+        for name, graph in self.graphs.items():
+            constants = {slot: self.memory[slot] for slot in graph.slots if slot in self.memory}
+            sessions[name] = (
+                create_settled_session(self.files, name, constants, self.options) if constants else graph.session
+            )
         if self._written_choice is snapshot:
-            self._settled[snapshot] = _SettledSessions(sessions, self.lay_out({}))
-
-    def _settle_graph(self, name: str, graph: GraphSession) -> ort.InferenceSession:
-        constants = {slot: self.memory[slot] for slot in graph.slots if slot in self.memory}
-        return create_settled_session(self.files, name, constants, self.options) if constants else graph.session
+            self._settled[snapshot] = sessions
 
     @property
     def choice_suffix(self) -> str | None:
@@ -214,42 +201,12 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
         name, file = next(iter(self.files.items()))
         return file.where.parents[name.count("/")]
 
-    def call(
-        self, content: SlotValues, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]
-    ) -> CallResult:
-        """Call a graph; one with a cache takes whole sequences, and stores nothing."""
-        loaded = self.graphs[check_component(graph, self.graphs)]
-        if loaded.cache is None:
-            return super().call(content, graph, args, kwargs)
-        return self._call_whole(content, graph, loaded, loaded.cache, args, kwargs)
-
-    def run_graph(self, graph: str, content: SlotValues, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        loaded = self.graphs[graph]
-        session, values = self._serving(graph, content)
-        binding = _thread_binding(loaded, graph, session, values)
-        for name, tensor in inputs.items():
-            binding.bind_ortvalue_input(name, as_ort_value(tensor))
-        binding.clear_binding_outputs()
-        device = self.device_memory.output_device(inputs.values())
-        for name in loaded.outputs:
-            binding.bind_output(name, *device)
-        self.device_memory.synchronize()
-        session.run_with_iobinding(binding)
-        outputs = [as_tensor(value) for value in binding.get_outputs()]
-        binding.clear_binding_outputs()
-        return outputs
-
     def outputs(self, graph: str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return copies of a graph's outputs; without a past, a graph that keeps a cache reads an empty one."""
         cache = self.graphs[graph].cache
         if cache is not None and PAST_LENGTHS not in inputs:
             inputs = {**make_empty_cache(cache.shapes, inputs[cache.token_input], cache.encoder_outputs), **inputs}
         return super().outputs(graph, tensors, inputs)
-
-    def _serving(self, graph: str, values: SlotValues) -> tuple[ort.InferenceSession, SlotValues]:
-        """Return the session that serves a call, and the values to bind."""
-        settled = self._settled.get(self._written_choice) if values is self.fused_content else None
-        return (self.graphs[graph].session, values) if settled is None else (settled.sessions[graph], settled.values)
 
     def cache_spec(self, graph: str) -> CacheSpec | None:
         layout = self.graphs[check_component(graph, self.graphs)].cache
@@ -263,56 +220,100 @@ class OrtEngine(OnnxEngine[GraphSession, OnnxRuntimeOptions, SlotValues]):
             else OrtCache(layout, rows, capacity, self.memory_budget)
         )
 
-    def decode(self, content: SlotValues, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
+
+class SlotBindings(threading.local):
+    """The IOBindings of this thread with the slots of a choice bound, by graph, each with its session."""
+
+    def __init__(self) -> None:
+        self.by_graph: dict[str, tuple[weakref.ref[ort.InferenceSession], ort.IOBinding]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class OrtProgram(OnnxProgram):
+    """The program with values for its slot inputs.
+
+    Attributes:
+        bindings: never shared between threads.
+        settled: the sessions in which the slots are constants, by graph; None where they are bound.
+    """
+
+    engine: OrtEngine
+    bindings: SlotBindings = field(default_factory=SlotBindings)
+    settled: Mapping[str, ort.InferenceSession] | None = None
+
+    @functools.cached_property
+    def values(self) -> Mapping[str, ort.OrtValue]:
+        """Slot input -> OrtValue in the memory that sessions read."""
+        return {name: self.engine.device_memory.to_value(tensor) for name, tensor in self.tensors.items()}
+
+    def run(self, graph: str, call: Call) -> CallResult:
+        """Call a graph; one with a cache takes whole sequences, and stores nothing."""
+        loaded = self.engine.graphs[check_component(graph, self.engine.graphs)]
+        return super().run(graph, call) if loaded.cache is None else self._run_whole(graph, loaded, loaded.cache, call)
+
+    def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        loaded, memory, bindings = self.engine.graphs[graph], self.engine.device_memory, self.bindings.by_graph
+        session = loaded.session if self.settled is None else self.settled[graph]
+        if graph not in bindings or bindings[graph][0]() is not session:
+            bindings[graph] = (weakref.ref(session), self._new_binding(loaded, session))
+        binding = bindings[graph][1]
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, as_ort_value(tensor))
+        binding.clear_binding_outputs()
+        device = memory.output_device(inputs.values())
+        for name in loaded.outputs:
+            binding.bind_output(name, *device)
+        memory.synchronize()
+        session.run_with_iobinding(binding)
+        outputs = [as_tensor(value) for value in binding.get_outputs()]
+        binding.clear_binding_outputs()
+        return outputs
+
+    def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
         assert isinstance(cache, OrtCache)
-        session, values = self._serving(graph, content)
-        loaded = self.graphs[graph]
-        return run_decode_step(session, values, cache, step, lambda: _new_binding(loaded, session, values))
+        loaded = self.engine.graphs[graph]
+        session = loaded.session if self.settled is None else self.settled[graph]
+        return run_decode_step(session, self.bindings, cache, step, lambda: self._new_binding(loaded, session))
 
-    def encode(self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
-        self._encode(content, graph, cache, inputs)
+    def encode(self, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]) -> None:
+        self._encode(graph, cache, Call(kwargs=inputs))
 
-    def _encode(
-        self, content: SlotValues, graph: str, cache: KeyValueCache, inputs: Mapping[str, object]
-    ) -> dict[str, Tensor]:
+    def _new_binding(self, loaded: GraphSession, session: ort.InferenceSession) -> ort.IOBinding:
+        """Return a new IOBinding of a graph with its slots bound, unless they are constants of the session."""
+        binding = session.io_binding()
+        if session is loaded.session:
+            for name in loaded.slots.keys() & self.values.keys():
+                binding.bind_ortvalue_input(name, self.values[name])
+        return binding
+
+    def _encode(self, graph: str, cache: KeyValueCache, call: Call) -> dict[str, Tensor]:
         """Encode as ``encode`` does; return the encoder's outputs that the model answers too, by name."""
         assert isinstance(cache, OrtCache)
         name = get_encoder_graph_name(graph)
-        encoder = self.graphs[name]
-        outputs = self.run_graph(name, content, convert_inputs(encoder, encoder.interface.check((), inputs)))
+        encoder = self.engine.graphs[name]
+        outputs = self.run_graph(name, convert_inputs(encoder, encoder.interface.check(call)))
         named = dict(zip(encoder.outputs, outputs, strict=True))
         cache.set_encoder_outputs({name: value for name, value in named.items() if is_encoder_output(name)})
         return {name: value for name, value in named.items() if not is_encoder_output(name)}
 
-    def _call_whole(
-        self,
-        content: SlotValues,
-        graph: str,
-        loaded: GraphSession,
-        layout: CacheLayout,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-    ) -> CallResult:
+    def _run_whole(self, graph: str, loaded: GraphSession, layout: CacheLayout, call: Call) -> CallResult:
         """Call a graph that keeps a cache with whole sequences: over a cache of this call alone."""
-        text, interface, encoder_inputs = layout.token_input, loaded.interface, dict[str, object]()
-        if layout.spec.encodes:
-            named = interface.name_arguments(args, kwargs)
-            encoder_inputs = {name: named.pop(name) for name in layout.spec.encodes if name in named}
-            args, kwargs = (), named
-        given, counts = split_padding(args, kwargs, text)
-        ids = convert_input(text, given[text], loaded.dtypes[text])
+        tokens, interface = layout.token_input, loaded.interface
+        encoded = Call(kwargs={name: call.kwargs[name] for name in layout.spec.encodes if name in call.kwargs})
+        given, counts = split_padding({n: v for n, v in call.kwargs.items() if n not in encoded.kwargs}, tokens)
+        ids = convert_input(tokens, given[tokens], loaded.dtypes[tokens])
         layout.check_length(max(counts, default=0))
         step = full_sequence_step(ids, counts)
         positions = {LOGITS_TO_KEEP: step.wanted} if LOGITS_TO_KEEP in loaded.dtypes else {}
-        interface.check((), {**given, **positions})
-        cache = self.new_cache(graph, *ids.shape)
-        encoded = self._encode(content, graph, cache, encoder_inputs) if layout.spec.encodes else {}
-        logits = self.decode(content, graph, cache, step)
+        interface.check(Call(kwargs={**given, **positions}))
+        cache = self.engine.new_cache(graph, *ids.shape)
+        answered = self._encode(graph, cache, encoded) if layout.spec.encodes else {}
+        logits = self.decode(graph, cache, step)
         logits[torch.arange(ids.shape[1]) >= torch.tensor(counts)[:, None]] = 0
-        as_numpy = isinstance(given[text], np.ndarray)
+        as_numpy = isinstance(given[tokens], np.ndarray)
         outputs: list[object] = [logits.numpy() if as_numpy else logits, *(None for _ in interface.extra_outputs)]
-        encoded_outputs = {name: value.numpy() if as_numpy else value for name, value in encoded.items()}
-        output, _ = interface.with_values(encoded_outputs).build_output(outputs, kwargs)
+        answered_outputs = {name: value.numpy() if as_numpy else value for name, value in answered.items()}
+        output, _ = interface.with_values(answered_outputs).build_output(outputs, as_tuple=call.wants_tuple)
         return CallResult(output)
 
 
@@ -327,22 +328,3 @@ def _to_float16(name: str, tensor: Tensor) -> Tensor:
             next_step="native=True keeps factors in float32",
         )
     return narrow
-
-
-def _thread_binding(
-    loaded: GraphSession, graph: str, session: ort.InferenceSession, values: SlotValues
-) -> ort.IOBinding:
-    """Return this thread's IOBinding of a graph with its slots bound."""
-    bindings: dict[str, tuple[weakref.ref[ort.InferenceSession], ort.IOBinding]]
-    bindings = vars(values.bindings).setdefault("by_graph", {})
-    if graph not in bindings or bindings[graph][0]() is not session:
-        bindings[graph] = (weakref.ref(session), _new_binding(loaded, session, values))
-    return bindings[graph][1]
-
-
-def _new_binding(loaded: GraphSession, session: ort.InferenceSession, values: SlotValues) -> ort.IOBinding:
-    """Return a new IOBinding of a graph with its slots bound."""
-    binding = session.io_binding()
-    for name in loaded.slots.keys() & values.values.keys():
-        binding.bind_ortvalue_input(name, values.values[name])
-    return binding

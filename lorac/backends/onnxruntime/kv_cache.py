@@ -251,17 +251,17 @@ class OrtCache(KeyValueCache):
         self.lengths, self._encoded_rows, self._is_bound = lengths, encoded, False
 
     def binding(
-        self, session: ort.InferenceSession, values: object, new_binding: Callable[[], ort.IOBinding]
+        self, session: ort.InferenceSession, slots: object, new_binding: Callable[[], ort.IOBinding]
     ) -> ort.IOBinding:
         """Return an IOBinding with the slots and the buffers bound, the same one as long as the slots do not change.
 
         Args:
             session: runs the call.
-            values: the content of the slots.
+            slots: the same object for the same slots.
             new_binding: () -> an IOBinding with the slots bound.
         """
-        if self._binding is None or self._binding[0]() is not session or self._binding[1]() is not values:
-            self._binding, self._is_bound = (weakref.ref(session), weakref.ref(values), new_binding()), False
+        if self._binding is None or self._binding[0]() is not session or self._binding[1]() is not slots:
+            self._binding, self._is_bound = (weakref.ref(session), weakref.ref(slots), new_binding()), False
         binding = self._binding[2]
         if not self._is_bound:
             for past, buffer in self.buffers.items():
@@ -276,7 +276,7 @@ class OrtCache(KeyValueCache):
 
 def run_decode_step(
     session: ort.InferenceSession,
-    values: object,
+    slots: object,
     cache: OrtCache,
     step: DecodeStep,
     new_binding: Callable[[], ort.IOBinding],
@@ -285,7 +285,7 @@ def run_decode_step(
 
     Args:
         session: the graph's.
-        values: the content of its slots.
+        slots: the same object for the same slots.
         cache: the rows so far.
         step: the new tokens.
         new_binding: () -> an IOBinding of the session with the slots bound.
@@ -305,7 +305,7 @@ def run_decode_step(
     }
     if layout.keeps_some:
         inputs[LOGITS_TO_KEEP] = wanted.to(torch.int64).contiguous()
-    binding = cache.binding(session, values, new_binding)
+    binding = cache.binding(session, slots, new_binding)
     for input_name, tensor in inputs.items():
         binding.bind_ortvalue_input(input_name, as_ort_value(tensor))
     binding.bind_ortvalue_output(name, as_ort_value(logits))
@@ -314,22 +314,24 @@ def run_decode_step(
     return logits if layout.keeps_some else logits[torch.arange(rows)[:, None], wanted]
 
 
-def split_padding(
-    args: tuple[object, ...], kwargs: Mapping[str, object], token_input: str = IDS
-) -> tuple[dict[str, object], list[int]]:
+def mask_name(token_input: str) -> str:
+    """Return the name of the mask of a graph's tokens."""
+    return f"decoder_{_MASK}" if token_input == DECODER_IDS else _MASK
+
+
+def split_padding(arguments: Mapping[str, object], token_input: str = IDS) -> tuple[dict[str, object], list[int]]:
     """Return the arguments of a plain call without its mask, and the number of tokens of each row.
 
     Args:
-        args, kwargs: the call's.
+        arguments: the call's, by name.
         token_input: the name of the ids.
 
     Raises:
-        ChoiceError: more positional arguments than ids and a mask, no ids, or anything but numbers.
+        ChoiceError: no ids, or anything but numbers.
         InputMismatch: the mask marks more than padding on the right.
     """
-    mask_input = f"decoder_{_MASK}" if token_input == DECODER_IDS else _MASK
-    given = {**dict(zip((token_input, mask_input), args, strict=False)), **kwargs}
-    if len(args) > 2 or given.get(token_input) is None:
+    mask_input, given = mask_name(token_input), dict(arguments)
+    if given.get(token_input) is None:
         raise ChoiceError(
             f"a program that keeps a cache is called with {token_input} and {mask_input}",
             next_step=f"give {token_input}=, and {mask_input}= where rows are padded; cache=False takes what the "

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, fx
 
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.build import EmittedProgram
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram
 from lorac.backends.onnx.model_files import (
     MODEL_FILE,
     Array,
@@ -33,7 +34,7 @@ from lorac.backends.onnx.model_files import (
     walk_tensors,
 )
 from lorac.backends.onnx.self_test import run_self_test
-from lorac.backends.tensorrt.engine import GraphPlan, SlotTensors
+from lorac.backends.tensorrt.engine import GraphPlan
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.slots.composition import ComposedWeights
@@ -54,7 +55,7 @@ def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: Emit
     """
     request, program, files = emitted.request, emitted.program, emitted.open_files()
     constant = backend.slot_storage(request) is SlotStorage.CONSTANTS
-    cpu_program = CpuProgram(
+    cpu_engine = CpuEngine(
         LoadedProgram(
             graphs={name: CpuGraph(program, name, files) for name in program.graphs},
             plans=request.plans,
@@ -66,7 +67,7 @@ def check_on_cpu(backend: OnnxBackend[TensorRTOptions, GraphPlan], emitted: Emit
     )
     snapshot = ComposedWeights(()) if constant and request.mode != "baked" else request.snapshot
     graphs = {name: widen_graph(graph) for name, graph in program.graphs.items()}
-    run_self_test(cpu_program, Program(graphs), snapshot)
+    run_self_test(cpu_engine, Program(graphs), snapshot)
 
 
 class CpuGraph:
@@ -99,16 +100,23 @@ class CpuGraph:
         return [value.to(dtype) if dtype in _HALF else value for value, dtype in zip(outputs, dtypes, strict=True)]
 
 
-class CpuProgram(OnnxEngine[CpuGraph, TensorRTOptions, SlotTensors]):
-    """The emitted files of a program as ONNX Runtime runs them on the CPU."""
+class CpuEngine(OnnxEngine[CpuGraph, TensorRTOptions]):
+    """Runs the emitted files of a program by ONNX Runtime on the CPU."""
 
     target = "tensorrt"
 
-    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotTensors:
-        return SlotTensors(tensors, fixed)
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "CpuProgram":
+        return CpuProgram(self, tensors)
 
-    def run_graph(self, graph: str, content: SlotTensors, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        return self.graphs[graph].run({**inputs, **content.tensors})
+
+@dataclass(frozen=True, eq=False)
+class CpuProgram(OnnxProgram):
+    """The emitted files with the tensors of a choice of adapters."""
+
+    engine: CpuEngine
+
+    def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        return self.engine.graphs[graph].run({**inputs, **self.tensors})
 
 
 def _create_session(files: ProgramFiles, graph: str) -> ort.InferenceSession:

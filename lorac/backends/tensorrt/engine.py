@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorac.argument_types import JsonMapping
-from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine
+from lorac.backends.onnx.engine import LoadedProgram, OnnxEngine, OnnxProgram
 from lorac.backends.tensorrt.device.cuda_graphs import GRAPHS_NOTE
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.device.requirements import (
@@ -98,22 +98,7 @@ class GraphPlan:
         return self.facts.dtypes
 
 
-@dataclass(frozen=True, eq=False)
-class SlotTensors:
-    """The tensors of a choice of adapters.
-
-    Attributes:
-        tensors: slot input -> tensor.
-        fixed: whether they are written in place.
-        by_graph: graph -> its slots as its plan reads them; made by the first call.
-    """
-
-    tensors: Mapping[str, Tensor]
-    fixed: bool = False
-    by_graph: dict[str, DeviceSlots] = field(default_factory=dict)
-
-
-class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
+class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions]):
     """Runs a program, one plan per graph; warns where it cannot run on this machine.
 
     Attributes:
@@ -129,11 +114,16 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         self._runners: dict[str, PlanRunner] = {}
         self._refitters: dict[str, WeightRefitter] = {}
         self._loading = threading.Lock()
+        self._written_slots: dict[str, DeviceSlots] = {}
         warn_missing_requirement()
 
-    def lay_out(self, tensors: Mapping[str, Tensor], *, fixed: bool = False) -> SlotTensors:
-        """Return the tensors, which the first call that reads them copies to the GPU."""
-        return SlotTensors({} if fixed and self.options.refit else tensors, fixed)
+    def bind_tensors(self, tensors: Mapping[str, Tensor]) -> "TrtProgram":
+        """Bind the tensors, which the first call that reads them copies to the GPU."""
+        return TrtProgram(self, tensors)
+
+    @property
+    def written_program(self) -> "TrtProgram":
+        return TrtProgram(self, {} if self.options.refit else self.memory, self._written_slots, is_written=True)
 
     def allocate_weights(self) -> tuple[dict[str, FusedBuffer], dict[str, Tensor]]:
         return make_fused_buffers(self.plans, base_on_device(self.base, self.device))
@@ -159,30 +149,8 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
         plan = self.graphs[graph]
         return next((plan.facts.ranges[name][0].most for name, slot in plan.slots.items() if slot.placed), None)
 
-    def run_graph(self, graph: str, content: SlotTensors, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run a graph's plan.
-
-        Raises:
-            Unavailable: this machine has no GPU, or one that the plan was not built for.
-            InputMismatch: an input has a size that the plan was not built for, or rows have more choices.
-        """
-        plan = self.graphs[graph]
-        check_sizes(plan.facts.ranges, inputs, axis_names(plan.interface))
-        runner = self._runner(graph)
-        outputs = runner.call(inputs, self._device_slots(graph, runner, content))
-        return [outputs[name] for name in plan.interface.outputs]
-
-    def _device_slots(self, graph: str, runner: PlanRunner, content: SlotTensors) -> DeviceSlots:
-        """Return a choice's slots of a graph, laid out once."""
-        if graph not in content.by_graph:
-            plan = self.graphs[graph]
-            slots = {name: content.tensors[name] for name in plan.slots if name in content.tensors}
-            check_sizes(plan.facts.ranges, slots, dict.fromkeys(((name, 0) for name in slots), ADAPTERS_AXIS))
-            content.by_graph[graph] = runner.hold(slots, fixed=content.fixed)
-        return content.by_graph[graph]
-
-    def _runner(self, graph: str) -> PlanRunner:
-        """Return what runs a graph's plan, loaded once."""
+    def runner(self, graph: str) -> PlanRunner:
+        """Return the runner of a graph's plan, loaded once."""
         check_requirements()
         with self._loading:
             if graph not in self._runners:
@@ -208,3 +176,34 @@ class TrtEngine(OnnxEngine[GraphPlan, TensorRTOptions, SlotTensors]):
             refitter = self._refitters[graph] = WeightRefitter(runner.engine, weights, runner.library)
             refitter.write(self._changed_weights & weights.keys())
         return runner
+
+
+@dataclass(frozen=True, eq=False)
+class TrtProgram(OnnxProgram):
+    """The program with the tensors of a choice of adapters.
+
+    Attributes:
+        by_graph: graph -> its slots as its plan reads them; made by the first call.
+        is_written: whether the tensors are written in place.
+    """
+
+    engine: TrtEngine
+    by_graph: dict[str, DeviceSlots] = field(default_factory=dict)
+    is_written: bool = False
+
+    def run_graph(self, graph: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run a graph's plan.
+
+        Raises:
+            Unavailable: this machine has no GPU, or one that the plan was not built for.
+            InputMismatch: an input has a size that the plan was not built for, or rows have more choices.
+        """
+        plan = self.engine.graphs[graph]
+        check_sizes(plan.facts.ranges, inputs, axis_names(plan.interface))
+        runner = self.engine.runner(graph)
+        if graph not in self.by_graph:
+            slots = {name: self.tensors[name] for name in plan.slots if name in self.tensors}
+            check_sizes(plan.facts.ranges, slots, dict.fromkeys(((name, 0) for name in slots), ADAPTERS_AXIS))
+            self.by_graph[graph] = runner.hold(slots, fixed=self.is_written)
+        outputs = runner.call(inputs, self.by_graph[graph])
+        return [outputs[name] for name in plan.interface.outputs]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
 from lorac.frontend.inputs.call_binding import bind_arguments, bind_by_name
+from lorac.ir.calls.call import Call
 from lorac.ir.calls.call_values import ROW_NUMBERS, spread_over_rows
 
 _ROWS, _TOKENS, _PATCHES = 2, 7, (2, 3)
@@ -80,11 +81,11 @@ def find_row_numbers(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str
     return found
 
 
-def list_row_numbers(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
+def list_row_numbers(model: nn.Module, call: Call) -> list[object]:
     """Return the arguments of a call of a diffusers model that are one number per row, or one for all rows."""
     if not is_diffusers(model):
         return []
-    named = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    named = {**dict(zip(inspect.signature(model.forward).parameters, call.args, strict=False)), **call.kwargs}
     return [named[name] for name in ROW_NUMBERS if name in named]
 
 

@@ -11,11 +11,6 @@ ROW_NUMBERS = ("timestep",)
 """Arguments of diffusion models with one number per row; schedulers give one for all rows, as integers or floats."""
 
 
-def is_absent(name: str, value: object) -> bool:
-    """Return whether an argument is as good as left out: None, or further keyword arguments of which there are none."""
-    return value is None or (name.endswith("_kwargs") and isinstance(value, Mapping) and not value)
-
-
 def spread_over_rows(given: Mapping[str, object], row_numbers: Mapping[str, str]) -> dict[str, object]:
     """Return the arguments of a call with numbers per row as float32, in the library of the other inputs.
 
@@ -35,8 +30,6 @@ def spread_over_rows(given: Mapping[str, object], row_numbers: Mapping[str, str]
 
 def check_numbers(name: str, value: object) -> None:
     """Raise ``ChoiceError`` for text, and for sequences of anything but numbers."""
-    if not isinstance(value, str | list | tuple):
-        return
     try:
         reason = None if np.asarray(value).dtype.kind in "biuf" else short(value)
     except (TypeError, ValueError) as error:

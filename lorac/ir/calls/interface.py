@@ -14,7 +14,8 @@ import torch
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import ArtifactError, ChoiceError, InputMismatch, nearest_name, short
-from lorac.ir.calls.call_values import check_ids, check_numbers, is_absent, spread_over_rows
+from lorac.ir.calls.call import RETURN_DICT, Call
+from lorac.ir.calls.call_values import check_ids, check_numbers, spread_over_rows
 from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG, OUTPUT_SWITCHES, to_json_value
 from lorac.ir.calls.multimodal_positions import POSITION_IDS, MultimodalPositions
 from lorac.ir.calls.output_structure import OutputStructure, structure_from_json, structure_to_json
@@ -23,8 +24,6 @@ from lorac.ir.calls.sizes import SizeConstraints, flatten_argument
 
 ADAPTERS_ARGUMENT = "adapters"
 """The argument of a call that chooses its adapters."""
-RETURN_DICT = "return_dict"
-"""The argument by which models of transformers and diffusers return a tuple: the program's tensors stay the same."""
 
 Inputs = Mapping[str, object]
 RunProgram = Callable[[dict[str, object]], Sequence[object]]
@@ -92,11 +91,51 @@ class Interface:
     types: Mapping[str, str] = field(default_factory=dict)
     unused_sites: tuple[str, ...] = ()
 
-    def run(self, args: tuple[object, ...], kwargs: Inputs, program: RunProgram) -> tuple[object, dict[str, object]]:
+    def bind(self, args: tuple[object, ...], kwargs: Inputs) -> Call:
+        """Return a call with every argument under the program's name for it, without those that are None.
+
+        Inputs come first, in the program's order.
+
+        Raises:
+            ChoiceError: an argument is given twice, or there are too many.
+            InputMismatch: an argument holds another number of tensors than the captured call's.
+        """
+        positional = dict(zip(self.arguments, args, strict=False))
+        twice = sorted(positional.keys() & kwargs.keys())
+        if twice or len(args) > len(self.arguments):
+            problem = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
+            raise ChoiceError(problem, next_step=f"the model takes {', '.join(self.arguments)}")
+        given: dict[str, object] = {}
+        for argument, value in (*positional.items(), *kwargs.items()):
+            if value is None or (argument.endswith("_kwargs") and value == {}):
+                continue
+            name = self.aliases.get(argument, argument)
+            if name not in self._known and isinstance(value, Mapping | list | tuple):
+                given |= self._split_argument(name, value)
+            else:
+                given[name] = value
+        ordered = {name: given.pop(name) for name in self.inputs if name in given}
+        named = {**ordered, **given}
+        return Call(kwargs=spread_over_rows(named, self.row_numbers) if self.row_numbers else named)
+
+    def _split_argument(self, name: str, value: object) -> dict[str, object]:
+        """Return a container of tensors as the inputs that are named by their place in it, if there are such."""
+        inputs = [part for part in self.inputs if part.startswith(f"{name}_")]
+        parts = {part: tensor for part, tensor in flatten_argument(value, name) if tensor is not None}
+        if not inputs:
+            return {name: value}
+        if parts.keys() != {*inputs}:
+            raise InputMismatch(
+                f"argument '{name}' holds {len(parts)} tensors; the program was captured for {', '.join(inputs)}",
+                next_step="compile with example_inputs= that hold as many; target='eager' takes any",
+            )
+        return parts
+
+    def run(self, call: Call, program: RunProgram) -> tuple[object, dict[str, object]]:
         """Run a program for one call, in parts where it takes fewer rows than the call has.
 
         Args:
-            args, kwargs: the call's arguments.
+            call: as ``bind`` returned it.
             program: computes the outputs in order.
 
         Returns:
@@ -105,62 +144,32 @@ class Interface:
         Raises:
             ChoiceError, InputMismatch: as ``check``, before anything runs.
         """
-        named = self._name_inputs(args, kwargs)
         try:
-            inputs = self._check_named(named)
+            inputs = self.check(call)
         except InputMismatch:
-            if self.rows is None or self.structure is None or self.rows.count_rows(named) in (0, self.rows.count):
+            if self.rows is None or self.structure is None or self.rows.count_rows(call.kwargs) in (0, self.rows.count):
                 raise
-            return self._run_in_parts(self.rows, self.structure, named, kwargs, program)
-        return self.build_output(program(inputs), kwargs)
+            return self._run_in_parts(self.rows, self.structure, call, program)
+        return self.build_output(program(inputs), as_tuple=call.wants_tuple)
 
     def _run_in_parts(
-        self, rows: RowLayout, structure: OutputStructure, named: Inputs, kwargs: Inputs, program: RunProgram
+        self, rows: RowLayout, structure: OutputStructure, call: Call, program: RunProgram
     ) -> tuple[object, dict[str, object]]:
-        total, parts = rows.count_rows(named), [self._check_named(part) for part in rows.split(named)]
+        total, parts = rows.count_rows(call.kwargs), [self.check(Call(kwargs=part)) for part in rows.split(call.kwargs)]
         answers = [self._drop_checks(program(inputs)) for inputs in parts]
         count = len(answers[0]) - len(self._caller_outputs)
         output = structure.join([values[:count] for values in answers], rows, total)
         extra = [rows.join(values, total) for values in zip(*(values[count:] for values in answers), strict=True)]
-        return _as_requested(output, kwargs), dict(zip(self._caller_outputs, extra, strict=True))
+        return _as_tuple(output) if call.wants_tuple else output, dict(zip(self._caller_outputs, extra, strict=True))
 
-    def check(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:
+    def check(self, call: Call) -> dict[str, object]:
         """Return the program's inputs for one call, or refuse the call.
 
         Raises:
-            ChoiceError: an argument is unknown, given twice or missing, or an id lies outside its embedding.
+            ChoiceError: an argument is unknown or missing, or an id lies outside its embedding.
             InputMismatch: an input has a size, or an argument a value, that the program was not captured for.
         """
-        return self._check_named(self._name_inputs(args, kwargs))
-
-    def _name_inputs(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:
-        """Return the arguments of a call by the program's names, without those that are None."""
-        positional = dict(zip(self.arguments, args, strict=False))
-        twice = sorted(positional.keys() & kwargs.keys())
-        if twice or len(args) > len(self.arguments):
-            what = f"'{twice[0]}' is given twice" if twice else f"{len(args)} positional arguments are too many"
-            raise ChoiceError(what, next_step=f"the model takes {', '.join(self.arguments)}")
-        named = {**positional, **kwargs}.items()
-        given = {self.aliases.get(name, name): value for name, value in named if not is_absent(name, value)}
-        known = {*self.inputs, *self._fixed}
-        split = {part: value for name in given for part, value in self._split_argument(name, given[name], known)}
-        return spread_over_rows(split, self.row_numbers)
-
-    def _split_argument(self, name: str, value: object, known: Collection[str]) -> list[tuple[str, object]]:
-        """Return an argument as inputs; a container of tensors is several, named by their place in it."""
-        inputs = [part for part in self.inputs if part.startswith(f"{name}_")]
-        if name in known or not inputs or not isinstance(value, Mapping | list | tuple):
-            return [(name, value)]
-        parts = {part: tensor for part, tensor in flatten_argument(value, name) if tensor is not None}
-        if parts.keys() != {*inputs}:
-            raise InputMismatch(
-                f"argument '{name}' holds {len(parts)} tensors; the program was captured for {', '.join(inputs)}",
-                next_step="compile with example_inputs= that hold as many; target='eager' takes any",
-            )
-        return list(parts.items())
-
-    def _check_named(self, named: Inputs) -> dict[str, object]:
-        given = dict(named)
+        given = dict(call.kwargs)
         for name in given.keys() - set(self.inputs):
             self._check_constant(name, given[name])
         for name in self._required:
@@ -170,7 +179,8 @@ class Interface:
             if name not in given:
                 given[name] = self._make_input(name, given)
         for name in self.sizes.shapes:
-            check_numbers(name, given[name])
+            if isinstance(given[name], str | list | tuple):
+                check_numbers(name, given[name])
         self.sizes.check(given)
         for name, count in self.id_counts.items():
             check_ids(name, given[name], count)
@@ -216,10 +226,10 @@ class Interface:
         positions = None if self.positions is None else self.positions.compute(given)
         return {} if positions is None else {POSITION_IDS: positions}
 
-    def name_arguments(self, args: tuple[object, ...], kwargs: Inputs) -> dict[str, object]:
-        """Return the arguments of a call by the model's names, without those that are None."""
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        return {name: value for name, value in given.items() if value is not None}
+    @functools.cached_property
+    def _known(self) -> Collection[str]:
+        """The names of inputs, and of arguments that are constants of the program."""
+        return frozenset((*self.inputs, *self._fixed))
 
     @functools.cached_property
     def _fixed(self) -> Mapping[str, object]:
@@ -232,12 +242,12 @@ class Interface:
         missing = object()
         return tuple(name for name in self.constants if self.defaults.get(name, missing) != self._fixed[name])
 
-    def build_output(self, values: Sequence[object], kwargs: Inputs | None = None) -> tuple[object, dict[str, object]]:
+    def build_output(self, values: Sequence[object], *, as_tuple: bool = False) -> tuple[object, dict[str, object]]:
         """Build the model's output object from the program's outputs.
 
         Args:
             values: the program's outputs, in order.
-            kwargs: the call's keyword arguments; with ``return_dict=False`` the output is a tuple, as the model's is.
+            as_tuple: return a tuple, as the model does with ``return_dict=False``.
 
         Returns:
             The output object, and the extra outputs by name.
@@ -245,14 +255,15 @@ class Interface:
         Raises:
             InputMismatch: a check of the model fails.
         """
-        values = self._drop_checks(values)
+        values = self._drop_checks(values) if self.checks else values
         count = len(values) - len(self._caller_outputs)
         extra = dict(zip(self._caller_outputs, values[count:], strict=True))
         if self.structure is None:
             return dict(zip(self.outputs, values[:count], strict=False)), extra
-        return _as_requested(self.structure.fill(values[:count]), kwargs or {}), extra
+        output = self.structure.fill(values[:count])
+        return _as_tuple(output) if as_tuple else output, extra
 
-    @property
+    @functools.cached_property
     def _caller_outputs(self) -> tuple[str, ...]:
         """The extra outputs that are returned to the caller."""
         return tuple(name for name in self.extra_outputs if name not in self.checks)
@@ -340,10 +351,8 @@ class Interface:
         )
 
 
-def _as_requested(output: object, kwargs: Inputs) -> object:
-    if isinstance(output, Mapping) and kwargs.get(RETURN_DICT, True) is False:
-        return tuple(value for value in output.values() if value is not None)
-    return output
+def _as_tuple(output: object) -> object:
+    return tuple(value for value in output.values() if value is not None) if isinstance(output, Mapping) else output
 
 
 def _advise_other_value(name: str) -> str:

@@ -88,7 +88,9 @@ class OutputStructure:
     def _leaves(self, tensors: Sequence[object]) -> list[object]:
         given = iter(tensors)
         leaves = [self.constants[i] if i in self.constants else next(given) for i in range(self.spec.num_leaves)]
-        return [int(leaf) if i in self.numbers else leaf for i, leaf in enumerate(leaves)]  # type: ignore[call-overload]  # a tensor
+        for i in self.numbers:
+            leaves[i] = int(leaves[i])  # type: ignore[call-overload]  # a tensor
+        return leaves
 
 
 _Call = tuple[RowLayout, int]

@@ -1,7 +1,7 @@
 """The rows of a call's inputs, in any nesting: in mappings, tuples and lists, and in the attributes of objects."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, TypeVar
 
@@ -14,9 +14,9 @@ Array = torch.Tensor | np.ndarray
 T = TypeVar("T")
 
 
-def batch_size(args: tuple[object, ...], kwargs: Mapping[str, object]) -> int:
+def count_rows(values: Iterable[object]) -> int:
     """Return the number of rows of the first input that has rows."""
-    for value in (*args, *kwargs.values()):
+    for value in values:
         if has_rows(value):
             return int(value.shape[0])
     raise ChoiceError(

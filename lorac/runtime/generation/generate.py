@@ -14,7 +14,8 @@ import torch
 from lorac.argument_types import check_type
 from lorac.errors import InputMismatch, MissingExtra, Unavailable, WrongType, short
 from lorac.frontend.components import check_component, list_components
-from lorac.ir.calls.row_selection import batch_size
+from lorac.ir.calls.call import cast_tensors
+from lorac.ir.calls.row_selection import count_rows
 from lorac.ir.graph.attention_ops import DECODER_IDS
 from lorac.ir.slots.choice import UNSET, ChoiceSpec
 from lorac.runtime.batching import OutputMerger, check_rows, select_rows
@@ -169,7 +170,7 @@ class _GenerateCall:
 
     def generate(self, adapters: Any, seed: object, draft: ChoiceSpec, prompt_cache: PromptCache | None) -> Output:
         """Run the rows, those of one kind together, and join the outputs in the order of the batch."""
-        rows = batch_size((), self.request.options)
+        rows = count_rows(self.request.options.values())
         seeds = _parse_seeds(seed, rows)
         seed_apart = isinstance(seeds, list) and not (self.request.samples_rows and self._over_cache)
         apart = seed_apart or self.request.drafts
@@ -180,7 +181,7 @@ class _GenerateCall:
 
         if not isinstance(adapters, Sequence) or isinstance(adapters, str):
             return run([RowGroup(adapters, list(range(rows)))])
-        check_rows((torch.empty(rows),), {}, adapters)
+        check_rows(rows, adapters)
         together = not apart and self._keeps_rows
         return self.model.run_grouped(adapters, self.graph, run, together=together)
 
@@ -256,7 +257,10 @@ class _GenerateCall:
         if not self._over_cache:
             refuse_prompt_cache(prompt_cache, "the model's own generation keeps no prompts between calls")
             return EagerGeneration(
-                graph=self.graph, request=self.request, options=self.model.cast_inputs(options), seeds=seeds
+                graph=self.graph,
+                request=self.request,
+                options=cast_tensors(options, self.model.input_dtypes),
+                seeds=seeds,
             )
         from lorac.runtime.generation.cached_generation import CachedGeneration
 

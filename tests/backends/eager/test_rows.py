@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.testing.eager_checks import assert_close
 from tests.limits import ROWS
+from tests.program_calls import note_calls
 from tests.zoo import SMALL_LLAMA, ZOO
 
 IDS = torch.randint(0, 90, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -61,8 +62,8 @@ def llama() -> Any:
 def test_a_loaded_program_answers_rows_in_one_call(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it")
-    calls, call = list[int](), loaded.engine.call
-    monkeypatch.setattr(loaded.engine, "call", lambda *given: (calls.append(1), call(*given))[1])
+    calls = list[int]()
+    note_calls(monkeypatch, loaded._state.bound, "run", lambda *_: calls.append(1))
     y = loaded(input_ids=IDS, adapters=CHOICES).logits
     assert len(calls) == 1
     for row, choice in enumerate(CHOICES):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE, graph_file, read_model_files
 from lorac.backends.tensorrt import build, cpu_check
-from lorac.backends.tensorrt.cpu_check import CpuProgram, widen_graph
+from lorac.backends.tensorrt.cpu_check import CpuEngine, widen_graph
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Program
@@ -146,7 +146,7 @@ class Built:
     """
 
     compiled: lorac.Compiled
-    tried: CpuProgram
+    tried: CpuEngine
     program: Program
     network: Mapping[str, tuple[str, tuple[int, ...]]]
     constants: Mapping[str, Tensor]
@@ -177,7 +177,7 @@ class Built:
             return self.constants
         self.compiled.swap(choice)
         if not self.engine.fused:
-            return self.compiled._state.bound.content.tensors
+            return self.compiled._state.bound.tensors
         self.tried.write(self.compiled.snapshot)
         return self.tried.memory
 
@@ -185,7 +185,7 @@ class Built:
 def compile_recorded(**arguments: Any) -> Built:
     """Compile as ``quietly`` does, and record the self-test and the network."""
     programs: list[Program] = []
-    tested: list[tuple[CpuProgram, Mapping[str, Tensor]]] = []
+    tested: list[tuple[CpuEngine, Mapping[str, Tensor]]] = []
     networks: list[Any] = []
     check, test, check_inputs = cpu_check.check_on_cpu, cpu_check.run_self_test, build.check_inputs
 
@@ -206,7 +206,7 @@ def compile_recorded(**arguments: Any) -> Built:
     return Built(compiled, tried, program, networks[0], constants)
 
 
-def _baked(tried: CpuProgram, snapshot: ComposedWeights) -> Mapping[str, Tensor]:
+def _baked(tried: CpuEngine, snapshot: ComposedWeights) -> Mapping[str, Tensor]:
     if tried.mode != "baked":
         return {}
     return collect_slot_tensors(tried.slots, tried.plans, fill_slots(tried.plans, snapshot, tried.base))

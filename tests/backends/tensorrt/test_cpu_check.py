@@ -88,7 +88,7 @@ def test_both_sides_compute_in_float32_what_is_half():
         model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,), dtype="float16"
     )
     graph = found.program.graphs["main"]
-    inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.compiled._state.bound.content.tensors
+    inputs, slots = read_example_inputs(graph, graph.interface.inputs), found.compiled._state.bound.tensors
     (half,), whole = run_graph(graph, inputs, slots), widen_graph(graph)
     assert whole is not graph
     weights = {name: weight.float() for name, weight in graph.exported.state_dict.items()}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorac.ir.calls.call_values import is_absent, spread_over_rows
+from lorac.ir.calls.call_values import spread_over_rows
 
 
 @pytest.mark.parametrize(
@@ -16,10 +16,3 @@ def test_a_number_becomes_one_per_row(given):
     array = spread_over_rows({"timestep": given, "sample": np.zeros((3, 4))}, {"timestep": "sample"})["timestep"]
     assert isinstance(array, np.ndarray)
     assert array.dtype == np.float32
-
-
-def test_only_arguments_for_further_arguments_may_be_empty():
-    assert is_absent("joint_attention_kwargs", {})
-    assert is_absent("mask", None)
-    assert not is_absent("added", {})
-    assert not is_absent("joint_attention_kwargs", {"scale": 1})

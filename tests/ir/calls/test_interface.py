@@ -31,9 +31,9 @@ def test_types_by_the_names_of_axes():
 def test_what_admits_another_value_of_what_was_captured(name, captured, said):
     interface = Interface(inputs=("x",), arguments=("x", name), outputs=("y",), defaults={name: captured})
     with pytest.raises(lorac.InputMismatch, match=f"captured with {name}={captured}") as raised:
-        interface.check((torch.ones(1),), {name: 7})
+        interface.check(interface.bind((torch.ones(1),), {name: 7}))
     assert raised.value.next_step == f"leave it out; {said}"
-    assert list(interface.check((torch.ones(1),), {name: captured})) == ["x"]
+    assert list(interface.check(interface.bind((torch.ones(1),), {name: captured}))) == ["x"]
 
 
 @pytest.mark.medium("the other arguments of a call")
@@ -49,12 +49,17 @@ def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
     assert "hidden_states.0" in graph.interface.outputs
 
 
+def test_only_arguments_for_further_arguments_may_be_empty():
+    given = {"joint_attention_kwargs": {}, "mask": None, "added": {}, "other_kwargs": {"scale": 1}}
+    assert Interface(inputs=("x",)).bind((), given).kwargs.keys() == {"added", "other_kwargs"}
+
+
 def test_an_argument_that_holds_several_tensors_is_as_many_inputs():
     interface = Interface(inputs=("pair_0", "pair_1_b", "x"), arguments=("pair", "x"), outputs=("y",))
     one, other, x = torch.zeros(1), torch.zeros(2), torch.zeros(3)
-    bound = interface.check(([one, {"b": other, "c": None}], x), {})
+    bound = interface.bind(([one, {"b": other, "c": None}], x), {}).kwargs
     assert [bound[name] is tensor for name, tensor in (("pair_0", one), ("pair_1_b", other), ("x", x))] == [True] * 3
     with pytest.raises(
         lorac.InputMismatch, match="'pair' holds 3 tensors; the program was captured for pair_0, pair_1_b"
     ):
-        interface.check(([one, {"b": other}, x], x), {})
+        interface.bind(([one, {"b": other}, x], x), {})

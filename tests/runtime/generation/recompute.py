@@ -6,12 +6,14 @@ It wraps a compiled model of target eager, and uses its choices of adapters.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import lorac
+from lorac.ir.calls.call import Call
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SiteSlots
 from lorac.target.engine import BoundProgram, CallResult, Engine
@@ -82,34 +84,43 @@ class Recomputing(Engine):
             return Engine.new_cache(self, graph, rows, capacity)
         return Tokens([torch.empty(0, dtype=torch.long)] * rows, capacity)
 
-    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> BoundProgram[Any]:
-        return BoundProgram(self, self.inner.bind(snapshot, slots).content)
+    def bind(self, snapshot: ComposedWeights, slots: Mapping[str, SiteSlots]) -> RecomputingProgram:
+        return RecomputingProgram(self, self.inner.bind(snapshot, slots))
 
     @property
-    def written_program(self) -> BoundProgram[Any]:
-        return BoundProgram(self, self.inner.written_program.content)
+    def written_program(self) -> RecomputingProgram:
+        return RecomputingProgram(self, self.inner.written_program)
 
     def record_written(self, snapshot: ComposedWeights) -> None:
         self.inner.record_written(snapshot)
 
-    def activate(self, content: Any) -> None:
-        self.inner.activate(content)
 
-    def call(self, content: Any, graph: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> CallResult:
-        return self.inner.call(content, graph, args, kwargs)
+@dataclass(frozen=True, eq=False)
+class RecomputingProgram(BoundProgram):
+    """The program of the engine inside, which computes whole sequences."""
 
-    def decode(self, content: Any, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
+    engine: Recomputing
+    inner: BoundProgram
+
+    def activate(self) -> None:
+        self.inner.activate()
+
+    def run(self, graph: str, call: Call) -> CallResult:
+        return self.inner.run(graph, call)
+
+    def decode(self, graph: str, cache: KeyValueCache, step: DecodeStep) -> Tensor:
         assert isinstance(cache, Tokens)
         counts = list(step.counts)
-        self.fed.append(counts)
+        self.engine.fed.append(counts)
         new = [torch.cat([row, ids[:n]]) for row, ids, n in zip(cache.rows, step.ids, counts, strict=True)]
         assert max(map(len, new)) <= cache.capacity
         whole = torch.nn.utils.rnn.pad_sequence(
             [row if len(row) else row.new_zeros(1) for row in new], batch_first=True
         )
         with torch.no_grad():
-            logits = self.inner.call(content, graph, (), {"input_ids": whole, "use_cache": False}).output.logits
+            output: Any = self.inner.run(graph, Call(kwargs={"input_ids": whole, "use_cache": False})).output
         places = torch.tensor(cache.lengths)[:, None] + step.wanted
+        logits = output.logits
         picked = logits.gather(1, places.clamp(max=whole.shape[1] - 1)[:, :, None].expand(-1, -1, logits.shape[2]))
         cache.rows = new
         # The logits of a row without new tokens may be anything, and must not be used.

@@ -264,7 +264,8 @@ def test_what_fails_half_way_leaves_a_cache_as_it_was(model: Any, monkeypatch: p
     answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
     told = torch.cat([answer.sequences, torch.randint(3, 96, (1, 9))], 1)
     expected, held = model.generate(told, **GREEDY), answer.cache.cache.lengths
-    honest, calls = type(model.engine).decode, iter([True, False])
+    program = type(model._state.bound)
+    honest, calls = program.decode, iter([True, False])
 
     def failing(*given: Any) -> Any:
         if not next(calls, False):
@@ -272,7 +273,7 @@ def test_what_fails_half_way_leaves_a_cache_as_it_was(model: Any, monkeypatch: p
         return honest(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(model.engine), "decode", failing)
+        patch.setattr(program, "decode", failing)
         with pytest.raises(MemoryError):
             model.generate(told, **GREEDY, cache=answer.cache, prefill_chunk_size=4)
     assert answer.cache.cache.lengths == held

@@ -13,6 +13,7 @@ import lorac
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
 from lorac.testing.eager_checks import assert_close
 from tests.encoder_decoders import FAMILIES, VOCABULARY, adapted, batches, made
+from tests.program_calls import note_calls
 from tests.refusing import refuses
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
@@ -150,9 +151,8 @@ def test_a_swap_meanwhile_acts_on_the_next_call(compiled: Any) -> None:
 
 def test_the_encoder_runs_once_and_beams_share_what_it_made(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program, _ = compiled
-    engine, caches = program.engine, []
-    encode = engine.encode
-    monkeypatch.setattr(engine, "encode", lambda *told: (caches.append(told[2]), encode(*told)))
+    caches: list[Any] = []
+    note_calls(monkeypatch, program._state.bound, "encode", lambda graph, cache, inputs: caches.append(cache))
     program.generate(**batches("bart")[1], **GREEDY, num_beams=3)
     (cache,) = caches
     held = dict(cache.encoder_outputs)

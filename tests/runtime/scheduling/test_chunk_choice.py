@@ -12,6 +12,7 @@ import torch
 
 import lorac
 from lorac import Scheduler, TextRequest
+from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.errors import LoracWarning
 from lorac.runtime.scheduling import running_batch
 from lorac.runtime.scheduling.chunk_choice import (
@@ -25,7 +26,6 @@ from lorac.runtime.scheduling.chunk_choice import (
 )
 from lorac.runtime.scheduling.running_batch import RunningBatch
 from lorac.runtime.scheduling.running_row import RunningRow
-from lorac.target.engine import BoundProgram
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_prompts_are_read_in_large_chunks_where_fewer_rows_run(
     compiled: Any, monkeypatch: pytest.MonkeyPatch, begun: tuple[int, ...], shapes: list[tuple[int, int]]
 ) -> None:
     monkeypatch.setattr(running_batch, "choose_chunk", lambda *_: LEAST)
-    found, decode = list[tuple[int, ...]](), BoundProgram.decode
+    found, decode = list[tuple[int, ...]](), OrtProgram.decode
 
     def noted(program: Any, graph: str, cache: Any, step: Any) -> Any:
         found.append(tuple(step.ids.shape))
         return decode(program, graph, cache, step)
 
-    monkeypatch.setattr(BoundProgram, "decode", noted)
+    monkeypatch.setattr(OrtProgram, "decode", noted)
     batch = RunningBatch(compiled, 3, None, None, "main")
     batch.choose_chunk()
     request = TextRequest(torch.arange(1, 30), options={"max_new_tokens": 34, "eos_token_id": None})

@@ -17,9 +17,9 @@ import torch
 
 import lorac
 from lorac import Scheduler, TextRequest
+from lorac.backends.onnxruntime.engine import OrtProgram
 from lorac.runtime.row_bank import RowBank
 from lorac.runtime.scheduling.running_row import RunningRow
-from lorac.target.engine import BoundProgram
 from lorac.testing import adapter_away
 from tests.decoders import DECODERS, IDS
 from tests.refusing import refuses
@@ -132,13 +132,13 @@ def test_the_active_choice_is_the_default_and_a_merged_weight_has_a_call_of_its_
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """How many new tokens each row has, for each call of the engine."""
-    noted, decode = list[list[int]](), BoundProgram.decode
+    noted, decode = list[list[int]](), OrtProgram.decode
 
     def note(program: Any, graph: str, cache: Any, step: Any) -> torch.Tensor:
         noted.append(list(step.counts))
         return decode(program, graph, cache, step)
 
-    monkeypatch.setattr(BoundProgram, "decode", note)
+    monkeypatch.setattr(OrtProgram, "decode", note)
     return noted
 
 
