@@ -31,7 +31,7 @@ class EmittedProgram(Generic[OptionsT]):
     """A program as it was emitted into a folder, about to be loaded.
 
     Attributes:
-        request: what it is built for.
+        request: the request that it answers.
         program: the lowered program, with its weights; its interfaces bear the notes of the passes.
         folder: where its files are.
         file_names: names of the files that the program may have.
@@ -46,7 +46,7 @@ class EmittedProgram(Generic[OptionsT]):
 
     @property
     def skipped(self) -> dict[str, dict[str, tuple[Skip, ...]]]:
-        """Graph -> pass -> what it left as it was."""
+        """Graph -> pass -> the parts that it skipped."""
         return {
             graph: {name: result.skipped for name, result in results.items() if result.skipped}
             for graph, results in self.results.items()
@@ -72,10 +72,10 @@ def write_models(
     """Write each graph's model and the content of its slots: in a baked program the choice, else the base's values.
 
     Args:
-        request: what the program is built for.
+        request: the request that the program answers.
         program: the lowered program.
         folder: where the models are written.
-        dialect: what the target can run.
+        dialect: the target's ops and rewrites.
         passes: over the models once their slots are filled.
         storage: where the content of slots is written.
 
@@ -113,13 +113,13 @@ def write_base_weights(
     notes: Mapping[str, str] | None = None,
     locations: Mapping[str, TensorLocation] | None = None,
 ) -> None:
-    """Write base weights; what a model's file holds already is located there, and not written again.
+    """Write base weights; those that a model's file holds already are located there, and not written again.
 
     Args:
         emitted: the program, whose models are written.
         tensors: base weights by name, in float.
-        parts, notes, locations: tensors that stand for further base weights, what the metadata says of them, and
-            where models hold them.
+        parts, notes, locations: tensors that stand for further base weights, metadata about them, and their places in
+            models.
     """
     graphs, plans = emitted.program.graphs, emitted.request.plans
     joined = {pack.sizes for graph in graphs.values() for pack in graph.projections.values()}

@@ -1,7 +1,7 @@
 """The exporter's rules for ops that change nothing, made exact.
 
-The exporter takes a small number for 0, and a number near 1 for 1. It would drop what keeps a divisor off 0, as in
-``x / (y + 1e-9)``, and the program would divide by 0 where the model does not.
+The exporter takes a small number for 0, and a number near 1 for 1. It would drop ``1e-9`` of ``x / (y + 1e-9)``, and
+the program would divide by 0 where the model does not.
 """
 
 import copy

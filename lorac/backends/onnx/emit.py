@@ -32,7 +32,7 @@ def emit(graph: Graph, dialect: OnnxDialect, observe: PassObserver | None = None
 
     Args:
         graph: at level target.
-        dialect: what the target can run, and the rewrites it wants.
+        dialect: the target's ops, and the rewrites it wants.
         observe: called with the name and the result of each of the dialect's passes.
 
     Raises:
@@ -64,13 +64,16 @@ def _build_model(graph: Graph, dialect: OnnxDialect, observe: PassObserver | Non
     with suppress_third_party_output():
         common_passes.InlinePass()(model)
         concatenate_weights(model)
-        _simplify(model)
+        _FoldConstants(shape_inference=False, input_size_limit=1024, output_size_limit=1024)(model)
+        make_rewrite_pass([*default_rules(), *exact_no_op_rules()])(model)
         run_passes(model, dialect.early_rewrites, observe)
         _CLEAN_UP(model)
     GATES[dialect.gates](model, graph.slots)
     run_passes(model, dialect.late_rewrites, observe)
     _name_outputs(model, graph.interface.outputs)  # again: rewrites make new values
-    _name_axes(model, graph)
+    for value in (*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape(_rename_dimension(dim, graph) for dim in value.shape)
     if graph.cache_inputs and graph.longest is not None:
         model.metadata_props[MAX_LENGTH_KEY] = str(graph.longest)
     return model
@@ -80,28 +83,16 @@ class _FoldConstants(FoldConstantsPass):
     """onnxscript's pass; but a transposed concatenation of weights stays lazy until it is written."""
 
     def process_node(self, node: ir.Node, is_function: bool) -> Replacement | None:
-        """Fold a node as onnxscript does, or replace the transposition of concatenated weights."""
-        tensor = None if is_function else _transposed_concatenation(node)
-        if tensor is None or node.graph is None:
+        """Fold a node as onnxscript does; transpose a concatenation that nothing else reads without computing it."""
+        transposes = node.op_type == "Transpose" and node.attributes.get_ints("perm") == (1, 0) and not is_function
+        read = node.inputs[0] if transposes else None
+        tensor = read.const_value if read is not None and len(read.uses()) == 1 else None
+        if not isinstance(tensor, ConcatenatedTensor) or node.graph is None:
             return super().process_node(node, is_function)
-        value = ir.val(node.outputs[0].name, const_value=tensor, shape=tensor.shape, dtype=tensor.dtype)
+        turned = tensor.transposed
+        value = ir.val(node.outputs[0].name, const_value=turned, shape=turned.shape, dtype=turned.dtype)
         node.graph.register_initializer(value)
         return Replacement([value], [])
-
-
-def _transposed_concatenation(node: ir.Node) -> ConcatenatedTensor | None:
-    """Return the result of a node that transposes a concatenated weight, if nothing else reads the weight."""
-    if node.op_type != "Transpose" or node.attributes.get_ints("perm") != (1, 0):
-        return None
-    read = node.inputs[0]
-    tensor = read.const_value if read is not None and len(read.uses()) == 1 else None
-    return tensor.transposed if isinstance(tensor, ConcatenatedTensor) else None
-
-
-def _simplify(model: ir.Model) -> None:
-    """Fold constants and apply the exporter's rules, in place."""
-    _FoldConstants(shape_inference=False, input_size_limit=1024, output_size_limit=1024)(model)
-    make_rewrite_pass([*default_rules(), *exact_no_op_rules()])(model)
 
 
 _CLEAN_UP = ir.passes.Sequential(
@@ -142,15 +133,8 @@ def _name_outputs(model: ir.Model, names: Sequence[str]) -> None:
         value.name = name
 
 
-def _name_axes(model: ir.Model, graph: Graph) -> None:
-    """Name dynamic sizes as the model does, in place of torch's symbols."""
-    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape(_rename_dimension(dim, graph) for dim in value.shape)
-
-
 def _rename_dimension(dim: int | ir.SymbolicDim, graph: Graph) -> int | str | None:
+    """Return a size by the model's name for it, in place of torch's symbol."""
     if isinstance(dim, int):
         return dim
     if dim.value is None:

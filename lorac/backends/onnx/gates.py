@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lorac.backends.onnx.gate_parts import (
+from lorac.backends.onnx.shared_gates import (
     READS_SIZES,
     fill_branches,
+    gate_shared_nodes,
     list_ancestors,
     placeholder_nodes,
     unshaped_result,
 )
-from lorac.backends.onnx.shared_gates import gate_shared_nodes
 from lorac.ir.graph.attention_ops import is_past_input, present_name
 from lorac.ir.graph.graph import SlotInput
 from lorac.ir.slots.roles import is_strength, slot_name
@@ -42,8 +42,10 @@ def gate_by_if(model: ir.Model, slots: Mapping[str, SlotInput]) -> None:
     gates = []
     for strength, add in ends:
         end, slot = _BranchEnd.of(strength, add), slots[str(strength.name)]
+        branch = slot_name(slot.site, slot.role.rpartition(".")[0])
         # An extra output of a site that is called several times is the last call's, and stays outside of all gates.
-        emitted = _emitted_outputs(model.graph, slot) if calls[strength] == 1 else []
+        outputs = model.graph.outputs if calls[strength] == 1 else ()
+        emitted = [value for value in outputs if str(value.name).partition(":")[2] == branch]
         by_row = _gate_rows(model.graph, end) if slot.placed else end
         gates.append(_move_into_if(model.graph, by_row, emitted))
     gate_shared_nodes(model.graph, gates, slots)
@@ -74,7 +76,7 @@ class _BranchEnd:
     Attributes:
         strength: the branch's strength.
         node: the last node of the branch, in whose result it acts.
-        passed: what that result is without the branch.
+        passed: the result without the branch.
     """
 
     strength: ir.Value
@@ -84,8 +86,13 @@ class _BranchEnd:
     @classmethod
     def of(cls, strength: ir.Value, add: ir.Node) -> "_BranchEnd":
         """Return the end of a branch whose sum is ``add``; earlier branches of its site have their gates already."""
-        passed = next(v for v in add.inputs if v is not None and not _depends_on(v, strength))
-        return cls(strength, add, passed)
+        free = (
+            value
+            for value in add.inputs
+            if value is not None
+            and all(strength not in node.inputs for node in list_ancestors(value) if node.op_type != READS_SIZES)
+        )
+        return cls(strength, add, next(free))
 
 
 def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[tuple[ir.Value, ir.Node]]:
@@ -99,12 +106,6 @@ def _find_branch_ends(model: ir.Model, slots: Mapping[str, SlotInput]) -> list[t
         if scaled.op_type != READS_SIZES
         for add in _walk_sums(scaled.outputs[0])
     ]
-
-
-def _emitted_outputs(graph: ir.Graph, strength: SlotInput) -> list[ir.Value]:
-    """Return the extra outputs of a branch, which the slot of its strength identifies."""
-    branch = slot_name(strength.site, strength.role.rpartition(".")[0])
-    return [value for value in graph.outputs if str(value.name).partition(":")[2] == branch]
 
 
 def _gate_rows(graph: ir.Graph, end: _BranchEnd) -> _BranchEnd:
@@ -153,7 +154,11 @@ def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value])
     switch = ir.val(
         f"{old.name}_on", dtype=ir.DataType.BOOL, shape=ir.Shape([1] if len(strength.shape or ()) == 1 else [])
     )
-    graph.insert_before(add, _switch_nodes(strength, switch))
+    if strength.shape is None or len(strength.shape) > 1:  # one for each place: a branch is on if any is not 0
+        largest = ir.val(f"{switch.name}_sum", type=strength.type, shape=ir.Shape([]))
+        graph.insert_before(add, ir.node("ReduceL1", [strength], {"keepdims": 0}, outputs=[largest]))
+        strength = largest
+    graph.insert_before(add, ir.node("Cast", [strength], {"to": ir.DataType.BOOL}, outputs=[switch]))
     result = ir.val(f"{old.name}_gated", type=old.type, shape=old.shape)
     results = [result, *(unshaped_result(value) for value in extra)]
     gate = ir.Node("", "If", [switch], outputs=results)
@@ -170,16 +175,6 @@ def _move_into_if(graph: ir.Graph, end: _BranchEnd, emitted: Sequence[ir.Value])
     ]
     fill_branches(gate, f"{old.name}", [old, *extra], taken, idle)
     return gate
-
-
-def _switch_nodes(strength: ir.Value, switch: ir.Value) -> list[ir.Node]:
-    """Return the nodes by which a branch is on if any of its strengths is not 0."""
-    nodes = []
-    if strength.shape is None or len(strength.shape) > 1:  # one for each place
-        largest = ir.val(f"{switch.name}_sum", type=strength.type, shape=ir.Shape([]))
-        keep = {"keepdims": ir.AttrInt64("keepdims", 0)}
-        nodes, strength = [ir.Node("", "ReduceL1", [strength], keep, outputs=[largest])], largest
-    return [*nodes, ir.Node("", "Cast", [strength], {"to": ir.AttrInt64("to", ir.DataType.BOOL)}, outputs=[switch])]
 
 
 def _find_cache_updates(graph: ir.Graph, add: ir.Node, passed: ir.Value) -> dict[ir.Value, ir.Value]:
@@ -227,7 +222,3 @@ def _feeds_only(node: ir.Node, cone: set[ir.Node], emitted: Collection[ir.Value]
     """Return whether only nodes of the branch, and extra outputs, read a node."""
     users = {user for output in node.outputs for user in output.consumers()}
     return users <= cone and not any(output.is_graph_output() and output not in emitted for output in node.outputs)
-
-
-def _depends_on(value: ir.Value, source: ir.Value) -> bool:
-    return any(source in node.inputs for node in list_ancestors(value) if node.op_type != READS_SIZES)

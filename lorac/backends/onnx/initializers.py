@@ -55,7 +55,9 @@ def concatenate_weights(model: ir.Model) -> None:
             continue
         key = tuple(parts)
         if key not in joined:
-            tensor, name = ConcatenatedTensor(tensors), _concatenated_name([str(part.name) for part in parts])
+            # ``attn.q|k.weight`` for ``attn.q.weight`` and ``attn.k.weight``
+            columns = itertools.zip_longest(*(str(part.name).split(".") for part in parts), fillvalue="")
+            tensor, name = ConcatenatedTensor(tensors), ".".join("|".join(dict.fromkeys(column)) for column in columns)
             joined[key] = ir.val(name, const_value=tensor, shape=tensor.shape, dtype=tensor.dtype)
             model.graph.register_initializer(joined[key])
         node.outputs[0].replace_all_uses_with(joined[key], replace_graph_outputs=True)
@@ -90,16 +92,11 @@ class ConcatenatedTensor(ir.LazyTensor):
     def _compute(self) -> ir.Tensor[_Array]:
         array = self._computed.pop()() if self._computed else None
         if array is None:
-            array = _concatenate_rows([tensor.numpy() for tensor in self._parts], is_transposed=self._is_transposed)
+            arrays = [tensor.numpy() for tensor in self._parts]
+            turned = (_contiguous_copy(array.T) for array in arrays)
+            array = np.concatenate([*turned], axis=1) if self._is_transposed else np.concatenate(arrays)
         self._computed.append(weakref.ref(array))
         return ir.Tensor(array)
-
-
-def _concatenate_rows(arrays: Sequence[_Array], *, is_transposed: bool) -> _Array:
-    """Concatenate arrays along their first axis, or their contiguous transposes along the second."""
-    if not is_transposed:
-        return np.concatenate(arrays)
-    return np.concatenate([_contiguous_copy(array.T) for array in arrays], axis=1)
 
 
 def _make_contiguous(tensor: ir.Tensor[_Array]) -> ir.TensorProtocol:
@@ -121,12 +118,6 @@ def _contiguous_copy(array: _Array) -> _Array:
         return np.ascontiguousarray(array)
     whole_numbers = torch.from_numpy(array.T.view(f"i{array.itemsize}"))  # torch lacks some of NumPy's dtypes
     return whole_numbers.t().contiguous().numpy().view(array.dtype)
-
-
-def _concatenated_name(names: Sequence[str]) -> str:
-    """Return ``attn.q|k.weight`` for ``attn.q.weight`` and ``attn.k.weight``."""
-    columns = itertools.zip_longest(*(name.split(".") for name in names), fillvalue="")
-    return ".".join("|".join(dict.fromkeys(column)) for column in columns)
 
 
 def _fill_slots(model: ir.Model, contents: Mapping[str, torch.Tensor]) -> list[ir.Value]:

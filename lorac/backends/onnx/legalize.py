@@ -64,7 +64,7 @@ def _output_checks(graph: Graph, checks: Sequence[fx.Node]) -> None:
     graph.interface = replace(
         graph.interface, checks={**graph.interface.checks, **dict(zip(names, lines, strict=True))}
     )
-    # What only asserts that a boolean read as a number is 0 or 1 says nothing.
+    # A check that a boolean read as a number is 0 or 1 says nothing.
     left_out = [node for node in checks if _checked_tensor(node) is None and _truth_read_as_number(node) is None]
     for node in checks:
         graph.fx.erase_node(node)
@@ -103,7 +103,11 @@ def _legalize_node(graph: Graph, node: fx.Node) -> bool:
     rewrite = _REWRITES.get(node.target)
     if rewrite is not None:
         return rewrite(graph, node)
-    if node.target in _VIEWS and _keeps_shape(node):
+    if node.target in _VIEWS:
+        old, new = get_example(node.args[0]).shape, get_example(node).shape
+        same = len(old) == len(new) and all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
+        if not same or any(user.op == "output" for user in node.users):  # an output keeps its name
+            return False
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.fx.erase_node(node)
     elif node.target in ADAPTIVE_MEANS and {*node.args[1]} == {1}:  # type: ignore[misc]  # sizes
@@ -188,13 +192,6 @@ def _legalize_squeeze(graph: Graph, node: fx.Node) -> bool:
     return True
 
 
-def _keeps_shape(node: fx.Node) -> bool:
-    """Return whether a view keeps its operand's shape and is not an output, whose name must stay."""
-    old, new = get_example(node.args[0]).shape, get_example(node).shape
-    same = len(old) == len(new) and all(statically_known_true(a == b) for a, b in zip(old, new, strict=True))
-    return same and all(user.op != "output" for user in node.users)
-
-
 def _writes_private_tensor(node: fx.Node) -> bool:
     """Return whether an op writes in place to a new tensor that nothing else reads, so that it may return another."""
     if not _returns_tensor(node, writes=True) or not node.target._schema.name.startswith("aten::"):  # type: ignore[union-attr]  # an op
@@ -202,7 +199,7 @@ def _writes_private_tensor(node: fx.Node) -> bool:
     written = node.args[0]
     if not isinstance(written, fx.Node) or list(written.users) != [node] or not _returns_tensor(written, writes=None):
         return False
-    # What decomposes may return its operand and not say so, as dropout does outside training.
+    # An op that decomposes may return its operand and not say so, as dropout does outside training.
     new = written.target in _PRODUCTS or not written.target._can_decompose()  # type: ignore[union-attr]  # an op
     dtype = written.meta["val"].dtype  # of other operands it would be promoted
     return new and all(operand.meta["val"].dtype == dtype for operand in node.all_input_nodes)

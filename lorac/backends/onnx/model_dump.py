@@ -1,4 +1,4 @@
-"""An emitted program as rows of text: what the target runs after all its rewrites.
+"""An emitted program as rows of text: the ops that the target runs after all its rewrites.
 
 The module and the line of a node are read from its metadata. A node that a rewrite added without metadata belongs to
 the module that reads it, if that module is next to it.
@@ -65,13 +65,13 @@ class _ModelDumper:
         refs: list[int] = []
         operands = [self._operand(name, refs) for name in node.input]
         text = " ".join(part for part in (node.op_type, ", ".join([*operands, *_format_attributes(node)])) if part)
-        # What a branch behind a condition reads is read here.
+        # A node reads the values that the branches behind its condition read.
         inner = [self.index[name] for name in _walk_subgraph_inputs(node) if name in self.index]
         refs.extend(ref for ref in inner if ref not in refs)
         text += "".join(f"; {REF}" for _ in range(text.count(REF), len(refs)))
         owner = modules[-1] if modules else ""
         blocks = repeated_blocks(modules, self.containers)
-        # What stands loose in a block is not what the block is wrapped in: that is the block's.
+        # A site that contains other modules is a block: its own nodes belong to the block.
         site = owner if owner in self.sites and owner not in self.containers else None
         name = self.names.new(node.op_type, owner, blocks)
         type_ = ", ".join(self.types.get(output, "") for output in node.output if output)
@@ -160,11 +160,7 @@ def _format_type(value: onnx.ValueInfoProto) -> str:
     if not kind.elem_type:
         return ""
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    sizes = ", ".join(_format_dimension(dim.dim_param) or str(dim.dim_value) for dim in kind.shape.dim)
+    names = (dim.dim_param.rpartition(":") for dim in kind.shape.dim)  # those of ranks begin with the path of a site
+    labels = (slot_label(site, name) if colon else name for site, colon, name in names)
+    sizes = ", ".join(label or str(dim.dim_value) for label, dim in zip(labels, kind.shape.dim, strict=True))
     return f"{short_dtype(str(dtype))}[{sizes}]"
-
-
-def _format_dimension(name: str) -> str:
-    """Format a dynamic size as its name, without the path of its site."""
-    site, separator, what = name.rpartition(":")
-    return slot_label(site, what) if separator else name

@@ -179,11 +179,6 @@ def walk_tensors(message: Message) -> Iterator[onnx.TensorProto]:
         if isinstance(current, onnx.TensorProto):
             yield current
             continue
-        pending.extend(_child_messages(current))
-
-
-def _child_messages(message: Message) -> Iterator[Message]:
-    """Yield the messages in a message's fields that may have tensors."""
-    for field, value in message.ListFields():
-        if field.message_type is not None and field.message_type.full_name not in _TENSORLESS_MESSAGES:
-            yield from [value] if isinstance(value, Message) else value
+        for field, value in current.ListFields():
+            if field.message_type is not None and field.message_type.full_name not in _TENSORLESS_MESSAGES:
+                pending.extend([value] if isinstance(value, Message) else value)

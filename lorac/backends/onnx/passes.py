@@ -1,14 +1,15 @@
-"""Passes over emitted programs: each has a name, reports what it did, and leaves a program that is verified.
+"""Passes over emitted programs: each has a name, reports its changes and skips, and leaves a verified program.
 
-They are to ONNX what ``lorac.passes`` is to captured graphs. A dialect lists the passes that it wants as data
-(``Dialect.fusions``, ``Dialect.finish``).
+They are to ONNX as ``lorac.passes`` is to captured graphs. A dialect lists its passes as data
+(``Dialect.early_rewrites``, ``Dialect.late_rewrites``).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import rewriter
 from onnxscript.rewriter import pattern
@@ -29,14 +30,14 @@ class OnnxPass(ABC):
     A pass may run twice: the second run changes nothing and says so.
 
     Attributes:
-        name: what reports and messages call it.
+        name: its name in reports and messages.
     """
 
     name: ClassVar[str]
 
     @abstractmethod
     def apply(self, model: ir.Model) -> PassResult:
-        """Edit a program in place, and report whether it changed and what was left as it was."""
+        """Edit a program in place, and report whether it changed, and the parts that were skipped."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PatternPass(OnnxPass):
 
     @abstractmethod
     def rules(self, skips: list[Skip]) -> Iterable[pattern.RewriteRule]:
-        """Return the rules; a rule appends to ``skips`` what it matches and leaves alone."""
+        """Return the rules; a rule appends to ``skips`` the matches that it leaves alone."""
 
     def apply(self, model: ir.Model) -> PassResult:
         skips: list[Skip] = []
@@ -79,8 +80,7 @@ def verify_model(model: ir.Model, after: str) -> None:
     Raises:
         CompileError: naming the pass, the value and the node that reads it.
     """
-    known = {value for value in (*model.graph.inputs, *model.graph.initializers.values())}
-    _verify_graph(model.graph, known, after)
+    _verify_graph(model.graph, set(), after)
 
 
 def _verify_graph(graph: ir.Graph, outer: set[ir.Value], after: str) -> None:
@@ -103,6 +103,33 @@ def _verify_reads(values: Iterable[ir.Value | None], known: set[ir.Value], after
             )
 
 
+def shared_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Return a graph's constant by name, after adding it if it is missing."""
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    return graph.initializers[name]
+
+
+def copy_node(node: ir.Node, inputs: Sequence[ir.Value | None], attributes: Iterable[ir.Attr] | None = None) -> ir.Node:
+    """Return a node of the same op, name and metadata that reads other values, or has other attributes."""
+    return ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        node.attributes.values() if attributes is None else attributes,
+        num_outputs=len(node.outputs),
+        name=node.name,
+        metadata_props=dict(node.metadata_props),
+    )
+
+
+def nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
+    """Yield the nodes of the graphs within a node, however deep."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()
+
+
 def module_around(node: ir.Node) -> str:
     """Return the path of the module that a node comes from, or the node's name where none is noted."""
     modules = modules_of(node.metadata_props)
@@ -110,7 +137,7 @@ def module_around(node: ir.Node) -> str:
 
 
 def make_rewrite_pass(rules: Iterable[pattern.RewriteRule]) -> ir.passes.InPlacePass:
-    """Return a pass that changes what onnxscript's own pass changes by these rules, in this order."""
+    """Return a pass that applies rules as onnxscript's own pass does, in this order."""
     return rewriter.RewritePass([_RulesByOp([*rules])])  # type: ignore[list-item]  # stands for a rule
 
 
@@ -157,7 +184,7 @@ class _RulesByOp:
                 rule.graph_post_visitor()
 
     def try_rewrite(self, model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: object) -> object:
-        """Return what the first rule that matches a node puts in its place."""
+        """Return the replacement by the first rule that matches a node; None if no rule does."""
         if node.op_type not in self._by_op:
             ops = ((rule, rule._target_pattern.output_nodes[0].op) for rule in self.rules)
             self._by_op[node.op_type] = [rule for rule, op in ops if op.matches(node.op_type)]

@@ -1,17 +1,12 @@
-"""Gates of what branches share: nodes that only some gated branches need run if one of these branches does."""
+"""Gates of shared nodes: nodes that only some gated branches need run if one of these branches does."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from lorac.backends.onnx.gate_parts import (
-    READS_SIZES,
-    fill_branches,
-    list_ancestors,
-    placeholder_nodes,
-    unshaped_result,
-)
-
+READS_SIZES = "Shape"
+"""The op whose result does not depend on what is in a slot."""
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "Attention", "MatMulNBits", "MatMulBnb4", "Einsum", "FusedMatMul"})
 """Ops that are worth a gate."""
 
@@ -24,10 +19,19 @@ def gate_shared_nodes(graph: ir.Graph, gates: Sequence[ir.Node], slots: Collecti
         return
     _duplicate_layouts(shared, within, slots)
     _annotate_sizes(shared)
-    readers = _gates_reading(shared, within)
+    readers: dict[ir.Node, frozenset[ir.Node]] = {}  # node -> the gates whose branches need it, directly or not
+    for node in reversed(shared):
+        users = {user for output in node.outputs for user in output.consumers()}
+        sets = [readers[user] if user in readers else frozenset({within[id(user.graph)]}) for user in users]
+        readers[node] = frozenset().union(*sets)
     shared = _leave_outside(graph, shared, readers)
     readers = {node: readers[node] for node in shared}
-    _hoist_switches(graph, [gate for gate in gates if gate in frozenset().union(*readers.values())])
+    reading = [gate for gate in gates if gate in frozenset().union(*readers.values())]
+    switches = dict.fromkeys(value for gate in reading if (value := gate.inputs[0]) is not None)
+    computed = [node for value in switches for node in reversed([*list_ancestors(value)])]
+    for node in computed:
+        graph.remove(node)
+    graph.insert_before(next(node for node in graph if node in set(reading)), computed)
     for part in _split_by_readers(shared, readers):
         moved = set(part)
         outer = {user for node in part for output in node.outputs for user in output.consumers()} - moved
@@ -53,7 +57,7 @@ def _leave_outside(
 ) -> list[ir.Node]:
     """Return the nodes without those of a gate that reads no shared product, such as sizes: it need not wait for one.
 
-    What others read of these is computed before the first gate that does.
+    Those of them that a kept node reads are computed before the first gate that reads a product.
     """
     gates = frozenset().union(*(readers[node] for node in shared if node.op_type in _PRODUCTS))
     kept = [node for node in shared if readers[node] <= gates]
@@ -66,16 +70,6 @@ def _leave_outside(
         graph.remove(node)
     graph.insert_before(next(node for node in graph if node in gates), early)
     return kept
-
-
-def _gates_reading(shared: Sequence[ir.Node], within: Mapping[int, ir.Node]) -> dict[ir.Node, frozenset[ir.Node]]:
-    """Return node -> the gates whose branches need it, directly or through other nodes."""
-    found: dict[ir.Node, frozenset[ir.Node]] = {}
-    for node in reversed(shared):
-        users = {user for output in node.outputs for user in output.consumers()}
-        sets = [found[user] if user in found else frozenset({within[id(user.graph)]}) for user in users]
-        found[node] = frozenset().union(*sets)
-    return found
 
 
 def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, frozenset[ir.Node]]) -> list[list[ir.Node]]:
@@ -95,15 +89,6 @@ def _split_by_readers(shared: Sequence[ir.Node], readers: Mapping[ir.Node, froze
     left = set(shared).difference(*apart)
     common = [node for node in shared if node in left]
     return [part for part in (common, *apart) if part]
-
-
-def _hoist_switches(graph: ir.Graph, gates: Sequence[ir.Node]) -> None:
-    """Move the switches of gates before the first gate."""
-    switches = dict.fromkeys(value for gate in gates if (value := gate.inputs[0]) is not None)
-    computed = [node for value in switches for node in reversed([*list_ancestors(value)])]
-    for node in computed:
-        graph.remove(node)
-    graph.insert_before(next(node for node in graph if node in set(gates)), computed)
 
 
 def _duplicate_layouts(shared: Sequence[ir.Node], within: Mapping[int, ir.Node], slots: Collection[str]) -> None:
@@ -174,3 +159,52 @@ def _move_into_shared_if(
     for node in shared:
         graph.remove(node)
     fill_branches(gate, "shared", needed, shared, [placeholder_nodes(value) for value in needed])
+
+
+# ── Parts of gates ───────────────────────────────────────────────────────────────────────────────────────────────────
+def unshaped_result(value: ir.Value) -> ir.Value:
+    """Return the result of a gate for a value, without sizes, since an idle gate returns other sizes."""
+    return ir.val(f"{value.name}_gated", type=value.type, shape=_unknown_shape(value))
+
+
+def placeholder_nodes(value: ir.Value) -> list[ir.Node]:
+    """Return nodes for a placeholder tensor of a value's type and rank; the last returns it."""
+    assert value.type is not None
+    axes = len(_unknown_shape(value))
+    shape = ir.tensor([1] * axes, dtype=ir.DataType.INT64, name=f"{value.name}_ones")
+    size = ir.val(f"{value.name}_ones", dtype=ir.DataType.INT64, shape=ir.Shape([axes]))
+    constant = ir.Node("", "Constant", [], {"value": ir.AttrTensor("value", shape)}, outputs=[size])
+    zero = ir.tensor(np.zeros(1, value.type.dtype.numpy()), name=f"{value.name}_zero")
+    result = ir.val(f"{value.name}_idle", type=value.type, shape=_unknown_shape(value))
+    return [constant, ir.Node("", "ConstantOfShape", [size], {"value": ir.AttrTensor("value", zero)}, outputs=[result])]
+
+
+def _unknown_shape(value: ir.Value) -> ir.Shape:
+    """Return a shape of a value's rank without sizes."""
+    assert value.shape is not None
+    return ir.Shape([None] * len(value.shape))
+
+
+def fill_branches(
+    gate: ir.Node, name: str, on: Sequence[ir.Value], nodes: Sequence[ir.Node], idle: Sequence[Sequence[ir.Node]]
+) -> None:
+    """Give a gate its two graphs: ``nodes`` compute the values ``on``, and ``idle`` the values in their place."""
+    off = [several[-1].outputs[0] for several in idle]
+    for branch, outputs, body in (
+        ("then_branch", list(on), list(nodes)),
+        ("else_branch", off, [node for several in idle for node in several]),
+    ):
+        gate.attributes[branch] = ir.AttrGraph(branch, ir.Graph([], outputs, nodes=body, name=f"{name}_{branch}"))
+
+
+def list_ancestors(value: ir.Value) -> Iterator[ir.Node]:
+    """Yield the nodes from which a value is computed."""
+    visited: set[ir.Node] = set()
+    todo = [value.producer()]
+    while todo:
+        node = todo.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield node
+        todo.extend(v.producer() for v in node.inputs if v is not None)

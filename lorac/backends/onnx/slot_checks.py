@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from lorac.backends.onnx.graph_edits import nested_nodes
+from lorac.backends.onnx.passes import nested_nodes
 from lorac.errors import CompileError, list_some
 
 
@@ -35,7 +35,10 @@ def check_slot_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> Non
         candidates = by_size.get(int(constant.size), [])
         if not candidates or constant.dtype not in _FLOATING:
             continue
-        value = _as_torch(constant).flatten()
+        array = constant.numpy()  # NumPy lacks bfloat16
+        value = torch.from_numpy(
+            array.astype("f4") if constant.dtype == ir.DataType.BFLOAT16 else array.copy()
+        ).flatten()
         copied = [
             n
             for n, t in candidates
@@ -48,14 +51,8 @@ def check_slot_constants(model: ir.Model, contents: Mapping[str, Tensor]) -> Non
 _FLOATING = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
-def _as_torch(constant: ir.TensorProtocol) -> Tensor:
-    """Return a constant's values; bfloat16, which NumPy lacks, as float32."""
-    values = constant.numpy()
-    return torch.from_numpy(values.astype("f4") if constant.dtype == ir.DataType.BFLOAT16 else values.copy())
-
-
 def _live_values(model: ir.Model) -> set[int]:
-    """Return the ids of values from which a path leads to an output; a node reads what its graphs read."""
+    """Return the ids of values from which a path leads to an output; a node reads the values that its graphs read."""
     live: set[int] = set()
     todo = [value for value in model.graph.outputs]
     while todo:
@@ -87,11 +84,15 @@ def holds_same_values(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().to(dtype), other.flatten().to(dtype))
 
 
-def self_test_failure(slots: Sequence[str], what: str) -> CompileError:
-    """Return the error for slots with a defect, which ``what`` describes."""
+def self_test_failure(slots: Sequence[str], defect: str) -> CompileError:
+    """Return the error for slots with a defect.
+
+    Args:
+        defect: the predicate of its message, such as ``"became constants"``.
+    """
     listed = list_some(slots, 4)
     return CompileError(
-        f"after emission {len(slots)} slots {what}: {listed}",
+        f"after emission {len(slots)} slots {defect}: {listed}",
         next_step="this is a bug of the emitter, not of your model; a swap would not do what it says",
         code="self_test_failed",
     )

@@ -25,8 +25,12 @@ def locate_weights(
     Args:
         joined: numbers of outputs of layers whose weights a model may hold side by side in one matrix.
     """
-    index = _index_weights(files, graphs, joined)
-    locations = {}
+    index, locations = defaultdict[tuple[int, bytes], list[_WeightLocation]](list), {}
+    stored = ((graph, *weight) for graph in graphs for weight in walk_stored_weights(files, graph))
+    for name, _, offset, weight in stored:
+        for part in _split_weight(graph_file(name, WEIGHTS_FILE), offset, weight, joined):
+            first = part.values[: 1 if part.values.ndim > 1 else _PREFIX_BYTES]  # not a copy of strided rows
+            index[part.values.size, first.reshape(-1)[:_PREFIX_BYTES].tobytes()].append(part)
     for name, tensor in tensors.items():
         layouts = (False, True) if tensor.dim() == _MATRIX else (False,)
         location = next(filter(None, (_find_tensor(index, tensor, by_columns) for by_columns in layouts)), None)
@@ -47,25 +51,6 @@ class _WeightLocation:
 
 _WeightIndex = Mapping[tuple[int, bytes], list[_WeightLocation]]
 """Size and first bytes -> weights."""
-
-
-def _index_weights(files: ProgramFiles, graphs: Iterable[str], joined: Collection[tuple[int, ...]]) -> _WeightIndex:
-    index: dict[tuple[int, bytes], list[_WeightLocation]] = defaultdict(list)
-    for weight in (weight for graph in graphs for weight in _walk_weights(files, graph, joined)):
-        index[weight.values.size, _first_bytes(weight.values)].append(weight)
-    return index
-
-
-def _first_bytes(values: Array) -> bytes:
-    """Return the first bytes, without a copy of a matrix whose rows are not contiguous."""
-    return bytes(values[: 1 if values.ndim > 1 else _PREFIX_BYTES].reshape(-1)[:_PREFIX_BYTES].tobytes())
-
-
-def _walk_weights(files: ProgramFiles, graph: str, joined: Collection[tuple[int, ...]]) -> Iterator[_WeightLocation]:
-    """Yield the weights of a graph, and the weights that they may be concatenations of."""
-    file = graph_file(graph, WEIGHTS_FILE)
-    for _, offset, weight in walk_stored_weights(files, graph):
-        yield from _split_weight(file, offset, weight, joined)
 
 
 def walk_stored_weights(files: ProgramFiles, graph: str) -> Iterator[tuple[str, int, Array]]:

@@ -13,9 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lorac.backends.onnx.graph_edits import copy_node, shared_constant
 from lorac.backends.onnx.model_files import PACKED_KEY
-from lorac.backends.onnx.passes import OnnxPass, module_around
+from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, shared_constant
 from lorac.backends.onnxruntime.leading_axes import AXIS_OPS, ELEMENTWISE
 from lorac.ir.graph.passes import PassResult, Skip
 

@@ -12,8 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
-from lorac.backends.onnx.graph_edits import shared_constant
-from lorac.backends.onnx.passes import OnnxPass, module_around
+from lorac.backends.onnx.passes import OnnxPass, module_around, shared_constant
 from lorac.errors import Unavailable
 from lorac.ir.graph.passes import PassResult, Skip
 

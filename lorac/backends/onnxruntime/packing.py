@@ -15,9 +15,8 @@ from typing import ClassVar
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from lorac.backends.onnx.graph_edits import copy_node, nested_nodes
 from lorac.backends.onnx.model_files import PACKED_KEY
-from lorac.backends.onnx.passes import OnnxPass, module_around
+from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, nested_nodes
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, TokenLayouts, dims_of
 from lorac.backends.onnxruntime.token_indices import TokenIndices
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, find_token_input

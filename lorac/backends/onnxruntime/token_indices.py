@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from lorac.backends.onnx.graph_edits import shared_constant
+from lorac.backends.onnx.passes import shared_constant
 from lorac.backends.onnxruntime.segment_indices import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, dims_of
 

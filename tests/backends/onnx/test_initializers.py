@@ -83,20 +83,20 @@ class _Pair(nn.Module):
 
 def test_joined_weights_are_laid_out_once_they_are_written(monkeypatch):
     laid_out, after_emission = [], []
-    lay_out, emit = writing._concatenate_rows, build.emit
+    copy, emit = writing._contiguous_copy, build.emit
 
-    def noting(arrays, **how):
-        laid_out.append([array.shape for array in arrays])
-        return lay_out(arrays, **how)
+    def noting(array):
+        laid_out.append(array.shape)
+        return copy(array)
 
     def emitting(*given):
         model = emit(*given)
         after_emission.append(len(laid_out))
         return model
 
-    monkeypatch.setattr(writing, "_concatenate_rows", noting)
+    monkeypatch.setattr(writing, "_contiguous_copy", noting)
     monkeypatch.setattr(build, "emit", emitting)
     inputs = {"x": torch.randn(2, 3, 48)}
     lorac.compile(_Pair().eval(), {"a": lorac.LoRA(r=2)}, target="onnxruntime", example_inputs=inputs)
     assert after_emission == [0]
-    assert laid_out == [[(40, 48), (24, 48)]]
+    assert laid_out == [(48, 40), (48, 24)]

@@ -14,7 +14,7 @@ from torch import nn
 import lorac
 from lorac.adapters.preparation import Preparer
 from lorac.backends.onnx.model_files import MODEL_FILE
-from lorac.backends.onnx.slot_noise import draw_noise
+from lorac.backends.onnx.tested_contents import draw_noise
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.ir.slots.required_slots import Reserve

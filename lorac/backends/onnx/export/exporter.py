@@ -82,7 +82,9 @@ def _translation_error(error: BaseException, node: fx.Node | None) -> Unavailabl
     missing = any(_MISSING_MESSAGE in reason for reason in reasons)
     reason = next((text.splitlines()[0] for text in reversed(reasons) if text), type(error).__name__)
     line = None if node is None else find_source_line(node)
-    op = "the program" if node is None else _name_of(node.target)
+    op, target = "the program", None if node is None else node.target
+    if target is not None:
+        op = target.name() if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
     path = "" if node is None else find_module_path(node)
     asks = f"'{path}' asks for, at {line}" if path else f"{line} asks for"
     return Unavailable(
@@ -95,10 +97,6 @@ def _translation_error(error: BaseException, node: fx.Node | None) -> Unavailabl
 
 _MISSING_MESSAGE = "No ONNX function found"
 """Text of torch's error for an op without a translation."""
-
-
-def _name_of(target: object) -> str:
-    return target.name() if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 
 
 def _find_failing_node(error: BaseException) -> fx.Node | None:

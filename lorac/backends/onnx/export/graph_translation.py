@@ -48,7 +48,7 @@ class TranslationFailed(Exception):
     """A node has no translation, or its translation fails.
 
     Args:
-        reason: what is wrong with it; default: what its cause says.
+        reason: the fault; default: its cause's message.
     """
 
     def __init__(self, node: fx.Node, reason: str = "") -> None:
@@ -62,7 +62,7 @@ def translate(
     """Return a program as a model.
 
     Args:
-        program: says what its inputs and outputs are, and has the weights.
+        program: has the signature and the weights.
         graphs: module path -> graph, "" for the program's own; every op has a translation, and casts are explicit.
         translations: op -> translation, before torch's.
 
@@ -84,8 +84,12 @@ def translate(
         _GraphTranslator(function, model, _functions_below(functions, f"{path}."), translations).run(graph)
     values = _GraphTranslator(main, model, _functions_below(functions, ""), translations).run(graphs[""])
     _set_interface(program, main, values)
-    _set_weights(program, main)
-    _import_opsets(model)
+    for part in (main, *(function.graph for function in model.functions.values())):
+        nodes = ir.traversal.RecursiveGraphIterator(part)
+        versions = {node.domain: node.version or 1 for node in nodes if node.domain}
+        part.opset_imports.update({**versions, "": TORCHLIB_OPSET})
+    for function in model.functions.values():
+        model.opset_imports.update({d: v for d, v in function.opset_imports.items() if d not in model.opset_imports})
     version_converter.convert_version(model, OPSET, fallback=True)
     return model
 
@@ -227,7 +231,10 @@ _NUMBERS = (
 def _read_provenance(node: fx.Node) -> dict[str, str]:
     """Return where a node comes from, under torch's names for it."""
     modules = list((node.meta.get("nn_module_stack") or {}).values())
-    scopes = [(path, kind if isinstance(kind, str) else _qualified_name(kind)) for path, kind in modules]
+    scopes = [
+        (path, kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}".removeprefix("builtins."))
+        for path, kind in modules
+    ]
     scopes.append((node.name, str(node.target)))
     return {
         "namespace": "/".join(f"{path}: {kind}" for path, kind in scopes),
@@ -236,10 +243,6 @@ def _read_provenance(node: fx.Node) -> dict[str, str]:
         "pkg.torch.onnx.fx_node": str(node.format_node()),
         "pkg.torch.onnx.stack_trace": node.meta.get("stack_trace", ""),
     }
-
-
-def _qualified_name(kind: type) -> str:
-    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _set_interface(program: ExportedProgram, graph: ir.Graph, values: Mapping[str, Outputs]) -> None:
@@ -263,22 +266,9 @@ def _set_interface(program: ExportedProgram, graph: ir.Graph, values: Mapping[st
         for output in outputs:
             output.metadata_props[f"{_SPEC}.OutputSpec.kind"] = spec.kind.name
         graph.outputs.extend(outputs if spec.kind is OutputKind.USER_OUTPUT else ())
-
-
-def _set_weights(program: ExportedProgram, graph: ir.Graph) -> None:
     for name, tensor in (*program.named_parameters(), *program.named_buffers(), *program.constants.items()):
         initializer = graph.initializers.get(name)
         if initializer is not None:
             whole = torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor
             initializer.const_value = TorchTensor(whole, name=name)
             _annotate(initializer, whole)
-
-
-def _import_opsets(model: ir.Model) -> None:
-    """Import the opsets of all nodes into a model and its functions."""
-    for graph in (model.graph, *(function.graph for function in model.functions.values())):
-        nodes = ir.traversal.RecursiveGraphIterator(graph)
-        versions = {node.domain: node.version or 1 for node in nodes if node.domain}
-        graph.opset_imports.update({**versions, "": TORCHLIB_OPSET})
-    for function in model.functions.values():
-        model.opset_imports.update({d: v for d, v in function.opset_imports.items() if d not in model.opset_imports})

@@ -1,14 +1,14 @@
 """Opsets of ONNX whose ops are recorded for the calling context alone.
 
-onnxscript's opsets record in ``onnxscript.evaluator.default()``, a variable of the process: what one thread writes,
-another thread's export may record. An opset here records in a context variable instead. Where that has no recorder, it
-calls onnxscript's evaluator, as ``torch.onnx.export`` expects of a translation.
+onnxscript's opsets record in ``onnxscript.evaluator.default()``, a variable of the process: one thread's export may
+record the ops of another. An opset here records in a context variable instead. Where that has no recorder, it calls
+onnxscript's evaluator, as ``torch.onnx.export`` expects of a translation.
 """
 
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ Outputs = ir.Value | Sequence[ir.Value]
 class NodeRecorder(Protocol):
     """Writes nodes down."""
 
-    def record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
+    def record(self, schema: onnx.defs.OpSchema, /, *inputs: object, **attributes: object) -> Outputs:
         """Write a node and return its outputs."""
 
 
@@ -62,7 +62,7 @@ class RecordedOp:
         """Record the op, and return its outputs."""
         recorder = _recorder.get()
         if recorder is not None:
-            return recorder.record(self.schema, args, kwargs)
+            return recorder.record(self.schema, *args, **kwargs)
         opset = self.opset.original if isinstance(self.opset, RecordingOpset) else self.opset
         outputs: Outputs = Op(opset, self.name, self.schema)(*args, **kwargs)
         return outputs

@@ -1,12 +1,12 @@
 """torch's translations of ops into ONNX, run so that no other thread sees anything of it.
 
 The translations of torch and onnxscript record nodes in variables of the process: ``onnxscript.evaluator.default()``
-and ``torch.onnx._internal.exporter._core.current_tracer``. What one thread translates, another thread's export may
-record. So their code runs here over copies of their modules' namespaces, in which every opset records for the calling
-context (``opsets``). The libraries' own objects stay as they are.
+and ``torch.onnx._internal.exporter._core.current_tracer``. One thread's export may record the ops of another. So their
+code runs here over copies of their modules' namespaces, in which every opset records for the calling context
+(``opsets``). The libraries' own objects stay as they are.
 
 The private parts of torch that emission needs are imported here and nowhere else, and
-``tests/backends/onnx/test_torchlib.py`` says what is relied on. They become unnecessary once both variables are context
+``tests/backends/onnx/test_torchlib.py`` tests how they behave. They become unnecessary once both variables are context
 variables upstream, and once ``torch.onnx.export`` neither reads the signatures of translations that a program does not
 need nor traces a program again of which nothing is decomposed.
 """
@@ -92,41 +92,42 @@ class Recorder(_building.OpRecorder):
         self._sizes: dict[object, ir.Value] = {}
         self._size_values: set[object] = set()
 
-    def record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
-        """Write a node and return its outputs."""
-        key = self._size_key(schema.name, args, kwargs) if schema.name in _SIZE_OPS else None
-        if key is None:
-            return self._record(schema, args, kwargs)
+    def record(self, schema: onnx.defs.OpSchema, /, *inputs: object, **attributes: object) -> Outputs:
+        """Write a node, or find the same constant or size, and return its outputs."""
+        tensors = [value for value in attributes.values() if isinstance(value, ir.Tensor)]
+        is_size = schema.name in _SIZE_OPS and (schema.name != "Concat" or self._size_values.issuperset(inputs))
+        if not is_size or any(tensor.size > _LARGEST_SHARED for tensor in tensors):
+            return self._write(schema, *inputs, **attributes)
+        key = (schema.name, inputs, *((name, _hashable(value)) for name, value in attributes.items()))
         if key not in self._sizes:
-            value = self._record(schema, args, kwargs)
+            value = self._write(schema, *inputs, **attributes)
             assert isinstance(value, ir.Value)
             self._sizes[key] = value
             self._size_values.add(value)
         return self._sizes[key]
 
-    def _size_key(self, op: str, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
-        """Return a key that is equal for nodes of one value; None where a node is to be written."""
-        numbers = tuple((name, _describe_constant(value)) for name, value in kwargs.items())
-        if any(number is None for _, number in numbers) or (op == "Concat" and not self._size_values.issuperset(args)):
-            return None
-        return op, args, numbers
-
-    def _record(self, schema: onnx.defs.OpSchema, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
+    def _write(self, schema: onnx.defs.OpSchema, /, *inputs: object, **attributes: object) -> Outputs:
         key = schema.domain, schema.name, schema.since_version
         if key not in _SIGNATURES:
             _SIGNATURES[key] = OpSignature.from_op_schema(schema)
         signature = _SIGNATURES[key]
-        inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
-        count = _building._determine_output_number(signature, attributes)
-        typed = {name: _type_attribute(name, value) for name, value in attributes.items()}
-        return _unpack(self._call_op(signature, inputs, typed, count))  # type: ignore[arg-type]  # onnx_ir takes both
+        named, settings = _building._construct_named_inputs_and_attrs(signature, inputs, attributes)  # type: ignore[arg-type]  # torch's to check
+        count = _building._determine_output_number(signature, settings)
+        typed: dict[str, object] = dict(settings)
+        for name, value in settings.items():  # onnx_ir infers these types last, after slow comparisons with protocols
+            kinds = {type(element) for element in value} if isinstance(value, list | tuple) else set[type]()
+            if isinstance(value, ir.Tensor):
+                typed[name] = ir.AttrTensor(name, value)
+            elif len(kinds) == 1 and (kind := _LIST_TYPES.get(kinds.pop())) is not None:
+                typed[name] = ir.convenience.convert_attribute(name, value, kind)
+        return _unpack(self._call_op(signature, named, typed, count))  # type: ignore[arg-type]  # onnx_ir takes both
 
-    def record_call(self, function: AnyFunction, args: Sequence[object], kwargs: Mapping[str, object]) -> Outputs:
+    def record_call(self, function: AnyFunction, /, *inputs: object, **attributes: object) -> Outputs:
         """Write a call of a function that onnxscript compiled."""
         signature = _read_function_signature(function)
-        inputs, attributes = _building._construct_named_inputs_and_attrs(signature, args, kwargs)  # type: ignore[arg-type]  # torch's to check
+        named, settings = _building._construct_named_inputs_and_attrs(signature, inputs, attributes)  # type: ignore[arg-type]  # torch's to check
         self.functions[(function.function_ir.domain, function.name, "")] = function
-        return _unpack(self._call_op(signature, inputs, attributes, len(signature.outputs)))
+        return _unpack(self._call_op(signature, named, settings, len(signature.outputs)))
 
     def take_nodes(self) -> list[ir.Node]:
         """Return the nodes that were recorded since this was called last."""
@@ -137,28 +138,15 @@ class Recorder(_building.OpRecorder):
 _SIZE_OPS = frozenset({"Constant", "Shape", "Concat"})
 """Ops of constants and sizes; a concatenation is one of sizes if all its inputs are."""
 _LARGEST_SHARED = 16
-
-
-def _describe_constant(value: object) -> object:
-    """Return what is equal for equal numbers and small tensors; None for a large tensor."""
-    if isinstance(value, ir.Tensor):
-        return (value.dtype, *value.shape, value.tobytes()) if value.size <= _LARGEST_SHARED else None
-    return repr(list(value) if isinstance(value, tuple) else value)  # -0.0 is another number than 0.0
-
-
+"""Elements up to which a tensor is compared with others."""
 _LIST_TYPES = {int: ir.AttributeType.INTS, float: ir.AttributeType.FLOATS, str: ir.AttributeType.STRINGS}
 
 
-def _type_attribute(name: str, value: _building.ValidAttributeType) -> _building.ValidAttributeType | ir.Attr:
-    """Return an attribute with its type if its value is a tensor or a list; else the value.
-
-    onnx_ir infers the type of those last, after slow comparisons with protocols.
-    """
+def _hashable(value: object) -> object:
+    """Return a key that is equal for equal numbers and tensors."""
     if isinstance(value, ir.Tensor):
-        return ir.AttrTensor(name, value)
-    kinds = {type(element) for element in value} if isinstance(value, list | tuple) else set[type]()
-    kind = _LIST_TYPES.get(kinds.pop()) if len(kinds) == 1 else None
-    return value if kind is None else ir.convenience.convert_attribute(name, value, kind)
+        return (value.dtype, *value.shape, value.tobytes())
+    return repr(list(value) if isinstance(value, tuple) else value)  # -0.0 is another number than 0.0
 
 
 def _unpack(outputs: Sequence[ir.Value]) -> Outputs:
@@ -216,10 +204,19 @@ def decompose_calls(
     names = {call.name for call in calls}
     decompositions = _make_decompositions(translations)
     for node in [node for node in program.graph.nodes if node.name in names]:
+        operands = node.all_input_nodes
         if node.users:
-            traced = _trace_call(program, node, decompositions)
-            _, results = inline(program, node, traced, node.all_input_nodes, traced)
-            _replace_outputs(node, results)
+            traced = trace_function(program, functools.partial(_run_call, node, operands), operands, decompositions)
+            for transform in traced.graph.find_nodes(op="call_function", target=_transform._opoverload):
+                transform.target = _TRANSFORM
+            _, results = inline(program, node, traced, operands, traced)
+            if not isinstance(node.meta["val"], tuple | list):
+                node.replace_all_uses_with(results[0])
+            for part in list(node.users):  # of several outputs
+                index = part.args[1]
+                assert isinstance(index, int)
+                part.replace_all_uses_with(results[index])
+                part.graph.erase_node(part)
         program.graph.erase_node(node)
     program.graph.eliminate_dead_code()
     update_signature(program)
@@ -240,31 +237,12 @@ def _(x: torch.Tensor, dim: list[int], normalization: int, forward: bool) -> tor
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _trace_call(program: ExportedProgram, node: fx.Node, decompositions: Decompositions) -> fx.GraphModule:
-    operands = node.all_input_nodes
-    traced = trace_function(program, functools.partial(_run_call, node, operands), operands, decompositions)
-    for transform in traced.graph.find_nodes(op="call_function", target=_transform._opoverload):
-        transform.target = _TRANSFORM
-    return traced
-
-
 def _run_call(node: fx.Node, operands: Sequence[fx.Node], *values: Argument) -> tuple[object, ...]:
     known = dict(zip(operands, values, strict=True))
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
     assert callable(node.target)
     result = node.target(*args, **kwargs)
     return tuple(result) if isinstance(result, tuple | list) else (result,)
-
-
-def _replace_outputs(node: fx.Node, results: Sequence[fx.Node]) -> None:
-    if not isinstance(node.meta["val"], tuple | list):
-        node.replace_all_uses_with(results[0])
-        return
-    for part in list(node.users):
-        index = part.args[1]
-        assert isinstance(index, int)
-        part.replace_all_uses_with(results[index])
-        part.graph.erase_node(part)
 
 
 def _make_decompositions(translations: Mapping[Target, Translation]) -> Decompositions:
@@ -282,24 +260,16 @@ def _read_library() -> Mapping[object, list[tuple[Translation, bool]]]:
         library[_key(meta.fx_target)].append((meta.opset_introduced, meta.onnx_function, meta.is_complex))
     for name, overloads in default_registry.items():
         pairs = (*((f, False) for f in overloads.overloads), *((f, True) for f in overloads.complex))
-        library[_python_function(name)] += [(TORCHLIB_OPSET, *pair) for pair in pairs]
-    return {key: _keep_newest(candidates) for key, candidates in library.items()}
-
-
-def _keep_newest(candidates: Sequence[tuple[int, Translation, bool]]) -> list[tuple[Translation, bool]]:
-    newest = max((version for version, *_ in candidates if version <= OPSET), default=0)
-    return [(found, is_complex) for version, found, is_complex in candidates if version == newest]
+        module, _, function = name.partition("::")  # of Python's, or an op's name
+        key = getattr({"_operator": operator, "math": math}.get(module), function, name)
+        library[key] += [(TORCHLIB_OPSET, *pair) for pair in pairs]
+    newest = {key: max((c[0] for c in found if c[0] <= OPSET), default=0) for key, found in library.items()}
+    return {key: [c[1:] for c in found if c[0] == newest[key]] for key, found in library.items()}
 
 
 def _key(target: object) -> object:
-    """Return what the library calls an op, or a function as it is."""
+    """Return the library's name of an op, or a function as it is."""
     return target.name() if isinstance(target, OpOverload) else target
-
-
-def _python_function(name: str) -> object:
-    """Return the function of Python's that the library's name stands for; the name itself for an op."""
-    module, _, function = name.partition("::")
-    return getattr({"_operator": operator, "math": math}.get(module), function, name)
 
 
 def _is_complex(operand: object) -> bool:
@@ -338,7 +308,7 @@ def _namespace_of(names: dict[str, object]) -> dict[str, object]:
 
 
 def _rebind_value(value: object) -> object:
-    """Return what stands for a global of a translation; anything that records nothing stands for itself."""
+    """Return the recording form of a global of a translation; one that records nothing stays itself."""
     match value:
         case Opset():
             return RecordingOpset(value)
@@ -357,4 +327,4 @@ def _rebind_value(value: object) -> object:
 def _record_call(function: AnyFunction, *args: object, **kwargs: object) -> Outputs:
     recorder = current_recorder()
     assert isinstance(recorder, Recorder)
-    return recorder.record_call(function, args, kwargs)
+    return recorder.record_call(function, *args, **kwargs)

@@ -33,12 +33,9 @@ def split_with_sizes(x: ir.Value, sizes: Sequence[int | ir.Value], dim: int = 0)
         split = op.Constant(value_ints=list(sizes))
     else:
         one = op.Constant(value_ints=[1])
-        split = op.Concat(*(op.Reshape(_as_value(size), one) for size in sizes), axis=0)
+        values = [op.Constant(value_int=size) if isinstance(size, int) else size for size in sizes]
+        split = op.Concat(*(op.Reshape(value, one) for value in values), axis=0)
     return op.Split(x, split, axis=dim, num_outputs=len(sizes))
-
-
-def _as_value(size: int | ir.Value) -> ir.Value:
-    return op.Constant(value_int=size) if isinstance(size, int) else size
 
 
 def slice_tensor(
@@ -60,7 +57,7 @@ def _as_vector(size: int | ir.Value) -> ir.Value:
 
 
 def linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None, site: str) -> Outputs:
-    """Write what torch's translation of ``aten.linear`` writes, so that ONNX Runtime fuses it alike."""
+    """Write ``aten.linear`` as torch's translation does, so that ONNX Runtime fuses it alike."""
     assert x.shape is not None
     if len(x.shape) == _MATRIX:
         return op.Gemm(x, weight, bias, transB=1)

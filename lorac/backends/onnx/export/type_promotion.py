@@ -1,7 +1,7 @@
 """Casts that torch makes as it computes, written out: ONNX promotes no dtypes.
 
 The rules are those of torch's exporter. Its own pass runs the whole program again on fake tensors to learn the dtypes
-of operands. Here they are read from the program, and only what a cast changes is computed again.
+of operands. Here they are read from the program, and only a value that a cast changes is computed again.
 """
 
 import copy
@@ -52,9 +52,7 @@ def insert_casts(graph: fx.Graph, mode: FakeTensorMode) -> None:
             _promote(node, promotion)
 
 
-@functools.cache
-def _promotion_table() -> TypePromotionTable:
-    return TypePromotionTable()
+_promotion_table = functools.cache(TypePromotionTable)
 
 
 def _promote(node: fx.Node, promotion: TypePromotionSnapshot) -> None:

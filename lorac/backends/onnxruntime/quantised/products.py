@@ -15,8 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lorac.backends.onnx.claims import modules_of
-from lorac.backends.onnx.graph_edits import shared_constant
-from lorac.backends.onnx.passes import OnnxPass
+from lorac.backends.onnx.passes import OnnxPass, shared_constant
 from lorac.backends.onnxruntime.quantised.algorithms import RTN, encode
 from lorac.backends.onnxruntime.quantised.calibration import Calibration
 from lorac.backends.onnxruntime.quantised.codec import ACCURACY_ATTRIBUTE, Array, Codec, EncodedMatrix, stack_rows

@@ -1,0 +1,135 @@
+"""Contents to try in the slots of an engine: those of a choice, and seeded noise."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorac.backends.onnx.engine import AnyOnnxEngine
+from lorac.ir.graph.feeds import collect_slot_tensors
+from lorac.ir.sites.site import BaseReader, factor_dtype
+from lorac.ir.slots.composition import ComposedWeights, fill_slots
+from lorac.ir.slots.layouts import layout_of
+from lorac.ir.slots.plans import BranchFill, SitePlan, SiteSlots
+from lorac.ir.slots.roles import ROLES, NoiseScale, SlotSpec
+
+_NOISE_RANK = 3
+_SAMPLE_ROWS = 8
+
+
+class TestedContents(ABC):
+    """Contents to try in the slots of an engine."""
+
+    @abstractmethod
+    def idle(self, name: str) -> Tensor:
+        """Return the content of a slot while no adapter is active."""
+
+    @abstractmethod
+    def old(self) -> Mapping[str, Tensor]:
+        """Return the contents that the slots have at first."""
+
+    @abstractmethod
+    def noise(self, seed: int) -> Mapping[str, Tensor]:
+        """Return seeded noise for every slot."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Undo what was written."""
+
+
+class BoundContents(TestedContents):
+    """Slots that are bound at each call, so that any tensors may be tried."""
+
+    def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
+        self.engine = engine
+        self._slots = fill_slots(engine.plans, ComposedWeights(()), engine.base)
+        self._idle = self._named(self._slots)
+        self._old = self._named(fill_slots(engine.plans, snapshot, engine.base, dict(self._slots)))
+
+    def idle(self, name: str) -> Tensor:
+        return self._idle[name]
+
+    def old(self) -> Mapping[str, Tensor]:
+        return self._old
+
+    def noise(self, seed: int) -> Mapping[str, Tensor]:
+        return self._named(draw_noise(self.engine.plans, self._slots, self.engine.base, seed))
+
+    def leave(self) -> None:
+        """Leave the engine alone: nothing was written."""
+
+    def _named(self, slots: Mapping[str, SiteSlots]) -> dict[str, Tensor]:
+        return collect_slot_tensors(self.engine.slots, self.engine.plans, slots)
+
+
+class WrittenContents(TestedContents):
+    """Weights that are written into the engine's memory, since a second copy of all of them would be large."""
+
+    def __init__(self, engine: AnyOnnxEngine, snapshot: ComposedWeights) -> None:
+        self.engine, self._snapshot = engine, snapshot
+
+    def idle(self, name: str) -> Tensor:
+        slot = self.engine.slots[name]
+        plan = {slot.site: self.engine.plans[slot.site]}
+        return collect_slot_tensors({name: slot}, plan, fill_slots(plan, ComposedWeights(()), self.engine.base))[name]
+
+    def old(self) -> Mapping[str, Tensor]:
+        self.engine.write(self._snapshot)
+        return self._readable()
+
+    def noise(self, seed: int) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        for buffer in self.engine.buffers.values():
+            buffer.forget()
+        drawn = self._readable()
+        for name, tensor in drawn.items():
+            slot = self.engine.slots[name]
+            around = noise_scale(self.engine.plans[slot.site], self.engine.base)
+            ROLES[slot.role].noise(tensor, around, generator)
+        return drawn
+
+    def _readable(self) -> Mapping[str, Tensor]:
+        """Return the memory itself if the CPU can read it, else a copy."""
+        return {name: tensor.cpu() for name, tensor in self.engine.memory.items()}
+
+    def leave(self) -> None:
+        self.engine.write(ComposedWeights(()))
+
+
+def draw_noise(
+    plans: Mapping[str, SitePlan], idle: Mapping[str, SiteSlots], base: BaseReader, seed: int = 0
+) -> dict[str, SiteSlots]:
+    """Draw seeded noise for every slot of every site, about a third as large as the site's output."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: _draw_site_noise(plan, idle[path], noise_scale(plan, base), generator) for path, plan in plans.items()
+    }
+
+
+def noise_scale(plan: SitePlan, base: BaseReader) -> NoiseScale:
+    """Return the scale of noise for a site's slots, read from the first rows of its weight."""
+    rank = max(min(plan.rank, _NOISE_RANK), plan.least_rank)
+    if plan.site.weight is None or not rank:
+        return NoiseScale(plan.site, 1.0, rank)
+    return NoiseScale(plan.site, float(base.weight(plan.site)[:_SAMPLE_ROWS].float().square().mean().sqrt()), rank)
+
+
+def _draw_site_noise(plan: SitePlan, idle: SiteSlots, around: NoiseScale, generator: torch.Generator) -> SiteSlots:
+    """Draw noise for the slots of a site; a branch's strength and parameters follow, in the dtype of their slots."""
+    tensors, branches, dtype = {}, [], factor_dtype(plan.site.dtype)
+    for role, room in plan.roles():
+        if role.ranked:
+            place = SlotSpec(layout=layout_of(plan.site), size=min(room, around.rank))
+            tensors[role.name] = role.neutral(place)
+        else:
+            tensors[role.name] = idle.tensors[role.name].clone(memory_format=torch.contiguous_format)
+        role.noise(tensors[role.name], around, generator)
+    for branch in plan.branches:
+        drawn = [
+            torch.randn(shape, generator=generator) * (shape[-1] if shape else 1) ** -0.5
+            for shape in branch.params.values()
+        ]
+        strength = torch.rand(1, generator=generator) + 0.5
+        branches.append(BranchFill(strength.to(dtype), tuple(noise.to(dtype) for noise in drawn)))
+    return SiteSlots(tensors, tuple(branches))
