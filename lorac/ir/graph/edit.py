@@ -86,8 +86,17 @@ def add_inputs(
         last.meta["custom"] = {SLOTS_KEYWORD: name}
         program.graph_signature.input_specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(last.name), None))
         nodes[name] = last
-    if nodes:
-        _extend_call_signature(program, nodes)
+    if not nodes:
+        return nodes
+    signature, examples = _call_signature(program), dict[str, object]()
+    for name, node in nodes.items():
+        sizes = [size if isinstance(size, int) else int(size.node.hint) for size in node.meta["val"].shape]
+        # Without memory: a slot may be a whole weight.
+        examples[name] = torch.zeros((), dtype=node.meta["val"].dtype).expand(sizes)
+    _edit_keywords(program, lambda given: {**given, SLOTS_KEYWORD: {**given.get(SLOTS_KEYWORD, {}), **examples}})
+    signature.inputs.extend(TensorArgument(node.name) for node in nodes.values())
+    if signature.forward_arg_names is not None and SLOTS_KEYWORD not in signature.forward_arg_names:
+        signature.forward_arg_names = [*signature.forward_arg_names, SLOTS_KEYWORD]
     return nodes
 
 
@@ -260,6 +269,12 @@ def inline(
     places = [n for n in traced.graph.nodes if n.op == "placeholder"]
     environment: dict[fx.Node, fx.Node] = dict(zip(places, operands, strict=True))
     sizes, mode = _renamed(places, operands), find_fake_mode(program)
+
+    def resize(value: object) -> object:
+        if not isinstance(value, torch.Tensor) or not any(str(size) in sizes for size in value.shape):
+            return value
+        return make_example(mode, [sizes.get(str(size), size) for size in value.shape], value.dtype)
+
     for inner in traced.graph.nodes:
         if inner.op == "get_attr":
             environment[inner] = add_constant(program, getattr(traced, str(inner.target)))
@@ -267,7 +282,8 @@ def inline(
     with program.graph.inserting_before(node):
         for inner in computed:
             copied = program.graph.node_copy(inner, lambda n: environment[n])
-            copied.meta = {"val": _resized(inner.meta.get("val"), sizes, mode)}
+            example = inner.meta.get("val")
+            copied.meta = {"val": pytree.tree_map(resize, example) if sizes else example}
             copy_provenance(copied, node if origin is None else origin)
             environment[inner] = copied
     results: Any = traced.graph.output_node().args[0]
@@ -279,15 +295,6 @@ def _renamed(places: Sequence[fx.Node], operands: Sequence[fx.Node]) -> dict[str
     pairs = [(place.meta["val"], operand.meta["val"]) for place, operand in zip(places, operands, strict=True)]
     shapes = [(a.shape, b.shape) for a, b in pairs if isinstance(a, torch.Tensor)]
     return {str(old): new for a, b in shapes for old, new in zip(a, b, strict=True) if str(old) != str(new)}
-
-
-def _resized(value: object, sizes: Mapping[str, int | torch.SymInt], mode: FakeTensorMode) -> object:
-    def at(tensor: object) -> object:
-        if not isinstance(tensor, torch.Tensor) or not any(str(size) in sizes for size in tensor.shape):
-            return tensor
-        return make_example(mode, [sizes.get(str(size), size) for size in tensor.shape], tensor.dtype)
-
-    return pytree.tree_map(at, value) if sizes else value
 
 
 def insert_call(program: ExportedProgram, before: fx.Node, op: Target, *operands: Any, **named: Any) -> fx.Node:
@@ -382,18 +389,3 @@ def update_signature(program: ExportedProgram) -> None:
             named[index] = spec.arg
     program.graph.lint()
     program.validate()
-
-
-def _extend_call_signature(program: ExportedProgram, nodes: Mapping[str, fx.Node]) -> None:
-    signature = _call_signature(program)
-    called = program._example_inputs is not None
-    examples = {name: _example(node.meta["val"]) if called else object() for name, node in nodes.items()}
-    _edit_keywords(program, lambda given: {**given, SLOTS_KEYWORD: {**given.get(SLOTS_KEYWORD, {}), **examples}})
-    signature.inputs.extend(TensorArgument(node.name) for node in nodes.values())
-    if signature.forward_arg_names is not None and SLOTS_KEYWORD not in signature.forward_arg_names:
-        signature.forward_arg_names = [*signature.forward_arg_names, SLOTS_KEYWORD]
-
-
-def _example(value: torch.Tensor) -> torch.Tensor:
-    shape = [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
-    return torch.zeros((), dtype=value.dtype).expand(shape)  # without memory: a slot may be a whole weight

@@ -1,5 +1,6 @@
 """The tensors that feed a lowered program: those of its slot inputs, of its caches, and a call's own."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -92,20 +93,16 @@ def make_empty_cache(
         encoder_outputs: inputs for encoder outputs, which are filled with made-up numbers.
     """
     batch, length = ids.shape
-    counts = {
+    made = {
         name: torch.full((batch,), count, dtype=torch.int32)
         for name, count in {PAST_LENGTHS: 0, NEW_LENGTHS: length}.items()
     }
-    caches = {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
-    return (
-        counts | caches | {name: _make_encoder_output(batch, *shape) for name, shape in (encoder_outputs or {}).items()}
-    )
-
-
-def _make_encoder_output(rows: int, sizes: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
-    shape = (rows, *(_ENCODED_LENGTH if size is None else size for size in sizes[1:]))
-    numbers = torch.arange(torch.Size(shape).numel()).cos().reshape(shape)
-    return numbers.to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+    made |= {n: torch.zeros(batch, heads, length, size, dtype=dtype) for n, (heads, size, dtype) in shapes.items()}
+    for name, (sizes, dtype) in (encoder_outputs or {}).items():
+        shape = (batch, *(_ENCODED_LENGTH if size is None else size for size in sizes[1:]))
+        numbers = torch.arange(math.prod(shape)).cos().reshape(shape)
+        made[name] = numbers.to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+    return made
 
 
 def encoder_output_shapes(graph: Graph) -> dict[str, CacheInputShape]:

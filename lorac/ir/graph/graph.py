@@ -155,13 +155,16 @@ class Graph:
         wanted = set(targets)
         return iter([n for n in self.fx.nodes if n.op == "call_function" and n.target in wanted])
 
+    def find_writes(self) -> list[torch.fx.Node]:
+        """Return the calls of ops that write to an operand."""
+        return [n for n in self.fx.nodes if n.op == "call_function" and find_aliased_arguments(n.target, True)]
+
     def reaching_outputs(self, further: Collection[torch.fx.Node] = ()) -> set[torch.fx.Node]:
         """Return the nodes from which an output, or one of some further nodes, is computed.
 
         A write into a tensor, or into a view of it, belongs to them where the tensor does.
         """
-        writes = [node for node in self.fx.nodes if find_written_operands(node)]
-        live = self._reaching(further)
+        writes, live = self.find_writes(), self._reaching(further)
         while found := {node for node in writes if node not in live and not live.isdisjoint(_whole(node))}:
             live = self._reaching({*live, *found})
         return live

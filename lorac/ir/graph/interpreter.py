@@ -14,13 +14,13 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from lorac.argument_types import Fields, Operands
+from lorac.argument_types import Operands
 from lorac.ir.calls.sizes import AxisSizes
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
 from lorac.ir.graph.attention_ops import find_token_input
 from lorac.ir.graph.feeds import cache_input_shapes, encoder_output_shapes, make_empty_cache
-from lorac.ir.graph.graph import Graph, find_written_operands
+from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
 
 aten = torch.ops.aten
@@ -51,7 +51,12 @@ def run_graph(
     """
     tensors = graph.exported.state_dict if weights is None else weights
     slot_nodes = {slot.node: slots[name] for name, slot in graph.slots.items()} if slots else {}
-    given = {**_make_missing_caches(graph, inputs), **inputs, **slot_nodes}
+    caches: dict[str, object] = {}
+    if graph.cache_inputs:
+        ids = inputs[find_token_input(inputs)]
+        empty = make_empty_cache(cache_input_shapes(graph), ids, encoder_output_shapes(graph))
+        caches = {node: inputs.get(name, empty.get(name)) for name, node in graph.cache_inputs.items()}
+    given = {**caches, **inputs, **slot_nodes}
     values = _Interpreter(graph).run(*_flatten_inputs(graph, given, tensors))
     specs = graph.exported.graph_signature.output_specs
     return [v for v, spec in zip(values, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
@@ -139,24 +144,18 @@ _FUNCTIONS: Mapping[object, Callable[..., object]] = {
 """Op -> its function, for ops whose ties torch breaks in any way, and for lorac's own."""
 
 
-def _make_missing_caches(graph: Graph, inputs: Fields) -> dict[str, Tensor]:
-    if not graph.cache_inputs:
-        return {}
-    empty = make_empty_cache(cache_input_shapes(graph), inputs[find_token_input(inputs)], encoder_output_shapes(graph))
-    return {node: inputs.get(name, empty.get(name)) for name, node in graph.cache_inputs.items()}
-
-
 def _flatten_inputs(graph: Graph, given: Mapping[str, object], weights: Mapping[str, Tensor]) -> list[object]:
     """Return the program's inputs in order: parameters, buffers, constants, the caller's inputs, slots."""
     program, flat = graph.exported, list[object]()
+    stored = {**program.constants, **weights}
     # The ops of a model that writes into its buffers must not write into the model's own.
-    writes = any(find_written_operands(node) for node in graph.fx.nodes)
+    writes = bool(graph.find_writes())
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.USER_INPUT:
             flat.append(given[getattr(spec.arg, "name", "")])
         elif spec.kind is InputKind.PARAMETER:
             flat.append(weights[str(spec.target)])
         else:
-            value = {**program.constants, **weights}[str(spec.target)]
+            value = stored[str(spec.target)]
             flat.append(value.clone() if writes and isinstance(value, Tensor) else value)
     return flat

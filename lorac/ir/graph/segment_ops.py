@@ -5,7 +5,6 @@ and fix the sizes of the example by its answer.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,9 +23,16 @@ def cut(x: Tensor, slot: Tensor, features: int) -> Tensor:
 
 @cut.register_fake
 def _(x: Tensor, slot: Tensor, features: int) -> Tensor:
-    leading = x.dim() - features
-    tokens = _segment_size(x, x.shape[:leading], slot.shape[0])
-    return x.new_empty((slot.shape[0], tokens, *x.shape[leading:]))
+    leading, places = x.dim() - features, slot.shape[0]
+    rows, mode = x.shape[:leading], detect_fake_mode([x])
+    if mode is None or mode.shape_env is None or isinstance(places, int):
+        tokens: int | torch.SymInt = math.prod(rows) // places
+    else:
+        # A size of its own: torch knows only the example's value of a quotient, and takes a value of 0 or 1 for a
+        # constant.
+        source = f"segment of {' x '.join(map(str, rows))} in {places}"
+        tokens = make_size(mode.shape_env, source, _TOKENS)
+    return x.new_empty((places, tokens, *x.shape[leading:]))
 
 
 @torch.library.custom_op("lorac::join_segments", mutates_args=())
@@ -38,17 +44,6 @@ def join(y: Tensor, like: Tensor, features: int) -> Tensor:
 @join.register_fake
 def _(y: Tensor, like: Tensor, features: int) -> Tensor:
     return y.new_empty((*like.shape[: like.dim() - features], *y.shape[2:]))
-
-
-def _segment_size(x: Tensor, sizes: Sequence[int | torch.SymInt], places: int | torch.SymInt) -> int | torch.SymInt:
-    """Return the number of tokens in a segment, a size of its own: of a quotient torch knows the example's value alone.
-
-    The example's value may be 0 or 1, which torch would take for a constant.
-    """
-    mode = detect_fake_mode([x])
-    if mode is None or mode.shape_env is None or isinstance(places, int):
-        return math.prod(sizes) // places
-    return make_size(mode.shape_env, f"segment of {' x '.join(map(str, sizes))} in {places}", _TOKENS)
 
 
 _TOKENS = 13

@@ -17,34 +17,31 @@ _FORBIDDEN: dict[Level, tuple[object, ...]] = {
 def verify(graph: Graph, after: str) -> None:
     """Check a graph against the rules of its level.
 
+    Operands are computed before they are read, ops belong to the level and have types, no op writes to a base weight,
+    and every slot is an input on which an output depends (invariant 8).
+
     Args:
         after: the pass that ran last, for the message.
 
     Raises:
         CompileError: naming the rule, the node and the pass.
     """
-    _check_order(graph, after)
-    for node in graph.find(*_FORBIDDEN[graph.level]):
-        raise _failed(after, node, f"{node.target} does not belong at level {graph.level.name.lower()}")
-    for node in graph.fx.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
-            raise _failed(after, node, "has no type")
-    _check_slots(graph, after)
-    _check_writes(graph, after)
-
-
-def _check_order(graph: Graph, after: str) -> None:
     seen: set[fx.Node] = set()
     for node in graph.fx.nodes:
         operands = node.all_input_nodes
         if not seen.issuperset(operands):
             unknown = next(operand for operand in operands if operand not in seen)
             raise _failed(after, node, f"reads {unknown.name} before it is computed")
+        if node.op == "call_function" and "val" not in node.meta:
+            raise _failed(after, node, "has no type")
         seen.add(node)
-
-
-def _check_slots(graph: Graph, after: str) -> None:
-    """Check that every slot is an input of the graph, and that an output depends on it (invariant 8)."""
+    for node in graph.find(*_FORBIDDEN[graph.level]):
+        raise _failed(after, node, f"{node.target} does not belong at level {graph.level.name.lower()}")
+    parameters = graph.exported.graph_signature.inputs_to_parameters
+    for node in graph.find_writes():
+        for operand in find_written_operands(node):
+            if operand.name in parameters:
+                raise _failed(after, node, f"writes to the base weight {operand.name}")
     placeholders = {node.name: node for node in graph.placeholders()}
     live = graph.reaching_outputs()
     for slot in graph.slots.values():
@@ -55,15 +52,6 @@ def _check_slots(graph: Graph, after: str) -> None:
             )
         if node not in live:
             raise _failed(after, node, f"slot '{slot.name}' reaches no output")
-
-
-def _check_writes(graph: Graph, after: str) -> None:
-    """Check that no op writes to a parameter, since base weights are read-only."""
-    parameters = set(graph.exported.graph_signature.inputs_to_parameters)
-    for node in graph.fx.nodes:
-        written = next((value for value in find_written_operands(node) if value.name in parameters), None)
-        if written is not None:
-            raise _failed(after, node, f"writes to the base weight {written.name}")
 
 
 def _failed(after: str, node: fx.Node, what: str) -> CompileError:

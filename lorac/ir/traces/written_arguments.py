@@ -17,6 +17,8 @@ def find_aliased_arguments(op: object, writes: bool) -> tuple[tuple[int, str], .
 def find_written_tensors(op: object, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     """Return the tensors that a call of an op writes into."""
     places = find_aliased_arguments(op, writes=True)
+    if not places:
+        return []
     values = [kwargs[name] if name in kwargs else args[i] for i, name in places if name in kwargs or i < len(args)]
     flat = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
     return [value for value in flat if isinstance(value, Tensor)]
