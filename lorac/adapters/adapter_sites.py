@@ -1,10 +1,8 @@
 """Sites that a model has because an adapter names them: modules, and values that an adapter computes once per call."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
-
-import torch
 
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site, make_module_sites
@@ -68,12 +66,9 @@ def get_once_path(adapter: Adapter) -> str:
     if not (isinstance(variant, BranchVariant) and variant.has_once):
         return ""
     if adapter not in _PATHS:
-        parts = [repr(sorted(variant.own_settings.items())), *_describe_shapes(adapter.tensors)]
+        parts = [repr(sorted(variant.own_settings.items()))]
+        for path, tensors in sorted(adapter.tensors.items()):
+            parts.append(f"{path} {sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items())}")
         digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=4).hexdigest()
         _PATHS[adapter] = f"{ONCE_PREFIX}{variant.name}-{digest}"
     return _PATHS[adapter]
-
-
-def _describe_shapes(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Iterable[str]:
-    for path, parameters in sorted(tensors.items()):
-        yield f"{path} {sorted((name, tuple(tensor.shape)) for name, tensor in parameters.items())}"

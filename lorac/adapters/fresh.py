@@ -1,7 +1,8 @@
 """New adapters from a variant, and trainable copies of adapters."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,12 @@ def make_fresh_adapter(variant: Variant, name: str, view: ModelView, base: BaseR
     for site in chosen:
         variant.at(site).check(site)
     specs = {site.path: _make_specs(name, variant, site) for site in chosen}
-    shared = _SharedTensors(_largest_shapes(specs.values()), {})
+    # A shared tensor has in each axis the largest size that a site asks for.
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, spec in itertools.chain.from_iterable(at_site.items() for at_site in specs.values()):
+        if spec.shared:
+            shapes[key] = tuple(map(max, spec.shape, shapes.get(key, spec.shape)))
+    shared = _SharedTensors(shapes, {})
     for site in chosen:
         adapter.tensors[site.path] = _make_initial_tensors(specs[site.path], site, name, base, shared)
     _add_replaced(adapter, model, [site.path for site in chosen])
@@ -123,15 +129,7 @@ class _SharedTensors:
     made: dict[str, Tensor]
 
 
-def _largest_shapes(specs: Iterable[Mapping[str, ParamSpec]]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every shared tensor: in each axis the largest that a site asks for."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    shared = ((key, spec.shape) for at_site in specs for key, spec in at_site.items() if spec.shared)
-    for key, shape in shared:
-        shapes[key] = tuple(map(max, shape, shapes.get(key, shape)))
-    return shapes
-
-
+@torch.no_grad()
 def _make_initial_tensors(
     specs: Mapping[str, ParamSpec], site: Site, name: str, base: BaseReader, shared: _SharedTensors
 ) -> dict[str, Tensor]:
@@ -146,16 +144,11 @@ def _make_initial_tensors(
         if spec.shared:
             shape, generator = shared.shapes[key], torch.Generator().manual_seed(_fold_seed(name, key))
         context = InitContext(shape, site, lambda: base.weight(site).to(dtype), Params(**tensors), generator, name)
-        tensors[key] = _initialise(spec, context, dtype)
+        value = spec.init(context)
+        tensors[key] = value if spec.role is Role.INDEX else value.to(dtype)
         if spec.shared:
             shared.made[key] = tensors[key]
     return tensors
-
-
-def _initialise(spec: ParamSpec, context: InitContext, dtype: torch.dtype) -> Tensor:
-    with torch.no_grad():
-        value = spec.init(context)
-    return value if spec.role is Role.INDEX else value.to(dtype)
 
 
 def _fold_seed(*names: str) -> int:

@@ -3,10 +3,7 @@
 Ding et al., EMNLP 2023, arXiv 2311.11696.
 """
 
-from collections.abc import Mapping
 from typing import cast
-
-import torch
 
 from lorac.adapters.lora_conversion import replace_by_lora
 from lorac.errors import AdapterError, AdapterNotFound
@@ -33,18 +30,13 @@ def prune_gates(adapter: Adapter, name: str | None = None) -> Adapter:
         raise AdapterNotFound(
             f"'{adapter.name}' is {variant.name}, which has no gates", next_step="give an adapter of method sora"
         )
-    tensors = {
-        path: _open_gates(parameters) for path, parameters in adapter.tensors.items() if parameters["gate"].any()
-    }
+    tensors = {}
+    for path, parameters in adapter.tensors.items():
+        gate, lora_a, lora_b = (parameters[name].detach() for name in ("gate", "lora_A", "lora_B"))
+        if (kept := gate.nonzero().flatten()).numel():
+            tensors[path] = {"lora_A": gate[kept, None] * lora_a[kept], "lora_B": lora_b[:, kept].contiguous()}
     if not tensors:
         raise AdapterError(f"every gate of '{adapter.name}' is closed", next_step="train with a smaller threshold")
     initial = {path: cast(SoRA, variant.at_path(path)) for path in tensors}
     alphas = {path: initial[path].alpha * len(at["lora_A"]) / initial[path].r for path, at in tensors.items()}
     return replace_by_lora(adapter, name, tensors, alphas)
-
-
-def _open_gates(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    gate = parameters["gate"].detach()
-    open_ranks = gate.nonzero().flatten()
-    lora_a, lora_b = parameters["lora_A"].detach(), parameters["lora_B"].detach()
-    return {"lora_A": gate[open_ranks, None] * lora_a[open_ranks], "lora_B": lora_b[:, open_ranks].contiguous()}

@@ -40,10 +40,18 @@ def reduce_rank(
         AdapterNotFound: the adapter is of another method.
         OptionError: neither or both of rank and energy are given, or one out of range.
     """
-    _check_sizes(rank, energy)
+    if (rank is None) == (energy is None):
+        raise OptionError("exactly one of rank= and energy= is needed", next_step="give one of them")
+    check_sizes(rank, None)
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError(f"energy={energy} is not a share of Σσ²", next_step="give a number above 0, up to 1")
 
     def choose(s: Tensor) -> int:
-        return min(rank, s.shape[-1]) if rank is not None else _rank_for_energy(s, energy or 1.0)
+        if rank is not None:
+            return min(rank, s.shape[-1])
+        # The smallest rank with this share of Σσ², the largest over a stack.
+        shares = s.square().cumsum(-1) / s.square().sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+        return min(int((shares < (energy or 1.0)).sum(-1).max()) + 1, s.shape[-1])
 
     return _change_ranks(adapter, choose, name=name, seed=seed)
 
@@ -120,17 +128,3 @@ def _balanced_factors(
     a = torch.where(empty, random, root.unsqueeze(-1) * vh)
     b = math.copysign(1.0, scale) * u * root.unsqueeze(-2)
     return torch.where(empty.mT, 0, b).contiguous(), a.contiguous()
-
-
-def _rank_for_energy(s: Tensor, energy: float) -> int:
-    """Return the smallest rank with a share of Σσ², the largest over a stack."""
-    shares = s.square().cumsum(-1) / s.square().sum(-1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
-    return min(int((shares < energy).sum(-1).max()) + 1, s.shape[-1])
-
-
-def _check_sizes(rank: int | None, energy: float | None) -> None:
-    if (rank is None) == (energy is None):
-        raise OptionError("exactly one of rank= and energy= is needed", next_step="give one of them")
-    check_sizes(rank, None)
-    if energy is not None and not 0 < energy <= 1:
-        raise OptionError(f"energy={energy} is not a share of Σσ²", next_step="give a number above 0, up to 1")

@@ -50,7 +50,13 @@ class AdapterTerms(TrainingTerms):
 
     def at(self, path: str, choice: Choice) -> Sequence[LiveTerm] | None:
         adapters, preparer = {**self._pool.adapters, **self._given}, self._preparer
-        _check_in_memory(choice, adapters)
+        for name, _ in choice:
+            if name not in adapters:
+                raise Unavailable(
+                    f"adapter '{name}' is registered, and calls that train or record gradients need its tensors in "
+                    "memory",
+                    next_step="call the model in eval mode under torch.no_grad(), or add the adapter by add_adapter",
+                )
         if self._base is not None:
             preparer = copy.copy(preparer)
             preparer.base = self._base
@@ -79,16 +85,6 @@ class AdapterTerms(TrainingTerms):
         change = preparer.with_bias(adapter, site, change)
         dropped = preparer.dropped(adapter, site) if rate and place is Dropout.RANK else None
         return LiveTerm(active.strength, change, rate=rate, dropout=place, dropout_delta=dropped)
-
-
-def _check_in_memory(choice: Choice, adapters: Mapping[str, Adapter]) -> None:
-    """Refuse a choice of adapters that are registered only, which have no tensors that a gradient could reach."""
-    for name, _ in choice:
-        if name not in adapters:
-            raise Unavailable(
-                f"adapter '{name}' is registered, and calls that train or record gradients need its tensors in memory",
-                next_step="call the model in eval mode under torch.no_grad(), or add the adapter by add_adapter",
-            )
 
 
 def _write_constrained(method: Variant, tensors: Mapping[str, Tensor]) -> None:

@@ -82,7 +82,9 @@ def truncate_matrix(matrix: Tensor, rank: int | None = None, tolerance: float = 
     bounded = rank is not None or tolerance > 0
     while bounded and least > _WHOLE and width + _SPARE < least // 2:
         u, s, vh = _project(matrix, width + _SPARE)
-        errors = _missing_errors(matrix, s)
+        total = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square().unsqueeze(-1)
+        missing = (total - s.double().square().cumsum(-1)).clamp_min(0)
+        errors = _as_errors(torch.cat([total, missing], dim=-1), total)
         enough = max(1, min(int((errors > tolerance).sum()), width))
         cut = _measured(matrix, _cut(u, s, vh, enough, errors))
         if cut.error > tolerance and enough < width:  # rounding in the sums of squares hid what is missing
@@ -127,13 +129,6 @@ def tail_errors(s: Tensor) -> Tensor:
     squares = s.double().square()
     tails = torch.cat([squares.flip(-1).cumsum(-1).flip(-1), squares.new_zeros(*s.shape[:-1], 1)], dim=-1)
     return _as_errors(tails, tails[..., :1])
-
-
-def _missing_errors(matrix: Tensor, s: Tensor) -> Tensor:
-    """Return the error of every rank from 0 to r, from a matrix and some of its singular values (…, r)."""
-    total = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square().unsqueeze(-1)
-    found = s.double().square().cumsum(-1)
-    return _as_errors(torch.cat([total, (total - found).clamp_min(0)], dim=-1), total)
 
 
 def _as_errors(left_out: Tensor, total: Tensor) -> Tensor:

@@ -64,19 +64,18 @@ def conformance(
     equations = Oracle.of(oracle) if isinstance(oracle, ModuleType) else oracle
     found: list[Check] = []
     for index, sample in enumerate(samples(variant, **fields)):
-        found.append(Check(f"{describe_sample(sample)}-admitted", _require_host(sample, hosts.values())))
+        admitted = functools.partial(_require_host, sample, hosts.values())
+        found.append(Check(f"{describe_sample(sample)}-admitted", admitted))
         for host in hosts.values():
-            case, admitted = Case(sample, host, equations), host.admits(sample)
-            run = _eager_checks(host, admitted) | (_target_checks(host, targets) if index == 0 and admitted else {})
+            case = Case(sample, host, equations)
+            if not host.admits(sample):
+                run = {} if host.several else {"refused": checks.check_refused}
+            else:
+                run = dict(several.CHECKS if host.several else checks.CHECKS)
+                run |= _target_checks(host, targets) if index == 0 else {}
             title = f"{describe_sample(sample)}-{host.name}"
             found += [Check(f"{title}-{name}", functools.partial(check, case)) for name, check in run.items()]
     return found
-
-
-def _eager_checks(host: Host, admitted: bool) -> dict[str, Callable[[Case], None]]:
-    if not admitted:
-        return {} if host.several else {"refused": checks.check_refused}
-    return dict(several.CHECKS if host.several else checks.CHECKS)
 
 
 def _target_checks(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
@@ -88,10 +87,7 @@ def _target_checks(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Ca
     }
 
 
-def _require_host(sample: Variant, hosts: Iterable[Host]) -> Callable[[], None]:
-    def check() -> None:
-        assert any(host.admits(sample) for host in hosts), (
-            "no host admits this configuration: give smaller sizes, or hosts= a Host with the modules that it names"
-        )
-
-    return check
+def _require_host(sample: Variant, hosts: Iterable[Host]) -> None:
+    assert any(host.admits(sample) for host in hosts), (
+        "no host admits this configuration: give smaller sizes, or hosts= a Host with the modules that it names"
+    )

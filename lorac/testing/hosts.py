@@ -117,12 +117,7 @@ class Host:
 
     @functools.cached_property
     def _view(self) -> ModelView:
-        return ModelView.of(self._instance)
-
-    @functools.cached_property
-    def _instance(self) -> nn.Module:
-        """One instance of the model that is only read, for all configurations."""
-        return self.model()
+        return ModelView.of(self.model())  # only read, so that one serves all configurations
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """Build the model, with the same weights every time, in eval mode."""

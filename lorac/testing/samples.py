@@ -1,7 +1,7 @@
 """Configurations of a variant to test, and adapters away from their start values."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lorac.argument_types import Fields
 from lorac.errors import OptionError
-from lorac.ir.sites.site import Site
 from lorac.session.api import compile
 from lorac.testing.parity import CONTRIBUTION, contribution
 from lorac.variants.adapter import Adapter
@@ -77,13 +76,21 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
     adapter = compiled.adapters[name]
     generator = torch.Generator().manual_seed(seed)
     sites = {path: plan.site for path, plan in compiled.plans.items()}
-    moves = [(t, _interpolator(t, generator)) for t in _movable_tensors(adapter, sites)]
+    # The distinct tensors that may have any values: all but buffers and indices.
+    movable: dict[int, Tensor] = {}
+    for path, at_site in adapter.tensors.items():
+        specs = adapter.variant.at(sites[path]).specs(sites[path])
+        movable |= {id(t): t for key, t in at_site.items() if specs[key].role in {Role.TRAINABLE, Role.FROZEN}}
+    moves = []
+    for tensor in movable.values():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * typical_size(tensor.detach())
+        moves.append((tensor, tensor.detach().clone(), noise))
     with torch.no_grad():
         base = model(inputs)
 
         def share(strength: float) -> float:
-            for tensor, move in moves:
-                tensor.copy_(move(strength))
+            for tensor, start, noise in moves:
+                tensor.copy_(start + strength * noise)
             return next(iter(contribution(compiled(inputs), base).values()))
 
         _search_strength(share)
@@ -93,25 +100,10 @@ def adapter_away(variant: Variant, model: nn.Module, inputs: Tensor, *, name: st
     return Adapter(name, adapter.variant, tensors)
 
 
-def _movable_tensors(adapter: Adapter, sites: Mapping[str, Site]) -> list[Tensor]:
-    """Return the distinct tensors that may have any values: all but buffers and indices."""
-    found: dict[int, Tensor] = {}
-    for path, tensors in adapter.tensors.items():
-        specs = adapter.variant.at(sites[path]).specs(sites[path])
-        found |= {id(t): t for key, t in tensors.items() if specs[key].role in {Role.TRAINABLE, Role.FROZEN}}
-    return list(found.values())
-
-
 def typical_size(tensor: Tensor) -> float:
     """Return the size of a large change of a tensor: its deviation, or for a constant one that of a usual init."""
     deviation = float(tensor.double().std(correction=0)) if tensor.numel() > 1 else 0.0
     return deviation or 0.3 * float(tensor.double().abs().mean()) or max(tensor.shape[-1:] or (1,)) ** -0.5
-
-
-def _interpolator(tensor: Tensor, generator: torch.Generator) -> Callable[[float], Tensor]:
-    start = tensor.detach().clone()
-    noise = torch.randn(start.shape, generator=generator, dtype=torch.float64) * typical_size(start)
-    return lambda strength: start + strength * noise
 
 
 def _search_strength(share: Callable[[float], float]) -> None:

@@ -178,13 +178,13 @@ def select_sites(
             continue
         # A path that is given in full is meant, whatever its layer (PEFT).
         in_full = not isinstance(targets, str) and named_as in targets
-        if in_full or not chosen_layers or _layer_of(site, layers_pattern) in chosen_layers:
-            selected.append(site)
+        if not in_full and chosen_layers:
+            block = site.kind is SiteKind.BLOCK
+            layer = site.number if block else find_layer_index(site.path, layers_pattern)
+            if layer not in chosen_layers:
+                continue
+        selected.append(site)
     return selected
-
-
-def _layer_of(site: Site, layers_pattern: Iterable[str]) -> int | None:
-    return site.number if site.kind is SiteKind.BLOCK else find_layer_index(site.path, layers_pattern)
 
 
 def _make_namer(
@@ -240,9 +240,15 @@ def no_match_error(adapter: str, targets: str | Iterable[str], sites: Mapping[st
             else _no_full_match_error(adapter, targets, sites)
         )
     names = sorted(targets)
+    similar = nearest_name(_last_part(names[0]), map(_last_part, sites), alike=0.6) if names else None
+    if similar is not None:
+        nearest: str | None = f"{similar} ({_describe_sites(similar, sites)})"
+    else:
+        counts = Counter(_last_part(path) for path, site in sites.items() if site.kind is SiteKind.LINEAR)
+        nearest = ", ".join(name for name, _ in counts.most_common(_LISTED_NAMES)) or None
     return SiteError(
         f"adapter '{adapter}' targets '{', '.join(names)}', which matches no site",
-        nearest=(_describe_nearest(names[0], sites) if names else None) or _list_leaf_names(sites),
+        nearest=nearest,
         next_step="`lorac sites MODEL` prints them all",
         code="site_not_found",
     )
@@ -264,18 +270,6 @@ def _no_full_match_error(adapter: str, pattern: str, sites: Mapping[str, Site]) 
         next_step="write a list to name paths by their ends; `lorac sites MODEL` prints them all",
         code="site_not_found",
     )
-
-
-def _describe_nearest(names: str, sites: Mapping[str, Site]) -> str | None:
-    """Return the last part of a path that is most similar to a target's, and a description of its sites."""
-    name = nearest_name(_last_part(names), map(_last_part, sites), alike=0.6)
-    return None if name is None else f"{name} ({_describe_sites(name, sites)})"
-
-
-def _list_leaf_names(sites: Mapping[str, Site]) -> str | None:
-    """Return the last parts of the paths of linear sites, the most frequent first."""
-    counts = Counter(_last_part(path) for path, site in sites.items() if site.kind is SiteKind.LINEAR)
-    return ", ".join(name for name, _ in counts.most_common(_LISTED_NAMES)) or None
 
 
 def _describe_sites(name: str, sites: Mapping[str, Site]) -> str:
