@@ -73,11 +73,12 @@ mutants: $(STAMP) ## Put faults into COUNT= lines of the core, and see whether t
 # Pages of docs/ that are made from the code, each by docs/make_<page>.py.
 PAGES := cli formats peft rooms troubleshooting ways
 
-check: $(STAMP) ## Check format, lint, types, the direction of imports and the made pages
+check: $(STAMP) ## Check format, lint, types, the direction of imports, names in texts and the made pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(PYTEST) -q tests/architecture/test_stale_names.py
 	$(BIN)/lorac variants --markdown | diff -u docs/methods.md - || { echo "docs/methods.md is stale: make docs"; exit 1; }
 	@for page in $(PAGES); do $(BIN)/python -m docs.make_$$page | diff -u docs/$$page.md - \
 		|| { echo "docs/$$page.md is stale: make docs"; exit 1; }; done

@@ -27,6 +27,8 @@ _DIFFERING = (
     (r"([\[({])(?:…|N)(?:, (?:…|N))*([\])}])", r"\1…\2"),
 )
 """(pattern, what stands instead) of what a message has of one model alone."""
+_PLACE = re.compile(r"\blorac/(?:\w+/)*(\w+\.py):\d+:")
+"""A line of lorac's: its folder and number are those of the commit that ran, and files move."""
 UNKNOWN = "–"
 """The outcome on a way that was not run."""
 NOT_RUN = "not-run"
@@ -267,7 +269,7 @@ def _why(records: Sequence[Record]) -> str:
             cause.outcome,
             cause.kind,
             _cell(cause.message),
-            f"`{_cell(cause.line)}`",
+            "`" + _cell(_PLACE.sub(r"\1:", cause.line)) + "`",
             _some(cause.models),
         )
         for cause in found_causes(records)

@@ -1,7 +1,7 @@
 """The targets: packages of ``lorac.backends`` with a module ``backend``, and targets of other packages.
 
 Another package offers a target by an entry point of the group ``lorac.backends``: the target's name, and
-``module:object`` of its ``lorac.target.engine.Backend``.
+``module:object`` of its ``lorac.target.backend.Backend``.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """House rules of CONTRIBUTING.md that can be read off the sources; each test lists all offenders."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -22,6 +23,10 @@ PACKAGE = ROOT / "lorac"
 ROOMS = sorted({source.parent for source in SOURCES})
 SHARED = {"passes", "backends", "runtime", "ir", "frontend", "target"}
 LARGEST_ROOM = 20
+SHORT = 5
+MOST_SHORT_FUNCTIONS = 361
+USES_OF_A_RECORD = 3
+MOST_RECORDS = 139
 SILENCED = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)")
 REASON = re.compile(r"(?:: [A-Z0-9, ]+  \(|\[[a-z, -]+\]  # )\w")
 
@@ -131,6 +136,59 @@ def test_whatever_silences_a_tool_says_why():
         if (silenced := SILENCED.search(line)) and not REASON.match(silenced["rest"])
     ]
     assert found == []
+
+
+def test_short_private_functions_have_two_callers():
+    """A private function has two callers or more than ``SHORT`` lines of body, but for a number that only falls."""
+    found = [
+        f"{_within(source)}:{node.lineno} {node.name}"
+        for source in SOURCES
+        for node in _outer_functions(parse(source))
+        if node.name.startswith("_") and not node.name.startswith("__")
+        if _uses()[node.name] == 1 and _body_lines(node) <= SHORT
+    ]
+    assert len(found) <= MOST_SHORT_FUNCTIONS, found
+
+
+def test_records_are_built_in_two_places():
+    """A dataclass is built in two places, but for a number that only falls."""
+    calls = Counter(
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        for node in _nodes()
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
+    )
+    found = [
+        node.name
+        for node in _nodes()
+        if isinstance(node, ast.ClassDef) and "dataclass" in " ".join(map(ast.unparse, node.decorator_list))
+        if calls[node.name] <= 1 and _uses()[node.name] <= USES_OF_A_RECORD
+    ]
+    assert len(found) <= MOST_RECORDS, found
+
+
+def _nodes():
+    return (node for source in SOURCES for node in ast.walk(parse(source)))
+
+
+@functools.cache
+def _uses():
+    """Count how often the package reads each name or attribute."""
+    names = (node.id for node in _nodes() if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    return Counter(names) + Counter(node.attr for node in _nodes() if isinstance(node, ast.Attribute))
+
+
+def _outer_functions(node):
+    """Yield a module's functions and methods, without those within functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        else:
+            yield from _outer_functions(child)
+
+
+def _body_lines(function):
+    body = function.body[ast.get_docstring(function) is not None :]
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
 # --- names and texts -------------------------------------------------------------------------------------------------

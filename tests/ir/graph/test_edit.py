@@ -31,7 +31,7 @@ def program() -> ExportedProgram:
 
 
 def test_private_fields_of_torch_export(program: ExportedProgram) -> None:
-    """Where a new torch fails here, look at `lorac/ir/edit.py` before the range in pyproject.toml is widened."""
+    """Where a new torch fails here, look at `lorac/ir/graph/edit.py` before the range in pyproject.toml is widened."""
     assert isinstance(program._range_constraints, dict)
     assert program.range_constraints == program._range_constraints
     assert program._module_call_graph is not None
