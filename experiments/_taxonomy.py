@@ -11,7 +11,7 @@ from typing import Any
 from experiments._lora_variants import LEFT_OUT, ways
 from experiments._study import interval
 from experiments.lorafactory import AT_LORAS, BEST, LORA, TIME, VALUES
-from lorac.cli._method_table import method_rows
+from lorac.cli.models import method_rows
 from lorac.variants import variants
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {

@@ -52,7 +52,7 @@ class ProjectionNorms:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """The largest entries of what one head attends with, after rotary embedding.
+    """The largest entries of one head's queries, keys and values, after rotary embedding.
 
     Attributes:
         length: L, of the sequence.
@@ -145,7 +145,7 @@ class _Recorder:
     found: dict[str, tuple[HeadNorms, ...]] = field(default_factory=dict)
 
     def record_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Keep what a projection reads."""
+        """Keep the input of a projection."""
         if isinstance(module, nn.Linear):
             self.inputs[self.paths[id(module)]] = args[0].double(), module
 

@@ -62,7 +62,7 @@ class EntanglementProfile:
 
 @torch.no_grad()
 def adapter_entanglement(adapter: Adapter, model: Model | None = None) -> dict[str, EntanglementProfile | None]:
-    """Return the entanglement of what an adapter changes at every site, at strength 1.
+    """Return the entanglement of an adapter's change at every site, at strength 1.
 
     Args:
         adapter: of a method that edits weights; only read.
@@ -187,8 +187,10 @@ def internal_entropy(
         count, first = len(rows), len(batch)
         digits = [first + side * count + place for place in range(count) for side in (0, 1)]
         state = state.reshape(*batch, *rows, *inputs).permute(*range(first), *digits)
-    lefts = _left_sizes(rows, inputs, order)
-    cuts = [_entropy(torch.linalg.svdvals(state.reshape(*batch, left, out * columns // left))) for left in lefts]
+    cuts = []
+    for left in _left_sizes(rows, inputs, order):
+        weights = torch.linalg.svdvals(state.reshape(*batch, left, out * columns // left)).square()
+        cuts.append(torch.special.entr(weights / weights.sum(-1, keepdim=True)).sum(-1))
     return torch.stack(cuts, dim=-1) if cuts else state.new_zeros(*batch, 0)
 
 
@@ -263,10 +265,3 @@ def _left_sizes(out_dims: Sequence[int], in_dims: Sequence[int], order: str) -> 
     paired = order == "interleaved"
     sites = [p * q for p, q in zip(out_dims, in_dims, strict=True)] if paired else [*out_dims, *in_dims]
     return _cumulative_products(sites)[:-1]
-
-
-def _entropy(values: Tensor) -> Tensor:
-    """Return S (…) of singular values (…, k)."""
-    weights = values.square()
-    weights = weights / weights.sum(-1, keepdim=True)
-    return torch.special.entr(weights).sum(-1)

@@ -1,4 +1,4 @@
-"""Measures of adapters: the rank and the size of each site's change, and what two adapters have in common.
+"""Measures of adapters: the rank and the size of each site's change, and the overlap of two adapters.
 
 Everything is computed in float64, from factors where a change has them. With ΔW = W' − W, norms are Frobenius's.
 """
@@ -34,12 +34,12 @@ _LARGEST = 1024
 
 @dataclass(frozen=True)
 class SiteMeasures:
-    """The change of one site at strength 1; None is what only the base tells.
+    """The change of one site at strength 1; a field is None where only the base tells it.
 
     Attributes:
         form: its normal form: "low-rank", "sparse", "delta", "dense" or "branch"; None: not known.
         rank: the number of its singular values above rounding; None also for large dense changes and for branches.
-        effective_rank: exp of the entropy of its singular values (Roy, Vetterli 2007): how many matter.
+        effective_rank: exp of the entropy of its singular values (Roy, Vetterli 2007): the number that matter.
         norm: ‖ΔW‖.
         share: ‖ΔW‖ / ‖W‖.
     """
@@ -57,7 +57,7 @@ class AdapterMeasures:
 
     Attributes:
         sites: by path.
-        mismatches: what does not fit the model, in words; empty where all does, or no model is given.
+        mismatches: the parts that do not fit the model, in words; empty where all do, or no model is given.
     """
 
     sites: Mapping[str, SiteMeasures]
@@ -66,7 +66,7 @@ class AdapterMeasures:
 
 @dataclass(frozen=True)
 class SiteDifference:
-    """The changes of one site by two adapters; None is what an adapter that does not touch the site lacks.
+    """The changes of one site by two adapters; a field is None where an adapter that does not touch the site lacks it.
 
     Attributes:
         first, second: ‖ΔW₁‖ and ‖ΔW₂‖.
@@ -74,7 +74,7 @@ class SiteDifference:
         cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖); 0 where one is 0.
         outputs: cosines of the principal angles between the spaces of outputs that they write to, falling.
         inputs: the same for the spaces of inputs that they read.
-        bias: ‖e₁ − e₂‖, of what they add to the bias.
+        bias: ‖e₁ − e₂‖, of the changes of the bias.
     """
 
     first: float | None = None
@@ -94,7 +94,7 @@ class SiteDifference:
 
 
 def inspect(adapter: Adapter, model: Model | None = None) -> AdapterMeasures:
-    """Measure what an adapter does at each site, and say what of it would not fit a model.
+    """Measure an adapter's change at each site, and list the parts that would not fit a model.
 
     Args:
         adapter: of any method; only read.
@@ -147,7 +147,11 @@ def diff(
         weight = view.base.weight(view.sites[path]).double() if view is not None and whole else None
         found[path] = _compare(path, one, other, weight, rank)
     for name in dict.fromkeys([*first.replaced, *second.replaced]):
-        found[name] = _compare_replaced(first.replaced.get(name), second.replaced.get(name), name, view)
+        mine, theirs = first.replaced.get(name), second.replaced.get(name)
+        if mine is not None and theirs is not None:
+            _check_shapes(name, tuple(mine.shape), tuple(theirs.shape))
+        base = None if view is None else view.tensor(name)
+        found[name] = SiteDifference(_distance(mine, base), _distance(theirs, base), _distance(mine, theirs))
     return found
 
 
@@ -210,20 +214,12 @@ def _compare(
     difference, inner = _subtract(first, second)
     size = norms[0] * norms[1]
     cosine = inner / size if size else 0.0
-    outputs, inputs = _find_cosines([_find_spaces(*pair, rank) for pair in (first, second)])
+    outputs, inputs = _find_cosines(first, second, rank)
     shifts = [change.e for change in (one, other) if change is not None and change.e is not None]
     bias = shifts[0] - shifts[1] if len(shifts) == 2 else next(iter(shifts), torch.zeros(()))
     return SiteDifference(
         norms[0], norms[1], difference, cosine, outputs, inputs, float(torch.linalg.vector_norm(bias))
     )
-
-
-def _compare_replaced(one: Tensor | None, other: Tensor | None, name: str, view: ModelView | None) -> SiteDifference:
-    """Compare two replacements of a parameter; a model tells their distances to its own."""
-    base = None if view is None else view.tensor(name)
-    if one is not None and other is not None:
-        _check_shapes(name, tuple(one.shape), tuple(other.shape))
-    return SiteDifference(_distance(one, base), _distance(other, base), _distance(one, other))
 
 
 def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
@@ -267,22 +263,22 @@ def _subtract(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor 
     return float(torch.linalg.vector_norm(whole[0] - whole[1])), float((whole[0] * whole[1]).sum())
 
 
-def _find_spaces(b: Tensor, a: Tensor | None, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return orthonormal bases of the outputs (out, r) and the inputs (in, r) of a change; empty ones of no change."""
-    cut = truncate_matrix(b, rank) if a is None else truncate_product(b, a, rank)
-    width = cut.rank if bool(cut.b.any()) else 0
-    return torch.linalg.qr(cut.b[..., :width])[0], torch.linalg.qr(cut.a[..., :width, :].mT)[0]
-
-
-def _find_cosines(spaces: list[tuple[Tensor, Tensor]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the cosines of the principal angles between two spaces of outputs and two of inputs."""
+def _find_cosines(
+    first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None], rank: int | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the cosines of the principal angles between the outputs of two changes, and between their inputs."""
+    spaces = []
+    for b, a in (first, second):
+        cut = truncate_matrix(b, rank) if a is None else truncate_product(b, a, rank)
+        width = cut.rank if bool(cut.b.any()) else 0
+        spaces.append((torch.linalg.qr(cut.b[..., :width])[0], torch.linalg.qr(cut.a[..., :width, :].mT)[0]))
     found = (torch.linalg.svdvals(one.mT @ other) for one, other in zip(*spaces, strict=True))
     outputs, inputs = (tuple(cosines.reshape(-1).clamp(max=1).tolist()) for cosines in found)
     return outputs, inputs
 
 
 def _iter_mismatches(adapter: Adapter, view: ModelView) -> Iterator[str]:
-    """Yield what of an adapter does not fit a model, where ``check_adapter`` stops at the first."""
+    """Yield each reason why an adapter does not fit a model, where ``check_adapter`` stops at the first."""
     known, recorded = view.named_tensors(), adapter.provenance.get("base")
     checks = [functools.partial(_check_site, adapter, path, view) for path in adapter.tensors]
     checks += [

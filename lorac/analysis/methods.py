@@ -144,11 +144,15 @@ def _describe_method(variant: type[Variant], reduce: Reduce, files: tuple[str, .
     form, merges = _describe_form(*found, specs, reduce) if found else ("", issubclass(variant, WeightVariant))
     trained = [spec for spec in specs.values() if spec.role is Role.TRAINABLE]
     own, common = (sum(math.prod(s.shape) for s in trained if s.shared is shared) for shared in (False, True))
+    formula = _FORMULA.search(inspect.getdoc(variant) or "")
+    kinds, convolutions = set[str](variant.kinds), set(CONVOLUTION_KINDS.values())
+    if convolutions <= kinds:
+        kinds = {*(kinds - convolutions), "conv"}
     return MethodRow(
         name=variant.name,
         title=variant.__name__,
-        formula=_extract_formula(variant),
-        adapts=_list_adapted_kinds(variant),
+        formula=" ".join(formula.group(1).split()) if formula else "",
+        adapts=tuple(sorted(kinds)),
         form=form,
         merges=merges,
         shared=tuple(name for name, spec in specs.items() if spec.shared),
@@ -191,15 +195,3 @@ def _describe_form(variant: Variant, site: Site, specs: Mapping[str, ParamSpec],
     scales = [role.name for role in ROLES.values() if role.optional and role.name in reduction.outputs]
     ranked = f"{reduction.form} r={reduction.rank}" if reduction.form == LOW_RANK else reduction.form
     return " ".join((ranked, *scales)), reduction.form != BRANCH
-
-
-def _extract_formula(variant: type[Variant]) -> str:
-    found = _FORMULA.search(inspect.getdoc(variant) or "")
-    return " ".join(found.group(1).split()) if found else ""
-
-
-def _list_adapted_kinds(variant: type[Variant]) -> tuple[str, ...]:
-    convolutions = set(CONVOLUTION_KINDS.values())
-    if not convolutions <= variant.kinds:
-        return tuple(sorted(variant.kinds))
-    return tuple(sorted({*(variant.kinds - convolutions), "conv"}))

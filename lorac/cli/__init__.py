@@ -19,7 +19,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from lorac.cli import adapters, artifacts, merging, models, retrieval, serving, training
+from lorac.cli import adapters, artifacts, merging, models, serving, training
 from lorac.cli._output import format_error
 from lorac.cli._user_modules import add_import_option
 from lorac.errors import LoracError, LoracWarning
@@ -37,7 +37,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for group in (models, training, adapters, retrieval, merging, artifacts, serving):
+for group in (models, training, adapters, merging, artifacts, serving):
     for command in group.COMMANDS:
         app.command()(add_import_option(command))
 

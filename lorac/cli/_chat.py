@@ -34,15 +34,15 @@ class Chat:
             print("\n".join(f"{name:10s} {meaning}" for name, (meaning, _) in self._commands.items()))
         while (line := self._read_line()) != "/exit":
             try:
-                self._take_turn(line)
+                if line.startswith("/"):
+                    name, *rest = line.split(maxsplit=1)
+                    if name not in self._commands:
+                        raise not_one_of("there is no command", name, self._commands)
+                    self._commands[name][1]("".join(rest))
+                elif line:
+                    self._answer(line)
             except LoracError as error:
                 print(format_error(error), file=sys.stderr)
-
-    def _take_turn(self, line: str) -> None:
-        if line.startswith("/"):
-            self._run_command(*line.split(maxsplit=1))
-        elif line:
-            self._answer(line)
 
     def _read_line(self) -> str:
         """Return the next line, or /exit at the end of the input."""
@@ -55,11 +55,6 @@ class Chat:
     def _active(self) -> str:
         active = self._writer.compiled.active
         return ", ".join(n if strength == 1 else f"{n}*{strength:g}" for n, strength in active.items()) or "none"
-
-    def _run_command(self, name: str, rest: str = "") -> None:
-        if name not in self._commands:
-            raise not_one_of("there is no command", name, self._commands)
-        self._commands[name][1](rest)
 
     def _swap(self, spec: str) -> None:
         if not spec:
@@ -74,7 +69,7 @@ class Chat:
         print(f"{' ' if compiled.active else '*'} none")
 
     def _answer(self, line: str) -> None:
-        """Take one turn; what an interrupted answer has shown stays in the conversation, and a failed turn does not."""
+        """Take one turn; the shown part of an interrupted answer stays in the conversation, a failed turn does not."""
         turns = [*self._turns, {"role": "user", "content": line}]
         inputs = self._writer.encode_turns(turns)
         if self._writer.positions_left(inputs) == 0:

@@ -168,7 +168,7 @@ def time_choices(
     *,
     settle: bool = False,
 ) -> dict[str | None, list[float]]:
-    """Return the medians of none, of each adapter and of all: of a swap to it in seconds, and of what is measured.
+    """Return the medians of none, of each adapter and of all: of a swap to it in seconds, and of the measures.
 
     One more round runs first, to warm up.
 

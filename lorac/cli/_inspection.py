@@ -14,8 +14,7 @@ from lorac.cli._output import format_number, make_table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorac.analysis.measures import AdapterMeasures, SiteMeasures
-    from lorac.ir.calls.interface import Interface
+    from lorac.analysis.measures import AdapterMeasures
     from lorac.variants.adapter import Adapter
 
 Inspection: TypeAlias = JsonMapping
@@ -61,7 +60,16 @@ def describe_folder(folder: Path) -> Inspection:
         "mode": fields["mode"],
         "active": {name: how["strength"] for name, how in fields["active"].items()},
         "versions": fields["versions"],
-        "graphs": {name: _describe_graph(interface) for name, interface in graphs.items()},
+        "graphs": {
+            name: {
+                "inputs": {key: interface.types.get(key, "") for key in interface.inputs},
+                "outputs": {key: interface.types.get(key, "") for key in interface.outputs},
+                "fixed": [[key, axis] for key, axis in interface.sizes.fixed],
+                "sizes": list(interface.sizes.notable),
+                "notes": list(interface.notes),
+            }
+            for name, interface in graphs.items()
+        },
         "adapters": adapters,
         "sites": list(fields["plans"]),
         "files": sizes,
@@ -69,18 +77,8 @@ def describe_folder(folder: Path) -> Inspection:
     }
 
 
-def _describe_graph(interface: Interface) -> Inspection:
-    return {
-        "inputs": {name: interface.types.get(name, "") for name in interface.inputs},
-        "outputs": {name: interface.types.get(name, "") for name in interface.outputs},
-        "fixed": [[name, axis] for name, axis in interface.sizes.fixed],
-        "sizes": list(interface.sizes.notable),
-        "notes": list(interface.notes),
-    }
-
-
 def describe_adapter_file(adapter: Adapter, path: Path, measures: AdapterMeasures) -> Inspection:
-    """Return the contents of an adapter's file, with what the adapter does at each site."""
+    """Return the contents of an adapter's file, with the adapter's change of each site."""
     files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()]
     return {
         "path": str(path),
@@ -139,20 +137,15 @@ def _format_adapter(contents: Inspection) -> Iterator[Table | str]:
     settings, sites, replaced = _format_settings(contents["hyperparameters"]), contents["sites"], contents["replaced"]
     yield f"{contents['name']}: {contents['class']}({settings}), {contents['format']}"
     yield f"{len(sites)} sites, {len(replaced)} replaced parameters, {contents['values']:,} values"
-    rows = [
-        (site, "  ".join(f"{n} {t}" for n, t in tensors.items()), *_format_measures(contents["changes"][site]))
-        for site, tensors in sites.items()
-    ]
+    rows = []
+    for site, tensors in sites.items():
+        measures = (format_number(getattr(contents["changes"][site], field)) for field in _MEASURES)
+        rows.append((site, "  ".join(f"{n} {t}" for n, t in tensors.items()), *measures))
     rows += [(name, f"replaced by {tensor}", *[""] * len(_MEASURES)) for name, tensor in replaced.items()]
     yield make_table(("site", "tensors", *_MEASURES.values()), rows)
     if contents["mismatches"]:
         yield "does not fit the model:"
         yield from contents["mismatches"]
-
-
-def _format_measures(measures: SiteMeasures) -> Iterator[str]:
-    for field in _MEASURES:
-        yield format_number(getattr(measures, field))
 
 
 def _format_settings(settings: Mapping[str, object]) -> str:

@@ -55,7 +55,11 @@ def import_user_module(module: str) -> ModuleType:
     if is_file and not file.is_file():
         raise OptionError(f"the file '{module}' does not exist", next_step=_NEXT_STEP)
     try:
-        return _import_file(file) if is_file else _import_by_name(module)
+        if is_file:
+            return _import_file(file)
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(module)
     except LoracError:
         raise
     except Exception as error:  # it is the user's own code
@@ -64,12 +68,6 @@ def import_user_module(module: str) -> ModuleType:
             f"'{module}' cannot be imported: {type(error).__name__}: {error}{f' in {where}' if where else ''}",
             next_step=_NEXT_STEP,
         ) from error
-
-
-def _import_by_name(module: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return importlib.import_module(module)
 
 
 def _import_file(file: Path) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Commands about files: inspect, convert, resize, extract, diff, analyse."""
+"""Commands about files of adapters: inspect, convert, resize, extract, diff, analyse, retrieve."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def inspect(
     model: ModelOption = "",
     json: JsonOption = False,
 ) -> None:
-    """Print the contents of a compiled folder or an adapter's file; with --model also what does not fit the model."""
+    """Print the contents of a compiled folder or an adapter's file; with --model also the parts that do not fit it."""
     with progress("inspect") as report:
         report.step("reading")
         if (path / MANIFEST).is_file():
@@ -209,6 +209,26 @@ def analyse(
     print_report(found, make_table(headers, [map(format_number, row) for row in rows]), as_json=json)
 
 
+def retrieve(
+    prompt: Annotated[str, typer.Argument(help="The wanted concept, in words.")],
+    folder: Annotated[Path, typer.Option("--from", help="A folder of adapters, one file or folder each.")],
+    retriever: Annotated[
+        Path | None,
+        typer.Option("--retriever", help="The folder of Retriever.save; default: the folder `retriever` in --from."),
+    ] = None,
+    top: Annotated[int, typer.Option("--top", "-k", help="How many adapters, a whole number above 0.")] = 3,
+    model: ModelOption = "",
+    json: JsonOption = False,
+) -> None:
+    """Print the adapters of a folder that fit a prompt best, by their weights alone."""
+    from lorac.diffusion.retrieval import Retriever, find_adapters
+
+    host = load_model(model) if model else None
+    found = find_adapters(Retriever.load(retriever or folder / "retriever"), prompt, folder, top=top, model=host)
+    rows = [(match.name, format_number(match.score), match.path) for match in found]
+    print_report(found, make_table(("adapter", "cosine", "path"), rows), as_json=json)
+
+
 def parse_dtype(name: str) -> torch.dtype:
     """Return the dtype of a name.
 
@@ -245,4 +265,4 @@ def save(
     print_report(report, f"{destination}: {format}", *table, as_json=as_json)
 
 
-COMMANDS = (inspect, convert, resize, extract, diff, analyse)
+COMMANDS = (inspect, convert, resize, extract, diff, analyse, retrieve)

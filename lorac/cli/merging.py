@@ -87,7 +87,7 @@ def _merge_adapters(given: MergeRecipe, model: Model | None) -> Adapter:
 
 
 def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], recipe: Path | None) -> MergeRecipe:
-    """Return what to merge and how, as the command line or a recipe says."""
+    """Return the arguments of a merge, from the command line or a recipe."""
     from lorac.merging.recipe import MergeRecipe, read_merge_recipe
 
     if bool(adapters) == (recipe is not None) or (recipe is not None and options):
@@ -107,7 +107,7 @@ def _read_request(adapters: Sequence[str], method: str, options: Sequence[str], 
 
 
 def _split_adapter(spec: str) -> tuple[str, str, float]:
-    """Return name, path and weight of an adapter; what exists as a whole is a path."""
+    """Return name, path and weight of an adapter; a text that exists as a whole is a path."""
     rest, weight = spec, 1.0
     if "=" in spec and not Path(spec).exists():
         before, _, last = spec.rpartition("=")

@@ -1,7 +1,10 @@
 """Commands about models and methods: sites, variants, compile, explain."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -26,6 +29,11 @@ from lorac.cli._models import (
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.progress import progress
 from lorac.session.model_folders import MODEL_HELP
+
+if TYPE_CHECKING:
+    from lorac.analysis.methods import MethodRow
+    from lorac.ir.sites.site import Site
+    from lorac.variants.base import Variant
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -94,14 +102,33 @@ def variants(
 ) -> None:
     """Print every adapter method: its formula, its normal form and size on a layer, its paper and its files."""
     from lorac.analysis.methods import HEADERS, render_markdown, row_cells
-    from lorac.cli._method_table import method_rows
     from lorac.variants import variants as known
 
-    rows = method_rows(known().values())
+    rows = method_rows([*known().values()])
     if markdown:
         print(render_markdown(rows), end="")
         return
     print_report(rows, make_table(HEADERS, map(row_cells, rows)), as_json=json)
+
+
+def method_rows(known: Sequence[type[Variant]]) -> tuple[MethodRow, ...]:
+    """Return one row per method: its formula, its normal form, its size and its files."""
+    from lorac.adapters.preparation import Preparer
+    from lorac.analysis.methods import describe_methods
+    from lorac.formats import formats
+    from lorac.formats.peft.config import peft_types
+    from lorac.ir.sites.site import BaseReader
+
+    def refuse_base(site: Site) -> NoReturn:
+        raise AssertionError(f"'{site.path}' stands for any layer of its shape")
+
+    files = {variant: ["native"] for variant in known}
+    by_name: dict[str, Collection[type[Variant]]] = {name: kind.variants for name, kind in peft_types().items()}
+    by_name |= {name: format.methods for name, format in formats().items()}
+    for name, methods in sorted(by_name.items()):
+        for variant in methods:
+            files.setdefault(variant, ["native"]).append(name)
+    return describe_methods(known, Preparer({}, BaseReader(refuse_base, refuse_base)).reduction, files)
 
 
 def compile(  # noqa: PLR0913, PLR0917  (an argument per option)

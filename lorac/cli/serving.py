@@ -28,12 +28,12 @@ def serve(  # noqa: PLR0913, PLR0917  (a command's options)
     ] = None,
     bases: Annotated[
         list[str] | None,
-        typer.Option("--base", help="What the PEFT files of such adapters call the model; may be given several times."),
+        typer.Option("--base", help="The model's name in the PEFT files of such adapters; may be given several times."),
     ] = None,
     pinned: Annotated[
         list[str] | None, typer.Option("--pin", help="An adapter that stays in memory; may be given several times.")
     ] = None,
-    pooling: Annotated[str, typer.Option(help="What of an encoder is an embedding: mean or cls.")] = "mean",
+    pooling: Annotated[str, typer.Option(help="How an encoder's states become an embedding: mean or cls.")] = "mean",
     prepacked: PrepackedOption = None,
     keys: Annotated[
         Path | None, typer.Option("--keys", help="A JSON file of API key -> tenant; default: everybody may ask.")

@@ -24,9 +24,10 @@ def train(
     json: JsonOption = False,
 ) -> None:
     """Train the adapters of a recipe by TRL or transformers: any method, rule, initialiser and optimizer by name."""
+    from torch import distributed
+
     from lorac.trainer import read_recipe
     from lorac.trainer import train as run
-    from lorac.trainer.process_group import leave_process_group
 
     recipe = read_recipe(config)
     host, folder = model or recipe.model, out or recipe.out
@@ -38,9 +39,14 @@ def train(
         processing_class = load_image_processor(str(host))
     if processing_class is None:
         raise OptionError(f"'{host}' has no tokenizer", next_step="save it there: tokenizer.save_pretrained")
-    with contextlib.redirect_stdout(sys.stderr):  # trainers print what they log
+    with contextlib.redirect_stdout(sys.stderr):  # trainers print their log
         names = [*run(loaded, processing_class, recipe, str(folder), resume=resume).adapters]
-    leave_process_group()
+    if distributed.is_available() and distributed.is_initialized():
+        # Left to the interpreter's end, torch's process group may abort or hang: its end waits for its threads with
+        # Python's lock held. One of them may need that to let go of a gathered tensor, and gets it while this process
+        # waits for the others.
+        distributed.barrier()
+        distributed.destroy_process_group()
     print_report({"folder": str(folder), "adapters": names}, f"{folder}: {', '.join(names)}", as_json=json)
 
 
@@ -61,7 +67,7 @@ def transfer(  # noqa: PLR0913, PLR0917  (an argument per option)
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Train an adapter of TARGET on what SOURCE answers with its own, without its data: Trans-LoRA."""
+    """Train an adapter of TARGET on the answers of SOURCE's adapter, without its data: Trans-LoRA."""
     import lorac
     from lorac.trainer.factories import make_adapters
     from lorac.training.transfer import Task, TransferSettings

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 import lorac
 from lorac.analysis.methods import render_markdown
 from lorac.cli import app
-from lorac.cli._method_table import method_rows
+from lorac.cli.models import method_rows
 
 
 def test_the_page():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lorac
 from lorac.analysis.methods import render_markdown
-from lorac.cli._method_table import method_rows
+from lorac.cli.models import method_rows
 from lorac.diffusion.attention import AttentionMaps, ConceptIsolation, RegionAttention, rasterise
 from lorac.testing import assert_parity
 from lorac.testing.eager_checks import assert_close
