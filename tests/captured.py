@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 import lorac
 from lorac.frontend.capture.export import export_model
+from lorac.frontend.host import Host
 from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.output_structure import OutputStructure
 from lorac.ir.graph.feeds import collect_slot_tensors
@@ -73,7 +74,7 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
 
 def captured_program(model: nn.Module, inputs: object = None, shapes: object = None) -> ExportedProgram:
     """A model as captured, before it is a graph."""
-    return export_model(model, inputs, shapes)[0]
+    return export_model(Host.of(model), inputs, shapes)[0]
 
 
 def captured_stack(adapters: dict[str, Any] | None = None, *, first_differs: bool = False) -> Graph:

@@ -146,10 +146,10 @@ def _adapt(subject: _Subject, folder: Path, config: Callable[[nn.Module], Any]) 
 
 def _defaults(subject: _Subject) -> str:
     """Whether lorac makes example inputs of its own, and the host takes them."""
-    from lorac.frontend.inputs.example_inputs import make_example_inputs
+    from lorac.frontend.host import Host
 
     try:
-        made = make_example_inputs(subject.host)
+        made = Host.of(subject.host).example_inputs()
         answer(subject.host, made)
     except lorac.LoracError as error:
         return type(error).__name__

@@ -13,7 +13,8 @@ from unittest import mock
 import torch
 from torch import nn
 
-from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.host import Host
+from lorac.frontend.hosts.transformers import TransformersHost
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.third_party_output import suppress_third_party_output
 
@@ -25,10 +26,11 @@ def plain_export(model: nn.Module, call: Mapping[str, Any], shapes: Shapes | Non
 
     As lorac does, sizes are named first, and left to torch where that fails.
     """
+    host = Host.of(model)
     named = (
-        [make_dynamic_shapes(model, call, named=name) for name in (True, False)] if shapes is None else [shapes(call)]
+        [make_dynamic_shapes(host, call, named=name) for name in (True, False)] if shapes is None else [shapes(call)]
     )
-    export = _of_transformers if is_hugging_face(model) else _of_torch
+    export = _of_transformers if isinstance(host, TransformersHost) else _of_torch
     with suppress_third_party_output(), torch.no_grad():
         try:
             _into_session(export(model, dict(call), named[0]))

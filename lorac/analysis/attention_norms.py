@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lorac.adapters.factors import iter_changes
 from lorac.errors import Unavailable
-from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.host import Host
+from lorac.frontend.hosts.transformers import TransformersHost
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import merge_weight
 from lorac.variants.adapter import Adapter
@@ -102,11 +103,12 @@ def measure_attention(
         Unavailable: no attention of the model goes through transformers' interface.
         CompileError, SiteError, AdapterError: as ``lorac.factors``.
     """
-    if not is_hugging_face(model):
+    host = Host.of(model)
+    if not isinstance(host, TransformersHost):
         raise _no_interface(model)
     weights, deltas = _merge(model, adapter)
     recorder = _Recorder({id(module): path for path, module in model.named_modules()}, deltas, ("q_proj", "k_proj"))
-    with torch.no_grad(), _recording(model, recorder):
+    with torch.no_grad(), _recording(host.model, recorder):
         torch.func.functional_call(model, weights, kwargs=dict(inputs))
     if not recorder.found:
         raise _no_interface(model)

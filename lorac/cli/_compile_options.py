@@ -77,12 +77,12 @@ def parse_dynamic_shapes(
         return None
     from torch.export import Dim
 
-    from lorac.frontend.inputs.call_binding import bind_by_name
+    from lorac.frontend.host import Host
     from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
-    from lorac.frontend.inputs.example_inputs import make_example_inputs
 
-    inputs = bind_by_name(model, make_example_inputs(model) if example_inputs is None else example_inputs)
-    shapes = make_dynamic_shapes(model, inputs, named=False)
+    host = Host.of(model)
+    inputs = host.bind(example_inputs)
+    shapes = make_dynamic_shapes(host, inputs, named=False)
     for name, axes in (_split_pair("--dynamic", spec, DYNAMIC_HELP) for spec in specs):
         if name not in inputs:
             raise not_one_of("--dynamic: the model has no input", name, inputs)

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from lorac.argument_types import describe_value
-from lorac.diffusion.parts import PipelinePart, as_captured, find_parts, make_part_inputs, upcasts, widen
+from lorac.diffusion.parts import PipelinePart, find_parts, make_part_inputs, upcasts, widen
 from lorac.diffusion.pipeline import CompiledPipeline, Pipeline, make_pipeline_class
 from lorac.diffusion.running_call import RunningCall
 from lorac.errors import ChoiceError, CompileError, OptionError, nearest_name
+from lorac.frontend.host import Host
 from lorac.session.api import Adapters
 from lorac.session.api import compile as compile_models
 from lorac.session.compiled import Compiled
@@ -53,7 +54,7 @@ def compile(
             nearest=nearest_name(unknown[0], models),
             next_step=f"it takes {', '.join(models)} as keys",
         )
-    captured = {name: as_captured(model) for name, model in models.items()}
+    captured = {name: Host.of(model).decoder() for name, model in models.items()}
     made = {name: inputs for name, model in captured.items() if (inputs := make_part_inputs(model)) is not None}
     compiled = compile_models(captured, adapters, target, {**made, **given}, **options)
     return _place(pipeline, compiled, captured)

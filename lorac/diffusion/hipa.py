@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorac.diffusion.high_frequencies import HighFrequencyLoss
 from lorac.errors import ChoiceError, Unavailable
-from lorac.frontend.copying import copy_structure
+from lorac.frontend.host import Host
 from lorac.progress import progress
 from lorac.session.compiled import CompiledModule
 from lorac.variants.lora import LoRA
@@ -135,7 +135,7 @@ def fold_timestep(unet: nn.Module, timestep: int) -> nn.Module:
     """
     if getattr(unet, "time_embedding", None) is None:
         return unet
-    folded: Any = copy_structure(unet, share_buffers=True)
+    folded: Any = Host.of(unet).copy(share_buffers=True).model
     first = next(unet.parameters())
     frequencies = folded.time_proj(torch.tensor([timestep], device=first.device)).to(first.dtype)
     embedding = folded.time_embedding(frequencies)

@@ -11,10 +11,7 @@ from torch import nn
 
 from lorac.diffusion.running_call import RunningCall
 from lorac.errors import Unavailable
-from lorac.frontend.copying import copy_structure
-from lorac.frontend.hugging_face import is_hugging_face
-from lorac.frontend.inputs.diffusers_models import is_diffusers
-from lorac.frontend.inputs.example_inputs import make_example_inputs
+from lorac.frontend.host import Host, PlainHost
 from lorac.ir.calls.call import Call
 from lorac.ir.slots.choice import UNSET
 from lorac.session.compiled import Compiled
@@ -30,7 +27,7 @@ _READ_BY_LAYER = frozenset({"clip_text_model", "clip"})
 def find_parts(components: Mapping[str, object]) -> dict[str, nn.Module]:
     """Return the models of a pipeline to compile: the denoiser, the VAE and the text encoders."""
     found = {name: part for name, part in components.items() if isinstance(part, nn.Module) and name not in _LEFT}
-    return {name: model for name, model in found.items() if is_diffusers(model) or is_hugging_face(model)}
+    return {name: model for name, model in found.items() if not isinstance(Host.of(model), PlainHost)}
 
 
 def widen(model: nn.Module) -> nn.Module:
@@ -44,22 +41,11 @@ def upcasts(model: nn.Module | None) -> bool:
     return bool(getattr(getattr(model, "config", None), "force_upcast", False))
 
 
-def as_captured(model: nn.Module) -> nn.Module:
-    """Return a model with the function that the pipeline calls as forward: a VAE's copy over its weights decodes."""
-    cls = type(model)
-    decode = getattr(cls, "decode", None)
-    if decode is None or not is_diffusers(model):
-        return model
-    copied = copy_structure(model)
-    copied.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, "forward": decode})
-    return copied
-
-
 def make_part_inputs(model: nn.Module) -> dict[str, object] | None:
     """Return example inputs of a text encoder that also gives the states of its layers; None for other models."""
-    if not is_hugging_face(model) or model.config.model_type not in _READ_BY_LAYER:
+    if getattr(getattr(model, "config", None), "model_type", None) not in _READ_BY_LAYER:
         return None
-    return {**make_example_inputs(model), _HIDDEN_STATES: True}
+    return {**Host.of(model).example_inputs(), _HIDDEN_STATES: True}
 
 
 class PipelinePart:

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lorac.errors import InputMismatch
-from lorac.frontend.inputs.diffusers_models import make_image_inputs
+from lorac.errors import ExampleInputsNeeded, InputMismatch
+from lorac.frontend.host import Host
 
 _ADDED = "added_cond_kwargs"
 """The argument of U-Nets that has conditions by name, beside the prompt's states."""
@@ -57,7 +57,10 @@ class NoiseScheduler(Protocol):
 
 def find_conditions(unet: nn.Module) -> frozenset[str] | None:
     """Return the names of ``added_cond_kwargs`` that a U-Net needs; None where its configuration does not say."""
-    added = make_image_inputs(unet).get(_ADDED)
+    try:
+        added = Host.of(unet).example_inputs().get(_ADDED)
+    except ExampleInputsNeeded:
+        added = None
     if isinstance(added, Mapping):
         return frozenset(added)
     return None if getattr(getattr(unet, "config", None), "addition_embed_type", None) else frozenset()

@@ -6,14 +6,13 @@ that a model's class makes, ``rename_source_key``, which applies them to a name,
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorac.frontend.base_weights import named_tensors
-from lorac.frontend.hugging_face import is_hugging_face
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +52,16 @@ class ConvertedTensors:
         return {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in made.items()}
 
 
-def find_stored_names(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str, str], list[ConvertedTensors]]:
-    """Return name in the model -> name in its checkpoint, of tensors that are loaded as they are, and the others.
+def find_converted_tensors(
+    model: Any, stored: Collection[str], found: Mapping[str, str]
+) -> tuple[dict[str, str], list[ConvertedTensors]]:
+    """Return name in a transformers model -> name in its checkpoint, and the tensors that are converted.
 
     Args:
         model: the model; it may be on the meta device.
         stored: the names in the checkpoint.
+        found: those of them that the model has too.
     """
-    known, names = named_tensors(model), list(stored)
-    found = {name: name for name in names if name in known}
-    if len(found) == len(names) or not is_hugging_face(model):
-        return found, []
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -73,12 +71,12 @@ def find_stored_names(model: nn.Module, stored: Iterable[str]) -> tuple[dict[str
         pattern: one for one in changes if isinstance(one, WeightConverter) for pattern in one.source_patterns
     }
     every, prefix = list(dict.fromkeys(converters.values())), model.base_model_prefix
-    converted: dict[str, ConvertedTensors] = {}
-    for name in sorted(set(names) - found.keys(), key=dot_natural_key):
+    known, names, converted = named_tensors(model), dict(found), dict[str, ConvertedTensors]()
+    for name in sorted({*stored} - found.keys(), key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, every, prefix, known)
         if pattern is not None:
             one = converted.setdefault(renamed, ConvertedTensors(model, converters[pattern], renamed))
             one.sources[name] = (rename_source_key(name, renamings, [], prefix, known)[0], pattern)
         elif renamed in known:
-            found.setdefault(renamed, name)
-    return found, list(converted.values())
+            names.setdefault(renamed, name)
+    return names, list(converted.values())

@@ -5,10 +5,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import SiteError
-from lorac.frontend.copying import copy_structure
-from lorac.frontend.hugging_face import is_hugging_face
-from lorac.frontend.inputs.example_inputs import make_example_inputs
+from lorac.frontend.host import Host
 from lorac.frontend.model_runner import check_runs, preserve_random_state
+
+_SWITCH = "output_hidden_states"
+"""Argument of forward, or field of the configuration, that asks for hidden states."""
 
 
 @torch.no_grad()
@@ -22,10 +23,11 @@ def find_last_hidden_state(model: nn.Module) -> tuple[str, int]:
         SiteError: the model returns no hidden states, or no module returns the last one.
         BaseNeeded: the model is on the meta device.
     """
-    if not is_hugging_face(model):
+    host = Host.of(model)
+    if _SWITCH not in host.defaults():
         raise _no_hidden_state(f"{type(model).__name__} returns no hidden states")
     check_runs(model)
-    copied, outputs = copy_structure(model).eval(), dict[str, Tensor]()
+    copied, outputs = host.copy().model.eval(), dict[str, Tensor]()
 
     def record(path: str, output: object) -> None:
         first = next((leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)), None)
@@ -36,7 +38,7 @@ def find_last_hidden_state(model: nn.Module) -> tuple[str, int]:
         if path:
             module.register_forward_hook(lambda _, __, output, path=path: record(path, output))
     with preserve_random_state(model):
-        states = getattr(copied(**make_example_inputs(model), output_hidden_states=True), "hidden_states", None)
+        states = getattr(copied(**host.example_inputs(), **{_SWITCH: True}), "hidden_states", None)
     if not states:
         raise _no_hidden_state(f"{type(model).__name__} returns no hidden states")
     last = states[-1]

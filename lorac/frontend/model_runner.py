@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.errors import BaseNeeded
-from lorac.frontend.copying import copy_structure
-from lorac.frontend.hugging_face import set_config_fields
+from lorac.frontend.host import Host
+from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG
 from lorac.ir.traces.written_arguments import find_written_tensors
 
 T = TypeVar("T")
@@ -56,8 +56,7 @@ class ModelRunner:
 
     def __init__(self, host: nn.Module) -> None:
         self._buffers = dict(host.named_buffers())
-        self._copy = copy_structure(host).eval()
-        set_config_fields(self._copy)
+        self._copy = Host.of(host).copy().configure(CAPTURE_CONFIG).model.eval()
         self._weights = {
             address: name
             for name, tensor in _iter_shared_tensors(self._copy)

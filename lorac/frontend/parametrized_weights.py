@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lorac.frontend.copying import copy_structure
+from lorac.frontend.host import Host
 
 _PARAMETRIZATIONS = "parametrizations"
 """torch's name for the child of a module that holds its parametrizations."""
@@ -70,7 +71,7 @@ def materialize_weights(model: nn.Module) -> nn.Module:
     """
     if not any(True for module in model.modules() for _ in _find_computed_tensors(module)):
         return model
-    copied = copy_structure(model, share_buffers=True)
+    copied = Host.of(model).copy(share_buffers=True).model
     for name, parameter in model.named_parameters():
         copied.get_parameter(name).requires_grad_(parameter.requires_grad)
     for module in list(copied.modules()):

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lorac.argument_types import Fields
 from lorac.errors import CaptureError, warn
-from lorac.frontend.copying import copy_layer, copy_structure
+from lorac.frontend.copying import copy_layer
+from lorac.frontend.host import Host
 
 _ORIGINS = "_lorac_quantised_origins"
 """Attribute of a copy's module that maps the names of its quantised weights to their ``QuantisedOrigin``."""
@@ -138,7 +139,7 @@ def dequantise_weights(model: nn.Module) -> nn.Module:
     """
     if not any(True for module in model.modules() for _ in _find_quantised_weights(module)):
         return model
-    copied = copy_structure(model, share_buffers=True)
+    copied = Host.of(model).copy(share_buffers=True).model
     for module in list(copied.modules()):
         _dequantise_module(module)
     rounding = [name for name, origin in iter_quantised_origins(copied) if origin.rounds_inputs]

@@ -8,12 +8,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorac.frontend.components import get_component_prefix
-from lorac.frontend.copying import copy_structure
-from lorac.frontend.hugging_face import set_config_fields
-from lorac.frontend.inputs.call_binding import bind_by_name
-from lorac.frontend.inputs.example_inputs import make_example_inputs
+from lorac.frontend.host import Host
 from lorac.frontend.model_runner import WatchingMode, check_runs, seed_random_numbers
 from lorac.frontend.model_view import ModelView
+from lorac.ir.calls.fixed_arguments import CAPTURE_CONFIG
 from lorac.ir.sites.site import Site, SiteKind
 
 _WEIGHT_AXES = 4
@@ -101,9 +99,7 @@ def is_attention_op(name: str, args: Sequence[object]) -> bool:
 
 def copy_for_hooks(model: nn.Module) -> nn.Module:
     """Return a copy of a model, in eval mode, on which hooks may be registered."""
-    copied = copy_structure(model).eval()
-    set_config_fields(copied)
-    return copied
+    return Host.of(model).copy().configure(CAPTURE_CONFIG).model.eval()
 
 
 def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object, mode: TorchDispatchMode) -> None:
@@ -116,6 +112,6 @@ def run_under_dispatch_mode(copied: nn.Module, model: nn.Module, inputs: object,
         mode: records the ops.
     """
     check_runs(copied)
-    given = bind_by_name(model, make_example_inputs(model) if inputs is None else inputs)
+    given = Host.of(model).bind(inputs)
     with torch.no_grad(), seed_random_numbers(copied, _SEED), mode:
         copied(**given)

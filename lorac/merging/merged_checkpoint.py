@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, OptionError, list_some, warn
-from lorac.frontend.hugging_face import TIES, record_untied_weights
+from lorac.frontend.host import Host
+from lorac.frontend.hosts.transformers import TIES
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.merging.merged_model import choose_active, read_adapters
 from lorac.merging.merged_weights import MergedWeights
@@ -141,7 +142,7 @@ class _OutputTensors(Mapping[str, Tensor]):
             self._names |= {name: name for name in names if name not in source.keys}
             self.added |= {name: stored for name in names if name not in source.keys}
             separate_names(model, names)
-        record_untied_weights(model)
+        Host.of(model).record_untied_weights()
 
     def __getitem__(self, key: str) -> Tensor:
         if key in self._groups:

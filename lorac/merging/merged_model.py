@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lorac.errors import AdapterError, ChoiceError
 from lorac.formats import load_adapter
 from lorac.frontend.components import Components, check_component, list_components
-from lorac.frontend.copying import copy_structure, separate_layers
-from lorac.frontend.hugging_face import forget_quantisation, record_untied_weights
+from lorac.frontend.copying import separate_layers
+from lorac.frontend.host import Host
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.quantised_weights import dequantise_weights, settle_dequantised_weights
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
@@ -78,7 +78,7 @@ def merge_into(
     if dequantize:
         settle_dequantised_weights(merged)
         for component in list_components(merged).values():
-            forget_quantisation(component)
+            Host.of(component).forget_quantisation()
     return dict(merged.items()) if isinstance(merged, Components) else merged
 
 
@@ -142,7 +142,7 @@ def choose_active(active: ChoiceSpec, adapters: Mapping[str, Adapter]) -> Choice
 
 def _install(model: ModelT, merged: MergedWeights) -> ModelT:
     """Return a copy of a model with merged tensors of its own, the others over the same memory."""
-    copied = copy_structure(model)
+    copied: Any = Host.of(model).copy().model
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, parameter in copied.named_parameters():
         parameter.requires_grad_(flags[name])
@@ -158,5 +158,5 @@ def _install(model: ModelT, merged: MergedWeights) -> ModelT:
         tensors: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
         tensors[leaf] = value
     for component in list_components(copied).values():
-        record_untied_weights(component)
+        Host.of(component).record_untied_weights()
     return copied

@@ -11,7 +11,7 @@ import torch
 
 from lorac.adapters.pool import AdapterPool
 from lorac.frontend.components import MAIN_GRAPH, list_components
-from lorac.frontend.inputs.diffusers_models import list_row_numbers
+from lorac.frontend.host import Host
 from lorac.ir.calls.call import Call
 from lorac.ir.sites.site import BaseReader
 from lorac.ir.slots.choice import UNSET, Active, ChoiceSpec, parse_choice
@@ -69,7 +69,7 @@ class SwitchableModel(ChoiceSwitch, ABC):
         if interface is not None:  # timesteps, which in half precision would be others
             kept = [call.kwargs[name] for name in interface.row_numbers if name in call.kwargs]
         elif self.engine.module is not None:
-            kept = list_row_numbers(list_components(self.engine.module)[graph], call)
+            kept = Host.of(list_components(self.engine.module)[graph]).list_row_numbers(call)
         return call.cast(self.input_dtypes, kept)
 
     def call(

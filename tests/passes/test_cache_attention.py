@@ -8,6 +8,7 @@ import torch
 import lorac
 from lorac.errors import Unavailable
 from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import IDS, LOGITS_TO_KEEP, NEW_LENGTHS, PAST_LENGTHS, present_name
@@ -24,7 +25,7 @@ COUNTS = ([4, 2], [1, 3], [0, 4], [4, 0], [1, 1])
 
 
 def grown(model):
-    graph = capture_graph("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+    graph = capture_graph("main", Host.of(model), None, None, sites=find_sites(model), plans={}, grows=True)
     run_pipeline(graph, lowering_passes())
     return graph
 

@@ -10,6 +10,7 @@ import lorac
 from lorac.errors import Unavailable
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, present_name
@@ -26,7 +27,7 @@ TEXT = torch.arange(20).reshape(2, 10) * 7 % (VOCABULARY - 3) + 3
 @functools.cache
 def _halves(family):
     model = made(family).double()
-    graph = capture_graph("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+    graph = capture_graph("main", Host.of(model), None, None, sites=find_sites(model), plans={}, grows=True)
     halves = split_encoder_decoder(graph, "main.encoder")
     for half in halves:
         run_pipeline(half, lowering_passes())
@@ -117,7 +118,7 @@ def test_an_encoder_that_attends_by_itself_is_refused_by_name():
     )  # fmt: skip
     model = BigBirdPegasusForConditionalGeneration(config).eval()
     with pytest.raises(Unavailable, match=r"'model\.encoder\.layers\.0\.self_attn\.self' attends by itself"):
-        capture_graph("main", model, None, None, sites=find_sites(model), plans={}, grows=True)
+        capture_graph("main", Host.of(model), None, None, sites=find_sites(model), plans={}, grows=True)
 
 
 class _Mixing(nn.Module):

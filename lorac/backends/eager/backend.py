@@ -18,7 +18,8 @@ from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
-from lorac.frontend.copying import copy_structure, separate_layers
+from lorac.frontend.copying import separate_layers
+from lorac.frontend.host import Host
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph, Level, Program, SlotInput
 from lorac.ir.sites.site import BaseReader, Site
@@ -61,7 +62,7 @@ class EagerBackend(Backend[EagerOptions]):
     options = EagerOptions
 
     def build(self, request: BuildRequest[EagerOptions]) -> EagerEngine:
-        module = copy_structure(request.model)
+        module = Host.of(request.model).copy().model
         separate_layers(module, list_layers(request.plans.values()))
         match_linear_rounding(request.model, module)
         disable_fast_path(request.model, module, request.plans, lambda: engine.current_slots().touched)

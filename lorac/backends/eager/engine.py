@@ -33,7 +33,7 @@ from lorac.backends.eager.site_tensors import SiteTensors
 from lorac.context_values import run_with_value
 from lorac.frontend.components import check_component, get_component_prefix, list_components
 from lorac.frontend.copying import copy_layer
-from lorac.frontend.hugging_face import find_encoders
+from lorac.frontend.host import Host
 from lorac.frontend.layer_classes import (
     Forward,
     find_layer_class,
@@ -392,6 +392,6 @@ class EagerProgram(BoundProgram):
 
         prepared = [module] if active.needs_preparation or active.places else []
         with ExitStack() as stack:
-            for each in (*prepared, *(find_encoders(module) if active.places else ())):
+            for each in (*prepared, *(Host.of(module).encoders() if active.places else ())):
                 stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
             return engine.run_within(call, lambda: work(module))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorac.errors import Unavailable
-from lorac.frontend.copying import copy_structure, separate_layers
-from lorac.frontend.hugging_face import TRACE_CONFIG, set_config_fields
+from lorac.frontend.copying import separate_layers
+from lorac.frontend.host import Host
+from lorac.frontend.hosts.transformers import TRACE_CONFIG
 from lorac.frontend.model_runner import disable_fast_path
 from lorac.ir.algebra.formulas import fake_execution
 from lorac.ir.calls.call import Call
@@ -100,8 +101,7 @@ class RowAlignment:
 
     def _run(self, module: str, rows: int, call: Call, sizes: dict[str, set[int]]) -> None:
         """Run a module of a copy of the model with many rows; add to ``sizes`` the first sizes of the sites' inputs."""
-        copied = copy_structure(self._host, share_buffers=True).eval()
-        set_config_fields(copied, TRACE_CONFIG)
+        copied = Host.of(self._host).copy(share_buffers=True).configure(TRACE_CONFIG).model.eval()
         separate_layers(copied, self._layers)
         for path in self._paths:
 

@@ -27,7 +27,7 @@ from lorac.formats.peft.fields import COMMON
 from lorac.formats.peft.keys import PREFIX
 from lorac.formats.peft.peft_type import AnyPeftType
 from lorac.formats.peft.writer import CONFIG, WEIGHTS
-from lorac.frontend.copying import copy_structure
+from lorac.frontend.host import Host
 from lorac.frontend.model_view import ModelView
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import Variant
@@ -126,7 +126,7 @@ def unwrap_model(model: nn.Module) -> UnwrappedModel | None:
         raise CompileError(
             f"adapters are merged into the base's weight at '{path}'", next_step="call model.unmerge_adapter() first"
         )
-    copied = _restore_saved_modules(copy_structure(wrapped))
+    copied = _restore_saved_modules(Host.of(wrapped).copy().model)
     base: nn.Module = copied.unload() if is_wrapped else _remove_layers(copied)
     _refuse_peft_layers(base)
     _BASES.setdefault(wrapped, []).append(base)

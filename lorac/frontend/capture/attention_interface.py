@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from lorac.errors import CaptureError, Unavailable
 from lorac.frontend.capture.decoder_families import counts_by_padding, find_sequence
-from lorac.frontend.hugging_face import is_hugging_face, set_config_fields
+from lorac.frontend.host import Host
 from lorac.frontend.inputs.call_binding import Inputs
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
 from lorac.frontend.layer_classes import Forward
@@ -34,19 +34,19 @@ _INTERFACE = "lorac"
 _ENCODER_MASK = "attention_mask"
 
 
-def make_decoder_inputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
+def make_decoder_inputs(host: Host, given: Inputs) -> dict[str, Tensor]:
     """Return the inputs of a capture for a cache.
 
     Args:
-        model: the host.
+        host: the model.
         given: example inputs by name.
 
     Raises:
         Unavailable: the model is not a causal language model of transformers, or takes more than token ids.
     """
-    names = inspect.signature(model.forward).parameters
+    model, names = host.model, host.parameters
     sequence = find_sequence(names)
-    if not is_hugging_face(model) or not model.can_generate() or sequence.ids not in names:
+    if not host.generates or sequence.ids not in names:
         raise _unavailable(model, "is not a language model of transformers")
     if sequence.positions in names and counts_by_padding(model):
         why = "keeps no cache: its forward numbers tokens from the id of padding on, and transformers' generate from 0"
@@ -70,9 +70,9 @@ def make_decoder_inputs(model: nn.Module, given: Inputs) -> dict[str, Tensor]:
     return {**others, sequence.ids: ids, **wanted}
 
 
-def make_decoder_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, object]:
+def make_decoder_shapes(host: Host, inputs: Mapping[str, Tensor]) -> dict[str, object]:
     """Return the dynamic shapes of ``make_decoder_inputs``."""
-    shapes = make_dynamic_shapes(model, {name: value for name, value in inputs.items() if name != LOGITS_TO_KEEP})
+    shapes = make_dynamic_shapes(host, {name: value for name, value in inputs.items() if name != LOGITS_TO_KEEP})
     return shapes | {name: {0: Dim("kept")} for name in inputs if name == LOGITS_TO_KEEP}
 
 
@@ -185,7 +185,7 @@ class AttentionInterface:
 
 
 @contextlib.contextmanager
-def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[AttentionInterface]:
+def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface]:
     """Make each attention of a copy one op while it is traced inside the block.
 
     Args:
@@ -201,8 +201,8 @@ def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[AttentionInte
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    interface = AttentionInterface({id(module): path for path, module in host.named_modules()})
-    set_config_fields(host, {"_attn_implementation_internal": _INTERFACE})
+    interface = AttentionInterface({id(module): path for path, module in host.model.named_modules()})
+    host.configure({"_attn_implementation_internal": _INTERFACE})
     registries: list[tuple[dict[str, Any], Forward]] = [
         (ALL_ATTENTION_FUNCTIONS._global_mapping, interface.attend),
         (ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, interface.mask),
@@ -213,18 +213,20 @@ def capture_attention(host: nn.Module, inputs: Inputs) -> Iterator[AttentionInte
         yield interface
     except CaptureError as error:
         if interface.problems:
-            raise _unavailable(host, f"keeps no cache: {interface.problems[0]}") from error
+            raise _unavailable(host.model, f"keeps no cache: {interface.problems[0]}") from error
         if not interface.used and (interface.windows or interface.masks):
-            raise _attends_by_itself(host, interface.find_mask_reader(host, inputs)) from error
-        raise
+            raise _attends_by_itself(host.model, interface.find_mask_reader(host.model, inputs)) from error
+        if error.__cause__ is None:
+            raise
+        raise CaptureError(error.what, next_step=WITHOUT_CACHE) from error.__cause__  # the trace's own error
     finally:
         for registry, _ in registries:
             registry.pop(_INTERFACE, None)
     if interface.problems:
-        raise _unavailable(host, f"keeps no cache: {interface.problems[0]}")
+        raise _unavailable(host.model, f"keeps no cache: {interface.problems[0]}")
 
 
-def check_attention_captured(program: ExportedProgram, host: nn.Module) -> None:
+def check_attention_captured(program: ExportedProgram, model: nn.Module) -> None:
     """Refuse a model that computes attention by itself: then some node still reads a mask.
 
     Raises:
@@ -236,7 +238,7 @@ def check_attention_captured(program: ExportedProgram, host: nn.Module) -> None:
     if readers or not captured:
         softmaxes = (node for node in program.graph.nodes if "softmax" in str(node.target))
         attending = next(iter([*readers, *softmaxes]), None)
-        raise _attends_by_itself(host, "" if attending is None else find_module_path(attending))
+        raise _attends_by_itself(model, "" if attending is None else find_module_path(attending))
 
 
 def _find_window(mask: Forward) -> int | None:

@@ -5,7 +5,6 @@ argument is not an input of the program but a part of it, and a call with anothe
 """
 
 import contextlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,12 +17,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lorac.errors import CaptureError, short
 from lorac.frontend.capture.trace_guards import find_running_model_line
-from lorac.frontend.copying import copy_structure
-from lorac.frontend.hugging_face import is_hugging_face
+from lorac.frontend.host import Host
 from lorac.frontend.inputs.call_binding import Inputs
 from lorac.frontend.model_runner import ModelRunner
 from lorac.ir.calls.fixed_arguments import to_json_value
-from lorac.ir.calls.multimodal_positions import GRID_SUFFIX, POSITION_IDS, ROPE_METHOD, MultimodalPositions
+from lorac.ir.calls.multimodal_positions import GRID_SUFFIX, POSITION_IDS, MultimodalPositions
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,11 @@ class CallArguments:
         remaining = {name: value for name, value in self.inputs.items() if name not in sizes}
         if sizes:
             yield replace(self, inputs=remaining, fixed=self.fixed | sizes, read=self.read | sizes)
-        truths = _record_truths(model, {**self.inputs, **self.fixed})
-        if truths:
-            yield replace(self, truths=truths)
+        recording = _TruthRecorder()
+        with contextlib.suppress(Exception), recording:  # a run that fails tells no more
+            ModelRunner(model).run((), {**self.inputs, **self.fixed}, 0)
+        if recording.found:
+            yield replace(self, truths=recording.found)
 
     @contextlib.contextmanager
     def apply_in_trace(self) -> Iterator[None]:
@@ -83,13 +83,13 @@ class CallArguments:
             yield
 
     @classmethod
-    def of(cls, model: nn.Module, named: Inputs) -> "CallArguments":
+    def of(cls, host: Host, named: Inputs) -> "CallArguments":
         """Sort the arguments of an example call into inputs and constants.
 
         Raises:
             CaptureError: an argument is not a tensor and cannot be compared with that of later calls.
         """
-        read = _find_numeric_tensors(model, named)
+        read = host.find_number_inputs(named)
         fixed = {name: value for name, value in named.items() if name in read or not _holds_tensors(name, value)}
         for name, value in fixed.items():
             if name not in read and not _survives_json(value):
@@ -98,7 +98,7 @@ class CallArguments:
                     next_step="give tensors, numbers, texts, or lists and dicts of them; target='eager' takes anything",
                 )
         inputs = {name: value for name, value in named.items() if name not in fixed}
-        positions = None if POSITION_IDS in named else find_multimodal_positions(model)
+        positions = None if POSITION_IDS in named else host.find_positions()
         computed = None if positions is None else positions.compute(named)
         if computed is None:
             return cls(inputs, fixed, read)
@@ -118,14 +118,6 @@ class _ConstantEvaluation(TorchFunctionMode):
             return func(*args, **given)
         with _disable_current_modes():
             return func(*args, **given)
-
-
-def _record_truths(model: nn.Module, named: Inputs) -> dict[str, list[bool]]:
-    """Return the truth values that a model's Python branches on, by line; none if the run fails."""
-    recording = _TruthRecorder()
-    with contextlib.suppress(Exception), recording:
-        ModelRunner(model).run((), dict(named), 0)
-    return recording.found
 
 
 class _TruthRecorder(TorchFunctionMode):
@@ -185,34 +177,3 @@ def _holds_tensors(name: str, value: object) -> bool:
             next_step="give them as separate arguments; target='eager' takes them together",
         )
     return bool(tensors)
-
-
-def _find_numeric_tensors(model: nn.Module, named: Inputs) -> dict[str, object]:
-    """Return tensors that a transformers model reads as numbers, such as sizes of images, as its exporter has them."""
-    if not is_hugging_face(model):
-        return {}
-    from transformers.exporters.utils import precompute_export_inputs
-
-    prepared = dict(named)
-    with contextlib.suppress(Exception):  # it may fail on arguments that the model does not have
-        precompute_export_inputs(model, prepared)
-    tensors = [name for name, value in named.items() if isinstance(value, Tensor)]
-    return {name: prepared[name] for name in tensors if not isinstance(prepared[name], Tensor)}
-
-
-def find_multimodal_positions(model: nn.Module) -> MultimodalPositions | None:
-    """Return what computes a model's positions; None where forward takes none, or the model has no method for them."""
-    if not is_hugging_face(model) or POSITION_IDS not in inspect.signature(model.forward).parameters:
-        return None
-    owner = next((one for one in (model, model.base_model) if hasattr(one, ROPE_METHOD)), None)
-    return None if owner is None else MultimodalPositions(_without_weights(owner))
-
-
-def _without_weights(model: nn.Module) -> nn.Module:
-    copied = copy_structure(model, share_buffers=True)
-    for module in copied.modules():
-        for name, parameter in module._parameters.items():
-            module._parameters[name] = None if parameter is None else nn.Parameter(parameter.to("meta"), False)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to("meta")
-    return copied

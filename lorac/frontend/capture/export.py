@@ -1,7 +1,7 @@
 """Capture: a host model becomes an ExportedProgram in which every call of a site is one ``lorac`` node.
 
-The host is never touched: ``copy_structure`` copies its modules over the same storage, ``mark_sites`` makes the copy's
-sites call their op, and torch.export traces it; Hugging Face models go through ``transformers.exporters``.
+The model is never touched: its ``Host`` copies the modules over the same storage, ``mark_sites`` makes the copy's sites
+call their op, and the copy's ``Host`` traces it.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_longest_sequence
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, drop_zero_biases
 from lorac.frontend.capture.higher_order_ops import inline_higher_order_ops
-from lorac.frontend.capture.hugging_face_export import trace_hugging_face
 from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
 from lorac.frontend.capture.position_ids import make_positions_per_row
@@ -44,24 +43,21 @@ from lorac.frontend.capture.trace_guards import (
     record_guards,
 )
 from lorac.frontend.capture.written_attention import fold_written_attention
-from lorac.frontend.copying import WeightCast, copy_structure, refuse_casts
-from lorac.frontend.hugging_face import is_hugging_face
-from lorac.frontend.inputs.call_binding import bind_by_name
-from lorac.frontend.inputs.diffusers_models import is_diffusers, spread_example_numbers
+from lorac.frontend.copying import WeightCast, refuse_casts
+from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import (
     fix_hinted_axes,
     let_narrow,
     make_dynamic_shapes,
     repeat_unit_axes,
     repeat_unit_axes_of_inputs,
+    spread_row_numbers,
 )
-from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
 from lorac.ir.calls.interface import program_input_name
 from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
-from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import keep_tensor_outputs, qualify_names
 from lorac.ir.graph.graph import Graph
 from lorac.ir.sites.site import Site, SiteKind
@@ -72,33 +68,31 @@ from lorac.third_party_output import suppress_third_party_output
 
 
 def export_model(
-    model: nn.Module,
+    host: Host,
     example_inputs: object = None,
     dynamic_shapes: object = None,
     marks: SiteMarks = SiteMarks(),  # noqa: B008  (frozen)
-    *,
-    grows: bool = False,
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
     """Capture a model in eval mode as an exported program; also return the guards of the trace and the arguments.
 
     Each call of a site is one ``lorac`` node, whose last argument is the site's path.
 
     Args:
-        model: the host; left unchanged.
-        example_inputs: the inputs that forward is called with; None makes them (``make_example_inputs``).
+        host: the model; left unchanged.
+        example_inputs: the inputs that forward is called with; None makes them.
         dynamic_shapes: as ``torch.export`` takes them; None means batch, and length for sequences.
-        marks: what is marked besides sites.
-        grows: as ``capture_graph`` takes it.
+        marks: the parts of the model that become ops besides its sites.
 
     Raises:
         ExampleInputsNeeded: there are no inputs and none can be made.
         CaptureError: the model does not trace; the message names the line.
     """
-    example = make_example_inputs(model) if example_inputs is None else example_inputs
+    by_name = example_inputs is None or isinstance(example_inputs, Mapping) or host.by_name
     failures: list[CaptureError] = []
-    for arguments in CallArguments.of(model, _bind_inputs(model, example)).iter_alternatives(model):
+    for arguments in CallArguments.of(host, _bind_inputs(host, example_inputs)).iter_alternatives(host.model):
         try:
-            return _export_arguments(arguments, model, example, dynamic_shapes, marks, grows)
+            inputs = arguments.inputs if by_name or arguments.fixed else example_inputs
+            return _export_arguments(arguments, host, inputs, dynamic_shapes, marks)
         except CaptureError as error:
             failures.append(error)
         if not isinstance(failures[-1].__cause__, _ValuesNeeded):
@@ -107,60 +101,49 @@ def export_model(
 
 
 def _export_arguments(
-    arguments: CallArguments,
-    model: nn.Module,
-    example: object,
-    dynamic_shapes: object,
-    marks: SiteMarks,
-    grows: bool,
+    arguments: CallArguments, host: Host, inputs: Any, dynamic_shapes: object, marks: SiteMarks
 ) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
-    named = bool(arguments.fixed) or isinstance(example, Mapping) or is_hugging_face(model)
-    inputs = arguments.inputs if named else example
-    with isolate_tracing(model), _disable_shape_cache(), contextlib.ExitStack() as stack:
-        host = _make_marked_copy(model, marks, arguments)
-        if grows:
-            host.forward = derive_decoder_arguments(host.forward)
-            freeze_dynamic_rotary(host)
-            interface = stack.enter_context(capture_attention(host, arguments.inputs))
+    with isolate_tracing(host.model), _disable_shape_cache(), contextlib.ExitStack() as stack:
+        copied = _make_marked_copy(host, marks, arguments)
+        if marks.attention:
+            copied.model.forward = derive_decoder_arguments(copied.model.forward)
+            freeze_dynamic_rotary(copied.model)
+            interface = stack.enter_context(capture_attention(copied, arguments.inputs))
         if dynamic_shapes is None:
-            attempts: Iterable[tuple[object, object]] = _attempts(model, inputs, widen=not arguments.read)
+            # Constants for each row contradict that one row becomes two.
+            attempts: Iterable[tuple[object, object]] = _attempts(host, inputs, widen=not arguments.read)
         else:
-            values = repeat_unit_axes_of_inputs(model, inputs, dynamic_shapes)
-            shapes = _without_constants(model, dynamic_shapes, arguments)
+            values = repeat_unit_axes_of_inputs(host, inputs, dynamic_shapes)
+            shapes = dynamic_shapes
+            if arguments.fixed:
+                by_name = host.bind(dynamic_shapes)
+                shapes = {name: by_name.get(name) for name in arguments.inputs}
             attempts = [(values, shapes), (values, let_narrow(shapes))]
-        program, guards = _first_trace(host, attempts, narrows=dynamic_shapes is None, grows=grows)
+        program, guards = _first_trace(copied, attempts, narrows=dynamic_shapes is None)
     inline_higher_order_ops(program)
     expand_repeated_layers(program, marks.prefix)
     if arguments.truths and has_site_checks(program):
         step = "make forward decide by its inputs alone; target='eager' runs the model itself"
         raise CaptureError("forward decides by what a layer computes that adapters change", next_step=step)
     _refuse_objects(program)
-    if grows:
+    if marks.attention:
         if interface.is_causal:
             fold_written_attention(program)
-        check_attention_captured(program, host)
+        check_attention_captured(program, copied.model)
         drop_zero_biases(program.graph)
-        check_attention_cacheable(program, type(model).__name__)
+        check_attention_cacheable(program, type(host.model).__name__)
         make_positions_per_row(program)
     return qualify_names(program, marks.prefix), guards, arguments
 
 
-def _bind_inputs(model: nn.Module, example: object) -> dict[str, Any]:
+def _bind_inputs(host: Host, example: object) -> dict[str, Any]:
     try:
-        return bind_by_name(model, example)
+        return host.bind(example)
     except TypeError as error:
         raise CaptureError(
-            f"{type(model).__name__} cannot be called with its example inputs: {error}",
+            f"{type(host.model).__name__} cannot be called with its example inputs: {error}",
             next_step="give example_inputs= as the model itself is called",
         ) from error
-
-
-def _without_constants(model: nn.Module, dynamic_shapes: object, arguments: CallArguments) -> object:
-    """Return dynamic shapes, in order or by name, without those of constants."""
-    if not arguments.fixed:
-        return dynamic_shapes
-    shapes = bind_by_name(model, dynamic_shapes)
-    return {name: shapes.get(name) for name in arguments.inputs}
 
 
 def _refuse_objects(program: ExportedProgram) -> None:
@@ -187,26 +170,26 @@ def isolate_tracing(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _make_marked_copy(model: nn.Module, marks: SiteMarks, arguments: CallArguments) -> nn.Module:
+def _make_marked_copy(host: Host, marks: SiteMarks, arguments: CallArguments) -> Host:
     """Return a structural copy to trace, with its sites and blocks as ops and its constant arguments bound."""
-    host = copy_structure(model, share_buffers=True).eval()
-    alike = find_layer_groups(host)
-    mark_sites(host, marks)
-    refuse_casts(host)
-    trace_repeated_layers_once(host, alike, [path.removeprefix(marks.prefix) for path in marks.blocks])
-    host.forward = _wrap_forward(host.forward, arguments)
-    return host
+    copied = host.copy(share_buffers=True)
+    model = copied.model.eval()
+    alike = find_layer_groups(model)
+    mark_sites(model, marks)
+    refuse_casts(model)
+    trace_repeated_layers_once(model, alike, [path.removeprefix(marks.prefix) for path in marks.blocks])
+    model.forward = _wrap_forward(model.forward, arguments)
+    return copied
 
 
 def _first_trace(
-    host: nn.Module, attempts: Iterable[tuple[object, object]], *, narrows: bool, grows: bool
+    host: Host, attempts: Iterable[tuple[object, object]], *, narrows: bool
 ) -> tuple[ExportedProgram, list[TraceGuard]]:
     """Return the trace of the first attempt that succeeds; others are tried only after failures about shapes.
 
     Args:
         host: a marked copy.
         attempts: inputs and shapes.
-        grows: whether its sequence is to grow over a cache.
         narrows: whether later attempts may fix an axis, so that they may succeed where the first one found it fixed.
     """
     for inputs, shapes in attempts:
@@ -219,16 +202,16 @@ def _first_trace(
             cause = error
         fixed = fix_hinted_axes(shapes)
         if isinstance(cause, SizesTooComplex) and fixed != shapes:
-            program, guards = _first_trace(host, [(inputs, fixed)], narrows=narrows, grows=grows)
+            program, guards = _first_trace(host, [(inputs, fixed)], narrows=narrows)
             return program, [*guards, cause.guard]
         if not _is_about_shapes(cause) or not (narrows or _FIXED not in str(cause)):
             break
-    raise _trace_error(host, guards, cause, grows=grows) from cause
+    raise _trace_error(host.model, guards, cause) from cause
 
 
 def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     name: str,
-    model: nn.Module,
+    host: Host,
     inputs: object,
     dynamic_shapes: object,
     *,
@@ -241,63 +224,57 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     """Capture a model as a graph at level host; raises as ``export_model`` does.
 
     Args:
-        model, inputs, dynamic_shapes: as ``export_model`` takes them.
+        host, inputs, dynamic_shapes: as ``export_model`` takes them.
         blocks: paths of modules whose exits become ops too.
         prefix: prefix of the paths of modules and tensors, where the model is one component of several.
-        sites, plans: the host's; the graph keeps the plans of this model.
+        sites, plans: the model's; the graph keeps the plans of this model.
         grows: whether its sequence is to grow over a cache: attention becomes ops, and inputs are those of
             ``make_decoder_inputs``.
     """
-    inputs, dynamic_shapes = spread_example_numbers(model, inputs, dynamic_shapes)
+    inputs, dynamic_shapes = spread_row_numbers(host, inputs, dynamic_shapes)
     if grows:
-        inputs = make_decoder_inputs(
-            model, _bind_inputs(model, make_example_inputs(model) if inputs is None else inputs)
-        )
-        dynamic_shapes = make_decoder_shapes(model, inputs)
-    marks = SiteMarks(prefix, blocks, [path for path in list_layers(plans.values()) if path.startswith(prefix)])
-    exported, guards, arguments = export_model(model, inputs, dynamic_shapes, marks, grows=grows)
+        inputs = make_decoder_inputs(host, _bind_inputs(host, inputs))
+        dynamic_shapes = make_decoder_shapes(host, inputs)
+    layers = [path for path in list_layers(plans.values()) if path.startswith(prefix)]
+    marks = SiteMarks(prefix, blocks, layers, attention=grows)
+    exported, guards, arguments = export_model(host, inputs, dynamic_shapes, marks)
     named = arguments.inputs
-    shapes = make_dynamic_shapes(model, named) if dynamic_shapes is None else bind_by_name(model, dynamic_shapes)
+    shapes = make_dynamic_shapes(host, named) if dynamic_shapes is None else host.bind(dynamic_shapes)
     signature = {
         path: plan for path, plan in plans.items() if path.startswith(prefix) and plan.site.kind is not SiteKind.ONCE
     }
     signature |= select_once_plans(plans, signature)
     sizes = collect_constraints(exported, collect_dynamic_axes(named, shapes), guards)
     axes = name_axes(exported, {program_input_name(argument): shape for argument, shape in shapes.items()})
-    interface = describe_interface(exported, model, arguments, sizes, keep_tensor_outputs(exported))
+    interface = describe_interface(exported, host, arguments, sizes, keep_tensor_outputs(exported))
     graph = Graph(name, exported, sites, signature, interface, axes=axes)
-    graph.longest = get_longest_sequence(model) if grows else None
+    graph.longest = get_longest_sequence(host.model) if grows else None
     graph.describe_types()
     return graph
 
 
-def _trace(host: nn.Module, inputs: Any, shapes: Any, guards: list[TraceGuard], bounded: bool) -> ExportedProgram:
-    """Run torch.export on a marked copy; ``guards`` gets the guards of the trace, also if it fails."""
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    forward = host.forward
-    host.forward = record_guards(forward, guards, bounded=bounded)
+def _trace(host: Host, inputs: object, shapes: object, guards: list[TraceGuard], bounded: bool) -> ExportedProgram:
+    """Trace a marked copy; ``guards`` gets the guards of the trace, also if it fails."""
+    model, forward = host.model, host.model.forward
+    model.forward = record_guards(forward, guards, bounded=bounded)
     try:
-        if is_hugging_face(host):
-            return trace_hugging_face(host, inputs, shapes)
-        return torch.export.export(host, args, kwargs, dynamic_shapes=shapes)
+        return host.trace(inputs, shapes)
     finally:
-        host.forward = forward
+        model.forward = forward
 
 
-def _attempts(model: nn.Module, inputs: Any, *, widen: bool) -> Iterator[tuple[object, object]]:
+def _attempts(host: Host, inputs: Any, *, widen: bool) -> Iterator[tuple[object, object]]:
     """Yield the inputs and default shapes to try: first named dims, then dims that torch may narrow or fix.
 
-    Models of diffusers restrict their rows (its upsampling distinguishes 64), which a named dim would refuse at the end
-    of a whole trace.
-
     Args:
-        model, inputs: as ``export_model`` takes them.
-        widen: whether one row may become two, which constants per row would contradict.
+        host: the model.
+        inputs: by name or in order.
+        widen: whether one row may become two.
     """
     named = isinstance(inputs, Mapping)
     example = dict(inputs) if named else {str(i): value for i, value in enumerate(inputs)}
-    for names in (False,) if is_diffusers(model) else (True, False):
-        shapes = make_dynamic_shapes(model, example, named=names)
+    for names in host.named_sizes:
+        shapes = make_dynamic_shapes(host, example, named=names)
         values = {name: repeat_unit_axes(value, shapes[name]) if widen else value for name, value in example.items()}
         yield (values, shapes) if named else (tuple(values.values()), tuple(shapes.values()))
 
@@ -349,7 +326,7 @@ def _is_about_shapes(error: BaseException) -> bool:
     return any(type(e).__name__ in ("ConstraintViolationError", "UserError") for e in iter_error_causes(error))
 
 
-def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception, *, grows: bool) -> CaptureError:
+def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception) -> CaptureError:
     line, module = find_failing_model_line(error), find_failing_module(error)
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     step = (
@@ -375,5 +352,5 @@ def _trace_error(host: nn.Module, guards: Sequence[TraceGuard], error: Exception
     where = (f" at {line}" if line else "") + (f", in '{path}'" if path else "")
     return CaptureError(
         f"torch.export cannot trace {type(host).__name__}{where}: {reason}",
-        next_step=WITHOUT_CACHE if grows else step,
+        next_step=step,
     )

@@ -1,15 +1,13 @@
 """The interface of a captured program, read from the program and from the signature of its model."""
 
-import inspect
 from collections.abc import Collection
 
 import torch
-from torch import nn
 from torch.export import ExportedProgram
 
 from lorac.frontend.capture.call_arguments import CallArguments
-from lorac.frontend.inputs.call_binding import list_fixed_arguments, list_positional_arguments
-from lorac.frontend.inputs.diffusers_models import find_row_numbers
+from lorac.frontend.host import Host
+from lorac.frontend.inputs.dynamic_shapes import find_row_numbers
 from lorac.ir.calls.interface import Interface, program_input_name
 from lorac.ir.calls.multimodal_positions import POSITION_IDS
 from lorac.ir.calls.output_structure import OutputStructure
@@ -29,7 +27,7 @@ _EMBEDDINGS = {aten.embedding.default: (1, 0), ops.EMBEDDING: (0, 1)}
 
 def describe_interface(
     program: ExportedProgram,
-    host: nn.Module,
+    host: Host,
     arguments: CallArguments,
     sizes: SizeConstraints,
     structure: OutputStructure,
@@ -45,27 +43,22 @@ def describe_interface(
     """
     inputs = tuple(map(str, program.graph_signature.user_inputs))
     positions = arguments.positions
+    named = ((name, program_input_name(name)) for name in host.parameters)
     return Interface(
         inputs=inputs,
-        arguments=list_positional_arguments(host, inputs),
+        arguments=host.list_positional_arguments(inputs),
         outputs=structure.tensor_names(inputs),
         structure=structure,
         constants=arguments.fixed,
-        defaults=list_fixed_arguments(host),
+        defaults=host.defaults(),
         id_counts=_count_ids(program, inputs),
-        aliases=_find_aliases(host, inputs),
+        aliases={name: known for name, known in named if known in inputs and known not in host.parameters},
         row_numbers=find_row_numbers(host, find_input_examples(program)),
         sizes=sizes,
         derived={} if positions is None else {POSITION_IDS: positions.call},
         positions=positions,
         notes=tuple(arguments.notes),
     )
-
-
-def _find_aliases(host: nn.Module, inputs: Collection[str]) -> dict[str, str]:
-    arguments = inspect.signature(host.forward).parameters
-    named = ((name, program_input_name(name)) for name in arguments)
-    return {name: known for name, known in named if known in inputs and known not in arguments}
 
 
 def _count_ids(program: ExportedProgram, inputs: Collection[str]) -> dict[str, int]:

@@ -31,11 +31,13 @@ class SiteMarks:
         prefix: prefix of the paths of modules and tensors, where the model is one component of several.
         blocks: paths of modules whose exits become ops too.
         adapted: paths of the modules in whose forward adapted weights are used.
+        attention: whether each attention becomes an op too, so that its sequence can grow over a cache.
     """
 
     prefix: str = ""
     blocks: Collection[str] = ()
     adapted: Collection[str] = ()
+    attention: bool = False
 
 
 def mark_sites(model: nn.Module, marks: SiteMarks) -> None:

@@ -1,62 +1,68 @@
 """Default dynamic shapes of a capture: which axes of the inputs are the batch, and which run along a sequence."""
 
+from __future__ import annotations
+
+import functools
 import inspect
-import itertools
-import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from lorac.frontend.hugging_face import is_hugging_face
-from lorac.frontend.inputs.call_binding import Inputs, bind_arguments
-from lorac.frontend.inputs.diffusers_models import IMAGE_AXES, list_image_axes
+from lorac.frontend.inputs.call_binding import Inputs
+from lorac.ir.calls.call_values import spread_over_rows
 from lorac.ir.calls.row_layout import RowLayout, count_along
 
-_SEQUENCES = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
-_DECODER = "decoder_"
+if TYPE_CHECKING:
+    from lorac.frontend.host import Host
+
 _SAMPLES = "input_values"
-_TABLE = 2
-"""Axes of token ids: rows, and the sequence along each."""
 _BATCH, _PACKED = "batch", "packed"
 """Sizes: the number of rows, and that of items that lie one after another for all rows."""
 
 
-def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True) -> dict[str, object]:
+def make_dynamic_shapes(host: Host, inputs: Inputs, *, named: bool = True) -> dict[str, object]:
     """Return dynamic shapes for the batch of every tensor, the length of sequences and sounds, and sides of latents.
 
     Rows of token ids are the batch. An input with several items for each of them, such as the patches of all images one
     after another, has a size that torch is to narrow.
 
     Args:
-        model: bounds the length where positions come from a table.
+        host: names the axes, and bounds the length where positions come from a table.
         inputs: the example inputs by name; the result is nested as they are.
         named: ``Dim``s called batch, length and decoder_length; else ``Dim.AUTO``, which lets torch narrow them.
     """
     leaves = pytree.tree_leaves_with_path(dict(inputs))
-    tensors = [value for _, value in leaves if isinstance(value, Tensor) and value.dim()]
-    language_model = next((module for module in model.modules() if is_hugging_face(module)), None)
-    sequences = _SequenceAxes(language_model, {_name_leaf(path): value for path, value in leaves})
-    dims = _NamedDims(named, _position_limit(language_model))
-    batch = sequences.rows if sequences.rows is not None else tensors[0].shape[0] if tensors else None
+    values = {_name_leaf(path): value for path, value in leaves}
+    sequences = host.find_sequence_host()
+    sequence_rows = None if sequences is None else sequences.count_rows(values)
+    longest = None if sequences is None else sequences.longest
+    tensors = (value for _, value in leaves if isinstance(value, Tensor) and value.dim())
+    batch = sequence_rows if sequence_rows is not None else next((value.shape[0] for value in tensors), None)
+    # Strided windows over samples restrict their number; a number of patches per row restricts the patches'.
+    free = {"samples", _PACKED, *host.free_sizes}
+
+    @functools.cache
+    def size(name: str) -> object:
+        return Dim(name, max=None if name == _BATCH else longest) if named and name not in free else Dim.AUTO
 
     def axes(path: pytree.KeyPath, value: object) -> dict[int, object] | None:
         if not isinstance(value, Tensor):
             return None
-        name = _name_leaf(path)
-        along = sequences.axes(name, value) | list_image_axes(model, name, value)
-        if name == _SAMPLES and value.dim() == _TABLE:
+        name, along = _name_leaf(path), dict[int, str]()
+        for source in (sequences, host) if sequences is not host else (host,):
+            along |= {} if source is None else source.axes(name, value, values)
+        if name == _SAMPLES and value.dim() == 2:  # (rows, samples)
             along[1] = "samples"
-        return {axis: dims[dim] for axis, dim in (rows(value, along) | along).items()}
-
-    def rows(value: Tensor, along: Mapping[int, str]) -> dict[int, str]:
-        if not value.dim() or not batch or _BATCH in along.values():
-            return {}
-        packed = sequences.rows is not None and value.shape[0] % batch == 0
-        return {0: _BATCH} if value.shape[0] == batch else {0: _PACKED} if packed else {}
+        if value.dim() and batch and _BATCH not in along.values():
+            packed = sequence_rows is not None and value.shape[0] % batch == 0
+            rows = {0: _BATCH} if value.shape[0] == batch else {0: _PACKED} if packed else {}
+            along = rows | along
+        return {axis: size(name) for axis, name in along.items()}
 
     shapes: dict[str, object] = pytree.tree_map_with_path(axes, dict(inputs))
     return shapes
@@ -65,81 +71,6 @@ def make_dynamic_shapes(model: nn.Module, inputs: Inputs, *, named: bool = True)
 def _name_leaf(path: pytree.KeyPath) -> str:
     """Return the name of an input, or of a tensor in a dict; tensors in a list have the list's name."""
     return next(str(key.key) for key in reversed(path) if isinstance(key, pytree.MappingKey))
-
-
-class _NamedDims(dict[str, object]):
-    """``Dim``s by name, made on first use.
-
-    Args:
-        named: whether they have names, so that torch must keep them.
-        limit: the longest sequence.
-    """
-
-    def __init__(self, named: bool, limit: int | None) -> None:
-        self._named, self._limit = named, limit
-
-    def __missing__(self, name: str) -> object:
-        limit = None if name == _BATCH else self._limit
-        # Strided windows over samples restrict their number; a number of patches per row restricts the patches', and
-        # blocks that halve an image its sides.
-        named = self._named and name not in {"samples", _PACKED, *IMAGE_AXES}
-        self[name] = dim = Dim(name, max=limit) if named else Dim.AUTO
-        return dim
-
-
-class _SequenceAxes:
-    """The axes of a transformers model's inputs that run along its token sequences.
-
-    Args:
-        model: the model, or the one that it wraps; models of other libraries have no sequences.
-        inputs: the example inputs by name.
-    """
-
-    def __init__(self, model: nn.Module | None, inputs: Inputs) -> None:
-        self._known = model is not None
-        self._ids = {name: value for name, value in inputs.items() if _without_decoder(name) == "input_ids"}
-
-    @property
-    def rows(self) -> int | None:
-        """The number of sequences; None where the model has none."""
-        tables = [ids for ids in self._ids.values() if isinstance(ids, Tensor) and ids.dim() == _TABLE]
-        return tables[0].shape[0] if self._known and tables else None
-
-    def axes(self, name: str, value: Tensor) -> dict[int, str]:
-        """Return axis -> name of its ``Dim``.
-
-        An input runs along the sequence if its name says so, or if it holds one or several integers per token.
-        """
-        plain = _without_decoder(name)
-        dim = "length" if plain == name else f"{_DECODER}length"
-        ids = self._ids.get(name.replace(plain, "input_ids"))
-        if not self._known or value.dim() < _TABLE:
-            return {}
-        if isinstance(ids, Tensor) and not value.is_floating_point():
-            if value.dim() > _TABLE and value.shape[-_TABLE:] == ids.shape:
-                return {value.dim() - _TABLE: _BATCH, value.dim() - 1: dim}
-            if value.shape[:_TABLE] == ids.shape:
-                return {1: dim}
-        return {1: dim} if plain in _SEQUENCES else {}
-
-
-def _without_decoder(name: str) -> str:
-    """Return an argument's name without the prefix that distinguishes a decoder's from an encoder's."""
-    return name.removeprefix(_DECODER)
-
-
-def _position_limit(model: nn.Module | None) -> int | None:
-    """Return the longest sequence that a table of positions admits; None where positions are computed (rotary)."""
-    if model is None or not is_hugging_face(model):
-        return None
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    named = (m for path, m in model.named_modules() if re.search(r"(^|\.)(wpe|\w*position\w*)$", path))
-    tensors = (
-        tensor
-        for module in named
-        for tensor in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
-    )
-    return limit if any(tensor.dim() == _TABLE and tensor.is_floating_point() for tensor in tensors) else None
 
 
 def let_narrow(shapes: object) -> object:
@@ -187,23 +118,57 @@ def repeat_unit_axes(value: Any, axes: Any) -> Any:
     return value.repeat([2 if axis in unit else 1 for axis in range(value.dim())]) if unit else value
 
 
-def repeat_unit_axes_of_inputs(model: nn.Module, inputs: object, dynamic_shapes: object) -> object:
+def repeat_unit_axes_of_inputs(host: Host, inputs: object, dynamic_shapes: object) -> object:
     """Return inputs, in order or by name, after ``repeat_unit_axes`` for each of them."""
-    shapes = bind_arguments(model, dynamic_shapes)
-    values = {name: repeat_unit_axes(value, shapes.get(name)) for name, value in bind_arguments(model, inputs).items()}
+    shapes, named = host.bind_values(dynamic_shapes), host.bind_values(inputs)
+    values = {name: repeat_unit_axes(value, shapes.get(name)) for name, value in named.items()}
     if isinstance(inputs, Mapping):
         return values
-    return inspect.BoundArguments(inspect.signature(model.forward), OrderedDict(values)).args
+    return inspect.BoundArguments(inspect.signature(host.model.forward), OrderedDict(values)).args
 
 
-def find_row_layout(model: nn.Module, inputs: Inputs, constants: Inputs) -> RowLayout | None:
+def spread_row_numbers(host: Host, inputs: object, shapes: object) -> tuple[object, object]:
+    """Return example inputs and their dynamic shapes with one number for each row where the host takes such numbers.
+
+    A program is then called with whatever a scheduler gives: one number for all rows, of any dtype.
+    """
+    named = host.bind(inputs) if host.row_numbers and inputs is not None else {}
+    rows_of = next((name for name, value in named.items() if isinstance(value, Tensor) and value.dim() > 1), None)
+    numbers = [name for name in host.row_numbers if name in named and torch.as_tensor(named[name]).dim() < 2]
+    if rows_of is None or not numbers:
+        return inputs, shapes
+    spread = spread_over_rows(named, dict.fromkeys(numbers, rows_of))
+    if shapes is None:
+        return spread, None
+    given = host.bind_values(shapes)
+    axes = given.get(rows_of)
+    first = axes.get(0) if isinstance(axes, Mapping) else axes[0] if axes else None
+    return spread, {**given, **{name: {0: first} for name in numbers}}
+
+
+def find_row_numbers(host: Host, values: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the inputs with one number for each row -> an input with as many rows.
+
+    Args:
+        values: input -> a tensor of its shape, which may have symbols for sizes.
+    """
+    found: dict[str, str] = {}
+    for name in host.row_numbers:
+        if name in values and values[name].dim() == 1:
+            size = str(values[name].shape[0])
+            alike = [other for other, value in values.items() if value.dim() > 1 and str(value.shape[0]) == size]
+            found |= {name: alike[0]} if alike else {}
+    return found
+
+
+def find_row_layout(host: Host, inputs: Inputs, constants: Inputs) -> RowLayout | None:
     """Return where the rows of an example call lie; None where no input has any.
 
     Args:
         inputs: the captured inputs by name.
         constants: arguments that the program holds.
     """
-    named = {name: _batch_axis(axes) for name, axes in make_dynamic_shapes(model, inputs).items()}
+    named = {name: _batch_axis(axes) for name, axes in make_dynamic_shapes(host, inputs).items()}
     first, axis = next(((name, axis) for name, axis in named.items() if axis is not None), ("", 0))
     if not first:
         return None

@@ -6,7 +6,6 @@ random numbers, becomes a note on the graph, which ``explain()`` repeats.
 """
 
 import contextlib
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,8 @@ from torch.utils import _pytree as pytree
 
 from lorac.errors import CaptureError, ExampleInputsNeeded, nearest_name, short, warn
 from lorac.frontend.capture.export import isolate_tracing
-from lorac.frontend.inputs.call_binding import bind_by_name
+from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import find_row_layout
-from lorac.frontend.inputs.example_inputs import make_example_inputs
 from lorac.frontend.model_runner import ModelRun, ModelRunner, WeightWritten, seed_random_numbers
 from lorac.ir.calls.fixed_arguments import to_json_value
 from lorac.ir.calls.output_structure import replace_dataclasses
@@ -37,20 +35,20 @@ Inputs = Mapping[str, Tensor]
 _SEED, _OTHER_SEED = 0, 1
 
 
-def check_capture(graph: Graph, model: nn.Module, *, tested: bool) -> None:
+def check_capture(graph: Graph, host: Host, *, tested: bool) -> None:
     """Compare a captured graph with its model, and warn of what callers should know.
 
     Args:
         graph: as captured; its interface gets the sizes that it takes, and notes.
-        model: the model that it was captured from; left as it was.
+        host: the model that it was captured from; left as it was.
         tested: whether to run both. If not, torch's assumptions about small sizes are taken to be unnecessary.
 
     Raises:
         CaptureError: the program's outputs differ, or the model does not run or writes its weights.
     """
-    if tested and not any(parameter.is_meta for parameter in model.parameters()):
-        with isolate_tracing(model):
-            _ModelComparison(graph, model).check()
+    if tested and not any(parameter.is_meta for parameter in host.model.parameters()):
+        with isolate_tracing(host.model):
+            _ModelComparison(graph, host).check()
     else:
         _accept_unchecked(graph, read_example_inputs(graph, graph.interface.inputs))
     if graph.interface.sizes.fixed:
@@ -66,11 +64,11 @@ def check_capture(graph: Graph, model: nn.Module, *, tested: bool) -> None:
         warn(note)
 
 
-def check_runnable(model: nn.Module, inputs: object) -> None:
+def check_runnable(host: Host, inputs: object) -> None:
     """Raise the model's own error where torch.export's says less: run the model on its example inputs.
 
     Args:
-        model: a model that could not be captured; left as it was.
+        host: a model that could not be captured; left as it was.
         inputs: its example inputs; None: they are made.
 
     Raises:
@@ -78,23 +76,22 @@ def check_runnable(model: nn.Module, inputs: object) -> None:
         ExampleInputsNeeded: the model cannot be called with the given inputs.
     """
     try:
-        with isolate_tracing(model):
-            arguments = bind_by_name(model, make_example_inputs(model) if inputs is None else inputs)
-            ModelRunner(model).run((), arguments, _SEED)
+        with isolate_tracing(host.model):
+            ModelRunner(host.model).run((), host.bind(inputs), _SEED)
     except WeightWritten as error:
-        raise _written_weight(model, error) from error
+        raise _written_weight(host.model, error) from error
     except Exception as error:
         if inputs is not None:
-            raise _rejected_inputs(model, inputs, error) from error
+            raise _rejected_inputs(host, inputs, error) from error
 
 
-def _rejected_inputs(model: nn.Module, inputs: object, error: Exception) -> ExampleInputsNeeded:
-    parameters = list(inspect.signature(model.forward).parameters)
+def _rejected_inputs(host: Host, inputs: object, error: Exception) -> ExampleInputsNeeded:
+    parameters = list(host.parameters)
     named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs)) if isinstance(inputs, tuple) else {}
     given = ", ".join(f"{name} {_describe_value(value)}" for name, value in named.items()) or short(inputs)
     unknown = [name for name in named if isinstance(name, str) and name not in parameters]
     return ExampleInputsNeeded(
-        f"{type(model).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
+        f"{type(host.model).__name__} cannot be called with example_inputs= ({given}): {type(error).__name__}: {error}",
         nearest=nearest_name(unknown[0], parameters) if unknown else None,
         next_step=f"its forward takes ({', '.join(parameters)}): give inputs with which the model itself can be called",
     )
@@ -150,11 +147,11 @@ class _OutputDifference:
 class _ModelComparison:
     """A comparison of a captured graph with its model."""
 
-    def __init__(self, graph: Graph, model: nn.Module) -> None:
-        self.graph, self.model = graph, model
+    def __init__(self, graph: Graph, host: Host) -> None:
+        self.graph, self._host, self.model = graph, host, host.model
         self.inputs = read_example_inputs(graph, graph.interface.inputs)
         self.stateful = False
-        self._runner = ModelRunner(model)
+        self._runner = ModelRunner(host.model)
 
     @property
     def runner(self) -> ModelRunner:
@@ -201,7 +198,7 @@ class _ModelComparison:
         """Find out whether a program of a fixed number of rows can run other calls in parts of that many rows."""
         interface = self.graph.interface
         constants = {name: value for name, value in interface.constants.items() if isinstance(value, Tensor)}
-        rows = find_row_layout(self.model, self.inputs, constants)
+        rows = find_row_layout(self._host, self.inputs, constants)
         if rows is None:
             return
         sizes = interface.sizes

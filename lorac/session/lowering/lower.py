@@ -3,12 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 
-from torch import nn
-
 from lorac.errors import CaptureError, ChoiceError, Unavailable
 from lorac.frontend.capture.encoder_decoder import split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
+from lorac.frontend.host import Host
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.program_values import list_tapped_modules
@@ -31,8 +30,9 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
     model, options = session.host.module, session.options
     graphs: dict[str, Graph] = {}
     for name, component in list_components(model).items():
-        graph = _capture_component(session, name, component)
-        check_capture(graph, component, tested=options.self_test)
+        host = Host.of(component)
+        graph = _capture_component(session, name, host)
+        check_capture(graph, host, tested=options.self_test)
         cache_check = CacheCheck(graph) if options.uses_cache and options.self_test else None
         halves = split_encoder_decoder(graph, get_encoder_graph_name(name)) if options.uses_cache else (graph,)
         for half in halves:
@@ -70,7 +70,7 @@ def list_missing_ops(session: Session, target: str) -> tuple[str, ...]:
     return backend.list_unsupported(lower_model(other, ()))
 
 
-def _capture_component(session: Session, name: str, component: nn.Module) -> Graph:
+def _capture_component(session: Session, name: str, host: Host) -> Graph:
     model, sites, plans = session.host.module, session.sites, session.plans
     prefix = get_component_prefix(model, name)
     read = [path for path in (*plans, *list_tapped_modules(plans.values())) if path.startswith(prefix)]
@@ -85,7 +85,7 @@ def _capture_component(session: Session, name: str, component: nn.Module) -> Gra
     try:
         return capture_graph(
             name,
-            component,
+            host,
             inputs,
             _component_example(session, "dynamic_shapes", name),
             sites=sites,
@@ -95,7 +95,7 @@ def _capture_component(session: Session, name: str, component: nn.Module) -> Gra
             grows=session.options.uses_cache,
         )
     except CaptureError:
-        check_runnable(component, inputs)
+        check_runnable(host, inputs)
         raise
 
 

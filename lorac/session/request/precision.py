@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lorac.errors import Unavailable, not_one_of, warn
 from lorac.frontend.components import list_components
-from lorac.frontend.copying import copy_structure
+from lorac.frontend.host import Host
 from lorac.frontend.inputs.call_binding import map_inputs
 from lorac.frontend.parametrized_weights import materialize_weights
 from lorac.frontend.quantised_weights import dequantise_weights
@@ -92,7 +92,7 @@ def prepare_model(
     precision.warn(dialect.name)
     if device is None and (cast is None or own == [cast]):
         return model, precision
-    copied = copy_structure(model) if device is None and dtype is None else copy.deepcopy(model)
+    copied = Host.of(model).copy().model if device is None and dtype is None else copy.deepcopy(model)
     copied = copied.to(device=device, dtype=cast)
     for component in list_components(copied).values() if lacking else ():
         redirect_casts(component, dict(precision.lost))

@@ -7,7 +7,8 @@ import torch
 
 import lorac
 from examples import pipelines
-from lorac.diffusion.parts import as_captured, make_part_inputs
+from lorac.diffusion.parts import make_part_inputs
+from lorac.frontend.host import Host
 from lorac.testing.eager_checks import assert_close
 from tests.backends.tensorrt.building import away, compile_recorded
 from tests.limits import assert_apart
@@ -67,7 +68,7 @@ PARTS = {
 @pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in PARTS.items() for part in parts])
 def test_a_part_of_a_pipeline(kind, part, tmp_path):
     """Compiled with the inputs and the forward that ``lorac.diffusion.compile`` gives it."""
-    model = as_captured(pipelines.build(kind, tmp_path).components[part])
+    model = Host.of(pipelines.build(kind, tmp_path).components[part]).decoder()
     low = lorac.LoRA(r=2, targets="all-linear")
     found = compile_recorded(model=model, adapters={"a": low}, example_inputs=make_part_inputs(model), active=None)
     away(found.compiled.adapters["a"], 0)

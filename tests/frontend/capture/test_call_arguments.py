@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lorac.frontend.capture.call_arguments import CallArguments
+from lorac.frontend.host import Host
 from lorac.ir.calls.fixed_arguments import to_json_value
 from tests.refusing import refuses
 
@@ -18,7 +19,7 @@ X = torch.zeros(2, 3)
 
 def test_what_holds_no_tensor_is_a_constant():
     named = {"x": X, "pair": [X, {"y": X}], "sizes": [(2, 4), (1, 3)], "flag": True, "mode": "spatial"}
-    found = CallArguments.of(nn.Linear(3, 2), named)
+    found = CallArguments.of(Host.of(nn.Linear(3, 2)), named)
     assert found.inputs.keys() == {"x", "pair"}
     assert found.trace_constants == {"sizes": [(2, 4), (1, 3)], "flag": True, "mode": "spatial"}
 
@@ -26,7 +27,7 @@ def test_what_holds_no_tensor_is_a_constant():
 @pytest.mark.parametrize("value", [np.zeros(3), [1, X], {"a": X, "b": "text"}, torch.float32, {1: 2}, float("nan")])
 def test_what_later_calls_cannot_be_held_against_is_refused_by_name(value: Any):
     with refuses("capture_failed", match="the argument 'value' holds ") as error:
-        CallArguments.of(nn.Linear(3, 2), {"x": X, "value": value})
+        CallArguments.of(Host.of(nn.Linear(3, 2)), {"x": X, "value": value})
     assert "target='eager'" in str(error.value)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import lorac
-from lorac.frontend.capture.call_arguments import find_multimodal_positions
+from lorac.frontend.host import Host
 from lorac.testing.eager_checks import assert_close
 
 
@@ -68,7 +68,7 @@ def compiled(host: Grouping) -> Any:
 
 
 def test_they_are_made_without_the_models_weights(host: Grouping):
-    positions = find_multimodal_positions(host)
+    positions = Host.of(host).find_positions()
     assert positions is not None
     assert {p.device.type for p in positions._owner.parameters()} == {"meta"}
     made = positions.compute({name: value.numpy() for name, value in _call(2, 7).items()})
@@ -78,10 +78,10 @@ def test_they_are_made_without_the_models_weights(host: Grouping):
 
 
 def test_text_alone_has_none_and_neither_have_other_models(host: Grouping):
-    positions = find_multimodal_positions(host)
+    positions = Host.of(host).find_positions()
     assert positions is not None
     assert positions.compute({"input_ids": torch.zeros(2, 3)}) is None
-    assert find_multimodal_positions(nn.Linear(2, 2)) is None
+    assert Host.of(nn.Linear(2, 2)).find_positions() is None
 
 
 def test_a_call_that_leaves_them_out_gets_the_models(compiled: Any, host: Grouping):

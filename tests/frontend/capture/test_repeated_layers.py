@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import lorac
 from lorac.frontend.capture import export as capture
 from lorac.frontend.capture.layer_groups import LayerGroup
+from lorac.frontend.host import Host
 from lorac.testing.eager_checks import assert_close
 
 ROWS = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
@@ -197,7 +198,7 @@ def _traced(
     with monkeypatch.context() as patch:
         if not once:
             patch.setattr(capture, "find_layer_groups", lambda host: [])
-        return capture.export_model(model, inputs)[0]
+        return capture.export_model(Host.of(model), inputs)[0]
 
 
 SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {

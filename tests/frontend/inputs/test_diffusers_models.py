@@ -8,8 +8,8 @@ from torch.export import Dim
 
 import lorac
 from examples.pipelines import tiny_unet, tiny_vae
-from lorac.frontend.inputs.diffusers_models import make_image_inputs, spread_example_numbers
-from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
+from lorac.frontend.host import Host
+from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes, spread_row_numbers
 from tests.refusing import refuses
 from tests.zoo import ZOO
 
@@ -20,25 +20,23 @@ def test_a_model_runs_on_what_its_configuration_says():
     fields = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     unet = tiny_unet(16, **fields, projection_class_embeddings_input_dim=16 + 48, time_cond_proj_dim=5)
     for model in (unet, tiny_vae()):
-        inputs = make_image_inputs(model)
+        inputs = Host.of(model).example_inputs()
         with torch.no_grad():
             assert model(**inputs).sample.shape[2:] == inputs["sample"].shape[2:]
-    assert {*make_image_inputs(unet)} == {"sample", "timestep", "encoder_hidden_states", "timestep_cond"} | {
+    assert {*Host.of(unet).example_inputs()} == {"sample", "timestep", "encoder_hidden_states", "timestep_cond"} | {
         "added_cond_kwargs"
     }
 
 
 def test_what_a_configuration_does_not_say_is_asked_for():
     unet = tiny_unet(16, num_class_embeds=3)
-    assert make_image_inputs(unet) == {}
     with refuses("example_inputs_needed", match="'encoder_hidden_states': torch.randn"):
         lorac.compile(unet, {"a": lorac.LoRA(r=1, targets=["to_q"])}, target="onnxruntime")
-    assert make_image_inputs(ZOO["plain_mlp"].model()) == {}
 
 
 def test_sides_and_tokens_vary_beside_the_rows():
     unet = tiny_unet(16)
-    shapes = make_dynamic_shapes(unet, make_image_inputs(unet))
+    shapes = make_dynamic_shapes(Host.of(unet), Host.of(unet).example_inputs())
     assert {name: {*axes} for name, axes in shapes.items()} == {
         "sample": {0, 2, 3},
         "timestep": {0},
@@ -54,10 +52,10 @@ def test_a_timestep_is_given_to_each_row_of_an_example():
         "timestep": torch.tensor(7),
         "encoder_hidden_states": torch.zeros(3, 2, 16),
     }
-    inputs, shapes = spread_example_numbers(unet, given, {"sample": {0: Dim.AUTO}, "timestep": {}})
+    inputs, shapes = spread_row_numbers(Host.of(unet), given, {"sample": {0: Dim.AUTO}, "timestep": {}})
     assert torch.equal(inputs["timestep"], torch.full((3,), 7.0))
     assert shapes["timestep"] == {0: Dim.AUTO}
-    assert spread_example_numbers(ZOO["plain_mlp"].model(), (given,), None) == ((given,), None)
+    assert spread_row_numbers(Host.of(ZOO["plain_mlp"].model()), (given,), None) == ((given,), None)
 
 
 def test_a_timestep_keeps_its_precision_in_a_model_of_half_precision():

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 import lorac.errors
+from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import make_dynamic_shapes
-from lorac.frontend.inputs.example_inputs import make_example_inputs
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 MOVING = {**SMALL, "image_size": 8, "num_frames": 4}
@@ -47,7 +47,7 @@ MODELS = {
 @torch.no_grad()
 def test_forward_takes_them(name):
     model = MODELS[name]().eval()
-    output = model(**make_example_inputs(model))
+    output = model(**Host.of(model).example_inputs())
     assert output[0].shape[0] == 2
     assert torch.isfinite(output[0]).all()
 
@@ -66,7 +66,7 @@ def _seeing(**text):
 @torch.no_grad()
 def test_text_has_as_many_placeholders_as_the_model_makes_pieces_of_an_image():
     model = _seeing()
-    inputs = make_example_inputs(model)
+    inputs = Host.of(model).example_inputs()
     assert (inputs["input_ids"] == 45).sum(1).tolist() == [4, 4]
     assert inputs["attention_mask"].shape == inputs["input_ids"].shape
     assert torch.isfinite(model(**inputs).logits).all()
@@ -79,9 +79,9 @@ def test_what_cannot_be_made_is_shown_how_to_make():
     with pytest.raises(
         lorac.errors.ExampleInputsNeeded, match=r"AutoProcessor.from_pretrained\('somebody/llava'\)\(images="
     ):
-        make_example_inputs(model)
+        Host.of(model).example_inputs()
     with pytest.raises(lorac.errors.ExampleInputsNeeded, match=r"example_inputs=\{'input': torch.randn\(2, \.\.\.\)\}"):
-        make_example_inputs(torch.nn.Linear(2, 3))
+        Host.of(torch.nn.Linear(2, 3)).example_inputs()
 
 
 def test_whole_numbers_that_come_to_every_token_are_as_long_as_the_text():
@@ -89,7 +89,7 @@ def test_whole_numbers_that_come_to_every_token_are_as_long_as_the_text():
     ids = torch.ones(2, 7, dtype=torch.int64)
     boxes, kinds = ids[..., None].expand(2, 7, 4), ids.expand(3, 2, 7)
     beside = {"bbox": boxes, "position_ids": kinds, "pixel_values": torch.ones(2, 7, 4), "pair": [ids, None]}
-    shapes = make_dynamic_shapes(bert, {"input_ids": ids, **beside})
+    shapes = make_dynamic_shapes(Host.of(bert), {"input_ids": ids, **beside})
     names = {name: {axis: dim.__name__ for axis, dim in shapes[name].items()} for name in ("bbox", "position_ids")}
     assert names == {"bbox": {0: "batch", 1: "length"}, "position_ids": {1: "batch", 2: "length"}}
     assert shapes["pixel_values"].keys() == {0}
@@ -97,14 +97,16 @@ def test_whole_numbers_that_come_to_every_token_are_as_long_as_the_text():
 
 
 def test_a_sound_may_be_longer():
-    shapes = make_dynamic_shapes(MODELS["wav2vec2"](), {"input_values": torch.zeros(2, 900)})
+    shapes = make_dynamic_shapes(Host.of(MODELS["wav2vec2"]()), {"input_values": torch.zeros(2, 900)})
     assert shapes["input_values"][1] == torch.export.Dim.AUTO
 
 
 def test_rows_are_those_of_the_text_where_pieces_of_images_come_first():
     bert = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=50))
     ids = torch.ones(2, 7, dtype=torch.int64)
-    shapes = make_dynamic_shapes(bert, {"pixel_values": torch.ones(32, 9), "input_ids": ids, "table": torch.ones(5, 9)})
+    shapes = make_dynamic_shapes(
+        Host.of(bert), {"pixel_values": torch.ones(32, 9), "input_ids": ids, "table": torch.ones(5, 9)}
+    )
     assert shapes["pixel_values"] == {0: torch.export.Dim.AUTO}
     assert shapes["input_ids"][0].__name__ == "batch"
     assert shapes["table"] == {}

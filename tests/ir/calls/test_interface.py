@@ -5,6 +5,7 @@ import torch
 
 import lorac
 from lorac.frontend.capture.export import capture_graph
+from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.calls.interface import Interface
 from tests.zoo import ZOO
@@ -12,7 +13,7 @@ from tests.zoo import ZOO
 
 def test_types_by_the_names_of_axes():
     model, inputs = ZOO["plain_mlp"].fresh(), ZOO["plain_mlp"].inputs()
-    interface = capture_graph("main", model, inputs, None, sites=find_sites(model), plans={}).interface
+    interface = capture_graph("main", Host.of(model), inputs, None, sites=find_sites(model), plans={}).interface
     (name,) = interface.inputs
     (output,) = interface.outputs
     assert interface.types[name] == "int64[batch, 5]"
@@ -45,7 +46,7 @@ def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
     with torch.no_grad():
         assert compiled(**entry.inputs(), use_cache=True).past_key_values is not None
     model.config.output_hidden_states = True
-    graph = capture_graph("main", model, entry.inputs(), None, sites=find_sites(model), plans={})
+    graph = capture_graph("main", Host.of(model), entry.inputs(), None, sites=find_sites(model), plans={})
     assert "hidden_states.0" in graph.interface.outputs
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lorac
+from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import find_row_layout
 from lorac.ir.calls.row_layout import LIST_AXIS, RowLayout
 
@@ -21,10 +22,10 @@ def _call(rows: int) -> dict[str, object]:
 
 def test_what_has_equal_shares_for_the_rows_of_the_batch_has_rows():
     inputs = {"x": torch.zeros(2, 3), "pieces": torch.zeros(6, 1), "table": torch.zeros(3, 2)}
-    assert find_row_layout(nn.Identity(), inputs, {"sizes": torch.zeros(2, 2)}) == RowLayout(
+    assert find_row_layout(Host.of(nn.Identity()), inputs, {"sizes": torch.zeros(2, 2)}) == RowLayout(
         2, {"x": 0, "pieces": 0, "sizes": 0}
     )
-    assert find_row_layout(nn.Identity(), {"flag": torch.zeros(())}, {}) is None
+    assert find_row_layout(Host.of(nn.Identity()), {"flag": torch.zeros(())}, {}) is None
 
 
 def test_a_call_in_parts_with_its_last_row_once_more():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lorac.errors import OptionError
-from lorac.frontend.copying import copy_structure
+from lorac.frontend.host import Host
 from lorac.frontend.model_runner import disable_fast_path, seed_random_numbers
 from lorac.ir.sites.site import BaseReader, Site, SiteKind
 from lorac.progress import progress
@@ -36,7 +36,7 @@ class Calibration:
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site], base: BaseReader, calls: Sequence[Call]) -> None:
-        self._model = copy_structure(model).eval()
+        self._model = Host.of(model).copy().model.eval()
         self._layers = {path: site for path, site in sites.items() if site.kind is SiteKind.LINEAR and site.is_layer}
         self._base, self._calls = base, list(calls) or self._write_texts()
         self._moments: dict[str, Tensor | None] = {}

@@ -1,0 +1,264 @@
+"""``Host``: a model, and the answers that depend on the library that it is of.
+
+A library has a class in a module of ``lorac.frontend.hosts``, or one that an installed package names as an entry point
+of the group ``lorac.hosts``. Models of no known library have a ``PlainHost``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from lorac.discovery import import_modules, list_entry_points
+from lorac.errors import ExampleInputsNeeded
+from lorac.frontend import hosts
+from lorac.frontend.copying import copy_structure
+from lorac.frontend.inputs.call_binding import Inputs
+from lorac.ir.calls.call import Call
+from lorac.ir.calls.multimodal_positions import MultimodalPositions
+
+if TYPE_CHECKING:
+    from lorac.frontend.checkpoint_names import ConvertedTensors
+
+GROUP = "lorac.hosts"
+"""Group of the entry points of installed packages: each names a subclass of ``Host``."""
+
+
+class Host(ABC):
+    """A model of some library. ``Host.of(model)`` chooses the class; nothing else asks for a model's library.
+
+    A subclass overrides the answers that are different for its library.
+
+    Args:
+        model: the model; only ``configure`` and the methods that say so change it.
+    """
+
+    named_sizes: ClassVar[tuple[bool, ...]] = (True, False)
+    """Whether the sizes that vary have names, in each attempt to trace; torch may narrow or fix sizes without."""
+    free_sizes: ClassVar[frozenset[str]] = frozenset()
+    """Names of the sizes in ``axes`` that a model restricts, so that torch must be free to narrow them."""
+    row_numbers: ClassVar[tuple[str, ...]] = ()
+    """Arguments that are one number for each row, or one for all rows."""
+    has_sequences: ClassVar[bool] = False
+    """Whether inputs run along sequences of tokens, also where a model of another library contains the model."""
+    by_name: ClassVar[bool] = False
+    """Whether ``trace`` takes inputs by name alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Return whether a model is of this library; does not import the library."""
+
+    @staticmethod
+    def of(model: nn.Module) -> Host:
+        """Return the host of a model."""
+        return next((kind for kind in _list_libraries() if kind.recognises(model)), PlainHost)(model)
+
+    def find_sequence_host(self) -> Host | None:
+        """Return the host of the model, or of the first model in it, whose inputs run along sequences of tokens."""
+        if self.has_sequences:
+            return self
+        libraries = [library for library in _list_libraries() if library.has_sequences]
+        inside = ((library, module) for module in self.model.modules() for library in libraries)
+        return next((library(module) for library, module in inside if library.recognises(module)), None)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the first parameter; None for a model without any."""
+        return next((parameter.device for parameter in self.model.parameters()), None)
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of forward by name."""
+        return inspect.signature(self.model.forward).parameters
+
+    def make_wave(self, shape: Sequence[int]) -> Tensor:
+        """Make values from -1 to 1 without a random generator, in the model's precision and on its device."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        count = torch.Size(shape).numel()
+        return (torch.arange(count, device=self.device).remainder(255) / 127.5 - 1).reshape(shape).to(dtype)
+
+    def copy(self, *, share_buffers: bool = False) -> Self:
+        """Return the host of a structural copy of the model, as ``copy_structure`` makes it."""
+        return type(self)(copy_structure(self.model, share_buffers=share_buffers))
+
+    def list_row_numbers(self, call: Call) -> list[object]:
+        """Return the arguments of a call that are one number for each row, or one for all rows."""
+        named = {**dict(zip(self.parameters, call.args, strict=False)), **call.kwargs} if self.row_numbers else {}
+        return [named[name] for name in self.row_numbers if name in named]
+
+    @abstractmethod
+    def example_inputs(self) -> dict[str, Any]:
+        """Make example inputs by name.
+
+        Raises:
+            ExampleInputsNeeded: the model does not tell which inputs it takes.
+        """
+
+    def require_inputs(self, example: str) -> ExampleInputsNeeded:
+        """Return the error for a model whose example inputs cannot be made, with code that makes some."""
+        return ExampleInputsNeeded(
+            f"example inputs cannot be made for {type(self.model).__name__}; "
+            f"its forward takes ({', '.join(self.parameters)})",
+            next_step=f"pass example_inputs={example}, batch and lengths of 2 or more",
+        )
+
+    def bind(self, inputs: object = None) -> dict[str, Any]:
+        """Return inputs by the names of forward's arguments, without those that are None.
+
+        Args:
+            inputs: by name or in order; None makes example inputs.
+
+        Raises:
+            TypeError: forward takes no such arguments.
+            ExampleInputsNeeded: as ``example_inputs`` does.
+        """
+        named = self.example_inputs() if inputs is None else self.bind_values(inputs)
+        return {name: value for name, value in named.items() if value is not None}
+
+    def bind_values(self, values: Any) -> dict[str, Any]:
+        """Return values by name; a sequence is bound to forward's arguments in order.
+
+        Raises:
+            TypeError: forward takes no such arguments.
+        """
+        return dict(
+            values if isinstance(values, Mapping) else inspect.signature(self.model.forward).bind(*values).arguments
+        )
+
+    def list_positional_arguments(self, inputs: Collection[str]) -> tuple[str, ...]:
+        """Return the names of forward's arguments in the order of a positional call.
+
+        Args:
+            inputs: inputs of its captured program; those of a ``*args`` are called ``args_0``, ``args_1``, ...
+        """
+        names: list[str] = []
+        for name, parameter in self.parameters.items():
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                names += [found for found in inputs if re.fullmatch(rf"{name}_\d+", found)]
+            elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(name)
+        return tuple(names)
+
+    def defaults(self) -> dict[str, object]:
+        """Return forward's arguments that are not tensors, with the values that a capture gives them."""
+        return {n: p.default for n, p in self.parameters.items() if isinstance(p.default, bool | int | float | str)}
+
+    def axes(self, name: str, value: Tensor, inputs: Inputs) -> dict[int, str]:
+        """Return the axes of an input along which sizes vary besides the rows, with the names of these sizes.
+
+        Args:
+            name, value: the input, or a tensor in it.
+            inputs: all of them.
+        """
+        return {}
+
+    def count_rows(self, inputs: Inputs) -> int | None:
+        """Return the number of rows of an example call; None: the first size of its first tensor."""
+        return None
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence of tokens; None: no limit."""
+        return None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model is a language model that generates tokens one after another."""
+        return False
+
+    def find_number_inputs(self, inputs: Inputs) -> dict[str, object]:
+        """Return the tensors among the inputs that the model reads as numbers, as those numbers."""
+        return {}
+
+    def find_positions(self) -> MultimodalPositions | None:
+        """Return the function that computes the positions of text with images; None where forward takes none."""
+        return None
+
+    def trace(self, inputs: Any, shapes: Any) -> ExportedProgram:
+        """Run torch.export on the model, which is a copy and may be changed.
+
+        Args:
+            inputs: by name or in order.
+            shapes: their dynamic shapes.
+        """
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        return torch.export.export(self.model, args, kwargs, dynamic_shapes=shapes)
+
+    def configure(self, fields: Mapping[str, object]) -> Self:
+        """Set fields of all configurations of a copy that have them, and return the host.
+
+        Args:
+            fields: name -> value.
+        """
+        return self
+
+    def encoders(self) -> list[nn.Module]:
+        """Return the encoder that the model's ``generate`` calls by itself."""
+        return []
+
+    def record_untied_weights(self) -> None:  # noqa: B027  (other libraries record none)
+        """Make the configuration of a copy agree with its weights, some of which are tied no longer."""
+
+    def forget_quantisation(self) -> None:  # noqa: B027  (other libraries record none)
+        """Remove the record of a copy that it is quantised, once its weights are floats."""
+
+    def find_stored_names(self, stored: Collection[str]) -> tuple[dict[str, str], list[ConvertedTensors]]:
+        """Return name in the model -> name in its checkpoint, of tensors that are loaded as they are, and the others.
+
+        Args:
+            stored: the names in the checkpoint.
+        """
+        tensors = (
+            self.model.named_parameters(remove_duplicate=False),
+            self.model.named_buffers(remove_duplicate=False),
+        )
+        known = {name for name, _ in itertools.chain(*tensors)}
+        return {name: name for name in stored if name in known}, []
+
+    def decoder(self) -> nn.Module:
+        """Return the model as a pipeline calls it: an autoencoder as a copy whose forward decodes."""
+        return self.model
+
+
+class PlainHost(Host):
+    """A model of no known library."""
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        return True
+
+    def example_inputs(self) -> dict[str, Any]:
+        raise self.require_inputs(describe_tensors(self.parameters))
+
+
+def describe_tensors(parameters: Mapping[str, inspect.Parameter]) -> str:
+    """Return code of a tensor for each argument that forward needs."""
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    numbers = [n for n, p in parameters.items() if re.search(r"\b(int|float)\b", str(p.annotation))]
+    values = (
+        f"{n!r}: torch.tensor(1.0)" if n in numbers else f"{n!r}: torch.randn(2, ...)" for n in needed or parameters
+    )
+    return f"{{{', '.join(values)}}}, with the shapes that the model takes"
+
+
+def _list_libraries() -> list[type[Host]]:
+    """Return the classes of installed packages, then lorac's own; a package may take over a library of lorac's."""
+    return [*(found.load() for found in list_entry_points(GROUP).values()), *_list_own_libraries()]
+
+
+@functools.cache
+def _list_own_libraries() -> list[type[Host]]:
+    return [module.HOST for module in import_modules(hosts)]
