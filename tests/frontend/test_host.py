@@ -17,7 +17,7 @@ from lorac.frontend.hosts.diffusers import DiffusersHost
 from lorac.frontend.hosts.transformers import TransformersHost
 from lorac.testing.eager_checks import assert_close
 
-PACKAGE = '''
+PACKAGE = """
 import torch
 from torch import nn
 from lorac.frontend.host import Host
@@ -37,7 +37,7 @@ class SoundHost(Host):
         return {"frames": self.make_wave((2, 5, 4))}
     def axes(self, name, value, inputs):
         return {1: "length"} if name == "frames" else {}
-'''
+"""
 
 
 def test_recognises_the_libraries_of_lorac() -> None:
