@@ -25,7 +25,8 @@ import lorac
 from lorac.errors import LoracError
 from lorac.formats import formats
 from lorac.testing import samples
-from lorac.testing.hosts import HOSTS, Host
+from lorac.testing.hosts import HOSTS
+from lorac.testing.hosts import ConformanceHost as Host
 from lorac.trainer import Recipe, checkpoints, read_recipe
 from lorac.training import name_optimizer_state
 from lorac.variants.base import Variant

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorac.frontend.base_weights import named_tensors
+from lorac.frontend.host import Host
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,31 +53,31 @@ class ConvertedTensors:
         return {key: tensor[0] if isinstance(tensor, list) else tensor for key, tensor in made.items()}
 
 
-def find_converted_tensors(
-    model: Any, stored: Collection[str], found: Mapping[str, str]
-) -> tuple[dict[str, str], list[ConvertedTensors]]:
-    """Return name in a transformers model -> name in its checkpoint, and the tensors that are converted.
+def find_stored_names(model: nn.Module, stored: Collection[str]) -> tuple[dict[str, str], list[ConvertedTensors]]:
+    """Return name in the model -> name in its checkpoint, of tensors that are loaded as they are, and the others.
 
     Args:
         model: the model; it may be on the meta device.
         stored: the names in the checkpoint.
-        found: those of them that the model has too.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    known = named_tensors(model)
+    found = {name: name for name in stored if name in known}
+    changes = None if len(found) == len(stored) else Host.of(model).checkpoint_changes()
+    if changes is None:
+        return found, []
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = {
         pattern: one for one in changes if isinstance(one, WeightConverter) for pattern in one.source_patterns
     }
-    every, prefix = list(dict.fromkeys(converters.values())), model.base_model_prefix
-    known, names, converted = named_tensors(model), dict(found), dict[str, ConvertedTensors]()
+    every, prefix = list(dict.fromkeys(converters.values())), str(model.base_model_prefix)
+    converted: dict[str, ConvertedTensors] = {}
     for name in sorted({*stored} - found.keys(), key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, every, prefix, known)
         if pattern is not None:
             one = converted.setdefault(renamed, ConvertedTensors(model, converters[pattern], renamed))
             one.sources[name] = (rename_source_key(name, renamings, [], prefix, known)[0], pattern)
         elif renamed in known:
-            names.setdefault(renamed, name)
-    return names, list(converted.values())
+            found.setdefault(renamed, name)
+    return found, list(converted.values())

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +24,6 @@ from lorac.frontend.copying import copy_structure
 from lorac.frontend.inputs.call_binding import Inputs
 from lorac.ir.calls.call import Call
 from lorac.ir.calls.multimodal_positions import MultimodalPositions
-
-if TYPE_CHECKING:
-    from lorac.frontend.checkpoint_names import ConvertedTensors
 
 GROUP = "lorac.hosts"
 """Group of the entry points of installed packages: each names a subclass of ``Host``."""
@@ -215,18 +211,9 @@ class Host(ABC):
     def forget_quantisation(self) -> None:  # noqa: B027  (other libraries record none)
         """Remove the record of a copy that it is quantised, once its weights are floats."""
 
-    def find_stored_names(self, stored: Collection[str]) -> tuple[dict[str, str], list[ConvertedTensors]]:
-        """Return name in the model -> name in its checkpoint, of tensors that are loaded as they are, and the others.
-
-        Args:
-            stored: the names in the checkpoint.
-        """
-        tensors = (
-            self.model.named_parameters(remove_duplicate=False),
-            self.model.named_buffers(remove_duplicate=False),
-        )
-        known = {name for name, _ in itertools.chain(*tensors)}
-        return {name: name for name in stored if name in known}, []
+    def checkpoint_changes(self) -> list[Any] | None:
+        """Return the renamings and conversions of the tensors in checkpoints of the library; None: there are none."""
+        return None
 
     def decoder(self) -> nn.Module:
         """Return the model as a pipeline calls it: an autoencoder as a copy whose forward decodes."""

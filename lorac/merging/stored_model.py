@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from lorac.argument_types import JsonMapping
 from lorac.errors import CompileError, FormatError
-from lorac.frontend.checkpoint_names import ConvertedTensors
-from lorac.frontend.host import Host
+from lorac.frontend.checkpoint_names import ConvertedTensors, find_stored_names
 from lorac.frontend.model_view import ModelView
 from lorac.merging.dequantised_tensors import DequantisedTensors
 from lorac.merging.tied_weights import find_ties
@@ -69,7 +68,7 @@ class StoredModel:
         if settings:
             config = {name: value for name, value in config.items() if name != "quantization_config"}
         model = outline_model(folder)
-        keys, groups = Host.of(model).find_stored_names(tensors)
+        keys, groups = find_stored_names(model, tensors)
         outline, converted = _outline_tensors(folder, tensors, keys, groups)
         _check_shapes(folder, model, outline)
         for names in find_ties(model):

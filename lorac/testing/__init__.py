@@ -12,7 +12,8 @@ A check is a callable that raises ``AssertionError``, for any test runner. Backe
 
 from lorac.testing.case import Case, Oracle
 from lorac.testing.conformance import Check, conformance
-from lorac.testing.hosts import HOSTS, Host
+from lorac.testing.hosts import HOSTS
+from lorac.testing.hosts import ConformanceHost as Host
 from lorac.testing.parity import CONTRIBUTION, FLOAT32, FLOAT64, assert_parity, contribution
 from lorac.testing.samples import adapter_away, samples
 

@@ -32,7 +32,7 @@ from lorac.ir.slots.program_values import (
 )
 from lorac.session.api import compile
 from lorac.session.compiled import Compiled, CompiledModule
-from lorac.testing.hosts import Host
+from lorac.testing.hosts import ConformanceHost
 from lorac.testing.parity import contribution
 from lorac.testing.samples import AIM, adapter_away
 from lorac.variants.adapter import Adapter
@@ -78,7 +78,7 @@ class Case:
         oracle: the method's equations, or None.
     """
 
-    def __init__(self, variant: Variant, host: Host, oracle: Oracle | None = None) -> None:
+    def __init__(self, variant: Variant, host: ConformanceHost, oracle: Oracle | None = None) -> None:
         self.given, self.host, self.oracle = variant, host, oracle
 
     @cached_property

@@ -10,7 +10,7 @@ from lorac.testing import eager_checks as checks
 from lorac.testing import target_checks as emitted
 from lorac.testing import two_layer_checks as several
 from lorac.testing.case import Case, Oracle
-from lorac.testing.hosts import HOSTS, Host
+from lorac.testing.hosts import HOSTS, ConformanceHost
 from lorac.testing.samples import describe_sample, samples
 from lorac.variants.base import Variant
 
@@ -39,7 +39,7 @@ def conformance(
     oracle: Oracle | ModuleType | None = None,
     *,
     targets: Iterable[str] = ("onnxruntime",),
-    hosts: Mapping[str, Host] = HOSTS,
+    hosts: Mapping[str, ConformanceHost] = HOSTS,
     **fields: Any,
 ) -> list[Check]:
     """Return every check of a variant, on every host.
@@ -78,7 +78,7 @@ def conformance(
     return found
 
 
-def _target_checks(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
+def _target_checks(host: ConformanceHost, targets: Iterable[str]) -> dict[str, Callable[[Case], None]]:
     found = several.TARGET_CHECKS if host.several else emitted.CHECKS
     return {
         f"{target}-{name}": lambda case, target=target, check=check: check(case, target)  # type: ignore[misc]  # the defaults bind the loop's values
@@ -87,7 +87,7 @@ def _target_checks(host: Host, targets: Iterable[str]) -> dict[str, Callable[[Ca
     }
 
 
-def _require_host(sample: Variant, hosts: Iterable[Host]) -> None:
+def _require_host(sample: Variant, hosts: Iterable[ConformanceHost]) -> None:
     assert any(host.admits(sample) for host in hosts), (
         "no host admits this configuration: give smaller sizes, or hosts= a Host with the modules that it names"
     )

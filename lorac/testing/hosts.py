@@ -36,7 +36,7 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
-class Host:
+class ConformanceHost:
     """A model with one site of a kind, or several.
 
     Attributes:
@@ -196,19 +196,23 @@ _PAIR: Fields = {"path": "first", "others": ("second",), "batches": ((3, 4), (12
 _IMAGES = ((6,), ())
 _PADDED = functools.partial(nn.Conv2d, 3, 8, 3, padding="same", padding_mode="circular")
 _HOSTS = (
-    Host("linear", _LINEAR, _single(lambda: nn.Linear(7, 11)), (7,), _apply_linear),
-    Host("divisible", _LINEAR, _single(lambda: nn.Linear(12, 6)), (12,), _apply_linear),
-    Host("no_bias", _LINEAR, _single(lambda: nn.Linear(9, 8, bias=False)), (9,), _apply_linear),
-    Host("transposed", _LINEAR, _single(lambda: TransposedLinear(11, 7)), (7,), _apply_linear),
-    Host("conv", _CONV, _single(lambda: _convolution(3, 8)), (3, 6, 5), _apply_strided_conv, batches=_IMAGES),
-    Host("padded", _CONV, _single(_PADDED), (3, 5, 4), _apply_padded_conv, batches=_IMAGES),
-    Host("embedding", _EMBEDDING, _single(lambda: nn.Embedding(13, 6)), (), _apply_lookup, vocabulary=13),
-    Host("attention", _LINEAR, _attention, (5, _WIDTH), _apply_attention, ((4,), ()), path="site.out_proj"),
-    Host("block", _BLOCK, lambda: chain_layers(blocks=nn.Sequential(Block(7, 5))), (7,), path="blocks.0"),
-    Host("gated", _BLOCK, _single(lambda: GatedMLP(6, 10)), (6,)),
-    Host("stack", _BLOCK, lambda: LayerStack(8, 5, 5), (5, 8), batches=((6,), (2, 3), ()), path="norm"),
-    Host("two_linear", _LINEAR, lambda: _pair(nn.Linear(12, 18), nn.Linear(18, 6)), (12,), _apply_linear, **_PAIR),
-    Host(
+    ConformanceHost("linear", _LINEAR, _single(lambda: nn.Linear(7, 11)), (7,), _apply_linear),
+    ConformanceHost("divisible", _LINEAR, _single(lambda: nn.Linear(12, 6)), (12,), _apply_linear),
+    ConformanceHost("no_bias", _LINEAR, _single(lambda: nn.Linear(9, 8, bias=False)), (9,), _apply_linear),
+    ConformanceHost("transposed", _LINEAR, _single(lambda: TransposedLinear(11, 7)), (7,), _apply_linear),
+    ConformanceHost(
+        "conv", _CONV, _single(lambda: _convolution(3, 8)), (3, 6, 5), _apply_strided_conv, batches=_IMAGES
+    ),
+    ConformanceHost("padded", _CONV, _single(_PADDED), (3, 5, 4), _apply_padded_conv, batches=_IMAGES),
+    ConformanceHost("embedding", _EMBEDDING, _single(lambda: nn.Embedding(13, 6)), (), _apply_lookup, vocabulary=13),
+    ConformanceHost("attention", _LINEAR, _attention, (5, _WIDTH), _apply_attention, ((4,), ()), path="site.out_proj"),
+    ConformanceHost("block", _BLOCK, lambda: chain_layers(blocks=nn.Sequential(Block(7, 5))), (7,), path="blocks.0"),
+    ConformanceHost("gated", _BLOCK, _single(lambda: GatedMLP(6, 10)), (6,)),
+    ConformanceHost("stack", _BLOCK, lambda: LayerStack(8, 5, 5), (5, 8), batches=((6,), (2, 3), ()), path="norm"),
+    ConformanceHost(
+        "two_linear", _LINEAR, lambda: _pair(nn.Linear(12, 18), nn.Linear(18, 6)), (12,), _apply_linear, **_PAIR
+    ),
+    ConformanceHost(
         "two_conv",
         _CONV,
         lambda: _pair(_convolution(3, 8), _convolution(8, 6)),
@@ -216,7 +220,7 @@ _HOSTS = (
         _apply_strided_conv,
         **{**_PAIR, "batches": ((6,), (4,))},
     ),
-    Host(
+    ConformanceHost(
         "two_embedding",
         _EMBEDDING,
         lambda: TwoTables(nn.Embedding(13, 6), nn.Embedding(9, 4)),
@@ -225,14 +229,14 @@ _HOSTS = (
         vocabulary=13,
         **_PAIR,
     ),
-    Host(
+    ConformanceHost(
         "two_block",
         _BLOCK,
         lambda: TwoBlocks(Block(7, 5), Block(9, 4)),
         (7,),
         **{**_PAIR, "path": "blocks.0", "others": ("blocks.1",)},
     ),
-    Host(
+    ConformanceHost(
         "two_read",
         _LINEAR,
         lambda: chain_layers(front=nn.Linear(7, 9), tanh=nn.Tanh(), site=nn.Linear(9, 11)),
@@ -241,10 +245,10 @@ _HOSTS = (
         read=True,
         **{**_PAIR, "path": "front", "others": ("site",)},
     ),
-    Host("two_gated", _BLOCK, lambda: TwoMLPs(GatedMLP(6, 10), GatedMLP(9, 10)), (6,), read=True, **_PAIR),
-    Host(
+    ConformanceHost("two_gated", _BLOCK, lambda: TwoMLPs(GatedMLP(6, 10), GatedMLP(9, 10)), (6,), read=True, **_PAIR),
+    ConformanceHost(
         "two_stack", _BLOCK, lambda: LayerStack(8, 5, 3), (5, 8), None, ((6,), (2,)), path="norm", read=True, deep=True
     ),
 )
-HOSTS: Mapping[str, Host] = {host.name: host for host in _HOSTS}
+HOSTS: Mapping[str, ConformanceHost] = {host.name: host for host in _HOSTS}
 """Every host by name; those with two sites come last."""

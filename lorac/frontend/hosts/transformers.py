@@ -7,14 +7,13 @@ import inspect
 import itertools
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from lorac.frontend.checkpoint_names import ConvertedTensors, find_converted_tensors
 from lorac.frontend.copying import copy_structure
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.call_binding import Inputs
@@ -168,9 +167,11 @@ class TransformersHost(Host):
         if quantizer is not None:
             quantizer.remove_quantization_config(self.model)
 
-    def find_stored_names(self, stored: Collection[str]) -> tuple[dict[str, str], list[ConvertedTensors]]:
-        found, _ = super().find_stored_names(stored)
-        return (found, []) if len(found) == len(stored) else find_converted_tensors(self.model, stored, found)
+    def checkpoint_changes(self) -> list[Any]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        changes: list[Any] = get_model_conversion_mapping(self.model)
+        return changes
 
 
 HOST = TransformersHost
