@@ -206,7 +206,12 @@ def _matches_other(value: object, annotation: object) -> bool:
     if origin is typing.Literal:
         return value in inner
     if origin in (tuple, list, Sequence):
-        return isinstance(value, list | tuple) and _items_match(value, inner or (object, ...))
+        if not isinstance(value, list | tuple):
+            return False
+        each = inner or (object, ...)
+        if len(each) == 1 or each[1:] == (Ellipsis,):  # Sequence[one] or tuple[one, ...], not tuple[one, other]
+            return all(matches_type(item, each[0]) for item in value)
+        return len(value) == len(each) and all(map(matches_type, value, each))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         keys, values = inner or (object, object)
         return isinstance(value, Mapping) and all(
@@ -216,10 +221,3 @@ def _matches_other(value: object, annotation: object) -> bool:
         return isinstance(value, _NUMBERS[origin]) and not isinstance(value, bool)
     is_checkable = isinstance(origin, type) and origin is not typing.Any and not getattr(origin, "_is_protocol", False)
     return not is_checkable or isinstance(value, typing.cast(type, origin))
-
-
-def _items_match(items: Sequence[object], annotations: Sequence[object]) -> bool:
-    """Match the items of ``tuple[one, ...]``, ``Sequence[one]`` or ``tuple[one, other]``."""
-    if len(annotations) == 1 or (len(annotations) == 2 and annotations[1] is Ellipsis):
-        return all(matches_type(item, annotations[0]) for item in items)
-    return len(items) == len(annotations) and all(map(matches_type, items, annotations))

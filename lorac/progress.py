@@ -63,11 +63,6 @@ class Progress:
             text = f"{self.title}: {self._step}" if self._step else self.title
             self._bar.update(self._task, completed=self._done, description=text)
 
-    def _close(self) -> None:
-        with self._lock:
-            if self._bar is not None:
-                self._bar.stop()
-
 
 _current: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
@@ -90,7 +85,9 @@ def progress(title: str, total: int | None = None) -> Iterator[Progress]:
     finally:
         _current.reset(entered)
         timer.cancel()
-        report._close()
+        with report._lock:
+            if report._bar is not None:
+                report._bar.stop()
 
 
 def step(name: str) -> None:

@@ -82,29 +82,25 @@ class HypercomplexFields(Variant):
         found = {key: ParamSpec(shape, xavier_normal, shared=self.shared_W_phm) for key, shape in shapes.items()}
         if self.phm_bias:
             found[f"{name}_bias"] = ParamSpec((outputs,), zeros)
-        return found | {self._rule_name(name) + suffix: spec for suffix, spec in self._rule_specs().items()}
-
-    def apply_layer(self, z: Tensor, p: Params, name: str) -> Tensor:
-        """Return a layer's output (…, out) for z (…, in)."""
-        weight = self._hypercomplex_weight(p, name) if self.phm_layer else getattr(p, name)
-        return F.linear(z, weight, getattr(p, f"{name}_bias", None))
-
-    def _rule_name(self, name: str) -> str:
-        return "phm_rule" if self.shared_phm_rule else f"{name}_phm_rule"
-
-    def _rule_specs(self) -> dict[str, ParamSpec]:
         n, shared, role = self.phm_dim, self.shared_phm_rule, Role.TRAINABLE if self.learn_phm else Role.FROZEN
         bound, std = (1.0, self.phm_init_range) if shared else (0.01, 0.01)
         start = uniform(bound) if self.phm_c_init == "uniform" else normal(std)
-        shapes = {"_left": (n, n, 1), "_right": (n, 1, n)} if self.factorized_phm_rule else {"": (n, n, n)}
-        return {suffix: ParamSpec(shape, start, role, shared=shared) for suffix, shape in shapes.items()}
+        rule = {"_left": (n, n, 1), "_right": (n, 1, n)} if self.factorized_phm_rule else {"": (n, n, n)}
+        specs = {suffix: ParamSpec(shape, start, role, shared=shared) for suffix, shape in rule.items()}
+        return found | {self._rule_name(name) + suffix: spec for suffix, spec in specs.items()}
 
-    def _hypercomplex_weight(self, p: Params, name: str) -> Tensor:
-        """Return the transpose of H, (out, in)."""
+    def apply_layer(self, z: Tensor, p: Params, name: str) -> Tensor:
+        """Return a layer's output (…, out) for z (…, in)."""
+        bias = getattr(p, f"{name}_bias", None)
+        if not self.phm_layer:
+            return F.linear(z, getattr(p, name), bias)
         rule = _product(p, self._rule_name(name), self.factorized_phm_rule)
         w = _product(p, f"{name}_W", self.factorized_phm_W)
-        blocks = (rule.mT[:, :, None, :, None] * w.mT[:, None, :, None, :]).sum(0)
-        return blocks.reshape(rule.shape[2] * w.shape[2], rule.shape[1] * w.shape[1])
+        blocks = (rule.mT[:, :, None, :, None] * w.mT[:, None, :, None, :]).sum(0)  # Hᵀ, block by block
+        return F.linear(z, blocks.reshape(rule.shape[2] * w.shape[2], rule.shape[1] * w.shape[1]), bias)
+
+    def _rule_name(self, name: str) -> str:
+        return "phm_rule" if self.shared_phm_rule else f"{name}_phm_rule"
 
 
 def _product(p: Params, name: str, factorized: bool) -> Tensor:

@@ -50,7 +50,8 @@ class AdapterTune(BranchVariant):
         try:
             blocks = find_transformer_blocks(view, inputs)
         except ExampleInputsNeeded:
-            if _nested(view):  # only a run tells which of nested blocks are a transformer's
+            every = {path for path, site in view.sites.items() if site.kind is SiteKind.BLOCK}
+            if every != find_outermost_blocks(view.sites):  # only a run tells which of nested ones are a transformer's
                 raise
             return self
         chosen = [b for n, b in enumerate(blocks) if n % self.every == 0 and (not self.layers or n in self.layers)]
@@ -72,9 +73,3 @@ class AdapterTune(BranchVariant):
     def branch(self, x: Tensor, y: Tensor, p: Params, ctx: Context) -> Tensor:
         hidden = F.gelu(F.linear(y, p.down, p.down_bias))
         return y + self.alpha * F.linear(hidden, p.up, p.up_bias)
-
-
-def _nested(view: ModelView) -> bool:
-    """Return whether some blocks of a model lie inside others."""
-    blocks = {path for path, site in view.sites.items() if site.kind is SiteKind.BLOCK}
-    return blocks != find_outermost_blocks(view.sites)

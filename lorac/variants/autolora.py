@@ -71,18 +71,14 @@ class AutoLoRA(LoraMixture, RoutedVariant):
         for h, up in zip(hidden, ups, strict=True):
             output = F.linear(h, up)
             normed = _layer_norm(output, p.norm_lora_weight, p.norm_lora_bias)
-            gate = torch.sigmoid(self._gate_logits(base, normed, p))
+            logits = p.weight_lora * normed + p.bias
+            logits = logits + p.weight_base * base if self.base else logits
+            logits = logits + p.weight_cross * base * normed if self.cross else logits
+            gate = torch.sigmoid(logits)
             total = total + gate * output
             openings.append(gate.mean(-1))
         ctx.emit("router", torch.stack(openings, -1))
         return y + self.output_scale(p) * total
-
-    def _gate_logits(self, base: Tensor, lora: Tensor, p: Params) -> Tensor:
-        """Return the logits of a gate from the layer's and a LoRA's output, both after their norms."""
-        logits = p.weight_lora * lora + p.bias
-        if self.base:
-            logits = logits + p.weight_base * base
-        return logits + p.weight_cross * base * lora if self.cross else logits
 
     @classmethod
     def from_loras(  # type: ignore[override]  # no field is called gates
@@ -111,7 +107,10 @@ class AutoLoRA(LoraMixture, RoutedVariant):
             keys = {key for gate in merger.values() for key in gate}
             base, cross = "weight_base" in keys, "weight_cross" in keys
             if not base and not cross:  # the authors' gates keep this norm all the same
-                merger = {path: _without_norm(gate) for path, gate in merger.items()}
+                merger = {
+                    path: {key: tensor for key, tensor in gate.items() if not key.startswith("norm_base_")}
+                    for path, gate in merger.items()
+                }
             fields |= {"base": base, "cross": cross}
         adapter = super().from_loras(adapters, name=name, seed=seed, sites=sites, **fields)
         return adapter if merger is None else _set_gates(adapter, merger)
@@ -152,11 +151,6 @@ def _set_gates(adapter: Adapter, merger: Mapping[str, Mapping[str, Tensor]]) -> 
     for path, own in adapter.tensors.items():
         own.update(_check_gate(path, own, merger.get(path, {})))
     return adapter
-
-
-def _without_norm(gate: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a gate that does not read the layer's output, without the norm of that."""
-    return {key: tensor for key, tensor in gate.items() if not key.startswith("norm_base_")}
 
 
 def _check_gate(path: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from lorac.variants._conv_kernels import expand_groups, kernel_columns
 from lorac.variants.base import (
     MATRIX_KINDS,
-    InitContext,
     Params,
     ParamSpec,
     Site,
@@ -23,11 +22,6 @@ from lorac.variants.low_rank import LowRankFields, rescale_rows
 
 _AXES = ("cp_d", "cp_h", "cp_w")
 """Factors of a kernel's axes; a kernel of n axes has the last n."""
-
-
-def _uniform_over_rows(context: InitContext) -> Tensor:
-    """Draw from U(−1/√n, 1/√n), where n is the length of the axis: kaiming_uniform with a = √5."""
-    return uniform(1 / math.sqrt(context.shape[0]))(context)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +48,8 @@ class CPLoRA(LowRankFields, WeightVariant):
         if site.conv is not None:
             lengths |= dict(zip(_AXES[-len(site.conv.kernel) :], site.conv.kernel, strict=True))
         specs = {"cp_out": ParamSpec((site.out_features, self.r), zeros)}
-        specs |= {name: ParamSpec((length, self.r), _uniform_over_rows) for name, length in lengths.items()}
+        # kaiming_uniform with a = √5, over the length of the axis.
+        specs |= {name: ParamSpec((n, self.r), uniform(1 / math.sqrt(n))) for name, n in lengths.items()}
         if self.dora:
             specs["magnitude"] = ParamSpec((site.out_features,), row_norms)
         return specs

@@ -16,7 +16,6 @@ from lorac.variants._masks import NAMED_MASKS
 from lorac.variants.base import (
     MATRIX_KINDS,
     Init,
-    InitContext,
     Params,
     ParamSpec,
     Role,
@@ -26,10 +25,6 @@ from lorac.variants.base import (
     WeightVariant,
 )
 from lorac.variants.initialisers import kaiming_uniform, ones, zeros
-
-
-def _identity_blocks(context: InitContext) -> Tensor:
-    return torch.eye(context.shape[-1]).repeat(context.shape[0], 1, 1)
 
 
 def _spec(init: Init, shape: Callable[[Site, int], tuple[int, ...]]) -> Callable[[Site, int], ParamSpec]:
@@ -48,7 +43,12 @@ PARTS: Mapping[str, Mapping[str, Callable[[Site, int], ParamSpec]]] = {
     },
     "c": {"c": _spec(ones, lambda site, size: (site.out_features,))},
     "d": {"d": _spec(ones, lambda site, size: (site.in_features,))},
-    "t": {"t": _spec(_identity_blocks, lambda site, size: (site.in_features // size, size, size))},
+    "t": {
+        "t": _spec(
+            lambda context: torch.eye(context.shape[-1]).repeat(context.shape[0], 1, 1),
+            lambda site, size: (site.in_features // size, size, size),
+        )
+    },
     "e": {"e": _spec(zeros, lambda site, size: (site.out_features,))},
     "sparse": {"indices": _positions, "values": _spec(zeros, lambda site, size: (size,))},
     "delta": {"delta": _spec(zeros, lambda site, size: (site.out_features, site.in_features))},

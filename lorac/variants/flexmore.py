@@ -217,7 +217,9 @@ class FlexMoRE(BranchVariant):
             tensors[path] = {"router": torch.cat([torch.zeros_like(rows[0][:1]), *(r[1:] - r[:1] for r in rows)])}
         for path, part, (number, (adapter, own)) in itertools.product(tensors, _LAYER_NAMES, enumerate(sources, 1)):
             key, rank = f"{part}_{number}", new[number - 1]
-            expert = _rename_expert(adapter.tensors[path], f"{part}_{own + 1}", key)
+            names = {f"{part}_{own + 1}{suffix}": f"{key}{suffix}" for suffix in ("", "_A", "_B")}
+            given = adapter.tensors[path].items()
+            expert = {names[name]: tensor.detach().clone() for name, tensor in given if name in names}
             if model is not None and rank != old[number - 1]:
                 layer = f"{path}.{getattr(variant, part)}.weight"
                 expert = _extract_expert(key, *_multiply_out(expert, key, model, layer), rank)
@@ -270,11 +272,6 @@ def _check_joinable(adapters: Sequence[Adapter]) -> list[FlexMoRE]:
             code="shape_mismatch",
         )
     return variants
-
-
-def _rename_expert(tensors: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    names = {old: new, f"{old}_A": f"{new}_A", f"{old}_B": f"{new}_B"}
-    return {names[key]: tensor.detach().clone() for key, tensor in tensors.items() if key in names}
 
 
 def _multiply_out(expert: Mapping[str, Tensor], name: str, model: nn.Module, layer: str) -> tuple[Tensor, Tensor]:

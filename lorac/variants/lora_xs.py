@@ -21,32 +21,18 @@ _ROUNDS, _SPARE = 10, 10
 """Number of rounds and of extra columns of the randomised SVD."""
 
 
-def _left_vectors(context: InitContext) -> Tensor:
-    return _singular_vectors(context.weight(), context.shape[1], context.generator)
-
-
 def _singular_vectors(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
     """Return U_r (out, r), the first left singular vectors of W, with the largest entry of each positive."""
     if min(W.shape) <= max(_EXACT, 4 * r):
         vectors = torch.linalg.svd(W, full_matrices=False).U[:, :r]
-    else:
-        vectors = _randomised_svd(W, r, generator)
+    else:  # subspace iteration from random columns
+        columns = torch.randn(W.shape[1], r + _SPARE, generator=generator).to(W)
+        for _ in range(_ROUNDS):
+            columns = W.t() @ torch.linalg.qr(W @ columns).Q
+        basis = torch.linalg.qr(W @ columns).Q
+        vectors = (basis @ torch.linalg.svd(basis.t() @ W, full_matrices=False).U)[:, :r]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()
-
-
-def _right_factor(context: InitContext) -> Tensor:
-    """Return Σ_r·V_rᵀ (r, in), which is U_rᵀ·W."""
-    return context.params.lora_B.t() @ context.weight()
-
-
-def _randomised_svd(W: Tensor, r: int, generator: torch.Generator) -> Tensor:
-    """Return U_r (out, r) by subspace iteration from random columns."""
-    columns = torch.randn(W.shape[1], r + _SPARE, generator=generator).to(W)
-    for _ in range(_ROUNDS):
-        columns = W.t() @ torch.linalg.qr(W @ columns).Q
-    basis = torch.linalg.qr(W @ columns).Q
-    return (basis @ torch.linalg.svd(basis.t() @ W, full_matrices=False).U)[:, :r]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +100,16 @@ class LoRAXS(InputDropout, WeightVariant):
             )
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
+        def left(context: InitContext) -> Tensor:
+            return _singular_vectors(context.weight(), self.r, context.generator)
+
+        def right(context: InitContext) -> Tensor:  # Σ_r·V_rᵀ = U_rᵀ·W
+            product: Tensor = context.params.lora_B.t() @ context.weight()
+            return product
+
         return {
-            "lora_B": ParamSpec((site.out_features, self.r), _left_vectors, role=Role.FROZEN),
-            "lora_A": ParamSpec((self.r, site.in_features), _right_factor, role=Role.FROZEN),
+            "lora_B": ParamSpec((site.out_features, self.r), left, role=Role.FROZEN),
+            "lora_A": ParamSpec((self.r, site.in_features), right, role=Role.FROZEN),
             "lora_latent": ParamSpec((self.r, self.r), normal(1e-5), decay=False),
         }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lorac.variants._conv_kernels import kernel_columns, require_one_group
-from lorac.variants.base import MATRIX_KINDS, InitContext, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
+from lorac.variants.base import MATRIX_KINDS, Params, ParamSpec, Site, SiteKind, Tensor, WeightVariant
 from lorac.variants.initialisers import row_norms
 from lorac.variants.low_rank import rescale_rows
 
@@ -36,8 +36,15 @@ class Magnitude(WeightVariant):
             require_one_group("magnitude with columns=True", site)
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
-        length = kernel_columns(site)[0] if self.columns else site.out_features
-        return {"magnitude": ParamSpec((length,), _column_norms if self.columns else row_norms)}
+        if not self.columns:
+            return {"magnitude": ParamSpec((site.out_features,), row_norms)}
+        channels = kernel_columns(site)[0]
+        return {
+            "magnitude": ParamSpec(
+                (channels,),
+                lambda context: torch.linalg.vector_norm(_channel_rows(context.weight(), channels), dim=1),
+            )
+        }
 
     def weight(self, W: Tensor, p: Params) -> Tensor:
         if not self.columns:
@@ -49,7 +56,3 @@ class Magnitude(WeightVariant):
 def _channel_rows(W: Tensor, channels: int) -> Tensor:
     """Return W (out, channels·taps) with a row (out·taps) for each channel."""
     return W.unflatten(1, (channels, -1)).transpose(0, 1).flatten(1)
-
-
-def _column_norms(context: InitContext) -> Tensor:
-    return torch.linalg.vector_norm(_channel_rows(context.weight(), context.shape[0]), dim=1)

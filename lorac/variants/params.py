@@ -67,8 +67,13 @@ class ParamSpec:
     def stacked(self, number: int) -> "ParamSpec":
         """Return the spec for a stack of matrices: one tensor per matrix, each initialised as for a single matrix."""
 
+        def init_one(context: InitContext, index: int) -> torch.Tensor:
+            params = Params(**{name: tensor[index] for name, tensor in vars(context.params).items()})
+            inner = replace(context, shape=self.shape, weight=lambda: context.weight()[index], params=params)
+            return self.init(inner)
+
         def init_stack(context: InitContext) -> torch.Tensor:
-            return torch.stack([self.init(_matrix_context(context, self.shape, i)) for i in range(number)])
+            return torch.stack([init_one(context, index) for index in range(number)])
 
         return replace(self, shape=(number, *self.shape), init=init_stack)
 
@@ -82,9 +87,3 @@ class ParamSpec:
 def select_params(p: Params, prefix: str) -> Params:
     """Return the tensors whose names begin with ``prefix``, without it: those of an inner method."""
     return Params(**{key.removeprefix(prefix): value for key, value in vars(p).items() if key.startswith(prefix)})
-
-
-def _matrix_context(context: InitContext, shape: tuple[int, ...], index: int) -> InitContext:
-    """Return an initialiser's context for one matrix of a stack."""
-    params = Params(**{name: tensor[index] for name, tensor in vars(context.params).items()})
-    return replace(context, shape=shape, weight=lambda: context.weight()[index], params=params)

@@ -183,7 +183,10 @@ class QST(BranchVariant):
         """
         view, targets = ModelView.of(model), fields.pop("targets", None)
         sites = view.sites
-        chains = _chains(find_outermost_blocks(sites), sites)
+        outermost = find_outermost_blocks(sites)
+        chains: dict[str, list[str]] = {}  # the blocks in the model's order, by the path of the list that holds them
+        for path in (path for path in sites if path in outermost):
+            chains.setdefault(path.rpartition(".")[0], []).append(path)
         norm = _last_norm(model, chains) if targets is None else _find_named(view, targets)
         parent = norm.rpartition(".")[0]
         siblings = [chain for holder, chain in chains.items() if holder.rpartition(".")[0] == parent]
@@ -229,14 +232,6 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x.chunk(2, -1)
     cos, sin = (table.unsqueeze(-3) for table in rotary)
     return x * cos + torch.cat([-second, first], -1) * sin
-
-
-def _chains(paths: set[str], sites: Mapping[str, Site]) -> dict[str, list[str]]:
-    """Return the blocks in the model's order, by the path of the list that holds them."""
-    found: dict[str, list[str]] = {}
-    for path in (path for path in sites if path in paths):
-        found.setdefault(path.rpartition(".")[0], []).append(path)
-    return found
 
 
 def _last_norm(model: nn.Module, chains: Mapping[str, list[str]]) -> str:

@@ -29,8 +29,10 @@ def draw_bases(*shapes: Shape, key: int, sparsity: float | None = None) -> list[
     generator = torch.Generator().manual_seed(key)
     if sparsity is None:
         drawn = [_uniform(shape, generator) for shape in shapes]
-    else:
-        drawn = [_ternary(torch.rand(shape, generator=generator), sparsity) for shape in shapes]
+    else:  # −1, 0 or 1
+        share = 1 / (2 * sparsity)
+        numbers = [torch.rand(shape, generator=generator) for shape in shapes]
+        drawn = [(each > 1 - share).float() - (each < share).float() for each in numbers]
     return [(values / values.std()).float() for values in drawn]
 
 
@@ -41,11 +43,6 @@ def _uniform(shape: Shape, generator: torch.Generator) -> Tensor:
     for block in blocks:
         torch.nn.init.kaiming_uniform_(block, a=math.sqrt(5), generator=generator)
     return torch.cat(blocks, dim=1)
-
-
-def _ternary(drawn: Tensor, sparsity: float) -> Tensor:
-    share = 1 / (2 * sparsity)
-    return (drawn > 1 - share).float() - (drawn < share).float()
 
 
 @dataclass(frozen=True, kw_only=True)

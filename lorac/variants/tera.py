@@ -90,7 +90,9 @@ class TeRA(InputDropout, WeightVariant):
         scale = columns**-0.5 if self.scale is None else self.scale
         left, right = scaled[: self.order], scaled[self.order :]
         if min(math.prod(ranks[: self.order]), math.prod(ranks[self.order :])) >= min(rows, columns):
-            return W + scale * _contract_core(core, scaled).reshape(rows, columns)
+            for factor in scaled:  # multiplies the first mode (R_k,) by U_k·diag(d_k) and moves it to the end
+                core = torch.tensordot(core, factor, dims=([0], [1]))
+            return W + scale * core.reshape(rows, columns)
         up, down = (functools.reduce(torch.kron, part) for part in (left, right))
         return W + scale * up @ (core.reshape(up.shape[1], down.shape[1]) @ down.t())
 
@@ -121,9 +123,3 @@ class TeRA(InputDropout, WeightVariant):
             return drawn if position == 0 else drawn * context.shape[1] ** -0.5
 
         return draw
-
-
-def _contract_core(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """Multiply every mode of the core (R₁, …, R_K) by its factor (n_k, R_k); the result is (n₁, …, n_K)."""
-    # Each step moves the first mode to the end, so that K steps restore the order.
-    return functools.reduce(lambda tensor, factor: torch.tensordot(tensor, factor, dims=([0], [1])), factors, core)

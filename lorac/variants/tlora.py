@@ -27,11 +27,6 @@ def _identity(context: InitContext) -> Tensor:
     return eye if not ring else (eye / ring[0])[:, :, None, None].expand(context.shape).clone()
 
 
-def _kaiming_normal(context: InitContext) -> Tensor:
-    """Draw from N(0, 1/(3·fan_in)): kaiming_normal with a = √5."""
-    return normal((3 * context.shape[1]) ** -0.5)(context)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TLoRA(WeightVariant):
     """``W' = W·T + s·Δ``, s = alpha/√r or alpha/r.
@@ -99,7 +94,8 @@ class TLoRA(WeightVariant):
             for d, size in enumerate(columns):
                 specs[f"transform_core_{d}"] = ParamSpec((size, size, *ring), _identity)
         if self.residual == "lora":
-            specs["lora_A"] = ParamSpec((self.r, site.in_features), _kaiming_normal)
+            kaiming_normal = normal((3 * site.in_features) ** -0.5)  # with a = √5
+            specs["lora_A"] = ParamSpec((self.r, site.in_features), kaiming_normal)
             specs["lora_B"] = ParamSpec((site.out_features, self.r), zeros)
             return specs
         for d, size in enumerate((*rows, *columns)):

@@ -76,7 +76,14 @@ class Union(Variant):
         Raises:
             SiteError: a part names no site, or two parts name the same one.
         """
-        parts = tuple(_resolve_sites(part.for_model(view, inputs), view) for part in self.parts)
+        parts: list[Variant] = []
+        for part in (part.for_model(view, inputs) for part in self.parts):
+            if isinstance(part, BranchVariant) and not isinstance(part.targets, str):  # it lists full paths already
+                parts.append(part)
+                continue
+            check_targets_match(part.name, part.targets, view.sites)
+            paths = tuple(site.path for site in part.named_sites(view) if part.adapts(site))
+            parts.append(dataclasses.replace(part, targets=paths, exclude=(), layers=()) if paths else part)
         return Union.over(*parts, like=self)
 
     @classmethod
@@ -118,12 +125,3 @@ class Union(Variant):
             )
         whole = {} if like is None else {"modules_to_save": like.modules_to_save, "bias": like.bias}
         return cls(parts=parts, targets=tuple(paths), **whole)  # type: ignore[arg-type]  # checked against the annotation
-
-
-def _resolve_sites(part: Variant, view: ModelView) -> Variant:
-    """Return a part with full paths as targets; branches that list modules have full paths already."""
-    if isinstance(part, BranchVariant) and not isinstance(part.targets, str):
-        return part
-    check_targets_match(part.name, part.targets, view.sites)
-    paths = tuple(site.path for site in part.named_sites(view) if part.adapts(site))
-    return dataclasses.replace(part, targets=paths, exclude=(), layers=()) if paths else part

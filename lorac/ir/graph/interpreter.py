@@ -14,7 +14,6 @@ from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from lorac.argument_types import Operands
 from lorac.ir.calls.sizes import AxisSizes
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, compute_adapted
@@ -116,14 +115,14 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> object:
         """Run a node without fx's record of it for tracebacks, which takes longer than small ops."""
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return getattr(self, n.op)(n.target, args, kwargs)
-
-    def call_function(self, target: Any, args: Operands, kwargs: dict[str, Any]) -> Any:
-        if target is ops.adapted:
-            call = AdaptedCall(*args)
+        operands, named = self.fetch_args_kwargs_from_env(n)
+        if n.target is ops.adapted:
+            call = AdaptedCall(*operands)
             return compute_adapted(self._program.plan_of(call.site), call, self._program.sites)
-        return _FUNCTIONS.get(target, target)(*args, **kwargs)
+        if n.op == "call_function":
+            target: Any = n.target
+            return _FUNCTIONS.get(target, target)(*operands, **named)
+        return getattr(self, n.op)(n.target, operands, named)
 
 
 def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> tuple[Tensor, Tensor]:
