@@ -1,6 +1,6 @@
 """Check values against type annotations: fields of dataclasses, arguments of public functions, settings in files.
 
-What a field's type does not say stands next to it: ``Annotated[int, Bounds(1)]``, ``Annotated[str, OneOf(NAMES)]``.
+A field's limits stand next to its type: ``Annotated[int, Bounds(1)]``, ``Annotated[str, OneOf(NAMES)]``.
 NumPy's numbers count as numbers, lists count as tuples since files hold lists, and booleans do not count as numbers.
 """
 
@@ -27,7 +27,7 @@ _NUMBERS: Mapping[object, type] = {int: numbers.Integral, float: numbers.Real}
 
 
 class Limit(ABC):
-    """A limit of a field's values beyond their type; None, and values of types that it is not about, always pass."""
+    """A limit of a field's values beyond their type; None and values of other types are ignored."""
 
     @abstractmethod
     def admits(self, value: object, fields: Mapping[str, object]) -> bool:
@@ -35,7 +35,7 @@ class Limit(ABC):
 
     @abstractmethod
     def describe(self, fields: Mapping[str, object]) -> str:
-        """Return what the field takes, as the object of a sentence."""
+        """Describe the admitted values, as the object of a sentence."""
 
     def nearest(self, value: object) -> str | None:
         """Return the admitted value most like another, if one is."""
@@ -159,7 +159,7 @@ def check_type(value: object, expected: type | tuple[type, ...], what: str, *, n
         value: the argument.
         expected: the classes that it may be an instance of.
         what: the argument as the subject of a sentence: "the first argument of lorac.sites".
-        next_step: what to give instead.
+        next_step: a step that mends it.
 
     Raises:
         WrongType: the argument is an instance of none of them.
@@ -169,7 +169,7 @@ def check_type(value: object, expected: type | tuple[type, ...], what: str, *, n
 
 
 def describe_value(value: object) -> str:
-    """Return a value as the object of a sentence: its class, and what it holds if that is a number, text or a list."""
+    """Describe a value as the object of a sentence: its class, and its content if that is a number, text or a list."""
     if value is None or isinstance(value, type):
         return "None" if value is None else f"the class {value.__name__}"
     noun = type(value).__name__

@@ -9,7 +9,7 @@ V = TypeVar("V")
 
 
 def run_with_value(variable: ContextVar[V], value: V, work: Callable[[], T]) -> T:
-    """Return what some work returns while a variable has another value.
+    """Run some work while a variable has another value, and return its result.
 
     An interrupt may keep a ``with`` block from setting the variable back, but not the interpreter's ``Context.run``.
     """

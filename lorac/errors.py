@@ -14,7 +14,7 @@ next step, and a stable ``code``. A class exists where a caller would catch it a
     │   ├── CaptureError          torch.export cannot capture the model, or captures another program
     │   ├── ExampleInputsNeeded   example inputs cannot be made, or do not fit the model
     │   └── OptionError           an option, mode or target that does not exist
-    ├── NeedsRecompile            the adapter does not fit what was reserved
+    ├── NeedsRecompile            the adapter does not fit the reserved slots
     ├── ChoiceError               a choice of adapters that makes no sense
     ├── InputMismatch             an input that the program was not captured for
     ├── OverBudget                there is no memory left for it now
@@ -25,7 +25,7 @@ next step, and a stable ``code``. A class exists where a caller would catch it a
     ├── WrongType                 an argument of the wrong type (also a TypeError)
     └── MissingExtra              an optional library is not installed
 
-A ``LoracWarning`` tells what is not an error but must not pass in silence.
+A ``LoracWarning`` is not an error, but must not pass in silence.
 """
 
 import contextlib
@@ -66,9 +66,9 @@ class LoracError(Exception):
     """Base of every error that lorac raises on purpose.
 
     Args:
-        what: what went wrong and where, in one line.
+        what: the fault and its place, in one line.
         nearest: the nearest valid choice, if there is one.
-        next_step: what to do about it; default: the usual next step of the code.
+        next_step: a step that mends it; default: the usual next step of the code.
         code: which case of the class it is; default: the class's ``usual_code``, or its own name in snake case.
 
     Attributes:
@@ -76,7 +76,7 @@ class LoracError(Exception):
     """
 
     codes: ClassVar[Mapping[str, str]] = {}
-    """The codes of the class, each with what it means."""
+    """The codes of the class, each with its meaning."""
     usual_code: ClassVar[str | None] = None
     """The code of most of its errors."""
     usual_steps: ClassVar[Mapping[str, str]] = {}
@@ -196,7 +196,7 @@ class OptionError(CompileError):
 
 
 class NeedsRecompile(LoracError):
-    """The adapter does not fit what was reserved; the message prints the ``reserve=`` that admits it."""
+    """The adapter does not fit the reserved slots; the message prints the ``reserve=`` that admits it."""
 
 
 class ChoiceError(LoracError):
@@ -227,7 +227,7 @@ class EagerOnly(Unavailable, AttributeError):
 
 
 class UnknownAttribute(LoracError, AttributeError):
-    """A compiled model has no such attribute; of another library's method the message says what does the same."""
+    """A compiled model has no such attribute; the message names lorac's equivalent of another library's method."""
 
 
 class ArtifactError(LoracError):
@@ -250,11 +250,11 @@ class MissingExtra(LoracError):
         super().__init__(f"{library} is not installed", next_step=f"pip install {needed}")
 
 
-def not_one_of(what: str, value: object, known: Iterable[str]) -> OptionError:
+def not_one_of(problem: str, value: object, known: Iterable[str]) -> OptionError:
     """Return the error for a value that is not one of those that exist.
 
     Args:
-        what: what does not exist, up to the value: "there is no mode".
+        problem: the sentence up to the value: "there is no mode".
         value: the value that was given.
         known: the values that exist.
     """
@@ -262,14 +262,14 @@ def not_one_of(what: str, value: object, known: Iterable[str]) -> OptionError:
     meant = [one for one in listed if _abbreviates(given, one)]
     nearest = meant[0] if len(meant) == 1 else nearest_name(given, listed, alike=0.6)
     step = f"it is one of {', '.join(listed)}" if listed else "leave it out: there is none"
-    return OptionError(f"{what} {short(value)}", nearest=nearest, next_step=step)
+    return OptionError(f"{problem} {short(value)}", nearest=nearest, next_step=step)
 
 
-def check_known(given: Iterable[str], known: Collection[str], what: str) -> None:
+def check_known(given: Iterable[str], known: Collection[str], problem: str) -> None:
     """Raise ``not_one_of`` for the first of some names that does not exist."""
     for name in given:
         if name not in known:
-            raise not_one_of(what, name, known)
+            raise not_one_of(problem, name, known)
 
 
 def _abbreviates(given: str, word: str) -> bool:
@@ -282,31 +282,31 @@ class LoracWarning(UserWarning):
     """Something that is not an error, and that whoever gets the result should know."""
 
 
-def warn(what: str, *, next_step: str | None = None) -> None:
+def warn(fact: str, *, next_step: str | None = None) -> None:
     """Warn at the line of the caller's own code.
 
     Args:
-        what: what is so and where, in one line.
-        next_step: what to do about it.
+        fact: the fact and its place, in one line.
+        next_step: a step that changes it.
     """
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lorac":
         level, frame = level + 1, frame.f_back
-    text = what if next_step is None else f"{what}\n  {next_step}"
+    text = fact if next_step is None else f"{fact}\n  {next_step}"
     warnings.warn(escape_controls(text), LoracWarning, stacklevel=level)
 
 
 @contextlib.contextmanager
 def translate_errors(
-    kind: type[LoracError], what: str, *, next_step: str | None = None, unless: Callable[[], bool] = lambda: False
+    kind: type[LoracError], problem: str, *, next_step: str | None = None, unless: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Turn what other libraries raise inside the block into an error of lorac's, with their message in one line.
+    """Raise lorac's own error for any exception of another library in the block, with its message in one line.
 
     Args:
         kind: the error to raise.
-        what: what goes wrong; what they say follows.
-        next_step: what to do about it.
-        unless: asked when they raise; True leaves the error as it is.
+        problem: the sentence before the library's message.
+        next_step: a step that mends it.
+        unless: called after an exception; if it returns True, the exception passes.
     """
     try:
         yield
@@ -314,12 +314,12 @@ def translate_errors(
         if isinstance(error, LoracError) or unless():
             raise
         said = ": ".join(str(one) for one in (error, error.__cause__) if one is not None)
-        raise kind(f"{what}: {' '.join(said.split())}", next_step=next_step) from error
+        raise kind(f"{problem}: {' '.join(said.split())}", next_step=next_step) from error
 
 
 @contextlib.contextmanager
 def replace_in_errors(internal: str, known: str) -> Iterator[None]:
-    """Say what the caller knows in the errors of the block, in the place of a name or path that it does not know."""
+    """Replace an internal name or path in the errors of the block by one that the caller knows."""
     try:
         yield
     except LoracError as error:
@@ -332,10 +332,10 @@ def replace_in_errors(internal: str, known: str) -> Iterator[None]:
 
 
 def escape_controls(text: str) -> str:
-    """Return a text with everything that a terminal would not print escaped, but for line breaks and tabs.
+    """Escape the characters of a text that a terminal would not print, but for line breaks and tabs.
 
     Names come from files, and a terminal obeys some characters. Every text for people goes through here: messages,
-    summaries, reports and what commands print.
+    summaries, reports and the output of commands.
     """
     if text.isprintable():
         return text

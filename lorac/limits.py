@@ -118,12 +118,12 @@ def check_time(step: int = 0) -> None:
         )
 
 
-def claim_memory(size: int, what: str) -> None:
+def claim_memory(size: int, reason: str) -> None:
     """Claim memory before allocating it, where a number in a file determines the size.
 
     Args:
         size: bytes.
-        what: for the message, with a verb: "its tensors are …".
+        reason: for the message, with a verb: "its tensors are …".
 
     Raises:
         FormatError: all claims together exceed the budget of the file.
@@ -133,7 +133,7 @@ def claim_memory(size: int, what: str) -> None:
     if claimed + size > allowed.bytes:
         file = f"'{account.file}'" if account else "the file"
         raise FormatError(
-            f"{file} would take more than {allowed.bytes >> 20} MiB beyond its size: {what}, {size} bytes",
+            f"{file} would take more than {allowed.bytes >> 20} MiB beyond its size: {reason}, {size} bytes",
             next_step=_NEXT_STEP.format("bytes"),
             code="over_budget",
         )

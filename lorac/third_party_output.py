@@ -1,9 +1,9 @@
 """Silence of the libraries that lorac drives, for the calling context alone.
 
-What they log and warn of while a model is captured and emitted is about their own deprecations and steps, and is not
-the user's to act on. What goes wrong is raised as an error of lorac's; what a model itself warns of, it warns of where
-it is called. Levels, filters and handlers of the process keep their meaning for every other thread: one filter of logs
-and one of warnings are added to them, and both let everything pass outside a silent context.
+While a model is captured and emitted, these libraries log and warn of their own deprecations and steps, on which a user
+cannot act. A failure is raised as lorac's own error, and a model's own warnings appear where it is called. Levels,
+filters and handlers of the process keep their meaning for every other thread: one filter of logs and one of warnings
+are added to them, and both let everything pass outside a silent context.
 """
 
 import logging
@@ -19,7 +19,7 @@ _suppressing: ContextVar[bool] = ContextVar("suppressing", default=False)
 
 @contextmanager
 def suppress_third_party_output() -> Iterator[None]:
-    """Drop what torch, transformers and the ONNX libraries log and warn of in this context."""
+    """Drop the logs and warnings of torch, transformers and the ONNX libraries in this context."""
     _add_log_filter()
     _add_warning_filter()
     token = _suppressing.set(True)

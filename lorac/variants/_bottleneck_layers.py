@@ -127,7 +127,7 @@ _WIDEST = 2**31 - 1
 
 
 def narrow_width(width: int, reduction: float) -> int:
-    """Return the width of a bottleneck, at most what the shape of a tensor can hold, however small the reduction."""
+    """Return the width of a bottleneck, at most the largest size of a tensor, however small the reduction."""
     return int(min(width // reduction, _WIDEST))
 
 

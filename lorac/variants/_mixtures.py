@@ -23,8 +23,8 @@ Factors = tuple[Tensor, Tensor]
 class RoutedVariant(BranchVariant):
     """``y' = y + s∘Σ_i w_i·B_i·A_i·x`` with weights w (…, L) that a router gives each token.
 
-    The factors of the L experts are stacked as ``lora_A`` (L·k, in) and ``lora_B`` (out, L·k). A method says how many
-    experts it has and what scales their sum, so that ``lorac.freeze_router`` works for all of them.
+    The factors of the L experts are stacked as ``lora_A`` (L·k, in) and ``lora_B`` (out, L·k). A method returns the
+    number of its experts and the scale of their sum, so that ``lorac.freeze_router`` works for all of them.
     """
 
     emits: ClassVar[tuple[str, ...]] = ("router",)

@@ -23,7 +23,7 @@ class Adapter:
         tensors: site path -> parameter name -> tensor, in the matrix convention. Parameters that sites share
             are the same tensor object at each.
         replaced: fully qualified parameter name -> the tensor that replaces it (modules_to_save, trained biases).
-        provenance: its origin, and what its file recorded (base hash, format, original configuration).
+        provenance: its origin, and the records of its file (base hash, format, original configuration).
     """
 
     name: str

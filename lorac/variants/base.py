@@ -303,8 +303,8 @@ class BranchVariant(Variant):
     learns_from: ClassVar[Mapping[str, str]] = {}
     """Tensor -> the extra output from which alone it gets gradients; no loss of the model's outputs trains it."""
     mixes_tokens: ClassVar[bool] = False
-    """Whether a token's output depends on earlier tokens other than by ``Context.attend``. No cache stores what the
-    formula computed for them, so generation runs without one."""
+    """Whether a token's output depends on earlier tokens other than by ``Context.attend``. No cache stores the
+    formula's values for them, so generation runs without one."""
 
     instead: ClassVar[str] = ""
     """The next step in messages: how to get an adapter with a weight form in place of this one; may be empty."""
@@ -330,7 +330,7 @@ class BranchVariant(Variant):
         return ()
 
     def once(self, p: Params, ctx: Context) -> Mapping[str, Tensor]:
-        """Return what is the same at all sites, by name; computed once per call, and only while the adapter is on.
+        """Return the values that all sites share, by name; computed once per call, and only while the adapter is on.
 
         ``p`` holds the tensors that ``params`` declares ``shared``; ``branch`` gets none of these in a method that
         defines ``once``. It is a pure function of torch ops, as the formula is.

@@ -19,8 +19,8 @@ class DECOR(BranchVariant):
 
     The columns of V (d, r) span the embeddings of unwanted words; each has the length √α, and one of zeros projects
     nothing. k (tokens,) is 1 where a token is projected, else 0. Both are buffers, so that a prompt's own are written
-    between calls. What a LoRA of the text encoder adds is projected too, and so is whatever else reads the norm, such
-    as CLIP's pooled embedding.
+    between calls. The output of a LoRA of the text encoder is projected too, and so is every other reader of the norm,
+    such as CLIP's pooled embedding.
 
     Attributes:
         targets: the text encoder's last norm.

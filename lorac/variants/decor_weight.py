@@ -13,7 +13,7 @@ class DECORWeight(WeightVariant):
     """``W' = W − W·V·Vᵀ``: ``DECOR`` for one V in the layers that read the embeddings, of all tokens alike.
 
     The columns of V (in, r) span the embeddings of unwanted words, each of the length √α. After a LoRA on the same
-    layers it is ``lorac.Chain``, not a sum, since what the LoRA reads is to be projected too.
+    layers it is ``lorac.Chain``, not a sum, since the LoRA's input has to be projected too.
 
     Attributes:
         targets: cross-attention's keys and values.

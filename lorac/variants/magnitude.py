@@ -18,7 +18,7 @@ from lorac.variants.low_rank import rescale_rows
 class Magnitude(WeightVariant):
     """``W' = (m/n)∘W`` with n the norms of the rows (out,), constant in the backward pass.
 
-    In a ``Chain`` behind another method, W is what that method makes of the base's.
+    In a ``Chain`` behind another method, W is that method's W'.
 
     Attributes:
         columns: n are the norms of the columns instead, (in,); of a convolution those of its input channels.

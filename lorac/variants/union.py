@@ -19,8 +19,7 @@ from lorac.variants.base import MATRIX_KINDS, BranchVariant, ParamSpec, Site, Si
 class Union(Variant):
     """``f = fᵢ`` at the sites that the i-th method targets, with that method's names of tensors.
 
-    Only one method acts at a site. Each reads what earlier modules of the model output with their methods, and keeps
-    its own dropout.
+    Only one method acts at a site. Each reads the adapted outputs of earlier modules, and keeps its own dropout.
 
     Attributes:
         parts: the methods, each with its own ``targets``.

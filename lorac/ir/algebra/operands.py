@@ -25,7 +25,7 @@ H: Final = "h"
 WEIGHT: Final = "weight"
 """(out, in): the whole W'."""
 DELTA: Final = "delta"
-"""(out, in): what is added to W where no factors are known."""
+"""(out, in): the matrix added to W where no factors are known."""
 BIAS: Final = "bias"
 """(out,): the whole b'; a change holds the difference from b."""
 

@@ -41,7 +41,7 @@ class Reduction:
             itself, (x, y, *params) -> y'.
         params: names of the parameters, in the graph's order.
         outputs: the operands (``lorac.ir.algebra.operands``) of the tensors it returns. low-rank: the pair, and scales
-            other than 1; sparse: rows, cols, values (k,); delta: what is added; dense: the weight. Also the bias, if
+            other than 1; sparse: rows, cols, values (k,); delta: the added matrix; dense: the weight. Also the bias, if
             that changes.
         shared: names of the parameters that all sites share.
         common: the outputs that depend on shared parameters alone: one tensor for all sites of a shape.

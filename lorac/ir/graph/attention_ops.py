@@ -1,9 +1,9 @@
 """Attention as one op, and cached attention, whose earlier keys and values are in a cache.
 
-``attention`` is what a layer computes of a whole sequence. ``cached_attention`` computes it of new tokens: each row of
-a batch has a number of tokens in the cache and brings a number of new ones, padded on the right. ``positions`` are
-those of a whole sequence, and ``rows`` selects tokens of each row. The functions here define the results of the ops; a
-target decides how it computes them.
+``attention`` attends over a whole sequence. ``cached_attention`` attends from new tokens: each row of a batch has a
+number of tokens in the cache and brings a number of new ones, padded on the right. ``positions`` returns those of a
+whole sequence, and ``rows`` gathers tokens of each row. The functions here define the results of the ops; a target
+decides how it computes them.
 """
 
 from collections.abc import Container, Sequence

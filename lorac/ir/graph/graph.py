@@ -83,7 +83,7 @@ class Graph:
         exported: the torch.export program.
         sites: every site of the model.
         plans: slots of the touched sites.
-        interface: what a call gives the program, and what it answers; slots and caches are apart from it.
+        interface: the inputs and outputs of a call, without slots and caches.
         level: how far it is lowered.
         slots: slot inputs by public name, in input order.
         projections: path -> sites that are computed as one; their calls have this path.
@@ -198,7 +198,7 @@ def _aliased(node: torch.fx.Node, *, writes: bool) -> list[torch.fx.Node]:
 
 
 def _whole(write: torch.fx.Node) -> set[torch.fx.Node]:
-    """Return what a write changes: its operands, and the tensors that they are views of."""
+    """Return the tensors that a write changes: its operands, and those that they are views of."""
     changed: set[torch.fx.Node] = set()
     pending = find_written_operands(write)
     while pending:

@@ -1,8 +1,8 @@
 """The reference interpreter, which runs a graph at any level, op by op.
 
-It is compared with the model, and backends are compared with it. At level host every ``lorac`` op computes what the
-layer computes; at level adapted an ``adapted`` op is ``run_site`` over its slots; below that there is only aten. Where
-several answers are allowed, one is chosen: top-k and sort break ties by the lowest index, as every lowering must.
+It is compared with the model, and backends are compared with it. At level host every ``lorac`` op computes its layer;
+at level adapted an ``adapted`` op is ``run_site`` over its slots; below that there is only aten. Where several results
+are allowed, one is chosen: top-k and sort break ties by the lowest index, as every lowering must.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Ops that mark sites in a captured graph: one node for each call of a site, until a pass expands or lowers it.
 
-Each op computes what the model's layer computes, so a graph with them runs unchanged. Their last operand is the module
-path of the site. A kind of layer is one function here with its fake, and the aten op that it lowers to.
+Each op computes the model's layer, so that a graph with them runs unchanged. Their last operand is the module path of
+the site. A kind of layer is one function here with its fake, and the aten op that it lowers to.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -26,7 +26,7 @@ class PassResult:
 
     Attributes:
         changed: whether the pass changed the graph.
-        skipped: what the pass could have changed, and did not.
+        skipped: the places that the pass left alone, with reasons.
         notes: sentences for whoever calls the program.
         details: further data, of a class that the pass defines, or None.
     """

@@ -36,8 +36,8 @@ def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> to
 
     Args:
         environment: torch's record of symbolic sizes.
-        name: where the size is said to come from; the record keeps it.
-        hint: its value in the example, by which torch decides what it asks of the size.
+        name: the source of the size in torch's record.
+        hint: its value in the example, by which torch evaluates conditions on the size.
     """
     from torch._dynamo.source import LocalSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
@@ -62,9 +62,9 @@ def make_size(environment: ShapeEnv, name: str, hint: int, least: int = 0) -> to
 def make_example(mode: FakeTensorMode, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> torch.Tensor:
     """Return an example of a value on the CPU, contiguous and without values.
 
-    It is what ``torch.empty`` returns in the mode, but takes less time where sizes are symbolic: a view of strides that
-    are computed once, where torch multiplies the sizes anew for each of a tensor's properties. Strides across a size of
-    0 are 0, where torch takes such a size for 1; nothing lies there.
+    It equals the result of ``torch.empty`` in the mode, and takes less time where sizes are symbolic: a view of strides
+    that are computed once, where torch multiplies the sizes anew for each of a tensor's properties. Strides across a
+    size of 0 are 0, where torch takes such a size for 1; nothing lies there.
     """
     strides = [*itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1)][: len(shape)]
     strided = torch.empty(0, dtype=dtype, device="meta").as_strided(tuple(shape), strides[::-1])

@@ -1,7 +1,7 @@
 """Buffers of merged weights that an engine reads, each written from the base and a change.
 
-What a buffer held before does not matter: low-rank and dense changes overwrite it whole, and sparse changes restore the
-positions of the last sparse change before they set their own.
+A buffer's earlier content does not matter: low-rank and dense changes overwrite it whole, and sparse changes restore
+the positions of the last sparse change before they set their own.
 """
 
 import functools
@@ -80,7 +80,7 @@ class FusedBuffer:
 
     @torch.no_grad()
     def start_write(self, change: Change | None, sparse: SparseWrites) -> int:
-        """Write as ``write`` does, apart from sparse changes: what they write is added to writes that the caller makes.
+        """Write as ``write`` does, but add the writes of sparse changes to ``sparse``, which the caller runs.
 
         Until then the content counts as unknown.
         """
@@ -106,7 +106,7 @@ class FusedBuffer:
             self.buffer.copy_(self.site.store(self.base() if change is None else merge_weight(change, self.base())))
             written = self.buffer.nbytes
         elif isinstance(change, Sparse | SparseSum | None) and isinstance(previous, Sparse | SparseSum | None):
-            # Restore what one sparse change wrote, and write another.
+            # Restore the positions of one sparse change, and write another.
             old, new = (None if each is None else self._patch(each) for each in (previous, change))
             writes = [] if old is None else [(old.positions, old.original)]
             writes += [] if new is None else [(new.positions, new.new)]

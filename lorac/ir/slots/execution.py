@@ -192,7 +192,7 @@ def run_site(plan: SitePlan, slots: SiteSlots, call: SiteCall) -> Tensor:
     Args:
         plan: the site's slots.
         slots: the tensors in them.
-        call: what the site computes with besides.
+        call: the site's input, weights and context.
     """
     if call.block is not None:
         return add_branches(plan, slots, call, call.block, call.block)

@@ -5,7 +5,7 @@ An adapted site computes, of its input x and with the base's weight W and bias b
     ``y' = c∘(W·((d∘x)·T)) + h∘(((x·A)∘g)·B) + bias``
 
 and every letter of it is a role. A row (a ``SlotRole``) says where the role acts and by which function, its
-neutral value, its shape, what makes room for it, its cost and its symbol. Everything else is derived: plans have room
+neutral value, its shape, its room, its cost and its symbol. Everything else is derived: plans have room
 for roles, changes fill them, ``run_site`` applies them stage by stage, graphs get an input for each, files store them,
 reports name them and the self-test fills them with noise. A new role is a new row, and a reduction that makes changes
 with it; nothing else lists roles.

@@ -20,12 +20,12 @@ class SparseWrites:
     def add(self, memory: Tensor, positions: Tensor, values: Tensor) -> None:
         """Add a write of values at distinct, ascending positions (int64) of a contiguous tensor of their type.
 
-        It goes over those that were added for the tensor before.
+        It follows earlier writes to the tensor.
         """
         self._by_memory.setdefault(id(memory), []).append((memory, positions, values))
 
     def then(self, action: Callable[[], None]) -> None:
-        """Add what is to be done once all writes are made."""
+        """Add an action that runs after all writes."""
         self._actions.append(action)
 
     def run(self) -> None:
@@ -40,7 +40,7 @@ class SparseWrites:
         for item_bytes, writes in by_size.items():
             assert library is not None
             library.scatter(writes, item_bytes)
-            # Autograd does not see the writes, and is to refuse a backward pass over what was there.
+            # Autograd does not see the writes, and has to refuse a backward pass over the old values.
             torch.autograd.graph.increment_version([memory for memory, _, _ in writes])
         for action in self._actions:
             action()

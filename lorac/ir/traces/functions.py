@@ -1,9 +1,9 @@
 """Traces of functions, as ``torch.fx.experimental.proxy_tensor.make_fx`` makes them, in a fraction of the time.
 
-``make_fx`` wraps methods of ``torch.nn.Module`` during a trace, though its wrappers only return what the methods
-return. Each change of that class makes Python look through all its subclasses, which takes 15 ms where diffusers and
-timm are imported, even for a function of three steps. torch has no public way to leave that out, so private classes of
-it are used here, and a test compares the graphs with those of ``make_fx``.
+``make_fx`` wraps methods of ``torch.nn.Module`` during a trace, though its wrappers only return the methods' results.
+Each change of that class makes Python look through all its subclasses, which takes 15 ms where diffusers and timm are
+imported, even for a function of three steps. torch has no public way to leave that out, so its private classes are used
+here, and a test compares the graphs with those of ``make_fx``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.fx.experimental.proxy_tensor import _GraphAppendingTracerEx
 
 Decompositions = Mapping[Any, Callable[..., Any]]
-"""Op -> what computes it by other ops."""
+"""Op -> a function that computes it by other ops."""
 
 
 class _FunctionTracer(_MakefxTracer):
@@ -45,7 +45,7 @@ def record_function(
         function: of positional arguments.
         *values: its arguments, as a rule fake tensors.
         decompositions: ops that are recorded as others.
-        pre_dispatch: record ops as they are called, before autograd and what torch implements by other ops.
+        pre_dispatch: record ops as they are called, before autograd and before torch decomposes them.
     """
     return _FunctionTracer(
         decompositions,
