@@ -56,7 +56,7 @@ class FuseRotaryPositions(PatternPass):
 
 @dataclass(frozen=True)
 class FuseTopK(PatternPass):
-    """Replace a router's top-k mask (``lorac/variants/_mixtures.py``) by the indices of ``TopK``, scattered."""
+    """Replace a router's top-k mask (``lorac.variants._mixtures.top_k_mask``) by the indices of ``TopK``, scattered."""
 
     name: ClassVar[str] = "fuse-top-k"
 

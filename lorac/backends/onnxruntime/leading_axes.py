@@ -1,17 +1,16 @@
 """Values on rows get their leading axes back where no op needs rows any more.
 
-``FlattenToRows`` moves onto rows what ``Gemm`` and products with slots compute, and all row-wise ops in between. Once
-the native op computes in their place, all ops there take any leading axes, and each change of shape costs an op.
+``FlattenToRows`` moves onto rows all ``Gemm`` ops and products with slots, and all row-wise ops in between. Once the
+native op computes in their place, all ops there take any leading axes, and each change of shape costs an op.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import NodeProto, helper, numpy_helper
 
 from lorac.backends.onnx.model_files import walk_nodes, walk_subgraphs
 
@@ -24,6 +23,39 @@ Shape = tuple[int | str, ...]
 _MATRIX = 2
 
 
+class GraphIndex:
+    """The nodes and values of a graph by name.
+
+    Attributes:
+        nodes: the graph's own.
+        makers: value -> the node that computes it.
+        readers: value -> the graph's own nodes that read it.
+        uses: value -> how often nodes read it, those of nested graphs too, and outputs are it.
+        stored: the initializers.
+        shapes: of the values that have one.
+        fixed: the inputs, outputs and initializers, and the values that nested graphs read.
+    """
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.nodes = list(graph.node)
+        self.makers = {name: node for node in self.nodes for name in node.output}
+        self.readers = defaultdict[str, list[NodeProto]](list)
+        for node in self.nodes:
+            for name in node.input:
+                self.readers[name].append(node)
+        nested = [name for part in walk_subgraphs(graph) for node in part.node for name in node.input]
+        outputs = [value.name for value in graph.output]
+        self.uses = Counter([*nested, *outputs, *(name for node in self.nodes for name in node.input)])
+        self.stored = {tensor.name: tensor for tensor in graph.initializer}
+        self.fixed = {*self.stored, *nested, *outputs, *(value.name for value in graph.input)}
+        self.shapes: dict[str, Shape] = {
+            value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            for value in (*graph.value_info, *graph.input, *graph.output)
+            if value.type.tensor_type.HasField("shape")
+        }
+        self.shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+
+
 def restore_leading_axes(graph: onnx.GraphProto, domain: str) -> None:
     """Compute values on rows with their leading axes, where all ops on them allow it, and drop the changes of shape.
 
@@ -31,171 +63,124 @@ def restore_leading_axes(graph: onnx.GraphProto, domain: str) -> None:
         graph: edited in place.
         domain: of an op whose first two inputs may have any leading axes; the values are those that it reads and makes.
     """
-    finder = _RegionFinder(graph, domain)
-    names = dict[str, str]()
-    for region in finder.find_regions():
-        names |= _edit(graph, region)
-    if names:
-        _rename(graph, names)
+    index, regions, names = GraphIndex(graph), list[_Region](), dict[str, str]()
+    for node in index.nodes:
+        if node.domain == domain and not any(id(node) in region.nodes for region in regions):
+            regions.append(_Region(index, domain, node))
+    for region in regions:
+        names |= region.edit(graph) if region.fits else {}
+    for node in walk_nodes(graph):
+        for place in range(len(node.input)):
+            while (name := node.input[place]) in names:
+                node.input[place] = names[name]
 
 
-@dataclass
 class _Region:
     """Row-wise ops that read each other's values.
 
+    Args:
+        index: of the graph.
+        domain: of the op that has any leading axes.
+        start: one of the ops.
+
     Attributes:
-        leading: the leading axes of the values before they were put on rows.
         nodes, values: the ops by id, and the names of their values on rows.
         entries, exits: the ``Reshape`` ops that put values on rows, and that read values on rows.
-        shapes: of all values known in the graph.
+        leading: the leading axes of the values before they were put on rows.
+        fits: whether they are known, every op takes them, and no exit copies a size of rows.
     """
 
-    shapes: Mapping[str, Shape]
-    leading: Shape = ()
-    nodes: dict[int, onnx.NodeProto] = field(default_factory=dict)
-    values: set[str] = field(default_factory=set)
-    entries: list[onnx.NodeProto] = field(default_factory=list)
-    exits: list[onnx.NodeProto] = field(default_factory=list)
+    def __init__(self, index: GraphIndex, domain: str, start: NodeProto) -> None:
+        self.index, self.domain = index, domain
+        self.nodes, self.values = set[int](), set[str]()
+        self.entries, self.exits = list[NodeProto](), list[NodeProto]()
+        self.leading: Shape = ()
+        self.fits = self._grow(start) and self._find_leading()
 
-    def full(self, name: str) -> Shape:
-        """Return the shape of a value with its leading axes."""
-        return (*self.leading, *self.shapes.get(name, ("",))[-1:])
-
-
-class _RegionFinder:
-    """Finds the values of a graph that may have their leading axes back."""
-
-    def __init__(self, graph: onnx.GraphProto, domain: str) -> None:
-        self.nodes, self.domain = list(graph.node), domain
-        self._makers = {name: node for node in self.nodes for name in node.output}
-        self._stored = {tensor.name: tensor for tensor in graph.initializer}
-        self._fixed = {*self._stored, *(value.name for value in (*graph.input, *graph.output))}
-        self._readers = defaultdict[str, list[onnx.NodeProto]](list)
-        for node in self.nodes:
-            for name in node.input:
-                self._readers[name].append(node)
-        self._fixed.update(name for part in walk_subgraphs(graph) for node in part.node for name in node.input)
-        values = (*graph.value_info, *graph.input, *graph.output)
-        self.shapes = {v.name: shape_of(v) for v in values if v.type.tensor_type.HasField("shape")}
-        self.shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-
-    def find_regions(self) -> list[_Region]:
-        """Return the regions in which the op of the domain is."""
-        regions, seen = list[_Region](), set[int]()
-        for node in self.nodes:
-            if node.domain != self.domain or id(node) in seen:
-                continue
-            region = _Region(self.shapes)
-            fits = self._grow(region, node)
-            seen |= region.nodes.keys()
-            if fits and self._find_leading(region):
-                regions.append(region)
-        return regions
-
-    def _grow(self, region: _Region, start: onnx.NodeProto) -> bool:
-        """Add all that is connected with an op; return whether each op there takes any leading axes."""
+    def _grow(self, start: NodeProto) -> bool:
+        """Add all nodes that are connected with an op; return whether each op there takes any leading axes."""
         todo = [start]
         while todo:
             node = todo.pop()
-            if id(node) in region.nodes:
+            if id(node) in self.nodes:
                 continue
-            region.nodes[id(node)] = node
+            self.nodes.add(id(node))
             operands = self._operands(node)
-            found = {*operands, *node.output} - region.values
-            if not operands or not found.isdisjoint(self._fixed):
+            found = {*operands, *node.output} - self.values
+            if not operands or not found.isdisjoint(self.index.fixed):
                 return False
-            region.values |= found
-            todo += [neighbour for name in found for neighbour in self._neighbours(region, name)]
+            self.values |= found
+            for name in found:
+                maker = self.index.makers[name]
+                (self.entries if maker.op_type == "Reshape" else todo).append(maker)
+                for reader in self.index.readers[name]:
+                    is_exit = reader.op_type == "Reshape" and reader.input[0] == name
+                    (self.exits if is_exit else todo).append(reader)
         return True
 
-    def _neighbours(self, region: _Region, name: str) -> list[onnx.NodeProto]:
-        """Return the ops that make and read a value; note those that change its shape."""
-        maker, found = self._makers[name], list[onnx.NodeProto]()
-        (region.entries if maker.op_type == "Reshape" else found).append(maker)
-        for reader in self._readers[name]:
-            (region.exits if reader.op_type == "Reshape" and reader.input[0] == name else found).append(reader)
-        return found
-
-    def _operands(self, node: onnx.NodeProto) -> list[str]:
+    def _operands(self, node: NodeProto) -> list[str]:
         """Return the inputs of an op that have leading axes; an empty list for an op that does not take any."""
         names = list(filter(None, node.input))
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
+        ranks = {name: len(self.index.shapes[name]) if name in self.index.shapes else None for name in names}
         if node.domain == self.domain:
             return names[:2]
-        if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and self._rank(names[1]) == _MATRIX):
+        if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and ranks[names[1]] == _MATRIX):
             return names[:1]
         if node.op_type in AXIS_OPS:
+            axis = read_axis(node)
             return names[:1] if (AXIS_OPS[node.op_type] if axis is None else axis) == -1 else []
-        return [name for name in names if self._rank(name) not in (0, 1)] if node.op_type in ELEMENTWISE else []
+        return [name for name in names if ranks[name] not in (0, 1)] if node.op_type in ELEMENTWISE else []
 
-    def _rank(self, name: str) -> int | None:
-        return len(self.shapes[name]) if name in self.shapes else None
+    def _find_leading(self) -> bool:
+        shapes = self.index.shapes
+        sources = [(shapes.get(node.input[0], ()), shapes.get(node.output[0], ())) for node in self.entries]
+        self.leading = next((full[:-1] for full, rows in sources if full[-1:] == rows[-1:]), ())
+        count = len(self.leading)
+        same = all(full[:count] == self.leading and _size(full[count:]) == _size(rows[-1:]) for full, rows in sources)
+        known = all(self.leading) and all(rows and isinstance(rows[-1], int) for _, rows in sources)
+        read = (self.index.stored.get(node.input[1]) for node in self.exits)
+        copies = any(sizes is not None and 0 in numpy_helper.to_array(sizes) for sizes in read)
+        return bool(count and same and known) and not copies
 
-    def _find_leading(self, region: _Region) -> bool:
-        """Note the leading axes that all values had; return whether they are known, and no exit copies one of rows."""
-        sources = [(self.shapes.get(node.input[0], ()), self.shapes.get(node.output[0], ())) for node in region.entries]
-        region.leading = next((full[:-1] for full, rows in sources if full[-1:] == rows[-1:]), ())
-        count = len(region.leading)
-        same = all(full[:count] == region.leading and _size(full[count:]) == _size(rows[-1:]) for full, rows in sources)
-        known = all(region.leading) and all(rows and isinstance(rows[-1], int) for _, rows in sources)
-        return bool(count and same and known) and not any(map(self._copies, region.exits))
-
-    def _copies(self, reshape: onnx.NodeProto) -> bool:
-        """Return whether a ``Reshape`` may copy a size of what it reads."""
-        stored = self._stored.get(reshape.input[1])
-        return stored is not None and 0 in numpy_helper.to_array(stored)
-
-
-def _edit(graph: onnx.GraphProto, region: _Region) -> dict[str, str]:
-    """Give values their leading axes; return the names of values that are not needed, with those in their place."""
-    names = dict[str, str]()
-    for node in region.entries:
-        full = region.full(node.output[0])
-        if region.shapes[node.input[0]] == full:
-            names[node.output[0]] = node.input[0]
-        else:
-            _copy_leading(graph, node, region.leading, full[-1:])
-    outputs = {value.name for value in graph.output}
-    for node in region.exits:
-        restored, shape = node.output[0], region.shapes.get(node.output[0], ())
-        if restored not in outputs and shape == region.full(node.input[0]):
-            names[restored] = node.input[0]
-        elif shape[: len(region.leading)] == region.leading:
-            _copy_leading(graph, node, region.leading, shape[len(region.leading) :])
-    for value in graph.value_info:
-        if value.name in region.values:
-            sizes = [size or None for size in region.full(value.name)]
+    def edit(self, graph: onnx.GraphProto) -> dict[str, str]:
+        """Give values their leading axes; return value that is not needed -> the value in its place."""
+        shapes, names, count = self.index.shapes, dict[str, str](), len(self.leading)
+        outputs = {value.name for value in graph.output}
+        full = {name: (*self.leading, *shapes.get(name, ("",))[-1:]) for name in self.values}
+        for node in self.entries:
+            (source, *_), (made,) = node.input, node.output
+            if shapes[source] == full[made]:
+                names[made] = source
+            else:
+                self._copy_leading(graph, node, full[made][-1:])
+        for node in self.exits:
+            (source, *_), (made,) = node.input, node.output
+            if made not in outputs and shapes.get(made) == full[source]:
+                names[made] = source
+            elif shapes.get(made, ())[:count] == self.leading:
+                self._copy_leading(graph, node, shapes[made][count:])
+        for value in (value for value in graph.value_info if value.name in full):
+            sizes = [size or None for size in full[value.name]]
             value.CopyFrom(helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, sizes))
-    return names
+        return names
 
-
-def _copy_leading(graph: onnx.GraphProto, reshape: onnx.NodeProto, leading: Shape, rest: Shape) -> None:
-    """Let a ``Reshape`` copy the leading sizes of its input where the rest is fixed, instead of ops that join sizes."""
-    if _size(rest) is None:
-        return
-    name = "_".join(map(str, (f"leading_{len(leading)}", *rest)))
-    if all(tensor.name != name for tensor in graph.initializer):
-        graph.initializer.append(numpy_helper.from_array(np.array([*(0 for _ in leading), *rest], np.int64), name))
-    reshape.input[1] = name
-    del reshape.attribute[:]  # ``allowzero``, by which a 0 is not copied
-
-
-def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    """Let all ops read the values that are in others' places."""
-    last = dict(names)
-    while chained := {name: last[other] for name, other in last.items() if other in last}:
-        last |= chained
-    for node in walk_nodes(graph):
-        read = [last.get(name, name) for name in node.input]
-        del node.input[:]
-        node.input.extend(read)
+    def _copy_leading(self, graph: onnx.GraphProto, reshape: NodeProto, rest: Shape) -> None:
+        """Let a ``Reshape`` copy the leading sizes of its input where the rest is fixed, and read no joined sizes."""
+        if _size(rest) is None:
+            return
+        name = "_".join(map(str, (f"leading_{len(self.leading)}", *rest)))
+        if all(tensor.name != name for tensor in graph.initializer):
+            sizes = np.array([*(0 for _ in self.leading), *rest], np.int64)
+            graph.initializer.append(numpy_helper.from_array(sizes, name))
+        reshape.input[1] = name
+        del reshape.attribute[:]  # ``allowzero``, by which a 0 is not copied
 
 
 def remove_unused(graph: onnx.GraphProto) -> None:
-    """Remove ops whose values nothing reads, and what is noted of such values."""
+    """Remove ops whose values nothing reads, and the shapes of such values."""
     used = {value.name for value in graph.output}
     used.update(name for part in walk_subgraphs(graph) for node in part.node for name in node.input)
-    kept = list[onnx.NodeProto]()
+    kept = list[NodeProto]()
     for node in reversed(graph.node):
         if not used.isdisjoint(node.output):
             used.update(node.input)
@@ -206,19 +191,19 @@ def remove_unused(graph: onnx.GraphProto) -> None:
             del graph.value_info[place]
 
 
-def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[NodeProto]) -> None:
     """Make copies of nodes the only ones of a graph, whose own may be among them."""
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
+
+
+def read_axis(node: NodeProto) -> int | None:
+    """Return the axis of an op, or None."""
+    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), None)
 
 
 def _size(shape: Shape) -> int | None:
     """Return how many numbers a part of a shape stands for; None where that is not fixed."""
     sizes = [size for size in shape if isinstance(size, int)]
     return math.prod(sizes) if len(sizes) == len(shape) else None
-
-
-def shape_of(value: onnx.ValueInfoProto) -> Shape:
-    """Return a value's sizes, and the names of those that vary."""
-    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lorac.backends.onnx.passes import shared_constant
-from lorac.backends.onnxruntime.segment_indices import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
+from lorac.backends.onnxruntime.native_op import FROM_ROWS, FROM_SEGMENTS, TO_SEGMENTS
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, dims_of
 
 
