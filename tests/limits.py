@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorac.limits import ReadBudget
-from lorac.testing.eager_checks import ROUNDING
+from lorac.testing.parity import ROUNDING
 
 ROWS = {torch.float32: 1e-5, torch.float64: 1e-12}
 """The largest difference of a row of a batch from the same row alone, of its largest value: both sum in another order,

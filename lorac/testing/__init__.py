@@ -14,7 +14,7 @@ from lorac.testing.case import Case, Oracle
 from lorac.testing.conformance import Check, conformance
 from lorac.testing.hosts import HOSTS
 from lorac.testing.hosts import ConformanceHost as Host
-from lorac.testing.parity import CONTRIBUTION, FLOAT32, FLOAT64, assert_parity, contribution
+from lorac.testing.parity import CONTRIBUTION, FLOAT32, FLOAT64, assert_close, assert_parity, contribution
 from lorac.testing.samples import adapter_away, samples
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Host",
     "Oracle",
     "adapter_away",
+    "assert_close",
     "assert_parity",
     "conformance",
     "contribution",

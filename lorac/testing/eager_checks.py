@@ -21,25 +21,13 @@ from lorac.merging.merged_model import merge_into
 from lorac.session.api import compile
 from lorac.session.compiled import CompiledModule
 from lorac.testing.case import Case
-from lorac.testing.parity import assert_parity
+from lorac.testing.parity import assert_close, assert_parity
 from lorac.testing.samples import typical_size
 from lorac.variants.adapter import Adapter
 from lorac.variants.base import WeightVariant
 from lorac.variants.params import Role
 
 MIX = {"a": 0.7, "b": 0.3}
-ROUNDING = {
-    torch.float64: 1e-12,
-    torch.float32: 64 * torch.finfo(torch.float32).eps,
-    torch.float16: 2 * torch.finfo(torch.float16).eps,
-    torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
-}
-"""The largest relative difference between two computations of the same value.
-
-Independent roundings add up as the root of their number: 64 units in the last place are 4096 of them, more than any
-test's model has in sequence. In float64 there is also room for an inverse or a decomposition. Half precision is for
-single layers, which compute in float32 and round twice: a product and a sum.
-"""
 
 
 def check_formula(case: Case) -> None:
@@ -276,17 +264,6 @@ def assert_raises(error: type[Exception] | tuple[type[Exception], ...], call: Ca
         return
     names = [kind.__name__ for kind in (error if isinstance(error, tuple) else (error,))]
     raise AssertionError(f"{' or '.join(names)} was not raised")
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Assert that two tensors are equal up to ``ROUNDING``, relative to the norm of ``expected``.
-
-    Shapes and dtypes must be equal. For an ``expected`` of zeros nothing else is accepted.
-    """
-    assert found.shape == expected.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
-    assert found.dtype == expected.dtype, f"{found.dtype}, not {expected.dtype}"
-    error, size = (float(torch.linalg.vector_norm(value.detach())) for value in (found - expected, expected))
-    assert error <= ROUNDING[expected.dtype] * size, f"off by {error / size if size else error:.2e} of its size"
 
 
 def _call(compiled: Callable[..., Tensor], x: Tensor, *choice: ChoiceSpec) -> Tensor:

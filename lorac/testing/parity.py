@@ -13,6 +13,18 @@ from torch import Tensor
 FLOAT64 = 1e-9
 FLOAT32 = 1e-4
 CONTRIBUTION = (0.05, 0.50)
+ROUNDING = {
+    torch.float64: 1e-12,
+    torch.float32: 64 * torch.finfo(torch.float32).eps,
+    torch.float16: 2 * torch.finfo(torch.float16).eps,
+    torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
+}
+"""The largest relative difference between two computations of the same value.
+
+Independent roundings add up as the root of their number: 64 units in the last place are 4096 of them, more than any
+test's model has in sequence. In float64 there is also room for an inverse or a decomposition. Half precision is for
+single layers, which compute in float32 and round twice: a product and a sum.
+"""
 
 
 def named_outputs(output: object, names: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -85,6 +97,17 @@ def assert_parity(
         assert ratio <= allowed, f"{name}: off by {ratio:.2e} of the contribution > {allowed:.2e}"
         ratios[name] = ratio
     return ratios
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """Assert that two tensors are equal up to ``ROUNDING``, relative to the norm of ``expected``.
+
+    Shapes and dtypes must be equal. For an ``expected`` of zeros nothing else is accepted.
+    """
+    assert found.shape == expected.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+    assert found.dtype == expected.dtype, f"{found.dtype}, not {expected.dtype}"
+    error, size = (_norm(value.detach()) for value in (found - expected, expected))
+    assert error <= ROUNDING[expected.dtype] * size, f"off by {error / size if size else error:.2e} of its size"
 
 
 def _norm(value: Tensor) -> float:

@@ -16,8 +16,7 @@ from lorac.errors import LoracWarning
 from lorac.ir.sites.site import cast_floating
 from lorac.session.api import compile
 from lorac.testing.case import Case
-from lorac.testing.eager_checks import assert_close
-from lorac.testing.parity import assert_parity
+from lorac.testing.parity import assert_close, assert_parity
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.ir.algebra.changes import Change, Dense, LowRank, Sparse
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.oracles import dora, hira, ia3, lora, shira
 from tests.refusing import refuses
 

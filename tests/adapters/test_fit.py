@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lorac
+from lorac import LoracError
 from lorac.adapters.base_hash import compute_base_hash, compute_tensor_hash
-from lorac.errors import LoracError
 from lorac.frontend.model_view import ModelView
 from tests.refusing import refuses
 

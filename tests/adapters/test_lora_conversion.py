@@ -9,8 +9,7 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import merge_weight
-from lorac.testing import adapter_away, parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import adapter_away, assert_close, parity
 from tests.refusing import refuses
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from lorac import Adapter, LoRA
 from lorac.adapters.packing import pack_adapter
 from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.operands import C
 from lorac.ir.slots.plans import PreparedAdapter
 from lorac.ir.slots.stacks import find_stacks
-from lorac.variants.adapter import Adapter
-from lorac.variants.lora import LoRA
 
 
 def test_tensors_of_one_shape_lie_one_behind_the_other() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 SHAPES = {"a": (9, 6), "b.c": (4, 9)}

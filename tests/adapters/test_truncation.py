@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lorac.adapters.truncation import measure_effective_rank, truncate_matrix, truncate_product
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import PROJECTED
 
 DRAWN = np.random.default_rng(3)

@@ -9,7 +9,7 @@ import transformers
 
 import lorac
 from lorac.analysis.attention_norms import HeadNorms, measure_attention, measure_projection
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import assert_at_most, decimals
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lorac
+from lorac import AdapterError
 from lorac.analysis.entanglement import (
     adapter_entanglement,
     draw_entanglement,
@@ -14,8 +15,7 @@ from lorac.analysis.entanglement import (
     random_entropy,
     rank_bound,
 )
-from lorac.errors import AdapterError
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import assert_apart, assert_at_most, assert_deviation, assert_mean, decimals
 from tests.refusing import refuses
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lorac
+from lorac import ParamSpec
 from lorac.analysis.methods import HEADERS, WIDTH, MethodRow, render_markdown, row_cells
 from lorac.cli.models import method_rows
-from lorac.variants.params import ParamSpec
 
 BUILT_IN = {v.name: v for v in lorac.variants().values() if v.__module__.startswith("lorac.variants.")}
 

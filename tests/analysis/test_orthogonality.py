@@ -7,7 +7,7 @@ from torch import nn
 
 import lorac
 from lorac.analysis.orthogonality import Orthogonality, adapter_orthogonality, orthogonality
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.variants import shira
 from tests.refusing import refuses
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 _Array = npt.NDArray[np.float64]
 

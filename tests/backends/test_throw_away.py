@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.session import targets
-from lorac.testing.parity import assert_parity
-from lorac.testing.samples import adapter_away
+from lorac.testing import adapter_away, assert_parity
 from tests.backends.throw_away import DIALECT, PlainEngine
 
 

@@ -13,7 +13,7 @@ from campaigns.zoo import __main__ as zoo
 from campaigns.zoo import adapting, checking, journal, pages, running, shrinking
 from campaigns.zoo.entries import Entry, entries, entry
 from campaigns.zoo.shown import SHOWN
-from lorac.errors import LoracError, SiteError
+from lorac import LoracError, SiteError
 
 HERE = (("eager", "live"), ("onnxruntime", "live"))
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import lorac
+from lorac import OptionError
 from lorac.cli import app, main
 from lorac.cli._user_modules import import_user_module
-from lorac.errors import OptionError
 
 METHOD = '''
 from dataclasses import dataclass

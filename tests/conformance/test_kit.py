@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lorac
+from lorac import ParamSpec, Role
 from lorac.ir.sites.site import SiteKind
 from lorac.testing import HOSTS, Host, Oracle, conformance, samples
 from lorac.variants import initialisers
-from lorac.variants.params import ParamSpec, Role
 from tests.refusing import refuses
 
 

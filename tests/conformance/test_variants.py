@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from lorac import BranchVariant, WeightVariant
 from lorac.testing import conformance
 from lorac.variants import variants
-from lorac.variants.base import BranchVariant, WeightVariant
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 ALIKE = {"no_bias", "transposed", "padded", "attention", "divisible"}

@@ -13,8 +13,7 @@ import lorac
 from lorac.analysis.methods import render_markdown
 from lorac.cli.models import method_rows
 from lorac.diffusion.attention import AttentionMaps, ConceptIsolation, RegionAttention, rasterise
-from lorac.testing import assert_parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, assert_parity
 from tests.diffusion.small_unet import HEADS, TOKENS, dynamic_shapes, inputs, noisy, small_unet
 from tests.limits import assert_apart
 from tests.refusing import refuses

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import lorac
 from lorac.diffusion.clora import ConceptPass, ContrastiveComposer, add_background, contrast, fuse, subject_mask
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.diffusion.small_unet import (
     inputs,
     noisy,

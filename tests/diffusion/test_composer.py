@@ -13,8 +13,7 @@ from lorac.diffusion.attention import rasterise
 from lorac.diffusion.composer import Composer
 from lorac.diffusion.constraints import begin_in_boxes, bell, concept_loss, leak_loss, update_rate
 from lorac.diffusion.regions import Region
-from lorac.testing import assert_parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, assert_parity
 from tests.diffusion.small_unet import (
     TOKENS,
     WIDTH,

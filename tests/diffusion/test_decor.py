@@ -10,8 +10,7 @@ import lorac
 from lorac.diffusion import decor
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, assert_close, conformance
 from tests.diffusion.texts import make_tokenizer
 from tests.image_files import WIDTH, make_pair
 from tests.limits import assert_apart, assert_vanishes, decimals

@@ -6,7 +6,7 @@ from torch import nn
 
 import lorac
 from lorac.diffusion.gates import GateSettings, global_expert, read_gates, train_gates, write_loras
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.parity import assert_parity
 from tests.refusing import refuses
 

@@ -9,7 +9,7 @@ import lorac
 from examples.pipelines import tiny_unet, tiny_vae
 from lorac.diffusion import high_frequencies as high
 from lorac.diffusion import hipa
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import assert_vanishes
 from tests.parity import assert_parity
 from tests.refusing import refuses

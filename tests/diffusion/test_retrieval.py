@@ -14,7 +14,7 @@ import lorac
 from lorac.cli import app
 from lorac.diffusion.retrieval import Retriever, find_adapters, matching_loss, train_retriever
 from lorac.diffusion.weight_encoder import ClipBlock, WeightEncoder, find_sizes
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.diffusion.texts import make_encoder, make_tokenizer
 from tests.limits import assert_apart, decimals
 from tests.refusing import refuses

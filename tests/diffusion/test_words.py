@@ -14,7 +14,8 @@ import torch
 import lorac
 import lorac.diffusion
 from examples.pipelines import build
-from lorac.diffusion.pipeline import CompiledPipeline, make_pipeline_class
+from lorac.diffusion import CompiledPipeline
+from lorac.diffusion.pipeline import make_pipeline_class
 from tests.pipelines import paint
 from tests.refusing import refuses
 

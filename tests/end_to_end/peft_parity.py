@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
+from lorac import load_adapter, save_adapter
 from tests import parity, peft_files
 from tests.end_to_end.peft_cases import Case, Inputs, checkpoint, example, joined, shapes
 from tests.formats.oracle import assert_equal

@@ -10,9 +10,8 @@ from peft import LoraConfig
 from torch import nn
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
-from lorac.testing import adapter_away, parity
-from lorac.testing.eager_checks import assert_close
+from lorac import load_adapter, save_adapter
+from lorac.testing import adapter_away, assert_close, parity
 from tests.peft_files import configure, load_peft, make_peft
 from tests.refusing import refuses
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import lorac
+from lorac import LoracWarning
 from lorac.backends.onnx.model_files import read_model_files
-from lorac.errors import LoracWarning
 from lorac.frontend.quantised_weights import QUANTISATION_LEVELS, QuantisedMatrix
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import lorac
-from lorac.testing import parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses
 

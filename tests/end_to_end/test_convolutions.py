@@ -9,8 +9,7 @@ from peft import HiraConfig, IA3Config, LoHaConfig, LoraConfig
 from torch import nn
 
 import lorac
-from lorac.testing import parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, parity
 from tests.limits import assert_apart
 from tests.peft_files import load_peft, make_peft
 from tests.refusing import refuses

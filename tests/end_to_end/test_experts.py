@@ -12,9 +12,8 @@ from transformers.integrations import use_experts_implementation
 from transformers.pytorch_utils import Conv1D
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
-from lorac.testing import adapter_away, parity
-from lorac.testing.eager_checks import assert_close
+from lorac import load_adapter, save_adapter
+from lorac.testing import adapter_away, assert_close, parity
 from tests.peft_files import change_tensors, load_peft, make_peft
 from tests.refusing import refuses
 

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import lorac
 from examples import few_shot_series, llmfew
 from examples.llmfew import Head, LLMFew, PatchEncoder, patched, patches
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.parity import assert_parity
 
 CHANNELS, LENGTH, PATCH, STRIDE, WIDTH, CLASSES = 3, 22, 6, 4, 16, 5

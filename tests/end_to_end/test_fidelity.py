@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import zoo
 from tests.refusing import refuses
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 import lorac
 from lorac.ir.calls.output_structure import replace_dataclasses
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 Pair = namedtuple("Pair", "first second")

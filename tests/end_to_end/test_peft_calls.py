@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.errors import ChoiceError, ExampleInputsNeeded, InputMismatch
-from lorac.testing.eager_checks import assert_close
+from lorac import ChoiceError, ExampleInputsNeeded, InputMismatch
+from lorac.testing import assert_close
 from tests import parity
 from tests.end_to_end.peft_cases import CASES, checkpoint, example
 from tests.zoo import ZOO

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import parity
 from tests.end_to_end.peft_cases import CASES, checkpoint, example
 from tests.peft_files import make_peft

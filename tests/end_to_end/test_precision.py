@@ -15,9 +15,8 @@ from torch import nn
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
+from lorac.testing import adapter_away, assert_parity
 from lorac.testing.hosts import Block
-from lorac.testing.parity import assert_parity
-from lorac.testing.samples import adapter_away
 from tests.backends import throw_away
 
 WIDE = "no kernels for float16: it computes in float32, and its outputs are in float32"

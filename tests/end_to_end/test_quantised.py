@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lorac
+from lorac import OptionError, Unavailable
 from lorac.backends.onnx import self_test
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.errors import OptionError, Unavailable
 from tests.parity import assert_parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses

@@ -26,7 +26,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, ShiraConfig
 from torch import Tensor
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.parity import assert_parity, named_outputs
 from tests.peft_files import make_peft, quiet
 from tests.zoo import ZOO

@@ -15,7 +15,7 @@ from experiments._chained_attention import (
     softmax_error_bound,
     softmax_factors,
 )
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import assert_at_most
 
 LENGTH, WIDTH = 64, 3

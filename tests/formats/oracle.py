@@ -10,13 +10,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from lorac.formats import load_adapter, save_adapter
+from lorac import Adapter, WeightVariant, load_adapter, save_adapter
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site
 from lorac.testing import eager_checks as checks
-from lorac.variants.adapter import Adapter
-from lorac.variants.base import WeightVariant
 from tests import parity, peft_files
 from tests.zoo import ZOO
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.formats.adapterhub_files import FILES, FOLDERS, changed, expected, inputs, main, model, refused, split
 from tests.parity import assert_parity
 from tests.refusing import refuses

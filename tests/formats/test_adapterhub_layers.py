@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.formats.adapterhub_files import FILES, changed, inputs, main, model, refused, split
 from tests.limits import assert_apart
 from tests.refusing import refuses

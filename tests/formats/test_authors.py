@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorac
 from campaigns import sound
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.formats.oracle import assert_equal
 from tests.refusing import refuses
 

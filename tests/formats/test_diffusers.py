@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
+from lorac import load_adapter, save_adapter
 from tests import image_files
 from tests.formats.oracle import assert_equal
 from tests.parity import assert_parity

@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import lorac.formats
 from campaigns import sound
-from lorac.errors import FormatError
-from lorac.formats import formats, load_adapter, save_adapter
-from lorac.variants.adapter import Adapter
-from lorac.variants.lora import LoRA
+from lorac import Adapter, FormatError, LoRA, load_adapter, save_adapter
+from lorac.formats import formats
 from tests import peft_files
 from tests.formats.oracle import assert_equal
 from tests.refusing import refuses

@@ -16,7 +16,7 @@ import transformers
 import lorac
 from lorac.formats.gguf.file import read_gguf
 from lorac.limits import charge_reading
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.formats.oracle import assert_equal
 from tests.refusing import refuses
 from tests.zoo import ZOO

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
-from lorac.testing.eager_checks import assert_close
+from lorac import load_adapter, save_adapter
+from lorac.testing import assert_close
 from tests import image_files
 from tests.formats.lycoris_cases import CASES
 from tests.formats.oracle import assert_equal

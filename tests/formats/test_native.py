@@ -12,25 +12,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorac.errors import (
+from lorac import (
+    Adapter,
     AdapterError,
+    DoRA,
     FormatError,
+    Hydra,
+    LoRA,
+    ParamSpec,
+    SHiRA,
     UnknownMethod,
+    WeightVariant,
+    load_adapter,
+    save_adapter,
 )
-from lorac.formats import load_adapter, save_adapter
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site
 from lorac.variants import variants
 from lorac.variants._masks import struct_mask
-from lorac.variants.adapter import Adapter
-from lorac.variants.base import Variant, WeightVariant
-from lorac.variants.dora import DoRA
-from lorac.variants.hydra import Hydra
+from lorac.variants.base import Variant
 from lorac.variants.initialisers import zeros
-from lorac.variants.lora import LoRA
-from lorac.variants.params import ParamSpec
-from lorac.variants.shira import SHiRA
 from tests.formats.oracle import assert_equal
 from tests.refusing import refuses
 from tests.zoo import ZOO

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
+from lorac import load_adapter, save_adapter
 from lorac.formats._image_files.converters import name_loader
 from lorac.formats._image_files.original_names import find_original_names
 from tests.formats.oracle import assert_equal

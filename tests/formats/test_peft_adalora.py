@@ -10,11 +10,10 @@ from peft import AdaLoraConfig, PeftModel
 from torch import nn
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
+from lorac import AdaLoRA, load_adapter, save_adapter
 from lorac.formats.peft.config import peft_types
 from lorac.ir.algebra.changes import LowRank
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.adalora import AdaLoRA
+from lorac.testing import assert_close
 from tests import parity
 from tests.peft_files import SMALL, configure, load_peft, quiet, wrap
 from tests.refusing import refuses

@@ -10,12 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorac
-from lorac.errors import BaseNeeded
-from lorac.formats import load_adapter, save_adapter
-from lorac.testing.eager_checks import assert_close
+from lorac import BaseNeeded, RandLoRA, VeRA, load_adapter, save_adapter
+from lorac.testing import assert_close
 from lorac.variants.base import Variant
-from lorac.variants.randlora import RandLoRA
-from lorac.variants.vera import VeRA
 from tests import parity
 from tests.peft_files import WEIGHTS, change_tensors, configure, load_peft, save_small
 from tests.refusing import refuses

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import lorac
 from lorac.formats.peft import types
 from lorac.formats.peft.config import peft_types
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.peft_files import CONFIG, WEIGHTS
 
 SOURCE = '''

@@ -31,12 +31,9 @@ from peft import (
     XLoraConfig,
 )
 
-from lorac.errors import FormatError
-from lorac.formats import load_adapter
+from lorac import DoRA, FormatError, LoRA, load_adapter
 from lorac.formats._config_fields import Refused
 from lorac.formats.peft.config import PEFT_TYPES, peft_types
-from lorac.variants.dora import DoRA
-from lorac.variants.lora import LoRA
 from tests.peft_files import CONFIG, configure, make_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO

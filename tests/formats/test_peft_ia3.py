@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorac.formats import load_adapter, save_adapter
-from lorac.variants.adapter import Adapter
-from lorac.variants.ia3 import IA3
+from lorac import IA3, Adapter, load_adapter, save_adapter
 from tests.peft_files import configure, load_peft, save_small
 from tests.refusing import refuses
 from tests.zoo import ZOO

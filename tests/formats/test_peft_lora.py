@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
-from lorac.variants.dora import DoRA
-from lorac.variants.lora import LoRA
+from lorac import DoRA, LoRA, load_adapter, save_adapter
 from tests import parity, peft_files
 from tests.formats.oracle import applied, assert_round_trip, call, round_trip
 from tests.limits import assert_apart

@@ -13,12 +13,8 @@ from peft import HRAConfig, LoraConfig, OFTConfig
 from safetensors.torch import load_file
 
 import lorac
-from lorac.errors import BaseNeeded, LoracError
-from lorac.formats import load_adapter, save_adapter
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.adapter import Adapter
-from lorac.variants.hira import HiRA
-from lorac.variants.lokr import LoKr
+from lorac import Adapter, BaseNeeded, HiRA, LoKr, LoracError, load_adapter, save_adapter
+from lorac.testing import assert_close
 from tests import parity
 from tests.formats.oracle import assert_equal
 from tests.peft_files import change_tensors, configure, load_peft, quiet, save_small, wrap

@@ -12,11 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lorac.errors import BaseNeeded
-from lorac.formats import load_adapter, save_adapter
-from lorac.variants.adapter import Adapter
-from lorac.variants.hydra import Hydra
-from lorac.variants.lora import LoRA
+from lorac import Adapter, BaseNeeded, Hydra, LoRA, load_adapter, save_adapter
 from tests.formats.oracle import assert_equal
 from tests.peft_files import CONFIG, load_peft, make_peft, save_small
 from tests.refusing import refuses

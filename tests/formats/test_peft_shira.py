@@ -9,10 +9,7 @@ import pytest
 import torch
 from peft import ShiraConfig
 
-from lorac.errors import BaseNeeded
-from lorac.formats import load_adapter, save_adapter
-from lorac.variants.adapter import Adapter
-from lorac.variants.shira import SHiRA
+from lorac import Adapter, BaseNeeded, SHiRA, load_adapter, save_adapter
 from tests import peft_files
 from tests.formats.oracle import assert_equal, assert_round_trip, assert_same
 from tests.peft_files import change_tensors, configure

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
+from lorac import load_adapter, save_adapter
 from lorac.training.initialisation import PiSSA
 from tests import parity, peft_files
 from tests.formats.oracle import assert_same, call

@@ -13,13 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorac.errors import (
-    AdapterError,
-    FormatError,
-    LoracError,
-    SiteError,
-)
-from lorac.formats import load_adapter, save_adapter
+from lorac import AdapterError, FormatError, LoracError, SiteError, load_adapter, save_adapter
 from tests.formats.oracle import assert_equal
 from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, make_peft, save_small
 from tests.refusing import refuses

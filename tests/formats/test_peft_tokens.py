@@ -11,14 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 import lorac
-from lorac.errors import (
-    AdapterError,
-    BaseNeeded,
-    FormatError,
-    LoracError,
-    SiteError,
-)
-from lorac.formats import load_adapter, save_adapter
+from lorac import AdapterError, BaseNeeded, FormatError, LoracError, SiteError, load_adapter, save_adapter
 from tests import parity
 from tests.end_to_end.peft_cases import tie
 from tests.peft_files import change_tensors, configure, load_peft, make_peft

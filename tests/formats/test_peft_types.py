@@ -15,24 +15,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lorac
-from lorac.errors import AdapterError, FormatError, LoracError, SiteError
-from lorac.formats import load_adapter, save_adapter
-from lorac.variants.adalora import AdaLoRA
+from lorac import (
+    BAT,
+    BOFT,
+    HRA,
+    IA3,
+    OFT,
+    AdaLoRA,
+    AdapterError,
+    FormatError,
+    FourierFT,
+    HiRA,
+    LNTuning,
+    LoHa,
+    LoKr,
+    LoracError,
+    MiSS,
+    RandLoRA,
+    SiteError,
+    VBLoRA,
+    VeRA,
+    load_adapter,
+    save_adapter,
+)
 from lorac.variants.base import Variant
-from lorac.variants.bat import BAT
-from lorac.variants.boft import BOFT
-from lorac.variants.fourierft import FourierFT
-from lorac.variants.hira import HiRA
-from lorac.variants.hra import HRA
-from lorac.variants.ia3 import IA3
-from lorac.variants.ln_tuning import LNTuning
-from lorac.variants.loha import LoHa
-from lorac.variants.lokr import LoKr
-from lorac.variants.miss import MiSS
-from lorac.variants.oft import OFT
-from lorac.variants.randlora import RandLoRA
-from lorac.variants.vblora import VBLoRA
-from lorac.variants.vera import VeRA
 from tests.parity import assert_parity
 from tests.peft_files import CONFIG, WEIGHTS, change_tensors, configure, load_peft, save_small
 from tests.refusing import refuses

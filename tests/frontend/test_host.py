@@ -15,7 +15,7 @@ from examples.pipelines import tiny_unet
 from lorac.frontend.host import GROUP, Host, PlainHost
 from lorac.frontend.hosts.diffusers import DiffusersHost
 from lorac.frontend.hosts.transformers import TransformersHost
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 PACKAGE = """
 import torch

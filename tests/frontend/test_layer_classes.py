@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import parity
 from tests.refusing import refuses
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))

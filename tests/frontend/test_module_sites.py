@@ -13,7 +13,7 @@ from lorac.frontend.module_sites import infer_module_site, make_module_site
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton import build_skeleton, describe_skeleton
 from lorac.ir.sites.site import SiteKind
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 from tests.variants.modules import BLOCK, Bottleneck
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorac.errors import ExampleInputsNeeded
+from lorac import ExampleInputsNeeded
 from lorac.frontend.components import Components
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.residual_stream import (

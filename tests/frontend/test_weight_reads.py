@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.frontend.layer_classes import is_only_read
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import parity
 from tests.peft_files import make_peft
 from tests.refusing import refuses

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import Adapter
 from lorac.ir.algebra.changes import Change, merge_weight
-from lorac.variants.adapter import Adapter
 
 LAYERS = {"conv": (18, 54), "fc1": (36, 48), "fc2": (24, 36)}
 """Site -> (out, in); the order is that of the names too."""

@@ -9,8 +9,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lorac
-from lorac.merging.merged_checkpoint import merge_checkpoint
-from lorac.testing.eager_checks import assert_close
+from lorac.merging import merge_checkpoint
+from lorac.testing import assert_close
 from tests.merging.test_merged_model import drawn
 from tests.refusing import refuses
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.merging.hosts import deltas, host, lora
 
 WEIGHTS = np.array([0.7, 0.4, 0.2])

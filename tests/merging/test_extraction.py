@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorac
-from lorac.testing import parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, parity
 from tests.refusing import refuses
 from tests.zoo import ZOO
 

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.merging.federation import STACK, FederatedStack
-from lorac.testing.eager_checks import assert_close
+from lorac.merging import FederatedStack
+from lorac.merging.federation import STACK
+from lorac.testing import assert_close
 from tests.limits import assert_apart
 from tests.merging.hosts import deltas, host, lora
 from tests.merging.test_ways import matrix, of_pair, tensor

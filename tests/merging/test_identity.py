@@ -10,16 +10,14 @@ import pytest
 import torch
 
 import lorac
-from lorac.errors import SiteError
+from lorac import SiteError, WeightVariant
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import merge_bias, merge_weight
 from lorac.merging import ways
 from lorac.merging.merge import merge_sites
 from lorac.merging.registry import make_way
 from lorac.merging.way import SiteWay
-from lorac.testing import samples
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.base import WeightVariant
+from lorac.testing import assert_close, samples
 from tests.merging.hosts import host, lora
 from tests.refusing import refuses
 

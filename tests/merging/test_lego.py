@@ -7,7 +7,7 @@ import torch
 
 import lorac
 from lorac.merging.clustering import cluster, sort_points
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import rank_of
 from tests.merging.hosts import deltas, host, lora
 from tests.merging.test_ways import matrix, of_pair, tensor

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lorac
 from examples.pipelines import tiny_unet
-from lorac.merging.merged_checkpoint import merge_checkpoint
+from lorac.merging import merge_checkpoint
 from tests.merging.test_merged_model import drawn
 from tests.refusing import refuses
 from tests.zoo import ZOO

@@ -6,7 +6,7 @@ from torch import nn
 
 import lorac
 from lorac.frontend.quantised_weights import dequantise_weights
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.end_to_end.test_came_quantised import MADE, X, model
 from tests.merging.test_merged_model import drawn
 from tests.refusing import refuses

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.merging.hosts import deltas, host, lora, weight_at
 
 registry = pytest.importorskip(

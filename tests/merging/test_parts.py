@@ -7,7 +7,7 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.merging.hosts import LAYERS, deltas, host, lora
 from tests.refusing import refuses
 

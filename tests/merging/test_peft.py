@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.merging.hosts import deltas, host, lora
 
 WEIGHTS = {"a": 0.7, "b": -0.4}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import rank_of
 from tests.merging.hosts import deltas, host, lora
 from tests.refusing import refuses

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorac
+from lorac import LoracError
 from lorac.backends.onnx.model_files import read_model_files
 from lorac.backends.onnxruntime.native_op import OP, use_native_op
-from lorac.errors import LoracError
 from tests.limits import NATIVE, NATIVE_HALF
 from tests.native.library import installed, needs_compiler
 

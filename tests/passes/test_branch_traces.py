@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lorac
 from lorac.passes import expand
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 X, OTHER = (torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows)) for rows in (3, 5))
 BY_ROW = pytest.mark.parametrize("by_row", [False, True])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.errors import Unavailable
+from lorac import Unavailable
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
@@ -16,7 +16,7 @@ from lorac.ir.graph.feeds import cache_input_shapes
 from lorac.ir.graph.interpreter import run_graph
 from lorac.passes.cache_attention import CacheAttention
 from lorac.passes.pipelines import lowering_passes, run_pipeline
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.decoders import DECODERS, VOCABULARY
 from tests.refusing import refuses
 

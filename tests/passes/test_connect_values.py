@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import lorac
+from lorac import ParamSpec
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall
 from lorac.ir.graph.passes import PassResult, Skip
 from lorac.passes.connect_values import ConnectValues
 from lorac.passes.insert import InsertAdaptedCalls
 from lorac.passes.pipelines import run_pipeline
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.params import ParamSpec
+from lorac.testing import assert_close
 from tests.captured import captured_program, graph_of
 from tests.refusing import refuses
 from tests.variants.modules import Routed

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import Unavailable
+from lorac import Unavailable
 from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.host import Host
@@ -17,7 +17,7 @@ from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_o
 from lorac.ir.graph.feeds import cache_input_shapes
 from lorac.ir.graph.interpreter import run_graph
 from lorac.passes.pipelines import lowering_passes, run_pipeline
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.encoder_decoders import VOCABULARY, batches, made
 from tests.passes.test_cache_attention import COUNTS, parts
 

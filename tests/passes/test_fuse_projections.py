@@ -21,8 +21,7 @@ from lorac.ir.graph.interpreter import differs_beyond_rounding
 from lorac.ir.graph.passes import PassResult, Skip
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.pipelines import lowering_passes, run_pipeline
-from lorac.testing.parity import assert_parity
-from lorac.testing.samples import adapter_away
+from lorac.testing import adapter_away, assert_parity
 from tests.captured import capture, captured_program, captured_stack, filled, graph_of, interpret
 
 BLOCKS = [f"body.layers.{i}" for i in range(3)]

@@ -9,7 +9,7 @@ import torch
 
 from lorac.ir.graph.passes import Pass
 from lorac.passes.pipelines import lowering_passes, run_pipeline
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.captured import capture, interpret
 from tests.passes.idle_casts import IdleCasts
 from tests.refusing import refuses

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.errors import Unavailable
+from lorac import Unavailable
 from lorac.ir.graph.graph import Level
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.pipelines import run_pipeline

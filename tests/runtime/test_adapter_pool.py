@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lorac
+from lorac import ParamSpec
 from lorac.session.adapter_tensors import state_dict_key
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.params import ParamSpec
+from lorac.testing import assert_close
 from tests.refusing import refuses
 from tests.runtime.switching import ENTRY, X, adapter, answer, build, pair, raw
 

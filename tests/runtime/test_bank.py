@@ -19,8 +19,7 @@ import torch
 
 import lorac
 from lorac.session import registry
-from lorac.testing import adapter_away
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import adapter_away, assert_close
 from lorac.variants.base import Variant
 from tests.decoders import DECODERS
 from tests.refusing import refuses

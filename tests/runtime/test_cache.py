@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lorac
-from lorac.errors import ChoiceError, InputMismatch, Unavailable
+from lorac import ChoiceError, InputMismatch, Unavailable
 from lorac.target.kv_cache import DecodeStep
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.decoders import DECODERS, IDS, VOCABULARY, adapt_llama
 from tests.parity import assert_parity
 from tests.passes.test_cache_attention import COUNTS, parts

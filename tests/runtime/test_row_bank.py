@@ -13,7 +13,7 @@ import torch
 import lorac
 from lorac.ir.slots.choice import parse_choice
 from lorac.target.kv_cache import DecodeStep
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.decoders import DECODERS, IDS
 from tests.refusing import refuses
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import LEAST_DIFFERENCE, ROWS, assert_apart
 from tests.program_calls import note_calls
 from tests.runtime.switching import raw

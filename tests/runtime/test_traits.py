@@ -7,7 +7,7 @@ from torch import nn
 
 import lorac
 from lorac.runtime.traits import StoredConfig
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.runtime.artifacts import alone
 
 

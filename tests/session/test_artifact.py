@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import assert_apart
 from tests.parity import assert_parity, named_outputs
 from tests.runtime.artifacts import alone, assert_same_folders, make_adapters, make_compiled, run_python
@@ -196,7 +196,7 @@ def test_loading_needs_neither_transformers_nor_the_model(tmp_path: Path) -> Non
     script = (
         "import sys\n"
         "for name in ('transformers', 'tests', 'peft'): sys.modules[name] = None\n"
-        "import torch, lorac\nfrom lorac.testing.eager_checks import assert_close\n"
+        "import torch, lorac\nfrom lorac.testing import assert_close\n"
         f"inputs, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
         f"assert_close(lorac.load({str(tmp_path / 'it')!r})(**inputs), expected)\n"
     )

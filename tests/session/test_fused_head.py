@@ -9,7 +9,7 @@ import transformers
 import trl
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 from tests.trainer.runs import CPU, TEXTS, tokenizer
 from tests.zoo import ZOO

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import lorac
+from lorac import ParamSpec
 from lorac.variants import initialisers
-from lorac.variants.params import ParamSpec
 from tests.parity import assert_parity
 from tests.variants.away import away
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorac.errors import FormatError
+from lorac import FormatError
 from lorac.storage import atomic_folders as folders
 from lorac.storage.atomic_folders import list_foreign, read_consistently, recover_folder, replace_atomically
 from tests.refusing import refuses

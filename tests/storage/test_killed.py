@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorac.errors import LoracError
+from lorac import LoracError
 from tests.storage.writers import FOREIGN, KINDS, read, reset, start, write, write_on, write_until
 
 WAYS = [(kind, exchange) for kind in KINDS for exchange in (True, False) if exchange or kind != "native"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lorac.errors import ArtifactError, FormatError
+from lorac import ArtifactError, FormatError
 from lorac.storage import open_file
 from lorac.storage.open_file import OpenFile, open_files
 from lorac.storage.tensor_file import TensorFile, TensorLocation, raw_bytes, write_safetensors

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import Adapter
 from lorac.adapters import preparation as preparing
 from lorac.adapters.preparation import Preparer
 from lorac.frontend.base_weights import make_base_reader
 from lorac.frontend.site_discovery import find_sites
 from lorac.storage.reductions import check_sizes, reduction_from_json
-from lorac.variants.adapter import Adapter
 
 METHODS: dict[str, Any] = {
     "lora": lorac.LoRA(r=3, targets=["0"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorac.errors import FormatError
+from lorac import FormatError
 from lorac.storage.strict_json import MAX_DEPTH, dump_json, parse_json, parse_object
 from tests.refusing import refuses
 

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorac.formats import formats, load_adapter, save_adapter
+from lorac import Adapter, LoRA, load_adapter, save_adapter
+from lorac.formats import formats
 from lorac.formats.peft.config import peft_types
 from lorac.storage import artifact
 from lorac.storage import atomic_folders as folders
-from lorac.variants.adapter import Adapter
-from lorac.variants.lora import LoRA
 
 KINDS = ("artifact", "peft", "native")
 FOREIGN = {"README.md": "mine", "more/notes.txt": "mine too"}

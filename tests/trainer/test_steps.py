@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import lorac
 from lorac import training
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.trainer.losses import EXPERTS
 from tests.refusing import refuses
 from tests.trainer.trainings import ROWS, compiled_of, plan, same, tensors_of, trainer_of

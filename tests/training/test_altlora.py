@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import AlternatingFactors, AltLoRA
 from tests.limits import assert_apart
 from tests.training.loops import trained

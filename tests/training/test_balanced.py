@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import Balanced
 from tests.training.every_rule import Host, batch
 from tests.training.loops import trained

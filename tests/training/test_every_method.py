@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import AdapterError, SiteError
+from lorac import AdapterError, Role, SiteError
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.sites.patterns import find_layer_index, is_named
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import samples
 from lorac.variants._mixtures import LoraMixture
 from lorac.variants.base import Variant
-from lorac.variants.params import Role
 from tests import zoo
 from tests.training.loops import TARGETS, data, host, plain_loop, trained
 

@@ -14,7 +14,7 @@ import torch
 
 import lorac
 from lorac import training
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training.rule import Rule
 from tests.limits import assert_apart
 from tests.training.every_rule import ROWS, RULES, batch, copies, tensors_of, through_a_file, train

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import GaLoreAdamW, GaLoreSGD, galore_groups
 from tests.limits import assert_apart, rank_of
 from tests.training.loops import trained

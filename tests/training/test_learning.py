@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import zoo
 from tests.training.loops import by_trainer, data, host, plain_loop, trained, variant
 

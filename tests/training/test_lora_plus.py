@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import LoRAPlus
 from tests.refusing import refuses
 from tests.training.every_rule import through_a_file

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import NestedRanks
 from tests.training.loops import TARGETS, by_trainer, data, host, plain_loop, trained
 from tests.training.rules import drawn, linear

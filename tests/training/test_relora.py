@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import ReLoRA, restart_schedule
 from tests.limits import rank_of
 from tests.training.loops import trained

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.training.every_rule import through_a_file
 from tests.training.loops import data, host, trained
 from tests.zoo import ZOO

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import draw_ordered, gate_loss, leave_one_out, ordered_log_prob, sampled_selection_loss
 from tests.limits import decimals
 from tests.training.rules import drawn, tensor

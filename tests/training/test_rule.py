@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import AltLoRA, LoRAPro, NestedRanks
 from lorac.training.step_view import view_optimizer
 from tests.training.every_rule import RULES, tensors_of, through_a_file, train

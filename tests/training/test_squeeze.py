@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import LoRAPro, Squeeze, rank_stages, reduce_rank
 from tests.limits import assert_at_most
 from tests.training.loops import trained

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import parity
 from tests.peft_files import load_peft
 from tests.training.loops import data, host, plain_loop, trained, variant

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 import lorac
+from lorac import ParamSpec
 from lorac.ir.sites.site import SiteKind
 from lorac.variants import initialisers
 from lorac.variants._mixtures import top_k_softmax
-from lorac.variants.params import ParamSpec
 
 BLOCK = frozenset({SiteKind.BLOCK})
 

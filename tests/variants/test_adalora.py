@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import AdaLoRA
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.adalora import AdaLoRA
+from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.limits import assert_deviation
 from tests.refusing import refuses

@@ -10,7 +10,7 @@ import transformers
 
 import lorac
 from lorac.ir.slots.program_values import replace_first_tensor
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.parity import assert_parity
 from tests.refusing import refuses
 from tests.variants.modules import Bottleneck, Experts, Routed, SideNetwork

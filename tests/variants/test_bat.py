@@ -6,8 +6,7 @@ import torch
 import lorac
 from lorac.ir.algebra.changes import Dense
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, assert_close
 from tests.limits import assert_apart
 from tests.refusing import refuses
 

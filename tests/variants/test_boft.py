@@ -5,12 +5,9 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import OptionError
+from lorac import BOFT, OFT, OptionError
 from lorac.ir.algebra.changes import Dense
-from lorac.testing import HOSTS, Case, conformance
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.boft import BOFT
-from lorac.variants.oft import OFT
+from lorac.testing import HOSTS, Case, assert_close, conformance
 from tests.limits import NULL
 from tests.oracles import boft as equations
 from tests.refusing import refuses

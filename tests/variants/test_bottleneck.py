@@ -12,7 +12,7 @@ import transformers
 import lorac
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.variants._bottleneck_layers import ACTIVATIONS, apply_coupling, coupling_specs, invert_coupling
 from tests.oracles import bottleneck as oracle
 from tests.refusing import refuses

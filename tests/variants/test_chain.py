@@ -7,8 +7,8 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, Case, conformance
-from lorac.testing.eager_checks import assert_close, check_identity_at_init
+from lorac.testing import HOSTS, Case, assert_close, conformance
+from lorac.testing.eager_checks import check_identity_at_init
 from lorac.variants.params import select_params
 from tests.limits import assert_apart
 from tests.oracles import chain as oracle

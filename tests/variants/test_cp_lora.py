@@ -8,9 +8,8 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import Case
+from lorac.testing import Case, assert_close
 from lorac.testing import eager_checks as checks
-from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.variants.convs import GROUPED, OBLONG, SQUARE, conv_host
 

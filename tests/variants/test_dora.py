@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import parity, peft_files
 
 

@@ -9,8 +9,7 @@ from torch import nn
 import lorac
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import LowRank
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 
 RANKS = (1, 2, 3)

@@ -7,9 +7,7 @@ from torch import nn
 import lorac
 from lorac.adapters.edits import hold_changes
 from lorac.ir.algebra.changes import Delta, LowRank, Sparse, compose, merge_weight
-from lorac.testing import adapter_away, conformance, parity
-from lorac.testing.eager_checks import assert_close
-from lorac.testing.hosts import HOSTS
+from lorac.testing import HOSTS, adapter_away, assert_close, conformance, parity
 from tests.oracles import edit
 
 WHOLE = lorac.Edit(parts={"pair": 2, "c": 1, "d": 1, "t": 1, "e": 1, "sparse": 5, "delta": 1})

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.oracles import flexmore as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training.rule import Rule
 from tests.parity import assert_parity
 from tests.refusing import refuses

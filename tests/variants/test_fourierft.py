@@ -8,12 +8,12 @@ from peft import FourierFTConfig, get_peft_model
 from torch import nn
 
 import lorac
+from lorac import FourierFT
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.fourierft import FourierFT
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 

@@ -5,8 +5,7 @@ import torch
 
 import lorac
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import Case
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import Case, assert_close
 from tests.refusing import refuses
 from tests.variants.convs import conv_host
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import HiRA
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.hira import HiRA
+from lorac.testing import assert_close
 from tests import parity
 
 

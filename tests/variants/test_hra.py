@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import HRA
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, conformance
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.hra import HRA
+from lorac.testing import HOSTS, assert_close, conformance
 from tests.limits import assert_apart
 from tests.oracles import hra as equations
 from tests.refusing import refuses

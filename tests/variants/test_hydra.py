@@ -10,8 +10,7 @@ from torch import nn
 import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.limits import rank_of
 

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 import lorac
 from lorac.argument_types import field_types
-from lorac.testing import HOSTS
-from lorac.testing.samples import samples
+from lorac.testing import HOSTS, samples
 from lorac.variants import variants
 from lorac.variants.base import Variant
 from tests.refusing import refuses

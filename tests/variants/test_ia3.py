@@ -8,8 +8,7 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import LowRank
-from lorac.testing import HOSTS, Case, Oracle, conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, Oracle, assert_close, conformance
 from tests import parity
 from tests.oracles import ia3 as equations
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.ln_tuning import LNTuning
+from lorac import LNTuning
+from lorac.testing import assert_close
 from tests import parity
 from tests.refusing import refuses
 from tests.zoo import ZOO

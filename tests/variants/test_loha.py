@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import LoHa
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.loha import LoHa
+from lorac.testing import HOSTS, Case, assert_close
 from tests.refusing import refuses
 
 

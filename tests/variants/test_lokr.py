@@ -6,10 +6,11 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 import lorac
+from lorac import LoKr
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.lokr import LoKr, factors
+from lorac.testing import assert_close
+from lorac.variants.lokr import factors
 from tests.refusing import refuses
 
 

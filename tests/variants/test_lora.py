@@ -10,8 +10,7 @@ from torch import nn
 import lorac
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, assert_close
 from tests import parity, peft_files
 from tests.limits import assert_apart
 from tests.refusing import refuses

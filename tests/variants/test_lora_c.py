@@ -12,9 +12,8 @@ import lorac
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import Case, Oracle
+from lorac.testing import Case, Oracle, assert_close
 from lorac.testing import eager_checks as checks
-from lorac.testing.eager_checks import assert_close
 from tests import parity
 from tests.oracles import lora_c as oracle
 from tests.refusing import refuses

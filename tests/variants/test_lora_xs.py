@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import Role
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.params import Role
+from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.limits import FIRST_ORDER, assert_deviation, assert_sketched
 from tests.refusing import refuses

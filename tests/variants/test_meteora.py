@@ -10,7 +10,7 @@ import torch
 import lorac
 from lorac.backends.onnx.model_files import read_model_files
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.variants._mixtures import top_k_mask, top_k_softmax
 from tests.oracles import meteora as oracle
 from tests.parity import assert_parity

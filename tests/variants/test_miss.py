@@ -10,8 +10,7 @@ import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.refusing import refuses
 

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import OptionError
+from lorac import OFT, OptionError
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.oft import OFT, nearest_divisor
+from lorac.testing import HOSTS, Case, assert_close
+from lorac.variants.oft import nearest_divisor
 from tests import parity
 from tests.limits import decimals
 from tests.refusing import refuses

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.parity import assert_parity
 from tests.refusing import refuses
 from tests.variants.modules import drawn

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import Role
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import SiteKind
-from lorac.testing import HOSTS, Case, Host, conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, Host, assert_close, conformance
 from lorac.testing.models import chain_layers
-from lorac.variants.params import InitContext, Role
+from lorac.variants.params import InitContext
 from tests.oracles import plp as oracle
 from tests.refusing import refuses
 

@@ -13,7 +13,7 @@ from torch import nn
 import lorac
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import decimals
 from tests.oracles import qst as oracle
 from tests.parity import assert_parity

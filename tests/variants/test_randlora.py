@@ -11,7 +11,7 @@ import lorac
 from lorac.ir.algebra.changes import Delta
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.oracles import randlora as oracle
 from tests.parity import assert_parity
 

@@ -15,8 +15,7 @@ from torch import nn
 
 import lorac
 from lorac.ir.sites.site import SiteKind
-from lorac.testing import HOSTS, conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, assert_close, conformance
 from lorac.testing.hosts import Block
 from lorac.variants import initialisers
 from tests.refusing import refuses

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import leave_one_out, sum_by_row
 from tests.limits import decimals
 from tests.parity import assert_parity

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import lorac
+from lorac import Residual
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, Case, conformance
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.residual import Residual
+from lorac.testing import HOSTS, Case, assert_close, conformance
 from tests.oracles import residual as oracle
 
 LORA = lorac.LoRA(r=3, alpha=5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.variants._mixtures import top_k_mask
 from tests.parity import assert_parity
 from tests.variants.away import away

@@ -4,7 +4,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.variants._mixtures import top_k_mask, top_k_softmax
 from tests.limits import decimals
 

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.testing import HOSTS, conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, assert_close, conformance
 from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses

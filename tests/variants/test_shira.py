@@ -7,7 +7,7 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import Sparse, SparseSum, add_sparse
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import parity, peft_files
 from tests.refusing import refuses
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorac
-from lorac.formats import load_adapter, save_adapter
+from lorac import load_adapter, save_adapter
 from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.reduction import Params
 from lorac.testing import adapter_away, parity

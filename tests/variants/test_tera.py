@@ -10,8 +10,7 @@ from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Delta, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, conformance
 from lorac.variants.tera import balanced_modes
 from tests.limits import assert_apart
 from tests.oracles import tera as oracle

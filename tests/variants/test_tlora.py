@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.errors import OptionError
+from lorac import OptionError, TLoRA
 from lorac.ir.algebra.changes import Dense, LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import HOSTS, conformance
-from lorac.testing.eager_checks import assert_close
-from lorac.variants.tlora import TLoRA
+from lorac.testing import HOSTS, assert_close, conformance
 from tests.oracles import tlora as equations
 from tests.refusing import refuses
 

@@ -11,8 +11,7 @@ import lorac
 from lorac.ir.algebra.changes import LowRank
 from lorac.ir.algebra.reduction import Params
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing import conformance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, conformance
 from tests.oracles import vblora as oracle
 from tests.refusing import refuses
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import lorac
 from lorac.frontend.last_hidden_state import find_last_hidden_state
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import decimals
 from tests.oracles import x_lora as oracle
 from tests.parity import assert_parity

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
-from lorac.testing.parity import assert_parity
-from lorac.testing.samples import adapter_away
+from lorac.testing import adapter_away, assert_close, assert_parity
 
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 
 import lorac
 from lorac.session.compiled import CompiledModule
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.variants.base import Variant
 from tests.refusing import refuses
 

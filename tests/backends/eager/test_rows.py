@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import ROWS
 from tests.program_calls import note_calls
 from tests.zoo import SMALL_LLAMA, ZOO

@@ -11,7 +11,7 @@ from torch import nn
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 
 class Attends(nn.Module):

@@ -17,7 +17,7 @@ from lorac.backends.onnx.export import exporter, torchlib, type_promotion
 from lorac.backends.onnx.export.opsets import op
 from lorac.backends.onnx.export.translations import TRANSLATIONS
 from lorac.backends.onnx.model_files import MODEL_FILE
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import ParamSpec
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.testing import HOSTS, Case
-from lorac.variants.params import ParamSpec
 
 VARIANTS = {"adaptertune": (lorac.AdapterTune(r=2), "block"), "meteora": (lorac.MeteoRA(r=2, experts=3), "linear")}
 

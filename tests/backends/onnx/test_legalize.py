@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 
 def _counted(y, ids):

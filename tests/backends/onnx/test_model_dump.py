@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.errors import Unavailable
+from lorac import Unavailable
 from tests.captured import Stack
 
 INPUTS = (torch.randn(2, 5, 10),)

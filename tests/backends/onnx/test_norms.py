@@ -6,7 +6,7 @@ import torch
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests import parity
 from tests.zoo import ZOO
 

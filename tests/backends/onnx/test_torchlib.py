@@ -13,8 +13,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 import lorac
 from lorac.backends.onnx.export import exporter, torchlib
 from lorac.backends.onnx.export.opsets import op, record_with
-from lorac.testing import adapter_away
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import adapter_away, assert_close
 
 aten = torch.ops.aten
 

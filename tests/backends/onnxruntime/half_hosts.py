@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import lorac
-from lorac.testing.parity import contribution
+from lorac.testing import contribution
 from lorac.testing.samples import AIM
 from tests.zoo import ZOO
 

@@ -12,8 +12,7 @@ from examples.pipelines import tiny_vae
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.passes import verify_model
 from lorac.backends.onnxruntime.flattening import CopyReshapeSizes, FlattenToRows
-from lorac.testing import adapter_away
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import adapter_away, assert_close
 from tests.zoo import ZOO
 
 FEATURES, OUT, RANK = 4, 6, 2

@@ -25,8 +25,7 @@ from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
 from lorac.backends.onnxruntime.devices import widening
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.ir.graph.graph import Graph
-from lorac.testing.eager_checks import assert_close
-from lorac.testing.parity import assert_parity
+from lorac.testing import assert_close, assert_parity
 from tests.backends.onnxruntime.half_hosts import NAMES, Reference
 from tests.zoo import ZOO
 

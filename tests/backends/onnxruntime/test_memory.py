@@ -23,7 +23,7 @@ from lorac.backends.onnxruntime.devices.memory import (
     empty_at,
     memory_at,
 )
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)

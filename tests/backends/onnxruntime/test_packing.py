@@ -13,7 +13,7 @@ import torch
 
 from lorac.backends.onnx.passes import verify_model
 from lorac.backends.onnxruntime.packing import PackTokens
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 Array = np.ndarray
 ROWS, LENGTH = 4, 3

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 import lorac
 from lorac.backends.onnx.model_files import MODEL_FILE, NEUTRAL_FILE
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.runtime.switching import CHOICES, MIXTURE, X, answer, build, pair, raw
 
 

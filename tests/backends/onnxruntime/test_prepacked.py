@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorac
-from lorac.errors import LoracWarning
+from lorac import LoracWarning
 from lorac.storage.artifact import read_manifest, write_manifest
 from lorac.storage.atomic_folders import MANIFEST
 

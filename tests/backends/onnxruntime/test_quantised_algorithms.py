@@ -7,14 +7,14 @@ import transformers
 from torch import nn
 
 import lorac
+from lorac import OptionError
 from lorac.backends.onnxruntime.options import OnnxRuntimeOptions
 from lorac.backends.onnxruntime.quantised.algorithms import GPTQ, K_QUANT, RTN, encode
 from lorac.backends.onnxruntime.quantised.calibration import Calibration
 from lorac.backends.onnxruntime.quantised.codec import Codec
-from lorac.errors import OptionError
 from lorac.frontend.base_weights import make_base_reader
 from lorac.frontend.model_view import ModelView
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 ROWS, COLUMNS, READ = 24, 72, 400  # columns that fill no block
 CODECS = [Codec(4, 32, True), Codec(4, 16, False), Codec(8, 32, True)]

@@ -10,7 +10,7 @@ from lorac.backends.onnxruntime.options import FLOAT32_LEVEL
 from lorac.backends.onnxruntime.quantised.base_weights import find_quantised, replace_quantised
 from lorac.backends.onnxruntime.quantised.codec import Codec
 from lorac.backends.onnxruntime.quantised.products import PrequantisedMatrix, QuantiseWeights
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 CODECS = [
     Codec(bits, block, symmetric)

@@ -23,7 +23,7 @@ from lorac.backends.tensorrt import engine as engines
 from lorac.backends.tensorrt.cpu_check import _create_session
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
 from lorac.backends.tensorrt.engine import TrtEngine
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.backends.tensorrt.building import away, quietly
 from tests.backends.tensorrt.tiny import LIBRARY
 

@@ -16,7 +16,7 @@ from lorac.backends.tensorrt.cpu_check import widen_graph
 from lorac.backends.tensorrt.dialect import DIALECT
 from lorac.ir.graph.interpreter import read_example_inputs, run_graph
 from lorac.ir.graph.passes import PassResult
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.backends.tensorrt.building import compile_recorded, quietly
 from tests.refusing import refuses
 

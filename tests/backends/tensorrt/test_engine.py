@@ -23,7 +23,7 @@ from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.cli import app
 from lorac.storage.artifact import seal_manifest
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.backends.tensorrt.building import NO_GPU, THREE, away, model_of, quietly
 from tests.backends.tensorrt.machines import install_gpus, install_nvidias
 from tests.backends.tensorrt.tiny import LIBRARY

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lorac
+from lorac import MissingExtra
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, find_library
-from lorac.errors import MissingExtra
 from tests.backends.tensorrt import tiny
 from tests.backends.tensorrt.machines import install_gpus, install_nvidias
 from tests.backends.tensorrt.tiny import LIBRARY

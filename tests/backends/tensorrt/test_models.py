@@ -9,7 +9,7 @@ import lorac
 from examples import pipelines
 from lorac.diffusion.parts import make_part_inputs
 from lorac.frontend.host import Host
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.backends.tensorrt.building import away, compile_recorded
 from tests.limits import assert_apart
 from tests.zoo import ZOO

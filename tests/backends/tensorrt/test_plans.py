@@ -10,7 +10,7 @@ import torch
 
 from lorac.ir.graph.interpreter import read_example_inputs
 from lorac.ir.slots.roles import is_strength
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.backends.tensorrt.building import HOSTS, WINDOW, Built, built, model_of, weights_of
 from tests.limits import assert_apart
 

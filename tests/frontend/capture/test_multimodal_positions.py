@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import lorac
 from lorac.frontend.host import Host
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 
 class Grouping(PreTrainedModel):

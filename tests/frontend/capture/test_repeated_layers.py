@@ -15,7 +15,7 @@ import lorac
 from lorac.frontend.capture import export as capture
 from lorac.frontend.capture.layer_groups import LayerGroup
 from lorac.frontend.host import Host
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 ROWS = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
 

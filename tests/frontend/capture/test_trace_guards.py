@@ -9,7 +9,7 @@ from torch.export import Dim
 
 import lorac
 from lorac.frontend.capture.trace_guards import TraceGuard, record_guards
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 LOGGER = logging.getLogger("torch.fx.experimental.symbolic_shapes")

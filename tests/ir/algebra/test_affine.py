@@ -8,8 +8,7 @@ import lorac
 from lorac.ir.algebra.changes import from_outputs, merge_bias, merge_weight
 from lorac.ir.algebra.reduction import BRANCH, Params, reduce_branch
 from lorac.ir.slots.execution import FormulaContext
-from lorac.testing import HOSTS, Case, assert_parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, assert_close, assert_parity
 
 OUT, IN = 6, 5
 

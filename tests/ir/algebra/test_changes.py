@@ -18,7 +18,7 @@ from lorac.ir.algebra.changes import (
     to_outputs,
 )
 from lorac.ir.algebra.operands import A, B, C, D, T
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 OUT, IN, R = 6, 4, 3
 

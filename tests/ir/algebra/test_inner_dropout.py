@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorac.ir.algebra.inner_dropout import insert_inner_dropout, run_with_dropout
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 IN, RANK, OUT = 5, 2, 4
 SHAPES = {"d": (RANK, IN), "c": (RANK,), "m": (RANK, RANK), "u": (OUT, RANK), "e": (OUT,), "w": (OUT, IN)}

@@ -6,8 +6,7 @@ import torch
 import lorac
 from lorac.ir.algebra.changes import Dense, LowRank, Sparse, SparseSum, compose, merge_bias, merge_weight
 from lorac.ir.algebra.reduction import Params
-from lorac.testing import HOSTS, Case, assert_parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import HOSTS, Case, assert_close, assert_parity
 from tests.ir.algebra.formulas import FORMULAS, IN, OUT
 
 

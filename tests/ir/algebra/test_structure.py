@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import lorac
 from lorac.ir.algebra.reduction import Params, reduce_weight
 from lorac.ir.algebra.rules import RULES
-from lorac.testing import HOSTS, Case
-from lorac.testing.eager_checks import ROUNDING, assert_close
+from lorac.testing import HOSTS, Case, assert_close
+from lorac.testing.parity import ROUNDING
 from tests.ir.algebra.formulas import FORMULAS, IN, OUT, Formula
 
 WHOLE = {"delta", "dense"}

@@ -19,7 +19,7 @@ from lorac.ir.graph.edit import (
     update_signature,
 )
 from lorac.ir.graph.nodes import SLOTS_KEYWORD, copy_provenance
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.captured import captured_program
 from tests.zoo import ZOO
 

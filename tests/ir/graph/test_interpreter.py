@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.errors import ChoiceError
+from lorac import ChoiceError
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import resize_inputs
-from lorac.testing.eager_checks import ROUNDING, assert_close
+from lorac.testing import assert_close
+from lorac.testing.parity import ROUNDING
 from tests.captured import Stack, capture, captured_program, filled, graph_of, interpret, lower
 from tests.parity import assert_parity, named_outputs
 

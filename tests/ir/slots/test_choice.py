@@ -5,7 +5,8 @@ import math
 import pytest
 
 import lorac
-from lorac.ir.slots.choice import Active, choice_strengths, describe_choice, parse_choice
+from lorac import Active
+from lorac.ir.slots.choice import choice_strengths, describe_choice, parse_choice
 
 KNOWN = ("sql", "mine", "style")
 

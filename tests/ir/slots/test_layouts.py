@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorac
 from lorac.ir.slots.layouts import layout_of
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 
 CASES = {
     "linear": (lambda: nn.Linear(5, 7), (2, 3, 5)),

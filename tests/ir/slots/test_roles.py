@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import Reserve
 from lorac.adapters.preparation import Preparer
 from lorac.backends.onnx.model_files import MODEL_FILE
 from lorac.backends.onnx.tested_contents import draw_noise
 from lorac.ir.algebra.changes import Change, LowRank
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
-from lorac.ir.slots.required_slots import Reserve
 from lorac.ir.slots.roles import ROLES, SlotRole, Stage
 from lorac.storage.plans import plan_from_json, plan_to_json
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.refusing import refuses
 
 WIDTH = 6

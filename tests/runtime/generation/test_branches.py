@@ -11,7 +11,7 @@ import torch
 import lorac
 from lorac.backends.onnx.model_files import read_model_files
 from lorac.ir.sites.site import Site, SiteKind
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.limits import assert_apart
 from tests.variants.test_qst import IDS, away, masked, method, model
 

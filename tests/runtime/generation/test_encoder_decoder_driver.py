@@ -11,7 +11,7 @@ import torch
 
 import lorac
 from lorac.target.kv_cache import DecodeStep, KeyValueCache
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.encoder_decoders import FAMILIES, VOCABULARY, adapted, batches, made
 from tests.program_calls import note_calls
 from tests.refusing import refuses

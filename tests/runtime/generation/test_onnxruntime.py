@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.decoders import VOCABULARY
 from tests.refusing import refuses
 from tests.runtime.generation.test_artifacts import words

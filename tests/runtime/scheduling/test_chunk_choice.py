@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import lorac
-from lorac import Scheduler, TextRequest
+from lorac import LoracWarning, Scheduler, TextRequest
 from lorac.backends.onnxruntime.engine import OrtProgram
-from lorac.errors import LoracWarning
 from lorac.runtime.scheduling import running_batch
 from lorac.runtime.scheduling.chunk_choice import (
     LARGE,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.runtime.generation.prompt_cache import PromptCache
+from lorac import PromptCache
 from lorac.serving import build_app
 from lorac.serving.store import AdapterStore, StoreQuotas
 from lorac.testing import adapter_away

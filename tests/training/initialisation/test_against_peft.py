@@ -16,7 +16,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import initialisation as starts
 from tests import peft_files
 from tests.limits import assert_sketched

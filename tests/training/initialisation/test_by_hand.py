@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import initialisation as starts
 from lorac.training.initialisation.from_activations import distribute_ranks
 from tests.training.rules import linear

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import initialisation as starts
 from tests import parity, zoo
 from tests.limits import assert_apart

@@ -10,7 +10,7 @@ import torch
 
 import lorac
 from lorac import training
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training.initialisation import PiSSA
 from tests.training.every_rule import TARGETS, Host, batch, train
 from tests.training.loops import trained

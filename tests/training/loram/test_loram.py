@@ -12,11 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import lorac
-from lorac.testing import parity
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close, parity
 from lorac.training import loram
-from lorac.training.loram import PruningRecord
-from lorac.training.loram.units import UnitGroup, count_kept_units
+from lorac.training.loram import PruningRecord, UnitGroup
+from lorac.training.loram.units import count_kept_units
 from tests import zoo
 from tests.limits import assert_apart
 from tests.refusing import refuses

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from lorac.training import transfer
 from lorac.training.transfer import Task, TransferSettings
 from tests.refusing import refuses

@@ -17,8 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import lorac
 from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
 from lorac.backends.onnxruntime.devices.memory import OrtDeviceMemory, TorchDeviceMemory
-from lorac.testing.eager_checks import assert_close
-from lorac.testing.parity import assert_parity
+from lorac.testing import assert_close, assert_parity
 from tests.backends.onnxruntime.gpu import needs
 from tests.backends.onnxruntime.half_hosts import Reference
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import lorac
-from lorac.testing.parity import contribution
+from lorac.testing import contribution
 from tests.zoo import ZOO, Inputs
 
 Tensor = torch.Tensor

@@ -11,8 +11,7 @@ import torch
 
 import lorac
 from lorac.backends.tensorrt.plan_cache import PLAN, PlanCache
-from lorac.testing.eager_checks import assert_close
-from lorac.testing.parity import assert_parity
+from lorac.testing import assert_close, assert_parity
 from tests.backends.tensorrt.gpu import hosts, needs
 from tests.backends.tensorrt.gpu.hosts import CHOICES, ONE, OTHER, compiled, first, inputs
 from tests.zoo import ZOO

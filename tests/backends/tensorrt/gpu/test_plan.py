@@ -14,7 +14,7 @@ from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import PlanRunner
 from lorac.backends.tensorrt.refitting import WeightRefitter
-from lorac.testing.eager_checks import assert_close
+from lorac.testing import assert_close
 from tests.backends.tensorrt import tiny
 from tests.backends.tensorrt.gpu import needs
 from tests.backends.tensorrt.tiny import BIAS, IN, LIBRARY, RANK, ROWS, WEIGHT
