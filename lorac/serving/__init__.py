@@ -1,6 +1,6 @@
 """A compiled model as a server with OpenAI's interface, whose adapters are its models.
 
-The public names are imported when they are first used: what reads strangers' files imports no server.
+The public names are imported when they are first used: the process that reads strangers' files imports no server.
 """
 
 import importlib

@@ -14,8 +14,7 @@ from fastapi.responses import FileResponse, Response
 from lorac.errors import warn
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.runtime.scheduling.scheduler import Scheduler
-from lorac.serving import lora_endpoints, text_endpoints
-from lorac.serving.activity import Activity
+from lorac.serving import adapter_endpoints, text_endpoints
 from lorac.serving.adapter_source import AdapterSource, SharedAdapters
 from lorac.serving.guard import NOBODY, UPLOADS, Guard
 from lorac.serving.metrics import MEDIA_TYPE, ServerMetrics
@@ -26,11 +25,9 @@ from lorac.serving.requests.choices import check_shared_names
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.rows import row_endpoints
 from lorac.serving.rows.row_batches import RowBatches
-from lorac.serving.rows.row_fields import EmbeddingFields, PredictFields
 from lorac.serving.served_model import RowComputer, ServedModel, TextScheduler, decodes
 from lorac.serving.settings import ServingSettings
 from lorac.serving.store import AdapterStore
-from lorac.serving.store_endpoints import UploadFields, add_store_endpoints
 from lorac.serving.text_service import TextService
 from lorac.serving.tokenizer import find_tokenizer
 from lorac.session.compiled import Compiled
@@ -39,11 +36,11 @@ PAGE = Path(__file__).with_name("page") / "index.html"
 FIELDS: dict[str, type[pydantic.BaseModel]] = {
     "/v1/chat/completions": ChatFields,
     "/v1/completions": CompletionFields,
-    "/v1/load_lora_adapter": lora_endpoints.LoadFields,
-    "/v1/unload_lora_adapter": lora_endpoints.UnloadFields,
-    UPLOADS: UploadFields,
-    "/v1/embeddings": EmbeddingFields,
-    "/v1/predict": PredictFields,
+    "/v1/load_lora_adapter": adapter_endpoints.LoadFields,
+    "/v1/unload_lora_adapter": adapter_endpoints.UnloadFields,
+    UPLOADS: adapter_endpoints.UploadFields,
+    "/v1/embeddings": row_endpoints.EmbeddingFields,
+    "/v1/predict": row_endpoints.PredictFields,
 }
 """Path of an endpoint -> the fields of its requests."""
 
@@ -77,7 +74,6 @@ def build_app(
     app.state.source = SharedAdapters(compiled) if store is None else store
     check_shared_names(app.state.source.names(""), given.base_name)
     app.state.metrics = ServerMetrics(compiled, given.base_name)
-    app.state.activity = Activity(app.state.metrics)
     app.state.pinned = [app.state.source.find(NOBODY, name) for name in given.pinned]
     if decodes(compiled):
         find_tokenizer(compiled)
@@ -85,25 +81,25 @@ def build_app(
         warn("the model keeps no cache, so it is not served as text", next_step="compile it with cache=True")
     if decodes(compiled):
         app.include_router(text_endpoints.router)
-    app.include_router(lora_endpoints.router)
+    app.include_router(adapter_endpoints.router)
     if rows is not None or isinstance(compiled, Compiled):
         app.include_router(row_endpoints.predict_router)
     if not decodes(compiled) and compiled.tokenizer is not None:
         app.include_router(row_endpoints.embedding_router)
     if isinstance(store, AdapterStore):
-        add_store_endpoints(app, store)
+        adapter_endpoints.add_store_endpoints(app, store)
     app.add_middleware(Guard, settings=given)
     app.add_middleware(RequestLog)
     install_handlers(app, FIELDS)
     _add_state(app)
     if given.page and PAGE.is_file():
-        app.get("/")(_page)
+        app.get("/")(lambda: FileResponse(PAGE))
     return app
 
 
 @contextlib.asynccontextmanager
 async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowComputer | None) -> AsyncIterator[None]:
-    """Hold the pinned adapters, and run what computes; at the end, requests at work are finished."""
+    """Hold the pinned adapters, and run the scheduler and the rows; at the end, requests at work are finished."""
     state, settings = app.state, app.state.settings
     async with contextlib.AsyncExitStack() as stack:
         for name in state.pinned:
@@ -111,17 +107,13 @@ async def _run(app: fastapi.FastAPI, scheduler: TextScheduler | None, rows: RowC
         if decodes(state.compiled):
             state.scheduler = scheduler or Scheduler(state.compiled, settings.rows, settings.waiting, settings.chunk)
             stack.push_async_callback(run_in_threadpool, state.scheduler.close)
-            state.text = TextService(state.scheduler, state.source, settings, state.activity)
+            state.text = TextService(state.scheduler, state.source, settings, state.metrics)
         if rows is None and isinstance(state.compiled, Compiled):
             rows = RowBatches(state.compiled, settings.rows, settings.waiting)
         if rows is not None:
             state.rows = rows
             stack.push_async_callback(run_in_threadpool, state.rows.close)
         yield
-
-
-def _page() -> FileResponse:
-    return FileResponse(PAGE)
 
 
 def _add_state(app: fastapi.FastAPI) -> None:
@@ -135,8 +127,7 @@ def _add_state(app: fastapi.FastAPI) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         shared = {*state.source.names("")}  # nobody's: no tenant has this name
-        found = state.metrics.expose(state.scheduler, [*state.activity.running.values()], shared)
-        return Response(found, media_type=MEDIA_TYPE)
+        return Response(state.metrics.expose(state.scheduler, shared), media_type=MEDIA_TYPE)
 
     @app.get("/v1/models")
     async def models(http: fastapi.Request) -> dict[str, object]:
@@ -147,10 +138,11 @@ def _add_state(app: fastapi.FastAPI) -> None:
     @app.get("/v1/status")
     async def status(http: fastapi.Request) -> dict[str, object]:
         running, waiting = (0, 0) if state.scheduler is None else state.scheduler.load
+        requests = [*state.metrics.running.values()]
         return {
             "running": running,
             "waiting": waiting,
-            "rows": [request.describe() for request in state.activity.of(http.state.tenant)],
+            "rows": [request.describe() for request in requests if request.tenant == http.state.tenant],
             "adapters": {"registered": len(state.compiled.pool), "resident": len(state.compiled.pool.resident)},
         }
 

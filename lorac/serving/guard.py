@@ -26,7 +26,7 @@ class Guard:
     It is not one of Starlette's HTTP middlewares, behind which an app does not learn that a client has left.
 
     Args:
-        app: what it guards.
+        app: the app behind it.
         settings: the keys, and the most bytes.
     """
 
@@ -39,11 +39,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        tenant = self._find_tenant(headers, scope["path"])
         most = self._settings.max_upload_bytes if scope["path"] == UPLOADS else self._settings.max_body_bytes
-        refused = _refuse(tenant, headers, most)
-        if refused is not None:
-            await refused(scope, receive, send)
+        tenant = self._check(headers, scope["path"], most)
+        if isinstance(tenant, JSONResponse):
+            await tenant(scope, receive, send)
             return
         scope.setdefault("state", {})["tenant"] = tenant
         body = _CountedBody(receive, send, most)
@@ -52,21 +51,18 @@ class Guard:
         except _BodyTooLarge:
             await _too_large(most)(scope, receive, send)
 
-    def _find_tenant(self, headers: Mapping[bytes, str], path: str) -> str | None:
-        """Return who asks; None for nobody who may. Every key is compared, in constant time."""
+    def _check(self, headers: Mapping[bytes, str], path: str, most: int) -> str | JSONResponse:
+        """Return who asks, or the refusal. Every key is compared, in constant time."""
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
         given = _digest(key.strip())
         found = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, given)]
-        if found and scheme.lower() == "bearer":
-            return found[0]
-        return NOBODY if not self._tenants or path in OPEN_PATHS else None
-
-
-def _refuse(tenant: str | None, headers: Mapping[bytes, str], most: int) -> JSONResponse | None:
-    if tenant is None:
-        return refusal(401, "the API key is missing or unknown; send it as Authorization: Bearer KEY")
-    length = headers.get(b"content-length", "0")
-    return _too_large(most) if not length.isdecimal() or int(length) > most else None
+        is_known = bool(found) and scheme.lower() == "bearer"
+        if not is_known and self._tenants and path not in OPEN_PATHS:
+            return refusal(401, "the API key is missing or unknown; send it as Authorization: Bearer KEY")
+        length = headers.get(b"content-length", "0")
+        if not length.isdecimal() or int(length) > most:
+            return _too_large(most)
+        return found[0] if is_known else NOBODY
 
 
 @final

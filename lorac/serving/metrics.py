@@ -20,16 +20,19 @@ _REASONS = {"cancelled": "abort", "deadline": "abort", "tool_calls": "stop"}
 
 @final
 class ServerMetrics:
-    """The metrics of one server.
+    """The requests that a server is answering, and its metrics. Only the event loop's thread may change the requests.
 
     Args:
         compiled: the model.
         base_name: its name, as the label ``model_name``.
 
+    Attributes:
+        running: the requests that are being answered, by id.
     """
 
     def __init__(self, compiled: ServedModel, base_name: str) -> None:
         self._compiled, self._name = compiled, base_name
+        self.running: dict[str, ActiveRequest] = {}
         self._registry = prometheus_client.CollectorRegistry()
         self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were read.")
         self._generated = self._counter("vllm:generation_tokens", "Tokens of answers.")
@@ -57,48 +60,53 @@ class ServerMetrics:
         yield
         self._loads.labels(self._name, way).observe(time.monotonic() - begun)
 
-    def count_first_token(self, request: ActiveRequest) -> None:
-        """Count a request that has its first token."""
-        self._prompt.inc(request.prompt_tokens)
-        self._first.observe(request.seconds)
+    @contextlib.contextmanager
+    def track(self, request: ActiveRequest) -> Iterator[None]:
+        """Hold a request among those that are being answered, for a block, and count it at its end."""
+        self.running[request.id] = request
+        try:
+            yield
+        finally:
+            del self.running[request.id]
+            request.reasons += ["cancelled"] * (request.answers - len(request.reasons))
+            self._whole.observe(request.seconds)
+            for reason in request.reasons:
+                self._ended.labels(self._name, _REASONS.get(reason, reason)).inc()
 
-    def count_token(self, gap: float | None) -> None:
+    def count_token(self, request: ActiveRequest, gap: float | None) -> None:
         """Count a token of an answer.
 
         Args:
             gap: seconds since the answer's last one; None for its first.
         """
+        request.completion_tokens += 1
         self._generated.inc()
         if gap is not None:
             self._gaps.observe(gap)
+        if request.first_token is None:
+            request.first_token = request.seconds
+            self._prompt.inc(request.prompt_tokens)
+            self._first.observe(request.first_token)
 
-    def count_end(self, request: ActiveRequest) -> None:
-        """Count a request that has ended."""
-        self._whole.observe(request.seconds)
-        for reason in request.reasons:
-            self._ended.labels(self._name, _REASONS.get(reason, reason)).inc()
-
-    def expose(
-        self, scheduler: TextScheduler | None, requests: Collection[ActiveRequest], shared: Collection[str]
-    ) -> bytes:
+    def expose(self, scheduler: TextScheduler | None, shared: Collection[str]) -> bytes:
         """Return all metrics in Prometheus' text format.
 
         Args:
             scheduler: whose rows are reported; None: the model gives no text.
-            requests: are being answered.
             shared: adapters of all tenants, which alone are named.
         """
         reads = self._compiled.pool.read_seconds
         while reads:
             self._loads.labels(self._name, "use").observe(reads.popleft())
         state = prometheus_client.CollectorRegistry()
+        requests = [*self.running.values()]
         state.register(_State([*self._gauges(scheduler), _describe_adapters(scheduler, requests, shared)]))
         return prometheus_client.generate_latest(self._registry) + prometheus_client.generate_latest(state)
 
     def _gauges(self, scheduler: TextScheduler | None) -> Iterator[Metric]:
         running, waiting = (0, 0) if scheduler is None else scheduler.load
         rows, memory, pool = 1 if scheduler is None else scheduler.rows, self._compiled.memory, self._compiled.pool
-        # Without a limit on memory, the places for rows are what may run out.
+        # Without a limit on memory, the places for rows may run out.
         share = running / rows if memory.limit is None else memory.used / max(memory.limit, 1)
         yield self._gauge("vllm:num_requests_running", "Requests at work.", running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", waiting)
@@ -138,7 +146,7 @@ class _State(prometheus_client.registry.Collector):
 def _describe_adapters(
     scheduler: TextScheduler | None, requests: Collection[ActiveRequest], shared: Collection[str]
 ) -> Metric:
-    """Return which adapters work and wait, as inference gateways read it to send requests where theirs are."""
+    """Return the adapters that work and wait: inference gateways send requests where theirs are."""
     names = {True: set[str](), False: set[str]()}
     for request in requests:
         names[request.first_token is not None].update(name for name in request.adapters if name in shared)

@@ -66,8 +66,8 @@ class RefusedField(RefusedRequest):
 
     Args:
         field: its name.
-        what: what is wrong with it, as the rest of a sentence that begins with its name.
-        next_step: what to do about it.
+        what: the fault, as the rest of a sentence that begins with its name.
+        next_step: a remedy.
     """
 
     def __init__(self, field: str, what: str, *, next_step: str | None = None) -> None:
@@ -87,7 +87,7 @@ def refusal(
 
     Args:
         message: one or two sentences.
-        code: which error it is.
+        code: the error's code.
         field: the field of the request that caused it.
     """
     return _answer(status, _body(status, message, code, field), headers)
@@ -128,12 +128,6 @@ def _describe(problem: JsonMapping, field: str, known: Sequence[str]) -> str:
     return f"'{field}' is wrong: {problem['msg']}"
 
 
-def _join_path(path: Sequence[object]) -> str:
-    """Return the path of a field as ``messages[0].role``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")
-
-
 def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.BaseModel]]) -> None:
     """Make an app answer errors in OpenAI's form.
 
@@ -150,7 +144,8 @@ def install_handlers(app: fastapi.FastAPI, fields: Mapping[str, type[pydantic.Ba
         model = fields.get(request.url.path)
         known = () if model is None else tuple(model.model_fields)
         first = error.errors()[0]
-        field = _join_path(first["loc"][1:])
+        path = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"][1:])
+        field = "".join(path).removeprefix(".")  # such as messages[0].role
         return refusal(400, _describe(first, field, known), code=first["type"], field=field or None)
 
     async def answer_status(request: fastapi.Request, error: Exception) -> JSONResponse:

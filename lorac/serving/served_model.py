@@ -1,4 +1,4 @@
-"""What a server needs of a compiled model, and of what computes for it, wherever they are."""
+"""The parts of a compiled model, and of those who compute for it, that a server uses, wherever they are."""
 
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ class ServedAdapters(Collection[str], Protocol):
 
 
 class ServedEngine(Protocol):
-    """What runs the model."""
+    """The engine that runs the model."""
 
     def cache_spec(self, graph: str) -> CacheSpec | None: ...
 
@@ -43,7 +43,7 @@ class MemoryUse(Protocol):
 
 
 class ServedModel(Protocol):
-    """A compiled model, or what is known of one that workers hold."""
+    """A compiled model, or a description of one that workers hold."""
 
     @property
     def tokenizer(self) -> object: ...
@@ -70,7 +70,7 @@ def decodes(model: ServedModel) -> bool:
 
 
 class RowComputer(Protocol):
-    """Computes rows of a model's inputs: ``RowBatches``, or what has them computed elsewhere."""
+    """Computes rows of a model's inputs: ``RowBatches``, or one that has them computed elsewhere."""
 
     async def compute(self, inputs: Mapping[str, Tensor], choices: Sequence[ChoiceSpec]) -> Mapping[str, Tensor]: ...
 

@@ -23,7 +23,7 @@ class ServingSettings:
         deadline: seconds after which a request ends, those of waiting included; None: never.
         pinned: adapters that stay in memory and cannot be unloaded.
         page: whether ``/`` is a page to chat on.
-        pooling: what of an encoder's last hidden states is an embedding: their mean, or the first.
+        pooling: an embedding is the mean of an encoder's last hidden states, or (``cls``) the first.
     """
 
     rows: Count = 8

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from lorac.errors import LoracError
 from lorac.serving.answers.answers import AnswerPart, Answers
-from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, run_while_connected
+from lorac.serving.answers.connection import CLIENT_LEFT, EventStream, format_event, run_while_connected
 from lorac.serving.answers.openai_shapes import AnswerShape, ChatShape, CompletionShape, Json
 from lorac.serving.refusals import error_body
 from lorac.serving.requests.chat_fields import ChatFields
@@ -47,13 +47,13 @@ async def _answer(
         if found is None:
             return Response(status_code=CLIENT_LEFT)
         return JSONResponse(shape.whole(found, len(answers.answers)))
-    # What fails before the first token still has a status of its own.
+    # A failure before the first token still has a status of its own.
     first = await run_while_connected(_first(parts), http.receive)
     if first is None:
         await parts.aclose()
         return Response(status_code=CLIENT_LEFT)
     opening = [*shape.opening(len(answers.answers)), shape.chunk(first)]
-    return EventStream(_events(_chunks(shape, opening, parts, reports_usage=fields.reports_usage)))
+    return EventStream(_events(shape, opening, parts, reports_usage=fields.reports_usage))
 
 
 async def _first(parts: AsyncGenerator[AnswerPart]) -> AnswerPart:
@@ -65,33 +65,24 @@ async def _collect(parts: AsyncGenerator[AnswerPart]) -> list[AnswerPart]:
         return [part async for part in parts]
 
 
-async def _chunks(
+async def _events(
     shape: AnswerShape, opening: Sequence[Json], parts: AsyncGenerator[AnswerPart], *, reports_usage: bool
-) -> AsyncGenerator[Json]:
-    """Yield the objects of a stream.
+) -> AsyncGenerator[str]:
+    """Yield the events of a stream; its status has been sent, so an error is an event too.
 
     Args:
-        opening: the first of them.
+        opening: the first objects.
         parts: the parts behind these.
     """
     try:
         for chunk in opening:
-            yield chunk
+            yield format_event(json.dumps(chunk))
         async for part in parts:
-            yield shape.chunk(part)
+            yield format_event(json.dumps(shape.chunk(part)))
+        if reports_usage:
+            yield format_event(json.dumps(shape.usage()))
+        yield format_event("[DONE]")
+    except LoracError as error:
+        yield format_event(json.dumps(error_body(error)))
     finally:
         await parts.aclose()
-    if reports_usage:
-        yield shape.usage()
-
-
-async def _events(chunks: AsyncGenerator[Json]) -> AsyncGenerator[str]:
-    """Yield the events of a stream; its status has been sent, so an error is an event too."""
-    try:
-        async for chunk in chunks:
-            yield json.dumps(chunk)
-        yield "[DONE]"
-    except LoracError as error:
-        yield json.dumps(error_body(error))
-    finally:
-        await chunks.aclose()

@@ -11,20 +11,18 @@ from lorac.argument_types import JsonMapping
 from lorac.errors import AdapterNotFound, InputMismatch
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec, parse_choice
-from lorac.runtime.scheduling.token_stream import TextRequest, TokenStream
+from lorac.runtime.scheduling.token_stream import TextRequest
 from lorac.serving.active_request import ActiveRequest
-from lorac.serving.activity import Activity
 from lorac.serving.adapter_source import AdapterSource
-from lorac.serving.answers.answer_text import AnswerText
 from lorac.serving.answers.answers import Answer, Answers
 from lorac.serving.answers.chat_parsing import ChatParser, find_response_template
+from lorac.serving.metrics import ServerMetrics
 from lorac.serving.refusals import RefusedField
 from lorac.serving.requests.chat_fields import ChatFields, ResponseFormat
-from lorac.serving.requests.choices import ChoiceReader
+from lorac.serving.requests.choices import read_choices
 from lorac.serving.requests.completion_fields import CompletionFields
 from lorac.serving.requests.grammar import Grammars
-from lorac.serving.requests.penalties import CountPenalty
-from lorac.serving.requests.sampling_fields import SamplingFields
+from lorac.serving.requests.sampling_fields import CountPenalty, SamplingFields
 from lorac.serving.served_model import TextScheduler
 from lorac.serving.settings import ServingSettings
 from lorac.serving.tokenizer import find_tokenizer
@@ -40,13 +38,13 @@ class TextService:
         scheduler: computes the answers.
         source: knows the adapters.
         settings: limits of requests.
-        activity: knows of requests while they are answered.
+        metrics: knows of requests while they are answered.
     """
 
     def __init__(
-        self, scheduler: TextScheduler, source: AdapterSource, settings: ServingSettings, activity: Activity
+        self, scheduler: TextScheduler, source: AdapterSource, settings: ServingSettings, metrics: ServerMetrics
     ) -> None:
-        self._scheduler, self._source, self._settings, self._activity = scheduler, source, settings, activity
+        self._scheduler, self._source, self._settings, self._metrics = scheduler, source, settings, metrics
         compiled = scheduler.compiled
         self._tokenizer = find_tokenizer(compiled)
         spec = compiled.engine.cache_spec(scheduler.component)
@@ -101,28 +99,31 @@ class TextService:
         """Submit all requests of all prompts, or none.
 
         Args:
-            tools: what a chat's answer may call; None for no chat.
+            tools: those that a chat's answer may call; None for no chat.
             form: of the answers.
         """
-        reader = ChoiceReader(self._source, tenant, self._settings.base_name)
-        choices = reader.read(fields.model, fields.adapters, len(prompts))
+        base_name = self._settings.base_name
+        choices = read_choices(self._source, tenant, base_name, fields.model, fields.adapters, len(prompts))
         rows = [(ids, choice, i) for ids, choice in zip(prompts, choices, strict=True) for i in range(fields.n)]
         requests = [self._request(fields, tenant, *row, form) for row in rows]
         try:
             names = {name for choice in choices for name, _ in parse_choice(choice, self._scheduler.compiled.pool)}
             streams = self._scheduler.submit_all(requests)
-        except AdapterNotFound as error:  # its own message may name adapters of other tenants
+        except AdapterNotFound as error:  # whose message may name adapters of other tenants
             raise AdapterNotFound(
                 "an adapter of the request was unloaded meanwhile", next_step="load it again, or list those there are"
             ) from error
-        answers = [
-            self._answer(stream, fields.stops, ids, tools) for stream, (ids, _, _) in zip(streams, rows, strict=True)
-        ]
+        answers = []
+        for stream, (ids, _, _) in zip(streams, rows, strict=True):
+            parser = None
+            if tools is not None and self._template is not None:
+                parser = ChatParser(self._tokenizer, self._template, self._tokenizer.decode(ids), tools)
+            answers.append(Answer(stream, self._tokenizer, fields.stops, parser))
         prompt_tokens = sum(map(len, prompts))
         request = ActiveRequest(
             tenant, fields.model, tuple(sorted(names)), prompt_tokens, answers=len(rows), user=fields.user
         )
-        return Answers(request, answers, self._activity, has_logprobs=fields.logprob_count is not None)
+        return Answers(request, answers, self._metrics, has_logprobs=fields.logprob_count is not None)
 
     def _request(
         self, fields: SamplingFields, tenant: str, ids: Sequence[int], choice: ChoiceSpec, i: int, form: ResponseFormat
@@ -160,14 +161,6 @@ class TextService:
     @functools.cached_property
     def _grammars(self) -> Grammars:
         return Grammars.of(self._scheduler.compiled)
-
-    def _answer(
-        self, stream: TokenStream, stops: Sequence[str], ids: Sequence[int], tools: Sequence[JsonMapping] | None
-    ) -> Answer:
-        parser = None
-        if tools is not None and self._template is not None:
-            parser = ChatParser(self._tokenizer, self._template, self._tokenizer.decode(ids), tools)
-        return Answer(stream, AnswerText(self._tokenizer, stops, special=parser is not None), parser)
 
     def _encode(self, prompt: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(prompt, str):

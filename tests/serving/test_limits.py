@@ -89,8 +89,8 @@ def test_a_client_that_leaves_frees_its_row_and_its_place_in_line(tight: Any, st
             http.post(path, json={**ENDLESS, "stream": False}, timeout=0.5)
         status = http.get("/v1/status").json()
         hidden = http.get("/v1/status", headers={"authorization": "Bearer k-b"}).json()
-        wait_until(lambda: len(app.state.activity.running) == 1)
-    wait_until(lambda: not app.state.activity.running)
+        wait_until(lambda: len(app.state.metrics.running) == 1)
+    wait_until(lambda: not app.state.metrics.running)
     steps.release(1000)
     wait_until(lambda: scheduler.load == (0, 0))
     assert {row["model"] for row in status["rows"]} == {"one"}
@@ -114,7 +114,7 @@ def test_tokens_are_counted_as_they_come(tight: Any, steps: threading.Semaphore)
     before = read_metrics(http)
     with http.stream("POST", "/v1/chat/completions", json=ENDLESS) as running:
         lines = running.iter_lines()
-        wait_until(lambda: "content" in next(lines) and len(app.state.activity.running) == 1)
+        wait_until(lambda: "content" in next(lines) and len(app.state.metrics.running) == 1)
         now = read_metrics(http)
     steps.release(1000)
     ended = "vllm:e2e_request_latency_seconds_count"

@@ -1,4 +1,4 @@
-"""The answers to a request: what each token adds to them."""
+"""The answers to a request: their tokens as text, as they come."""
 
 import contextlib
 import time
@@ -6,13 +6,15 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from tokenizers.decoders import DecodeStream
+
 from lorac.runtime.scheduling.token_stream import TextToken, TokenStream
 from lorac.serving.active_request import ActiveRequest
-from lorac.serving.activity import Activity
-from lorac.serving.answers.answer_text import AnswerText
 from lorac.serving.answers.chat_parsing import ChatParser, ParsedText
 from lorac.serving.answers.connection import merge_streams
+from lorac.serving.metrics import ServerMetrics
 from lorac.serving.refusals import DeadlinePassed
+from lorac.serving.tokenizer import FastTokenizer
 
 
 @dataclass(frozen=True)
@@ -32,31 +34,59 @@ class AnswerPart:
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@final
 class Answer:
-    """An answer that is being computed.
+    """An answer that is being computed: its tokens become text, up to the strings that end it, and the text is parsed.
+
+    Text that may yet become a stop string is held back.
+
+    Args:
+        stream: its tokens.
+        tokenizer: decodes them.
+        stops: strings that end the answer, and are no part of it.
+        parser: divides the text, with special tokens, into content, reasoning and calls; None: all is content.
 
     Attributes:
-        stream: its tokens.
-        text: makes text of them.
-        parser: divides the text into what is said, thought and called; None: all is said.
+        stopped: whether one of the strings has come.
     """
 
-    stream: TokenStream
-    text: AnswerText
-    parser: ChatParser | None
+    def __init__(
+        self, stream: TokenStream, tokenizer: FastTokenizer, stops: Sequence[str], parser: ChatParser | None
+    ) -> None:
+        self.stream, self.stopped = stream, False
+        self._tokenizer, self._stops, self._parser = tokenizer, stops, parser
+        self._decoder = DecodeStream([], skip_special_tokens=parser is None)
+        self._ids: list[int] = []
+        self._decoded = self._held = ""
 
     def add(self, token: int) -> ParsedText:
-        """Return what a token adds."""
-        return self._parse(self.text.add(token))
+        """Return the part of the answer that a token makes certain."""
+        self._ids.append(token)
+        return self._parse(self._take(self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""))
 
     def end(self) -> ParsedText:
-        """Return what the end adds."""
-        rest = self._parse(self.text.end())
-        return rest if self.parser is None else rest.joined(self.parser.end())
+        """Return the rest when no token follows: text that was held back, and incomplete characters."""
+        text = ""
+        if not self.stopped:
+            whole = self._tokenizer.decode(self._ids, skip_special_tokens=self._parser is None)
+            text = self._take(whole.removeprefix(self._decoded) if whole.startswith(self._decoded) else "")
+            text = text if self.stopped else text + self._held
+        rest = self._parse(text)
+        return rest if self._parser is None else rest.joined(self._parser.end())
+
+    def _take(self, new: str) -> str:
+        """Add decoded text, and return the part that is certain."""
+        self._decoded += new
+        self._held += new
+        found = [place for place in map(self._held.find, self._stops) if place >= 0]
+        self.stopped = bool(found)
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+        certain = min(found) if found else len(self._held) - max(begun, default=0)
+        text, self._held = self._held[:certain], "" if found else self._held[certain:]
+        return text
 
     def _parse(self, text: str) -> ParsedText:
-        return ParsedText(text) if self.parser is None else self.parser.add(text)
+        return ParsedText(text) if self._parser is None else self._parser.add(text)
 
 
 @final
@@ -66,25 +96,25 @@ class Answers:
     Args:
         request: counts its tokens.
         answers: are computed together.
-        activity: knows of the request while it is read.
+        metrics: knows of the request while it is read.
         has_logprobs: whether log-probabilities are reported.
     """
 
     def __init__(
-        self, request: ActiveRequest, answers: Sequence[Answer], activity: Activity, *, has_logprobs: bool
+        self, request: ActiveRequest, answers: Sequence[Answer], metrics: ServerMetrics, *, has_logprobs: bool
     ) -> None:
         self.request, self.answers = request, answers
-        self._activity, self._has_logprobs = activity, has_logprobs
+        self._metrics, self._has_logprobs = metrics, has_logprobs
 
     async def parts(self) -> AsyncGenerator[AnswerPart]:
-        """Yield what tokens add to the answers, as they come. Leaving the loop ends the request.
+        """Yield the parts of the answers as their tokens come. Leaving the loop ends the request.
 
         Raises:
             DeadlinePassed: before an answer ended.
             LoracError: an answer could not be computed.
         """
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(self._activity.track(self.request))
+            stack.enter_context(self._metrics.track(self.request))
             for answer in self.answers:
                 stack.callback(answer.stream.cancel)
             merged = merge_streams([self._read(index, answer) for index, answer in enumerate(self.answers)])
@@ -95,30 +125,23 @@ class Answers:
     async def _read(self, index: int, answer: Answer) -> AsyncGenerator[AnswerPart]:
         calls, waiting, last = False, list[TextToken](), None
         async for token in answer.stream:
-            last = self._count(last)
+            now = time.monotonic()
+            self._metrics.count_token(self.request, None if last is None else now - last)
+            last = now
             waiting += [token] if self._has_logprobs else []
             parsed = answer.add(token.id)
             calls = calls or bool(parsed.calls)
             if parsed:
                 yield AnswerPart(index, parsed, tuple(waiting))
                 waiting = []
-            if answer.text.stopped:
+            if answer.stopped:
                 answer.stream.cancel()
                 break
         parsed = answer.end()
-        reason = self._end(answer, calls=calls or bool(parsed.calls))
-        yield AnswerPart(index, parsed, tuple(waiting), reason)
-
-    def _count(self, last: float | None) -> float:
-        """Count a token, and return when it came."""
-        now = time.monotonic()
-        self._activity.count_token(self.request, None if last is None else now - last)
-        return now
-
-    def _end(self, answer: Answer, *, calls: bool) -> str:
-        """Return why an answer ended, in OpenAI's words."""
-        reason = "stop" if answer.text.stopped else answer.stream.reason
+        reason = "stop" if answer.stopped else answer.stream.reason
         self.request.reasons.append(reason)
         if reason == "deadline":
             raise DeadlinePassed("the request took longer than the server's deadline", next_step="ask for fewer tokens")
-        return "tool_calls" if calls and reason == "stop" else reason
+        if reason == "stop" and (calls or parsed.calls):
+            reason = "tool_calls"
+        yield AnswerPart(index, parsed, tuple(waiting), reason)

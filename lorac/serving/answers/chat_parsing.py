@@ -33,9 +33,9 @@ class ParsedText:
     """A part of an answer.
 
     Attributes:
-        content: what it says.
-        reasoning: what it thinks.
-        calls: the tools that it calls.
+        content: the text for the reader.
+        reasoning: the thoughts before it.
+        calls: the calls of tools.
     """
 
     content: str = ""
@@ -70,7 +70,7 @@ class ChatParser:
         tokenizer: its response template describes answers.
         template: is used in the place of the tokenizer's own.
         prompt: the text before the answer, which may have begun it.
-        tools: what the answer may call.
+        tools: those that the answer may call.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ChatParser:
         self._unread, self._failed = "", False
 
     def add(self, text: str) -> ParsedText:
-        """Return what a piece of the text adds; a call that cannot be read is something said."""
+        """Parse the next piece of the text; a call that cannot be read is content."""
         if self._failed:
             return ParsedText(text)
         try:
@@ -94,7 +94,7 @@ class ChatParser:
             return ParsedText(self._unread + text)
 
     def end(self) -> ParsedText:
-        """Return what the end of the text adds."""
+        """Parse the end of the text."""
         if self._failed:
             return ParsedText()
         try:
@@ -117,13 +117,10 @@ def _read_event(event: Event) -> ParsedText:
         return (
             ParsedText(reasoning=text) if field in REASONING_FIELDS else ParsedText(text if field == "content" else "")
         )
+    calls = []
     if event["type"] == "region_close" and event["field"] == "tool_calls":
-        values = event["value"] if isinstance(event["value"], list) else [event["value"]]
-        return ParsedText(calls=tuple(_read_call(value["function"]) for value in values))
-    return ParsedText()
-
-
-def _read_call(function: JsonMapping) -> ToolCall:
-    arguments = function["arguments"]
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", function["name"], text)
+        for value in event["value"] if isinstance(event["value"], list) else [event["value"]]:
+            name, arguments = value["function"]["name"], value["function"]["arguments"]
+            text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            calls.append(ToolCall(f"call_{uuid.uuid4().hex[:24]}", name, text))
+    return ParsedText(calls=tuple(calls))

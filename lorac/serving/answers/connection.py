@@ -1,7 +1,6 @@
 """Work that ends when its client leaves."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from typing import TypeVar, final
 
@@ -19,7 +18,12 @@ async def run_while_connected(work: Coroutine[object, object, T], receive: Recei
     Args:
         receive: gives messages of a request whose body has been read.
     """
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(receive))
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
     try:
         await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
@@ -29,31 +33,25 @@ async def run_while_connected(work: Coroutine[object, object, T], receive: Recei
         await asyncio.gather(task, left, return_exceptions=True)
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 @final
 class EventStream(StreamingResponse):
     """Server-sent events that end when the client leaves, even before one is sent.
 
     Args:
-        events: the events' data.
+        events: as ``format_event`` writes them.
     """
 
     def __init__(self, events: AsyncGenerator[str]) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must pass each on at once
-        super().__init__(_format_events(events), headers=headers, media_type="text/event-stream")
+        super().__init__(events, headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await run_while_connected(self.stream_response(send), receive)
 
 
-async def _format_events(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
-    async with contextlib.aclosing(events):
-        async for event in events:
-            yield f"data: {event}\n\n"
+def format_event(data: str) -> str:
+    """Return an event of a stream."""
+    return f"data: {data}\n\n"
 
 
 async def merge_streams(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T]:
@@ -69,21 +67,17 @@ async def merge_streams(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[T
             items.put_nowait(error)
 
     tasks = [asyncio.create_task(pump(stream)) for stream in streams]  # a task group must not enclose a yield
+    going = len(tasks)
     try:
-        async for item in _take_items(items, len(tasks)):
-            yield item
+        while going:
+            item = await items.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                going -= 1
+            else:
+                yield item[0]
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _take_items(items: asyncio.Queue[tuple[T] | Exception | None], streams: int) -> AsyncGenerator[T]:
-    """Yield items of a queue until each of several streams has ended, with None, or one has failed."""
-    while streams:
-        item = await items.get()
-        if isinstance(item, Exception):
-            raise item
-        streams -= item is None
-        if item is not None:
-            yield item[0]

@@ -1,5 +1,6 @@
 """Answers in the form that OpenAI's clients read."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
@@ -33,7 +34,12 @@ class AnswerShape(ABC):
 
     def whole(self, parts: Sequence[AnswerPart], count: int) -> Json:
         """Return the answers as one object."""
-        choices = [self._choice(index, [p for p in parts if p.index == index]) for index in range(count)]
+        choices = []
+        for index in range(count):
+            own = [part for part in parts if part.index == index]
+            parsed = functools.reduce(ParsedText.joined, (part.parsed for part in own))
+            head = {"index": index, **self._message(parsed), "finish_reason": own[-1].reason}
+            choices.append(head | self._logprobs([token for part in own for token in part.tokens]))
         return {**self._head(self.kind), "choices": choices, "usage": self._request.usage}
 
     def chunk(self, part: AnswerPart) -> Json:
@@ -48,14 +54,6 @@ class AnswerShape(ABC):
     def usage(self) -> Json:
         """Return the numbers of tokens as the last event of a stream."""
         return {**self._head(self.chunk_kind), "choices": [], "usage": self._request.usage}
-
-    def _choice(self, index: int, parts: Sequence[AnswerPart]) -> Json:
-        parsed = ParsedText()
-        for part in parts:
-            parsed = parsed.joined(part.parsed)
-        tokens = [token for part in parts for token in part.tokens]
-        head = {"index": index, **self._message(parsed), "finish_reason": parts[-1].reason}
-        return head | self._logprobs(tokens)
 
     def _head(self, kind: str) -> Json:
         request = self._request

@@ -51,7 +51,7 @@ class RayServer(pydantic.BaseModel, extra="forbid"):
 
 
 def build_server(server: RayServer) -> serve.Application:
-    """Return what ``serve.run`` takes. In a shell: ``serve run lorac.serving.ray:build_server folder=FOLDER``."""
+    """Return the server for ``serve.run``. In a shell: ``serve run lorac.serving.ray:build_server folder=FOLDER``."""
     settings = server.settings
     worker = serve.deployment(Worker).options(
         max_ongoing_requests=settings.rows + settings.waiting,

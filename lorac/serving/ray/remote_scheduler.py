@@ -35,7 +35,7 @@ class RemoteScheduler:
         compiled: the model.
         workers: compute.
         rows: the most requests at work, over all workers.
-        loop: runs what waits for them.
+        loop: runs the requests' tasks.
     """
 
     component = MAIN_GRAPH
@@ -115,7 +115,7 @@ class RemoteRequest:
     """A request at a worker; it outlives the worker.
 
     Args:
-        request: what to compute.
+        request: the prompt and its options.
         name: of its choice of adapters.
         files: name -> file of those of its adapters that came while the server runs.
         workers: compute.
@@ -149,7 +149,7 @@ class RemoteRequest:
                 self._count_move(error)
 
     async def follow(self) -> None:
-        """Pass what workers compute on until the request ends."""
+        """Pass the workers' tokens on until the request ends."""
         try:
             self.stream.end(await self._read_to_end())
         except _ClientLeft:

@@ -28,7 +28,7 @@ from lorac.session.compiled import Compiled
 from lorac.session.registry import AdapterSize
 
 Event: TypeAlias = "TextToken | str | LoracError | None"
-"""What a worker answers with: None when it has taken a request, its tokens, and why it ended or cannot go on."""
+"""An answer of a worker: None when it has taken a request, its tokens, and why it ended or cannot go on."""
 _GAUGES = {
     "requests_running": "Requests at work in a worker.",
     "requests_waiting": "Requests that wait in a worker.",
@@ -67,7 +67,7 @@ class Worker:
         self._gauges = {name: metrics.Gauge(f"lorac_{name}", description=text) for name, text in _GAUGES.items()}
 
     def describe(self) -> RemoteModel:
-        """Return what a front must know of the model."""
+        """Return the description of the model that a front needs."""
         return RemoteModel(
             tokenizer=self._compiled.tokenizer,
             traits={**self._compiled.traits},
@@ -76,7 +76,7 @@ class Worker:
         )
 
     async def answer(self, request: TextRequest, files: Mapping[str, SharedFile]) -> AsyncIterator[Event]:
-        """Yield what comes of a request.
+        """Yield a request's events: that it is taken, its tokens, and its end.
 
         Args:
             files: name -> file of those of its adapters that came while the server runs.

@@ -37,7 +37,7 @@ def moved_too_often() -> Unavailable:
 
 
 async def call_worker(workers: DeploymentHandle, method: str, *given: object) -> object:
-    """Return what a method of a worker returns, or of others if that one dies.
+    """Return the result of a worker's method, or of another worker's if that one dies.
 
     Raises:
         LoracError: the method returned it, or no worker has room.
@@ -86,7 +86,7 @@ class RemoteAdapterHolder:
     Args:
         pool: the model's adapters.
         workers: compute.
-        loop: runs what waits for them; its own thread must not register adapters.
+        loop: runs the calls; its own thread must not register adapters.
     """
 
     def __init__(self, pool: RemoteAdapters, workers: DeploymentHandle, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,1 +1,1 @@
-"""The fields of requests, and what of a model they ask for."""
+"""The fields of requests, and the adapters, options and forms of answers that they ask for."""

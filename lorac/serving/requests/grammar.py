@@ -59,7 +59,7 @@ class Grammars:
             prompt: tokens of the prompt.
 
         Raises:
-            RefusedField: the schema is wrong, or asks for what the grammar cannot express.
+            RefusedField: the schema is wrong, or has a part that the grammar cannot express.
         """
         from llguidance import LLMatcher
 
@@ -86,7 +86,7 @@ class Grammars:
 class GrammarMask:
     """A logits processor that admits the tokens with which one answer stays within a grammar.
 
-    It is pickled before its first token, without what follows the answer, to which ``Grammars.bind`` binds it again.
+    It is pickled before its first token, without its matcher, to which ``Grammars.bind`` binds it again.
 
     Args:
         grammar: as llguidance writes it.

@@ -1,10 +1,12 @@
 """The fields that requests for text have in common, and the options of ``generate`` that they stand for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 import pydantic
+import torch
+from torch import Tensor
 
 from lorac.argument_types import JsonMapping
 from lorac.serving.refusals import RefusedField
@@ -29,7 +31,7 @@ Strengths: TypeAlias = str | dict[str, float | ActiveFields]
 
 
 class StreamOptions(pydantic.BaseModel, extra="forbid", strict=True):
-    """What a stream reports besides the answers.
+    """The reports of a stream besides the answers.
 
     Attributes:
         include_usage: the numbers of tokens, in a last event.
@@ -77,7 +79,7 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
     @property
     @abstractmethod
     def logprob_count(self) -> int | None:
-        """How many of the likeliest tokens are reported with each; None for no log-probability at all."""
+        """The number of the likeliest tokens that are reported with each; None for no log-probability at all."""
 
     @property
     @abstractmethod
@@ -95,7 +97,7 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
-        """Check what is wrong with fields together.
+        """Check the fields together.
 
         Raises:
             RefusedField: two of them contradict each other, or one has a value that is not supported.
@@ -109,7 +111,7 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         """Return options of ``generate``.
 
         Args:
-            defaults: the model's generation configuration, for what the request leaves out.
+            defaults: the model's generation configuration, for fields that the request leaves out.
             vocabulary: the number of tokens.
 
         Raises:
@@ -122,12 +124,30 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
             found[name] = given if given is not None else defaults.get(name, usual)
         drawn = {"do_sample": True, **found} if found["temperature"] else {"do_sample": False}
         more = {name: getattr(self, name) for name in _EXTENSIONS if getattr(self, name) is not None}
-        return {**drawn, **more, **self._biases(vocabulary)}
-
-    def _biases(self, vocabulary: int) -> Mapping[str, object]:
         for token in self.logit_bias:
             if not (token.isascii() and token.isdecimal() and int(token[:20]) < vocabulary):
                 what = f"has the key '{token}', which is not a token id"
                 raise RefusedField("logit_bias", what, next_step=f"the model's ids go from 0 to {vocabulary - 1}")
         biases = {(int(token),): bias for token, bias in self.logit_bias.items() if bias}
-        return {"sequence_bias": biases} if biases else {}
+        return {**drawn, **more, **({"sequence_bias": biases} if biases else {})}
+
+
+@dataclass(frozen=True)
+class CountPenalty:
+    """A logits processor that lowers the scores of tokens by how often the answer holds them, as OpenAI's penalties do.
+
+    Attributes:
+        prompt: tokens of the prompt, which do not count.
+        presence: is subtracted once from tokens that occur.
+        frequency: is subtracted each time that they do.
+    """
+
+    prompt: int
+    presence: float
+    frequency: float
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (rows, vocabulary) after texts (rows, length)."""
+        answer = input_ids[:, self.prompt :]
+        counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
+        return scores - self.frequency * counts - self.presence * (counts > 0)

@@ -21,17 +21,16 @@ def read_lists(inputs: Mapping[str, list[object]], dtype: torch.dtype) -> dict[s
     Raises:
         RefusedField: one is no array of numbers.
     """
-    return {name: _to_tensor(name, value, dtype) for name, value in inputs.items()}
-
-
-def _to_tensor(name: str, value: list[object], dtype: torch.dtype) -> Tensor:
-    try:
-        array = numpy.asarray(value)
-    except ValueError as error:
-        raise RefusedField(f"inputs.{name}", "has rows of several lengths") from error
-    if array.dtype.kind not in "biuf":
-        raise RefusedField(f"inputs.{name}", "holds what is not a number")
-    return cast_floating(torch.from_numpy(array), dtype)
+    tensors = {}
+    for name, value in inputs.items():
+        try:
+            array = numpy.asarray(value)
+        except ValueError as error:
+            raise RefusedField(f"inputs.{name}", "has rows of several lengths") from error
+        if array.dtype.kind not in "biuf":
+            raise RefusedField(f"inputs.{name}", "holds a value that is not a number")
+        tensors[name] = cast_floating(torch.from_numpy(array), dtype)
+    return tensors
 
 
 def read_npz(body: bytes, most: int) -> dict[str, Tensor]:
@@ -62,7 +61,7 @@ def write_npz(outputs: Mapping[str, Tensor]) -> bytes:
 
 
 def write_lists(tensor: Tensor) -> list[object]:
-    """Return a tensor as nested lists; what is not finite is null, for which JSON has no number."""
+    """Return a tensor as nested lists; infinities and NaN, for which JSON has no number, are null."""
     array = _to_numpy(tensor)
     objects = array.astype(object)
     if array.dtype.kind == "f":

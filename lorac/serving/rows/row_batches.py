@@ -36,7 +36,7 @@ class _RowJob:
 
     @property
     def form(self) -> object:
-        """What two jobs have in common that one call can compute."""
+        """The names, sizes and dtypes of the rows: jobs of one form can be one call."""
         return sorted((name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.inputs.items())
 
 
@@ -73,7 +73,7 @@ class RowBatches:
         return await asyncio.wrap_future(job.result)
 
     def close(self) -> None:
-        """Return when what waits has been computed."""
+        """Return when the waiting jobs have been computed."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -108,16 +108,13 @@ class RowBatches:
                 jobs[0].result.set_exception(error)
                 return
             for job in jobs:
-                self._retry(job)
+                try:
+                    job.result.set_result(self._call([job])[0])
+                except Exception as own_error:
+                    job.result.set_exception(own_error)
             return
         for job, outputs in zip(jobs, found, strict=True):
             job.result.set_result(outputs)
-
-    def _retry(self, job: _RowJob) -> None:
-        try:
-            job.result.set_result(self._call([job])[0])
-        except Exception as error:
-            job.result.set_exception(error)
 
     def _call(self, jobs: Sequence[_RowJob]) -> list[Outputs]:
         inputs = {name: torch.cat([job.inputs[name] for job in jobs]) for name in jobs[0].inputs}

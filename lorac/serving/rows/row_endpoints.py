@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, TypeAlias
 
 import fastapi
 import pydantic
@@ -16,15 +17,54 @@ from lorac.errors import Unavailable
 from lorac.frontend.components import MAIN_GRAPH
 from lorac.ir.slots.choice import ChoiceSpec
 from lorac.serving.refusals import RefusedField
-from lorac.serving.requests.choices import ChoiceReader
+from lorac.serving.requests.choices import read_choices
+from lorac.serving.requests.completion_fields import Ids, list_texts
+from lorac.serving.requests.sampling_fields import Strengths
 from lorac.serving.rows.arrays import read_lists, read_npz, write_lists, write_npz
-from lorac.serving.rows.row_fields import Choices, EmbeddingFields, PredictFields
-from lorac.serving.served_model import ServedModel
 from lorac.serving.tokenizer import FastTokenizer
 
 NPZ = ("application/x-npz", "application/octet-stream")
 """Media types of NumPy's files."""
 embedding_router, predict_router = fastapi.APIRouter(), fastapi.APIRouter()
+MOST_ROWS = 256
+"""The most rows of a request."""
+Choices: TypeAlias = Strengths | list[Strengths | None] | None
+
+
+class EmbeddingFields(pydantic.BaseModel, extra="forbid", strict=True):
+    """The fields of a request for embeddings.
+
+    Attributes:
+        model: an adapter, a mixture, or the base.
+        input: one text or several, as text or token ids.
+        adapters: a choice of adapters for the base; or a list with one per text.
+        user: is not used.
+    """
+
+    model: str
+    input: str | Ids | Annotated[list[str] | list[Ids], pydantic.Field(min_length=1, max_length=MOST_ROWS)]
+    encoding_format: Literal["float", "base64"] = "float"
+    adapters: Choices = None
+    user: str = ""
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The texts, as text or token ids."""
+        return list_texts(self.input)
+
+
+class PredictFields(pydantic.BaseModel, extra="forbid", strict=True):
+    """The fields of a request for a model's outputs.
+
+    Attributes:
+        model: an adapter, a mixture, or the base.
+        inputs: name -> nested lists of numbers; the first axis is the rows.
+        adapters: a choice of adapters for the base; or a list with one per row.
+    """
+
+    model: str
+    inputs: Annotated[dict[str, list[object]], pydantic.Field(min_length=1)]
+    adapters: Choices = None
 
 
 @embedding_router.post("/v1/embeddings")
@@ -33,13 +73,15 @@ async def embed(fields: EmbeddingFields, http: fastapi.Request) -> Response:
     state = http.app.state
     texts = fields.texts
     choices = _read_choices(http, fields.model, fields.adapters, len(texts))
-    inputs = await run_in_threadpool(_encode, state.compiled.tokenizer, texts, _most_tokens(state.compiled))
+    most = getattr(state.compiled.traits[MAIN_GRAPH].config, "max_position_embeddings", None)
+    inputs = await run_in_threadpool(_encode, state.compiled.tokenizer, texts, most)
     outputs = await state.rows.compute(inputs, choices)
     vectors = _pool(outputs, inputs["attention_mask"], state.settings.pooling)
-    data = [
-        {"object": "embedding", "index": index, "embedding": _describe_vector(vector, fields.encoding_format)}
-        for index, vector in enumerate(vectors)
-    ]
+    if fields.encoding_format == "float":
+        embeddings: list[object] = vectors.tolist()
+    else:
+        embeddings = [base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode() for vector in vectors]
+    data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(embeddings)]
     count = int(inputs["attention_mask"].sum())
     usage = {"prompt_tokens": count, "total_tokens": count}
     return JSONResponse({"object": "list", "data": data, "model": fields.model, "usage": usage})
@@ -72,7 +114,7 @@ def _parse(body: bytes) -> PredictFields:
 
 def _read_choices(http: fastapi.Request, model: str, adapters: Choices, rows: int) -> list[ChoiceSpec]:
     state = http.app.state
-    return ChoiceReader(state.source, http.state.tenant, state.settings.base_name).read(model, adapters, rows)
+    return read_choices(state.source, http.state.tenant, state.settings.base_name, model, adapters, rows)
 
 
 def _count_rows(inputs: Mapping[str, Tensor]) -> int:
@@ -82,10 +124,6 @@ def _count_rows(inputs: Mapping[str, Tensor]) -> int:
         listed = ", ".join(f"{name}: {count}" for name, count in counts.items()) or "none"
         raise RefusedField("inputs", f"have no number of rows in common: {listed}")
     return next(iter(counts.values()))
-
-
-def _most_tokens(compiled: ServedModel) -> int | None:
-    return getattr(compiled.traits[MAIN_GRAPH].config, "max_position_embeddings", None)
 
 
 def _encode(tokenizer: FastTokenizer, texts: Sequence[str | list[int]], most: int | None) -> dict[str, Tensor]:
@@ -112,10 +150,3 @@ def _pool(outputs: Mapping[str, Tensor], mask: Tensor, pooling: str) -> Tensor:
     weights = mask[..., None].float()
     pooled = states[:, 0] if pooling == "cls" else (states * weights).sum(1) / weights.sum(1)
     return functional.normalize(pooled, dim=-1)
-
-
-def _describe_vector(vector: Tensor, form: str) -> list[float] | str:
-    if form == "float":
-        found: list[float] = vector.tolist()
-        return found
-    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()

@@ -1,4 +1,4 @@
-"""The audit log: who did what to which adapter, and what came of it."""
+"""The audit log: each action on an adapter, by whom, and its outcome."""
 
 import contextlib
 import datetime
@@ -25,12 +25,12 @@ class AuditLog:
 
     @contextlib.contextmanager
     def record(self, action: str, tenant: object, name: object) -> Iterator[dict[str, object]]:
-        """Log what the block does.
+        """Log the action of the block.
 
         The block may add fields to the line. Its outcome is "done", or the code of the error.
 
         Raises:
-            ArtifactError: the line cannot be written; what the block did is done.
+            ArtifactError: the line cannot be written; the action itself is done.
         """
         line: dict[str, object] = {"action": action, "tenant": _cut(tenant), "name": _cut(name)}
         try:

@@ -1,4 +1,4 @@
-"""What a tenant may bring, and what of it is used."""
+"""The quotas of tenants, and their use."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ _MINUTE = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class StoreQuotas:
-    """What each tenant of a store may bring.
+    """The quotas of each tenant of a store.
 
     Attributes:
         bytes: of all files together, those included that are being uploaded; equal files count once.
@@ -25,7 +25,7 @@ class StoreQuotas:
         sites: the most sites of an adapter.
         uploads_per_minute: the most uploads, those included that are refused.
         seconds: processor time in which an upload is read.
-        memory: bytes that reading an upload may take.
+        memory: the most bytes that reading an upload takes.
     """
 
     bytes: Count = 1 << 30
@@ -58,11 +58,11 @@ class StoreQuotas:
 
 
 class TenantAccount:
-    """What a tenant uses of its quotas. Threads may share it.
+    """A tenant's use of its quotas. Threads may share it.
 
     Args:
         tenant: its name, for messages.
-        quotas: what it may use.
+        quotas: its quotas.
     """
 
     def __init__(self, tenant: str, quotas: StoreQuotas) -> None:
@@ -117,7 +117,7 @@ class TenantAccount:
 
     @contextlib.contextmanager
     def claim(self) -> "Iterator[QuotaClaim]":
-        """Give the block a claim to what it is about to use; what the claim does not keep is given back."""
+        """Reserve quota for the block; the unused part is refunded."""
         claim = QuotaClaim(self)
         try:
             yield claim
@@ -126,7 +126,7 @@ class TenantAccount:
 
 
 class QuotaClaim:
-    """What an upload takes of its tenant's quotas until it is stored.
+    """An upload's part of its tenant's quotas, until it is stored.
 
     Args:
         account: the tenant's.

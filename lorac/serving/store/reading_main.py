@@ -1,4 +1,4 @@
-"""The process that reads what strangers upload, started by ``ReadingProcess``.
+"""The process that reads strangers' uploads, started by ``ReadingProcess``.
 
 It reads requests, a line of JSON each, from its input. For each it forks a child, which limits itself, reads the
 adapter and writes it anew in lorac's own format, or writes why it does not. The answer is a line with the child's exit
@@ -51,7 +51,10 @@ def main() -> None:
 def _serve(request: JsonObject) -> NoReturn:
     folder, status = Path(request["folder"]), 1
     try:
-        _close_answers()
+        # Other uploads' requests and answers pass through the input and output of this process.
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for handle in (0, 1):
+            os.dup2(nothing, handle)
         _limit(request["seconds"], request["memory"], request["size"])
         rewrite(folder, request["base"])
         status = 0
@@ -62,15 +65,8 @@ def _serve(request: JsonObject) -> NoReturn:
         os._exit(status)
 
 
-def _close_answers() -> None:
-    """Leave the input and output of this process, by which the server hears of other uploads too."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for handle in (0, 1):
-        os.dup2(nothing, handle)
-
-
 def _limit(seconds: float, memory: int, size: int) -> None:
-    """Bound what this process may take, and leave the network where the system allows it.
+    """Bound this process's resources, and leave the network where the system allows it.
 
     Args:
         seconds: processor time.

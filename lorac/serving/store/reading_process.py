@@ -1,4 +1,4 @@
-"""Reading what strangers upload in another process, so that what it does to its reader is not done to the server."""
+"""Reading strangers' uploads in another process, so that a malicious one harms its reader and not the server."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from lorac.storage.strict_json import dump_json, parse_object
 _WAIT = 4.0
 """Seconds to wait for each second of processor time that a reader may take: other work may slow it."""
 _STARTING = 60.0
-"""Seconds to wait for the first answer, before which the process imports what it needs."""
+"""Seconds to wait for the first answer, before which the process imports its libraries."""
 _PROGRAM = f"from {main.__module__} import main; main()"
 _LONGEST_REFUSAL = 1 << 16
 _LIMITS = {-signal.SIGXCPU: "time", -signal.SIGKILL: "time or memory"}
@@ -29,7 +29,7 @@ class ReadingProcess:
     """A process that reads uploads one at a time, and is started again whenever it ends.
 
     Args:
-        quotas: what reading an upload may take.
+        quotas: the limits of reading an upload.
     """
 
     def __init__(self, quotas: StoreQuotas) -> None:
@@ -72,7 +72,8 @@ class ReadingProcess:
             try:
                 process.stdin.write(f"{request}\n".encode())
                 process.stdin.flush()
-                answer = _read_line(process.stdout.fileno(), self._find_timeout())
+                timeout = self._quotas.seconds * _WAIT + (0 if self._answered else _STARTING)
+                answer = _read_line(process.stdout.fileno(), timeout)
             except OSError:
                 answer = b""
             if not answer:
@@ -80,9 +81,6 @@ class ReadingProcess:
                 return -signal.SIGKILL
             self._answered = True
             return int(answer)
-
-    def _find_timeout(self) -> float:
-        return self._quotas.seconds * _WAIT + (0 if self._answered else _STARTING)
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is None:

@@ -1,6 +1,7 @@
 """The store: adapters that tenants bring, load and unload while a compiled model serves them."""
 
 import os
+import re
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ from lorac.errors import (
 from lorac.formats.native import read_record
 from lorac.serving.store.audit import AuditLog
 from lorac.serving.store.intake import copy_files, open_files
-from lorac.serving.store.names import check_name
 from lorac.serving.store.quotas import QuotaClaim, StoreQuotas, TenantAccount
 from lorac.serving.store.reading_process import ReadingProcess
 from lorac.serving.store.store_folder import StoredName, StoreFolder
@@ -32,6 +32,9 @@ from lorac.storage.paths import parse_path, translate_os_errors
 
 _OVERHEAD = 1 << 20
 """Bytes that an adapter may take more once it is written anew."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+"""A name that may become part of paths, log lines and requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class TenantAdapter:
 
 @dataclass(frozen=True)
 class _Tenant:
-    """The adapters of a tenant by name, and what they take."""
+    """The adapters of a tenant by name, and its account."""
 
     account: TenantAccount
     adapters: dict[str, TenantAdapter] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class _Tenant:
 
 
 class AdapterHolder(Protocol):
-    """The compiled model that a store adds adapters to, or what stands for one that others hold."""
+    """The compiled model that a store adds adapters to, or a stand-in for one that others hold."""
 
     @property
     def pool(self) -> Collection[str]: ...
@@ -78,14 +81,14 @@ class AdapterHolder(Protocol):
 class AdapterStore:
     """Adapters that the tenants of a server bring while it runs. Threads may share it; one process may use its folder.
 
-    An upload is PEFT's or lorac's own safetensors. Another process, with limits, reads it and writes it anew, and only
-    what that writes is stored. It must be for the base weights of the compiled model. A tenant neither sees nor reaches
-    the adapters of another; those that the compiled model has when the store is made are for all tenants.
+    An upload is PEFT's or lorac's own safetensors. Another process, with limits, reads it and writes it anew, and the
+    store keeps only the new file. It must be for the base weights of the compiled model. A tenant neither sees nor
+    reaches the adapters of another; those that the compiled model has when the store is made are for all tenants.
 
     Args:
         compiled: the compiled model, with room for the adapters (``reserve=``).
         folder: keeps the adapters; they are there again when a store is made over it later.
-        quotas: what each tenant may bring; default: ``StoreQuotas()``.
+        quotas: of each tenant; default: ``StoreQuotas()``.
         bases: names by which PEFT's configurations call the model, for files that do not record a hash of the base.
         reserved: names that no adapter may have, such as that of the model itself.
 
@@ -152,7 +155,7 @@ class AdapterStore:
     ) -> TenantAdapter:
         """Store an adapter and register it, wholly or not at all.
 
-        A name that the tenant has already is taken if the adapter is the same, and refused otherwise.
+        Uploading the same adapter again succeeds; another one under its name is refused.
 
         Args:
             tenant: whose it will be.
@@ -284,7 +287,7 @@ class AdapterStore:
         self._folder.discard(tenant, added.digest)
 
     def _restore(self, entry: StoredName) -> None:
-        """Register an adapter that the folder holds; one that is refused stays in the folder, and is not there."""
+        """Register an adapter that the folder holds; a refused one stays there, and has no name in the store."""
         path = self._folder.file_of(entry.tenant, entry.digest)
         try:
             own = self._open_account(entry.tenant)
@@ -321,4 +324,21 @@ def check_base_is_known(name: str, record: JsonMapping, bases: Collection[str]) 
         f"adapter '{name}' {said}",
         next_step="save it with lorac.save_adapter(..., model=...), which records a hash, or send the hash along",
         code="base_mismatch",
+    )
+
+
+def check_name(subject: str, name: object) -> str:
+    """Return a name, if it is one.
+
+    Args:
+        subject: whose name it is: "an adapter".
+
+    Raises:
+        AdapterError: it is not text, too long, or has characters with a meaning elsewhere.
+    """
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return name
+    raise AdapterError(
+        f"{subject} cannot be called {short(name)}",
+        next_step="a name has 1 to 64 letters, digits, '.', '_' and '-', and begins with a letter or digit",
     )

@@ -1,6 +1,6 @@
 """The store's folder, in which every change is one step that a kill at any moment leaves done or not done.
 
-    incoming/<tenant>/…                     what the tenant may load by path; put there by whoever runs the server
+    incoming/<tenant>/…                     files that a tenant may load by path; put there by the server's operator
     adapters/<tenant>/<digest>.safetensors  an adapter as the store rewrote it
     adapters/<tenant>/<name>@<digest>       an empty file: the adapter has that name
 
