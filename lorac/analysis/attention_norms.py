@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 NEAR, ABOVE = 0.5, 1.0
 """Ratios from which a head is called near the threshold and above it: a convention, since the theorem is asymptotic."""
+_PROJECTIONS = ("q_proj", "k_proj")
+"""Names of the projections to queries and to keys."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def measure_attention(
     if not isinstance(host, TransformersHost):
         raise _no_interface(model)
     weights, deltas = _merge(model, adapter)
-    recorder = _Recorder({id(module): path for path, module in model.named_modules()}, deltas, ("q_proj", "k_proj"))
+    recorder = _Recorder({id(module): path for path, module in model.named_modules()}, deltas)
     with torch.no_grad(), _recording(host.model, recorder):
         torch.func.functional_call(model, weights, kwargs=dict(inputs))
     if not recorder.found:
@@ -128,35 +130,33 @@ def measure_projection(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Te
     return ProjectionNorms(*(scale**0.5 * float(one.abs().max()) for one in (total, total - added, added)))
 
 
-@dataclass
 class _Recorder:
     """Norms during one call.
 
-    Attributes:
+    Args:
         paths: id of a module -> its path.
         deltas: path -> W' − W of the adapter.
-        projections: names of the projections to queries and to keys.
-        inputs: path of a projection -> its inputs and W' and bias.
+
+    Attributes:
         found: path of an attention -> the norms of its heads.
     """
 
-    paths: Mapping[int, str]
-    deltas: Mapping[str, Tensor]
-    projections: tuple[str, str]
-    inputs: dict[str, tuple[Tensor, nn.Linear]] = field(default_factory=dict)
-    found: dict[str, tuple[HeadNorms, ...]] = field(default_factory=dict)
+    def __init__(self, paths: Mapping[int, str], deltas: Mapping[str, Tensor]) -> None:
+        self._paths, self._deltas = paths, deltas
+        self._inputs: dict[str, tuple[Tensor, nn.Linear]] = {}
+        self.found: dict[str, tuple[HeadNorms, ...]] = {}
 
     def record_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Keep the input of a projection."""
         if isinstance(module, nn.Linear):
-            self.inputs[self.paths[id(module)]] = args[0].double(), module
+            self._inputs[self._paths[id(module)]] = args[0].double(), module
 
     def record(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         """Measure the heads of an attention, (batch, heads, L, d)."""
-        path, groups = self.paths[id(module)], q.shape[1] // k.shape[1]
+        path, groups = self._paths[id(module)], q.shape[1] // k.shape[1]
         queries, keys = (
             self._measure_parts(f"{path}.{name}", heads, scale)
-            for name, heads in zip(self.projections, (q.shape[1], k.shape[1]), strict=True)
+            for name, heads in zip(_PROJECTIONS, (q.shape[1], k.shape[1]), strict=True)
         )
         heads = []
         for index in range(q.shape[1]):
@@ -175,11 +175,11 @@ class _Recorder:
         self.found[path] = tuple(heads)
 
     def _measure_parts(self, path: str, heads: int, scale: float) -> Sequence[ProjectionNorms | None]:
-        if path not in self.inputs:
+        if path not in self._inputs:
             return [None] * heads
-        x, module = self.inputs[path]
+        x, module = self._inputs[path]
         weight = module.weight.double()
-        delta = self.deltas.get(path, torch.zeros_like(weight))
+        delta = self._deltas.get(path, torch.zeros_like(weight))
         biases = [None] * heads if module.bias is None else module.bias.double().chunk(heads)
         rows = zip(weight.chunk(heads), biases, delta.chunk(heads), strict=True)
         return [measure_projection(x, *own, scale) for own in rows]
@@ -203,7 +203,7 @@ def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
     before, own = model.config._attn_implementation, f"lorac_norms_{id(recorder)}"  # two threads may measure
     ALL_ATTENTION_FUNCTIONS[own] = attend
     ALL_MASK_ATTENTION_FUNCTIONS[own] = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    named = [module for name, module in model.named_modules() if name.endswith(recorder.projections)]
+    named = [module for name, module in model.named_modules() if name.endswith(_PROJECTIONS)]
     hooks = [module.register_forward_pre_hook(recorder.record_input) for module in named]
     try:
         model.set_attn_implementation(own)

@@ -23,19 +23,8 @@ Train = Callable[[str, CompiledModule], object]
 """Trains a client's adapter, by the client's name, in the model that it is given."""
 STACK = "stack"
 """Name of the adapter that holds all rounds before."""
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """The factors that a client gave to a round.
-
-    Attributes:
-        adapter: the one that it trained.
-        weight: its weight in the round, such as the number of its samples.
-    """
-
-    adapter: Adapter
-    weight: float
+Contribution = tuple[Adapter, float]
+"""The adapter that a client trained, and its weight in the round, such as the number of its samples."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class FederatedStack:
                 f"the clients of a round are {', '.join(adapters) or 'none'}, and their weights {dict(given)}",
                 next_step="give each client a weight above 0, such as the number of its samples",
             )
-        contributions = {client: Contribution(adapter, float(given[client])) for client, adapter in adapters.items()}
+        contributions = {client: (adapter, float(given[client])) for client, adapter in adapters.items()}
         return replace(self, rounds=(*self.rounds, contributions))
 
     def without(self, client: str) -> FederatedStack:
@@ -95,10 +84,10 @@ class FederatedStack:
         parts: dict[str, Adapter] = {}
         shares: dict[str, float] = {}
         for number, contributions in enumerate(self.rounds):
-            total = sum(one.weight for one in contributions.values())
-            for client in sorted(contributions):
-                parts[f"{number}:{client}"] = contributions[client].adapter
-                shares[f"{number}:{client}"] = contributions[client].weight / total
+            total = sum(weight for _, weight in contributions.values())
+            for client, (adapter, weight) in sorted(contributions.items()):
+                parts[f"{number}:{client}"] = adapter
+                shares[f"{number}:{client}"] = weight / total
         return merge(parts, "cat", shares, name=name) if parts else None
 
     def train_round(

@@ -66,12 +66,12 @@ class RefusedField(RefusedRequest):
 
     Args:
         field: its name.
-        what: the fault, as the rest of a sentence that begins with its name.
+        fault: the rest of a sentence that begins with its name.
         next_step: a remedy.
     """
 
-    def __init__(self, field: str, what: str, *, next_step: str | None = None) -> None:
-        super().__init__(f"'{field}' {what}", next_step=next_step)
+    def __init__(self, field: str, fault: str, *, next_step: str | None = None) -> None:
+        super().__init__(f"'{field}' {fault}", next_step=next_step)
         self.field = field
 
 

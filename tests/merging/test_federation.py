@@ -112,7 +112,7 @@ def test_a_round_trains_each_client_next_to_the_frozen_stack():
         for found in starts.values():
             assert_close(found, base.detach())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    first, second = (contributions["one"].adapter for contributions in stack.rounds)
+    first, second = (contributions["one"][0] for contributions in stack.rounds)
     assert_apart(first.tensors["0"]["lora_A"].detach(), second.tensors["0"]["lora_A"].detach())
     loss = nn.functional.cross_entropy(lorac.merge_into(model, stack.merged())(x), y)
     assert loss < nn.functional.cross_entropy(model(x), y)

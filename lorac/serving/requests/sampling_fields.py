@@ -1,7 +1,6 @@
 """The fields that requests for text have in common, and the options of ``generate`` that they stand for."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
 import pydantic
@@ -132,22 +131,20 @@ class SamplingFields(pydantic.BaseModel, ABC, extra="forbid", strict=True, allow
         return {**drawn, **more, **({"sequence_bias": biases} if biases else {})}
 
 
-@dataclass(frozen=True)
 class CountPenalty:
     """A logits processor that lowers the scores of tokens by how often the answer holds them, as OpenAI's penalties do.
 
-    Attributes:
+    Args:
         prompt: tokens of the prompt, which do not count.
         presence: is subtracted once from tokens that occur.
         frequency: is subtracted each time that they do.
     """
 
-    prompt: int
-    presence: float
-    frequency: float
+    def __init__(self, prompt: int, presence: float, frequency: float) -> None:
+        self._prompt, self._presence, self._frequency = prompt, presence, frequency
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores (rows, vocabulary) after texts (rows, length)."""
-        answer = input_ids[:, self.prompt :]
+        answer = input_ids[:, self._prompt :]
         counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
-        return scores - self.frequency * counts - self.presence * (counts > 0)
+        return scores - self._frequency * counts - self._presence * (counts > 0)
