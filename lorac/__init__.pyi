@@ -31,6 +31,8 @@ from lorac.errors import WrongType as WrongType
 from lorac.formats import load_adapter as load_adapter
 from lorac.formats import save_adapter as save_adapter
 from lorac.frontend.model_view import sites as sites
+from lorac.ir.sites.site import Site as Site
+from lorac.ir.sites.site import SiteKind as SiteKind
 from lorac.ir.slots.choice import Active as Active
 from lorac.ir.slots.required_slots import Reserve as Reserve
 from lorac.limits import budget as budget

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import lorac
+from lorac import Site
 from lorac.frontend.capture.export import export_model
 from lorac.frontend.host import Host
 from lorac.ir.calls.interface import Interface
@@ -18,7 +19,6 @@ from lorac.ir.calls.output_structure import OutputStructure
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import run_graph
-from lorac.ir.sites.site import Site
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.plans import SitePlan
 from lorac.passes.pipelines import lowering_passes, run_pipeline

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from lorac import SiteKind
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import OnnxEngine, OnnxProgram
 from lorac.backends.onnx.legalize import Legalize
@@ -22,7 +23,6 @@ from lorac.backends.onnx.model_files import read_model_files
 from lorac.backends.onnx.passes import OnnxDialect
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import SlotInput
-from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.plans import RankPolicy
 from lorac.target.backend import TargetOptions
 from lorac.target.dialect import BranchGate, Dialect

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import lorac
-from lorac import ParamSpec, Role
-from lorac.ir.sites.site import SiteKind
+from lorac import ParamSpec, Role, SiteKind
 from lorac.testing import HOSTS, Host, Oracle, conformance, samples
 from lorac.variants import initialisers
 from tests.refusing import refuses

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import torch
 import lorac
 from lorac.diffusion import decor
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, assert_close, conformance
 from tests.diffusion.texts import make_tokenizer
 from tests.image_files import WIDTH, make_pair
@@ -130,7 +130,7 @@ def test_the_merged_form_conforms(kind):
 
 
 def test_the_branch_is_the_oracle():
-    p = Params(span=SPAN, rows=torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1, 1, 1], dtype=torch.float64))
+    p = SimpleNamespace(span=SPAN, rows=torch.tensor([0.0, 1, 1, 0, 1, 1, 1, 1, 1, 1], dtype=torch.float64))
     found = lorac.DECOR(r=3, tokens=10).branch(X, X, p, None)
     given = types.SimpleNamespace(span=p.span.numpy(), rows=p.rows.numpy())
     assert_close(found, torch.from_numpy(branch_oracle.branch(X.numpy(), X.numpy(), given, None)))

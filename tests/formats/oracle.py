@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from lorac import Adapter, WeightVariant, load_adapter, save_adapter
-from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site
+import lorac
+from lorac import Adapter, Site, WeightVariant, load_adapter, save_adapter
 from lorac.testing import eager_checks as checks
 from tests import parity, peft_files
 from tests.zoo import ZOO
@@ -27,7 +26,7 @@ def applied(model: nn.Module, adapter: Adapter) -> nn.Module:
         old = getattr(owner, leaf)
         value = tensor.to(old.dtype)
         setattr(owner, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
-    sites = find_sites(model)
+    sites = lorac.sites(model)
     new = {path: _site(model, sites[path], adapter) for path in adapter.tensors}
     for path, module in new.items():
         parent, _, leaf = path.rpartition(".")
@@ -43,7 +42,7 @@ def _site(model: nn.Module, site: Site, adapter: Adapter) -> nn.Module:
     assert isinstance(module.weight, Tensor)
     dtype = module.weight.dtype
     cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in adapter.tensors[site.path].items()}
-    tensors = Params(**cast)
+    tensors = SimpleNamespace(**cast)
     weight = variant.weight(site.present(module.weight), tensors)
     bias: Any = getattr(module, "bias", None)
     zeros = torch.zeros(site.out_features, dtype=dtype)

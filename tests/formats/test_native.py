@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lorac
 from lorac import (
     Adapter,
     AdapterError,
@@ -21,14 +23,12 @@ from lorac import (
     LoRA,
     ParamSpec,
     SHiRA,
+    Site,
     UnknownMethod,
     WeightVariant,
     load_adapter,
     save_adapter,
 )
-from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site
 from lorac.variants import variants
 from lorac.variants._masks import struct_mask
 from lorac.variants.base import Variant
@@ -39,7 +39,7 @@ from tests.zoo import ZOO
 
 
 def filled(variant: Variant, *paths: str, name: str = "mine", model: str = "plain_mlp") -> Adapter:
-    sites = find_sites(ZOO[model].model())
+    sites = lorac.sites(ZOO[model].model())
     tensors = {
         path: {key: torch.randn(spec.shape) for key, spec in variant.at(sites[path]).params(sites[path]).items()}
         for path in paths
@@ -113,7 +113,7 @@ def throwaway() -> Iterator[type[Variant]]:
             scale = ParamSpec((1,), zeros, shared=True)
             return {"scale": scale, "shift": ParamSpec((site.out_features,), zeros)}
 
-        def weight(self, W: torch.Tensor, p: Params) -> torch.Tensor:
+        def weight(self, W: torch.Tensor, p: SimpleNamespace) -> torch.Tensor:
             return W * p.scale + p.shift[:, None]
 
     assert variants()["throwaway"] is Throwaway
@@ -138,7 +138,7 @@ def test_fields_without_a_form_in_json_are_left_out(tmp_path: Path) -> None:
     """A mask function chose the positions; it is not needed once they are stored."""
     model = ZOO["plain_mlp"].model()
     variant = SHiRA(targets=("up",), mask=struct_mask(3))
-    site = find_sites(model)["up"]
+    site = lorac.sites(model)["up"]
     count = variant.params(site)["values"].shape[0]
     indices = torch.stack([torch.arange(count) % 14, torch.arange(count) % 10])
     adapter = Adapter("x", variant, {"up": {"indices": indices, "values": torch.ones(count)}})

@@ -8,11 +8,11 @@ import transformers
 from torch import nn
 
 import lorac
+from lorac import SiteKind
 from lorac.frontend.model_view import ModelView
 from lorac.frontend.module_sites import infer_module_site, make_module_site
 from lorac.frontend.site_discovery import find_sites
 from lorac.frontend.skeleton import build_skeleton, describe_skeleton
-from lorac.ir.sites.site import SiteKind
 from lorac.testing import assert_close
 from tests.refusing import refuses
 from tests.variants.modules import BLOCK, Bottleneck

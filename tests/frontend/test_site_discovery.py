@@ -9,10 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorac
+from lorac import SiteKind
 from lorac.frontend.site_discovery import is_gpt2_conv1d
 from lorac.frontend.skeleton import build_skeleton, describe_skeleton
 from lorac.ir.sites.patterns import select_sites
-from lorac.ir.sites.site import SiteKind
 from lorac.testing import HOSTS, adapter_away, assert_close
 from tests.parity import assert_parity
 from tests.refusing import refuses

@@ -15,7 +15,6 @@ from lorac import Adapter
 from lorac.adapters import preparation as preparing
 from lorac.adapters.preparation import Preparer
 from lorac.frontend.base_weights import make_base_reader
-from lorac.frontend.site_discovery import find_sites
 from lorac.storage.reductions import check_sizes, reduction_from_json
 
 METHODS: dict[str, Any] = {
@@ -46,7 +45,7 @@ def _adapter(name: str) -> Adapter:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_was_stored_prepares_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, host = _adapter(name), _host()
-    traced = Preparer(find_sites(host), make_base_reader(host))
+    traced = Preparer(lorac.sites(host), make_base_reader(host))
     stored = json.loads(json.dumps(traced.stored_reductions([adapter])))
     assert len(stored) == 1
     expected = traced.prepare(adapter)
@@ -56,7 +55,7 @@ def test_what_was_stored_prepares_the_same(name: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(preparing, "reduce_weight", refuse)
     monkeypatch.setattr(preparing, "_REDUCTIONS", {})
-    read = Preparer(find_sites(host), make_base_reader(host))
+    read = Preparer(lorac.sites(host), make_base_reader(host))
     read.stored = stored
     found = read.prepare(adapter)
     assert found.reasons == expected.reasons
@@ -79,7 +78,7 @@ def test_a_method_of_ones_own_is_reduced_by_its_own_formula(
     """An artifact does not answer for it, nor for one that it is part of."""
     host, adapter = _host(), _adapter(name)
     monkeypatch.setattr(own, "__module__", "mine")
-    assert Preparer(find_sites(host), make_base_reader(host)).stored_reductions([adapter]) == {}
+    assert Preparer(lorac.sites(host), make_base_reader(host)).stored_reductions([adapter]) == {}
 
 
 @pytest.mark.parametrize(

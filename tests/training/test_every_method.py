@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac import AdapterError, Role, SiteError
-from lorac.frontend.site_discovery import find_sites
+from lorac import AdapterError, Role, Site, SiteError, SiteKind
 from lorac.ir.sites.patterns import find_layer_index, is_named
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import samples
 from lorac.variants._mixtures import LoraMixture
 from lorac.variants.base import Variant
@@ -77,7 +75,7 @@ def offers(method: type[Variant]) -> dict[str, Variant]:
 def place(variant: Variant, name: str) -> Variant | None:
     """The method on the sites of a host's first layer that it is defined on; None where there are none."""
     model = host(name)
-    sites = {path: site for path, site in find_sites(model).items() if admits(variant, site)}
+    sites = {path: site for path, site in lorac.sites(model).items() if admits(variant, site)}
     if variant.targets != Variant.targets:  # it says itself where it belongs: behind modules, where it takes any
         sites = {p: s for p, s in sites.items() if SiteKind.BLOCK not in variant.kinds or s.kind is SiteKind.BLOCK}
         return variant if sites or any(variant.replaces_module(path) for path, _ in model.named_modules()) else None

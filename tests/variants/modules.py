@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import lorac
-from lorac import ParamSpec
-from lorac.ir.sites.site import SiteKind
+from lorac import ParamSpec, SiteKind
 from lorac.variants import initialisers
 from lorac.variants._mixtures import top_k_softmax
 

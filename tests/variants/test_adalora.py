@@ -7,10 +7,8 @@ import torch
 from torch import nn
 
 import lorac
-from lorac import AdaLoRA
-from lorac.frontend.site_discovery import find_sites
+from lorac import AdaLoRA, Site, SiteKind
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.limits import assert_deviation
@@ -97,4 +95,4 @@ def test_initial_values():
         "lora_E": (12, 1),
         "lora_B": (300, 12),
     }
-    assert list(find_sites(host)) == ["site"]
+    assert list(lorac.sites(host)) == ["site"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.sites.site import Site, SiteKind
+from lorac import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext
 from lorac.ir.slots.program_values import replace_first_tensor
 from tests.limits import assert_deviation, decimals

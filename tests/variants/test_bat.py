@@ -1,11 +1,12 @@
 """BAT by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import lorac
 from lorac.ir.algebra.changes import Dense
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, assert_close
 from tests.limits import assert_apart
 from tests.refusing import refuses
@@ -16,7 +17,7 @@ def tensor(values):
 
 
 def adapted(W, block):
-    return lorac.BAT(r=block.shape[-1]).weight(W, Params(miss_block=block))
+    return lorac.BAT(r=block.shape[-1]).weight(W, SimpleNamespace(miss_block=block))
 
 
 def test_worked_example_and_its_inverse():
@@ -37,7 +38,7 @@ def test_rank_of_the_change_exceeds_r():
     block = case.a.tensors["site"]["miss_block"]
     moved = adapted(case.weight, block) - case.weight
     assert torch.linalg.matrix_rank(moved) > 3
-    shards = lorac.MiSS(r=3).weight(case.weight, Params(miss_block=torch.randn(3, 6, dtype=torch.float64)))
+    shards = lorac.MiSS(r=3).weight(case.weight, SimpleNamespace(miss_block=torch.randn(3, 6, dtype=torch.float64)))
     assert torch.linalg.matrix_rank(shards - case.weight) <= 3
 
 

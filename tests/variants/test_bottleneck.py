@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 import lorac
-from lorac.ir.sites.site import Site, SiteKind
+from lorac import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext
 from lorac.testing import assert_close
 from lorac.variants._bottleneck_layers import ACTIVATIONS, apply_coupling, coupling_specs, invert_coupling

@@ -1,12 +1,13 @@
 """Chains by hand, and of adapters that were trained apart."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, assert_close, conformance
 from lorac.testing.eager_checks import check_identity_at_init
 from lorac.variants.params import select_params
@@ -31,7 +32,7 @@ def test_conforms(check):
 
 
 def adapted(W, adapter, path="site"):
-    return adapter.variant.weight(W, Params(**adapter.tensors[path]))
+    return adapter.variant.weight(W, SimpleNamespace(**adapter.tensors[path]))
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def test_two_bats_by_hand():
     """W=[[1,2],[3,4]] and b=[[0,1],[0,0]] give [[1,4],[3,7]]; b again on that gives [[1,6],[3,10]]."""
     block = torch.tensor([[[0.0, 1], [0, 0]]])
     chain = lorac.Chain(parts=(lorac.BAT(r=2), lorac.BAT(r=2)))
-    p = Params(**{"part0_miss_block": block, "part1_miss_block": block})
+    p = SimpleNamespace(**{"part0_miss_block": block, "part1_miss_block": block})
     assert chain.weight(torch.tensor([[1.0, 2], [3, 4]]), p).tolist() == [[1, 6], [3, 10]]
 
 
@@ -79,7 +80,7 @@ def test_a_part_starts_from_the_weight_that_the_parts_before_it_return():
     host, moving = nn.Sequential(nn.Linear(6, 4)), lorac.FourierFT(n_frequency=5)
     chain = lorac.Chain(parts=(moving, lorac.Magnitude()), targets=("0",))
     own = lorac.compile(host, {"a": chain}).adapters["a"].tensors["0"]
-    moved = moving.weight(host[0].weight, select_params(Params(**own), "part0_"))
+    moved = moving.weight(host[0].weight, select_params(SimpleNamespace(**own), "part0_"))
     assert_close(own["part1_magnitude"], torch.linalg.vector_norm(moved, dim=1))
 
 

@@ -1,5 +1,7 @@
 """CP-LoRA and CP-DoRA by hand, and on convolutions of every geometry."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,6 @@ from torch import nn
 
 import lorac
 from lorac.ir.algebra.changes import Delta, LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case, assert_close
 from lorac.testing import eager_checks as checks
 from tests import parity
@@ -43,7 +44,7 @@ def test_every_geometry(host):
 
 
 def test_worked_example():
-    p = Params(
+    p = SimpleNamespace(
         cp_out=tensor([[2.0], [1.0]]),
         cp_in=tensor([[3.0]]),
         cp_h=tensor([[1.0], [-1.0]]),
@@ -55,7 +56,7 @@ def test_worked_example():
 
 def test_worked_dora():
     one = tensor([[1.0]])
-    p = Params(cp_out=tensor([[1.0], [0.0]]), cp_in=tensor([[1.0], [-1.0]]), cp_h=one, cp_w=one)
+    p = SimpleNamespace(cp_out=tensor([[1.0], [0.0]]), cp_in=tensor([[1.0], [-1.0]]), cp_h=one, cp_w=one)
     p.magnitude = tensor([5.0, 5.0])
     moved = lorac.CPLoRA(r=1, alpha=1, dora=True).weight(tensor([[3.0, 4.0], [0.0, 5.0]]), p)
     assert_close(moved, tensor([[4.0, 3.0], [0.0, 5.0]]))

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import LowRank
 from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
@@ -167,6 +166,6 @@ def test_layers_of_other_ranks_are_cut_each():
 
 
 def test_count():
-    site = find_sites(HOSTS["linear"].model())["site"]
+    site = lorac.sites(HOSTS["linear"].model())["site"]
     numel = sum(math.prod(spec.shape) for spec in lorac.DyLoRA(r=4).params(site).values())
     assert numel == 4 * (7 + 11)

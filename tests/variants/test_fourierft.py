@@ -1,6 +1,7 @@
 """FourierFT by hand, and its positions against PEFT's."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +9,8 @@ from peft import FourierFTConfig, get_peft_model
 from torch import nn
 
 import lorac
-from lorac import FourierFT
-from lorac.frontend.site_discovery import find_sites
+from lorac import FourierFT, Site, SiteKind
 from lorac.ir.algebra.changes import Dense
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import assert_close
 from tests.refusing import refuses
 
@@ -44,7 +42,7 @@ def test_worked_example():
 
 
 def test_constant_frequency_adds_the_same_everywhere():
-    p = Params(indices=torch.tensor([[0], [0]]), fourierft_spectrum=tensor([6.0]))
+    p = SimpleNamespace(indices=torch.tensor([[0], [0]]), fourierft_spectrum=tensor([6.0]))
     changed = FourierFT(n_frequency=1, scaling=2).weight(torch.zeros(3, 4, dtype=torch.float64), p)
     assert_close(changed, torch.ones(3, 4, dtype=torch.float64))
 
@@ -79,7 +77,7 @@ def test_published_counts():
 
 
 def test_too_many_frequencies():
-    site = find_sites(hosting(nn.Linear(7, 11)))["site"]
+    site = lorac.sites(hosting(nn.Linear(7, 11)))["site"]
     with refuses("site_unsupported", match="has 77 values, and n_frequency is 78"):
         FourierFT(n_frequency=78).check(site)
     FourierFT(n_frequency=78, n_frequency_pattern={"site": 77}).at(site).check(site)

@@ -1,10 +1,11 @@
 """Grouped convolutions: what leaves their blocks runs beside the kernel, whatever its rank, or is refused at once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import lorac
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case, assert_close
 from tests.refusing import refuses
 from tests.variants.convs import conv_host
@@ -28,7 +29,7 @@ def test_factors_too_wide_to_pay_stay_factors(variant):
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
         compiled.eval()
         here = case.variant.at(case.site)
-        W = here.weight(case.weight, Params(**adapter.tensors[GROUPED.path]))
+        W = here.weight(case.weight, SimpleNamespace(**adapter.tensors[GROUPED.path]))
         expected = torch.from_numpy(GROUPED.apply(case.x.numpy(), W.numpy(), case.bias.numpy()))
         assert_close(compiled(case.x), expected)
 

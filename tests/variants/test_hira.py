@@ -8,7 +8,6 @@ from torch import nn
 
 import lorac
 from lorac import HiRA
-from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Dense
 from lorac.testing import assert_close
 from tests import parity
@@ -100,7 +99,7 @@ def test_embedding_rows():
 
 
 def test_count_and_patterns():
-    sites = find_sites(nn.ModuleDict({"a": nn.Linear(7, 11), "b": nn.Conv2d(3, 8, 3), "c": nn.Embedding(13, 6)}))
+    sites = lorac.sites(nn.ModuleDict({"a": nn.Linear(7, 11), "b": nn.Conv2d(3, 8, 3), "c": nn.Embedding(13, 6)}))
     variant = HiRA(r=4, rank_pattern={"b": 2})
     numel = {p: sum(math.prod(s.shape) for s in variant.at(site).params(site).values()) for p, site in sites.items()}
     assert numel == {"a": 4 * (7 + 11), "b": 2 * (27 + 8), "c": 4 * (13 + 6)}

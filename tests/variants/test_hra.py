@@ -1,6 +1,7 @@
 """HRA by hand: reflections as matrices, the compact form, and what its start is."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import nn
 import lorac
 from lorac import HRA
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, assert_close, conformance
 from tests.limits import assert_apart
 from tests.oracles import hra as equations
@@ -49,7 +49,7 @@ def test_far_from_the_identity(variant, host):
     variant = dataclasses.replace(variant, targets=("site",))
     u = torch.randn(site.in_features, variant.r, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     weight, bias = site.present(model.site.weight.detach()).numpy(), model.site.bias.detach().numpy()
-    adapted = equations.weight(weight, Params(hra_u=u.numpy()), variant)
+    adapted = equations.weight(weight, SimpleNamespace(hra_u=u.numpy()), variant)
     expected = torch.from_numpy(HOSTS[host].apply(x.numpy(), adapted, bias))
     adapter = lorac.Adapter("a", variant, {"site": {"hra_u": u}})
     for mode in ("live", "fused", "baked"):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.limits import rank_of

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac import LoHa
-from lorac.frontend.site_discovery import find_sites
-from lorac.ir.sites.site import Site, SiteKind
+from lorac import LoHa, Site, SiteKind
 from lorac.testing import HOSTS, Case, assert_close
 from tests.refusing import refuses
 
@@ -85,7 +83,7 @@ def test_convolutions(layer, effective):
 
 def test_a_single_tap_needs_no_core():
     host = hosting(nn.Conv2d(3, 5, 1))
-    specs = LoHa(r=2, effective_conv2d=True).params(find_sites(host)["site"])
+    specs = LoHa(r=2, effective_conv2d=True).params(lorac.sites(host)["site"])
     assert {name: spec.shape for name, spec in specs.items()} == {
         "hada_w1_a": (5, 2),
         "hada_w1_b": (2, 3),

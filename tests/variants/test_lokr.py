@@ -6,9 +6,7 @@ from peft.tuners.lokr.layer import factorization
 from torch import nn
 
 import lorac
-from lorac import LoKr
-from lorac.frontend.site_discovery import find_sites
-from lorac.ir.sites.site import Site, SiteKind
+from lorac import LoKr, Site, SiteKind
 from lorac.testing import assert_close
 from lorac.variants.lokr import factors
 from tests.refusing import refuses
@@ -25,7 +23,7 @@ def hosting(layer):
 
 
 def shapes(variant, layer):
-    site = find_sites(hosting(layer))["site"]
+    site = lorac.sites(hosting(layer))["site"]
     return {name: spec.shape for name, spec in variant.at(site).params(site).items()}
 
 

@@ -1,6 +1,7 @@
 """LoLDU by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,7 @@ from torch import nn
 
 import lorac
 from lorac import Role
-from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Delta, LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.refusing import refuses
@@ -53,7 +52,7 @@ def test_worked_factors():
 def test_worked_update():
     model = linear(WORKED)
     variant, tensors = fresh(model, r=1)
-    assert variant.weight(model.site.weight, Params(**{**tensors, "vector_z": tensor([0.0])})).tolist() == [
+    assert variant.weight(model.site.weight, SimpleNamespace(**{**tensors, "vector_z": tensor([0.0])})).tolist() == [
         [0.0, -1.5],
         [0.0, 0.0],
     ]
@@ -88,7 +87,7 @@ def test_a_singular_block_starts_from_the_base():
     model = linear([[0.0, 1.0, 2.0], [0.0, 3.0, 4.0], [0.0, 0.0, 5.0]])
     variant, p = fresh(model, r=3)
     assert p["diagonal"][0] == p["vector_z"][0] == 0
-    assert torch.equal(variant.weight(model.site.weight, Params(**p)), model.site.weight)
+    assert torch.equal(variant.weight(model.site.weight, SimpleNamespace(**p)), model.site.weight)
     assert all(bool(torch.isfinite(t).all()) for t in p.values())
 
 
@@ -152,7 +151,7 @@ def test_starts(init, starts):
     model = hosting(nn.Linear(40, 50))
     variant, p = fresh(model, r=32, init=init)
     assert starts(p["vector_z"], p["diagonal"])
-    start = variant.weight(model.site.weight, Params(**p))
+    start = variant.weight(model.site.weight, SimpleNamespace(**p))
     assert torch.equal(start, model.site.weight) == (init == "lu")
 
 
@@ -170,7 +169,7 @@ def test_published_counts(r, total):
     """ViT-B/16, q and v."""
     with torch.device("meta"):
         model = nn.ModuleDict({f"{name}{i}": nn.Linear(768, 768) for i in range(12) for name in "qv"})
-    specs = [lorac.LoLDU(r=r).params(site) for site in find_sites(model).values()]
+    specs = [lorac.LoLDU(r=r).params(site) for site in lorac.sites(model).values()]
     trained = [spec.shape for at in specs for spec in at.values() if spec.role is Role.TRAINABLE]
     assert sum(math.prod(shape) for shape in trained) == total
 

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 import lorac
-from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Delta, LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import Case, Oracle, assert_close
 from lorac.testing import eager_checks as checks
 from tests import parity
@@ -27,7 +25,7 @@ def tensor(values):
 def site_of(module):
     model = nn.Sequential()
     model.add_module("site", module)
-    return find_sites(model)["site"]
+    return lorac.sites(model)["site"]
 
 
 @pytest.mark.medium("strides, dilations and another number of dimensions", keep=["strided", "dilated", "line"])
@@ -64,14 +62,14 @@ def test_other_kernels_are_refused(host):
 
 def test_where_an_entry_of_the_product_goes():
     """O = 4, I = 3, k = 3: dW[2, 1, 0, 2] = s·(B·A)[7, 2]."""
-    p = Params(lora_A=torch.randn(2 * 3, 3 * 3).double(), lora_B=torch.randn(4 * 3, 2 * 3).double())
+    p = SimpleNamespace(lora_A=torch.randn(2 * 3, 3 * 3).double(), lora_B=torch.randn(4 * 3, 2 * 3).double())
     moved = lorac.LoRAC(r=2, alpha=5).weight(torch.zeros(4, 27, dtype=torch.float64), p).reshape(4, 3, 3, 3)
     assert_close(moved[2, 1, 0, 2], 2.5 * (p.lora_B @ p.lora_A)[7, 2])
 
 
 def test_worked_dora():
     variant = lorac.LoRAC(r=1, alpha=1, dora=True)
-    p = Params(lora_A=tensor([[1.0, -1.0]]), lora_B=tensor([[1.0], [0.0]]), magnitude=tensor([5.0, 5.0]))
+    p = SimpleNamespace(lora_A=tensor([[1.0, -1.0]]), lora_B=tensor([[1.0], [0.0]]), magnitude=tensor([5.0, 5.0]))
     moved = variant.weight(tensor([[3.0, 4.0], [0.0, 5.0]]), p)
     assert_close(moved, tensor([[4.0, 3.0], [0.0, 5.0]]))
 
@@ -99,7 +97,7 @@ def test_rows_keep_the_magnitude():
 def test_gradients_past_the_norm():
     """dL/dm_o = ⟨dL/dW'[o], V[o]/‖V[o]‖⟩ and dL/dV = t·dL/dW', the norm held constant."""
     variant, W = lorac.LoRAC(r=2, alpha=4, dora=True), torch.randn(4, 27).double()
-    p = Params(
+    p = SimpleNamespace(
         lora_A=torch.randn(6, 9).double(),
         lora_B=torch.randn(12, 6).double().requires_grad_(),
         magnitude=torch.rand(4).double().requires_grad_(),

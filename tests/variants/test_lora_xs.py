@@ -1,16 +1,15 @@
 """LoRA-XS by hand: a core between the weight's own singular vectors."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import lorac
-from lorac import Role
+from lorac import Role, Site, SiteKind
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.limits import FIRST_ORDER, assert_deviation, assert_sketched
@@ -182,7 +181,7 @@ def test_sb_trains_its_core_alone_by_the_projected_gradient():
     compiled = lorac.compile(model, {"a": adapter})
     assert [t.shape for t in compiled.parameters() if t.requires_grad] == [(2, 2)]
     own = compiled.adapters["a"].tensors["site"]
-    weight = adapter.variant.weight(model.site.weight.detach(), Params(**own))
+    weight = adapter.variant.weight(model.site.weight.detach(), SimpleNamespace(**own))
     (gradient,) = torch.autograd.grad(weight.square().sum(), own["lora_latent"])
     step = own["lora_B"] @ gradient @ own["lora_A"]
     full = 2 * weight.detach()

@@ -1,12 +1,12 @@
 """The five masks of SHiRA: which positions of a weight are trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import lorac
-from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.reduction import Params
 from lorac.variants import shira
 from lorac.variants.params import InitContext
 from tests.refusing import refuses
@@ -17,8 +17,8 @@ GRADIENTS = {"site": torch.tensor([[0.1, 5.0, -9.0], [0.3, 0.1, 3.0]])}
 
 def context(weight, name="a", path="site", seed=0, count=2):
     model = nn.ModuleDict({path: nn.Linear(weight.shape[1], weight.shape[0])})
-    site = find_sites(model)[path]
-    return InitContext((2, count), site, lambda: weight, Params(), torch.Generator().manual_seed(seed), name)
+    site = lorac.sites(model)[path]
+    return InitContext((2, count), site, lambda: weight, SimpleNamespace(), torch.Generator().manual_seed(seed), name)
 
 
 def positions(indices):

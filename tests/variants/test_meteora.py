@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.backends.onnx.model_files import read_model_files
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import assert_close
 from lorac.variants._mixtures import top_k_mask, top_k_softmax
 from tests.oracles import meteora as oracle

@@ -1,15 +1,15 @@
 """MiSS and its mini form by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, Case, assert_close
 from tests import parity
 from tests.refusing import refuses
@@ -24,7 +24,7 @@ def change(block, columns, **fields):
     block = tensor(block)
     variant = lorac.MiSS(r=len(block), **fields)
     W = torch.randn(2, columns, dtype=torch.float64)
-    return variant.weight(W, Params(miss_block=block)) - W
+    return variant.weight(W, SimpleNamespace(miss_block=block)) - W
 
 
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])

@@ -1,15 +1,15 @@
 """MPS adaptation by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, Case
 from lorac.variants.params import InitContext
 from tests import parity
@@ -31,7 +31,7 @@ def counted(variant, site):
 
 def first_factor(variant, p, columns):
     """A, read off the update of zeros with B = I."""
-    whole = Params(**{**p, "lora_B": torch.eye(variant.r, dtype=torch.float64)})
+    whole = SimpleNamespace(**{**p, "lora_B": torch.eye(variant.r, dtype=torch.float64)})
     return variant.weight(torch.zeros(variant.r, columns, dtype=torch.float64), whole)
 
 
@@ -117,7 +117,7 @@ def test_start_has_the_variance_of_lora():
     variant, site = lorac.MPS(r=64, chi=16), layer(8, 1024)
     generator = torch.Generator().manual_seed(0)
     p = {
-        name: spec.init(InitContext(spec.shape, site, lambda: None, Params(), generator, "a")).double()
+        name: spec.init(InitContext(spec.shape, site, lambda: None, SimpleNamespace(), generator, "a")).double()
         for name, spec in variant.params(site).items()
         if name.startswith("mps")
     }

@@ -1,6 +1,7 @@
 """OFT by hand: blocks, the series and the inverse, embeddings, and sizes that do not divide."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import nn
 import lorac
 from lorac import OFT, OptionError
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, assert_close
 from lorac.variants.oft import nearest_divisor
 from tests import parity
@@ -109,7 +109,7 @@ def test_runs_beside_the_weight_alone_and_in_mixtures(target):
         compiled.swap(choice or None)
         weight = cases[0].weight.clone()
         for case, adapter in zip(cases, adapters, strict=True):
-            moved = adapter.variant.weight(case.weight, Params(**adapter.tensors["site"])) - case.weight
+            moved = adapter.variant.weight(case.weight, SimpleNamespace(**adapter.tensors["site"])) - case.weight
             weight += choice.get(adapter.name, 0.0) * moved
         expected = torch.nn.functional.linear(cases[0].x, weight, cases[0].bias)
         if choice:

@@ -1,16 +1,15 @@
 """Partly learnable projections by hand."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import lorac
-from lorac import Role
+from lorac import Role, SiteKind
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import SiteKind
 from lorac.testing import HOSTS, Case, Host, assert_close, conformance
 from lorac.testing.models import chain_layers
 from lorac.variants.params import InitContext
@@ -35,12 +34,12 @@ def fresh(host=SQUARE, **fields):
     case = Case(lorac.PLP(**{"r": 4, **fields}), host)
     p = lorac.compile(case.model, {"a": case.variant}).adapters["a"].tensors["site"]
     with torch.no_grad():
-        return p, case.variant.weight(case.weight, Params(**p)) - case.weight
+        return p, case.variant.weight(case.weight, SimpleNamespace(**p)) - case.weight
 
 
 def test_worked_example():
     """A=[[1,0]], E=[[0,2]], C=[[0],[1]], D=[[3],[4]]."""
-    p = Params(
+    p = SimpleNamespace(
         up_frozen=tensor([[1, 0]]),
         up_learned=tensor([[0, 2]]),
         down_frozen=tensor([[0], [1]]),
@@ -91,7 +90,7 @@ def test_bases_are_disjoint_rows_of_one_matrix():
     specs = lorac.PLP(r=8).params(site)
     generator = torch.Generator().manual_seed(3)
     a, c = (
-        specs[name].init(InitContext(specs[name].shape, site, lambda: None, Params(), generator, "a"))
+        specs[name].init(InitContext(specs[name].shape, site, lambda: None, SimpleNamespace(), generator, "a"))
         for name in ("up_frozen", "down_frozen")
     )
     assert (a.shape, c.shape) == ((640, 8), (8, 640))
@@ -114,7 +113,7 @@ def test_joined_halves_are_the_styles_with_the_contents_learned_columns():
     kept = {name for name in own if own[name] is style.tensors["site"][name]}
     assert kept == {"up_frozen", "up_learned", "down_frozen"}
     assert own["down_learned"] is content.tensors["site"]["down_learned"]
-    alone, both = (case.variant.weight(case.weight, Params(**a.tensors["site"])) for a in (style, joined))
+    alone, both = (case.variant.weight(case.weight, SimpleNamespace(**a.tensors["site"])) for a in (style, joined))
     left = case.weight.shape[1] // 2
     assert torch.equal(alone[:, :left], both[:, :left])
     assert (alone[:, left:] != both[:, left:]).all()

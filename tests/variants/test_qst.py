@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 import lorac
-from lorac.ir.sites.site import Site, SiteKind
+from lorac import Site, SiteKind
 from lorac.ir.slots.execution import FormulaContext
 from lorac.testing import assert_close
 from tests.limits import decimals

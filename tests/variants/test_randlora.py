@@ -1,6 +1,7 @@
 """RandLoRA by hand, and the draw of its bases against PEFT's."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,8 @@ from peft import RandLoraConfig, get_peft_model
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.ir.algebra.changes import Delta
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import assert_close
 from tests.oracles import randlora as oracle
 from tests.parity import assert_parity
@@ -53,7 +53,7 @@ def tensor(values):
 
 
 def test_worked_example():
-    p = Params(
+    p = SimpleNamespace(
         randlora_A=tensor([[[1.0, 2.0]]]),
         randlora_B=tensor([[[1.0], [0.0]], [[0.0], [1.0]]]),
         randlora_lambda=tensor([[3.0, 5.0]]),
@@ -78,7 +78,7 @@ def test_rank_is_full_and_the_papers_pairing_another(out, columns):
     generator = torch.Generator().manual_seed(0)
     variant = lorac.RandLoRA(r=3, alpha=3)
     site = Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight")
-    p = Params(
+    p = SimpleNamespace(
         **{
             name: torch.randn(spec.shape, generator=generator, dtype=torch.float64)
             for name, spec in variant.params(site).items()
@@ -116,7 +116,7 @@ def test_both_orientations_are_the_dense_sum():
     baked = lorac.compile(model, {"a": adapter}, mode="baked")
     for path, tensors in adapter.tensors.items():
         weight = model.get_submodule(path).weight
-        p = Params(**{name: value.numpy() for name, value in tensors.items()})
+        p = SimpleNamespace(**{name: value.numpy() for name, value in tensors.items()})
         expected = torch.from_numpy(oracle.weight(torch.zeros_like(weight).numpy(), p, adapter.variant))
         assert_close(baked.host.get_submodule(path).weight, weight + expected)
 
@@ -128,7 +128,9 @@ def test_gradients(out, columns):
     variant = lorac.RandLoRA(r=3, alpha=5)
     site = Site("site", SiteKind.LINEAR, out, columns, torch.float32, "site.weight")
     shapes = {name: spec.shape for name, spec in variant.params(site).items()}
-    p = Params(**{n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()})
+    p = SimpleNamespace(
+        **{n: torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
+    )
     p.randlora_lambda.requires_grad_()
     p.randlora_gamma.requires_grad_()
     upstream = torch.randn(out, columns, generator=generator, dtype=torch.float64)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lorac
-from lorac.ir.sites.site import SiteKind
+from lorac import SiteKind
 from lorac.testing import HOSTS, assert_close, conformance
 from lorac.testing.hosts import Block
 from lorac.variants import initialisers

@@ -1,12 +1,13 @@
 """A method on what is left of a weight: by its equations, as a plain LoRA, and what it leaves to the method."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import lorac
 from lorac import Residual
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import HOSTS, Case, assert_close, conformance
 from tests.oracles import residual as oracle
 
@@ -28,7 +29,7 @@ def test_conforms(check):
 def test_by_hand():
     """W − B₀·A₀ + 2·B·A = [[1, 2], [3, 4]] − [[1, 1], [0, 0]] + 2·[[0, 0], [1, 0]]."""
     rows = {"start_B": [[1], [0]], "start_A": [[1, 1]], "lora_B": [[0], [1]], "lora_A": [[1, 0]]}
-    p = Params(**{name: torch.tensor(value, dtype=torch.float64) for name, value in rows.items()})
+    p = SimpleNamespace(**{name: torch.tensor(value, dtype=torch.float64) for name, value in rows.items()})
     variant = Residual(method=lorac.LoRA(r=1, alpha=2), r=1)
     assert variant.weight(torch.tensor([[1.0, 2], [3, 4]]), p).tolist() == [[0, 1], [5, 4]]
 

@@ -1,5 +1,7 @@
 """Methods on parts of packed layers, by hand, and as PEFT can hold them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 import lorac
 from lorac import load_adapter, save_adapter
-from lorac.frontend.site_discovery import find_sites
-from lorac.ir.algebra.reduction import Params
 from lorac.testing import adapter_away, parity
 from tests.limits import assert_apart
 from tests.peft_files import load_peft
@@ -57,7 +57,7 @@ def test_queries_and_values_of_a_packed_layer(heads, tmp_path):
     parts = {"q": lorac.LoRA(r=2, alpha=3), "v": lorac.LoRA(r=1, alpha=2)}
     variant = lorac.Split(parts=parts, groups=heads or 1, targets=("qkv",))
     adapter = adapter_away(variant, model, x, name="a", seed=1)
-    at, site = adapter.tensors["qkv"], find_sites(model)["qkv"]
+    at, site = adapter.tensors["qkv"], lorac.sites(model)["qkv"]
     W = site.present(model.qkv.weight.clone())
     W[rows_of(0, heads)] += 1.5 * at["q_lora_B"] @ at["q_lora_A"]
     W[rows_of(2, heads)] += 2.0 * at["v_lora_B"] @ at["v_lora_A"]
@@ -87,14 +87,16 @@ def test_parts_of_other_sizes_and_methods():
         parts={"q": lorac.DoRA(r=1, alpha=1), "v": lorac.SHiRA(r=1)}, among={"q": 4, "k": 1, "v": 1}, targets=("0",)
     )
     model = nn.Sequential(nn.Linear(5, 12)).double()
-    sites = find_sites(model)
+    sites = lorac.sites(model)
     shapes = {name: spec.shape for name, spec in variant.specs(sites["0"]).items()}
     assert shapes["q_lora_B"] == (8, 1) and shapes["q_magnitude"] == (8,)
     adapter = adapter_away(variant, model, torch.randn(3, 5).double(), name="a", seed=1)
-    p = Params(**adapter.tensors["0"])
+    p = SimpleNamespace(**adapter.tensors["0"])
     W = model[0].weight
     moved = variant.weight(W, p)
-    q = lorac.DoRA(r=1, alpha=1).weight(W[:8], Params(lora_A=p.q_lora_A, lora_B=p.q_lora_B, magnitude=p.q_magnitude))
+    q = lorac.DoRA(r=1, alpha=1).weight(
+        W[:8], SimpleNamespace(lora_A=p.q_lora_A, lora_B=p.q_lora_B, magnitude=p.q_magnitude)
+    )
     assert torch.equal(moved[:8], q) and torch.equal(moved[8:10], W[8:10])
     assert moved[10:].ne(W[10:]).any()
     fresh = lorac.compile(model, {"a": variant})

@@ -1,15 +1,16 @@
 """TeRA by hand: its special cases, the law of its rank, and one core for all sites."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.adapters.fresh import make_fresh_adapter
 from lorac.frontend.model_view import ModelView
 from lorac.ir.algebra.changes import Delta, LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import assert_close, conformance
 from lorac.variants.tera import balanced_modes
 from tests.limits import assert_apart
@@ -31,7 +32,7 @@ def random(variant, out, columns, seed=0):
 
 
 def delta(variant, out, columns, tensors):
-    return variant.weight(torch.zeros(out, columns, dtype=torch.float64), Params(**tensors))
+    return variant.weight(torch.zeros(out, columns, dtype=torch.float64), SimpleNamespace(**tensors))
 
 
 def test_worked_example():
@@ -189,7 +190,7 @@ def test_an_entry_is_as_large_whatever_other_layers_there_are():
         for name, (out, columns) in sizes.items():
             at = {key: torch.ones_like(t) if "_d_" in key else t for key, t in tensors[name].items()}
             zero = torch.zeros(out, columns)
-            squares[name] += float(variant.weight(zero, Params(**at)).square().mean()) * columns / 40
+            squares[name] += float(variant.weight(zero, SimpleNamespace(**at)).square().mean()) * columns / 40
     assert all(0.7 < square < 1.4 for square in squares.values()), squares
 
 

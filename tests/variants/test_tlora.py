@@ -1,16 +1,15 @@
 """TLoRA by hand: the transform's two index orders, its start, published counts, and the ring residual."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import lorac
-from lorac import OptionError, TLoRA
+from lorac import OptionError, Site, SiteKind, TLoRA
 from lorac.ir.algebra.changes import Dense, LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import HOSTS, assert_close, conformance
 from tests.oracles import tlora as equations
 from tests.refusing import refuses
@@ -32,7 +31,7 @@ def transform(variant, *cores):
     """T, as W' of the identity under a zero residual."""
     size = math.prod(len(core) for core in cores)
     zero = {"lora_A": torch.zeros(1, size).double(), "lora_B": torch.zeros(size, 1).double()}
-    p = Params(**{f"transform_core_{d}": core for d, core in enumerate(cores)}, **zero)
+    p = SimpleNamespace(**{f"transform_core_{d}": core for d, core in enumerate(cores)}, **zero)
     return variant.weight(torch.eye(size, dtype=torch.float64), p)
 
 
@@ -53,7 +52,7 @@ def test_entries_by_brute_force(order):
     generator = torch.Generator().manual_seed(0)
     cores = [torch.randn(n, n, 3, 3, generator=generator, dtype=torch.float64) for n in (2, 3, 4)]
     found = transform(TLoRA(transform_rank=3, index_order=order), *cores)
-    p = Params(**{f"transform_core_{d}": core.numpy() for d, core in enumerate(cores)})
+    p = SimpleNamespace(**{f"transform_core_{d}": core.numpy() for d, core in enumerate(cores)})
     expected = torch.from_numpy(equations.transform(p, TLoRA(index_order=order), 24))
     assert_close(found, expected)
     assert torch.linalg.matrix_rank(found) == 24

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import assert_close, conformance
 from tests.oracles import vblora as oracle
 from tests.refusing import refuses
@@ -24,7 +23,7 @@ def tensor(values):
 
 def test_worked_example():
     """Softmax over logits 0 and ln 3 weighs 1/4 and 3/4, whatever lies below."""
-    p = Params(
+    p = SimpleNamespace(
         vblora_vector_bank=tensor([[4.0, 0.0], [0.0, 4.0], [100.0, 100.0]]),
         vblora_logits_A=tensor([[[0.0, math.log(3), -1.0]]]),
         vblora_logits_B=tensor([[[math.log(3), 0.0, -9.0]]]),
@@ -34,7 +33,7 @@ def test_worked_example():
 
 
 def test_of_equal_logits_the_first_goes_before():
-    p = Params(
+    p = SimpleNamespace(
         vblora_vector_bank=tensor([[1.0], [2.0], [3.0]]),
         vblora_logits_A=torch.zeros(1, 1, 3, dtype=torch.float64),
         vblora_logits_B=torch.zeros(1, 1, 3, dtype=torch.float64),

@@ -1,6 +1,7 @@
 """VeRA by hand, and what its shared A and B cost: one memory for all sites of a shape, in every runtime and file."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +9,9 @@ from peft import VeraConfig, get_peft_model
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.backends.onnx import build as building
-from lorac.frontend.site_discovery import find_sites
 from lorac.ir.algebra.changes import Delta, LowRank
-from lorac.ir.algebra.reduction import Params
-from lorac.ir.sites.site import Site, SiteKind
 from tests.oracles import vera as oracle
 from tests.parity import assert_parity
 from tests.refusing import refuses
@@ -98,7 +97,7 @@ def by_shape(compiled, tensors):
 
 
 def test_worked_example():
-    p = Params(
+    p = SimpleNamespace(
         vera_lambda_b=tensor([1.0, 2.0]),
         vera_B=tensor([[1.0], [1.0], [9.0]]),
         vera_lambda_d=tensor([3.0]),
@@ -155,10 +154,10 @@ def test_a_rank_that_saves_nothing_is_merged(model):
 @torch.no_grad()
 def test_every_mode_is_the_oracle(model, adapters):
     given, base = adapters["a"], model(X.double())
-    reference, sites = host(), find_sites(model)
+    reference, sites = host(), lorac.sites(model)
     for path, tensors in given.tensors.items():
         weight = reference.get_parameter(sites[path].weight)
-        p = Params(**{name: value.numpy() for name, value in _plain(tensors).items()})
+        p = SimpleNamespace(**{name: value.numpy() for name, value in _plain(tensors).items()})
         weight.copy_(torch.from_numpy(oracle.weight(weight.numpy(), p, VERA)))
     expected = reference(X.double())
     for mode in ("live", "fused", "baked"):

@@ -15,9 +15,9 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.ir.sites import patterns
 from lorac.ir.sites.patterns import find_first_pattern, match_pattern, select_sites
-from lorac.ir.sites.site import Site, SiteKind
 from tests.refusing import refuses
 
 WORDS = st.sampled_from(["layers", "h", "mlp", "q_proj", "k_proj", "xq_proj", "experts", "attn", "0", "1", "2", "11"])

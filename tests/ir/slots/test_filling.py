@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from lorac import Site, SiteKind
 from lorac.ir.algebra import operands
 from lorac.ir.algebra.changes import LowRank
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.filling import filled_roles
 from lorac.ir.slots.plans import SitePlan
 

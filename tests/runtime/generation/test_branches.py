@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lorac
+from lorac import Site, SiteKind
 from lorac.backends.onnx.model_files import read_model_files
-from lorac.ir.sites.site import Site, SiteKind
 from lorac.testing import assert_close
 from tests.limits import assert_apart
 from tests.variants.test_qst import IDS, away, masked, method, model
