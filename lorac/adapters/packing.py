@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorac.ir.algebra.changes import Change, LowRank, SparseSum, from_outputs, iter_tensors, to_outputs
+from lorac.ir.algebra.changes import LowRank, iter_tensors, map_tensors
 from lorac.ir.slots.plans import PreparedAdapter
 from lorac.ir.slots.stacks import StackShape
 from lorac.variants.adapter import Adapter
@@ -15,7 +15,7 @@ from lorac.variants.adapter import Adapter
 def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter:
     """Return an adapter whose low-rank tensors of equal shape lie one behind the other, in the order of its sites.
 
-    Every other tensor becomes contiguous. What several sites share, and what is the adapter's own, stays where it is.
+    Every other tensor becomes contiguous. Tensors that several sites share, and the adapter's own, stay in place.
 
     Args:
         adapter: the adapter that was prepared.
@@ -32,17 +32,14 @@ def pack_adapter(prepared: PreparedAdapter, adapter: Adapter) -> PreparedAdapter
     for (dtype, shape), group in groups.items():
         stack = torch.stack(group, out=StackShape(len(group), shape, dtype).new())
         packed |= {id(tensor): place for tensor, place in zip(group, stack.unbind(), strict=True)}
-    return replace(prepared, changes={path: _exchange(change, packed) for path, change in prepared.changes.items()})
+
+    def place(tensor: Tensor) -> Tensor:
+        return packed[id(tensor)] if id(tensor) in packed else tensor.contiguous()
+
+    changes = {path: map_tensors(place, change) for path, change in prepared.changes.items()}
+    return replace(prepared, changes=changes)
 
 
 def _locate(tensor: Tensor) -> tuple[object, ...]:
-    """Return what two tensors have in common that are one part of memory."""
+    """Return a key that is equal for two tensors that are one part of memory."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _exchange(change: Change, packed: dict[int, Tensor]) -> Change:
-    """Return a change with other tensors in the place of some of its own, by identity; the others are contiguous."""
-    assert not isinstance(change, SparseSum)  # the sum of several adapters
-    form, parts = to_outputs(change)
-    others = {name: packed[id(part)] if id(part) in packed else part.contiguous() for name, part in parts.items()}
-    return from_outputs(form, others, None)

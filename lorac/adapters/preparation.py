@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorac.adapters.adapter_sites import get_once_path
 from lorac.adapters.branches import describe_structure, make_branch_term, make_once_term
-from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, stack_changes
+from lorac.ir.algebra.changes import Change, Dense, LowRank, from_outputs, map_tensors, stack_changes
 from lorac.ir.algebra.formulas import Formula
 from lorac.ir.algebra.inner_dropout import run_with_dropout
 from lorac.ir.algebra.reduction import BRANCH, Params, Reduction, reduce_branch, reduce_weight
@@ -73,13 +72,12 @@ class Preparer:
         once = get_once_path(adapter)
         branches |= {once: make_once_term(adapter, self.sites)} if once else {}
         changes = {path: term for path, term in terms.items() if not isinstance(term, BranchTerm)}
-        reasons = (reason for path in adapter.tensors for reason in self._reasons(adapter, path))
+        reasons = [
+            Reason(adapter.name, path, why)
+            for path, tensors in adapter.tensors.items()
+            for why in self.reduction(adapter.variant, self.sites[path], tensors).reasons
+        ]
         return PreparedAdapter(changes, branches, adapter.variant.truncatable, tuple(reasons))
-
-    def _reasons(self, adapter: Adapter, path: str) -> list[Reason]:
-        """Return why an adapter's term at a site has no cheaper form."""
-        reduction = self.reduction(adapter.variant, self.sites[path], adapter.tensors[path])
-        return [Reason(adapter.name, path, why) for why in reduction.reasons]
 
     def touched(self, adapter: Adapter) -> list[str]:
         """Return the paths of the sites that an adapter touches: adapted sites, then those with replaced tensors."""
@@ -90,13 +88,14 @@ class Preparer:
         """Return the normal form of an adapter's term at a site that it touches."""
         site, tensors = self.sites[path], adapter.tensors.get(path)
         if tensors is None:
-            replaced = self.replaced_change(adapter, site)
-            assert replaced is not None
-            return _detach(replaced, contiguous)
-        reduction = self.reduction(adapter.variant, site, tensors)
-        if reduction.form == BRANCH:
-            return make_branch_term(adapter, site)
-        return _detach(self.with_bias(adapter, site, self.change(reduction, site, tensors)), contiguous)
+            change = self.replaced_change(adapter, site)
+            assert change is not None
+        else:
+            reduction = self.reduction(adapter.variant, site, tensors)
+            if reduction.form == BRANCH:
+                return make_branch_term(adapter, site)
+            change = self.with_bias(adapter, site, self.change(reduction, site, tensors))
+        return map_tensors(lambda t: t.detach().contiguous() if contiguous else t.detach(), change)
 
     def reduction(self, variant: Variant, site: Site, tensors: Mapping[str, Tensor]) -> Reduction:
         """Return the reduction of a variant at a site, from the cache where the structure is known."""
@@ -153,7 +152,11 @@ class Preparer:
         """Return the normal form of one term, computed in the factors' dtype."""
         dtype = factor_dtype(site.dtype)
         bias = self.base.bias(site)
-        weight = self._weight(site).to(dtype) if reduction.reads_weight else _make_meta_weight(site, dtype)
+        if reduction.reads_weight:
+            weight = self._weight(site).to(dtype)
+        else:
+            shape = (*site.stacked, site.out_features, site.in_features)
+            weight = torch.empty(shape, dtype=dtype, device="meta")
         parameters = [cast_floating(tensors[name], dtype) for name in reduction.params]
         wide_bias = bias.to(dtype) if bias is not None else torch.zeros(site.out_features, dtype=dtype)
         if site.stack:
@@ -182,7 +185,7 @@ class Preparer:
         return cached[1]
 
     def forget_shared(self, tensors: Iterable[Tensor]) -> None:
-        """Make what was made of shared parameters anew: they were written, and torch has not counted it."""
+        """Drop the results of shared parameters that were written without a change of torch's version counter."""
         for tensor in tensors:
             self._shared_results.pop(tensor, None)
 
@@ -286,22 +289,3 @@ def _unreduced(tensors: Mapping[str, Tensor], *reasons: str) -> Reduction:
     return Reduction(
         BRANCH, torch.fx.GraphModule(nn.Module(), torch.fx.Graph()), tuple(tensors), ("y",), reasons=reasons
     )
-
-
-def _make_meta_weight(site: Site, dtype: torch.dtype) -> Tensor:
-    return torch.empty((*site.stacked, site.out_features, site.in_features), dtype=dtype, device="meta")
-
-
-def _detach(change: Change, contiguous: bool) -> Change:
-    """Return a change whose tensors are detached from what they were computed from, and contiguous if asked for."""
-
-    def detach(tensor: Tensor) -> Tensor:
-        return tensor.detach().contiguous() if contiguous else tensor.detach()
-
-    changed: dict[str, Any] = {}
-    for name, value in vars(change).items():
-        if isinstance(value, Tensor):
-            changed[name] = detach(value)
-        elif isinstance(value, Mapping):
-            changed[name] = {key: detach(tensor) for key, tensor in value.items()}
-    return dataclasses.replace(change, **changed)

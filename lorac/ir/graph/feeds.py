@@ -30,7 +30,11 @@ def collect_slot_tensors(
         if slot.site not in by_site:
             by_site[slot.site] = slots[slot.site].named()
         filled = by_site[slot.site].get(slot.role)
-        tensor = filled if filled is not None else make_idle_tensor(plans[slot.site], slot.role)
+        if filled is not None:
+            tensor = filled
+        else:  # the strength or a parameter of an idle branch
+            plan = plans[slot.site]
+            tensor = torch.zeros(plan.branch_shapes()[slot.role], dtype=factor_dtype(plan.site.dtype))
         tensors[name] = as_place(tensor, by_token=slot.by_token) if slot.placed else tensor
     return tensors
 
@@ -67,11 +71,6 @@ def convert_input(name: str, value: object, dtype: torch.dtype | None) -> Tensor
             next_step=f"give it as {dtype}, which the model takes",
         )
     return tensor.to(dtype).contiguous()
-
-
-def make_idle_tensor(plan: SitePlan, role: str) -> Tensor:
-    """Make the tensor of an idle branch's slot: a strength or a parameter of zeros."""
-    return torch.zeros(plan.branch_shapes()[role], dtype=factor_dtype(plan.site.dtype))
 
 
 CacheInputShape = tuple[tuple[int | None, ...], torch.dtype]

@@ -121,11 +121,6 @@ def is_named(patterns: str | Iterable[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in patterns)
 
 
-def is_inside_saved_module(modules: Iterable[str], path: str) -> bool:
-    """Return whether ``path`` is one of the ``modules_to_save``, or inside one."""
-    return any(match_pattern(rf"(^|.*\.){name}($|\..*)", path) for name in modules)
-
-
 def find_layer_index(path: str, patterns: Iterable[str]) -> int | None:
     """Return the layer index in ``path``: the first number after the name of a list of layers."""
     expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns] or [_LAYER]
@@ -174,7 +169,9 @@ def select_sites(
             selected.append(site)
             continue
         named_as = named(path, site) if site.kind is not SiteKind.MATRIX else None
-        if named_as is None or (exclude and is_named(exclude, path)) or is_inside_saved_module(saved, path):
+        if named_as is None or (exclude and is_named(exclude, path)):
+            continue
+        if any(match_pattern(rf"(^|.*\.){name}($|\..*)", path) for name in saved):  # in one of modules_to_save
             continue
         # A path that is given in full is meant, whatever its layer (PEFT).
         in_full = not isinstance(targets, str) and named_as in targets

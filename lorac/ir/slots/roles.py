@@ -89,11 +89,6 @@ AddNoise = Callable[[Tensor, NoiseScale, torch.Generator], None]
 """Changes a slot's neutral tensor by noise, in place."""
 
 
-def fill_ones(role: SlotRole, slot: SlotSpec) -> Tensor:
-    """Return the neutral tensor of a scale."""
-    return torch.ones(role.shape(slot), dtype=role.dtype(slot.site))
-
-
 def gaussian_noise(deviation: Callable[[NoiseScale], float]) -> AddNoise:
     """Return a function that adds Gaussian noise of a deviation to a slot's tensor."""
 
@@ -137,7 +132,9 @@ class SlotRole:
     stage: Stage
     apply: Callable[[SiteLayout, Tensor, Tensor], Tensor]
     shape: Callable[[SlotSpec], Shape]
-    start: Callable[[SlotRole, SlotSpec], Tensor] = fill_ones
+    start: Callable[[SlotRole, SlotSpec], Tensor] = lambda role, slot: torch.ones(
+        role.shape(slot), dtype=role.dtype(slot.site)
+    )
     noise: AddNoise = _SMALL_NOISE
     flops: Callable[[Site, Tensor], int] = lambda _, part: part.numel()
     into_slot: Callable[[SiteLayout, Tensor], Tensor] = lambda _, part: part
