@@ -37,7 +37,7 @@ def test_only_adapted_weights_count() -> None:
         assert (compute_base_hash(ModelView.of(changed), PATHS) != base) is counts, name
 
 
-def test_of_a_module_that_is_no_layer_its_parameters_count() -> None:
+def test_hash_covers_the_parameters_of_a_module_without_sites() -> None:
     changed = ZOO["tiny_llama"].fresh()
     base = compute_base_hash(ModelView.of(changed), ["model.norm"])
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_of_a_module_that_is_no_layer_its_parameters_count() -> None:
 
 
 @pytest.mark.medium("the file's other hashes, which are of contents alone")
-def test_it_is_the_same_in_another_process() -> None:
+def test_hash_is_the_same_in_another_process() -> None:
     code = (
         "import torch; from lorac.adapters.base_hash import compute_base_hash;"
         "from lorac.frontend.model_view import ModelView; m = torch.nn.Sequential(torch.nn.Linear(3, 4));"
@@ -58,7 +58,7 @@ def test_it_is_the_same_in_another_process() -> None:
     assert found.stdout.strip() == compute_base_hash(ModelView.of(ones), ["0"])
 
 
-def test_a_base_that_its_target_widens_is_compared_as_it_was_given(tmp_path: Path) -> None:
+def test_accepts_files_of_a_base_in_its_original_dtype_and_widened(tmp_path: Path) -> None:
     """ONNX Runtime computes in float32 on a CPU; files of the base in float32 and in half precision are both of it."""
     variant, inputs = lorac.LoRA(r=2, targets=["up"]), ZOO["plain_mlp"].inputs()
     other = ZOO["plain_mlp"].fresh(torch.float16)
@@ -81,7 +81,7 @@ def test_a_base_that_its_target_widens_is_compared_as_it_was_given(tmp_path: Pat
             one.add_adapter(tmp_path / "other")
 
 
-def test_a_copy_is_compared_with_a_widened_parameter_as_it_was_given() -> None:
+def test_compares_a_copy_with_a_parameter_in_its_original_dtype() -> None:
     recorded = compute_tensor_hash(model().get_parameter("embed.weight"))
     made = lorac.compile(model(), {"a": lorac.LoRA(r=2, targets=["up"])}).adapters["a"]
     adapter = dataclasses.replace(made, provenance={"copies": {"embed.weight": recorded}})
@@ -98,7 +98,7 @@ def test_layout_and_device_do_not_count() -> None:
     assert compute_base_hash(ModelView.of(turned), PATHS) == compute_base_hash(ModelView.of(model()), PATHS)
 
 
-def test_blocks_count_whole() -> None:
+def test_hash_covers_all_parameters_of_a_block() -> None:
     blocks = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), nn.Sequential(nn.Linear(4, 3)))
     changed = copy.deepcopy(blocks)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_mixed_dtypes() -> None:
 
 
 @pytest.mark.parametrize("recorded", ["nonsense:" + 32 * "0", "float32:00", "Tensor:" + 32 * "0", "", "float32"])
-def test_what_is_no_hash_is_not_taken_for_one_that_cannot_be_told(recorded: str) -> None:
+def test_rejects_text_that_is_not_a_hash(recorded: str) -> None:
     with refuses("base_mismatch", match="not a hash that lorac writes"):
         check_base("x", recorded, ModelView.of(model()), PATHS)
     with refuses("base_mismatch", match="not a hash that lorac writes"):

@@ -92,7 +92,7 @@ def test_the_formula_is_rebuilt(case: str, model: nn.Module) -> None:
         assert_close(torch.tensor(moved), torch.tensor(expected))
 
 
-def test_what_is_replaced(model: nn.Module) -> None:
+def test_returns_the_difference_of_replaced_parameters(model: nn.Module) -> None:
     """A layer saved whole, a norm, and trained biases; beside an adapter at the same time."""
     variant = lorac.LoRA(r=2, targets=["site"], modules_to_save=["other", "norm"], bias="lora_only")
     adapter = drawn(model, variant)
@@ -123,7 +123,7 @@ def test_flattened_kernels_and_transformed_inputs(variant: Any, path: str, model
     assert_close(moved + (change.a @ change.b).T, expected)
 
 
-def test_what_the_adapter_tells_by_itself(model: nn.Module) -> None:
+def test_returns_the_same_factors_without_the_model(model: nn.Module) -> None:
     """Without the model: the same factors, wherever they depend on nothing of the base."""
     adapter = drawn(model, lorac.LoRA(r=3, alpha=5, targets=["site", "kernel"]))
     with_model, alone = lorac.factors(adapter, model), lorac.factors(adapter)
@@ -150,7 +150,7 @@ def test_what_the_adapter_tells_by_itself(model: nn.Module) -> None:
     ],
     ids=["dora", "hira", "bias", "ia3", "shira", "plp", "replaced"],
 )
-def test_what_only_the_base_tells(variant: Any, what: str, model: nn.Module) -> None:
+def test_rejects_methods_that_need_the_base_without_it(variant: Any, what: str, model: nn.Module) -> None:
     adapter = drawn(model, variant)
     with pytest.raises(lorac.BaseNeeded) as raised:
         lorac.factors(adapter)

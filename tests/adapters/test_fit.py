@@ -245,7 +245,7 @@ Way = Callable[[lorac.Adapter, Path], None]
 
 @WAYS
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_has_one_error_and_one_text(fault: str, way: Way, tmp_path: Path) -> None:
+def test_raises_the_same_error_for_a_fault_on_every_way(fault: str, way: Way, tmp_path: Path) -> None:
     adapter, kind, text = FAULTS[fault]
     with pytest.raises(LoracError) as raised:
         way(adapter, tmp_path)
@@ -254,7 +254,7 @@ def test_a_fault_has_one_error_and_one_text(fault: str, way: Way, tmp_path: Path
 
 
 @WAYS
-def test_what_fits_is_taken(way: Way, tmp_path: Path) -> None:
+def test_accepts_an_adapter_that_fits(way: Way, tmp_path: Path) -> None:
     own = model()
     replaced = {"norm.weight": torch.ones(4)}
     copies = {"table.weight": compute_tensor_hash(own.get_parameter("table.weight"))}
@@ -276,7 +276,9 @@ BAD = torch.tensor([[1, torch.nan, 3, torch.inf]])
     ],
     ids=["of a site", "replaced"],
 )
-def test_what_is_not_finite(adapter: lorac.Adapter, name: str, key: str, values: str, way: Way, tmp_path: Path) -> None:
+def test_rejects_tensors_that_are_not_finite(
+    adapter: lorac.Adapter, name: str, key: str, values: str, way: Way, tmp_path: Path
+) -> None:
     """A file is refused as it is read, by its own name and its key; anything else by the adapter's and the site's."""
     owner = "adapter 'mine'"
     if way in (compiling_a_file, loading):
@@ -297,14 +299,14 @@ def test_what_is_not_finite(adapter: lorac.Adapter, name: str, key: str, values:
     ],
 )
 @WAYS
-def test_hyper_parameters_that_are_no_numbers(variant: Any, field: str, way: Way, tmp_path: Path) -> None:
+def test_rejects_hyper_parameters_that_are_not_finite(variant: Any, field: str, way: Way, tmp_path: Path) -> None:
     """A file cannot hold them, so that saving one refuses them too."""
     adapter = good(variant=variant)
     with pytest.raises((lorac.AdapterError, lorac.FormatError), match=rf"'{field}' of adapter|finite"):
         way(adapter, tmp_path)
 
 
-def test_what_diverges_later_is_refused_when_it_is_next_used() -> None:
+def test_rejects_a_swap_to_an_adapter_that_has_diverged() -> None:
     compiled = lorac.compile(model(), {NAME: good()})
     with torch.no_grad():
         compiled.adapters[NAME].tensors["up"]["lora_A"][1, 2] = torch.nan

@@ -21,7 +21,7 @@ def made(variant):
 
 
 @torch.no_grad()
-def test_what_is_low_rank_becomes_the_same_lora():
+def test_converts_low_rank_methods_exactly():
     variant = lorac.LoRA(r=2, alpha=3, lora_bias=True, rank_pattern={"0": 1}, bias="all", targets=("0", "2"))
     for method in (variant, lorac.HRA(r=2, targets=("0", "2"))):
         model, x, adapter = made(method)
@@ -66,7 +66,7 @@ def test_an_adapter_of_several_models_is_that_of_each(method, tmp_path):
                 assert_close(lora.tensors[f"{name}.{path}"][key], tensor)
 
 
-def test_what_is_no_lora_says_so():
+def test_rejects_methods_that_are_not_low_rank():
     model, _, adapter = made(lorac.DoRA(r=2, targets=("0",)))
     with refuses("not_mergeable", match=r"does to '0' scales .* weight itself.*\n.*rank= makes the nearest"):
         lorac.to_lora(adapter, model)
@@ -82,7 +82,7 @@ def test_what_is_no_lora_says_so():
 
 @torch.no_grad()
 @pytest.mark.parametrize("r", [3, 5, 20])
-def test_a_lora_is_itself_whatever_its_factors_cost(r):
+def test_keeps_a_lora_whose_factors_are_larger_than_the_weight(r):
     """At 6 -> 9 and 9 -> 4 the factors of rank 5 are larger than the weight, and of rank 20 wider than it is.
 
     The rank is then the smallest that gives the same.
@@ -97,7 +97,7 @@ def test_a_lora_is_itself_whatever_its_factors_cost(r):
 @pytest.mark.medium("one method", keep=["method0"])
 @torch.no_grad()
 @pytest.mark.parametrize("method", [lorac.LoHa(r=2), lorac.Hydra(r=3, r_sequential=4), lorac.TeRA(r=2, order=1)])
-def test_factors_are_told_where_the_sum_costs_less(method):
+def test_converts_factors_where_their_product_costs_less(method):
     """LoHa of rank 4, Hydra of rank 7 and TeRA of rank 2, on weights of which a product would be as large."""
     model, x, adapter = made(dataclasses.replace(method, targets=("0", "2")))
     expected = lorac.compile(model, {"a": adapter})(x)
@@ -128,7 +128,7 @@ def test_an_error_above_the_tolerance_is_refused():
 
 
 @torch.no_grad()
-def test_what_is_added_needs_no_model():
+def test_converts_an_edit_without_the_model():
     model, x, adapter = made(lorac.Edit(targets=("0", "2")))
     lora = lorac.to_lora(adapter, tolerance=1e-12)
     expected = lorac.compile(model, {"a": adapter})(x)
@@ -136,7 +136,7 @@ def test_what_is_added_needs_no_model():
 
 
 @torch.no_grad()
-def test_errors_are_stored_with_it(tmp_path):
+def test_stores_errors_in_the_provenance(tmp_path):
     model, _, adapter = made(lorac.LoRA(r=3, targets=("0", "2")))
     lora = lorac.to_lora(adapter, model, rank=2)
     lorac.save_adapter(lora, tmp_path / "file", format="native")

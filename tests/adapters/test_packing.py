@@ -12,7 +12,7 @@ from lorac.ir.slots.plans import PreparedAdapter
 from lorac.ir.slots.stacks import find_stacks
 
 
-def test_tensors_of_one_shape_lie_one_behind_the_other() -> None:
+def test_packs_tensors_of_equal_shape_in_sequence() -> None:
     own, shared, delta = torch.randn(3, 5), torch.randn(7, 2), torch.randn(4, 4)
     changes = {str(i): LowRank(torch.randn(7, 3), torch.randn(3, 5), {C: torch.randn(5)}) for i in range(3)}
     changes["own"] = LowRank(torch.randn(7, 3), own)

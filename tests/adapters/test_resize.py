@@ -59,7 +59,7 @@ def test_a_tolerance_finds_the_rank_of_each_site():
         assert len(resized.tensors[path]["lora_A"]) == next(k for k, share in enumerate(tails) if share <= 0.4)
 
 
-def test_what_changes_nothing_still_does():
+def test_keeps_a_change_of_zero():
     for adapter in (lora(alpha=0.0), lora()):
         adapter.tensors["a"]["lora_B"].zero_()
         assert not deltas(lorac.resize(adapter, 2))["a"].any()

@@ -51,13 +51,13 @@ def test_a_constant_choice_is_a_lora(method, mode):
 
 @pytest.mark.medium("one router", keep=["flylora"])
 @pytest.mark.parametrize("method", METHODS)
-def test_one_that_is_not_frozen_is_no_lora(method):
+def test_rejects_a_router_as_a_lora_before_it_is_frozen(method):
     with refuses("not_mergeable", match="not edit the weight"):
         lorac.to_lora(constant(method)[0], host(), rank=2)
 
 
 @torch.no_grad()
-def test_it_is_the_mixture_of_the_loras_and_one_alone_is_that_one():
+def test_returns_the_mixture_of_the_loras():
     model = host()
     experts = loras(model, (X,))
     routed = lorac.MeteoRA.from_loras(experts)
@@ -98,12 +98,12 @@ def test_each_site_may_have_weights_of_its_own_and_the_file_is_a_loras(tmp_path)
         ([0.5, 0.5, 0, float("nan")], lorac.WrongType, "finite"),
     ],
 )
-def test_what_is_no_choice_is_refused(weights, error, text):
+def test_rejects_weights_that_are_not_a_choice(weights, error, text):
     with pytest.raises(error, match=text):
         lorac.freeze_router(constant("meteora")[0], weights)
 
 
-def test_what_does_not_route_is_refused():
+def test_rejects_methods_without_a_router():
     (lora,) = loras(host(), (X,), (2,))
     with pytest.raises(lorac.AdapterError, match="routes between no experts"):
         lorac.freeze_router(lora, [1.0])

@@ -89,7 +89,7 @@ def test_factors_without_their_product(dtype):
     assert same.error == 0
 
 
-def test_a_stack_has_one_rank():
+def test_chooses_one_rank_for_a_stack():
     stack = torch.stack([matrix(9, 6, rank=2), matrix(9, 6, rank=3)])
     assert truncate_matrix(stack).rank == 3
     assert truncate_matrix(stack, tolerance=0.3).error <= 0.3
@@ -102,7 +102,7 @@ def test_nothing_stays_nothing():
         assert (cut.rank, cut.error, float(cut.b.abs().sum())) == (1, 0.0, 0.0)
 
 
-def test_equal_matrices_give_equal_results_whatever_was_drawn_before():
+def test_results_do_not_depend_on_the_random_state():
     whole = matrix(300, 700, decay=0.99)
     first = truncate_matrix(whole, 3)
     state = torch.get_rng_state()

@@ -52,7 +52,7 @@ def test_by_hand():
     assert HeadNorms(1, 1.0, 1.0, 1.0, 1.0).ratio == math.inf
 
 
-def test_every_head_is_measured_where_it_attends(model):
+def test_measures_the_logits_of_every_head(model):
     """The largest logit of a head is that of the attention map, before its softmax."""
     found = measure_attention(model, INPUTS)
     assert [*found] == [f"model.layers.{layer}.self_attn" for layer in range(2)]
@@ -78,7 +78,7 @@ def test_merged_weights_give_the_same(model):
             assert_close(tensor([getattr(h, name) for h in heads]), tensor([getattr(h, name) for h in merged[path]]))
 
 
-def test_what_the_adapter_adds(model):
+def test_measures_the_adapters_share_of_the_logits(model):
     adapters = adapter(model, b=0.0), adapter(model), adapter(model, alpha=8.0)
     base, once, twice = (measure_attention(model, INPUTS, one) for one in adapters)
     assert all(part.delta == 0 and part.growth == 1 for part in parts(base))
@@ -94,7 +94,7 @@ def parts(found):
     return [part for heads in found.values() for head in heads for part in (head.query, head.key)]
 
 
-def test_the_model_is_left_as_it_was(model):
+def test_leaves_the_model_unchanged(model):
     before = model.config._attn_implementation
     expected = model(**INPUTS).logits
     measure_attention(model, INPUTS, adapter(model))

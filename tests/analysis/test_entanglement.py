@@ -41,7 +41,7 @@ def assert_nats(found, expected):
     assert_close(found.double().exp(), tensor(expected).exp())
 
 
-def test_a_rank_of_one_has_no_entropy_at_the_centre():
+def test_rank_one_has_no_entropy_at_the_center():
     found = internal_entropy(low_rank(8, 16, 1))
     assert found.shape == (6,)
     assert_nats(found[2:3], [0])
@@ -70,7 +70,7 @@ def test_interleaved_sites_of_a_kronecker_product_are_not_entangled():
     assert (internal_entropy(M, [2, 5], [3, 2]) > 0.1).all()
 
 
-def test_interleaved_sites_hold_one_digit_of_either_side():
+def test_interleaves_digits_of_rows_and_columns():
     """Cut 1 of outputs 2·3·2 and inputs 3·1·4: rows are (p₁, q₁), columns the four digits left."""
     M = gaussian(12, 12)
     found = internal_entropy(M, [2, 3, 2], [3, 1, 4], order="interleaved")
@@ -80,7 +80,7 @@ def test_interleaved_sites_hold_one_digit_of_either_side():
     assert_close(found, torch.stack(expected))
 
 
-def test_the_heads_of_an_attention_are_measured_one_by_one():
+def test_measures_each_head_of_an_attention_map():
     attention = gaussian(2, 3, 16, 16).softmax(-1)
     found = internal_entropy(attention)
     assert found.shape == (2, 3, 7)
@@ -88,7 +88,7 @@ def test_the_heads_of_an_attention_are_measured_one_by_one():
     assert found.flatten(0, 1).unique(dim=0).shape == (6, 7)
 
 
-def test_an_attention_that_looks_everywhere_alike_has_none():
+def test_uniform_attention_has_no_entropy():
     assert_nats(internal_entropy(torch.full((8, 8), 1 / 8)), [0] * 5)
 
 
@@ -213,7 +213,7 @@ def test_full_rank_has_a_peak_where_low_rank_has_a_valley():
     assert low.valley > 0 and low.centre <= LN2
 
 
-def test_what_only_the_base_tells_needs_it():
+def test_rejects_hira_without_the_base():
     host = oblong()
     adapter = trained(lorac.HiRA(r=2, targets=["0"]), host)
     with pytest.raises(lorac.BaseNeeded):

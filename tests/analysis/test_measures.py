@@ -123,7 +123,7 @@ def test_an_adapter_and_itself():
         assert_number(sum(site.overlap), 2)
 
 
-def test_sites_of_one_alone_and_replaced_parameters():
+def test_compares_replaced_parameters_and_sites_of_one_adapter_only():
     _, one = made(lorac.LoRA(r=2, targets=BOTH))
     _, other = made(lorac.LoRA(r=2, targets=("0",)), "b")
     one.replaced["2.bias"], other.replaced["2.bias"] = torch.ones(4), torch.zeros(4)

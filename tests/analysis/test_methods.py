@@ -124,6 +124,6 @@ class OfOneSize(lorac.WeightVariant):
         return W @ p.p
 
 
-def test_a_method_for_layers_of_one_size_has_a_row_without_a_form() -> None:
+def test_lists_a_method_for_layers_of_one_size_without_a_form() -> None:
     (row,) = method_rows([OfOneSize])
     assert (row.name, row.form, row.merges) == ("of-one-size", "", True)

@@ -59,7 +59,7 @@ def _run_sharded_mlp(
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_shards_together_compute_what_one_computes(shards: int) -> None:
+def test_shards_add_up_to_the_whole_layer(shards: int) -> None:
     generator = np.random.default_rng(shards)
     tokens, width, inner, rank = 5, 24, 40, 8
     x, W1, W2 = (generator.normal(size=shape) for shape in ((tokens, width), (inner, width), (width, inner)))

@@ -98,7 +98,7 @@ def test_every_link_leads_somewhere(page):
         ("lorac.ir.slots.plans.SitePlan.site.path", False),
     ],
 )
-def test_what_resolves(name, resolves):
+def test_resolves_names(name, resolves):
     assert _resolves(name) is resolves
 
 
@@ -110,7 +110,7 @@ def test_invariants_are_numbered_through():
     assert numbers == [str(number) for number in range(1, 11)]
 
 
-def test_what_code_cites_is_there():
+def test_cited_sections_and_invariants_exist():
     page = ARCHITECTURE.read_text(encoding="utf-8")
     known = {*HEADING.findall(page), *NUMBERED.findall(_section(page, "Invariants"))}
     cited = {(source.name, what) for source in CODE for what in _cited(source.read_text(encoding="utf-8"))}
@@ -134,7 +134,7 @@ def _cited(text):
         ("invariant under 3 rotations", []),
     ],
 )
-def test_what_counts_as_a_citation(text, cited):
+def test_finds_citations(text, cited):
     assert _cited(text) == cited
 
 

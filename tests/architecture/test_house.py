@@ -77,7 +77,7 @@ def _assigned(node):
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def test_what_counts_as_a_registrys_entry():
+def test_recognises_entries_of_registries():
     assert _registers_one(PACKAGE / "variants" / "lora.py")
     assert _registers_one(PACKAGE / "formats" / "peft" / "types" / "lora.py")
     assert not _registers_one(PACKAGE / "variants" / "base.py")
@@ -127,7 +127,7 @@ def _classes(source):
 # --- functions -------------------------------------------------------------------------------------------------------
 
 
-def test_whatever_silences_a_tool_says_why():
+def test_comments_that_silence_a_tool_give_a_reason():
     """``# noqa: CODE  (reason)`` and ``# type: ignore[code]  # reason``."""
     found = [
         f"{_within(source)}:{number} {line.strip()}"
@@ -282,6 +282,6 @@ def _is_tolerance(node):
         ("SGD(x, lr=1e-3)", False),
     ],
 )
-def test_what_counts_as_a_tolerance(code, expected):
+def test_recognises_tolerances(code, expected):
     assert _is_tolerance(ast.parse(code, mode="eval").body) is expected
     assert not expected or MAY_CHOOSE.search(code)

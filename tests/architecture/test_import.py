@@ -32,7 +32,7 @@ def _run():
 
 
 @pytest.mark.medium("cli/test_cli.py imports the package and nothing heavy; ruff refuses it (TID253)")
-def test_it_is_fast_and_loads_nothing_heavy():
+def test_importing_lorac_is_fast_and_loads_no_heavy_library():
     for _ in range(RUNS):  # other work on the machine only ever adds to a run: one that is quick decides
         seconds, loaded = _run()
         assert not loaded

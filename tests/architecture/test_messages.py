@@ -143,7 +143,7 @@ def _all(pattern):
     return sorted({(found, where) for where, text in texts() for found in pattern.findall(text)})
 
 
-def test_the_walk_finds_what_is_said():
+def test_finds_the_texts_of_errors():
     said = [text for _, text in texts()]
     assert len(said) > 300
     for part in ("add_adapter(source, name=...)", "pip install", "`lorac sites MODEL`", "use format='native'"):
@@ -297,14 +297,14 @@ def _is_room(name):
         ("load_adaptor", False),
     ],
 )
-def test_what_exists(called, exists):
+def test_recognises_calls_that_exist(called, exists):
     assert _exists(called) is exists
 
 
 # --- every message has a next step -----------------------------------------------------------------------------------
 
 
-def test_every_error_says_what_to_do():
+def test_every_error_has_a_next_step():
     """By the raise, or by what is usual for its class."""
     nodes = ((source, node) for source in SOURCES for node in ast.walk(parse(source)))
     raises = [(s, n) for s, n in nodes if isinstance(n, ast.Call) and _called(n) in errors.__all__]

@@ -29,7 +29,7 @@ def test_every_method_and_error_is_listed():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_reference_documents_it(name):
+def test_the_reference_documents_every_public_name(name):
     assert re.search(rf"^::: lorac\.(errors\.)?{name}$", REFERENCE, re.MULTILINE)
 
 
@@ -57,7 +57,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize("named", ["a-first-of-all", "x_lora"])
-def test_a_class_of_the_users_own_does_not_take_the_place_of_one_of_lorac(named):
+def test_a_users_class_does_not_replace_a_method_of_the_same_name(named):
     own = dataclasses.dataclass(frozen=True, kw_only=True)(
         type(
             "XLoRA",

@@ -44,7 +44,7 @@ def test_an_artifact_knows_its_ids(compiled: lorac.Compiled, tmp_path: Path) -> 
         lorac.load(tmp_path / "it")(**{name: torch.tensor([[-1, 2, 2, 2, 2]])})
 
 
-def test_what_is_no_array_of_numbers(compiled: lorac.Compiled) -> None:
+def test_rejects_inputs_that_are_not_numeric(compiled: lorac.Compiled) -> None:
     name, _ = _name_and_size()
     for value in (np.array([["one", "two", "three", "four", "five"]]), "a text", [["one"]], [[1, 2], [3]]):
         with pytest.raises(lorac.ChoiceError, match="is not an array of numbers"):

@@ -66,7 +66,7 @@ def adapters(model: nn.Module) -> dict[str, lorac.Adapter]:
 
 @pytest.mark.usefixtures("offered")
 @torch.no_grad()
-def test_it_compiles_runs_and_swaps(model: nn.Module, adapters: dict[str, lorac.Adapter]) -> None:
+def test_a_target_from_outside_compiles_runs_and_swaps(model: nn.Module, adapters: dict[str, lorac.Adapter]) -> None:
     eager = lorac.compile(model, adapters, active=None)
     plain = lorac.compile(model, adapters, target="plain", active=None, example_inputs=(X,), threads=2)
     assert isinstance(plain.engine, PlainEngine)
@@ -84,7 +84,9 @@ def test_it_compiles_runs_and_swaps(model: nn.Module, adapters: dict[str, lorac.
 @pytest.mark.usefixtures("offered")
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
-def test_it_saves_and_loads(mode: str, model: nn.Module, adapters: dict[str, lorac.Adapter], tmp_path: Path) -> None:
+def test_a_target_from_outside_saves_and_loads(
+    mode: str, model: nn.Module, adapters: dict[str, lorac.Adapter], tmp_path: Path
+) -> None:
     chosen = {name: adapters[name] for name in ("low", "scaled")}
     plain = lorac.compile(model, chosen, target="plain", mode=mode, active="low", example_inputs=(X,))
     plain.save(tmp_path / "saved")
@@ -115,7 +117,7 @@ def test_its_program_is_in_its_dialect(model: nn.Module, adapters: dict[str, lor
 
 
 @pytest.mark.usefixtures("offered")
-def test_what_a_target_does_not_claim_is_refused_by_name_and_module(model: nn.Module) -> None:
+def test_rejects_an_op_that_the_target_does_not_claim(model: nn.Module) -> None:
     with pytest.raises(lorac.Unavailable, match=r"plain does not compute Tanh, which 'blocks\.0\.1' asks for") as error:
         lorac.compile(model, {"a": lorac.LoRA(targets=["left"])}, target="narrow", example_inputs=(X,))
     assert "target='eager' runs it" in str(error.value)
@@ -136,7 +138,7 @@ def test_a_target_that_nobody_offers(model: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("offered")
-def test_a_target_whose_library_is_missing(model: nn.Module) -> None:
+def test_names_the_missing_library_of_a_target(model: nn.Module) -> None:
     with pytest.raises(lorac.MissingExtra, match="no_such_library is not installed") as error:
         lorac.compile(model, {}, target="far")
     assert "pip install no_such_library" in str(error.value)

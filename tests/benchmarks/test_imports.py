@@ -41,7 +41,7 @@ def test_modules_are_counted_once_however_they_are_loaded(modules, load):
     assert __import__ is own
 
 
-def test_a_module_that_fails_to_load_does_not_hide_those_behind_it(modules):
+def test_counts_modules_after_one_that_fails_to_load(modules):
     imports = Imports(lambda: modules.now)
     with imports.counted():
         with pytest.raises(ImportError):

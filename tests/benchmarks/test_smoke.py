@@ -183,12 +183,12 @@ SLOW = (
 """Smoke runs of ten seconds and more: so many models do they compile."""
 
 
-@pytest.mark.medium("test_it_says_what_it_takes imports every benchmark")
+@pytest.mark.medium("test_help_lists_the_options imports every benchmark")
 @pytest.mark.slow("the benchmark of threads on the same path", keep=["threads"])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ROWS]
 )
-def test_it_runs(name, tmp_path, capfd):
+def test_runs_and_prints_its_tables(name, tmp_path, capfd):
     _benchmark(name).main(["--smoke", "--json", str(tmp_path / "result.json")])
     printed, complaints = capfd.readouterr()
     result = json.loads((tmp_path / "result.json").read_text())
@@ -203,7 +203,7 @@ def test_it_runs(name, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_it_says_what_it_takes(name, capsys):
+def test_help_lists_the_options(name, capsys):
     with pytest.raises(SystemExit) as end:
         _benchmark(name).main(["--help"])
     shown = capsys.readouterr().out
@@ -212,7 +212,7 @@ def test_it_says_what_it_takes(name, capsys):
     assert "arget" in shown, "the docstring, with what is to be reached"
 
 
-@pytest.mark.slow("test_a_process_that_fails_says_why starts one")
+@pytest.mark.slow("test_reports_why_a_process_failed starts one")
 def test_processes_of_their_own(tmp_path, monkeypatch, capsys):
     """The full run's way: each job is measured by a fresh process, and its median over processes is what counts."""
     monkeypatch.chdir(ROOT)
@@ -224,14 +224,14 @@ def test_processes_of_their_own(tmp_path, monkeypatch, capsys):
     assert "eager" in capsys.readouterr().out
 
 
-def test_a_process_that_fails_says_why(monkeypatch):
+def test_reports_why_a_process_failed(monkeypatch):
     monkeypatch.chdir(ROOT)
     moved = dataclasses.replace(_benchmark("threads"), name="moved")
     with pytest.raises(SystemExit, match=r"No module named benchmarks\.moved"):
         moved.main(["--smoke", "--processes", "1"])
 
 
-def test_one_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
+def test_a_failing_benchmark_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
     package = tmp_path / "benchmarks"
     package.mkdir()
     for name, text in {"__init__": "", "bad": "raise SystemExit(3)", "good": "print('measured')"}.items():
@@ -251,7 +251,7 @@ def test_a_table_without_a_promised_row_is_refused():
         common.print_table(table)
 
 
-def test_an_engine_that_is_not_there_is_said_to_be_missing():
+def test_reports_a_missing_engine():
     from benchmarks import _genai
 
     given = argparse.Namespace(genai=_genai.NOWHERE)

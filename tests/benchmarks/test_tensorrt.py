@@ -17,7 +17,7 @@ def test_peft_is_called_and_switched() -> None:
         work()
 
 
-def test_what_runs_is_a_table_next_to_what_is_built() -> None:
+def test_tabulates_building_and_running() -> None:
     built = {"seconds": 1.0, "cpu": 2.0, "peak": 3.0, "plan": 4.0, "call": 0.5}
     found = {(side,): built for side in tensorrt.SIDES}
     found |= {(tensorrt.REFIT,): {**built, "swap": 0.25}, (peers.PEFT,): {"call": 1.0, "swap": 0.5}}

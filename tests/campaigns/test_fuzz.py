@@ -64,7 +64,7 @@ def test_everything_has_a_sound_file(tmp_path: Path) -> None:
     fuzz.Campaign(0, tmp_path).check()
 
 
-def test_a_file_of_one_tensor_is_damaged_too() -> None:
+def test_damages_a_file_of_one_tensor() -> None:
     whole = io.BytesIO()
     torch.save(torch.ones(3), whole)
     assert all(mutations.pickled(whole.getvalue(), random.Random(seed)) for seed in (0, 1, 3, 4, 5))

@@ -37,7 +37,7 @@ def test_every_requirement_of_this_project_has_a_lowest_version() -> None:
     assert [requirement for requirement in found if "<" in requirement] == []
 
 
-def test_failures_are_grouped_by_what_they_say() -> None:
+def test_groups_failures_by_their_message() -> None:
     assert causes(REPORT) == [
         ("off by N at N", ["tests.a::one", "tests.b::four"]),
         ("no module named x", ["tests.b::three"]),

@@ -29,7 +29,7 @@ def test_the_mutants_of_a_file() -> None:
     ]
 
 
-def test_a_mutant_changes_its_place_and_nothing_else() -> None:
+def test_a_mutant_changes_only_its_node() -> None:
     fault = mutants_of("lorac/ir/x.py", "ü = '→'; y = a is b  # why\nz = 3\n")[0]
     assert fault.apply("ü = '→'; y = a is b  # why\nz = 3\n") == "ü = '→'; y = (a is not b)  # why\nz = 3\n"
 

@@ -42,7 +42,7 @@ def test_nothing_goes_wrong_over_http(store: serve.Store) -> None:
     assert found[0]["count"].keys() >= {"read", "read as a stream", "left", "killed", "hurried", "hung up"}
 
 
-def test_what_goes_wrong_is_seen(store: serve.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_wrong_tokens_and_rows_that_keep_adapters(store: serve.Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tokens than the drawn ones, and rows that never let go of their adapters."""
     load, draw, kept = serve.Load(store, rows=3, seed=0), BatchSampler.draw, list[Any]()
 

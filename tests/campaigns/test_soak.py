@@ -30,7 +30,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.medium("test_what_goes_wrong_is_seen runs a round; runtime/test_swap.py swaps a hundred times")
+@pytest.mark.medium(
+    "test_detects_unwritten_weights_and_foreign_errors runs a round; runtime/test_swap.py swaps a hundred times"
+)
 @pytest.mark.usefixtures("small")
 def test_nothing_goes_wrong(tmp_path: Path) -> None:
     run = soak.Soak(0, soak.make_models(["lora", "shira"], tmp_path))
@@ -43,7 +45,7 @@ def test_nothing_goes_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_what_goes_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_unwritten_weights_and_foreign_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that is not written, and an error that is none of lorac's."""
     monkeypatch.setattr(soak, "ENGINES", [("eager", "fused")])
     run = soak.Soak(0, soak.make_models(["lora", "shira"], tmp_path))

@@ -27,7 +27,7 @@ HERE = (("eager", "live"), ("onnxruntime", "live"))
 )
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SHOWN)
-def test_it_answers_as_peft_does(name: str) -> None:
+def test_matches_peft(name: str) -> None:
     record = checking.check(entry(name), plain=False, ways=HERE)
     assert {way: found["outcome"] for way, found in record["ways"].items()} == {
         "eager live": "ok",
@@ -67,7 +67,7 @@ def _check(**changes: Any) -> dict[str, Any]:
     return checking.check(Entry(**given), plain=False, ways=HERE[:1])
 
 
-def test_what_the_host_or_peft_cannot_is_theirs() -> None:
+def test_blames_the_host_or_peft_for_their_errors() -> None:
     def unbuilt() -> nn.Module:
         raise ImportError("a library is missing")
 
@@ -137,13 +137,13 @@ class Aside(Pair):
         return answer
 
 
-def test_a_model_that_passes_by_what_peft_wraps_decides_nothing() -> None:
+def test_decides_nothing_where_the_model_bypasses_pefts_layers() -> None:
     found = _check(build=Aside)
     assert (found["outcome"], found["class"]) == ("peft-cannot", "PassedBy")
     assert "first" in found["message"]
 
 
-def test_an_adapter_that_peft_does_not_load_whole_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decides_nothing_where_peft_loads_only_part_of_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     load = adapting.load_peft
 
     def lose(model: nn.Module, folder: Path) -> Any:
@@ -191,7 +191,7 @@ class _Noise(nn.Module):
     ("error", "outcome"),
     [(SiteError("no", next_step="leave it"), "refused"), (KeyError("first"), "untyped")],
 )
-def test_what_lorac_raises_is_told_apart(error: Exception, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classifies_the_errors_of_lorac(error: Exception, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile(*args: Any, **kwargs: Any) -> None:
         raise error
 
@@ -226,7 +226,7 @@ def test_other_numbers_and_a_touched_host_are_wrong(monkeypatch: pytest.MonkeyPa
 # --- shrinking -------------------------------------------------------------------------------------------------------
 
 
-def test_any_configuration_shrinks_with_what_is_nested_in_it() -> None:
+def test_shrinks_nested_configurations() -> None:
     from transformers import CLIPConfig, Qwen2Config
 
     config = shrinking.tiny(CLIPConfig())
@@ -245,7 +245,7 @@ def test_a_layer_of_every_kind_is_left() -> None:
     assert shrinking._number("pad_token_id", 1, 2) == 1
 
 
-def test_peft_adapts_layers_and_not_what_it_passes_over() -> None:
+def test_lists_the_layers_that_peft_adapts() -> None:
     model = nn.ModuleDict(
         {
             "linear": nn.Linear(4, 6),
@@ -283,7 +283,7 @@ def test_the_newest_record_of_a_model_counts_and_a_torn_line_is_passed_over(tmp_
     assert {name: record["code"] for name, record in journal.read(path).items()} == {"a/x": "new", "a/y": "c0de"}
 
 
-def test_causes_are_what_messages_have_in_common() -> None:
+def test_groups_failures_by_cause() -> None:
     records = [
         _failing("a/x", "no op for 'one.layer.3' of size 17"),
         _failing("a/y", "no op for 'other' of size 2.5"),
@@ -296,7 +296,7 @@ def test_causes_are_what_messages_have_in_common() -> None:
     assert "host-cannot" in pages.causes(records)
 
 
-def test_the_page_counts_against_what_was_promised() -> None:
+def test_the_page_compares_counts_with_goals() -> None:
     records = [_record("a/x"), _failing("b/y", "k"), _record("b/z", outcome="peft-cannot", ways={})]
     records[2] |= {"class": "ValueError", "message": "m", "lines": []}
     records.append(_record("b/u", outcome=pages.NOT_RUN, ways={}))
@@ -328,14 +328,14 @@ def test_records_of_several_runs_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert (found["a/x"], found["a/z"]["outcome"]) == (_record("a/x"), pages.NOT_RUN)
 
 
-def test_a_way_that_was_not_run_is_no_failure() -> None:
+def test_does_not_count_a_way_that_did_not_run() -> None:
     partial = _record("a/x", ways={pages.EAGER: {"outcome": "ok", "seconds": 1.0}})
     text = pages.page([partial], {})
     assert "1 all right: x." in text
     assert "| ONNX Runtime live, of what eager runs | 0 of 0 | 92 % |" in text
 
 
-def test_a_process_that_dies_is_told_apart_from_one_that_took_too_long() -> None:
+def test_distinguishes_crashes_from_timeouts() -> None:
     assert running._ended("a/x", -9)["outcome"] == "timeout"
     assert running._ended("a/x", -24)["outcome"] == "timeout"
     assert running._ended("a/x", -11) == {

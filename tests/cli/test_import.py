@@ -92,7 +92,9 @@ def test_an_adapter_of_a_users_method_needs_its_class(
         assert {**json.loads(opened.metadata()["lorac"]), "config": {}} == RECORD
 
 
-def test_every_command_takes_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_the_option_import(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         code, out, _ = _lorac(command.callback.__name__, "--help", monkeypatch=monkeypatch, capsys=capsys)

@@ -50,7 +50,7 @@ def test_adapters_are_merged_by_their_weights(given, paths, weights, folder):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in read.state_dict().items())
 
 
-def test_it_says_what_it_did(folder):
+def test_prints_a_summary(folder):
     code, printed = run("model", "-a", "a=0.7", "-a", "b=0.3", "-o", "out")
     assert code == 0 and printed.strip() == "out: a*0.7, b*0.3 merged by cat into 3 tensors"
 
@@ -62,13 +62,13 @@ def test_an_adapter_called_as_a_number_would_be(folder):
     assert code == 0 and json.loads(printed)["weights"] == {"a=2": 1.0}
 
 
-def test_two_adapters_of_one_name_are_refused(folder):
+def test_rejects_two_adapters_of_one_name(folder):
     with pytest.raises(lorac.AdapterError, match=r"two adapters are called 'a'\n.*NAME=PATH=WEIGHT"):
         run("model", "-a", "a", "-a", "a=2", "-o", "out")
 
 
 @torch.no_grad()
-def test_adapters_become_one_by_a_method(folder):
+def test_merges_adapters_by_a_method(folder):
     options = ["--method", "ties", "-s", "density=0.5", "-s", "space=knots"]
     code, printed = run("-a", "a=0.7", "-a", "b=0.3", *options, "-o", "c")
     assert code == 0 and printed.strip() == "c: peft"
@@ -81,7 +81,7 @@ def test_adapters_become_one_by_a_method(folder):
 
 
 @torch.no_grad()
-def test_what_a_method_makes_goes_into_the_weights(folder):
+def test_merges_the_result_of_a_method_into_the_weights(folder):
     code, _ = run("model", "-a", "a=0.7", "-a", "b=0.3", "--method", "ties", "-s", "density=0.5", "-o", "out")
     assert code == 0
     model = ZOO["tiny_llama"].model()
@@ -90,7 +90,7 @@ def test_what_a_method_makes_goes_into_the_weights(folder):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in read.items())
 
 
-def test_a_recipe_says_it_in_mergekits_words(folder):
+def test_accepts_a_recipe_in_mergekits_terms(folder):
     Path("recipe.yaml").write_text(
         "merge_method: ties\nadapters:\n  - adapter: a\n    parameters: {weight: 0.7, density: 0.5}\n"
         "  - adapter: b\n    parameters: {weight: 0.3, density: 0.5}\nparameters: {lambda: 2.0}\n"
@@ -105,7 +105,7 @@ def test_a_recipe_says_it_in_mergekits_words(folder):
 
 @pytest.mark.medium("two other ways", cases=["given1"])
 @pytest.mark.parametrize("given", [[], ["-a", "a", "--recipe", "r.yaml"], ["--recipe", "r.yaml", "-s", "rank=2"]])
-def test_adapters_come_from_one_place(given, folder):
+def test_rejects_adapters_from_options_and_recipe_together(given, folder):
     with pytest.raises(lorac.OptionError, match="adapters come from -a, or from --recipe"):
         run(*given, "-o", "out")
 

@@ -116,7 +116,7 @@ def test_inputs_of_every_format_give_the_same_outputs(cli, suffix):
     assert rows[0] == rows[1]
 
 
-def test_a_table_fits_the_terminal_and_is_not_cut_without_one(monkeypatch, capsys):
+def test_cuts_a_table_only_at_a_terminals_width(monkeypatch, capsys):
     path = "model.layers.11.attention.projection_of_queries." * 4
     made = make_table(("site", "kind"), [(path, "linear [in]")])
     monkeypatch.setenv("COLUMNS", "60")

@@ -127,7 +127,7 @@ def test_a_compiled_folder_writes_and_is_timed_without_its_model(cli, files, mon
     assert "lorac.OptionError: 'cached' is compiled, and holds adapters of its own" in err
 
 
-def test_errors_in_a_chat_do_not_end_it(cli, files):
+def test_a_chat_continues_after_errors(cli, files):
     typed = "/adapter slq\n/adapter\n/adaptr sql\none\n"
     code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed=typed)
     assert code == 0
@@ -137,7 +137,7 @@ def test_errors_in_a_chat_do_not_end_it(cli, files):
     assert "lorac.OptionError: there is no command '/adaptr'\n  nearest: /adapter" in err
 
 
-def test_a_new_conversation_forgets_the_old_one(cli, files):
+def test_new_starts_without_the_old_messages(cli, files):
     code, out, err = cli("run", "model", *BOTH, "--adapters", "sql", typed="one\n/new\none\n")
     assert (code, err) == (0, "")
     assert out == f"{written(files, 'sql', 'u:one;a:')}\n" * 2
@@ -212,7 +212,7 @@ def test_an_interrupted_answer_stays_in_the_conversation(cli, files, monkeypatch
     assert out == f"{first}\n{written(files, None, f'u:one;a:{first};u:two;a:')}\n"
 
 
-def test_a_character_of_several_tokens_is_shown_when_it_is_whole():
+def test_shows_a_character_once_all_its_tokens_are_there():
     class Bytes:
         def decode(self, ids, skip_special_tokens):
             return bytes(ids).decode(errors="replace")

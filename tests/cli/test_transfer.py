@@ -43,7 +43,7 @@ def run(*more: str) -> tuple[int, str]:
 
 @pytest.mark.medium("the other", cases=["soft1"])
 @pytest.mark.parametrize("soft", [[], ["--soft"]])
-def test_it_writes_an_adapter_of_the_target(soft: list[str], folder: Path) -> None:
+def test_writes_an_adapter_of_the_target(soft: list[str], folder: Path) -> None:
     code, printed = run("-s", "r=3", "-s", f"targets={json.dumps(ALL)}", *soft)
     told = json.loads(printed)
     assert code == 0 and told["path"] == "out" and told["prompts"] <= 4 <= told["tried"]
@@ -52,13 +52,13 @@ def test_it_writes_an_adapter_of_the_target(soft: list[str], folder: Path) -> No
     assert any(bool(own["lora_B"].any()) for own in found.tensors.values())
 
 
-@pytest.mark.medium("test_it_writes_an_adapter_of_the_target")
+@pytest.mark.medium("test_writes_an_adapter_of_the_target")
 def test_a_method_of_its_own(folder: Path) -> None:
     code, _ = run("--method", "dora", "-s", 'targets=["q_proj"]')
     assert code == 0 and lorac.load_adapter(folder / "out", llama(24, 5)).variant.name == "dora"
 
 
-def test_what_is_wrong_is_refused(folder: Path) -> None:
+def test_rejects_wrong_options_and_tasks(folder: Path) -> None:
     for more in (["--method", "nolora"], ["-s", "r"], ["-s", "rr=3"]):
         with pytest.raises(lorac.OptionError):
             run(*more)

@@ -147,7 +147,7 @@ def test_samples():
     assert samples(lorac.LoRA(r=5)) == [lorac.LoRA(r=5)]
 
 
-def test_names_say_what_was_checked():
+def test_check_names_are_unique_and_name_the_check():
     names = [str(check) for check in conformance(lorac.LoRA, targets=("onnxruntime",))]
     assert len(set(names)) == len(names)
     assert {"lora,r=3,alpha=5-conv-swapping", "lora,r=3,alpha=5-linear-onnxruntime-live"} < set(names)

@@ -23,7 +23,7 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("target", ["linear1", "linear2"])
-def test_an_adapter_inside_one_is_not_passed_by(target: str, gradients: bool, model: nn.Module) -> None:
+def test_adapters_act_inside_a_layer_with_a_fast_path(target: str, gradients: bool, model: nn.Module) -> None:
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     adapter = adapter_away(lorac.LoRA(r=2, targets=[target]), model, x, name="a", seed=1)
     compiled = lorac.compile(model, {"a": adapter})
@@ -36,7 +36,7 @@ def test_an_adapter_inside_one_is_not_passed_by(target: str, gradients: bool, mo
 
 
 @torch.no_grad()
-def test_a_model_may_be_such_a_layer(model: nn.Module) -> None:
+def test_accepts_a_layer_with_a_fast_path_as_the_model(model: nn.Module) -> None:
     layer, x = model.get_submodule("0.layers.0"), torch.randn(2, 5, 16, dtype=torch.float64)
     adapter = adapter_away(lorac.LoRA(r=2, targets=["linear1"]), layer, x, name="a", seed=1)
     assert_parity(
@@ -44,7 +44,7 @@ def test_a_model_may_be_such_a_layer(model: nn.Module) -> None:
     )
 
 
-def test_it_trains_in_evaluation_mode(model: nn.Module) -> None:
+def test_trains_in_evaluation_mode(model: nn.Module) -> None:
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=["linear1"])})
     compiled(torch.randn(2, 5, 16, dtype=torch.float64)).sum().backward()
     assert all(tensors["lora_B"].grad is not None for tensors in compiled.adapters["a"].tensors.values())

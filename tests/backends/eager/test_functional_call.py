@@ -54,7 +54,7 @@ def _written(compiled: CompiledModule, given: dict[str, Tensor]) -> CompiledModu
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_call_computes_with_the_tensors_that_it_is_given(method: Variant, mode: str) -> None:
+def test_computes_with_the_given_tensors(method: Variant, mode: str) -> None:
     compiled = _compile(mode, method)
     before = compiled(X).detach()
     given = _given(compiled)
@@ -72,7 +72,7 @@ def test_a_call_computes_with_the_tensors_that_it_is_given(method: Variant, mode
         assert torch.equal(compiled(X), before)  # nothing stays
 
 
-def test_several_adapters_are_one_batch_under_vmap() -> None:
+def test_batches_adapters_under_vmap() -> None:
     compiled = _compile("live")
     sets = [_given(compiled) for _ in range(2)]
     stacked = {name: torch.stack([given[name] for given in sets]) for name in sets[0]}
@@ -81,7 +81,7 @@ def test_several_adapters_are_one_batch_under_vmap() -> None:
         assert_close(output, functional_call(compiled, given, (X,)))
 
 
-def test_a_weight_that_a_swap_writes_in_place_cannot_be_given() -> None:
+def test_rejects_a_weight_that_swaps_write_in_place() -> None:
     attention = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)).eval()
     adapters = [lorac.LoRA(r=2, targets=["out_proj"])]
     compiled = lorac.compile(attention, adapters, mode="fused", example_inputs=(X[None],))

@@ -38,7 +38,7 @@ def test_no_adapter_is_the_host_bit_for_bit(bias: bool, mode: str) -> None:
         assert not torch.equal(net.requires_grad_(False)(x), original), "torch folds both alike: this decides nothing"
 
 
-def test_layers_of_one_weight_multiply_as_the_hosts_do() -> None:
+def test_layers_that_share_a_weight_round_as_the_model() -> None:
     torch.manual_seed(0)
     net, x = Turned(bias=True), torch.randn(3, 17, 17)
     net.first, net.second = nn.Linear(17, 17), nn.Linear(17, 17)
@@ -50,7 +50,7 @@ def test_layers_of_one_weight_multiply_as_the_hosts_do() -> None:
         assert not torch.equal(net.requires_grad_(False)(x), original), "torch folds both alike: this decides nothing"
 
 
-def test_a_host_without_gradients_multiplies_as_it_does() -> None:
+def test_a_model_without_gradients_rounds_as_before() -> None:
     net, x = made(True)
     net.requires_grad_(False)
     compiled = lorac.compile(net, {"a": lorac.LoRA(r=2)}, active=None)

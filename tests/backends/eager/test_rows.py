@@ -59,7 +59,9 @@ def llama() -> Any:
 
 @pytest.mark.medium("rows of a program that was not stored, and test_artifact.py loads one")
 @torch.no_grad()
-def test_a_loaded_program_answers_rows_in_one_call(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loaded_program_runs_all_rows_in_one_call(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llama.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it")
     calls = list[int]()
@@ -74,7 +76,7 @@ def test_a_loaded_program_answers_rows_in_one_call(llama: Any, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["slots", "terms"])
-def test_one_forward_answers_each_row_as_alone(llama: Any, grad: bool) -> None:
+def test_one_forward_computes_each_row_as_alone(llama: Any, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         with _forwards(llama) as forwards:
             y = llama(input_ids=IDS, adapters=CHOICES).logits

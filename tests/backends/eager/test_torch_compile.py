@@ -49,6 +49,6 @@ for got, tensor in zip(own, (t for t in compiled.parameters() if t.requires_grad
 """
 
 
-def test_no_site_is_compiled_anew():
+def test_compiles_no_site_twice():
     """In a process of its own, since torch's compiler changes how functions are called."""
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)

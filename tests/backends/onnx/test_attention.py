@@ -87,7 +87,7 @@ def scaled(factor):
 @pytest.mark.slow("plain angles", cases=["scaled angles"])
 @pytest.mark.parametrize("settings", [{}, scaled(4.0)], ids=["plain", "scaled angles"])
 @torch.no_grad()
-def test_rotations_are_one_op_and_left_padding_answers_as_torch(settings):
+def test_fuses_rotary_positions_and_matches_torch_with_left_padding(settings):
     model = llama(**settings)
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2)}, target="onnxruntime", self_test=False)
     assert ops(compiled).count("RotaryEmbedding") == 2 * 2
@@ -135,7 +135,7 @@ class Turns(nn.Module):
 @pytest.mark.medium("one that is split unevenly", keep=["unevenly-0"])
 @pytest.mark.parametrize(("how", "fused"), [("by halves", 1), ("unevenly", 0), ("by other angles", 0)])
 @torch.no_grad()
-def test_what_only_looks_like_a_rotation_stays(how, fused):
+def test_leaves_ops_that_only_resemble_a_rotation(how, fused):
     torch.manual_seed(0)
     model, x = Turns(how).eval(), torch.randn(3, 5, 8)
     free = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},)

@@ -22,7 +22,7 @@ GRAPH = """<ir_version: 10, opset_import: ["": 20]> g (float[2] x) => (float[2] 
         ("Div", "x, c", "1.0", "1.000005"),
     ],
 )
-def test_only_what_changes_nothing_is_left_out(op, operands, neutral, little):
+def test_removes_only_ops_that_change_no_value(op, operands, neutral, little):
     for value, left in ((neutral, "Identity"), (little, op)):
         model = ir.from_onnx_text(GRAPH.format(value=value, op=op, operands=operands))
         rewriter.RewritePass([*default_rules(), *exact_no_op_rules()])(model)

@@ -62,7 +62,7 @@ def test_an_encoder_and_its_decoder() -> None:
     assert found["encoder_last_hidden_state"][:2] == ["batch", "length"]
 
 
-def test_whatever_reads_a_slot_tells_the_path_of_its_site(llama: lorac.Compiled) -> None:
+def test_nodes_that_read_a_slot_name_its_site(llama: lorac.Compiled) -> None:
     graph = _graph(llama)
     slots = [value for value in graph.inputs if SITE_METADATA in value.metadata_props]
     sites = {value: value.metadata_props[SITE_METADATA].split(", ") for value in slots}
@@ -114,7 +114,7 @@ NAMES = {
 @pytest.mark.medium("a nested answer and a tensor", keep=["nested", "tensor"])
 @pytest.mark.parametrize("structure", NAMES)
 @torch.no_grad()
-def test_whatever_a_model_answers(structure: str) -> None:
+def test_emits_outputs_of_every_structure(structure: str) -> None:
     model, inputs = Host(structure).eval(), (torch.randn(2, 3, 4), torch.randn(2, 3, 4))
     shapes = ({0: torch.export.Dim("rows"), 1: torch.export.Dim.AUTO},) * 2
     options = {"example_inputs": inputs, "dynamic_shapes": shapes}

@@ -204,26 +204,26 @@ def test_nothing_is_decomposed(step, monkeypatch):
     assert_close(*answers(step))
 
 
-@pytest.mark.medium("scores that are written in place, in test_the_model_is_the_one_that_torch_writes")
+@pytest.mark.medium("scores that are written in place, in test_emits_the_same_model_as_torch")
 @pytest.mark.parametrize(
     "step", [viewed_in_place, seen_through_a_view, of_another_dtype], ids=lambda step: step.__name__
 )
-def test_what_others_may_see_is_written_as_torch_does(step):
+def test_mutates_aliased_tensors_as_torch(step):
     assert_close(*answers(step))
 
 
-def test_parts_may_be_as_large_as_an_input_says():
+def test_accepts_slices_whose_size_is_an_input():
     assert_close(*answers(cut_by_a_size_of_its_input))
 
 
-@pytest.mark.medium("scores that are written in place, in test_the_model_is_the_one_that_torch_writes")
-def test_what_torch_loses_is_not_answered():
+@pytest.mark.medium("scores that are written in place, in test_emits_the_same_model_as_torch")
+def test_rejects_a_write_that_torch_loses():
     """Its decomposition takes dropout's answer for a new tensor."""
     with refuses("self_test_failed"):
         answers(dropped_in_place)
 
 
-def test_a_view_of_the_same_shape_is_no_op():
+def test_emits_no_op_for_a_view_of_equal_shape():
     compiled = emitted(viewed_as_it_was)[2]
     nodes = [node.op_type for node in ir.load(compiled.engine.folder / MODEL_FILE).graph]
     assert nodes.count("Reshape") == 2, "into segments, and joined again"
@@ -241,7 +241,7 @@ def test_an_op_that_another_is_taken_apart_into_is_named_with_the_line():
 
 
 @pytest.mark.medium("test_nothing_is_decomposed")
-def test_only_casts_and_what_they_change_are_computed_anew(monkeypatch):
+def test_recomputes_only_casts_and_their_readers(monkeypatch):
     """No product, no arange and no view is."""
     computed = []
 
@@ -260,7 +260,7 @@ def test_only_casts_and_what_they_change_are_computed_anew(monkeypatch):
 @pytest.mark.parametrize(
     "step", [masked, cast, promoted, pooled, scores_in_place, normed], ids=lambda step: step.__name__
 )
-def test_the_model_is_the_one_that_torch_writes(step):
+def test_emits_the_same_model_as_torch(step):
     """Node by node, with its attributes and metadata; but torch writes a constant and a size for each reader."""
     program = captured(step)
     torchs = exporter._export_with_torch(program, TRANSLATIONS)
@@ -300,7 +300,7 @@ def test_only_ops_without_a_translation_are_decomposed(monkeypatch):
 
 
 @pytest.mark.medium("`make latest` runs the suite with other releases")
-def test_another_release_of_torch_is_asked_for_its_own_exporter(monkeypatch):
+def test_falls_back_to_torchs_exporter_for_untested_releases(monkeypatch):
     monkeypatch.setattr(exporter, "TESTED_RELEASES", ("0.1",))
     monkeypatch.setattr(exporter, "_translate", lambda *_: pytest.fail("not tested"))
     assert_close(*answers(promoted))

@@ -40,7 +40,7 @@ def test_each_branch_lies_in_an_if_of_its_own(compiled):
 
 
 @pytest.mark.medium("the other method", cases=["adaptertune"])
-def test_an_idle_branch_leaves_the_bases_bits_whatever_its_parameters_hold(case, compiled):
+def test_an_idle_branch_with_nans_keeps_the_bits_of_the_base(case, compiled):
     x = case.x.float()
     base = lorac.compile(case.model32, {}, target="onnxruntime", example_inputs=(x,))(x)
     assert torch.equal(compiled(x), base)
@@ -68,7 +68,7 @@ class BaseReader(lorac.BranchVariant):
         return y + p.factor * ctx.value("base:0")
 
 
-def test_the_switch_of_what_branches_share_is_declared_as_it_is():
+def test_declares_the_switch_of_shared_values_with_its_type():
     adapters = {"own": lorac.LoRA(r=2, targets=["0"]), **{name: BaseReader(targets=["1"]) for name in ("a", "b")}}
     host = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 5))
     compiled = lorac.compile(host, adapters, target="onnxruntime", example_inputs=(torch.ones(3, 4),))

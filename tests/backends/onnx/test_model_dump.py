@@ -27,7 +27,7 @@ def compiled() -> lorac.Compiled:
     return lorac.compile(Stack(), adapters, example_inputs=INPUTS, **options)
 
 
-def test_it_is_a_stage_after_all_others(compiled: lorac.Compiled) -> None:
+def test_the_emitted_model_is_the_last_stage(compiled: lorac.Compiled) -> None:
     main = compiled.graph["main"]
     emitted = main.emitted
     assert emitted.level == "emitted"
@@ -57,7 +57,7 @@ def test_sites_are_known_and_every_slot_is_read(compiled: lorac.Compiled) -> Non
     assert {f"body.layers.{n}.out" for n in range(3)} <= sites
 
 
-def test_a_loaded_artifact_draws_the_program_that_it_runs(compiled: lorac.Compiled, tmp_path: Path) -> None:
+def test_a_loaded_artifact_draws_its_emitted_program(compiled: lorac.Compiled, tmp_path: Path) -> None:
     compiled.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it")
     assert loaded.graph["main"].dump == compiled.graph["main"].emitted.dump

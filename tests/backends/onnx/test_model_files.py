@@ -106,7 +106,9 @@ def check(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=IDS)
-def test_tensors_lie_beside_the_model(place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path) -> None:
+def test_accepts_tensors_only_in_the_weights_file(
+    place: Callable[[TensorProto], onnx.ModelProto], tmp_path: Path
+) -> None:
     (tmp_path / WEIGHTS_FILE).write_bytes(bytes(24))
     path = tmp_path / MODEL_FILE
     path.write_bytes(place(external()).SerializeToString())
@@ -117,7 +119,7 @@ def test_tensors_lie_beside_the_model(place: Callable[[TensorProto], onnx.ModelP
             check(tmp_path)
 
 
-def test_a_place_told_twice(tmp_path: Path) -> None:
+def test_rejects_a_location_that_is_given_twice(tmp_path: Path) -> None:
     """Readers may take the first or the last."""
     tensor = external()
     tensor.external_data.add(key="location", value="elsewhere")
@@ -127,7 +129,7 @@ def test_a_place_told_twice(tmp_path: Path) -> None:
         check(tmp_path)
 
 
-def test_what_is_no_model(tmp_path: Path) -> None:
+def test_rejects_a_file_that_is_not_an_onnx_model(tmp_path: Path) -> None:
     (tmp_path / MODEL_FILE).write_bytes(b"\xff" * 100)
     with pytest.raises(lorac.ArtifactError, match="is not an ONNX model"):
         check(tmp_path)

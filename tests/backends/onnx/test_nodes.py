@@ -15,7 +15,7 @@ from tests.goldens import check
     "a Llama's nodes, where adapters are live and where they are merged", keep=["llama_live", "llama_fused"]
 )
 @pytest.mark.parametrize("name", CASES)
-def test_an_emitted_program_and_its_graph_are_the_golden_ones(name: str) -> None:
+def test_emitted_nodes_and_graph_equal_the_golden_files(name: str) -> None:
     compiled = compiled_case(name)
     emitted = ir.load(compiled.engine.folder / MODEL_FILE)
     check(f"nodes_{name}", "\n".join(node_lines(emitted)) + "\n")

@@ -32,14 +32,14 @@ class Break(OnnxPass):
         return PassResult(changed=True)
 
 
-def test_a_program_that_reads_what_nothing_computes_is_refused_with_the_name_of_the_pass():
+def test_rejects_a_read_of_an_undefined_value_and_names_the_pass():
     model = ir.from_onnx_text(MODEL)
     verify_model(model, after="capture")
     with refuses("verification_failed", match=r"after the pass 'break' Neg '.*' reads 'nowhere'"):
         run_passes(model, [Break()])
 
 
-def test_a_value_may_not_be_read_before_it_is_computed():
+def test_rejects_a_read_before_the_value_is_computed():
     model = ir.from_onnx_text(MODEL)
     tanh = next(node for node in model.graph if node.op_type == "Tanh")
     model.graph.remove(tanh)
@@ -69,7 +69,7 @@ class Modulated(torch.nn.Module):
         return self.out(norm * (1 + self.scale(time)[:, None]))
 
 
-def test_what_passes_leave_alone_is_told_with_the_graph():
+def test_the_graph_lists_skips_of_passes():
     compiled = lorac.compile(
         Modulated().eval(),
         {"a": lorac.LoRA(r=2, targets=["scale"])},

@@ -166,7 +166,7 @@ def _serve_all_rows_from_one_place(model: ir.Model, name: str) -> None:
 
 
 @pytest.mark.medium("exchanged slots, and slots that became constants")
-def test_a_slot_with_one_place_for_all_rows_is_found(built: dict[str, Built], tmp_path: Path) -> None:
+def test_rejects_a_slot_with_one_place_for_all_rows(built: dict[str, Built], tmp_path: Path) -> None:
     """One choice for all rows does not tell."""
     made = built["live"]
     engine = _sabotaged(made, tmp_path / "model", lambda model: _serve_all_rows_from_one_place(model, "one:b"))
@@ -259,7 +259,7 @@ def test_a_model_that_is_right_at_the_examples_sizes_alone_is_found(
 
 
 @pytest.mark.parametrize(("steep", "off", "differs"), [(1e4, 2e-7, False), (1e4, 1e-3, True), (1.0, 3e-3, True)])
-def test_roundings_that_a_network_blows_up_are_no_fault(
+def test_tolerates_roundings_that_the_network_amplifies(
     steep: float, off: float, differs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer may be as far off as a rounding of the inputs moves it, several times, and by no other cause."""
@@ -290,7 +290,7 @@ class Chaotic(nn.Module):
         return y
 
 
-def test_where_a_rounding_changes_everything_nothing_is_said_of_the_slots() -> None:
+def test_is_undecided_where_roundings_change_everything() -> None:
     arguments: dict[str, Any] = {"target": "onnxruntime", "example_inputs": (torch.randn(3, 10),)}
     with refuses("self_test_undecided", match="a rounding of the inputs changes an output of graph 'main' by") as error:
         lorac.compile(Chaotic().eval(), {"a": lorac.LoRA(r=2)}, **arguments)
@@ -298,7 +298,7 @@ def test_where_a_rounding_changes_everything_nothing_is_said_of_the_slots() -> N
     lorac.compile(Chaotic().eval(), {"a": lorac.LoRA(r=2)}, self_test=False, **arguments)
 
 
-def test_compile_runs_it_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compile_runs_the_self_test_and_leaves_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     honest = build.emit
 
     def dishonest(*args: Any) -> ir.Model:

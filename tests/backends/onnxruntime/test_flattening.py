@@ -85,7 +85,7 @@ ACROSS = {
 
 @pytest.mark.parametrize("followed", FOLLOWED)
 @pytest.mark.parametrize("batch", [2, 0])
-def test_what_acts_on_rows_moves(followed, batch):
+def test_moves_ops_that_act_on_rows(followed, batch):
     body, output, expected = FOLLOWED[followed]
     before = answers(emitted(body, output), batch)
     model = emitted(body, output)
@@ -100,7 +100,7 @@ def test_what_acts_on_rows_moves(followed, batch):
 
 
 @pytest.mark.parametrize("across", ACROSS)
-def test_what_looks_across_rows_sees_the_full_shape(across):
+def test_keeps_the_full_shape_for_ops_across_rows(across):
     body, output = ACROSS[across]
     before = answers(emitted(body, output))
     model = emitted(body, output)
@@ -122,7 +122,7 @@ def test_a_branch_within_sees_the_full_shape():
     assert "Gemm" in ops(model)
 
 
-def test_a_size_read_from_rows_is_computed_before_the_reshape_that_reads_it():
+def test_computes_a_size_before_the_reshape_that_reads_it():
     body, output = "i = Identity(z) o = ReduceSum(i)", "float[i, j, k] o"
     before = answers(emitted(body, output))
     model = emitted(body, output)
@@ -159,11 +159,11 @@ def test_without_a_slot_nothing_moves():
     assert ops(model) == ["MatMul", "Tanh"]
 
 
-@pytest.mark.medium("test_what_acts_on_rows_moves, step by step, and the golden nodes")
+@pytest.mark.medium("test_moves_ops_that_act_on_rows, step by step, and the golden nodes")
 @pytest.mark.slow("a ViT's pairs", keep=["tiny_vit"])
 @pytest.mark.parametrize("name", ["tiny_albert", "tiny_t5", "tiny_vit"])  # a Llama's nodes are golden
 @torch.no_grad()
-def test_every_pair_is_added_where_it_is_computed(name):
+def test_adds_every_pair_in_the_shape_of_its_product(name):
     """No value changes its shape between a pair and the sum with the base's product."""
     entry = ZOO[name]
     compiled = lorac.compile(

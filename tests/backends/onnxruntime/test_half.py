@@ -102,7 +102,7 @@ def test_answers_are_as_near_as_torchs(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.medium("an op that is widened where it has no kernel, and end_to_end/test_precision.py")
 @pytest.mark.slow("a BERT", cases=["tiny_llama-*"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_every_value_has_the_dtype_that_torch_gives_it(name: str, dtype: torch.dtype) -> None:
+def test_values_have_the_dtypes_of_torch(name: str, dtype: torch.dtype) -> None:
     if not torch.__version__.startswith(TESTED_RELEASES):
         pytest.skip("torch's own exporter traces the program again and numbers its values anew")
     case = made(name, dtype)
@@ -125,7 +125,7 @@ def test_slots_have_the_dtype_of_factors(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.medium("an op that is widened where it has no kernel, and end_to_end/test_precision.py")
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_what_cuda_does_not_compute_in_half_precision_is_computed_in_float32(name: str, dtype: torch.dtype) -> None:
+def test_widens_ops_without_a_half_precision_kernel_on_cuda(name: str, dtype: torch.dtype) -> None:
     known = kernels_of_cuda.HALF_PRECISION_OPS[str(dtype).removeprefix("torch.")]
     for node in made(name, dtype).model.graph.all_nodes():
         if any(value is not None and value.dtype in _HALF for value in node.inputs):
@@ -142,7 +142,7 @@ def test_norms_hold_their_sums_in_float32(name: str, dtype: torch.dtype) -> None
         assert node.attributes.get_int("stash_type", 1) == ir.DataType.FLOAT
 
 
-def test_what_was_saved_in_half_precision_is_refused_on_the_cpu(tmp_path: Path) -> None:
+def test_rejects_a_half_precision_artifact_on_the_cpu(tmp_path: Path) -> None:
     """Fused and settled it runs there only because this test has it run so."""
     given, adapters = ZOO["plain_mlp"].inputs(), {"a": lorac.LoRA(r=2, targets=["up"])}
     with pytest.MonkeyPatch.context() as patch:
@@ -183,7 +183,7 @@ def _ops(model: ir.Model) -> Iterator[str]:
         ("Mish", ir.DataType.FLOAT16, True),
     ],
 )
-def test_an_op_is_widened_where_it_has_no_kernel(op: str, dtype: ir.DataType, wrapped: bool) -> None:
+def test_widens_an_op_without_a_kernel(op: str, dtype: ir.DataType, wrapped: bool) -> None:
     model = _model(op, dtype)
     widening.WidenHalfPrecision().apply(model)
     assert list(_ops(model)) == (["Cast", op, "Cast"] if wrapped else [op])
@@ -191,7 +191,7 @@ def test_an_op_is_widened_where_it_has_no_kernel(op: str, dtype: ir.DataType, wr
     assert output.name == "y" and output.dtype in (dtype, None)
 
 
-def test_what_is_widened_is_rounded_once() -> None:
+def test_rounds_a_widened_op_once() -> None:
     model = _model("Sin", ir.DataType.BFLOAT16)
     widening.WidenHalfPrecision().apply(model)
     first, op, last = model.graph

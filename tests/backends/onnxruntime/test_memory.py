@@ -78,13 +78,13 @@ def test_a_program_over_copies_answers_the_same_bits(mode: str, monkeypatch: pyt
     assert_close(copied(x), lorac.compile(Net(), plain.adapters, active="lora")(x))
 
 
-def test_what_two_bindings_share_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_the_memory_of_two_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled("live", OrtDeviceMemory, monkeypatch)
     memory, tensor = made.engine.device_memory, torch.randn(3, 4)
     assert memory.to_value(tensor) is memory.to_value(tensor) is not memory.to_value(tensor.clone())
 
 
-def test_only_what_was_written_is_brought_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_only_written_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     made = compiled("fused", OrtDeviceMemory, monkeypatch)
     made.swap("lora")
     brought: list[int] = []
@@ -114,7 +114,7 @@ def test_values_of_any_dtype_and_shape_come_and_go(dtype: torch.dtype, shape: tu
     assert list(empty_at(CPU, tensor).shape()) == list(shape)
 
 
-def test_what_the_cpu_runs_is_read_where_it_lies() -> None:
+def test_reads_cpu_tensors_without_a_copy() -> None:
     memory, tensor = memory_at(CPU), torch.randn(3, 4)
     assert memory.to_value(tensor).data_ptr() == tensor.data_ptr()
     turned = memory.to_value(tensor.t())

@@ -142,7 +142,7 @@ def test_each_token_gets_its_answer(case: str) -> None:
     assert not PackTokens().apply(model).changed
 
 
-def test_a_model_that_fixes_the_number_of_rows_stays_as_it_is() -> None:
+def test_leaves_a_model_with_a_fixed_number_of_rows() -> None:
     model = emitted(PACKED["an MLP"])
     model.graph.inputs[0].shape = ir.Shape([ROWS, "s"])
     result = PackTokens().apply(model)
@@ -152,7 +152,7 @@ def test_a_model_that_fixes_the_number_of_rows_stays_as_it_is() -> None:
     ]
 
 
-def test_a_product_of_what_is_not_known_to_be_token_by_token_is_named() -> None:
+def test_reports_a_product_that_may_mix_tokens() -> None:
     model = emitted(("t = Transpose <perm = [1, 0, 2]> (y) o = MatMul(t, v)", "float[s, b, 5] o"))
     (skip,) = PackTokens().apply(model).skipped
     assert "not known to be token by token" in skip.why

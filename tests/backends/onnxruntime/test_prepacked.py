@@ -71,7 +71,7 @@ def _written_anew(reason: str) -> Iterator[None]:
 
 
 @pytest.mark.medium("float weights", cases=["int4"])
-def test_a_program_computes_what_it_does_without_the_folder(artifact: Path, tmp_path: Path) -> None:
+def test_prepacked_weights_change_no_bit(artifact: Path, tmp_path: Path) -> None:
     plain = _answers(lorac.load(artifact, **ONE_THREAD))
     for threads in (1, 2):  # the first load writes the files
         mapped = lorac.load(artifact, prepacked=tmp_path, threads=threads, spinning=False)
@@ -88,7 +88,7 @@ def test_a_program_computes_what_it_does_without_the_folder(artifact: Path, tmp_
 
 
 @pytest.mark.medium("float weights", cases=["int4"])
-def test_files_that_are_damaged_or_of_another_machine_are_written_anew(artifact: Path, tmp_path: Path) -> None:
+def test_rewrites_files_that_are_damaged_or_from_another_machine(artifact: Path, tmp_path: Path) -> None:
     plain = _answers(lorac.load(artifact, prepacked=str(tmp_path), **ONE_THREAD))
     (session,) = _sessions(tmp_path)
     weights = session / "model.onnx.data"

@@ -62,7 +62,7 @@ def compiled(**options: Any) -> lorac.Compiled:
         ({"providers": ("XnnpackExecutionProvider",)}, "cpu", ("XnnpackExecutionProvider", CPU)),
     ],
 )
-def test_providers_follow_from_the_device_and_it_from_them(options: Any, place: str, chosen: tuple[str, ...]) -> None:
+def test_derives_providers_and_device_from_each_other(options: Any, place: str, chosen: tuple[str, ...]) -> None:
     parsed = OnnxRuntimeOptions(**options)
     assert parsed.place == torch.device(place) and parsed.chosen == chosen
 
@@ -80,7 +80,7 @@ def test_providers_follow_from_the_device_and_it_from_them(options: Any, place: 
         ({"providers": ()}, "providers= is empty"),
     ],
 )
-def test_what_contradicts_itself_is_refused(options: Any, said: str) -> None:
+def test_rejects_contradictory_options(options: Any, said: str) -> None:
     with pytest.raises(lorac.OptionError, match=said):
         compiled(**options)
 
@@ -99,7 +99,7 @@ def test_cuda_that_this_library_lacks_is_named_before_anything_is_captured(monke
 
 
 @built_for_cpu
-def test_loading_says_the_same(tmp_path: Path) -> None:
+def test_loading_raises_the_same_errors(tmp_path: Path) -> None:
     compiled().save(tmp_path / "it")
     with pytest.raises(lorac.Unavailable, match="has no CUDAExecutionProvider"):
         lorac.load(tmp_path / "it", device="cuda")
@@ -120,14 +120,14 @@ def test_a_cache_is_kept_on_the_cpu_alone() -> None:
         compiled(device="cuda", cache=True)
 
 
-def test_a_cache_needs_a_release_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_a_cache_with_an_older_release(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime's packages for GPUs are published later than those for the CPU."""
     monkeypatch.setattr(ort, "__version__", "1.31.1")
     with refuses("unavailable", match="needs ONNX Runtime 1.32, and this one is 1.31.1"):
         compiled(cache=True)
 
 
-def test_half_precision_on_the_cpu_is_said_and_computed_in_float32() -> None:
+def test_warns_of_half_precision_on_the_cpu_and_computes_in_float32() -> None:
     with pytest.warns(
         lorac.LoracWarning, match="no kernels for float16: it computes in float32, and its outputs are in float32"
     ):
@@ -174,7 +174,7 @@ def _asked(options: dict[str, Any], library: str | None, script: str = _ASK) -> 
 
 
 @pytest.mark.skipif(GPU_LIBRARY is None, reason=NO_GPU_LIBRARY)
-def test_the_library_for_gpus_says_what_this_machine_lacks_and_runs_on_the_cpu() -> None:
+def test_the_gpu_library_names_missing_libraries_and_runs_on_the_cpu() -> None:
     """Listing its kernels, as the library for the CPU does, would end the process here."""
     assert _asked({}, GPU_LIBRARY) == "Compiled\n"
     said = _asked({"device": "cuda"}, GPU_LIBRARY)
@@ -183,7 +183,7 @@ def test_the_library_for_gpus_says_what_this_machine_lacks_and_runs_on_the_cpu()
 
 
 @pytest.mark.skipif(GPU_LIBRARY is None, reason=NO_GPU_LIBRARY)
-def test_a_session_that_would_run_on_the_cpu_instead_is_no_session() -> None:
+def test_rejects_a_session_that_falls_back_to_the_cpu() -> None:
     """The library itself falls back to the CPU, which its log alone says."""
     said = _asked({}, GPU_LIBRARY, _START)
     if not torch.cuda.is_available():
@@ -191,13 +191,13 @@ def test_a_session_that_would_run_on_the_cpu_instead_is_no_session() -> None:
 
 
 @pytest.mark.skipif(RTX_LIBRARY is None, reason=NO_RTX_LIBRARY)
-def test_the_library_of_tensorrt_rtx_says_what_this_machine_lacks() -> None:
+def test_tensorrt_rtx_names_the_missing_driver() -> None:
     said = _asked({"providers": (providers.RTX,)}, RTX_LIBRARY)
     if not torch.cuda.is_available():
         assert said.startswith(f"Unavailable {providers.RTX} needs libcuda.so.1, which is of NVIDIA's driver")
 
 
 @pytest.mark.skipif(RTX_LIBRARY is not None, reason="ONNXRUNTIME_RTX_LIBRARY has it")
-def test_a_provider_that_comes_as_a_package_names_it() -> None:
+def test_names_the_package_of_a_missing_provider() -> None:
     with pytest.raises(lorac.Unavailable, match=r"pip install onnxruntime-ep-nv-tensorrt-rtx-cu13"):
         compiled(providers=(providers.RTX,))

@@ -34,12 +34,12 @@ def error(codec, algorithm):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_gptq_makes_up_for_errors_by_what_is_read(codec):
+def test_gptq_has_a_smaller_error_than_rounding(codec):
     assert error(codec, GPTQ) < error(codec, RTN) / 2
 
 
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if codec.symmetric], ids=str)
-def test_gptq_takes_the_nearest_code_where_columns_say_nothing_of_one_another(codec):
+def test_gptq_rounds_to_nearest_for_uncorrelated_columns(codec):
     matrix, _ = layer()
     encoded = encode(codec, matrix, GPTQ, torch.eye(COLUMNS))
     steps = np.repeat(encoded.scales, codec.block, 1)[:, :COLUMNS]
@@ -86,7 +86,7 @@ def calibrate(model, calls):
     return Calibration(model, ModelView.of(model).sites, make_base_reader(model), calls)
 
 
-def test_moments_are_of_what_each_layer_reads():
+def test_moments_are_of_each_layers_input():
     model, calls = Branching(), [torch.from_numpy(layer(seed)[1]) for seed in range(2)]
     calibration = calibrate(model, [{"x": x} for x in calls])
     read = torch.cat(calls)

@@ -49,7 +49,7 @@ def ops(model):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_what_is_packed_is_within_half_a_step(codec):
+def test_codes_are_within_half_a_step(codec):
     whole = matrix()
     encoded = codec.encode(whole)
     assert encoded.shape == whole.shape
@@ -64,7 +64,7 @@ def test_what_is_packed_is_within_half_a_step(codec):
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_both_ops_compute_with_what_the_bytes_come_to(codec):
+def test_a_lookup_and_a_product_read_the_same_codes(codec):
     """A tied table of which a lookup and a product read one set of bytes."""
     table, body = matrix(), "e = Gather(w, ids) t = Transpose<perm = [1, 0]>(w) o = MatMul(e, t)"
     model = program(body, {"w": table})
@@ -150,7 +150,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("why", STAYS)
-def test_what_no_op_takes_stays(why):
+def test_leaves_weights_that_no_op_supports(why):
     body, weight, reason = STAYS[why]
     model = program(body, {"w": weight})
     before = ops(model)

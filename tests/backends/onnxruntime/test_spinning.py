@@ -27,7 +27,7 @@ def _entry(options: OnnxRuntimeOptions, name: str) -> str | None:
 @pytest.mark.parametrize(
     ("spinning", "wanted"), [(None, ("1", "20", "1")), (True, ("1", None, None)), (False, ("0", None, None))]
 )
-def test_threads_wait_as_they_are_told(spinning: bool | None, wanted: tuple[str | None, ...]) -> None:
+def test_sets_the_entries_of_spinning(spinning: bool | None, wanted: tuple[str | None, ...]) -> None:
     options = OnnxRuntimeOptions(spinning=spinning)
     names = (f"session.intra_op.{_SPINS}", f"session.intra_op.{_FOR}", f"session.{_STOPS}")
     assert tuple(_entry(options, name) for name in names) == wanted

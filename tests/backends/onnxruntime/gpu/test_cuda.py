@@ -58,7 +58,7 @@ def first(host: str, answer: Any) -> Any:
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_it_answers_as_torch_does(host: str, dtype: torch.dtype, mode: str) -> None:
+def test_matches_torch(host: str, dtype: torch.dtype, mode: str) -> None:
     oracle, engine = reference(host, dtype), compiled(host, dtype, mode)
     off = engine(**oracle.inputs())
     for name in engine.adapters:
@@ -89,7 +89,7 @@ def test_a_call_is_answered_where_its_inputs_are() -> None:
     assert torch.equal(there.cpu(), near) and torch.equal(torch.from_numpy(array), near)
 
 
-def test_the_gpu_computes_it_and_what_it_does_not_is_said() -> None:
+def test_computes_on_the_gpu_and_reports_ops_on_the_cpu() -> None:
     engine = compiled("tiny_llama")
     assert engine.engine.graphs["main"].session.get_providers()[0] == "CUDAExecutionProvider"
     assert isinstance(engine.engine.where, TorchDeviceMemory)
@@ -129,7 +129,7 @@ def test_weights_and_slots_lie_on_the_gpu(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_without_torchs_cuda_it_answers_the_same_bits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_returns_the_same_bits_without_torchs_cuda(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of ONNX Runtime's own, which is written from the CPU."""
     host, oracle = "tiny_bert", reference("tiny_bert", torch.float32)
     plain = compiled(host, mode="live")
@@ -142,7 +142,7 @@ def test_without_torchs_cuda_it_answers_the_same_bits(mode: str, monkeypatch: py
         assert torch.equal(found, wanted) if mode == "live" else assert_close(found, wanted) is None
 
 
-def test_threads_answer_what_each_asks_for() -> None:
+def test_each_thread_gets_its_own_choice() -> None:
     host, given = "tiny_llama", on_gpu(reference("tiny_llama", torch.float32).inputs())
     engine, listed = compiled(host), choices(host, "live")
     alone = [first(host, engine(**given, adapters=choice)) for choice in listed]
@@ -158,7 +158,7 @@ def test_threads_answer_what_each_asks_for() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_artifact_runs_where_it_was_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_loaded_artifact_runs_on_the_gpu(dtype: torch.dtype, tmp_path: Path) -> None:
     host, oracle = "tiny_bert", reference("tiny_bert", dtype)
     engine = compiled(host, dtype)
     engine.save(tmp_path / "it")
@@ -203,7 +203,7 @@ for kernel in library.get_all_opkernel_def():
 """
 
 
-def test_what_is_written_down_of_kernels_is_what_the_library_has() -> None:
+def test_the_list_of_kernels_equals_the_librarys() -> None:
     done = subprocess.run([sys.executable, "-c", _LIST], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip("onnxruntime cannot list its kernels here: a provider of it cannot be loaded")
