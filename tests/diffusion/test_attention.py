@@ -64,7 +64,7 @@ def test_boxes_cover_cells() -> None:
     assert masks[1].nonzero().tolist() == [[3, 0], [4, 0]] and not masks[2].any()
 
 
-def test_without_boxes_it_is_the_model(unet: Any, eager: lorac.Compiled) -> None:
+def test_equals_the_model_without_boxes(unet: Any, eager: lorac.Compiled) -> None:
     put(eager)
     given = inputs()
     assert torch.equal(answer(eager, given), answer(unet, given))

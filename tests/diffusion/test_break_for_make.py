@@ -48,7 +48,7 @@ def moved(adapter, before):
 
 
 @pytest.mark.parametrize(("half", "mine", "theirs"), [("content", "down", "up"), ("style", "up", "down")])
-def test_the_own_loss_teaches_one_factor_and_the_partners_the_other(half, mine, theirs):
+def test_each_loss_trains_its_own_factor(half, mine, theirs):
     compiled = fresh()
     other = state(compiled.adapters["style" if half == "content" else "content"])
     before = state(compiled.adapters[half])
@@ -96,7 +96,7 @@ def test_the_second_stage_moves_both_factors_and_lowers_both_losses(precondition
     assert set(moved(compiled.adapters["both"], before)) == {"up_learned", "down_learned"}
 
 
-def test_what_is_refused():
+def test_rejects_unknown_halves_and_missing_partners():
     compiled = fresh()
     [own] = losses(compiled, "a")
     with refuses("choice_error", match="'texture' is no half"):

@@ -73,7 +73,7 @@ def test_the_loss_sees_the_shape_of_maps_alone() -> None:
     assert_close(contrast(maps[..., torch.randperm(16)], concepts), wanted)
 
 
-def test_a_mask_is_what_exceeds_a_share_of_the_peak() -> None:
+def test_a_mask_holds_values_above_a_share_of_the_peak() -> None:
     rows, columns = torch.meshgrid(torch.arange(5.0), torch.arange(7.0), indexing="ij")
     peak = torch.exp(-((rows - 2).square() + (columns - 3).square()) / 4)
     assert torch.equal(subject_mask(peak[..., None], 0.3), peak > 0.3)
@@ -106,14 +106,14 @@ def plainly(unet: Any) -> Tensor:
 
 
 @pytest.mark.medium("first steps of the same composition")
-def test_without_loras_it_samples_as_the_model(unet: Any, composer: ContrastiveComposer) -> None:
+def test_samples_as_the_model_without_loras(unet: Any, composer: ContrastiveComposer) -> None:
     wanted = plainly(unet)
     assert torch.equal(make(composer, [ConceptPass(states(1), states(2))]), wanted)
     same = [ConceptPass(states(1), states(2)), ConceptPass(states(1), states(2), "same", 1.0, (1,))]
     assert (make(composer, same) - wanted).abs().max() < ROWS[torch.float32] * wanted.abs().max()
 
 
-def test_an_xl_unet_takes_what_else_a_prompt_has() -> None:
+def test_passes_added_conditions_to_an_xl_unet() -> None:
     unet, latents = small_unet_xl(), inputs(2)["sample"]
     variant = lorac.LoRA(r=2, targets=["to_q"])
     composer = ContrastiveComposer(unet, scheduler(), {"cat": variant}, stride=1)
@@ -130,7 +130,7 @@ def test_an_xl_unet_takes_what_else_a_prompt_has() -> None:
         composer(latents, [ConceptPass(prompt_xl(1), states(2))], steps=1)
 
 
-def test_rows_are_passes_one_by_one(
+def test_rows_equal_separate_passes(
     composer: ContrastiveComposer, passes: list[ConceptPass], loras: dict[str, lorac.Adapter]
 ) -> None:
     latents, t = inputs(2)["sample"], torch.tensor(400)

@@ -69,7 +69,7 @@ def test_off_is_the_base_bit_for_bit(kind: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_programs_paint_what_eager_parts_paint_over_ten_steps(kind: str, folder: Path) -> None:
+def test_compiled_parts_match_eager_parts_over_ten_steps(kind: str, folder: Path) -> None:
     eager, made = (compiled(kind, folder, target) for target in ("eager", "onnxruntime"))
     made.compiled.swap(None)
     off = paint(made, steps=10)
@@ -133,7 +133,7 @@ def test_a_number_of_choices_that_is_not_that_of_the_prompts_is_refused(folder: 
         paint(made, ["a", "b", "c"], adapters=["one", None])
 
 
-def test_what_is_not_a_pipeline_or_not_of_it_is_refused(folder: Path) -> None:
+def test_rejects_models_and_unknown_parts(folder: Path) -> None:
     made = original("stable_diffusion", folder)
     with refuses("compile_error", match="lorac.compile takes models"):
         lorac.diffusion.compile(made.unet)

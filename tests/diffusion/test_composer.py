@@ -109,11 +109,11 @@ def plainly(unet: Any) -> Tensor:
     return sample_plainly(unet, inputs(1)["sample"], [states(1), states(2)], STEPS)
 
 
-def test_without_regions_it_samples_as_the_model(unet: Any, composer: Composer) -> None:
+def test_samples_as_the_model_without_regions(unet: Any, composer: Composer) -> None:
     assert torch.equal(make(composer, []), plainly(unet))
 
 
-def test_an_xl_unet_takes_what_else_a_prompt_has(regions: list[Region]) -> None:
+def test_passes_added_conditions_to_an_xl_unet(regions: list[Region]) -> None:
     unet, prompts = small_unet_xl(), [prompt_xl(1), prompt_xl(2)]
     composer, noise = Composer(unet, scheduler(), tokens=TOKENS, r=2, stride=1), inputs(1)["sample"]
     added = {name: torch.stack([prompt.added[name] for prompt in prompts]) for name in prompts[0].added}
@@ -157,7 +157,7 @@ def test_a_region_has_the_concepts_own_layers(unet: Any, composer: Composer, reg
     assert_parity(found, wanted, base)
 
 
-def test_what_does_not_fit_is_refused(unet: Any, composer: Composer, regions: list[Region]) -> None:
+def test_rejects_regions_and_adapters_that_do_not_fit(unet: Any, composer: Composer, regions: list[Region]) -> None:
     with refuses("input_mismatch", match="room for 2"):
         composer.place([*regions, regions[0]])
     with refuses("input_mismatch", match="7 tokens"):

@@ -43,7 +43,7 @@ def test_a_strength_of_zero_leaves_every_bit():
     assert torch.equal(decor.project(X, SPAN, 0.0, rows=ALL), X)
 
 
-def test_the_projector_is_one_and_leaves_nothing_of_the_unwanted_rows():
+def test_projecting_is_idempotent_and_removes_unwanted_rows():
     projector = SPAN @ SPAN.mT
     assert_close(projector @ projector, projector)
     assert_close(projector, projector.mT)
@@ -65,14 +65,14 @@ def test_only_the_span_of_the_unwanted_rows_counts():
     assert_close(decor.project(X, padded), decor.project(X, SPAN))
 
 
-def test_what_is_orthogonal_stays_and_what_is_spanned_goes():
+def test_keeps_orthogonal_rows_and_removes_spanned_ones():
     free = decor.project(X, SPAN, rows=ALL)
     assert_close(decor.project(free, SPAN, rows=ALL), free)
     own = X[0, :4]
     assert_vanishes(decor.project(own, decor.unwanted_span(own), rows=ALL[:4]), own)
 
 
-def test_the_span_has_no_more_directions_than_asked_for():
+def test_limits_the_rank_of_the_span():
     assert decor.unwanted_span(X, max_rank=4).shape == (16, 4)
     assert decor.unwanted_span(X[:0]).shape == (16, 0)
     with refuses("choice_error", match="alpha=1.5"):
@@ -90,7 +90,7 @@ def encoded(ids):
         return pair()["text_encoder"](input_ids=ids).last_hidden_state
 
 
-def test_the_first_row_cannot_carry_what_later_words_mean_and_all_others_can():
+def test_only_later_rows_depend_on_a_word():
     """An unwanted word at place 4 leaves a copy of itself in the rows behind it, unless these are projected too."""
     other = IDS.clone()
     other[:, 4] += 1
@@ -105,7 +105,7 @@ def test_the_first_row_cannot_carry_what_later_words_mean_and_all_others_can():
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
-def test_words_and_padding_are_told_apart_by_the_tokenizers_masks(tmp_path, pad):
+def test_finds_words_and_padding_by_the_tokenizers_masks(tmp_path, pad):
     rows = decor.find_rows(make_tokenizer(tmp_path, pad=pad, length=8), ["a cat", ""])
     assert rows.words.int().tolist() == [[0, 1, 1, 1, 1, 0, 0, 0], [0] * 8]
     assert rows.padding.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, *[1] * 7]]
@@ -220,7 +220,7 @@ def test_the_merged_form_is_low_rank():
     assert all(isinstance(change, LowRank) and change.rank == 2 for change in found.values())
 
 
-def test_what_is_refused():
+def test_rejects_spans_and_models_that_do_not_fit():
     with refuses("site_not_found", match="names 0 modules of CLIPTextModel"):
         decor.at_text_encoder(pair()["text_encoder"], SPAN, targets=["ln_f"])
     with refuses("site_unsupported", match="reads 16 features, and the span is of embeddings of 5"):

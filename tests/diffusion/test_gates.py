@@ -84,7 +84,7 @@ def test_gates_alone_learn_and_the_loss_falls():
     assert all(prompt != image == first for (prompt, image), (_, first) in zip(other, own, strict=True))
 
 
-def test_gates_go_from_one_set_of_loras_to_another():
+def test_transfers_gates_to_other_loras():
     trained = lorac.AutoLoRA.from_loras(LORAS[:3], base=False, seed=3)
     found = lorac.AutoLoRA.from_loras(LORAS[1:], gates=read_gates(trained))
     assert found.variant.base is False
@@ -92,7 +92,7 @@ def test_gates_go_from_one_set_of_loras_to_another():
         assert all(torch.equal(found.tensors[path][key], own[key]) for key in own if not key.startswith("lora_"))
 
 
-def test_what_is_refused():
+def test_rejects_too_few_loras_and_wrong_settings():
     compiled = lorac.compile(host(), {"gates": lorac.AutoLoRA.from_loras(LORAS[:3])})
     with refuses("choice_error", match="on pairs of LoRAs"):
         train_gates(compiled, "gates", LORAS[:1], lambda *given: X.sum())

@@ -47,7 +47,7 @@ def test_only_equal_images_have_no_loss():
     assert all(float(part) > 0.1 for part in loss.parts(IMAGES, OTHERS).values())
 
 
-def test_high_parts_are_compared_by_structure_if_asked_for():
+def test_compares_high_frequencies_by_structure():
     loss = high.HighFrequencyLoss(between=high.structural_distance)
     assert float(loss(IMAGES, IMAGES)) == 0
     shifted = IMAGES.roll(5, -1)
@@ -153,7 +153,7 @@ def adapter():
 
 @pytest.mark.medium("training of the same factors")
 @torch.no_grad()
-def test_the_adapter_is_one_of_the_pipelines_unet_too():
+def test_the_adapter_fits_the_pipelines_unet():
     compiled = lorac.compile(step(), {"hipa": adapter()})
     assert torch.equal(compiled(NOISE, CONTEXT, adapters=None), step()(NOISE, CONTEXT))
     unet, vae = models()

@@ -88,7 +88,7 @@ def test_a_vector_depends_on_the_changes_alone():
 
 
 @torch.no_grad()
-def test_a_second_probe_sees_what_the_first_does_not():
+def test_a_second_probe_reads_more_of_the_weights():
     given = adapter(0, 0)
     for probes in (1, 2):
         encoder = WeightEncoder(SIZES, 32, probes=probes)
@@ -153,7 +153,7 @@ def test_the_command(folder):
     assert json.loads(done.stdout)[0]["name"] == "small-dog"
 
 
-def test_what_is_refused(retriever, folder, tmp_path):
+def test_rejects_folders_without_a_retriever_or_adapters(retriever, folder, tmp_path):
     with refuses("unknown_format", match="no retriever in"):
         Retriever.load(tmp_path)
     (tmp_path / "retriever.safetensors").write_bytes(b"no tensors")

@@ -76,9 +76,7 @@ def test_a_file_is_loaded_activated_and_unloaded(original: Any, pipeline: Any, f
 
 
 @pytest.mark.medium("test_a_file_is_loaded_activated_and_unloaded")
-def test_it_paints_what_diffusers_paints_with_the_file(
-    original: Any, pipeline: Any, file: Path, tmp_path: Path
-) -> None:
+def test_samples_as_diffusers_with_the_file(original: Any, pipeline: Any, file: Path, tmp_path: Path) -> None:
     loaded = build("stable_diffusion", tmp_path)
     for name in ("unet", "text_encoder", "vae"):
         getattr(loaded, name).load_state_dict(getattr(original, name).state_dict())
@@ -132,7 +130,7 @@ def test_every_method_that_changes_models_acts_or_is_refused(kind: str) -> None:
     assert changing - own == {"set_progress_bar_config"}
 
 
-def test_how_a_model_computes_is_said_before_it_is_compiled(pipeline: Any) -> None:
+def test_rejects_changes_of_the_computation_after_compiling(pipeline: Any) -> None:
     for name in ("enable_freeu", "enable_attention_slicing", "enable_xformers_memory_efficient_attention"):
         with refuses("unavailable", match=f"'{name}' changes models of diffusers"):
             getattr(pipeline, name)()
@@ -142,7 +140,7 @@ def test_how_a_model_computes_is_said_before_it_is_compiled(pipeline: Any) -> No
         pipeline.unet.add_adapter()
 
 
-def test_what_cannot_be_done_is_refused_with_what_can(pipeline: Any, file: Path, tmp_path: Path) -> None:
+def test_rejects_unsupported_methods_and_names_the_alternative(pipeline: Any, file: Path, tmp_path: Path) -> None:
     with refuses("unavailable", match="mode='fused'"):
         pipeline.fuse_lora()
     with refuses("unavailable", match=r"compiled\.save\(folder\)"):
@@ -164,7 +162,7 @@ def test_what_cannot_be_done_is_refused_with_what_can(pipeline: Any, file: Path,
         pipeline.unet.load_lora_adapter(file)
 
 
-def test_the_original_is_left_as_it_was(original: Any, pipeline: Any) -> None:
+def test_leaves_the_original_pipeline_unchanged(original: Any, pipeline: Any) -> None:
     assert type(original) is diffusers.StableDiffusionPipeline
     assert isinstance(pipeline, diffusers.StableDiffusionPipeline)
     assert isinstance(original.unet, torch.nn.Module)
@@ -172,7 +170,7 @@ def test_the_original_is_left_as_it_was(original: Any, pipeline: Any) -> None:
     assert pipeline.scheduler is original.scheduler
 
 
-def test_the_vae_encodes_and_decodes_as_it_did(original: Any, pipeline: Any) -> None:
+def test_the_vae_encodes_and_decodes_as_before(original: Any, pipeline: Any) -> None:
     images = torch.randn(2, 3, 16, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latents = original.vae.encode(images).latent_dist.mean
@@ -183,7 +181,7 @@ def test_the_vae_encodes_and_decodes_as_it_did(original: Any, pipeline: Any) -> 
 
 
 @pytest.mark.slow
-def test_an_artifact_takes_its_place_in_a_pipeline_again(original: Any, file: Path, tmp_path: Path) -> None:
+def test_places_a_loaded_artifact_in_a_pipeline(original: Any, file: Path, tmp_path: Path) -> None:
     made = lorac.diffusion.compile(original, {"style": file}, target="onnxruntime", parts=["unet", "text_encoder"])
     styled = paint(made)
     made.compiled.save(tmp_path / "compiled")

@@ -37,7 +37,7 @@ def test_make_targets_and_extras_exist():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in SPOKEN if page != FILES], ids=name)
-def test_it_runs(page, tmp_path):
+def test_the_blocks_of_every_page_run(page, tmp_path):
     """Python blocks share one process, as a reader's session would; shell blocks run where they stand between them."""
     steps = [(block.language, block.text, block.line) for block in blocks(page) if block.language in ("python", "sh")]
     given = tmp_path / "steps.json"
@@ -53,7 +53,7 @@ def test_it_runs(page, tmp_path):
 
 
 @pytest.mark.medium("report/test_explain.py, whose goldens are of the same texts; test_python_parses reads the page")
-def test_the_readme_shows_what_its_code_prints(tmp_path, monkeypatch, capsys):
+def test_the_readme_shows_the_output_of_its_code(tmp_path, monkeypatch, capsys):
     """In this process; in one of its own it is run with the other pages."""
     first = list(blocks(ROOT / "README.md"))
     code = next(block.text for block in first if block.language == "python")

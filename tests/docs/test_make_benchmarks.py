@@ -16,7 +16,7 @@ RUN = {
 }
 
 
-def test_a_run_is_told_whole(tmp_path):
+def test_the_page_shows_a_whole_run(tmp_path):
     (tmp_path / "swap.json").write_text(json.dumps(RUN))
     lines = page(tmp_path).splitlines()
     expected = ["## swap", "**Swaps**", "| what | ratio |", "| --- | --- |", "| a\\|b | 1.02 |", "A/A: live 1.004."]

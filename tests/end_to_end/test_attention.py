@@ -106,7 +106,7 @@ CONFIG = LoraConfig(r=3, lora_alpha=5, target_modules=["attn"], lora_dropout=0.1
 @pytest.mark.medium("attention to itself and to another sequence, and a mask", keep=["self", "cross", "masked"])
 @pytest.mark.parametrize("call", HOSTS)
 @torch.no_grad()
-def test_what_peft_computes(call, tmp_path, by_layers):
+def test_matches_peft(call, tmp_path, by_layers):
     model, inputs = made(call)
     oracle = make_peft(model, tmp_path / "theirs", CONFIG, inputs=dict(zip(("x", "other"), inputs, strict=True)))
     expected, base = oracle(*inputs), model(*inputs)
@@ -226,7 +226,7 @@ def test_mixtures_train_and_explain():
 
 
 @torch.no_grad()
-def test_a_later_adapter_needs_the_weights_place():
+def test_rejects_a_later_adapter_without_a_slot():
     model, inputs = made()
     adapter = adapter_of(model, inputs, lorac.LoRA(r=2, targets=("attn",)))
     compiled = lorac.compile(model, {"x": lorac.LoRA(r=1, targets=("head",))})
@@ -239,7 +239,7 @@ def test_a_later_adapter_needs_the_weights_place():
     parity.assert_parity(roomy(*inputs), lorac.compile(model, {"a": adapter})(*inputs), model(*inputs))
 
 
-def test_what_has_no_place_is_refused():
+def test_rejects_adapters_that_do_not_fit():
     model, _ = made("apart")
     with refuses("site_unsupported", match="has a bias for 'attn', and its module 'attn' has none"):
         lorac.compile(model, {"a": lorac.LoRA(r=1, lora_bias=True, targets=("attn",))})
@@ -251,7 +251,7 @@ def test_what_has_no_place_is_refused():
         lorac.compile(other, {"a": lorac.Adapter("a", lorac.LoRA(r=1, targets=("attn",)), {"attn": tensors})})
 
 
-def test_what_peft_cannot_hold_is_refused(tmp_path):
+def test_rejects_saving_adapters_that_peft_cannot_hold(tmp_path):
     model, inputs = made()
     part = adapter_of(model, inputs, lorac.LoRA(r=2, targets=("out_proj",)))
     with refuses("unsupported_field", match="PEFT adapts all of 'attn' or nothing"):

@@ -164,7 +164,7 @@ def test_codes_are_taken_as_they_are(how: str, recwarn: pytest.WarningsRecorder)
 
 @pytest.mark.parametrize("weights", [None, "int8"])
 @torch.no_grad()
-def test_codes_whose_blocks_span_rows_are_dequantised_with_a_warning(weights: str | None) -> None:
+def test_warns_and_dequantises_codes_whose_blocks_span_rows(weights: str | None) -> None:
     own = model(lambda layer: InTable(layer, compressed=False))
     options = {"target": "onnxruntime", "example_inputs": (X,), "self_test": False}
     says = "stored as float32\n.*weights='int8'" if weights is None else "quantised anew, as int8"
@@ -176,7 +176,7 @@ def test_codes_whose_blocks_span_rows_are_dequantised_with_a_warning(weights: st
 
 
 @torch.no_grad()
-def test_what_products_round_is_said() -> None:
+def test_explains_the_rounding_of_products() -> None:
     """To int8 where that is asked for; where the model's own products do, the program's do not."""
     own = model(MADE["torchao, 8 bits"])
     options = {"target": "onnxruntime", "example_inputs": (X,)}
@@ -323,7 +323,7 @@ def test_codes_of_a_table_are_the_products_own(
 
 @pytest.mark.medium("codes taken as they are, and variants/test_qst.py over float weights")
 @pytest.mark.usefixtures("library")
-def test_a_side_network_of_a_model_in_4_bits_starts_as_it_and_runs_over_its_codes() -> None:
+def test_qst_starts_as_a_model_in_4_bits_and_keeps_its_codes() -> None:
     own = nn.ModuleDict({"blocks": nn.Sequential(in_table(), in_table()), "norm": nn.LayerNorm(128)})
     host = Chained(own["blocks"], own["norm"])
     x, other = torch.randn(2, 5, 128), torch.randn(3, 5, 128)
@@ -375,7 +375,7 @@ def test_bitsandbytes_own_layer() -> None:
     assert_close(compiled(x), expected)
 
 
-def test_what_a_call_has_repacked_is_refused() -> None:
+def test_rejects_codes_that_a_call_has_repacked() -> None:
     own = model(InTable)
     own.site.weight.quant_state.packing_format_for_cpu = True
     with refuses("capture_failed", match="compile it before it is called"):

@@ -159,7 +159,7 @@ def test_an_adapter_is_stored_and_an_artifact_kept(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["parametrized", "hooked"])
-def test_what_a_saved_layer_computes_its_weight_from_has_no_place(how, tmp_path):
+def test_rejects_a_saved_layer_whose_weight_is_computed(how, tmp_path):
     model, x = made(how)
     config = LoraConfig(r=2, target_modules=["conv"], modules_to_save=["head"])
     with torch.no_grad():

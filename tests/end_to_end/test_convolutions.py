@@ -56,7 +56,7 @@ def merged(model, adapter):
 @pytest.mark.filterwarnings(EVEN)
 @pytest.mark.parametrize("padding", PADDINGS.values(), ids=PADDINGS)
 @torch.no_grad()
-def test_next_to_the_kernel_is_as_within_it(padding):
+def test_a_branch_matches_the_merged_kernel(padding):
     for axes, mode in itertools.product((1, 2, 3), MODES):
         model, x = made(axes, padding, mode)
         adapter = adapter_of(model, x)
@@ -102,7 +102,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @torch.no_grad()
-def test_what_peft_computes(name, padding, tmp_path):
+def test_matches_peft(name, padding, tmp_path):
     for axes in (2,) if name == "loha" else (1, 2, 3):
         model, x = made(axes, padding)
         folder = tmp_path / str(axes)
@@ -114,7 +114,7 @@ def test_what_peft_computes(name, padding, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES[1:])
 @torch.no_grad()
-def test_peft_pads_with_zeros_until_it_merges(mode, tmp_path):
+def test_warns_that_peft_pads_with_zeros_before_it_merges(mode, tmp_path):
     """Its A has no padding mode: lorac computes what PEFT merges, and says that the borders differ before."""
     model, x = made(2, 1, mode, kernel=(3, 3))
     oracle = make_peft(model, tmp_path, CONFIGS["lora"], inputs={"x": x})
@@ -127,7 +127,7 @@ def test_peft_pads_with_zeros_until_it_merges(mode, tmp_path):
 
 
 @torch.no_grad()
-def test_a_scale_acts_on_what_the_convolution_pads(tmp_path):
+def test_ia3_scales_the_input_before_padding(tmp_path):
     """PEFT's (IA)³ calls the convolution itself: nothing to warn of."""
     model, x = made(2, 1, "circular", kernel=(3, 3))
     config = IA3Config(target_modules=["site"], feedforward_modules=[])
@@ -148,7 +148,7 @@ def test_pefts_lora_does_not_dilate(tmp_path):
         parity.assert_parity(lorac.compile(model, {"a": adapter})(x), merged(model, adapter)(x), model(x))
 
 
-def test_a_layer_that_peft_does_not_adapt_is_no_site():
+def test_lists_no_site_for_layers_that_peft_does_not_adapt():
     """PEFT 0.21 has no tuner for transposed convolutions, bilinear layers or bags of embeddings."""
     others = {
         **{

@@ -112,7 +112,7 @@ CONFIG = LoraConfig(r=3, lora_alpha=5, rank_pattern={"down_proj": 2}, use_rslora
 @pytest.mark.medium("the other layout", cases=["False"])
 @pytest.mark.parametrize("transposed", [False, True])
 @torch.no_grad()
-def test_what_peft_computes(transposed, tmp_path):
+def test_matches_peft(transposed, tmp_path):
     model, x = mixture(transposed)
     oracle = make_peft(model, tmp_path / "theirs", CONFIG, inputs={"x": x})
     base, more = model(x), torch.cat([x, 2 * x])
@@ -199,7 +199,7 @@ def test_experts_train_and_mix(tmp_path):
         assert parameter.requires_grad == (parameter.grad is not None and bool(parameter.grad.any())), name
 
 
-def test_what_has_no_place_is_refused(tmp_path):
+def test_rejects_adapters_that_experts_do_not_admit(tmp_path):
     model, x = mixture()
     make_peft(model, tmp_path / "theirs", CONFIG, inputs={"x": x})
     with pytest.raises(lorac.BaseNeeded, match="target_parameters"):

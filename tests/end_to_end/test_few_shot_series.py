@@ -99,7 +99,7 @@ def test_states_see_no_later_patch_and_logits_see_all(host: LLMFew):
     assert not torch.equal(host.head(host.states(embeddings), embeddings), host.head(host.states(changed), embeddings))
 
 
-def test_the_head_joins_the_embeddings_before_it_norms(host: LLMFew):
+def test_the_head_adds_embeddings_before_the_norm(host: LLMFew):
     states, embeddings = torch.randn(2, 2, COUNT, WIDTH).unbind()
     both = nn.functional.leaky_relu(states + embeddings).reshape(2, -1)
     assert_close(host.head(states, embeddings), host.head.linear(host.head.layer_norm(both)))
@@ -122,7 +122,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.slow("the answers in eager, and test_conforms of its method on ONNX Runtime")
 @pytest.mark.parametrize("mode", ["live", pytest.param("fused", marks=SLOW), pytest.param("baked", marks=SLOW)])
-def test_deployed_it_answers_as_in_eager_and_holds_no_table_of_tokens(host: LLMFew, mode: str, tmp_path):
+def test_deploys_without_the_table_of_tokens(host: LLMFew, mode: str, tmp_path):
     eager = fitted(host)
     eager.export(target="onnxruntime", mode=mode).save(tmp_path)
     engine = lorac.load(tmp_path)
@@ -136,7 +136,7 @@ def test_deployed_it_answers_as_in_eager_and_holds_no_table_of_tokens(host: LLMF
     assert 777 not in {size for tensor in graph.initializer for size in tensor.dims}
 
 
-def test_chance_is_told_from_a_difference():
+def test_returns_the_chance_of_equal_signs():
     assert few_shot_series.chance([0.1] * 10) == 2 / 1024
     assert few_shot_series.chance([0.1, -0.1]) == 1
 

@@ -76,7 +76,7 @@ def _refuses_another_batch(compiled: Any, host: Host) -> None:
     assert re.search(rf"axis 0 of 'x' is fixed to 2 by the trace of the model, at .*{at}", str(compiled.explain()))
 
 
-def test_a_size_that_the_trace_fixed_is_a_constant_and_another_one_refused(tmp_path: Path):
+def test_rejects_sizes_other_than_the_one_that_the_trace_fixed(tmp_path: Path):
     with _one_warning(FIXED):
         host, compiled = _compiled(_rows, _x(2))
     session = compiled.engine.graphs["main"].session
@@ -87,7 +87,7 @@ def test_a_size_that_the_trace_fixed_is_a_constant_and_another_one_refused(tmp_p
 
 
 @pytest.mark.medium("the program that was not stored")
-def test_a_stored_eager_program_refuses_it_too_and_so_does_what_is_built_from_it(tmp_path: Path):
+def test_stored_eager_programs_reject_other_sizes(tmp_path: Path):
     host, compiled = _compiled(_rows, _x(2), target="eager")
     assert_close(compiled(_x(3)), host(_x(3)))  # the host itself takes any size
     with _one_warning(FIXED):
@@ -98,7 +98,7 @@ def test_a_stored_eager_program_refuses_it_too_and_so_does_what_is_built_from_it
 
 @pytest.mark.medium("one way to fix", keep=["shapes0"])
 @pytest.mark.parametrize("shapes", [{"x": None}, {"x": {0: Dim.STATIC}}, {"x": {0: 2}}, ({},)])
-def test_what_was_to_be_fixed_is_no_warning(shapes: Any):
+def test_does_not_warn_of_sizes_that_are_fixed_by_request(shapes: Any):
     _, compiled = _compiled(_rows, _x(2), dynamic_shapes=shapes)
     with pytest.raises(lorac.InputMismatch, match="dynamic_shapes="):
         compiled(_x(3))
@@ -107,7 +107,7 @@ def test_what_was_to_be_fixed_is_no_warning(shapes: Any):
 
 @pytest.mark.medium("given shapes", keep=["shapes1"])
 @pytest.mark.parametrize("shapes", [None, {"x": {0: Dim.AUTO}}, ({0: Dim("rows")},), [[Dim.AUTO, None]]])
-def test_an_example_of_size_1_does_not_fix_what_may_vary(shapes: Any):
+def test_accepts_other_sizes_after_an_example_of_size_1(shapes: Any):
     host, compiled = _compiled(lambda host, x, other: host.linear(x), _x(1), dynamic_shapes=shapes)
     for batch in (1, 4):
         assert_close(compiled(_x(batch)), host(_x(batch)).detach())
@@ -169,18 +169,18 @@ def _elsewhere(host: Host, x: Tensor, other: Any) -> Tensor:
         (_elsewhere, r"another program than Host: 'output' is off by .* on inputs of x \[3, 6\]\n  dynamic_shapes="),
     ],
 )
-def test_a_program_that_is_not_the_hosts_is_refused_as_such(forward: Forward, text: str):
+def test_rejects_a_program_that_differs_from_the_model(forward: Forward, text: str):
     """Not as the emitter's fault, whose self-test compares with the program."""
     with refuses("capture_differs", match=text):
         _compiled(forward, _x(2))
 
 
-def test_who_wants_the_program_as_it_is_gets_it():
+def test_self_test_false_keeps_a_program_that_differs():
     host, compiled = _compiled(_otherwise, _x(2), self_test=False)
     assert_close(compiled(_x(1)), 2 * host(_x(1)).detach())
 
 
-def test_an_eager_program_is_compared_with_the_host_when_it_is_made(tmp_path: Path):
+def test_compares_an_eager_program_with_the_model_when_it_is_saved(tmp_path: Path):
     _, compiled = _compiled(_otherwise, _x(2), target="eager")
     with refuses("capture_differs"):
         compiled.save(tmp_path / "artifact")
@@ -228,7 +228,7 @@ def test_a_stochastic_host_is_named_and_nobody_blamed(forward: Forward, text: st
     assert "the model is stochastic" in str(lorac.load(tmp_path / "artifact").explain())
 
 
-def test_numbers_that_are_drawn_and_not_used_are_no_matter():
+def test_accepts_random_numbers_that_are_not_used():
     _compiled(lambda host, x, other: (host.linear(x), torch.rand(2))[0], _x(2))
 
 
@@ -244,7 +244,7 @@ def _remembers(host: Host, x: Tensor, other: Any) -> Tensor:
 
 @pytest.mark.medium("the other host", cases=["_counts*"])
 @pytest.mark.parametrize(("forward", "what"), [(_counts, "'seen'"), (_remembers, "its attributes")])
-def test_a_host_that_remembers_calls_is_named_and_left_as_it_was(forward: Forward, what: str):
+def test_warns_of_state_that_calls_change_and_restores_it(forward: Forward, what: str):
     with _one_warning(f"the model.s answers depend on what earlier calls left in {what}"):
         host, compiled = _compiled(forward, _x(2))
     assert not host.seen.any() and not host.calls
@@ -253,8 +253,8 @@ def test_a_host_that_remembers_calls_is_named_and_left_as_it_was(forward: Forwar
     assert "what earlier calls left in" in str(compiled.explain())
 
 
-@pytest.mark.medium("test_a_host_that_remembers_calls_is_named_and_left_as_it_was")
-def test_a_buffer_that_is_written_and_does_not_count_is_no_matter():
+@pytest.mark.medium("test_warns_of_state_that_calls_change_and_restores_it")
+def test_accepts_a_written_buffer_that_no_output_reads():
     def forward(host: Host, x: Tensor, other: Any) -> Tensor:
         host.seen.fill_(3.0)
         return host.linear(x)
@@ -275,7 +275,7 @@ def _halves_data(host: Host, x: Tensor, other: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [_halves, _halves_data])
-def test_a_host_that_writes_its_weights_is_refused_by_name_and_left_as_it_was(forward: Forward):
+def test_rejects_a_model_that_writes_its_weights(forward: Forward):
     host = Host(forward)
     before, mark = host.linear.weight.detach().clone(), zoo.fingerprint(host)
     with refuses("capture_failed", match=r"forward of Host writes into its own weight 'linear\.weight'"):
@@ -354,12 +354,12 @@ def test_a_model_that_loops_over_its_images_takes_any_number_of_them():
         ("FunnelForMaskedLM", {"vocab_size": 99, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8}),
     ],
 )
-def test_recurrent_models_answer_at_a_size_or_refuse_it(name: str, config: dict[str, Any]):
+def test_recurrent_models_match_or_reject_every_size(name: str, config: dict[str, Any]):
     assert (2, 7) in _tried(name, config)
 
 
-@pytest.mark.medium("test_a_program_that_is_not_the_hosts_is_refused_as_such")
-def test_a_program_whose_mask_is_another_than_the_models_is_refused():
+@pytest.mark.medium("test_rejects_a_program_that_differs_from_the_model")
+def test_rejects_a_program_with_another_mask():
     """The model leaves the causal mask out where nothing is masked; the program has it always."""
     model = _model("Aimv2TextModel", **{k: v for k, v in TEXT.items() if k != "pad_token_id"})
     with refuses("capture_differs", match="than Aimv2TextModel: 'last_hidden_state' is off by"):

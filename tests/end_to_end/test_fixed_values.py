@@ -51,7 +51,7 @@ def compiled(host: Cropping, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.medium("calls that go another way")
 @pytest.mark.parametrize("sizes", [(3, 5), [3, 5], torch.tensor([3, 5])], ids=["tuple", "list", "tensor"])
-def test_a_call_that_says_the_same_is_answered(host: Cropping, compiled: Any, sizes: Any):
+def test_accepts_the_same_constants_as_arguments(host: Cropping, compiled: Any, sizes: Any):
     assert_close(compiled(X, sizes=sizes, upside_down=True), host(X, **GIVEN).detach())
     assert_close(compiled(X, sizes, 1.0, True), host(X, **GIVEN).detach())
 
@@ -65,7 +65,7 @@ def test_a_call_that_says_the_same_is_answered(host: Cropping, compiled: Any, si
         ({"upside_down": True}, r"be called without it\n  give sizes=\[3, 5\]"),
     ],
 )
-def test_a_call_that_says_otherwise_is_refused(compiled: Any, said: dict[str, Any], text: str):
+def test_rejects_other_constants_as_arguments(compiled: Any, said: dict[str, Any], text: str):
     with pytest.raises(lorac.InputMismatch, match=text):
         compiled(X, **said)
 
@@ -83,7 +83,7 @@ class Casting(nn.Module):
         return self.router(x.to(self.dtype))
 
 
-def test_a_layer_that_is_cast_to_what_it_is_traces():
+def test_captures_a_cast_to_the_same_dtype():
     host = Casting(torch.float32)
     assert_close(captured_program(host, (X,)).module()(X), host(X))
 

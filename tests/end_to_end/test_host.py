@@ -54,7 +54,7 @@ def raw(model, inputs):
 @pytest.mark.parametrize(
     ("target", "mode", "adapters"), CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_the_host_is_left_as_it_was(target, mode, adapters, training):
+def test_leaves_the_model_unchanged(target, mode, adapters, training):
     if training and target == "onnxruntime":
         pytest.skip("captured in eval mode; what eager shares with it is tested in both")
     entry = ZOO["tiny_llama"]
@@ -128,7 +128,7 @@ class Difference(torch.nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_one_tensor_for_two_arguments_is_two_inputs(target):
+def test_one_example_tensor_for_two_arguments_makes_two_inputs(target):
     torch.manual_seed(0)
     model, x = Difference().eval(), torch.randn(3, 4)
     adapters = [lorac.LoRA(r=2, targets=["first"])]
@@ -142,7 +142,7 @@ def test_one_tensor_for_two_arguments_is_two_inputs(target):
 @torch.no_grad()
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_what_a_model_writes_into_its_inputs_stays_away_from_the_examples(target):
+def test_does_not_write_into_the_example_inputs(target):
     torch.manual_seed(0)
     model, x, y = Difference(writes=True).eval(), torch.randn(3, 4), torch.randn(3, 4)
     kept, example = x.clone(), {"x": x, "others": {"y": y}}

@@ -105,7 +105,7 @@ def test_arguments_of_any_name(tmp_path):
         emitted(x, X=x, Mask_2=mask, lower=mask)
 
 
-def test_a_constant_that_is_none_at_another_size_is_no_constant():
+def test_rejects_a_constant_that_depends_on_the_size():
     """It is an answer that depends on the size; a program would answer the example's."""
 
     class Counting(nn.Module):

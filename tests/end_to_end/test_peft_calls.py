@@ -43,7 +43,7 @@ def test_positional_arguments_have_the_hosts_order(bert: tuple[Any, Any, Any]) -
     _check(compiled(ids, mask, None, position_ids=None), *hosts, inputs)
 
 
-def test_numpy_comes_back_as_numpy(bert: tuple[Any, Any, Any]) -> None:
+def test_returns_numpy_for_numpy(bert: tuple[Any, Any, Any]) -> None:
     compiled, *hosts = bert
     inputs = ZOO["tiny_bert"].inputs()
     answer = compiled(**{name: value.numpy() for name, value in inputs.items()})
@@ -59,7 +59,7 @@ def test_integers_of_any_width(bert: tuple[Any, Any, Any], dtype: torch.dtype) -
     _check(compiled(inputs["input_ids"].to(dtype), inputs["attention_mask"].bool()), *hosts, inputs)
 
 
-def test_a_mask_left_out_is_all_ones(bert: tuple[Any, Any, Any]) -> None:
+def test_fills_a_missing_mask_with_ones(bert: tuple[Any, Any, Any]) -> None:
     compiled, *hosts = bert
     ids = ZOO["tiny_bert"].inputs()["input_ids"]
     _check(compiled(ids), *hosts, {"input_ids": ids})
@@ -83,20 +83,20 @@ def test_padding_changes_nothing_that_is_not_padded(bert: tuple[Any, Any, Any]) 
         ({"output_hidden_states": True}, InputMismatch, "captured with output_hidden_states=False"),
     ],
 )
-def test_what_the_program_cannot_take(
+def test_rejects_arguments_that_the_program_lacks(
     bert: tuple[Any, Any, Any], arguments: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
         bert[0](**ZOO["tiny_bert"].inputs(), **arguments)
 
 
-def test_what_it_does_anyway_may_be_said(bert: tuple[Any, Any, Any]) -> None:
+def test_accepts_options_that_equal_the_programs(bert: tuple[Any, Any, Any]) -> None:
     compiled, *hosts = bert
     inputs = ZOO["tiny_bert"].inputs()
     _check(compiled(**inputs, return_dict=True, output_hidden_states=False), *hosts, inputs)
 
 
-def test_a_tuple_where_one_is_asked_for(bert: tuple[Any, Any, Any]) -> None:
+def test_returns_a_tuple_without_return_dict(bert: tuple[Any, Any, Any]) -> None:
     compiled, *_ = bert
     inputs = ZOO["tiny_bert"].inputs()
     answer = compiled(**inputs, return_dict=False)
@@ -104,7 +104,7 @@ def test_a_tuple_where_one_is_asked_for(bert: tuple[Any, Any, Any]) -> None:
     assert torch.equal(answer[0], compiled(**inputs)["logits"])
 
 
-def test_an_argument_given_twice_or_one_too_many(bert: tuple[Any, Any, Any]) -> None:
+def test_rejects_duplicate_and_extra_arguments(bert: tuple[Any, Any, Any]) -> None:
     compiled, ids = bert[0], ZOO["tiny_bert"].inputs()["input_ids"]
     with pytest.raises(ChoiceError, match="'input_ids' is given twice"):
         compiled(ids, input_ids=ids)
@@ -112,7 +112,7 @@ def test_an_argument_given_twice_or_one_too_many(bert: tuple[Any, Any, Any]) -> 
         compiled(*[ids] * 30)
 
 
-@pytest.mark.medium("test_a_size_that_the_trace_fixed_is_a_constant_and_another_one_refused in test_fidelity.py")
+@pytest.mark.medium("test_rejects_sizes_other_than_the_one_that_the_trace_fixed in test_fidelity.py")
 def test_sizes_that_were_not_made_dynamic(tmp_path: Path) -> None:
     model, _ = checkpoint(TEXT["plain_mlp"], tmp_path, torch.float32)
     inputs = ZOO["plain_mlp"].inputs()

@@ -50,12 +50,12 @@ from tests.refusing import refuses
     ],
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_what_peft_computes(case: Case, tmp_path: Path) -> None:
+def test_matches_peft(case: Case, tmp_path: Path) -> None:
     assert_eager(Checkpoint.of(case, tmp_path, case.dtype))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.modes == ("live",)], ids=lambda case: case.id)
-def test_a_grouped_kernel_cannot_hold_what_leaves_its_blocks(case: Case, tmp_path: Path) -> None:
+def test_rejects_fusing_across_the_blocks_of_a_grouped_kernel(case: Case, tmp_path: Path) -> None:
     model, _ = checkpoint(case, tmp_path, case.dtype)
     for mode in ("fused", "baked"):
         with refuses("not_mergeable", match=r"'grouped'.*grouped convolution"):

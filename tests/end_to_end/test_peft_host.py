@@ -43,7 +43,7 @@ def _everything(model: nn.Module) -> dict[str, Any]:
     [("eager", "live"), ("eager", "fused"), ("eager", "baked"), ("onnxruntime", "live"), ("onnxruntime", "fused")],
 )
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_is_left_as_it_was(training: bool, target: str, mode: str, tmp_path: Path) -> None:
+def test_leaves_the_model_unchanged(training: bool, target: str, mode: str, tmp_path: Path) -> None:
     hosts = HOSTS if target == "eager" else HOSTS[1 + training : 2 + training]
     for name in hosts:
         case, inputs = BY_ID[name], ZOO[BY_ID[name].model].inputs()

@@ -116,7 +116,7 @@ def _runs() -> Iterator[Any]:
     keep=["plain_mlp-live", "plain_mlp-fused", "plain_conv-live", "plain_conv-baked", "tiny_bert-fused"],
 )
 @pytest.mark.parametrize(("name", "mode"), list(_runs()))
-def test_what_peft_computes(name: str, mode: str, tmp_path: Path) -> None:
+def test_matches_peft(name: str, mode: str, tmp_path: Path) -> None:
     names, calls = ZOO[name].outputs, shapes(name, DTYPE)
     model, oracles = checkpoints(ADAPTERS[name], tmp_path, DTYPE)
     adapters = {key: tmp_path / key for key in oracles}

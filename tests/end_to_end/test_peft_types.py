@@ -61,7 +61,7 @@ def test_every_type_has_cases() -> None:
     ],
 )
 @pytest.mark.parametrize("case", list(_in_eager()))
-def test_what_peft_computes(case: Case, tmp_path: Path) -> None:
+def test_matches_peft(case: Case, tmp_path: Path) -> None:
     made = Checkpoint.of(case, tmp_path / "own", case.dtype)
     assert_eager(made)
     if case.back:

@@ -56,7 +56,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("asked", ["float16", "torch.float16", torch.float16], ids=str)
-def test_a_dtype_is_asked_for_by_name(asked: Any, net: Net, adapter: lorac.Adapter) -> None:
+def test_accepts_a_dtype_by_name(asked: Any, net: Net, adapter: lorac.Adapter) -> None:
     compiled = lorac.compile(net, {"a": adapter}, dtype=asked)
     assert {p.dtype for p in compiled.host.parameters()} == {torch.float16}
     assert {p.dtype for p in net.parameters()} == {torch.float32}, "the host was cast"
@@ -73,7 +73,7 @@ def test_an_unknown_dtype(asked: Any, nearest: str | None, net: Net) -> None:
 
 @pytest.mark.medium("the other dtype", cases=["dtype1"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_inputs_in_the_models_own_dtype_are_cast_with_it(dtype: torch.dtype, net: Net, adapter: lorac.Adapter) -> None:
+def test_casts_inputs_with_the_model(dtype: torch.dtype, net: Net, adapter: lorac.Adapter) -> None:
     """In calls, by row too, and among the example inputs: the graph is captured in the dtype asked for."""
     compiled = lorac.compile(net, {"a": adapter}, dtype=dtype, example_inputs=inputs())
     answer = compiled(**inputs(dtype))
@@ -92,7 +92,7 @@ def test_wider_in_onnxruntime(net: Net, adapter: lorac.Adapter) -> None:
     assert_parity(answer, wide(**inputs(torch.float64)), net(**inputs(torch.float64)))
 
 
-def test_what_a_target_lacks_is_never_rounded_to(net: Net, adapter: lorac.Adapter) -> None:
+def test_warns_and_keeps_float32_where_the_target_lacks_the_dtype(net: Net, adapter: lorac.Adapter) -> None:
     """Asked for half precision, ONNX Runtime computes with the weights as they are, and says so once."""
     with pytest.warns(lorac.LoracWarning, match=WIDE) as warned:
         compiled = lorac.compile(net, {"a": adapter}, "onnxruntime", inputs(), dtype="float16")
@@ -137,7 +137,9 @@ def test_a_bias_that_the_host_lacks_has_its_dtype() -> None:
     assert_parity(compiled(x), lorac.compile(model, {"a": away})(x), model(x))
 
 
-def test_a_stored_half_program_is_refused_where_it_cannot_run(net: Net, adapter: lorac.Adapter, tmp_path: Path) -> None:
+def test_rejects_a_stored_half_precision_program_without_kernels(
+    net: Net, adapter: lorac.Adapter, tmp_path: Path
+) -> None:
     lorac.compile(net, {"a": adapter}, dtype="bfloat16", example_inputs=inputs()).save(tmp_path / "half")
     loaded = lorac.load(tmp_path / "half")
     assert loaded(**inputs(torch.bfloat16)).dtype == torch.bfloat16
@@ -172,7 +174,7 @@ class Conv(nn.Module):
         (Net, lorac.AdapterTune(r=2), "Erf (part of Gelu) in float64, which 'blocks.0' asks for"),
     ],
 )
-def test_what_has_no_kernel_in_float64_is_named(model: Any, variant: Any, op: str) -> None:
+def test_names_ops_without_a_float64_kernel(model: Any, variant: Any, op: str) -> None:
     given = inputs(torch.float64)
     example = given if model is Net else {"x": given["x"]}
     with pytest.raises(lorac.Unavailable) as raised:

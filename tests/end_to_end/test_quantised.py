@@ -110,7 +110,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.medium("symmetric ones; codes of four bits")
 @pytest.mark.slow("the narrower codes, with zero points", keep=["int4, asymmetric"])
 @torch.no_grad()
-def test_adapters_run_next_to_what_the_weights_come_to(made: Made) -> None:
+def test_adapters_act_next_to_dequantised_weights(made: Made) -> None:
     """LoRA and DoRA, whose scale is of the weight that the session computes with; other sizes, mixtures, and undo."""
     bits = made.compiled(ids=ids())
     for batch, length in ((2, 5), (3, 7), (1, 1)):
@@ -124,7 +124,7 @@ def test_adapters_run_next_to_what_the_weights_come_to(made: Made) -> None:
 
 
 @pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
-def test_the_self_test_compares_with_what_the_weights_come_to(made: Made) -> None:
+def test_the_self_test_compares_with_dequantised_weights(made: Made) -> None:
     engine, program, snapshot, computed = made.tested[0]
     self_test.run_self_test(engine, program, snapshot, computed)
     if engine.options.weights == "int4":  # int8 is nearer than a lost slot would be far
@@ -133,7 +133,7 @@ def test_the_self_test_compares_with_what_the_weights_come_to(made: Made) -> Non
 
 
 @pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
-def test_it_says_what_stays_as_it_is(made: Made) -> None:
+def test_explains_which_weights_stay_in_float(made: Made) -> None:
     text = str(made.compiled.explain())
     options = made.compiled.engine.options
     kind = "symmetric" if options.codec.symmetric else "asymmetric"
@@ -207,7 +207,7 @@ def test_an_artifact_answers_in_a_new_process(made: Made, tmp_path: Path) -> Non
 
 
 @torch.no_grad()
-def test_what_is_baked_is_merged_in_float_first() -> None:
+def test_bakes_before_it_quantises() -> None:
     model, inputs = Reader().eval(), {"ids": ids()}
     adapter = lorac.compile(model, {"a": lorac.LoRA(r=3, targets=TARGETS)}).adapters["a"]
     for tensor in adapter.parameters():
@@ -287,7 +287,7 @@ def test_each_component_has_a_base_of_its_own() -> None:
 
 
 @pytest.mark.medium("symmetric ones; codes of four bits", cases=["int4, asymmetric*", "int8, asymmetric*"])
-def test_a_program_says_what_it_was_asked_for(made: Made) -> None:
+def test_nodes_have_the_requested_settings(made: Made) -> None:
     import onnx
 
     model = onnx.load(made.compiled.engine.folder / MODEL_FILE, load_external_data=False)
@@ -299,7 +299,7 @@ def test_a_program_says_what_it_was_asked_for(made: Made) -> None:
 
 
 @pytest.mark.medium("the self-test of quantised weights")
-def test_a_table_of_positions_is_quantised_as_the_weight_it_was_made_of() -> None:
+def test_quantises_a_table_of_positions_as_its_weight() -> None:
     """With a cache what depends on positions alone lies in a table, which the self-test is to know as it is held."""
     from tests.decoders import DECODERS
 

@@ -81,7 +81,7 @@ def work(model, target, folder):
         pytest.param("eager", 8, marks=pytest.mark.slow),
     ],
 )
-def test_what_threads_compile_add_explain_and_save_at_once(target, threads, tmp_path):
+def test_threads_compile_add_explain_and_save_at_once(target, threads, tmp_path):
     models = [made(index) for index in range(threads)]
     alone = [work(model, target, tmp_path / f"alone {index}") for index, model in enumerate(models)]
     begin = threading.Barrier(threads)

@@ -73,7 +73,7 @@ class Writing(nn.Module):
 
 @pytest.mark.medium("test_get_no_slot_and_are_named")
 @torch.no_grad()
-def test_what_is_written_into_what_is_answered_is_used():
+def test_a_site_that_writes_into_the_output_is_used():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Writing().eval()

@@ -67,7 +67,7 @@ def test_the_image_and_the_pod_start_the_server_as_its_command_line_is() -> None
 
 
 @pytest.mark.slow
-def test_what_the_image_copies_is_enough_to_build_the_package(tmp_path: Path) -> None:
+def test_the_image_copies_all_files_of_the_package(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="hatchling is not installed: the image's pip would fetch it")
     source = tmp_path / "source"
     source.mkdir()

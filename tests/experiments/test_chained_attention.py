@@ -51,7 +51,7 @@ def test_the_chain_is_the_gradient_where_the_polynomial_is_exp():
     assert_close(chained_gradient(head(0.5), 20), exact_gradient(head(0.5)))
 
 
-def test_factors_of_lora_get_their_gradients_from_it():
+def test_gradients_of_lora_follow_from_those_of_the_weight():
     """W = W*/s + B·A, C1 = s·X: the gradients of A and B are products with that of W."""
     base, a, b = (uniform(*shape, size=0.3, seed=9 + i) for i, shape in enumerate([(3, 3), (2, 3), (3, 2)]))
     one, s = head(0.5), 4.0

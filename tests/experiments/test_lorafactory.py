@@ -17,7 +17,7 @@ from experiments._taxonomy import FAMILIES, write_page
 from experiments.lorafactory import AT_LORAS, BEST, RATES, TIME, VALUES, best_rates
 
 
-def test_what_was_run_is_not_run_again(tmp_path: Path) -> None:
+def test_skips_runs_that_are_recorded(tmp_path: Path) -> None:
     kept, done = tmp_path / "runs.jsonl", Run("lora", 0.01, 0, 1)
     kept.write_text(json.dumps([done, [2.5, 0.1]]) + "\n", encoding="utf-8")
     runs = Runs(kept)
@@ -49,7 +49,7 @@ def test_values_are_counted_as_compiling_counts_them() -> None:
 
 
 @pytest.mark.medium("the other pages of experiments")
-def test_the_page_says_who_differs_from_lora(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_page_marks_methods_that_differ_from_lora(tmp_path: Path, monkeypatch: Any) -> None:
     losses = {name: [2.0, 2.1, 2.2] for name in ways()} | {"dora": [1.0, 1.1, 1.21]}
     ones = {name: [1.0] for name in ways()}
     tables = [

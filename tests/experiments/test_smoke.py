@@ -15,9 +15,9 @@ from experiments import _study
 from experiments._study import CONTRARY, NOT_SHOWN, SHOWN, Expected, Finding, Table
 
 
-@pytest.mark.medium("test_each_says_what_it_tries_and_how imports each")
+@pytest.mark.medium("test_docstrings_give_claim_source_and_command imports each")
 @pytest.mark.parametrize("name", runner.NAMES)
-def test_it_runs_and_gives_a_verdict(name: str, capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
+def test_runs_and_gives_a_verdict(name: str, capsys: Any, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--smoke", "--json", str(tmp_path / "result.json")])
     monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)  # runpy warns of a module that was imported
     runpy.run_module(f"experiments.{name}", run_name="__main__")
@@ -30,13 +30,13 @@ def test_it_runs_and_gives_a_verdict(name: str, capsys: Any, monkeypatch: Any, t
 
 
 @pytest.mark.parametrize("name", runner.NAMES)
-def test_each_says_what_it_tries_and_how(name: str) -> None:
+def test_docstrings_give_claim_source_and_command(name: str) -> None:
     experiment, text = runner.load(name), sys.modules[f"experiments.{name}"].__doc__ or ""
     assert experiment.claim.endswith(".") and "arXiv" in experiment.source
     assert f"python -m experiments.{name} [--seeds {experiment.seeds}] [--steps {experiment.steps}] [--smoke]" in text
 
 
-def test_what_separates() -> None:
+def test_compares_two_series() -> None:
     assert _study.compared([1.0, 2.0, 3.0], [2.0, 3.1, 4.0]).endswith(": lower")
     assert _study.compared([2.0, 3.1, 4.0], [1.0, 2.0, 3.0]).endswith(": higher")
     assert _study.compared([1.0, 2.0, 3.0], [2.0, 1.0, 3.0]).endswith(": does not separate")
@@ -54,13 +54,13 @@ def test_the_verdict_is_of_all_that_was_expected() -> None:
     assert verdict(("low", "near"), ("high", "low")) == CONTRARY
 
 
-def test_a_side_that_diverges_is_worse_than_one_that_does_not() -> None:
+def test_ranks_a_diverged_side_last() -> None:
     table = Table("t", "loss", {"fine": [1.0, 1.0], "diverged": [float("inf"), 1.0]})
     assert Finding([table], [Expected("t", "fine", "diverged")]).verdict == SHOWN
     assert Finding([table], [Expected("t", "diverged", "fine")]).verdict == CONTRARY
 
 
-def test_what_diverges_stays_so() -> None:
+def test_keeps_infinity_after_a_nan() -> None:
     found = _study.trained(lambda step: [1.0, float("nan"), 0.1][step], 2)
     assert found == [1.0, float("inf"), float("inf")]
     assert _study.log_mean(found) == float("inf") and _study.last(found) == float("inf")

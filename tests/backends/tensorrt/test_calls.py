@@ -85,7 +85,7 @@ def made(mode: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[An
 
 @pytest.mark.medium("live; test_engine.py writes fused weights", keep=["live"])
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
-def test_it_answers_as_eager_does_after_any_swap(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_eager_after_every_swap(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     eager, found, _ = made(mode, monkeypatch)
     choices = ["a"] if mode == "baked" else ["a", "b", None, {"a": 0.5, "b": 0.25}, "a"]
     answers = []

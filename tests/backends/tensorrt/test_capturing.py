@@ -48,7 +48,7 @@ def _x(rows: int = 2, seed: int = 0) -> Tensor:
     return tiny.placed(torch.randn(rows, IN, generator=torch.Generator().manual_seed(seed)))
 
 
-def test_one_is_captured_for_each_set_of_shapes() -> None:
+def test_captures_one_graph_per_set_of_shapes() -> None:
     calls, executions, recorded = _calls()
     for rows, rank in ((1, 1), (2, 1), (1, RANK), (2, 1), (1, 1)):
         slots, x = tiny.drawn(rows, rank), _x(rows)
@@ -96,7 +96,7 @@ def test_a_thousand_swaps_leave_no_trace() -> None:
     assert recorded.captured == RANK
 
 
-def test_memory_that_is_written_in_place_is_read_where_it_lies() -> None:
+def test_replays_read_slots_written_in_place() -> None:
     calls, _, recorded = _calls()
     memory, x = tiny.drawn(1), _x()
     slots = calls.hold(memory, fixed=True)
@@ -121,7 +121,7 @@ def _why_not(calls: ContextPool, executions: Lanes, recorded: Recorded, why: str
 
 
 @pytest.mark.parametrize("why", ["operation not permitted when stream is capturing", "it allocates while it runs"])
-def test_what_cannot_be_captured_runs_without_and_says_so_once(why: str) -> None:
+def test_runs_without_a_graph_and_warns_once(why: str) -> None:
     _why_not(*_calls(), why)
 
 
@@ -129,7 +129,7 @@ def test_neither_can_sizes_that_depend_on_values() -> None:
     _why_not(*_calls(depends=True), "sizes of its outputs depend on values")
 
 
-def test_a_size_that_the_plan_was_not_built_for_is_no_reason_to_run_without() -> None:
+def test_keeps_graphs_after_a_call_outside_the_profile() -> None:
     calls, executions, recorded = _calls()
     executions.refuses["set_input_shape"] = lambda name, shape: name == "x" and shape[0] > 2
     with pytest.raises(lorac.InputMismatch):
@@ -138,7 +138,7 @@ def test_a_size_that_the_plan_was_not_built_for_is_no_reason_to_run_without() ->
     assert recorded.captured == 1
 
 
-def test_numbers_that_shapes_are_computed_from_are_part_of_what_a_graph_is_for() -> None:
+def test_keys_include_host_inputs_that_set_shapes() -> None:
     io = IOTensors({"sizes": IOTensor(torch.int64, (2,), on_host=True)}, {})
     graphs = CudaGraphCache(io, Lanes(io), Recorded())
     keys = {graphs._key({"sizes": torch.tensor(numbers)}, DeviceSlots({})) for numbers in ([2, 3], [3, 2], [2, 3])}
@@ -173,7 +173,7 @@ def test_more_sets_of_sizes_than_fit_do_not_capture_each_time() -> None:
     assert len(executions.made) == capturing.MAX_GRAPHS + 1, "the others share the contexts of calls without a graph"
 
 
-def test_the_one_that_was_not_used_for_longest_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evicts_the_least_recently_used_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capturing, "IDLE_CALLS", 1)
     calls, executions, recorded = _calls()
     slots = calls.hold(tiny.drawn(1))

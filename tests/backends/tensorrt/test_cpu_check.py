@@ -73,7 +73,7 @@ class Bypass(OnnxPass):
 @pytest.mark.slow("float32; the check is the same", cases=["*float16"])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(("harm", "said"), [(Exchange, "are exchanged|give other answers"), (Bypass, "change nothing")])
-def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
+def test_rejects_a_file_that_lost_a_part(monkeypatch, harm, said, dtype):
     monkeypatch.setattr(dialect, "DIALECT", replace(DIALECT, late_rewrites=(harm(),)))
     adapters = {"a": lorac.LoRA(r=2, targets=["one", "two"])}
     with refuses("self_test_failed", match=said):
@@ -81,8 +81,8 @@ def test_what_is_lost_in_a_file_is_found(monkeypatch, harm, said, dtype):
     quietly(model=host(), adapters=adapters, example_inputs=(X,), dtype=dtype, self_test=False)
 
 
-@pytest.mark.medium("test_a_program_in_float32_is_run_as_it_is")
-def test_both_sides_compute_in_float32_what_is_half():
+@pytest.mark.medium("test_leaves_a_float32_program_unchanged")
+def test_compares_half_precision_programs_in_float32():
     """The program of a half host, computed whole, is off from itself in half precision by that rounding alone."""
     found = compile_recorded(
         model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,), dtype="float16"
@@ -102,7 +102,7 @@ def test_both_sides_compute_in_float32_what_is_half():
     assert inner.count(torch.float16) == 1 and inner[-1] == torch.float16  # what is answered, and nothing before
 
 
-def test_a_program_in_float32_is_run_as_it_is():
+def test_leaves_a_float32_program_unchanged():
     found = compile_recorded(model=host(), adapters={"a": lorac.LoRA(r=2, targets=["one"])}, example_inputs=(X,))
     graph = found.program.graphs["main"]
     assert widen_graph(graph) is graph

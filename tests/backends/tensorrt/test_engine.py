@@ -71,7 +71,7 @@ def engine_of(found: lorac.Compiled) -> TrtEngine:
     return found.engine
 
 
-def test_compiling_says_that_the_engine_cannot_run_here_and_calling_it_is_the_typed_error(live):
+def test_warns_without_a_gpu_and_raises_in_a_call(live):
     with pytest.warns(lorac.LoracWarning, match=NO_GPU):
         lorac.compile(host(), {}, target="tensorrt", example_inputs=(X,))
     assert NO_GPU in str(live.explain())
@@ -82,7 +82,7 @@ def test_compiling_says_that_the_engine_cannot_run_here_and_calling_it_is_the_ty
         live(x=X)
 
 
-def test_it_swaps_and_takes_adapters_without_a_rebuild(live):
+def test_swaps_and_adds_adapters_without_a_rebuild(live):
     engine = engine_of(live)
     before = {name: part.file.digest() for name, part in engine.graphs.items()}
     slots = live._state.bound.tensors
@@ -105,7 +105,7 @@ def test_it_swaps_and_takes_adapters_without_a_rebuild(live):
     assert before == {name: part.file.digest() for name, part in engine.graphs.items()}
 
 
-def test_what_is_above_a_convolutions_fixed_rank_is_told_the_reserve_that_admits_it(live):
+def test_rejects_a_rank_above_the_slot_and_names_the_reserve(live):
     with pytest.raises(lorac.NeedsRecompile, match="'conv' holds rank 2, not 5") as error:
         live.add_adapter(low(5, "conv"), name="wide")
     advice = str(error.value)
@@ -133,7 +133,7 @@ def test_fused_weights_are_written_from_the_base(live):
     assert all(torch.equal(engine.memory[name], tensor) for name, tensor in base.items())
 
 
-def test_the_graph_is_shown_as_the_target_takes_it(live):
+def test_shows_the_emitted_graph(live):
     shown = str(live.graph["main"].emitted)
     assert "@emitted" in shown and "MatMul" in shown and "left:a" in shown
     model = model_of(engine_of(live))
@@ -143,7 +143,7 @@ def test_the_graph_is_shown_as_the_target_takes_it(live):
 
 
 @pytest.mark.slow("in this process")
-def test_a_saved_one_loads_in_a_new_process_without_a_gpu(live, tmp_path):
+def test_loads_in_a_new_process_without_a_gpu(live, tmp_path):
     live.swap("a")
     live.save(tmp_path / "saved")
     script = """
@@ -199,8 +199,8 @@ def test_an_artifact_is_refused_by_another_gpu(live, monkeypatch):
         backend._check_gpu(part.facts, "cuda:3")
 
 
-@pytest.mark.medium("test_a_device_that_is_no_gpu_is_refused")
-def test_a_plan_is_built_for_the_device_that_is_asked_for(monkeypatch):
+@pytest.mark.medium("test_rejects_a_device_that_is_not_a_gpu")
+def test_builds_a_plan_for_the_given_device(monkeypatch):
     install_gpus(monkeypatch, "8.6", "12.0")
     found = {device: compiled(device=device, target_capabilities=[], self_test=False) for device in (None, "cuda:1")}
     assert [engine_of(one).graphs["main"].facts.capabilities for one in found.values()] == [("8.6",), ("12.0",)]
@@ -218,7 +218,7 @@ def test_a_plan_cache_that_an_artifact_names_is_not_looked_into(live, tmp_path):
         assert engine_of(lorac.load(tmp_path / "saved")).options.plan_cache is None
 
 
-def test_an_artifact_runs_in_the_library_that_made_it(live, tmp_path, monkeypatch):
+def test_an_artifact_runs_in_its_own_library(live, tmp_path, monkeypatch):
     """On a machine with both, which would build with the other one."""
     live.save(tmp_path / "saved")
     install_nvidias(monkeypatch)
@@ -228,7 +228,7 @@ def test_an_artifact_runs_in_the_library_that_made_it(live, tmp_path, monkeypatc
     assert loaded.options.builder is LIBRARY and loaded.graphs["main"].facts.made_by == LIBRARY.name_and_version
 
 
-def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
+def test_rejects_a_device_that_is_not_a_gpu(live, tmp_path):
     live.save(tmp_path / "saved")
     with pytest.raises(lorac.Unavailable, match="runs on a GPU, not on 'cpu'"):
         lorac.load(tmp_path / "saved", device="cpu")
@@ -238,7 +238,7 @@ def test_a_device_that_is_no_gpu_is_refused(live, tmp_path):
 
 
 @pytest.mark.medium("test_calls.py writes weights into a plan")
-def test_two_builds_are_of_one_size(live):
+def test_two_builds_have_the_same_size(live):
     again = compiled(target_capabilities=THREE)
     sizes = [[part.file.size for part in engine_of(found).graphs.values()] for found in (live, again)]
     assert sizes[0] == sizes[1]
@@ -264,7 +264,7 @@ def test_several_components_are_a_plan_each():
 
 
 @pytest.mark.medium("mistakes_of_devices.py: a package that is not installed")
-def test_without_its_library_the_target_is_told_with_the_command_that_installs_it():
+def test_names_the_command_that_installs_a_missing_library():
     script = """
 import sys
 sys.modules["tensorrt"] = sys.modules["tensorrt_rtx"] = None

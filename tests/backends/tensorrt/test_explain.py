@@ -52,7 +52,7 @@ def test_every_op_is_named_with_its_module_and_line():
     assert "onnxruntime claims every op of the program" in str(eager.explain(target="onnxruntime"))
 
 
-def test_what_has_let_go_of_its_model_is_not_asked():
+def test_rejects_explain_for_a_released_model():
     model = nn.Sequential(nn.Linear(4, 4)).eval()
     built = quietly(model=model, adapters={}, example_inputs=(X,))
     with pytest.raises(lorac.Unavailable, match="this program no longer holds"):

@@ -82,7 +82,7 @@ def test_an_allocator_has_the_librarys_methods() -> None:
         assert len(inspect.signature(getattr(made, name)).parameters) == len(parameters)
 
 
-def test_what_is_called_besides() -> None:
+def test_declares_untyped_methods() -> None:
     """Methods that are called where no type says so."""
     trt = LIBRARY.module
     assert ["engine", "logger"] in _overloads(trt.Refitter.__init__)

@@ -27,7 +27,7 @@ def test_without_a_gpu_the_library_that_builds_without_is_taken(monkeypatch: pyt
     assert find_library().is_rtx and not find_library(NVIDIA).is_rtx
 
 
-def test_with_a_gpu_nvidias_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefers_nvidias_package_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvidias(monkeypatch)
     install_gpus(monkeypatch, "8.6")
     assert find_library().name_and_version == "tensorrt 99.0" and find_library(RTX).is_rtx
@@ -63,7 +63,7 @@ def test_a_dtype_that_tensorrt_lacks() -> None:
         LIBRARY.dtype(torch.float64)
 
 
-def test_its_errors_are_told_and_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_collects_errors_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     network, _ = tiny.parsed()
     with library.collect_errors() as messages:
         assert not network.mark_weights_refittable("nobody")
@@ -77,7 +77,7 @@ def test_an_error_that_nobody_asks_for_is_a_warning() -> None:
         network.mark_weights_refittable("nobody")
 
 
-def test_the_innermost_block_is_told() -> None:
+def test_the_innermost_block_collects_errors() -> None:
     network, _ = tiny.parsed()
     with library.collect_errors() as outer:
         with library.collect_errors() as inner:
@@ -86,7 +86,7 @@ def test_the_innermost_block_is_told() -> None:
         assert inner.errors and not outer.errors
 
 
-def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
+def test_a_block_collects_no_errors_of_another_threads_block() -> None:
     network, _ = tiny.parsed()
     reasons = []
 
@@ -103,7 +103,7 @@ def test_another_threads_block_is_not_told_where_its_own_listens() -> None:
     assert len(reasons) == 1
 
 
-def test_a_thread_of_tensorrts_own_tells_everyone() -> None:
+def test_all_blocks_collect_errors_of_tensorrts_threads() -> None:
     network, _ = tiny.parsed()
     with library.collect_errors() as messages:
         thread = threading.Thread(target=network.mark_weights_refittable, args=("nobody",))
@@ -112,5 +112,5 @@ def test_a_thread_of_tensorrts_own_tells_everyone() -> None:
         assert "nobody" in messages.why()
 
 
-def test_there_is_no_reason_where_none_was_given() -> None:
+def test_says_that_tensorrt_gives_no_reason() -> None:
     assert library.BuildMessages().why() == "TensorRT gives no reason"

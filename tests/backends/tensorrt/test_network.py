@@ -38,7 +38,7 @@ def _parser() -> Any:
 @pytest.mark.skipif(
     not LIBRARY.module.__version__.startswith("1.7."), reason="the list is that of TensorRT for RTX 1.7"
 )
-def test_the_claims_are_what_the_library_takes_of_onnx():
+def test_claims_equal_the_ops_of_the_library():
     """Op by op, by name; the library says nothing of domains, so what it takes of others is not claimed."""
     parser, _kept = _parser()
     defined = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
@@ -73,7 +73,7 @@ class RenameActivations(OnnxPass):
         return PassResult(changed=True)
 
 
-def test_an_op_of_ones_own_is_refused_before_anything_is_parsed(monkeypatch):
+def test_rejects_custom_ops_before_parsing(monkeypatch):
     """All of them are named, each with its module and line, though the parser would take them."""
     monkeypatch.setattr(dialect, "DIALECT", replace(DIALECT, late_rewrites=(RenameActivations(),)))
     monkeypatch.setattr(build, "parse_model", lambda *_: pytest.fail("it was parsed"))
@@ -89,7 +89,7 @@ def test_an_op_that_this_release_does_not_know_is_refused_by_name(tmp_path):
         parse_model(path, LIBRARY)
 
 
-def test_what_the_parser_does_not_take_is_refused_with_its_reason(tmp_path):
+def test_rejects_an_op_with_the_parsers_reason(tmp_path):
     """An op that it knows, as it does not take it."""
     half = helper.make_node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16)
     path = _written(tmp_path, [half, helper.make_node("Add", ["x", "h"], ["y"], name="made")])

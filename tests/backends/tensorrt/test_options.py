@@ -50,7 +50,7 @@ def ranges(**options: Any) -> dict[str, tuple[SizeRange, ...]]:
 
 
 @pytest.mark.medium("test_profiles_name_axes_or_inputs")
-def test_sizes_lie_around_the_examples_and_within_what_the_model_takes():
+def test_default_ranges_hold_the_examples_and_respect_the_models_bounds():
     """Rows, a text that the model bounds, a side of a picture; ranks up to the room, those of the active one usual."""
     found = ranges()
     rows = SizeRange(1, 3, DEFAULT_MAX_ROWS)
@@ -88,7 +88,7 @@ def test_profiles_that_make_no_sense(profiles, said):
         ranges(profiles=profiles)
 
 
-def test_a_call_outside_the_profile_is_told_the_one_that_admits_it():
+def test_rejects_a_call_outside_the_profile_and_names_a_larger_one():
     found = quietly(model=host(), adapters={}, example_inputs=EXAMPLE, dynamic_shapes=SHAPES, self_test=False)
     part = found.engine.graphs["main"]
     many = {"ids": torch.zeros(9, 4, dtype=torch.long), "image": torch.zeros(9, 5, 8)}
@@ -203,7 +203,7 @@ def test_the_times_of_kernels_are_measured_once():
 
 
 @pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")
-def test_refitting_is_refused_where_there_is_no_gpu():
+def test_rejects_refitting_without_a_gpu():
     with pytest.raises(lorac.Unavailable, match="only where there is an NVIDIA GPU") as error:
         quietly(model=host(), adapters={}, example_inputs=EXAMPLE, mode="fused", refit=True)
     assert "mode='fused'" in str(error.value)

@@ -41,7 +41,7 @@ def test_a_plan_is_built_once(tmp_path: Path) -> None:
     check_plan(again, LIBRARY)
 
 
-def test_keys_tell_apart_what_plans_are_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_differ_for_programs_devices_and_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = _program(tmp_path)
     settings = {"profiles": {"x": ((1, 6), (2, 6), (5, 6))}, "flags": ["TF32"]}
     key = plan_key(program, ["8.6"], LIBRARY, **settings)
@@ -73,7 +73,7 @@ def test_a_plan_for_the_gpu_that_is_here_is_another_gpus_elsewhere(
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_one_that_is_damaged_is_built_anew(tmp_path: Path, damage: str) -> None:
+def test_ignores_a_damaged_plan(tmp_path: Path, damage: str) -> None:
     cache = PlanCache(tmp_path)
     cache.write(KEY, tiny.plan())
     (path,) = tmp_path.iterdir()
@@ -84,7 +84,7 @@ def test_one_that_is_damaged_is_built_anew(tmp_path: Path, damage: str) -> None:
     assert cache.plan(KEY, tiny.plan) == tiny.plan() == cache.read(KEY)
 
 
-def test_the_folder_is_bounded_and_what_is_used_stays(tmp_path: Path) -> None:
+def test_evicts_the_least_recently_used_plans(tmp_path: Path) -> None:
     cache = PlanCache(tmp_path, limit=250)
     keys = [f"{number:032x}" for number in range(4)]
     for place, key in enumerate(keys[:2]):
@@ -98,7 +98,7 @@ def test_the_folder_is_bounded_and_what_is_used_stays(tmp_path: Path) -> None:
     assert [cache.read(key) is not None for key in keys] == [False, False, False, True], "the newest stays in any case"
 
 
-def test_what_is_not_the_caches_is_left_alone(tmp_path: Path) -> None:
+def test_keeps_files_of_others(tmp_path: Path) -> None:
     others = [tmp_path / name for name in ("notes.txt", f"{KEY}.plan", f"{KEY}-{OTHER}.planet")]
     for path in others:
         path.write_bytes(b"x" * 1000)
@@ -145,7 +145,7 @@ def test_a_folder_that_others_can_reach_is_neither_read_nor_written(tmp_path: Pa
     assert cache.read(KEY) == b"plan"
 
 
-def test_what_another_user_left_there_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignores_files_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = PlanCache(tmp_path)
     cache.write(KEY, b"plan")
     real = os.fstat

@@ -47,21 +47,21 @@ def _log(executions: Lanes) -> list[tuple[object, ...]]:
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
-def test_it_computes_what_it_is_given() -> None:
+def test_computes_with_its_slots_and_inputs() -> None:
     calls, _ = _calls()
     for seed, rank, rows in ((1, 1, 1), (2, RANK, ROWS), (3, 2, 2)):
         slots, x = tiny.drawn(seed, rank), _x(rows, seed)
         assert torch.equal(calls.call({"x": x}, calls.hold(slots))["y"], tiny.computed(x, **slots))
 
 
-def test_a_first_call_tells_shapes_and_addresses_and_then_computes_the_outputs_sizes() -> None:
+def test_a_first_call_sets_shapes_and_addresses() -> None:
     calls, executions = _calls()
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
     bindings = [(method, name) for name in "abx" for method in ("set_input_shape", "set_tensor_address")]
     assert _log(executions) == [*bindings, ("infer_shapes",), ("set_tensor_address", "y"), ("execute_async_v3", 7)]
 
 
-def test_the_same_again_tells_where_the_output_goes_alone() -> None:
+def test_a_repeated_call_sets_only_the_address_of_the_output() -> None:
     calls, executions = _calls()
     x, slots = _x(), calls.hold(tiny.drawn(1))
     answer = calls.call({"x": x}, slots)
@@ -71,7 +71,7 @@ def test_the_same_again_tells_where_the_output_goes_alone() -> None:
     assert answer.keys() == {"y"}
 
 
-def test_a_swap_tells_the_slots_addresses_alone() -> None:
+def test_a_swap_sets_only_the_addresses_of_slots() -> None:
     calls, executions = _calls()
     x, one, other = _x(), calls.hold(tiny.drawn(1)), calls.hold(tiny.drawn(2))
     answers = [calls.call({"x": x}, one)]
@@ -82,7 +82,7 @@ def test_a_swap_tells_the_slots_addresses_alone() -> None:
     assert torch.equal(answers[1]["y"], tiny.computed(x, **tiny.drawn(2)))
 
 
-def test_a_swap_to_another_rank_tells_shapes_too() -> None:
+def test_a_swap_to_another_rank_sets_shapes() -> None:
     calls, executions = _calls()
     x, one, other = _x(), calls.hold(tiny.drawn(1, 1)), calls.hold(tiny.drawn(2, RANK))
     calls.call({"x": x}, one)
@@ -152,7 +152,7 @@ def test_an_input_that_is_empty_has_an_address() -> None:
     assert calls.call({"x": torch.empty(0, IN)}, calls.hold(tiny.drawn(1)))["y"].shape == (0, OUT)
 
 
-def test_an_output_whose_size_is_known_late() -> None:
+def test_returns_outputs_of_data_dependent_size() -> None:
     calls, _ = _calls(depends=True)
     answers = []
     for seed in range(3):
@@ -169,7 +169,7 @@ def test_an_allocator_gives_no_empty_memory() -> None:
 
 
 # --- slots and inputs -------------------------------------------------------------------------------------------------
-def test_nothing_is_copied_that_can_be_read_where_it_lies() -> None:
+def test_reads_aligned_slots_without_a_copy() -> None:
     calls, _ = _calls()
     slots = tiny.drawn(1)
     laid_out = calls.hold(slots | {"of another graph": torch.zeros(1)})
@@ -177,7 +177,7 @@ def test_nothing_is_copied_that_can_be_read_where_it_lies() -> None:
 
 
 @pytest.mark.parametrize("change", ["misaligned", "strided", "dtype"])
-def test_what_cannot_is_copied_once(change: str) -> None:
+def test_copies_other_slots_once(change: str) -> None:
     calls, _ = _calls()
     a = tiny.drawn(1)["a"]
     given = {"misaligned": tiny.placed(torch.randn(IN * 2 + 1))[1:].view(IN, 2), "strided": tiny.placed(a.mT).mT}
@@ -256,7 +256,7 @@ def test_kernels_that_cannot_be_kept_are_tried_once(tmp_path: Path) -> None:
         settings.store(shapes)
 
 
-def test_an_input_is_read_anew_in_every_call() -> None:
+def test_reads_inputs_in_every_call() -> None:
     """A copy that was made of it is stale once it is written to."""
     calls, _ = _calls()
     slots, x = calls.hold(tiny.drawn(1)), torch.zeros(2, IN, dtype=torch.float64)
@@ -265,7 +265,7 @@ def test_an_input_is_read_anew_in_every_call() -> None:
     assert not torch.equal(calls.call({"x": x}, slots)["y"], before)
 
 
-def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
+def test_reads_slots_after_writes_in_place() -> None:
     calls, _ = _calls()
     memory, x = tiny.drawn(1), _x()
     slots = calls.hold(memory, fixed=True)
@@ -275,7 +275,7 @@ def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
     assert torch.equal(calls.call({"x": x}, slots)["y"], tiny.computed(x, **tiny.drawn(2)))
 
 
-def test_memory_that_would_have_to_be_copied_is_not_written_in_place() -> None:
+def test_rejects_fixed_slots_that_need_a_copy() -> None:
     calls, _ = _calls()
     with pytest.raises(lorac.Unavailable, match=r"'a' cannot be read where it lies: on cpu, as torch.float64"):
         calls.hold({**tiny.drawn(1), "a": tiny.drawn(1)["a"].double()}, fixed=True)
@@ -313,7 +313,7 @@ def test_eight_threads_with_choices_of_their_own() -> None:
     assert 1 <= len(executions.made) <= running.MAX_CONTEXTS
 
 
-def test_a_context_that_cannot_be_made_keeps_no_place() -> None:
+def test_a_context_that_fails_takes_no_lane() -> None:
     io, left = tiny.io(), [3 * running.MAX_CONTEXTS]
     executions = Lanes(io)
 
@@ -330,7 +330,7 @@ def test_a_context_that_cannot_be_made_keeps_no_place() -> None:
     assert torch.equal(calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))["y"], tiny.computed(_x(), **tiny.drawn(1)))
 
 
-def test_who_writes_waits_for_what_was_queued() -> None:
+def test_finish_waits_for_queued_calls() -> None:
     calls, executions = _calls()
     calls.call({"x": _x()}, calls.hold(tiny.drawn(1)))
     calls.finish()
@@ -338,7 +338,7 @@ def test_who_writes_waits_for_what_was_queued() -> None:
 
 
 # --- what an engine says ----------------------------------------------------------------------------------------------
-def test_ports_are_what_the_library_says() -> None:
+def test_reads_tensors_from_the_engine() -> None:
     assert IOTensors.of(engines.OfNetwork()) == tiny.io()
 
 
@@ -354,20 +354,20 @@ def test_where_torch_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @without_cuda
-def test_where_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(lorac.Unavailable, match="finds none: no driver, or no GPU"):
         PlanRunner(tiny.plan())
 
 
-def test_a_device_that_is_no_gpu() -> None:
+def test_rejects_a_device_that_is_not_a_gpu() -> None:
     with pytest.raises(lorac.Unavailable, match="runs on a GPU, not on 'cpu'"):
         PlanRunner(tiny.plan(), "cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx alone tells without a GPU")
 @pytest.mark.parametrize("harm", [lambda _: b"", lambda _: b"no plan" * 100, lambda p: p[:40], lambda p: b"x" + p[1:]])
-def test_what_is_no_plan(harm: Callable[[bytes], bytes]) -> None:
+def test_rejects_bytes_that_are_not_a_plan(harm: Callable[[bytes], bytes]) -> None:
     damage = harm(tiny.plan())
     with pytest.raises(lorac.ArtifactError, match=rf"these {len(damage)} bytes are not a plan of"):
         PlanRunner(damage)
@@ -392,7 +392,7 @@ def test_a_gpu_that_the_plan_was_not_built_for() -> None:
     requirements.check_capability("9.0", (), "H100", LIBRARY)
 
 
-def test_numpy_is_no_business_of_a_plan() -> None:
+def test_accepts_tensors_over_numpy_arrays() -> None:
     """Whoever calls makes tensors of arrays; one that shares an array's memory is read there."""
     calls, _ = _calls()
     x: Mapping[str, Tensor] = {"x": torch.from_numpy(np.ones((2, IN), np.float32))}

@@ -31,7 +31,7 @@ def test_a_weight_that_the_library_lacks() -> None:
         mark_refittable(network, ["folded"])
 
 
-def test_the_flag_is_the_one_for_marked_weights() -> None:
+def test_uses_the_flag_for_marked_weights() -> None:
     assert refitting.refit_flag(LIBRARY).name == "REFIT_INDIVIDUAL"
 
 
@@ -55,7 +55,7 @@ def _choose(memory: dict[str, Tensor], adapted: Mapping[str, float]) -> None:
         memory[name].copy_(base + adapted.get(name, 0))
 
 
-def test_what_a_choice_touches_is_written() -> None:
+def test_writes_only_the_weights_of_the_choice() -> None:
     refits, made, memory = _refitting()
     _choose(memory, {ONE: 5})
     assert refits.write([ONE]) == memory[ONE].nbytes
@@ -86,7 +86,7 @@ def test_a_joined_weight_that_was_not_kept() -> None:
         refits.write([ONE])
 
 
-def test_where_it_fails_half_way_the_next_writes_all_of_it() -> None:
+def test_writes_all_weights_after_a_failure() -> None:
     refits, made, memory = _refitting()
     _choose(memory, {ONE: 5, OTHER: 7})
     made.fails = True

@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
 @torch.no_grad()
-def test_it_answers_as_eager_does(host: str, mode: str) -> None:
+def test_matches_eager(host: str, mode: str) -> None:
     names, given = ZOO[host].outputs, inputs(host)
     base = ZOO[host].model()(**given)
     unswapped = compiled(host, "baked", None)(**given)
@@ -39,7 +39,7 @@ def test_it_answers_as_eager_does(host: str, mode: str) -> None:
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_off_it_answers_as_the_base(host: str, mode: str) -> None:
+def test_matches_the_base_without_adapters(host: str, mode: str) -> None:
     engine, given = compiled(host, mode, ONE), inputs(host)
     engine.swap(None)
     off = first(host, engine(**given))
@@ -97,7 +97,7 @@ def test_cuda_graphs_answer_the_same(host: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_arrays_and_tensors_come_back_as_they_came(host: str) -> None:
+def test_returns_arrays_and_devices_of_the_inputs(host: str) -> None:
     engine, given = compiled(host, "live", ONE), inputs(host)
     on_cpu = first(host, engine(**given))
     on_gpu = first(host, engine(**{name: tensor.cuda() for name, tensor in given.items()}))
@@ -138,7 +138,7 @@ def test_replaced_weights_leave_nothing_of_the_choice_before(host: str) -> None:
 
 # --- what was built before --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
-def test_what_was_built_is_not_built_again(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_a_plan_from_the_cache(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host, given, written = "tiny_bert", inputs("tiny_bert"), []
     real = PlanCache.write
 

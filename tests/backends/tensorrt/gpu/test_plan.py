@@ -53,7 +53,7 @@ def test_values_at_every_rank_and_size() -> None:
             assert_close(found.cpu(), _wanted(_x(rows, rows), rank, rank))
 
 
-def test_what_comes_from_the_cpu_goes_back_there() -> None:
+def test_returns_cpu_outputs_for_cpu_inputs() -> None:
     running = PlanRunner(_plan())
     found = running.call({"x": _x().cpu()}, tiny.drawn(1))["y"]
     assert found.device.type == "cpu"
@@ -81,7 +81,7 @@ def test_a_swap_copies_nothing() -> None:
     assert torch.cuda.memory_allocated() == before, "the answer took the place of the one before, and nothing else came"
 
 
-def test_memory_that_is_let_go_at_once_is_not_used_before_it_was_read() -> None:
+def test_keeps_freed_memory_until_it_is_read() -> None:
     running = PlanRunner(_plan())
     found = []
     for seed in range(200):
@@ -128,7 +128,7 @@ def test_a_cuda_graph_answers_the_same() -> None:
         assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
 
 
-def test_memory_that_is_written_in_place_is_read_as_it_is() -> None:
+def test_reads_slots_after_writes_in_place() -> None:
     for cuda_graphs in (False, True):
         flags = ["REQUIRE_USER_ALLOCATION"] if LIBRARY.is_rtx else []
         running, memory, x = PlanRunner(_plan(*flags), cuda_graphs=cuda_graphs), _on_gpu(tiny.drawn(1)), _x()
@@ -201,7 +201,7 @@ def test_kernels_are_kept(tmp_path: Path) -> None:
 
 
 # --- weights that are replaced ----------------------------------------------------------------------------------------
-def test_a_fresh_plan_whose_weights_can_be_replaced_answers_as_a_plain_one() -> None:
+def test_a_refittable_plan_matches_a_plain_one() -> None:
     """One release dropped a product's bias from such plans in silence, though nothing was replaced yet."""
     x, slots = _x(), _on_gpu(tiny.drawn(1))
     plain, fresh = (PlanRunner(_plan(refittable=marked)).call({"x": x}, slots)["y"] for marked in ((), (WEIGHT,)))
