@@ -90,9 +90,7 @@ class HeadNorms:
 
 
 def measure_attention(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    adapter: Adapter | None = None,
+    model: nn.Module, inputs: Mapping[str, Tensor], adapter: Adapter | None = None
 ) -> dict[str, tuple[HeadNorms, ...]]:
     """Return the norms of every head in one call of a transformers model, by the path of the attention.
 

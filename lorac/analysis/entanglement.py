@@ -145,10 +145,7 @@ def prime_sites(size: int) -> tuple[int, ...]:
 
 
 def internal_entropy(
-    M: Tensor,
-    out_dims: Sequence[int] | None = None,
-    in_dims: Sequence[int] | None = None,
-    order: str = "row_major",
+    M: Tensor, out_dims: Sequence[int] | None = None, in_dims: Sequence[int] | None = None, order: str = "row_major"
 ) -> Tensor:
     """Return S(l) = −Σ w·ln w in nats at every cut, w = σ²/Σσ²: the internal entropy of arXiv 2601.06788.
 

@@ -132,8 +132,7 @@ def extract(
     base: Annotated[str, typer.Argument(help="The model that it was tuned from, likewise.")],
     destination: DestinationArgument,
     format: Annotated[
-        str,
-        typer.Option("--to", "--format", "-f", help="The format; by default peft for a LoRA, else native."),
+        str, typer.Option("--to", "--format", "-f", help="The format; by default peft for a LoRA, else native.")
     ] = "",
     rank: RankOption = None,
     tolerance: ToleranceOption = None,

@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lorac.cli._inputs import Array, InputsOption, format_inputs, read_inputs, to_arrays
-from lorac.cli._models import (
-    AdapterOption,
-    CompiledOrModel,
-    PrepackedOption,
-    load_compiled,
-    parse_choice,
-)
+from lorac.cli._models import AdapterOption, CompiledOrModel, PrepackedOption, load_compiled, parse_choice
 from lorac.cli._output import JsonOption, make_table, print_report
 from lorac.errors import ChoiceError, LoracError, OptionError
 from lorac.progress import progress

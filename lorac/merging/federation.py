@@ -91,11 +91,7 @@ class FederatedStack:
         return merge(parts, "cat", shares, name=name) if parts else None
 
     def train_round(
-        self,
-        model: nn.Module,
-        methods: Mapping[str, Variant],
-        train: Train,
-        weights: Mapping[str, float] | None = None,
+        self, model: nn.Module, methods: Mapping[str, Variant], train: Train, weights: Mapping[str, float] | None = None
     ) -> FederatedStack:
         """Return the stack with one more round, in which each client trains a fresh adapter next to it.
 

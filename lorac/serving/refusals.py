@@ -9,12 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lorac.argument_types import JsonMapping
-from lorac.errors import (
-    AdapterNotFound,
-    LoracError,
-    escape_controls,
-    nearest_name,
-)
+from lorac.errors import AdapterNotFound, LoracError, escape_controls, nearest_name
 
 _STATUS = {
     "adapter_exists": 409,

@@ -74,11 +74,7 @@ class ChatParser:
     """
 
     def __init__(
-        self,
-        tokenizer: FastTokenizer,
-        template: JsonMapping,
-        prompt: str,
-        tools: Sequence[JsonMapping],
+        self, tokenizer: FastTokenizer, template: JsonMapping, prompt: str, tools: Sequence[JsonMapping]
     ) -> None:
         self._parser = tokenizer.get_response_parser(template, prefix=prompt, tools=tools or None)
         self._unread, self._failed = "", False

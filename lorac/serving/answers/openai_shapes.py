@@ -57,12 +57,7 @@ class AnswerShape(ABC):
 
     def _head(self, kind: str) -> Json:
         request = self._request
-        return {
-            "id": f"{self.prefix}-{request.id}",
-            "object": kind,
-            "created": request.created,
-            "model": request.model,
-        }
+        return {"id": f"{self.prefix}-{request.id}", "object": kind, "created": request.created, "model": request.model}
 
     def _logprobs(self, tokens: Sequence[TextToken]) -> Json:
         return {"logprobs": self._describe_tokens(tokens) if self._has_logprobs else None}

@@ -173,9 +173,5 @@ def _invert_damped(covariance: Tensor) -> tuple[Tensor, Tensor]:
         if not failed and torch.dist(damped @ inverse, identity) < _INEXACT:
             return damped, inverse
         if damp > 1e6:
-            raise AdapterError(
-                "the inputs of a layer are all 0",
-                next_step="give other batches",
-                code="batches_needed",
-            )
+            raise AdapterError("the inputs of a layer are all 0", next_step="give other batches", code="batches_needed")
         damp *= 2

@@ -115,12 +115,7 @@ class AltLoRA(PairRule):
         name = type(self).__name__
         self.betas = betas or ((0.999, 0.98) if released else (0.9, 0.999))
         self.reg = (1e-3 if released else 1e-6) if reg is None else reg
-        check_settings(
-            name,
-            beta1=(self.betas[0], BELOW_1),
-            beta2=(self.betas[1], BELOW_1),
-            reg=(self.reg, FROM_0),
-        )
+        check_settings(name, beta1=(self.betas[0], BELOW_1), beta2=(self.betas[1], BELOW_1), reg=(self.reg, FROM_0))
         check_plain_sgd(self.optimizer, name)
         self.plus, self.released, self.turns, self.steps = plus, released, turns, 0
         self.correct_bias = released if correct_bias is None else correct_bias

@@ -43,12 +43,7 @@ class Balanced(Rule):
     listens: ClassVar[tuple[str, ...]] = (_CHOSEN,)
 
     def __init__(
-        self,
-        compiled: nn.Module,
-        optimizer: Optimizer,
-        *,
-        rate: float = 1e-3,
-        bias: str = "lora_topk_bias",
+        self, compiled: nn.Module, optimizer: Optimizer, *, rate: float = 1e-3, bias: str = "lora_topk_bias"
     ) -> None:
         adapters = getattr(unwrap_ddp(compiled), "adapters", {}).values()
         found = {

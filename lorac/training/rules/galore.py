@@ -250,10 +250,7 @@ class GaLoreSGD(GaLore):
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         check_settings(
-            type(self).__name__,
-            lr=(lr, FROM_0),
-            momentum=(momentum, BELOW_1),
-            weight_decay=(weight_decay, FROM_0),
+            type(self).__name__, lr=(lr, FROM_0), momentum=(momentum, BELOW_1), weight_decay=(weight_decay, FROM_0)
         )
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 

@@ -68,11 +68,7 @@ class LoRAPro(PairRule):
         super().__init__(compiled, optimizer)
         name = type(self).__name__
         check_settings(
-            name,
-            damping=(damping, FROM_0),
-            beta1=(betas[0], BELOW_1),
-            beta2=(betas[1], BELOW_1),
-            eps=(eps, FROM_0),
+            name, damping=(damping, FROM_0), beta1=(betas[0], BELOW_1), beta2=(betas[1], BELOW_1), eps=(eps, FROM_0)
         )
         if full:
             check_plain_sgd(self.optimizer, f"{name}(full=True)")

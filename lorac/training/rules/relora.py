@@ -61,11 +61,7 @@ class ReLoRA(PairRule):
             for tensor, _ in before:
                 tensor.requires_grad_(False)
             super().__init__(compiled, optimizer)
-            check_settings(
-                type(self).__name__,
-                every=(every, FROM_1),
-                prune=(prune, SHARE),
-            )
+            check_settings(type(self).__name__, every=(every, FROM_1), prune=(prune, SHARE))
             self.room = self._room(target)
         except BaseException:
             for tensor, trains in before:

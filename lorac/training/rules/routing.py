@@ -122,11 +122,7 @@ def _count_rows(inputs: Mapping[str, object]) -> int:
 
 
 def sampled_selection_loss(
-    compiled: nn.Module,
-    inputs: Mapping[str, object],
-    loss_of: Callable[[Any], Tensor],
-    *,
-    draws: int = 2,
+    compiled: nn.Module, inputs: Mapping[str, object], loss_of: Callable[[Any], Tensor], *, draws: int = 2
 ) -> Tensor:
     """Return ``leave_one_out`` of one call with every row repeated ``draws`` times, for routers that sample.
 
