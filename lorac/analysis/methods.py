@@ -164,7 +164,7 @@ def _describe_method(variant: type[Variant], reduce: Reduce, files: tuple[str, .
 
 
 def _find_example_site(variant: type[Variant]) -> tuple[Variant, Site] | None:
-    """Return a method at its defaults and a site that it adapts, or None where there are no such."""
+    """Return a method at its defaults and a site that it adapts; None without defaults or without such a site."""
     fields = dataclasses.fields(variant)
     if any(f.default is f.default_factory is dataclasses.MISSING for f in fields):
         return None

@@ -185,7 +185,7 @@ def parse_option(spec: str) -> tuple[str, object]:
     """
     name, separator, text = spec.partition("=")
     if not separator or not name:
-        raise OptionError(f"'{spec}' is no option of a method", next_step="write KEY=VALUE, such as -s density=0.5")
+        raise OptionError(f"'{spec}' is not an option of a method", next_step="write KEY=VALUE, such as -s density=0.5")
     try:
         return name, json.loads(text)
     except ValueError:

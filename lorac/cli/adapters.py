@@ -232,7 +232,7 @@ def parse_dtype(name: str) -> torch.dtype:
     """Return the dtype of a name.
 
     Raises:
-        OptionError: it is none that an adapter is stored in.
+        OptionError: adapters are not stored in it.
     """
     import torch
 

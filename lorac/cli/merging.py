@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lorac.merging.recipe import MergeRecipe
     from lorac.variants.adapter import Adapter
 
-_FOLDER_HELP = "A folder saved by transformers or diffusers, into whose weights the adapters go; else into an adapter."
+_FOLDER_HELP = "A folder saved by transformers or diffusers; the adapters go into its weights. Else into an adapter."
 _ADAPTER_HELP = "PATH=WEIGHT or NAME=PATH=WEIGHT, with weight 1 if there is none; may be given several times."
 _OPTION_HELP = "KEY=VALUE, an option of the method, such as density=0.5; may be given several times."
 _DEQUANTIZE_HELP = "Merge into the float values of MODEL's weights where they are quantised; the result is in floats."

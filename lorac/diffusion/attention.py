@@ -24,7 +24,7 @@ CROSS, SELF = "attn2.to_out.0", "attn1.to_out.0"
 BARRED = -1e6
 """The bias on the logits of keys that a query must not see."""
 _NO_GRID = "in:"
-"""The name of the grid of a site that no transformer of a U-Net is around."""
+"""The name of the grid of a site outside all transformers of a U-Net."""
 _SLACK = 1e-4
 """Of a box's edges, in cells of the grid: a fraction such as 0.3 of ten cells is three."""
 
@@ -77,7 +77,7 @@ class AttentionBranch(BranchVariant):
         """Return this variant with the number of heads of each attention.
 
         Raises:
-            SiteError: a site is no output projection of such an attention, or the model has no such attention at all.
+            SiteError: a site is not the output projection of such an attention, or the model has no such attention.
         """
         if not any(map(self._is_ours, view.module.modules())):
             raise SiteError(
@@ -103,7 +103,7 @@ class AttentionBranch(BranchVariant):
         heads = getattr(attention, "heads", None)
         if not self._is_ours(attention) or not isinstance(heads, int):
             raise SiteError(
-                f"{self.name} acts at the output projections of {self._kind}, and '{site.path}' is none",
+                f"{self.name} acts at the output projections of {self._kind}, and '{site.path}' is not one",
                 next_step=f"leave targets= at its default, {type(self).targets}",
             )
         if _NO_GRID in self.reads(site):

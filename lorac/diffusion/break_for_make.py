@@ -107,16 +107,16 @@ def learn_half(
     Raises:
         ChoiceError: the half, the adapter's method or the number of partners is wrong.
     """
-    given, taught = settings or HalfSettings(), half or name
-    if taught not in _LEARNED:
-        raise ChoiceError(f"'{taught}' is no half of a LoRA", next_step="give half= content or style")
+    given, kind = settings or HalfSettings(), half or name
+    if kind not in _LEARNED:
+        raise ChoiceError(f"'{kind}' is not a half of a LoRA", next_step="give half= content or style")
     if len(partners) < given.partners:
         raise ChoiceError(
             f"there are {len(partners)} partners, and a step takes {given.partners}",
             next_step="give more losses, or partners= in HalfSettings",
         )
-    mine = _learned(compiled, name, _LEARNED[taught])
-    theirs = _learned(compiled, name, *(set(_LEARNED.values()) - {_LEARNED[taught]}))
+    mine = _find_learned(compiled, name, _LEARNED[kind])
+    theirs = _find_learned(compiled, name, *(set(_LEARNED.values()) - {_LEARNED[kind]}))
     optimizers = [
         torch.optim.AdamW(tensors, lr=rate, weight_decay=given.decay)
         for tensors, rate in ((mine, given.rate), (theirs, given.partner_rate))
@@ -124,12 +124,12 @@ def learn_half(
     chosen, losses = random.Random(given.seed), []
     compiled.swap(name)
     compiled.train()
-    with progress(taught, total=given.steps) as report:
+    with progress(kind, total=given.steps) as report:
         for _ in range(given.steps):
             draw = chosen.getrandbits(32)
-            losses.append(_step(own(_seeded(draw)), mine, optimizers[0], given.clip))
+            losses.append(_step(own(_make_generator(draw)), mine, optimizers[0], given.clip))
             drawn = chosen.sample(list(partners), given.partners)
-            mean = torch.stack([loss(_seeded(draw)) for loss in drawn]).mean()
+            mean = torch.stack([loss(_make_generator(draw)) for loss in drawn]).mean()
             _step(mean, theirs, optimizers[1], given.clip)
             report.step(f"loss {losses[-1]:.3f}")
     compiled.eval()
@@ -160,7 +160,7 @@ def learn_both(
         The sum of both losses at each step.
     """
     given = settings or HalfSettings()
-    tensors = _learned(compiled, name, *_LEARNED.values())
+    tensors = _find_learned(compiled, name, *_LEARNED.values())
     optimizer = torch.optim.AdamW(tensors, lr=given.rate, weight_decay=given.decay)
     rule = Preconditioned(compiled, optimizer, reg=reg) if preconditioned else None
     chosen, losses = random.Random(given.seed), []
@@ -169,7 +169,9 @@ def learn_both(
     with progress("content and style", total=given.steps) as report:
         for _ in range(given.steps):
             draw = chosen.getrandbits(32)
-            losses.append(_step(content(_seeded(draw)) + style(_seeded(draw)), tensors, optimizer, given.clip))
+            losses.append(
+                _step(content(_make_generator(draw)) + style(_make_generator(draw)), tensors, optimizer, given.clip)
+            )
             report.step(f"loss {losses[-1]:.3f}")
     compiled.eval()
     if rule is not None:
@@ -177,7 +179,7 @@ def learn_both(
     return losses
 
 
-def _learned(compiled: CompiledModule, name: str, *keys: str) -> list[Tensor]:
+def _find_learned(compiled: CompiledModule, name: str, *keys: str) -> list[Tensor]:
     adapter: Adapter = compiled.adapters[name]
     if not isinstance(adapter.variant, PLP):
         raise ChoiceError(
@@ -186,12 +188,12 @@ def _learned(compiled: CompiledModule, name: str, *keys: str) -> list[Tensor]:
     return [own[key] for own in adapter.tensors.values() for key in keys]
 
 
-def _seeded(seed: int) -> torch.Generator:
+def _make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 def _step(loss: Tensor, tensors: list[Tensor], optimizer: torch.optim.Optimizer, clip: float) -> float:
-    """Move some tensors by one step, and none of the others that the loss depends on; return the loss."""
+    """Move these tensors alone by one step, whatever else the loss depends on; return the loss."""
     for tensor, grad in zip(tensors, torch.autograd.grad(loss, tensors), strict=True):
         tensor.grad = grad
     torch.nn.utils.clip_grad_norm_(tensors, clip)

@@ -5,7 +5,7 @@
     compiled.add_adapter(at_text_encoder(text_encoder, span)) # in the text encoder, once per prompt
     chain_after(lora, span, unet)                             # in the layers that read the embeddings
 
-arXiv 2412.09169, of which the formula X' = X − αX·V·Vᵀ is read and no code is public. Which rows span V and which are
+arXiv 2412.09169 gives the formula X' = X − αX·V·Vᵀ, and no code is public. The rows that span V and those that are
 projected, the limit of the rank and the way of mixing are lorac's own choices.
 """
 
@@ -60,8 +60,8 @@ def find_rows(tokenizer: Any, prompt: str | Sequence[str]) -> PromptRows:
         prompt: one or several.
     """
     given = [prompt] if isinstance(prompt, str) else list(prompt)
-    asked: dict[str, Any] = {"max_length": tokenizer.model_max_length, "return_special_tokens_mask": True}
-    encoded = tokenizer(given, padding="max_length", truncation=True, **asked)
+    options: dict[str, Any] = {"max_length": tokenizer.model_max_length, "return_special_tokens_mask": True}
+    encoded = tokenizer(given, padding="max_length", truncation=True, **options)
     words = torch.tensor(encoded["attention_mask"]).bool() & ~torch.tensor(encoded["special_tokens_mask"]).bool()
     later = words.flip(1).cumsum(1).flip(1)
     return PromptRows(words, (later == 0) & (torch.arange(words.shape[1]) > 0))
@@ -153,7 +153,7 @@ def write(adapter: Adapter, span: Tensor, alpha: float = 1.0, *, rows: Tensor | 
     """Write another span into an adapter of ``at_text_encoder``; the next call projects it, on every target.
 
     Raises:
-        ChoiceError: it has more columns than the adapter, or α is none.
+        ChoiceError: it has more columns than the adapter, or α is out of range.
     """
     _check_alpha(alpha)
     [own] = adapter.tensors.values()

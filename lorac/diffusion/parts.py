@@ -21,7 +21,7 @@ _LEFT = frozenset({"safety_checker", "image_encoder", "feature_extractor", "cont
 _HALVES = (torch.float16, torch.bfloat16)
 _HIDDEN_STATES = "output_hidden_states"
 _READ_BY_LAYER = frozenset({"clip_text_model", "clip"})
-"""Text encoders of which pipelines read the states of an inner layer."""
+"""Text encoders whose inner layers' states pipelines read."""
 
 
 def find_parts(components: Mapping[str, object]) -> dict[str, nn.Module]:
@@ -74,10 +74,10 @@ class PipelinePart:
         running = self._running.get()
         if adapters is UNSET and running is not None:
             adapters = running.choose(Call(args, kwargs).rows) if self._adaptable else running.held[0]
-        asked = kwargs.pop(_HIDDEN_STATES, None)
-        states = {_HIDDEN_STATES: True} if self._gives_states else {} if asked is None else {_HIDDEN_STATES: asked}
+        wanted = kwargs.pop(_HIDDEN_STATES, None)
+        states = {_HIDDEN_STATES: True} if self._gives_states else {} if wanted is None else {_HIDDEN_STATES: wanted}
         output = self.component(*args, adapters=adapters, **states, **kwargs)
-        if not self._gives_states or asked:
+        if not self._gives_states or wanted:
             return output
         if isinstance(output, tuple):
             return tuple(value for value in output if not isinstance(value, tuple))

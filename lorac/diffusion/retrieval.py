@@ -116,7 +116,7 @@ class Retriever:
         """Read the folder of ``save``.
 
         Raises:
-            FormatError: it is no such folder.
+            FormatError: the folder holds no retriever, or a damaged one.
         """
         from transformers import AutoModel, AutoTokenizer
 
@@ -146,7 +146,7 @@ def _read_encoder(file: Path) -> tuple[WeightEncoder, Pooling]:
         return encoder, settings["pooling"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FormatError(
-            f"'{file}' is not what a retriever wrote: {error}",
+            f"'{file}' was not written by a retriever: {error}",
             next_step="train the retriever again, and save it",
             code="corrupt_file",
         ) from error

@@ -11,7 +11,7 @@ from lorac.errors import ExampleInputsNeeded, InputMismatch
 from lorac.frontend.host import Host
 
 _ADDED = "added_cond_kwargs"
-"""The argument of U-Nets that has conditions by name, beside the prompt's states."""
+"""The argument of U-Nets that holds conditions by name, next to the prompt's states."""
 
 
 @dataclass(frozen=True, eq=False)

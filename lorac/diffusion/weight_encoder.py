@@ -47,10 +47,10 @@ class WeightEncoder(nn.Module):
         if probes < 1:
             raise OptionError(f"probes={probes} would read nothing of an adapter", next_step="give 1 or more")
         self.sizes, self.width, self.probes = dict(sizes), width, probes
-        asked = nn.ModuleDict({_key(path): SiteProbe(takes, probes) for path, (takes, _) in sizes.items()})
+        sites = nn.ModuleDict({_key(path): SiteProbe(takes, probes) for path, (takes, _) in sizes.items()})
         kinds = {_kind(path, gives): probes * gives for path, (_, gives) in sizes.items()}
         projections = nn.ModuleDict({kind: nn.Linear(reads, width) for kind, reads in kinds.items()})
-        self.embedder = nn.ModuleDict({"model_dict": asked, "proj_dict": projections})
+        self.embedder = nn.ModuleDict({"model_dict": sites, "proj_dict": projections})
         self.position_embeds = nn.Parameter(torch.zeros(1, len(sizes), width))
         self.encoders = nn.ModuleList(ClipBlock(width) for _ in range(layers))
         self.final_layer_norm = nn.LayerNorm(width)

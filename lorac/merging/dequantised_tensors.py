@@ -32,9 +32,9 @@ class QuantisedLayout:
     """The parts in which a library stores a matrix.
 
     Attributes:
-        mark: the part by which such layers are known.
-        parts: all that there must be; the matrix is written to the file that holds the first.
-        optional: parts that there may be, some of which say how inputs are rounded, which products of floats do not.
+        mark: a part that only such layers have.
+        parts: the parts that every such layer has; the matrix is written to the file that holds the first.
+        optional: further parts; those about the rounding of inputs mean nothing for products of floats.
         shape: parts and settings -> (out, in).
         decode: parts and settings -> the matrix (out, in) in float32.
     """
@@ -58,8 +58,8 @@ class DequantisedTensors(Mapping[str, Tensor]):
         shards, index, index_name: as ``ShardedTensors`` has them.
 
     Raises:
-        CompileError: lorac has no layout of the library's.
-        FormatError: a part is missing, or of no layer.
+        CompileError: lorac does not know the library's layout.
+        FormatError: a part is missing, or belongs to no layer.
     """
 
     def __init__(self, stored: ShardedTensors, folder: Path, settings: JsonMapping) -> None:

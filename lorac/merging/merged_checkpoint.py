@@ -31,9 +31,9 @@ from lorac.storage.tensor_file import write_safetensors
 _WEIGHTS = frozenset(
     {".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".onnx_data", ".ot", ".pt", ".pth", ".safetensors"}
 )
-"""Suffixes of files that hold weights, in which the adapters are not."""
+"""Suffixes of files that hold weights without the adapters."""
 _INDEX, _ADAPTER = ".index.json", "adapter_"
-"""End of the names of indices, and beginning of those of PEFT's files, which transformers would load on top."""
+"""The end of an index's name, and the beginning of a PEFT file's, which transformers would load on top."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def make_way(method: str, options: Mapping[str, object], names: Sequence[str]) -
 
     Args:
         method: the name of the way.
-        options: its fields; one that each adapter may have its own of may be a mapping from the adapters' names.
+        options: its fields; one for each adapter may be a mapping from the adapters' names.
         names: the adapters' names, in order.
 
     Raises:
@@ -88,7 +88,7 @@ def order_by_name(what: str, values: Mapping[str, object], names: Sequence[str])
     for name in [*values, *names]:
         if name not in names:
             raise ChoiceError(
-                f"{what} names '{name}', which is none of the adapters",
+                f"{what} names '{name}', which is not one of the adapters",
                 nearest=nearest_name(str(name), names),
                 next_step=f"they are {', '.join(names)}",
             )

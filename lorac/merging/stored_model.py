@@ -29,7 +29,7 @@ class StoredModel:
         config: the contents of its configuration.
         tensors: its tensors by the names that they are stored under.
         keys: name in the model -> the name that it is stored under. A tied weight has one for each name that is stored.
-        converted: name in the model -> the tensors that it is computed from, of which a stack of experts is made.
+        converted: name in the model -> the stored tensors that it is computed from, as a stack of experts is.
         view: the model on the meta device, with its tensors as they are stored.
     """
 
@@ -57,8 +57,7 @@ class StoredModel:
         settings = config.get("quantization_config")
         if settings and not dequantize:
             raise CompileError(
-                f"'{folder}' holds a quantised model, to whose weights nothing can be added and from which nothing can "
-                "be subtracted",
+                f"'{folder}' holds a quantised model, and changes of its weights can be neither added nor extracted",
                 next_step="give the model as it was before"
                 + ("" if dequantize is None else ", or dequantize=True (--dequantize) to merge into its float values"),
                 code="not_mergeable",
@@ -138,7 +137,7 @@ def _outline_tensors(
             loaded = group.load(stored)
         except (RuntimeError, ValueError, LookupError) as error:
             raise FormatError(
-                f"'{folder}' holds '{next(iter(group.sources))}' and others, of which '{group.name}' cannot be made: "
+                f"'{folder}': '{group.name}' cannot be made of '{next(iter(group.sources))}' and others: "
                 f"{str(error).partition(chr(10))[0]}",
                 next_step="download the whole folder again",
                 code="corrupt_file",

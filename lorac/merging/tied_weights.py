@@ -1,4 +1,4 @@
-"""Parameters that several layers share, of which adapters may change one layer's alone."""
+"""Parameters that several layers share; an adapter may change them in one layer alone."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -169,7 +169,7 @@ class PruningWay(CombiningWay):
     def keeps_one(self) -> bool:
         return super().keeps_one and min(per_adapter(self.density, 1)) == 1
 
-    def pruned(self, tensors: Tensor, generator: torch.Generator) -> Tensor:
+    def prune(self, tensors: Tensor, generator: torch.Generator) -> Tensor:
         """Return tensors (N, …) without the entries left out."""
         densities = per_adapter(self.density, len(tensors))
         return torch.stack([self._prune(t, densities[i], i, generator) for i, t in enumerate(tensors)])
@@ -189,7 +189,7 @@ class PrunedSumWay(PruningWay):
     """A way that adds up pruned changes: Σ wᵢ·Δ̂ᵢ."""
 
     def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        total = torch.tensordot(weights, self.pruned(tensors, generator), dims=1)
+        total = torch.tensordot(weights, self.prune(tensors, generator), dims=1)
         return total / _nonzero(weights.sum()) if self.normalize else total
 
 
@@ -207,7 +207,7 @@ class SignElectionWay(PruningWay):
     weighted: bool | None = None
 
     def combine(self, tensors: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
-        pruned = self.pruned(tensors, generator)
+        pruned = self.prune(tensors, generator)
         column = weights.view(-1, *[1] * (tensors.dim() - 1))
         weighs = not self.is_like_peft if self.weighted is None else self.weighted
         voters = pruned * column if weighs else pruned

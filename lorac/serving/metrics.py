@@ -2,11 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import final
 
 import prometheus_client
-from prometheus_client.core import GaugeMetricFamily, Metric
 
 from lorac.serving.active_request import ActiveRequest
 from lorac.serving.served_model import ServedModel, TextScheduler
@@ -99,27 +98,40 @@ class ServerMetrics:
         while reads:
             self._loads.labels(self._name, "use").observe(reads.popleft())
         state = prometheus_client.CollectorRegistry()
-        requests = [*self.running.values()]
-        state.register(_State([*self._gauges(scheduler), _describe_adapters(scheduler, requests, shared)]))
+        for name, text, value in self._read_state(scheduler):
+            prometheus_client.Gauge(name, text, ["model_name"], registry=state).labels(self._name).set(value)
+        # Inference gateways read from labels which adapters run and wait, and send requests where theirs are.
+        names = {True: set[str](), False: set[str]()}
+        for request in [*self.running.values()]:
+            names[request.first_token is not None].update(name for name in request.adapters if name in shared)
+        labels = {
+            "max_lora": "0" if scheduler is None else str(scheduler.rows),
+            "running_lora_adapters": ",".join(sorted(names[True])),
+            "waiting_lora_adapters": ",".join(sorted(names[False])),
+        }
+        text = "Adapters of requests that run and wait."
+        info = prometheus_client.Gauge("vllm:lora_requests_info", text, [*labels], registry=state)
+        info.labels(**labels).set(time.time())
         return prometheus_client.generate_latest(self._registry) + prometheus_client.generate_latest(state)
 
-    def _gauges(self, scheduler: TextScheduler | None) -> Iterator[Metric]:
+    def _read_state(self, scheduler: TextScheduler | None) -> Iterator[tuple[str, str, float]]:
+        """Yield the name, the text and the value of each gauge."""
         running, waiting = (0, 0) if scheduler is None else scheduler.load
         rows, memory, pool = 1 if scheduler is None else scheduler.rows, self._compiled.memory, self._compiled.pool
         # Without a limit on memory, the places for rows may run out.
         share = running / rows if memory.limit is None else memory.used / max(memory.limit, 1)
-        yield self._gauge("vllm:num_requests_running", "Requests at work.", running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the room for caches in use, from 0 to 1.", share)
-        yield self._gauge("lorac_adapters_registered", "Adapters that requests may name.", len(pool))
-        yield self._gauge("lorac_adapters_resident", "Adapters that are ready in memory.", len(pool.resident))
-        yield self._gauge("lorac_memory_bytes", "Memory of adapters and caches.", memory.used)
+        yield "vllm:num_requests_running", "Requests at work.", running
+        yield "vllm:num_requests_waiting", "Requests that wait.", waiting
+        yield "vllm:kv_cache_usage_perc", "Share of the room for caches in use, from 0 to 1.", share
+        yield "lorac_adapters_registered", "Adapters that requests may name.", len(pool)
+        yield "lorac_adapters_resident", "Adapters that are ready in memory.", len(pool.resident)
+        yield "lorac_memory_bytes", "Memory of adapters and caches.", memory.used
         if memory.limit is not None:
-            yield self._gauge("lorac_memory_limit_bytes", "The most memory of adapters and caches.", memory.limit)
+            yield "lorac_memory_limit_bytes", "The most memory of adapters and caches.", memory.limit
         if scheduler is not None and scheduler.chunk is not None:
-            yield self._gauge("lorac_prefill_chunk_tokens", "The most tokens of each prompt per step.", scheduler.chunk)
+            yield "lorac_prefill_chunk_tokens", "The most tokens of each prompt per step.", scheduler.chunk
         for name, nbytes in ({} if scheduler is None else scheduler.nbytes).items():
-            yield self._gauge(f"lorac_{name}_bytes", f"Memory of the {name} of rows at work.", nbytes)
+            yield f"lorac_{name}_bytes", f"Memory of the {name} of rows at work.", nbytes
 
     def _counter(self, name: str, text: str) -> prometheus_client.Counter:
         return prometheus_client.Counter(name, text, ["model_name"], registry=self._registry).labels(self._name)
@@ -127,38 +139,3 @@ class ServerMetrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> prometheus_client.Histogram:
         made = prometheus_client.Histogram(name, text, ["model_name"], registry=self._registry, buckets=buckets)
         return made.labels(self._name)
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        return _labelled(name, text, {"model_name": self._name}, value)
-
-
-@final
-class _State(prometheus_client.registry.Collector):
-    """Metrics as they are at one moment."""
-
-    def __init__(self, metrics: Collection[Metric]) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Collection[Metric]:
-        return self._metrics
-
-
-def _describe_adapters(
-    scheduler: TextScheduler | None, requests: Collection[ActiveRequest], shared: Collection[str]
-) -> Metric:
-    """Return the adapters that work and wait: inference gateways send requests where theirs are."""
-    names = {True: set[str](), False: set[str]()}
-    for request in requests:
-        names[request.first_token is not None].update(name for name in request.adapters if name in shared)
-    labels = {
-        "max_lora": "0" if scheduler is None else str(scheduler.rows),
-        "running_lora_adapters": ",".join(sorted(names[True])),
-        "waiting_lora_adapters": ",".join(sorted(names[False])),
-    }
-    return _labelled("vllm:lora_requests_info", "Adapters of requests that run and wait.", labels, time.time())
-
-
-def _labelled(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=[*labels])
-    family.add_metric([*labels.values()], value)
-    return family

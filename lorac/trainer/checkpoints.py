@@ -132,7 +132,7 @@ def finish_checkpoint(folder: Path, step: int, run: JsonObject) -> None:
 
 
 def _iterate_differences(there: Json, here: Json, path: str = "") -> Iterator[tuple[str, Json, Json]]:
-    """Yield the dotted path of each part in which two values differ, and both parts; None stands for a missing one."""
+    """Yield the dotted path of each part that differs in two values, and both parts; a missing one is None."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted({*there, *here}):
             inner = f"{path}.{key}" if path else key

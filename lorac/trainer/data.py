@@ -21,7 +21,7 @@ COLUMNS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "sequence-classification": (("text", "label"),),
     "image-classification": (("image", "label"),),
 }
-"""Task -> the sets of columns, one of which its rows have."""
+"""Task -> the sets of columns that its rows may have."""
 READERS: Mapping[str, str] = {
     **{".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text", ".md": "text"},
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp"), "imagefolder"),
@@ -103,8 +103,8 @@ def _read(data: str) -> Dataset:
 
 
 def _ask(row: Row) -> Row:
-    asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
-    turns = {"prompt": ("user", asked), "completion": ("assistant", row["output"])}
+    prompt = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+    turns = {"prompt": ("user", prompt), "completion": ("assistant", row["output"])}
     return {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
 
 

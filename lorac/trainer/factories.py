@@ -32,7 +32,7 @@ def make_adapters(
         OptionError: there is no such method, start or keyword.
         LoracError: as reading, making or beginning one raises it.
     """
-    return {name: _make_adapter(name, dict(said), model, batches) for name, said in given.items()}
+    return {name: _make_adapter(name, dict(fields), model, batches) for name, fields in given.items()}
 
 
 def make_optimizer(spec: NamedSpec, compiled: CompiledModule, learning_rate: float) -> torch.optim.Optimizer:
@@ -74,23 +74,24 @@ def make_losses(specs: Sequence[NamedSpec]) -> dict[str, dict[str, Any]]:
 
 
 def _make_adapter(
-    name: str, said: dict[str, Any], model: nn.Module, batches: Callable[[], Iterable[Any]]
+    name: str, fields: dict[str, Any], model: nn.Module, batches: Callable[[], Iterable[Any]]
 ) -> Adapter | Variant:
-    if "path" in said:
-        path = said.pop("path")
-        if said:
-            what = f"adapter '{name}' has a path, and {', '.join(said)} besides"
+    if "path" in fields:
+        path = fields.pop("path")
+        if fields:
+            what = f"adapter '{name}' has a path, and also {', '.join(fields)}"
             raise OptionError(what, next_step="leave these out: its file holds them")
         return lorac.load_adapter(path, model, name)
-    start, spec, known = said.pop("start", None), {"name": said.pop("method", None), **said}, lorac.variants()
+    start, known = fields.pop("start", None), lorac.variants()
+    spec = {"name": fields.pop("method", None), **fields}
     method, keywords = _look_up(spec, f"adapter '{name}': there is no method", known)
     variant: Variant = _construct(known[method], keywords)
     if start is None:
         return variant
     starts = _list_classes(initialisation, initialisation.Initialiser)
     begin, keywords = _look_up(start, f"adapter '{name}': there is no start", starts)
-    begun: Adapter = _construct(starts[begin], keywords)(variant, model, batches())
-    return begun
+    adapter: Adapter = _construct(starts[begin], keywords)(variant, model, batches())
+    return adapter
 
 
 def _look_up(spec: NamedSpec, what: str, known: Collection[str]) -> tuple[str, dict[str, Any]]:

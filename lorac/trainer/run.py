@@ -67,7 +67,7 @@ def train(
 
 
 class _Run:
-    """The rows and the arguments of a run, from which its trainer is made."""
+    """The rows and the arguments of a run, and its trainer's maker."""
 
     def __init__(self, model: nn.Module, processing_class: Any, recipe: Recipe, folder: Path) -> None:
         from transformers import set_seed
@@ -111,7 +111,7 @@ class _Run:
         if recipe.early_stopping_patience is not None:
             options["callbacks"] = [EarlyStoppingCallback(recipe.early_stopping_patience)]
         if self.is_preference:  # the run begins at the base with the adapters that it trains on
-            given = {name: said for name, said in recipe.adapters.items() if "path" in said}
+            given = {name: fields for name, fields in recipe.adapters.items() if "path" in fields}
             begun = factories.make_adapters(given, self.model, self._batches)
             options["ref_model"] = lorac.compile(self.model, begun, active=dict.fromkeys(begun, 1.0)).eval()
         active = recipe.active or dict.fromkeys(adapters, 1.0)

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from types import TracebackType
 from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
@@ -64,7 +63,7 @@ class Rule(ABC):
     """Names of the tensors that the optimizer must hold."""
     listens: ClassVar[tuple[str, ...]] = ()
     """Names of the extra outputs that the rule reads (``hear``)."""
-    begun: ClassVar[bool] = True
+    in_residuals: ClassVar[bool] = True
     """Whether it also applies to the inner method of a ``Residual`` (``lorac.training.initialisation``)."""
     before_gradients: bool = False
     """Whether the rule reads gradients before the step, which a closure would compute later."""
@@ -78,12 +77,12 @@ class Rule(ABC):
     @abstractmethod
     def __init__(self, compiled: nn.Module, optimizer: Optimizer) -> None:
         self.compiled, self.optimizer = unwrap_ddp(compiled), unwrap_optimizer(optimizer)
-        self.terms = trained_terms(compiled, self.methods, begun=self.begun)
-        held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
-        wanted = ((term, name) for term in self.terms for name in self.governed if name in term.tensors)
-        for term, name in wanted:
+        self.terms = trained_terms(compiled, self.methods, in_residuals=self.in_residuals)
+        in_optimizer = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
+        governed = ((term, name) for term in self.terms for name in self.governed if name in term.tensors)
+        for term, name in governed:
             tensor = term.tensors[name]
-            if tensor.requires_grad and id(tensor) not in held:
+            if tensor.requires_grad and id(tensor) not in in_optimizer:
                 raise ChoiceError(
                     f"the optimizer does not hold {name} of '{term.adapter}' at '{term.site}'",
                     next_step="make it of all compiled.parameters() that require grad, or turn requires_grad off there",
@@ -146,9 +145,7 @@ class Rule(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _before(self, optimizer: Optimizer, args: Operands, kwargs: State) -> tuple[Operands, State]:
@@ -208,8 +205,10 @@ def unwrap_ddp(compiled: nn.Module) -> Any:
     return inner if hasattr(inner, "engine") and not hasattr(compiled, "engine") else compiled
 
 
-def trained_terms(compiled: nn.Module, methods: tuple[type[Variant], ...], *, begun: bool = True) -> list[TrainedTerm]:
-    """Return the terms of the adapters of some methods, by name; with ``begun``, also inside a ``Residual``.
+def trained_terms(
+    compiled: nn.Module, methods: tuple[type[Variant], ...], *, in_residuals: bool = True
+) -> list[TrainedTerm]:
+    """Return the terms of the adapters of some methods, by name; with ``in_residuals``, also inside a ``Residual``.
 
     Raises:
         Unavailable: the compiled model does not train.
@@ -225,7 +224,7 @@ def trained_terms(compiled: nn.Module, methods: tuple[type[Variant], ...], *, be
     found = [
         TrainedTerm(adapter.name, path, tensors, adapter.variant.at_path(path).trained_method)
         for adapter in adapters
-        if isinstance(adapter.variant.trained_method if begun else adapter.variant, methods)
+        if isinstance(adapter.variant.trained_method if in_residuals else adapter.variant, methods)
         for path, tensors in adapter.tensors.items()
     ]
     if not found:

@@ -111,5 +111,5 @@ def test_rejects_adapters_from_options_and_recipe_together(given, folder):
 
 
 def test_an_option_without_a_value_is_refused(folder):
-    with pytest.raises(lorac.OptionError, match=r"'density' is no option of a method\n.*KEY=VALUE"):
+    with pytest.raises(lorac.OptionError, match=r"'density' is not an option of a method\n.*KEY=VALUE"):
         run("-a", "a", "-s", "density", "-o", "out")

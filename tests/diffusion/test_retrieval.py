@@ -157,7 +157,7 @@ def test_rejects_folders_without_a_retriever_or_adapters(retriever, folder, tmp_
     with refuses("unknown_format", match="no retriever in"):
         Retriever.load(tmp_path)
     (tmp_path / "retriever.safetensors").write_bytes(b"no tensors")
-    with refuses("corrupt_file", match="is not what a retriever wrote"):
+    with refuses("corrupt_file", match="was not written by a retriever"):
         Retriever.load(tmp_path)
     with refuses("unknown_format", match="no adapters in"):
         find_adapters(retriever, "a red dress", tmp_path)

@@ -51,9 +51,9 @@ class ParsedText:
 
 
 def find_response_template(tokenizer: FastTokenizer, model_type: str) -> JsonMapping | None:
-    """Return how a model's answers are parsed: by its tokenizer, or as transformers knows its kind; None for neither.
+    """Return the response template of a model's tokenizer, or transformers' own for its kind; None without either.
 
-    The kinds are known to transformers' server alone, in a function that is no part of its documented interface.
+    Only transformers' server knows the kinds, in a function outside its documented interface.
     """
     from transformers.cli.serving import utils
 
@@ -68,7 +68,7 @@ class ChatParser:
 
     Args:
         tokenizer: its response template describes answers.
-        template: is used in the place of the tokenizer's own.
+        template: replaces the tokenizer's own.
         prompt: the text before the answer, which may have begun it.
         tools: those that the answer may call.
     """

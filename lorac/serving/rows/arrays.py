@@ -19,7 +19,7 @@ def read_lists(inputs: Mapping[str, list[object]], dtype: torch.dtype) -> dict[s
         dtype: of fractions.
 
     Raises:
-        RefusedField: one is no array of numbers.
+        RefusedField: one is not an array of numbers.
     """
     tensors = {}
     for name, value in inputs.items():

@@ -42,7 +42,7 @@ class _RowJob:
 
 @final
 class RowBatches:
-    """Computes rows in a thread of its own: whatever waits and has one form is one call.
+    """Computes rows in a thread of its own: waiting jobs of one form are one call.
 
     Args:
         compiled: the model; each row of its inputs has one in its outputs.
@@ -78,13 +78,13 @@ class RowBatches:
         self._thread.join()
 
     def _work(self) -> None:
-        held, ended = None, False
-        while not ended and (first := held or self._jobs.get()) is not None:
-            jobs, held, ended = self._gather(first)
+        following, ended = None, False
+        while not ended and (first := following or self._jobs.get()) is not None:
+            jobs, following, ended = self._gather(first)
             self._run(jobs)
 
     def _gather(self, first: _RowJob) -> tuple[list[_RowJob], _RowJob | None, bool]:
-        """Return jobs for one call, a job that waits for the next, and whether there is none after them."""
+        """Return jobs for one call, the first job of the next one, and whether the queue has ended."""
         jobs, count = [first], len(first.choices)
         while not self._jobs.empty():
             job = self._jobs.get()

@@ -89,7 +89,7 @@ async def embed(fields: EmbeddingFields, http: fastapi.Request) -> Response:
 
 @predict_router.post("/v1/predict")
 async def predict(http: fastapi.Request) -> Response:
-    """Return a model's outputs for the rows of its inputs, in the form in which these came: JSON or npz."""
+    """Return a model's outputs for the rows of its inputs, in the inputs' form: JSON or npz."""
     state, media = http.app.state, http.headers.get("content-type", "").partition(";")[0].strip().lower()
     body = await http.body()
     if media in NPZ:

@@ -1,4 +1,4 @@
-"""Adapters that the tenants of a server bring while it runs, none of which is trusted."""
+"""Adapters that the tenants of a server bring while it runs. None is trusted."""
 
 from lorac.serving.store.quotas import StoreQuotas
 from lorac.serving.store.store import AdapterStore, TenantAdapter

@@ -19,12 +19,12 @@ class StoreQuotas:
     """The quotas of each tenant of a store.
 
     Attributes:
-        bytes: of all files together, those included that are being uploaded; equal files count once.
+        bytes: the most of all files together, with those being uploaded; equal files count once.
         adapters: the most names.
         rank: the largest rank of an adapter.
         sites: the most sites of an adapter.
-        uploads_per_minute: the most uploads, those included that are refused.
-        seconds: processor time in which an upload is read.
+        uploads_per_minute: the most uploads, with refused ones.
+        seconds: the most processor time of reading an upload.
         memory: the most bytes that reading an upload takes.
     """
 

@@ -4,10 +4,10 @@ import os
 import re
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Protocol, Self
+from typing import BinaryIO, Protocol
 
 from lorac.argument_types import JsonMapping, check_type
 from lorac.errors import (
@@ -78,7 +78,7 @@ class AdapterHolder(Protocol):
     def remove_adapter(self, name: str) -> None: ...
 
 
-class AdapterStore:
+class AdapterStore(AbstractContextManager["AdapterStore"]):
     """Adapters that the tenants of a server bring while it runs. Threads may share it; one process may use its folder.
 
     An upload is PEFT's or lorac's own safetensors. Another process, with limits, reads it and writes it anew, and the
@@ -134,7 +134,7 @@ class AdapterStore:
         """Return the name that an adapter of a tenant has in the compiled model.
 
         Raises:
-            AdapterNotFound: the tenant has no such adapter, whoever else may have one.
+            AdapterNotFound: the tenant has no such adapter, even if another has.
         """
         return self._find(tenant, name).key
 
@@ -159,7 +159,7 @@ class AdapterStore:
 
         Args:
             tenant: whose it will be.
-            name: by which the tenant asks for it.
+            name: the tenant's name for it.
             files: ``adapter_config.json`` and ``adapter_model.safetensors``, or one file in lorac's own format.
             base: the hash of the base weights, if the files do not record it.
 
@@ -212,12 +212,7 @@ class AdapterStore:
         self._reader.close()
         self._folder.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _add(
@@ -319,9 +314,9 @@ def check_base_is_known(name: str, record: JsonMapping, bases: Collection[str]) 
     named = record["provenance"].get("config", {}).get("base_model_name_or_path")
     if record["base"] or named in bases:
         return
-    said = "does not say which base weights it is for" if not named else f"is for the base {short(named)}"
+    fault = "does not say which base weights it is for" if not named else f"is for the base {short(named)}"
     raise AdapterError(
-        f"adapter '{name}' {said}",
+        f"adapter '{name}' {fault}",
         next_step="save it with lorac.save_adapter(..., model=...), which records a hash, or send the hash along",
         code="base_mismatch",
     )

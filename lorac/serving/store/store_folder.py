@@ -1,4 +1,4 @@
-"""The store's folder, in which every change is one step that a kill at any moment leaves done or not done.
+"""The store's folder. Every change is one step, which a kill at any moment leaves done or not done.
 
     incoming/<tenant>/…                     files that a tenant may load by path; put there by the server's operator
     adapters/<tenant>/<digest>.safetensors  an adapter as the store rewrote it

@@ -153,9 +153,9 @@ class LoRASB(Initialiser):
         first_rate(self.lr, self.warmup, self.steps)
 
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
-        return self.begun(adapter, sum_gradients(model, sites, batches, self.loss))
+        return self.begin_from(adapter, sum_gradients(model, sites, batches, self.loss))
 
-    def begun(self, adapter: Adapter, gradients: SummedGradients) -> Adapter:
+    def begin_from(self, adapter: Adapter, gradients: SummedGradients) -> Adapter:
         """Initialise from gradients that are summed already (``lorac.training.initialisation.sum_gradients``)."""
         variant = adapter.variant
         assert isinstance(variant, LoRAXS)

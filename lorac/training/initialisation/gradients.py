@@ -1,4 +1,4 @@
-"""Gradients of base weights, summed over batches; at no time is there a gradient of more than one weight besides."""
+"""Gradients of base weights, summed over batches; besides the sums, only one weight's gradient is ever in memory."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -60,8 +60,7 @@ def sum_gradients(
 
     Raises:
         AdapterError: there is no batch, or none with a loss.
-        SiteError: a weight is no parameter.
-        SiteError: no batch gives a site a gradient.
+        SiteError: a weight is not a parameter, or no batch gives it a gradient.
         AdapterError: a gradient is NaN or infinite.
     """
     owners: dict[str, list[str]] = {}

@@ -68,10 +68,10 @@ class Initialiser(ABC):
             batches: arguments of the model's calls, if gradients or activations are read.
         """
         view = ModelView.of(model)
-        sites, begun = view.sites, self._checked(adapter, view)
+        sites, begun = view.sites, self._check(adapter, view)
         for path in begun.tensors:
             self._check_site(sites[path], begun.variant.at(sites[path]))
-        return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, self._given(batches))
+        return self.begin(begun, model, {path: sites[path] for path in begun.tensors}, self._require_batches(batches))
 
     @abstractmethod
     def begin(self, adapter: Adapter, model: nn.Module, sites: Mapping[str, Site], batches: Batches) -> Adapter:
@@ -84,7 +84,7 @@ class Initialiser(ABC):
             batches: at least one, if any are read.
         """
 
-    def _checked(self, given: Adapter | Variant, view: ModelView) -> Adapter:
+    def _check(self, given: Adapter | Variant, view: ModelView) -> Adapter:
         variant = given if isinstance(given, Variant) else given.variant
         if not isinstance(variant, self.methods):
             named = " or ".join(f"lorac.{method.__name__}" for method in self.methods)
@@ -115,7 +115,7 @@ class Initialiser(ABC):
                 code="site_unsupported",
             )
 
-    def _given(self, batches: Batches | None) -> Batches:
+    def _require_batches(self, batches: Batches | None) -> Batches:
         if not self.reads:
             return ()
         listed = iter(()) if batches is None else iter(batches)

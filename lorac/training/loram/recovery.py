@@ -18,7 +18,7 @@ from lorac.variants.lora import LoRA
 
 FILLS = ("zeros", "normal")
 _WARMUP = 100
-"""The most steps in which the learning rate of ``align`` rises."""
+"""The most steps of the warm-up of ``align``."""
 
 
 def recover(adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Module, *, fill: str = "zeros") -> Adapter:
@@ -28,7 +28,7 @@ def recover(adapter: Adapter, kept: Mapping[str, PruningRecord], model: nn.Modul
 
     Args:
         adapter: trained on the smaller model; only read.
-        kept: ``PrunedModel.kept``, or ``read_kept``.
+        kept: as ``PrunedModel.kept`` has it, or ``read_pruning_record`` returns it.
         model: the large one; only read.
         fill: ``"zeros"``; or ``"normal"``, the authors' other choice: missing columns of A are N(0, 1/r²), so that the
             large model changes at once where columns were pruned.
@@ -71,8 +71,7 @@ def _scatter_factors(
     a, b = own["lora_A"].detach(), own["lora_B"].detach()
     if (b.shape[0], a.shape[1]) != kept.small:
         raise AdapterError(
-            f"'{adapter.name}' has [{b.shape[0]}, {a.shape[1]}] at '{path}', of which the smaller model has "
-            f"{list(kept.small)}",
+            f"'{adapter.name}' has [{b.shape[0]}, {a.shape[1]}] at '{path}', and the smaller model {list(kept.small)}",
             next_step="give the adapter that was trained on that model, or the kept= of the other",
             code="shape_mismatch",
         )

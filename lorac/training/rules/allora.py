@@ -41,7 +41,7 @@ class ALLoRA(PairRule):
         SiteError: a module reads the weight itself, so the site's input is not visible.
     """
 
-    begun: ClassVar[bool] = False
+    in_residuals: ClassVar[bool] = False
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate"})
 
     def __init__(self, compiled: nn.Module, optimizer: Optimizer, *, eta2: float = 4.0) -> None:

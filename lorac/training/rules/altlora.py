@@ -91,8 +91,8 @@ class AltLoRA(PairRule):
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``.
-        ChoiceError: as ``Rule``; one factor trains without the other; the optimizer is none but plain SGD; a setting is
-            out of range.
+        ChoiceError: as ``Rule``; one factor trains without the other; the optimizer is not plain SGD; a setting is out
+            of range.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
@@ -133,7 +133,7 @@ class AltLoRA(PairRule):
         return "AB" if self.released else self.turns.at(self.steps)
 
     def before(self) -> None:
-        """Put M in the place of the gradient of the factor whose turn it is, and take the other's away."""
+        """Replace the gradient of the factor whose turn it is by M, and remove the other's."""
         groups = {id(t): group for group in self.optimizer.param_groups for t in group["params"]}
         for sides in self._sides:
             moved: Tensor | None = None
@@ -175,15 +175,15 @@ class AltLoRA(PairRule):
         gram = Gram.of(other.mT, self.reg)
         scale = 1 if self.released else side.pair.scale
         projected = gram.inverse @ side.oriented(side.gradient) / scale**2
-        direction = side.oriented_back(self._directed(side, projected, gram, other))
+        direction = side.oriented_back(self._make_direction(side, projected, gram, other))
         if self.released:  # its decay acts on the updated factor
             direction = direction * (1 - group["lr"] * group["weight_decay"])
         side.own.grad = direction.to(side.own.dtype)
         return side.own - group["lr"] * (side.own.grad + group["weight_decay"] * side.own)
 
-    def _directed(self, side: "_FactorSide", projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
+    def _make_direction(self, side: "_FactorSide", projected: Tensor, gram: Gram, other: Tensor) -> Tensor:
         """M, divided by √V + ε with ``plus``, as if the factor were A; the state goes on."""
-        state = side.begun(projected, other, self.plus)
+        state = side.prepare_state(projected, other, self.plus)
         beta1, beta2 = self.betas
         state["step"] += 1
         carried = gram.inverse @ (other.mT @ (state["old"] @ state["mean"]))
@@ -233,7 +233,7 @@ class _FactorSide:
         """Undo ``oriented``."""
         return tensor.mT.contiguous() if self.is_b else tensor
 
-    def begun(self, like: Tensor, other: Tensor, plus: bool) -> State:
+    def prepare_state(self, like: Tensor, other: Tensor, plus: bool) -> State:
         """Return the state, created without momentum on first use."""
         if not self.state:
             self.state = {"step": 0, "mean": torch.zeros_like(like), "old": other.clone()}

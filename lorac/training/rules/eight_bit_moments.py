@@ -52,7 +52,7 @@ class EightBitMoments:
         """Return a moment of a state by name, zeros on first use."""
         if like.numel() < _FEWEST:
             return OptimizerMoment(state.setdefault(name, torch.zeros_like(like)))
-        values = self._decoded(state[name], name, like) if name in state else torch.zeros_like(like)
+        values = self._decode(state[name], name, like) if name in state else torch.zeros_like(like)
 
         def store() -> None:
             code = self._codes[name].to(values.device)
@@ -61,7 +61,7 @@ class EightBitMoments:
 
         return OptimizerMoment(values, store)
 
-    def _decoded(self, kept: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    def _decode(self, kept: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         code = self._codes[name].to(like.device)
         values = self._functional.dequantize_blockwise(
             kept["codes"], absmax=kept["largest"], code=code, blocksize=_BLOCK

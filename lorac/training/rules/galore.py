@@ -41,7 +41,7 @@ def galore_groups(
         compiled: the result of ``lorac.compile(..., target="eager")``, possibly wrapped in DDP.
         rank: r, of the projected gradients; where a weight has fewer rows or columns, that many.
         update_proj_gap: T, the steps between two projections.
-        scale: α, by which the update is multiplied when it is projected back.
+        scale: α, a factor of the update when it is projected back.
         proj_type: ``"std"`` projects the shorter side, of square weights the columns; ``"reverse_std"`` the other one;
             ``"left"``, ``"right"`` and ``"full"`` (both) as they say.
 

@@ -48,7 +48,7 @@ class LoRAPro(PairRule):
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``.
         ChoiceError: as ``Rule``; one factor trains without the other; a setting is out of range; with ``full`` the
-            optimizer is none but plain SGD.
+            optimizer is not plain SGD.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
@@ -75,8 +75,8 @@ class LoRAPro(PairRule):
         self.full, self.damping = full, damping
         self._betas, self._eps = betas, eps
         paired = {id(tensor) for pair in self.pairs for tensor in pair.factors}
-        held = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-        self._others = [tensor for tensor in held if id(tensor) not in paired] if full else []
+        tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        self._others = [tensor for tensor in tensors if id(tensor) not in paired] if full else []
         self._moments: list[State] = [{} for _ in (*self.pairs, *self._others)] if full else []
         self.attach()
 

@@ -77,7 +77,7 @@ class NestedRanks(Rule):
 
     Raises:
         Unavailable, AdapterNotFound: as ``Rule``.
-        ChoiceError: as ``Rule``; also ranks that no layer has, or weights that are no distribution over them.
+        ChoiceError: as ``Rule``; also ranks that no layer has, or weights that are not a distribution over them.
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (DyLoRA,)
@@ -115,7 +115,7 @@ class NestedRanks(Rule):
         self._cut = {term.adapter for term in self.terms}
         pairs = [(term.tensors[name], dim) for term in self.terms for dim, name in enumerate(self.governed)]
         self._factors = [_Factor(tensor, dim) for tensor, dim in pairs if tensor.requires_grad]
-        self._states = [self._begun(factor) for factor in self._factors]
+        self._states = [self._split_state(factor) for factor in self._factors]
         self._stepping: list[tuple[int, int, nn.Parameter]] = []
         self._seen_states: dict[Tensor, State] = {}
         self.attach(*self._hooks())
@@ -139,8 +139,8 @@ class NestedRanks(Rule):
             factor = self._factors[index]
             factor.component(component, factor.tensor).copy_(part)
             self._states[index][component] = self._seen_states.pop(part)
-        held = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
-        self.optimizer.state.update({t: state for t, state in self._seen_states.items() if id(t) in held})
+        in_optimizer = {id(tensor) for group in self.optimizer.param_groups for tensor in group["params"]}
+        self.optimizer.state.update({t: state for t, state in self._seen_states.items() if id(t) in in_optimizer})
         self.rank = self._draw()
 
     def remove(self) -> None:
@@ -176,7 +176,7 @@ class NestedRanks(Rule):
             self._stepping.append((index, component, part))
             yield part
 
-    def _begun(self, factor: _Factor) -> list[State]:
+    def _split_state(self, factor: _Factor) -> list[State]:
         """Split the optimizer's state of a tensor by component."""
         whole: State = self.optimizer.state.get(factor.tensor, {})
         return [{key: factor.share(i, value) for key, value in whole.items()} for i in range(factor.rank)]

@@ -18,16 +18,15 @@ from lorac.variants.lora import LoRA
 from lorac.variants.plp import PLP
 
 _NOTHING = 1e-6
-"""Frobenius norm of a Gram matrix up to which the identity takes its place: a factor that starts at 0."""
+"""A Gram matrix with at most this Frobenius norm counts as the identity: its factor starts at 0."""
 _UP, _DOWN = ("up_frozen", "up_learned"), ("down_frozen", "down_learned")
 
 
 class Preconditioned(Rule):
     """Before every step g_up ← g_up·(down·downᵀ + reg·I)⁻¹ and g_down ← (upᵀ·up + reg·I)⁻¹·g_down, (r, r) each.
 
-    up (out, r) and down (r, in) are PLP's, of which the frozen halves count in the Gram matrices and have no gradient,
-    or LoRA's B and A. Both gradients change by the factors as they are before the step. Gradients are clipped, where
-    they are, before this.
+    up (out, r) and down (r, in) are LoRA's B and A, or PLP's, whose frozen halves count in the Gram matrices and have
+    no gradient. Both gradients change by the factors as they are before the step. Clipping comes before this.
 
     Args:
         compiled: as ``Rule``'s.

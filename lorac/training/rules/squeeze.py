@@ -65,7 +65,7 @@ class Squeeze(Rule):
     """
 
     methods: ClassVar[tuple[type[Variant], ...]] = (LoRA,)
-    begun: ClassVar[bool] = False
+    in_residuals: ClassVar[bool] = False
     governed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     decides: ClassVar[frozenset[str]] = frozenset({"direction", "rate", "factors"})
     saved: ClassVar[str] = "squeeze"
@@ -111,7 +111,7 @@ class Squeeze(Rule):
             self.compiled.remove_adapter(name)
             self.compiled.add_adapter(adapter, name)
         self.compiled.swap(active)
-        self.terms = trained_terms(self.compiled, self.methods, begun=self.begun)
+        self.terms = trained_terms(self.compiled, self.methods, in_residuals=self.in_residuals)
         new = {(term.adapter, term.site, key): t for term in self.terms for key, t in term.tensors.items()}
         for index, tensor in old.items():
             new[places[index]].requires_grad_(tensor.requires_grad)

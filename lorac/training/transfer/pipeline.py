@@ -101,7 +101,7 @@ def make_prompt_source(compiled: Any, task: Task, *, max_new_tokens: int = 48, *
 
 
 def make_prompt_filter(compiled: Any, task: Task, *, adapters: str) -> Accept:
-    """Return a filter that accepts prompts for which the discriminator finds yes likelier than no."""
+    """Return a filter that accepts a prompt if the discriminator finds yes likelier than no."""
 
     def accept(prompts: Sequence[str]) -> list[bool]:
         questions = [task.about(prompt) for prompt in prompts]
@@ -184,8 +184,8 @@ def answer_prompts(
     compiled: Any, prompts: Sequence[str], *, adapters: str, max_new_tokens: int = 48
 ) -> list[PromptAnswer]:
     """Return each prompt with the source's greedy answer."""
-    said = continue_prompts(compiled, prompts, adapters=adapters, max_new_tokens=max_new_tokens, do_sample=False)
-    return list(zip(prompts, said, strict=True))
+    answers = continue_prompts(compiled, prompts, adapters=adapters, max_new_tokens=max_new_tokens, do_sample=False)
+    return list(zip(prompts, answers, strict=True))
 
 
 def transfer(

@@ -254,7 +254,7 @@ def test_mismatched_models_are_refused() -> None:
     model = llama()
     smaller, other = loram.prune(model), loram.prune(model, hidden=0.2)
     adapter = trained(smaller.model)
-    with refuses("shape_mismatch", match="of which the smaller model has"):
+    with refuses("shape_mismatch", match="and the smaller model"):
         loram.recover(adapter, other.kept, model)
     with refuses("shape_mismatch", match="was pruned from a weight of"):
         loram.recover(adapter, smaller.kept, llama(heads=6))
