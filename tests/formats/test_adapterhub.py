@@ -47,7 +47,7 @@ def compiled(name, target):
 )
 @pytest.mark.parametrize("folder", WHOLE)
 @torch.no_grad()
-def test_what_the_library_wrote_answers_what_it_answered(folder):
+def test_matches_the_library_that_wrote_the_file(folder):
     name, key = split(folder)
     assert_parity(
         main(compiled(name, "eager")(**inputs(name), adapters=key)), expected(name)[key], expected(name)["base"]
@@ -65,7 +65,7 @@ def on_onnxruntime(folder):
 @pytest.mark.slow("a BERT", keep=["bert/seq"])
 @pytest.mark.parametrize("folder", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in WHOLE])
 @torch.no_grad()
-def test_so_it_does_on_onnx_runtime_at_another_batch_and_length(folder):
+def test_matches_the_library_on_onnx_runtime_at_other_sizes(folder):
     on_onnxruntime(folder)
 
 
@@ -74,7 +74,7 @@ def test_so_it_does_on_onnx_runtime_at_another_batch_and_length(folder):
     cases=["bart/*", "gpt2/*", "t5/*", "vit/*"],
 )
 @pytest.mark.parametrize("folder", SAME)
-def test_what_is_written_has_the_same_keys_and_fields_and_is_read_again(folder, tmp_path):
+def test_writes_the_same_keys_and_fields(folder, tmp_path):
     name, key = split(folder)
     lorac.save_adapter(read(folder), tmp_path / key, format="adapterhub", model=model(name))
     again = lorac.load_adapter(tmp_path / key, model(name))
@@ -104,7 +104,7 @@ def started(config):
     "checkpoints of BERT and Llama; formats/test_peft_lora.py has GPT-2's transposed layers", cases=["gpt2/*"]
 )
 @pytest.mark.parametrize("folder", FOLDED)
-def test_what_is_folded_is_read_again_as_it_was_written(folder, tmp_path):
+def test_reads_folded_adapters_after_saving(folder, tmp_path):
     name, key = split(folder)
     lorac.save_adapter(read(folder), tmp_path / key, format="adapterhub", model=model(name))
     again = lorac.load_adapter(tmp_path / key, model(name))
@@ -115,7 +115,7 @@ def test_what_is_folded_is_read_again_as_it_was_written(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(LIBRARY is None, reason="ADAPTERHUB_LIBRARY names no folder with AdapterHub's library in it")
-def test_the_library_reads_what_is_written_and_answers_the_same(tmp_path):
+def test_the_library_reads_saved_files_and_matches(tmp_path):
     for folder in WHOLE:
         name, _ = split(folder)
         (tmp_path / name).mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def test_the_library_reads_what_is_written_and_answers_the_same(tmp_path):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_it_lives_on_in_an_artifact_which_needs_no_search(tmp_path):
+def test_an_artifact_keeps_the_adapter(tmp_path):
     name, key = split("bert/seq")
     lorac.compile(model(name), {key: FILES / "bert" / "seq"}).save(tmp_path / "saved")
     again = lorac.load(tmp_path / "saved")
@@ -153,7 +153,7 @@ def test_without_its_model_a_file_means_nothing():
         lorac.load_adapter(FILES / "bert" / "houlsby")
 
 
-def test_what_the_library_left_out_is_told():
+def test_rejects_files_that_the_library_left_incomplete():
     refused(FILES / INCOMPLETE, lorac.FormatError, "phm_rule.*\n.*bare model", "vit")
 
 
@@ -183,7 +183,7 @@ def test_a_configuration_that_means_something_else(copied, fields, error, match)
     refused(copied, error, match)
 
 
-def test_a_file_of_fewer_tensors_and_one_of_more(copied):
+def test_rejects_missing_and_extra_tensors(copied):
     file = copied / "adapter.safetensors"
     tensors = load_file(file)
     first = next(iter(tensors))
@@ -202,7 +202,7 @@ def test_an_adapter_for_other_base_weights(tmp_path):
         lorac.load_adapter(tmp_path / "own", other)
 
 
-def test_a_head_beside_it_is_told_of_and_an_interface_refused(copied):
+def test_warns_of_a_prediction_head_and_rejects_an_interface(copied):
     (copied / "model_head.safetensors").write_bytes(b"")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -232,7 +232,7 @@ def test_files_of_the_first_versions(copied):
         assert_close(found.tensors[path]["down"], tensors["down"])
 
 
-def test_what_it_cannot_hold_is_not_written(tmp_path):
+def test_rejects_saving_adapters_that_the_format_cannot_hold(tmp_path):
     host = model("bert")
     vera = lorac.compile(host, {"a": lorac.VeRA(r=2, targets=["query"])}).adapters["a"]
     places = ["layer.0.attention.output.LayerNorm", "layer.1.output.LayerNorm"]
@@ -249,7 +249,7 @@ def test_what_it_cannot_hold_is_not_written(tmp_path):
     ("file", "text"),
     [("adapter_fusion_config.json", "a fusion that attends"), ("adapter_setup.json", "how adapters are stacked")],
 )
-def test_what_puts_adapters_together_is_told_by_name(file, text, tmp_path):
+def test_rejects_compositions_by_name(file, text, tmp_path):
     (tmp_path / file).write_text("{}")
     with refuses("unsupported_field", match=text):
         lorac.load_adapter(tmp_path, model("bert"))

@@ -52,7 +52,7 @@ def test_a_configuration_of_layers_that_means_something_else(of_layers, folder, 
     refused(copy, error, match, split(folder)[0])
 
 
-def test_a_union_is_refused_with_what_it_has_that_lorac_has_not(of_layers):
+def test_rejects_a_union_with_unsupported_parts(of_layers):
     copy = of_layers("bert/union")
     prefix = {"architecture": "prefix_tuning", "prefix_length": 3}
     parts = json.loads((copy / "adapter_config.json").read_text())["config"]["configs"]
@@ -115,7 +115,7 @@ def drawn(adapter, dtype):
         (lorac.DoRA(r=2, targets=["query"]), "has 'dora' at"),
     ],
 )
-def test_what_of_layers_it_cannot_hold_is_not_written(variant, match, tmp_path):
+def test_rejects_saving_layers_that_the_format_cannot_hold(variant, match, tmp_path):
     adapter = lorac.compile(model("bert"), {"a": variant}).adapters["a"]
     with refuses("unsupported_field", match=match):
         lorac.save_adapter(adapter, tmp_path / "x", format="adapterhub", model=model("bert"))

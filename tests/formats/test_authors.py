@@ -221,7 +221,9 @@ def test_authors_compute_the_same(author: Callable[[nn.Module, Path], None], tmp
 
 
 @pytest.mark.parametrize("author", [a for a in AUTHORS if a not in {bone, break_for_make}])
-def test_what_no_file_holds_is_asked_for(author: Callable[[nn.Module, Path], None], tmp_path: Path) -> None:
+def test_rejects_missing_settings_with_a_next_step_that_works(
+    author: Callable[[nn.Module, Path], None], tmp_path: Path
+) -> None:
     """The next step works."""
     written(author, tmp_path / "it")
     [settings] = (tmp_path / "it").glob("*.json")
@@ -248,7 +250,7 @@ def test_copies_of_another_base(tmp_path: Path) -> None:
             lorac.load_adapter(tmp_path / author.__name__, other)
 
 
-def test_loldu_keeps_to_the_model_that_it_factorised(tmp_path: Path) -> None:
+def test_rejects_loldu_on_another_model(tmp_path: Path) -> None:
     written(loldu, tmp_path / "it")
     adapter = lorac.load_adapter(tmp_path / "it", make_model())
     with refuses("base_needed"):
@@ -259,7 +261,7 @@ def test_loldu_keeps_to_the_model_that_it_factorised(tmp_path: Path) -> None:
         lorac.save_adapter(adapter, tmp_path / "again", "loldu", other)
 
 
-def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
+def test_rejects_saving_methods_that_the_format_cannot_hold(tmp_path: Path) -> None:
     model, x = make_model(), draw(2, 6)
 
     def adapter(variant: lorac.Variant) -> lorac.Adapter:
@@ -288,7 +290,7 @@ def test_bone_of_two_axes_is_miss(tmp_path: Path) -> None:
         lorac.load_adapter(tmp_path / "mixed.pt", make_model())
 
 
-def test_a_factor_of_one_axis_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_factor_with_one_axis(tmp_path: Path) -> None:
     path = "unet.unet.blocks.0.attn.proj.lora"
     save_file({f"{path}.up.weight": draw(6, 2), f"{path}.down.weight": draw(2)}, tmp_path / "a.safetensors")
     with refuses("corrupt_file", match="down at 'blocks.0.attn.proj', or it has other axes"):

@@ -83,7 +83,7 @@ def test_storages_larger_than_the_file(folder: Path) -> None:
         lorac.load_adapter(folder)
 
 
-def test_one_view_under_two_names_is_one_tensor(folder: Path) -> None:
+def test_a_view_under_two_names_is_one_tensor(folder: Path) -> None:
     pickled(folder, lambda tensors: tensors.update({UP.replace("up", "down"): tensors[UP].t().t()}))
     from lorac.formats._files import read_pickle
 
@@ -202,7 +202,7 @@ def test_patterns_that_take_long_to_compile(folder: Path, pattern: str) -> None:
         refuse(folder, (lorac.FormatError))
 
 
-def test_what_a_pattern_may_repeat() -> None:
+def test_limits_the_repetitions_of_a_pattern() -> None:
     assert match_pattern(r"layers\.\d{1,3}\.up", "layers.12.up")
     assert match_pattern(r"(?:a{100}){100}", "a" * 10_000)
     assert match_pattern(r"x{}\{3\}", "x{}{3}")

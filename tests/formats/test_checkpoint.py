@@ -27,7 +27,7 @@ def state(compiled: Any) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in compiled.state_dict().items()}
 
 
-def test_it_is_read_with_its_model_and_without(compiled: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_reads_a_checkpoint_with_and_without_its_model(compiled: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(state, tmp_path / FILE)
     own = compiled.adapters["a"]
     for model in (None, ZOO["plain_mlp"].model()):

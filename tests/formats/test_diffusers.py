@@ -89,7 +89,7 @@ def _name_as_oldest(key: str) -> str:
     cases=["kohya", "mixture", "peft"],
 )
 @pytest.mark.parametrize("spelling", ["peft", "mixture", "text_model", "oldest", "kohya", "both"])
-def test_every_spelling_is_read_whole(
+def test_reads_all_tensors_of_every_spelling(
     spelling: str, pair: dict[str, Any], adapted: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     file = _spell(spelling, tensors)
@@ -106,7 +106,7 @@ def test_every_spelling_is_read_whole(
     assert [(one.r, one.alpha) for one in variant] == [(4, 8), (2, 1)]
 
 
-def test_diffusers_reads_what_is_written(
+def test_diffusers_reads_saved_files(
     pair: dict[str, Any], adapted: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """diffusers' reader, of a file with PEFT's names alone, finds every module and every scale."""
@@ -127,7 +127,7 @@ def test_diffusers_reads_what_is_written(
     assert {module.scaling["default_0"] for module in unet.modules() if hasattr(module, "scaling")} == {2.0}
 
 
-@pytest.mark.medium("test_diffusers_reads_what_is_written, and every spelling is read")
+@pytest.mark.medium("test_diffusers_reads_saved_files, and every spelling is read")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_there_and_back(use_dora: bool, pair: dict[str, Any], tmp_path: Path) -> None:
     """PEFT -> kohya -> diffusers -> PEFT."""
@@ -189,7 +189,7 @@ def _without_down(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ),
     ],
 )
-def test_what_is_left_over_is_refused_by_name(
+def test_rejects_unused_tensors_by_name(
     change: Any, code: str | None, named: str, pair: dict[str, Any], tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     save_file(change(dict(tensors)), tmp_path / "a.safetensors")

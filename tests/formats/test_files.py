@@ -70,7 +70,7 @@ def test_lying_headers(tmp_path: Path, header: Any, reason: str) -> None:
     assert str(path) in str(error.value)
 
 
-def test_every_truncation_is_told(tmp_path: Path) -> None:
+def test_rejects_every_truncation(tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     save_file({"a": torch.ones(2, 3), "b": torch.ones(4)}, whole, metadata={"format": "pt"})
     content = whole.read_bytes()
@@ -100,7 +100,7 @@ def test_peeking_never_raises(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES.values()), ids=str)
-def test_every_dtype_round_trips_as_the_library_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_every_dtype_round_trips(tmp_path: Path, dtype: torch.dtype) -> None:
     values = torch.arange(6).reshape(2, 3).to(dtype)
     tensors = {"b": values, "a": values[0, 0], "empty": values[:0], "turned": values.t()}
     write_safetensors(tmp_path / "x", tensors, {"format": "pt"})
@@ -146,7 +146,7 @@ def test_non_finite_values_of_any_dtype(tmp_path: Path, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", NUMBERS[:5], ids=str)
-def test_finite_values_whose_sum_is_not(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_accepts_finite_values_whose_sum_overflows(tmp_path: Path, dtype: torch.dtype) -> None:
     save_file({"large": torch.full((300,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)}, tmp_path / "x")
     assert (read_safetensors(tmp_path / "x")[0]["large"].double() == torch.finfo(dtype).max).all()
 

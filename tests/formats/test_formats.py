@@ -52,7 +52,7 @@ def test_no_format(tmp_path: Path, folder: Path) -> None:
     assert error.value.next_step == f"did you mean '{folder}'?"
 
 
-def test_damaged_files_are_told_as_such(tmp_path: Path) -> None:
+def test_distinguishes_damaged_from_unknown_files(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors")
     with refuses("unknown_format"):
         load_adapter(tmp_path / "x.safetensors")
@@ -93,7 +93,7 @@ def test_fields_without_consequence_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["peft", "native"])
-def test_failed_saves_leave_everything_as_it_was(
+def test_a_failed_save_changes_no_file(
     tmp_path: Path, adapter: Adapter, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, target = ZOO["plain_mlp"].model(), tmp_path / "x"

@@ -52,7 +52,7 @@ def permuted(weights: torch.Tensor, heads: int) -> torch.Tensor:
     )
 
 
-def test_gguf_reads_what_lorac_writes(tmp_path: Path) -> None:
+def test_the_gguf_library_reads_saved_files(tmp_path: Path) -> None:
     adapter = moved(lorac.LoRA(r=3, alpha=6, targets=["q_proj", "k_proj", "down_proj", "embed_tokens"]))
     lorac.save_adapter(adapter, tmp_path / "a.gguf", "gguf", model())
     tensors, fields = read_by_gguf(tmp_path / "a.gguf")
@@ -160,7 +160,7 @@ def write(path: Path, change: Callable[[gguf.GGUFWriter], None] = lambda _: None
         (lambda w: w.add_string("adapter.gate", "x"), "unknown_field", "adapter.gate"),
     ],
 )
-def test_what_is_not_known_is_refused_by_name(
+def test_rejects_unknown_fields_and_tensors(
     tmp_path: Path, change: Callable[[gguf.GGUFWriter], None], code: str, said: str
 ) -> None:
     assert lorac.load_adapter(write(tmp_path / "sound.gguf"), model()).sites
@@ -179,7 +179,7 @@ def test_files_of_something_else(tmp_path: Path) -> None:
         lorac.load_adapter(tmp_path / "b.gguf", ZOO["tiny_vit"].model())
 
 
-def test_what_llama_cpp_cannot_hold(tmp_path: Path) -> None:
+def test_rejects_saving_methods_that_llama_cpp_lacks(tmp_path: Path) -> None:
     for variant in (
         lorac.DoRA(r=2, targets=["q_proj"]),
         lorac.LoRA(r=2, targets=["q_proj"], lora_bias=True),
@@ -198,7 +198,7 @@ TIED = {"tie_word_embeddings": True}
 
 
 @pytest.mark.medium("test_strange_tensors.py and the campaign of damaged files")
-def test_every_truncation_is_told(tmp_path: Path) -> None:
+def test_rejects_every_truncation(tmp_path: Path) -> None:
     content = write(tmp_path / "sound.gguf").read_bytes()
     for length in range(0, len(content), 3):
         (tmp_path / "a.gguf").write_bytes(content[:length])

@@ -76,7 +76,7 @@ def test_lycoris(case: str, layers: Layers, tmp_path: Path) -> None:
 
 @pytest.mark.medium("three kinds of factors", keep=["lora", "loha", "boft"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_file_that_is_not_whole_is_refused_by_name(case: str, layers: Layers, tmp_path: Path) -> None:
+def test_rejects_added_renamed_and_missing_tensors(case: str, layers: Layers, tmp_path: Path) -> None:
     file = part(f"{case}/file/")
     optional = ("alpha", "rescale", "dora_scale", "diff_b", "diff")
     for name, tensor in file.items():
@@ -164,7 +164,7 @@ def test_alpha_of_a_module_is_its_own(alpha: float | None, scale: float, tmp_pat
     assert scales == [scale, 4.0]
 
 
-def test_a_scalar_in_place_of_a_matrix(tmp_path: Path) -> None:
+def test_rejects_a_scalar_instead_of_a_matrix(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(12, 16)})
     file = _lora("lycoris_a", None)
     for name in (*file, "lycoris_a.dora_scale"):

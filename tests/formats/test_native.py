@@ -213,7 +213,7 @@ def described(file: Path) -> str:
         ('"provenance":{', '"provenance":{"x":' + "[" * 200 + "]" * 200, "nested deeper"),
     ],
 )
-def test_descriptions_that_are_no_json(file: Path, old: str, new: str, match: str | None) -> None:
+def test_rejects_descriptions_that_are_not_valid_json(file: Path, old: str, new: str, match: str | None) -> None:
     text = described(file)
     assert old in text
     save_file(load_file(file), file, metadata={"lorac": text.replace(old, new, 1)})
@@ -225,7 +225,7 @@ def test_descriptions_that_are_no_json(file: Path, old: str, new: str, match: st
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 10**30])
-def test_what_would_not_be_read_is_not_written(tmp_path: Path, alpha: float) -> None:
+def test_rejects_saving_values_that_cannot_be_read(tmp_path: Path, alpha: float) -> None:
     adapter = filled(LoRA(r=2), "up")
     adapter.variant = LoRA(r=2, alpha=alpha)
     for format in ("native", "peft"):
@@ -321,7 +321,7 @@ def test_strange_names(file: Path, key: str) -> None:
         load_adapter(file)
 
 
-def test_what_does_not_fit_the_model(file: Path) -> None:
+def test_rejects_tensors_that_do_not_fit_the_model(file: Path) -> None:
     model = ZOO["plain_mlp"].model()
     rewrite(file, {"tensors/up/lora_C": torch.ones(1)})
     with refuses("unused_tensors", match="'lora_C' at 'up' too many"):

@@ -32,7 +32,7 @@ def read_by_ort(path: Path) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in found.items()}
 
 
-def test_onnx_runtime_reads_what_lorac_writes(tmp_path: Path) -> None:
+def test_onnx_runtime_reads_saved_files(tmp_path: Path) -> None:
     model = ZOO["tiny_llama"].model()
     adapter = lorac.compile(model, {"a": lorac.LoRA(r=3, alpha=6, targets=["q_proj", "down_proj"])}).adapters["a"]
     for tensors in adapter.tensors.values():
@@ -81,7 +81,7 @@ def test_dtypes_and_shapes(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.medium("the campaign of damaged files, and test_strange_tensors.py")
-def test_every_truncation_and_flip_is_told_or_harmless(tmp_path: Path) -> None:
+def test_rejects_truncated_files_and_harmful_bit_flips(tmp_path: Path) -> None:
     factors = {"x.lora_A.weight": np.ones((4, 2), np.float32), "x.lora_B.weight": np.ones((2, 3), np.float32)}
     content = write(tmp_path / "sound", **factors).read_bytes()
     path = tmp_path / "a.onnx_adapter"
@@ -108,7 +108,7 @@ def test_a_shape_that_the_values_do_not_fill(tmp_path: Path) -> None:
         lorac.load_adapter(path)
 
 
-def test_what_it_cannot_hold(tmp_path: Path) -> None:
+def test_rejects_saving_adapters_that_the_format_cannot_hold(tmp_path: Path) -> None:
     model = ZOO["plain_conv"].model()
     [conv] = [path for path, site in lorac.sites(model).items() if site.conv is not None][:1]
     adapter = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=[conv])}, example_inputs=ZOO["plain_conv"].inputs())

@@ -178,7 +178,7 @@ def test_wan(tmp_path: Path) -> None:
         "diffusion_model.blocks.0.self_attn.k.alpha",
     ],
 )
-def test_what_a_converter_leaves_out_is_refused_by_name(left_out: str, tmp_path: Path) -> None:
+def test_rejects_tensors_that_a_converter_leaves_out(left_out: str, tmp_path: Path) -> None:
     value = torch.tensor(1.0) if left_out.endswith("alpha") else torch.ones(16)
     save_file(_pair("diffusion_model.blocks.0.self_attn.q") | {left_out: value}, tmp_path / "a.safetensors")
     with pytest.raises(lorac.FormatError) as error:

@@ -59,7 +59,7 @@ def test_a_pruned_file_is_the_masked_model(pruned: tuple[nn.Module, PeftModel, P
     parity.assert_parity(oracle(**inputs), masked(**inputs), model(**inputs))
 
 
-def test_what_the_fields_become(pruned: tuple[nn.Module, PeftModel, Path]) -> None:
+def test_reads_the_fields(pruned: tuple[nn.Module, PeftModel, Path]) -> None:
     variant = load_adapter(pruned[2]).variant
     expected = AdaLoRA(r=3, alpha=5, targets=variant.targets, rank_pattern={k: tuple(v) for k, v in MARKS.items()})
     assert variant == expected
@@ -82,7 +82,7 @@ def test_ignored_fields(pruned: tuple[nn.Module, PeftModel, Path]) -> None:
     assert_close(oracle(**inputs), pruned[1](**inputs))
 
 
-def test_peft_reads_what_was_not_trained_by_it(tmp_path: Path) -> None:
+def test_peft_reads_an_adapter_made_by_lorac(tmp_path: Path) -> None:
     """PEFT needs a number of training steps to read an adapter."""
     assert peft_types()["ADALORA"].fields["total_step"].write(None) == 1
     model = ZOO["plain_mlp"].fresh(torch.float64)

@@ -34,7 +34,7 @@ TRAINED = {"VERA": {"vera_lambda_b", "vera_lambda_d"}, "RANDLORA": {"randlora_la
         ("RANDLORA", {"projection_prng_key": 11, "very_sparse": True}),
     ],
 )
-def test_the_seed_tells_what_peft_draws(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_seed_reproduces_pefts_projections(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit: a file without A and B is read as the same file with them."""
     with_both = load_adapter(save_small(tmp_path / "f", kind, **settings))
     folder = save_small(tmp_path / "g", kind, save_projection=False, **settings)
@@ -89,7 +89,7 @@ def test_vera_is_written_without_copies(tmp_path: Path) -> None:
     ],
 )
 @torch.no_grad()
-def test_a_fresh_one_is_loaded_by_peft(variant: Variant, trained: str, tmp_path: Path) -> None:
+def test_peft_loads_a_fresh_adapter(variant: Variant, trained: str, tmp_path: Path) -> None:
     """Trained in lorac from its own initialisation; every layer of another size.
 
     RandLoRA also where largest out and largest in are of different sites, and A and B larger than any site asks.
@@ -115,7 +115,7 @@ def test_the_chosen_alone_are_written_back_as_logits(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_whole_and_chosen_files_mean_the_same(tmp_path: Path) -> None:
+def test_files_of_all_and_of_top_k_logits_are_equal(tmp_path: Path) -> None:
     model, inputs, folder = MODEL(), ZOO["plain_mlp"].inputs(), save_small(tmp_path / "f", "VBLORA")
     whole = load_adapter(folder, model)
     tensors = load_file(folder / WEIGHTS)

@@ -65,7 +65,7 @@ def folder(tmp_path):
     return folder
 
 
-def test_a_type_is_one_file(gate_type, folder):
+def test_a_type_from_outside_is_read_and_runs(gate_type, folder):
     model, x = torch.nn.Sequential(torch.nn.Linear(4, 6)), torch.randn(3, 4)
     compiled = lorac.compile(model, [folder])
     with torch.no_grad():
@@ -75,12 +75,12 @@ def test_a_type_is_one_file(gate_type, folder):
         lorac.load_adapter(folder, model)
 
 
-def test_it_is_unknown_without_the_file(folder):
+def test_rejects_the_type_without_its_file(folder):
     with pytest.raises(lorac.FormatError, match="unknown peft_type 'GATE'"):
         lorac.load_adapter(folder)
 
 
-def test_it_is_written(gate_type, folder, tmp_path):
+def test_writes_a_type_from_outside(gate_type, folder, tmp_path):
     lorac.save_adapter(lorac.load_adapter(folder), tmp_path / "again")
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["peft_type"] == "GATE"
     assert torch.equal(load_file(tmp_path / "again" / WEIGHTS)["base_model.model.0.gate"], torch.arange(1.0, 7))

@@ -81,7 +81,7 @@ def test_the_table_is_the_dataclass(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_refusals_say_what_to_do(kind: str) -> None:
+def test_rejected_fields_have_a_next_step(kind: str) -> None:
     for name, field in peft_types()[kind].fields.items():
         assert (field.next_step is not None) == (isinstance(field, Refused) or name == "init_lora_weights")
 
@@ -189,7 +189,7 @@ def test_fields_that_are_not_combined(folder: Path) -> None:
         load_adapter(folder)
 
 
-def test_what_the_fields_become(folder: Path, tmp_path: Path) -> None:
+def test_reads_the_fields(folder: Path, tmp_path: Path) -> None:
     config = LoraConfig(
         r=4,
         lora_alpha=3,

@@ -31,7 +31,7 @@ def test_the_vector_must_be_for_the_configured_side(tmp_path: Path) -> None:
         IA3(targets=("down_proj", "k_proj")),
     ],
 )
-def test_peft_takes_what_was_made_here(tmp_path: Path, variant: IA3) -> None:
+def test_peft_reads_saved_adapters(tmp_path: Path, variant: IA3) -> None:
     """PEFT wants feedforward_modules to be among target_modules, letter by letter, and has no layers to choose."""
     model = ZOO["tiny_llama"].fresh(torch.float64)
     paths = [f"model.layers.{i}.{leaf}" for i in range(3) for leaf in ("self_attn.k_proj", "mlp.down_proj")]

@@ -82,7 +82,7 @@ def test_parity_and_round_trip(tmp_path: Path, name: str, config: dict[str, Any]
         ("tiny_gpt2", {"target_modules": ["c_attn"], "lora_bias": True}),
     ],
 )
-def test_what_dora_does_not_have(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
+def test_round_trips_without_dora(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
     assert_round_trip(name, tmp_path, LoraConfig(**config))
 
 
@@ -219,7 +219,7 @@ def test_resized_embedding_is_a_replacement(tmp_path: Path) -> None:
     ],
     ids=lambda extra: "-".join(map(str, extra.values()))[:30],
 )
-def test_what_matters_in_training_only(tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_ignores_fields_that_matter_only_in_training(tmp_path: Path, extra: dict[str, Any]) -> None:
     """PEFT's outputs are those of a plain LoRA, whatever these say."""
     model, inputs = ZOO["plain_mlp"].fresh(), ZOO["plain_mlp"].inputs()
     config = LoraConfig(r=2, target_modules=["up", "down"], **extra)

@@ -24,7 +24,7 @@ from tests.zoo import ZOO
 MODEL = ZOO["plain_mlp"].model
 
 
-def test_fourierft_tells_no_shapes(tmp_path: Path) -> None:
+def test_rejects_fourierft_without_the_model(tmp_path: Path) -> None:
     with pytest.raises(BaseNeeded, match="FOURIERFT does not contain the shapes"):
         load_adapter(save_small(tmp_path / "f", "FOURIERFT"))
 
@@ -70,7 +70,7 @@ def test_hra_of_odd_numbers_and_by_gram_schmidt(tmp_path: Path, r: int, orthonor
         assert_close(compiled(**inputs), oracle.eval()(**inputs))
 
 
-def test_lokr_of_a_conv1d_with_a_whole_w2(tmp_path: Path) -> None:
+def test_rejects_lokr_on_a_conv1d_with_an_unfactored_w2(tmp_path: Path) -> None:
     """Its rank is too high to factor w2, and PEFT multiplies (l, m) and (k, n, kw) along the wrong axes."""
     model = ZOO["plain_conv"].model()
     save_small(tmp_path / "f", "LOKR", "plain_conv", r=8, target_modules=["line"])
@@ -91,7 +91,7 @@ def test_miss_that_starts_anywhere_has_the_same_form(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_oft_at_convolutions_is_what_peft_merges(tmp_path: Path) -> None:
+def test_oft_on_convolutions_matches_pefts_merge(tmp_path: Path) -> None:
     """Its forward pass rotates patches and adds them up where they overlap."""
     model, inputs = ZOO["plain_conv"].fresh(torch.float64), ZOO["plain_conv"].inputs(dtype=torch.float64)
     oracle = wrap(model, OFTConfig(oft_block_size=6, target_modules=["stem", "head"])).eval()
@@ -134,7 +134,7 @@ def _authors_xs(self, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.medium("the other", cases=["False"])
 @pytest.mark.parametrize("rslora", [False, True])
 @torch.no_grad()
-def test_lora_xs_as_its_authors_code_leaves_it(tmp_path: Path, rslora: bool) -> None:
+def test_reads_lora_xs_files_of_the_authors_code(tmp_path: Path, rslora: bool) -> None:
     """A matrix hung on PEFT's layers, saved by PEFT itself; of older releases the key lacks the dot."""
     model, inputs = MODEL(), ZOO["plain_mlp"].inputs()
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["up", "down"], use_rslora=rslora, init_lora_weights=False)

@@ -45,7 +45,7 @@ def test_saving_a_grouped_convolution_that_leaves_its_blocks(tmp_path: Path) -> 
         save_adapter(read, tmp_path / "x", model=model)
 
 
-def test_saving_what_does_not_fit(tmp_path: Path) -> None:
+def test_rejects_saving_adapters_that_do_not_fit(tmp_path: Path) -> None:
     folder, model = save_small(tmp_path / "f", "LORA"), ZOO["plain_mlp"].model()
     adapter = load_adapter(folder, model)
     adapter.replaced["head.weight"] = model.get_parameter("head.weight").detach() + 1

@@ -48,7 +48,7 @@ def move(wrapped: nn.Module) -> None:
         ("plain_mlp", {"use_rslora": True, "use_dora": True}),
     ],
 )
-def test_means_what_peft_computes(tmp_path: Path, init: str, name: str, settings: dict[str, Any]) -> None:
+def test_matches_peft(tmp_path: Path, init: str, name: str, settings: dict[str, Any]) -> None:
     decides(tmp_path, init, name, settings)
 
 
@@ -67,7 +67,7 @@ def decides(tmp_path: Path, init: str, name: str, settings: dict[str, Any]) -> N
     parity.assert_parity(call(compiled, inputs), call(oracle, inputs), call(model, inputs), names=names)
 
 
-def test_what_lorac_writes_of_it_peft_reads(tmp_path: Path) -> None:
+def test_peft_reads_a_saved_pissa_as_a_plain_lora(tmp_path: Path) -> None:
     """It is a plain LoRA of twice the rank, as PEFT's conversion makes it."""
     model, oracle, inputs = made(tmp_path / "f", "pissa")
     adapter = load_adapter(tmp_path / "f", model)
@@ -82,7 +82,7 @@ def test_what_lorac_writes_of_it_peft_reads(tmp_path: Path) -> None:
     parity.assert_parity(call(lorac.compile(model, {"a": native}), inputs), call(oracle, inputs), call(model, inputs))
 
 
-def test_what_lorac_begins_peft_reads(tmp_path: Path) -> None:
+def test_peft_reads_an_adapter_initialised_by_lorac(tmp_path: Path) -> None:
     model, inputs = ZOO["plain_mlp"].model(), ZOO["plain_mlp"].inputs()
     adapter = PiSSA()(lorac.LoRA(r=2, alpha=3, targets=("up", "down")), model)
     for tensors in adapter.tensors.values():

@@ -118,7 +118,7 @@ def test_non_finite_tensors(make: Make, value: float) -> None:
         ({"model.up.lora_B.weight": (13, 2)}, r"lora_B at 'up' has shape \(13, 2\), expected \(14, 2\)"),
     ],
 )
-def test_shapes_that_only_the_model_can_tell(make: Make, shapes: dict[str, Any], match: str) -> None:
+def test_rejects_shapes_that_do_not_fit_the_model(make: Make, shapes: dict[str, Any], match: str) -> None:
     folder = make()
     change_tensors(folder, {name: torch.ones(shape) for name, shape in shapes.items()})
     load_adapter(folder)
@@ -189,7 +189,7 @@ def test_another_model(make: Make) -> None:
     assert error.nearest == "model.layers.1.self_attn.q_proj"
 
 
-def test_modules_that_are_no_sites(tmp_path: Path) -> None:
+def test_rejects_modules_that_are_not_sites(tmp_path: Path) -> None:
     def build(cls: Any) -> nn.Module:
         return nn.Sequential(cls(3, 4, 3, padding=1), nn.Conv1d(4, 3, 1))
 
@@ -299,7 +299,7 @@ def test_folders_without_weights(make: Make) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"r": 1, "r": 2}', '{"lora_alpha": NaN}', "[" * 100_000])
-def test_configurations_that_are_no_json_object(make: Make, text: str) -> None:
+def test_rejects_configurations_that_are_not_a_json_object(make: Make, text: str) -> None:
     folder = make()
     (folder / CONFIG).write_text(text)
     refuse(FormatError, folder, "is damaged: it")

@@ -45,7 +45,7 @@ def made(folder: Path, model: nn.Module, rows: Any, **settings: Any) -> Any:
     ],
 )
 @torch.no_grad()
-def test_what_peft_computes(rows: Any, tied: bool, tmp_path: Path) -> None:
+def test_matches_peft(rows: Any, tied: bool, tmp_path: Path) -> None:
     model = LLAMA.fresh()
     if tied:
         tie(model)
@@ -106,7 +106,7 @@ SPOILT: tuple[tuple[str, type[LoracError], dict[str, Any], dict[str, Any]], ...]
 
 
 @pytest.mark.parametrize(("match", "error", "fields", "tensors"), SPOILT, ids=lambda v: v if isinstance(v, str) else "")
-def test_what_does_not_belong_together(
+def test_rejects_contradictory_fields_and_tensors(
     match: str, error: type[LoracError], fields: dict[str, Any], tensors: dict[str, Any], theirs: Path, tmp_path: Path
 ) -> None:
     for file in theirs.iterdir():

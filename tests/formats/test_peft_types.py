@@ -118,7 +118,7 @@ BECOMES: tuple[tuple[str, dict[str, Any], Variant], ...] = (
 
 
 @pytest.mark.parametrize(("kind", "settings", "expected"), BECOMES, ids=_id)
-def test_what_the_fields_become(kind: str, settings: dict[str, Any], expected: Variant, tmp_path: Path) -> None:
+def test_reads_the_fields(kind: str, settings: dict[str, Any], expected: Variant, tmp_path: Path) -> None:
     folder = save_small(tmp_path / "f", kind, **settings)
     variant = load_adapter(folder, MODEL()).variant
     assert sorted(variant.targets) == ["down", "up"]
@@ -326,7 +326,9 @@ NOT_ADAPTED: tuple[tuple[str, Variant, str, str], ...] = (
 
 
 @pytest.mark.parametrize(("kind", "variant", "model", "what"), NOT_ADAPTED, ids=_id)
-def test_what_peft_does_not_adapt(kind: str, variant: Variant, model: str, what: str, tmp_path: Path) -> None:
+def test_rejects_saving_sites_that_peft_does_not_adapt(
+    kind: str, variant: Variant, model: str, what: str, tmp_path: Path
+) -> None:
     host = ZOO[model].model()
     adapter = lorac.compile(host, {"a": variant}).adapters["a"]
     with refuses("site_unsupported", match=f"{kind} does not adapt '{variant.targets[0]}', which is {what}"):

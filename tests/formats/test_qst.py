@@ -91,7 +91,7 @@ def qst(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, SideNetwor
 
 
 @torch.no_grad()
-def test_qst_computes_what_its_authors_layers_do(qst: tuple[nn.Module, SideNetwork, Path], tmp_path: Path) -> None:
+def test_qst_matches_its_authors_layers(qst: tuple[nn.Module, SideNetwork, Path], tmp_path: Path) -> None:
     model, side, folder = qst
     ids = torch.randint(0, 61, (2, 7))
     adapter = lorac.load_adapter(folder, model)
@@ -103,7 +103,7 @@ def test_qst_computes_what_its_authors_layers_do(qst: tuple[nn.Module, SideNetwo
     assert again.variant == adapter.variant
 
 
-def test_qst_folders_that_are_no_llama_s(qst: tuple[nn.Module, SideNetwork, Path], tmp_path: Path) -> None:
+def test_rejects_qst_folders_that_do_not_fit_a_llama(qst: tuple[nn.Module, SideNetwork, Path], tmp_path: Path) -> None:
     model, _, folder = qst
     with refuses("base_needed", match="heads"):
         lorac.load_adapter(folder)
@@ -122,7 +122,7 @@ def test_qst_folders_that_are_no_llama_s(qst: tuple[nn.Module, SideNetwork, Path
 
 
 @pytest.mark.parametrize("format", ["kohya", "adapterhub"])
-def test_methods_at_whole_modules_have_no_place_in_files_of_layers(
+def test_rejects_saving_methods_of_whole_modules_in_formats_of_layers(
     format: str, qst: tuple[nn.Module, SideNetwork, Path], tmp_path: Path
 ) -> None:
     model, _, folder = qst

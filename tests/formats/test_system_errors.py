@@ -21,7 +21,7 @@ def adapter() -> lorac.Adapter:
     return lorac.compile(MODEL(), {"a": lorac.LoRA(r=2, targets=["up"])}).adapters["a"]
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_rejects_paths_that_do_not_exist(tmp_path: Path) -> None:
     for path in (tmp_path / "x", tmp_path / "x" / "y"):
         with refuses("unknown_format", match="there is no adapter at"):
             lorac.load_adapter(path)
@@ -45,7 +45,7 @@ def test_a_file_that_cannot_be_read(file: str, adapter: lorac.Adapter, tmp_path:
         lorac.load_adapter(tmp_path / "it")
 
 
-def test_a_folder_in_a_files_place(adapter: lorac.Adapter, tmp_path: Path) -> None:
+def test_rejects_saving_below_a_file(adapter: lorac.Adapter, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for save in (
         lambda: lorac.save_adapter(adapter, tmp_path / "file" / "below", model=MODEL()),

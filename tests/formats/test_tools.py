@@ -88,13 +88,13 @@ def test_fields_of_mlx_that_do_not_fit(tmp_path: Path, fields: dict[str, object]
         lorac.load_adapter(_mlx(tmp_path, **fields), tiny())
 
 
-def test_mlx_needs_the_model_for_whole_weights_only(tmp_path: Path) -> None:
+def test_mlx_needs_the_model_only_for_full_weights(tmp_path: Path) -> None:
     assert lorac.load_adapter(HERE / "mlx_lora").sites
     with refuses("base_needed"):
         lorac.load_adapter(HERE / "mlx_full")
 
 
-def test_mlx_has_no_dora_on_embeddings_as_lorac_has_it(tmp_path: Path) -> None:
+def test_rejects_mlx_dora_on_embeddings(tmp_path: Path) -> None:
     folder = _mlx(tmp_path, "mlx_dora")
     tensors = load_file(folder / "adapters.safetensors")
     layer = "model.layers.1.mlp.down_proj"
@@ -108,7 +108,7 @@ def test_mlx_has_no_dora_on_embeddings_as_lorac_has_it(tmp_path: Path) -> None:
             lorac.load_adapter(folder, model)
 
 
-def test_mlx_has_one_rank_and_one_scale(tmp_path: Path) -> None:
+def test_rejects_saving_several_ranks_as_mlx(tmp_path: Path) -> None:
     variants = (
         lorac.LoRA(r=2, targets=["q_proj", "v_proj"], rank_pattern={"v_proj": 3}),
         lorac.LoRA(r=2, targets=["q_proj"], lora_bias=True),

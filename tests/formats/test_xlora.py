@@ -119,13 +119,13 @@ def test_an_x_lora_of_x_loras_is_refused(tmp_path: Path) -> None:
 # --- what is read and written ---------------------------------------------------------------------------------------
 
 
-def test_what_peft_dropped_is_told_by_name() -> None:
+def test_rejects_files_from_which_peft_dropped_tensors() -> None:
     of_peft()
     with refuses("corrupt_file", match=r"lacks 'base_model\.internal_xlora_classifier\.layers\.0\.weight'"):
         lorac.load_adapter(folder() / "mixed", model())
 
 
-def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -> None:
+def test_rejects_models_without_hidden_states(tmp_path: Path) -> None:
     here = complete(tmp_path / "x")
     with pytest.raises(lorac.BaseNeeded, match="pass model="):
         lorac.load_adapter(here)
@@ -141,9 +141,7 @@ def test_a_file_needs_a_model_that_tells_its_last_hidden_state(tmp_path: Path) -
 @pytest.mark.medium("sites in their order", cases=["sites in another order"])
 @pytest.mark.parametrize("turned", [False, True], ids=["as read", "sites in another order"])
 @torch.no_grad()
-def test_peft_reads_what_is_written_and_answers_the_same(
-    turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peft_reads_saved_files_and_matches(turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = turned_round(adapter()) if turned else adapter()
     lorac.save_adapter(given, tmp_path / "w", model=model())
     monkeypatch.chdir(tmp_path / "w")  # PEFT looks for the experts from there
@@ -183,7 +181,7 @@ def test_a_value_that_the_method_does_not_take_is_refused_in_a_file(field: str, 
 
 
 @pytest.mark.parametrize("dropped", [True, False])
-def test_peft_is_blamed_for_the_tensors_that_it_drops_alone(dropped: bool, tmp_path: Path) -> None:
+def test_blames_peft_only_for_tensors_that_it_drops(dropped: bool, tmp_path: Path) -> None:
     """It takes keys of layers 0, 1 and 2 for those of the three experts, and saves layer 3."""
     here = complete(tmp_path / "x")
     tensors = load_file(here / "adapter_model.safetensors")

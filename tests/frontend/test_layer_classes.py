@@ -65,7 +65,7 @@ def trained(model, spread=0.12):
 
 @pytest.mark.medium("products", keep=["product"])
 @pytest.mark.parametrize("name", HOSTS)
-def test_beside_the_weight_is_as_merged(name):
+def test_live_matches_merged(name):
     make, x = HOSTS[name]
     model = host(make)
     adapter = trained(model, 0.2 if name == "rows" else 0.12)
@@ -109,7 +109,7 @@ def test_arguments_of_its_own():
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_what_computes_by_itself_is_refused(target, mode):
+def test_rejects_layers_with_a_forward_of_their_own(target, mode):
     model, x = host(lambda: Clamped(6, 5)), HOSTS["scaled"][1]
     with refuses("site_unsupported", match="'site' is a Clamped") as error:
         lorac.compile(model, {"a": lorac.LoRA(r=2, targets=("site",))}, mode=mode, target=target, example_inputs=(x,))

@@ -52,7 +52,7 @@ def drawn(model: nn.Module, targets: Sequence[str]) -> lorac.Adapter:
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("name", CHANGING)
-def test_one_that_changes_an_adapted_layer_is_refused(name: str, target: str, mode: str) -> None:
+def test_rejects_hooks_that_change_an_adapted_layer(name: str, target: str, mode: str) -> None:
     model = host()
     register, hook = CHANGING[name]
     getattr(model[0], register)(hook)
@@ -66,7 +66,7 @@ def test_one_that_changes_an_adapted_layer_is_refused(name: str, target: str, mo
 
 @pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_one_that_looks_on_stays(target: str) -> None:
+def test_keeps_hooks_that_only_observe(target: str) -> None:
     plain, model = host(), host()
     seen: list[Tensor] = []
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))
@@ -76,7 +76,7 @@ def test_one_that_looks_on_stays(target: str) -> None:
     assert seen
 
 
-def test_it_is_a_part_of_the_model_while_no_adapter_acts_there() -> None:
+def test_hooks_act_while_no_adapter_does() -> None:
     model = host()
     model[0].register_forward_hook(lambda module, args, output: output * 3)
     compiled = compiled_of(model, "eager")

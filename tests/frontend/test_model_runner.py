@@ -96,7 +96,7 @@ class Drawing(nn.Module):
 
 
 @pytest.mark.parametrize("source", ["torch", "numpy", "python", "own", "nothing"])
-def test_what_a_host_draws_depends_on_the_seed_and_leaves_no_trace(source: str):
+def test_random_models_are_seeded_and_generators_restored(source: str):
     host = Drawing()
 
     def states() -> list[object]:

@@ -95,7 +95,7 @@ def test_a_list_is_not_called() -> None:
     assert ModelView.of(nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))).callable_paths == ["0.0"]
 
 
-def test_what_was_looked_for_is_said() -> None:
+def test_names_the_modules_that_were_inspected() -> None:
     host = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(5, 3)), nn.Identity())
     with refuses("site_unsupported") as error:
         make_module_site("1", ModelView.of(host))
@@ -112,7 +112,7 @@ def test_what_was_looked_for_is_said() -> None:
         make_module_site("odd", ModelView.of(odd))
 
 
-def test_a_list_means_what_it_names_and_an_expression_what_can_be_told() -> None:
+def test_rejects_listed_modules_without_widths_and_skips_matched_ones() -> None:
     model = named("Llama", **SIZES)
     with refuses("site_unsupported", match=r"'layers\.0\.mlp\.act_fn', a \w+, cannot be inferred"):
         lorac.compile(model, {"b": Bottleneck(targets=["act_fn"])})
@@ -124,14 +124,14 @@ def test_a_list_means_what_it_names_and_an_expression_what_can_be_told() -> None
         lorac.compile(model, {"l": lorac.LoRA(targets=["mlp"])})
 
 
-def test_blocks_are_those_of_the_network_whatever_else_is_named() -> None:
+def test_finds_the_networks_blocks_next_to_other_targets() -> None:
     model = named("Llama", **SIZES)
     both = {"a": Bottleneck(targets=["layers.0.mlp", "norm"]), "t": lorac.AdapterTune(r=2)}
     assert lorac.compile(model, both).adapters["t"].sites == ("layers.0",)
     assert lorac.compile(model, {"t": lorac.AdapterTune(r=2, targets=["mlp"])}).adapters["t"].sites == ("layers.0.mlp",)
 
 
-def test_a_model_without_blocks_is_told_to_name_modules() -> None:
+def test_asks_for_module_names_where_there_are_no_blocks() -> None:
     with refuses("site_not_found", match="looked for elements of lists and sequences") as error:
         lorac.compile(nn.Bilinear(2, 2, 2), {"t": lorac.AdapterTune(r=2)})
     assert "name modules by the ends of their paths" in str(error.value)

@@ -64,7 +64,7 @@ class Network(nn.Module):
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_kinds_residuals_and_norms_are_what_is_computed(behind):
+def test_finds_kinds_residuals_and_norms_by_the_computation(behind):
     model = Network(behind)
     stream = trace_residual_stream(ModelView.of(model), (X,))
     block = stream.blocks[0]
@@ -93,7 +93,7 @@ def test_blocks_are_found_inside_stages_and_in_components():
     )
 
 
-def test_the_model_is_left_as_it_was():
+def test_leaves_the_model_unchanged():
     model = Network().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trace_residual_stream(ModelView.of(model), (X,))
@@ -101,7 +101,7 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_is_not_told_is_refused():
+def test_rejects_missing_inputs_and_ambiguous_eps():
     with pytest.raises(ExampleInputsNeeded):
         trace_residual_stream(ModelView.of(Network()))
     with refuses("site_unsupported", match="eps"):

@@ -54,7 +54,7 @@ def test_present_and_store_are_inverse(make):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_presented_convolution_is_its_dense_one(groups):
+def test_presents_a_grouped_convolution_as_a_dense_one(groups):
     site, module = only_site(lambda: nn.Conv2d(6, 4, 3, groups=groups))
     x = torch.randn(2, 6, 5, 5)
     dense = site.present(module.weight).reshape(site.kernel)
@@ -72,7 +72,7 @@ def test_leaving_the_blocks_of_a_grouped_convolution():
     assert not only_site(MODULES["conv2d"][0])[0].leaves_blocks(outside[:, :18])
 
 
-def test_what_is_no_site():
+def test_finds_no_sites_in_other_layers():
     model = nn.ModuleDict(
         {
             "norm": nn.LayerNorm(4),
@@ -94,7 +94,7 @@ def test_tied_weights_know_of_each_other():
     assert {path: site.shares for path, site in sites.items()} == {"embed": ("head",), "head": ("embed",), "other": ()}
 
 
-def test_a_module_under_two_paths_is_one_site():
+def test_lists_a_shared_module_once():
     shared = nn.Linear(3, 2)
     assert list(lorac.sites(nn.ModuleDict({"one": shared, "two": shared}))) == ["one"]
 
@@ -225,7 +225,7 @@ def test_the_kits_conv1d_counts_as_gpt2s():
     assert not is_gpt2_conv1d(nn.Linear(3, 2))
 
 
-def test_layers_that_peft_adapts_neither_are_no_sites():
+def test_rejects_tensors_for_layers_that_are_not_sites():
     """torch's layers of two inputs and of bags of ids; what has tensors for one says so."""
     model = nn.Sequential(nn.Bilinear(4, 4, 5), nn.EmbeddingBag(7, 4), nn.Linear(5, 3))
     assert list(lorac.sites(model)) == ["2"]

@@ -41,7 +41,7 @@ class _Plain(nn.Module):
         self.layer = nn.Linear(2, 3)
 
 
-def test_a_class_that_is_no_name_is_left_out() -> None:
+def test_ignores_class_names_that_are_not_identifiers() -> None:
     described = json.loads(json.dumps(describe_skeleton(nn.Sequential(_Plain()))))
     assert type(build_skeleton(described).get_submodule("0")).__name__ == "_Plain"
     described["modules"]["0"]["class"] = "somewhere.not a name"

@@ -17,7 +17,7 @@ from tests.refusing import refuses
 X = torch.zeros(2, 3)
 
 
-def test_what_holds_no_tensor_is_a_constant():
+def test_arguments_without_tensors_are_constants():
     named = {"x": X, "pair": [X, {"y": X}], "sizes": [(2, 4), (1, 3)], "flag": True, "mode": "spatial"}
     found = CallArguments.of(Host.of(nn.Linear(3, 2)), named)
     assert found.inputs.keys() == {"x", "pair"}
@@ -25,13 +25,13 @@ def test_what_holds_no_tensor_is_a_constant():
 
 
 @pytest.mark.parametrize("value", [np.zeros(3), [1, X], {"a": X, "b": "text"}, torch.float32, {1: 2}, float("nan")])
-def test_what_later_calls_cannot_be_held_against_is_refused_by_name(value: Any):
+def test_rejects_constants_that_calls_cannot_be_compared_with(value: Any):
     with refuses("capture_failed", match="the argument 'value' holds ") as error:
         CallArguments.of(Host.of(nn.Linear(3, 2)), {"x": X, "value": value})
     assert "target='eager'" in str(error.value)
 
 
-def test_one_value_in_whatever_it_is_held():
+def test_equal_values_have_the_same_json():
     held = [torch.tensor([[2, 4]]), np.array([[2, 4]]), ((2, 4),), [[np.int64(2), 4]]]
     assert [to_json_value(value) for value in held] == [[[2, 4]]] * 4
     assert to_json_value({"sizes": (1, 2)}) == {"sizes": [1, 2]}

@@ -191,7 +191,7 @@ def test_adaptive_pools_of_any_size(shapes: dict[int, Any]) -> None:
         assert_close(compiled(image), _Pooling()(image).detach())
 
 
-def test_adaptive_pools_of_one_size() -> None:
+def test_captures_adaptive_pools_of_size_1() -> None:
     image = torch.rand(2, 1, 7, 9)
     assert_close(_compiled(_Pooling(), (image,))(image), _Pooling()(image).detach())
 

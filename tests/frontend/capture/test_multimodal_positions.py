@@ -92,7 +92,7 @@ def test_a_call_that_leaves_them_out_gets_the_models(compiled: Any, host: Groupi
         assert_close(compiled(**given), host(**given).detach())
 
 
-def test_a_loaded_program_says_how_they_are_made(compiled: Any, host: Grouping, tmp_path: Path):
+def test_a_loaded_program_says_how_to_make_positions(compiled: Any, host: Grouping, tmp_path: Path):
     compiled.save(tmp_path / "it.lorac")
     loaded, call = lorac.load(tmp_path / "it.lorac"), _call(3, 5)
     with pytest.raises(

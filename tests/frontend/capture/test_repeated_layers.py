@@ -224,7 +224,7 @@ SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {
 @pytest.mark.medium("layers that know their index", keep=["that read their number"])
 @pytest.mark.slow("layers that turn gradients and autocast off themselves", cases=["in a region*"])
 @pytest.mark.parametrize("kind", SAME)
-def test_the_program_is_the_one_that_tracing_every_layer_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_layers_equal_traced_layers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = SAME[kind][0]().eval()
     found = _traced(model, (ROWS,), once=True, monkeypatch=monkeypatch)
     wanted = _traced(model, (ROWS,), once=False, monkeypatch=monkeypatch)
@@ -237,7 +237,7 @@ def test_the_program_is_the_one_that_tracing_every_layer_gives(kind: str, monkey
 
 @pytest.mark.medium("equal layers", keep=["alike"])
 @pytest.mark.slow(
-    "test_the_program_is_the_one_that_tracing_every_layer_gives compares the programs",
+    "test_copied_layers_equal_traced_layers compares the programs",
     keep=["alike", "of two kinds", "that turn gradients on"],
 )
 @pytest.mark.parametrize("kind", SAME)
@@ -280,7 +280,7 @@ MODELS: dict[str, dict[str, Any]] = {
 SOON = ("llama", "t5")
 
 
-@pytest.mark.slow("test_the_program_is_the_one_that_tracing_every_layer_gives, over hand-written layers")
+@pytest.mark.slow("test_copied_layers_equal_traced_layers, over hand-written layers")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOON else pytest.mark.slow) for n in MODELS])
 def test_transformers_models_are_captured_as_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(name, **MODELS[name])
@@ -301,7 +301,7 @@ def test_adapters_act_on_layers_that_were_not_traced() -> None:
         assert not torch.equal(eager(ROWS), model(ROWS))
 
 
-def test_a_family_tells_what_holds_the_numbers_of_its_layers() -> None:
+def test_a_group_lists_the_modules_with_layer_numbers() -> None:
     from lorac.frontend.capture.layer_groups import find_layer_groups
 
     model = Stack([Layer(number) for number in range(4)])

@@ -40,7 +40,7 @@ def test_a_guard_is_recorded_with_the_line_that_needs_it():
     assert guard.line.endswith("return x * 2 if x.shape[0] == 7 else x")
 
 
-def test_torchs_logger_stays_as_it_is():
+def test_leaves_torchs_logger_unchanged():
     def state():
         return LOGGER.level, [*LOGGER.handlers], LOGGER.propagate, LOGGER.disabled
 
@@ -100,6 +100,6 @@ def test_sizes_that_are_too_complex_are_fixed_at_once():
 
 
 @pytest.mark.medium("end_to_end/test_fidelity.py: a size that the trace fixed")
-def test_sizes_that_are_too_complex_and_were_asked_for_by_name_are_refused():
+def test_rejects_requested_sizes_with_conditions_that_are_too_complex():
     with refuses("capture_failed", match=r"(?s)windows = x\.view.*free sizes grow.*Dim\.AUTO"):
         compiled_with(Dim("height"), Dim("width"))

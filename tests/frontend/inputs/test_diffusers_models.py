@@ -16,7 +16,7 @@ from tests.zoo import ZOO
 diffusers = pytest.importorskip("diffusers")
 
 
-def test_a_model_runs_on_what_its_configuration_says():
+def test_makes_inputs_from_the_configuration():
     fields = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     unet = tiny_unet(16, **fields, projection_class_embeddings_input_dim=16 + 48, time_cond_proj_dim=5)
     for model in (unet, tiny_vae()):
@@ -28,13 +28,13 @@ def test_a_model_runs_on_what_its_configuration_says():
     }
 
 
-def test_what_a_configuration_does_not_say_is_asked_for():
+def test_asks_for_inputs_that_the_configuration_does_not_determine():
     unet = tiny_unet(16, num_class_embeds=3)
     with refuses("example_inputs_needed", match="'encoder_hidden_states': torch.randn"):
         lorac.compile(unet, {"a": lorac.LoRA(r=1, targets=["to_q"])}, target="onnxruntime")
 
 
-def test_sides_and_tokens_vary_beside_the_rows():
+def test_sides_tokens_and_rows_are_dynamic():
     unet = tiny_unet(16)
     shapes = make_dynamic_shapes(Host.of(unet), Host.of(unet).example_inputs())
     assert {name: {*axes} for name, axes in shapes.items()} == {

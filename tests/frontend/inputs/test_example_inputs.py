@@ -72,7 +72,7 @@ def test_text_has_as_many_placeholders_as_the_model_makes_pieces_of_an_image():
     assert torch.isfinite(model(**inputs).logits).all()
 
 
-def test_what_cannot_be_made_is_shown_how_to_make():
+def test_asks_for_inputs_with_the_processors_code():
     model = _seeing()
     model.config.name_or_path = "somebody/llava"
     model.config.vision_config.image_size = None
@@ -84,7 +84,7 @@ def test_what_cannot_be_made_is_shown_how_to_make():
         Host.of(torch.nn.Linear(2, 3)).example_inputs()
 
 
-def test_whole_numbers_that_come_to_every_token_are_as_long_as_the_text():
+def test_integers_per_token_are_as_long_as_the_text():
     bert = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=50))
     ids = torch.ones(2, 7, dtype=torch.int64)
     boxes, kinds = ids[..., None].expand(2, 7, 4), ids.expand(3, 2, 7)

@@ -100,7 +100,7 @@ def test_compose_is_the_weighted_sum_against_the_base(values, names):
     assert_close(merge_bias(total, b), expected_bias)
 
 
-def test_compose_of_one_at_full_strength_is_that_value(values):
+def test_compose_returns_a_single_value_at_full_strength(values):
     assert compose([(1.0, values["sparse"])], _unread) is values["sparse"]
     assert compose([], _unread) is None
 
@@ -120,7 +120,7 @@ def test_truncated_keeps_the_first_components(values):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_scaled_outputs_leave_the_bias_of_the_base_as_it_is(biased):
+def test_scaled_outputs_keep_the_bias_of_the_base(biased):
     """c scales the product with W only."""
     b = rand(OUT) if biased else None
     value = from_outputs("low-rank", {A: rand(IN, R), B: rand(R, OUT), C: rand(OUT)}, b)

@@ -41,7 +41,7 @@ def traced(branch: Any) -> tuple[torch.fx.GraphModule, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("branch", [scaled, by_matmul, of_three])
-def test_what_lies_between_two_factors_is_dropped(branch: Any) -> None:
+def test_drops_values_between_two_factors(branch: Any) -> None:
     module, params = traced(branch)
     dropped = insert_inner_dropout(module)
     assert dropped is not None
@@ -54,5 +54,5 @@ def test_what_lies_between_two_factors_is_dropped(branch: Any) -> None:
         assert_close(run_with_dropout(dropped, x, y, tuple(params), 1.0), y + scale * p["e"])
 
 
-def test_one_product_has_nothing_between() -> None:
+def test_ignores_a_single_product() -> None:
     assert insert_inner_dropout(traced(of_one)[0]) is None

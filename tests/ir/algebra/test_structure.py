@@ -52,7 +52,7 @@ def used_by(name):
 
 @pytest.mark.medium("random formulas with and without rules, and each of these without any")
 @pytest.mark.parametrize("name", FORMULAS)
-def test_results_stay_whatever_rule_is_taken_away(name):
+def test_results_do_not_depend_on_a_rule(name):
     formula = FORMULAS[name]
     expected = formula.direct()
     for table in (RULES, (), *map(rules_without, used_by(name))):
@@ -68,7 +68,7 @@ def test_form(formula):
 
 
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
-def test_without_rules_everything_is_a_whole_matrix(formula):
+def test_every_form_is_dense_without_rules(formula):
     # The base itself needs no rule, nor does a matrix that is added to it.
     assert formula.reduced(()).form in WHOLE
 
@@ -81,7 +81,7 @@ def test_every_rule_is_needed(rule):
     assert dearer, f"no formula needs the rule '{rule}'"
 
 
-def test_every_rule_says_its_identity():
+def test_every_rule_documents_its_identity():
     assert all(rule.build.__doc__ for rule in RULES)
     assert len({rule.name for rule in RULES}) == len(RULES)
     assert len(rules_without("sum")) == len(RULES) - 1
@@ -98,11 +98,11 @@ def test_every_rule_says_its_identity():
         ("product of entries", "the formula's result has no recognised structure"),
     ],
 )
-def test_a_near_miss_says_why(name, reason):
+def test_a_near_miss_gives_a_reason(name, reason):
     assert any(reason in found for found in FORMULAS[name].reduced().reasons)
 
 
-def test_a_form_reads_the_base_only_where_it_needs_it():
+def test_reads_the_base_only_where_needed():
     reads = {name: FORMULAS[name].reduced().reads_weight for name in ("sum of a factor", "number", "scatter")}
     assert reads == dict.fromkeys(reads, False)
     assert FORMULAS["reads the base"].reduced().reads_weight

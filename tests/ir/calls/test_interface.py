@@ -29,7 +29,7 @@ def test_types_by_the_names_of_axes():
         ("scale", 1.0, "target='eager' runs the model itself, with any value"),
     ],
 )
-def test_what_admits_another_value_of_what_was_captured(name, captured, said):
+def test_rejects_other_values_of_captured_constants(name, captured, said):
     interface = Interface(inputs=("x",), arguments=("x", name), outputs=("y",), defaults={name: captured})
     with pytest.raises(lorac.InputMismatch, match=f"captured with {name}={captured}") as raised:
         interface.check(interface.bind((torch.ones(1),), {name: 7}))
@@ -38,7 +38,7 @@ def test_what_admits_another_value_of_what_was_captured(name, captured, said):
 
 
 @pytest.mark.medium("the other arguments of a call")
-def test_eager_keeps_a_cache_and_a_configuration_says_what_a_program_does():
+def test_suggested_next_steps_work():
     """What the messages suggest comes true."""
     entry = ZOO["tiny_llama"]
     model = entry.fresh()

@@ -20,7 +20,7 @@ def _call(rows: int) -> dict[str, object]:
     return {"x": x, "pieces": np.arange(rows * 2), "sizes": [[i, i] for i in range(rows)], "scale": 4}
 
 
-def test_what_has_equal_shares_for_the_rows_of_the_batch_has_rows():
+def test_finds_inputs_whose_size_is_a_multiple_of_the_rows():
     inputs = {"x": torch.zeros(2, 3), "pieces": torch.zeros(6, 1), "table": torch.zeros(3, 2)}
     assert find_row_layout(Host.of(nn.Identity()), inputs, {"sizes": torch.zeros(2, 2)}) == RowLayout(
         2, {"x": 0, "pieces": 0, "sizes": 0}
@@ -54,7 +54,7 @@ def test_the_axis_that_grows_with_the_rows():
     assert ROWS.find_axis((2, 4), (3, 6), 3) is None
 
 
-def test_rows_are_stored_and_what_are_none_is_no_artifact():
+def test_round_trips_and_rejects_an_invalid_layout():
     rows = RowLayout(2, {"x": 0}, {"features": LIST_AXIS, "logits": 0})
     assert RowLayout.from_json(rows.to_json()) == rows
     with pytest.raises(lorac.ArtifactError, match="is not a layout of rows"):

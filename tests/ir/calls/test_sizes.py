@@ -26,7 +26,7 @@ def _given(**shapes: tuple[int, ...]) -> dict[str, Any]:
     return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
-def test_what_fits_is_taken_whatever_it_is_held_in():
+def test_accepts_tensors_arrays_and_lists():
     TEXT.check(_given(ids=(3, 9), mask=(3, 9)))
     TEXT.check({"ids": np.zeros((1, 64)), "mask": [[1.0] * 64]})
 
@@ -39,13 +39,13 @@ def test_what_fits_is_taken_whatever_it_is_held_in():
         ({"ids": (3,), "mask": (3, 9)}, "input 'ids' has shape [3]; the program was captured for [any, any]"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_input_and_axis(shapes: dict[str, tuple[int, ...]], text: str):
+def test_rejects_sizes_by_input_and_axis(shapes: dict[str, tuple[int, ...]], text: str):
     with pytest.raises(lorac.InputMismatch) as error:
         TEXT.check(_given(**shapes))
     assert text in str(error.value)
 
 
-def test_a_size_that_the_trace_fixed_is_told_from_one_that_was_to_be_fixed():
+def test_distinguishes_traced_from_requested_sizes():
     sizes = SizeConstraints(shapes={"x": (2, 6)}, fixed=(("x", 0),))
     with pytest.raises(lorac.InputMismatch, match="size 3 on axis 0; the trace of the model fixed 2"):
         sizes.check(_given(x=(3, 6)))
@@ -55,7 +55,7 @@ def test_a_size_that_the_trace_fixed_is_told_from_one_that_was_to_be_fixed():
         sizes.check(_given(x=(2, 7)))
 
 
-def test_other_sizes_keep_equal_what_must_be_equal_and_meet_every_condition():
+def test_finds_other_sizes_that_meet_all_conditions():
     assert TEXT.find_other({IDS: 2, LENGTH: 7, MASK: 2, WIDTH: 7}) == {IDS: 3, LENGTH: 8, MASK: 3, WIDTH: 8}
     at_most = TEXT.find_other({IDS: 2, LENGTH: 64, MASK: 2, WIDTH: 64})
     assert at_most == {IDS: 3, LENGTH: 64, MASK: 3, WIDTH: 64}, "where one cannot change, the others do"
@@ -83,7 +83,7 @@ def test_the_least_sizes_are_tried_alone_and_together():
     assert one_more.find_smallest({("x", 0): 4, ("y", 0): 3})[-1] == {("x", 0): 2, ("y", 0): 1}
 
 
-def test_what_is_assumed_becomes_a_condition_unless_sizes_that_break_it_are_right():
+def test_keeps_assumptions_unless_counterexamples_are_right():
     sizes = SizeConstraints(shapes={"x": (None,)}, assumed=("x[0] >= 2", "x[0] % 3 != 0"))
     tried = sizes.find_doubtful({("x", 0): 5})
     assert tried == [{("x", 0): 1}, {("x", 0): 6}]

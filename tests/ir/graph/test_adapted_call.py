@@ -26,7 +26,7 @@ def graph() -> Graph:
     return captured_stack({"all": lorac.LoRA(r=2)})
 
 
-def test_an_adapted_node_keeps_what_the_host_calls(graph: Graph) -> None:
+def test_an_adapted_node_keeps_operands_and_provenance(graph: Graph) -> None:
     plain = _call_of(graph, QUERY, ops.LINEAR)
     x, weight, bias = ops.operands_of(plain)
     before, value, arguments = plain.meta["nn_module_stack"], plain.meta["val"], plain.args

@@ -46,7 +46,7 @@ def test_private_fields_of_torch_export(program: ExportedProgram) -> None:
     assert isinstance(kwargs, dict)
 
 
-def test_an_added_input_is_one_of_the_programs_own(program: ExportedProgram) -> None:
+def test_adds_inputs_to_the_signature(program: ExportedProgram) -> None:
     rank = add_dimension(program, "rank", hint=3)
     (node,) = add_inputs(program, {"up:a": ((10, rank), torch.float32)}).values()
     output = next(iter(reversed(program.graph.nodes)))
@@ -70,7 +70,7 @@ def test_an_added_input_is_one_of_the_programs_own(program: ExportedProgram) -> 
         runnable(**inputs, **{SLOTS_KEYWORD: {"up:a": torch.zeros(9, 1)}})
 
 
-def test_an_added_output_comes_behind_the_hosts_own(program: ExportedProgram) -> None:
+def test_adds_outputs_after_the_models(program: ExportedProgram) -> None:
     hidden = next(n for n in program.graph.nodes if n.op == "call_function" and n.target is torch.ops.aten.tanh.default)
     add_outputs(program, {"hidden": hidden})
     update_signature(program)
@@ -112,7 +112,7 @@ def test_slots_are_user_inputs(program: ExportedProgram) -> None:
     assert spec.kind is InputKind.USER_INPUT
 
 
-def test_operands_that_one_value_describes_are_traced_as_two() -> None:
+def test_traces_operands_with_the_same_example_separately() -> None:
     class Doubled(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sin() + x.cos()

@@ -30,7 +30,7 @@ def _hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else size.node.hint
 
 
-def test_an_example_is_what_torch_makes_in_the_mode():
+def test_an_example_equals_torchs_fake_tensor():
     record = ShapeEnv()
     mode = FakeTensorMode(shape_env=record)
     shape = (make_size(record, "places", 2, 1), 5, make_size(record, "rank", 3))

@@ -45,7 +45,7 @@ def _parameter(graph: Graph) -> fx.Node:
 
 
 @pytest.mark.parametrize("level", [Level.HOST, Level.ADAPTED, Level.EXPANDED])
-def test_what_the_passes_make_is_accepted(level: Level) -> None:
+def test_accepts_graphs_of_every_level(level: Level) -> None:
     verify(_at(level), after="nothing")
 
 
@@ -79,7 +79,7 @@ def test_a_value_without_a_type() -> None:
     _refused(graph, node.name, "has no type")
 
 
-def test_a_slot_that_is_no_input_any_more() -> None:
+def test_rejects_a_slot_that_is_not_an_input() -> None:
     graph = _at(Level.ADAPTED)
     name, slot = next(iter(graph.slots.items()))
     node = graph.node(slot.node)
@@ -96,7 +96,7 @@ def test_a_slot_that_nothing_reads() -> None:
     _refused(graph, node.name, f"slot '{name}' reaches no output")
 
 
-def test_a_slot_whose_readers_reach_no_output() -> None:
+def test_rejects_a_slot_whose_readers_reach_no_output() -> None:
     """It is still read, but what is computed from it is bypassed."""
     graph = _at(Level.EXPANDED)
     name, slot = next(iter(graph.slots.items()))
@@ -130,7 +130,7 @@ class Broken(Pass):
         return PassResult(changed=True)
 
 
-def test_it_runs_after_every_pass() -> None:
+def test_runs_after_every_pass() -> None:
     graph = capture("plain_mlp").graph
     pack, *others = lowering_passes()
     with refuses("verification_failed", match="after 'broken'"):

@@ -134,7 +134,7 @@ def test_the_engines_clock_runs_with_all_threads():
     assert own < 0.3
 
 
-def test_compile_stops_on_such_a_pattern():
+def test_compile_rejects_a_pattern_that_backtracks():
     model = nn.ModuleDict({"a" * 5000 + "b": nn.Linear(3, 2)})
     with refuses("pattern_too_slow", match="write the module names out"):
         lorac.compile(model, {"x": lorac.LoRA(targets=r"(.*a){20}$")})
@@ -151,7 +151,7 @@ def test_all_linear_leaves_the_output_layer_out():
     assert [s.path for s in select_sites(lorac.sites(model), "all-linear", heads=["body"])] == []
 
 
-def test_all_conv_and_what_a_keyword_that_finds_nothing_says():
+def test_all_conv_selects_convolutions_and_empty_keywords_are_rejected():
     model = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "line": nn.Conv1d(4, 4, 1), "norm": nn.BatchNorm2d(4)})
     assert [s.path for s in select_sites(lorac.sites(model), "all-conv")] == ["stem", "line"]
     assert [s.path for s in select_sites(lorac.sites(model), "all-conv", exclude=["stem"])] == ["line"]
@@ -165,7 +165,7 @@ def test_all_conv_and_what_a_keyword_that_finds_nothing_says():
         assert caught.value.nearest == "all-conv (2 sites)"
 
 
-def test_a_module_names_the_weights_that_it_reads_itself():
+def test_an_attentions_name_selects_its_weights():
     """As PEFT's target of an nn.MultiheadAttention means its output layer too."""
     sites = lorac.sites(nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "line": nn.Linear(4, 4)}))
     assert [s.path for s in select_sites(sites, ["attn"])] == ["attn", "attn.out_proj"]

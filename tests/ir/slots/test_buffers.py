@@ -44,7 +44,7 @@ def test_a_change_is_brought_to_the_weights_memory_once(change: Any, monkeypatch
     assert buffer.write(change) == OUT * IN * 4 and brought == [change]
 
 
-def test_what_was_brought_goes_with_the_change() -> None:
+def test_frees_a_copied_change_when_it_is_replaced() -> None:
     buffer, change = _buffer(), Dense(torch.ones(OUT, IN))
     buffer.write(change)
     there = weakref.ref(buffer.current)
@@ -54,7 +54,7 @@ def test_what_was_brought_goes_with_the_change() -> None:
     assert there() is None
 
 
-def test_a_change_that_is_there_stays_as_it_is() -> None:
+def test_keeps_a_change_on_the_right_device() -> None:
     weight = torch.zeros(IN, OUT)
     buffer = FusedBuffer(find_sites(LAYER)["it"], weight, lambda held: held.t(), lambda: torch.zeros(OUT, IN))
     change = Sparse(torch.tensor([0]), torch.tensor([1]), torch.tensor([2.0]))
@@ -63,7 +63,7 @@ def test_a_change_that_is_there_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_weights_allocated_in_inference_mode_are_written_outside_it(target: str) -> None:
+def test_writes_weights_that_were_allocated_in_inference_mode(target: str) -> None:
     model, x = nn.Sequential(nn.Linear(IN, OUT)), torch.ones(2, IN)
     methods = {
         "sparse": lorac.SHiRA(ratio=0.5, targets="all-linear"),

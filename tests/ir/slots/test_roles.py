@@ -78,7 +78,7 @@ def _expected(model: nn.Module) -> torch.Tensor:
     return HELD * (X @ layer.weight.t()) + pair + layer.bias
 
 
-def test_every_row_says_what_reserves_it() -> None:
+def test_every_role_names_a_field_of_reserve() -> None:
     fields = {field.name for field in dataclasses.fields(Reserve)}
     assert {role.reserve for role in ROLES.values()} <= {"", *fields}
     assert [role.name for role in ROLES.values()] == list(ROLES)
@@ -123,7 +123,7 @@ def test_a_new_role_is_stored_shaken_and_explained() -> None:
 
 
 @pytest.mark.usefixtures("scaling")
-def test_what_lacks_room_for_a_new_role_is_told_what_admits_it() -> None:
+def test_rejects_an_adapter_without_slots_and_names_the_reserve() -> None:
     compiled = lorac.compile(_model(), reserve=lorac.Reserve(targets=["0"], rank=2), example_inputs=(X,))
     with pytest.raises(lorac.NeedsRecompile, match=r"has no slot 's'") as caught:
         compiled.add_adapter(_adapter())
@@ -138,7 +138,7 @@ def test_what_lacks_room_for_a_new_role_is_told_what_admits_it() -> None:
 
 
 @pytest.mark.usefixtures("scaling")
-def test_what_no_weight_holds_is_not_merged() -> None:
+def test_rejects_fusing_a_role_without_a_weight_form() -> None:
     with refuses("not_mergeable", match="operand 's'"):
         lorac.compile(_model(), {"a": _adapter()}, mode="fused", example_inputs=(X,))
 

@@ -36,6 +36,6 @@ def test_runs_of_neighbours_are_found_in_order() -> None:
             assert tensor.data_ptr() == expected.data_ptr(), "nothing is copied"
 
 
-def test_tensors_without_numbers_are_one_stack() -> None:
+def test_stacks_empty_tensors() -> None:
     found = find_stacks([torch.empty(1, 4, 0) for _ in range(3)])
     assert [tuple(stack.shape) for stack in found] == [(3, 1, 4, 0)]

@@ -49,7 +49,7 @@ def test_the_origin_gives_the_same_bits_for_other_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_depends_on_values_or_on_others_is_refused(name: str) -> None:
+def test_rejects_ops_that_depend_on_values(name: str) -> None:
     given = {"x": torch.empty(3, 4, device="meta")}
     with pytest.raises((Unrecordable, RuntimeError)), OriginRecorder(given):
         REFUSED[name](given["x"])
