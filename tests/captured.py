@@ -12,16 +12,17 @@ from torch.export import ExportedProgram
 
 import lorac
 from lorac import Site
-from lorac.frontend.capture.export import export_model
+from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.host import Host
 from lorac.ir.calls.interface import Interface
 from lorac.ir.calls.output_structure import OutputStructure
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.interpreter import run_graph
+from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.plans import SitePlan
-from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.passes.pipelines import lowering_passes
 from tests.zoo import ZOO
 
 
@@ -74,7 +75,7 @@ def interpret(graph: Graph, inputs: Mapping[str, Any], slots: Mapping[str, Tenso
 
 def captured_program(model: nn.Module, inputs: object = None, shapes: object = None) -> ExportedProgram:
     """A model as captured, before it is a graph."""
-    return export_model(Host.of(model), inputs, shapes)[0]
+    return capture_graph("main", Host.of(model), inputs, shapes, sites={}, plans={}).exported
 
 
 def captured_stack(adapters: dict[str, Any] | None = None, *, first_differs: bool = False) -> Graph:

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lorac.errors import OptionError, Unavailable, nearest_name
+from lorac.ir.graph.graph import Level
 from lorac.ir.graph.passes import Skip
 from lorac.report.dump import REF, Dump
-from lorac.report.pass_history import EMITTED
+from lorac.report.pass_history import CAPTURE, EMITTED
 from lorac.report.picture.page import to_html
 from lorac.report.picture.page_data import PictureContext
 from lorac.report.printer import AdapterNotes, SectionPrinter, diff_dumps, to_text
 from lorac.report.sections import Section, build_sections, extract_module, find_drawn, group_items
 from lorac.storage.paths import translate_os_errors
+
+_TRACED = Level.TRACED.name.lower()
 
 
 class GraphView:
@@ -56,7 +59,7 @@ class GraphView:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """``"capture"`` and the passes that changed the graph, in order."""
+        """``"trace"``, the passes that changed the graph, and among them ``"capture"``: what the model computes."""
         return tuple(self._dumps)
 
     def after(self, stage: str) -> GraphView:
@@ -108,7 +111,8 @@ class GraphView:
 
     def diff(self, other: GraphView | None = None) -> str:
         """Return what changed from another view to this one; default: from the capture. Empty if nothing changed."""
-        before = next(iter(self._dumps.values())) if other is None else other.dump
+        stage = CAPTURE if CAPTURE in self._dumps else self.stages[0]
+        before = self._dumps[stage] if other is None else other.dump
         return diff_dumps(before, self.dump, self._context().notes)
 
     def to_dot(self) -> str:
@@ -120,9 +124,10 @@ class GraphView:
         return _write_page(path, {self.dump.name: self}, self._context())
 
     def drawn(self) -> dict[str, Dump]:
-        """Return stage -> the graph after it, the emitted program last."""
+        """Return stage -> the graph after it, from the capture to the emitted program."""
         found = self._emission()
-        return dict(self._dumps) if found is None else {**self._dumps, EMITTED: found}
+        stages = [stage for stage in self.stages if self._dumps[stage].level != _TRACED]
+        return {stage: self._dumps[stage] for stage in stages} | ({} if found is None else {EMITTED: found})
 
     def __str__(self) -> str:
         return to_text(self.dump, self._context().notes)

@@ -7,7 +7,7 @@ from lorac.ir.graph.passes import Skip
 from lorac.report.dump import Dump, GraphRecord
 
 CAPTURE, EMITTED = "capture", "emitted"
-"""The first stage of a graph, and the one after all passes: the program that the target runs."""
+"""The stage at which a graph is what the model computes, and the one after all passes, which the target runs."""
 
 
 class GraphStages(Mapping[str, Dump]):
@@ -47,6 +47,6 @@ class PassHistory:
 
     def record(self, stage: str, graph: Graph) -> None:
         """Record a graph after a stage."""
-        if stage == CAPTURE:
+        if stage in self.stages.get(graph.name, (stage,)):  # the first run of its passes, or another one
             self.stages[graph.name] = GraphStages()
-        self.stages.setdefault(graph.name, GraphStages()).record(stage, graph)
+        self.stages[graph.name].record(stage, graph)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorac.backends.onnx.legalize import Legalize
+from lorac.frontend.capture.pipeline import capture_passes
 from lorac.frontend.host import GROUP as ENTRY_POINTS_OF_HOSTS
 from lorac.ir.slots.roles import ROLES
 from lorac.passes.pipelines import lowering_passes
@@ -151,5 +152,5 @@ def test_the_table_of_roles():
 def test_the_table_of_passes():
     section = _section(ARCHITECTURE.read_text(encoding="utf-8"), "Levels")
     rows = [line.rpartition(" | ")[0] for line in section.splitlines() if line.startswith("| `")]
-    steps = [*lowering_passes(), Legalize()]
+    steps = [*capture_passes(attention=True), *lowering_passes(), Legalize()]
     assert rows == [f"| `{step.name}` | {step.reads.name.lower()} | {step.leaves.name.lower()}" for step in steps]

@@ -9,10 +9,10 @@ import lorac
 from lorac import ParamSpec
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall
+from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.ir.graph.passes import PassResult, Skip
 from lorac.passes.connect_values import ConnectValues
 from lorac.passes.insert import InsertAdaptedCalls
-from lorac.passes.pipelines import run_pipeline
 from lorac.testing import assert_close
 from tests.captured import captured_program, graph_of
 from tests.refusing import refuses

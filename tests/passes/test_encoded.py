@@ -8,7 +8,7 @@ from torch import nn
 
 import lorac
 from lorac import Unavailable
-from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, split_encoder_decoder
+from lorac.frontend.capture.encoder_decoder import CheckAttention, split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
@@ -16,8 +16,10 @@ from lorac.ir.graph import attention_ops as attending
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, PAST_LENGTHS, is_encoder_output, present_name
 from lorac.ir.graph.feeds import cache_input_shapes
 from lorac.ir.graph.interpreter import run_graph
-from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.passes.pipelines import lowering_passes
 from lorac.testing import assert_close
+from tests.captured import graph_of
 from tests.encoder_decoders import VOCABULARY, batches, made
 from tests.passes.test_cache_attention import COUNTS, parts
 
@@ -137,4 +139,4 @@ class _Mixing(nn.Module):
 def test_attention_to_both_at_once_is_refused_by_name():
     program = torch.export.export(_Mixing(), (TEXT[:, :4], TEXT[:, :6]))
     with pytest.raises(Unavailable, match=r"'decoder\.attn' attends to the text and to what was encoded at once"):
-        check_attention_cacheable(program, "Mixing")
+        CheckAttention("Mixing").apply(graph_of("main", program, {}, {}))

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.ir.graph.passes import Pass
-from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.passes.pipelines import lowering_passes
 from lorac.testing import assert_close
 from tests.captured import capture, interpret
 from tests.passes.idle_casts import IdleCasts

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 import lorac
 from lorac.ir.graph.feeds import collect_slot_tensors
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.ir.slots.composition import compose_choice, fill_slots
 from lorac.ir.slots.places import stack_places
-from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.passes.pipelines import lowering_passes
 from tests.captured import captured_program, graph_of, interpret
 from tests.limits import ROWS
 

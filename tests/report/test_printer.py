@@ -12,8 +12,8 @@ import torch
 import lorac
 from lorac import Unavailable
 from lorac.ir.graph.graph import Level
+from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.passes.fuse_projections import FuseProjections
-from lorac.passes.pipelines import run_pipeline
 from lorac.report.dump import Dump, Row, dump
 from lorac.report.picture.boxes import build_boxes
 from lorac.report.printer import diff_dumps, to_text
@@ -68,8 +68,9 @@ def test_every_target_prints_the_same_passes() -> None:
         lorac.compile(model, adapters=adapters, active="task", example_inputs=inputs, target=target).graph["main"]
         for target in ("eager", "onnxruntime")
     )
-    assert eager.stages[:2] == ("capture", "insert"), "eager runs each of the host's layers by itself"
-    assert ort.stages == ("capture", "fuse_projections", *eager.stages[1:], "legalize"), (
+    captured = ("trace", "layers", "names", "capture")
+    assert eager.stages[:5] == (*captured, "insert"), "eager runs each of the host's layers by itself"
+    assert ort.stages == (*captured, "fuse_projections", *eager.stages[4:], "legalize"), (
         "the target's own rewrites come last"
     )
     assert str(ort.after("capture")) == str(eager.after("capture"))

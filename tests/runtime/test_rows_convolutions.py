@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.backends.tensorrt.dialect import DIALECT as TENSORRT
-from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.ir.graph.pass_runner import run_pipeline
+from lorac.passes.pipelines import lowering_passes
 from tests.captured import captured_program, graph_of
 from tests.limits import LEAST_DIFFERENCE, ROWS
 from tests.program_calls import note_calls

@@ -215,7 +215,8 @@ def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface
         if interface.problems:
             raise _unavailable(host.model, f"keeps no cache: {interface.problems[0]}") from error
         if not interface.used and (interface.windows or interface.masks):
-            raise _attends_by_itself(host.model, interface.find_mask_reader(host.model, inputs)) from error
+            reader = interface.find_mask_reader(host.model, inputs)
+            raise _attends_by_itself(type(host.model).__name__, reader) from error
         if error.__cause__ is None:
             raise
         raise CaptureError(error.what, next_step=WITHOUT_CACHE) from error.__cause__  # the trace's own error
@@ -226,13 +227,16 @@ def capture_attention(host: Host, inputs: Inputs) -> Iterator[AttentionInterface
         raise _unavailable(host.model, f"keeps no cache: {interface.problems[0]}")
 
 
-def check_attention_captured(program: ExportedProgram, model: nn.Module) -> None:
+def check_attention_captured(program: ExportedProgram, model: str) -> None:
     """Refuse a model that computes attention by itself: then some node still reads a mask.
+
+    Args:
+        program: as traced, without dead nodes.
+        model: class name of the model.
 
     Raises:
         Unavailable: naming the module.
     """
-    program.graph.eliminate_dead_code()
     readers = [user for node in program.graph.nodes if node.target is attention_ops.MASK for user in node.users]
     captured = any(node.target is attention_ops.ATTENTION for node in program.graph.nodes)
     if readers or not captured:
@@ -264,10 +268,11 @@ def _list_closures(function: object) -> list[tuple[object, object]]:
     return [(function.__code__, None), *(found for value in cells for found in _list_closures(value))]
 
 
-def _attends_by_itself(model: nn.Module, path: str) -> Unavailable:
+def _attends_by_itself(model: str, path: str) -> Unavailable:
     who = f"'{path}'" if path else "it"
-    return _unavailable(
-        model, f"keeps no cache: {who} attends by itself, not through transformers' attention interface"
+    return Unavailable(
+        f"{model} keeps no cache: {who} attends by itself, not through transformers' attention interface",
+        next_step=WITHOUT_CACHE,
     )
 
 

@@ -8,7 +8,7 @@ both.
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import fx
@@ -16,12 +16,14 @@ from torch.export import ExportedProgram
 
 from lorac.argument_types import Operands
 from lorac.errors import Unavailable
+from lorac.frontend.capture.attention_interface import check_attention_captured
 from lorac.ir.calls.output_structure import OutputStructure, name_outputs
 from lorac.ir.graph import attention_ops, ops
 from lorac.ir.graph.attention_ops import LOGITS_TO_KEEP, WITHOUT_CACHE, encoder_output_name, find_token_input
 from lorac.ir.graph.edit import add_inputs, copy_program, drop_inputs, insert_call, set_outputs
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import find_user_inputs
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.sites.site import Site
 
 aten = torch.ops.aten
@@ -29,31 +31,40 @@ T = TypeVar("T")
 _ZEROS = frozenset({aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default})
 
 
-def drop_zero_biases(graph: fx.Graph) -> None:
-    """Remove biases of attentions that are zeros throughout, in place."""
-    for node in graph.nodes:
-        bias = node.args[attention_ops.BIAS_OPERAND] if node.target is attention_ops.ATTENTION else None
-        if isinstance(bias, fx.Node) and bias.target in _ZEROS:
-            node.update_arg(attention_ops.BIAS_OPERAND, None)
+@final
+@dataclass(frozen=True)
+class CheckAttention(Pass):
+    """Drop biases of attention that are zeros, and dead nodes; refuse attention that no cache can stand for.
 
-
-def check_attention_cacheable(program: ExportedProgram, host: str) -> None:
-    """Refuse attention that no cache can stand for.
-
-    Args:
-        program: as captured.
-        host: class name of its model.
-
-    Raises:
-        Unavailable: naming the module.
+    Attributes:
+        model: class name of the captured model.
     """
-    halves = _GraphHalves.of(program)
-    for node in program.graph.nodes:
-        if node.target is not attention_ops.ATTENTION:
-            continue
-        problem = halves.find_problem(node)
-        if problem is not None:
-            raise Unavailable(f"{host} keeps no cache: '{node.args[-1]}' {problem}", next_step=WITHOUT_CACHE)
+
+    name: ClassVar[str] = "check_attention"
+    reads: ClassVar[Level] = Level.TRACED
+    leaves: ClassVar[Level] = Level.TRACED
+    model: str = "the model"
+
+    def apply(self, graph: Graph) -> PassResult:
+        """Drop the biases.
+
+        Raises:
+            Unavailable: naming the module.
+        """
+        changed = False
+        for node in graph.find(attention_ops.ATTENTION):
+            bias = node.args[attention_ops.BIAS_OPERAND]
+            if isinstance(bias, fx.Node) and bias.target in _ZEROS:
+                node.update_arg(attention_ops.BIAS_OPERAND, None)
+                changed = True
+        changed |= graph.fx.eliminate_dead_code()
+        check_attention_captured(graph.exported, self.model)
+        halves = _GraphHalves.of(graph.exported)
+        for node in graph.find(attention_ops.ATTENTION):
+            problem = halves.find_problem(node)
+            if problem is not None:
+                raise Unavailable(f"{self.model} keeps no cache: '{node.args[-1]}' {problem}", next_step=WITHOUT_CACHE)
+        return PassResult(changed)
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,9 @@ def _decoder(graph: Graph, halves: _GraphHalves, crossing: Mapping[str, str]) ->
 def _copy(graph: Graph) -> tuple[Graph, dict[str, fx.Node]]:
     """Return a copy of a graph that can be edited, and its nodes by name."""
     program = copy_program(graph.exported)
-    half = dataclasses.replace(graph, exported=program, slots={}, projections={}, axes=dict(graph.axes))
+    half = dataclasses.replace(
+        graph, exported=program, slots={}, projections={}, axes=dict(graph.axes), skips=dict(graph.skips)
+    )
     return half, {node.name: node for node in program.graph.nodes}
 
 

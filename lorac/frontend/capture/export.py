@@ -13,26 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from lorac.errors import CaptureError, LoracError
 from lorac.frontend.capture.attention_interface import (
     capture_attention,
-    check_attention_captured,
     derive_decoder_arguments,
     make_decoder_inputs,
     make_decoder_shapes,
 )
 from lorac.frontend.capture.call_arguments import CallArguments
 from lorac.frontend.capture.decoder_families import freeze_dynamic_rotary, get_longest_sequence
-from lorac.frontend.capture.encoder_decoder import check_attention_cacheable, drop_zero_biases
-from lorac.frontend.capture.higher_order_ops import inline_higher_order_ops
 from lorac.frontend.capture.interface import describe_interface
 from lorac.frontend.capture.layer_groups import find_layer_groups
-from lorac.frontend.capture.position_ids import make_positions_per_row
-from lorac.frontend.capture.repeated_layers import expand_repeated_layers, trace_repeated_layers_once
-from lorac.frontend.capture.site_ops import SiteMarks, has_site_checks, mark_sites
+from lorac.frontend.capture.pipeline import capture_passes
+from lorac.frontend.capture.repeated_layers import trace_repeated_layers_once
+from lorac.frontend.capture.site_ops import SiteMarks, mark_sites
 from lorac.frontend.capture.size_constraints import collect_constraints, collect_dynamic_axes, name_axes
 from lorac.frontend.capture.trace_guards import (
     SizesTooComplex,
@@ -42,7 +38,6 @@ from lorac.frontend.capture.trace_guards import (
     iter_error_causes,
     record_guards,
 )
-from lorac.frontend.capture.written_attention import fold_written_attention
 from lorac.frontend.copying import WeightCast, refuse_casts
 from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import (
@@ -55,11 +50,11 @@ from lorac.frontend.inputs.dynamic_shapes import (
 )
 from lorac.frontend.layer_classes import Forward
 from lorac.frontend.model_runner import disable_fast_path, preserve_random_state
-from lorac.ir.calls.interface import program_input_name
+from lorac.ir.calls.interface import Interface, program_input_name
 from lorac.ir.calls.output_structure import replace_dataclasses
 from lorac.ir.graph import ops as _ops  # noqa: F401  (what a copy's sites call is registered there)
-from lorac.ir.graph.edit import keep_tensor_outputs, qualify_names
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.pass_runner import Observer, run_pipeline
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan, list_layers
 from lorac.ir.slots.program_values import select_once_plans
@@ -72,10 +67,11 @@ def export_model(
     example_inputs: object = None,
     dynamic_shapes: object = None,
     marks: SiteMarks = SiteMarks(),  # noqa: B008  (frozen)
-) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
-    """Capture a model in eval mode as an exported program; also return the guards of the trace and the arguments.
+) -> tuple[ExportedProgram, list[TraceGuard], CallArguments, bool]:
+    """Trace a model in eval mode; return the program, the guards, the arguments, and whether all masks are causal.
 
-    Each call of a site is one ``lorac`` node, whose last argument is the site's path.
+    Each call of a site is one ``lorac`` node, whose last argument is the site's path. Layers that repeat an earlier one
+    are one node each.
 
     Args:
         host: the model; left unchanged.
@@ -102,7 +98,7 @@ def export_model(
 
 def _export_arguments(
     arguments: CallArguments, host: Host, inputs: Any, dynamic_shapes: object, marks: SiteMarks
-) -> tuple[ExportedProgram, list[TraceGuard], CallArguments]:
+) -> tuple[ExportedProgram, list[TraceGuard], CallArguments, bool]:
     with isolate_tracing(host.model), _disable_shape_cache(), contextlib.ExitStack() as stack:
         copied = _make_marked_copy(host, marks, arguments)
         if marks.attention:
@@ -120,20 +116,7 @@ def _export_arguments(
                 shapes = {name: by_name.get(name) for name in arguments.inputs}
             attempts = [(values, shapes), (values, let_narrow(shapes))]
         program, guards = _first_trace(copied, attempts, narrows=dynamic_shapes is None)
-    inline_higher_order_ops(program)
-    expand_repeated_layers(program, marks.prefix)
-    if arguments.truths and has_site_checks(program):
-        step = "make forward decide by its inputs alone; target='eager' runs the model itself"
-        raise CaptureError("forward decides by what a layer computes that adapters change", next_step=step)
-    _refuse_objects(program)
-    if marks.attention:
-        if interface.is_causal:
-            fold_written_attention(program)
-        check_attention_captured(program, copied.model)
-        drop_zero_biases(program.graph)
-        check_attention_cacheable(program, type(host.model).__name__)
-        make_positions_per_row(program)
-    return qualify_names(program, marks.prefix), guards, arguments
+    return program, guards, arguments, marks.attention and interface.is_causal
 
 
 def _bind_inputs(host: Host, example: object) -> dict[str, Any]:
@@ -144,17 +127,6 @@ def _bind_inputs(host: Host, example: object) -> dict[str, Any]:
             f"{type(host.model).__name__} cannot be called with its example inputs: {error}",
             next_step="give example_inputs= as the model itself is called",
         ) from error
-
-
-def _refuse_objects(program: ExportedProgram) -> None:
-    """Refuse objects other than tensors, such as a generator of the model's own, which no program can hold."""
-    objects = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.CUSTOM_OBJ]
-    for spec in objects:
-        value = program.constants[str(spec.target)]
-        raise CaptureError(
-            f"forward uses a {type(value).__name__} of the model, which a program cannot hold",
-            next_step="target='eager' runs the model itself",
-        )
 
 
 @contextlib.contextmanager
@@ -220,6 +192,7 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
     blocks: Collection[str] = (),
     prefix: str = "",
     grows: bool = False,
+    observe: Observer | None = None,
 ) -> Graph:
     """Capture a model as a graph at level host; raises as ``export_model`` does.
 
@@ -230,6 +203,7 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
         sites, plans: the model's; the graph keeps the plans of this model.
         grows: whether its sequence is to grow over a cache: attention becomes ops, and inputs are those of
             ``make_decoder_inputs``.
+        observe: as ``run_pipeline`` takes it.
     """
     inputs, dynamic_shapes = spread_row_numbers(host, inputs, dynamic_shapes)
     if grows:
@@ -237,17 +211,21 @@ def capture_graph(  # noqa: PLR0913  (what a graph is made of)
         dynamic_shapes = make_decoder_shapes(host, inputs)
     layers = [path for path in list_layers(plans.values()) if path.startswith(prefix)]
     marks = SiteMarks(prefix, blocks, layers, attention=grows)
-    exported, guards, arguments = export_model(host, inputs, dynamic_shapes, marks)
+    exported, guards, arguments, causal = export_model(host, inputs, dynamic_shapes, marks)
     named = arguments.inputs
     shapes = make_dynamic_shapes(host, named) if dynamic_shapes is None else host.bind(dynamic_shapes)
     signature = {
         path: plan for path, plan in plans.items() if path.startswith(prefix) and plan.site.kind is not SiteKind.ONCE
     }
     signature |= select_once_plans(plans, signature)
+    graph = Graph(name, exported, sites, signature, Interface(), level=Level.TRACED)
+    passes = capture_passes(
+        prefix, tuple(arguments.truths), attention=grows, causal=causal, model=type(host.model).__name__
+    )
+    run_pipeline(graph, passes, observe, first="trace")
     sizes = collect_constraints(exported, collect_dynamic_axes(named, shapes), guards)
-    axes = name_axes(exported, {program_input_name(argument): shape for argument, shape in shapes.items()})
-    interface = describe_interface(exported, host, arguments, sizes, keep_tensor_outputs(exported))
-    graph = Graph(name, exported, sites, signature, interface, axes=axes)
+    graph.axes = name_axes(exported, {program_input_name(argument): shape for argument, shape in shapes.items()})
+    graph.interface = describe_interface(graph, host, arguments, sizes)
     graph.longest = get_longest_sequence(host.model) if grows else None
     graph.describe_types()
     return graph

@@ -1,11 +1,12 @@
-"""Bodies of torch's higher-order ops become nodes of the program itself, where passes find the sites in them.
+"""inline: bodies of torch's higher-order ops become nodes of the program itself, where passes find the sites in them.
 
 Of a ``torch.cond`` both sides are computed, and ``torch.where`` selects. Contexts that change no result are left out.
 """
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import fx
@@ -15,31 +16,41 @@ from torch.export import ExportedProgram
 from lorac.errors import CaptureError
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import add_constant, insert_call
+from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import find_source_line
+from lorac.ir.graph.passes import Pass, PassResult, Skip
 
 aten = torch.ops.aten
 _COND = torch.ops.higher_order.cond
 
 
-def inline_higher_order_ops(program: ExportedProgram) -> None:
-    """Replace calls of higher-order ops by the nodes of their bodies, in place.
+@final
+@dataclass(frozen=True)
+class InlineHigherOrderOps(Pass):
+    """Replace calls of higher-order ops by the nodes of their bodies."""
 
-    Raises:
-        CaptureError: a layer is called inside an op that no program holds, such as a loop or autocast.
-    """
-    _refuse_vmapped_sites(program)
-    while (node := _find_inlinable(program)) is not None:
-        _inline(program, node)
+    name: ClassVar[str] = "inline"
+    reads: ClassVar[Level] = Level.TRACED
+    leaves: ClassVar[Level] = Level.TRACED
 
+    def apply(self, graph: Graph) -> PassResult:
+        """Replace the calls; skip ops such as loops, in which no layer is called.
 
-def _refuse_vmapped_sites(program: ExportedProgram) -> None:
-    """Refuse a layer that is called between the nodes with which torch begins and ends a ``vmap``."""
-    depth = 0
-    for node in program.graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
-        if depth and node.target in ops.SITE_OPS:
-            raise _refusal(ops.site_of(node), "vmap", find_source_line(node))
+        Raises:
+            CaptureError: a layer is called inside an op that no program holds, such as a loop or autocast.
+        """
+        program, depth = graph.exported, 0
+        for node in graph.fx.nodes:  # torch begins and ends a vmap by a node each
+            name = getattr(node.target, "__name__", "")
+            depth += (name == "_vmap_increment_nesting") - (name == "_vmap_decrement_nesting")
+            if depth and node.target in ops.SITE_OPS:
+                raise _refusal(ops.site_of(node), "vmap", find_source_line(node))
+        changed = False
+        while (node := _find_inlinable(program)) is not None:
+            _inline(program, node)
+            changed = True
+        others = [node.name for node in graph.fx.nodes if isinstance(node.target, HigherOrderOperator)]
+        return PassResult(changed, tuple(Skip(name, "no layer is called in it") for name in others))
 
 
 def _refusal(called: str, around: str, line: str | None) -> CaptureError:

@@ -10,9 +10,9 @@ from lorac.frontend.host import Host
 from lorac.frontend.inputs.dynamic_shapes import find_row_numbers
 from lorac.ir.calls.interface import Interface, program_input_name
 from lorac.ir.calls.multimodal_positions import POSITION_IDS
-from lorac.ir.calls.output_structure import OutputStructure
 from lorac.ir.calls.sizes import SizeConstraints
 from lorac.ir.graph import ops
+from lorac.ir.graph.graph import Graph
 from lorac.ir.graph.nodes import find_input_examples
 
 aten = torch.ops.aten
@@ -25,22 +25,17 @@ _EMBEDDINGS = {aten.embedding.default: (1, 0), ops.EMBEDDING: (0, 1)}
 """Op that looks ids up -> which operands are the ids and the table."""
 
 
-def describe_interface(
-    program: ExportedProgram,
-    host: Host,
-    arguments: CallArguments,
-    sizes: SizeConstraints,
-    structure: OutputStructure,
-) -> Interface:
-    """Return the interface of a program.
+def describe_interface(graph: Graph, host: Host, arguments: CallArguments, sizes: SizeConstraints) -> Interface:
+    """Return the interface of a captured graph, which knows the structure of the model's output.
 
     Args:
-        program: as captured.
+        graph: at level host.
         host: the model that it was captured from.
         arguments: the example call.
         sizes: which sizes the inputs may have.
-        structure: how the model's output is built.
     """
+    program, structure = graph.exported, graph.interface.structure
+    assert structure is not None
     inputs = tuple(map(str, program.graph_signature.user_inputs))
     positions = arguments.positions
     named = ((name, program_input_name(name)) for name in host.parameters)

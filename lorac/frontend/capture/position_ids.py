@@ -1,12 +1,13 @@
-"""Positions that a decoder numbers by itself become the op of ``lorac.ir.graph.attention_ops``, which has rows.
+"""positions: positions that a decoder numbers by itself become the op of ``lorac.ir.graph.attention_ops``, by row.
 
-A sequence that arrives in parts needs positions of its own for each row. So what a decoder computes from its own
-numbering (``NUMBERINGS`` in the table of families) gets an axis of rows. A numbering that biases of attention are made
-of stays: the pass for relative positions handles it (``lorac.passes.relative_positions``).
+A sequence that arrives in parts needs positions of its own for each row. So values that a decoder computes from its own
+numbering (``NUMBERINGS`` in the table of families) get an axis of rows. A numbering that biases of attention are made
+of stays: ``lorac.passes.relative_positions`` handles it.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
 
 import torch
 from torch import fx
@@ -17,39 +18,51 @@ from lorac.frontend.capture.decoder_families import NUMBERINGS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import insert_call
+from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import find_module_path, find_sources
+from lorac.ir.graph.passes import Pass, PassResult, Skip
 
 aten = torch.ops.aten
 _SPREADING = frozenset({aten.expand.default, aten.repeat.default})
 """Ops that give every row the same values."""
 
 
-def make_positions_per_row(program: ExportedProgram) -> None:
-    """Give each row positions of its own, in place, where the model numbers its tokens by itself.
+@final
+@dataclass(frozen=True)
+class MakePositionsPerRow(Pass):
+    """Give each row positions of its own where the model numbers its tokens by itself; attention is ops already."""
 
-    Args:
-        program: as captured, with attention as ops.
+    name: ClassVar[str] = "positions"
+    reads: ClassVar[Level] = Level.TRACED
+    leaves: ClassVar[Level] = Level.TRACED
 
-    Raises:
-        Unavailable: the model uses the numbers in a way that cannot differ from row to row.
-    """
-    named = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    ids = named[find_sequence(named).ids]
-    attentions = (node for node in program.graph.nodes if node.target is attention_ops.ATTENTION)
-    biased = find_sources(node.args[attention_ops.BIAS_OPERAND] for node in attentions)
-    found = [
-        (node, numbering)
-        for node in program.graph.nodes
-        for numbering in NUMBERINGS
-        if numbering.matches(program, node, ids) and node not in biased
-    ]
-    for node, numbering in found:
-        by_row = insert_call(program, node, attention_ops.POSITIONS, ids)
-        if numbering.first:
-            counted = insert_call(program, node, aten.add.Tensor, by_row, numbering.first)
-            node.replace_all_uses_with(insert_call(program, node, aten.to.dtype, counted, node.meta["val"].dtype))
-        else:
-            _replace_in_users(program, node, by_row)
+    def apply(self, graph: Graph) -> PassResult:
+        """Replace the numberings; skip those from which biases of attention are computed.
+
+        Raises:
+            Unavailable: the model uses the numbers in a way that cannot differ from row to row.
+        """
+        program, named = graph.exported, {node.name: node for node in graph.placeholders()}
+        ids, used = named[find_sequence(named).ids], graph.reaching_outputs()
+        biases = (node.args[attention_ops.BIAS_OPERAND] for node in graph.find(attention_ops.ATTENTION))
+        biased, skips = find_sources(biases), list[Skip]()
+        found = [
+            (node, numbering)
+            for node in graph.fx.nodes
+            for numbering in NUMBERINGS
+            if numbering.matches(program, node, ids) and node in used
+        ]
+        for node, numbering in found:
+            if node in biased:
+                skips.append(Skip(node.name, "biases of attention are computed from it"))
+                continue
+            by_row = insert_call(program, node, attention_ops.POSITIONS, ids)
+            if numbering.first:
+                counted = insert_call(program, node, aten.add.Tensor, by_row, numbering.first)
+                node.replace_all_uses_with(insert_call(program, node, aten.to.dtype, counted, node.meta["val"].dtype))
+            else:
+                _replace_in_users(program, node, by_row)
+        return PassResult(len(found) > len(skips), tuple(skips))
 
 
 def _replace_in_users(program: ExportedProgram, node: fx.Node, by_row: fx.Node) -> None:

@@ -1,4 +1,4 @@
-"""Equal layers are traced once.
+"""layers: equal layers are traced once.
 
 Most of the time of a trace goes into layers that repeat the computation of an earlier one with other weights. So of a
 group of equal layers (``lorac.frontend.capture.layer_groups``) the first that is called is traced. A later one that is
@@ -14,11 +14,10 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
 from torch import SymInt, Tensor, fx, nn
-from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -29,6 +28,8 @@ from lorac.argument_types import Operands
 from lorac.frontend.capture.layer_groups import IndexAttributes, LayerGroup
 from lorac.frontend.layer_classes import Forward
 from lorac.ir.graph import ops
+from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.passes import Pass, PassResult
 
 _FIRSTS = "lorac.firsts"
 """Key of a node's metadata: the traced layers that it belongs to, outermost first."""
@@ -260,32 +261,41 @@ def _alike(one: object, other: object, *, flows: bool) -> bool:
     return type(one) is type(other) and isinstance(one, int | float | str | torch.dtype | torch.device) and one == other
 
 
-def expand_repeated_layers(program: ExportedProgram, prefix: str = "") -> None:
-    """Replace each node that stands for a layer by copies of the traced layer's nodes, in place.
+@final
+@dataclass(frozen=True)
+class ExpandRepeatedLayers(Pass):
+    """Replace each node that stands for a layer by copies of the traced layer's nodes.
 
-    Args:
-        program: as traced.
-        prefix: prefix of the paths of its sites.
+    Attributes:
+        prefix: prefix of the paths of the graph's sites.
     """
-    for node in program.graph.nodes:  # users are missing where torch inlines a region
-        for read in node.all_input_nodes:
-            read.users.setdefault(node)
-    inputs = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    specs = [spec for spec in program.graph_signature.input_specs if spec.kind in _LAYER_INPUTS]
-    weights = {str(spec.target): inputs[spec.arg.name] for spec in specs}
-    repeated = [node for node in program.graph.nodes if node.target is ops.REPEATED_LAYER]
-    traced = dict[fx.Node, list[fx.Node]]()
-    for node in repeated:
-        copier = _LayerCopier(program.graph, weights, node, prefix)
-        if copier.begin not in traced:  # by now its inner layers are copied
-            traced[copier.begin] = copier.list_traced()
-        copier.run(traced[copier.begin])
-    for node in list(program.graph.nodes):
-        node.meta.get("custom", {}).pop(_FIRSTS, None)
-        if node.target is ops.MARKER:
-            program.graph.erase_node(node)
-    if repeated:
-        program.graph.lint()
+
+    name: ClassVar[str] = "layers"
+    reads: ClassVar[Level] = Level.TRACED
+    leaves: ClassVar[Level] = Level.TRACED
+    prefix: str = ""
+
+    def apply(self, graph: Graph) -> PassResult:
+        for node in graph.fx.nodes:  # users are missing where torch inlines a region
+            for read in node.all_input_nodes:
+                read.users.setdefault(node)
+        inputs = {node.name: node for node in graph.placeholders()}
+        specs = [spec for spec in graph.exported.graph_signature.input_specs if spec.kind in _LAYER_INPUTS]
+        weights = {str(spec.target): inputs[spec.arg.name] for spec in specs}
+        repeated, markers = list(graph.find(ops.REPEATED_LAYER)), list(graph.find(ops.MARKER))
+        traced = dict[fx.Node, list[fx.Node]]()
+        for node in repeated:
+            copier = _LayerCopier(graph.fx, weights, node, self.prefix)
+            if copier.begin not in traced:  # by now its inner layers are copied
+                traced[copier.begin] = copier.list_traced()
+            copier.run(traced[copier.begin])
+        for node in graph.fx.nodes:
+            node.meta.get("custom", {}).pop(_FIRSTS, None)
+        for node in markers:
+            graph.fx.erase_node(node)
+        if repeated:
+            graph.fx.lint()
+        return PassResult(bool(repeated or markers))
 
 
 _LAYER_INPUTS = (InputKind.PARAMETER, InputKind.BUFFER)

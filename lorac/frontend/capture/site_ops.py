@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 
 from lorac.errors import CaptureError, nearest_name
 from lorac.frontend.copying import separate_layers
@@ -120,13 +119,3 @@ def _block_forward(original: Forward, path: str) -> Forward:
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # functions take attributes
     return forward
-
-
-def has_site_checks(program: ExportedProgram) -> bool:
-    """Whether a check in a captured program reads a site's output, which adapters change."""
-    reads: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        is_site = getattr(node.target, "namespace", "") == "lorac"
-        if is_site or any(operand in reads for operand in node.all_input_nodes):
-            reads.add(node)
-    return any("_assert_" in str(node.target) and "metadata" not in str(node.target) for node in reads)

@@ -1,22 +1,24 @@
-"""Attention that a transformers model writes out becomes the op of ``lorac.ir.graph.attention_ops`` too.
+"""attention: attention that a transformers model writes out becomes the op of ``lorac.ir.graph.attention_ops`` too.
 
 Some decoders (Falcon, RemBERT, GPT-NeoX-Japanese) ask transformers for the mask and add it to scores of their own:
 ``softmax(q·kᵀ·scale + mask)·v``. Others (BLOOM, MPT) add a bias to the scores before, or fill what the mask hides. The
 mask of a trace is a token, so what reads it shows where they attend.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, final
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 
 from lorac.argument_types import Operands
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.edit import insert_call
+from lorac.ir.graph.graph import Graph, Level
 from lorac.ir.graph.nodes import find_module_path
+from lorac.ir.graph.passes import Pass, PassResult, Skip
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
@@ -45,27 +47,39 @@ class _WrittenAttention:
     result: fx.Node
 
 
-def fold_written_attention(program: ExportedProgram) -> None:
-    """Replace attention that is written out and applies a causal mask of all earlier tokens, in place."""
-    masks = [node for node in program.graph.nodes if node.target is attention_ops.MASK]
-    readers = dict.fromkeys(reader for mask in masks for reader in _list_readers(mask))
-    for found in filter(None, map(_match, readers)):
-        bias = found.bias and _separate_heads(program, found)
-        operands = found.query, found.key, found.value, bias, None, None, found.scale, True, 0, 0.0
-        path = find_module_path(found.result)
-        attended = insert_call(program, found.result, attention_ops.ATTENTION, *operands, path)
-        result = insert_call(program, found.result, aten.transpose.int, attended, 1, 2)
-        if found.result.meta["val"].dim() != _AXES:
-            result = insert_call(program, found.result, aten.flatten.using_ints, result, 0, 1)
-        found.result.replace_all_uses_with(result)
-        _erase_unused(found.result)
+@final
+@dataclass(frozen=True)
+class FoldWrittenAttention(Pass):
+    """Replace attention that is written out and applies a causal mask of all earlier tokens.
 
+    Attributes:
+        causal: whether every mask of the graph is such a mask.
+    """
 
-def _separate_heads(program: ExportedProgram, found: _WrittenAttention) -> fx.Node:
-    """Return a bias of scores with as many axes as these; given (rows · heads, …) or (heads, …)."""
-    assert found.bias is not None
-    heads = found.query.meta["val"].shape[1]
-    return insert_call(program, found.result, aten.unflatten.int, found.bias, 0, [-1, heads])
+    name: ClassVar[str] = "attention"
+    reads: ClassVar[Level] = Level.TRACED
+    leaves: ClassVar[Level] = Level.TRACED
+    causal: bool = True
+
+    def apply(self, graph: Graph) -> PassResult:
+        readers = dict.fromkeys(reader for mask in graph.find(attention_ops.MASK) for reader in _list_readers(mask))
+        if not self.causal:
+            why = "a mask hides more than later tokens"
+            return PassResult(False, tuple(Skip(reader.name, why) for reader in readers))
+        changed = False
+        for found in filter(None, map(_match, readers)):  # an attention that is replaced matches no more
+            insert, bias = functools.partial(insert_call, graph.exported, found.result), found.bias
+            if bias is not None:  # (rows · heads, …) or (heads, …)
+                bias = insert(aten.unflatten.int, bias, 0, [-1, found.query.meta["val"].shape[1]])
+            operands = found.query, found.key, found.value, bias, None, None, found.scale, True, 0, 0.0
+            result = insert(attention_ops.ATTENTION, *operands, find_module_path(found.result))
+            result = insert(aten.transpose.int, result, 1, 2)
+            if found.result.meta["val"].dim() != _AXES:
+                result = insert(aten.flatten.using_ints, result, 0, 1)
+            found.result.replace_all_uses_with(result)
+            _erase_unused(found.result)
+            changed = True
+        return PassResult(changed)
 
 
 def _erase_unused(node: fx.Node) -> None:

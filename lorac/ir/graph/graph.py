@@ -8,6 +8,7 @@ import enum
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch.fx
 from torch.export import ExportedProgram
@@ -19,17 +20,22 @@ from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import is_parameter
 from lorac.ir.traces.written_arguments import find_aliased_arguments
 
+if TYPE_CHECKING:
+    from lorac.ir.graph.passes import Skip
+
 
 class Level(enum.IntEnum):
     """How far a graph has been lowered."""
 
-    HOST = 0
+    TRACED = 0
+    """As traced: repeated layers, and bodies of higher-order ops, are one op each."""
+    HOST = 1
     """As captured: each call of a site is one ``lorac`` op."""
-    ADAPTED = 1
+    ADAPTED = 2
     """One ``adapted`` op per call of a touched site, its slots among its operands, still opaque."""
-    EXPANDED = 2
+    EXPANDED = 3
     """Adapted sites lowered to aten in their normal form."""
-    TARGET = 3
+    TARGET = 4
     """Only ops the backend claims."""
 
 
@@ -90,6 +96,7 @@ class Graph:
         axes: torch's symbols for sizes that vary -> their names.
         cache_inputs: public name of an input that holds a cache, its lengths or encoder outputs -> its placeholder.
         longest: the longest sequence that position tables admit; None without tables.
+        skips: pass -> what it left unchanged, and why.
     """
 
     name: str
@@ -103,6 +110,7 @@ class Graph:
     axes: dict[str, str] = field(default_factory=dict)
     cache_inputs: dict[str, str] = field(default_factory=dict)
     longest: int | None = None
+    skips: "dict[str, tuple[Skip, ...]]" = field(default_factory=dict)
 
     @property
     def fx(self) -> torch.fx.Graph:

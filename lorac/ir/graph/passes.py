@@ -46,7 +46,7 @@ class Pass(ABC):
 
     Attributes:
         name: in pipelines, dumps and messages.
-        reads: the level of the graphs that it takes, checked by the runner (``lorac.passes.pipelines``).
+        reads: the level of the graphs that it takes, checked by ``lorac.ir.graph.pass_runner.run_pipeline``.
         leaves: the level to which it brings them, set by the runner.
     """
 

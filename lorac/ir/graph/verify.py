@@ -7,7 +7,8 @@ from lorac.ir.graph import ops
 from lorac.ir.graph.graph import Graph, Level, find_written_operands
 
 _FORBIDDEN: dict[Level, tuple[object, ...]] = {
-    Level.HOST: (ops.adapted,),
+    Level.TRACED: (ops.adapted,),
+    Level.HOST: (ops.adapted, ops.REPEATED_LAYER, ops.MARKER),
     Level.ADAPTED: (),
     Level.EXPANDED: (ops.adapted, *ops.SITE_OPS),
     Level.TARGET: (ops.adapted, *(ops.SITE_OPS - {ops.LINEAR})),

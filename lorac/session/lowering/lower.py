@@ -9,10 +9,11 @@ from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
 from lorac.frontend.host import Host
 from lorac.ir.graph.graph import Graph, Program
+from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.ir.sites.site import SiteKind
 from lorac.ir.slots.program_values import list_tapped_modules
 from lorac.passes.insert import check_adapters_reached
-from lorac.passes.pipelines import lowering_passes, run_pipeline
+from lorac.passes.pipelines import lowering_passes
 from lorac.report.pass_history import PassHistory
 from lorac.session.lowering.cache_check import CacheCheck
 from lorac.session.lowering.capture_check import check_capture, check_runnable
@@ -93,6 +94,7 @@ def _capture_component(session: Session, name: str, host: Host) -> Graph:
             blocks=list(dict.fromkeys(marked)),
             prefix=prefix,
             grows=session.options.uses_cache,
+            observe=_history(session).record,
         )
     except CaptureError:
         check_runnable(host, inputs)
@@ -113,9 +115,13 @@ def _component_example(session: Session, argument: str, name: str) -> object:
 
 
 def _run_passes(session: Session, graph: Graph, aux: tuple[str, ...]) -> None:
-    dialect = session.backend.dialect_for(session.options)
-    history = session.history = session.history or PassHistory()
+    dialect, history = session.backend.dialect_for(session.options), _history(session)
     rows = dialect.rows and session.mode == "live"
     passes = lowering_passes(dialect, aux, constant=session.mode == "baked", rows=rows)
-    outcomes = run_pipeline(graph, passes, history.record)
-    history.skips[graph.name] = {name: outcome.skipped for name, outcome in outcomes if outcome.skipped}
+    run_pipeline(graph, passes, history.record)
+    history.skips[graph.name] = graph.skips
+
+
+def _history(session: Session) -> PassHistory:
+    session.history = session.history or PassHistory()
+    return session.history

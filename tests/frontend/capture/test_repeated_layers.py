@@ -198,7 +198,7 @@ def _traced(
     with monkeypatch.context() as patch:
         if not once:
             patch.setattr(capture, "find_layer_groups", lambda host: [])
-        return capture.export_model(Host.of(model), inputs)[0]
+        return capture.capture_graph("main", Host.of(model), inputs, None, sites={}, plans={}).exported
 
 
 SAME: dict[str, tuple[Callable[[], nn.Module], int]] = {

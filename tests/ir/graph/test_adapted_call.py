@@ -9,8 +9,8 @@ import lorac
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, add_operands, group_sites_by_input
 from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.passes.insert import InsertAdaptedCalls
-from lorac.passes.pipelines import run_pipeline
 from tests.captured import captured_stack, lower
 
 QUERY = "body.layers.0.query"
