@@ -19,8 +19,8 @@ from lorac.ir.calls.interface import program_input_name
 from lorac.ir.graph import ops, segment_ops
 from lorac.ir.graph.adapted_call import VALUE_PREFIX, AdaptedCall, add_operands, select_attention
 from lorac.ir.graph.edit import inline, insert_call
-from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.graph import Graph, Level, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.attention import FullAttention
 from lorac.ir.slots.execution import FormulaContext, compute_once_values

@@ -19,9 +19,9 @@ from lorac.ir.graph.adapted_call import (
     without_branches,
 )
 from lorac.ir.graph.edit import have_equal_types, inline, trace_function, trace_in_places
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.nodes import describe_type, get_example
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.sites.site import Site
 from lorac.ir.slots.attention import BranchAttention
 from lorac.ir.slots.execution import FormulaContext

@@ -21,9 +21,9 @@ from lorac.ir.algebra.operands import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import find_used_nodes, group_sites_by_input
 from lorac.ir.graph.edit import KnownCalls, insert_repeated_call
-from lorac.ir.graph.graph import FusedProjection, Graph, Level, find_written_operands
+from lorac.ir.graph.graph import FusedProjection, Graph, Level, Skip, find_written_operands
 from lorac.ir.graph.nodes import SLOTS_KEYWORD
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.program_values import list_read_values, parse_value_name

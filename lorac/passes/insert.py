@@ -12,9 +12,9 @@ from lorac.ir.algebra.operands import BIAS, WEIGHT
 from lorac.ir.graph import ops
 from lorac.ir.graph.adapted_call import AdaptedCall, find_used_nodes
 from lorac.ir.graph.edit import add_dimension, add_inputs, inline
-from lorac.ir.graph.graph import Graph, Level, SlotInput
+from lorac.ir.graph.graph import Graph, Level, Skip, SlotInput
 from lorac.ir.graph.nodes import find_module_path
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.sites.site import Site, SiteKind, factor_dtype
 from lorac.ir.slots.layouts import layout_of
 from lorac.ir.slots.places import ADAPTERS_AXIS, placed_shape

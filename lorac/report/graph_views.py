@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lorac.errors import OptionError, Unavailable, nearest_name
-from lorac.ir.graph.graph import Level
-from lorac.ir.graph.passes import Skip
+from lorac.ir.graph.graph import Level, Skip
 from lorac.report.dump import REF, Dump
 from lorac.report.pass_history import CAPTURE, EMITTED
 from lorac.report.picture.page import to_html

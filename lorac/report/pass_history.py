@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.passes import Skip
+from lorac.ir.graph.graph import Graph, Skip
 from lorac.report.dump import Dump, GraphRecord
 
 CAPTURE, EMITTED = "capture", "emitted"

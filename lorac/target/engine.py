@@ -18,7 +18,7 @@ from torch import nn
 from lorac.errors import Unavailable
 from lorac.ir.calls.call import Call
 from lorac.ir.calls.interface import Interface
-from lorac.ir.graph.passes import Skip
+from lorac.ir.graph.graph import Skip
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.plans import SiteSlots

@@ -7,8 +7,8 @@ from typing import ClassVar, final
 
 import torch
 
-from lorac.ir.graph.graph import Graph, Level
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.graph import Graph, Level, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 
 
 @final

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import lorac
 from lorac.backends.onnx.model_files import BASE_FILE, MODEL_FILE, WEIGHTS_FILE
 from lorac.ir.graph import ops
-from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.graph import Graph, Skip
 from lorac.ir.graph.interpreter import differs_beyond_rounding
 from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.passes import PassResult
 from lorac.passes.fuse_projections import FuseProjections
 from lorac.passes.pipelines import lowering_passes
 from lorac.testing import adapter_away, assert_parity

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lorac
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.slots.plans import Reason
 from lorac.passes.cleanup import Cleanup
 from lorac.passes.expand import ExpandAdaptedCalls

@@ -15,8 +15,8 @@ from lorac.backends.onnx.passes import OnnxDialect, OnnxPass, run_passes
 from lorac.backends.onnx.weight_locations import locate_weights
 from lorac.frontend.base_weights import collect_base_tensors
 from lorac.ir.graph.feeds import collect_slot_tensors
-from lorac.ir.graph.graph import Program
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.graph import Program, Skip
+from lorac.ir.graph.passes import PassResult
 from lorac.ir.slots.composition import ComposedWeights, fill_slots
 from lorac.storage.open_file import open_files
 from lorac.storage.tensor_file import TensorFile, TensorLocation, find_transposed_weights, write_safetensors

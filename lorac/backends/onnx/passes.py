@@ -16,7 +16,8 @@ from onnxscript.rewriter import pattern
 
 from lorac.backends.onnx.claims import modules_of
 from lorac.errors import CompileError
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.graph import Skip
+from lorac.ir.graph.passes import PassResult
 from lorac.target.dialect import Dialect
 
 PassObserver = Callable[[str, PassResult], None]

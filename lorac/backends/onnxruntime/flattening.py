@@ -16,7 +16,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from lorac.backends.onnx.model_files import PACKED_KEY
 from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, shared_constant
 from lorac.backends.onnxruntime.leading_axes import AXIS_OPS, ELEMENTWISE
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.graph import Skip
+from lorac.ir.graph.passes import PassResult
 
 _MATRIX = 2
 

@@ -21,7 +21,7 @@ from onnxscript.rewriter.ort_fusions.rms_normalization import RmsNormFusion
 from onnxscript.rewriter.pattern import MatchResult
 
 from lorac.backends.onnx.passes import PatternPass, module_around
-from lorac.ir.graph.passes import Skip
+from lorac.ir.graph.graph import Skip
 
 _Builder = pattern.OpsetPatternBuilder
 

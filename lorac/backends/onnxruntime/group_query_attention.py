@@ -14,7 +14,8 @@ import onnx_ir as ir
 from lorac.backends.onnx.export.attention import CACHED_ATTENTION_OP, LORAC_DOMAIN
 from lorac.backends.onnx.passes import OnnxPass, module_around, shared_constant
 from lorac.errors import Unavailable
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.graph import Skip
+from lorac.ir.graph.passes import PassResult
 
 _MICROSOFT = "com.microsoft"
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)

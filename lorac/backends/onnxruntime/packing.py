@@ -20,7 +20,8 @@ from lorac.backends.onnx.passes import OnnxPass, copy_node, module_around, neste
 from lorac.backends.onnxruntime.token_axes import Dim, TokenAxes, TokenLayouts, dims_of
 from lorac.backends.onnxruntime.token_indices import TokenIndices
 from lorac.ir.graph.attention_ops import NEW_LENGTHS, find_token_input
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.graph import Skip
+from lorac.ir.graph.passes import PassResult
 
 _TOKENS = "tokens"
 """The name of the number of tokens that all rows bring."""

@@ -16,9 +16,9 @@ from torch.export import ExportedProgram
 from lorac.errors import CaptureError
 from lorac.ir.graph import ops
 from lorac.ir.graph.edit import add_constant, insert_call
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.nodes import find_source_line
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
 _COND = torch.ops.higher_order.cond

@@ -18,9 +18,9 @@ from lorac.frontend.capture.decoder_families import NUMBERINGS, find_sequence
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.attention_ops import WITHOUT_CACHE
 from lorac.ir.graph.edit import insert_call
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.nodes import find_module_path, find_sources
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
 _SPREADING = frozenset({aten.expand.default, aten.repeat.default})

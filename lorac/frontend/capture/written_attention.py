@@ -16,9 +16,9 @@ from torch import fx
 from lorac.argument_types import Operands
 from lorac.ir.graph import attention_ops
 from lorac.ir.graph.edit import insert_call
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.nodes import find_module_path
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 
 aten = torch.ops.aten
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})

@@ -8,7 +8,6 @@ import enum
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch.fx
 from torch.export import ExportedProgram
@@ -19,9 +18,6 @@ from lorac.ir.sites.site import Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.ir.slots.roles import is_parameter
 from lorac.ir.traces.written_arguments import find_aliased_arguments
-
-if TYPE_CHECKING:
-    from lorac.ir.graph.passes import Skip
 
 
 class Level(enum.IntEnum):
@@ -80,6 +76,19 @@ class FusedProjection:
     plan: SitePlan
 
 
+@dataclass(frozen=True)
+class Skip:
+    """Something that a pass did not change.
+
+    Attributes:
+        where: a site's path, a node's name, or the graph's name for all of it.
+        why: the reason, as it reads after "left alone: ".
+    """
+
+    where: str
+    why: str
+
+
 @dataclass(repr=False)
 class Graph:
     """One captured computation.
@@ -110,7 +119,7 @@ class Graph:
     axes: dict[str, str] = field(default_factory=dict)
     cache_inputs: dict[str, str] = field(default_factory=dict)
     longest: int | None = None
-    skips: "dict[str, tuple[Skip, ...]]" = field(default_factory=dict)
+    skips: dict[str, tuple[Skip, ...]] = field(default_factory=dict)
 
     @property
     def fx(self) -> torch.fx.Graph:

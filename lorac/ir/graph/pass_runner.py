@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lorac.errors import CompileError
-from lorac.ir.graph.graph import Graph
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.graph import Graph, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 from lorac.ir.graph.verify import verify
 from lorac.ir.traces.gate import tracing
 

@@ -4,20 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lorac.ir.graph.graph import Graph, Level
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Something that a pass did not change.
-
-    Attributes:
-        where: a site's path, a node's name, or the graph's name for all of it.
-        why: the reason, as it reads after "left alone: ".
-    """
-
-    where: str
-    why: str
+from lorac.ir.graph.graph import Graph, Level, Skip
 
 
 @dataclass(frozen=True)

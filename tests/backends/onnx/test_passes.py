@@ -9,7 +9,8 @@ import torch
 import lorac
 from lorac.backends.onnx.passes import OnnxPass, run_passes, verify_model
 from lorac.backends.onnxruntime.dialect import DIALECTS
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.graph import Skip
+from lorac.ir.graph.passes import PassResult
 from tests.refusing import refuses
 
 MODEL = """<ir_version: 9, opset_import: ["" : 18]>

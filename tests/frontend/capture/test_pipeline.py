@@ -14,9 +14,9 @@ from lorac.frontend.capture.pipeline import capture_passes
 from lorac.frontend.capture.written_attention import FoldWrittenAttention
 from lorac.frontend.host import Host
 from lorac.frontend.site_discovery import find_sites
-from lorac.ir.graph.graph import Graph, Level
+from lorac.ir.graph.graph import Graph, Level, Skip
 from lorac.ir.graph.pass_runner import run_pipeline
-from lorac.ir.graph.passes import Pass, PassResult, Skip
+from lorac.ir.graph.passes import Pass, PassResult
 from tests.captured import Stack
 from tests.decoders import DECODERS
 from tests.encoder_decoders import made

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from lorac.backends.onnxruntime.options import FLOAT32_LEVEL, INT8_LEVEL
 from lorac.backends.onnxruntime.quantised.codec import Array, EncodedMatrix
 from lorac.errors import list_some
-from lorac.ir.graph.passes import PassResult, Skip
+from lorac.ir.graph.graph import Skip
+from lorac.ir.graph.passes import PassResult
 from lorac.report.terms import format_size
 
 _FLOAT_BYTES, _SHOWN_NAMES = 4, 3
