@@ -26,7 +26,7 @@ LARGEST_ROOM = 20
 SHORT = 5
 MOST_SHORT_FUNCTIONS = 361
 USES_OF_A_RECORD = 3
-MOST_RECORDS = 137
+MOST_RECORDS = 131
 SILENCED = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)")
 REASON = re.compile(r"(?:: [A-Z0-9, ]+  \(|\[[a-z, -]+\]  # )\w")
 
@@ -151,7 +151,7 @@ def test_short_private_functions_have_two_callers():
 
 
 def test_records_are_built_in_two_places():
-    """A dataclass is built in two places, but for a number that only falls."""
+    """A dataclass is built in two places, but for passes, which are values, and for a number that only falls."""
     calls = Counter(
         node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         for node in _nodes()
@@ -162,6 +162,7 @@ def test_records_are_built_in_two_places():
         for node in _nodes()
         if isinstance(node, ast.ClassDef) and "dataclass" in " ".join(map(ast.unparse, node.decorator_list))
         if calls[node.name] <= 1 and _uses()[node.name] <= USES_OF_A_RECORD
+        if "Pass" not in map(ast.unparse, node.bases)
     ]
     assert len(found) <= MOST_RECORDS, found
 
