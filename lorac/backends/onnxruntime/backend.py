@@ -43,7 +43,7 @@ _QUANTISED = "quantised"
 
 
 class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
-    """Emits ONNX, and runs it in sessions. What only building needs is imported by the methods that build."""
+    """Emits ONNX, and runs it in sessions. Modules that only building needs are imported by the methods that build."""
 
     options = OnnxRuntimeOptions
     engine = OrtEngine

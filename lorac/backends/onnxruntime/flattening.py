@@ -24,7 +24,7 @@ _MATRIX = 2
 
 @dataclass(frozen=True)
 class FlattenToRows(OnnxPass):
-    """Move what follows a slot's product onto rows, and add the products of slots by ``Gemm``."""
+    """Move the ops that follow a slot's product onto rows, and add the products of slots by ``Gemm``."""
 
     name: ClassVar[str] = "flatten-to-rows"
 
@@ -37,12 +37,11 @@ class FlattenToRows(OnnxPass):
             if node.op_type == "Add":
                 changed |= _add_by_product(model.graph, node, slots)
         RemoveUnusedNodesPass()(model)
-        products = (node for node in model.graph if node.op_type == "MatMul" and _rank(node.inputs[1]) == _MATRIX)
-        left = [node for node in products if _is_second_factor(node, slots)]
-        skips = dict.fromkeys(
-            Skip(module_around(node), "its product is not added to rows of one shape") for node in left
-        )
-        return PassResult(changed, tuple(skips))
+        products = [n for n in model.graph if n.op_type == "MatMul" and n.inputs[1] in slots]
+        by_product = {node.outputs[0] for node in products}
+        left = [n for n in products if n.inputs[0] in by_product and _rank(n.inputs[1]) == _MATRIX]  # (x·A)·B
+        why = "its product is not added to rows of one shape"
+        return PassResult(changed, tuple(dict.fromkeys(Skip(module_around(node), why) for node in left)))
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,13 @@ class _Flattener:
                 return self._take_cut(node, first)
             if self.segments.joins(node):
                 return self._take_join(node, first)
-        if node.op_type == "Reshape" and first in self.rows and not _copies_a_dimension(node):
-            node.replace_input_with(0, self.rows[first].matrix)
-            self.changed = True
-            return False
+        if node.op_type == "Reshape" and first in self.rows:
+            sizes = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+            copies = not node.attributes.get_int("allowzero", 0) and sizes is not None and 0 in sizes.numpy()
+            if not copies:  # a size of its input, in whose place rows have another one
+                node.replace_input_with(0, self.rows[first].matrix)
+                self.changed = True
+                return False
         operands = self._operands(node)
         begins = node.op_type == "MatMul" and first in self.adapted
         if not operands or not (begins or any(value in self.rows for value in operands)):
@@ -317,12 +319,6 @@ def _cutting_slot(node: ir.Node) -> ir.Value | None:
     return slot if slot is not None and slot.is_graph_input() and isinstance(made[-1], int) else None
 
 
-def _is_second_factor(product: ir.Node, slots: set[ir.Value]) -> bool:
-    """Return whether a product is the second one of a pair of slots, ``(x·A)·B``."""
-    inner = product.inputs[0].producer() if product.inputs[0] is not None else None
-    return product.inputs[1] in slots and inner is not None and inner.op_type == "MatMul" and inner.inputs[1] in slots
-
-
 def _add_by_product(graph: ir.Graph, node: ir.Node, slots: set[ir.Value]) -> bool:
     """Replace ``y + u·B``, B a slot and all of it matrices of one shape, by one ``Gemm``; return whether it did."""
     for y, product in (node.inputs, reversed(node.inputs)):
@@ -346,18 +342,15 @@ def _rank(value: ir.Value | None) -> int | None:
     return None if value is None or value.shape is None else len(value.shape)
 
 
-def _copies_a_dimension(reshape: ir.Node) -> bool:
-    """Return whether a ``Reshape`` copies a dimension of its input: on rows another size would stand there."""
-    shape = ir.convenience.get_const_tensor(reshape.inputs[1]) if reshape.inputs[1] is not None else None
-    return shape is not None and not reshape.attributes.get_int("allowzero", 0) and 0 in shape.numpy()
-
-
 def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> bool:
     """Make the shape a constant where every size is a number or copied from its place; return whether it did."""
     x, made, sizes = reshape.inputs[0], reshape.outputs[0].shape, reshape.inputs[1]
     if x is None or x.shape is None or sizes is None or made is None:
         return False
-    copied = {place for place, pair in enumerate(zip(made, x.shape, strict=False)) if _is_same_symbol(*pair)}
+    copied = set[int]()
+    for place, (size, other) in enumerate(zip(made, x.shape, strict=False)):
+        if isinstance(size, ir.SymbolicDim) and size.value is not None and size == other:
+            copied.add(place)
     numbers = [0 if place in copied else size for place, size in enumerate(made)]
     known = [size for place, size in enumerate(numbers) if isinstance(size, int) and (size > 0 or place in copied)]
     if len(known) < len(numbers) or ir.convenience.get_const_tensor(sizes) is not None:
@@ -365,11 +358,6 @@ def _copy_dimensions(reshape: ir.Node, graph: ir.Graph) -> bool:
     reshape.attributes.pop("allowzero", None)
     reshape.replace_input_with(1, _constant(graph, known))
     return True
-
-
-def _is_same_symbol(size: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
-    """Return whether two sizes vary and are one symbol."""
-    return isinstance(size, ir.SymbolicDim) and size.value is not None and size == other
 
 
 def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:

@@ -69,7 +69,7 @@ class _ReportingRule(pattern.RewriteRuleClassBase):
     """A rule that records why it leaves a match alone.
 
     Args:
-        skips: what the rule leaves alone is appended.
+        skips: gets the matches that the rule leaves alone.
         name: the rule's name.
         remove_nodes: whether the nodes of a match are removed.
     """
@@ -159,8 +159,11 @@ class _RotaryRule(_ReportingRule):
         zero, two, last = (op.Constant(value_ints=[number]) for number in (0, 2, half))
         flat = op.Constant(value_ints=[-1, half])
         tables = [op.Reshape(op.Slice(table, zero, last, two), flat) for table in (cos, sin)]
-        shared = cos.shape is not None and cos.shape[0] == 1
-        positions = self._shared_positions(op, x, cos) if shared else _positions_per_row(op, cos)
+        if cos.shape is not None and cos.shape[0] == 1:
+            positions = self._shared_positions(op, x, cos)
+        else:  # every row of the batch has its own: rows of the flattened table
+            shape, zero, one = op.Shape(cos, start=0, end=2), op.Constant(value_int=0), op.Constant(value_int=1)
+            positions = op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
         return op.RotaryEmbedding(x, positions, *tables, interleaved=0, _domain="com.microsoft", _version=1)
 
     def _half_table(self, op: _Context, value: ir.Value, half: int) -> ir.Value:
@@ -216,24 +219,14 @@ def _kth_largest(value: ir.Value | None) -> ir.Node | None:
     node = value.producer() if value is not None else None
     if node is None:
         return None
-    if node.op_type == "Identity" or (node.op_type == "Slice" and _is_last_slice(node)):
+    if node.op_type == "Slice":
+        shape = node.outputs[0].shape
+        last = shape is not None and shape[-1] == 1 and _scalar(node.inputs[3]) in (-1, len(shape) - 1)
+        return _kth_largest(node.inputs[0]) if last and _scalar(node.inputs[1]) == -1 else None
+    if node.op_type == "Identity":
         return _kth_largest(node.inputs[0])
     largest = node.attributes.get_int("axis", -1) == -1 and node.attributes.get_int("largest", 1) == 1
     return node if node.op_type == "TopK" and largest else None
-
-
-def _is_last_slice(node: ir.Node) -> bool:
-    """Return whether a ``Slice`` takes the last value along the last axis."""
-    shape = node.outputs[0].shape
-    axes = () if shape is None else (-1, len(shape) - 1)
-    return _scalar(node.inputs[1]) == -1 and _scalar(node.inputs[3]) in axes and shape is not None and shape[-1] == 1
-
-
-def _positions_per_row(op: _Context, table: ir.Value) -> ir.Value:
-    """Return positions (batch, length) as rows of the flattened table, where every row of the batch has its own."""
-    shape = op.Shape(table, start=0, end=2)
-    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-    return op.Reshape(op.Range(zero, op.ReduceProd(shape, keepdims=0), one), shape)
 
 
 def _table_lookup(value: ir.Value) -> tuple[npt.NDArray[np.generic], ir.Value] | None:

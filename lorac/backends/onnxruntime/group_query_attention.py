@@ -69,7 +69,7 @@ class _SequenceLengths:
         self._biases: dict[ir.Value, ir.Value] = {}
 
     def biases(self, graph: ir.Graph, node: ir.Node, distances: ir.Value) -> ir.Value:
-        """Return what is added to each score (batch, heads, length, longest), from a table by distance."""
+        """Return the bias of each score (batch, heads, length, longest), from a table by distance."""
         if distances not in self._biases:
             positions = node.inputs[7]
             zero, one = (shared_constant(graph, f"{n}_int64", np.array(n)) for n in (0, 1))
@@ -118,7 +118,10 @@ def _attention_node(graph: ir.Graph, node: ir.Node, lengths: _SequenceLengths, s
     rotary = _rotary_operands(node, q, k, positions, skips)
     if rotary is not None:
         q, k = rotary[0]
-    flat = _packed_operands([_flatten_heads(graph, node, value) for value in (q, k, v)])
+    flat: list[ir.Value | None] = [_flatten_heads(graph, node, value) for value in (q, k, v)]
+    split = flat[0].producer() if flat[0] is not None else None
+    if split is not None and split.op_type == "Split" and list(split.outputs) == flat:  # the op takes them as one value
+        flat = [split.inputs[0], None, None]
     window = node.attributes["window"].as_int()
     attributes = {
         "num_heads": heads,
@@ -159,14 +162,6 @@ def _rotary_operands(
     (x, _, cos, sin), y = first.inputs[:4], second.inputs[0]
     assert x is not None and y is not None and cos is not None and sin is not None
     return (x, y), (cos, sin)
-
-
-def _packed_operands(flat: list[ir.Value]) -> list[ir.Value | None]:
-    """Return queries, keys and values as the op takes them: as one value, where they are all parts of it."""
-    split = flat[0].producer()
-    if split is None or split.op_type != "Split" or list(split.outputs) != flat:
-        return list(flat)
-    return [split.inputs[0], None, None]
 
 
 def _flatten_heads(graph: ir.Graph, before: ir.Node, value: ir.Value) -> ir.Value:

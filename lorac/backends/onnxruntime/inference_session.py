@@ -148,7 +148,7 @@ class _SessionSource:
         self.start(options, functools.partial(write_prepacked, folder=folder))
 
     def start_prepacked(self, files: ProgramFiles, options: OnnxRuntimeOptions) -> ort.InferenceSession:
-        """Start a session from what ``write_prepacked`` wrote."""
+        """Start a session from the files of ``write_prepacked``."""
         model, weights = read_model_files(files, MAIN_GRAPH)
         packed = dataclasses.replace(self, model=model, weights=weights, file=files.get(WEIGHTS_FILE))
         session = packed.start(options, keep_optimised)
@@ -166,10 +166,14 @@ class _SessionSource:
         stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
         handed = {**self.constants, **({} if path is not None else self.weights)}
         if path is not None:
-            for name in self.weights:
-                _set_location(stored[name], path.relative_to(path.anchor).as_posix())
+            for entry in (entry for name in self.weights for entry in stored[name].external_data):
+                if entry.key == "location":
+                    entry.value = path.relative_to(path.anchor).as_posix()
             settings.add_session_config_entry("session.model_external_initializers_file_folder_path", path.anchor)
-        values = [_alias_array(array, stored[name]) for name, array in handed.items()]
+        alias = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+        values = [alias(array, stored[name].data_type) for name, array in handed.items()]
+        arrays = zip(values, handed.values(), strict=True)
+        assert all(not array.size or value.data_ptr() == array.ctypes.data for value, array in arrays)
         settings.add_external_initializers(list(handed), values)
         try:
             session = start_session(self.model.SerializeToString(), settings, options.chosen, options.place)
@@ -189,8 +193,10 @@ def _read_source(
 ) -> _SessionSource:
     """Read a graph's model and put this machine's ops into it."""
     model, weights = read_model_files(files, graph)
-    if not rounds:
-        _compute_in_float32(model.graph)
+    attributes = () if rounds else (attribute for node in walk_nodes(model.graph) for attribute in node.attribute)
+    for attribute in attributes:
+        if attribute.name == ACCURACY_ATTRIBUTE:
+            attribute.i = FLOAT32_LEVEL
     library = options.native_library
     layers = use_native_op(model, half=options.native == FLOAT16) if library is not None else 0
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -203,20 +209,6 @@ def _read_source(
         library=library if layers else None,
         native_layers=layers,
     )
-
-
-def _compute_in_float32(graph: onnx.GraphProto) -> None:
-    """Compute products with quantised weights in float32, without rounding inputs."""
-    for attribute in (attribute for node in walk_nodes(graph) for attribute in node.attribute):
-        if attribute.name == ACCURACY_ATTRIBUTE:
-            attribute.i = FLOAT32_LEVEL
-
-
-def _set_location(tensor: onnx.TensorProto, location: str) -> None:
-    """Say that a weight lies in another file, at the same offset."""
-    for entry in tensor.external_data:
-        if entry.key == "location":
-            entry.value = location
 
 
 def _make_constants(
@@ -237,13 +229,6 @@ def _make_constants(
         if model.graph.input[index].name in fixed:
             del model.graph.input[index]
     return fixed
-
-
-def _alias_array(array: Array, tensor: onnx.TensorProto) -> ort.OrtValue:
-    """Return an OrtValue over an array's own memory."""
-    value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
-    assert not array.size or value.data_ptr() == array.ctypes.data
-    return value
 
 
 def _release_pages(weights: Mapping[str, Array]) -> None:

@@ -4,7 +4,6 @@ Only a session knows the dtypes for which an op has kernels, and reports a missi
 """
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -32,21 +31,16 @@ def missing_kernel_error(model: onnx.ModelProto, error: Exception) -> Unavailabl
     op, name = found.groups() if found else ("an op", "")
     dtypes = {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
     dtype = next((known for kind, known in _NAMES.items() if kind in dtypes), "its dtype")
-    node = next(_candidate_nodes(model, op, name), None)
+    nodes = list(walk_nodes(model.graph))
+    named = [node for node in nodes if name and node.name == name] or [node for node in nodes if node.op_type == op]
+    # ONNX Runtime may have replaced an op that is a function of others by these.
+    node = next(iter(named or [node for node in nodes if op in _function_body_ops(node)]), None)
     origin = "" if node is None else describe_origin(read_metadata(node))
     inner = "" if node is None or node.op_type == op else f" (part of {node.op_type})"
     return Unavailable(
         f"onnxruntime has no kernel for {op}{inner} in {dtype}{origin}",
         next_step="dtype='float32' computes in float32; target='eager' computes in the model's own dtype",
     )
-
-
-def _candidate_nodes(model: onnx.ModelProto, op: str, name: str) -> Iterator[NodeProto]:
-    """Yield the nodes that may be meant, the likeliest first: by name, by op, by an op that is a function of others."""
-    nodes = list(walk_nodes(model.graph))
-    yield from (node for node in nodes if name and node.name == name)
-    yield from (node for node in nodes if node.op_type == op)
-    yield from (node for node in nodes if op in _function_body_ops(node))
 
 
 def _function_body_ops(node: NodeProto) -> set[str]:

@@ -69,16 +69,16 @@ class OnnxRuntimeOptions(TargetOptions):
             one; default: ``"int8"``, since a model loses most by rounding these.
         mixed: with ``weights="int4"``, the first and the last layers, by which a model loses most, are stored in eight
             bits, up to a tenth more bytes in all. Default: True.
-        algorithm: what chooses the codes. ``"rtn"``: rounding to the nearest. ``"k_quant"``: the scales and zero points
+        algorithm: how codes are chosen. ``"rtn"``: rounding to the nearest. ``"k_quant"``: the scales and zero points
             of llama.cpp. ``"gptq"``: each column's error is made up for by the columns after it, which takes calls of
             the model and is the most accurate.
-        calibration: calls of the model for ``"gptq"``, each its arguments by name, such as what a tokenizer makes of a
+        calibration: calls of the model for ``"gptq"``, each its arguments by name, such as a tokenizer's answer for a
             text; default: texts that a causal language model of transformers writes by itself.
         block_size: the number of values of a row that share a scale: 16, 32, 64, 128 or 256.
         symmetric: zero is in the middle of each block's range; False gives each block a zero point of its own, and is a
             little larger and slower. Default: as the algorithm does; ``"k_quant"`` always has zero points.
-        accuracy_level: what products compute in, at least: 1 float32, 2 float16, 3 bfloat16; 4 rounds what they read
-            to int8, block by block, which is fastest on CPUs; 0 leaves it to the execution provider, whose CPU takes
+        accuracy_level: the least precision of products: 1 float32, 2 float16, 3 bfloat16; 4 rounds their operand to
+            int8, block by block, which is fastest on CPUs; 0 leaves it to the execution provider, whose CPU takes
             float32. None: 4 with ``weights=``, and 1 for pre-quantised weights, whose own products round nothing.
         native: whether sessions on the CPU add low-rank adapters by the op of lorac-native instead of ONNX Runtime's
             own ops: ``"auto"`` where it is installed; True always; False never; ``"float16"`` always, with factors

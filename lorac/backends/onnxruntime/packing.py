@@ -79,11 +79,12 @@ class _Packer:
         self._pack(ids)
 
     def run(self) -> Iterator[Skip]:
-        """Pack what is token-wise; yield the products that are not."""
+        """Pack token-wise ops; yield the products that are not."""
         token_wise = {node for node in self.nodes if self.layouts.is_token_wise(node)}
         packs = token_wise - self._find_preparations(token_wise)
         for node in self.nodes:
-            if node.op_type != "Shape" and not self.dependent.isdisjoint(_read_values(node)):
+            read = itertools.chain(node.inputs, *(inner.inputs for inner in nested_nodes(node)))
+            if node.op_type != "Shape" and not self.dependent.isdisjoint(read):
                 self.dependent.update(node.outputs)
             known = node.inputs and node.inputs[0] in self.computed and self._renames(node)
             if self._choose_tokens(node) or ((known or node in packs) and self._pack_node(node)):
@@ -92,7 +93,7 @@ class _Packer:
             if self._multiplies_padding(node):
                 yield Skip(
                     module_around(node),
-                    "what it multiplies is not known to be token by token, so padding is multiplied too",
+                    "its operand is not known to be token by token, so padding is multiplied too",
                 )
         for place, value in enumerate(self.graph.outputs):
             if value in self.computed:
@@ -267,8 +268,3 @@ def _is_cut(node: ir.Node, tokens: Sequence[Dim], slots: Mapping[Dim, ir.Value])
         and made[0] in slots
         and isinstance(made[1], str)
     )
-
-
-def _read_values(node: ir.Node) -> Iterator[ir.Value | None]:
-    """Yield the values that an op reads, and those that the graphs within it read."""
-    return itertools.chain(node.inputs, *(inner.inputs for inner in nested_nodes(node)))

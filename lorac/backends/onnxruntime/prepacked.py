@@ -108,20 +108,15 @@ def _write(place: Path, write: Callable[[Path], object]) -> ProgramFiles:
         staged.mkdir()
         write(staged)
         write_manifest(staged / MANIFEST, {"machine": _describe_machine(), "files": describe_files(staged)})
-    _release_free_memory()
-    return _open_checked(place)
-
-
-def _release_free_memory() -> None:
-    """Return free memory to the system, which the GNU C library keeps: writing weights frees as much as they take."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # other C libraries do so by themselves
+    if sys.platform == "linux":  # the GNU C library keeps the memory that writing frees, as much as the weights take
+        with contextlib.suppress(AttributeError):  # other C libraries return it by themselves
             ctypes.CDLL(None).malloc_trim(0)
+    return _open_checked(place)
 
 
 @functools.cache
 def _describe_machine() -> dict[str, str]:
-    """Return what decides how weights are laid out: the release of ONNX Runtime, and the processor's instructions."""
+    """Return the facts that weights are laid out by: the release of ONNX Runtime, and the processor's instructions."""
     capabilities = torch.cpu.get_capabilities()
     instructions = sorted(name for name, value in capabilities.items() if value is True)
     return {

@@ -21,8 +21,8 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 import lorac
 from lorac.backends.onnx import build
 from lorac.backends.onnx.export.exporter import TESTED_RELEASES
-from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
 from lorac.backends.onnxruntime.devices import widening
+from lorac.backends.onnxruntime.devices import widening as kernels_of_cuda
 from lorac.backends.onnxruntime.dialect import DIALECTS
 from lorac.ir.graph.graph import Graph
 from lorac.testing import assert_close, assert_parity

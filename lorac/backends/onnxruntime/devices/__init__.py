@@ -1,1 +1,1 @@
-"""Where sessions run: execution providers, what they need on a machine, and the memory that their values lie in."""
+"""Where sessions run: execution providers, their needs on a machine, and the memory that values lie in."""

@@ -1,4 +1,4 @@
-"""Execution providers: which ones run on a device, and what a machine lacks for them.
+"""Execution providers: which ones run on a device, and the parts that a machine lacks for them.
 
 Where a provider cannot be created, ONNX Runtime falls back to the CPU, and reports it only in its log. So the libraries
 that a provider needs are looked for before anything is compiled, and a session's providers are checked once it exists.
@@ -80,12 +80,19 @@ def start_session(
     Raises:
         Unavailable: the session would run without one of them.
     """
-    configured = [(name, _provider_options(name, place)) for name in providers]
+    configured = []
+    for name in providers:
+        exact = _EXACT if name == CUDA else {}
+        index = {"device_id": str(place.index)} if name in ON_GPU and place.index else {}
+        configured.append((name, exact | index))
     if place.type != "cpu":
         settings.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
     plugins = _PLUGINS.keys() & set(providers)
-    if plugins:
-        _add_providers(settings, configured, place)
+    for name, options in configured if plugins else ():  # those in a library of their own are named by their devices
+        if name in _PLUGINS:
+            settings.add_provider_for_devices(_devices(name, place), {})
+        elif name != CPU:
+            settings.add_provider(name, options)
     session = ort.InferenceSession(model, settings, providers=None if plugins else configured)
     left_out = [provider for provider in providers if provider not in session.get_providers()]
     if left_out:
@@ -94,22 +101,6 @@ def start_session(
             next_step=f"onnxruntime's log says why; {_CPU_ADVICE}",
         )
     return session
-
-
-def _add_providers(
-    settings: ort.SessionOptions, configured: Sequence[tuple[str, dict[str, str]]], place: torch.device
-) -> None:
-    """Add providers to a session's settings; those in a library of their own are named by their devices."""
-    for name, options in configured:
-        if name in _PLUGINS:
-            settings.add_provider_for_devices(_devices(name, place), {})
-        elif name != CPU:
-            settings.add_provider(name, options)
-
-
-def _provider_options(provider: str, place: torch.device) -> dict[str, str]:
-    exact = _EXACT if provider == CUDA else {}
-    return {**exact, "device_id": str(place.index)} if provider in ON_GPU and place.index else exact
 
 
 def ops_on_cpu(session: ort.InferenceSession) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -11,9 +11,55 @@ import onnx_ir as ir
 
 from lorac.backends.onnx.claims import op_key
 from lorac.backends.onnx.passes import OnnxPass
-from lorac.backends.onnxruntime.devices.cuda_kernels import HALF_PRECISION_OPS, Kernels
 from lorac.ir.graph.passes import PassResult
 
+Op = tuple[str, str]
+Kernels = Mapping[str, Collection[Op]]
+"""dtype -> ops, each with its domain."""
+
+_OPS_BY_DTYPES: Mapping[tuple[str, ...], str] = {
+    ("float64", "float32", "float16", "bfloat16"): """
+        Abs Add Cast Compress Concat ConstantOfShape Div Dropout Erf Exp Expand Flatten Gather GatherElements
+        GatherND Gelu Gemm Identity If IsInf IsNaN LayerNormalization Loop MatMul Max Min Mod Mul Neg Pow
+        RandomNormalLike RandomUniformLike ReduceMean ReduceSum Relu Reshape ReverseSequence Scan
+        ScatterElements ScatterND SequenceAt SequenceConstruct Shape Sigmoid Sign SimplifiedLayerNormalization
+        Size Slice Softmax Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Trilu Unsqueeze Where
+        com.microsoft::BiasGelu com.microsoft::FastGelu com.microsoft::FusedMatMul com.microsoft::Gelu
+        com.microsoft::QuickGelu
+    """,
+    ("float64", "float32", "float16"): """
+        ArgMax ArgMin AveragePool BatchNormalization Ceil Clip Conv ConvTranspose Cos CumSum DepthToSpace Einsum
+        Elu Equal Floor GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual HardSigmoid HardSwish
+        InstanceNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MaxPool PRelu Pad RandomNormal
+        RandomUniform Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMin ReduceProd
+        ReduceSumSquare Resize Round Selu Shrink Sin Softplus Softsign SpaceToDepth ThresholdedRelu TopK
+    """,
+    ("float32", "float16", "bfloat16"): """
+        com.microsoft::Attention com.microsoft::GatherBlockQuantized com.microsoft::GroupQueryAttention
+        com.microsoft::MatMulBnb4 com.microsoft::MatMulNBits com.microsoft::MultiHeadAttention
+        com.microsoft::RotaryEmbedding com.microsoft::SkipLayerNormalization
+        com.microsoft::SkipSimplifiedLayerNormalization
+    """,
+    ("float32", "float16"): """
+        DequantizeLinear LpNormalization NonZero OneHot QuantizeLinear
+    """,
+}
+"""dtypes -> the ops that onnxruntime-gpu 1.31 has a kernel in them for on CUDA, of ONNX's opset 20 and its own domain.
+
+The list is written down, since the library's own (``get_all_opkernel_def``) ends the process where a provider cannot be
+loaded, for instance on a machine without TensorRT. A kernel that a newer release adds is not used; one that it drops is
+named by its session.
+"""
+HALF_PRECISION_OPS: Kernels = {
+    dtype: frozenset(
+        (op.rpartition("::")[0], op.rpartition("::")[2])
+        for dtypes, ops in _OPS_BY_DTYPES.items()
+        if dtype in dtypes
+        for op in ops.split()
+    )
+    for dtype in ("float16", "bfloat16")
+}
+"""Half precision -> the ops that CUDA computes in it."""
 _HALF = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 _DTYPE_AGNOSTIC = frozenset({"Cast", "CastLike", "Constant", "If", "Identity", "Loop", "Scan"})
 """Ops that compute nothing of their own."""
@@ -24,7 +70,7 @@ class WidenHalfPrecision(OnnxPass):
     """Compute ops without a half-precision kernel in float32.
 
     Their operands are widened, which is exact, and their results rounded once. torch's own kernels compute alike: they
-    hold in float32 what they read in half precision.
+    hold operands of half precision in float32.
 
     Attributes:
         kernels: half precision -> the ops that are computed in it.
@@ -41,16 +87,13 @@ class WidenHalfPrecision(OnnxPass):
         for _, node in nodes:
             _infer_dtypes(node)
         for graph, node in nodes:
-            if (half := self._unsupported_dtype(node)) is not None:
-                casts.widen(graph, node, half)
+            read = {value.dtype for value in node.inputs if value is not None}
+            lacking = [
+                dtype for dtype in read if dtype in _HALF and op_key(node) not in self.kernels.get(_HALF[dtype], ())
+            ]
+            if lacking and node.op_type not in _DTYPE_AGNOSTIC:
+                casts.widen(graph, node, lacking[0])
         return PassResult(casts.inserted)
-
-    def _unsupported_dtype(self, node: ir.Node) -> ir.DataType | None:
-        """Return the half precision that a node reads and its op has no kernel for, or None."""
-        if node.op_type in _DTYPE_AGNOSTIC:
-            return None
-        read = {value.dtype for value in node.inputs if value is not None and value.dtype in _HALF}
-        return next((dtype for dtype in read if dtype and op_key(node) not in self.kernels.get(_HALF[dtype], ())), None)
 
 
 def _infer_dtypes(node: ir.Node) -> None:
@@ -62,7 +105,8 @@ def _infer_dtypes(node: ir.Node) -> None:
     read = {inputs[min(i, len(inputs) - 1)]: v.dtype for i, v in enumerate(node.inputs) if v is not None}
     for value in missing:
         variable = outputs[min(value.index() or 0, len(outputs) - 1)]
-        dtype = read.get(variable) or _parse_type(fixed.get(variable, variable))
+        kind = fixed.get(variable, variable).removeprefix("tensor(").removesuffix(")").upper()  # INT64
+        dtype = read.get(variable) or ir.DataType.__members__.get(kind)
         if dtype is not None:
             value.dtype = dtype
 
@@ -77,12 +121,6 @@ def _schema_types(domain: str, op: str) -> tuple[list[str], list[str], Mapping[s
         if len(kind.allowed_type_strs) == 1
     }
     return [value.type_str for value in schema.inputs], [value.type_str for value in schema.outputs], fixed
-
-
-def _parse_type(kind: str) -> ir.DataType | None:
-    """Return ``INT64`` for ``tensor(int64)``."""
-    name = kind.removeprefix("tensor(").removesuffix(")").upper()
-    return ir.DataType[name] if name in ir.DataType.__members__ else None
 
 
 class _CastInserter:

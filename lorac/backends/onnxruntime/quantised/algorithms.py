@@ -2,7 +2,7 @@
 
 GPTQ ("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", Frantar et al. 2023, arXiv
 2210.17323) quantises a matrix column by column and moves each column's error to those that are left, by the second
-moments of what the layer reads. The library's own GPTQ returns rounded values without the codes that they stand for.
+moments of the layer's inputs. The library's own GPTQ returns rounded values without the codes that they stand for.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def encode(codec: Codec, matrix: Array, algorithm: str, moments: Tensor | None) 
 
     Args:
         algorithm: one of ``ALGORITHMS``.
-        moments: (columns, columns), of what products with the matrix read, for GPTQ; without them it rounds to the
+        moments: (columns, columns), of the inputs of products with the matrix, for GPTQ; without them it rounds to the
             nearest.
     """
     if algorithm == GPTQ and moments is not None:

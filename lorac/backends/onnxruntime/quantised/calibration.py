@@ -1,4 +1,4 @@
-"""Calibration: second moments of what the linear layers of a model read, from calls of the model."""
+"""Calibration: second moments of the inputs of a model's linear layers, from calls of the model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,13 +20,13 @@ _MOST_BYTES = 256 << 20
 
 
 class Calibration:
-    """Second moments of what linear layers read, collected on demand for some neighbouring layers at a time.
+    """Second moments of linear layers' inputs, collected on demand for some neighbouring layers at a time.
 
     Args:
         model: left unchanged.
         sites: its sites by path.
         base: reads its weights.
-        calls: what it is called with; empty: it writes texts itself, from a seed.
+        calls: its arguments; empty: it writes texts itself, from a seed.
 
     Attributes:
         missed: the layers that were asked for, and that no call reached.
@@ -44,7 +44,7 @@ class Calibration:
 
     @torch.no_grad()
     def find(self, modules: Sequence[str], matrix: Tensor) -> Tensor | None:
-        """Return the second moments (in, in) of what a product with a matrix (out, in) reads.
+        """Return the second moments (in, in) of the inputs of a product with a matrix (out, in).
 
         Args:
             modules: modules around the product, outermost first. The last is the layer, or holds the layers whose
@@ -60,18 +60,16 @@ class Calibration:
             if f"{path}.".startswith(f"{around}." if around else "") and site.in_features == matrix.shape[1]
         ]
         nearest = min(paths, key=lambda path: self._distance(path, matrix), default=None)
-        found = None if nearest is None else self._moments_of(nearest)
+        if nearest is not None and nearest not in self._moments:
+            neighbours = self._neighbours(nearest)
+            self._moments = dict.fromkeys(neighbours) | self._collect(neighbours)
+        found = None if nearest is None else self._moments[nearest]
         if found is None:
             self.missed.append(nearest or around)
         return found
 
     def _distance(self, path: str, matrix: Tensor) -> float:
         return float((self._base.weight(self._layers[path])[0].float() - matrix[0]).norm())
-
-    def _moments_of(self, path: str) -> Tensor | None:
-        if path not in self._moments:
-            self._moments = dict.fromkeys(self._neighbours(path)) | self._collect(self._neighbours(path))
-        return self._moments[path]
 
     def _neighbours(self, path: str) -> list[str]:
         """Return a layer and those after it, as many as memory is there for."""
@@ -85,23 +83,20 @@ class Calibration:
 
     @torch.no_grad()
     def _collect(self, paths: Iterable[str]) -> dict[str, Tensor]:
-        """Call the model, and return the second moments of what these layers read."""
+        """Call the model, and return the second moments of these layers' inputs."""
         collector = _MomentCollector()
         handles = [collector.watch(path, self._model.get_submodule(path)) for path in paths]
         try:
-            with seed_random_numbers(self._model, 0), disable_fast_path(self._model):
-                self._run(collector)
+            reporting = progress("calibration", total=len(self._calls))
+            with seed_random_numbers(self._model, 0), disable_fast_path(self._model), reporting as report:
+                for number, call in enumerate(self._calls):
+                    report.step(f"call {number + 1} of {len(self._calls)}")
+                    self._call(number, call)
+                    collector.latest = None
         finally:
             for handle in handles:
                 handle.remove()
         return collector.moments
-
-    def _run(self, collector: "_MomentCollector") -> None:
-        with progress("calibration", total=len(self._calls)) as report:
-            for number, call in enumerate(self._calls):
-                report.step(f"call {number + 1} of {len(self._calls)}")
-                self._call(number, call)
-                collector.latest = None
 
     def _call(self, number: int, call: Call) -> None:
         try:
@@ -126,7 +121,7 @@ class Calibration:
         with progress("calibration") as report, seed_random_numbers(self._model, 0):
             report.step(f"the model writes {_TEXTS} texts")
             begun = torch.full((_TEXTS, 1), first)
-            # Neither ends nor likely tokens alone: what the model reads is to be as varied as it can be.
+            # Neither ends nor likely tokens alone: texts are to be as varied as they can be.
             settings = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length, "pad_token_id": 0}
             texts: Tensor = generate(begun, **settings)
         return [{"input_ids": text[None]} for text in texts]

@@ -59,11 +59,11 @@ class QuantiseWeights(OnnxPass):
 
     Attributes:
         codec: the codec; None: only pre-quantised matrices are stored quantised.
-        accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
+        accuracy_level: the precision of products (``OnnxRuntimeOptions.accuracy_level``).
         prequantised: pre-quantised matrices; their codes are used unchanged, also where several were fused.
         head: the codec of output layers, with the tables that are tied to them; None: that of all.
         algorithm: one of ``lorac.backends.onnxruntime.quantised.algorithms.ALGORITHMS``.
-        calibration: what layers read, for algorithms that need it.
+        calibration: second moments of layers' inputs, for algorithms that need them.
         mixed: whether the first and last matrices have 8 bits, up to ``_MIXED_SHARE`` more bytes in all.
     """
 
@@ -85,10 +85,13 @@ class QuantiseWeights(OnnxPass):
         has_head = False
         coded: list[_CodedConstant] = []
         for value, constant, readers in found:
-            is_head = _has_product(readers) and _shape_read(constant, readers) in tables
+            multiplies = not isinstance(readers, str) and not all(reader.looks_up for reader in readers)
+            is_head = multiplies and _shape_read(constant, readers) in tables
             encoded = readers if isinstance(readers, str) else self._encode(constant, readers, is_head=is_head)
             if isinstance(readers, str) or isinstance(encoded, str):
-                floats[_display_name(value)] = str(encoded)
+                modules = next((modules_of(node.metadata_props) for node, _ in value.uses()), None)
+                folded = modules and "." not in str(value.name)  # by the emission: the name of its reader says more
+                floats[modules[-1] if modules and folded else str(value.name)] = str(encoded)
                 continue
             has_head |= is_head
             coded.append(_CodedConstant(value, constant, readers, encoded))
@@ -197,10 +200,6 @@ def _has_lookup(readers: Sequence[_MatrixReader] | str) -> bool:
     return not isinstance(readers, str) and any(reader.looks_up for reader in readers)
 
 
-def _has_product(readers: Sequence[_MatrixReader] | str) -> bool:
-    return not isinstance(readers, str) and not all(reader.looks_up for reader in readers)
-
-
 def _read_matrix(constant: ir.TensorProtocol, readers: Sequence[_MatrixReader]) -> Array:
     """Return a constant with the rows that its readers read."""
     matrix: Array = constant.numpy()
@@ -259,14 +258,8 @@ def _reuse_codes(matrix: Array, given: Sequence[PrequantisedMatrix]) -> EncodedM
     return stack_rows(parts) if parts else None
 
 
-def _display_name(value: ir.Value) -> str:
-    """Return a constant's name, or the path of the module that reads it where emission folded the constant."""
-    modules = next((modules_of(node.metadata_props) for node, _ in value.uses()), None)
-    return str(value.name) if "." in str(value.name) or not modules else modules[-1]
-
-
 def _replace(
-    model: ir.Model, value: ir.Value, readers: list[_MatrixReader], encoded: EncodedMatrix, accuracy_level: int
+    model: ir.Model, value: ir.Value, readers: list[_MatrixReader], encoded: EncodedMatrix, level: int
 ) -> dict[str, str]:
     """Replace the readers of a matrix by quantised ops; return the names of the constants with its parts."""
     name, codec, graph = str(value.name), encoded.codec, model.graph
@@ -280,11 +273,15 @@ def _replace(
     zeros = None if encoded.zeros is None else shared_constant(graph, names["zeros"], encoded.zeros)
     looked_up = stored if alone or not tables else _as_table(model, stored)
     for reader in readers:
+        node = reader.node
         if reader.looks_up:
-            nodes = _make_lookup(model, reader.node, encoded, [looked_up, scales, zeros])
+            made = list(_make_lookup(model, node, encoded, [looked_up, scales, zeros]))
         else:
-            nodes = _make_product(reader.node, encoded, [stored, scales, zeros], accuracy_level)
-        _replace_node(reader.node, list(nodes))
+            made = list(_make_product(node, encoded, [stored, scales, zeros], level))
+        for one in made:
+            one.metadata_props.update(node.metadata_props)
+        assert node.graph is not None
+        ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, made[-1].outputs)
     return {part: names[part] for part in encoded.parts()}
 
 
@@ -331,14 +328,6 @@ def _as_table(model: ir.Model, packed: ir.Value) -> ir.Value:
     reshape.outputs[0].name = f"{packed.name}_rows"
     model.graph.insert_before(model.graph[0], reshape)
     return reshape.outputs[0]
-
-
-def _replace_node(node: ir.Node, made: list[ir.Node]) -> None:
-    """Replace a node by others, the last of which computes its output."""
-    assert node.graph is not None
-    for one in made:
-        one.metadata_props.update(node.metadata_props)
-    ir.convenience.replace_nodes_and_values(node.graph, node, [node], made, node.outputs, made[-1].outputs)
 
 
 def _without_last_empty(inputs: list[ir.Value | None]) -> list[ir.Value | None]:

@@ -1,7 +1,7 @@
 """The report of a program's quantisation: which matrices are stored quantised, which stay float, and why."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -46,7 +46,7 @@ class QuantisationReport:
     Attributes:
         quantised: name of a constant -> the quantised matrix in its place.
         floats: name of a constant that stays as it is, or of the module that reads it -> the reason.
-        accuracy_level: what products compute in (``OnnxRuntimeOptions.accuracy_level``).
+        accuracy_level: the precision of products (``OnnxRuntimeOptions.accuracy_level``).
         uncalibrated: the layers whose codes are the nearest, since no call of the calibration reaches them.
         has_head: whether an output layer as large as an embedding is quantised.
     """
@@ -60,41 +60,26 @@ class QuantisationReport:
     def to_result(self) -> PassResult:
         """Return the result of the pass, with the report as its details."""
         skipped = tuple(Skip(name, why) for name, why in self.floats.items())
-        notes = (
-            *_describe_quantised(self.quantised.values()),
-            *_describe_level(self.quantised.values(), self.accuracy_level),
-            *_describe_uncalibrated(self.uncalibrated),
-            *_describe_floats(self.floats),
-        )
-        return PassResult(bool(self.quantised), skipped, notes, details=self)
+        return PassResult(bool(self.quantised), skipped, tuple(self._notes()), details=self)
 
-
-def _describe_quantised(quantised: Iterable[QuantisedProduct]) -> Iterator[str]:
-    encoded = [product.encoded for product in quantised]
-    for codec in dict.fromkeys(one.codec for one in encoded):
-        alike = [one for one in encoded if one.codec == codec]
-        before = sum(math.prod(one.shape) * _FLOAT_BYTES for one in alike)
-        kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
-        yield (
-            f"weights: {len(alike)} stored as {codec.name}, {kind}in blocks of {codec.block}: "
-            f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
-        )
-
-
-def _describe_level(quantised: Iterable[QuantisedProduct], level: int) -> Iterator[str]:
-    if level == INT8_LEVEL and any(not product.encoded.codec.table for product in quantised):
-        yield (
-            f"products with them round what they read to int8; accuracy_level={FLOAT32_LEVEL} rounds nothing, and can "
-            "be faster where a call has some hundred tokens or more"
-        )
-
-
-def _describe_uncalibrated(layers: Sequence[str]) -> Iterator[str]:
-    if layers:
-        yield f"weights rounded to the nearest, since no call reaches them: {list_some(layers, _SHOWN_NAMES, quote='')}"
-
-
-def _describe_floats(floats: Mapping[str, str]) -> Iterator[str]:
-    for reason in dict.fromkeys(floats.values()):
-        names = [name for name, why in floats.items() if why == reason]
-        yield f"weights that stay as they are, {reason}: {list_some(names, _SHOWN_NAMES, quote='')}"
+    def _notes(self) -> Iterator[str]:
+        encoded = [product.encoded for product in self.quantised.values()]
+        for codec in dict.fromkeys(one.codec for one in encoded):
+            alike = [one for one in encoded if one.codec == codec]
+            before = sum(math.prod(one.shape) * _FLOAT_BYTES for one in alike)
+            kind = "" if codec.table else "symmetric, " if codec.symmetric else "asymmetric, "
+            yield (
+                f"weights: {len(alike)} stored as {codec.name}, {kind}in blocks of {codec.block}: "
+                f"{format_size(sum(one.nbytes for one in alike))} for {format_size(before)}"
+            )
+        if self.accuracy_level == INT8_LEVEL and any(not one.codec.table for one in encoded):
+            yield (
+                f"products with them round what they read to int8; accuracy_level={FLOAT32_LEVEL} rounds nothing, and "
+                "can be faster where a call has some hundred tokens or more"
+            )
+        if self.uncalibrated:
+            layers = list_some(self.uncalibrated, _SHOWN_NAMES, quote="")
+            yield f"weights rounded to the nearest, since no call reaches them: {layers}"
+        for reason in dict.fromkeys(self.floats.values()):
+            names = [name for name, why in self.floats.items() if why == reason]
+            yield f"weights that stay as they are, {reason}: {list_some(names, _SHOWN_NAMES, quote='')}"

@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import lorac
-from lorac.backends.onnxruntime.devices import cuda_kernels as kernels_of_cuda
+from lorac.backends.onnxruntime.devices import widening as kernels_of_cuda
 from lorac.backends.onnxruntime.devices.memory import OrtDeviceMemory, TorchDeviceMemory
 from lorac.testing import assert_close, assert_parity
 from tests.backends.onnxruntime.gpu import needs
