@@ -75,7 +75,7 @@ def _on_gpu(compiled: Any, given: argparse.Namespace) -> dict[str, float]:
 
 def _gpu() -> bool:
     """Whether plans run here."""
-    from lorac.backends.tensorrt.capabilities import local_capability
+    from lorac.backends.tensorrt.library import local_capability
 
     return local_capability() is not None
 

@@ -43,7 +43,7 @@ _QUANTISED = "quantised"
 
 
 class OnnxRuntime(OnnxBackend[OnnxRuntimeOptions, GraphSession]):
-    """Emits ONNX, and runs it in sessions. Modules that only building needs are imported by the methods that build."""
+    """Emits ONNX, and runs it in sessions. Its methods import the modules that only building needs."""
 
     options = OnnxRuntimeOptions
     engine = OrtEngine

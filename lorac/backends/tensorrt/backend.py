@@ -12,10 +12,9 @@ from lorac.argument_types import JsonMapping
 from lorac.backends.onnx.base_backend import OnnxBackend
 from lorac.backends.onnx.engine import AnyOnnxEngine
 from lorac.backends.onnx.model_files import SlotStorage, graph_file, list_program_files
-from lorac.backends.tensorrt.capabilities import local_capability
 from lorac.backends.tensorrt.device.requirements import check_capability, current_device, find_maker
 from lorac.backends.tensorrt.engine import PLAN_FILE, GraphPlan, PlanFacts, TrtEngine
-from lorac.backends.tensorrt.library import find_library
+from lorac.backends.tensorrt.library import find_library, local_capability
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import check_profile_names
 from lorac.errors import OptionError, Unavailable
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TensorRT(OnnxBackend[TensorRTOptions, GraphPlan]):
-    """Emits ONNX, and has TensorRT build plans from it. What only building needs is imported by methods that build."""
+    """Emits ONNX, and has TensorRT build plans from it. Its methods import the modules that only building needs."""
 
     options = TensorRTOptions
     engine = TrtEngine

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorac.backends.onnx.build import EmittedProgram
 from lorac.backends.onnx.model_files import MODEL_FILE, WEIGHTS_FILE, graph_file, graph_folder
-from lorac.backends.tensorrt.capabilities import capability_member, choose_capabilities
 from lorac.backends.tensorrt.engine import PLAN_FILE, PlanFacts
-from lorac.backends.tensorrt.library import BuildMessages, TensorRTLibrary, collect_errors
+from lorac.backends.tensorrt.library import (
+    capability_member,
+    choose_capabilities,
+    collect_errors,
+)
 from lorac.backends.tensorrt.network import DYNAMIC, ParsedNetwork, check_inputs, input_dtypes, parse_model
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.plan_cache import CachedFile, PlanCache, plan_key
@@ -46,7 +49,8 @@ def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts
         capabilities=choose_capabilities(options.target_capabilities, library),
         made_by=library.name_and_version,
     )
-    timings = _find_timings(options, library)
+    cache = None if options.plan_cache is None else PlanCache(Path(options.plan_cache))
+    timings = None if cache is None or library.is_rtx else cache.timings(library)  # RTX measures none while it builds
 
     def build() -> memoryview:
         parsed = parse_model(folder / MODEL_FILE, library)
@@ -56,29 +60,15 @@ def build_plan(emitted: EmittedProgram[TensorRTOptions], name: str) -> PlanFacts
         config = _builder_config(parsed, facts.ranges, options, facts.capabilities)
         return _build_plan(parsed, name, config, timings)
 
-    (folder / PLAN_FILE).write_bytes(_cached_plan(build, emitted, name, facts))
+    if cache is None:
+        plan: bytes | memoryview = build()
+    else:
+        names, files = (graph_file(name, MODEL_FILE), graph_file(name, WEIGHTS_FILE)), emitted.open_files()
+        settings = {option: getattr(options, option) for option in _KEY_OPTIONS}
+        model = [files[file] for file in names if file in files]
+        plan = cache.plan(plan_key(model, facts.capabilities, library, ranges=facts.ranges, **settings), build)
+    (folder / PLAN_FILE).write_bytes(plan)
     return facts
-
-
-def _cached_plan(
-    build: Callable[[], memoryview], emitted: EmittedProgram[TensorRTOptions], name: str, facts: PlanFacts
-) -> bytes | memoryview:
-    """Return a plan from the plan cache; build it without a cache or if the cache lacks it."""
-    options = emitted.request.options
-    if options.plan_cache is None:
-        return build()
-    files = emitted.open_files()
-    model = [files[file] for file in (graph_file(name, MODEL_FILE), graph_file(name, WEIGHTS_FILE)) if file in files]
-    settings = {option: getattr(options, option) for option in _KEY_OPTIONS}
-    key = plan_key(model, facts.capabilities, options.builder, ranges=facts.ranges, **settings)
-    return PlanCache(Path(options.plan_cache)).plan(key, build)
-
-
-def _find_timings(options: TensorRTOptions, library: TensorRTLibrary) -> CachedFile | None:
-    """Return the place of the times of kernels; TensorRT for RTX measures none while it builds."""
-    if options.plan_cache is None or library.is_rtx:
-        return None
-    return PlanCache(Path(options.plan_cache)).timings(library)
 
 
 def _build_plan(
@@ -87,7 +77,10 @@ def _build_plan(
     library = parsed.library
     with collect_errors() as messages:
         if timings is not None:
-            _read_timings(config, timings.read() or b"", messages)
+            stored = config.create_timing_cache(timings.read() or b"")
+            if not config.set_timing_cache(stored, ignore_mismatch=False):
+                messages.why()  # of another driver: kernels are measured again
+                config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
         plan = parsed.builder.build_serialized_network(parsed.network, config)
         if plan is None:
             raise Unavailable(
@@ -97,13 +90,6 @@ def _build_plan(
     if timings is not None:
         timings.write(memoryview(config.get_timing_cache().serialize()))
     return memoryview(plan)
-
-
-def _read_timings(config: tensorrt.IBuilderConfig, stored: bytes, messages: BuildMessages) -> None:
-    """Give a build the times that earlier ones measured; those of another driver are measured again."""
-    if not config.set_timing_cache(config.create_timing_cache(stored), ignore_mismatch=False):
-        messages.why()
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
 def _builder_config(

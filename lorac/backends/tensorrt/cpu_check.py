@@ -9,6 +9,7 @@ scale for instance, and torch does not.
 import copy
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -74,7 +75,7 @@ class CpuGraph:
     """The emitted file of a graph as ONNX Runtime runs it; the first run loads it.
 
     Args:
-        program: what was emitted.
+        program: the lowered program.
         name: which of its graphs.
         files: the program's, open.
     """
@@ -181,19 +182,13 @@ def widen_graph(graph: Graph) -> Graph:
         if node.op == "call_function":
             node.args, node.kwargs = (fx.node.map_aggregate(given, _widen_dtype) for given in (node.args, node.kwargs))
     with whole.inserting_after(given[-1]):
-        for node in given:
-            _widen_input(whole, node)
+        for node in [node for node in given if _is_half(node.meta.get("val"))]:
+            cast = whole.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
+            node.replace_all_uses_with(cast, delete_user_cb=functools.partial(operator.is_not, cast))
     _restore_output_dtypes(whole)
     exported = copy.copy(graph.exported)
     exported._graph_module = fx.GraphModule(module, whole)
     return dataclasses.replace(graph, exported=exported)
-
-
-def _widen_input(graph: fx.Graph, node: fx.Node) -> None:
-    """Redirect readers of a half-precision input to its float32 cast."""
-    if _is_half(node.meta.get("val")):
-        cast = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": torch.float32})
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
 
 
 def _restore_output_dtypes(graph: fx.Graph) -> None:

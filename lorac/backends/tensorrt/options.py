@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lorac.backends.tensorrt.capabilities import check_capabilities
-from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, find_library
+from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, check_capabilities, find_library
 from lorac.errors import OptionError, not_one_of, short
 from lorac.target.backend import TargetOptions
 
@@ -34,13 +33,13 @@ class TensorRTOptions(TargetOptions):
             Ampere on, or ``"same_compute_capability"``; None: GPUs like this machine's. NVIDIA's ``tensorrt`` has it.
         builder_optimization_level: how long the library looks for fast kernels, 0 to 5; None leaves it to the library.
         workspace: MiB of device memory that a layer may use for itself while it runs; None leaves it to the library.
-        tf32: products of float32 may round what they read to TF32's 10 bits, which is faster; else they compute as
-            the model does.
+        tf32: products of float32 may round their operands to TF32's 10 bits, which is faster; else they compute as the
+            model does.
         strict_nans: comparisons and selections treat NaN as IEEE 754 has it.
         weight_streaming: weights may stay in host memory and be read from there while the plan runs.
         cuda_graphs: calls are CUDA graphs, one for each set of shapes and ranks: less work for the CPU per call, and a
-            swap copies what it binds to where the graph reads it. ``explain()`` says how many there are at a time.
-        plan_cache: a folder that keeps plans by what they were built from, and is looked into before any is built, with
+            swap copies its tensors to where the graph reads them. ``explain()`` says how many there are at a time.
+        plan_cache: a folder that keeps plans by their models and settings, and is searched before any is built, with
             the kernels that TensorRT for RTX compiles on a GPU, and the kernels' times that NVIDIA's ``tensorrt``
             measures there. It belongs to the user, with the mode 0700, and is not part of an artifact. None: no folder.
         refit: merged weights are constants of the plan, which TensorRT replaces in place, and no inputs; in mode

@@ -106,7 +106,8 @@ class PlanCache:
         for path in self._of(key, kind):
             content = _read(path)
             if content is not None and path.name == _file_name(key, content, kind):
-                _touch(path)
+                with contextlib.suppress(OSError):  # in a read-only folder
+                    os.utime(path)
                 return content
         return None
 
@@ -166,12 +167,6 @@ class PlanCache:
                 total -= size
 
 
-def _touch(path: Path) -> None:
-    """Mark a file as used now, unless the folder is read-only."""
-    with contextlib.suppress(OSError):
-        os.utime(path)
-
-
 def _read(path: Path) -> bytes | None:
     """Return a file's bytes; None if another process removed it, or another user left it there."""
     with contextlib.suppress(OSError), path.open("rb") as file:
@@ -193,7 +188,7 @@ class CachedFile:
     kind: str
 
     def read(self) -> bytes | None:
-        """Return what was written last."""
+        """Return the content that was written last."""
         return self.cache.read(self.key, self.kind)
 
     def write(self, content: bytes | memoryview) -> bool:

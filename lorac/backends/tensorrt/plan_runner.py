@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.device.cuda_graphs import MAX_GRAPHS, CudaGraphCache, record_on_cuda
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, TensorLayouts, copy_to_engine, is_readable
 from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
-from lorac.backends.tensorrt.device.interfaces import CudaEngine
-from lorac.backends.tensorrt.device.io_tensors import IOTensors
+from lorac.backends.tensorrt.device.interfaces import CudaEngine, IOTensors
 from lorac.backends.tensorrt.device.requirements import (
     check_capability,
     check_plan,
@@ -28,7 +26,7 @@ from lorac.backends.tensorrt.device.requirements import (
     resolve_cuda_device,
 )
 from lorac.backends.tensorrt.device.stream_queue import StreamQueue
-from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors, find_library
+from lorac.backends.tensorrt.library import TensorRTLibrary, capability_of, collect_errors, find_library
 from lorac.backends.tensorrt.plan_cache import CachedFile
 from lorac.errors import ArtifactError, Unavailable
 

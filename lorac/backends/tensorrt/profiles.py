@@ -69,7 +69,9 @@ def compute_ranges(
     places = SizeRange(*profiles.get(ADAPTERS_AXIS, (1, 1, rows)))
     for name, slot in slots.items():
         shape = graph.node(slot.node).meta["val"].shape
-        plan, usual = graph.plans[slot.site], _usual_rank(snapshot, slot.site)
+        plan, composed = graph.plans[slot.site], snapshot.composed.get(slot.site)
+        change = None if composed is None else composed.change
+        usual = change.rank if isinstance(change, LowRank) else None
         first = (places,) if slot.placed else ()
         ranges[name] = (*first, *(_slot_range(size, plan, usual) for size in shape[len(first) :]))
     return ranges
@@ -200,9 +202,3 @@ def _slot_range(size: int | torch.SymInt, plan: SitePlan, usual: int | None) -> 
     if number is not None:
         return SizeRange(number, number, number)
     return SizeRange(plan.least_rank, min(max(usual or plan.rank, plan.least_rank), plan.rank), plan.rank)
-
-
-def _usual_rank(snapshot: ComposedWeights, path: str) -> int | None:
-    composed = snapshot.composed.get(path)
-    change = None if composed is None else composed.change
-    return change.rank if isinstance(change, LowRank) else None

@@ -31,12 +31,8 @@ def mark_refittable(network: tensorrt.INetworkDefinition, names: Iterable[str]) 
     """
     for name in names:
         with collect_errors() as messages:
-            _mark(network, name, messages)
-
-
-def _mark(network: tensorrt.INetworkDefinition, name: str, messages: BuildMessages) -> None:
-    if not network.mark_weights_refittable(name):
-        raise Unavailable(f"TensorRT does not let '{name}' be replaced: {messages.why()}", next_step=_INSTEAD)
+            if not network.mark_weights_refittable(name):
+                raise _refit_error(f"TensorRT does not let '{name}' be replaced", messages)
 
 
 def refit_flag(library: TensorRTLibrary) -> tensorrt.BuilderFlag:
@@ -94,22 +90,18 @@ class WeightRefitter:
         """
         self._changed |= frozenset(changed)
         with collect_errors() as messages:
-            written = self._set_all(self._changed, messages)
+            for name in sorted(self._changed):
+                self._set(name, messages)
+            partners = self._refitter.get_missing_weights()  # that the builder combined with them
+            for name in sorted(partners):
+                self._set(name, messages)
+            written = {*self._changed, *partners}
             if written and not self._refitter.refit_cuda_engine():
                 raise _refit_error("TensorRT does not replace the weights", messages)
         for name in written:
             self._refitter.unset_named_weights(name)
         self._changed = frozenset(changed)
         return sum(self.memory[name].nbytes for name in written)
-
-    def _set_all(self, names: Collection[str], messages: BuildMessages) -> set[str]:
-        """Set weights together with those that the builder combined with them; return all of them."""
-        for name in sorted(names):
-            self._set(name, messages)
-        partners = self._refitter.get_missing_weights()
-        for name in sorted(partners):
-            self._set(name, messages)
-        return {*names, *partners}
 
     def _set(self, name: str, messages: BuildMessages) -> None:
         tensor = self.memory.get(name)
@@ -140,10 +132,10 @@ def _create_refitter(engine: CudaEngine, library: TensorRTLibrary) -> Refitter:
     with collect_errors() as messages:
         try:
             made: Refitter = library.module.Refitter(engine, library.logger)
-        except TypeError as error:  # what the bindings raise where a constructor returns nothing
+        except TypeError as error:  # the bindings raise it where a constructor returns nothing
             raise _refit_error("TensorRT lets no weight of the plan be replaced", messages) from error
     return made
 
 
-def _refit_error(what: str, messages: BuildMessages) -> Unavailable:
-    return Unavailable(f"{what}: {messages.why()}", next_step=_INSTEAD)
+def _refit_error(fault: str, messages: BuildMessages) -> Unavailable:
+    return Unavailable(f"{fault}: {messages.why()}", next_step=_INSTEAD)

@@ -10,7 +10,7 @@ import torch
 
 from lorac.backends.tensorrt import library
 from lorac.backends.tensorrt.device.execution_slot import output_allocator
-from lorac.backends.tensorrt.device.io_tensors import IOTensor
+from lorac.backends.tensorrt.device.interfaces import IOTensor
 from tests.backends.tensorrt.tiny import CPU, LIBRARY, parsed
 
 Tensor = torch.Tensor

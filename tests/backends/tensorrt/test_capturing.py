@@ -11,7 +11,7 @@ import lorac
 from lorac.backends.tensorrt.device import cuda_graphs as capturing
 from lorac.backends.tensorrt.device.cuda_graphs import CudaGraphCache, QueueWork
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots
-from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.device.interfaces import IOTensor, IOTensors
 from lorac.backends.tensorrt.plan_runner import ContextPool
 from tests.backends.tensorrt import tiny
 from tests.backends.tensorrt.tiny import CPU, IN, RANK, Lanes
@@ -150,7 +150,7 @@ def test_keys_include_host_inputs_that_set_shapes() -> None:
 )
 def test_a_lack_of_memory_passes(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call runs without a graph, and some calls later one is captured."""
-    monkeypatch.setattr(capturing, "IDLE_CALLS", 10)
+    monkeypatch.setattr(capturing, "RETRY_CALLS", 10)
     calls, _, recorded = _calls()
     recorded.fails = error
     slots, x = calls.hold(tiny.drawn(1)), _x()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lorac
-from lorac.backends.tensorrt import backend, capabilities
+from lorac.backends.tensorrt import backend, library
 from lorac.backends.tensorrt.engine import TrtEngine
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.cli import app
@@ -28,7 +28,7 @@ from tests.backends.tensorrt.building import NO_GPU, THREE, away, model_of, quie
 from tests.backends.tensorrt.machines import install_gpus, install_nvidias
 from tests.backends.tensorrt.tiny import LIBRARY
 
-pytestmark = pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")
+pytestmark = pytest.mark.skipif(library.local_capability() is not None, reason="there is a GPU here")
 ROOT = Path(__file__).parents[3]
 X = torch.randn(3, 6, 9, 7, generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import lorac
-from lorac.backends.tensorrt import build, capabilities
+from lorac.backends.tensorrt import build, library
 from lorac.backends.tensorrt.network import parse_model
 from lorac.backends.tensorrt.options import TensorRTOptions
 from lorac.backends.tensorrt.profiles import DEFAULT_MAX_LENGTH, DEFAULT_MAX_ROWS, SizeRange, axis_names, check_sizes
@@ -99,15 +99,15 @@ def test_rejects_a_call_outside_the_profile_and_names_a_larger_one():
 
 
 def test_capabilities_are_the_librarys(monkeypatch):
-    listed = capabilities.known_capabilities(LIBRARY)
+    listed = library.known_capabilities(LIBRARY)
     assert {"8.6", "8.9", "12.0"} <= set(listed) and "9.0" not in listed
     with pytest.raises(lorac.OptionError, match=r"builds for no compute capability '9\.0'") as error:
         TensorRTOptions(target_capabilities=("9.0",))
     assert ", ".join(listed) in str(error.value)
-    assert capabilities.choose_capabilities(("8.6",), LIBRARY) == ("8.6",)
+    assert library.choose_capabilities(("8.6",), LIBRARY) == ("8.6",)
     for here, wanted in (("8.9", ("8.9",)), ("9.0", ()), (None, ())):  # the local GPU's, else the library's default
-        monkeypatch.setattr(capabilities, "local_capability", lambda here=here: here)
-        assert capabilities.choose_capabilities((), LIBRARY) == wanted
+        monkeypatch.setattr(library, "local_capability", lambda here=here: here)
+        assert library.choose_capabilities((), LIBRARY) == wanted
 
 
 def test_a_library_that_builds_for_the_gpu_at_hand_alone_takes_none(monkeypatch):
@@ -186,7 +186,7 @@ def test_hardware_compatibility_reaches_the_library(monkeypatch):
 
 def test_the_times_of_kernels_are_measured_once():
     """A stand-in, since NVIDIA's library measures them on a GPU alone."""
-    attached = []
+    attached, written = [], []
 
     class Config:
         def create_timing_cache(self, stored):
@@ -196,13 +196,19 @@ def test_the_times_of_kernels_are_measured_once():
             attached.append((cache, ignore_mismatch))
             return cache != b"of another driver"
 
-    messages = SimpleNamespace(why=lambda: "a mismatch")
-    for stored in (b"", b"measured", b"of another driver"):
-        build._read_timings(Config(), stored, messages)
+        def get_timing_cache(self):
+            return SimpleNamespace(serialize=lambda: b"measured now")
+
+    builder = SimpleNamespace(build_serialized_network=lambda network, config: b"plan")
+    parsed = SimpleNamespace(library=LIBRARY, network=None, builder=builder)
+    for stored in (None, b"measured", b"of another driver"):
+        timings = SimpleNamespace(read=lambda stored=stored: stored, write=written.append)
+        assert build._build_plan(parsed, "main", Config(), timings) == b"plan"
     assert attached == [(b"", False), (b"measured", False), (b"of another driver", False), (b"", False)]
+    assert written == [b"measured now"] * 3
 
 
-@pytest.mark.skipif(capabilities.local_capability() is not None, reason="there is a GPU here")
+@pytest.mark.skipif(library.local_capability() is not None, reason="there is a GPU here")
 def test_rejects_refitting_without_a_gpu():
     with pytest.raises(lorac.Unavailable, match="only where there is an NVIDIA GPU") as error:
         quietly(model=host(), adapters={}, example_inputs=EXAMPLE, mode="fused", refit=True)

@@ -17,7 +17,7 @@ import lorac
 from lorac.backends.tensorrt import plan_runner as running
 from lorac.backends.tensorrt.device import device_slots, requirements
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, copy_to_engine
-from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.device.interfaces import IOTensor, IOTensors
 from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import ContextPool, PlanRunner
 from tests.backends.tensorrt import engines, tiny

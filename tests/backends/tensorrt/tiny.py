@@ -21,7 +21,7 @@ from onnx import helper, numpy_helper
 
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, allocate
 from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
-from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.device.interfaces import IOTensor, IOTensors
 from lorac.backends.tensorrt.library import find_library
 from lorac.backends.tensorrt.refitting import mark_refittable, refit_flag
 

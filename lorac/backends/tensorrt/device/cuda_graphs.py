@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorac.backends.tensorrt.device.device_slots import DeviceSlots, copy_to_engine
 from lorac.backends.tensorrt.device.execution_slot import ExecutionSlot
-from lorac.backends.tensorrt.device.io_tensors import IOTensors
+from lorac.backends.tensorrt.device.interfaces import IOTensors
 from lorac.errors import LoracError, Unavailable, warn
 
 GraphKey = tuple[object, ...]
@@ -28,8 +28,9 @@ Record = Callable[[QueueWork], Callable[[], None]]
 MAX_GRAPHS = 8
 """The most graphs at a time; each has the memory of a context."""
 IDLE_CALLS = 1000
-"""Calls without the least recently used graph after which another may take its place, and calls between attempts to
-capture one where memory lacks."""
+"""Calls without the least recently used graph after which another may take its place."""
+RETRY_CALLS = 1000
+"""Calls between attempts to capture a graph where memory lacks."""
 GRAPHS_NOTE = (
     f"CUDA graphs: one for each of {MAX_GRAPHS} sets of sizes and ranks at a time; calls of other sets run without, "
     f"until a graph was not used for {IDLE_CALLS} calls"
@@ -112,7 +113,7 @@ class CudaGraphCache:
     """The graphs of one engine, by shapes.
 
     Args:
-        io: what the engine takes and gives.
+        io: the engine's inputs and outputs.
         execution: makes a context for a new one.
         record: captures work.
     """
@@ -185,8 +186,9 @@ class CudaGraphCache:
 
     def _decline(self, error: Exception) -> None:
         """Postpone captures where memory lacks; else the plan cannot be captured, now or later."""
-        if _is_memory_error(error):
-            self._postponed = self._calls + IDLE_CALLS
+        # Torch, TensorRT or CUDA may complain of lacking memory.
+        if isinstance(error, torch.OutOfMemoryError | Unavailable) or "out of memory" in str(error):
+            self._postponed = self._calls + RETRY_CALLS
             warn(
                 f"there is no memory for another CUDA graph, and calls run without: {_reason(error)}",
                 next_step="free some of the GPU's memory, or compile for smaller sizes",
@@ -211,11 +213,6 @@ def record_on_cuda(work: QueueWork) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work(stream.cuda_stream)
     return graph.replay
-
-
-def _is_memory_error(error: Exception) -> bool:
-    """Return whether a capture failed for lack of memory, of which torch, TensorRT or CUDA may complain."""
-    return isinstance(error, torch.OutOfMemoryError | Unavailable) or "out of memory" in str(error)
 
 
 def _reason(error: Exception) -> str:

@@ -1,13 +1,12 @@
 """Tensors as an engine reads them: on its device, contiguous and aligned, in its dtype."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorac.backends.tensorrt.device.io_tensors import IOTensor
+from lorac.backends.tensorrt.device.interfaces import IOTensor
 
 ALIGNMENT = 256
 """Addresses are multiples of this many bytes (``IExecutionContext::setTensorAddress``)."""
@@ -17,9 +16,9 @@ class DeviceSlots(Mapping[str, Tensor]):
     """The slot tensors of a choice of adapters, laid out once and read by many calls.
 
     Args:
-        tensors: slot input -> tensor, laid out; what the current stream has queued makes them.
-        fixed: whether they keep their addresses, and calls read what is written into them. A CUDA graph reads them
-            there, and copies nothing.
+        tensors: slot input -> tensor, laid out by work that the current stream has queued.
+        fixed: whether they keep their addresses, and later writes into them reach calls. A CUDA graph reads them there,
+            and copies nothing.
         ready: further events after which they are ready.
     """
 
@@ -50,19 +49,6 @@ class DeviceSlots(Mapping[str, Tensor]):
         self._passed.add(stream.cuda_stream)
 
 
-@dataclass(frozen=True, eq=False)
-class LayoutCopy:
-    """A copy of a tensor, which any thread may read once the copying has ended.
-
-    Attributes:
-        tensor: the copy.
-        ready: the event of the stream that copies; none for a copy on the CPU.
-    """
-
-    tensor: Tensor
-    ready: tuple[torch.cuda.Event, ...]
-
-
 class TensorLayouts:
     """Copies of tensors laid out for an engine, at most one of each.
 
@@ -86,18 +72,14 @@ class TensorLayouts:
         for name, tensor in tensors.items():
             if is_readable(tensor, io[name], self.device):
                 laid_out[name] = tensor.detach()
-            else:
-                copied = self._copy(tensor, io[name])
-                laid_out[name] = copied.tensor
-                ready.update(copied.ready)
+                continue
+            known: tuple[Tensor, tuple[torch.cuda.Event, ...]] | None = self._copies.get(tensor)
+            if known is None or known[0].dtype != io[name].dtype:
+                made = copy_to_engine(tensor, io[name], self.device)
+                known = self._copies[tensor] = (made, record_event([made]))  # after which any thread may read the copy
+            laid_out[name] = known[0]
+            ready.update(known[1])
         return DeviceSlots(laid_out, fixed=fixed, ready=ready)
-
-    def _copy(self, tensor: Tensor, io_tensor: IOTensor) -> LayoutCopy:
-        known: LayoutCopy | None = self._copies.get(tensor)
-        if known is None or known.tensor.dtype != io_tensor.dtype:
-            made = copy_to_engine(tensor, io_tensor, self.device)
-            known = self._copies[tensor] = LayoutCopy(made, record_event([made]))
-        return known
 
 
 def is_readable(tensor: Tensor, io_tensor: IOTensor, device: torch.device) -> bool:

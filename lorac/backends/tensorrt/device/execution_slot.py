@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lorac.backends.tensorrt.device.device_slots import ALIGNMENT, DeviceSlots, allocate
-from lorac.backends.tensorrt.device.interfaces import ExecutionContext
-from lorac.backends.tensorrt.device.io_tensors import IOTensor, IOTensors
+from lorac.backends.tensorrt.device.interfaces import ExecutionContext, IOTensor, IOTensors
 from lorac.backends.tensorrt.device.stream_queue import StreamQueue
 from lorac.backends.tensorrt.library import TensorRTLibrary, collect_errors
 from lorac.errors import InputMismatch, Unavailable
@@ -30,7 +29,7 @@ class ExecutionSlot:
 
     Args:
         context: TensorRT's.
-        io: what its engine takes and gives.
+        io: its engine's inputs and outputs.
         device: where its tensors lie.
         streams: the streams that its work goes to.
         library: made the context.

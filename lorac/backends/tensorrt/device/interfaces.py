@@ -1,12 +1,17 @@
-"""Types for the part of TensorRT's interface that runs plans, shared by TensorRT 10, 11 and TensorRT for RTX.
+"""Types for the part of TensorRT's interface that runs plans, and the inputs and outputs of its engines.
 
-Methods that only one of them has are marked.
+TensorRT 10, 11 and TensorRT for RTX share the interface; methods that only one of them has are marked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from lorac.backends.tensorrt.library import torch_dtype
 
 if TYPE_CHECKING:
     import tensorrt
@@ -28,7 +33,7 @@ class ExecutionContext(Protocol):
         """Compute the outputs' shapes; return the inputs that are not fully set."""
 
     def set_output_allocator(self, name: str, output_allocator: object) -> bool:
-        """Set what allocates an output while it is computed."""
+        """Set the allocator of an output, which is called while the output is computed."""
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         """Queue the work on a stream; return False if that failed."""
@@ -84,3 +89,36 @@ class Refitter(Protocol):
 
     def refit_cuda_engine(self) -> bool:
         """Write the weights that are set; return False if that failed, perhaps half-way."""
+
+
+@dataclass(frozen=True)
+class IOTensor:
+    """An input or output.
+
+    Attributes:
+        shape: its sizes, -1 where they vary.
+        on_host: whether it lies in the host's memory, as values do that shapes are computed from.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    on_host: bool = False
+
+
+@dataclass(frozen=True)
+class IOTensors:
+    """The inputs and outputs of an engine, by name."""
+
+    inputs: Mapping[str, IOTensor]
+    outputs: Mapping[str, IOTensor]
+
+    @classmethod
+    def of(cls, engine: CudaEngine) -> IOTensors:
+        """Return those of an engine."""
+        inputs, outputs = dict[str, IOTensor](), dict[str, IOTensor]()
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            on_host = engine.get_tensor_location(name).name == "HOST"
+            dtype, shape = torch_dtype(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name))
+            side = inputs if engine.get_tensor_mode(name).name == "INPUT" else outputs
+            side[name] = IOTensor(dtype, shape, on_host)
+        return cls(inputs, outputs)

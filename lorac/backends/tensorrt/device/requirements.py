@@ -6,8 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lorac.backends.tensorrt.capabilities import known_capabilities
-from lorac.backends.tensorrt.library import NVIDIA, RTX, TensorRTLibrary, collect_errors, find_library
+from lorac.backends.tensorrt.library import (
+    NVIDIA,
+    RTX,
+    TensorRTLibrary,
+    collect_errors,
+    find_library,
+    known_capabilities,
+)
 from lorac.errors import ArtifactError, MissingExtra, Unavailable, warn
 
 _SAVE_ADVICE = "compiled.save(folder) writes what lorac.load runs on a machine with an NVIDIA GPU"

@@ -7,9 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from lorac.backends.tensorrt.capabilities import capability_of
 from lorac.backends.tensorrt.device.requirements import missing_requirement
-from lorac.backends.tensorrt.library import find_library
+from lorac.backends.tensorrt.library import capability_of, find_library
 
 
 def lacking_for_tensorrt() -> str | None:

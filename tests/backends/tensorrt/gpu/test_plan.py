@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lorac
-from lorac.backends.tensorrt.capabilities import capability_of
+from lorac.backends.tensorrt.library import capability_of
 from lorac.backends.tensorrt.plan_cache import PlanCache
 from lorac.backends.tensorrt.plan_runner import PlanRunner
 from lorac.backends.tensorrt.refitting import WeightRefitter
