@@ -150,7 +150,7 @@ def quantised(folder, out, settings, quantise):
 @pytest.mark.medium("a layout of each family", keep=["8 bits", "gptq", "awq", "fp8", "4 bits, nested"])
 @torch.no_grad()
 @pytest.mark.parametrize("how", HOW)
-def test_it_is_the_merged_model_of_the_float_values(how, whole, tmp_path):
+def test_matches_the_merged_model_of_dequantised_weights(how, whole, tmp_path):
     model, folder, adapter = whole
     values = quantised(folder, tmp_path / "model", *HOW[how])
     with refuses("not_mergeable", match="--dequantize"):
@@ -189,7 +189,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_cannot_be_dequantised_is_refused(what, whole, tmp_path):
+def test_rejects_codes_that_cannot_be_dequantised(what, whole, tmp_path):
     _, folder, adapter = whole
     code, match, changed, spoil = WRONG[what]
     settings, quantise = HOW["gptq"]
@@ -205,7 +205,7 @@ def test_what_cannot_be_dequantised_is_refused(what, whole, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_floats_needs_no_such_option(whole, tmp_path):
+def test_dequantize_has_no_effect_on_float_weights(whole, tmp_path):
     model, folder, adapter = whole
     merge_checkpoint(folder, adapter, tmp_path / "out", dequantize=True)
     read = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()

@@ -64,7 +64,7 @@ def test_exactly():
     assert_makes(adapter, base, other)
 
 
-def test_what_is_the_same_is_left_out():
+def test_leaves_equal_tensors_out():
     base = Net().double()
     other = tuned(base, "linear.weight", "conv.bias")
     adapter = lorac.extract(other, base)
@@ -166,7 +166,7 @@ def test_a_shard_is_missing_or_damaged(folders, tmp_path):
         lorac.extract(tmp_path / "tuned", folders / "base", rank=2)
 
 
-def test_a_tensor_that_is_no_number(folders, tmp_path):
+def test_rejects_nan(folders, tmp_path):
     shutil.copytree(folders / "tuned", tmp_path / "tuned")
     first = sorted((tmp_path / "tuned").glob("*.safetensors"))[0]
     tensors = load_file(first)

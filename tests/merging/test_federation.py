@@ -78,7 +78,7 @@ def test_rounds_add_up_and_clients_can_be_removed():
         assert all(torch.equal(tensor, turned.merged().tensors[path][name]) for name, tensor in at.items())
 
 
-def test_one_client_alone_is_its_adapter():
+def test_a_round_of_one_client_returns_its_adapter():
     assert_same(
         FederatedStack().add_round({"one": clients()["one"]}, {"one": 7}).merged(), deltas(clients()["one"], host())
     )
@@ -118,7 +118,7 @@ def test_a_round_trains_each_client_next_to_the_frozen_stack():
     assert loss < nn.functional.cross_entropy(model(x), y)
 
 
-def test_what_makes_no_round_is_refused():
+def test_rejects_invalid_rounds():
     given = clients()
     for weights in ({"one": 1, "two": 0, "three": 1}, {"one": 1}, {**dict.fromkeys(given, 1), "four": 1}):
         with refuses("choice_error"):

@@ -62,7 +62,7 @@ def adapter(name):
 
 @pytest.mark.medium("methods of each normal form", keep=["lora", "dora", "ia3", "shira", "oft", "chain"])
 @pytest.mark.parametrize("name", METHODS)
-def test_one_adapter_at_weight_1_stays_as_it_is(name):
+def test_keeps_a_single_adapter_at_weight_1(name):
     one = adapter(name)
     for method in ways():
         merged = lorac.merge({"one": one}, method, model=model(), name="merged")
@@ -72,7 +72,7 @@ def test_one_adapter_at_weight_1_stays_as_it_is(name):
             assert all(torch.equal(merged.tensors[path][key], tensor) for key, tensor in tensors.items())
 
 
-def test_one_adapter_of_no_weight_form_stays_as_it_is():
+def test_keeps_a_single_router():
     router = lorac.MeteoRA.from_loras([lora("a", 1, r=2), lora("b", 2, r=2)])
     for method in ways():
         assert lorac.merge([router], method).tensors is router.tensors
@@ -87,7 +87,7 @@ def test_one_adapter_of_no_weight_form_stays_as_it_is():
 )
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
-def test_each_way_computes_what_it_stays(name):
+def test_every_formula_keeps_a_single_adapter(name):
     """The same by the ways themselves, where each site's change goes through their formulas."""
     one, view = adapter(name), ModelView.of(model())
     expected = lorac.factors(one, model())
@@ -123,6 +123,6 @@ def test_an_option_that_leaves_entries_out_does_so():
 
 
 @pytest.mark.parametrize("method", sorted(OF_FACTORS))
-def test_what_has_no_factors_is_refused_where_they_are_read(method):
+def test_rejects_dora_where_factors_are_merged(method):
     with refuses("not_mergeable", match="DoRA|dora"):
         lorac.merge([adapter("dora"), dataclasses.replace(adapter("lora"))], method, model=model())

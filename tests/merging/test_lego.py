@@ -35,7 +35,7 @@ def test_a_mean_is_scaled_to_its_members():
     assert_close(matrix(lorac.merge(parts, "lego", rank=1, norm="l2")), expected)
 
 
-def test_one_part_and_equal_parts_stay_as_they_are():
+def test_keeps_a_single_part_and_equal_parts():
     one = lora("a", 1, r=3, alpha=5)
     expected = deltas(one, host())
     copies = [lora(name, 1, r=3, alpha=5) for name in "abc"]
@@ -98,7 +98,7 @@ def test_biases_are_averaged():
         assert_close(found[path].e, change.e)
 
 
-def test_weights_that_are_no_shares_are_refused():
+def test_rejects_negative_weights():
     parts = [lora("a", 1, r=2), lora("b", 2, r=2)]
     with refuses("choice_error", match="'lego' are shares of clusters"):
         lorac.merge(parts, "lego", [1, -1])

@@ -37,7 +37,7 @@ def given(tmp_path):
 @pytest.mark.filterwarnings("ignore:.* were one tensor")
 @pytest.mark.parametrize("size", ["40KB", "1GB"])
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_bert", "tiny_vit", "tiny_t5", "tiny_albert"])
-def test_it_is_the_merged_model(name, size, tmp_path):
+def test_matches_the_merged_model(name, size, tmp_path):
     entry = ZOO[name]
     model, inputs = entry.model(), entry.inputs()
     adapters = drawn(
@@ -210,7 +210,7 @@ EXPERTS = {
 @torch.no_grad()
 @pytest.mark.parametrize("size", ["4KB", "1GB"])
 @pytest.mark.parametrize("name", EXPERTS)
-def test_experts_that_are_stored_one_by_one_and_are_a_stack_in_the_model(name, size, tmp_path):
+def test_merges_experts_that_are_stored_separately(name, size, tmp_path):
     """Their shards may lie anywhere: those of one stack are merged together, and written where each was."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=2, vocab_size=20, **EXPERTS[name])
@@ -286,9 +286,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.slow("test_it_is_the_merged_model merges shard by shard; only memory would grow")
+@pytest.mark.slow("test_matches_the_merged_model merges shard by shard; only memory would grow")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no high-water mark that starts anew")
-def test_one_weight_at_a_time_is_in_memory(tmp_path):
+def test_keeps_one_weight_at_a_time_in_memory(tmp_path):
     """Of a model of four shards, its peak is below 1.3 times the largest shard."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -312,7 +312,7 @@ def assert_same_files(one, other):
         assert path.read_bytes() == (other / path.name).read_bytes()
 
 
-def test_files_whose_places_only_a_run_of_the_model_tells_are_refused(tmp_path):
+def test_rejects_files_whose_sites_need_a_run_of_the_model(tmp_path):
     model = ZOO["tiny_bert"].model()
     model.save_pretrained(tmp_path / "model")
     adapter = drawn(model, {"a": lorac.LoRA(r=2, targets=["query"])}, 0.1).adapters["a"]

@@ -39,7 +39,7 @@ def drawn(model, methods, size):
 @pytest.mark.medium("other methods; LoRA, and test_merged_checkpoint.py", cases=["DoRA", "IA3"])
 @torch.no_grad()
 @pytest.mark.parametrize("config", EVERYTHING.values(), ids=EVERYTHING)
-def test_it_is_what_peft_merges(config, tmp_path):
+def test_matches_pefts_merged_model(config, tmp_path):
     entry = ZOO["tiny_llama"]
     model, inputs = entry.model(), entry.inputs()
     oracle = make_peft(model, tmp_path / "a", config, inputs=inputs, outputs=entry.outputs)
@@ -127,7 +127,7 @@ def test_weights_stay_tied_where_the_same_is_merged_into_both():
 
 
 @torch.no_grad()
-def test_the_given_model_stays_as_it_was():
+def test_leaves_the_given_model_unchanged():
     model = ZOO["tiny_llama"].fresh()
     model.lm_head.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -180,7 +180,7 @@ def adapter_for(model, method):
     return lorac.compile(model, {"a": method}).adapters["a"]
 
 
-def test_what_cannot_be_merged_is_refused_by_name():
+def test_rejects_sites_that_cannot_be_merged_by_name():
     model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Conv2d(4, 4, 1, groups=2))
     with refuses("not_mergeable", match=r"'a' \(x.*\).*'0'.*\n.*freeze_router|'a' \(meteora\)"):
         lorac.merge_into(model, adapter_for(model, lorac.MeteoRA(targets=["0"])))

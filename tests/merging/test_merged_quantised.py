@@ -14,7 +14,7 @@ from tests.refusing import refuses
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", MADE)
-def test_float_values_are_merged_where_that_is_asked_for(how):
+def test_dequantize_merges_into_float_weights(how):
     own = model(MADE[how])
     before = type(own.site), type(own.site.weight)
     adapter = drawn(own, {"a": lorac.LoRA(r=2, targets=["site"])}, 0.1).adapters["a"]

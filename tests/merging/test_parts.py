@@ -46,7 +46,7 @@ def test_arrow_is_pefts(top_k, temperature):
 
 
 @torch.no_grad()
-def test_arrows_prototypes_are_what_pefts_iteration_comes_to():
+def test_arrows_prototypes_match_pefts():
     adapters = loras()
     for one in adapters:
         one.tensors["fc1"]["lora_B"] *= torch.tensor([20.0, 1.0, 1.0])
@@ -72,7 +72,7 @@ def test_learned_weights_alone_are_trained():
     assert [tuple(p.shape) for p in compiled.parameters() if p.requires_grad] == [(3,), (3,)]
 
 
-def test_other_methods_become_loras_where_they_are_one():
+def test_converts_other_low_rank_methods_to_loras():
     model = host()
     with torch.no_grad():
         made = lorac.compile(model, {"m": lorac.MiSS(r=4, targets=["fc1"]), "d": lorac.DoRA(r=2, targets=["fc1"])})

@@ -72,7 +72,7 @@ OF_FACTORS = {
 
 
 @pytest.mark.parametrize("combination", OF_FACTORS)
-def test_factors_one_by_one(combination, peft_result):
+def test_merging_factors_matches_peft(combination, peft_result):
     method, options = OF_FACTORS[combination]
     adapters = [lora("a", 1, sites=("conv", "fc1", "fc2"), r=4, alpha=3), lora("b", 2, r=4, alpha=5, rslora=True)]
     merged = lorac.merge(adapters, method, WEIGHTS, space="factors", seed=SEED, **options)
@@ -107,7 +107,7 @@ OF_DELTAS = {
 
 
 @pytest.mark.parametrize("combination", OF_DELTAS)
-def test_whole_changes_to_a_rank(combination, peft_result):
+def test_merging_deltas_at_a_rank_matches_peft(combination, peft_result):
     method, options = OF_DELTAS[combination]
     adapters = [lora("a", 1, r=3, alpha=6), lora("b", 2, r=4, alpha=2)]
     merged = lorac.merge(adapters, method, WEIGHTS, rank=3, seed=SEED, **options)

@@ -35,7 +35,7 @@ def test_mergekits_words(tmp_path):
     assert (recipe.method, recipe.base_model, recipe.dtype) == ("ties", "base", torch.bfloat16)
 
 
-def test_it_gives_what_the_arguments_give(tmp_path, monkeypatch):
+def test_a_recipe_equals_the_arguments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, seed in (("sql", 1), ("chat", 2)):
         lorac.save_adapter(lora(name, seed, r=3), name, model=host())
@@ -66,7 +66,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_means_nothing_is_refused(case, tmp_path):
+def test_rejects_invalid_recipes(case, tmp_path):
     with pytest.raises((lorac.OptionError, lorac.WrongType), match=r"recipe\.yml"):
         read(tmp_path, WRONG[case])
 

@@ -71,14 +71,14 @@ def test_ties(options, expected):
     assert_close(matrix(merged), tensor(expected))
 
 
-def test_dare_keeps_the_size_of_the_whole_on_average_or_exactly(monkeypatch):
+def test_dare_rescales_by_density_or_norm(monkeypatch):
     monkeypatch.setattr(torch, "bernoulli", lambda p, generator: tensor([0, 1, 1, 0]))
     one = of_delta("a", tensor([4, -2, 1, 1]))
     assert_close(matrix(lorac.merge([one], "dare_linear", density=0.5, rescale_norm="density")), tensor([0, -4, 2, 0]))
     assert_close(matrix(lorac.merge([one], "dare_linear", density=0.5)), tensor([0, -16 / 3, 8 / 3, 0]))
 
 
-def test_a_seed_decides_what_is_dropped():
+def test_a_seed_determines_the_dropped_entries():
     adapters = [lora("a", 1, r=3), lora("b", 2, r=3)]
     for method in ("dare_ties", "della"):
         first, again, other = (
@@ -122,7 +122,7 @@ def test_knots_combines_the_parts_of_a_dense_decomposition():
 
 
 @pytest.mark.parametrize("space", ["deltas", "knots"])
-def test_a_whole_adapter_is_trimmed_at_once(space):
+def test_scope_adapter_trims_all_sites_together(space):
     one = lora("a", 1, r=3)
     one.tensors["fc2"]["lora_B"] *= 5
     options = {"space": space, "density": 0.5}
@@ -162,7 +162,7 @@ def test_sums_keep_the_form_of_their_parts():
     }
 
 
-def test_the_error_of_a_lower_rank_is_said():
+def test_provenance_holds_the_error_of_a_lower_rank():
     merged = lorac.merge([lora("a", 1, r=3), lora("b", 2, r=4)], "cat", rank=5)
     s = torch.linalg.svdvals(deltas(lorac.merge([lora("a", 1, r=3), lora("b", 2, r=4)], "cat"), host())["fc1"])
     error = torch.tensor(merged.provenance["errors"]["fc1"], dtype=torch.float64)
@@ -178,7 +178,7 @@ def test_half_precision_stays_half_and_is_computed_in_float32():
     assert {t.dtype for t in merged.parameters()} == {torch.bfloat16}
 
 
-def test_what_is_replaced_whole_is_merged_from_the_base():
+def test_merges_replaced_tensors_relative_to_the_base():
     model = host()
     adapters, expected = [], model.fc2.weight.clone()
     for number, weight in enumerate((0.5, 0.25)):
@@ -192,7 +192,7 @@ def test_what_is_replaced_whole_is_merged_from_the_base():
         lorac.merge(adapters, "cat")
 
 
-def test_adapters_by_model_are_merged_with_their_sites_in_it():
+def test_merges_adapters_of_several_models():
     one, other = lora("a", 1), lora("b", 2)
     apart = lorac.merge({"a": {"unet": one}, "b": {"unet": other}}, "cat")
     for path, tensors in lorac.merge([one, other], "cat").tensors.items():

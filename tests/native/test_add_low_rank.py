@@ -33,7 +33,7 @@ CASES = (
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_adds_what_the_own_ops_add_whatever_the_number_of_threads(native: Path, case: Case) -> None:
+def test_matches_the_onnx_ops_for_every_number_of_threads(native: Path, case: Case) -> None:
     feeds = make_feeds(case)
     each = [session(case, native, threads).run(None, feeds) for threads in THREADS]
     assert all(np.array_equal(one, other) for more in each[1:] for one, other in zip(each[0], more, strict=True))

@@ -53,7 +53,7 @@ def _compile(model: LlamaForCausalLM, adapters: Mapping[str, lorac.Adapter], nat
 
 @pytest.mark.medium("test_add_low_rank.py compares the op, and test_an_artifact_runs_without_the_library a program")
 @needs_compiler
-def test_every_choice_is_what_the_own_ops_compute(
+def test_every_choice_matches_the_onnx_ops(
     model: LlamaForCausalLM, adapters: dict[str, lorac.Adapter], native: Path
 ) -> None:
     own, fast, half = (_compile(model, adapters, kind, self_test=kind is True) for kind in (False, True, "float16"))
@@ -117,7 +117,7 @@ def test_an_artifact_runs_without_the_library(
         assert "pip install 'lorac[native]'" in str(loaded.explain())
 
 
-def test_without_the_library_it_is_refused_where_it_is_asked_for(model: LlamaForCausalLM) -> None:
+def test_rejects_the_option_without_the_library(model: LlamaForCausalLM) -> None:
     with installed(None):
         for kind in (True, "float16"):
             with pytest.raises(lorac.MissingExtra, match="lorac-native is not installed"):

@@ -15,7 +15,7 @@ def _ops(model: onnx.ModelProto) -> list[str]:
     return [node.op_type for node in model.graph.node]
 
 
-def test_one_op_computes_all_layers_of_a_fused_projection() -> None:
+def test_uses_one_op_for_all_layers_of_a_fused_projection() -> None:
     model = own_ops(CASE)
     assert use_native_op(model) == 2
     (node,) = model.graph.node

@@ -61,7 +61,7 @@ def test_a_product_is_added_in_either_layout(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_read_before_a_write_has_no_gradient(dtype: torch.dtype, native: Path) -> None:
+def test_rejects_gradients_of_reads_before_a_write(dtype: torch.dtype, native: Path) -> None:
     memory, x = torch.ones(4, 4, dtype=dtype), torch.ones(2, 4, dtype=dtype, requires_grad=True)
     y = (x @ memory).sum()
     writes = SparseWrites()

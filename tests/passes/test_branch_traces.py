@@ -49,7 +49,7 @@ def _traces(variant: lorac.Variant, by_row: bool, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.medium("the program with places for rows", cases=["False"])
 @BY_ROW
-def test_one_serves_all(by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traces_once_for_all_sites(by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     variant = lorac.MeteoRA(r=2, experts=2, targets=["0", "1", "2"])
     assert _traces(variant, by_row, monkeypatch) == 1
 

@@ -48,7 +48,7 @@ def parts(ids, past, counts):
 @pytest.mark.slow("plain attention, windows with sinks, and compressed keys", keep=["llama", "deepseek_v3"])
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
-def test_parts_are_answered_as_the_whole(name):
+def test_parts_of_a_sequence_match_the_whole(name):
     model = DECODERS[name]()
     graph = grown(model)
     ids = torch.randint(3, VOCABULARY, (2, 10))
@@ -151,6 +151,6 @@ def test_a_model_that_mixes_tokens_besides_is_refused():
         lorac.compile(Lfm2ForCausalLM(config).eval(), target="onnxruntime", cache=True)
 
 
-def test_what_is_no_language_model_is_refused():
+def test_rejects_a_cache_for_other_models():
     with pytest.raises(Unavailable, match="not a language model"):
         lorac.compile(torch.nn.Linear(3, 4), target="onnxruntime", cache=True, example_inputs=(torch.ones(2, 3),))

@@ -58,7 +58,7 @@ def test_an_unknown_value_is_refused(name):
 
 
 @TARGETS
-def test_a_value_that_comes_later_is_refused(target):
+def test_rejects_a_value_that_is_computed_later(target):
     with refuses("site_unreached", match="'second' is not computed before 'first'"):
         compiled = lorac.compile(Host(), {"r": Reader(of="second", targets=["first"])}, target, (X,))
         compiled(X)
@@ -104,7 +104,7 @@ def test_a_second_run_skips_the_sites_that_have_their_values():
     ]
 
 
-def test_what_is_computed_once_is_one_value_for_all_its_readers():
+def test_computes_a_shared_value_once():
     compiled = lorac.compile(Host(), {"r": Routed(targets=["first", "second"], of="second", width=4, n=2)})
     graph = graph_of("host", captured_program(Host(), (X,)), compiled.sites, compiled.plans)
     _, (_, outcome) = run_pipeline(graph, [InsertAdaptedCalls(), ConnectValues()])
@@ -115,7 +115,7 @@ def test_what_is_computed_once_is_one_value_for_all_its_readers():
     assert first.operands[name].target is torch.ops.aten.softmax.int
 
 
-def test_a_base_pass_that_would_write_in_place_is_refused():
+def test_rejects_a_base_pass_that_writes_in_place():
     host = Host(inplace=True).eval()
     with pytest.raises(lorac.CompileError, match="in place"):
         lorac.compile(host, {"r": Reader(of="base:second", targets=["first"])}, "onnxruntime", (X,))

@@ -45,7 +45,7 @@ def _encoded(encoder, inputs):
 @pytest.mark.slow("a T5", cases=["bart"])
 @pytest.mark.parametrize("family", ["bart", "t5"])
 @torch.no_grad()
-def test_parts_are_answered_as_the_whole(family):
+def test_parts_of_a_sequence_match_the_whole(family):
     """Rows with padding on the left and on the right, and with ragged parts of the sequence."""
     model = made(family).double()  # t5 does not scale its scores: float32 rounds them by more than a few units
     decoder, encoder = _halves(family)
@@ -73,7 +73,7 @@ def test_parts_are_answered_as_the_whole(family):
 
 
 @pytest.mark.medium("runtime/generation/test_encoder_decoder_driver.py generates over both halves")
-def test_each_half_has_what_it_calls():
+def test_each_half_has_its_own_inputs_and_sites():
     decoder, encoder = _halves("bart")
     assert encoder.interface.inputs == ("input_ids", "attention_mask")
     assert decoder.interface.inputs == ("decoder_input_ids",)

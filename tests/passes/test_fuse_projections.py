@@ -94,7 +94,7 @@ def _adapters(host: nn.Module) -> dict[str, lorac.Adapter]:
 
 
 # ── Which sites, and why not others ──────────────────────────────────────────────────────────────────────────────────
-def test_sites_of_one_input_are_packed_adapted_or_not() -> None:
+def test_fuses_sites_that_read_the_same_input() -> None:
     graph = captured_stack({"one": lorac.LoRA(r=2, targets=["query", "out"])})
     outcome = _run(graph)
     assert outcome.changed
@@ -116,7 +116,7 @@ def test_sites_of_one_input_are_packed_adapted_or_not() -> None:
     ],
     ids=lambda given: getattr(given, "name", ""),
 )
-def test_what_acts_otherwise_is_left_alone(variant: Any, why: str) -> None:
+def test_leaves_sites_with_other_forms(variant: Any, why: str) -> None:
     graph = captured_stack({"one": variant})
     outcome = _run(graph)
     assert not outcome.changed
@@ -135,7 +135,7 @@ def test_weights_that_become_constants_are_packed() -> None:
         assert found == ([sites] * 2 if sites else [])
 
 
-@pytest.mark.medium("test_sites_of_one_input_are_packed_adapted_or_not")
+@pytest.mark.medium("test_fuses_sites_that_read_the_same_input")
 def test_packs_join_the_calls_of_a_shared_layer() -> None:
     it = capture("tiny_albert", {"one": lorac.LoRA(r=2, targets=["query", "value"])})
     assert _run(it.graph).changed
@@ -179,7 +179,7 @@ class Odd(nn.Module):
         ("read", "its weight is read elsewhere too"),
     ],
 )
-def test_what_stands_otherwise_is_left_alone(kind: str, why: str) -> None:
+def test_leaves_layers_that_cannot_be_fused(kind: str, why: str) -> None:
     host = Odd(kind)
     compiled = lorac.compile(host, {"one": lorac.LoRA(r=2, targets=["first"])})
     graph = graph_of("odd", captured_program(host, (torch.randn(3, 4),)), compiled.sites, compiled.plans)
@@ -188,7 +188,7 @@ def test_what_stands_otherwise_is_left_alone(kind: str, why: str) -> None:
     assert outcome.skipped == (Skip("first", why),)
 
 
-def test_many_layers_of_one_input_are_packed() -> None:
+def test_fuses_nine_layers_of_one_input() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -204,7 +204,7 @@ def test_many_layers_of_one_input_are_packed() -> None:
 
 
 # ── What they compute ────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.medium("test_it_runs_swaps_and_comes_back_to_the_bit; the other dtype")
+@pytest.mark.medium("test_swaps_and_returns_to_the_same_bits; the other dtype")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @torch.no_grad()
 def test_every_level_answers_as_eager_does(dtype: torch.dtype) -> None:
@@ -248,7 +248,7 @@ def emitted() -> Mapping[str, Any]:
 
 
 @torch.no_grad()
-def test_it_runs_swaps_and_comes_back_to_the_bit(emitted: Mapping[str, Any]) -> None:
+def test_swaps_and_returns_to_the_same_bits(emitted: Mapping[str, Any]) -> None:
     host, eager, live = emitted["host"], emitted["eager"], emitted["live"]
     base = {x.shape: live(x, adapters=None) for x in (X, OTHER)}
     for choice in CHOICES:
@@ -263,7 +263,7 @@ def test_it_runs_swaps_and_comes_back_to_the_bit(emitted: Mapping[str, Any]) -> 
 
 
 @torch.no_grad()
-def test_baked_weights_are_one_product(emitted: Mapping[str, Any]) -> None:
+def test_bakes_into_one_product(emitted: Mapping[str, Any]) -> None:
     eager, baked = emitted["eager"], emitted["baked"]
     eager.swap("dora")
     assert_parity(baked(OTHER), eager(OTHER), emitted["host"](OTHER))
@@ -273,7 +273,7 @@ def test_baked_weights_are_one_product(emitted: Mapping[str, Any]) -> None:
         assert len(products) == 4, "two a block"
 
 
-def test_the_emitted_program_cuts_one_product_by_constant_sizes(emitted: Mapping[str, Any]) -> None:
+def test_emits_one_product_split_by_constant_sizes(emitted: Mapping[str, Any]) -> None:
     graph = ir.load(emitted["live"].engine.folder / MODEL_FILE).graph
     cuts = [node for node in graph if node.op_type == "Split"]
     assert [ir.convenience.get_const_tensor(cut.inputs[1]).numpy().tolist() for cut in cuts] == [[24, 20, 16]] * 2

@@ -20,7 +20,7 @@ from tests.refusing import refuses
 
 @pytest.mark.medium("casts inside", cases=["behind"])
 @pytest.mark.parametrize("passes", [[*FIRST, IdleCasts(), LAST], [*FIRST, LAST, IdleCasts()]], ids=["inside", "behind"])
-def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> None:
+def test_removes_casts_without_changing_outputs(passes: Sequence[Pass]) -> None:
     it, seen = capture("plain_mlp"), []
     before = interpret(it.graph, it.inputs)
     outcomes = dict(run_pipeline(it.graph, passes, lambda name, graph: seen.append(name)))
@@ -33,8 +33,8 @@ def test_it_runs_in_a_pipeline_and_changes_no_answer(passes: Sequence[Pass]) -> 
     assert not again[1].changed
 
 
-@pytest.mark.medium("test_it_runs_in_a_pipeline_and_changes_no_answer")
-def test_it_says_which_casts_it_left() -> None:
+@pytest.mark.medium("test_removes_casts_without_changing_outputs")
+def test_reports_the_casts_that_it_keeps() -> None:
     it = capture("tiny_llama")
     outcomes = dict(run_pipeline(it.graph, [*lowering_passes(), IdleCasts()]))
     dtypes = {node.name: node.meta["val"].dtype for node in it.graph.find(torch.ops.aten.to.dtype)}
@@ -44,6 +44,6 @@ def test_it_says_which_casts_it_left() -> None:
     }
 
 
-def test_it_is_refused_before_expand() -> None:
+def test_rejects_a_place_before_expand() -> None:
     with refuses("wrong_level", match=r"'idle-casts' reads level expanded, .*\n  run 'expand' before it"):
         run_pipeline(capture("plain_mlp").graph, [*FIRST[:-2], IdleCasts(), *FIRST[-2:], LAST])

@@ -55,7 +55,7 @@ def adapter(variant, model):
 
 @pytest.mark.parametrize("mode", ["live", "auto"])
 @torch.no_grad()
-def test_a_pair_runs_beside_it(mode, model):
+def test_adapts_a_layer_with_a_packed_weight(mode, model):
     own, x = adapter(lorac.LoRA(r=2, alpha=2), model), torch.randn(3, 12, dtype=torch.float64)
     compiled = lorac.compile(model, {"a": own}, mode=mode)
     p = own.tensors["site"]
@@ -66,7 +66,7 @@ def test_a_pair_runs_beside_it(mode, model):
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
-def test_nothing_is_merged_into_it(mode, model):
+def test_rejects_merging_into_a_packed_weight(mode, model):
     own = adapter(lorac.LoRA(r=2), model)
     with refuses("not_mergeable", match="into the Rounded weight of 'site'") as error:
         lorac.compile(model, {"a": own}, mode=mode)
@@ -74,6 +74,6 @@ def test_nothing_is_merged_into_it(mode, model):
     assert type(model.site.weight) is Rounded
 
 
-def test_no_room_is_reserved_for_it(model):
+def test_rejects_reserving_a_packed_weight(model):
     with refuses("not_mergeable", match="Rounded"):
         lorac.compile(model, {}, mode="fused", reserve=lorac.Reserve(targets="all-linear", rank=2))

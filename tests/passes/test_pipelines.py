@@ -41,7 +41,7 @@ def _run(graph: Graph, step: Pass) -> PassResult:
     return outcome
 
 
-def test_golden_of_what_each_pass_changes() -> None:
+def test_changes_of_every_pass_equal_the_golden_file() -> None:
     graph = _mixed()
     before, steps = dump(graph), []
     for step in lowering_passes():
@@ -58,7 +58,7 @@ def test_golden_of_the_result() -> None:
     goldens.check("passes_result", to_text(dump(graph)))
 
 
-@pytest.mark.medium("test_each_pass_is_idempotent_where_it_stands; a plain model")
+@pytest.mark.medium("test_every_pass_is_idempotent; a plain model")
 @pytest.mark.slow("plain models", cases=["tiny_albert"])
 @pytest.mark.parametrize("name", ["plain_mlp", "plain_conv", "tiny_albert"])
 def test_a_second_run_reports_no_change_and_makes_none(name: str) -> None:
@@ -70,7 +70,7 @@ def test_a_second_run_reports_no_change_and_makes_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("step", lowering_passes(), ids=lambda step: step.name)
-def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
+def test_every_pass_is_idempotent(step: Pass) -> None:
     """One that stays on its level may run again and changes nothing; one that leaves it is refused."""
     graph = _mixed()
     for earlier in lowering_passes()[: lowering_passes().index(step) + 1]:
@@ -85,7 +85,7 @@ def test_each_pass_is_idempotent_where_it_stands(step: Pass) -> None:
 
 
 @pytest.mark.medium("passes in the wrong order are refused")
-def test_a_second_run_says_which_passes_the_graph_has_behind_it() -> None:
+def test_a_second_run_skips_the_finished_passes() -> None:
     graph = _mixed()
     lower(graph)
     outcomes = run_pipeline(graph, lowering_passes())
@@ -141,7 +141,7 @@ def test_passes_in_the_wrong_order_are_refused(passes: list[Pass], message: str)
         run_pipeline(_mixed(), passes)
 
 
-def test_a_graph_at_the_wrong_level_stays_as_it_is() -> None:
+def test_a_rejected_pass_leaves_the_graph_unchanged() -> None:
     graph = _mixed()
     before = dump(graph)
     with refuses("wrong_level"):
@@ -159,7 +159,7 @@ def test_a_pass_is_a_value(step: Pass) -> None:
 # Near misses: where a pass leaves things alone, and why
 
 
-def test_insert_says_which_sites_the_graph_never_calls() -> None:
+def test_insert_reports_sites_that_are_never_called() -> None:
     class Host(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -177,14 +177,14 @@ def test_insert_says_which_sites_the_graph_never_calls() -> None:
     assert list(graph.plans) == ["used"]
 
 
-def test_expand_says_which_extra_outputs_nothing_gives() -> None:
+def test_expand_reports_extra_outputs_without_a_source() -> None:
     graph = _mixed()
     outcomes = dict(run_pipeline(graph, lowering_passes(aux=("router",))))
     assert outcomes["expand"].skipped == (Skip("router", "no branch at a site of this graph emits it"),)
     assert graph.interface.extra_outputs == ()
 
 
-def test_plans_say_why_a_weight_is_bound() -> None:
+def test_plans_give_the_reason_for_a_bound_weight() -> None:
     plans = _mixed().plans
     assert plans["body.layers.0.query"].reasons == ()
     assert plans["body.layers.0.out"].reasons == (
@@ -193,7 +193,7 @@ def test_plans_say_why_a_weight_is_bound() -> None:
 
 
 @pytest.mark.medium("the interpreter's comparisons with eager mode")
-def test_what_is_computed_is_as_wide_as_its_own_sites_rank() -> None:
+def test_values_have_the_rank_of_their_own_site() -> None:
     """A trace serves several sites, each of whose ranks may be another."""
     it = capture("tiny_llama")
     lower(it.graph)

@@ -27,7 +27,7 @@ class Learned(nn.Module):
 
 @pytest.mark.parametrize("indexes", [False, True])
 @torch.no_grad()
-def test_a_models_own_table_bounds_the_positions_however_it_is_read(indexes: bool) -> None:
+def test_a_models_table_bounds_the_positions(indexes: bool) -> None:
     model, sizes = Learned(indexes=indexes), {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     exported = captured_program(model, (torch.arange(5)[None], torch.randn(1, 5, WIDTH)), (sizes, sizes))
     graph = graph_of("main", exported, {}, {})

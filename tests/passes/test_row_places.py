@@ -103,7 +103,7 @@ class Shared(nn.Module):
         return y
 
 
-def test_what_all_rows_share_is_said() -> None:
+def test_reports_inputs_that_all_rows_share() -> None:
     host = Shared().eval()
     compiled = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["flat"])})
     graph = _lowered(host, compiled, ({0: torch.export.Dim("batch")},), X.float())
@@ -112,7 +112,7 @@ def test_what_all_rows_share_is_said() -> None:
     assert f"'flat': rows with adapters of their own take a call for each choice, since {why}" in graph.interface.notes
 
 
-def test_a_program_for_one_number_of_rows_has_no_places() -> None:
+def test_makes_no_places_for_a_fixed_number_of_rows() -> None:
     host = Shared().eval()
     compiled = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["branch"])})
     graph = _lowered(host, compiled, ({},), X.float())

@@ -105,7 +105,7 @@ def test_a_term_added_later_names_the_missing_slots() -> None:
     assert wide.state == patch.state == "bound"
 
 
-def test_many_adapters_of_one_shape_are_one_line() -> None:
+def test_abbreviates_adapters_of_equal_shape() -> None:
     report = _compiled({f"task{i}": lorac.LoRA(r=2, targets=["key"]) for i in range(9)}, active="task3").explain()
     assert len(report.terms) == 9 * 3
     lines = [line.split("  ")[1] for line in str(report).splitlines() if line.startswith("  ")]
@@ -153,7 +153,7 @@ def test_casts_of_onnxruntime_to_float32_are_reported(dtype: torch.dtype) -> Non
     assert f"computed in f32: onnxruntime has no kernels for {short}" in str(report)
 
 
-def test_it_follows_swaps_and_additions() -> None:
+def test_follows_swaps_and_additions() -> None:
     compiled = _compiled({"task": ADAPTERS["task"]}, reserve=lorac.Reserve(rank=4))
     assert "active: task*1" in str(compiled.explain())
     compiled.swap(None)

@@ -65,7 +65,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 # ── The page ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_it_stands_alone(page: str) -> None:
+def test_the_page_needs_no_other_file(page: str) -> None:
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
@@ -86,7 +86,7 @@ def test_names_are_shown_and_never_run(page: str) -> None:
     assert EVIL in {term["adapter"] for site in read_data(page)["sites"].values() for term in site["terms"]}
 
 
-def test_the_summary_says_what_it_costs(page: str) -> None:
+def test_the_summary_gives_parameters_and_flops(page: str) -> None:
     assert "<h1>Stack · eager, live</h1>" in page
     cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
     assert cards["sites"] == "9 adapted · 0 bare"
@@ -96,7 +96,7 @@ def test_the_summary_says_what_it_costs(page: str) -> None:
     assert re.fullmatch(r"[\d.]+ kB", cards["memory of adapters"])
 
 
-def test_every_adapted_site_is_in_a_box_with_what_explain_says(page: str) -> None:
+def test_boxes_hold_all_adapted_sites_with_their_terms(page: str) -> None:
     data = read_data(page)
     marked = [site for box in data["graphs"][0]["boxes"] for site in box["sites"]]
     assert sorted(marked) == [f"body.layers.0.{leaf}" for leaf in ("key", "out", "query")], "identical ones once"
@@ -138,7 +138,7 @@ def test_each_level_has_the_rows_of_each_module(page: str) -> None:
     assert len(rows(2, "body.layers.0.query")) > 3
 
 
-@pytest.mark.medium("test_it_stands_alone")
+@pytest.mark.medium("test_the_page_needs_no_other_file")
 def test_a_page_of_several_graphs(tmp_path: Path) -> None:
     adapters = {"a": lorac.LoRA(r=1, targets=["query", "down"])}
     models = {"one": Stack(), "two": Two()}
@@ -193,7 +193,7 @@ def folded(root: Box) -> dict[str, int]:
     return {inner.call: len(inner.copies) + 1 for inner in root.all() if inner.copies}
 
 
-def test_identical_layers_are_one_box() -> None:
+def test_folds_identical_layers_into_one_box() -> None:
     found = stack()
     assert folded(build_boxes(found, {})) == {"body.layers.0": 3}
     differs = {"body.layers.1.query": "another adapter"}
@@ -201,7 +201,7 @@ def test_identical_layers_are_one_box() -> None:
     assert folded(build_boxes(found, {"body.layers.0.query": "another"})) == {"body.layers.1": 2}
 
 
-def test_calls_of_a_shared_layer_are_one_box() -> None:
+def test_folds_calls_of_a_shared_layer_into_one_box() -> None:
     rows = [Row("in", "x", "", type="t")]
     for n, call in enumerate(("net.layer", "net.layer@1", "net.layer@2")):
         inner = call.replace("layer", "layer.norm")
@@ -214,7 +214,7 @@ def test_a_first_layer_that_computes_more_is_drawn_alone() -> None:
     assert folded(build_boxes(stack(first_differs=True), {})) == {"body.layers.1": 2}
 
 
-@pytest.mark.medium("test_identical_layers_are_one_box")
+@pytest.mark.medium("test_folds_identical_layers_into_one_box")
 def test_layers_that_are_named_with_a_number_fold() -> None:
     """As torchvision's ViT has them, below ``encoder.layers.encoder_layer_0``; so do printed text and Graphviz's."""
     import torchvision  # type: ignore[import-untyped]
@@ -228,7 +228,7 @@ def test_layers_that_are_named_with_a_number_fold() -> None:
     assert re.findall(r'"cluster_([^"]+)"', graph.to_dot()) == ["encoder.layers.encoder_layer_0"]
 
 
-def test_a_site_without_a_call_of_its_own_is_marked_on_the_module_that_reads_it() -> None:
+def test_marks_a_site_without_a_call_on_its_module() -> None:
     rows = (
         Row("in", "x", "", type="f32[2]"),
         Row("value", "attn.mul", "mul \x00", (0,), "f32[2]", modules=("net", "net.attn")),
@@ -299,7 +299,7 @@ def test_the_script_finds_chooses_and_unfolds(page: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @browser
-def test_boxes_show_what_is_at_their_sites(reserved_page: str, tmp_path: Path) -> None:
+def test_boxes_are_marked_adapted_reserved_or_bare(reserved_page: str, tmp_path: Path) -> None:
     path = tmp_path / "it.html"
     path.write_text(reserved_page, encoding="utf-8")
     found = re.findall(r'class="box site (\w+)"[^>]*aria-label="(\w+)', opened(path))

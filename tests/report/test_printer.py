@@ -34,7 +34,7 @@ def test_golden(compiled: lorac.Compiled, stage: str) -> None:
     goldens.check(f"llama_{view.level}", str(view))
 
 
-def test_golden_of_one_module(compiled: lorac.Compiled) -> None:
+def test_a_modules_text_equals_the_golden_file(compiled: lorac.Compiled) -> None:
     goldens.check("llama_attention", str(compiled.graph["main"].after("insert").at("model.layers.0.self_attn")))
 
 
@@ -128,7 +128,7 @@ def test_modes_print_differently() -> None:
 
 
 @pytest.mark.medium("ir/algebra/test_affine.py: the same reason; explain() tells it too")
-def test_a_branch_says_why_it_cannot_be_fused() -> None:
+def test_prints_why_a_branch_cannot_be_fused() -> None:
     adapters = {"bottleneck": lorac.AdapterTune(r=4, targets="model.layers.[0-9]+")}
     text = str(lorac.compile(ZOO["tiny_llama"].fresh(), adapters=adapters).graph["main"].after("insert"))
     assert re.search(r"\+ bottleneck  branch .* not fusable: y' is not affine in x$", text, re.M)
@@ -173,7 +173,7 @@ def test_an_unchanged_graph_has_no_diff(compiled: lorac.Compiled) -> None:
     assert diff_dumps(main.dump, main.dump) == ""
 
 
-def test_a_change_in_one_layer_is_shown_for_that_layer_only() -> None:
+def test_shows_a_change_in_one_layer_only_there() -> None:
     graph = captured_stack({"one": lorac.LoRA(r=2, targets=["out"], layers=[1])})
     run_pipeline(graph, [FuseProjections()])  # which is of all layers, adapted or not
     before = dump(graph)
@@ -192,7 +192,7 @@ def test_unknown_stage_and_module(compiled: lorac.Compiled) -> None:
         compiled.graph["main"].at("model.layers.9")
 
 
-def test_a_loaded_artifact_says_that_it_has_no_graph(tmp_path: Path) -> None:
+def test_rejects_the_graph_of_a_loaded_eager_artifact(tmp_path: Path) -> None:
     lorac.compile(Stack(), adapters=[lorac.LoRA(r=2)], example_inputs=(torch.randn(2, 5, 10),)).save(tmp_path / "it")
     with pytest.raises(Unavailable, match="artifact"):
         _ = lorac.load(tmp_path / "it").graph
@@ -208,7 +208,7 @@ def test_dot_draws_identical_layers_once(compiled: lorac.Compiled) -> None:
     assert {end for edge in edges for end in edge} <= drawn
 
 
-def test_llama_is_drawn_as_one_layer_of_boxes_within_boxes(compiled: lorac.Compiled) -> None:
+def test_draws_one_layer_of_a_llama(compiled: lorac.Compiled) -> None:
     root = build_boxes(compiled.graph["main"].after("capture").dump, {})
     assert {part.call: len(part.copies) for part in root.all() if part.copies} == {"model.layers.0": 2}
     titles = {part.call: [inner.title for inner in part.parts] for part in root.all() if part.kind == "module"}

@@ -22,7 +22,7 @@ def _runs(graph: Graph) -> list[tuple[str, int]]:
     return [(blocks[start].call, length) for blocks in groups for start, length in body.runs(blocks)]
 
 
-def test_identical_layers_are_one_run() -> None:
+def test_groups_identical_layers() -> None:
     assert _runs(captured_stack()) == [("body.layers.0", 3)]
     everywhere = {"one": lorac.LoRA(r=2, targets=["query", "out"])}
     assert _runs(captured_stack(everywhere)) == [("body.layers.0", 3)]
@@ -41,12 +41,12 @@ def test_a_first_layer_that_computes_more_differs() -> None:
     assert _runs(captured_stack(first_differs=True)) == [("body.layers.0", 1), ("body.layers.1", 2)]
 
 
-@pytest.mark.medium("test_identical_layers_are_one_run")
+@pytest.mark.medium("test_groups_identical_layers")
 def test_calls_of_a_shared_layer_are_blocks_of_their_own() -> None:
     assert _runs(capture("tiny_albert").graph) == [("albert.encoder.albert_layer_groups.0", 3)]
 
 
-def test_repeats_need_neighbours_of_one_list() -> None:
+def test_groups_only_neighbours_of_one_list() -> None:
     assert find_runs([("a", "1"), ("a", "1"), ("b", "1"), ("b", "2"), ("a", "1")]) == [(0, 2), (2, 1), (3, 1), (4, 1)]
 
 

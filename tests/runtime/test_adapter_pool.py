@@ -83,7 +83,7 @@ def test_a_name_taken_again_means_the_new_adapter():
         *((method, "fused") for method in ("lora", "hydra", "shira")),
     ],
 )
-def test_what_does_not_fit_is_told_what_admits_it(method, mode):
+def test_rejects_an_adapter_and_names_the_reserve_that_admits_it(method, mode):
     """And following the advice works."""
     compiled = build([adapter("lora_small", "a")], "eager", mode)
     before, names = answer(compiled), list(compiled.state_dict())
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_told_what_admits_it(method, mode):
 
 
 @pytest.mark.medium("eager mode's eight cases")
-def test_onnxruntime_says_the_same():
+def test_onnxruntime_names_the_reserve_too():
     compiled = build([adapter("lora_small", "a")], "onnxruntime")
     with pytest.raises(lorac.NeedsRecompile) as caught:
         compiled.add_adapter(adapter("dora_large", "b"))
@@ -110,7 +110,7 @@ def test_onnxruntime_says_the_same():
     assert raw(answer(again, adapters="b")) != raw(answer(again, adapters=None))
 
 
-def test_a_mixture_that_does_not_fit_is_told_what_admits_it():
+def test_rejects_a_mixture_and_names_the_reserve_that_admits_it():
     few = lorac.Reserve(targets=("up", "down", "head"), rank=4, scales=True)
     compiled = build([], "eager", reserve=few)
     compiled.add_adapter(adapter("lora", "a"))
@@ -201,7 +201,7 @@ def test_any_text_is_a_name(target, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "\ud800"])
-def test_what_is_no_name_is_refused_before_anything_happens(name):
+def test_rejects_invalid_names_and_changes_nothing(name):
     compiled = build([adapter("lora", "a")], "eager")
     names = list(compiled.state_dict())
     for add in (
@@ -213,7 +213,7 @@ def test_what_is_no_name_is_refused_before_anything_happens(name):
     assert list(compiled.state_dict()) == names
 
 
-def test_no_two_names_have_one_key():
+def test_state_dict_keys_are_unique():
     keys = {state_dict_key(name) for name in ODD}
     assert len(keys) == len(ODD)
     assert not any("." in key for key in keys)
@@ -221,7 +221,7 @@ def test_no_two_names_have_one_key():
     assert state_dict_key("a.b") == "a/b"
 
 
-def test_a_state_dict_goes_from_one_model_to_another():
+def test_loads_a_state_dict_into_another_model():
     adapters = {"a.b": adapter("lora", "a"), "items": adapter("hydra", "b")}
     one, other = (lorac.compile(ENTRY.fresh(), adapters) for _ in range(2))
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_a_state_dict_goes_from_one_model_to_another():
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_what_was_compiled_keeps_its_dtype(mode):
+def test_rejects_a_cast_of_a_compiled_model(mode):
     compiled = build([adapter("lora", "a")], "eager", mode)
     compiled.swap("a")
     before = raw(answer(compiled))

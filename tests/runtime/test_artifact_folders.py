@@ -215,7 +215,7 @@ def test_a_failed_save_leaves_nothing(sound: Path, tmp_path: Path) -> None:
     assert_same_folders(sound, tmp_path / "it")
 
 
-def test_an_artifact_is_replaced_whole_even_by_itself(sound: Path, tmp_path: Path) -> None:
+def test_an_artifact_can_replace_its_own_folder(sound: Path, tmp_path: Path) -> None:
     compiled = lorac.load(sound)
     compiled.save(tmp_path / "it")
     again = lorac.load(tmp_path / "it")
@@ -246,7 +246,7 @@ def test_the_folder_that_the_process_works_in_stays(
     assert lorac.load("artifact").active == compiled.active
 
 
-def test_names_that_are_devices_on_windows_are_no_file_names() -> None:
+def test_avoids_names_of_windows_devices() -> None:
     names = ["CON", "aux", "com1", "console", "lpt9", "nul", "prn0"]
     assert file_stems(names) == {
         "CON": "_0", "aux": "_1", "com1": "_2", "console": "console", "lpt9": "_4", "nul": "_5", "prn0": "prn0",
@@ -276,7 +276,7 @@ def test_other_folders_are_not_touched(manifest: str | None, sound: Path, tmp_pa
 
 @pytest.mark.medium("a file within and an empty folder", keep=["adapters/notes.txt", "empty/"])
 @pytest.mark.parametrize("name", ["notes.txt", "adapters/notes.txt", "more/notes.txt", "empty/"])
-def test_what_lorac_did_not_write_is_named_and_kept(name: str, sound: Path, tmp_path: Path) -> None:
+def test_rejects_a_folder_with_foreign_files(name: str, sound: Path, tmp_path: Path) -> None:
     compiled, folder = lorac.load(sound), tmp_path / "it"
     compiled.save(folder)
     foreign = folder / name
@@ -293,7 +293,7 @@ def test_what_lorac_did_not_write_is_named_and_kept(name: str, sound: Path, tmp_
     assert foreign.exists()
 
 
-def test_a_damaged_artifact_and_one_of_another_version_are_replaced(sound: Path, tmp_path: Path) -> None:
+def test_replaces_a_damaged_or_older_artifact(sound: Path, tmp_path: Path) -> None:
     compiled = lorac.load(sound)
     for harm in (_flip, _cut, _manifest(lambda m: m.update(lorac_artifact=1)), _edited(lambda m: m.pop("seal"), dict)):
         compiled.save(tmp_path / "it")

@@ -107,7 +107,7 @@ def test_a_registered_adapter_takes_no_gradients(folder: Path) -> None:
         eager(tokens=X, adapters="n1")
 
 
-def test_what_nobody_uses_is_let_go_of_and_made_again(compiled: Any) -> None:
+def test_evicts_unused_adapters_and_reads_them_again(compiled: Any) -> None:
     expected = {f"n{i}": raw(answer(compiled, adapters=f"n{i}")) for i in range(6)}
     everything = compiled.memory.used
     compiled.swap("n0")
@@ -127,7 +127,9 @@ def let_all_go(compiled: Any) -> None:
     assert compiled.memory.used == 0
 
 
-def test_one_read_brings_back_what_was_let_go_of(compiled: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restores_an_evicted_adapter_with_one_read(
+    compiled: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [f"n{i}" for i in range(6)]
     expected = {name: raw(answer(compiled, adapters=name)) for name in names}
     mixture, listed = raw(answer(compiled, adapters={"n1": 0.5, "n4": 0.5})), sorted(folder.iterdir())
@@ -155,7 +157,7 @@ def test_one_read_brings_back_what_was_let_go_of(compiled: Any, folder: Path, mo
     assert "n1" in str(compiled.explain())
 
 
-def test_one_that_is_read_straight_into_its_slots_is_written_the_second_time(program: Path, tmp_path: Path) -> None:
+def test_writes_an_image_at_the_second_eviction(program: Path, tmp_path: Path) -> None:
     names = ["m0", "m1", "m2"]
     for name in names:
         one = adapter_away(METHODS[0], ENTRY.fresh(torch.float32), X, name=name, seed=int(name[1]))
@@ -187,7 +189,7 @@ def test_an_image_is_of_the_adapter_that_is_registered_now(compiled: Any, in_mem
     assert images._end == end, "the space of a removed adapter is used again"
 
 
-def test_an_adapter_that_is_exchanged_while_it_is_read_answers_as_the_new_one(
+def test_an_adapter_replaced_during_a_read_is_the_new_one(
     compiled: Any, in_memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lorac.save_adapter(dataclasses.replace(made()[4], name="n1"), tmp_path / "n1", model=ENTRY.fresh(torch.float32))
@@ -204,8 +206,8 @@ def test_an_adapter_that_is_exchanged_while_it_is_read_answers_as_the_new_one(
     assert [raw(answer(compiled, adapters="n1")) for _ in range(2)] == [expected] * 2
 
 
-@pytest.mark.medium("test_one_read_brings_back_what_was_let_go_of")
-def test_without_a_place_for_images_the_files_are_read_again(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.medium("test_restores_an_evicted_adapter_with_one_read")
+def test_reads_files_again_where_images_cannot_be_written(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise OSError("read-only")
 
@@ -225,7 +227,7 @@ def test_without_a_place_for_images_the_files_are_read_again(compiled: Any, monk
     assert not compiled._states._images._images, "a forked process would write over its parent's"
 
 
-def test_beyond_the_budget_a_typed_refusal_leaves_everything_as_it_was(compiled: Any) -> None:
+def test_rejects_a_choice_beyond_the_budget_and_changes_nothing(compiled: Any) -> None:
     compiled.swap("n0")
     expected, used = raw(answer(compiled)), compiled.memory.used
     compiled.memory.limit = used + 10
@@ -343,7 +345,7 @@ def test_two_thousand_registered_adapters_take_next_to_nothing(folder: Path, tmp
 
 
 @pytest.mark.medium("test_fit.py's faults, and beyond the budget")
-def test_what_does_not_fit_is_refused_when_it_is_registered(folder: Path, tmp_path: Path) -> None:
+def test_rejects_registering_an_adapter_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
     compiled = build([], "onnxruntime", reserve=dataclasses.replace(ROOM, rank=1), self_test=False)
     with refuses("needs_recompile"):
         compiled.register(folder)
@@ -358,7 +360,7 @@ def test_what_does_not_fit_is_refused_when_it_is_registered(folder: Path, tmp_pa
     assert list(compiled.pool) == ["n4"]
 
 
-def test_a_file_that_changed_since_is_checked_when_it_is_read(program: Path, folder: Path, tmp_path: Path) -> None:
+def test_checks_a_file_that_changed_after_registering(program: Path, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "them")
     compiled = lorac.load(program)
     compiled.register(tmp_path / "them")
@@ -369,7 +371,7 @@ def test_a_file_that_changed_since_is_checked_when_it_is_read(program: Path, fol
     assert (compiled.active, compiled.memory.used) == ({}, 0)
 
 
-def test_registered_adapters_are_not_saved_and_save_says_so(compiled: Any, folder: Path, tmp_path: Path) -> None:
+def test_rejects_saving_registered_adapters_in_use(compiled: Any, folder: Path, tmp_path: Path) -> None:
     compiled.swap("n0")
     with refuses("unavailable", match="'n0' is registered"):
         compiled.save(tmp_path / "it")
@@ -384,7 +386,7 @@ def test_registered_adapters_are_not_saved_and_save_says_so(compiled: Any, folde
 
 
 @pytest.mark.medium("saved folders of session/test_artifact.py")
-def test_an_adapter_lies_on_disk_once_where_only_lorac_reads_it(in_memory: Any, tmp_path: Path) -> None:
+def test_onnx_adapters_false_stores_each_adapter_once(in_memory: Any, tmp_path: Path) -> None:
     model = in_memory
     model.save(tmp_path / "both")
     model.save(tmp_path / "once", onnx_adapters=False)

@@ -37,7 +37,7 @@ def test_rows_equal_row_wise_calls(compiled):
     assert compiled.active == {"b": 1.0}
 
 
-def test_rows_of_one_choice_run_together(compiled):
+def test_runs_rows_of_one_choice_together(compiled):
     """In the order the rows came, whatever order the choices are run in."""
     batch = torch.cat([X, X.flip(1)])
     y = answer(compiled, batch, adapters=["b", "a", "b", "a", "a", "b"])
@@ -47,13 +47,13 @@ def test_rows_of_one_choice_run_together(compiled):
     parity.assert_parity(y[[1, 3, 4]], answer(compiled, batch, adapters="a")[[1, 3, 4]], base[[1, 3, 4]])
 
 
-def test_mixtures_written_in_another_order_are_one_choice(compiled):
+def test_mixtures_in_another_order_are_the_same_choice(compiled):
     turned = dict(reversed(MIXTURE.items()))
     y = answer(compiled, X[:2], adapters=[MIXTURE, turned])
     assert raw(y) == raw(answer(compiled, X[:2], adapters=MIXTURE))
 
 
-def test_numpy_comes_back_as_numpy():
+def test_returns_numpy_for_numpy():
     compiled = build(pair("lora", "hydra"), "onnxruntime", self_test=False)
     y = compiled(tokens=X.numpy(), adapters=ROWS)
     assert isinstance(y, np.ndarray)
@@ -126,7 +126,7 @@ def _noted(held, choice):
     return {0: held.layers[0], "kind": "noted", "fixed": torch.tensor(3.0)}
 
 
-def test_objects_that_are_given_hold_what_one_call_would_have_left():
+def test_merges_attributes_that_calls_leave_on_arguments():
     rows = torch.arange(6.0).view(3, 2)
     held = Held(rows)
     with pytest.raises(lorac.ChoiceError, match="no input has rows"):
@@ -141,7 +141,7 @@ def test_objects_that_are_given_hold_what_one_call_would_have_left():
     assert held.itself is held
 
 
-def test_what_has_no_rows_and_differs_is_refused():
+def test_rejects_outputs_without_rows_that_differ():
     rows = torch.arange(6.0).view(3, 2)
     held = Held(rows)
     with pytest.raises(lorac.Unavailable, match="no row per input row") as error:
@@ -158,7 +158,7 @@ def test_what_has_no_rows_and_differs_is_refused():
     )
 
 
-def test_an_array_without_rows_is_one_where_all_calls_agree():
+def test_keeps_an_array_without_rows_that_all_calls_return():
     rows = np.arange(6.0).reshape(3, 2)
     fixed = np.array([1.0, 2.0, 3.0, 4.0])
     answered = run_rows(

@@ -89,7 +89,7 @@ def test_a_plain_call_answers_every_token(compiled, eager):
 
 @pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
-def test_a_plain_call_may_have_one_token(compiled, eager):
+def test_accepts_a_plain_call_with_one_token(compiled, eager):
     compiled.swap("one")
     found, expected = compiled(input_ids=IDS[:, :1]).logits, eager(input_ids=IDS[:, :1], adapters="one").logits
     assert_parity(found, expected, eager(input_ids=IDS[:, :1], adapters=None).logits)
@@ -166,7 +166,7 @@ def test_a_cache_of_another_program_does_not_join(compiled):
 
 @pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
-def test_what_is_forgotten_leaves_no_trace(compiled):
+def test_cropped_tokens_leave_no_trace(compiled):
     compiled.swap("one")
     cache, _ = fed(compiled, [[6, 6]])
     kept = cache.copy()
@@ -204,7 +204,7 @@ def test_padding_beyond_the_capacity_is_room_of_its_own(compiled):
 
 @pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
-def test_a_swap_acts_on_what_comes_next(compiled):
+def test_a_swap_acts_on_later_tokens(compiled):
     compiled.swap("one")
     cache, _ = fed(compiled, [[6, 6]])
     other = cache.copy()
@@ -224,14 +224,14 @@ def test_a_call_that_brings_nothing_changes_nothing(compiled):
 
 
 @pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
-def test_what_a_cache_can_hold_is_told(compiled):
+def test_returns_the_limits_of_the_cache(compiled):
     keeps = compiled.engine.cache_spec("main")
     assert (keeps.limit, keeps.vocabulary) == (64, VOCABULARY)
 
 
 @pytest.mark.medium("the live program, and generation/test_cached_generation.py has fused weights", cases=["fused*"])
 @torch.no_grad()
-def test_it_is_saved_and_loaded(compiled, tmp_path):
+def test_saves_and_loads_a_program_with_a_cache(compiled, tmp_path):
     compiled.swap("one")
     _, expected = fed(compiled)
     compiled.save(tmp_path / "saved")
@@ -253,7 +253,7 @@ def test_it_is_saved_and_loaded(compiled, tmp_path):
     ],
     ids=str,
 )
-def test_calls_it_cannot_answer_are_refused(compiled, given, error, text):
+def test_rejects_calls_that_the_cache_does_not_support(compiled, given, error, text):
     inputs = {"input_ids": IDS} | {
         name: None if value is None else torch.tensor(value) for name, value in given.items()
     }

@@ -78,7 +78,7 @@ def test_a_folder_that_is_gone_changes_nothing(saved: Saved, gone: Callable[[Pat
         _ = compiled.graph
 
 
-def test_an_artifact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loads_one_whole_artifact_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program is held, the adapters are not yet: what is loaded is one artifact, here the new one."""
     from lorac.storage import artifact
 
@@ -106,7 +106,9 @@ def test_an_artifact_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeyp
 
 @pytest.mark.medium("test_a_folder_that_is_gone_changes_nothing")
 @pytest.mark.parametrize("has_paths", [True, False], ids=["held", "by name"])
-def test_a_program_whose_folder_vanished(has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saves_a_program_whose_folder_was_removed(
+    has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody empties the temporary directory. What is held is saved whole; what is not is refused, typed."""
     compiled, _ = make_compiled("plain_mlp", "onnxruntime", "live")
     if has_paths and not open_file._has_handle_paths():

@@ -22,7 +22,7 @@ def made(target: str, mode: str = "live") -> Any:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_adapters_are_swapped_and_removed_while_they_are_held(target: str) -> None:
+def test_held_choices_survive_swaps_and_removals(target: str) -> None:
     compiled = made(target)
     expected = {str(choice): raw(answer(compiled, adapters=choice)) for choice in ("a", "b", MIXTURE)}
     with compiled.hold() as active, compiled.hold(MIXTURE) as mixture, compiled.hold("b") as other:
@@ -39,7 +39,7 @@ def test_adapters_are_swapped_and_removed_while_they_are_held(target: str) -> No
 
 
 @pytest.mark.medium("test_bank.py: a removed adapter's bytes are back")
-def test_what_a_removed_adapter_takes_is_free_when_the_last_holder_ends() -> None:
+def test_frees_a_removed_adapter_after_its_last_holder() -> None:
     compiled = made("onnxruntime")
     with compiled.hold("b") as first:
         with compiled.hold("b") as second:
@@ -59,7 +59,7 @@ def test_a_choice_of_another_model_is_refused() -> None:
 
 @pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_fused_weights_are_held_against_swaps(target: str) -> None:
+def test_a_swap_of_fused_weights_waits_for_holders(target: str) -> None:
     compiled = made(target, "fused")
     expected, started = raw(answer(compiled)), threading.Event()
 
@@ -101,7 +101,7 @@ def test_holders_of_many_threads() -> None:
 
 
 @pytest.mark.medium("a held choice in plain calls")
-def test_a_held_choice_generates() -> None:
+def test_generates_with_a_held_choice() -> None:
     from tests.decoders import DECODERS, IDS
 
     adapter = lorac.LoRA(r=2, targets=["q_proj"])

@@ -191,7 +191,7 @@ def _failing(honest: Callable[[Any, SparseWrites], int], calls: list[bool]) -> C
     return start_write
 
 
-def test_weights_that_nobody_could_restore_are_written_anew(
+def test_rewrites_weights_that_could_not_be_restored(
     compiled: lorac.Compiled, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A swap fails half-way, and so does what undoes it."""

@@ -20,7 +20,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise Interrupted
 
 
-def test_a_writer_interrupted_while_it_waits_leaves_no_trace() -> None:
+def test_an_interrupted_writer_blocks_no_reader() -> None:
     lock, entered, leave, again = ReadWriteLock(), threading.Event(), threading.Event(), threading.Event()
 
     def read() -> None:
@@ -90,7 +90,7 @@ def test_a_reader_that_writes() -> None:
         assert lock.writing(lambda: "alone") == "alone"
 
 
-def test_what_a_thread_runs_on_is_not_changed_from_within() -> None:
+def test_rejects_a_change_from_within_a_call() -> None:
     lock = ReadWriteLock()
     lock.refuse_within()
     with lock.reading(), pytest.raises(lorac.Unavailable):
@@ -100,7 +100,7 @@ def test_what_a_thread_runs_on_is_not_changed_from_within() -> None:
     lock.refuse_within()
 
 
-def test_a_reader_within_a_reader_does_not_wait_for_a_writer_that_waits_for_it() -> None:
+def test_a_nested_reader_does_not_wait_for_a_writer() -> None:
     lock, wrote = ReadWriteLock(), threading.Event()
     writer = threading.Thread(target=lambda: lock.writing(wrote.set), daemon=True)
     with lock.reading():

@@ -105,7 +105,7 @@ def test_served_swapped_mixed_and_saved_without_the_class(folders: Path) -> None
     run_python(f"import sys; sys.argv[1:] = {[str(folders), *TARGETS]!r}\n{ELSEWHERE}")
 
 
-def test_where_the_class_is_known_it_is_the_method_again(folder: Path) -> None:
+def test_loads_a_method_by_its_class(folder: Path) -> None:
     loaded = lorac.load(folder / "eager")
     again = folder / "known"
     loaded.save(again)
@@ -116,7 +116,7 @@ def test_where_the_class_is_known_it_is_the_method_again(folder: Path) -> None:
     loaded.swap({"tilted again": 0.7})
 
 
-def test_only_methods_of_ones_own_are_written_twice(folder: Path) -> None:
+def test_stores_formulas_only_of_methods_from_outside(folder: Path) -> None:
     manifest = lorac.storage.artifact.open_artifact(folder / "eager").fields  # type: ignore[attr-defined]
     with_forms = {name for name, entry in manifest["adapters"].items() if "forms" in entry}
     assert with_forms == {"tilted", "bent", "beside", "chained"}

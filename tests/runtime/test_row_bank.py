@@ -84,7 +84,7 @@ def test_admitting_a_row_moves_no_bit_of_another_and_leaves_no_stale_rank(compil
     assert compiled.memory.used == used
 
 
-def test_one_copy_for_each_shape_admits_a_prepared_adapter(compiled: Any) -> None:
+def test_admits_an_adapter_with_one_copy_per_shape(compiled: Any) -> None:
     bank, state = compiled.new_row_bank(3), compiled._states.of(parse_choice("one", compiled.pool))
     bank.admit(1, state)
     tensors = state.bound.placed_tensors()
@@ -93,6 +93,6 @@ def test_one_copy_for_each_shape_admits_a_prepared_adapter(compiled: Any) -> Non
     assert all(torch.equal(bank._places.by_slot[name][1], tensor[0]) for name, tensor in tensors.items())
 
 
-def test_targets_whose_rows_share_adapters_have_no_bank() -> None:
+def test_rejects_a_bank_for_eager() -> None:
     with refuses("unavailable", match="keeps no adapters of a running batch"):
         lorac.compile(DECODERS["llama"](), lorac.LoRA(r=1, targets=["q_proj"])).new_row_bank(2)

@@ -109,7 +109,7 @@ def test_a_batch_is_cut_into_segments_and_joined_again() -> None:
     assert join_segments(torch.zeros(4, 2, 7), ids, 0).shape == (4, 2, 7)
 
 
-def test_a_smaller_rank_leaves_nothing_of_a_larger_one() -> None:
+def test_a_smaller_rank_overwrites_a_larger_one() -> None:
     small, large = torch.ones(1, 3, 2), torch.full((1, 3, 4), 2.0)
     stacked = stack_places([small, large])
     assert stacked.shape == (2, 3, 4)
@@ -119,7 +119,7 @@ def test_a_smaller_rank_leaves_nothing_of_a_larger_one() -> None:
 
 
 # ── Calls ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_each_row_answers_as_it_does_alone(compiled: Any, runs: list[str]) -> None:
+def test_each_row_matches_a_single_run(compiled: Any, runs: list[str]) -> None:
     for start in range(0, len(CHOICES), 6):
         choices = [CHOICES[(start + i) % len(CHOICES)] for i in range(6)]
         runs.clear()
@@ -138,7 +138,7 @@ def test_rows_without_adapters_are_the_bases(compiled: Any) -> None:
     assert torch.equal(y[1::2], base[1::2])
 
 
-def test_neighbours_share_a_place(compiled: Any, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adjacent_rows_share_a_place(compiled: Any, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     choices = ["lora", "lora", "dora", "dora", None, None]
     places: list[int] = []
     bind = compiled.engine.bind_rows
@@ -179,7 +179,7 @@ def test_a_row_that_overflows_is_its_own(compiled: Any) -> None:
     _assert_same(compiled, poisoned[keep], y[keep])
 
 
-def test_training_an_adapter_renews_its_place(compiled: Any) -> None:
+def test_training_an_adapter_updates_its_place(compiled: Any) -> None:
     before = _logits(compiled, IDS, ["lora", "dora", "lora", "dora", "lora", "dora"])
     (tensor, *_) = compiled.adapters["dora"].parameters()
     with torch.no_grad():
@@ -192,13 +192,13 @@ def test_training_an_adapter_renews_its_place(compiled: Any) -> None:
         tensor.sub_(0.5)
 
 
-def test_held_choices_are_choices_of_rows(compiled: Any) -> None:
+def test_accepts_held_choices_for_rows(compiled: Any) -> None:
     with compiled.hold("lora") as held:
         y = _logits(compiled, IDS, [held, "dora", held, None, held, "ia3"])
     assert raw(y) == raw(_logits(compiled, IDS, ["lora", "dora", "lora", None, "lora", "ia3"]))
 
 
-@pytest.mark.medium("test_each_row_answers_as_it_does_alone", cases=["onnxruntime-30"])
+@pytest.mark.medium("test_each_row_matches_a_single_run", cases=["onnxruntime-30"])
 @pytest.mark.parametrize("count", [30, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_random_batches(compiled: Any, count: int) -> None:
     drawn = random.Random(0)

@@ -99,8 +99,8 @@ def _error(y: Tensor, ref: Tensor) -> float:
     return float((y - ref).abs().max() / ref.abs().max())
 
 
-@pytest.mark.slow("test_rows_with_branches_generate_in_one_run_a_step, with two routers, a mixture and a LoRA")
-def test_each_row_answers_as_it_does_alone(compiled: Any, runs: list[str]) -> None:
+@pytest.mark.slow("test_generates_rows_with_branches_in_one_run_per_step, with two routers, a mixture and a LoRA")
+def test_each_row_matches_a_single_run(compiled: Any, runs: list[str]) -> None:
     for start in range(0, len(CHOICES), 6):
         choices = [CHOICES[(start + i) % len(CHOICES)] for i in range(6)]
         runs.clear()
@@ -121,7 +121,7 @@ def test_rows_without_branches_are_the_bases(compiled: Any) -> None:
 
 
 @pytest.mark.slow("test_rows.py, where neighbours share places of pairs")
-def test_neighbours_share_a_place_of_a_branch(compiled: Any) -> None:
+def test_adjacent_rows_share_a_place_of_a_branch(compiled: Any) -> None:
     choices = ["routed", "routed", "other", "other", "mixed", "mixed"]
     y = _logits(compiled, IDS, choices)
     for row, choice in enumerate(choices):
@@ -187,7 +187,7 @@ def test_a_branch_that_reads_other_rows_has_a_call_of_its_own() -> None:
 
 
 @pytest.mark.medium("passes/test_branch_traces.py compiles both")
-def test_branches_have_one_place_unless_asked_for_more() -> None:
+def test_branches_have_one_place_by_default() -> None:
     adapters = {
         "lora": lorac.LoRA(r=2, targets=["v_proj"]),
         "routed": lorac.MeteoRA(r=2, experts=2, targets=["q_proj"]),
@@ -203,7 +203,7 @@ def test_branches_have_one_place_unless_asked_for_more() -> None:
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.medium("test_a_branch_that_reads_other_rows_has_a_call_of_its_own, and generation/test_branches.py")
-def test_rows_with_branches_generate_in_one_run_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generates_rows_with_branches_in_one_run_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     host = SMALL_LLAMA.model()
     names = ("lora", "routed", "other", "mixed")
     variants = {name: variant for name, variant in _variants(host).items() if name in names}

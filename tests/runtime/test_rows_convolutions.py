@@ -111,7 +111,7 @@ def test_no_row_moves_anothers_bits(compiled: Any) -> None:
 
 
 @pytest.mark.medium("backends/tensorrt/test_engine.py: what is above the fixed rank of a convolution")
-def test_a_plan_of_tensorrt_says_why_its_convolutions_have_one_place() -> None:
+def test_tensorrt_explains_the_single_place_of_convolutions() -> None:
     host = Pixels().eval()
     eager = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=["line"])})
     shapes = ({0: torch.export.Dim("batch")},)

@@ -42,7 +42,7 @@ def test_nothing_settles_unasked(fused, expected):
     assert raw(answer(fused)) == expected["bound"]["a"]
 
 
-def test_it_is_offered_where_it_pays(fused):
+def test_explain_suggests_settle_for_fused_weights(fused):
     assert "swap(..., settle=True) makes constants of a choice's" in str(fused.explain())
     assert "settle=True" not in str(build(pair("lora", "shira"), "onnxruntime", "live").explain())
     fused.swap(None)
@@ -51,7 +51,7 @@ def test_it_is_offered_where_it_pays(fused):
     assert fused.engine.is_settled
 
 
-def test_a_choice_for_one_call_leaves_it_settled(fused, expected):
+def test_a_choice_for_one_call_keeps_settled_weights(fused, expected):
     fused.swap("a", settle=True)
     assert raw(answer(fused, adapters="b")) == expected["bound"]["b"]
     assert fused.engine.is_settled
@@ -70,7 +70,7 @@ def test_in_the_background(expected):
 
 @pytest.mark.medium("eager", cases=["onnxruntime-live"])
 @pytest.mark.parametrize(("target", "mode"), [("eager", "live"), ("eager", "fused"), ("onnxruntime", "live")])
-def test_what_binds_no_weights_cannot_settle(target, mode):
+def test_rejects_settle_without_fused_weights(target, mode):
     compiled = build(pair("lora", "hydra"), target, mode)
     compiled.swap("a")
     before = answer(compiled)
@@ -85,7 +85,7 @@ def test_an_unknown_setting():
         build([], "onnxruntime", settle="later")
 
 
-def test_settling_leaves_an_artifact_as_it_is(fused, expected, tmp_path):
+def test_settling_changes_no_file_of_the_artifact(fused, expected, tmp_path):
     fused.swap("a")
     fused.save(tmp_path / "saved")
     files = {path: path.read_bytes() for path in (tmp_path / "saved").rglob("*") if path.is_file()}

@@ -11,7 +11,7 @@ import pytest
 from lorac.runtime.slot_images import _write
 
 
-def test_what_the_system_writes_in_pieces_arrives_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_all_bytes_after_partial_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, path, sizes = os.pwritev, tmp_path / "images", iter([7, 7, 7, 7])
     monkeypatch.setattr(
         os, "pwritev", lambda file, parts, offset: write(file, [b"".join(parts)[: next(sizes)]], offset)

@@ -77,7 +77,7 @@ def test_inactive_adapters_change_no_bit_of_what_was_reserved(target, mode):
     assert raw(answer(alone, adapters=MIXTURE)) == raw(answer(both, adapters=MIXTURE)) != raw(expected)
 
 
-def test_the_memory_an_adapter_came_in_changes_no_bit():
+def test_the_alignment_of_tensors_changes_no_bit():
     given = adapter("lora", "a")
 
     def shifted(tensor):
@@ -90,7 +90,7 @@ def test_the_memory_an_adapter_came_in_changes_no_bit():
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_a_choice_for_one_call_leaves_the_active_one(mode):
+def test_a_choice_for_one_call_keeps_the_active_choice(mode):
     adapters = pair("lora", "shira")
     compiled = build(adapters, "eager", mode)
     compiled.swap("a")
@@ -103,7 +103,7 @@ def test_a_choice_for_one_call_leaves_the_active_one(mode):
 
 
 @pytest.mark.parametrize("mode", ["live", "fused"])
-def test_a_trained_adapter_is_bound_anew(mode):
+def test_a_tensor_written_after_a_swap_takes_effect(mode):
     """A tensor written after the swap shows in the next call."""
     compiled = build(pair("lora", "shira"), "eager", mode)
     compiled.swap("a")
@@ -258,7 +258,7 @@ def test_baked_refuses_to_change():
 
 @pytest.mark.medium("eager", cases=["onnxruntime"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_baked_refuses_a_choice_for_one_call(target):
+def test_baked_rejects_a_choice_for_one_call(target):
     compiled = build(pair("lora", "shira"), target, "baked", active="a")
     before = answer(compiled)
     with pytest.raises(lorac.Unavailable, match="baked"):

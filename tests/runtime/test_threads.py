@@ -75,7 +75,7 @@ def swaps(compiled: lorac.Compiled, seconds: float = SECONDS) -> int:
     "eager fused weights, and live programs; live programs, and eager fused weights",
     cases=["onnxruntime-fused", "eager-live"],
 )
-def test_every_answer_belongs_to_one_choice(compiled, expected):
+def test_every_output_is_of_a_single_choice(compiled, expected):
     with running(lambda: raw(answer(compiled)), times=8) as answers:
         swaps(compiled)
     assert {expected.get(found, "none of them") for found in answers} == set(expected.values())

@@ -47,7 +47,7 @@ def compiled(models, mode="live", target="eager"):
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @torch.no_grad()
-def test_one_swap_switches_all(mode, target, models, tmp_path):
+def test_a_swap_switches_all_components(mode, target, models, tmp_path):
     both = compiled(models, mode, target)
     assert list(both.sites) == ["unet.proj", "text_encoder.proj"]
     base = {name: both[name](x)["score"] for name, x in INPUTS.items()}
@@ -92,7 +92,7 @@ def test_a_component_answers_as_its_model(target, models):
 
 
 @torch.no_grad()
-def test_a_choice_for_one_call(models):
+def test_accepts_a_choice_for_one_call(models):
     both = compiled(models)
     chosen = both["unet"](X, adapters="a")["score"]
     assert torch.equal(both["unet"](X)["score"], models["unet"](X)["score"])
@@ -124,7 +124,7 @@ def test_saved_and_loaded_they_answer_the_same(target, models, tmp_path):
     assert_close(again["unet"](X)["score"], both["unet"](X)["score"])
 
 
-@pytest.mark.medium("test_one_swap_switches_all")
+@pytest.mark.medium("test_a_swap_switches_all_components")
 def test_every_component_has_a_graph_of_its_own(models):
     both = compiled(models, target="onnxruntime")
     assert list(both.graph) == ["unet", "text_encoder"]
@@ -132,7 +132,7 @@ def test_every_component_has_a_graph_of_its_own(models):
     assert "text_encoder" not in str(both.graph["unet"])
 
 
-def test_a_component_without_adapters_runs_as_it_is(models):
+def test_a_component_without_adapters_runs_unchanged(models):
     only = lorac.compile(
         models,
         {"a": lorac.LoRA(r=2, targets=["unet.proj"])},
@@ -159,7 +159,7 @@ def test_exported_they_run_elsewhere(models):
         (lambda both: both[0](X), "0 is not the name of a component"),
     ],
 )
-def test_no_such_component(call, what, target, models):
+def test_rejects_calls_without_a_component(call, what, target, models):
     with pytest.raises(lorac.ChoiceError, match=what) as error:
         call(compiled(models, target=target))
     assert "compiled['unet'](...)" in str(error.value)
@@ -176,6 +176,6 @@ def test_examples_are_by_component(models):
     assert "unet, text_encoder" in str(error.value)
 
 
-def test_what_cannot_name_a_component(models):
+def test_rejects_invalid_names_of_components(models):
     with pytest.raises(lorac.OptionError, match="cannot name a component"):
         lorac.compile({"../unet": models["unet"]}, {})

@@ -39,7 +39,7 @@ def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return made
 
 
-def test_the_tokenizer_is_held_and_loaded_when_it_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_loads_the_tokenizer_on_first_use(folder: Path, tmp_path: Path) -> None:
     copied = tmp_path / "text"
     shutil.copytree(folder, copied)
     loaded = lorac.load(copied)
@@ -62,8 +62,8 @@ def test_a_tokenizer_that_was_changed_is_refused(folder: Path, tmp_path: Path) -
         lorac.load(copied)
 
 
-@pytest.mark.medium("cli/test_text.py loads tokenizers; test_the_tokenizer_is_held_and_loaded_when_it_is_asked_for")
-def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.medium("cli/test_text.py loads tokenizers; test_loads_the_tokenizer_on_first_use")
+def test_rejects_files_that_are_not_a_tokenizer(tmp_path: Path) -> None:
     class Broken:
         def save_pretrained(self, folder: Path) -> None:
             Path(folder, "tokenizer_config.json").write_text('{"tokenizer_class": "os.system"}')
@@ -75,7 +75,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium("test_onnxruntime.py generates with a program once it is loaded")
-def test_what_is_loaded_knows_how_its_model_generates(tmp_path: Path) -> None:
+def test_a_loaded_artifact_keeps_the_generation_config(tmp_path: Path) -> None:
     """Over a cache it goes on as the model did; what the manifest says is all that is asked."""
     compiled("llama").save(folder := tmp_path / "eager")
     told = parse_object((folder / "manifest.json").read_text(), AssertionError)["components"]["main"]
@@ -90,7 +90,7 @@ def test_what_is_loaded_knows_how_its_model_generates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["eager", "cached"])
-def test_texts_that_end_it_are_read_by_the_models_tokenizer(cached: bool) -> None:
+def test_stop_strings_use_the_models_tokenizer(cached: bool) -> None:
     eager = lorac.compile(adapted("llama"))
     model = over(eager) if cached else eager
     row, options = prompts()[0][None], {"max_new_tokens": 8, "do_sample": False}

@@ -40,7 +40,7 @@ def alone(choice: str | None, row: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("choice", ["masked", None, ["masked", None]], ids=str)
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
-def test_rows_of_any_length_go_on_over_both_caches_as_each_does_by_whole_texts(target: str, choice: Any) -> None:
+def test_cached_rows_match_uncached_generation(target: str, choice: Any) -> None:
     compiled = growing("eager") if target == "eager" else growing(target, cache=True)
     told = {**ASKED, "attention_mask": LEFT, "output_logits": True, "return_dict_in_generate": True}
     found = compiled.generate(IDS[:, :5], adapters=choice, **told)
@@ -51,7 +51,7 @@ def test_rows_of_any_length_go_on_over_both_caches_as_each_does_by_whole_texts(t
 
 
 @torch.no_grad()
-def test_where_all_is_text_a_side_network_that_reads_the_mask_has_it_all_the_same() -> None:
+def test_passes_a_mask_of_ones_to_the_side_network() -> None:
     """transformers leaves such a mask out of its calls."""
     told = {**ASKED, "output_logits": True, "return_dict_in_generate": True}
     found = growing("eager").generate(IDS[1:, :5], adapters="masked", **told)
@@ -73,7 +73,7 @@ NARROW = [
 @pytest.mark.parametrize(("target", "dtype", "weights"), NARROW, ids=str)
 @pytest.mark.filterwarnings("ignore:onnxruntime has no kernels for float16:lorac.LoracWarning")
 @torch.no_grad()
-def test_half_hosts_and_held_codes_go_on_over_both_caches_as_by_whole_texts(
+def test_half_precision_and_quantised_models_match_uncached_generation(
     target: str, dtype: torch.dtype, weights: str | None
 ) -> None:
     host, options = copy.deepcopy(model()).to(dtype), {"cache": True} if target == "onnxruntime" else {}
@@ -130,9 +130,9 @@ def test_a_cache_that_knows_nothing_of_the_side_network_is_refused() -> None:
         compiled.generate(row, adapters="adapter", cache_implementation="static", **ASKED)
 
 
-@pytest.mark.medium("test_what_mixes_tokens_by_itself_is_refused_over_a_cache")
+@pytest.mark.medium("test_rejects_a_cache_for_a_branch_that_mixes_tokens")
 @torch.no_grad()
-def test_what_attends_to_later_tokens_is_generated_by_whole_texts_and_refused_over_a_cache() -> None:
+def test_rejects_a_cache_for_a_branch_that_reads_later_tokens() -> None:
     both = lorac.Adapter("both", method(causal=False), away().tensors)
     compiled, row = lorac.compile(model(), [both]), IDS[:1, :4]
     told = compiled.generate(row, output_logits=True, return_dict_in_generate=True, **ASKED)
@@ -143,7 +143,7 @@ def test_what_attends_to_later_tokens_is_generated_by_whole_texts_and_refused_ov
         lorac.compile(model(), [both], target="onnxruntime", cache=True)
 
 
-def test_what_mixes_tokens_by_itself_is_refused_over_a_cache() -> None:
+def test_rejects_a_cache_for_a_branch_that_mixes_tokens() -> None:
     with pytest.raises(lorac.Unavailable, match=r"meanders at 'model\.norm' mixes tokens by itself"):
         lorac.compile(model(), {"m": Meanders(targets=["model.norm"])}, target="onnxruntime", cache=True)
 

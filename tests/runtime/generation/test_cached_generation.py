@@ -46,7 +46,7 @@ def test_prompts_in_pieces(model: Any) -> None:
     assert model.engine.fed[:3] == [[4, 0, 3, 0], [1, 0, 0, 0], [4, 4, 4, 1]]
 
 
-def test_rows_grow_beyond_what_there_was_room_for(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_grows_beyond_its_first_size(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model.generate(**padded(prompts(), "left"), **GREEDY)
     monkeypatch.setattr("lorac.runtime.generation.decoding_state._INITIAL_ROOM", 1)
     assert torch.equal(model.generate(**padded(prompts(), "left"), **GREEDY), expected)
@@ -57,7 +57,7 @@ def _longer(sequences: torch.Tensor) -> torch.Tensor:
     return torch.cat([sequences, torch.randint(3, 96, (sequences.shape[0], 3))], 1)
 
 
-def test_a_conversation_computes_only_what_is_new(model: Any) -> None:
+def test_a_conversation_computes_only_new_tokens(model: Any) -> None:
     cache = lorac.PromptCache()
     first = model.generate(prompts()[0][None], **GREEDY, prompt_cache=cache)
     assert first.shape[1] == LENGTHS[0] + NEW
@@ -84,7 +84,7 @@ def test_rows_begin_as_the_longest_text_that_is_known(options: dict[str, Any], m
     assert max(model.engine.fed[0]) == 2
 
 
-def test_what_one_choice_computed_serves_no_other(model: Any) -> None:
+def test_a_prompt_cache_is_not_shared_between_choices(model: Any) -> None:
     cache, row = lorac.PromptCache(), prompts()[0][None]
     first = model.generate(row, **GREEDY, prompt_cache=cache)
     model.engine.fed.clear()
@@ -259,7 +259,7 @@ def test_baked(model: Any) -> None:
             made.generate(row, **GREEDY, adapters=None)
 
 
-def test_what_fails_half_way_leaves_a_cache_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_leaves_the_cache_unchanged(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The prompt comes in pieces, of which the second fails."""
     answer = model.generate(prompts()[0][None], **GREEDY, return_dict_in_generate=True)
     told = torch.cat([answer.sequences, torch.randint(3, 96, (1, 9))], 1)

@@ -90,7 +90,7 @@ def test_encoders_with_decoders(kind: str) -> None:
         assert torch.equal(rows[place][: len(given)], given[: rows.shape[1]])
 
 
-def test_inputs_beside_the_tokens_go_with_them() -> None:
+def test_moves_other_inputs_with_the_tokens() -> None:
     """Positions, which the host takes, move with the tokens of rows that are padded on the right."""
     model, rows = compiled("llama"), prompts()
     left, right = padded(rows, "left"), padded(rows, "right")

@@ -63,7 +63,7 @@ def test_tokens_are_those_of_peft(family: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_program_generates_as_peft_does(family: str, tmp_path: Path) -> None:
+def test_generates_as_peft(family: str, tmp_path: Path) -> None:
     """Batches padded on either side, beams and draws; rows of their own; and once loaded."""
     peft = adapted(family)
     compiled, batch = _made(peft), batches(family)[-1]
@@ -149,7 +149,7 @@ def test_a_swap_meanwhile_acts_on_the_next_call(compiled: Any) -> None:
         program.swap("one")
 
 
-def test_the_encoder_runs_once_and_beams_share_what_it_made(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_the_encoder_once_for_all_beams(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     program, _ = compiled
     caches: list[Any] = []
     note_calls(monkeypatch, program._state.bound, "encode", lambda graph, cache, inputs: caches.append(cache))
@@ -225,7 +225,7 @@ def test_wrong_input_is_refused_and_changes_nothing(name: str, compiled: Any) ->
     assert torch.equal(program.generate(IDS, **GREEDY), before)
 
 
-def test_rows_that_leave_and_join_give_what_they_give_alone(compiled: Any) -> None:
+def test_rows_that_leave_and_join_match_single_rows(compiled: Any) -> None:
     program, _ = compiled
     batch, bound = batches("bart")[1], program._state.bound
 
@@ -276,7 +276,7 @@ def test_a_way_of_generating_that_is_the_models_own(tmp_path: Path) -> None:
             assert torch.equal(*pair), told
 
 
-def test_what_an_artifact_tells_of_rules_takes_no_place() -> None:
+def test_ignores_classes_that_an_artifact_names() -> None:
     """Nor is anything imported that it names, unless transformers' own models generate with it."""
     from lorac.runtime.generation.driver import DecodingProgram
     from lorac.runtime.generation.encoder_decoder_driver import driver_class, load_rules_class

@@ -98,7 +98,7 @@ def test_seeds_by_row(beams: int, model: Any) -> None:
 
 
 @pytest.mark.medium("over a cache", cases=["eager"])
-def test_what_is_told_beside_the_tokens(model: Any) -> None:
+def test_returns_scores_and_logits_as_transformers(model: Any) -> None:
     """Scores and logits of every step, as far as a row goes on; transition scores are computed from them."""
     rows = prompts()
     told = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "max_new_tokens": NEW}
@@ -112,7 +112,7 @@ def test_what_is_told_beside_the_tokens(model: Any) -> None:
 
 
 @pytest.mark.medium("over a cache", cases=["eager"])
-def test_beams_tell_the_same(model: Any) -> None:
+def test_returns_scores_of_beams_as_transformers(model: Any) -> None:
     told = {"return_dict_in_generate": True, "output_scores": True, "num_beams": 3, "max_new_tokens": NEW}
     expected = adapted("llama").generate(**padded(prompts(), "left"), do_sample=False, **told)
     answer = model.generate(**padded(prompts(), "left"), do_sample=False, **told)
@@ -142,7 +142,7 @@ def test_streamers_get_every_token(model: Any) -> None:
     assert streamer.ended
 
 
-def test_numpy_comes_back_as_numpy(model: Any) -> None:
+def test_returns_numpy_for_numpy(model: Any) -> None:
     batch = padded(prompts(), "left")
     expected = model.generate(**batch, max_new_tokens=4, do_sample=False)
     answer = model.generate(**{name: t.numpy() for name, t in batch.items()}, max_new_tokens=4, do_sample=False)
@@ -151,7 +151,7 @@ def test_numpy_comes_back_as_numpy(model: Any) -> None:
 
 
 @pytest.mark.medium("over a cache", cases=["eager"])
-def test_padding_is_told_as_transformers_tells_it(model: Any) -> None:
+def test_infers_padding_as_transformers(model: Any) -> None:
     """Without a mask, by its id, unless that ends a text too."""
     ids = padded(prompts(), "left")["input_ids"]
     for options in ({}, {"pad_token_id": 2}):
@@ -194,7 +194,7 @@ def test_a_draft_changes_no_token(draft: Any, model: Any) -> None:
 
 
 @pytest.mark.medium("over a cache", cases=["eager"])
-def test_what_is_drawn_beside_a_draft_comes_from_the_seed(model: Any) -> None:
+def test_a_seed_determines_sampling_with_a_draft(model: Any) -> None:
     row = prompts()[0][None]
     told = {"max_new_tokens": NEW, "do_sample": True, "draft": {"default": 0.5}}
     torch.manual_seed(1)

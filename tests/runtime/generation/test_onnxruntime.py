@@ -30,7 +30,7 @@ def _made(peft: Any, mode: str = "live") -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", *SLOW])
-def test_one_program_generates_as_peft_does(family: str, tmp_path: Path) -> None:
+def test_generates_as_peft(family: str, tmp_path: Path) -> None:
     """Batches padded on either side, beams, draws, pieces, rows of their own, drafts, prefixes; and once loaded."""
     peft = _reference(family)
     made, rows = _made(peft), prompts()
@@ -104,7 +104,7 @@ def small(llama_folder: Path) -> Any:
 
 
 @pytest.mark.medium("padded rows of a Llama")
-def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
+def test_padding_may_exceed_the_table_of_positions(small: Any) -> None:
     """One row is known up to its last token, and the other brings more than there are positions left in the first."""
     rows, cache = prompts(0, (60, 40)), lorac.PromptCache()
     small.generate(rows[0][None], **GREEDY | {"max_new_tokens": 2}, prompt_cache=cache, eos_token_id=None)
@@ -112,7 +112,7 @@ def test_what_pads_a_row_lies_behind_no_table(small: Any) -> None:
     assert torch.equal(small.generate(**told, prompt_cache=cache), small.generate(**told))
 
 
-def test_a_call_of_one_token(small: Any) -> None:
+def test_accepts_a_call_of_one_token(small: Any) -> None:
     ids = torch.tensor([[5, 6], [7, 6]])
     whole = small(input_ids=ids).logits
     assert_close(small(input_ids=ids[:, :1]).logits, whole[:, :1])
@@ -126,7 +126,7 @@ def test_a_call_without_numbers(small: Any) -> None:
     assert small(input_ids=[[3, 4]]).logits.shape == (1, 2, VOCABULARY)
 
 
-def test_a_row_without_a_token_beside_others(small: Any) -> None:
+def test_accepts_a_row_of_padding_only(small: Any) -> None:
     ids, mask = torch.full((2, 3), 5), torch.tensor([[0, 0, 0], [1, 1, 1]])
     answer = small(input_ids=ids, attention_mask=mask).logits
     assert torch.equal(answer[1], small(input_ids=ids).logits[1])

@@ -132,7 +132,7 @@ def test_an_option_is_refused(name: str) -> None:
 
 
 @pytest.mark.medium("each option, one by one")
-def test_values_that_ask_for_what_happens_anyway_are_taken() -> None:
+def test_accepts_neutral_values_of_unsupported_options() -> None:
     model, row = over(compiled("llama")), prompts()[0][None]
     expected = model.generate(row, **PLAIN)
     for name, refusal in REFUSED.items():
@@ -192,7 +192,7 @@ def test_a_draft_is_as_long_as_the_call_asks_for() -> None:
 
 
 @pytest.mark.parametrize("ids", ["a text", [[3, 4], [5, 6]], [3, 4], ["a", "b"]], ids=str)
-def test_what_is_no_batch_of_ids_is_refused(ids: Any, model: Any) -> None:
+def test_rejects_inputs_that_are_not_a_batch_of_ids(ids: Any, model: Any) -> None:
     for given in ({"inputs": ids}, {"input_ids": ids}):
         with pytest.raises(lorac.WrongType, match="not a batch of tokens"):
             model.generate(**given, **PLAIN)

@@ -39,7 +39,7 @@ def some_options(generator: random.Random) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_rows_of_different_options_draw_what_they_draw_alone(model: Any) -> None:
+def test_rows_with_different_options_sample_as_alone(model: Any) -> None:
     generator = random.Random(1)
     options = [some_options(generator) for _ in range(ROWS)]
     texts = prompts(3, tuple(generator.randrange(1, 9) for _ in range(ROWS)))
@@ -65,7 +65,7 @@ def test_rows_of_different_options_draw_what_they_draw_alone(model: Any) -> None
         assert len(text) <= rows[row].most
 
 
-def test_processors_of_one_class_run_once_for_all_rows(model: Any) -> None:
+def test_runs_processors_of_one_class_once_for_all_rows(model: Any) -> None:
     generator = random.Random(2)
     scores = torch.randn(ROWS, 96)
     texts = prompts(4, tuple(generator.randrange(1, 9) for _ in range(ROWS)))
@@ -81,7 +81,7 @@ def test_processors_of_one_class_run_once_for_all_rows(model: Any) -> None:
     assert torch.equal(together(texts, scores), torch.stack(apart))
 
 
-def test_a_processor_of_ones_own_runs_row_by_row_in_its_place(model: Any) -> None:
+def test_runs_custom_processors_per_row_in_order(model: Any) -> None:
     calls: list[tuple[int, ...]] = []
 
     def boost(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,7 @@ def some_requests(count: int) -> list[TextRequest]:
     ]
 
 
-def test_each_answers_as_it_does_alone(compiled: Any, scheduler: Scheduler) -> None:
+def test_each_request_matches_a_single_run(compiled: Any, scheduler: Scheduler) -> None:
     requests = some_requests(14)
     streams = [scheduler.submit(request) for request in requests]
     answers = [[token.id for token in stream] for stream in streams]
@@ -105,7 +105,7 @@ def test_each_answers_as_it_does_alone(compiled: Any, scheduler: Scheduler) -> N
         {**SAMPLED, "min_new_tokens": 4},
     ],
 )
-def test_a_request_goes_on_where_another_run_of_it_was_interrupted(
+def test_continues_a_request_after_an_interrupted_run(
     compiled: Any, scheduler: Scheduler, options: dict[str, Any]
 ) -> None:
     request = TextRequest(prompt(4), {"one": 0.7, "two": 0.3}, seed=8, options={**options, "max_new_tokens": 9})
@@ -142,7 +142,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return noted
 
 
-def test_running_rows_share_one_call_beside_a_chunk_of_a_prompt(
+def test_batches_running_rows_with_a_chunk_of_a_prompt(
     compiled: Any, scheduler: Scheduler, calls: list[list[int]]
 ) -> None:
     requests = [TextRequest(prompt(n), c, options={"max_new_tokens": 9}) for n, c in enumerate(CHOICES[:3])]
@@ -179,8 +179,8 @@ def test_a_request_that_ends_in_its_prompt_leaves_the_others_that_are_read(
     assert max(map(len, calls)) == 2
 
 
-@pytest.mark.medium("test_a_request_waits_for_memory_and_one_that_never_fits_ends")
-def test_a_request_waits_while_its_adapters_have_no_room_beside_those_of_others(calls: list[list[int]]) -> None:
+@pytest.mark.medium("test_a_request_waits_for_memory_or_is_rejected")
+def test_a_request_waits_for_room_for_its_adapters(calls: list[list[int]]) -> None:
     host = DECODERS["llama"]()
     variants = {"one": lorac.LoRA(r=2, targets="all-linear"), "two": lorac.LoRA(r=9, targets="all-linear")}
     adapters = [adapter_away(variant, host, IDS, name=name, seed=1) for name, variant in variants.items()]
@@ -199,7 +199,7 @@ def test_a_request_waits_while_its_adapters_have_no_room_beside_those_of_others(
     assert calls[0] == [6]
 
 
-def test_rows_of_one_choice_read_it_once(compiled: Any, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_one_choice_share_a_place(compiled: Any, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     places, bound = list[int](), RowBank.bound
 
     def noted(bank: RowBank, *given: int) -> Any:
@@ -251,7 +251,7 @@ def test_an_async_reader_that_leaves_frees_its_row(compiled: Any, scheduler: Sch
     assert scheduler.load == (0, 0)
 
 
-def test_a_reader_whose_loop_was_closed_frees_its_row_and_no_others(compiled: Any, scheduler: Scheduler) -> None:
+def test_a_closed_event_loop_frees_only_its_own_row(compiled: Any, scheduler: Scheduler) -> None:
     gate = Gate(1)
     left = scheduler.submit(gate.request())
     loop = asyncio.new_event_loop()
@@ -272,7 +272,7 @@ def test_a_reader_whose_loop_was_closed_frees_its_row_and_no_others(compiled: An
 
 @pytest.mark.medium("what looks at logits", keep=["logits_processor"])
 @pytest.mark.parametrize("fails", ["logits_processor", "stopping_criteria", "probabilities"])
-def test_what_fails_for_one_request_fails_no_other(fails: str, compiled: Any, scheduler: Scheduler) -> None:
+def test_a_failure_ends_only_its_own_request(fails: str, compiled: Any, scheduler: Scheduler) -> None:
     def fail(ids: torch.Tensor, scores: torch.Tensor, **rest: Any) -> torch.Tensor:
         if ids.shape[1] < 8:
             return scores if fails != "stopping_criteria" else torch.zeros(1, dtype=torch.bool)
@@ -294,7 +294,7 @@ def test_what_fails_for_one_request_fails_no_other(fails: str, compiled: Any, sc
         next(found), next(found)
 
 
-def test_a_request_has_the_same_bits_beside_whatever_others(compiled: Any) -> None:
+def test_other_requests_change_no_bit_of_a_request(compiled: Any) -> None:
     def run(other: Any, seed: int) -> list[Any]:
         options = {"max_new_tokens": 6, "eos_token_id": None}
         requests = [
@@ -325,7 +325,7 @@ def test_a_free_row_goes_to_the_tenant_with_the_fewest(compiled: Any, monkeypatc
     assert begun == ["0", "3", "1", "2"]
 
 
-def test_prompts_that_begin_alike_are_computed_once_for_each_tenant(compiled: Any, scheduler: Scheduler) -> None:
+def test_shares_prefixes_within_a_tenant_only(compiled: Any, scheduler: Scheduler) -> None:
     long = prompt(3, 16)
     list(scheduler.submit(TextRequest(long, "one", tenant="a", options={"max_new_tokens": 1})))
     own = scheduler._batch.prompts
@@ -368,13 +368,13 @@ def test_refusals_come_before_the_first_token(compiled: Any) -> None:
         scheduler.submit(TextRequest(prompt(1), options={"max_new_tokens": 1}))
 
 
-def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(scheduler: Scheduler) -> None:
+def test_a_deadline_ends_waiting_and_running_requests(scheduler: Scheduler) -> None:
     streams = [scheduler.submit(TextRequest(prompt(n), deadline=0, options={"max_new_tokens": 50})) for n in range(5)]
     assert [list(stream) for stream in streams][-1] == []
     assert {stream.reason for stream in streams} == {"deadline"}
 
 
-def test_a_request_waits_for_memory_and_one_that_never_fits_ends(llama_folder: Path) -> None:
+def test_a_request_waits_for_memory_or_is_rejected(llama_folder: Path) -> None:
     compiled = lorac.load(llama_folder)
     requests = [TextRequest(prompt(n), options={"max_new_tokens": 12}) for n in range(2)]
     expected = [alone(compiled, request) for request in requests]
@@ -410,7 +410,7 @@ def test_a_prompt_that_was_read_runs_where_memory_has_no_room_for_a_copy(llama_f
         assert [token.id for token in scheduler.submit(request)] == expected
 
 
-def test_adapters_come_and_go_beside_it(compiled: Any, scheduler: Scheduler) -> None:
+def test_adapters_can_be_added_and_removed_during_a_request(compiled: Any, scheduler: Scheduler) -> None:
     request = TextRequest(prompt(1), "late", options={"max_new_tokens": 20})
     compiled.add_adapter(compiled.adapters["one"], name="late")
     stream = scheduler.submit(request)
@@ -422,6 +422,6 @@ def test_adapters_come_and_go_beside_it(compiled: Any, scheduler: Scheduler) -> 
         scheduler.submit(request)
 
 
-def test_it_needs_a_cache() -> None:
+def test_rejects_a_program_without_a_cache() -> None:
     with refuses("unavailable"):
         Scheduler(lorac.compile(DECODERS["llama"](), lorac.LoRA(r=1, targets=["q_proj"])))
