@@ -9,7 +9,7 @@ from lorac.discovery import list_entry_points
 GROUP = "lorac.tests.things"
 
 
-def test_a_package_installed_meanwhile_is_found_and_a_removed_one_is_not(
+def test_finds_newly_installed_packages_and_forgets_removed_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert list_entry_points(GROUP) == {}

@@ -37,7 +37,7 @@ def run(tmp_path):
 
 @pytest.mark.medium("test_a_part_that_does_not_exist_is_refused")
 @pytest.mark.parametrize("workers", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=["alone", "workers"])
-def test_parts_add_up_and_only_what_failed_runs_again(run, tmp_path, workers):
+def test_parts_add_up_and_only_failed_tests_run_again(run, tmp_path, workers):
     code, printed = run("--part=1/2", *workers)
     assert code == 0 and f"{TOGETHER} passed and 0 failed of this commit so far" in printed
     code, printed = run("--part=2/2", *workers)

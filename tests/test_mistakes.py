@@ -64,7 +64,7 @@ def _refused(mistake, said, world):
         yield f"what is suggested fails: {error!r}"
 
 
-def test_what_counts_as_code():
+def test_recognises_code_in_next_steps():
     assert SUGGESTS.search("pass model=, or another")
     assert SUGGESTS.search("call compiled(...)")
     assert not SUGGESTS.search("give a name, {name: strength}, or None")

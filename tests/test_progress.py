@@ -23,7 +23,7 @@ def test_a_terminal_sees_the_step(soon, monkeypatch, capsys):
         assert "emission" in report._bar.tasks[0].description
 
 
-def test_silent_where_there_is_no_terminal(soon, capsys):
+def test_prints_nothing_without_a_terminal(soon, capsys):
     with progress.progress("compiling") as report:
         report.step("capture")
         time.sleep(0.2)
@@ -38,7 +38,7 @@ def test_silent_for_quick_work(monkeypatch):
     assert report._bar is None
 
 
-def test_a_block_inside_another_tells_its_steps_there(soon, monkeypatch):
+def test_an_inner_block_reports_to_the_outer_bar(soon, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with progress.progress("compile") as report:
         progress.step("loading the model")

@@ -10,7 +10,7 @@ import lorac
 from lorac.errors import warn
 
 
-def test_it_points_at_the_first_line_outside_lorac() -> None:
+def test_warnings_point_at_the_first_line_outside_lorac() -> None:
     through = {"__name__": "lorac.somewhere", "warn": warn}
     exec("def call():\n    warn('what', next_step='do this')", through)
     with pytest.warns(lorac.LoracWarning, match="what\n  do this") as caught:

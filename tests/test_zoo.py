@@ -40,7 +40,7 @@ def test_seeds_give_other_tensors(tmp_path: Path) -> None:
     assert not any(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_fingerprint_sees_what_a_test_may_not_do() -> None:
+def test_fingerprint_detects_changes_of_a_model() -> None:
     model = ZOO["plain_mlp"].fresh()
     marks = [fingerprint(model)]
     with torch.no_grad():

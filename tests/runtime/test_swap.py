@@ -63,7 +63,7 @@ def test_inactive_adapters_change_no_bit(target):
 @pytest.mark.medium("eager, and test_inactive_adapters_change_no_bit on ONNX Runtime", cases=["onnxruntime-*"])
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_inactive_adapters_change_no_bit_of_what_was_reserved(target, mode):
+def test_inactive_adapters_change_no_bit_with_equal_reserves(target, mode):
     """The method does not matter if the reserve is the same."""
     small, large = adapter("lora_small", "a"), adapter("dora_large", "b")
     alone = build([small], target, mode, reserve=ROOM, active="a")

@@ -87,7 +87,7 @@ def test_answers_are_parsed_as_transformers_knows_a_kind_of_model(text: str, exp
     assert found.content.startswith(expected.content)
 
 
-def test_what_is_relied_on_of_transformers_server() -> None:
+def test_transformers_still_finds_a_response_template() -> None:
     """Its function reads the model's kind alone, and the tokenizer's own template comes first."""
     assert find_response_template(SimpleNamespace(response_template={"a": 1}), "qwen3") == {"a": 1}  # type: ignore[arg-type]
 
@@ -128,7 +128,7 @@ def test_a_tokenizer_that_the_grammar_cannot_read_is_refused_by_name() -> None:
         Grammars(transformers.PreTrainedTokenizerFast(tokenizer_object=words), 1, [])
 
 
-def test_answers_of_one_request_keep_to_the_form_each(client: openai.OpenAI) -> None:
+def test_every_choice_follows_the_response_format(client: openai.OpenAI) -> None:
     form: Any = {"type": "json_object"}
     answer = client.chat.completions.create(
         model="base", messages=CHAT, seed=1, n=3, temperature=1.5, max_tokens=8, response_format=form
@@ -136,7 +136,7 @@ def test_answers_of_one_request_keep_to_the_form_each(client: openai.OpenAI) -> 
     assert all((choice.message.content or "{").lstrip().startswith("{") for choice in answer.choices)
 
 
-def test_penalties_count_what_an_answer_holds(client: openai.OpenAI, compiled: Any) -> None:
+def test_penalties_count_the_tokens_of_the_answer(client: openai.OpenAI, compiled: Any) -> None:
     options: Any = {"model": "one", "messages": CHAT, "temperature": 0, "max_tokens": 30}
     bias = {"logit_bias": {"40": 12}}
     plain = client.chat.completions.create(**options, **bias).choices[0].message.content or ""

@@ -79,7 +79,7 @@ def test_a_body_has_a_limit(tight: Any, chunked: bool) -> None:
     assert "600 bytes" in refused.json()["error"]["message"]
 
 
-def test_a_client_that_leaves_frees_its_row_and_its_place_in_line(tight: Any, steps: threading.Semaphore) -> None:
+def test_a_disconnected_client_frees_its_row_and_place_in_the_queue(tight: Any, steps: threading.Semaphore) -> None:
     app, http = tight
     scheduler, path = app.state.scheduler, "/v1/chat/completions"
     with http.stream("POST", path, json=ENDLESS) as running:
@@ -124,7 +124,7 @@ def test_tokens_are_counted_as_they_come(tight: Any, steps: threading.Semaphore)
     wait_until(lambda: app.state.scheduler.load == (0, 0))
 
 
-def test_metrics_tell_of_requests(tight: Any) -> None:
+def test_metrics_count_requests_and_tokens(tight: Any) -> None:
     app, http = tight
     assert http.post("/v1/chat/completions", json={**CHAT, "logit_bias": {"2": -100}}).status_code == 200
     wait_until(lambda: app.state.scheduler.load == (0, 0))
@@ -204,7 +204,7 @@ def test_a_deadline_ends_a_request(compiled: Any) -> None:
             assert failed.value.status_code == 504
 
 
-def test_a_server_that_stops_finishes_what_runs(compiled: Any) -> None:
+def test_a_stopping_server_finishes_running_requests(compiled: Any) -> None:
     app = make_app(compiled)
     found: list[str] = []
     with httpx2.Client() as http:
@@ -220,7 +220,7 @@ def test_a_server_that_stops_finishes_what_runs(compiled: Any) -> None:
     assert found[-2:] == ["data: [DONE]", ""]
 
 
-def test_a_server_whose_scheduler_has_stopped_is_not_healthy(compiled: Any) -> None:
+def test_health_fails_once_the_scheduler_has_stopped(compiled: Any) -> None:
     app = make_app(compiled)
     with serve(app) as url:
         assert httpx2.get(f"{url}/health").status_code == 200

@@ -236,7 +236,7 @@ FORM: Any = {
 }
 
 
-def test_an_answer_has_the_form_that_is_asked_for(compiled: Any, client: openai.AsyncOpenAI) -> None:
+def test_answers_follow_the_response_format(compiled: Any, client: openai.AsyncOpenAI) -> None:
     messages: list[Any] = [{"role": "user", "content": "Say"}]
     asked: dict[str, Any] = {"model": "one", "messages": messages, "n": 3, "max_tokens": 60, "response_format": FORM}
     drawn: dict[str, Any] = {**asked, "temperature": 0.9, "seed": 3, "presence_penalty": 0.5}
@@ -251,7 +251,7 @@ def test_an_answer_has_the_form_that_is_asked_for(compiled: Any, client: openai.
     assert all(json.loads(str(text))["kind"] in {"cat", "ant"} for text in texts)
 
 
-def test_an_adapter_that_comes_and_goes_reaches_all_workers(
+def test_uploads_and_unloads_reach_all_workers(
     host: Any, compiled: Any, client: openai.AsyncOpenAI, tmp_path: Path
 ) -> None:
     ids, path = torch.randint(3, VOCABULARY, (2, 5)), tmp_path / "mine.safetensors"
@@ -343,7 +343,7 @@ def test_a_worker_is_added_while_requests_wait(cluster: None, folder: Path, comp
     ray_serve.delete("scaling")
 
 
-def test_a_store_has_one_front() -> None:
+def test_rejects_a_store_with_several_fronts() -> None:
     from lorac.serving.ray import RayServer
 
     with refuses("option_error", match="one front"):

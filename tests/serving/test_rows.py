@@ -121,7 +121,7 @@ def test_wrong_requests(address: str, path: str, fields: dict[str, Any], status:
     assert (answer.status_code, sentence in answer.json()["error"]["message"]) == (status, True), answer.text
 
 
-def test_a_file_that_is_no_npz(address: str) -> None:
+def test_rejects_bytes_that_are_not_an_npz(address: str) -> None:
     with httpx2.Client(base_url=address) as http:
         for content in (b"", b"PK\x03\x04", b"x" * 50):
             answer = http.post("/v1/predict", content=content, headers={"content-type": "application/x-npz"})

@@ -74,7 +74,7 @@ def test_the_loaded_answers_and_swaps_as_the_saved(saved: Any) -> None:
                 assert_close(value.float(), named_outputs(base)[key].float())
 
 
-def test_it_runs_alone(saved: Any, tmp_path: Path) -> None:
+def test_an_exported_program_runs_without_lorac(saved: Any, tmp_path: Path) -> None:
     """Without lorac, on the model's own inputs: base, adapters and mixtures are what lorac answers, to the bit."""
     name, mode, compiled, late, folder = saved
     if compiled.engine.target != "onnxruntime":
@@ -138,14 +138,14 @@ def test_the_loaded_takes_further_adapters(saved: Any) -> None:
     compiled.remove_adapter("late")
 
 
-def test_saved_again_it_has_the_same_bytes(saved: Any, tmp_path: Path) -> None:
+def test_saving_again_writes_the_same_bytes(saved: Any, tmp_path: Path) -> None:
     folder = saved[-1]
     lorac.load(folder).save(tmp_path / "again")
     assert_same_folders(folder, tmp_path / "again")
 
 
 @pytest.mark.medium("ONNX Runtime", cases=["*-eager-*"])
-def test_loading_takes_the_options_that_say_how_a_program_runs(saved: Any) -> None:
+def test_load_accepts_run_options(saved: Any) -> None:
     folder = saved[-1]
     if lorac.load(folder).engine.target == "eager":
         with pytest.raises(lorac.OptionError, match="'threads='"):
@@ -229,7 +229,7 @@ def test_to_load_and_call_imports_nothing_that_compiling_takes(saved: Any, tmp_p
     run_python(script)
 
 
-def test_an_eager_artifact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
+def test_loads_an_eager_artifact_for_onnxruntime(tmp_path: Path) -> None:
     compiled, late = make_compiled("plain_mlp", "eager", "live")
     compiled.save(tmp_path / "it")
     loaded = lorac.load(tmp_path / "it", target="onnxruntime")
@@ -246,7 +246,7 @@ def test_an_eager_artifact_becomes_an_onnxruntime_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium("runtime/test_own_methods.py saves routed methods")
-def test_routers_are_saved_with_their_place(tmp_path: Path) -> None:
+def test_saves_routers_with_their_slots(tmp_path: Path) -> None:
     """A branch's formula is in the program; another adapter of its structure still finds the slot."""
     model, inputs = ZOO["tiny_llama"].fresh(), ZOO["tiny_llama"].inputs(seed=1)
     compiled = lorac.compile(model, {"a": lorac.MeteoRA(r=3, targets=["v_proj", "down_proj"])})
@@ -280,7 +280,7 @@ def test_trained_tensors_are_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium("the mistakes of the suite")
-def test_what_an_artifact_cannot_do_is_said(tmp_path: Path) -> None:
+def test_rejects_operations_that_need_the_model(tmp_path: Path) -> None:
     make_compiled("plain_mlp", "eager", "live")[0].save(tmp_path / "sound")
     with pytest.raises(lorac.BaseNeeded, match=r"export\(\)"):
         lorac.load(tmp_path / "sound").export()
@@ -294,7 +294,7 @@ def test_what_an_artifact_cannot_do_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium("test_the_loaded_takes_further_adapters")
-def test_the_host_is_let_go_and_found_again_while_it_lives() -> None:
+def test_finds_the_model_while_it_is_alive() -> None:
     model = ZOO["plain_mlp"].fresh()
     alive, adapters = weakref.ref(model), make_adapters("plain_mlp", model)
     late = adapters.pop("late")

@@ -131,9 +131,7 @@ def test_values_that_are_cast_and_scaled_are_read_so(dtype: torch.dtype, compile
 @pytest.mark.parametrize(
     "variant", [lorac.DoRA(r=2, targets=("up",)), lorac.VeRA(r=3, targets=("up",)), lorac.IA3(targets=("up",))], ids=str
 )
-def test_what_reads_base_weights_or_multiplies_takes_the_long_way(
-    variant: Variant, compiled: Any, tmp_path: Path
-) -> None:
+def test_methods_that_read_the_base_are_not_read_directly(variant: Variant, compiled: Any, tmp_path: Path) -> None:
     folder = save_all(make_alike(variant), tmp_path / "them")
     expected = answers_of_the_long_way(compiled, folder)
     ways = register(compiled, folder)
@@ -172,7 +170,7 @@ def test_a_file_of_another_layout_is_read_by_its_format(
     assert found == answers_of_the_long_way(compiled, folder)[3:]
 
 
-def test_a_file_with_a_digest_is_read_while_it_has_it(compiled: Any, tmp_path: Path) -> None:
+def test_reads_a_file_while_its_digest_matches(compiled: Any, tmp_path: Path) -> None:
     folder = save_all(make_alike(LORA), tmp_path / "them")
     read_two(compiled, folder)
     path = folder / f"{NAMES[3]}.safetensors"

@@ -34,7 +34,7 @@ def train(compiled, trainer_class, config, rows, folder, **arguments):
 
 @pytest.mark.slow("a method without a pass of its own", cases=["x_lora"])
 @pytest.mark.parametrize("method", METHODS)
-def test_it_trains_as_with_the_models_own_head(method, tmp_path):
+def test_trains_as_with_the_models_head(method, tmp_path):
     texts = datasets.Dataset.from_list([{"text": text} for text in (*TEXTS, TEXTS[0])])
     trained = []
     for plain in (False, True):

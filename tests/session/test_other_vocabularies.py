@@ -102,25 +102,25 @@ def test_each_is_refused_on_every_target(eager: Any, program: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", PARTS_OF_PIPELINES, ids=lambda cls: cls.__name__)
-def test_how_a_part_of_a_pipeline_computes_is_not_asked_of_a_program(cls: type, program: Any) -> None:
+def test_rejects_methods_that_change_the_computation(cls: type, program: Any) -> None:
     for name in sorted(name for name in public_names(cls) if re.match("(enable|disable|set|fuse|unfuse)_", name)):
         with refuses("unknown_attribute", match=re.escape({**LORAC_STEPS, **COMPUTING_STEPS}[name])):
             getattr(program["one"], name)
 
 
-def test_what_the_model_only_tells_is_passed_on(eager: Any) -> None:
+def test_forwards_methods_that_only_read_the_model(eager: Any) -> None:
     assert eager.get_input_embeddings().weight.shape[0] == LLAMA.model().config.vocab_size
     assert eager.num_parameters() > 0
 
 
-def test_a_strength_in_a_call_is_refused_as_diffusers_gives_it(program: Any) -> None:
+def test_rejects_a_scale_in_cross_attention_kwargs(program: Any) -> None:
     eager = lorac.compile({"one": Tiny().eval()}, {"a": lora()})
     for compiled in (eager, program):
         with refuses("choice_error", match=r"compiled\.swap\(\{'name': 0\.7\}\)"):
             compiled["one"](**example(), cross_attention_kwargs={"scale": 0.5})
 
 
-def test_merged_weights_are_had_as_the_refusal_says(tmp_path: Any) -> None:
+def test_the_next_step_for_merged_weights_works(tmp_path: Any) -> None:
     model, inputs = LLAMA.fresh(), LLAMA.inputs()
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=["q_proj"])})
     with torch.no_grad():

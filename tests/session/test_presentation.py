@@ -25,7 +25,7 @@ def stored(tmp_path_factory):
     return lorac.load(folder)
 
 
-def test_what_it_is(compiled, stored):
+def test_repr_names_target_sites_and_adapters(compiled, stored):
     assert repr(compiled).splitlines() == [
         "<CompiledTiny for eager, live",
         "  sites: 4 with slots, of 8",
@@ -42,7 +42,7 @@ def test_many_adapters_are_counted():
     assert "adapters: none\n" in repr(lorac.compile(Tiny()))
 
 
-def test_what_can_be_asked(compiled, stored):
+def test_dir_lists_only_the_public_interface(compiled, stored):
     assert dir(stored) == list(INTERFACE)
     assert set(INTERFACE) < set(dir(compiled)) <= {*INTERFACE, "save_pretrained", *dir(nn.Module)}
     assert [name for name in dir(compiled) if not hasattr(type(compiled), name) and name not in vars(compiled)] == []
@@ -51,7 +51,7 @@ def test_what_can_be_asked(compiled, stored):
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "parameters", "state_dict", "to"])
-def test_what_only_a_module_has(stored, name):
+def test_rejects_attributes_of_modules_on_other_targets(stored, name):
     with pytest.raises(lorac.EagerOnly, match=f"has no '{name}'"):
         getattr(stored, name)
     assert not hasattr(stored, name)  # who asks so gets an answer, not an error
@@ -70,7 +70,7 @@ NAME = "\x1b]0;title\x07\x1b[31mred\x9b0m\u202e"
 ESCAPED = r"\x1b]0;title\x07\x1b[31mred\x9b0m\u202e"
 
 
-def test_what_a_terminal_obeys_is_escaped_in_every_text(tmp_path, monkeypatch, capsys):
+def test_escapes_control_characters_in_all_texts(tmp_path, monkeypatch, capsys):
     """A file may name its adapter so that whoever prints the name sees another text."""
     adapter = lorac.compile(Tiny(), {NAME: lora()}).adapters[NAME]
     lorac.save_adapter(adapter, tmp_path / "a.safetensors", "native")

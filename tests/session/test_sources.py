@@ -65,7 +65,7 @@ def test_a_peft_model_is_its_base_and_its_adapters() -> None:
     assert compiled.export("eager").adapters.keys() == {"default"}
 
 
-def test_adapters_given_with_a_peft_model_come_beside_and_instead() -> None:
+def test_adapters_given_with_a_peft_model_add_to_or_replace_its_own() -> None:
     compiled = lorac.compile(
         wrapped(),
         {
@@ -78,7 +78,7 @@ def test_adapters_given_with_a_peft_model_come_beside_and_instead() -> None:
     assert compiled.active == {}
 
 
-def test_modules_that_peft_trains_whole_come_along() -> None:
+def test_keeps_modules_to_save_of_a_peft_model() -> None:
     model, inputs = wrapped(modules_to_save=["head"]), MLP.inputs(seed=1)
     with torch.no_grad():
         model.base_model.model.head.modules_to_save["other"].weight.mul_(1.5)
@@ -140,7 +140,7 @@ def test_an_adapter_is_given_for_each_of_several_components(tmp_path: Path) -> N
         compiled.add_adapter({"one": lorac.LoRA(r=2)}, "x")
 
 
-def test_what_of_peft_is_no_base_is_refused() -> None:
+def test_rejects_merged_and_injected_peft_models() -> None:
     merged = wrapped()
     merged.merge_adapter()
     injected = inject_adapter_in_model(LoraConfig(r=2, target_modules=["up"]), MLP.fresh())
@@ -224,7 +224,7 @@ def test_a_configuration_of_pefts_is_a_fresh_method() -> None:
         (PromptTuningConfig(), "is of peft_type PROMPT_TUNING"),
     ],
 )
-def test_what_only_peft_would_begin_so_is_refused(config: Any, said: str) -> None:
+def test_rejects_initialisations_of_peft_that_lorac_lacks(config: Any, said: str) -> None:
     with refuses("unsupported_field", match=said) as error:
         lorac.compile(MLP.model(), {"a": config})
     assert error.value.next_step
@@ -274,7 +274,7 @@ def test_ranks_that_are_none_are_refused(rank: int) -> None:
 # Everything else
 
 
-def test_what_is_no_adapter_is_told() -> None:
+def test_rejects_objects_that_are_not_adapters() -> None:
     tensors = {"base_model.model.up.lora_A.weight": torch.zeros(2, 10)}
     for adapters, said in (
         ({"a": lorac.LoRA}, r"adapter 'a' is the class LoRA\n  give an instance: LoRA\(\)"),
@@ -311,7 +311,7 @@ class Pipeline:
     components: Mapping[str, object] = {"unet": MLP.model(), "scheduler": None}
 
 
-def test_what_is_no_model_is_told() -> None:
+def test_rejects_objects_that_are_not_models() -> None:
     compiled: Any = lorac.compile(MLP.model(), {"a": lorac.LoRA(r=2)})
     for model, said in (
         (compiled, r"the model is compiled already\n  compiled.export\(target="),
@@ -359,7 +359,7 @@ def test_each_target_of_a_list_must_name_something() -> None:
         lorac.compile(nn.ModuleDict({"norm": nn.LayerNorm(4)}), {"a": lorac.LNTuning(targets=["norm", "nrom"])})
 
 
-def test_one_text_is_a_regular_expression_and_the_error_says_so() -> None:
+def test_a_string_of_targets_is_a_regular_expression() -> None:
     model = nn.ModuleDict({"block": nn.ModuleDict({"up": nn.Linear(4, 6)})})
     for text in ("up", "pu"):
         with refuses("site_not_found", match=f"targets '{text}', one regular expression") as error:

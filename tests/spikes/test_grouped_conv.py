@@ -22,7 +22,7 @@ LEAVES = lorac.LoRA(r=3, targets=["conv"])
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
-def test_it_runs_live(target):
+def test_a_live_adapter_matches_peft_on_a_grouped_convolution(target):
     adapter = away(LEAVES, HOST, (X,), "a")
     p = adapter.tensors["conv"]
     a, b = p["lora_A"].reshape(3, 6, 3, 1), p["lora_B"].reshape(4, 3, 1, 1)  # PEFT's: A over all channels, groups 1
@@ -32,7 +32,7 @@ def test_it_runs_live(target):
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
-def test_fusing_it_is_refused(mode):
+def test_rejects_fusing_across_groups(mode):
     adapter = away(LEAVES, HOST, (X,), "a")
     with refuses("not_mergeable", match="conv"):
         lorac.compile(HOST, {"a": adapter}, mode=mode)
@@ -43,7 +43,7 @@ def test_fusing_it_is_refused(mode):
 
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 @torch.no_grad()
-def test_one_that_stays_inside_is_fused(target):
+def test_fuses_a_change_within_groups(target):
     adapter = lorac.compile(HOST, {"b": lorac.SHiRA(mask=INSIDE, targets=["conv"])}).adapters["b"]
     adapter.tensors["conv"]["values"].copy_(torch.tensor([0.2, -0.3]))
     delta = torch.zeros(4, 3, 3, 1)

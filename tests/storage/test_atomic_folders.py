@@ -44,7 +44,7 @@ def target(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("before", [None, {}, {"a": "old", "more/b": "old"}])
-def test_a_folder_takes_its_place(before: dict[str, str] | None, exchange: bool, target: Path) -> None:
+def test_replaces_a_folder(before: dict[str, str] | None, exchange: bool, target: Path) -> None:
     if before is not None:
         target.mkdir()
         fill(target, before)
@@ -55,9 +55,7 @@ def test_a_folder_takes_its_place(before: dict[str, str] | None, exchange: bool,
     assert os.listdir(target.parent) == ["target"]
 
 
-def test_what_is_written_is_on_disk_up_to_the_folder_that_was_there(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_syncs_files_and_new_folders(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file, every folder made, and the entry of each in the one above it."""
     flushed, honest = set(), os.fsync
 
@@ -83,7 +81,7 @@ def test_an_empty_folder_that_is_there_keeps_its_permissions(target: Path) -> No
     assert stat.S_IMODE(target.stat().st_mode) == 0o700
 
 
-def test_a_file_takes_its_place_through_links(target: Path) -> None:
+def test_replaces_a_file_through_links(target: Path) -> None:
     for text in ("one", "two"):
         with replace_atomically(target.parent / "deep" / "file") as staged:
             staged.write_text(text)
@@ -96,7 +94,7 @@ def test_a_file_takes_its_place_through_links(target: Path) -> None:
     assert os.listdir(target.parent / "deep") == ["file"]
 
 
-def test_what_is_not_the_writers_stays(exchange: bool, target: Path) -> None:
+def test_keeps_files_of_others(exchange: bool, target: Path) -> None:
     """The same files, not copies; links, empty folders and permissions too."""
     fill(target, {"a": "old", "gone": "old", "readme": "mine", "deep/er/notes": "mine", "deep/gone": "old"})
     (target / "empty" / "folder").mkdir(parents=True)
@@ -122,7 +120,7 @@ def test_what_is_not_the_writers_stays(exchange: bool, target: Path) -> None:
     assert os.listdir(target.parent) == ["target"]
 
 
-def test_files_are_copied_where_there_are_no_links(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_files_where_links_are_not_supported(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(*_: Any, **__: Any) -> None:
         raise OSError(errno.EPERM, "no links here")
 
@@ -133,9 +131,7 @@ def test_files_are_copied_where_there_are_no_links(target: Path, monkeypatch: py
     assert contents(target) == {"a": "new", "deep/readme": "mine"}
 
 
-def test_what_came_or_changed_while_folders_were_exchanged_is_brought_over(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keeps_changes_made_during_the_exchange(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another program writes into the folder in the last moment before it is displaced."""
     fill(target, {"a": "old", "log": "1", "replaced": "1", "readme": "mine"})
     honest = folders._exchange_in_one_step
@@ -166,7 +162,7 @@ def failing(change: Callable[..., Any], at: list[int]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("moment", range(1, 9))
-def test_a_failure_leaves_everything_as_it_was(
+def test_a_failed_step_changes_nothing(
     moment: int, exchange: bool, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever step fails; a link that fails is a copy."""
@@ -189,7 +185,7 @@ def test_a_failure_leaves_everything_as_it_was(
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_block_that_raises_leaves_everything_as_it_was(error: type[BaseException], target: Path) -> None:
+def test_an_exception_in_the_block_changes_nothing(error: type[BaseException], target: Path) -> None:
     fill(target, {"a": "old"})
     with pytest.raises(error), replace_atomically(target) as staged:
         fill(staged, {"a": "new"})
@@ -198,7 +194,7 @@ def test_a_block_that_raises_leaves_everything_as_it_was(error: type[BaseExcepti
     assert os.listdir(target.parent) == ["target"]
 
 
-def test_a_file_and_a_folder_do_not_take_each_others_place(target: Path) -> None:
+def test_rejects_replacing_a_file_by_a_folder(target: Path) -> None:
     fill(target, {"a": "old"})
     with pytest.raises(IsADirectoryError), replace_atomically(target) as staged:
         staged.write_text("new")
@@ -222,7 +218,7 @@ def test_foreign(target: Path) -> None:
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_recovering_what_is_there_or_never_was(target: Path) -> None:
+def test_recover_leaves_whole_and_missing_folders(target: Path) -> None:
     recover_folder(target)
     recover_folder(target / "deeper" / "still")
     assert not os.listdir(target.parent)
@@ -231,7 +227,7 @@ def test_recovering_what_is_there_or_never_was(target: Path) -> None:
     assert contents(target) == {"a": "old"}
 
 
-def test_reading_again_while_another_takes_the_place(target: Path) -> None:
+def test_retries_a_read_during_a_replacement(target: Path) -> None:
     target.write_text("0")
     count = 0
 

@@ -31,7 +31,7 @@ def _assert_foreign(kind: str, target: Path) -> None:
     "an artifact renamed and a file exchanged; make kill does all", keep=["artifact-renamed", "native-exchanged"]
 )
 @pytest.mark.parametrize(("kind", "exchange"), WAYS, ids=IDS)
-def test_killed_at_every_step_over_an_older_one(kind: str, exchange: bool, tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_step_leaves_the_old_or_new_version(kind: str, exchange: bool, tmp_path: Path) -> None:
     target = tmp_path / "it"
     write(kind, target, 1)
     _put_foreign(kind, target)
@@ -97,7 +97,7 @@ def test_killed_at_any_time(kind: str, tmp_path: Path) -> None:
 @pytest.mark.medium("writers that are killed at every step")
 @pytest.mark.slow("a folder that is exchanged", keep=["peft-exchanged"])
 @pytest.mark.parametrize(("kind", "exchange"), WAYS, ids=IDS)
-def test_a_reader_beside_two_writers_never_meets_a_mixture(kind: str, exchange: bool, tmp_path: Path) -> None:
+def test_readers_never_see_a_mixture_of_two_writers(kind: str, exchange: bool, tmp_path: Path) -> None:
     target = tmp_path / "it"
     write(kind, target, 1)
     _put_foreign(kind, target)

@@ -44,7 +44,7 @@ WAYS = [_removed, _replaced, _exchanged]
 
 @linux
 @pytest.mark.parametrize("gone", WAYS)
-def test_what_was_opened_is_read(gone: Callable[[Path], None], tmp_path: Path) -> None:
+def test_reads_an_open_file_after_its_removal(gone: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "folder" / "file"
     path.parent.mkdir()
     path.write_bytes(b"mine")
@@ -68,7 +68,7 @@ def test_tensors_of_a_file_that_is_gone(tmp_path: Path) -> None:
 
 
 @linux
-def test_all_tensors_of_a_file_share_one_mapping(tmp_path: Path) -> None:
+def test_tensors_of_a_file_share_a_mapping(tmp_path: Path) -> None:
     wanted = {"a": torch.randn(3, 4), "b": torch.arange(5), "half": torch.randn(3).half(), "none": torch.empty(0, 2)}
     TensorFile.write(tmp_path / "file", wanted, transposed=["a"])
     file = TensorFile(OpenFile(tmp_path / "file"))
@@ -101,7 +101,7 @@ def test_without_paths_of_open_files_another_file_is_refused(
         file.read()
 
 
-def test_links_folders_and_pipes_are_not_held(tmp_path: Path) -> None:
+def test_rejects_links_folders_and_pipes(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(__file__)
     os.mkfifo(tmp_path / "pipe")
     for name in ("link", "pipe", ".", "nothing"):
@@ -109,7 +109,7 @@ def test_links_folders_and_pipes_are_not_held(tmp_path: Path) -> None:
             OpenFile(tmp_path / name)
 
 
-def test_errors_name_the_file_as_it_was_called(tmp_path: Path) -> None:
+def test_errors_name_the_original_path(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"mine")
     with refuses("corrupt_file") as error, OpenFile(path).named() as given:
@@ -127,7 +127,7 @@ def test_a_file_is_let_go_with_its_object(tmp_path: Path) -> None:
         os.fstat(handle)
 
 
-def test_a_hash_over_pieces_tells_every_byte_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hash_depends_on_every_byte_and_its_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_file, "_PIECE", 4)
     monkeypatch.setattr(open_file, "_CHUNK", 3)
     found = set()

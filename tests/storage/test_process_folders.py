@@ -101,7 +101,7 @@ assert folder.is_dir()
 
 
 @pytest.mark.medium("folders of ended processes by /proc")
-def test_without_proc_processes_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_abandoned_folders_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_file", lambda path: False)
     own = make_process_folder(tmp_path, "")
     assert own.name.split("-")[3] == "0"

@@ -43,7 +43,7 @@ def _adapter(name: str) -> Adapter:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_was_stored_prepares_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_reductions_prepare_the_same_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, host = _adapter(name), _host()
     traced = Preparer(lorac.sites(host), make_base_reader(host))
     stored = json.loads(json.dumps(traced.stored_reductions([adapter])))
@@ -72,9 +72,7 @@ def _tensors(change: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "own"), [("lora", lorac.LoRA), ("chain", lorac.BAT)])
-def test_a_method_of_ones_own_is_reduced_by_its_own_formula(
-    name: str, own: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stores_no_reductions_of_methods_from_outside(name: str, own: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """An artifact does not answer for it, nor for one that it is part of."""
     host, adapter = _host(), _adapter(name)
     monkeypatch.setattr(own, "__module__", "mine")

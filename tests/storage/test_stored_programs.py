@@ -83,7 +83,9 @@ CODE = "x=__import__('pathlib').Path('written').touch()"
     ],
     ids=["input", "node", "keyword", "reserved", "number"],
 )
-def test_names_are_no_code(nodes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_names_that_are_not_identifiers(
+    nodes: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch.fx generates code from a graph, and runs it."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(lorac.ArtifactError, match="not an identifier of Python"):
@@ -152,13 +154,13 @@ def test_results_together_are_bounded(ops: list[str]) -> None:
             assert torch.equal(short.call_bounded({"x": x})[0], short(x=x)[0])
 
 
-def test_memory_that_the_machine_lacks_is_not_asked_for() -> None:
+def test_rejects_a_program_that_needs_more_memory_than_the_machine_has() -> None:
     with refuses("input_mismatch", match="more than"):
         _stored(*_doubled("x", 44)).call_bounded({"x": torch.ones(2, 3)})
 
 
 @pytest.mark.medium("the bounds of single programs")
-def test_a_model_is_measured_once_for_all_calls_of_one_shape(tmp_path: Path) -> None:
+def test_measures_a_program_once_per_shape(tmp_path: Path) -> None:
     llama = ZOO["tiny_llama"]
     lorac.compile(llama.model(), {"a": lorac.LoRA(r=2, targets=["q_proj"])}).save(tmp_path / "saved")
     loaded = lorac.load(tmp_path / "saved")
@@ -176,7 +178,7 @@ COUNTS = torch.tensor([1 << 40, 1])
     ("op", "operands"),
     [("repeat_interleave.Tensor", []), ("repeat_interleave.self_Tensor", [{"node": "x"}]), ("one_hot.default", [])],
 )
-def test_sizes_that_values_tell_are_bounded(op: str, operands: list[Any]) -> None:
+def test_bounds_data_dependent_sizes(op: str, operands: list[Any]) -> None:
     call = _call(f"aten.{op}", {"node": "x"}, *operands)
     with refuses("input_mismatch", match="more than"):
         _stored(call).call_bounded({"x": COUNTS})
@@ -184,7 +186,7 @@ def test_sizes_that_values_tell_are_bounded(op: str, operands: list[Any]) -> Non
     assert torch.equal(_stored(call).call_bounded({"x": few})[0], _stored(call)(x=few)[0])
 
 
-def test_what_was_used_up_does_not_count() -> None:
+def test_does_not_count_freed_tensors() -> None:
     names = [f"y{i}" for i in range(64)]
     calls = [_call("aten.add.Tensor", {"node": one}, 1.0, name=two) for one, two in itertools.pairwise(["x", *names])]
     x = torch.ones(256, 1024)
@@ -198,7 +200,7 @@ def test_the_number_of_nodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
         nodes_from_json([X] * 101)
 
 
-def test_what_a_program_cannot_compute_is_typed(tmp_path: Path) -> None:
+def test_a_failing_op_raises_a_typed_error(tmp_path: Path) -> None:
     compiled = lorac.compile(nn.Sequential(nn.Linear(4, 3)), {"a": lorac.LoRA(targets=["0"])}, "eager", (X_VALUE,))
     compiled.save(tmp_path / "a")
     path = tmp_path / "a" / "program.json"
@@ -217,7 +219,7 @@ def test_what_a_program_cannot_compute_is_typed(tmp_path: Path) -> None:
         loaded(X_VALUE)
 
 
-def test_what_a_model_writes_in_place_is_stored_functionally(tmp_path: Path) -> None:
+def test_stores_in_place_ops_functionally(tmp_path: Path) -> None:
     """As a ResNet writes into its activations, behind norms whose statistics are the program's."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Linear(6, 3)).eval()
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=["0", "3"])}, "eager", (X_VALUE,))

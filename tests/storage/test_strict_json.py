@@ -43,7 +43,7 @@ def test_refused(text: str | bytes, reason: str) -> None:
         parse_object(text, refuse)
 
 
-def test_what_json_can_say_comes_back() -> None:
+def test_round_trips_json_values() -> None:
     value = {"b": [2**64 - 1, -(2**64) + 1, 0.1, 1e-300, True, None], "a": {"é🙂": "\n"}, "c": {}}
     for indent in (None, 1, 2):
         text = dump_json(value, indent)
@@ -57,6 +57,6 @@ def test_what_json_can_say_comes_back() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, "\ud800", {"\ud800": 1}])
-def test_what_is_refused_is_not_written(value: Any) -> None:
+def test_rejects_values_that_json_cannot_hold(value: Any) -> None:
     with pytest.raises(ValueError, match=r"finite|integer|surrogates"):
         dump_json({"a": [value]})

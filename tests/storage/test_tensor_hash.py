@@ -17,7 +17,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"b": numbers.view(4, 6), "a": numbers[:6].to(torch.bfloat16), "none": numbers[:0], "scalar": numbers[3]}
 
 
-def test_one_thread_and_several_hash_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = hash_contents("text", tensors())
     monkeypatch.setattr(tensor_hash, "_FEW_BYTES", 0)
     for count in (1, 3, 8):
@@ -26,7 +26,7 @@ def test_one_thread_and_several_hash_alike(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_whatever_changes_is_noticed(earlier: bool) -> None:
+def test_detects_changes_of_names_shapes_and_values(earlier: bool) -> None:
     hashed = EARLIER if earlier else hash_contents("text", tensors())
     assert agrees_with_hash(hashed, "text", tensors())
     assert not agrees_with_hash(hashed, "texts", tensors())

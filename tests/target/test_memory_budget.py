@@ -66,7 +66,7 @@ def test_memory_that_several_share_counts_once_and_until_the_last_is_gone() -> N
     assert budget.used == 0
 
 
-def test_the_least_recently_used_goes_first_and_what_is_held_stays() -> None:
+def test_evicts_the_least_recently_used_and_keeps_held_items() -> None:
     shelf = Shelf(MemoryBudget(4 * BLOCK))
     first = shelf.take(0, 1)
     for key in (1, 2, 3):
@@ -80,7 +80,7 @@ def test_the_least_recently_used_goes_first_and_what_is_held_stays() -> None:
     assert shelf.budget.used == 4 * BLOCK
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_let_go_of() -> None:
+def test_rejects_a_claim_that_does_not_fit_and_evicts_nothing() -> None:
     shelf = Shelf(MemoryBudget(4 * BLOCK))
     held = [shelf.take(key, 1) for key in (0, 1)]
     shelf.take(2, 2)
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_let_go_of() -> None:
     assert (shelf.kept, shelf.budget.used) == ({}, 0)
 
 
-def test_a_claim_grows_and_shrinks_or_stays_as_it_was() -> None:
+def test_resizes_a_claim_or_keeps_it() -> None:
     budget = MemoryBudget(100)
     claim = budget.claim(40)
     claim.resize(90)

@@ -54,7 +54,7 @@ def test_a_schedule_has_its_own_settings_and_a_warm_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium("the other arguments of TRL")
-def test_packing_cuts_texts_into_rows_of_one_length(tmp_path: Path) -> None:
+def test_packs_texts_into_rows_of_equal_length(tmp_path: Path) -> None:
     found = []
     for packed in (False, True):
         (tmp_path / str(packed)).mkdir()
@@ -67,7 +67,7 @@ def test_packing_cuts_texts_into_rows_of_one_length(tmp_path: Path) -> None:
 
 
 @pytest.mark.medium("test_data.py's labels")
-def test_a_chat_template_comes_from_a_file_and_answers_alone_count(tmp_path: Path) -> None:
+def test_reads_a_chat_template_and_trains_on_answers_only(tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text(CHAT)
     tokens = []
     for chat, arguments in ((CHAT, {}), (None, {"chat_template_path": str(tmp_path / "chat.jinja")})):

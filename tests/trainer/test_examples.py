@@ -21,7 +21,7 @@ LEARNS = {
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_it_is_a_recipe(file):
+def test_every_example_is_a_recipe(file):
     recipe = read_recipe(file)
     assert recipe.adapters.keys() == {file.stem}
     assert recipe.out == f"build/runs/{file.stem}"
@@ -30,7 +30,7 @@ def test_it_is_a_recipe(file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_it_learns(file, tmp_path):
+def test_every_example_learns(file, tmp_path):
     recipe_data.main()
     command = [Path(sys.executable).with_name("lorac"), "train", file, "--out", tmp_path / "run"]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HF_HOME": str(tmp_path / "hub")})

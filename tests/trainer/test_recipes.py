@@ -59,7 +59,7 @@ def test_routed_methods_train_and_go_on(name: str, tmp_path: Path) -> None:
     assert same(run(of, tmp_path / "run", resume=True).adapters["mine"], trained.adapters["mine"])
 
 
-def test_a_run_learns_and_saves_what_peft_reads(tmp_path: Path) -> None:
+def test_a_run_learns_and_peft_reads_its_adapters(tmp_path: Path) -> None:
     model = LLAMA.fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapters = {

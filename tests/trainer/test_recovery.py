@@ -38,7 +38,7 @@ def run(folder: Path, model: Any, pruned: str, **fields: Any) -> Any:
 
 @pytest.mark.medium("the positions that were kept, in a file", cases=["removed"])
 @pytest.mark.parametrize("files", ["removed", "kept.safetensors"])
-def test_a_lora_of_the_smaller_model_is_written_for_the_large_one(files: str, pruned: Any, tmp_path: Path) -> None:
+def test_writes_a_lora_for_the_large_model(files: str, pruned: Any, tmp_path: Path) -> None:
     large, smaller = pruned
     trained = run(tmp_path, smaller.model, files)
     expected = loram.recover(trained.adapters["mine"], smaller.kept, large)
@@ -47,7 +47,7 @@ def test_a_lora_of_the_smaller_model_is_written_for_the_large_one(files: str, pr
     assert any(tensor.any() for own in found.tensors.values() for key, tensor in own.items() if key == "lora_B")
 
 
-def test_what_cannot_be_recovered_is_refused_before_the_training(pruned: Any, tmp_path: Path) -> None:
+def test_rejects_unrecoverable_runs_before_training(pruned: Any, tmp_path: Path) -> None:
     large, smaller = pruned
     with pytest.raises(lorac.AdapterNotFound, match="lorac recovers LoRAs alone"):
         run(tmp_path, smaller.model, "removed", adapters={"mine": {**LORA, "method": "dora"}})

@@ -156,7 +156,7 @@ def test_unequal_micro_batches_give_the_large_batchs_gradient(tmp_path: Path) ->
             assert_close(tensor, found[0][name])
 
 
-def test_arguments_of_the_trainers_own_optimizer_are_refused_beside_another() -> None:
+def test_rejects_weight_decay_next_to_another_optimizer() -> None:
     with refuses("option_error", match="weight_decay is of the trainer's own optimizer"):
         plan(optimizer="SGD", arguments={"weight_decay": 0.1})
 

@@ -32,7 +32,7 @@ def log(folder, key):
     return [entry[key] for entry in history if key in entry]
 
 
-def test_it_evaluates_and_leaves_model_and_tokenizer_alone(texts, tmp_path):
+def test_evaluates_and_leaves_model_and_tokenizer_unchanged(texts, tmp_path):
     model, processing, out = LLAMA.fresh(), tokenizer(), tmp_path / "run"
     config = (model.config.to_dict(), model.generation_config.to_dict())
     begun = copy.deepcopy(vars(processing))
@@ -46,7 +46,7 @@ def test_it_evaluates_and_leaves_model_and_tokenizer_alone(texts, tmp_path):
     assert not compiled.training
 
 
-def test_a_start_without_data_begins_preferences_and_one_with_data_does_not(tmp_path):
+def test_preference_tasks_reject_initialisers_that_need_data(tmp_path):
     pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
     for start, refused in (("PiSSA", False), ("LoRAGA", True)):
         begun = {"mine": {**LORA, "start": start}}
@@ -55,7 +55,7 @@ def test_a_start_without_data_begins_preferences_and_one_with_data_does_not(tmp_
             train(LLAMA.fresh(), tokenizer(), said, tmp_path / start)
 
 
-@pytest.mark.medium("test_it_evaluates_and_leaves_model_and_tokenizer_alone")
+@pytest.mark.medium("test_evaluates_and_leaves_model_and_tokenizer_unchanged")
 def test_an_adapter_that_trains_on_is_its_own_reference(tmp_path):
     pairs, model = write_rows(tmp_path / "pairs.jsonl", PAIRS), LLAMA.fresh()
     first = recipe(pairs, task="dpo", arguments={"max_steps": 8, "save_strategy": "no"})
@@ -123,7 +123,7 @@ def test_the_command_line_reads_a_recipe_and_goes_on(texts, tmp_path, monkeypatc
     assert call("--resume")[0] == 0
 
 
-def test_what_reads_the_heads_weight_itself_gets_no_adapter_there(texts, tmp_path):
+def test_rejects_an_adapter_on_a_head_whose_weight_is_read(texts, tmp_path):
     with refuses("unavailable", match="lm_head"):
         adapters = {"mine": {**LORA, "modules_to_save": ["lm_head"]}}
         train(LLAMA.fresh(), tokenizer(), recipe(texts, adapters=adapters), tmp_path / "run")

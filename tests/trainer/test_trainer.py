@@ -65,7 +65,7 @@ def gone_on(adapters: Any, recipe: Any, folder: Path, step: int, **settings: Any
 @pytest.mark.medium("two adapters in another order", cases=["remix"])
 @pytest.mark.slow("two adapters in another order, whose routers draw", keep=["two, in the other order", "remix"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_stopped_run_is_one_that_never_stopped(name: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     assert same(*gone_on(*CASES[name], tmp_path, 3))
 
 
@@ -98,7 +98,7 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.medium("test_a_stopped_run_is_one_that_never_stopped, and training/test_resuming.py")
+@pytest.mark.medium("test_a_resumed_run_equals_an_uninterrupted_one, and training/test_resuming.py")
 @pytest.mark.slow("a rule with stages", cases=["altlora*"])
 @pytest.mark.parametrize(
     "name",
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_run_is_refused(case: str, written: Path, tmp_pa
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors_of(compiled).items())
 
 
-def test_what_changes_nothing_may_differ(written: Path, tmp_path: Path) -> None:
+def test_resuming_accepts_changes_that_do_not_affect_training(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written / "checkpoint-1", tmp_path / "checkpoint-1")
     recipe = plan(arguments={"learning_rate": 1e-2, "seed": 1, "logging_steps": 1, "save_total_limit": 1})
     compiled = compiled_of({"a": LORA}, recipe)
@@ -222,7 +222,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(tmp_path: Path) -> None:
     assert len([*tmp_path.glob("checkpoint-*")]) <= 2
 
 
-def test_what_is_no_finished_checkpoint_is_not_taken(written: Path, tmp_path: Path) -> None:
+def test_ignores_unfinished_checkpoints(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-2" / "checkpoint.json").unlink()
     for name in ("checkpoint-99999", "checkpoint-٤", f"checkpoint-{'9' * 5000}"[:200], "checkpoint-x"):

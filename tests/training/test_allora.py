@@ -36,7 +36,7 @@ def test_the_example_by_hand() -> None:
     assert_close(own_b.detach(), b - tensor([[14], [6 * last]]))
 
 
-def test_gradients_are_the_rows_of_the_whole_one_scaled() -> None:
+def test_scales_the_rows_of_the_gradient() -> None:
     """Over two micro-batches and at another strength; what reaches the layers below is not scaled."""
     a, b, eta2 = drawn(3, 6, seed=1), drawn(5, 3, seed=2), 2.0
     compiled, own_a, own_b, optimizer = pair(a, b)
@@ -106,7 +106,7 @@ def test_a_small_eta_is_plain_lora_at_eta_times_the_rate() -> None:
     assert torch.equal(own_a.grad, plain), "it was taken off and acts"
 
 
-def test_clipping_measures_what_the_step_takes() -> None:
+def test_clipping_uses_the_scaled_gradients() -> None:
     compiled, own_a, own_b, optimizer = pair(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     ALLoRA(compiled, optimizer)
     backward(compiled, drawn(3, 4, seed=3))
@@ -118,7 +118,7 @@ def test_clipping_measures_what_the_step_takes() -> None:
     assert_close(moved.norm().float(), torch.tensor(1e-3))
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_adapters_that_it_does_not_support() -> None:
     host = linear(4, 3)
     for fields, what in (({"alpha": 4}, "a scale of 2"), ({"alpha": 2, "dropout": 0.1}, "dropout=0.1")):
         compiled: Any = lorac.compile(host, {"a": lorac.LoRA(r=2, targets=("site",), **fields)})  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def test_a_turn_is_a_projection_of_the_full_gradient(first: str) -> None:
     assert_close(moved, -0.1 * expected)
 
 
-def test_the_path_does_not_depend_on_how_the_product_is_factored() -> None:
+def test_the_path_does_not_depend_on_the_factorisation() -> None:
     """Momentum included; that of AltLoRA+ does, and so does plain LoRA's."""
     a, b = start()
     turn = drawn(R, R, seed=4)
@@ -164,7 +164,7 @@ def test_the_idle_factor_is_not_measured_and_stands_still(skip: bool) -> None:
 
 
 @pytest.mark.parametrize(("plus", "tensors"), [(False, 2), (True, 3)])
-def test_the_state_is_as_large_as_said(plus: bool, tensors: int) -> None:
+def test_the_state_has_the_documented_size(plus: bool, tensors: int) -> None:
     compiled, _, _, optimizer = pair(*start())
     AltLoRA(compiled, optimizer, plus=plus)
     for gradient in gradients(2):
@@ -176,7 +176,7 @@ def test_the_state_is_as_large_as_said(plus: bool, tensors: int) -> None:
     assert sum(value.numel() for value in kept if isinstance(value, Tensor)) == tensors * R * (M + N)
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_unsupported_optimizers_and_settings() -> None:
     compiled, _, _, optimizer = pair(*start())
     with pytest.raises(lorac.ChoiceError, match="AltLoRA keeps the moments itself, and AdamW"):
         AltLoRA(compiled, torch.optim.AdamW(trained(compiled)))

@@ -84,7 +84,7 @@ def test_loads_come_to_be_even() -> None:
     assert spread() < 0.3 * before
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_adapters_without_a_router() -> None:
     lora: Any = lorac.compile(linear(4, 3), {"a": lorac.LoRA(r=2, targets=("site",))})
     with pytest.raises(lorac.AdapterNotFound, match=r"no adapter emits 'chosen' .* there is 'a' \(lora\)"):
         Balanced(lora, torch.optim.SGD(trained(lora), lr=1))

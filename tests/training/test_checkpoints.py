@@ -107,7 +107,7 @@ def test_a_checkpoint_is_read_as_an_adapter(trained: tuple[Any, Path], tmp_path:
     assert_parity(compiled(**inputs).logits, peft(**inputs).logits, model(**inputs).logits)
 
 
-def test_what_is_loaded_into_another_method_is_told(trained: tuple[Any, Path], tmp_path: Path) -> None:
+def test_warns_of_a_state_of_another_method(trained: tuple[Any, Path], tmp_path: Path) -> None:
     _, folder = trained
     state = load_file(folder / "checkpoint-2" / "model.safetensors")
     own = {key: tensor for key, tensor in state.items() if key.startswith("adapter_tensors.b.")}
@@ -149,7 +149,7 @@ def test_a_changed_checkpoint_never_gives_other_numbers(trained: tuple[Any, Path
     assert lorac.FormatError in outcomes
 
 
-def test_what_the_host_keeps_of_its_calls_is_part_of_the_state() -> None:
+def test_the_state_holds_the_models_running_statistics() -> None:
     """A training moves a batch norm's statistics, which the model itself leaves as they were."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     one, other = (lorac.compile(model, {"a": lorac.LoRA(r=2, targets=["0"])}) for _ in range(2))

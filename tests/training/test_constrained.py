@@ -60,7 +60,7 @@ def test_coft_trains_as_in_peft(share: bool, optimizer: str) -> None:
         assert_close(compiled.eval()(drawn(4, 16, seed=7)), theirs(drawn(4, 16, seed=7)))
 
 
-def test_calls_before_one_step_write_once() -> None:
+def test_several_calls_per_step_project_once() -> None:
     """The second call of a step finds what the first one wrote, and leaves the first one's graph valid."""
     one, other = (lorac.compile(host(), {"a": lorac.OFT(**FIELDS)}).train() for _ in range(2))  # type: ignore[attr-defined]
     optimizers = [OPTIMIZERS["sgd"](trained(net)) for net in (one, other)]

@@ -143,6 +143,6 @@ def assert_learns(variant: Variant, name: str) -> None:
     keep=["lora", "dora", "ia3", "shira", "hydra", "meteora", "bottleneck", "full", "trainable_tokens", "loha"],
 )
 @pytest.mark.parametrize("method", BUILT_IN.values(), ids=BUILT_IN)
-def test_it_learns(method: type[Variant]) -> None:
+def test_every_method_learns(method: type[Variant]) -> None:
     for name, variant in offers(method).items():
         assert_learns(variant, name)

@@ -42,7 +42,7 @@ def test_every_rule_there_is_is_here() -> None:
 
 @pytest.mark.slow("test_checkpoints.py resumes one")
 @each
-def test_a_resumed_run_is_one_that_never_stopped(name: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(name: str) -> None:
     """To the bit, through a file that holds nothing but tensors and plain values."""
     ruled = RULES[name]
     compiled = ruled.compiled()
@@ -141,7 +141,7 @@ def test_trainers_checkpoints_are_gone_on_from_to_the_bit(name: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     """accelerate's DDP over gloo, each process with half of the rows."""
     file = tmp_path / "found.pt"
     with socket.socket() as free:
@@ -162,7 +162,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
             assert_close(one, expected)
 
 
-def test_what_was_exchanged_is_not_trained_in_silence() -> None:
+def test_rejects_training_a_replaced_adapter() -> None:
     ruled = RULES["lora_pro"]
     compiled = ruled.compiled()
     optimizer = ruled.started(compiled)

@@ -89,7 +89,7 @@ def test_the_rank_grows_with_the_periods() -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_the_state_is_as_large_as_said(side: str) -> None:
+def test_the_state_has_the_documented_size(side: str) -> None:
     m, n, r = 3, 5, 2
     weight = parameter(m, n)
     optimizer = GaLoreAdamW(projected(weight, proj_type=side), lr=0.1)
@@ -115,7 +115,7 @@ def restated(weight: Tensor, gradients: list[Tensor], *, rank: int, gap: int, sc
     return weight
 
 
-def test_it_is_the_specifications_update() -> None:
+def test_matches_the_papers_update() -> None:
     weight, gradients = parameter(4, 6), [drawn(4, 6, seed=t) for t in range(8)]
     expected = restated(weight.detach().clone(), gradients, rank=2, gap=3, scale=0.25, lr=0.1)
     assert_close(run(GaLoreAdamW(projected(weight), lr=0.1, weight_decay=0.1), weight, gradients), expected)
@@ -124,7 +124,7 @@ def test_it_is_the_specifications_update() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16), (16, 16)], ids=str)
 @pytest.mark.parametrize("side", SIDES)
-def test_it_is_the_released_optimizer(shape: tuple[int, int], side: str) -> None:
+def test_matches_the_released_optimizer(shape: tuple[int, int], side: str) -> None:
     """Against ``galore-torch`` in float32, where it is installed: its AdamW alone, which needs no bitsandbytes."""
     found = importlib.util.find_spec("galore_torch")
     if found is None or found.origin is None:
@@ -161,7 +161,7 @@ def step(compiled: Any, optimizer: Any, seed: int) -> None:
     optimizer.step()
 
 
-def test_what_comes_of_it_is_an_adapter(tmp_path: Path) -> None:
+def test_trains_full_weights_into_an_adapter(tmp_path: Path) -> None:
     compiled, _ = adapted()
     groups = galore_groups(compiled, rank=2, update_proj_gap=2)
     assert [len(group["params"]) for group in groups] == [2, 2] and "rank" not in groups[1]
@@ -219,7 +219,7 @@ def test_moments_of_eight_bits() -> None:
     assert 0 < distance <= 0.1, float(distance)
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_invalid_settings() -> None:
     weight = parameter(4, 3)
     for wrong in ({"rank": 0}, {"update_proj_gap": 0}, {"scale": -1.0}):
         with pytest.raises(lorac.ChoiceError, match="GaLore does not take"):

@@ -63,7 +63,7 @@ def test_every_micro_batch_is_heard_once(asked) -> None:
     assert compiled.aux.keys() == set(asked)
 
 
-def test_what_nobody_emits_is_refused() -> None:
+def test_rejects_outputs_that_no_adapter_emits() -> None:
     compiled = lorac.compile(nn.Sequential(nn.Linear(6, 6)), {"m": lorac.MeteoRA(r=2)})
 
     class Asking(Loads):

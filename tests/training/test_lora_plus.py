@@ -35,7 +35,7 @@ def test_a_step_of_sgd() -> None:
     assert_close(before - own_b.detach(), 0.1 * own_b.grad)
 
 
-def test_it_is_pefts() -> None:
+def test_matches_peft() -> None:
     """AdamW, eight steps from PEFT's start, with weight decay."""
     import peft
     from peft.optimizers import create_loraplus_optimizer
@@ -151,7 +151,7 @@ def test_embeddings_and_biases() -> None:
         assert_close(before[path, name] - own.detach(), rate * own.grad)
 
 
-def test_a_step_that_raises_leaves_the_groups_in_place() -> None:
+def test_a_failed_step_restores_the_groups() -> None:
     compiled, own_a, _, optimizer = pair(drawn(2, 4, seed=1), drawn(3, 2, seed=2), lr=0.1)
     rule = LoRAPlus(compiled, optimizer)
 
@@ -169,7 +169,7 @@ def test_a_step_that_raises_leaves_the_groups_in_place() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_invalid_settings() -> None:
     compiled, _, _, optimizer = pair(drawn(2, 4, seed=1), drawn(3, 2, seed=2))
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(lorac.ChoiceError, match="LoRAPlus does not take ratio"):

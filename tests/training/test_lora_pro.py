@@ -142,7 +142,7 @@ def test_a_stack_of_matrices_is_each_matrix_for_itself() -> None:
         assert_close(found[1][i], one[1])
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_unsupported_optimizers_and_adapters() -> None:
     compiled, a, _, optimizer = pair(drawn(R, N, seed=1), drawn(M, R, seed=2))
     for other in (torch.optim.AdamW(trained(compiled)), torch.optim.SGD(trained(compiled), lr=1, momentum=0.9)):
         LoRAPro(compiled, other).remove()

@@ -75,7 +75,7 @@ class Components(nn.Module):
 @pytest.mark.medium("an optimizer with weight decay and one with momentum", keep=["adamw-all", "momentum-frozen"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "all"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_is_as_if_every_component_were_a_parameter(name: str, frozen: bool) -> None:
+def test_matches_an_optimizer_over_single_components(name: str, frozen: bool) -> None:
     compiled, a, b = started()
     reference = Components(a.detach(), b.detach())
     optimizer, expected = OPTIMIZERS[name](trained(compiled)), OPTIMIZERS[name](reference.parameters())
@@ -156,7 +156,7 @@ def test_a_step_runs_at_its_rank() -> None:
     assert_close(compiled.train()(x).detach(), whole)
 
 
-def test_other_methods_next_to_it_stay_whole() -> None:
+def test_other_adapters_keep_their_full_rank() -> None:
     nested_one, lora = started()[0].adapters["a"], lorac.LoRA(r=2, alpha=2, targets=("site",))
     compiled = lorac.compile(linear(9, 8), {"a": nested_one, "b": lora}, active={"a": 0.5, "b": 2}).train()
     (a, b), own = compiled.adapters["a"].tensors["site"].values(), compiled.adapters["b"].tensors["site"]
@@ -167,7 +167,7 @@ def test_other_methods_next_to_it_stay_whole() -> None:
     assert_close(compiled(x), x @ (base + moved).T)
 
 
-def test_fused_weights_train_alike() -> None:
+def test_fused_weights_train_as_live_ones() -> None:
     compiled, a, b = started()
     fused = lorac.compile(linear(9, 8), {"a": compiled.adapters["a"]}, mode="fused").train()
     for one in (compiled, fused):
@@ -207,7 +207,7 @@ def test_draws_are_seeded_and_weighted() -> None:
     assert all(abs(counts[b] - 500) < 4 * (2000 * 0.25 * 0.75) ** 0.5 for b in (1, 2, 3, 4))
 
 
-def test_layers_of_lower_rank_are_used_whole_and_stand_still() -> None:
+def test_layers_below_the_rank_are_used_but_not_trained() -> None:
     """r = 3 and 2: at b = 3 the second has no component 3; unfrozen, both of its components move."""
     model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 9)).double()
     variant = lorac.DyLoRA(r=3, rank_pattern={"1": 2}, targets=("0", "1"))
@@ -277,7 +277,7 @@ def test_afterwards_training_goes_on_as_usual() -> None:
     assert torch.equal(optimizer.state[a]["exp_avg"], moment)
 
 
-def test_a_step_that_raises_leaves_the_tensors_in_place() -> None:
+def test_a_failed_step_restores_the_tensors() -> None:
     compiled, a, b = started()
     optimizer = OPTIMIZERS["adamw"](trained(compiled))
     NestedRanks(compiled, optimizer, ranks=(2,))
@@ -300,7 +300,7 @@ def nested(**options: Any) -> tuple[Any, Any, NestedRanks]:
 
 @pytest.mark.medium("frozen factors", cases=["all"])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "all"])
-def test_it_learns_at_every_rank(frozen: bool) -> None:
+def test_learns_at_every_rank(frozen: bool) -> None:
     compiled, optimizer, rule = nested(frozen=frozen)
     batches = data("tiny_bert", 24, distinct=False)
 
@@ -336,7 +336,7 @@ def test_accelerates_wrapper_is_seen_through() -> None:
     assert all(map(torch.equal, others(a, b, 3), before))
 
 
-def test_clipping_measures_what_moves() -> None:
+def test_clipping_uses_the_trained_components() -> None:
     compiled, a, b = started()
     NestedRanks(compiled, torch.optim.SGD(trained(compiled), lr=1), ranks=(2,))
     compiled(drawn(5, 9, seed=3)).square().sum().backward()
@@ -344,7 +344,7 @@ def test_clipping_measures_what_moves() -> None:
     assert norm == torch.nn.utils.get_total_norm([a.grad[1], b.grad[:, 1]]) > 0
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_ranks_and_adapters_that_do_not_fit() -> None:
     compiled, a, _ = started()
     optimizer = torch.optim.SGD(trained(compiled), lr=1)
     with pytest.raises(lorac.ChoiceError, match="no layer has rank 5") as error:

@@ -113,7 +113,7 @@ def test_a_step_does_not_depend_on_the_factors(method: str) -> None:
     assert_apart(unruled, stepped(method, up, down, x, rule=False))
 
 
-def test_a_factor_of_nothing_leaves_the_other_as_it_is() -> None:
+def test_a_vanishing_factor_leaves_the_others_gradient() -> None:
     """‖upᵀ·up‖ = 1e-6 counts as nothing and 1.1e-6 does not; rank 1, so that the inverse is 1/‖·‖."""
     down = tensor([[2, 0]])
     for size, factor in ((1e-6, 1), (1.1e-6, 1 / 1.1e-6)):
@@ -175,7 +175,7 @@ def ruled(method: str) -> tuple[Any, Any]:
 
 @pytest.mark.medium("LoRA", cases=["plp"])
 @pytest.mark.parametrize("method", ["lora", "plp"])
-def test_it_learns(method: str) -> None:
+def test_learns_with_every_method(method: str) -> None:
     compiled, optimizer = ruled(method)
     frozen = {key: value.clone() for key, value in compiled.named_buffers()}
     batches = data("tiny_bert", 12, distinct=False)
@@ -204,7 +204,7 @@ def test_trainer_runs_the_rule(tmp_path: Path) -> None:
     assert_apart(ruled_b, unruled)
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_incomplete_optimizers_and_other_methods() -> None:
     model = linear(5, 4)
     compiled = lorac.compile(model, {"a": lorac.LoRA(r=2, targets=("site",))})
     a = compiled.adapters["a"].tensors["site"]["lora_A"]

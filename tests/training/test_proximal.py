@@ -245,7 +245,7 @@ def test_trainer_runs_the_rule(tmp_path: Path) -> None:
     assert any((at["gate"] == 0).any() for at in compiled.adapters["a"].tensors.values())
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_incomplete_optimizers_and_other_methods() -> None:
     model, x = linear(5, 4), drawn(3, 5, seed=3)
     compiled = lorac.compile(model, {"a": lorac.SoRA(r=2, targets=("site",))})
     everything = torch.optim.SGD(trained(compiled), lr=1)

@@ -164,7 +164,7 @@ def test_twenty_steps_are_the_released_codes_with_a_restart_at_the_same_steps() 
     assert_close(compiled.adapters["sum"].tensors["site"]["weight"].detach(), weight)
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_invalid_targets_and_settings() -> None:
     compiled = compiled_with(takers()["lora"])
     optimizer = torch.optim.SGD(trained(compiled), lr=0.05)
     with pytest.raises(lorac.AdapterNotFound, match="'none' must be a LoRA or Full to fold into, and there is none"):

@@ -69,7 +69,7 @@ def test_a_loop_goes_on_from_files_to_the_bit(name: str, tmp_path: Path) -> None
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_parameters_are_in_one_order() -> None:
+def test_the_order_of_parameters_does_not_depend_on_the_order_of_adapters() -> None:
     model = ZOO["plain_mlp"].model()
     lora = lorac.LoRA(r=2, targets=["up", "down"])
     one: Any = lorac.compile(model, {"z": lora, "a": lora})
@@ -101,7 +101,7 @@ class Recomputing(nn.Module):
 
 
 @pytest.mark.parametrize("recomputed", ["layers", "call"])
-def test_what_is_recomputed_draws_the_same_numbers(recomputed: str) -> None:
+def test_checkpointing_draws_the_same_numbers(recomputed: str) -> None:
     """The model's own and the adapters'; other ones would make gradients of another loss."""
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     adapters = {

@@ -57,7 +57,7 @@ def test_the_estimator_has_no_bias() -> None:
         assert_close(mean, exact)
 
 
-def test_equal_losses_say_nothing_and_a_constant_changes_nothing() -> None:
+def test_equal_losses_give_no_gradient_and_constants_cancel() -> None:
     z = logits()
     picked = torch.tensor(pairs()[:4])
 
@@ -125,7 +125,7 @@ def test_the_gates_loss_by_its_definition() -> None:
     assert_close(gate_loss(compiled, torch.tensor([0, 2]), weight=1.0), tensor(math.log(3)))
 
 
-def test_gates_learn_whose_a_token_is() -> None:
+def test_gates_learn_the_expert_of_each_token() -> None:
     """By a plain loop that adds the loss, with the gates of every layer; three kinds of rows."""
     compiled = routed()
     centres = 2 * drawn(3, 6, seed=9)
@@ -197,7 +197,7 @@ def test_tries_that_cannot_be() -> None:
         sampled_selection_loss(silent, {"x": x}, lambda y: y.mean((1, 2)))
 
 
-def test_what_cannot_be_told() -> None:
+def test_rejects_experts_that_do_not_fit_the_logits() -> None:
     compiled = routed()
     x = drawn(2, 4, 6, seed=1)
     compiled(x)

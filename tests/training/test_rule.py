@@ -26,7 +26,7 @@ def factors() -> tuple[torch.Tensor, torch.Tensor]:
     return drawn(2, 4, seed=1), drawn(3, 2, seed=2)
 
 
-def test_a_pre_hook_decides_what_a_step_gets() -> None:
+def test_a_pre_hook_can_replace_groups_and_state() -> None:
     """torch hands the optimizer itself through the hook; its own groups and states stay."""
     one, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = torch.optim.SGD([one], lr=1.0, momentum=0.5)
@@ -69,7 +69,7 @@ def test_scaled_gradients_are_those_of_the_loss(form: str, fused: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["nested_ranks", "lora_pro_full"])
-def test_two_rules_of_a_class_on_one_optimizer(name: str) -> None:
+def test_two_rules_of_one_class_keep_their_own_state(name: str) -> None:
     """Each gets its own state back, in the order in which they were attached."""
 
     def started() -> tuple[list[Any], Any]:
@@ -114,7 +114,7 @@ class _NoStep:
         """Do nothing."""
 
 
-def test_a_step_that_raises_leaves_whole_tensors_in_the_groups() -> None:
+def test_a_failed_step_restores_the_groups() -> None:
     ruled = RULES["nested_ranks"]
     compiled = ruled.compiled()
     optimizer = torch.optim.SGD(trained(compiled), lr=0.05)

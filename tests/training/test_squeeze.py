@@ -33,7 +33,7 @@ def test_values_by_hand() -> None:
     assert found.variant.own_settings["alpha"] == 1 and found.tensors["site"]["lora_A"].shape == (1, 2)
 
 
-def test_what_is_left_out_is_the_smallest() -> None:
+def test_reduce_rank_drops_the_smallest_singular_values() -> None:
     """The error is the tail of σ; both factors have one size; ranks are nested, and the whole one loses nothing."""
     a, b, scale = drawn(4, 5, seed=1), drawn(6, 4, seed=2), 2.0
     whole = scale * b @ a
@@ -58,7 +58,7 @@ def test_what_is_left_out_is_the_smallest() -> None:
     assert_at_most((whole - change(reduce_rank(lora(a, b, scale), 2))).norm(), (whole - first).norm())
 
 
-def test_a_share_of_the_energy_says_the_rank() -> None:
+def test_chooses_the_rank_by_the_energy() -> None:
     made = lora(torch.eye(3, 5).double(), torch.diag(tensor([3, 2, 1])))
     ranks = [len(reduce_rank(made, energy=share).tensors["site"]["lora_A"]) for share in (0.5, 0.65, 0.9, 0.95, 1.0)]
     assert ranks == [1, 2, 2, 3, 3]
@@ -98,7 +98,7 @@ def step(compiled: Any, optimizer: Any, seed: int) -> None:
     optimizer.step()
 
 
-def test_one_training_goes_down_its_ranks() -> None:
+def test_lowers_the_rank_during_training() -> None:
     compiled, optimizer = trainable()
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     Squeeze(compiled, optimizer, stages=rank_stages(8, 2, 9))
@@ -125,7 +125,7 @@ def test_one_training_goes_down_its_ranks() -> None:
     assert torch.equal(exported(drawn(3, 9, seed=1)), compiled(drawn(3, 9, seed=1)))
 
 
-def test_rules_next_to_it_are_put_on_anew() -> None:
+def test_other_rules_need_a_new_attachment_after_a_change() -> None:
     compiled, optimizer = trainable(bias=False)
     Squeeze(compiled, optimizer, stages=((8, 1), (4, 9)))
     other = LoRAPro(compiled, optimizer)
@@ -139,7 +139,7 @@ def test_rules_next_to_it_are_put_on_anew() -> None:
         step(compiled, optimizer, 1)
 
 
-def test_what_it_does_not_apply_to() -> None:
+def test_rejects_other_methods_and_invalid_ranks() -> None:
     dora: Any = lorac.compile(linear(4, 3), {"a": lorac.DoRA(r=2, targets=("site",))})
     with pytest.raises(lorac.AdapterNotFound, match="'a' is dora, which is not LoRA"):
         reduce_rank(dora.adapters["a"], 1)

@@ -50,7 +50,7 @@ def test_eval_answers_with_the_trained_tensors(method: str, mode: str) -> None:
     assert_close(recorded.detach(), answer(compiled))
 
 
-def test_eval_renews_what_a_method_of_the_host_reads() -> None:
+def test_eval_updates_the_model_after_training() -> None:
     _, compiled = learned("lora")
     with torch.no_grad():
         assert torch.equal(compiled.host(**ZOO["tiny_bert"].inputs(seed=5)).logits, answer(compiled))
@@ -83,7 +83,7 @@ def test_saved_modules_and_biases_train_too() -> None:
 
 @pytest.mark.medium("DoRA", keep=["dora"])
 @pytest.mark.parametrize("method", ["lora", "dora", "shira"])
-def test_peft_reads_what_was_trained(method: str, tmp_path: Path) -> None:
+def test_peft_reads_a_trained_adapter(method: str, tmp_path: Path) -> None:
     model, compiled = learned(method)
     lorac.save_adapter(compiled.adapters["a"], tmp_path, format="peft", model=model)
     reference = answer(load_peft(model, tmp_path))
@@ -111,7 +111,7 @@ def test_a_bfloat16_base_trains_float32_adapters(method: str) -> None:
 
 
 @pytest.mark.medium("test_eval_answers_with_the_trained_tensors")
-def test_the_export_holds_what_was_trained() -> None:
+def test_the_export_holds_the_trained_values() -> None:
     model, compiled = learned("dora")
     engine = compiled.export(target="onnxruntime")
     inputs = ZOO["tiny_bert"].inputs(seed=5)

@@ -36,7 +36,7 @@ def test_worked_example():
         assert_close(answer, tensor([[7.0, 0.0], [0.0, -5.0]]))
 
 
-def test_reduces_to_one_low_rank_pair():
+def test_reduces_to_a_single_low_rank_pair():
     value = Case(AdaLoRA(r=3), HOSTS["linear"]).live.pool["a"].changes["site"]
     assert isinstance(value, LowRank)
     assert value.rank == 3
@@ -44,7 +44,7 @@ def test_reduces_to_one_low_rank_pair():
 
 
 @torch.no_grad()
-def test_a_pruned_adapter_is_the_masked_one():
+def test_a_pruned_adapter_equals_a_masked_one():
     """The scale stays that of the rank it started with."""
     case = Case(AdaLoRA(r=3, alpha=5), HOSTS["linear"])
     p = case.a.tensors["site"]

@@ -30,7 +30,7 @@ def test_the_hand_computed_example():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 3.0])
-def test_at_init_it_is_the_base_bit_for_bit_and_only_the_upper_half_gets_a_gradient(alpha):
+def test_starts_at_the_base_and_trains_only_the_upper_half(alpha):
     entry = ZOO["tiny_vit"]
     model, inputs = entry.model(), entry.inputs()
     compiled = lorac.compile(model, {"a": lorac.AdapterTune(r=3, alpha=alpha)})
@@ -57,14 +57,14 @@ def test_every_other_block():
     assert adapter.sites == ("1", "3")
 
 
-def test_the_default_targets_are_whole_blocks_of_every_network():
+def test_default_targets_are_the_blocks_of_every_network():
     for name, blocks in {"tiny_llama": 3, "tiny_vit": 2, "tiny_bert": 2, "tiny_gpt2": 2, "tiny_t5": 4}.items():
         adapter = lorac.compile(ZOO[name].model(), {"a": lorac.AdapterTune(r=2)}).adapters["a"]
         assert len(adapter.sites) == blocks, name
         assert all(path.rpartition(".")[2].isdigit() for path in adapter.sites)
 
 
-def test_small_init_is_off_zero_and_an_unknown_one_is_refused():
+def test_accepts_small_init_and_rejects_an_unknown_one():
     model = ZOO["tiny_vit"].model()
     tensors = lorac.compile(model, {"a": lorac.AdapterTune(r=4, init="small")}).adapters["a"].tensors
     assert_deviation(tensors["vit.layers.0"]["up"], 1e-4)
@@ -72,13 +72,13 @@ def test_small_init_is_off_zero_and_an_unknown_one_is_refused():
         lorac.compile(model, {"a": lorac.AdapterTune(init="zeros")})
 
 
-def test_a_linear_layer_is_no_block():
+def test_rejects_a_linear_layer():
     with refuses("site_unsupported"):
         lorac.compile(ZOO["tiny_vit"].model(), {"a": lorac.AdapterTune(targets=["fc1"])})
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
-def test_it_has_no_weight_form(mode):
+def test_rejects_fusing_and_baking(mode):
     with refuses("not_mergeable"):
         lorac.compile(ZOO["tiny_vit"].model(), {"a": lorac.AdapterTune(r=2)}, mode=mode, active="a")
 
@@ -128,13 +128,13 @@ def test_the_sum_of_a_mixture_is_against_the_blocks_own_output():
     assert_parity(mixed, base + 0.7 * (one - base) + 0.3 * (two - base), base)
 
 
-@pytest.mark.medium("the kit's blocks, and test_the_default_targets_are_whole_blocks_of_every_network")
+@pytest.mark.medium("the kit's blocks, and test_default_targets_are_the_blocks_of_every_network")
 @pytest.mark.slow("torchvision's", keep=["torchvision-vit"])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in {"timm-swin", "torchvision-vit"} else pytest.mark.slow) for n in VITS]
 )
 @torch.no_grad()
-def test_every_vision_transformer_has_it_behind_its_blocks(name):
+def test_matches_the_equation_behind_blocks_of_vision_transformers(name):
     """Against the paper's equation in float64, by hooks at the blocks."""
     model, images = vit(name)
     given = {"pixel_values": images} if name.startswith("transformers") else (images,)

@@ -106,7 +106,7 @@ BY_HAND = {
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("ids", [IDS, OTHER], ids=["as captured", "another batch and length"])
 @torch.no_grad()
-def test_a_method_at_a_module_is_what_it_is_by_hand(name: str, ids: torch.Tensor) -> None:
+def test_methods_of_whole_modules_match_the_equations(name: str, ids: torch.Tensor) -> None:
     y, choice = by_hand(name, ids), {name: SHARES[name]}
     host = copy.deepcopy(llama()).double()
     assert_parity(
@@ -139,7 +139,7 @@ def test_rows_choose_and_extra_outputs_are_joined() -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_artifacts_keep_modules_and_what_is_computed_once(tmp_path) -> None:
+def test_artifacts_keep_modules_and_shared_values(tmp_path) -> None:
     for target, compiled in {"eager": lorac.compile(llama(), adapters()), "onnxruntime": emitted()}.items():
         compiled.save(tmp_path / target)
         again = lorac.load(tmp_path / target)
@@ -152,7 +152,7 @@ def test_artifacts_keep_modules_and_what_is_computed_once(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
-def test_what_has_no_weight_form_is_not_merged(mode: str) -> None:
+def test_rejects_merging_without_a_weight_form(mode: str) -> None:
     with refuses("not_mergeable", match="no weight form"):
         lorac.compile(llama(), {"b": adapters()["bottleneck"]}, mode=mode)
 

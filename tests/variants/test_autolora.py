@@ -56,7 +56,7 @@ def test_nothing_is_let_out_or_nothing_is_added():
 
 
 @torch.no_grad()
-def test_the_order_of_the_loras_does_not_matter_and_one_of_zeros_adds_nothing():
+def test_the_order_of_loras_and_zero_loras_do_not_matter():
     model = host()
     given = loras(model, (X,))[:3]
     zeros = lorac.Adapter("z", given[0].variant, {"line": {k: 0 * t for k, t in given[0].tensors["line"].items()}})

@@ -28,7 +28,7 @@ def test_worked_example_and_its_inverse():
     assert_close(restored, W)
 
 
-def test_blocks_of_one_are_a_scale_and_a_shift_per_output():
+def test_blocks_of_size_1_scale_and_shift_outputs():
     W, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 1, 1, dtype=torch.float64)
     assert_close(adapted(W, b), W * (1 + b[:, 0]) + b[:, 0])
 

@@ -60,7 +60,7 @@ def test_the_second_permutation_of_the_spec():
     assert equations.permutation(16, 4, 2).argmax(1).tolist() == [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
 
 
-def test_one_factor_is_oft():
+def test_a_single_factor_equals_oft():
     upper = 0.3 * noise(3, 6)
     rows, columns = torch.triu_indices(4, 4, 1)
     full = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_sizes_that_do_not_divide(fields, message):
         lorac.compile(HOSTS["divisible"].model(), {"a": BOFT(**fields, targets=("site",))})
 
 
-def test_one_of_two_sizes():
+def test_rejects_two_sizes_or_none():
     for fields in ({"block_num": 2}, {"block_size": 0}):
         with pytest.raises(OptionError, match="a number of blocks or their size"):
             BOFT(**fields)

@@ -122,14 +122,14 @@ def test_places_are_found_by_structure():
     assert bart == tuple(f"{half}.layers.0.{norm}" for half in ("encoder", "decoder") for norm in norms)
 
 
-def test_a_model_whose_sublayers_stand_beside_each_other_has_none():
+def test_rejects_default_targets_for_parallel_sublayers():
     model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**NEOX)).eval()
     with refuses("site_unsupported", match="no sublayer was found in GPTNeoX"):
         sites_of(model)
     assert sites_of(model, targets=["mlp"]) == ("gpt_neox.layers.0.mlp",)
 
 
-def test_it_trains_with_dropout_and_starts_as_the_base_where_it_says_so():
+def test_trains_with_dropout():
     entry = ZOO["tiny_bert"]
     model = entry.fresh()
     fields = {"reduction_factor": 8.0, "dropout": 0.2, "stochastic_depth": 0.2, "scaling": "learned"}
@@ -161,7 +161,7 @@ def test_par_bn_starts_as_the_base():
 
 
 @torch.no_grad()
-def test_it_is_saved_and_a_half_precision_host_takes_it(tmp_path):
+def test_saves_and_runs_in_half_precision(tmp_path):
     entry = ZOO["tiny_bert"]
     adapter = lorac.compile(entry.model(), {"a": lorac.Bottleneck.preset("seq_bn_inv")}).adapters["a"]
     for tensor in adapter.parameters():
@@ -178,7 +178,7 @@ def test_it_is_saved_and_a_half_precision_host_takes_it(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
-def test_it_has_no_weight_form(mode):
+def test_rejects_fusing_and_baking(mode):
     with refuses("not_mergeable"):
         lorac.compile(ZOO["tiny_bert"].model(), {"a": lorac.Bottleneck()}, mode=mode, active="a")
 
@@ -195,7 +195,7 @@ def test_it_has_no_weight_form(mode):
         ({"targets": ("word_embeddings",)}, lorac.SiteError, "embedding"),
     ],
 )
-def test_what_it_cannot_be_is_refused(fields, error, match):
+def test_rejects_invalid_settings(fields, error, match):
     with pytest.raises(error, match=match):
         lorac.compile(ZOO["tiny_bert"].model(), {"a": lorac.Bottleneck(**fields)})
 
@@ -208,7 +208,7 @@ def test_an_embedding_that_two_stacks_share_cannot_be_inverted():
 
 
 @torch.no_grad()
-def test_a_bottleneck_and_the_inverse_never_meet_at_one_module():
+def test_rejects_two_bottlenecks_at_one_module():
     """BART's last norm gets a bottleneck, so the inverse follows its block; named by hand it is refused."""
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}

@@ -46,7 +46,7 @@ def test_two_bats_by_hand():
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["live", "fused", "baked"])
-def test_each_reads_the_weight_that_the_one_before_left(mode):
+def test_each_part_edits_the_weight_of_the_part_before(mode):
     case = Case(lorac.BAT(r=3), HOSTS["divisible"])
     chained = lorac.Chain.of(case.a, case.b, name="both")
     W = adapted(adapted(case.weight, case.a), case.b)
@@ -57,7 +57,7 @@ def test_each_reads_the_weight_that_the_one_before_left(mode):
 
 
 @torch.no_grad()
-def test_a_strength_is_that_of_the_whole():
+def test_a_strength_scales_the_whole_chain():
     case = Case(lorac.BAT(r=3), HOSTS["divisible"])
     compiled = case.compiled(lorac.Chain.of(case.a, case.b, name="both"))
     half = compiled(case.x, adapters={"both": 0.5})
@@ -76,7 +76,7 @@ def test_scales_and_low_rank_parts_stay_low_rank():
 
 
 @torch.no_grad()
-def test_a_part_starts_from_the_weight_that_the_parts_before_it_return():
+def test_a_part_is_initialised_from_the_weight_of_the_parts_before():
     host, moving = nn.Sequential(nn.Linear(6, 4)), lorac.FourierFT(n_frequency=5)
     chain = lorac.Chain(parts=(moving, lorac.Magnitude()), targets=("0",))
     own = lorac.compile(host, {"a": chain}).adapters["a"].tensors["0"]
@@ -117,7 +117,7 @@ def test_of_adapters_on_different_sites(tmp_path):
     assert torch.equal(lorac.compile(model, {"a": again})(x), expected)
 
 
-def test_a_fresh_one_begins_where_its_parts_do():
+def test_a_fresh_chain_initialises_its_parts_in_order():
     """DoRA's magnitudes are the norms of what the part before it leaves."""
     model = two_layers()
     parts = (lorac.LoRA(r=2, targets="0"), lorac.DoRA(r=2))
@@ -133,7 +133,7 @@ def test_a_chain_starts_as_the_base_if_all_its_parts_do():
     check_identity_at_init(Case(lorac.Chain(parts=(lorac.LoRA(r=1), lorac.FourierFT(n_frequency=5))), HOSTS["linear"]))
 
 
-def test_what_is_no_weight_is_refused():
+def test_rejects_methods_that_do_not_edit_a_weight():
     model = two_layers()
     made = {"hydra": lorac.Hydra(targets=("0",)), "lora": lorac.LoRA(targets=("0",))}
     adapters = lorac.compile(model, made).adapters
@@ -141,7 +141,7 @@ def test_what_is_no_weight_is_refused():
         lorac.Chain.of(adapters["lora"], adapters["hydra"], name="x")
 
 
-def test_a_part_that_is_no_method_is_refused():
+def test_rejects_parts_that_do_not_edit_a_weight():
     with pytest.raises(lorac.OptionError, match="made of methods that edit weights, and Hydra"):
         lorac.Chain(parts=(lorac.LoRA(), lorac.Hydra()))
 

@@ -68,7 +68,7 @@ def test_cut_is_the_lora_that_ships_at_that_rank(case, b):
 @pytest.mark.medium("one rank", keep=["2"])
 @pytest.mark.parametrize("b", RANKS)
 @torch.no_grad()
-def test_cut_saved_and_loaded_it_runs_as_at_that_rank(case, b, tmp_path):
+def test_an_adapter_cut_to_a_rank_matches_that_rank(case, b, tmp_path):
     """The file holds b·(in + out) values."""
     lorac.save_adapter(as_lora(case, b), tmp_path / "cut", model=case.model)
     shipped = lorac.load_adapter(tmp_path / "cut", case.model)
@@ -99,7 +99,7 @@ def test_strength_and_mixtures_of_cut_adapters(case):
     parity.assert_parity(answer, base + 0.7 * moved[0] + 0.3 * moved[1], base)
 
 
-def test_a_rank_above_the_largest_is_the_whole(case):
+def test_a_rank_above_the_largest_uses_all(case):
     assert torch.equal(case.live(case.x, adapters=at_rank(9)), case.live(case.x))
 
 
@@ -114,7 +114,7 @@ def test_scale_is_alpha_over_the_rank_used():
     assert_close(moved, torch.full_like(moved, 4 * 2))
 
 
-def test_whole_it_trains_as_lora(case):
+def test_trains_as_lora_at_full_rank(case):
     gradients = []
     for adapter in (case.a, as_lora(case, 3)):
         compiled = lorac.compile(case.model, {"a": adapter}).train()

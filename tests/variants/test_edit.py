@@ -69,7 +69,7 @@ def test_holds_the_change_of_any_method(method, tmp_path):
 
 
 @torch.no_grad()
-def test_a_sum_with_a_scale_keeps_it():
+def test_keeps_the_scale_of_a_sum():
     model, _, lora = made(lorac.LoRA(r=2, targets=BOTH))
     _, _, dora = made(lorac.DoRA(r=1, targets=BOTH))
     weight = model[0].weight
@@ -90,14 +90,14 @@ def test_sums_of_sparse_changes_name_each_position_once():
 
 
 @torch.no_grad()
-def test_what_is_added_needs_no_base():
+def test_returns_factors_without_the_base():
     _, _, adapter = made(lorac.Edit(targets=BOTH))
     for path, change in lorac.factors(adapter).items():
         assert isinstance(change, Delta)
         assert torch.equal(change.delta, adapter.tensors[path]["delta"])
 
 
-def test_what_no_edit_can_be():
+def test_rejects_invalid_parts():
     with pytest.raises(lorac.OptionError, match=r"no part 'delt' of size 1\n.*delta"):
         lorac.Edit(parts={"delt": 1})
     with pytest.raises(lorac.OptionError, match="no part 'pair' of size 0"):

@@ -91,7 +91,7 @@ def merged(adapter: lorac.Adapter) -> torch.nn.Module:
 
 @pytest.mark.parametrize("normalise", [False, True])
 @torch.no_grad()
-def test_it_equals_flexolmo_built_from_merged_experts(normalise):
+def test_matches_flexolmo_built_from_merged_experts(normalise):
     adapter = mixture(*RANKS, normalise=normalise)
     theirs = merged(adapter).float()  # its router computes its softmax in float32, whatever the model is in
     y = lorac.compile(public(), {"mix": adapter})(input_ids=OTHER).logits
@@ -99,7 +99,7 @@ def test_it_equals_flexolmo_built_from_merged_experts(normalise):
 
 
 @torch.no_grad()
-def test_one_mlp_equals_the_equations():
+def test_an_mlp_matches_the_equations():
     adapter = exact(mixture(*RANKS))
     mlp = copy.deepcopy(public().get_submodule(MLPS[0])).double()
     x = torch.randn(4, 5, 16, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_onnx_runtime_equals_eager_at_another_batch_and_length_and_swaps_experts
         assert emitted.aux["router"][MLPS[0]].shape == (3, 11, 4)
 
 
-def test_the_truncated_rest_is_what_the_singular_values_say():
+def test_the_truncation_error_equals_the_tail_of_singular_values():
     own = experts()[0].get_submodule(MLPS[0]).up_proj.weight.detach().double()
     base = public().get_submodule(MLPS[0]).up_proj.weight.detach().double()
     at = mixture(5, 0, 40).tensors[MLPS[0]]
@@ -187,7 +187,7 @@ def test_a_mixture_that_is_joined_alone_stays():
     assert_parity(second, first, public()(input_ids=IDS).logits)
 
 
-def test_what_cannot_be_joined_is_refused():
+def test_rejects_joining_other_adapters():
     join = lorac.FlexMoRE.join
     for wrong in ([], [lorac.compile(public(), {"a": lorac.LoRA(r=1)}).adapters["a"]]):
         with pytest.raises(lorac.AdapterNotFound, match="not a FlexMoRE"):
@@ -205,7 +205,7 @@ def test_what_cannot_be_joined_is_refused():
             join([one], ranks=[2], model=wider)
 
 
-def test_it_trains_and_what_is_not_its_own_stays():
+def test_trains_and_leaves_the_model_unchanged():
     model = copy.deepcopy(public())
     compiled = lorac.compile(model, {"a": lorac.FlexMoRE(ranks=(2, 0), top_k=3)})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -221,7 +221,7 @@ def test_it_trains_and_what_is_not_its_own_stays():
 
 
 @torch.no_grad()
-def test_it_is_saved_and_a_half_precision_host_takes_it(tmp_path):
+def test_saves_and_runs_in_half_precision(tmp_path):
     lorac.save_adapter(mixture(*RANKS), tmp_path / "a", format="native", model=public())
     again = lorac.load_adapter(tmp_path / "a", public())
     reference = lorac.compile(public(), {"a": mixture(*RANKS)})(input_ids=IDS).logits
@@ -231,12 +231,12 @@ def test_it_is_saved_and_a_half_precision_host_takes_it(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["fused", "baked"])
-def test_experts_are_no_weight(mode):
+def test_rejects_fusing_and_baking(mode):
     with refuses("not_mergeable"):
         lorac.compile(public(), {"a": mixture(*RANKS)}, mode=mode, active="a")
 
 
-def test_what_it_cannot_be_is_refused():
+def test_rejects_models_and_files_that_do_not_fit():
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2))
     with refuses("site_unsupported", match="act\\(gate\\) times up"):
         lorac.compile(gpt2, {"a": lorac.FlexMoRE(ranks=(2,))})

@@ -47,7 +47,7 @@ def test_the_hand_computed_choices(absolute, bias, chosen, answer):
 
 @pytest.mark.medium("a density that is given", keep=["*-21"])
 @pytest.mark.parametrize(("density", "filled"), [(None, 64 * 2 // 6), (0.5, 32), (1e-9, 1), (1.0, 64)])
-def test_a_row_of_a_has_as_many_values_as_its_density_says(density, filled):
+def test_rows_of_a_have_the_density(density, filled):
     model = torch.nn.Sequential(torch.nn.Linear(64, 5))
     adapter = lorac.compile(model, {"f": fly(targets=["0"], density=density)}).adapters["f"]
     a = adapter.tensors["0"]["lora_A"]
@@ -81,7 +81,7 @@ def test_files_of_the_authors_fork_are_read_and_none_is_written(tmp_path):
         lorac.save_adapter(found, tmp_path / "again", model=model)
 
 
-def test_a_file_of_the_fork_that_says_half_is_refused(tmp_path):
+def test_rejects_incomplete_files_of_the_fork(tmp_path):
     of_fork(tmp_path, init_lora_weights=True)
     with refuses("unsupported_field", match="top_k=2"):
         lorac.load_adapter(tmp_path, host())
@@ -116,7 +116,7 @@ def test_updates_over_two_drawn_projections_hardly_meet():
 @pytest.mark.medium("another rank", cases=["2"])
 @torch.no_grad()
 @pytest.mark.parametrize("top_k", [2, 9])
-def test_where_nothing_is_chosen_it_is_a_lora(top_k):
+def test_equals_a_lora_where_all_ranks_are_chosen(top_k):
     model = host()
     adapter = away(fly(r=2, top_k=top_k), model, (X,), "f")
     assert adapter.tensors["line"].keys() == {"lora_A", "lora_B"}
@@ -157,7 +157,7 @@ class Balance(Rule):
             self.biases[path].add_(self.step * (counts.mean() - counts).sign())
 
 
-def test_a_rule_hears_what_it_must_to_balance_the_ranks():
+def test_a_rule_receives_the_chosen_ranks():
     compiled = hand().train()
     held = compiled.adapters["f"].tensors["0"]
     rule = Balance(compiled, torch.optim.SGD([held["lora_B"]], lr=0.0))
@@ -177,7 +177,7 @@ def test_ranks_that_no_token_chose_get_no_gradient():
 
 
 @pytest.mark.parametrize("detached", [False, True])
-def test_a_gradient_passes_the_projection_unless_told_otherwise(detached):
+def test_detach_router_stops_the_gradient(detached):
     model = host()
     adapter = away(fly(detach_router=detached), model, (X,), "f")
     compiled = lorac.compile(model, {"f": adapter}, aux=["chosen"]).train()

@@ -35,6 +35,6 @@ def test_factors_too_wide_to_pay_stay_factors(variant):
 
 
 @pytest.mark.parametrize("variant", [lorac.TeRA(), lorac.LoLDU(r=2)], ids=lambda v: v.name)
-def test_one_full_matrix_is_refused(variant):
+def test_rejects_methods_of_a_full_matrix(variant):
     with refuses("site_unsupported", match=r"makes one full matrix; 'site' is a convolution of \d groups"):
         lorac.compile(GROUPED.model(), {"a": Case(variant, GROUPED).variant})

@@ -57,7 +57,7 @@ def test_several_act_on_the_original_weight(model):
 
 
 @torch.no_grad()
-def test_a_zero_weight_stays_zero_and_comes_back(model):
+def test_restores_a_weight_that_was_multiplied_by_zero(model):
     """Unmerging divides by nothing: entries multiplied by 0 return, too."""
     model.site.weight.data[0, 0] = 0
     erases = adapter("a", tensor([[-1.0, -1.0]]), tensor([[1.0], [1.0]]))

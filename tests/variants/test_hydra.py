@@ -46,7 +46,7 @@ def test_worked_example(worked):
     assert compiled.host.site.bias.tolist() == [0.25, -0.75]
 
 
-def test_reduces_to_one_low_rank_pair(worked):
+def test_reduces_to_a_single_low_rank_pair(worked):
     model, adapter = worked
     value = lorac.compile(model, {"a": adapter}).pool["a"].changes["site"]
     assert isinstance(value, LowRank)
@@ -58,7 +58,7 @@ def test_reduces_to_one_low_rank_pair(worked):
 @pytest.mark.parametrize("branch_bias", [False, True])
 @pytest.mark.parametrize("scale", [-3.0, 0.3, 100.0])
 @torch.no_grad()
-def test_a_fresh_one_is_the_base_whatever_its_scale(scale, branch_bias):
+def test_a_fresh_adapter_equals_the_base(scale, branch_bias):
     case = Case(lorac.Hydra(r=3, r_sequential=2, scale=scale, branch_bias=branch_bias), HOSTS["linear"])
     compiled = lorac.compile(case.model, {"a": case.variant})
     assert_close(compiled(case.x), case.base(case.x))
@@ -75,7 +75,7 @@ def test_the_pair_is_the_merged_change_and_of_both_ranks():
 
 
 @torch.no_grad()
-def test_without_the_sequential_branch_it_is_lora():
+def test_equals_lora_without_the_sequential_branch():
     case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7), HOSTS["linear"])
     p = case.a.tensors["site"]
     p["sequential_up"].zero_()
@@ -88,7 +88,7 @@ def test_without_the_sequential_branch_it_is_lora():
 
 
 @torch.no_grad()
-def test_without_the_parallel_branch_it_multiplies_the_output():
+def test_multiplies_the_output_without_the_parallel_branch():
     case = Case(lorac.Hydra(r=3, r_sequential=2, scale=0.7), HOSTS["linear"])
     p = case.a.tensors["site"]
     p["parallel_up"].zero_()
@@ -178,7 +178,7 @@ def test_a_trained_bias_of_the_base_is_not_dropped():
     assert_close(compiled(case.x), case.base(case.x) + 1)
 
 
-def test_in_half_precision_it_drops_in_the_factors_dtype():
+def test_applies_dropout_in_the_factors_dtype():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).to(torch.bfloat16)
     compiled = lorac.compile(net, {"a": lorac.Hydra(r=2, dropout=0.5)}).train()

@@ -44,20 +44,20 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("method", "fields", "takes"), WRONG, ids=[f"{m.name}-{next(iter(f))}" for m, f, _ in WRONG])
-def test_a_value_that_means_nothing_is_refused_with_what_the_field_takes(method, fields, takes):
+def test_rejects_invalid_values_and_names_valid_ones(method, fields, takes):
     field, value = next(iter(fields.items()))
     with refuses("option_error", match=f"{method.__name__} takes no {field}=") as refused:
         method(**fields)
     assert repr(value) in refused.value.what and f"it takes {takes}" in refused.value.next_step
 
 
-def test_a_pattern_is_held_to_the_field_that_it_sets():
+def test_rejects_invalid_values_in_patterns():
     variant = lorac.LoRA(targets=["line"], rank_pattern={"line": -1})
     with refuses("option_error", match="LoRA takes no r=-1"):
         lorac.compile(host(), {"a": variant})
 
 
-def test_a_file_that_says_so_is_named(tmp_path):
+def test_names_the_file_with_an_invalid_value(tmp_path):
     path = tmp_path / "task.safetensors"
     lorac.save_adapter(lorac.MeteoRA.from_loras(loras(host(), (X,))), path, format="native", model=host())
     with safe_open(path, "pt") as opened:

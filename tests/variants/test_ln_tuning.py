@@ -42,7 +42,7 @@ def moved(compiled, by):
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_bert"])
-def test_a_fresh_one_is_the_base_and_its_norms_train(name):
+def test_starts_at_the_base_and_trains_norms(name):
     model, inputs = ZOO[name].fresh(torch.float64), ZOO[name].inputs()
     compiled = lorac.compile(model, {"a": LNTuning()})
     with torch.no_grad():

@@ -72,7 +72,7 @@ def test_worked_example():
         ),
     ],
 )
-def test_what_is_factored(settings, expected):
+def test_factors_have_the_documented_shapes(settings, expected):
     """Of a layer 15 -> 24, divided into (3, 5) and (4, 6) if not told otherwise."""
     assert shapes(LoKr(**settings), nn.Linear(15, 24)) == expected
 
@@ -112,7 +112,7 @@ def test_convolutions(settings, expected, groups):
     assert_close(compiled(x), baked(x))
 
 
-def test_factors_below_one_are_refused():
+def test_rejects_factors_below_1():
     site = Site("site", SiteKind.LINEAR, 24, 15, torch.float32, "site.weight")
     for factor in (0, -2):
         with refuses("site_unsupported", match=f"decompose_factor={factor} divides"):

@@ -74,7 +74,7 @@ def test_all_terms_are_the_weight(shape):
 
 
 @torch.no_grad()
-def test_an_embedding_is_factorised_as_it_is_stored():
+def test_factorises_an_embedding_as_stored():
     model = hosting(nn.Embedding(13, 6))
     _, p = fresh(model, r=6)
     product = (p["lora_B"] * p["diagonal"]) @ p["lora_A"]
@@ -92,7 +92,7 @@ def test_a_singular_block_starts_from_the_base():
 
 
 @torch.no_grad()
-def test_sigma_and_z_say_the_same():
+def test_scaling_sigma_and_z_cancel():
     case = Case(lorac.LoLDU(r=3, alpha=5, train_sigma=True), HOSTS["linear"])
     p = case.a.tensors["site"]
     scaled = {**p, "scaling_factor": p["scaling_factor"] * 4, "vector_z": p["vector_z"] / 4}
@@ -186,7 +186,7 @@ def test_refusals():
 
 
 @torch.no_grad()
-def test_a_kernel_is_one_matrix():
+def test_factorises_a_kernel_as_a_matrix():
     model = hosting(nn.Conv2d(3, 8, 3, padding=1))
     _, p = fresh(model, r=8)
     product = (p["lora_B"] * p["diagonal"]) @ p["lora_A"]

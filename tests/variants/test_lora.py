@@ -58,7 +58,7 @@ def test_scale():
 @pytest.mark.parametrize("mode", ["live", "fused"])
 @pytest.mark.parametrize("host", ["linear", "no_bias", "transposed", "conv", "embedding"])
 @torch.no_grad()
-def test_a_fresh_one_is_the_base_bit_for_bit(host, mode):
+def test_a_fresh_adapter_equals_the_base_bit_for_bit(host, mode):
     case = Case(lorac.LoRA(r=3, alpha=5), HOSTS[host])
     compiled = lorac.compile(case.model, {"a": case.variant}, mode=mode)
     assert torch.equal(compiled(case.x), case.base(case.x))

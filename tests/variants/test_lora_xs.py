@@ -38,7 +38,7 @@ def merged(model, adapter, core):
 
 
 @pytest.mark.parametrize(("r", "host"), [(3, "linear"), (2, "no_bias")])
-def test_core_of_ones_adds_the_truncated_weight(r, host):
+def test_an_identity_core_adds_the_truncated_weight(r, host):
     model = HOSTS[host].model()
     weight, adapter = model.site.weight.detach(), fresh(model, r=r, alpha=r)
     assert_close(merged(model, adapter, torch.eye(r)), weight + best(weight, r))

@@ -44,7 +44,7 @@ def test_zero_b_is_the_base():
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_one_expert_is_that_lora_whatever_the_gate(k):
+def test_a_single_expert_equals_its_lora(k):
     model = host()
     (lora,) = loras(model, (X,), (3,))
     adapter = with_gates(lorac.MeteoRA.from_loras([lora], top_k=k))
@@ -116,7 +116,7 @@ def test_ranks_padded_with_zeros_change_nothing(k):
 
 
 @pytest.mark.parametrize("change", ["dora", "bias", "saved", "shape", "none"])
-def test_only_plain_loras_of_one_model_are_routed(change):
+def test_rejects_experts_that_are_not_plain_loras(change):
     model = ZOO["plain_mlp"].model()
     fresh = {
         "dora": lorac.DoRA(r=2, targets=["up"]),
@@ -162,7 +162,7 @@ def test_the_gate_loss_at_zero_gates_is_ln_l_and_trains_the_gates_alone():
     assert not trained["lora_A"].requires_grad and not trained["lora_B"].requires_grad
 
 
-def test_what_the_layer_answers_trains_the_gates_too():
+def test_the_output_trains_the_gates():
     model = host()
     compiled = lorac.compile(model, {"task": with_gates(lorac.MeteoRA.from_loras(loras(model, (X,))))})
     compiled(X).square().sum().backward()
@@ -309,7 +309,7 @@ def test_smollm2_with_four_loras_is_the_same_in_onnx_runtime():
 
 @pytest.mark.slow("test_routed.py exchanges routers and experts there")
 @torch.no_grad()
-def test_swaps_in_onnx_runtime_take_routers_of_one_structure():
+def test_onnx_runtime_swaps_routers_of_equal_structure():
     entry = ZOO["plain_mlp"]
     model, inputs = entry.model(), entry.inputs()
     first, second = (routed(entry, 0.3, ("up", "down"), seed) for seed in (1, 2))
@@ -348,7 +348,7 @@ def test_zero_gates_choose_the_first_two_everywhere():
         assert_parity(compiled(**inputs), reference, base, own_base=compiled(**inputs, adapters=None))
 
 
-def test_what_is_added_to_a_layers_output_is_not_found_by_a_difference() -> None:
+def test_emits_the_added_term_without_a_difference() -> None:
     """y' − y of y' = y + m is m: two ops less that are as long as y."""
     model, x = host().float(), X.float()
     adapter = with_gates(lorac.MeteoRA.from_loras(loras(host(), (X,))))

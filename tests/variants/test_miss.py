@@ -77,7 +77,7 @@ def test_reduces_to_low_rank(mini):
 
 
 @pytest.mark.parametrize(("fields", "reason"), [({"r": 8}, "r=7"), ({"r": 2, "mini": True, "mini_r": 2}, "mini_r=1")])
-def test_shapes_it_cannot_do(fields, reason):
+def test_rejects_unsupported_shapes(fields, reason):
     with refuses("site_unsupported") as error:
         lorac.compile(HOSTS["linear"].model(), {"a": lorac.MiSS(targets=("site",), **fields)})
     assert error.value.nearest == reason

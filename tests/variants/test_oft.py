@@ -89,7 +89,7 @@ def test_transforms_the_input_and_is_orthogonal():
 @pytest.mark.medium("eager, and runtime/test_rows.py has OFT there", cases=["onnxruntime"])
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_runs_beside_the_weight_alone_and_in_mixtures(target):
+def test_transforms_the_input_alone_and_in_mixtures(target):
     """One more of the same blocks, a LoRA, and an input scale: the sum transforms the input still."""
     rotation = OFT(block_size=4)
     cases = [
@@ -118,7 +118,7 @@ def test_runs_beside_the_weight_alone_and_in_mixtures(target):
             assert_close(compiled(x), model(x))
 
 
-def test_other_blocks_beside_it_need_a_weight():
+def test_blocks_of_different_sizes_need_a_bound_weight():
     cases = [Case(OFT(block_size=size), HOSTS["divisible"]) for size in (4, 3)]
     compiled = cases[0].compiled(cases[0].a, cases[1].b)
     assert compiled.plans["site"].bound
@@ -136,13 +136,13 @@ def test_nearest_divisor(number, wanted, found):
     assert nearest_divisor(number, wanted) == found
 
 
-def test_blocks_of_one_feature_are_refused():
+def test_rejects_blocks_of_size_1():
     model = HOSTS["linear"].model()
     with refuses("site_unsupported", match="have size 1 and rotate nothing"):
         lorac.compile(model, {"a": OFT(block_size=2, targets=("site",))})  # of 7, to which 1 is nearest
 
 
-def test_one_of_two_sizes():
+def test_rejects_two_sizes_or_none():
     for fields in ({"r": 2}, {"block_size": 0}):
         with pytest.raises(OptionError, match="a number of blocks or their size"):
             OFT(**fields)

@@ -64,7 +64,7 @@ def test_each_adapter_reads_its_own(target: str) -> None:
 @TARGETS
 @pytest.mark.filterwarnings("ignore:onnxruntime has no kernels for float16")
 @torch.no_grad()
-def test_in_half_precision_what_is_computed_once_is_wide(target: str) -> None:
+def test_computes_shared_values_in_float32_for_a_half_precision_model(target: str) -> None:
     model = host().half()
     adapter = lorac.compile(model, {"a": ROUTED}).adapters["a"]
     assert {tensor.dtype for tensor in adapter.parameters()} == {torch.float32}
@@ -73,7 +73,7 @@ def test_in_half_precision_what_is_computed_once_is_wide(target: str) -> None:
     assert_close(found.half(), expected.half())
 
 
-def test_it_trains_with_a_constant_base_pass() -> None:
+def test_gradients_treat_the_base_pass_as_constant() -> None:
     model = host()
     compiled = lorac.compile(model, {"a": ROUTED})
     given = compiled.adapters["a"].tensors
@@ -98,7 +98,7 @@ class Counted(nn.Module):
 
 
 @torch.no_grad()
-def test_off_in_eager_there_is_one_pass() -> None:
+def test_eager_runs_one_pass_while_inactive() -> None:
     compiled = lorac.compile(
         nn.Sequential(Counted(host())), {"a": replace(ROUTED, of="0.within.2", targets=["within.0"])}
     )
@@ -111,7 +111,7 @@ def test_off_in_eager_there_is_one_pass() -> None:
 
 @pytest.mark.medium("backends/onnx/test_gates.py: each branch lies in an If of its own")
 @torch.no_grad()
-def test_off_the_program_computes_what_the_base_does(tmp_path) -> None:
+def test_a_program_computes_only_the_base_while_inactive(tmp_path) -> None:
     model = host()
     compiled = lorac.compile(model, two(model), "onnxruntime", (X,))
     compiled.save(tmp_path / "routed")
@@ -158,7 +158,7 @@ class Reaching(lorac.BranchVariant):
 @pytest.mark.medium("eager", cases=["onnxruntime"])
 @TARGETS
 @torch.no_grad()
-def test_what_once_may_read(target: str) -> None:
+def test_once_reads_inputs_parameters_weights_and_base_values(target: str) -> None:
     model = host()
     method = Reaching(once_reads=("input:input", "param:0.bias", "weight:2", "base:0"))
     eager = lorac.compile(model, {"r": method})
@@ -177,7 +177,7 @@ def test_what_once_may_read(target: str) -> None:
         (Reaching(reading=("in:3",)), lorac.SiteError, "not a value of the program"),
     ],
 )
-def test_what_is_no_value_is_refused(method, error, text) -> None:
+def test_rejects_values_that_do_not_exist(method, error, text) -> None:
     with pytest.raises(error, match=text):
         lorac.compile(host(), {"r": method})
 
@@ -192,7 +192,7 @@ def test_what_is_no_value_is_refused(method, error, text) -> None:
         (Reaching(once_reads=("input:input",), gives="it", reading=("own:it", "2")), lorac.SiteError, "'2' is not"),
     ],
 )
-def test_what_once_does_not_give_is_refused(method, error, text, target) -> None:
+def test_rejects_values_that_once_does_not_return(method, error, text, target) -> None:
     with pytest.raises(error, match=text):
         lorac.compile(host(), {"r": method}, target, (X,))(X)
 
@@ -213,7 +213,7 @@ class Noisy(lorac.BranchVariant):
         return y + noise.sum() * p.up
 
 
-def test_one_stream_per_step_the_same_at_all_sites() -> None:
+def test_all_sites_share_the_random_numbers_of_a_step() -> None:
     """It comes from torch's generator, so that a seed or a saved state repeats it; other calls draw nothing."""
     compiled = lorac.compile(host(), {"n": Noisy()}, aux=["drawn"]).train()
     steps = []
@@ -232,7 +232,7 @@ def test_one_stream_per_step_the_same_at_all_sites() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_around_the_whole_draws_the_same_again(reentrant) -> None:
+def test_checkpointing_the_model_draws_the_same_numbers(reentrant) -> None:
     """Gradients are those without a checkpoint, also of several calls with one input and nothing drawn in between."""
     gradients = []
     for checkpointed in (False, True):

@@ -143,7 +143,7 @@ def test_in_eager_a_pass_is_run_where_its_adapter_is_on() -> None:
         assert compiled.host[0].calls == passes
 
 
-def test_it_trains_with_what_the_pass_gives_held_constant() -> None:
+def test_gradients_treat_the_pass_as_constant() -> None:
     model = host()
     compiled = lorac.compile(model, made(model, a=Settled()))
     given = compiled.adapters["a"].tensors
@@ -160,7 +160,7 @@ def test_it_trains_with_what_the_pass_gives_held_constant() -> None:
         (Settled(beside=("pass:first:3",)), lorac.SiteError, "which only `once` reads"),
     ],
 )
-def test_what_is_no_value_is_refused(method, error, text) -> None:
+def test_rejects_values_that_do_not_exist(method, error, text) -> None:
     with pytest.raises(error, match=text):
         lorac.compile(host(), {"s": method})
 
@@ -196,7 +196,7 @@ def test_a_formula_that_waits_for_itself_is_refused(target: str) -> None:
 
 
 @torch.no_grad()
-def test_of_several_components_the_one_that_is_called_has_the_pass() -> None:
+def test_only_the_called_component_runs_the_pass() -> None:
     models = {"one": host(), "two": host()}
     compiled = lorac.compile(models, {"a": Settled(targets=("one.0",), of="one.3", shift="one.0.bias")})
     alone = lorac.compile(models["one"], {"a": Settled(targets=("0",))})

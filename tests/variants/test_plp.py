@@ -84,7 +84,7 @@ def test_other_sites_begin_at_the_identity():
     assert not p["up_frozen"].any() and p["down_frozen"].any() and p["down_learned"].any()
 
 
-def test_bases_are_disjoint_rows_of_one_matrix():
+def test_bases_are_disjoint_rows_of_an_orthogonal_matrix():
     """Of a square site 1280 wide the two halves are all its rows, and its columns are orthonormal."""
     site = dataclasses.replace(SQUARE.site, out_features=1280, in_features=1280)
     specs = lorac.PLP(r=8).params(site)

@@ -103,7 +103,7 @@ def masked() -> lorac.Adapter:
 @pytest.mark.parametrize("ids", [IDS, OTHER], ids=["as captured", "another batch and length"])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_it_is_the_oracles(form: str, ids: torch.Tensor) -> None:
+def test_matches_the_oracle(form: str, ids: torch.Tensor) -> None:
     host = copy.deepcopy(model()).double()
     eager = lorac.compile(host, {form: exact(away(form))})
     assert_parity(eager(input_ids=ids).logits, by_hand(away(form), input_ids=ids), host(input_ids=ids).logits)
@@ -148,7 +148,7 @@ def test_padding_is_seen_by_no_token_in_onnx_runtime() -> None:
     assert_parity(emitted()(**told, adapters="masked").logits[real], expected, base, own_base=off)
 
 
-@pytest.mark.medium("test_it_starts_as_the_base_to_the_bit, and runtime/test_adapter_pool.py adds adapters there")
+@pytest.mark.medium("test_starts_at_the_base_bit_for_bit, and runtime/test_adapter_pool.py adds adapters there")
 @torch.no_grad()
 def test_another_side_network_is_swapped_in_without_a_rebuild_and_starts_as_the_base() -> None:
     compiled, told = emitted(), {"input_ids": OTHER, "attention_mask": torch.ones_like(OTHER)}
@@ -194,7 +194,7 @@ def test_the_papers_count_of_llama_2_70b() -> None:
 
 # ── At the start, and in training ────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_it_starts_as_the_base_to_the_bit(dtype: torch.dtype) -> None:
+def test_starts_at_the_base_bit_for_bit(dtype: torch.dtype) -> None:
     host = copy.deepcopy(model()).to(dtype)
     compiled = lorac.compile(host, {"side": method()})
     assert torch.equal(compiled(input_ids=IDS).logits, host(input_ids=IDS).logits)
@@ -226,7 +226,7 @@ def kept(variant: Any, batch: dict[str, torch.Tensor], host: nn.Module) -> tuple
     return sum(t.untyped_storage().nbytes() for t in held.values()), [t.shape for t in held.values()]
 
 
-def test_training_keeps_little_of_the_model_and_moves_nothing_of_it() -> None:
+def test_training_stores_few_activations_and_leaves_the_model() -> None:
     host, batch = copy.deepcopy(model()), {"input_ids": IDS}
     own, _ = kept(method(), batch, host)
     other, _ = kept(lorac.LoRA(r=4), batch, host)
@@ -250,7 +250,7 @@ def test_training_keeps_little_of_the_model_and_moves_nothing_of_it() -> None:
     assert [key for key, t in trained.items() if torch.equal(t, start[key])] == []
 
 
-def test_what_training_keeps_of_the_models_width_is_what_the_downsamplers_read() -> None:
+def test_training_stores_only_the_activations_of_downsamplers() -> None:
     widths = [shape[-1] for shape in kept(method(), {"input_ids": IDS}, copy.deepcopy(model()))[1] if shape]
     taps, blend = 3, 1
     assert widths.count(32) == taps + blend
@@ -261,7 +261,7 @@ def test_what_training_keeps_of_the_models_width_is_what_the_downsamplers_read()
     assert pooled.count(32) == blend
 
 
-def test_no_gradient_goes_through_what_the_side_network_reads() -> None:
+def test_stops_gradients_at_the_side_networks_inputs() -> None:
     tensors = {key: torch.zeros_like(t) if key == "alpha" else t for key, t in away().tensors["model.norm"].items()}
     side = lorac.Adapter("side", away().variant, {"model.norm": tensors})
     lora = lorac.LoRA(r=2, targets=["down_proj"])
@@ -292,7 +292,7 @@ def test_a_models_parts_are_found_by_structure() -> None:
         lorac.QST.of(transformers.BertModel(bert))
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_rejects_invalid_settings_and_modes() -> None:
     with pytest.raises(lorac.AdapterError, match=r"a side network of width 32/r with 4 heads"):
         lorac.compile(model(), {"side": method(r=16)})
     with pytest.raises(lorac.OptionError, match="adapter"):

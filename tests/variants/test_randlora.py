@@ -92,7 +92,7 @@ def test_rank_is_full_and_the_papers_pairing_another(out, columns):
 
 
 @torch.no_grad()
-def test_sites_take_their_corners_of_one_pair_of_bases():
+def test_sites_share_a_pair_of_bases():
     model = host()
     adapter = drawn(lorac.RandLoRA(r=6, alpha=30, targets=TARGETS), model)
     held = adapter.tensors.values()
@@ -147,7 +147,7 @@ def test_gradients(out, columns):
 
 @pytest.mark.medium("one law", keep=["law0"])
 @pytest.mark.parametrize("law", [{}, {"sparse": True}, {"very_sparse": True}, {"sparse": True, "very_sparse": True}])
-def test_a_fresh_one_is_pefts(law):
+def test_a_fresh_adapter_equals_pefts(law):
     settings = {"r": 6, "projection_prng_key": 5, **law}
     config = RandLoraConfig(target_modules=["second", "third"], **settings)
     wrapped = get_peft_model(host(torch.float32), config)

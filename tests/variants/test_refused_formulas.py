@@ -227,7 +227,7 @@ def test_a_value_of_the_program_is_not_written_either(value: str, target: str, n
     assert line_of(value, FaultyBranch.branch) in str(raised.value)
 
 
-def test_what_it_writes_is_named_and_what_it_raised_is_the_cause(net: Net) -> None:
+def test_rejects_formulas_that_write_or_raise(net: Net) -> None:
     with refuses("formula_failed", match=r"writes into W \(aten\.mul_\)"):
         lorac.compile(net, {"a": FaultyWeight(does="writes")})
     with refuses("formula_failed", match=r"writes into p\.m \(aten\.add_\)"):
@@ -237,7 +237,7 @@ def test_what_it_writes_is_named_and_what_it_raised_is_the_cause(net: Net) -> No
     assert isinstance(raised.value.__cause__, AttributeError)
 
 
-def test_what_is_added_later_is_refused_and_not_kept(net: Net) -> None:
+def test_rejects_a_faulty_formula_that_is_added_later(net: Net) -> None:
     compiled = lorac.compile(net, {"a": lorac.LoRA(r=2)}, reserve=lorac.Reserve(targets="all-linear", rank=4))
     x = torch.randn(3, 6)
     before = compiled(x)
@@ -249,7 +249,7 @@ def test_what_is_added_later_is_refused_and_not_kept(net: Net) -> None:
 
 
 @pytest.mark.parametrize("variant", [FaultyWeight, FaultyBranch])
-def test_the_conformance_kit_says_it(variant: type[lorac.WeightVariant]) -> None:
+def test_the_conformance_kit_reports_a_faulty_formula(variant: type[lorac.WeightVariant]) -> None:
     checks = conformance(variant, does="writes", targets=(), hosts={"linear": HOSTS["linear"]})
     formula = next(check for check in checks if str(check).endswith("linear-formula"))
     with refuses("formula_failed", match="writes into") as raised:
@@ -272,7 +272,7 @@ def test_a_checkpoint_ends_its_recomputation_within_a_formula() -> None:
     assert all(tensor.grad is not None for tensor in compiled.adapters["a"].parameters())
 
 
-def test_what_it_may_do() -> None:
+def test_accepts_writes_into_own_tensors() -> None:
     """Writing into what it made itself, and choosing by masks, is pure."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def told(depth=1, k=2):
     return compiled
 
 
-def test_what_is_deployed_is_the_likeliest_and_how_likely_that_is_is_told():
+def test_eval_chooses_the_likeliest_experts_and_emits_their_probability():
     compiled = told()
     compiled(torch.ones(1, 1).double())
     assert decimals(compiled.aux["log_prob"]["0"].exp(), 6) == [PAIRS[0, 1]]
@@ -52,7 +52,7 @@ def test_draws_come_as_often_as_they_are_likely_and_at_each_layer_by_themselves(
 
 
 @torch.no_grad()
-def test_calls_that_train_draw_anew_and_others_never_do():
+def test_only_training_calls_sample():
     model = host()
     compiled = lorac.compile(model, {"r": away(small(), model, (X,), "r")}, aux=["log_prob"])
     first = compiled(X)
@@ -116,7 +116,7 @@ def test_a_router_that_no_loss_of_the_model_trains_is_named_once():
 
 
 @pytest.mark.medium("the kit's training of its router, and of its extra outputs")
-def test_the_router_learns_from_what_its_draws_cost():
+def test_the_router_learns_by_reinforce():
     """Two kinds of tokens, two experts that are each right for one; only the router trains, by REINFORCE."""
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=False)).double()

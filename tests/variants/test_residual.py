@@ -41,7 +41,7 @@ def test_stays_low_rank_and_a_lora_is_the_same():
     assert_close(case.compiled(lorac.to_lora(case.a))(case.x), case.compiled(case.a)(case.x))
 
 
-def test_keeps_what_the_method_targets_and_its_patterns():
+def test_keeps_targets_and_patterns_of_the_method():
     method = lorac.LoRA(r=3, alpha=5, dropout=0.1, alpha_pattern={"b": 7}, targets=("a", "b"), bias="lora_only")
     made = Residual.around(method, 2, {"b": 4})
     assert (made.targets, made.bias, made.dropout) == (("a", "b"), "lora_only", 0.1)

@@ -70,7 +70,7 @@ def output(found):
 @pytest.mark.slow("the kit's routed methods there")
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
-def test_it_is_the_same_in_onnx_runtime_with_every_expert_chosen(programs, name):
+def test_onnx_runtime_matches_eager_and_uses_every_expert(programs, name):
     model, eager, emitted, inputs = programs
     _, aux, chosen = METHODS[name]
     base, own = output(model(**inputs)), output(emitted(**inputs, adapters=None))
@@ -86,7 +86,7 @@ def test_it_is_the_same_in_onnx_runtime_with_every_expert_chosen(programs, name)
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
-def test_experts_of_one_structure_are_swapped_without_a_rebuild_and_buffers_are_written(programs, name):
+def test_swaps_experts_and_writes_buffers_without_a_rebuild(programs, name):
     model, _, emitted, inputs = programs
     other = copy.deepcopy(emitted.adapters[name])
     for at in other.tensors.values():

@@ -21,7 +21,7 @@ def test_the_hand_computed_weights(temperature, weights):
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_it_is_top_k_then_softmax_where_nothing_ties(k):
+def test_equals_top_k_then_softmax_without_ties(k):
     z = torch.randn(3, 7, 5, dtype=torch.float64)
     values, indices = torch.topk(z, k)
     expected = torch.zeros_like(z).scatter(-1, indices, values.softmax(-1))
@@ -35,7 +35,7 @@ def test_a_huge_logit_takes_all():
     assert top_k_softmax(z, 2).tolist() == [0, 0, 0, 1]
 
 
-def test_a_gradient_reaches_the_chosen_and_no_one_else():
+def test_only_chosen_logits_get_a_gradient():
     z = Z.clone().requires_grad_()
     top_k_softmax(z, 2)[1].backward()
     assert z.grad is not None and z.grad[0] == 0 and z.grad[3] == 0 and z.grad[1] > 0 > z.grad[2]
@@ -52,7 +52,7 @@ def test_ties_go_to_the_lowest_index():
 @pytest.mark.medium("backends/onnxruntime/test_top_k.py")
 @pytest.mark.slow("two of the best", keep=["2"])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_onnx_runtime_breaks_ties_alike(k, tmp_path):
+def test_onnx_runtime_breaks_ties_as_eager(k, tmp_path):
     class Gate(torch.nn.Module):
         def forward(self, z):
             return top_k_softmax(z, k, 2.0)

@@ -47,7 +47,7 @@ def emitted() -> lorac.Compiled:
 @pytest.mark.medium("the classifier that chooses", keep=["top-k"])
 @pytest.mark.parametrize("number", range(4), ids=["top-k", "slight", "a softmax behind top-k", "layerwise"])
 @torch.no_grad()
-def test_it_is_pefts(number: int) -> None:
+def test_matches_peft(number: int) -> None:
     made = of_peft(**(HALF, SLIGHT, KEPT, LAYERWISE)[number])
     given = adapter(number)
     other = lorac.Adapter("o", replace(given.variant, scaling_pass_value=0.0), given.tensors)
@@ -59,9 +59,9 @@ def test_it_is_pefts(number: int) -> None:
             assert_parity(compiled(input_ids=ids, adapters="o").logits, y, base)
 
 
-@pytest.mark.slow("test_it_is_pefts, and test_x_lora.py counts the base's cost")
+@pytest.mark.slow("test_matches_peft, and test_x_lora.py counts the base's cost")
 @torch.no_grad()
-def test_a_program_is_pefts_and_off_costs_what_the_base_does(tmp_path: Path) -> None:
+def test_a_program_matches_peft_and_costs_the_base_while_inactive(tmp_path: Path) -> None:
     """Beside an adapter whose scaling pass is the base's, at another batch and length, off and on, saved and loaded."""
     found = emitted()
     found.save(tmp_path / "mixed")
@@ -78,7 +78,7 @@ def test_a_program_is_pefts_and_off_costs_what_the_base_does(tmp_path: Path) -> 
     assert products(graph) == sum(m.weight.numel() for m in model().modules() if isinstance(m, nn.Linear))
 
 
-@pytest.mark.slow("test_it_is_pefts, and backends/onnx/test_gates.py")
+@pytest.mark.slow("test_matches_peft, and backends/onnx/test_gates.py")
 @torch.no_grad()
 def test_sizes_that_a_pass_and_the_branches_share_go_through_a_gate() -> None:
     """As they do where the exporter tells nothing of the sizes that a reshape joins."""
@@ -95,9 +95,9 @@ def test_sizes_that_a_pass_and_the_branches_share_go_through_a_gate() -> None:
     assert_parity(emitted(input_ids=OTHER).logits, y, base)
 
 
-@pytest.mark.medium("test_it_is_pefts, and mixtures in test_swap.py")
+@pytest.mark.medium("test_matches_peft, and mixtures in test_swap.py")
 @torch.no_grad()
-def test_a_mixture_is_the_sum_of_what_each_is_alone() -> None:
+def test_a_mixture_is_the_sum_of_its_adapters() -> None:
     """The scaling pass is of the adapter whole, whatever its strength and whatever else is on."""
     eager = lorac.compile(model(), {"x": adapter(), "z": of_the_base()}, active="x")
     choice = {"x": 0.4, "z": 0.5}
@@ -119,7 +119,7 @@ def test_its_gradients_are_pefts() -> None:
 
 
 @torch.no_grad()
-def test_eager_generates_from_whole_texts() -> None:
+def test_eager_generates_without_a_cache() -> None:
     compiled = lorac.compile(model(), {"x": adapter()})
     row = IDS[:1, :4]
     answer = compiled.generate(input_ids=row, max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -132,7 +132,7 @@ def test_eager_generates_from_whole_texts() -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_program_with_a_cache_keeps_one_for_the_scaling_pass() -> None:
+def test_generates_with_a_second_cache_for_the_scaling_pass() -> None:
     eager = lorac.compile(model(), {"x": adapter()})
     grown = lorac.compile(model(), {"x": adapter()}, target="onnxruntime", cache=True)
     for choice in ("x", None, {"x": 0.5}, [None, "x"]):
@@ -141,7 +141,7 @@ def test_a_program_with_a_cache_keeps_one_for_the_scaling_pass() -> None:
 
 
 @pytest.mark.slow
-def test_tensorrt_takes_it() -> None:
+def test_compiles_for_tensorrt() -> None:
     """What it builds is held against the captured program without a GPU (``lorac.backends.tensorrt.cpu_check``)."""
     pytest.importorskip("tensorrt_rtx")
     with pytest.warns(lorac.LoracWarning, match="cannot run here"):

@@ -71,7 +71,7 @@ def test_every_batch_gets_its_own_number(variant: type[Shared], target: str) -> 
 @pytest.mark.medium("with places for rows", cases=["False-*"])
 @pytest.mark.parametrize("variant", [Counted, Looped])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_a_trace_for_one_number_of_rows_is_refused(variant: type[Shared], by_row: bool) -> None:
+def test_rejects_a_formula_that_fixes_the_number_of_rows(variant: type[Shared], by_row: bool) -> None:
     said = rf"(?s)the formula of {variant.name} at '0' makes a number of a size .*test_sizes_in_formulas\.py.*x\.shape"
     with refuses("formula_failed", match=said):
         _compile(variant(targets=["0"]), "onnxruntime", branch_rows=by_row)

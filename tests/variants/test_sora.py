@@ -25,7 +25,7 @@ def case():
 
 
 @torch.no_grad()
-def test_worked_example_and_what_it_prunes_to():
+def test_matches_a_worked_example_before_and_after_pruning():
     model = nn.Sequential()
     model.add_module("site", nn.Linear(2, 2, bias=False, dtype=torch.float64))
     model.site.weight.data.zero_()
@@ -56,7 +56,7 @@ def test_open_gates_are_lora(case):
 
 @pytest.mark.parametrize("gate", [[1.0, 1.0, 1.0], [0.3, -7.0, 0.0]])
 @torch.no_grad()
-def test_a_fresh_one_is_the_base_whatever_its_gates(case, gate):
+def test_a_fresh_adapter_equals_the_base(case, gate):
     fresh = lorac.compile(case.model, {"a": case.variant}).adapters["a"]
     fresh.tensors["site"]["gate"].copy_(tensor(gate))
     assert torch.equal(lorac.compile(case.model, {"a": fresh})(case.x), case.base(case.x))

@@ -103,7 +103,7 @@ def test_parts_of_other_sizes_and_methods():
     assert torch.equal(fresh(torch.ones(1, 5).double()), model(torch.ones(1, 5).double()))
 
 
-def test_a_part_trains_with_the_dropout_of_the_whole():
+def test_a_part_trains_with_the_dropout_of_the_split():
     model, x = packed()
     compiled = lorac.compile(model, {"a": lorac.Split(parts={"k": lorac.LoRA(r=2)}, dropout=0.5, targets=("qkv",))})
     compiled.train()
@@ -113,7 +113,7 @@ def test_a_part_trains_with_the_dropout_of_the_whole():
     assert all(bool(parameter.grad.any()) for parameter in compiled.parameters() if parameter.requires_grad)
 
 
-def test_what_is_no_split_is_refused():
+def test_rejects_invalid_parts():
     with pytest.raises(lorac.OptionError, match="there is no part 'query'"):
         lorac.Split(parts={"query": lorac.LoRA()})
     with pytest.raises(lorac.OptionError, match=r"part 'q' has dropout=0\.1"):

@@ -45,7 +45,7 @@ def test_worked_example():
     assert delta(variant, 2, 2, tensors).tolist() == [[1.0, 1.0], [6.0, 4.0]]
 
 
-def test_order_one_holds_vera():
+def test_order_1_contains_vera():
     tensors = random(lorac.TeRA(order=1, scale=1), 11, 7)
     tensors["tera_U_0"] = torch.eye(11, dtype=torch.float64)
     vera = {
@@ -66,7 +66,7 @@ def test_the_law_of_its_rank(r):
     assert sum(t.numel() for name, t in tensors.items() if name.startswith("tera_d")) == 4 * r
 
 
-def test_it_is_linear_in_every_vector():
+def test_is_linear_in_every_vector():
     variant = lorac.TeRA(r=2)
     tensors = random(variant, 12, 6)
     for k in range(4):
@@ -75,7 +75,7 @@ def test_it_is_linear_in_every_vector():
 
 
 @pytest.mark.parametrize("r", [None, 2])
-def test_modes_contracted_one_by_one(r):
+def test_matches_a_contraction_by_modes(r):
     """6 inputs in modes (2, 3) through U·diag(d) into the core, and out of it into 12 outputs in modes (3, 4)."""
     variant = lorac.TeRA(r=r)
     tensors = random(variant, 12, 6)
@@ -129,7 +129,7 @@ def fresh(**fields):
 
 
 @torch.no_grad()
-def test_one_core_for_all_sites(tmp_path):
+def test_sites_share_core_and_factors(tmp_path):
     model, compiled = fresh()
     adapter = compiled.adapters["a"]
     for name in ("tera_G", "tera_U_0", "tera_U_3"):
@@ -140,7 +140,7 @@ def test_one_core_for_all_sites(tmp_path):
     assert lorac.load_adapter(tmp_path / "a.safetensors", model).numel() == adapter.numel()
 
 
-def test_the_seed_alone_tells_core_and_factors():
+def test_the_seed_determines_core_and_factors():
     (_, one), (_, two), (_, other) = fresh(), fresh(), fresh(seed=1)
     for name in ("tera_G", "tera_U_0", "tera_U_1", "tera_U_2", "tera_U_3"):
         first, second, third = (c.adapters["a"].tensors["one"][name] for c in (one, two, other))
@@ -170,7 +170,7 @@ def test_an_adapter_is_exchanged_by_its_vectors():
 
 
 @torch.no_grad()
-def test_at_ones_an_entry_is_as_large_as_a_linears():
+def test_entries_have_the_deviation_of_a_linear_layers():
     """std(ΔW) = 1/√in, so that one learning rate serves all shapes."""
     _, compiled = fresh()
     tensors = {name: torch.ones_like(t) if "_d_" in name else t for name, t in _at(compiled, "one").items()}
@@ -179,7 +179,7 @@ def test_at_ones_an_entry_is_as_large_as_a_linears():
 
 
 @torch.no_grad()
-def test_an_entry_is_as_large_whatever_other_layers_there_are():
+def test_the_size_of_entries_does_not_depend_on_other_layers():
     """Its mean square over seeds, at ones, is 1/in next to layers that need a larger network."""
     sizes = {"small": (16, 16), "tall": (256, 16), "large": (256, 256)}
     model = nn.ModuleDict({name: nn.Linear(columns, out) for name, (out, columns) in sizes.items()})
@@ -200,7 +200,7 @@ def _at(compiled, path):
 
 @pytest.mark.medium("the last vector", keep=["2-2"])
 @pytest.mark.parametrize(("zero_mode", "k"), [(-1, 3), (0, 0), (2, 2)])
-def test_one_vector_starts_at_zero(zero_mode, k):
+def test_a_single_vector_starts_at_zero(zero_mode, k):
     _, compiled = fresh(zero_mode=zero_mode)
     starts = [_at(compiled, "three")[f"tera_d_{i}"] for i in range(4)]
     assert [bool(t.any()) for t in starts] == [i != k for i in range(4)]

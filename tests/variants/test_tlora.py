@@ -42,7 +42,7 @@ def transform(variant, *cores):
         ("little", [[2, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 0.5], [0, 0, 0, 1]]),
     ],
 )
-def test_one_dimensional_rings_are_kronecker_products(order, expected):
+def test_rings_of_rank_1_are_kronecker_products(order, expected):
     first, second = tensor([[1.0, 0.5], [0.0, 1.0]]), tensor([[2.0, 0.0], [0.0, 1.0]])
     assert transform(TLoRA(index_order=order, dims=((2, 2),)), first, second).tolist() == expected
 
@@ -79,7 +79,7 @@ def fresh(variant, out, columns):
 @pytest.mark.slow("each kind of residual once", keep=["lora-3", "ttv-3"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("residual", ["lora", "ttv"])
-def test_starts_as_the_base_and_first_moves_what_it_should(rank, residual):
+def test_starts_at_the_base_and_trains_the_right_factors_first(rank, residual):
     model, compiled = fresh(TLoRA(transform_rank=rank, r=2, residual=residual, targets=("site",)), 12, 24)
     compiled.train()
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -51,7 +51,7 @@ def compiled(host, variant, **settings):
 
 
 @torch.no_grad()
-def test_adapters_of_different_sites_are_joined_into_one(host):
+def test_joins_adapters_of_different_sites(host):
     one = compiled(host, lorac.LoRA(r=2, targets=["first"])).adapters["a"]
     other = compiled(host, lorac.DoRA(r=3, targets=["second"])).adapters["a"]
     joined = lorac.Union.of(one, other, name="both")
@@ -92,7 +92,7 @@ def test_each_keeps_its_own_dropout(host):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_branches_and_weights_live_in_one_artifact(host, tmp_path):
+def test_an_artifact_holds_branches_and_weights(host, tmp_path):
     variant = lorac.Union(parts=(lorac.AdapterTune(targets=["norm"]), lorac.LoRA(r=2, targets="all-linear")))
     found = compiled(host, variant)
     assert set(found.adapters["a"].sites) == {*NAMES, "norm"}
@@ -107,7 +107,7 @@ SUMS = lorac.XLoRA(hidden="norm", hidden_size=10, targets=["second"])
 """A method that computes once per call."""
 
 
-def test_what_is_no_union_is_refused(host):
+def test_rejects_invalid_parts(host):
     lora = lorac.LoRA(r=2, targets=["first"])
     for parts, error, match in (
         ((lora, lorac.LoRA(targets=["first", "second"])), lorac.SiteError, "lora and lora both target 'first'"),
@@ -123,7 +123,7 @@ def test_what_is_no_union_is_refused(host):
 
 
 @torch.no_grad()
-def test_what_is_a_lora_everywhere_is_one_lora_and_a_branch_is_none(host):
+def test_converts_to_a_lora_unless_it_has_a_branch(host):
     found = compiled(host, union())
     whole = lorac.to_lora(found.adapters["a"], host)
     assert_close(lorac.compile(host, {"a": whole}, example_inputs=X)(*X), found(*X))

@@ -52,7 +52,7 @@ def test_of_equal_logits_the_first_goes_before():
     ],
     ids=str,
 )
-def test_vectors_of_length_one_fit_every_kind_of_site(check):
+def test_vectors_of_length_1_fit_every_kind_of_site(check):
     check()
 
 
@@ -80,7 +80,7 @@ def host():
     return Host().double().eval()
 
 
-def test_one_bank_that_every_site_trains(tmp_path):
+def test_all_sites_train_a_shared_bank(tmp_path):
     model, x = host(), torch.randn(5, 8, dtype=torch.float64)
     compiled = lorac.compile(model, {"a": lorac.VBLoRA(r=2, targets=("up", "down"), **SMALL)})
     adapter = compiled.adapters["a"]

@@ -107,7 +107,7 @@ def test_worked_example():
     assert lorac.VeRA(r=1).weight(zero, p).tolist() == [[3.0, 3.0], [6.0, 6.0]]
 
 
-def test_count_is_one_vector_per_side(model):
+def test_has_two_vectors_per_site(model):
     """RoBERTa-base of the paper's table 2: r = 1024 on query and value of twelve layers makes 43k."""
     site = Site("site", SiteKind.LINEAR, 768, 768, torch.float32, "site.weight")
     specs = lorac.VeRA(r=1024).params(site)
@@ -120,7 +120,7 @@ def test_count_is_one_vector_per_side(model):
 
 
 @pytest.mark.parametrize("key", [0, 5])
-def test_a_fresh_one_is_pefts(key):
+def test_a_fresh_adapter_equals_pefts(key):
     model = host(torch.float32)
     wrapped = get_peft_model(
         host(torch.float32), VeraConfig(r=5, target_modules=list(TARGETS), projection_prng_key=key, d_initial=0.3)
@@ -171,7 +171,7 @@ def _plain(tensors):
 # --- one memory ------------------------------------------------------------------------------------------------------
 
 
-def test_one_tensor_in_the_adapter_and_one_memory_in_its_form(model, adapters):
+def test_sites_share_the_memory_of_projections(model, adapters):
     compiled = lorac.compile(model, {"a": adapters["a"]})
     held = compiled.adapters["a"].tensors.values()
     assert len({id(tensors["vera_A"]) for tensors in held}) == len({id(tensors["vera_B"]) for tensors in held}) == 1
@@ -183,7 +183,7 @@ def test_one_tensor_in_the_adapter_and_one_memory_in_its_form(model, adapters):
         assert len(set(places)) == 1
 
 
-def test_one_memory_in_the_slots(model, adapters):
+def test_slots_share_the_memory_of_projections(model, adapters):
     """What a binding of the eager engine holds; λ of every site is its own."""
     compiled = lorac.compile(model, {"a": adapters["a"]})
     slots = compiled._state.bound.active.slots
@@ -198,7 +198,7 @@ def emitted(adapters):
 
 
 @pytest.mark.medium("the kit's shared tensors")
-def test_one_memory_in_the_bindings_of_onnx_runtime(emitted):
+def test_onnx_runtime_bindings_share_the_memory_of_projections(emitted):
     emitted.swap("a")
     binding = emitted._state.bound
     named = {tuple(name.rsplit(":", 1)): t for name, t in binding.tensors.items()}
@@ -279,7 +279,7 @@ def test_swaps_in_onnx_runtime(emitted, adapters):
     assert len({value.numpy().tobytes() for value in first.values()}) == len(first)
 
 
-def test_one_added_to_what_was_compiled_without(model, adapters):
+def test_adds_to_a_model_with_reserved_slots(model, adapters):
     """A slot for a plain pair takes it too, λ worked into B."""
     compiled = lorac.compile(model, {}, reserve=lorac.Reserve(targets=TARGETS, rank=5))
     compiled.add_adapter(adapters["a"])

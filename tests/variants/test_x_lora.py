@@ -56,7 +56,7 @@ def test_scalings_by_hand(fields: dict[str, Any], expected: list[float]) -> None
         {"enable_softmax": False, "enable_softmax_topk": True},
     ],
 )
-def test_a_model_of_one_layer_is_the_oracles(fields: dict[str, Any]) -> None:
+def test_a_single_layer_matches_the_oracle(fields: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(1)
     host, x = (
         nn.Sequential(nn.Linear(4, 5), nn.Tanh()).double().eval(),
@@ -106,7 +106,7 @@ def test_layers_are_weighed_by_their_places() -> None:
 @pytest.mark.medium("another batch and length", cases=["as captured"])
 @pytest.mark.parametrize("ids", [IDS, OTHER], ids=["as captured", "another batch and length"])
 @torch.no_grad()
-def test_it_is_pefts(ids: torch.Tensor) -> None:
+def test_matches_peft(ids: torch.Tensor) -> None:
     y, base = of_peft()(input_ids=ids).logits, model()(input_ids=ids).logits
     assert_parity(lorac.compile(model(), {"x": adapter()})(input_ids=ids).logits, y, base)
     assert_parity(emitted()(input_ids=ids).logits, y, base, own_base=emitted()(input_ids=ids, adapters=None).logits)
@@ -128,7 +128,7 @@ def test_causal_and_the_base_off() -> None:
 
 
 @pytest.mark.medium("variants/test_once.py: off, a program computes what the base does")
-def test_off_costs_what_the_base_does(tmp_path: Path) -> None:
+def test_costs_the_base_while_inactive(tmp_path: Path) -> None:
     emitted().save(tmp_path / "mixed")
     lorac.compile(model(), {}, target="onnxruntime").save(tmp_path / "base")
     mixed, base = (onnx_ir.load(next((tmp_path / name).rglob("*.onnx"))).graph for name in ("mixed", "base"))

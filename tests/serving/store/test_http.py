@@ -101,7 +101,7 @@ def test_prompts_are_kept_for_each_tenant(alice: httpx2.Client, bob: httpx2.Clie
     assert not any("/" in name for _, names in _kept_prompts() for name in names)
 
 
-def test_a_request_ends_with_the_adapter_that_it_began_with(compiled: Any, store: AdapterStore, file: bytes) -> None:
+def test_a_request_keeps_its_adapter_after_an_unload(compiled: Any, store: AdapterStore, file: bytes) -> None:
     key = store.upload("carol", "mine", {"x.safetensors": io.BytesIO(file)}).key
     ids, options = torch.arange(5, 11), {"max_new_tokens": 12, "eos_token_id": None}
     expected = compiled.generate(ids[None], adapters=key, **options)[0, len(ids) :].tolist()
@@ -166,5 +166,5 @@ def test_quotas_and_keys(alice: httpx2.Client, address: str, file: bytes) -> Non
         assert alice.delete(f"/v1/adapters/{name}").status_code == 200
 
 
-def test_without_a_store_there_are_no_uploads(compiled: Any, tmp_path: Path) -> None:
+def test_has_no_route_for_uploads_without_a_store(compiled: Any, tmp_path: Path) -> None:
     assert "/v1/adapters" not in {getattr(route, "path", "") for route in make_app(compiled).routes}

@@ -25,7 +25,7 @@ def expected(adapter: lorac.Adapter) -> torch.Tensor:
 
 @pytest.mark.medium("PEFT's files", cases=["native"])
 @pytest.mark.parametrize("write", [native, peft])
-def test_an_uploaded_adapter_answers_as_one_that_was_compiled_in(store: AdapterStore, tenant: str, write: Any) -> None:
+def test_an_uploaded_adapter_matches_a_compiled_one(store: AdapterStore, tenant: str, write: Any) -> None:
     added = send(store, tenant, "mine", write(made("m")))
     assert store.find(tenant, "mine") == added.key
     assert raw(answer(store._compiled, adapters=added.key)) == raw(expected(made("m")))
@@ -62,7 +62,7 @@ def test_equal_bytes_cost_once_for_each_tenant(store: AdapterStore, tenant: str)
     assert not store._folder.file_of(tenant, one.digest).exists()
 
 
-def test_a_name_is_taken_until_it_is_unloaded(store: AdapterStore, tenant: str) -> None:
+def test_rejects_a_name_in_use_until_it_is_unloaded(store: AdapterStore, tenant: str) -> None:
     send(store, tenant, "mine", native(made("m")))
     with refuses("adapter_exists", match="unload it first"):
         send(store, tenant, "mine", native(made("n", seed=1)))
@@ -73,7 +73,7 @@ def test_a_name_is_taken_until_it_is_unloaded(store: AdapterStore, tenant: str) 
     assert store._tenants[tenant].account.adapters == 1
 
 
-def test_what_began_with_an_adapter_ends_with_it(store: AdapterStore, tenant: str) -> None:
+def test_a_held_adapter_survives_an_unload(store: AdapterStore, tenant: str) -> None:
     model = store._compiled
     used, key = model.memory.used, send(store, tenant, "mine", native(made("m"))).key
     with model.hold(key) as held:
@@ -114,7 +114,7 @@ def test_adapters_survive_a_restart(
         assert [one.name for one in again.adapters(tenant)] == ["c", "shared"]
 
 
-def test_what_a_restart_refuses_is_left_out_and_stays_on_disk(folder: Path, tenant: str) -> None:
+def test_a_restart_skips_and_keeps_damaged_files(folder: Path, tenant: str) -> None:
     changed = next(folder.rglob("b@*"))
     changed.with_name(f"{changed.name[2:]}.safetensors").write_bytes(b"\1" * 20)
     with pytest.warns(lorac.LoracWarning, match="left out"), AdapterStore(compiled(), folder) as again:
@@ -145,7 +145,7 @@ def made_for_others() -> torch.nn.Module:
     return host_with_other_weights()
 
 
-def test_an_upload_may_say_the_hash_of_its_base(store: AdapterStore, tenant: str) -> None:
+def test_checks_the_hash_of_the_base_of_an_upload(store: AdapterStore, tenant: str) -> None:
     from lorac.adapters.base_hash import compute_base_hash
     from lorac.frontend.model_view import ModelView
 
@@ -205,7 +205,7 @@ def test_names_are_few_characters(store: AdapterStore, tenant: str) -> None:
     assert {line["name"] for line in log_of(store, tenant)} >= {"a\nb", "\x1b[2J", "None"}
 
 
-def test_a_stranger_may_not_unload_what_is_for_all(store: AdapterStore, tenant: str) -> None:
+def test_rejects_unloading_a_shared_adapter(store: AdapterStore, tenant: str) -> None:
     with refuses("adapter_error", match="for all tenants"):
         store.unload(tenant, "shared")
     with refuses("adapter_not_found"):

@@ -60,7 +60,7 @@ def found(path: Path) -> list[str]:
 
 
 @pytest.mark.medium("storage/test_killed.py kills writers of folders")
-def test_adding_and_removing_is_one_step(tmp_path: Path) -> None:
+def test_adding_and_removing_are_atomic(tmp_path: Path) -> None:
     seen = set()
     for work, before, after in ((add, [], ["mine"]), (remove, ["mine"], [])):
         moment, killed = 0, True
@@ -78,7 +78,7 @@ def test_adding_and_removing_is_one_step(tmp_path: Path) -> None:
     assert seen == {("add",), ("add", "mine"), ("remove",), ("remove", "mine")}
 
 
-def test_a_name_has_one_adapter(tmp_path: Path) -> None:
+def test_keeps_one_adapter_per_name(tmp_path: Path) -> None:
     folder = StoreFolder(tmp_path)
     add(folder)
     folder.add_name(SECOND)

@@ -76,7 +76,7 @@ def test_lora_ga_takes_two_halves_of_the_gradient() -> None:
     assert_close(own["lora_B"].abs(), matrix([[5 * zeta], [0]]))
 
 
-def test_lora_one_takes_a_step_down() -> None:
+def test_lora_one_is_a_step_of_gradient_descent() -> None:
     """Of −diag(4, 1), r = 2, gamma = 4: B·A = −diag(4/4, 1/4)/4."""
     start = starts.LoRAOne(gamma=4, loss=falling(matrix([[4, 0], [0, 1]])))
     assert_close(product(start(lora(r=2), host(torch.eye(2)), [None])), matrix([[-1 / 4, 0], [0, -1 / 16]]))
@@ -91,7 +91,7 @@ def test_lora_sb_is_the_first_step_of_adamw() -> None:
     assert_close(4 * own["lora_B"] @ own["lora_latent"] @ own["lora_A"], matrix([[-0.1, -0.1], [-0.1, -0.1]]))
 
 
-def test_lora_sb_of_full_rank_is_the_whole_step() -> None:
+def test_lora_sb_of_full_rank_equals_the_full_step() -> None:
     gradient = matrix([[3, -1, 0], [2, 5, -2]])
     start = starts.LoRASB(lr=1, warmup=0.5, steps=20, loss=falling(gradient))
     own = start(lorac.LoRAXS(r=2, alpha=2, targets=("site",)), host(torch.ones(2, 3)), [None]).tensors["site"]
@@ -99,7 +99,7 @@ def test_lora_sb_of_full_rank_is_the_whole_step() -> None:
     assert_close(own["lora_B"].t() @ own["lora_B"], torch.eye(2, dtype=torch.float64))
 
 
-def test_corda_weighs_by_what_comes_in() -> None:
+def test_corda_weighs_by_the_covariance_of_inputs() -> None:
     """Inputs lie along the first axis: W·C has its first component there, though W is larger along the second."""
     x = matrix([[2, 0], [-2, 0]])
     for mode, kept in (("ipm", [[1.0, 0], [0, 0]]), ("kpm", [[0, 0], [0, 2.0]])):

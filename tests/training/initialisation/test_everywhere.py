@@ -38,7 +38,7 @@ def moved(name: str, dtype: torch.dtype) -> tuple[Any, lorac.Adapter]:
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_begins_where_it_should_and_leaves_the_model(name: str) -> None:
+def test_starts_at_the_model_and_leaves_it_unchanged(name: str) -> None:
     model = net()
     model.down.weight.grad = torch.ones_like(model.down.weight)
     before, state, stream = zoo.fingerprint(model), net().state_dict(), torch.get_rng_state()
@@ -58,7 +58,7 @@ def test_begins_where_it_should_and_leaves_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", AT_BASE)
-def test_does_not_begin_at_zero_unless_it_says_so(name: str) -> None:
+def test_starts_away_from_zero_by_default(name: str) -> None:
     tensors = begun(name, net()).tensors.values()
     assert all(bool(own["lora_A"].any()) for own in tensors)
     assert all(bool(own["lora_B"].any()) == (name != "eva") for own in tensors)

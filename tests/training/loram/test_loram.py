@@ -89,7 +89,7 @@ def logits(model: Any, adapter: lorac.Adapter | None = None) -> Tensor:
 @pytest.mark.parametrize(("groups", "bias"), [(2, False), (1, True), (4, False)])
 @pytest.mark.parametrize("layers", [None, [1]])
 @pytest.mark.parametrize("by", ["magnitude", "gradient", "random"])
-def test_the_smaller_model_is_the_large_one_with_zeros(groups: int, bias: bool, layers: Any, by: str) -> None:
+def test_the_pruned_model_equals_the_large_one_with_zeros(groups: int, bias: bool, layers: Any, by: str) -> None:
     """With adapters too: recovered, one does at the emptied large model what it does at the small one."""
     model = llama(groups=groups, bias=bias)
     before = zoo.fingerprint(model)
@@ -103,7 +103,7 @@ def test_the_smaller_model_is_the_large_one_with_zeros(groups: int, bias: bool, 
     parity.assert_parity(logits(large, recovered), logits(smaller.model, adapter), logits(large))
 
 
-def test_the_recovered_model_is_the_large_one_with_scattered_factors() -> None:
+def test_recovers_factors_at_the_kept_rows_and_columns() -> None:
     """At the untouched large model: W + s·B·A at the rows and columns kept, and W elsewhere."""
     model = llama()
     smaller = loram.prune(model)
@@ -206,7 +206,7 @@ def test_generates_when_pruned_evenly() -> None:
     assert torch.equal(cached, plain)
 
 
-def test_what_it_comes_to() -> None:
+def test_reports_parameters_and_bytes() -> None:
     """Of each layer half of q, k, v, o (24·24, 2·12·24, 24·24) and of 3·20·24 goes; 4 bytes a value more or less."""
     smaller = loram.prune(llama())
     large, small = smaller.sizes.parameters
@@ -311,7 +311,7 @@ def test_a_changed_file_of_positions_is_refused(tmp_path: Path) -> None:
         loram.read_pruning_record(tmp_path / "nowhere")
 
 
-def test_the_authors_files_of_what_was_removed(tmp_path: Path) -> None:
+def test_reads_the_authors_files_of_removed_units(tmp_path: Path) -> None:
     """Their own recovery by the positions in both kinds of files, ``3_recovered_low_rank_matrix_generation.py``."""
     model = llama()
     smaller = loram.prune(model, layers=[1], by="random")
@@ -341,7 +341,7 @@ def test_the_authors_files_of_what_was_removed(tmp_path: Path) -> None:
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_files_of_what_was_removed_that_are_of_no_use(tmp_path: Path) -> None:
+def test_rejects_invalid_files_of_removed_units(tmp_path: Path) -> None:
     model, file = llama(), tmp_path / "model.layers.0.self_attn.k_proj.pt"
     with refuses("corrupt_file", match="holds no file"):
         loram.read_removed_units(tmp_path, model)

@@ -36,7 +36,7 @@ def every(prompts: Sequence[str]) -> list[bool]:
     return [True] * len(prompts)
 
 
-def test_what_is_accepted_is_taken_in_order() -> None:
+def test_keeps_accepted_prompts_in_order() -> None:
     found = transfer.synthesise_prompts(drawn(), every, 20, rows=8)
     first = [prompt for seed in (0, 8, 16) for prompt in drawn()(8, seed)][:20]
     assert found.prompts == tuple(first) and found.tried == 24
@@ -50,20 +50,20 @@ def test_each_prompt_is_taken_once() -> None:
     assert len(set(transfer.synthesise_prompts(drawn(1, "ab"), every, 9, dedupe=False).prompts)) == 2
 
 
-def test_it_ends_where_nothing_is_accepted() -> None:
+def test_rejects_a_run_without_accepted_prompts() -> None:
     with refuses("batches_needed", match="0 of 40 generated prompts belong to the task, and 4"):
         transfer.synthesise_prompts(drawn(), lambda prompts: [False] * len(prompts), 4, tries=40)
     with refuses("batches_needed", match="0 of 16 generated prompts belong to the task"):
         transfer.synthesise_prompts(lambda count, seed: [""] * count, every, 4, tries=16)
 
 
-def test_only_prompts_are_taken_of_what_is_written() -> None:
+def test_extracts_only_the_prompt_of_a_continuation() -> None:
     assert TASK.written(" is it so?\nAnswer: no\nQuestion: and so?") == "is it so?"
     assert TASK.asking().endswith("Question: abc\nQuestion: hgf\nQuestion:")
     assert TASK.about("abc") == "abc\nIs the above question from letters dataset? Answer:"
 
 
-def test_a_tie_is_no() -> None:
+def test_a_tie_counts_as_no() -> None:
     """The head has one row for both answers, so that no prompt tells them apart."""
     model, tokenizer = llama(16, 0), characters()
     yes, no = (tokenizer(letter)["input_ids"][0] for letter in "yn")
@@ -88,7 +88,7 @@ def test_labels_are_the_answers_alone() -> None:
         transfer.make_training_batches(tokenizer, [])
 
 
-def test_continuations_do_not_depend_on_who_is_beside() -> None:
+def test_continuations_do_not_depend_on_other_rows() -> None:
     """Rows are padded on the left; answers are what each prompt gives alone, with the adapter and without."""
     compiled = speaking(llama(16, 0))
     for tensor in compiled.adapters["a"].parameters():
