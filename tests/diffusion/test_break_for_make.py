@@ -99,7 +99,7 @@ def test_the_second_stage_moves_both_factors_and_lowers_both_losses(precondition
 def test_rejects_unknown_halves_and_missing_partners():
     compiled = fresh()
     [own] = losses(compiled, "a")
-    with refuses("choice_error", match="'texture' is no half"):
+    with refuses("choice_error", match="'texture' is not a half"):
         learn_half(compiled, "content", own, [own], FEW, half="texture")
     with refuses("choice_error", match="there are 1 partners, and a step takes 2"):
         learn_half(compiled, "content", own, [own], FEW)
