@@ -2,18 +2,10 @@
 
 A scaled embedding returns a multiple of the result of ``nn.Embedding``. The change of an adapter of its weight is
 scaled with it, as it is once merged.
-
-Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. An adapter
-acts where its layer is called, as PEFT's does, and has no effect on such a reader. Which layers are read is found in
-the bytecode of the reader's class, since only some calls take the branch that reads.
 """
 
-import dis
-import functools
 import inspect
-import types
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,9 +20,6 @@ from lorac.ir.sites.site import ConvGeometry
 
 Forward = Callable[..., Any]
 _LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_METADATA = frozenset({"device", "dim", "dtype", "is_meta", "ndim", "numel", "requires_grad", "shape", "size"})
-"""Attributes of a tensor that say nothing of its values."""
-_LOADS = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 
 
 def find_layer_class(module: nn.Module) -> type[nn.Module]:
@@ -47,12 +36,6 @@ def check_layer(path: str, model: nn.Module) -> None:
             f"'{path}' is a {type(module).__name__}, whose forward computes more than its layer by itself",
             next_step="exclude= it, or let its forward call super().forward",
         )
-
-
-def is_only_read(path: str, model: nn.Module) -> bool:
-    """Return whether the owner of a layer reads its weight and never calls it."""
-    owner, _, leaf = path.rpartition(".")
-    return find_weight_reads(model.get_submodule(owner)).get(leaf) is False
 
 
 def has_plain_forward(module: nn.Module) -> bool:
@@ -96,44 +79,3 @@ def _acts_as_linear(module: nn.Module) -> bool:
     layer = copy_structure(module).eval()  # a forward may write attributes
     own, plain = type(layer).forward(layer, x), nn.Linear.forward(layer, x)
     return isinstance(own, Tensor) and own.shape == plain.shape and torch.allclose(own, plain, rtol=1e-3)
-
-
-def find_weight_reads(module: nn.Module) -> Mapping[str, bool]:
-    """Return the attributes whose weight a module's forward reads -> whether it also calls them or hands them on.
-
-    A child that is used otherwise as well may be called in some calls and read in others.
-    """
-    return _find_weight_reads(type(module))  # type: ignore[arg-type]  # mypy compares a class's hash with Module's
-
-
-@functools.cache
-def _find_weight_reads(cls: type[nn.Module]) -> Mapping[str, bool]:
-    followed: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for code in _iterate_code(cls):
-        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-        names = [*(str(step.argval) if step.opname in _LOADS else "" for step in steps), "", ""]
-        for i, name in enumerate(names[:-2]):
-            followed[name].add((names[i + 1], names[i + 2]))
-    return {
-        name: any(first in {"", "forward"} for first, _ in found)
-        for name, found in followed.items()
-        if any(first == "weight" and second not in _METADATA for first, second in found)
-    }
-
-
-def _iterate_code(cls: type[nn.Module]) -> Iterator[types.CodeType]:
-    """Yield the code of a class's forward, of the methods that it names, and of the functions inside these."""
-    own = cls.__mro__[: cls.__mro__.index(nn.Module)]
-    pending: list[object] = [cls.forward]
-    seen: set[types.CodeType] = set()
-    while pending:
-        item = pending.pop()
-        code = getattr(inspect.unwrap(item), "__code__", None) if callable(item) else item
-        if not isinstance(code, types.CodeType) or code in seen:
-            continue
-        seen.add(code)
-        yield code
-        pending += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        for name in code.co_names:
-            defined = [vars(base)[name] for base in own if name in vars(base)]
-            pending += defined if "super" in code.co_names else defined[:1]

@@ -1,6 +1,6 @@
 """The tensors of a model that a mixture of adapters changes, with the adapters in them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,9 +10,11 @@ from lorac.adapters.adapter_sites import add_adapted_modules
 from lorac.adapters.fit import check_adapter
 from lorac.adapters.fresh import add_replaced_parameters
 from lorac.adapters.preparation import Preparer
-from lorac.errors import AdapterError, CompileError, SiteError, list_some, warn
-from lorac.frontend.layer_classes import is_only_read
+from lorac.errors import AdapterError, CompileError, SiteError, warn
+from lorac.frontend.components import get_component_prefix
+from lorac.frontend.host import Host
 from lorac.frontend.model_view import ModelView
+from lorac.frontend.weight_reads import describe_only_read, observe_example
 from lorac.ir.algebra.changes import Change, LowRank, add_product, compose, merge_bias, merge_weight
 from lorac.ir.algebra.operands import BIAS, C
 from lorac.ir.algebra.reduction import BRANCH
@@ -46,7 +48,8 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __init__(self, view: ModelView, adapters: Mapping[str, Adapter], choice: Choice) -> None:
         self._base = view.base
-        self._parts = [_ActiveAdapter(adapters[name], how, view) for name, how in choice]
+        only_read = _find_only_read_layers(view)
+        self._parts = [_ActiveAdapter(adapters[name], how, view, only_read) for name, how in choice]
         self.sites: dict[str, Site] = {}
         for part in self._parts:
             self.sites |= part.changed
@@ -99,13 +102,13 @@ class _ActiveAdapter:
         changed: name of each tensor that it changes -> the site.
     """
 
-    def __init__(self, adapter: Adapter, how: Active, view: ModelView) -> None:
+    def __init__(self, adapter: Adapter, how: Active, view: ModelView, only_read: Collection[str]) -> None:
         check_adapter(adapter, view)
         sites = add_adapted_modules(adapter, add_replaced_parameters(adapter, view)).sites
         self.adapter, self.strength, self._rank = adapter, how.strength, how.rank
         self._preparer = Preparer(sites, view.base, keep_factors=True)
         self._truncate({})
-        self.paths = frozenset(_leave_out_read_layers(adapter, self._preparer.touched(adapter), view))
+        self.paths = frozenset(_leave_out_read_layers(adapter, self._preparer.touched(adapter), only_read))
         known = view.named_tensors()
         self.changed: dict[str, Site] = {}
         for path in sorted(self.paths):
@@ -167,14 +170,24 @@ def _not_mergeable(adapter: Adapter, site: Site, why: str) -> CompileError:
     )
 
 
-def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], view: ModelView) -> list[str]:
+def _find_only_read_layers(view: ModelView) -> set[str]:
+    """Return the layers that a model reads and never calls, as far as example inputs can be made that tell."""
+    found: set[str] = set()
+    for name, component in view.components.items():
+        prefix = get_component_prefix(view.module, name)
+        layers = [path for path, site in view.sites.items() if site.is_layer and path.startswith(prefix)]
+        reads = observe_example(Host.of(component), [path.removeprefix(prefix) for path in layers])
+        found |= set() if reads is None else {f"{prefix}{path}" for path in reads.read - reads.called}
+    return found
+
+
+def _leave_out_read_layers(adapter: Adapter, paths: Iterable[str], only_read: Collection[str]) -> list[str]:
     """Return the paths without layers that are never called, at which the adapter had no effect in training either."""
     paths = list(paths)
-    layers = (path for path in paths if path in view.sites and view.sites[path].is_layer)
-    read = [path for path in layers if is_only_read(path, view.module)]
+    read = [path for path in paths if path in only_read]
     if not read:
         return paths
-    what = f"{list_some(read, 3)}, whose weights are read and which are never called, as in PEFT"
+    what = describe_only_read(read)
     if len(read) == len(paths):
         raise SiteError(
             f"adapter '{adapter.name}' has no effect: it acts on {what}",

@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from lorac.adapters.training_terms import AdapterTerms
-from lorac.errors import ChoiceError, SiteError, list_some, warn
-from lorac.frontend.components import Components
-from lorac.frontend.layer_classes import check_layer, is_only_read
+from lorac.errors import ChoiceError
+from lorac.frontend.components import Components, get_component_prefix, list_components
+from lorac.frontend.host import Host
+from lorac.frontend.layer_classes import check_layer
+from lorac.frontend.weight_reads import observe_example
 from lorac.ir.graph.graph import Program
 from lorac.ir.slots.choice import Choice, ChoiceSpec, parse_choice
 from lorac.ir.slots.composition import compose_choice
@@ -15,7 +17,7 @@ from lorac.progress import progress
 from lorac.runtime.traits import collect_traits
 from lorac.session.adapter_loading import make_adapter
 from lorac.session.host_model import HostModel
-from lorac.session.lowering.lower import lower_model, lower_stored
+from lorac.session.lowering.lower import find_component_example, lower_model, lower_stored
 from lorac.session.request.compile_request import CompileRequest
 from lorac.session.request.placement import resolve_placement
 from lorac.session.request.precision import find_widened, prepare_model
@@ -48,22 +50,22 @@ def open_session(source: ModelSource, request: CompileRequest) -> Session:
 
 
 def _check_layers(session: Session) -> None:
-    """Refuse layers on which no adapter can act, and name those on which an adapter acts in vain."""
+    """Refuse layers on which no adapter can act, and adapters on layers that a call with the example inputs only reads.
+
+    Without example inputs the first whole call is observed, of a program that is emitted its capture.
+    """
     model, layers = session.host.module, [path for path, plan in session.plans.items() if plan.site.is_layer]
     for path in layers:
         check_layer(path, model)
-    read = [path for path in layers if is_only_read(path, model)]
-    if not read:
+    if session.backend.emits or not layers:
         return
-    what = f"{list_some(read, 3)}, whose weights are read and which are never called, as in PEFT"
-    for name, prepared in session.pool.items():
-        if prepared.paths <= set(read):
-            raise SiteError(
-                f"adapter '{name}' has no effect: it acts on {what}",
-                next_step="name other layers in targets=",
-                code="site_unreached",
-            )
-    warn(f"adapters have no effect at {what}", next_step="exclude= these layers to train nothing in vain")
+    for name, component in list_components(model).items():
+        inputs, prefix = find_component_example(session, "example_inputs", name), get_component_prefix(model, name)
+        own = [path.removeprefix(prefix) for path in layers if path.startswith(prefix)]
+        reads = None if inputs is None else observe_example(Host.of(component), own, session.precision.fit(inputs))
+        if reads is not None:
+            found = ({f"{prefix}{path}" for path in paths} for paths in (reads.read, reads.called))
+            session.reads.note(name, *found)
 
 
 def resolve_active(session: Session, source: ModelSource, request: CompileRequest) -> Choice:
@@ -121,5 +123,6 @@ def make_build_request(session: Session, choice: Choice, program: Program | None
         snapshot=compose_choice(session.plans, session.pool, choice, session.base),
         options=session.options,
         terms=AdapterTerms(session.pool, session.preparer),
+        reads=session.reads,
         program=program,
     )

@@ -128,6 +128,7 @@ class Compiled(SwitchableModel):
                 check_capacity(adapter.name, outline_adapter_forms(self.session, adapter), self.plans, self.sites)
                 raise
             check_capacity(adapter.name, prepared, self.plans, self.sites)
+            self.session.reads.check(adapter.name, prepared.paths)
             self.add_prepared(adapter, prepared)
         return adapter.name
 

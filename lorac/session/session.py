@@ -9,6 +9,7 @@ from lorac.adapters.pool import AdapterPool
 from lorac.adapters.preparation import Preparer
 from lorac.frontend.base_weights import read_bias, read_weight
 from lorac.frontend.model_view import ModelView
+from lorac.frontend.weight_reads import LayerReads
 from lorac.ir.sites.site import BaseReader, Site
 from lorac.ir.slots.plans import SitePlan
 from lorac.report.pass_history import PassHistory
@@ -28,6 +29,7 @@ class Session:
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         preparer: reduces the adapters' formulas; holds the sites and the base weights.
         pool: the adapters, prepared.
+        reads: the layers whose weights its calls have read.
         plans: the slots of every touched site.
         traits: graph name -> configuration, dtype and device of its model.
         precision: the dtypes of the model and of the target.
@@ -41,6 +43,7 @@ class Session:
     mode: str
     preparer: Preparer
     pool: AdapterPool
+    reads: LayerReads
     plans: Mapping[str, SitePlan] = field(default_factory=dict)
     traits: Mapping[str, ModelTraits] = field(default_factory=dict)
     precision: Precision = field(default_factory=Precision)
@@ -53,7 +56,8 @@ class Session:
         base = BaseReader(lambda site: read_weight(site, host.module), lambda site: read_bias(site, host.module))
         preparer = Preparer(ModelView.of(host.module).sites, base)
         pool = AdapterPool(preparer, trains=not backend.emits)
-        return cls(host=host, backend=backend, options=options, mode=mode, preparer=preparer, pool=pool)
+        reads = LayerReads(lambda: {name: prepared.paths for name, prepared in pool.items()})
+        return cls(host=host, backend=backend, options=options, mode=mode, preparer=preparer, pool=pool, reads=reads)
 
     @property
     def sites(self) -> Mapping[str, Site]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorac.argument_types import check_fields
 from lorac.errors import OptionError, Unavailable, check_known
+from lorac.frontend.weight_reads import LayerReads
 from lorac.ir.calls.interface import Interface
 from lorac.ir.graph.graph import Program
 from lorac.ir.sites.site import BaseReader, Site
@@ -76,6 +77,7 @@ class BuildRequest(Generic[OptionsT]):
         mode: ``"live"``, ``"fused"`` or ``"baked"``.
         snapshot: the weights of a baked engine.
         terms: terms from the adapters' own tensors, for targets that train.
+        reads: the layers whose weights calls have read; an engine that runs the model notes its first whole call there.
         program: the lowered program, if the dialect emits one, or if an engine that runs the model itself is stored.
     """
 
@@ -87,6 +89,7 @@ class BuildRequest(Generic[OptionsT]):
     snapshot: ComposedWeights
     options: OptionsT
     terms: TrainingTerms
+    reads: LayerReads
     program: Program | None = None
 
 

@@ -14,7 +14,6 @@ from lorac.argument_types import JsonMapping
 from lorac.backends.eager.engine import EagerEngine
 from lorac.backends.eager.fastpath import disable_fast_path
 from lorac.backends.eager.linear_rounding import match_linear_rounding
-from lorac.backends.eager.row_alignment import RowAlignment
 from lorac.backends.eager.stored_program import StoredGraph, StoredProgramEngine
 from lorac.errors import ArtifactError, Unavailable
 from lorac.frontend.base_weights import collect_base_tensors
@@ -66,16 +65,7 @@ class EagerBackend(Backend[EagerOptions]):
         separate_layers(module, list_layers(request.plans.values()))
         match_linear_rounding(request.model, module)
         disable_fast_path(request.model, module, request.plans, lambda: engine.current_slots().touched)
-        engine = EagerEngine(
-            module,
-            request.plans,
-            request.base,
-            sites=request.sites,
-            alignment=RowAlignment(request.model, request.plans.values()),
-            mode=request.mode,
-            terms=request.terms,
-            aux=request.options.aux,
-        )
+        engine = EagerEngine(module, request)
         if request.mode == "baked":
             engine.write(request.snapshot)
         return engine

@@ -6,11 +6,12 @@ attributes are set, so module types, names and state-dict keys stay the host's.
 
 import contextvars
 import functools
+import threading
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +38,18 @@ from lorac.frontend.host import Host
 from lorac.frontend.layer_classes import (
     Forward,
     find_layer_class,
-    find_weight_reads,
     has_plain_forward,
     pad_conv_input,
     replace_super_forward,
 )
 from lorac.frontend.layer_hooks import guard_hooks
+from lorac.frontend.weight_reads import WeightReads, wrap_forward
 from lorac.ir.calls.call import Call
-from lorac.ir.sites.site import BaseReader, Site, SiteKind
+from lorac.ir.sites.site import Site, SiteKind
 from lorac.ir.slots.buffers import FusedBuffer
 from lorac.ir.slots.composition import ComposedWeights
 from lorac.ir.slots.execution import SiteCall, read_weight_slots, run_site
-from lorac.ir.slots.live_terms import TrainingTerms, combine_weights, run_terms
+from lorac.ir.slots.live_terms import combine_weights, run_terms
 from lorac.ir.slots.plans import SitePlan, SiteSlots
 from lorac.ir.slots.program_values import (
     IN,
@@ -58,6 +59,7 @@ from lorac.ir.slots.program_values import (
     record_extra_outputs,
     replace_first_tensor,
 )
+from lorac.target.backend import BuildRequest
 from lorac.target.engine import BoundProgram, CallResult, Engine
 
 T = TypeVar("T")
@@ -71,43 +73,29 @@ class EagerEngine(Engine):
 
     Args:
         module: structural copy of the model, whose sites get another ``forward``.
-        plans: the slots of each site.
-        base: reads base weights.
-        sites: every site of the model.
-        alignment: says which sites compute with the rows of the batch.
-        mode: ``"live"``, else merged weights are written into buffers.
-        terms: terms from the adapters' own tensors, for training.
-        aux: names of the extra outputs to return.
+        request: the model, its plans and the options. Modes other than ``"live"`` write merged weights into buffers.
     """
 
     target = "eager"
     module: nn.Module
 
-    def __init__(
-        self,
-        module: nn.Module,
-        plans: Mapping[str, SitePlan],
-        base: BaseReader,
-        *,
-        sites: Mapping[str, Site],
-        alignment: RowAlignment,
-        mode: str,
-        terms: TrainingTerms,
-        aux: Sequence[str] = (),
-    ) -> None:
-        self.module, self.plans, self.base, self.mode = module, plans, base, mode
+    def __init__(self, module: nn.Module, request: BuildRequest[Any]) -> None:
+        plans, base = request.plans, request.base
+        self.module, self.plans, self.base, self.mode = module, plans, base, request.mode
         self.components = list_components(module)
         self.active = NO_ADAPTERS
-        self.extra_names = frozenset(aux)
+        self.extra_names = frozenset(request.options.aux)
         self._last_recorded = ForwardCall(NO_ADAPTERS)
         self._listeners: dict[object, tuple[frozenset[str], EmissionListener]] = {}
-        self.alignment = alignment
-        self._branches = BranchRunner(module, plans, sites)
+        self.alignment = RowAlignment(request.model, plans.values())
+        self._reads, self._unobserved = request.reads, self.components.keys() - request.reads.observed
+        self._observing = threading.Lock()
+        self._branches = BranchRunner(module, plans, request.sites)
         self._originals: dict[str, Forward] = {}
         self._merged: dict[str, Forward] = {}
         own = (plan.site for plan in plans.values() if plan.site.kind is not SiteKind.ONCE)
         self._weights = SiteTensors(module, own)
-        self._terms = terms.over(self._weights.make_reader())
+        self._terms = request.terms.over(self._weights.make_reader())
         for path, plan in plans.items():
             self._install(path, plan)
         for path in list_tapped_modules(plans.values()):
@@ -195,6 +183,51 @@ class EagerEngine(Engine):
         """Run some work as part of a call."""
         return run_with_value(_current_call, (self, call), work)
 
+    def observing(self, graph: str, active: ActiveSlots) -> AbstractContextManager[None]:
+        """Return a block whose first call of a component notes the layers whose weights it reads; adapters act in it.
+
+        Raises:
+            SiteError: an adapter acts on layers alone whose weights are read and that are never called.
+        """
+        waits = graph in self._unobserved and active.touched and not torch.compiler.is_compiling()
+        return self._observe_once(graph) if waits else nullcontext()
+
+    @contextmanager
+    def _observe_once(self, graph: str) -> Iterator[None]:
+        if not self._observing.acquire(blocking=False):
+            yield
+            return
+        thread, scope = threading.get_ident(), get_component_prefix(self.module, graph)
+
+        def observe(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+            if graph not in self._unobserved or threading.get_ident() != thread:
+                return forward(*args, **kwargs)
+            layers = [path for path, plan in self.plans.items() if plan.site.is_layer and path.startswith(scope)]
+            reads = WeightReads(self.module, layers)
+            output = reads.run(lambda: forward(*args, **kwargs))
+            self._reads.note(graph, reads.read, reads.called)
+            self._unobserved.discard(graph)
+            return forward(*args, **kwargs) if self._restore_base(reads.read) else output
+
+        try:
+            with wrap_forward(self.components[graph], observe):
+                yield
+        finally:
+            self._observing.release()
+
+    def _restore_base(self, paths: Iterable[str]) -> bool:
+        """Give layers of a baked model that others read their base weights again; return whether there are any.
+
+        The merged weights move to twins, which calls of the layers use.
+        """
+        baked = [path for path in paths if path in self.buffers and path not in self._merged]
+        for path in baked:
+            module = self.module.get_submodule(path)
+            if self._find_written_module(self.plans[path].site) is not module:
+                self._weights.restore(path)
+        self._weights.remember(self.buffers.keys() - self._merged)
+        return bool(baked)
+
     def announce(self, call: ForwardCall, output: object) -> None:
         """Name a call that recorded gradients to the backward pass, and give its extra outputs to the listeners."""
         if torch.is_grad_enabled():
@@ -243,11 +276,10 @@ class EagerEngine(Engine):
         """Return the module whose weight a swap writes; for a layer a twin of it, which adapted calls use.
 
         Whoever else reads the layer's weight finds the base's, in fused mode as in live mode. The layers of a baked
-        model hold the merged weights themselves, but for those that are known to be read.
+        model hold the merged weights themselves, but for those that others read.
         """
         module = self.module.get_submodule(str(site.weight).rpartition(".")[0])
-        reader, _, name = site.path.rpartition(".")
-        baked = self.mode == "baked" and name not in find_weight_reads(self.module.get_submodule(reader))
+        baked = self.mode == "baked" and site.path not in self._reads.read
         if baked or not site.is_layer or "_old_forward" in vars(module):  # accelerate's hooks call the layer itself
             return module
         twin, original = copy_layer(module), self._originals[site.path]
@@ -374,7 +406,7 @@ class EagerProgram(BoundProgram):
         engine = self.engine
         module, forward = engine.components[check_component(graph, engine.components)], engine.make_call(self.active)
         engine.prepare(forward, graph, call)
-        with translate_errors():
+        with translate_errors(), engine.observing(graph, self.active):
             output = engine.run_within(forward, lambda: module(*call.args, **call.kwargs))
         engine.announce(forward, output)
         return CallResult(output, {name: found for name, found in forward.aux.items() if name in engine.extra_names})
@@ -391,7 +423,7 @@ class EagerProgram(BoundProgram):
                 call.rows = engine.alignment.count_rows(engine.module, called, active.touched, Call(args, kwargs))
 
         prepared = [module] if active.needs_preparation or active.places else []
-        with ExitStack() as stack:
+        with engine.observing(graph, active), ExitStack() as stack:
             for each in (*prepared, *(Host.of(module).encoders() if active.places else ())):
                 stack.callback(each.register_forward_pre_hook(before, with_kwargs=True).remove)
             return engine.run_within(call, lambda: work(module))

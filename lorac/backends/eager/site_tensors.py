@@ -5,6 +5,7 @@ A module's tensors may be replaced: for one call by ``torch.func.functional_call
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,10 +45,20 @@ class StoredTensor:
         found = self._tensors.get(self.leaf)
         return getattr(self.module, self.leaf, None) if found is None else found
 
+    def restore(self) -> None:
+        """Give the module the model's own tensor again."""
+        parameters: dict[str, Any] = self.module._parameters
+        (parameters if self.leaf in parameters else self.module._buffers)[self.leaf] = self.base
+
     def read(self) -> Tensor:
         """Return the model's own tensor, or what was given in its place."""
-        now = self.read_now()
-        return now if now is not self.first and isinstance(now, Tensor) else self.base
+        now, own = self.read_now(), self.base
+        if not isinstance(now, Tensor) or now is own:
+            return own
+        if now is not self.first:
+            return now
+        # A module that holds merged weights may have been moved, and the model's own tensor was not moved with it.
+        return own.to(now) if type(own) is nn.Parameter else own
 
 
 class SiteTensors:
@@ -67,6 +78,12 @@ class SiteTensors:
         """Return weight and bias of a site, as its module stores them."""
         weight, bias = self._stored[path]
         return None if weight is None else weight.read(), None if bias is None else bias.read()
+
+    def restore(self, path: str) -> None:
+        """Give a site's module its own tensors of the model again."""
+        for stored in self._stored[path]:
+            if stored is not None:
+                stored.restore()
 
     def remember(self, written: Collection[str]) -> None:
         """Remember the tensors that the modules have now as theirs.

@@ -8,6 +8,7 @@ from lorac.frontend.capture.encoder_decoder import split_encoder_decoder
 from lorac.frontend.capture.export import capture_graph
 from lorac.frontend.components import Components, get_component_prefix, get_encoder_graph_name, list_components
 from lorac.frontend.host import Host
+from lorac.frontend.weight_reads import find_graph_reads
 from lorac.ir.graph.graph import Graph, Program
 from lorac.ir.graph.pass_runner import run_pipeline
 from lorac.ir.sites.site import SiteKind
@@ -33,6 +34,7 @@ def lower_model(session: Session, aux: tuple[str, ...]) -> Program:
     for name, component in list_components(model).items():
         host = Host.of(component)
         graph = _capture_component(session, name, host)
+        session.reads.note(name, *find_graph_reads(graph, model))
         check_capture(graph, host, tested=options.self_test)
         cache_check = CacheCheck(graph) if options.uses_cache and options.self_test else None
         halves = split_encoder_decoder(graph, get_encoder_graph_name(name)) if options.uses_cache else (graph,)
@@ -82,13 +84,13 @@ def _capture_component(session: Session, name: str, host: Host) -> Graph:
         from lorac.runtime.generation.encoder_decoder_driver import load_rules_class
 
         load_rules_class(traits.rules)  # a model that generates in another way has no use for a cache
-    inputs = session.precision.fit(_component_example(session, "example_inputs", name))
+    inputs = session.precision.fit(find_component_example(session, "example_inputs", name))
     try:
         return capture_graph(
             name,
             host,
             inputs,
-            _component_example(session, "dynamic_shapes", name),
+            find_component_example(session, "dynamic_shapes", name),
             sites=sites,
             plans=plans,
             blocks=list(dict.fromkeys(marked)),
@@ -101,7 +103,7 @@ def _capture_component(session: Session, name: str, host: Host) -> Graph:
         raise
 
 
-def _component_example(session: Session, argument: str, name: str) -> object:
+def find_component_example(session: Session, argument: str, name: str) -> object:
     """Return a component's part of ``example_inputs`` or ``dynamic_shapes``; of a single model all of it."""
     given, model = session.examples.get(argument), session.host.module
     if given is None or not isinstance(model, Components):

@@ -1,0 +1,269 @@
+"""Which layers a call reaches: an adapter acts where its layer is called, as PEFT's does, and on no other reader.
+
+Some modules read a layer's weight in their own forward, as swin's attention does with ``self.qkv.weight``. They are
+found by observing a whole call, in whatever way they come to the weight.
+"""
+
+import functools
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+
+from lorac.errors import SiteError, list_some, warn
+from lorac.frontend.copying import separate_layers
+from lorac.frontend.host import Host
+from lorac.frontend.model_runner import WatchingMode, disable_fast_path, preserve_random_state
+from lorac.ir.algebra.formulas import fake_execution
+from lorac.ir.graph import ops
+from lorac.ir.graph.graph import Graph
+from lorac.ir.graph.nodes import find_module_path, find_stored_tensors
+
+T = TypeVar("T")
+
+
+class WeightReads(WatchingMode):
+    """Observes a call of a model: which layers it calls, and whose weights it reads elsewhere.
+
+    A layer that is neither called nor read, such as an expert without tokens, may be called by the next call.
+
+    Args:
+        model: a copy of the caller's own; its layers have another ``forward`` meanwhile.
+        layers: paths of the layers to observe.
+
+    Attributes:
+        called: the layers that were called.
+        read: the layers whose weight or bias was read outside of their forward.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self.called, self.read = set[str](), set[str]()
+        self._paths = {model.get_submodule(path): path for path in layers}
+        spans = {module: list(_iterate_spans(module)) for module in model.modules()}
+        observed = {span for module in self._paths for span in spans[module]}
+        # Layers with tied weights read them in their own forward too, whether or not they are observed.
+        self._own = {module: own for module, own in spans.items() if not observed.isdisjoint(own)}
+        self._parts: dict[int, set[tuple[int, int, _Span]]] = defaultdict(set)  # storage -> parts of it
+        for span in observed:
+            self._parts[span[0]].add((*span[1:], span))
+        self._views: list[Tensor] = []
+        self._running = Counter[_Span]()
+        self._thread = threading.get_ident()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do some work that calls the model, in the thread that made the observer."""
+        with ExitStack() as stack:
+            for module in self._own:
+                stack.enter_context(wrap_forward(module, functools.partial(self._watch, module)))
+            stack.enter_context(self)
+            return work()
+
+    def _watch(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        if module in self._paths:
+            self.called.add(self._paths[module])
+        self._running.update(self._own[module])
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._running.subtract(self._own[module])
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's
+        given = _iterate_tensors((*args, *(kwargs or {}).values()))
+        found = {span for tensor in given for span in self._find_observed(tensor)}
+        result = func(*args, **(kwargs or {}))
+        if not found or not isinstance(func, OpOverload):  # torch.cond and the like call layers inside
+            return result
+        if func.is_view:  # reads no value; but a fake tensor's view may have another storage
+            for view in _iterate_tensors([result]):
+                own = _find_span(view)
+                if own is not None and own[0] not in self._parts:
+                    self._parts[own[0]] = {(0, sys.maxsize, span) for span in found}
+                    self._views.append(view)  # so that no other storage gets its address
+        else:
+            unread = {span for span in found if not self._running[span]}
+            self.read.update(path for module, path in self._paths.items() if not unread.isdisjoint(self._own[module]))
+        return result
+
+    def _find_observed(self, tensor: Tensor) -> list["_Span"]:
+        """Return the observed tensors in whose memory a tensor lies."""
+        parts = self._parts.get(_find_storage(tensor), ())
+        own = _find_span(tensor) if parts else None
+        return [] if own is None else [span for begin, end, span in parts if own[1] < end and begin < own[2]]
+
+
+@contextmanager
+def wrap_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Make calls of a module call ``wrapper(forward, *arguments)`` inside the block; its signature stays."""
+    before, forward = vars(module).get("forward"), module.forward
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(forward, *args, **kwargs)
+
+    module.forward = call
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+_Span = tuple[int, int, int]
+"""A tensor's storage, and the first byte of the tensor in it and the one after its last."""
+
+
+def _iterate_spans(module: nn.Module) -> Iterator[_Span]:
+    """Yield the memory of a module's own parameters."""
+    spans = (_find_span(parameter) for parameter in module._parameters.values() if parameter is not None)
+    yield from (span for span in spans if span is not None)
+
+
+def _find_span(tensor: Tensor) -> _Span | None:
+    """Return the memory of a tensor; None for one that has none."""
+    storage = _find_storage(tensor)
+    if not storage or not tensor.numel():
+        return None
+    first = int(tensor.storage_offset())
+    last = first + sum((int(size) - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return storage, first * tensor.element_size(), (last + 1) * tensor.element_size()
+
+
+def _find_storage(tensor: Tensor) -> int:
+    """Return a number for the storage of a tensor, also where it holds no values; 0 if there is none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a subclass without a storage
+        return 0
+
+
+def _iterate_tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    """Yield the tensors among the operands of an op, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _iterate_tensors(value)
+
+
+class LayerReads:
+    """The layers whose weights the calls of a session have read; an adapter has no effect at one that none has called.
+
+    Args:
+        adapters: () -> adapter -> paths of the sites that it touches.
+
+    Attributes:
+        observed: the graphs of which a whole call was observed.
+        read: the layers whose weights were read outside of their forward.
+        only_read: those of them that were not called.
+    """
+
+    def __init__(self, adapters: Callable[[], Mapping[str, Collection[str]]]) -> None:
+        self._adapters = adapters
+        self.observed, self.read, self.only_read = set[str](), set[str](), set[str]()
+
+    def note(self, graph: str, read: Collection[str], called: Collection[str]) -> None:
+        """Note an observed call of a graph.
+
+        Args:
+            graph: its name.
+            read, called: the layers whose weights it read outside of their forward, and those that it called.
+
+        Raises:
+            SiteError: an adapter acts nowhere else than at layers that were only read.
+        """
+        new = {*read} - {*called} - self.only_read
+        self.read |= {*read}
+        self.only_read |= new
+        for name, paths in self._adapters().items():
+            self.check(name, paths)
+        self.observed.add(graph)
+        if new:
+            warn(
+                f"adapters have no effect at {describe_only_read(new)}",
+                next_step="exclude= these layers to train nothing in vain",
+            )
+
+    def check(self, name: str, paths: Collection[str]) -> None:
+        """Refuse an adapter that acts on layers alone that were only read.
+
+        Args:
+            name: the adapter.
+            paths: of the sites that it touches.
+
+        Raises:
+            SiteError: it has no effect.
+        """
+        if paths and self.only_read.issuperset(paths):
+            raise SiteError(
+                f"adapter '{name}' has no effect: it acts on {describe_only_read(paths)}",
+                next_step="name other layers in targets=",
+                code="site_unreached",
+            )
+
+
+def describe_only_read(paths: Collection[str]) -> str:
+    """Return the names of layers that are only read, for a message."""
+    return f"{list_some(sorted(paths), 3)}, whose weights are read and which are never called, as in PEFT"
+
+
+def find_graph_reads(graph: Graph, model: nn.Module) -> tuple[set[str], set[str]]:
+    """Return the planned layers whose weights a captured graph reads outside of their forward, and those that it calls.
+
+    Args:
+        graph: at level host.
+        model: the model that it was captured from, or several.
+    """
+    called = {*ops.group_calls(graph.find(*ops.SITE_OPS))}
+    layers = {
+        path: {*_iterate_spans(model.get_submodule(path))} for path, plan in graph.plans.items() if plan.site.is_layer
+    }
+    read: set[str] = set()
+
+    def is_read(node: fx.Node, path: str) -> bool:
+        if not isinstance(node.target, OpOverload) or node.target.namespace == "lorac":
+            return False
+        if find_module_path(node) == path:
+            called.add(path)  # by a layer that has no op
+            return False
+        return not node.target.is_view or any(is_read(user, path) for user in node.users)
+
+    for node, tensor in find_stored_tensors(graph.exported).items():
+        own = _find_span(tensor)
+        for path in [path for path, spans in layers.items() if own in spans]:
+            if any(is_read(user, path) for user in node.users):
+                read.add(path)
+    return read, called
+
+
+def observe_example(host: Host, layers: Collection[str], inputs: object = None) -> WeightReads | None:
+    """Observe a call of a model on example inputs, without computing values.
+
+    Args:
+        host: the model; a copy of it runs.
+        layers: paths of the layers to observe.
+        inputs: example inputs; None makes them.
+
+    Returns:
+        The observations; None where the model cannot be run without values, or on these inputs.
+    """
+    try:
+        named = host.bind(inputs)
+        copied = host.copy(share_buffers=True).model.eval()
+        separate_layers(copied, layers)
+        reads = WeightReads(copied, layers)
+        with torch.no_grad(), preserve_random_state(host.model), disable_fast_path(copied), fake_execution():
+            reads.run(lambda: copied(**named))
+    except Exception:  # a model's own code may raise anything, above all where it reads a value
+        return None
+    return reads
